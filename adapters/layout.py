@@ -1,0 +1,75 @@
+"""How one row of the meta-LoRA matrix is cut into per-module A and B. Plain Python: the gateway reads it too.
+
+A row is `[A₀ … A_L | B₀ … B_L]`, each matrix flattened row by row, modules in the order of the layout. In a bank of
+method `shared` all rows have one frozen A, kept once beside the matrix, and a row is `[B₀ … B_L]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from adapters.lora import ModuleShape
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values vLLM accepts for `--max-lora-rank`; every adapter slot is sized for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """The cut of a row.
+
+    Attributes:
+        modules: in the order in which they lie in the row.
+        rank: R of every meta-LoRA.
+        shared_a: whether A is kept once for all rows (method `shared`).
+    """
+
+    modules: tuple[ModuleShape, ...]
+    rank: int
+    shared_a: bool
+
+    @property
+    def a_numbers(self) -> int:
+        """Numbers in all A of one LoRA."""
+        return sum(self.rank * m.h_in for m in self.modules)
+
+    @property
+    def b_numbers(self) -> int:
+        """Numbers in all B of one LoRA."""
+        return sum(self.rank * m.h_out for m in self.modules)
+
+    @property
+    def row_numbers(self) -> int:
+        """D, the numbers in one row of the matrix."""
+        return self.b_numbers + (0 if self.shared_a else self.a_numbers)
+
+    def a_slices(self) -> Iterator[tuple[ModuleShape, slice]]:
+        """Each module with the place of its A in the flat `[A₀ … A_L]`."""
+        start = 0
+        for module in self.modules:
+            stop = start + self.rank * module.h_in
+            yield module, slice(start, stop)
+            start = stop
+
+    def b_slices(self) -> Iterator[tuple[ModuleShape, slice]]:
+        """Each module with the place of its B in the flat `[B₀ … B_L]`."""
+        start = 0
+        for module in self.modules:
+            stop = start + self.rank * module.h_out
+            yield module, slice(start, stop)
+            start = stop
+
+
+def serving_rank(rank: int) -> int:
+    """The smallest rank vLLM can size its slots for that holds `rank`.
+
+    Raises:
+        ValueError: when vLLM has none so large.
+    """
+    for size in VLLM_RANKS:
+        if rank <= size:
+            return size
+    raise ValueError(
+        f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: use fewer anchors or a smaller rank"
+    )

@@ -1,0 +1,52 @@
+"""LoRA values and the letters that every tensor shape in this project is written with.
+
+    R       rank of a LoRA
+    H_in    a module's input width           H_out   its output width
+    N       anchors in a bank                K       terms of a recipe
+    D       numbers in a meta-LoRA row       E       numbers in an embedding
+
+A LoRA changes a module's weight by ΔW [H_out, H_in] = B A with A [R, H_in] and B [H_out, R]. The usual factor
+alpha / R is always folded into B here, so scaling is 1 everywhere behind this package's door.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """A linear module that LoRAs are attached to.
+
+    Attributes:
+        name: its path in the Hugging Face model, e.g. `model.layers.0.self_attn.q_proj`.
+        h_in: its input width H_in.
+        h_out: its output width H_out.
+    """
+
+    name: str
+    h_in: int
+    h_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """The weights of one LoRA, scaling folded into B.
+
+    Attributes:
+        rank: R, the same for every module.
+        a: module name → A [R, H_in].
+        b: module name → B [H_out, R].
+    """
+
+    rank: int
+    a: dict[str, torch.Tensor]
+    b: dict[str, torch.Tensor]
+
+    def delta(self, module: str) -> torch.Tensor:
+        """ΔW [H_out, H_in] of one module, in float32."""
+        return self.b[module].float() @ self.a[module].float()

@@ -1,0 +1,179 @@
+"""A fusion recipe and its canonical name.
+
+Grammar, one text per recipe::
+
+    name    = "mta1:" bank ":" method ":" terms [ ":u-" user ]
+    bank    = 8 lower-case hex digits, the start of the bank's fingerprint
+    method  = "linear" | "cat" | "shared"
+    terms   = "c" *( "+" anchor ) | anchor *( "+" anchor )       anchors in id order, each once
+    anchor  = "a" index "*" weight                               weight in per mille, 1 to 1000
+    user    = user-key "." adapter-id                            26 base32 characters (128 bits) each
+
+`c` is the common row at weight 1. Beside it the weights sum to at most 1000 (the bank's *strength*); without it to
+exactly 1000. The name carries all that a worker needs to build the adapter, and equal recipes have equal names, so it
+is what vLLM keys its caches by. Parsing is strict: a text that does not re-serialise to itself is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from adapters.errors import RecipeError, excerpt
+
+FORMAT_VERSION = "mta1"
+PER_MILLE = 1000
+MAX_ANCHORS = 1_000_000
+MAX_NAME_CHARS = 4096
+
+_BANK = re.compile(r"[0-9a-f]{8}")
+_BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding: the last character carries three bits
+_USER_ADAPTER = re.compile(rf"{_BASE32_128}\.{_BASE32_128}")
+_TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*([1-9]\d{0,2}|1000)", re.ASCII)
+
+
+class Method(StrEnum):
+    """How the terms of a recipe become one adapter (formulas in `adapters/fusion.py`)."""
+
+    LINEAR = "linear"
+    CAT = "cat"
+    SHARED = "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One anchor's part in a recipe.
+
+    Attributes:
+        anchor: the anchor's index in its bank, from 0; written `a03`.
+        weight: its weight in per mille, 1 to 1000.
+    """
+
+    anchor: int
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class FusionRecipe:
+    """What an adapter is made of. Equal recipes are the same adapter in every process.
+
+    Attributes:
+        bank: the first 8 hex digits of the bank's fingerprint.
+        method: how the terms are merged.
+        common: whether the bank's common row takes part, with weight 1.
+        terms: anchors with weights, in anchor order.
+        user_adapter: `<user key>.<id>` of the stacked user adapter, or None.
+
+    Raises:
+        RecipeError: on construction, when the parts make no canonical recipe.
+    """
+
+    bank: str
+    method: Method
+    common: bool
+    terms: tuple[Term, ...]
+    user_adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _BANK.fullmatch(self.bank):
+            raise RecipeError(f"bank must be 8 lower-case hex digits, got {excerpt(self.bank)}")
+        if not isinstance(self.method, Method):
+            raise RecipeError(
+                f"method must be one of {[m.value for m in Method]}, got {excerpt(self.method)}"
+            )
+        if not self.terms and not self.common:
+            raise RecipeError("a recipe needs the common row or at least one anchor")
+        anchors = [term.anchor for term in self.terms]
+        if any(b <= a for a, b in zip(anchors, anchors[1:], strict=False)):
+            raise RecipeError(f"anchors must be in id order, each once, got {excerpt(anchors)}")
+        for term in self.terms:
+            if not 0 <= term.anchor < MAX_ANCHORS:
+                raise RecipeError(f"anchor index must be 0 to {MAX_ANCHORS - 1}, got {term.anchor}")
+            if not 1 <= term.weight <= PER_MILLE:
+                raise RecipeError(f"weight must be 1 to {PER_MILLE} per mille, got {term.weight}")
+        total = sum(term.weight for term in self.terms)
+        if total > PER_MILLE or (total < PER_MILLE and not self.common):
+            rule = "at most" if self.common else "exactly"
+            raise RecipeError(f"weights must sum to {rule} {PER_MILLE} per mille, got {total}")
+        if self.user_adapter is not None and not _USER_ADAPTER.fullmatch(self.user_adapter):
+            raise RecipeError(
+                f"user adapter must be <user key>.<id> in base32, got {excerpt(self.user_adapter)}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The canonical name; `parse_recipe` is its inverse."""
+        terms = (["c"] if self.common else []) + [f"{anchor_id(t.anchor)}*{t.weight}" for t in self.terms]
+        stacked = f":u-{self.user_adapter}" if self.user_adapter else ""
+        return f"{FORMAT_VERSION}:{self.bank}:{self.method.value}:{'+'.join(terms)}{stacked}"
+
+    @property
+    def plain(self) -> FusionRecipe:
+        """The same fusion without the user adapter."""
+        return FusionRecipe(self.bank, self.method, self.common, self.terms)
+
+
+def anchor_id(index: int) -> str:
+    """The public id of the anchor at `index`: `a03`, `a17`, `a1042`."""
+    return f"a{index:02d}"
+
+
+def parse_recipe(name: str) -> FusionRecipe:
+    """Read a canonical recipe name.
+
+    Args:
+        name: the text, e.g. `mta1:9f2c41d0:shared:c+a03*286+a17*214`.
+
+    Raises:
+        RecipeError: when the text is not the canonical name of a recipe.
+    """
+    if len(name) > MAX_NAME_CHARS:
+        raise RecipeError(f"recipe name has {len(name)} characters, at most {MAX_NAME_CHARS} are read")
+    parts = name.split(":")
+    if len(parts) not in (4, 5) or parts[0] != FORMAT_VERSION:
+        raise RecipeError(f"not a recipe name (mta1:bank:method:terms[:u-user]): {excerpt(name)}")
+    _, bank, method, terms = parts[:4]
+    if method not in list(Method):
+        raise RecipeError(f"unknown method {excerpt(method)} in recipe {excerpt(name)}")
+    texts = terms.split("+")
+    common = texts[0] == "c"
+    parsed = []
+    for text in texts[1:] if common else texts:
+        match = _TERM.fullmatch(text)
+        if match is None:
+            raise RecipeError(f"malformed term {excerpt(text)} in recipe {excerpt(name)}")
+        parsed.append(Term(int(match[1]), int(match[2])))
+    user_adapter = None
+    if len(parts) == 5:
+        if not parts[4].startswith("u-"):
+            raise RecipeError(f"malformed user adapter {excerpt(parts[4])} in recipe {excerpt(name)}")
+        user_adapter = parts[4][2:]
+    recipe = FusionRecipe(bank, Method(method), common, tuple(parsed), user_adapter)
+    if recipe.name != name:
+        raise RecipeError(f"recipe {excerpt(name)} is not canonical, it should read {excerpt(recipe.name)}")
+    return recipe
+
+
+def per_mille(weights: Sequence[float], total: int = PER_MILLE) -> list[int]:
+    """Round weights to integers of a fixed sum, by largest remainder; ties go to the earlier one.
+
+    Args:
+        weights: non-negative, in any scale, not all zero.
+        total: what the result sums to, in per mille.
+
+    Raises:
+        RecipeError: when a weight is negative or not finite, or all are zero.
+    """
+    scale = sum(weights)
+    if not all(0 <= w < float("inf") for w in weights) or not 0 < scale < float("inf"):
+        raise RecipeError(
+            f"weights must be finite, non-negative and not all zero, got {excerpt(list(weights))}"
+        )
+    exact = [w / scale * total for w in weights]
+    floors = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (floors[i] - exact[i], i))
+    for i in by_remainder[: total - sum(floors)]:
+        floors[i] += 1
+    return floors

@@ -1,0 +1,21 @@
+"""Errors of the bank's layer; the whole tree is drawn in `adapters/errors.py`."""
+
+from __future__ import annotations
+
+from adapters.errors import MtaError
+
+
+class BankError(MtaError):
+    """A bank, a base model or an embedder that is missing, damaged, or not made for the other two."""
+
+
+class ProfileError(BankError, ValueError):
+    """Items that cannot stand in a profile: the message names the item and what it lacks.
+
+    Attributes:
+        param: where the fault lies in the request, e.g. `items.3.text`.
+    """
+
+    def __init__(self, message: str, param: str = "items") -> None:
+        super().__init__(message)
+        self.param = param

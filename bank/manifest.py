@@ -1,0 +1,197 @@
+"""`bank.json`: what a bank is, for whom it was made, and the checksums that prove it is whole.
+
+The manifest is written last, by rename: a folder without one is no bank. Its fingerprint is the SHA-256 of its own
+canonical JSON, file checksums included, so equal fingerprints mean equal banks, and a recipe's first field is the
+fingerprint's start. No user id, no text and no time stands in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adapters.layout import RowLayout
+from adapters.lora import ModuleShape
+from adapters.recipe import Method
+from bank.errors import BankError
+
+MANIFEST_FILE = "bank.json"
+MATRIX_FILE = "meta_loras.safetensors"
+INDEX_FILE = "anchors.faiss"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelId(_Frozen):
+    """The base model a bank was trained on: its name for people, its hash for the check."""
+
+    name: str
+    hash: str
+
+
+class EmbedderId(_Frozen):
+    """The embedder whose vectors the index holds. `id` is the hash of its ONNX file, `dim` is E."""
+
+    id: str
+    dim: int = Field(gt=0)
+
+
+class WeightRule(_Frozen):
+    """How a profile becomes weights (`bank/weights.py`).
+
+    Attributes:
+        source: which evidence speaks.
+        anchors: K, how many anchors take part.
+        strength: what the anchors' weights sum to; below 1 only beside a common row.
+    """
+
+    source: Literal["topic"] = "topic"
+    anchors: int = Field(default=2, ge=1)
+    strength: float = Field(default=1.0, gt=0, le=1)
+
+
+class ModuleEntry(_Frozen):
+    """One adapted linear module, as in `adapters.lora.ModuleShape`."""
+
+    name: str
+    h_in: int = Field(gt=0)
+    h_out: int = Field(gt=0)
+
+
+class AnchorEntry(_Frozen):
+    """One anchor: its public id and how many items it was trained on."""
+
+    id: str
+    items: int = Field(ge=0)
+
+
+class BankManifest(_Frozen):
+    """The content of `bank.json`."""
+
+    format: Literal[1] = 1
+    task: str
+    base_model: BaseModelId
+    embedder: EmbedderId
+    method: Method
+    common: bool
+    rank: int = Field(gt=0)
+    user_rank: int = Field(ge=0)
+    serving_rank: int = Field(gt=0)
+    weights: WeightRule
+    target_modules: tuple[str, ...]
+    modules: tuple[ModuleEntry, ...]
+    anchors: tuple[AnchorEntry, ...]
+    training: dict[str, int | float | str | bool | None]
+    files: dict[str, str]
+    fingerprint: str = ""
+
+    @property
+    def short(self) -> str:
+        """The 8 hex digits that recipes carry."""
+        return self.fingerprint[:8]
+
+    @property
+    def layout(self) -> RowLayout:
+        """The cut of a row of `meta_loras.safetensors`."""
+        modules = tuple(ModuleShape(m.name, m.h_in, m.h_out) for m in self.modules)
+        return RowLayout(modules, self.rank, self.method is Method.SHARED)
+
+    @property
+    def fused_rank(self) -> int:
+        """The rank of the largest fusion this bank's rule makes, user adapters aside."""
+        return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
+
+    def compute_fingerprint(self) -> str:
+        """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
+        content = self.model_dump(mode="json", exclude={"fingerprint"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fused_rank(method: Method, rank: int, anchors: int, common: bool) -> int:
+    """The rank of a fusion of `anchors` meta-LoRAs of rank `rank`, with or without the common row."""
+    if method is Method.SHARED:
+        return rank
+    return (anchors if method is Method.CAT else min(anchors, 1)) * rank + (rank if common else 0)
+
+
+def read_manifest(folder: Path) -> BankManifest:
+    """Read and check `bank.json` alone; `verify_files` checks the rest.
+
+    Raises:
+        BankError: when it is absent, unreadable, of another format, or does not match its fingerprint.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = BankManifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BankError(
+            f"no bank at {folder}: {MANIFEST_FILE} is missing. Build one with `mta bank build --out {folder}`"
+        ) from None
+    except OSError as error:
+        raise BankError(f"cannot read {path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise BankError(f"{path} is no bank manifest: {where}: {first['msg']}") from error
+    if manifest.compute_fingerprint() != manifest.fingerprint:
+        raise BankError(
+            f"{path} does not match its fingerprint {manifest.fingerprint[:8]}…: it was changed after it was "
+            "built. Restore the folder or build the bank again"
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
+    """Stamp the fingerprint and put the manifest in place by rename, after everything it names.
+
+    Returns:
+        The manifest with its fingerprint.
+    """
+    stamped = manifest.model_copy(update={"fingerprint": manifest.compute_fingerprint()})
+    path = folder / MANIFEST_FILE
+    draft = path.with_suffix(".json.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(stamped.model_dump_json(indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    return stamped
+
+
+def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | None = None) -> None:
+    """Check files of the bank against the manifest's checksums.
+
+    Args:
+        folder: the bank.
+        manifest: its manifest.
+        names: which files; all of them when None (the gateway needs only the index).
+
+    Raises:
+        BankError: naming the first file that is missing or differs.
+    """
+    for name in names if names is not None else tuple(manifest.files):
+        path = folder / name
+        try:
+            found = file_sha256(path)
+        except FileNotFoundError:
+            raise BankError(
+                f"the bank at {folder} lacks {name}: copy it again or build the bank again"
+            ) from None
+        if found != manifest.files.get(name):
+            raise BankError(
+                f"{path} is damaged: its SHA-256 is {found[:12]}…, the manifest says "
+                f"{str(manifest.files.get(name))[:12]}…. Copy the bank again or build it again"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

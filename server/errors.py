@@ -1,0 +1,96 @@
+"""What clients are told when something goes wrong: OpenAI's error shape and its HTTP status.
+
+ApiError                 {"error": {"message", "type", "param", "code"}}
+├── InvalidRequest 400   a field is wrong; `param` names it
+├── NotFound 404         no such user, route, recipe
+├── WrongMethod 405
+├── TooLarge 413         a body above the limit
+├── WrongMediaType 415
+├── EngineFailed 502     the engine answered something it must not
+└── Unavailable 503      a part is down; carries Retry-After
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from adapters.errors import MtaError
+
+
+class ApiError(MtaError):
+    """An error with an HTTP status.
+
+    Args:
+        message: what was wrong, the offending value, what to do.
+        param: the request field at fault, in dots (`items.3.text`), or None.
+        code: a short machine-readable reason; the class's own by default.
+    """
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers that belong to the error."""
+        return {}
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The OpenAI error object."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(ApiError):
+    """A field of the request is wrong."""
+
+    status, kind, default_code = 400, "invalid_request_error", "invalid_value"
+
+
+class NotFound(ApiError):
+    """What the request names does not exist."""
+
+    status, kind, default_code = 404, "not_found_error", "not_found"
+
+
+class WrongMethod(ApiError):
+    """The route exists, but not for this method."""
+
+    status, kind, default_code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class TooLarge(ApiError):
+    """The body is above `MTA_MAX_BODY_BYTES`."""
+
+    status, kind, default_code = 413, "invalid_request_error", "body_too_large"
+
+
+class WrongMediaType(ApiError):
+    """The body is not JSON."""
+
+    status, kind, default_code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class EngineFailed(ApiError):
+    """The engine gave an answer that makes no sense, or broke off."""
+
+    status, kind, default_code = 502, "engine_error", "engine_failed"
+
+
+class Unavailable(ApiError):
+    """A part that the request needs is down; try again after `retry_after_s`."""
+
+    status, kind, default_code = 503, "service_unavailable", "unavailable"
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 5) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}

@@ -1,0 +1,89 @@
+"""Every setting of every process, from `MTA_*` environment variables or the command line's options.
+
+One object, made once by the entry module and passed in. `mta settings` prints it with its descriptions.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _user_folder(variable: str, fallback: str) -> Path:
+    """The XDG base folder named by `variable`, or its default under the home folder."""
+    return Path(os.environ.get(variable) or Path.home() / fallback) / "mta"
+
+
+class Settings(BaseSettings):
+    """All settings; each field's variable is `MTA_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix="MTA_", frozen=True, extra="ignore")
+
+    # What is served
+    bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
+    model: str = Field(
+        "default",
+        description="Base model: a local folder, a Hugging Face id, or `default` (SmolLM2-135M-Instruct).",
+    )
+    embedder: Path | None = Field(
+        None,
+        description="Folder of the embedder (model.onnx, tokenizer.json); the default MiniLM without one.",
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: _user_folder("XDG_CACHE_HOME", ".cache"),
+        description="Where prepared default models lie; can be deleted at any time.",
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: _user_folder("XDG_DATA_HOME", ".local/share"),
+        description="Where `mta up` keeps Valkey's files and the secret; survives restarts.",
+    )
+
+    # Gateway
+    host: str = Field("127.0.0.1", description="Address the gateway listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis 7.2+ or Valkey 8+.")
+    secret: SecretStr | None = Field(
+        None,
+        description="Keys the hash of user ids; the same for all gateways and for ever. `mta up` makes one.",
+    )
+    tenant: str = Field("default", description="Tenant that all users belong to.")
+    engine_url: str = Field(
+        "http://127.0.0.1:8001", description="OpenAI server that generates: vLLM, or the router before many."
+    )
+    engine_urls: str = Field(
+        "", description="Every engine by itself, comma-separated, for status calls; engine_url when empty."
+    )
+    engine_key: SecretStr | None = Field(None, description="Key the engine asks for. `mta up` makes one.")
+    engine_timeout_s: float = Field(600, gt=0, description="Longest silence of the engine within one answer.")
+    max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
+    max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
+    profile_items: int = Field(512, gt=0, description="Newest items kept of each user.")
+    embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
+
+    # Engine
+    engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")
+    engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Weights and KV cache."
+    )
+    max_loras: int = Field(8, ge=1, description="Adapter slots: recipes that one batch can mix.")
+    max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
+    max_adapter_names: int = Field(
+        1024, ge=1, description="Recipes whose ids the engine remembers when idle."
+    )
+    max_model_len: int | None = Field(
+        None, gt=0, description="Context in tokens; the model's own without it."
+    )
+    max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
+    tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The URL of every engine by itself."""
+        urls = tuple(url.strip().rstrip("/") for url in self.engine_urls.split(",") if url.strip())
+        return urls or (self.engine_url.rstrip("/"),)
