@@ -70,6 +70,4 @@ def serving_rank(rank: int) -> int:
     for size in VLLM_RANKS:
         if rank <= size:
             return size
-    raise ValueError(
-        f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: use fewer anchors or a smaller rank"
-    )
+    raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: use fewer anchors or a smaller rank")

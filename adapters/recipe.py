@@ -16,6 +16,7 @@ is what vLLM keys its caches by. Parsing is strict: a text that does not re-seri
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,13 +81,11 @@ class FusionRecipe:
         if not _BANK.fullmatch(self.bank):
             raise RecipeError(f"bank must be 8 lower-case hex digits, got {excerpt(self.bank)}")
         if not isinstance(self.method, Method):
-            raise RecipeError(
-                f"method must be one of {[m.value for m in Method]}, got {excerpt(self.method)}"
-            )
+            raise RecipeError(f"method must be one of {[m.value for m in Method]}, got {excerpt(self.method)}")
         if not self.terms and not self.common:
             raise RecipeError("a recipe needs the common row or at least one anchor")
         anchors = [term.anchor for term in self.terms]
-        if any(b <= a for a, b in zip(anchors, anchors[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(anchors)):
             raise RecipeError(f"anchors must be in id order, each once, got {excerpt(anchors)}")
         for term in self.terms:
             if not 0 <= term.anchor < MAX_ANCHORS:
@@ -98,9 +97,7 @@ class FusionRecipe:
             rule = "at most" if self.common else "exactly"
             raise RecipeError(f"weights must sum to {rule} {PER_MILLE} per mille, got {total}")
         if self.user_adapter is not None and not _USER_ADAPTER.fullmatch(self.user_adapter):
-            raise RecipeError(
-                f"user adapter must be <user key>.<id> in base32, got {excerpt(self.user_adapter)}"
-            )
+            raise RecipeError(f"user adapter must be <user key>.<id> in base32, got {excerpt(self.user_adapter)}")
 
     @property
     def name(self) -> str:
@@ -168,9 +165,7 @@ def per_mille(weights: Sequence[float], total: int = PER_MILLE) -> list[int]:
     """
     scale = sum(weights)
     if not all(0 <= w < float("inf") for w in weights) or not 0 < scale < float("inf"):
-        raise RecipeError(
-            f"weights must be finite, non-negative and not all zero, got {excerpt(list(weights))}"
-        )
+        raise RecipeError(f"weights must be finite, non-negative and not all zero, got {excerpt(list(weights))}")
     exact = [w / scale * total for w in weights]
     floors = [int(x) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (floors[i] - exact[i], i))

@@ -181,9 +181,7 @@ def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | 
         try:
             found = file_sha256(path)
         except FileNotFoundError:
-            raise BankError(
-                f"the bank at {folder} lacks {name}: copy it again or build the bank again"
-            ) from None
+            raise BankError(f"the bank at {folder} lacks {name}: copy it again or build the bank again") from None
         if found != manifest.files.get(name):
             raise BankError(
                 f"{path} is damaged: its SHA-256 is {found[:12]}…, the manifest says "

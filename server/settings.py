@@ -67,17 +67,11 @@ class Settings(BaseSettings):
     # Engine
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")
     engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Weights and KV cache."
-    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights and KV cache.")
     max_loras: int = Field(8, ge=1, description="Adapter slots: recipes that one batch can mix.")
     max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
-    max_adapter_names: int = Field(
-        1024, ge=1, description="Recipes whose ids the engine remembers when idle."
-    )
-    max_model_len: int | None = Field(
-        None, gt=0, description="Context in tokens; the model's own without it."
-    )
+    max_adapter_names: int = Field(1024, ge=1, description="Recipes whose ids the engine remembers when idle.")
+    max_model_len: int | None = Field(None, gt=0, description="Context in tokens; the model's own without it.")
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")

@@ -1,0 +1,33 @@
+"""The `mta` command. Each module beside this one holds one command; what is heavy is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from adapters.errors import MtaError
+from server.cli import bank, engine, gateway, models, settings, up
+
+app = typer.Typer(
+    name="mta",
+    help="Online personalisation inference server: one base model, one bank of adapters, millions of users.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("up")(up.up)
+app.add_typer(bank.app, name="bank")
+app.command("models")(models.models)
+app.command("gateway")(gateway.gateway)
+app.command("engine")(engine.engine)
+app.command("settings")(settings.settings)
+
+
+def main() -> None:
+    """Entry point of the console script: known errors become one line on stderr and exit status 1."""
+    try:
+        app()
+    except MtaError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
