@@ -1,0 +1,98 @@
+"""The meta-LoRA matrix: one bf16 row per anchor, contiguous, memory-mapped, shared by all processes of a host.
+
+On disk a safetensors file with `rows` [N, D] (one more row, the last, where the bank has a common row) and, for method
+`shared`, `shared_a` [R·ΣH_in]. Opening it maps the file: a row's bytes are read when a recipe first asks for them,
+and the page cache holds them once however many workers run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adapters.errors import FusionError
+from adapters.layout import RowLayout
+
+
+@dataclass(frozen=True, slots=True)
+class MetaMatrix:
+    """An open matrix.
+
+    Attributes:
+        layout: how a row is cut.
+        rows: [N, D] or [N + 1, D] bf16, the common row last.
+        anchors: N.
+        common: whether there is a common row.
+        shared_a: the frozen A of all rows, [R·ΣH_in] bf16, for method `shared`; None otherwise.
+    """
+
+    layout: RowLayout
+    rows: torch.Tensor
+    anchors: int
+    common: bool
+    shared_a: torch.Tensor | None
+
+    @classmethod
+    def open(cls, path: Path, layout: RowLayout, anchors: int, common: bool) -> MetaMatrix:
+        """Map a matrix file and check its shape against what the manifest says.
+
+        Raises:
+            FusionError: when the file is not there, no safetensors file, or of another shape.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                rows = file.get_tensor("rows")
+                shared_a = file.get_tensor("shared_a") if layout.shared_a else None
+        except (OSError, SafetensorError) as error:
+            raise FusionError(f"cannot read the meta-LoRA matrix {path}: {error}") from error
+        expected = (anchors + common, layout.row_numbers)
+        if tuple(rows.shape) != expected or rows.dtype != torch.bfloat16:
+            raise FusionError(
+                f"{path} holds rows of shape {tuple(rows.shape)} and type {rows.dtype}, "
+                f"the manifest says {expected} in bfloat16"
+            )
+        if shared_a is not None and shared_a.numel() != layout.a_numbers:
+            raise FusionError(f"{path}: shared_a has {shared_a.numel()} numbers, the layout says {layout.a_numbers}")
+        return cls(layout, rows, anchors, common, shared_a)
+
+    def row(self, anchor: int) -> torch.Tensor:
+        """The row [D] of an anchor, bf16, a view of the mapped file."""
+        return self.rows[anchor]
+
+    @property
+    def common_row(self) -> torch.Tensor:
+        """The common row [D], bf16.
+
+        Raises:
+            FusionError: when the bank has none.
+        """
+        if not self.common:
+            raise FusionError("the recipe asks for the common row (`c`), and this bank was built without one")
+        return self.rows[self.anchors]
+
+
+def write_matrix(
+    path: Path, layout: RowLayout, rows: Sequence[torch.Tensor], shared_a: torch.Tensor | None = None
+) -> None:
+    """Write a matrix file.
+
+    Args:
+        path: where.
+        layout: how a row is cut.
+        rows: flat rows [D], anchors in index order, then the common row if there is one. Rounded to bf16.
+        shared_a: the frozen A [R·ΣH_in] of a `shared` layout.
+    """
+    matrix = torch.stack([row.reshape(-1).to(torch.bfloat16) for row in rows])
+    if matrix.shape[1] != layout.row_numbers:
+        raise FusionError(f"rows have {matrix.shape[1]} numbers, the layout cuts {layout.row_numbers}")
+    tensors = {"rows": matrix.contiguous()}
+    if layout.shared_a:
+        if shared_a is None or shared_a.numel() != layout.a_numbers:
+            raise FusionError(f"a shared layout needs one A of {layout.a_numbers} numbers")
+        tensors["shared_a"] = shared_a.reshape(-1).to(torch.bfloat16).contiguous()
+    save_file(tensors, path)

@@ -1,0 +1,149 @@
+"""A tiny random Llama and banks for it, made in a second: real files for real processes, no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from adapters.layout import RowLayout, serving_rank
+from adapters.lora import ModuleShape
+from adapters.matrix import write_matrix
+from adapters.recipe import Method, anchor_id
+from bank.embedder import Embedder
+from bank.index import AnchorIndex
+from bank.manifest import (
+    INDEX_FILE,
+    MATRIX_FILE,
+    AnchorEntry,
+    BankManifest,
+    BaseModelId,
+    EmbedderId,
+    ModuleEntry,
+    WeightRule,
+    file_sha256,
+    fused_rank,
+    write_manifest,
+)
+from bank.models import model_hash
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess openings", "baking bread", "old trains")
+
+
+def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
+    """Write a random Llama (two layers, hidden 64) with a byte-level tokenizer and a chat template.
+
+    Args:
+        folder: where; made if needed.
+        context: its longest sequence, tokens.
+        seed: of its weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _byte_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,  # divides over two tensor-parallel ranks
+        head_dim=32,
+        max_position_embeddings=context,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+        bos_token_id=None,
+        initializer_range=0.1,  # large enough for adapters to change the greedy token
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_bank(
+    folder: Path,
+    model_folder: Path,
+    embedder_folder: Path,
+    *,
+    anchors: int = 4,
+    method: Method = Method.SHARED,
+    common: bool = True,
+    rank: int = 4,
+    user_rank: int = 4,
+    k: int = 2,
+    scale: float = 0.05,
+    seed: int = 1,
+) -> Path:
+    """Write a bank of random rows for a model of `tiny_model`, its index over real embeddings.
+
+    Args:
+        folder: where; made if needed.
+        model_folder: the base model.
+        embedder_folder: the embedder that the index is made with.
+        anchors: N; anchor i embeds the text `WORLDS[i]`, numbered beyond their count.
+        method, common, rank, user_rank, k: as in `mta bank build`.
+        scale: standard deviation of the rows' numbers.
+        seed: of the rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = model_modules(model_folder)
+    layout = RowLayout(modules, rank, method is Method.SHARED)
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
+    shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
+    write_matrix(folder / MATRIX_FILE, layout, rows, shared_a)
+    embedder = Embedder.load(embedder_folder)
+    AnchorIndex.build(embedder.embed([world(i) for i in range(anchors)])).save(folder / INDEX_FILE)
+    manifest = BankManifest(
+        task="chat",
+        base_model=BaseModelId(name="tiny", hash=model_hash(model_folder)),
+        embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
+        method=method,
+        common=common,
+        rank=rank,
+        user_rank=user_rank,
+        serving_rank=serving_rank(fused_rank(method, rank, k, common) + user_rank),
+        weights=WeightRule(anchors=k),
+        target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in modules})),
+        modules=tuple(ModuleEntry(name=m.name, h_in=m.h_in, h_out=m.h_out) for m in modules),
+        anchors=tuple(AnchorEntry(id=anchor_id(i), items=12) for i in range(anchors)),
+        training={"seed": seed},
+        files={name: file_sha256(folder / name) for name in (INDEX_FILE, MATRIX_FILE)},
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def world(index: int) -> str:
+    """The text that anchor `index` embeds: a user who writes it is nearest to that anchor."""
+    turn, place = divmod(index, len(WORLDS))
+    return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
+
+
+def model_modules(model_folder: Path) -> tuple[ModuleShape, ...]:
+    """Every linear module of a saved Llama but its head, in model order."""
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    return tuple(
+        ModuleShape(name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the chat marks."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,157 @@
+"""Every method against its own dense formula, and the identities that must hold between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.errors import FusionError
+from adapters.fusion import check_recipe, fuse
+from adapters.layout import RowLayout
+from adapters.lora import ModuleShape
+from adapters.matrix import MetaMatrix, write_matrix
+from adapters.recipe import FusionRecipe, Method, Term
+
+MODULES = (ModuleShape("q", 24, 16), ModuleShape("down", 40, 24))
+ANCHORS, RANK = 5, 4
+
+
+def make_matrix(folder: Path, method: Method, common: bool) -> MetaMatrix:
+    """A matrix of random rows, written and opened again."""
+    layout = RowLayout(MODULES, RANK, method is Method.SHARED)
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.randn(layout.row_numbers, generator=generator) for _ in range(ANCHORS + common)]
+    shared_a = torch.randn(layout.a_numbers, generator=generator) if layout.shared_a else None
+    path = folder / "meta_loras.safetensors"
+    write_matrix(path, layout, rows, shared_a)
+    return MetaMatrix.open(path, layout, ANCHORS, common)
+
+
+def dense_parts(matrix: MetaMatrix, row: torch.Tensor, module: ModuleShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, H_in] and B [H_out, R] of one row, cut by hand."""
+    layout = matrix.layout
+    flat_a = matrix.shared_a if layout.shared_a else row[: layout.a_numbers]
+    flat_b = row if layout.shared_a else row[layout.a_numbers :]
+    assert flat_a is not None
+    a_start = sum(RANK * m.h_in for m in MODULES[: MODULES.index(module)])
+    b_start = sum(RANK * m.h_out for m in MODULES[: MODULES.index(module)])
+    a = flat_a[a_start : a_start + RANK * module.h_in].double().view(RANK, module.h_in)
+    b = flat_b[b_start : b_start + RANK * module.h_out].double().view(module.h_out, RANK)
+    return a, b
+
+
+def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -> torch.Tensor:
+    """The method's formula in float64, term by term."""
+    parts = [(t.weight / 1000, *dense_parts(matrix, matrix.row(t.anchor), module)) for t in recipe.terms]
+    delta = torch.zeros(module.h_out, module.h_in, dtype=torch.float64)
+    if recipe.common:
+        a, b = dense_parts(matrix, matrix.common_row, module)
+        delta += b @ a
+    if recipe.method is Method.LINEAR and parts:
+        delta += sum(w * b for w, _, b in parts) @ sum(w * a for w, a, _ in parts)
+    elif recipe.method is not Method.LINEAR:
+        for w, a, b in parts:
+            delta += w * b @ a
+    return delta
+
+
+def recipe(method: Method, common: bool, *terms: tuple[int, int]) -> FusionRecipe:
+    return FusionRecipe("0" * 8, method, common, tuple(Term(a, w) for a, w in terms))
+
+
+@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize(
+    ("common", "terms"),
+    [
+        (False, [(2, 1000)]),
+        (False, [(0, 571), (3, 429)]),
+        (False, [(0, 1), (1, 499), (4, 500)]),
+        (True, []),
+        (True, [(1, 300), (2, 200)]),
+        (True, [(0, 333), (1, 333), (4, 334)]),
+    ],
+)
+def test_the_fused_delta_is_the_methods_own_formula(
+    tmp_path: Path, method: Method, common: bool, terms: list[tuple[int, int]]
+) -> None:
+    matrix = make_matrix(tmp_path, method, common)
+    wanted = recipe(method, common, *terms)
+    fused = fuse(matrix, wanted, torch.float32)
+    for module in MODULES:
+        assert fused.a[module.name].shape == (fused.rank, module.h_in)
+        assert fused.b[module.name].shape == (module.h_out, fused.rank)
+        torch.testing.assert_close(
+            fused.delta(module.name), dense_delta(matrix, wanted, module).float(), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_one_anchor_alone_is_that_anchors_own_lora(tmp_path: Path, method: Method) -> None:
+    matrix = make_matrix(tmp_path, method, common=False)
+    fused = fuse(matrix, recipe(method, False, (3, 1000)), torch.float32)
+    assert fused.rank == RANK
+    for module in MODULES:
+        a, b = dense_parts(matrix, matrix.row(3), module)
+        torch.testing.assert_close(fused.a[module.name], a.float())
+        torch.testing.assert_close(fused.b[module.name], b.float())
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_renumbering_the_anchors_changes_nothing(tmp_path: Path, method: Method) -> None:
+    matrix = make_matrix(tmp_path, method, common=False)
+    order = [4, 2, 0, 1, 3]
+    shuffled = MetaMatrix(matrix.layout, matrix.rows[order], ANCHORS, False, matrix.shared_a)
+    fused = fuse(matrix, recipe(method, False, (0, 250), (4, 750)), torch.float32)
+    moved = fuse(shuffled, recipe(method, False, (0, 750), (2, 250)), torch.float32)
+    for module in MODULES:
+        torch.testing.assert_close(fused.delta(module.name), moved.delta(module.name), rtol=1e-4, atol=1e-4)
+
+
+def test_linear_weighs_by_the_square_and_so_differs_from_cat(tmp_path: Path) -> None:
+    terms = [(0, 500), (1, 500)]
+    matrix = make_matrix(tmp_path, Method.LINEAR, common=False)
+    linear = fuse(matrix, recipe(Method.LINEAR, False, *terms), torch.float32).delta("q")
+    cat = fuse(matrix, recipe(Method.CAT, False, *terms), torch.float32).delta("q")
+    (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.row(i), MODULES[0]) for i in (0, 1))
+    cross = (b0 @ a1 + b1 @ a0).float() / 4
+    torch.testing.assert_close(linear, cat / 2 + cross, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Method.CAT, Method.SHARED])
+def test_unequal_weights_stay_with_their_anchors(tmp_path: Path, method: Method) -> None:
+    """The released merger hands each anchor the other one's weight."""
+    matrix = make_matrix(tmp_path, method, common=False)
+    fused = fuse(matrix, recipe(method, False, (0, 900), (1, 100)), torch.float32)
+    swapped = fuse(matrix, recipe(method, False, (0, 100), (1, 900)), torch.float32)
+    (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.row(i), MODULES[0]) for i in (0, 1))
+    torch.testing.assert_close(fused.delta("q"), (0.9 * b0 @ a0 + 0.1 * b1 @ a1).float(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(fused.delta("q"), swapped.delta("q"), atol=1e-2)
+
+
+def test_shared_fusion_keeps_one_a_for_all(tmp_path: Path) -> None:
+    matrix = make_matrix(tmp_path, Method.SHARED, common=True)
+    fused = fuse(matrix, recipe(Method.SHARED, True, (0, 400), (2, 100)))
+    assert matrix.shared_a is not None
+    assert fused.a["q"].untyped_storage().data_ptr() == matrix.shared_a.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (recipe(Method.CAT, False, (0, 1000)), "fuses by `shared`"),
+        (recipe(Method.SHARED, True, (0, 1000)), "no common row"),
+        (recipe(Method.SHARED, False, (0, 400), (1, 300), (2, 300)), "at most 2 anchors"),
+        (recipe(Method.SHARED, False, (9, 1000)), "anchors a00 to a04"),
+    ],
+)
+def test_a_recipe_the_bank_cannot_fuse_is_refused_with_the_reason(wanted: FusionRecipe, message: str) -> None:
+    with pytest.raises(FusionError, match=message):
+        check_recipe(wanted, method=Method.SHARED, anchors=ANCHORS, max_anchors=2, common=False)
+
+
+def test_a_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
+    make_matrix(tmp_path, Method.CAT, common=False)
+    with pytest.raises(FusionError, match="the manifest says"):
+        MetaMatrix.open(tmp_path / "meta_loras.safetensors", RowLayout(MODULES, RANK, False), ANCHORS + 1, False)

@@ -1,0 +1,129 @@
+"""The recipe's name: one text per recipe, and nothing else is read."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.errors import RecipeError
+from adapters.recipe import FusionRecipe, Method, Term, parse_recipe, per_mille
+
+BASE32 = string.ascii_lowercase + "234567"
+keys = st.builds(lambda head, tail: head + tail, st.text(BASE32, min_size=25, max_size=25), st.sampled_from("aeimquy4"))
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> FusionRecipe:
+    common = draw(st.booleans())
+    anchors = sorted(draw(st.sets(st.integers(0, 120_000), min_size=0 if common else 1, max_size=6)))
+    shares = per_mille([draw(st.integers(1, 50)) for _ in anchors]) if anchors else []
+    terms = tuple(Term(a, w) for a, w in zip(anchors, shares, strict=True) if w)
+    if common and terms and draw(st.booleans()):
+        terms = terms[:-1]  # beside a common row the weights may fall short of the whole
+    user = draw(st.none() | st.builds(lambda a, b: f"{a}.{b}", keys, keys))
+    bank = draw(st.text("0123456789abcdef", min_size=8, max_size=8))
+    return FusionRecipe(bank, draw(st.sampled_from(Method)), common, terms, user)
+
+
+@given(recipes())
+def test_parsing_a_name_gives_the_recipe_back(recipe: FusionRecipe) -> None:
+    assert parse_recipe(recipe.name) == recipe
+
+
+@given(recipes(), st.data())
+def test_every_mutation_of_a_name_is_refused_or_itself_canonical(recipe: FusionRecipe, data: st.DataObject) -> None:
+    name = recipe.name
+    at = data.draw(st.integers(0, len(name)))
+    mutation = data.draw(st.sampled_from(["insert", "delete", "replace", "swap"]))
+    char = data.draw(st.characters() | st.sampled_from("mta1:*+c-u.0129 \n/"))
+    if mutation == "insert":
+        mutated = name[:at] + char + name[at:]
+    elif mutation == "delete":
+        mutated = name[:at] + name[at + 1 :]
+    elif mutation == "replace":
+        mutated = name[:at] + char + name[at + 1 :]
+    else:
+        mutated = name[:at] + name[at + 1 : at + 2] + name[at : at + 1] + name[at + 2 :]
+    try:
+        parsed = parse_recipe(mutated)
+    except RecipeError:
+        return
+    assert parsed.name == mutated
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mta1:9f2c41d0:cat:a03*571+a17*429",
+        "mta1:9f2c41d0:shared:c+a03*286+a17*214",
+        "mta1:9f2c41d0:shared:c",
+        "mta1:9f2c41d0:linear:a00*1000",
+        "mta1:9f2c41d0:cat:a99*1+a100*999",
+    ],
+)
+def test_canonical_names_are_read(name: str) -> None:
+    assert parse_recipe(name).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "base",
+        "mta2:9f2c41d0:cat:a03*1000",
+        "mta1:9F2C41D0:cat:a03*1000",  # upper-case digits
+        "mta1:9f2c41d:cat:a03*1000",
+        "mta1:9f2c41d0:ties:a03*1000",
+        "mta1:9f2c41d0:CAT:a03*1000",
+        "mta1:9f2c41d0:cat:",
+        "mta1:9f2c41d0:cat:a17*429+a03*571",  # out of order
+        "mta1:9f2c41d0:cat:a03*500+a03*500",  # named twice
+        "mta1:9f2c41d0:cat:a03*0571+a17*429",
+        "mta1:9f2c41d0:cat:a03*571+a17*430",  # 1001
+        "mta1:9f2c41d0:cat:a03*571+a17*428",  # 999 without a common row
+        "mta1:9f2c41d0:shared:c+a03*571+a17*430",
+        "mta1:9f2c41d0:cat:a03*0+a17*1000",
+        "mta1:9f2c41d0:cat:a3*1000",
+        "mta1:9f2c41d0:cat:a003*1000",
+        "mta1:9f2c41d0:cat:a٠٣*1000",  # digits, but not ASCII ones
+        "mta1:9f2c41d0:shared:a03*500+c",
+        "mta1:9f2c41d0:shared:c+c",
+        "mta1:9f2c41d0:shared:c+",
+        "mta1:9f2c41d0:shared:c:",
+        "mta1:9f2c41d0:shared:c:u-",
+        "mta1:9f2c41d0:shared:c:u-../../etc/passwd",
+        "mta1:9f2c41d0:shared:c:u-" + "a" * 26 + "." + "a" * 25 + "b",  # set padding bits
+        "mta1:9f2c41d0:shared:c:u-" + "A" * 26 + "." + "a" * 26,
+        "mta1:9f2c41d0:shared:c\n",
+        " mta1:9f2c41d0:shared:c",
+        "mta1:9f2c41d0:cat:" + "+".join(f"a{i}*1" for i in range(100, 1100)),
+    ],
+)
+def test_anything_else_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_recipe(name)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.integers(1, 1000))
+def test_per_mille_keeps_the_sum_and_is_off_by_less_than_one(weights: list[float], total: int) -> None:
+    if sum(weights) < 1e-300:
+        return
+    shares = per_mille(weights, total)
+    assert sum(shares) == total
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - weight / sum(weights) * total) < 1 + 1e-6
+
+
+def test_the_largest_remainder_is_rounded_up_first() -> None:
+    assert per_mille([2 / 3, 1 / 3]) == [667, 333]
+    assert per_mille([1, 1, 1]) == [334, 333, 333]
+    assert per_mille([0.6, 0.3], total=500) == [333, 167]
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf")], []])
+def test_weights_that_make_no_recipe_are_refused(weights: list[float]) -> None:
+    with pytest.raises(RecipeError):
+        per_mille(weights)
