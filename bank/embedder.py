@@ -1,0 +1,93 @@
+"""The sentence embedder: one ONNX file and its tokenizer, run by bank build and gateway alike.
+
+Any model serves whose graph takes `input_ids` and `attention_mask` [n, tokens] and gives unit vectors [n, E];
+`bank/embedder_export.py` makes one of a BERT-like sentence-transformers model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bank.errors import BankError
+from bank.manifest import file_sha256
+from bank.profile import Vectors
+
+if TYPE_CHECKING:
+    import onnxruntime
+    import tokenizers
+
+MODEL_FILE = "model.onnx"
+TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENS = 256
+MAX_CHARS = 16 * MAX_TOKENS  # longer texts are cut before they are tokenised: a megabyte must not cost a second
+BATCH = 32
+
+
+class Embedder:
+    """Texts to unit vectors. Safe to call from several threads at once."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, tokenizer: tokenizers.Tokenizer, identity: str) -> None:
+        self._session = session
+        self._tokenizer = tokenizer
+        self.id = identity
+        self.dim = int(session.get_outputs()[0].shape[1])
+
+    @classmethod
+    def load(cls, folder: Path, threads: int = 1) -> Embedder:
+        """Open the embedder in `folder`.
+
+        Args:
+            folder: holds `model.onnx` and `tokenizer.json`.
+            threads: how many threads one call may use.
+
+        Raises:
+            BankError: when a file is missing or is no embedder.
+        """
+        import onnxruntime
+        import tokenizers
+
+        for name in (MODEL_FILE, TOKENIZER_FILE):
+            if not (folder / name).is_file():
+                raise BankError(
+                    f"no embedder at {folder}: {name} is missing. `mta models` prepares the default one; "
+                    "MTA_EMBEDDER names another"
+                )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+            )
+            tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            tokenizer.enable_truncation(MAX_TOKENS)
+            tokenizer.enable_padding()
+            return cls(session, tokenizer, file_sha256(folder / MODEL_FILE)[:16])
+        except Exception as error:  # ONNX Runtime and tokenizers raise bare exceptions of their own
+            raise BankError(f"the embedder at {folder} cannot be loaded: {error}") from error
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Embed texts.
+
+        Args:
+            texts: any number; of a long one the first 256 tokens count.
+
+        Returns:
+            [n, E] float32, each row at unit length.
+        """
+        vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
+        by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # like lengths together: less padding
+        for start in range(0, len(by_length), BATCH):
+            rows = by_length[start : start + BATCH]
+            encoded = self._tokenizer.encode_batch([texts[row][:MAX_CHARS] for row in rows])
+            feeds = {
+                "input_ids": np.array([e.ids for e in encoded], dtype=np.int64),
+                "attention_mask": np.array([e.attention_mask for e in encoded], dtype=np.int64),
+            }
+            vectors[rows] = self._session.run(None, feeds)[0]
+        return vectors

@@ -1,0 +1,105 @@
+"""The anchors' embeddings as a FAISS inner-product index: exact for a small bank, HNSW for a large one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bank.errors import BankError
+from bank.profile import Vectors
+
+FLAT_LIMIT = 10_000
+"""Above this many anchors the index is approximate."""
+
+_LINKS = 32
+_BUILD_DEPTH = 200
+_SEARCH_DEPTH = 128
+
+
+class AnchorIndex:
+    """Finds the anchors nearest to a profile. Searching is safe from several threads at once."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+
+    @classmethod
+    def build(cls, embeddings: Vectors, flat_limit: int = FLAT_LIMIT) -> AnchorIndex:
+        """Index the anchors' embeddings [N, E], in anchor order. The same input gives the same file.
+
+        Raises:
+            BankError: when there are none.
+        """
+        import faiss
+
+        vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
+        if vectors.ndim != 2 or not len(vectors):
+            raise BankError(f"an index needs anchors [N, E], got shape {vectors.shape}")
+        if len(vectors) <= flat_limit:
+            flat = faiss.IndexFlatIP(vectors.shape[1])
+            flat.add(vectors)
+            return cls(flat)
+        index = faiss.IndexHNSWFlat(vectors.shape[1], _LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = _BUILD_DEPTH
+        index.hnsw.efSearch = _SEARCH_DEPTH
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # links depend on the order of insertion: one thread, one file
+        try:
+            index.add(vectors)
+        finally:
+            faiss.omp_set_num_threads(threads)
+        return cls(index)
+
+    @classmethod
+    def load(cls, path: Path) -> AnchorIndex:
+        """Read an index that `save` wrote.
+
+        Raises:
+            BankError: when the file is no index.
+        """
+        import faiss
+
+        try:
+            return cls(faiss.read_index(str(path)))
+        except RuntimeError as error:
+            raise BankError(f"{path} is no FAISS index: copy the bank again or build it again") from error
+
+    def save(self, path: Path) -> None:
+        """Write the index."""
+        import faiss
+
+        faiss.write_index(self._index, str(path))
+
+    @property
+    def anchors(self) -> int:
+        """N."""
+        return int(self._index.ntotal)
+
+    @property
+    def dim(self) -> int:
+        """E."""
+        return int(self._index.d)
+
+    @property
+    def kind(self) -> str:
+        """The FAISS class, for people."""
+        return type(self._index).__name__
+
+    def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
+        """The `k` anchors (all, when there are fewer) of largest inner product, best first, ties in anchor order.
+
+        Args:
+            embedding: [E].
+            k: at least 1.
+
+        Raises:
+            BankError: when the embedding is of another size, or not finite.
+        """
+        query: npt.NDArray[np.float32] = np.ascontiguousarray(embedding, dtype=np.float32)
+        if query.shape != (self.dim,) or not np.isfinite(query).all():
+            raise BankError(f"an embedding of this bank has {self.dim} finite numbers, got shape {query.shape}")
+        similarities, anchors = self._index.search(query[None], min(k, self.anchors))
+        found = [(int(a), float(s)) for a, s in zip(anchors[0], similarities[0], strict=True) if a >= 0]
+        return sorted(found, key=lambda pair: (-pair[1], pair[0]))

@@ -1,0 +1,89 @@
+"""The one place where a conversation becomes what the model reads.
+
+Training, adapting, serving and evaluation all render a user's turn with `chat_messages`: vLLM applies the base model's
+chat template to it when serving, `encode_pair` applies the same template when training, so both see the same tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class ChatTokenizer(Protocol):
+    """What this module needs of a Hugging Face tokenizer."""
+
+    @property
+    def eos_token(self) -> str | None: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """One training example.
+
+    Attributes:
+        ids: token ids of the prompt, the output, and the end of the assistant's turn.
+        loss_from: position of the first id that carries loss: the output and the end of turn, never the prompt.
+    """
+
+    ids: tuple[int, ...]
+    loss_from: int
+
+    @property
+    def output_tokens(self) -> int:
+        """How many ids carry loss."""
+        return len(self.ids) - self.loss_from
+
+
+def chat_messages(turn: str) -> list[dict[str, str]]:
+    """The conversation that a single user turn stands for."""
+    return [{"role": "user", "content": turn}]
+
+
+def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> EncodedPair:
+    """Tokenise one (turn, output) pair as the model sees it when serving.
+
+    Prompt and output are tokenised apart, because serving tokenises the prompt alone. A pair that is too long loses
+    the end of the user's turn, never the chat template around it; only when the output alone is too long it is cut.
+
+    Args:
+        tokenizer: the base model's, with a chat template.
+        turn: one complete user turn.
+        output: what the assistant should have answered.
+        max_tokens: most ids of the example.
+    """
+    prompt = _prompt(tokenizer, turn)
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    output_ids = tokenizer.encode(_completion(tokenizer, turn, output, prompt), add_special_tokens=False)
+    overflow = len(prompt_ids) + len(output_ids) - max_tokens
+    if overflow > 0:
+        turn_ids = tokenizer.encode(turn, add_special_tokens=False)
+        shorter = tokenizer.decode(turn_ids[: max(0, len(turn_ids) - overflow)])
+        prompt_ids = tokenizer.encode(_prompt(tokenizer, shorter), add_special_tokens=False)
+    ids = (prompt_ids + output_ids)[:max_tokens]
+    return EncodedPair(tuple(ids), min(len(prompt_ids), max_tokens))
+
+
+def _prompt(tokenizer: ChatTokenizer, turn: str) -> str:
+    return tokenizer.apply_chat_template(chat_messages(turn), tokenize=False, add_generation_prompt=True)
+
+
+def _completion(tokenizer: ChatTokenizer, turn: str, output: str, prompt: str) -> str:
+    """The output and the end-of-turn marker, as the chat template closes an assistant's turn.
+
+    White space after the marker is dropped: generation has stopped by then.
+    """
+    answered = [*chat_messages(turn), {"role": "assistant", "content": output}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
+    body = output.strip()  # some templates strip what they are given
+    start = whole.find(body, len(prompt)) if whole.startswith(prompt) else -1
+    end_of_turn = whole[start + len(body) :].strip() if start >= 0 else ""
+    return output + (end_of_turn or tokenizer.eos_token or "")

@@ -1,0 +1,58 @@
+"""All that the gateway needs of a bank: its manifest, its index, and the way from an embedding to a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapters.recipe import FusionRecipe
+from bank.errors import BankError
+from bank.index import AnchorIndex
+from bank.manifest import INDEX_FILE, BankManifest, read_manifest, verify_files
+from bank.profile import Vectors
+from bank.tasks import Task, get_task
+from bank.weights import AnchorWeight, TopicWeights, WeightSource, make_recipe
+
+
+class ServingBank:
+    """A bank opened for lookups; the weights of its adapters are never read here."""
+
+    def __init__(self, manifest: BankManifest, index: AnchorIndex) -> None:
+        self.manifest = manifest
+        self.task: Task = get_task(manifest.task)
+        self.index = index
+        self._source: WeightSource = TopicWeights(index, manifest.weights)
+
+    @classmethod
+    def open(cls, folder: Path, embedder_id: str) -> ServingBank:
+        """Open the bank in `folder`.
+
+        Args:
+            folder: written by `mta bank build` or `mta bank import`.
+            embedder_id: the id of the embedder that will make the profiles' vectors.
+
+        Raises:
+            BankError: when the bank is missing, damaged, or made with another embedder.
+        """
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest, (INDEX_FILE,))
+        if manifest.embedder.id != embedder_id:
+            raise BankError(
+                f"the bank at {folder} was made with embedder {manifest.embedder.id}, this one is {embedder_id}: "
+                "their vectors cannot be compared. Set MTA_EMBEDDER to the bank's embedder or build the bank again"
+            )
+        index = AnchorIndex.load(folder / INDEX_FILE)
+        if (index.anchors, index.dim) != (len(manifest.anchors), manifest.embedder.dim):
+            raise BankError(
+                f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} numbers, its "
+                f"manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
+            )
+        return cls(manifest, index)
+
+    def personalise(self, embedding: Vectors) -> tuple[FusionRecipe, tuple[AnchorWeight, ...]]:
+        """The recipe for a profile, and the anchors behind it, nearest first.
+
+        Args:
+            embedding: the profile's [E], at unit length.
+        """
+        weights = self._source.weights(embedding)
+        return make_recipe(self.manifest, weights), weights

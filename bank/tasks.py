@@ -1,0 +1,79 @@
+"""Tasks: the templates that turn a history's items into text to embed and pairs to train on.
+
+The templates are data (`tasks.toml`). They never touch a request: a prompt is a complete user turn already.
+"""
+
+from __future__ import annotations
+
+import string
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from adapters.errors import excerpt
+from bank.errors import BankError
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one task's items look like.
+
+    Attributes:
+        name: as in `--task`.
+        lamp: its name in the LaMP benchmark, or None.
+        input: template of the user turn.
+        output: template of the answer.
+        text: the fields that are embedded.
+        proxy: whether histories lack the task's own answers, so that input and output are a stand-in.
+    """
+
+    name: str
+    lamp: str | None
+    input: str
+    output: str
+    text: tuple[str, ...]
+    proxy: bool = False
+
+    @property
+    def pair_fields(self) -> tuple[str, ...]:
+        """The fields that a training pair needs."""
+        return _placeholders(self.input + self.output)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Every field of an item that means something to this task."""
+        return tuple(dict.fromkeys((*self.text, *self.pair_fields)))
+
+    @property
+    def instruction(self) -> str:
+        """The words of the turn before its first field: the same for everybody, so they are never embedded."""
+        return self.input.partition("{")[0]
+
+
+def _placeholders(template: str) -> tuple[str, ...]:
+    names = (name for _, name, _, _ in string.Formatter().parse(template) if name)
+    return tuple(dict.fromkeys(names))
+
+
+@cache
+def tasks() -> Mapping[str, Task]:
+    """All tasks by name, in the order of `tasks.toml`."""
+    document = tomllib.loads(resources.files("bank").joinpath("tasks.toml").read_text("utf-8"))
+    return {
+        name: Task(name, raw.get("lamp"), raw["input"], raw["output"], tuple(raw["text"]), raw.get("proxy", False))
+        for name, raw in document.items()
+    }
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`.
+
+    Raises:
+        BankError: when there is none, listing those there are.
+    """
+    try:
+        return tasks()[name]
+    except KeyError:
+        raise BankError(f"unknown task {excerpt(name)}; the tasks are: {', '.join(tasks())}") from None

@@ -1,0 +1,129 @@
+"""Items: every accepted shape, every refusal with the field at fault, and the embedding of them all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bank.errors import ProfileError
+from bank.profile import item_pair, item_text, parse_item, profile_embedding
+from bank.tasks import get_task
+
+HEADLINE = get_task("news_headline")
+RATING = get_task("movie_rating")
+CHAT = get_task("chat")
+
+
+def test_a_lamp_item_gives_the_pair_to_train_on_and_the_text_to_embed() -> None:
+    item = parse_item({"id": "7", "title": "Big News", "text": "It happened.", "date": "2020-01-01"}, HEADLINE, 0)
+    assert item.id == "7"
+    assert item_pair(item, HEADLINE) == ("Generate a headline for the following article: It happened.", "Big News")
+    assert item_text(item, HEADLINE) == "Big News\nIt happened."
+
+
+def test_fields_the_task_does_not_know_are_dropped() -> None:
+    item = parse_item({"title": "T", "text": "t", "category": "SECRET"}, HEADLINE, 0)
+    assert set(item.fields) == {"title", "text"}
+
+
+def test_a_rating_may_be_a_number() -> None:
+    assert item_pair(parse_item({"text": "Dogma (1999)", "score": 5}, RATING, 0), RATING) == item_pair(
+        parse_item({"text": "Dogma (1999)", "score": "5"}, RATING, 0), RATING
+    )
+
+
+def test_an_input_output_pair_serves_every_task_and_is_embedded_without_the_instruction() -> None:
+    item = parse_item(
+        {"input": "Generate a headline for the following article: It happened.", "output": "Big News"}, HEADLINE, 0
+    )
+    assert item_pair(item, HEADLINE) == ("Generate a headline for the following article: It happened.", "Big News")
+    assert item_text(item, HEADLINE) == "It happened.\nBig News"
+
+
+def test_plain_text_is_embedded_and_trains_nothing() -> None:
+    for task in (HEADLINE, RATING, CHAT):
+        item = parse_item({"text": "I like trains."}, task, 0)
+        assert item_text(item, task) == "I like trains."
+        assert item_pair(item, task) is None
+
+
+def test_braces_in_a_users_text_are_text() -> None:
+    item = parse_item({"title": "{title} {0} {", "text": "{text}"}, HEADLINE, 0)
+    assert item_pair(item, HEADLINE) == ("Generate a headline for the following article: {text}", "{title} {0} {")
+
+
+def test_without_an_id_equal_content_has_an_equal_id() -> None:
+    first = parse_item({"text": "a", "title": "b", "noise": 1}, HEADLINE, 0)
+    again = parse_item({"title": "b", "text": "a"}, HEADLINE, 5)
+    other = parse_item({"title": "b", "text": "A"}, HEADLINE, 0)
+    assert first.id == again.id != other.id
+
+
+@pytest.mark.parametrize(
+    ("raw", "param"),
+    [
+        ("text", "items.3"),
+        (None, "items.3"),
+        ([], "items.3"),
+        ({}, "items.3.text"),
+        ({"text": ""}, "items.3.text"),
+        ({"text": " \n\t"}, "items.3.text"),
+        ({"text": 1.5 + 1j}, "items.3.text"),
+        ({"text": ["a"]}, "items.3.text"),
+        ({"text": True}, "items.3.text"),
+        ({"text": float("nan")}, "items.3.text"),
+        ({"text": "a\0b"}, "items.3.text"),
+        ({"text": "a\ud800b"}, "items.3.text"),
+        ({"text": "a", "title": {"b": 1}}, "items.3.title"),
+        ({"input": "a"}, "items.3.output"),
+        ({"output": "a"}, "items.3.input"),
+        ({"text": "a", "id": ""}, "items.3.id"),
+        ({"text": "a", "id": "x" * 257}, "items.3.id"),
+        ({"text": "a", "id": ["x"]}, "items.3.id"),
+    ],
+)
+def test_an_item_that_cannot_stand_is_refused_by_field(raw: object, param: str) -> None:
+    with pytest.raises(ProfileError) as caught:
+        parse_item(raw, HEADLINE, 3)
+    assert caught.value.param == param
+    assert param in str(caught.value)
+
+
+def test_a_rating_alone_is_no_profile_text() -> None:
+    with pytest.raises(ProfileError, match=r"items\.0\.text is missing"):
+        parse_item({"score": "5"}, RATING, 0)
+
+
+def test_half_a_pair_beside_plain_text_is_plain_text() -> None:
+    assert item_pair(parse_item({"text": "a", "input": "b"}, CHAT, 0), CHAT) is None
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_no_json_value_gets_past_the_parser_as_anything_but_an_item_or_a_profile_error(raw: object) -> None:
+    try:
+        item = parse_item(raw, HEADLINE, 0)
+    except ProfileError:
+        return
+    assert item_text(item, HEADLINE).strip()
+
+
+def test_the_profile_is_the_normalised_mean() -> None:
+    vectors = np.array([[1, 0, 0], [0, 1, 0]], dtype=np.float32)
+    embedding = profile_embedding(vectors)
+    np.testing.assert_allclose(embedding, [2**-0.5, 2**-0.5, 0], rtol=1e-6)
+    assert embedding.dtype == np.float32
+
+
+def test_items_that_cancel_out_give_zeros_and_not_nan() -> None:
+    assert not profile_embedding(np.array([[1, 0], [-1, 0]], dtype=np.float32)).any()
+
+
+def test_no_items_give_no_profile() -> None:
+    with pytest.raises(ProfileError, match="at least one item"):
+        profile_embedding(np.zeros((0, 4), dtype=np.float32))

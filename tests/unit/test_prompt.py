@@ -1,0 +1,78 @@
+"""Rendering: what training sees is what serving sees, and only the answer carries loss."""
+
+from __future__ import annotations
+
+import pytest
+
+from bank.prompt import chat_messages, encode_pair
+
+
+class CharTokenizer:
+    """One id per character, under a chat template of its own."""
+
+    def __init__(self, close: str = "<end>\n", eos_token: str | None = "</s>", strips: bool = False) -> None:
+        self.close, self.eos_token, self.strips = close, eos_token, strips
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        assert not tokenize
+        text = "".join(
+            f"<{m['role']}>{m['content'].strip() if self.strips else m['content']}{self.close}" for m in conversation
+        )
+        return text + ("<assistant>" if add_generation_prompt else "")
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(i) for i in token_ids)
+
+
+def split(tokenizer: CharTokenizer, turn: str, output: str, max_tokens: int = 1000) -> tuple[str, str]:
+    pair = encode_pair(tokenizer, turn, output, max_tokens)
+    assert len(pair.ids) <= max_tokens
+    return tokenizer.decode(list(pair.ids[: pair.loss_from])), tokenizer.decode(list(pair.ids[pair.loss_from :]))
+
+
+def test_one_turn_is_one_user_message() -> None:
+    assert chat_messages("hi") == [{"role": "user", "content": "hi"}]
+
+
+def test_loss_falls_on_the_output_and_the_end_of_turn_alone() -> None:
+    assert split(CharTokenizer(), "hi", "yo") == ("<user>hi<end>\n<assistant>", "yo<end>")
+
+
+def test_the_prompt_is_exactly_what_serving_renders() -> None:
+    tokenizer = CharTokenizer()
+    served = tokenizer.apply_chat_template(chat_messages("hi"), tokenize=False, add_generation_prompt=True)
+    assert split(tokenizer, "hi", "yo")[0] == served
+
+
+def test_a_template_without_an_end_of_turn_falls_back_on_the_end_of_text() -> None:
+    assert split(CharTokenizer(close="\n"), "hi", "yo") == ("<user>hi\n<assistant>", "yo</s>")
+    assert split(CharTokenizer(close="", eos_token=None), "hi", "yo")[1] == "yo"
+
+
+def test_a_template_that_strips_the_output_still_closes_it() -> None:
+    assert split(CharTokenizer(strips=True), "hi", " yo ")[1] == " yo <end>"
+
+
+def test_a_long_turn_loses_its_end_and_never_the_template() -> None:
+    prompt, output = split(CharTokenizer(), "x" * 100, "yo", max_tokens=60)
+    assert prompt.startswith("<user>xxx")
+    assert prompt.endswith("x<end>\n<assistant>")
+    assert output == "yo<end>"
+    assert len(prompt + output) == 60
+
+
+def test_an_output_that_is_too_long_by_itself_is_cut() -> None:
+    prompt, output = split(CharTokenizer(), "x" * 100, "y" * 100, max_tokens=60)
+    assert prompt == "<user><end>\n<assistant>"
+    assert output == "y" * (60 - len(prompt))
+
+
+@pytest.mark.parametrize("output", ["yo", "a<end>b", "<assistant>"])
+def test_an_output_that_looks_like_the_template_is_trained_on_whole(output: str) -> None:
+    assert split(CharTokenizer(), "hi", output)[1] == output + "<end>"

@@ -1,0 +1,145 @@
+"""Anchor weights: the nearest speaks loudest, and rounding keeps the sum."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.recipe import Method, parse_recipe
+from bank.errors import BankError
+from bank.index import AnchorIndex
+from bank.manifest import (
+    INDEX_FILE,
+    AnchorEntry,
+    BankManifest,
+    BaseModelId,
+    EmbedderId,
+    ModuleEntry,
+    WeightRule,
+    file_sha256,
+    write_manifest,
+)
+from bank.serving import ServingBank
+from bank.weights import AnchorWeight, TopicWeights, make_recipe
+
+
+def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: int = 2) -> BankManifest:
+    return BankManifest(
+        task="chat",
+        base_model=BaseModelId(name="tiny", hash="0" * 64),
+        embedder=EmbedderId(id="e" * 16, dim=4),
+        method=Method.CAT,
+        common=common,
+        rank=2,
+        user_rank=2,
+        serving_rank=8,
+        weights=WeightRule(anchors=k, strength=strength),
+        target_modules=("q_proj",),
+        modules=(ModuleEntry(name="q_proj", h_in=4, h_out=4),),
+        anchors=tuple(AnchorEntry(id=f"a{i:02d}", items=11) for i in range(anchors)),
+        training={},
+        files={},
+        fingerprint="9f2c41d0" + "0" * 56,
+    )
+
+
+def index_at(*cosines: float) -> tuple[AnchorIndex, np.ndarray]:
+    """Anchors at the given cosines to the query that comes with them."""
+    rows = np.array([[c, (1 - c * c) ** 0.5, 0, 0] for c in cosines], dtype=np.float32)
+    return AnchorIndex.build(rows), np.array([1, 0, 0, 0], dtype=np.float32)
+
+
+def test_weights_are_similarities_over_their_sum_and_are_never_swapped() -> None:
+    """Two anchors of unequal similarity: the released merger of the paper gives each the other's weight."""
+    index, query = index_at(0.3, 0.1, 0.9)
+    near, far = TopicWeights(index, WeightRule(anchors=2)).weights(query)
+    assert (near.anchor, far.anchor) == (2, 0)
+    assert near.weight == pytest.approx(0.75, abs=1e-5)
+    assert far.weight == pytest.approx(0.25, abs=1e-5)
+    assert near.similarity == pytest.approx(0.9, abs=1e-5)
+    recipe = make_recipe(manifest(), (near, far))
+    assert recipe.name == "mta1:9f2c41d0:cat:a00*250+a02*750"
+
+
+def test_a_negative_similarity_counts_as_nothing() -> None:
+    index, query = index_at(0.5, -0.5)
+    weights = TopicWeights(index, WeightRule(anchors=2)).weights(query)
+    assert [w.weight for w in weights] == [1.0, 0.0]
+    assert make_recipe(manifest(), weights).name == "mta1:9f2c41d0:cat:a00*1000"
+
+
+def test_when_nothing_is_similar_the_weights_are_equal() -> None:
+    index, query = index_at(-0.5, -0.1, -0.9)
+    weights = TopicWeights(index, WeightRule(anchors=2)).weights(query)
+    assert [(w.anchor, w.weight) for w in weights] == [(1, 0.5), (0, 0.5)]
+
+
+def test_strength_leaves_the_rest_to_the_common_row() -> None:
+    index, query = index_at(0.6, 0.2)
+    weights = TopicWeights(index, WeightRule(anchors=2, strength=0.4)).weights(query)
+    assert sum(w.weight for w in weights) == pytest.approx(0.4)
+    assert make_recipe(manifest(common=True, strength=0.4), weights).name == "mta1:9f2c41d0:cat:c+a00*300+a01*100"
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(any),
+    st.booleans(),
+    st.floats(0.001, 1),
+)
+def test_a_recipe_sums_to_the_strength_and_is_canonical(shares: list[float], common: bool, strength: float) -> None:
+    weights = [AnchorWeight(i, share, share) for i, share in enumerate(shares)][::-1]
+    recipe = make_recipe(manifest(6, common, strength), weights)
+    assert parse_recipe(recipe.name) == recipe
+    assert sum(term.weight for term in recipe.terms) == (round(strength * 1000) if common else 1000)
+    by_anchor = {term.anchor: term.weight for term in recipe.terms}
+    for a, b in itertools.pairwise(weights):
+        if a.weight > b.weight:
+            assert by_anchor.get(a.anchor, 0) >= by_anchor.get(b.anchor, 0)
+
+
+def saved_bank(folder: Path, **changes: object) -> BankManifest:
+    index, _ = index_at(0.9, 0.3, -0.2, 0.1)
+    index.save(folder / INDEX_FILE)
+    files = {INDEX_FILE: file_sha256(folder / INDEX_FILE)}
+    return write_manifest(folder, manifest().model_copy(update={"files": files, **changes}))
+
+
+def test_a_serving_bank_leads_from_an_embedding_to_a_recipe(tmp_path: Path) -> None:
+    written = saved_bank(tmp_path)
+    bank = ServingBank.open(tmp_path, "e" * 16)
+    recipe, weights = bank.personalise(np.array([1, 0, 0, 0], dtype=np.float32))
+    assert recipe.name == f"mta1:{written.short}:cat:a00*750+a01*250"
+    assert [w.anchor for w in weights] == [0, 1]
+    assert bank.task.name == "chat"
+
+
+def test_a_bank_of_another_embedder_is_refused(tmp_path: Path) -> None:
+    saved_bank(tmp_path)
+    with pytest.raises(BankError, match="made with embedder eeee"):
+        ServingBank.open(tmp_path, "f" * 16)
+
+
+def test_a_bank_with_a_flipped_byte_in_its_index_is_refused(tmp_path: Path) -> None:
+    saved_bank(tmp_path)
+    content = bytearray((tmp_path / INDEX_FILE).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / INDEX_FILE).write_bytes(content)
+    with pytest.raises(BankError, match="damaged"):
+        ServingBank.open(tmp_path, "e" * 16)
+
+
+def test_an_index_of_another_size_than_the_manifest_is_refused(tmp_path: Path) -> None:
+    saved_bank(tmp_path, anchors=(AnchorEntry(id="a00", items=11),))
+    with pytest.raises(BankError, match="holds 4 anchors"):
+        ServingBank.open(tmp_path, "e" * 16)
+
+
+def test_a_bank_for_a_task_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    saved_bank(tmp_path, task="poems")
+    with pytest.raises(BankError, match="unknown task 'poems'"):
+        ServingBank.open(tmp_path, "e" * 16)
