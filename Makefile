@@ -1,0 +1,40 @@
+# The few commands of daily work. Each makes or updates .venv first; a finished set-up costs no time.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format acceptance clean
+
+BIN := .venv/bin
+PACKAGES := adapters bank server
+SCRIPTS := deploy/setup.sh .ci/run
+
+help: ## list these targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+setup: ## make .venv with everything (GPU=1 or GPU=0 picks the build of vLLM, PYTHON the interpreter)
+	@deploy/setup.sh
+
+demo: setup ## from nothing to personalised answers, in a table
+	@$(BIN)/python -m deploy.demo
+
+test: lint ## lint, then every test, on data that the tests make themselves
+	$(BIN)/python -m pytest tests --durations=15
+
+lint: ## formatting, style, types, layers, shell
+	@deploy/setup.sh tools
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); \
+	 else echo "shellcheck is not installed: the shell scripts are not checked"; fi
+
+format: setup ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+acceptance: setup ## DATA=folder of the real histories: what takes long, in one table
+	@test -n "$(DATA)" || { echo "say where the histories are: make acceptance DATA=../shared/data" >&2; exit 2; }
+	$(BIN)/python -m bench.acceptance --data "$(DATA)"
+
+clean: ## remove what was made here: .venv, out/, caches
+	rm -rf .venv out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(PACKAGES) bench deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +

