@@ -19,7 +19,7 @@ import torch
 from adapters.errors import FusionError
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PER_MILLE, FusionRecipe, Method
+from adapters.recipe import PER_MILLE, FusionRecipe, Method, anchor_id
 
 
 def check_recipe(recipe: FusionRecipe, *, method: Method, anchors: int, max_anchors: int, common: bool) -> None:
@@ -43,7 +43,9 @@ def check_recipe(recipe: FusionRecipe, *, method: Method, anchors: int, max_anch
         raise FusionError(f"bank {recipe.bank} fuses at most {max_anchors} anchors, the recipe has {len(recipe.terms)}")
     for term in recipe.terms:
         if term.anchor >= anchors:
-            raise FusionError(f"bank {recipe.bank} has anchors a00 to a{anchors - 1:02d}, the recipe asks for {term}")
+            raise FusionError(
+                f"bank {recipe.bank} has anchors a00 to a{anchors - 1:02d}, the recipe asks for {anchor_id(term.anchor)}"
+            )
 
 
 def fuse(matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:

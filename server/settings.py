@@ -25,6 +25,9 @@ class Settings(BaseSettings):
 
     # What is served
     bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
+    next_bank: Path | None = Field(
+        None, description="A second bank that engines serve beside it, while a fleet moves from one to the other."
+    )
     model: str = Field(
         "default",
         description="Base model: a local folder, a Hugging Face id, or `default` (SmolLM2-135M-Instruct).",
@@ -46,6 +49,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis 7.2+ or Valkey 8+.")
+    require_durable_store: bool = Field(
+        True, description="Refuse a Redis that keeps no append-only file; false: warn, and say so in /ready."
+    )
     secret: SecretStr | None = Field(
         None,
         description="Keys the hash of user ids; the same for all gateways and for ever. `mta up` makes one.",
@@ -61,7 +67,8 @@ class Settings(BaseSettings):
     engine_timeout_s: float = Field(600, gt=0, description="Longest silence of the engine within one answer.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
-    profile_items: int = Field(512, gt=0, description="Newest items kept of each user.")
+    max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
+    profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
     embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
 
     # Engine
@@ -75,6 +82,11 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
+
+    @property
+    def banks(self) -> tuple[Path, ...]:
+        """The folders of the banks an engine serves."""
+        return tuple(folder for folder in (self.bank, self.next_bank) if folder is not None)
 
     @property
     def engines(self) -> tuple[str, ...]:

@@ -1,0 +1,11 @@
+"""What runs inside vLLM: recipes are checked before admission and fused in the workers. The only importer of vLLM.
+
+API process     endpoint.py    wires the plugin in and adds the private route `/mta/v1/`
+                prepare.py     checks a recipe before vLLM admits the request that names it
+                names.py       gives recipes their engine ids, bounded in number
+                metrics.py     adapter gauges with a fixed set of labels
+every worker    plugin.py      puts our adapter manager in the place of vLLM's
+                manager.py     fuses a recipe into a LoRA slot
+                worker.py      calls the API process makes on the workers
+both            banks.py       the banks this engine serves
+"""

@@ -13,6 +13,7 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionRecipe, Method, Term
+from bench.dense import dense_delta, dense_parts
 
 MODULES = (ModuleShape("q", 24, 16), ModuleShape("down", 40, 24))
 ANCHORS, RANK = 5, 4
@@ -27,34 +28,6 @@ def make_matrix(folder: Path, method: Method, common: bool) -> MetaMatrix:
     path = folder / "meta_loras.safetensors"
     write_matrix(path, layout, rows, shared_a)
     return MetaMatrix.open(path, layout, ANCHORS, common)
-
-
-def dense_parts(matrix: MetaMatrix, row: torch.Tensor, module: ModuleShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, H_in] and B [H_out, R] of one row, cut by hand."""
-    layout = matrix.layout
-    flat_a = matrix.shared_a if layout.shared_a else row[: layout.a_numbers]
-    flat_b = row if layout.shared_a else row[layout.a_numbers :]
-    assert flat_a is not None
-    a_start = sum(RANK * m.h_in for m in MODULES[: MODULES.index(module)])
-    b_start = sum(RANK * m.h_out for m in MODULES[: MODULES.index(module)])
-    a = flat_a[a_start : a_start + RANK * module.h_in].double().view(RANK, module.h_in)
-    b = flat_b[b_start : b_start + RANK * module.h_out].double().view(module.h_out, RANK)
-    return a, b
-
-
-def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -> torch.Tensor:
-    """The method's formula in float64, term by term."""
-    parts = [(t.weight / 1000, *dense_parts(matrix, matrix.row(t.anchor), module)) for t in recipe.terms]
-    delta = torch.zeros(module.h_out, module.h_in, dtype=torch.float64)
-    if recipe.common:
-        a, b = dense_parts(matrix, matrix.common_row, module)
-        delta += b @ a
-    if recipe.method is Method.LINEAR and parts:
-        delta += sum(w * b for w, _, b in parts) @ sum(w * a for w, a, _ in parts)
-    elif recipe.method is not Method.LINEAR:
-        for w, a, b in parts:
-            delta += w * b @ a
-    return delta
 
 
 def recipe(method: Method, common: bool, *terms: tuple[int, int]) -> FusionRecipe:

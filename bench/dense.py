@@ -1,0 +1,80 @@
+"""The oracle: every method's own formula on dense float64 matrices, sharing no code with `adapters/fusion.py`.
+
+Used by the tests and by `bench/oracle.py`, which hold a running vLLM against Hugging Face with ΔW added to the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from adapters.lora import ModuleShape
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe, Method
+
+
+def dense_parts(matrix: MetaMatrix, row: torch.Tensor, module: ModuleShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, H_in] and B [H_out, R] of one module of one row, cut by hand, float64."""
+    modules, rank = matrix.layout.modules, matrix.layout.rank
+    at = modules.index(module)
+    a_starts = list(accumulate((rank * m.h_in for m in modules), initial=0))
+    b_starts = list(accumulate((rank * m.h_out for m in modules), initial=0))
+    if matrix.shared_a is not None:
+        flat_a, flat_b = matrix.shared_a, row
+    else:
+        flat_a, flat_b = row[: a_starts[-1]], row[a_starts[-1] :]
+    a = flat_a[a_starts[at] : a_starts[at + 1]].double().view(rank, module.h_in)
+    b = flat_b[b_starts[at] : b_starts[at + 1]].double().view(module.h_out, rank)
+    return a, b
+
+
+def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -> torch.Tensor:
+    """ΔW [H_out, H_in] of one module in float64, term by term."""
+    delta = torch.zeros(module.h_out, module.h_in, dtype=torch.float64)
+    if recipe.common:
+        a, b = dense_parts(matrix, matrix.rows[matrix.anchors], module)
+        delta += b @ a
+    parts = [(term.weight / 1000, *dense_parts(matrix, matrix.rows[term.anchor], module)) for term in recipe.terms]
+    if recipe.method is Method.LINEAR:
+        for weight_b, _, b in parts:
+            for weight_a, a, _ in parts:
+                delta += weight_b * weight_a * (b @ a)
+    else:
+        for weight, a, b in parts:
+            delta += weight * (b @ a)
+    return delta
+
+
+@contextmanager
+def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Iterator[None]:
+    """A Hugging Face model with a recipe's ΔW added to its weights, and taken back afterwards.
+
+    Args:
+        model: in float32.
+        matrix: the bank's rows.
+        recipe: what to add.
+    """
+    kept = {}
+    with torch.no_grad():
+        for module in matrix.layout.modules:
+            weight = model.get_submodule(module.name).weight
+            kept[module.name] = weight.detach().clone()
+            weight += dense_delta(matrix, recipe, module).to(weight.dtype)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                model.get_submodule(name).weight.copy_(weight)
+
+
+def token_logprobs(model: Any, token_ids: list[int]) -> torch.Tensor:
+    """Log-probability of each token given those before it, [T - 1], and so of T - 1 next tokens."""
+    ids = torch.tensor([token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].float()
+    return torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])[:, 0]

@@ -1,0 +1,5 @@
+"""`python -m server.cli` is the `mta` command."""
+
+from server.cli import main
+
+main()

@@ -1,0 +1,27 @@
+"""`mta engine`: vLLM's own OpenAI server with the plugin, in the foreground."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def engine(
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank; MTA_BANK.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or `default`; MTA_MODEL.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; MTA_ENGINE_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; MTA_ENGINE_PORT.")] = None,
+) -> None:
+    """Start the engine: checks bank and model, then becomes the vLLM process.
+
+    All other options are settings (`mta settings`); the key comes from MTA_ENGINE_KEY.
+    """
+    from server.engine_command import prepare_engine
+    from server.settings import Settings
+
+    given = {"bank": bank, "model": model, "engine_host": host, "engine_port": port}
+    argv, environment = prepare_engine(Settings(**{k: v for k, v in given.items() if v is not None}))
+    os.execve(argv[0], argv, environment)

@@ -1,0 +1,103 @@
+"""The command line and environment of the vLLM process: `mta engine`, `mta up` and the tests start the same one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+from bank.errors import BankError
+from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
+from bank.models import ensure_base_model, model_hash
+from server.settings import Settings
+
+SERVED_NAME = "base"
+"""What the base model is called in requests to the engine."""
+
+PLUGIN = "mta"
+
+
+def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
+    """Check everything an engine needs, the base model fetched if it must be, and give its command.
+
+    Returns:
+        argv and environment of the vLLM process.
+
+    Raises:
+        BankError: when a bank, the model or the installation is not fit to serve, with the reason.
+    """
+    if settings.bank is None:
+        raise BankError("no bank: pass --bank DIR or set MTA_BANK; `mta bank build` makes one")
+    if settings.engine_key is None:
+        raise BankError("no engine key: set MTA_ENGINE_KEY to a long random text, the same for gateway and engine")
+    for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
+        if PLUGIN not in {entry.name for entry in entry_points(group=group)}:
+            raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` once more")
+    model_folder = ensure_base_model(settings.model, settings.cache_dir)
+    manifests = [read_manifest(folder) for folder in settings.banks]
+    found = model_hash(model_folder)
+    for folder, manifest in zip(settings.banks, manifests, strict=True):
+        verify_files(folder, manifest, (MATRIX_FILE,))
+        if manifest.base_model.hash != found:
+            raise BankError(
+                f"the bank at {folder} is for {manifest.base_model.name} (hash {manifest.base_model.hash[:12]}…), "
+                f"the model at {model_folder} has {found[:12]}…: serve that model, or build a bank for this one"
+            )
+    return engine_command(settings, max(manifests, key=lambda m: m.serving_rank), model_folder)
+
+
+def engine_command(settings: Settings, manifest: BankManifest, model_folder: Path) -> tuple[list[str], dict[str, str]]:
+    """argv and environment of the vLLM process, nothing checked.
+
+    Args:
+        settings: of the engine.
+        manifest: the bank of the highest serving rank.
+        model_folder: the base model on disk.
+    """
+    options: dict[str, object] = {
+        "model": model_folder,
+        "served-model-name": SERVED_NAME,
+        "host": settings.engine_host,
+        "port": settings.engine_port,
+        "dtype": settings.dtype,
+        "max-num-seqs": settings.max_num_seqs,
+        "max-loras": settings.max_loras,
+        # The CPU tier must hold the slots and what waits for one, or fusing ahead would evict what runs.
+        "max-cpu-loras": max(settings.max_cpu_loras, 2 * settings.max_loras),
+        "max-lora-rank": manifest.serving_rank,
+        "worker-extension-cls": "server.engine_plugin.worker.WorkerExtension",
+        "tensor-parallel-size": settings.tensor_parallel_size,
+        "generation-config": "vllm",  # sampling defaults are ours to choose, not the model folder's
+        "api-server-count": 1,
+    }
+    if settings.max_model_len is not None:
+        options["max-model-len"] = settings.max_model_len
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
+    for option, value in options.items():
+        argv += [f"--{option}", str(value)]
+    # Modules the bank does not adapt are left unwrapped: vLLM pays for each wrapped one on every token.
+    argv += ["--lora-target-modules", *manifest.target_modules]
+    environment = dict(os.environ) | {
+        "VLLM_PLUGINS": PLUGIN,
+        "VLLM_API_KEY": settings.engine_key.get_secret_value() if settings.engine_key else "",
+        "VLLM_NO_USAGE_STATS": "1",
+        "MTA_BANK": str(settings.bank),
+        "MTA_MAX_ADAPTER_NAMES": str(settings.max_adapter_names),
+    }
+    if settings.next_bank is not None:
+        environment["MTA_NEXT_BANK"] = str(settings.next_bank)
+    environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
+    if _is_cpu_build():
+        argv.append("--enforce-eager")
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
+    return argv, environment
+
+
+def _is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU distribution."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""The banks an engine serves: the current one and, while a fleet moves to the next, that one too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adapters.errors import FusionError, excerpt
+from adapters.fusion import check_recipe
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FORMAT_VERSION, FusionRecipe, parse_recipe
+from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
+from server.settings import Settings
+
+Manifests = Mapping[str, BankManifest]
+"""Banks by the 8 hex digits that recipes carry."""
+
+
+def is_recipe_name(name: str | None) -> bool:
+    """Whether a model name is meant as a recipe (and must then be a good one)."""
+    return name is not None and name.startswith(f"{FORMAT_VERSION}:")
+
+
+def read_manifests(settings: Settings) -> Manifests:
+    """Read the manifest of every bank the settings name.
+
+    Raises:
+        BankError: when one is missing or damaged.
+    """
+    manifests = [read_manifest(folder) for folder in settings.banks]
+    return {manifest.short: manifest for manifest in manifests}
+
+
+def open_matrices(settings: Settings) -> Mapping[str, MetaMatrix]:
+    """Verify and map the meta-LoRA matrix of every bank; done once in each worker, before it serves.
+
+    Raises:
+        BankError: when a file is missing or differs from its checksum.
+        FusionError: when a matrix has not the shape its manifest gives.
+    """
+    matrices = {}
+    for folder in settings.banks:
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest, (MATRIX_FILE,))
+        matrices[manifest.short] = MetaMatrix.open(
+            folder / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common
+        )
+    return matrices
+
+
+def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:
+    """Parse a recipe and make sure that fusing it cannot fail.
+
+    Raises:
+        RecipeError: when the name is not canonical.
+        FusionError: when it asks for another bank, or for what its bank does not have.
+    """
+    recipe = parse_recipe(name)
+    manifest = manifests.get(recipe.bank)
+    if manifest is None:
+        raise FusionError(f"recipe {excerpt(name)} is for bank {recipe.bank}, this engine has {sorted(manifests)}")
+    check_recipe(
+        recipe,
+        method=manifest.method,
+        anchors=len(manifest.anchors),
+        max_anchors=manifest.weights.anchors,
+        common=manifest.common,
+    )
+    if recipe.user_adapter is not None:
+        raise FusionError(f"user adapter {recipe.user_adapter} is not there; the plain recipe is {recipe.plain.name}")
+    return recipe

@@ -1,0 +1,143 @@
+"""Entry point `vllm.endpoint_plugins`: wires the plugin into the API process and adds the route `/mta/v1/`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from argparse import Namespace
+from collections.abc import Set
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from pydantic import BaseModel
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.lora.request import LoRARequest
+
+from adapters.errors import MtaError
+from bank.errors import BankError
+from server.engine_plugin import metrics
+from server.engine_plugin.banks import read_manifests
+from server.engine_plugin.names import AdapterNames
+from server.engine_plugin.prepare import HoldNames, Preparer
+from server.settings import Settings
+
+
+class Hint(BaseModel):
+    """Body of `POST /mta/v1/hint`."""
+
+    recipe: str
+
+
+class MtaEndpointPlugin:
+    """vLLM's `EndpointPlugin` protocol: routes first, then the state behind them."""
+
+    name = "mta"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._names: AdapterNames[LoRARequest] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the private routes, and the middleware that holds names while a request is open."""
+        app.include_router(_router())
+        app.add_middleware(HoldNames, names=self._require_names)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Read the banks, take over the model names, and refuse to serve in a way that would not be safe.
+
+        Raises:
+            BankError: naming the option that is wrong, or the bank that is.
+        """
+        settings = Settings()
+        keys = _api_keys(args)
+        _refuse_unsafe(engine_client, args, keys, settings)
+        models = state.openai_serving_models
+        manifests = read_manifests(settings)
+
+        def in_flight() -> Set[str]:
+            requests = engine_client.output_processor.request_states.values()  # type: ignore[union-attr]
+            return {request.lora_name for request in requests if request.lora_name}
+
+        self._names = AdapterNames(
+            models.lora_requests,
+            # vLLM's prefix cache is keyed by name and path: the path is the name, so the cache is right by itself.
+            lambda name, lora_id: LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=name),
+            capacity=settings.max_adapter_names,
+            in_flight=in_flight,
+        )
+        preparer = Preparer(manifests, self._names)
+        preparer.install()
+        metrics.install(engine_client, self._names)
+        state.mta = {"preparer": preparer, "keys": keys, "lora": args.max_lora_rank, "slots": args.max_loras}
+
+    def _require_names(self) -> AdapterNames[LoRARequest]:
+        if self._names is None:
+            raise BankError("the engine's plugin served a request before it was initialised")
+        return self._names
+
+
+def _api_keys(args: Namespace) -> list[str]:
+    """The keys vLLM itself accepts."""
+    given: list[str] = [key for key in (args.api_key or []) if key]
+    return given or [key for key in (os.environ.get("VLLM_API_KEY"),) if key]
+
+
+def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: list[str], settings: Settings) -> None:
+    """Check the options that the plugin's correctness hangs on."""
+    if engine_client is None or not args.enable_lora:
+        raise BankError("the engine runs without LoRA: start it with `mta engine`, or pass --enable-lora")
+    if (getattr(args, "api_server_count", None) or 1) != 1:
+        raise BankError(
+            f"--api-server-count is {args.api_server_count}: recipes get their ids in one API process, use 1"
+        )
+    if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() in ("1", "true"):
+        raise BankError("VLLM_ALLOW_RUNTIME_LORA_UPDATING lets anyone bind a name to a folder: unset it")
+    if not keys:
+        raise BankError("the engine has no key: set VLLM_API_KEY (`mta engine` sets it from MTA_ENGINE_KEY)")
+    if (args.max_cpu_loras or args.max_loras) <= args.max_loras:
+        raise BankError(f"--max-cpu-loras is {args.max_cpu_loras}: it must be above --max-loras, {args.max_loras}")
+    needed = max(manifest.serving_rank for manifest in read_manifests(settings).values())
+    if args.max_lora_rank < needed:
+        raise BankError(f"--max-lora-rank is {args.max_lora_rank}, the bank is served at rank {needed}")
+
+
+def _authorised(request: Request) -> None:
+    """vLLM's own key check covers `/v1` alone."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    good = any(secrets.compare_digest(key.encode(), known.encode()) for known in request.app.state.mta["keys"])
+    if scheme.lower() != "bearer" or not good:
+        raise HTTPException(401, "missing or wrong engine key")
+
+
+def _router() -> APIRouter:
+    """The private routes; the gateway calls them on each engine, never through a router."""
+    router = APIRouter(prefix="/mta/v1", dependencies=[Depends(_authorised)])
+
+    @router.get("/status")
+    async def status(request: Request) -> dict[str, Any]:
+        """What this engine serves and holds."""
+        engine, mta = request.app.state.engine_client, request.app.state.mta
+        preparer: Preparer = mta["preparer"]
+        resident = await engine.collective_rpc("mta_resident")
+        return {
+            "status": "ok",
+            "model": engine.model_config.model,
+            "max_model_len": engine.model_config.max_model_len,
+            "banks": [manifest.fingerprint for manifest in preparer.manifests.values()],
+            "max_lora_rank": mta["lora"],
+            "slots": mta["slots"],
+            "resident": resident[0],
+            "names": len(preparer.names),
+        }
+
+    @router.post("/hint", status_code=202)
+    async def hint(request: Request, body: Hint) -> dict[str, bool]:
+        """Fuse a recipe ahead of its first request."""
+        try:
+            entry = request.app.state.mta["preparer"].prepare(body.recipe)
+        except MtaError as error:
+            raise HTTPException(404, str(error)) from error
+        return {"made": await request.app.state.engine_client.add_lora(entry)}
+
+    return router

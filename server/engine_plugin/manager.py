@@ -1,0 +1,140 @@
+"""The adapter manager of a worker: where a recipe becomes weights in a LoRA slot.
+
+It stands in for vLLM's LRU manager and differs in three things. A recipe is fused from the mapped bank instead of
+read from a folder, and that cannot fail: the name was checked before admission. Evicting never takes what the running
+batch uses. And an id that holds another recipe than the request says is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.utils.torch_utils import PIN_MEMORY
+
+from adapters.fusion import fuse
+from adapters.layout import RowLayout
+from adapters.matrix import MetaMatrix
+from adapters.recipe import parse_recipe
+from bank.errors import BankError
+from server.engine_plugin.banks import is_recipe_name, open_matrices
+from server.settings import Settings
+
+
+class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
+    """vLLM's in-memory adapter, with the recipe it was fused from."""
+
+    recipe: str
+
+
+class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
+    """Fuses recipes into slots; other adapters take vLLM's own way."""
+
+    _matrices: Mapping[str, MetaMatrix]
+    _vllm_names: Mapping[str, str]
+
+    def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
+        """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
+
+        Raises:
+            BankError: when a bank is damaged, or made for a model with other modules.
+        """
+        wrapped = super().create_lora_manager(model, vllm_config)
+        dtype = self.lora_config.lora_dtype
+        # One frozen A serves every recipe of a shared bank: convert it once, not at each fusion.
+        self._matrices = {
+            short: matrix if matrix.shared_a is None else replace(matrix, shared_a=matrix.shared_a.to(dtype))
+            for short, matrix in open_matrices(Settings()).items()
+        }
+        self._vllm_names = {}
+        for short, matrix in self._matrices.items():
+            self._vllm_names |= self._match_modules(short, matrix.layout)
+        return wrapped
+
+    def _match_modules(self, short: str, layout: RowLayout) -> dict[str, str]:
+        """Map the bank's module names to vLLM's, checking that each exists here."""
+        mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
+        rename = mapper.get_rename_mapper() if mapper is not None else None
+        known = set(self._adapter_manager.modules)
+        for packed in self._adapter_manager.packed_modules.values():
+            known |= set(packed)
+        names = {}
+        for module in layout.modules:
+            name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module.name}.lora_A.weight", rename)
+            if name not in known:
+                raise BankError(
+                    f"bank {short} adapts the module {module.name}, which this model does not offer to LoRA: the bank "
+                    "was built for another base model"
+                )
+            names[module.name] = name
+        return names
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        """Fuse the recipe a request names; runs inside `execute_model` on every rank."""
+        if not is_recipe_name(lora_request.lora_name):
+            return super()._load_adapter(lora_request)
+        recipe = parse_recipe(lora_request.lora_name)
+        fused = fuse(self._matrices[recipe.bank], recipe, self.lora_config.lora_dtype)
+        pin = PIN_MEMORY and self.device.type != "cpu"
+        layers = {}
+        for module, a in fused.a.items():
+            b, name = fused.b[module], self._vllm_names[module]
+            if pin:
+                a, b = a.pin_memory(), b.pin_memory()  # noqa: PLW2901  # pinned pages are what the slots copy from
+            layers[name] = LoRALayerWeights(name, fused.rank, fused.rank, a, b)
+        model = FusedLoRAModel(lora_request.lora_int_id, fused.rank, layers)
+        model.recipe = lora_request.lora_name
+        return model
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """Bring the adapters of the coming step into slots.
+
+        Raises:
+            RuntimeError: when the step asks for more adapters than slots, or for two under one id.
+        """
+        wanted = {request.lora_int_id: request for request in lora_requests if request}
+        if len(wanted) > self._adapter_manager.lora_slots:
+            raise RuntimeError(
+                f"the step uses {len(wanted)} adapters, there are {self._adapter_manager.lora_slots} slots"
+            )
+        if len(wanted) < len(lora_requests):
+            raise RuntimeError(f"two adapters under one id in one step: {sorted(r.lora_name for r in lora_requests)}")
+        # First make everything of this step that is here the most recent, in both tiers: what is then evicted for
+        # the rest, the least recent, is nothing that this step uses.
+        for lora_id in wanted:
+            self._adapter_manager.get_adapter(lora_id)
+            self._adapter_manager._active_adapters.touch(lora_id)
+        for lora_id, request in wanted.items():
+            self._ensure_registered(request)
+            self._adapter_manager.activate_adapter(lora_id)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Fuse ahead of use, between two steps: into the CPU tier only, so that no slot of the batch is taken."""
+        return self._ensure_registered(lora_request)
+
+    def _ensure_registered(self, request: LoRARequest) -> bool:
+        """Have the adapter in the CPU tier under its own name; whether it had to be made."""
+        manager = self._adapter_manager
+        present = manager.get_adapter(request.lora_int_id)  # also makes it the most recent
+        if present is not None:
+            if not is_recipe_name(request.lora_name) or getattr(present, "recipe", None) == request.lora_name:
+                return False
+            manager.remove_adapter(request.lora_int_id)  # a stale tenant of this id must never speak for the new one
+        model = self._load_adapter(request)
+        if len(manager) >= manager.capacity:
+            manager.remove_oldest_adapter()
+        manager.add_adapter(model)
+        return True
+
+    def resident(self) -> list[str]:
+        """Recipes in the CPU tier, least recently used first."""
+        models = self._adapter_manager.list_adapters().values()
+        return [model.recipe for model in models if isinstance(model, FusedLoRAModel)]

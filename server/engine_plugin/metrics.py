@@ -1,0 +1,45 @@
+"""Adapter gauges with a fixed set of labels, in the place of one whose labels grow with every recipe.
+
+`vllm:lora_requests_info` puts adapter names into label values: a time series for each combination ever seen, and
+user keys in the monitoring. What an operator needs of it are counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import REGISTRY, Gauge
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from server.engine_plugin.names import AdapterNames
+
+
+class AdapterCounts:
+    """Takes vLLM's calls to the gauge it replaces and counts the names in them."""
+
+    def __init__(self) -> None:
+        self._adapters = Gauge("mta:adapters", "Distinct recipes by state.", ["state"])
+
+    def labels(self, *, running_lora_adapters: str, waiting_lora_adapters: str, **_: object) -> AdapterCounts:
+        """vLLM passes comma-joined names; only their number is kept."""
+        for state, names in (("running", running_lora_adapters), ("waiting", waiting_lora_adapters)):
+            self._adapters.labels(state=state).set(names.count(",") + 1 if names else 0)
+        return self
+
+    def set_to_current_time(self) -> None:
+        """The original's way of saying when; Prometheus stamps samples itself."""
+
+
+def install(engine_client: Any, names: AdapterNames[Any]) -> None:
+    """Replace the gauge of a running engine client and publish the size of its name map."""
+    manager = engine_client.logger_manager
+    counts: AdapterCounts | None = None
+    for logger in manager.stat_loggers if manager is not None else ():
+        if isinstance(logger, PrometheusStatLogger) and logger.gauge_lora_info is not None:
+            REGISTRY.unregister(logger.gauge_lora_info)
+            counts = counts or AdapterCounts()
+            logger.gauge_lora_info = counts
+    known = Gauge("mta:adapter_names", "Recipes whose engine id is remembered.")
+    known.set_function(lambda: len(names))
+    leased = Gauge("mta:adapter_names_leased", "Recipes that an open request holds.")
+    leased.set_function(lambda: names.leased)

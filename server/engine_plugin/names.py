@@ -1,0 +1,96 @@
+"""Which engine id a recipe has. Bounded, and an id never changes while anything may still ask for it.
+
+vLLM compares adapters by name but tracks them by integer id, so one name under two ids in one batch is fatal. A name
+therefore keeps its id while it is leased (an HTTP request that named it is open) or in flight (the engine still holds
+such a request); only then may the least recently used give way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Set
+from typing import Generic, Protocol, TypeVar
+
+MAX_ID = 2**31 - 1
+"""vLLM's kernels index adapters by int32."""
+
+
+class _HasId(Protocol):
+    @property
+    def lora_int_id(self) -> int: ...
+
+
+Entry = TypeVar("Entry", bound=_HasId)
+
+
+class AdapterNames(Generic[Entry]):
+    """The names an engine knows, least recently used first.
+
+    Args:
+        entries: the dictionary vLLM looks names up in; this object is its only writer.
+        make: builds the entry of a name and an id.
+        capacity: names kept when idle; leased and in-flight ones come on top.
+        in_flight: the names that requests inside the engine carry.
+        first_id: where ids start.
+    """
+
+    def __init__(
+        self,
+        entries: dict[str, Entry],
+        make: Callable[[str, int], Entry],
+        *,
+        capacity: int,
+        in_flight: Callable[[], Set[str]],
+        first_id: int = 1,
+    ) -> None:
+        self._entries = entries
+        self._make = make
+        self._capacity = capacity
+        self._in_flight = in_flight
+        self._leases: Counter[str] = Counter()
+        self._ids: set[int] = set()
+        self._next_id = first_id
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def leased(self) -> int:
+        """Names that an open request holds."""
+        return len(self._leases)
+
+    def lease(self, name: str) -> Entry:
+        """Give a name its entry and hold it there until `release`; each lease is released once."""
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            entry = self._make(name, self._new_id())
+            self._ids.add(entry.lora_int_id)
+        self._entries[name] = entry  # now the most recently used
+        self._leases[name] += 1
+        if len(self._entries) > self._capacity:
+            self._evict()
+        return entry
+
+    def release(self, name: str) -> None:
+        """End one lease."""
+        self._leases[name] -= 1
+        if self._leases[name] <= 0:
+            del self._leases[name]
+
+    def _evict(self) -> None:
+        """Drop the least recently used names that nobody holds, an eighth of the capacity at a time.
+
+        Walking what is in flight costs a pass over the engine's requests; a batch makes that rare.
+        """
+        held = self._in_flight() | self._leases.keys()
+        surplus = len(self._entries) - self._capacity + self._capacity // 8
+        for name in [name for name in self._entries if name not in held][:surplus]:
+            self._ids.discard(self._entries.pop(name).lora_int_id)
+
+    def _new_id(self) -> int:
+        """The next free id; after MAX_ID they start over at 1."""
+        while self._next_id in self._ids:
+            self._next_id = self._next_id % MAX_ID + 1
+        taken = self._next_id
+        self._next_id = taken % MAX_ID + 1
+        return taken

@@ -1,0 +1,92 @@
+"""Prepare before admission: a recipe is checked, named and held before vLLM sees the request that asks for it.
+
+Inside `execute_model` nothing may fail any more, for an exception there ends the engine. So all that could be wrong
+with a recipe is found here, in the API process, and answered with a 404 that the gateway understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.lora.request import LoRARequest
+
+from adapters.errors import MtaError
+from server.engine_plugin.banks import Manifests, checked_recipe, is_recipe_name
+from server.engine_plugin.names import AdapterNames
+
+_held: ContextVar[list[str] | None] = ContextVar("mta_held_names", default=None)
+"""The names the current HTTP request holds; None outside of one."""
+
+
+class Preparer:
+    """Admits recipes.
+
+    Args:
+        manifests: the engine's banks.
+        names: where admitted recipes get their ids.
+    """
+
+    def __init__(self, manifests: Manifests, names: AdapterNames[LoRARequest]) -> None:
+        self.manifests = manifests
+        self.names = names
+
+    def prepare(self, name: str) -> LoRARequest:
+        """Check a recipe and hold its name for the rest of the current HTTP request.
+
+        Raises:
+            RecipeError: the name is not canonical.
+            FusionError: no bank of this engine can fuse it.
+        """
+        checked_recipe(name, self.manifests)
+        entry = self.names.lease(name)
+        held = _held.get()
+        if held is None:  # not inside a request: nothing would ever release it
+            self.names.release(name)
+        else:
+            held.append(name)
+        return entry
+
+    def install(self) -> None:
+        """Make vLLM's serving classes prepare recipe names where they check that a model exists."""
+        vllm_check: Callable[[Any, Any], Awaitable[ErrorResponse | None]] = BaseServing._check_model
+        prepare = self.prepare
+
+        async def check_model(serving: Any, request: Any) -> ErrorResponse | None:
+            if is_recipe_name(request.model):
+                try:
+                    prepare(request.model)
+                except MtaError as error:
+                    refusal: ErrorResponse = serving.create_error_response(
+                        message=str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"
+                    )
+                    return refusal
+            return await vllm_check(serving, request)
+
+        BaseServing._check_model = check_model
+
+
+class HoldNames:
+    """ASGI middleware: names prepared during an HTTP request are released when it has ended, streams included."""
+
+    def __init__(self, app: ASGIApp, names: Callable[[], AdapterNames[LoRARequest]]) -> None:
+        self.app = app
+        self.names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        held: list[str] = []
+        token = _held.set(held)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            _held.reset(token)
+            for name in held:
+                self.names().release(name)

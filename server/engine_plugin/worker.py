@@ -1,0 +1,24 @@
+"""`--worker-extension-cls`: methods that the API process calls on every worker by `collective_rpc`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.engine_plugin.manager import FusingLoRAManager
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class; names are prefixed so that they clash with nothing there."""
+
+    model_runner: Any
+
+    def mta_resident(self) -> list[str]:
+        """The recipes this worker holds, least recently used first.
+
+        Raises:
+            RuntimeError: when vLLM did not take our adapter manager, so that no recipe could be fused.
+        """
+        manager = self.model_runner.lora_manager
+        if not isinstance(manager, FusingLoRAManager):
+            raise RuntimeError(f"the worker's adapter manager is {type(manager).__name__}, not FusingLoRAManager")
+        return manager.resident()

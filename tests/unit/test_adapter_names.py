@@ -1,0 +1,98 @@
+"""Recipe names and their engine ids: bounded, stable while held, never beyond int32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine_plugin.names import MAX_ID, AdapterNames
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    lora_int_id: int
+
+
+def make_names(capacity: int, in_flight: set[str] | None = None, first_id: int = 1) -> AdapterNames[Entry]:
+    return AdapterNames({}, Entry, capacity=capacity, in_flight=lambda: in_flight or set(), first_id=first_id)
+
+
+def test_a_name_keeps_its_id() -> None:
+    names = make_names(8)
+    first = names.lease("a")
+    names.release("a")
+    assert names.lease("a") is first
+
+
+def test_the_map_never_outgrows_its_capacity_when_nothing_is_held() -> None:
+    names = make_names(16)
+    for i in range(1000):
+        names.lease(f"n{i}")
+        names.release(f"n{i}")
+        assert len(names) <= 16
+
+
+def test_a_leased_name_outlives_any_number_of_others() -> None:
+    names = make_names(4)
+    held = names.lease("held")
+    for i in range(100):
+        names.lease(f"n{i}")
+        names.release(f"n{i}")
+    assert names.lease("held") is held
+
+
+def test_a_name_in_flight_inside_the_engine_outlives_its_lease() -> None:
+    in_flight = {"running"}
+    names = make_names(4, in_flight)
+    running = names.lease("running")
+    names.release("running")
+    for i in range(100):
+        names.lease(f"n{i}")
+        names.release(f"n{i}")
+    assert names.lease("running") is running
+    names.release("running")
+    in_flight.clear()
+    for i in range(100):
+        names.lease(f"m{i}")
+        names.release(f"m{i}")
+    assert names.lease("running").lora_int_id != running.lora_int_id
+
+
+def test_the_least_recently_used_name_goes_first() -> None:
+    names = make_names(8)
+    ids = {}
+    for name in "abcdefgh":
+        ids[name] = names.lease(name).lora_int_id
+        names.release(name)
+    names.release(names.lease("a").name)  # used again
+    names.release(names.lease("new").name)
+    assert names.lease("a").lora_int_id == ids["a"]
+    assert names.lease("b").lora_int_id != ids["b"]
+
+
+def test_ids_start_over_below_int32_and_skip_those_in_use() -> None:
+    names = make_names(8, first_id=1)
+    assert names.lease("one").lora_int_id == 1
+    late = make_names(8, first_id=MAX_ID)
+    assert late.lease("last").lora_int_id == MAX_ID
+    assert late.lease("first again").lora_int_id == 1
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.booleans()), max_size=200))
+def test_held_names_have_distinct_and_unchanging_ids(steps: list[tuple[str, bool]]) -> None:
+    names = make_names(2)
+    held: dict[str, list[int]] = {}
+    for name, take in steps:
+        if take:
+            held.setdefault(name, []).append(names.lease(name).lora_int_id)
+        elif held.get(name):
+            held[name].pop()
+            names.release(name)
+        current = {n: ids for n, ids in held.items() if ids}
+        assert all(len(set(ids)) == 1 for ids in current.values())
+        assert len({ids[0] for ids in current.values()}) == len(current)
+        assert names.leased == len(current)
+        assert len(names) <= 2 + len(current)
