@@ -1,0 +1,160 @@
+"""A BERT-like sentence embedder as one ONNX file: token embeddings, encoder, mean pooling, unit length.
+
+The graph is written operator by operator, not traced: its bytes, and so the embedder's id that banks and stored
+profiles are bound to, then depend on the weights alone and not on the version of an exporter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bank.embedder import MODEL_FILE, TOKENIZER_FILE
+from bank.errors import BankError
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 20  # the first with Gelu; LayerNormalization came with 17
+IR_VERSION = 9
+_MASKED = -1e9
+
+Weights = Mapping[str, npt.NDArray[Any]]
+
+
+def export_embedder(source: Path, target: Path) -> None:
+    """Write `model.onnx` and `tokenizer.json` of a sentence-transformers folder.
+
+    Args:
+        source: holds `config.json`, `model.safetensors` and `tokenizer.json` of a BERT encoder with mean pooling.
+        target: an existing folder.
+
+    Raises:
+        BankError: when the model is of another kind.
+    """
+    import onnx
+    from safetensors.numpy import load_file
+
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    found = tuple(config.get(key) for key in ("model_type", "hidden_act", "position_embedding_type"))
+    if found[:2] != ("bert", "gelu") or found[2] not in ("absolute", None):
+        raise BankError(
+            f"cannot export the embedder at {source}: only BERT encoders with gelu and absolute positions are known, "
+            f"this is {found}. Put a folder with {MODEL_FILE} and {TOKENIZER_FILE} into MTA_EMBEDDER instead"
+        )
+    onnx.save(encoder_model(config, load_file(source / "model.safetensors")), target / MODEL_FILE)
+    shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)
+
+
+def encoder_model(config: Mapping[str, Any], weights: Weights) -> onnx.ModelProto:
+    """The ONNX model: `input_ids` and `attention_mask` [n, tokens] to `embedding` [n, E], rows at unit length."""
+    from onnx import TensorProto, helper
+
+    graph = _Graph(weights)
+    hidden = _embeddings(graph, config)
+    bias = _attention_bias(graph)
+    for layer in range(config["num_hidden_layers"]):
+        hidden = _layer(graph, config, f"encoder.layer.{layer}", hidden, bias)
+    _pool(graph, hidden)
+    tokens = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "tokens"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", config["hidden_size"]])
+    return helper.make_model(
+        helper.make_graph(graph.nodes, "embedder", tokens, [embedding], graph.initializers),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+    )
+
+
+class _Graph:
+    """Nodes and initializers in the making; `op` returns the name of what the node gives."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def op(self, kind: str, *inputs: str, name: str | None = None, **attributes: object) -> str:
+        from onnx import helper
+
+        output = name or f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, value: npt.ArrayLike, dtype: type[np.generic], name: str | None = None) -> str:
+        from onnx import numpy_helper
+
+        name = name or f"constant_{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value, dtype=dtype), name))
+        return name
+
+    def weight(self, name: str, transpose: bool = False) -> str:
+        value = self.weights[name]
+        return self.constant(value.T if transpose else value, np.float32, name)
+
+    def linear(self, x: str, module: str) -> str:
+        product = self.op("MatMul", x, self.weight(f"{module}.weight", transpose=True))
+        return self.op("Add", product, self.weight(f"{module}.bias"))
+
+    def layer_norm(self, x: str, module: str, config: Mapping[str, Any]) -> str:
+        scale, shift = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
+        return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=float(config["layer_norm_eps"]))
+
+
+def _embeddings(graph: _Graph, config: Mapping[str, Any]) -> str:
+    """[n, tokens, E]: word, position, and the first token type."""
+    words = graph.op("Gather", graph.weight("embeddings.word_embeddings.weight"), "input_ids")
+    length = graph.op("Shape", "input_ids", start=1, end=2)
+    zero, axis = graph.constant([0], np.int64), graph.constant([0], np.int64)
+    positions = graph.op("Slice", graph.weight("embeddings.position_embeddings.weight"), zero, length, axis)
+    first_type = graph.constant(graph.weights["embeddings.token_type_embeddings.weight"][0], np.float32)
+    total = graph.op("Add", graph.op("Add", words, positions), first_type)
+    return graph.layer_norm(total, "embeddings.LayerNorm", config)
+
+
+def _attention_bias(graph: _Graph) -> str:
+    """[n, 1, 1, tokens]: 0 where there is a token, far below 0 where there is padding."""
+    mask = graph.op("Cast", "attention_mask", to=1)  # 1 is FLOAT
+    padding = graph.op("Sub", graph.constant(1.0, np.float32), mask)
+    bias = graph.op("Mul", padding, graph.constant(_MASKED, np.float32))
+    return graph.op("Unsqueeze", bias, graph.constant([1, 2], np.int64))
+
+
+def _layer(graph: _Graph, config: Mapping[str, Any], module: str, hidden: str, bias: str) -> str:
+    heads = config["num_attention_heads"]
+    width = config["hidden_size"] // heads
+    split = graph.constant([0, 0, heads, width], np.int64)
+    join = graph.constant([0, 0, config["hidden_size"]], np.int64)
+
+    def head(part: str, order: list[int]) -> str:
+        projected = graph.linear(hidden, f"{module}.attention.self.{part}")
+        return graph.op("Transpose", graph.op("Reshape", projected, split), perm=order)
+
+    query, key, value = head("query", [0, 2, 1, 3]), head("key", [0, 2, 3, 1]), head("value", [0, 2, 1, 3])
+    scale = graph.constant(width**-0.5, np.float32)
+    scores = graph.op("Add", graph.op("Mul", graph.op("MatMul", query, key), scale), bias)
+    mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
+    context = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), join)
+    attended = graph.op("Add", graph.linear(context, f"{module}.attention.output.dense"), hidden)
+    hidden = graph.layer_norm(attended, f"{module}.attention.output.LayerNorm", config)
+    wide = graph.op("Gelu", graph.linear(hidden, f"{module}.intermediate.dense"))
+    narrow = graph.op("Add", graph.linear(wide, f"{module}.output.dense"), hidden)
+    return graph.layer_norm(narrow, f"{module}.output.LayerNorm", config)
+
+
+def _pool(graph: _Graph, hidden: str) -> None:
+    """Mean over the tokens that are no padding, then unit length."""
+    tokens, last = graph.constant([1], np.int64), graph.constant([-1], np.int64)
+    mask = graph.op("Cast", graph.op("Unsqueeze", "attention_mask", last), to=1)
+    total = graph.op("ReduceSum", graph.op("Mul", hidden, mask), tokens, keepdims=0)
+    mean = graph.op("Div", total, graph.op("ReduceSum", mask, tokens, keepdims=0))
+    norm = graph.op("ReduceL2", mean, last, keepdims=1)
+    graph.op("Div", mean, norm, name="embedding")

@@ -1,0 +1,41 @@
+"""`mta models`: prepare the base model and the embedder ahead of time, and say where they lie."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.settings import Settings
+
+
+def models(
+    model: Annotated[str | None, typer.Option(help="Base model: `default`, a folder, or a Hugging Face id.")] = None,
+    embedder: Annotated[Path | None, typer.Option(help="Folder of an embedder; the default MiniLM without it.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where default models are prepared.")] = None,
+) -> None:
+    """Prepare the base model and the embedder, and print their folders.
+
+    Every command that needs one prepares it on first use; this only does so ahead of time.
+    """
+    from bank.models import ensure_base_model, ensure_embedder
+
+    settings = Settings()
+    cache = cache_dir or settings.cache_dir
+    name = model or settings.model
+    base_folder = _timed(f"base model {name!r}", lambda: ensure_base_model(name, cache))
+    embedder_folder = _timed("embedder", lambda: ensure_embedder(embedder or settings.embedder, cache))
+    typer.echo(f"base model  {base_folder}")
+    typer.echo(f"embedder    {embedder_folder}")
+
+
+def _timed(what: str, prepare: Callable[[], Path]) -> Path:
+    """Progress goes to stderr, so that stdout holds the folders alone."""
+    typer.echo(f"preparing the {what} …", err=True)
+    start_s = time.perf_counter()
+    folder = prepare()
+    typer.echo(f"the {what} is ready ({time.perf_counter() - start_s:.1f} s)", err=True)
+    return folder
