@@ -5,7 +5,8 @@
     ├── FusionError       a recipe that this bank cannot fuse
     ├── BankError         a bank that cannot be read, or must not be used        (bank/errors.py)
     │   └── ProfileError  items that no profile can be made of
-    └── ApiError          what a client is told, with its HTTP status            (server/errors.py)
+    ├── ApiError          what a client is told, with its HTTP status            (server/errors.py)
+    └── StartError        a part that `mta up` cannot start                      (server/supervisor/errors.py)
 
 Every message says what was wrong, the offending value, and what to do.
 """

@@ -1,0 +1,144 @@
+"""`mta up`: Valkey, the engine and the gateway on this machine, started, watched and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from server.settings import Settings
+    from server.supervisor.data_folder import DataFolder
+    from server.supervisor.part import Part
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def up(
+    *,
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank; MTA_BANK.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or `default`; MTA_MODEL.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the gateway, 0 for a free one; MTA_PORT.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of what must survive; MTA_DATA_DIR.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Use this Redis, start no Valkey; MTA_REDIS_URL.")] = None,
+    engine_url: Annotated[str | None, typer.Option(help="Use this engine, start no vLLM; MTA_ENGINE_URL.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Weights and KV cache; MTA_DTYPE.")] = None,
+    max_loras: Annotated[int | None, typer.Option(help="Recipes that one batch can mix; MTA_MAX_LORAS.")] = None,
+) -> None:
+    """Start everything on this machine, keep it running, and stop it all on Ctrl-C.
+
+    It listens on 127.0.0.1 only. All other options are settings (`mta settings`) and reach each part.
+    """
+    from rich.console import Console
+
+    from server.settings import Settings
+
+    given: dict[str, Any] = {
+        "bank": bank,
+        "model": model,
+        "port": port,
+        "data_dir": data,
+        "redis_url": redis_url,
+        "engine_url": engine_url,
+        "dtype": dtype,
+        "max_loras": max_loras,
+    }
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    _run(settings, Console(highlight=False))
+
+
+def _run(settings: Settings, console: Console) -> None:
+    """Check all that can be checked, then start."""
+    from server.supervisor.data_folder import DataFolder
+    from server.supervisor.parts import check_port, free_port
+
+    settings = settings.model_copy(update={"host": "127.0.0.1", "port": settings.port or free_port()})
+    check_port(settings.port)
+    data = DataFolder.open(settings.data_dir.expanduser().resolve())
+    try:
+        console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
+        settings, parts = _parts(settings, data)
+        asyncio.run(_supervise(settings, parts, data, console))
+    finally:
+        data.close()
+
+
+def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
+    """What to start, after checking bank, base model and embedder; nothing runs yet.
+
+    Raises:
+        BankError: when one of them is missing, damaged, or not made for the others.
+    """
+    from pydantic import SecretStr
+
+    from bank.embedder import Embedder
+    from bank.errors import BankError
+    from bank.models import ensure_embedder
+    from bank.serving import ServingBank
+    from server.engine_command import prepare_engine
+    from server.supervisor.parts import LOOPBACK, engine_part, free_port, gateway_part, valkey_part
+
+    if settings.bank is None:
+        raise BankError("no bank: pass --bank DIR or set MTA_BANK; `mta bank build` makes one")
+    own_store = "redis_url" not in settings.model_fields_set
+    own_engine = not settings.model_fields_set & {"engine_url", "engine_urls"}
+    embedder = ensure_embedder(settings.embedder, settings.cache_dir)
+    ServingBank.open(settings.bank, Embedder.load(embedder).id)
+    update: dict[str, object] = {"embedder": embedder, "secret": settings.secret or SecretStr(data.secret)}
+    parts = []
+    if own_store:
+        part, update["redis_url"] = valkey_part(data)
+        parts.append(part)
+    if own_engine:
+        port = free_port()
+        update |= {"engine_host": LOOPBACK, "engine_port": port, "engine_url": f"http://{LOOPBACK}:{port}"}
+        update["engine_key"] = settings.engine_key or SecretStr(secrets.token_urlsafe(32))
+    settings = settings.model_copy(update=update)
+    if own_engine:
+        parts.append(engine_part(settings, *prepare_engine(settings)))
+    parts.append(gateway_part(settings))
+    return settings, parts
+
+
+async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, console: Console) -> None:
+    """Run the parts until a signal says otherwise; a second signal cuts their farewells short."""
+    from server.supervisor.status import LiveReport, PlainReport
+    from server.supervisor.supervisor import Supervisor
+
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def interrupted() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, interrupted)
+    for part in parts:
+        data.rotate_log(part.name)
+    live = LiveReport(console, [part.name for part in parts]) if console.is_terminal else None
+
+    def started() -> None:
+        if live:
+            live.close()
+        console.print(_welcome(f"http://{settings.host}:{settings.port}"), soft_wrap=True)
+
+    try:
+        await Supervisor(parts, data, live or PlainReport(console)).run(stop, hurry, started)
+    finally:
+        if live:
+            live.close()
+
+
+def _welcome(url: str) -> str:
+    """What to do next."""
+    return (
+        f"\nReady: {url} (the API's pages: {url}/docs). Try\n\n"
+        f"  curl -s {url}/generate -H 'Content-Type: application/json' \\\n"
+        """    -d '{"user_id": "ada", "prompt": "Write one sentence about rain."}'\n\n"""
+        "Ctrl-C stops everything.\n"
+    )

@@ -1,0 +1,112 @@
+"""The folder that `mta up` owns: the lock, the secret, Valkey's files, the logs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.supervisor.errors import StartError
+
+LOCK_FILE = "lock"
+SECRET_FILE = "secret"
+_HANDOVER_S = 5.0
+_SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DataFolder:
+    """A data folder in use by this process.
+
+    Attributes:
+        path: the folder.
+        lock: descriptor of the locked file. Guards hold it too, so that the folder stays taken until the last part
+            of a killed `mta up` is gone.
+        secret: keys the hash of user ids; made once, the same for ever.
+    """
+
+    path: Path
+    lock: int
+    secret: str
+
+    @classmethod
+    def open(cls, path: Path) -> DataFolder:
+        """Make the folder if need be and take it for this process.
+
+        Raises:
+            StartError: when another `mta up` uses it, or it cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = _lock(path / LOCK_FILE)
+            (path / "valkey").mkdir(exist_ok=True, mode=0o700)
+            (path / "logs").mkdir(exist_ok=True, mode=0o700)
+            return cls(path, lock, _secret(path / SECRET_FILE))
+        except OSError as error:
+            raise StartError(f"cannot use the data folder {path}: {error}. --data DIR names another") from error
+
+    @property
+    def valkey(self) -> Path:
+        """Where Valkey keeps its files."""
+        return self.path / "valkey"
+
+    def log(self, part: str) -> Path:
+        """A part's log."""
+        return self.path / "logs" / f"{part}.log"
+
+    def rotate_log(self, part: str) -> None:
+        """Begin a new log; the one before stays as `<part>.log.1`."""
+        log = self.log(part)
+        if log.exists():
+            log.replace(log.with_suffix(".log.1"))
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self.lock)
+
+
+def _lock(path: Path) -> int:
+    """Lock the file for this process, and write our pid in it for whoever comes next."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline_s = time.monotonic() + _HANDOVER_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
+            if Path(f"/proc/{holder}").exists() or time.monotonic() > deadline_s:
+                os.close(handle)
+                raise StartError(
+                    f"the data folder {path.parent} is in use by another `mta up` (process {holder or 'unknown'}): "
+                    "stop that one, or give this one its own with --data DIR and --port N"
+                ) from None
+            time.sleep(0.1)  # that one was killed, and its parts are just ending
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
+
+
+def _secret(path: Path) -> str:
+    """The secret in `path`; made, and on disk before anything can be keyed with it, when there is none."""
+    try:
+        secret = path.read_text("ascii").strip()
+    except FileNotFoundError:
+        secret = secrets.token_hex(_SECRET_BYTES)
+        draft = path.with_suffix(".tmp")
+        draft.unlink(missing_ok=True)
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(secret + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    if len(secret) < _SECRET_BYTES:
+        raise StartError(f"{path} holds no secret: restore it, or delete it and lose the link to all stored users")
+    return secret

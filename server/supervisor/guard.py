@@ -1,0 +1,92 @@
+"""The guard of one part: a small process between `mta up` and the part, which nothing outlives.
+
+    python -I guard.py GRACE_S COMMAND [ARGUMENT…]
+
+Standard input is its only control. A byte asks the part to stop (SIGTERM); its end (`mta up` closed it, or is gone,
+however it died) means that everything must be gone: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends by
+itself, the guard kills what the part left behind, such as vLLM's engine and worker processes, and exits with the part's
+status (128 + n after signal n).
+
+Two properties of Linux make this hold. As a *subreaper* the guard inherits every orphan among its descendants, in
+whatever session or group it hides, so "no children" means nobody is left. And with its *parent-death signal* the part
+dies with the guard, should the guard itself be killed.
+
+Only the standard library: this file runs by path, one small interpreter a part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+STDIN = 0
+
+
+def main() -> int:
+    """Run the command in argv under guard; the exit status is the command's."""
+    grace_s, command = float(sys.argv[1]), sys.argv[2:]
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    # A signal meant for all processes (a shutdown, a terminal's end) reaches the part by itself; we stay to clean up.
+    # A handler and not SIG_IGN, which the part would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    part = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),  # noqa: PLW1509  no threads here
+    )
+    try:
+        _stand_by(part, grace_s)
+    finally:
+        _kill_children()
+    code = part.returncode
+    return code if code >= 0 else 128 - code
+
+
+def _stand_by(part: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Until the part ended, or must."""
+    ended = os.pidfd_open(part.pid)
+    while ended not in select.select([ended, STDIN], [], [])[0]:
+        part.terminate()
+        if not os.read(STDIN, 1):
+            select.select([ended], [], [], grace_s)
+            part.kill()
+            break
+    part.wait()
+
+
+def _kill_children() -> None:
+    """Kill our children, and theirs as they become ours, until there are none."""
+    while True:
+        for pid in _children():
+            os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _children() -> Iterator[int]:
+    """Our direct children, zombies included."""
+    me = str(os.getpid())
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
+        except OSError:  # it ended while we looked
+            continue
+        if after_name[1] == me:
+            yield int(stat.parent.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

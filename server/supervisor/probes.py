@@ -1,0 +1,55 @@
+"""Is a part ready? Each probe asks what the part's own clients will ask."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import aiohttp
+
+from server.supervisor.part import Probe
+
+PROBE_TIMEOUT_S = 5.0
+
+
+def answers_http(url: str, key: str | None = None) -> Probe:
+    """Ready when GET `url` answers 200.
+
+    Args:
+        url: asked as it is.
+        key: sent as a bearer token.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    async def ready() -> bool:
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        try:
+            async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, headers=headers) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    return ready
+
+
+def answers_redis(host: str, port: int, password: str) -> Probe:
+    """Ready when PING answers PONG, which Valkey does once its append-only file is loaded."""
+
+    async def ask() -> bool:
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            writer.write(f"AUTH {password}\r\nPING\r\n".encode())
+            answers = [await reader.readline(), await reader.readline()]
+            return answers == [b"+OK\r\n", b"+PONG\r\n"]
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    async def ready() -> bool:
+        try:
+            return await asyncio.wait_for(ask(), PROBE_TIMEOUT_S)
+        except (OSError, TimeoutError):
+            return False
+
+    return ready

@@ -1,0 +1,77 @@
+"""What people see of `mta up`: a line for each part, live on a terminal, plain where output goes to a file."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+
+class State(StrEnum):
+    """Where a part is in its life."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    DOWN = "down"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+_STYLES = {State.WAITING: "dim", State.READY: "green", State.DOWN: "bold red", State.STOPPED: "dim"}
+
+
+class Report(Protocol):
+    """Told of every change of a part's state."""
+
+    def __call__(self, part: str, state: State, detail: str = "") -> None: ...
+
+
+class PlainReport:
+    """One line for each change."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, part: str, state: State, detail: str = "") -> None:
+        line = Text(f"  {part:<9}")
+        line.append(f"{state.value:<9}", _STYLES.get(state, ""))
+        line.append(f" {detail}")
+        self._console.print(line, soft_wrap=True)
+
+
+class LiveReport:
+    """A table that changes in place until `close`; plain lines after that."""
+
+    def __init__(self, console: Console, parts: list[str]) -> None:
+        self._plain = PlainReport(console)
+        self._states = {part: (State.WAITING, "", time.monotonic()) for part in parts}
+        self._live: Live | None = Live(console=console, get_renderable=self._table, refresh_per_second=8)
+        self._live.start()
+
+    def __call__(self, part: str, state: State, detail: str = "") -> None:
+        if self._live is None:
+            self._plain(part, state, detail)
+            return
+        self._states[part] = (state, detail, time.monotonic())
+        self._live.refresh()
+
+    def close(self) -> None:
+        """Leave the table as it is, and go on in plain lines."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for part, (state, detail, since_s) in self._states.items():
+            busy = state in (State.STARTING, State.STOPPING)
+            shown = Spinner("dots", f"{state.value} {time.monotonic() - since_s:.0f} s") if busy else Text(state.value)
+            table.add_row(f"  {part}", shown, detail, style=_STYLES.get(state, ""))
+        return table

@@ -1,0 +1,144 @@
+"""Starts parts in order, restarts the ones that die, and stops all of them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from server.supervisor.data_folder import DataFolder
+from server.supervisor.errors import StartError
+from server.supervisor.guarded import GuardedProcess
+from server.supervisor.part import Backoff, Part
+from server.supervisor.status import Report, State
+
+POLL_S = 0.1
+
+
+class Supervisor:
+    """Keeps parts running.
+
+    Args:
+        parts: in the order in which they start; each may rely on the ones before it.
+        data: where the logs are, and whose lock the guards share.
+        report: told what happens.
+        backoff: how long a part that died waits for its restart.
+    """
+
+    def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report, backoff: Backoff | None = None) -> None:
+        self._keepers = [_Keeper(part, data, report, backoff or Backoff()) for part in parts]
+
+    async def run(self, stop: asyncio.Event, hurry: asyncio.Event, started: Callable[[], None]) -> None:
+        """Run until `stop` is set; no part is left when this returns or raises.
+
+        Args:
+            stop: ends the run, at any time.
+            hurry: gives parts no more time to finish what they do.
+            started: called once, when every part is ready.
+
+        Raises:
+            StartError: when a part does not become ready the first time; with the end of its log.
+        """
+        life = asyncio.create_task(self._live(started))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((life, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            life.cancel()
+            stopping.cancel()
+            outcome, _ = await asyncio.gather(life, stopping, return_exceptions=True)
+            for keeper in reversed(self._keepers):
+                await keeper.stop(hurry)
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    async def _live(self, started: Callable[[], None]) -> None:
+        """Start every part, then keep all of them running for ever."""
+        keeping: list[asyncio.Task[None]] = []
+        try:
+            for keeper in self._keepers:
+                await keeper.start()
+                keeping.append(asyncio.create_task(keeper.keep()))
+            started()
+            await asyncio.gather(*keeping)
+        finally:
+            for task in keeping:
+                task.cancel()
+            await asyncio.gather(*keeping, return_exceptions=True)
+
+
+class _Keeper:
+    """One part through all its runs."""
+
+    def __init__(self, part: Part, data: DataFolder, report: Report, backoff: Backoff) -> None:
+        self._part = part
+        self._data = data
+        self._report = report
+        self._backoff = backoff
+        self._process: GuardedProcess | None = None
+
+    async def start(self) -> None:
+        """One run, from spawn to ready.
+
+        Raises:
+            StartError: when it ended, or took too long; nothing of it is left then.
+        """
+        self._report(self._part.name, State.STARTING, self._part.address)
+        log = self._data.log(self._part.name)
+        self._process = process = await GuardedProcess.start(self._part, log, keep_open=(self._data.lock,))
+        try:
+            async with asyncio.timeout(self._part.start_timeout_s):
+                ready = await self._until_ready(process)
+        except TimeoutError:
+            ready = False
+        if not ready:
+            how = f"was not ready after {self._part.start_timeout_s:.0f} s"
+            if not process.running:
+                how = f"ended with status {await process.wait()} before it was ready"
+            await process.kill()
+            raise StartError(f"{self._part.name} {how}. The end of {log}:\n{process.log_tail()}")
+        self._report(self._part.name, State.READY, f"{self._part.address} after {process.uptime_s:.1f} s")
+
+    async def keep(self) -> None:
+        """Start the part again whenever it ends, until cancelled."""
+        deaths = 0
+        while self._process is not None:
+            code = await self._process.wait()
+            deaths = 1 if self._process.uptime_s >= self._backoff.forgive_s else deaths + 1
+            delay_s = self._backoff.delay_s(deaths)
+            after_s = self._process.uptime_s
+            self._report(
+                self._part.name,
+                State.DOWN,
+                f"ended with status {code} after {after_s:.0f} s; starting it again in {delay_s:g} s",
+            )
+            await asyncio.sleep(delay_s)
+            try:
+                await self.start()
+            except StartError as error:
+                self._report(self._part.name, State.DOWN, str(error))
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """Let the part finish what it does, within its time; at once when `hurry` is set."""
+        if self._process is None or not self._process.running:
+            return
+        self._report(self._part.name, State.STOPPING)
+        stopping = asyncio.create_task(self._process.stop(self._part.stop_timeout_s))
+        hurrying = asyncio.create_task(hurry.wait())
+        await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
+        if not stopping.done():
+            stopping.cancel()
+            await self._process.kill()
+        self._report(self._part.name, State.STOPPED)
+
+    async def _until_ready(self, process: GuardedProcess) -> bool:
+        """True when the part is ready, False when it ended before."""
+        ended = asyncio.create_task(process.wait())
+        try:
+            while not ended.done():
+                if await self._part.ready():
+                    return True
+                await asyncio.wait((ended,), timeout=POLL_S)
+            return False
+        finally:
+            ended.cancel()

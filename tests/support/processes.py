@@ -1,0 +1,143 @@
+"""Starting, watching and stopping real processes in tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PATIENCE_S = 60.0
+"""How long a test waits for what must happen; never how long it may take."""
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
+    """Poll `condition` until it holds; an AssertionError naming `what` when it does not within `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {timeout_s:.0f} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of a process."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
+            if int(fields[1]) == pid and fields[0] not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, parents before children."""
+    found = children(pid)
+    for child in found:  # grows as it is walked
+        found += children(child)
+    return found
+
+
+def command_line(pid: int) -> str:
+    """A process's argv, as anyone on the machine can read it."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+
+
+class Background:
+    """A command that runs while a test goes on, its output kept.
+
+    Args:
+        command: program and arguments.
+        environment: on top of this process's own; None removes a variable.
+        cwd: where it runs.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str | None] | None = None, cwd: Path | None = None
+    ) -> None:
+        merged = dict(os.environ) | (environment or {})
+        self._lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            env={name: value for name, value in merged.items() if value is not None},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def output(self) -> str:
+        """What it wrote so far."""
+        return "".join(self._lines)
+
+    def wait_for(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
+        """Until a line of the output matches; an AssertionError with the output when it ends or takes too long."""
+        deadline_s = time.monotonic() + timeout_s
+        while not (match := re.search(pattern, self.output, re.MULTILINE)):
+            ended = self.process.poll() is not None and not self._reader.is_alive()
+            assert not ended, f"ended with status {self.process.returncode} before {pattern!r}:\n{self.output}"
+            assert time.monotonic() < deadline_s, f"no {pattern!r} after {timeout_s:.0f} s:\n{self.output}"
+            time.sleep(0.05)
+        return match
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+        """Until it ends and all its output is read; its exit status."""
+        code = self.process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        return code
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone, not to its group."""
+        self.process.send_signal(number)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str | None] | None = None, cwd: Path | None = None
+) -> Iterator[Background]:
+    """A background command that is gone, with all its descendants, when the block ends."""
+    background = Background(command, environment, cwd)
+    try:
+        yield background
+    finally:
+        if background.process.poll() is None:
+            background.send(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                background.process.wait(PATIENCE_S)
+        left = (
+            [background.process.pid, *descendants(background.process.pid)] if background.process.poll() is None else []
+        )
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        background.wait()
+
+
+def mta(*arguments: str) -> list[str]:
+    """The `mta` command as this interpreter runs it."""
+    return [sys.executable, "-m", "server.cli", *arguments]

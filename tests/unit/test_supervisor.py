@@ -1,0 +1,298 @@
+"""The supervisor of `mta up`, on trivial parts: order, restarts, stopping, and that nothing is ever left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+
+from server.settings import Settings
+from server.supervisor.data_folder import DataFolder
+from server.supervisor.errors import StartError
+from server.supervisor.guarded import GuardedProcess
+from server.supervisor.part import Backoff, Part
+from server.supervisor.parts import check_port, gateway_part, valkey_part
+from server.supervisor.status import State
+from server.supervisor.supervisor import Supervisor
+from tests.support.processes import PATIENCE_S, Background, alive, command_line, descendants, wait_until
+from tests.support.valkey import free_port
+
+SLEEP = "import time; time.sleep(600)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
+FAMILY = f"""
+import subprocess, sys
+# One child in our group, one in a session of its own, one that outlives its parent; none of them heeds SIGTERM.
+subprocess.Popen([sys.executable, "-c", {STUBBORN!r}])
+subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], start_new_session=True)
+orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+subprocess.run([sys.executable, "-c", orphan, {STUBBORN!r}])
+"""
+FAMILY_SIZE = 4  # the part and the three
+
+
+class Record:
+    """A report that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.states: list[tuple[str, State]] = []
+        self.details: list[str] = []
+
+    def __call__(self, part: str, state: State, detail: str = "") -> None:
+        self.states.append((part, state))
+        self.details.append(detail)
+
+    def count(self, part: str, state: State) -> int:
+        return self.states.count((part, state))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[DataFolder]:
+    folder = DataFolder.open(tmp_path / "data")
+    yield folder
+    folder.close()
+
+
+def python_part(name: str, folder: Path, code: str, **changes: float) -> Part:
+    """A part that runs `code`, and is ready once it has written its pid to `<name>.pid`."""
+    pid_file = folder / f"{name}.pid"
+    prelude = f"import os, pathlib; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
+
+    async def ready() -> bool:
+        return pid_file.exists()
+
+    times = {"start_timeout_s": PATIENCE_S, "stop_timeout_s": PATIENCE_S} | changes
+    return Part(
+        name, (sys.executable, "-c", code.strip() + "\n" + prelude + SLEEP), dict(os.environ), ready, "", **times
+    )
+
+
+def pid_of(name: str, folder: Path) -> int:
+    return int((folder / f"{name}.pid").read_text())
+
+
+async def run_until(supervisor: Supervisor, condition: Callable[[], bool], *, hurry: bool = False) -> None:
+    """Run the supervisor, and stop it when the condition holds."""
+    stop, hurried, started = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    running = asyncio.create_task(supervisor.run(stop, hurried, started.set))
+    async with asyncio.timeout(PATIENCE_S):
+        while not running.done() and not (started.is_set() and condition()):
+            await asyncio.sleep(0.02)
+        stop.set()
+        if hurry:
+            hurried.set()
+        await running
+
+
+async def test_parts_start_in_order_and_stop_in_reverse(tmp_path: Path, data: DataFolder) -> None:
+    record = Record()
+    parts = [python_part(name, tmp_path, "") for name in ("first", "second")]
+    await run_until(Supervisor(parts, data, record), lambda: True)
+    assert record.states == [
+        ("first", State.STARTING),
+        ("first", State.READY),
+        ("second", State.STARTING),
+        ("second", State.READY),
+        ("second", State.STOPPING),
+        ("second", State.STOPPED),
+        ("first", State.STOPPING),
+        ("first", State.STOPPED),
+    ]
+    assert not alive(pid_of("first", tmp_path)) and not alive(pid_of("second", tmp_path))
+
+
+async def test_a_part_that_is_killed_is_started_again_and_the_others_are_left_alone(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    record = Record()
+    supervisor = Supervisor(
+        [python_part(name, tmp_path, "") for name in ("steady", "frail")], data, record, Backoff(first_s=0.01)
+    )
+    killed: list[int] = []
+
+    def twice() -> bool:
+        pid = pid_of("frail", tmp_path)
+        if len(killed) < 2 and pid not in killed and alive(pid):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        return record.count("frail", State.READY) == 3
+
+    await run_until(supervisor, twice)
+    assert record.count("steady", State.STARTING) == 1
+    assert any(f"status {128 + signal.SIGKILL}" in detail for detail in record.details)
+
+
+def test_the_wait_before_a_restart_doubles_up_to_its_limit() -> None:
+    backoff = Backoff(first_s=0.5, limit_s=30)
+    assert [backoff.delay_s(deaths) for deaths in (1, 2, 3, 7, 1000)] == [0.5, 1, 2, 30, 30]
+
+
+@pytest.mark.parametrize(("forgive_s", "delays"), [(0.0, ["0.01", "0.01", "0.01"]), (600.0, ["0.01", "0.02", "0.04"])])
+async def test_a_part_that_stayed_up_long_enough_starts_again_with_the_shortest_wait(
+    tmp_path: Path, data: DataFolder, forgive_s: float, delays: list[str]
+) -> None:
+    record = Record()
+    part = python_part("brief", tmp_path, "")
+    dying = Part(
+        part.name,
+        (*part.command[:2], part.command[2].replace("time.sleep(600)", "time.sleep(0.3)")),
+        *(part.environment, part.ready, part.address, part.start_timeout_s, part.stop_timeout_s),
+    )
+    supervisor = Supervisor([dying], data, record, Backoff(first_s=0.01, forgive_s=forgive_s))
+    await run_until(supervisor, lambda: record.count("brief", State.DOWN) == 3)
+    seen = [d.rpartition(" in ")[2] for (_, s), d in zip(record.states, record.details, strict=True) if s is State.DOWN]
+    assert seen == [f"{delay} s" for delay in delays]
+
+
+async def test_a_part_that_ends_before_it_is_ready_fails_the_start_with_the_end_of_its_log(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    parts = [python_part("first", tmp_path, ""), python_part("broken", tmp_path, "raise SystemExit('no such bank')")]
+    with pytest.raises(StartError, match=r"broken ended with status 1 .*\n(.*\n)*no such bank"):
+        await run_until(Supervisor(parts, data, Record()), lambda: False)
+    assert not alive(pid_of("first", tmp_path))
+
+
+async def test_a_part_that_takes_too_long_fails_the_start_and_is_gone(tmp_path: Path, data: DataFolder) -> None:
+    witness = tmp_path / "slow.started"
+    code = f"import os, pathlib; pathlib.Path({str(witness)!r}).write_text(str(os.getpid())); {SLEEP}"
+    with pytest.raises(StartError, match="slow was not ready after 2 s"):
+        await run_until(Supervisor([python_part("slow", tmp_path, code, start_timeout_s=2)], data, Record()), bool)
+    assert not alive(int(witness.read_text()))
+
+
+async def test_a_part_that_ignores_the_request_to_stop_is_killed(tmp_path: Path, data: DataFolder) -> None:
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    part = python_part("stubborn", tmp_path, stubborn, stop_timeout_s=0.1)
+    await run_until(Supervisor([part], data, Record()), lambda: True)
+    assert not alive(pid_of("stubborn", tmp_path))
+
+
+async def test_a_second_signal_ends_the_wait_for_a_stubborn_part(tmp_path: Path, data: DataFolder) -> None:
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    part = python_part("stubborn", tmp_path, stubborn, stop_timeout_s=10 * PATIENCE_S)
+    await run_until(Supervisor([part], data, Record()), lambda: True, hurry=True)
+    assert not alive(pid_of("stubborn", tmp_path))
+
+
+async def test_what_a_part_leaves_behind_dies_with_it(tmp_path: Path, data: DataFolder) -> None:
+    process = await GuardedProcess.start(python_part("family", tmp_path, FAMILY), tmp_path / "family.log")
+    guard = await _guard_of("family", tmp_path)
+    family = descendants(guard)
+    assert len(family) == FAMILY_SIZE
+    os.kill(pid_of("family", tmp_path), signal.SIGKILL)
+    assert await process.wait() == 128 + signal.SIGKILL
+    assert [pid for pid in family if alive(pid)] == []
+
+
+async def test_a_killed_guard_takes_its_part_along(tmp_path: Path, data: DataFolder) -> None:
+    process = await GuardedProcess.start(python_part("orphaned", tmp_path, ""), tmp_path / "orphaned.log")
+    os.kill(await _guard_of("orphaned", tmp_path), signal.SIGKILL)
+    await process.wait()
+    part = pid_of("orphaned", tmp_path)
+    await asyncio.to_thread(wait_until, lambda: not alive(part), "the part to die with its guard")
+
+
+async def _guard_of(name: str, folder: Path) -> int:
+    """The guard's pid, once its part is ready."""
+    await asyncio.to_thread(wait_until, (folder / f"{name}.pid").exists, f"{name} to start")
+    return int(Path(f"/proc/{pid_of(name, folder)}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+SUPERVISE = textwrap.dedent("""
+    import asyncio, pathlib, sys
+    from server.supervisor.data_folder import DataFolder
+    from server.supervisor.supervisor import Supervisor
+    from tests.unit.test_supervisor import FAMILY, Record, python_part
+
+    folder = pathlib.Path(sys.argv[1])
+    supervisor = Supervisor([python_part("family", folder, FAMILY)], DataFolder.open(folder / "data"), Record())
+    started = lambda: print("started", flush=True)
+    asyncio.run(supervisor.run(asyncio.Event(), asyncio.Event(), started))
+""")
+
+
+def test_a_killed_supervisor_leaves_no_process_and_frees_its_data_folder_once_they_are_gone(tmp_path: Path) -> None:
+    background = Background([sys.executable, "-c", SUPERVISE, str(tmp_path)])
+    background.wait_for("^started$")
+    family = descendants(background.process.pid)
+    assert len(family) == FAMILY_SIZE + 1
+    background.process.kill()
+    background.process.wait()
+    DataFolder.open(tmp_path / "data").close()  # waits for the guards, which hold the lock
+    assert [pid for pid in family if alive(pid)] == []
+
+
+def test_a_data_folder_in_use_is_refused_with_the_pid_of_its_user(data: DataFolder) -> None:
+    with pytest.raises(StartError, match=rf"in use by another `mta up` \(process {os.getpid()}\)"):
+        DataFolder.open(data.path)
+
+
+def test_the_secret_is_made_once_and_private(tmp_path: Path) -> None:
+    first = DataFolder.open(tmp_path / "data")
+    first.close()
+    second = DataFolder.open(tmp_path / "data")
+    second.close()
+    assert first.secret == second.secret
+    assert stat.S_IMODE((tmp_path / "data" / "secret").stat().st_mode) == 0o600
+
+
+def test_an_emptied_secret_is_refused_not_replaced(tmp_path: Path) -> None:
+    DataFolder.open(tmp_path / "data").close()
+    (tmp_path / "data" / "secret").write_text("")
+    with pytest.raises(StartError, match="holds no secret"):
+        DataFolder.open(tmp_path / "data")
+
+
+async def test_valkey_is_durable_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
+    data = DataFolder.open(tmp_path / 'a "quoted" folder')
+    part, url = valkey_part(data)
+    password = url.split(":")[2].split("@")[0]
+    config = Path(part.command[1])
+    assert stat.S_IMODE(config.stat().st_mode) == 0o600
+    process = await GuardedProcess.start(part, data.log("valkey"))
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not await part.ready():
+                assert process.running, process.log_tail()
+                await asyncio.sleep(0.05)
+        async with redis.asyncio.Redis.from_url(url, decode_responses=True) as client:
+            assert (await client.config_get("append*"))["appendonly"] == "yes"
+            assert (await client.config_get("append*"))["appendfsync"] == "always"
+        async with redis.asyncio.Redis.from_url(url.replace(password, "")) as stranger:
+            with pytest.raises(redis.AuthenticationError):
+                await stranger.ping()
+        for pid in descendants(os.getpid()):
+            assert password not in command_line(pid)
+    finally:
+        await process.stop(PATIENCE_S)
+        data.close()
+    assert list(data.valkey.glob("appendonlydir/*.aof"))
+
+
+def test_the_gateway_gets_every_setting_by_environment_and_no_secret_by_argv(tmp_path: Path) -> None:
+    settings = Settings(secret="s" * 32, engine_key="k" * 32, bank=tmp_path, profile_items=7)  # type: ignore[arg-type]
+    part = gateway_part(settings)
+    assert part.environment["MTA_SECRET"] == "s" * 32
+    assert part.environment["MTA_ENGINE_KEY"] == "k" * 32
+    assert part.environment["MTA_BANK"] == str(tmp_path)
+    assert part.environment["MTA_PROFILE_ITEMS"] == "7"
+    assert not {"s" * 32, "k" * 32} & set(part.command)
+
+
+def test_a_taken_port_is_refused_by_number() -> None:
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(StartError, match=f"127.0.0.1:{port}: Address already in use"):
+            check_port(port)
+    check_port(port)
