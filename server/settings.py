@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from adapters.errors import MtaError, excerpt
 
 
 def _user_folder(variable: str, fallback: str) -> Path:
@@ -93,3 +95,18 @@ class Settings(BaseSettings):
         """The URL of every engine by itself."""
         urls = tuple(url.strip().rstrip("/") for url in self.engine_urls.split(",") if url.strip())
         return urls or (self.engine_url.rstrip("/"),)
+
+
+def load_settings(**given: object) -> Settings:
+    """Settings from the environment, overridden by those given; None means not given.
+
+    Raises:
+        MtaError: naming the variable whose value makes no sense.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        variable = f"MTA_{first['loc'][0]}".upper() if first["loc"] else "MTA_*"
+        shown = "" if "secret" in variable.lower() or "key" in variable.lower() else f", got {excerpt(first['input'])}"
+        raise MtaError(f"{variable}: {first['msg']}{shown} (`mta settings` lists all)") from None

@@ -1,0 +1,166 @@
+"""What clients get: the shapes of answers, in JSON and in chunks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.generation import Answer
+from server.personalizer import Level, Personalization
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ErrorDetail(_Answer):
+    """What went wrong."""
+
+    message: str = Field(description="What was wrong, the offending value, what to do.")
+    type: str
+    param: str | None = Field(description="The field at fault, in dots, e.g. `items.3.text`.")
+    code: str = Field(description="A short reason for programs.")
+
+
+class ErrorAnswer(_Answer):
+    """OpenAI's error shape: what every answer of status 4xx and 5xx is."""
+
+    error: ErrorDetail
+
+
+class AnchorAnswer(_Answer):
+    """One anchor that speaks."""
+
+    id: str = Field(examples=["a03"])
+    weight: float = Field(description="Its weight in the recipe, 0 to 1.")
+    similarity: float = Field(description="How near it is to the user's profile, -1 to 1.")
+
+
+class WhoSpeaks(_Answer):
+    """How far an answer is personal, and by whom."""
+
+    level: Level
+    recipe: str | None = Field(description="The fused adapter's name; null for the base model.")
+    source: str | None = Field(description="The evidence behind the weights; null for the base model.")
+    anchors: list[AnchorAnswer] = Field(description="Nearest first.")
+    reason: str | None = Field(description="Why the level is not higher, if there is something to say.")
+
+
+class PersonalizationAnswer(WhoSpeaks):
+    """The same, with where the milliseconds went."""
+
+    timings_ms: dict[str, float] = Field(
+        description="`profile`: store. `recipe`: index and weights. `engine_ttft`: engine, until its first token. "
+        "`engine`: engine in all. `total`: from the request's arrival."
+    )
+
+
+class Usage(_Answer):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class GenerateAnswer(_Answer):
+    """The text and who speaks in it."""
+
+    id: str
+    text: str
+    finish_reason: str
+    usage: Usage
+    personalization: PersonalizationAnswer
+
+
+class ProfileAnswer(_Answer):
+    """What a change made of the profile."""
+
+    user_id: str
+    received: int = Field(description="Items in the request.")
+    kept: int = Field(description="Items in the profile now.")
+    changed: int = Field(description="Items that came, went, or have new content; 0 for a repeated request.")
+    recipe: str
+    anchors: list[AnchorAnswer]
+
+
+class UserAnswer(_Answer):
+    """What is stored of a user and who speaks for them."""
+
+    user_id: str
+    items: int
+    bytes: int = Field(description="Memory that the user takes in the store.")
+    embedder: str
+    updated_at: str = Field(description="UTC, ISO 8601.")
+    recipe: str
+    source: str
+    anchors: list[AnchorAnswer]
+
+
+class ErasedAnswer(_Answer):
+    """What was erased."""
+
+    user_id: str
+    erased: dict[Literal["items", "keys"], int]
+
+
+def who_speaks(personalization: Personalization) -> dict[str, Any]:
+    """The `personalization` block, timings aside."""
+    return {
+        "level": personalization.level.value,
+        "recipe": personalization.recipe.name if personalization.recipe else None,
+        "source": personalization.source,
+        "anchors": anchors(personalization),
+        "reason": personalization.reason,
+    }
+
+
+def anchors(personalization: Personalization) -> list[dict[str, Any]]:
+    """The anchors as clients see them."""
+    return [
+        {"id": voice.id, "weight": voice.weight, "similarity": voice.similarity} for voice in personalization.anchors
+    ]
+
+
+def whole(answer: Answer, text: str) -> dict[str, Any]:
+    """The JSON answer, once the text is complete."""
+    return {
+        "id": answer.id,
+        "text": text,
+        "finish_reason": answer.stream.finish_reason,
+        "usage": answer.stream.usage,
+        "personalization": who_speaks(answer.personalization) | {"timings_ms": answer.timings.ms},
+    }
+
+
+class Chunks:
+    """The chunks of one stream, in OpenAI's shape."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._head = {
+            "id": answer.id,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": answer.personalization.model,
+        }
+
+    def first(self) -> dict[str, Any]:
+        """Says who speaks, before there is a token."""
+        block = who_speaks(self._answer.personalization) | {"timings_ms": self._answer.timings.ms}
+        return self._chunk({"role": "assistant", "content": ""}) | {"personalization": block}
+
+    def text(self, text: str) -> dict[str, Any]:
+        """A piece of text."""
+        return self._chunk({"content": text})
+
+    def last(self) -> dict[str, Any]:
+        """Ends the answer: reason, usage, and all timings."""
+        stream = self._answer.stream
+        ending = {"usage": stream.usage, "timings_ms": self._answer.timings.ms}
+        return self._chunk({}, stream.finish_reason) | ending
+
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        return self._head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}

@@ -1,0 +1,139 @@
+"""The gateway: puts the parts together and answers in OpenAI's error shape whatever goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from adapters.errors import MtaError, excerpt
+from bank.embedder import Embedder
+from bank.models import ensure_embedder
+from bank.serving import ServingBank
+from server.engine_client import EngineClient, open_session
+from server.errors import ApiError, NotFound, WrongMethod
+from server.generation import Generator
+from server.health import Health
+from server.metrics import Metrics
+from server.middleware import RequestLog
+from server.parts import Parts
+from server.personalizer import Personalizer
+from server.profiles import Profiles
+from server.routes import generate, operations, users
+from server.settings import Settings
+from server.store import Durability
+from server.store_redis import RedisStore
+from server.user_key import UserKeys
+from server.validation import fault_of
+
+log = logging.getLogger("mta.gateway")
+
+DESCRIPTION = """\
+Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
+`POST /generate` answers as that user. Errors have OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The gateway as an ASGI application. Nothing is opened before its lifespan starts."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _opened(settings, metrics) as app.state.parts:
+            yield
+
+    app = FastAPI(
+        title="MTA server",
+        version=version("mta-server"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.add_middleware(RequestLog, metrics=metrics)
+    for router in (generate.router, users.router, operations.router):
+        app.include_router(router)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    return app
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
+    """Open every part, refusing what cannot serve; close them in turn.
+
+    Raises:
+        MtaError: naming what is missing or damaged.
+    """
+    if settings.bank is None:
+        raise MtaError("no bank: set MTA_BANK or --bank to a folder that `mta bank build` made")
+    keys = UserKeys(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
+    embedder = await asyncio.to_thread(_open_embedder, settings)
+    bank = await asyncio.to_thread(ServingBank.open, settings.bank, embedder.id)
+    engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
+    async with AsyncExitStack() as stack:
+        store = RedisStore(settings.redis_url, require_durable=settings.require_durable_store)
+        stack.push_async_callback(store.close)
+        if await store.check() is Durability.NONE:
+            log.warning("Redis keeps no append-only file: acknowledged profiles can be lost")
+        session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
+        threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, thread_name_prefix="embed"))
+        profiles = Profiles(
+            store, keys, embedder=embedder, task=bank.task, executor=threads, limit=settings.profile_items
+        )
+        personalizer = Personalizer(bank, profiles)
+        engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
+        health = Health(store, session, settings.engines, engine_key, bank)
+        watching = asyncio.create_task(health.watch())
+        stack.push_async_callback(_stopped, watching)
+        metrics.bank.labels(bank.manifest.short).set(1)
+        generator = Generator(personalizer, engine, metrics)
+        yield Parts(settings, bank, profiles, personalizer, generator, health, metrics)
+
+
+def _open_embedder(settings: Settings) -> Embedder:
+    return Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
+
+
+async def _stopped(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _on_api_error(request, fault_of(error.errors()))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: unknown routes and wrong methods."""
+    assert isinstance(error, HTTPException)
+    place = f"{request.method} {excerpt(request.url.path)}"
+    if error.status_code == 405:
+        response = await _on_api_error(request, WrongMethod(f"{place}: this route takes other methods"))
+    else:
+        response = await _on_api_error(request, NotFound(f"{place}: there is no such route; /docs lists them"))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """A fault of ours; Starlette raises it again for the log once this is sent."""
+    return await _on_api_error(request, ApiError("the gateway failed: its log says why"))

@@ -1,0 +1,26 @@
+"""`mta settings`: every setting, its variable, and what it is now."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from server.settings import Settings, load_settings
+
+WIDTH_IN_FILES = 200
+
+
+def settings() -> None:
+    """Show every setting: its environment variable, its value now, and what it is for. Secrets are not shown."""
+    current = load_settings()
+    table = Table("variable", "value", "what it is", pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    for name, field in Settings.model_fields.items():
+        value = getattr(current, name)
+        shown = "" if value is None else str(value)  # a secret's text is asterisks
+        table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
+    Console(width=None if sys.stdout.isatty() else WIDTH_IN_FILES).print(table)

@@ -1,0 +1,216 @@
+"""The way to the engine: OpenAI's chat completions over HTTP, always streamed.
+
+Streaming also serves clients that want one answer: the time of the first token is known, and closing the connection
+tells vLLM to abort. Every failure becomes one of our errors here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+
+from adapters.errors import MtaError, excerpt
+from server.errors import EngineFailed, InvalidRequest, Unavailable
+from server.streaming import ByteChunks, events
+
+BASE_MODEL = "base"
+"""The name under which engines serve the base model."""
+
+_KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never taken up while the engine closes it
+_CONNECT_TIMEOUT_S = 3.0
+_DRAIN_TIMEOUT_S = 1.0
+_PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
+
+
+class AdapterMissing(MtaError):
+    """The engine cannot serve the model it was asked for: another bank, an unknown anchor, a lost user adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One generation.
+
+    Attributes:
+        request_id: also the engine's id for it, so that logs can be joined.
+        model: a recipe name, or `base`.
+        messages: the conversation in OpenAI's shape.
+        sampling: fields passed on as they are: max_tokens, temperature, top_p, stop, seed.
+        prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
+    """
+
+    request_id: str
+    model: str
+    messages: list[dict[str, str]]
+    sampling: Mapping[str, Any]
+    prompt_param: str
+
+
+@dataclass(slots=True)
+class EngineStream:
+    """An answer under way: iterate `texts`; the rest is known when it ends.
+
+    Attributes:
+        chunks: the engine's bytes.
+        sent_s: when the request left, by the performance counter.
+        first_token_s: when the first text came, or None before.
+        finish_reason: OpenAI's, None before the end.
+        usage: token counts as the engine gave them.
+        complete: whether the engine has said all it had to say.
+    """
+
+    chunks: ByteChunks
+    sent_s: float
+    first_token_s: float | None = None
+    finish_reason: str | None = None
+    usage: dict[str, int] = field(default_factory=dict)
+    complete: bool = False
+
+    async def texts(self) -> AsyncIterator[str]:
+        """The pieces of text, none empty.
+
+        Raises:
+            EngineFailed: when the engine breaks off or sends what is no answer.
+        """
+        try:
+            async for chunk in events(self.chunks):
+                text = self._take(chunk)
+                if text:
+                    self.first_token_s = self.first_token_s or time.perf_counter()
+                    yield text
+        except aiohttp.SocketTimeoutError as error:
+            raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
+        except (aiohttp.ClientError, OSError, EOFError) as error:
+            raise EngineFailed("the engine broke off in the middle of the answer: send the request again") from error
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise EngineFailed("the engine sent something that is no chat completion") from error
+        if self.finish_reason is None:
+            raise EngineFailed("the engine ended the answer without a finish reason")
+        self.complete = True
+
+    def _take(self, chunk: dict[str, Any]) -> str:
+        if "error" in chunk:
+            raise EngineFailed(f"the engine failed in the middle of the answer: {excerpt(chunk['error'], 300)}")
+        usage = chunk.get("usage")
+        if usage:
+            names = ("prompt_tokens", "completion_tokens", "total_tokens")
+            self.usage = {name: int(usage[name]) for name in names}
+        if not chunk["choices"]:
+            return ""
+        choice = chunk["choices"][0]
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        return choice["delta"].get("content") or ""
+
+
+class EngineClient:
+    """Speaks to one OpenAI server: vLLM, or the router before many.
+
+    Args:
+        session: the process's one HTTP session (see `open_session`).
+        url: base URL.
+        key: what the engine asks for, or None.
+        cache_salt: of the tenant.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None, cache_salt: str) -> None:
+        self._session = session
+        self._url = f"{url.rstrip('/')}/v1/chat/completions"
+        self._headers = {"Content-Type": "application/json"} | bearer(key)
+        self._cache_salt = cache_salt
+
+    @asynccontextmanager
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
+        """Start a generation; leaving the context before its end aborts it in the engine.
+
+        Raises:
+            AdapterMissing: when the engine has no such model.
+            InvalidRequest: when the engine refuses the request, e.g. a prompt longer than the context.
+            Unavailable: when no engine can be reached.
+            EngineFailed: when it answers what makes no sense.
+        """
+        sent_s = time.perf_counter()
+        response = await self._post(request)
+        try:
+            if response.status != 200:
+                raise await _refusal(response, request)
+            stream = EngineStream(response.content, sent_s)
+            yield stream
+            if stream.complete:
+                await _drain(response)
+        finally:
+            response.close()  # at its end the connection is back in the pool already and this does nothing
+
+    async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
+        body = {
+            "model": request.model,
+            "messages": request.messages,
+            **request.sampling,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "cache_salt": self._cache_salt,
+        }
+        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": request.model}
+        try:
+            return await self._session.post(self._url, data=orjson.dumps(body), headers=headers)
+        except aiohttp.SocketTimeoutError as error:
+            raise EngineFailed("the engine gave no answer in time", code="engine_timeout") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unavailable(f"the engine cannot be reached: {error}", code="engine_unavailable") from error
+
+
+def open_session(timeout_s: float) -> aiohttp.ClientSession:
+    """The HTTP session for all engines.
+
+    Args:
+        timeout_s: longest silence within one answer.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=timeout_s),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept-Encoding", "User-Agent"),
+    )
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that carries an engine's key."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+async def _drain(response: aiohttp.ClientResponse) -> None:
+    """Read the few bytes that end the HTTP body, so that the connection can be used again."""
+    with contextlib.suppress(aiohttp.ClientError, OSError):
+        async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+            await response.content.read()
+
+
+async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
+    """What an answer other than 200 means."""
+    try:
+        error = orjson.loads(await response.read())["error"]
+        message, param = str(error["message"]), error.get("param")
+    except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        message, param = f"HTTP {response.status} without a reason", None
+    status = response.status
+    if status == 404 and param == "model":
+        return AdapterMissing(message)
+    if status in (400, 422):
+        too_long = param in _PROMPT_PARAMS
+        return InvalidRequest(
+            message,
+            param=request.prompt_param if too_long else param,
+            code="context_length_exceeded" if too_long else None,
+        )
+    if status in (401, 403):
+        return EngineFailed("the engine refused the gateway's key: MTA_ENGINE_KEY differs", code="engine_key")
+    if status >= 500 or status == 429:
+        return Unavailable(f"the engine cannot answer now: {message}", code="engine_unavailable")
+    return EngineFailed(f"the engine answered {status}: {message}")

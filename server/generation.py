@@ -1,0 +1,118 @@
+"""One answer, from request to last token: who speaks, what the engine says, and what if it lacks the adapter."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from bank.prompt import chat_messages
+from server.engine_client import AdapterMissing, EngineClient, EngineRequest, EngineStream
+from server.errors import EngineFailed, InvalidRequest, Unavailable
+from server.metrics import Metrics
+from server.personalizer import Personalization, Personalizer, fallen_back
+from server.schemas import GenerateRequest, Personalize
+from server.timings import Timings
+
+_SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
+
+
+@dataclass(slots=True)
+class Answer:
+    """An answer under way.
+
+    Attributes:
+        id: of the request, in the engine's logs too.
+        personalization: who speaks.
+        stream: the engine's.
+        timings: complete once `texts` has ended.
+    """
+
+    id: str
+    personalization: Personalization
+    stream: EngineStream
+    timings: Timings
+
+    async def texts(self) -> AsyncIterator[str]:
+        """The pieces of text; see `EngineStream.texts`."""
+        async for text in self.stream.texts():
+            if self.stream.first_token_s and "engine_ttft" not in self.timings.ms:
+                self.timings.record("engine_ttft", self.stream.sent_s, self.stream.first_token_s)
+            yield text
+        self.timings.record("engine", self.stream.sent_s)
+        self.timings.finish()
+
+
+class Generator:
+    """Answers requests."""
+
+    def __init__(self, personalizer: Personalizer, engine: EngineClient, metrics: Metrics) -> None:
+        self._personalizer = personalizer
+        self._engine = engine
+        self._metrics = metrics
+
+    @asynccontextmanager
+    async def answer(self, request: GenerateRequest, timings: Timings) -> AsyncIterator[Answer]:
+        """Start an answer; leaving the context before its end aborts it in the engine.
+
+        Raises:
+            ApiError: whatever keeps the answer from starting.
+        """
+        request_id = f"gen-{secrets.token_hex(12)}"
+        personalization = await self._personalizer.resolve(request.user_id, request.personalize, timings)
+        async with AsyncExitStack() as stack:
+            personalization, stream = await self._open(stack, request, request_id, personalization)
+            yield Answer(request_id, personalization, stream, timings)
+
+    async def _open(
+        self, stack: AsyncExitStack, request: GenerateRequest, request_id: str, personalization: Personalization
+    ) -> tuple[Personalization, EngineStream]:
+        """The engine's stream and who speaks in it: the base model, when the engine lacks the adapter."""
+        wanted = EngineRequest(
+            request_id=request_id,
+            model=personalization.model,
+            messages=_conversation(request),
+            sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
+            prompt_param=request.conversation_param,
+        )
+        try:
+            return personalization, await stack.enter_async_context(self._engine.generate(wanted))
+        except AdapterMissing as error:
+            if personalization.recipe is None:
+                raise EngineFailed(f"the engine serves no model named {wanted.model!r}: {error}") from error
+            if request.personalize is Personalize.MERGED:
+                raise Unavailable(f"the engine cannot serve this user's recipe: {error}", code="no_adapter") from error
+        self._metrics.fallbacks.inc()
+        return await self._open(stack, request, request_id, fallen_back(personalization))
+
+
+def _conversation(request: GenerateRequest) -> list[dict[str, str]]:
+    if request.prompt is not None:
+        return chat_messages(request.prompt)
+    return [message.model_dump() for message in request.messages or ()]
+
+
+def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int | None) -> None:
+    """Refuse what is known to be too much before it reaches the engine.
+
+    Args:
+        request: well-formed.
+        max_prompt_chars: longest conversation, in characters.
+        context: the engine's, in tokens; None while no engine has told.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    chars = sum(len(message["content"]) for message in _conversation(request))
+    if chars > max_prompt_chars:
+        param = request.conversation_param
+        raise InvalidRequest(
+            f"{param} has {chars} characters, at most {max_prompt_chars} are taken", param=param, code="prompt_too_long"
+        )
+    if context is not None and request.max_tokens >= context:
+        raise InvalidRequest(
+            f"max_tokens {request.max_tokens} leaves no room for a prompt: the model's context is {context} tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,173 @@
+"""The write side of profiles: from items to an embedding, each change one atomic step."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from bank.profile import Item, Vectors, item_text, profile_embedding
+from bank.tasks import Task
+from server.errors import Unavailable
+from server.history import History, added, difference, replaced
+from server.profile_record import as_stored
+from server.store import Change, Erased, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
+from server.user_key import UserKeys
+
+EMBED_BATCH = 16
+"""Texts of one turn on an embedding thread: a long history does not keep a short one waiting."""
+
+MAX_ATTEMPTS = 64
+_MAX_PAUSE_S = 0.05
+
+
+class Embeds(Protocol):
+    """What is needed of `bank.embedder.Embedder`."""
+
+    id: str
+
+    def embed(self, texts: Sequence[str]) -> Vectors: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The outcome of a change.
+
+    Attributes:
+        profile: as it is now.
+        changed: how many items came, went, or have other content.
+    """
+
+    profile: Profile
+    changed: int
+
+
+class Profiles:
+    """Changes and reads profiles.
+
+    Args:
+        store: where they are kept.
+        keys: how users are named there.
+        embedder: makes embeddings, on the threads of `executor`.
+        task: how the bank reads items.
+        executor: the embedding threads.
+        limit: newest items kept of each user.
+    """
+
+    def __init__(
+        self, store: ProfileStore, keys: UserKeys, *, embedder: Embeds, task: Task, executor: Executor, limit: int
+    ) -> None:
+        self._store = store
+        self._keys = keys
+        self._embedder = embedder
+        self._task = task
+        self._executor = executor
+        self._limit = limit
+        self._refreshing: dict[str, asyncio.Task[Profile | None]] = {}
+
+    async def current(self, user_id: str) -> Profile | None:
+        """The profile with an embedding of today's embedder, or None for an unknown user."""
+        key = self._keys.key(user_id)
+        profile = await self._store.load(key)
+        if profile is None or profile.embedder == self._embedder.id:
+            return profile
+        return await self._refreshed(key, user_id)
+
+    async def replace(self, user_id: str, items: Sequence[Item]) -> Changed:
+        """Let the history be these items alone."""
+        return await self._change(user_id, lambda history: replaced(history, items, self._limit))
+
+    async def add(self, user_id: str, items: Sequence[Item]) -> Changed:
+        """Add items to the history; an item whose id is there already is replaced."""
+        return await self._change(user_id, lambda history: added(history, items, self._limit))
+
+    async def erase(self, user_id: str) -> Erased | None:
+        """Remove all that is kept of a user; None when there was nothing."""
+        return await self._store.erase(self._keys.key(user_id))
+
+    async def stored_bytes(self, user_id: str) -> int:
+        """Memory that the user takes in the store."""
+        return await self._store.stored_bytes(self._keys.key(user_id))
+
+    async def _refreshed(self, key: str, user_id: str) -> Profile | None:
+        """Remake an embedding that another embedder made; requests that come meanwhile wait for the same work."""
+        task = self._refreshing.get(key)
+        if task is None:
+            task = self._refreshing[key] = asyncio.create_task(self._refresh(user_id))
+            task.add_done_callback(lambda _: self._refreshing.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _refresh(self, user_id: str) -> Profile | None:
+        try:
+            return (await self._change(user_id, dict)).profile
+        except _NoItems:
+            return None
+
+    async def _change(self, user_id: str, apply: Callable[[History], History]) -> Changed:
+        """Read, apply, embed what has no embedding yet, and commit; from the start when somebody else was faster."""
+        key = self._keys.key(user_id)
+        made: dict[tuple[str, str], Vectors] = {}  # by id and text: survives a lost race
+        for attempt in range(MAX_ATTEMPTS):
+            snapshot = await self._store.read(key)
+            history = apply(snapshot.items)
+            if not history:
+                raise _NoItems
+            step = difference(snapshot.items, history)
+            profile = snapshot.profile
+            if profile and profile.embedder == self._embedder.id and not step.put and not step.drop:
+                return Changed(profile, 0)
+            vectors, fresh = await self._vectors(snapshot, history, made)
+            embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
+            profile = _next_profile(snapshot, user_id, len(history), self._embedder.id, embedding)
+            if await self._store.commit(key, snapshot.version, Change(profile, step.put, fresh, step.drop)):
+                return Changed(profile, step.changed)
+            await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
+        raise Unavailable(
+            f"the profile is being changed by too many others: {MAX_ATTEMPTS} attempts", code="contention"
+        )
+
+    async def _vectors(
+        self, snapshot: Snapshot, history: History, made: dict[tuple[str, str], Vectors]
+    ) -> tuple[dict[str, Vectors], dict[str, StoredVector]]:
+        """The embedding of every item [E], and those of them that the store lacks."""
+        texts = {name: self._text(name, item) for name, item in history.items()}
+        kept = {
+            name: stored.vector
+            for name, stored in snapshot.vectors.items()
+            if stored.embedder == self._embedder.id and _same_content(snapshot.items.get(name), history.get(name))
+        }
+        lacking = [(name, text) for name, text in texts.items() if name not in kept]
+        unmade = [pair for pair in lacking if pair not in made]
+        for start in range(0, len(unmade), EMBED_BATCH):
+            batch = unmade[start : start + EMBED_BATCH]
+            rows = await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._embedder.embed, [text for _, text in batch]
+            )
+            made.update(zip(batch, map(as_stored, rows), strict=True))
+        vectors = {name: kept[name] if name in kept else made[name, text] for name, text in texts.items()}
+        return vectors, {name: StoredVector(self._embedder.id, made[name, text]) for name, text in lacking}
+
+    def _text(self, name: str, item: StoredItem) -> str:
+        try:
+            return item_text(Item(name, item.fields), self._task)
+        except KeyError:  # written for the task of an earlier bank
+            return "\n".join(item.fields.values())
+
+
+class _NoItems(Exception):
+    """There is nothing to make an embedding of."""
+
+
+def _same_content(before: StoredItem | None, after: StoredItem | None) -> bool:
+    return before is not None and after is not None and before.fields == after.fields
+
+
+def _next_profile(snapshot: Snapshot, user_id: str, items: int, embedder: str, embedding: Vectors) -> Profile:
+    profile = Profile(user_id, items, time.time_ns() // 1_000_000, embedder, embedding)
+    return replace(profile, extra=snapshot.profile.extra) if snapshot.profile else profile

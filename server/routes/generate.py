@@ -1,0 +1,114 @@
+"""`POST /generate`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from server.answers import Chunks, ErrorAnswer, GenerateAnswer, whole
+from server.disconnect import ClientGone, unless_gone
+from server.errors import ApiError
+from server.generation import Answer, check_limits
+from server.json_body import JsonRoute
+from server.parts import Parts, parts_of
+from server.schemas import GenerateRequest
+from server.streaming import DONE, event
+from server.timings import Timings
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger("mta.gateway")
+router = APIRouter(route_class=JsonRoute, tags=["generate"])
+
+_STREAM = {"schema": {"type": "string"}, "example": 'data: {"choices": [{"delta": {"content": "Surf"}}]}\n\n'}
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateAnswer,
+    responses={
+        200: {"content": {"text/event-stream": _STREAM}},
+        "4XX": {"model": ErrorAnswer},
+        "5XX": {"model": ErrorAnswer},
+    },
+)
+async def generate(request: Request, body: GenerateRequest) -> Response:
+    """Answer a prompt in the user's own manner.
+
+    With `stream` the answer comes as server-sent events in the shape of OpenAI's chunks: the first carries
+    `personalization`, the last `usage` and `timings_ms`, then `data: [DONE]`. An error midway is an event
+    `{"error": …}`, without `[DONE]`.
+    """
+    parts = parts_of(request)
+    check_limits(body, parts.settings.max_prompt_chars, parts.health.context)
+    return _Generation(parts, body)
+
+
+class _Generation(Response):
+    """Generates while it is being sent; when the client leaves, the engine is told to stop."""
+
+    def __init__(self, parts: Parts, request: GenerateRequest) -> None:
+        super().__init__()
+        self._parts = parts
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        write = self._stream if self._request.stream else self._whole
+        try:
+            await unless_gone(receive, write(scope, receive, send))
+        except ClientGone:
+            scope["state"]["gone"] = True
+            self._parts.metrics.disconnects.inc()
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        timings = Timings(scope["state"]["started_s"])
+        async with self._parts.generator.answer(self._request, timings) as answer:
+            _note(scope, answer)
+            text = "".join([piece async for piece in answer.texts()])
+        self._parts.metrics.observe(timings.ms)
+        content = orjson.dumps(whole(answer, text))
+        headers = {"Server-Timing": timings.header()}
+        await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        timings = Timings(scope["state"]["started_s"])
+        async with self._parts.generator.answer(self._request, timings) as answer:
+            _note(scope, answer)
+            headers = {"Server-Timing": timings.header(), "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            head = Response(headers=headers, media_type="text/event-stream").raw_headers
+            head = [(name, value) for name, value in head if name != b"content-length"]
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            await self._events(answer, send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self, answer: Answer, send: Send) -> None:
+        chunks = Chunks(answer)
+        try:
+            await _send(send, event(chunks.first()))
+            async for text in answer.texts():
+                await _send(send, event(chunks.text(text)))
+            self._parts.metrics.observe(answer.timings.ms)
+            await _send(send, event(chunks.last()) + DONE)
+        except ApiError as error:
+            await self._break_off(error, send)
+        except Exception:
+            log.exception("%s broke", answer.id)
+            await self._break_off(ApiError("the gateway failed in the middle of the answer"), send)
+
+    async def _break_off(self, error: ApiError, send: Send) -> None:
+        self._parts.metrics.broken_streams.labels(error.code).inc()
+        await _send(send, event(error.body()))
+
+
+async def _send(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def _note(scope: Scope, answer: Answer) -> None:
+    """Leave for the log and the count what only this route knows."""
+    scope["state"]["request_id"] = answer.id
+    scope["state"]["level"] = answer.personalization.level.value

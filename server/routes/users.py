@@ -1,0 +1,110 @@
+"""`/users/{user_id}`: profiles, what is stored, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+
+from adapters.errors import excerpt
+from bank.errors import ProfileError
+from bank.profile import Item, parse_item
+from server.answers import ErasedAnswer, ErrorAnswer, ProfileAnswer, UserAnswer, anchors
+from server.errors import InvalidRequest, NotFound
+from server.json_body import JsonRoute
+from server.parts import Parts, parts_of
+from server.profiles import Changed
+from server.schemas import ItemsRequest, UserIdInPath
+
+router = APIRouter(
+    route_class=JsonRoute,
+    prefix="/users/{user_id}",
+    tags=["users"],
+    responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+)
+
+
+@router.put("/profile")
+async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
+    """Let the user's history be these items alone. The newest 512 are kept; repeating it changes nothing."""
+    parts = parts_of(request)
+    return await _change(parts, user_id, body, parts.profiles.replace)
+
+
+@router.post("/profile/items")
+async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
+    """Add items to the user's history; one whose `id` is there already is replaced. Repeating it changes nothing."""
+    parts = parts_of(request)
+    return await _change(parts, user_id, body, parts.profiles.add)
+
+
+@router.get("")
+async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
+    """What is stored of the user, and which anchors speak for them."""
+    parts = parts_of(request)
+    profile = await parts.profiles.current(user_id)
+    if profile is None:
+        raise _unknown(user_id)
+    speaking = parts.personalizer.speaking_for(profile)
+    return UserAnswer(
+        user_id=user_id,
+        items=profile.items,
+        bytes=await parts.profiles.stored_bytes(user_id),
+        embedder=profile.embedder,
+        updated_at=datetime.fromtimestamp(profile.updated_ms / 1000, UTC).isoformat(timespec="milliseconds"),
+        recipe=speaking.model,
+        source=str(speaking.source),
+        anchors=anchors(speaking),
+    )
+
+
+@router.delete("")
+async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
+    """Erase everything stored of the user."""
+    erased = await parts_of(request).profiles.erase(user_id)
+    if erased is None:
+        raise _unknown(user_id)
+    return ErasedAnswer(user_id=user_id, erased={"items": erased.items, "keys": erased.keys})
+
+
+async def _change(
+    parts: Parts, user_id: str, body: ItemsRequest, change: Callable[[str, Sequence[Item]], Awaitable[Changed]]
+) -> ProfileAnswer:
+    changed = await change(user_id, _items(parts, body.items))
+    parts.metrics.profile_changes.inc(changed.changed)
+    speaking = parts.personalizer.speaking_for(changed.profile)
+    return ProfileAnswer(
+        user_id=user_id,
+        received=len(body.items),
+        kept=changed.profile.items,
+        changed=changed.changed,
+        recipe=speaking.model,
+        anchors=anchors(speaking),
+    )
+
+
+def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
+    """Read the items, all of them before anything is changed."""
+    limit = parts.settings.max_item_bytes
+    items = []
+    for position, raw in enumerate(raw_items):
+        try:
+            item = parse_item(raw, parts.bank.task, position)
+        except ProfileError as error:
+            raise InvalidRequest(str(error), param=error.param) from error
+        size = len(orjson.dumps(dict(item.fields)))
+        if size > limit:
+            raise InvalidRequest(
+                f"items.{position} has {size} bytes as JSON, at most {limit} are taken: {excerpt(dict(item.fields))}",
+                param=f"items.{position}",
+                code="item_too_large",
+            )
+        items.append(item)
+    return items
+
+
+def _unknown(user_id: str) -> NotFound:
+    return NotFound(f"user_id {excerpt(user_id)} is unknown: nothing is stored of them", param="user_id")

@@ -1,0 +1,128 @@
+"""What clients send. Strict: no value is converted into another type, no unknown field is let through."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import Path
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from server.user_key import check_user_id
+
+MAX_STOPS = 4
+MAX_STOP_CHARS = 256
+MAX_MESSAGES = 1024
+MAX_ITEMS = 10_000
+SEED_MAX = (1 << 63) - 1
+
+_USER_ID = "1 to 256 bytes of printable UTF-8 without spaces, `/`, `\\`, `{` or `}`; not `.` or `..`."
+_USER_ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[^\s/\\{}]+$"}
+UserId = Annotated[str, AfterValidator(check_user_id), WithJsonSchema(_USER_ID_SCHEMA | {"description": _USER_ID})]
+UserIdInPath = Annotated[UserId, Path(description=_USER_ID, examples=["ada"])]
+
+
+class Personalize(StrEnum):
+    """How much personalisation a request asks for."""
+
+    AUTO = "auto"
+    MERGED = "merged"
+    NONE = "none"
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Message(_Request):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+
+class GenerateRequest(_Request):
+    """A generation for one user: a prompt, or a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"user_id": "ada", "prompt": "What should I do this weekend?", "max_tokens": 64},
+                {
+                    "user_id": "ada",
+                    "messages": [{"role": "user", "content": "Write a headline for an article on tides."}],
+                    "temperature": 0,
+                    "stream": True,
+                },
+            ]
+        }
+    )
+
+    user_id: UserId
+    prompt: str | None = Field(
+        None, min_length=1, description="One complete user turn; the server applies the model's chat template."
+    )
+    messages: list[Message] | None = Field(
+        None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="A conversation, instead of a prompt."
+    )
+    max_tokens: int = Field(128, ge=1, description="Most tokens of the answer; beyond the context is refused.")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability that is sampled from.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None = Field(
+        None, min_length=1, max_length=MAX_STOPS, description="Texts that end the answer; one text alone will do."
+    )
+    seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
+    stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
+    personalize: Personalize = Field(
+        Personalize.AUTO,
+        strict=False,  # a JSON string is how an enum's value comes
+        description="`auto`: as much as is known of the user. `merged`: a recipe or an error. `none`: the base model.",
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_conversation(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            fault = "give prompt or messages, not both" if self.prompt else "give prompt or messages"
+            raise PydanticCustomError("one_of", fault, {"param": "prompt"})
+        return self
+
+    @property
+    def conversation_param(self) -> str:
+        """The field that holds the conversation."""
+        return "prompt" if self.messages is None else "messages"
+
+
+class ItemsRequest(_Request):
+    """Items of a user's history, the oldest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"items": [{"text": "Up at five for the waves again."}, {"text": "Wax on, wetsuit on, gone."}]},
+                {"items": [{"id": "n1", "input": "Any plans?", "output": "The sea. Always the sea."}]},
+            ]
+        }
+    )
+
+    items: list[dict[str, Any]] = Field(
+        fail_fast=True,  # four million wrong items would be four million findings
+        min_length=1,
+        max_length=MAX_ITEMS,
+        description="Items of the bank's task, `{input, output}` pairs, or plain `{text}`. Without an `id` the hash of "
+        "the content is taken. Fields that mean nothing to the task are ignored.",
+    )

@@ -1,0 +1,43 @@
+"""Server-sent events, both ways: read from the engine, written to the client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import orjson
+
+DONE = b"data: [DONE]\n\n"
+_DATA = b"data:"
+_END = b"[DONE]"
+
+
+class ByteChunks(Protocol):
+    """What arrives from the network, in pieces of any size."""
+
+    def iter_any(self) -> AsyncIterator[bytes]: ...
+
+
+def event(value: object) -> bytes:
+    """One event that carries `value` as JSON."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+async def events(chunks: ByteChunks) -> AsyncIterator[Any]:
+    """The JSON values of a stream of events, up to `[DONE]`; comments and empty lines are passed over.
+
+    Raises:
+        ValueError: when an event is no JSON.
+        EOFError: when the stream ends without `[DONE]`.
+    """
+    rest = b""
+    async for chunk in chunks.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if not line.startswith(_DATA):
+                continue
+            data = line[len(_DATA) :].strip()
+            if data == _END:
+                return
+            yield orjson.loads(data)
+    raise EOFError("the stream ended without [DONE]")

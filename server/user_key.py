@@ -1,0 +1,66 @@
+"""User ids: which are accepted, and the keyed hash that stands for one outside its own profile record."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+
+from adapters.errors import MtaError
+
+MAX_USER_ID_BYTES = 256
+MIN_SECRET_BYTES = 16
+_FORBIDDEN = frozenset("/\\{}")
+_UNDECODABLE = "\ufffd"  # what a percent-encoded byte that is no UTF-8 has become by the time the path is read
+
+
+def check_user_id(user_id: str) -> str:
+    """Return `user_id` when it may name a user.
+
+    Raises:
+        ValueError: saying which rule it breaks; the caller adds the value.
+    """
+    # Characters first: a megabyte is refused without being encoded.
+    if not 0 < len(user_id) <= MAX_USER_ID_BYTES or len(user_id.encode("utf-8", "replace")) > MAX_USER_ID_BYTES:
+        raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of UTF-8")
+    if not user_id.isprintable() or " " in user_id or _UNDECODABLE in user_id:
+        raise ValueError("must be printable UTF-8 without spaces or control characters")
+    if not _FORBIDDEN.isdisjoint(user_id):
+        raise ValueError("must not contain / \\ { or }")
+    if user_id in (".", ".."):
+        raise ValueError("must not be . or ..")
+    return user_id
+
+
+class UserKeys:
+    """The keyed hashes of one tenant's users.
+
+    Args:
+        secret: the same for all gateways and for ever: without it no user is found again.
+        tenant: whose users these are.
+
+    Raises:
+        MtaError: when the secret is missing or short, or the tenant could be mistaken for another.
+    """
+
+    def __init__(self, secret: str | None, tenant: str) -> None:
+        if secret is None or len(secret.encode()) < MIN_SECRET_BYTES:
+            given = "not set" if secret is None else f"shorter than {MIN_SECRET_BYTES} bytes"
+            raise MtaError(
+                f"MTA_SECRET is {given}: it keys the hash of user ids. Set it to the same long random text for all "
+                "gateways, e.g. of `openssl rand -hex 32`, and keep it"
+            )
+        if "\0" in tenant or not tenant:
+            raise MtaError(f"MTA_TENANT must be a name without NUL, got {tenant!r}")
+        self._secret = secret.encode()
+        self._tenant = tenant
+        self.cache_salt = self._digest(f"\0cache salt\0{tenant}")  # no tenant is empty: never a user's key
+        """What vLLM salts this tenant's prefix cache with: cached timing then says nothing to other tenants."""
+
+    def key(self, user_id: str) -> str:
+        """The user's key: 26 characters of base32 (128 bits), the alphabet of recipe names."""
+        return self._digest(f"{self._tenant}\0{user_id}")
+
+    def _digest(self, text: str) -> str:
+        digest = hmac.digest(self._secret, text.encode(), hashlib.sha256)
+        return base64.b32encode(digest[:16]).decode().rstrip("=").lower()

@@ -1,0 +1,93 @@
+"""Real parts that many tests share: an embedder, a tiny bank, a Valkey, and a gateway over a fake engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bank.manifest import read_manifest
+from bank.models import ensure_embedder
+from server.settings import Settings
+from tests.support.fake_engine import KEY, FakeEngine, Knobs
+from tests.support.gateway import SECRET, GatewayThread
+from tests.support.valkey import ValkeyProcess
+
+
+@pytest.fixture(scope="session")
+def embedder_folder() -> Path:
+    """The default embedder, made on first use."""
+    return ensure_embedder(None, Settings().cache_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_bank_folder(tmp_path_factory: pytest.TempPathFactory, embedder_folder: Path) -> Path:
+    """A bank of six random anchors."""
+    from tests.support.tiny import tiny_bank, tiny_model  # imports torch
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_bank(folder / "bank", tiny_model(folder / "model"), embedder_folder, anchors=6)
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    """A durable Valkey; tests use users of their own."""
+    server = ValkeyProcess(tmp_path_factory.mktemp("valkey")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def fake_engine_server(tiny_bank_folder: Path) -> Iterator[FakeEngine]:
+    """A fake engine that says it serves the tiny bank."""
+    engine = FakeEngine(Knobs(banks=(read_manifest(tiny_bank_folder).fingerprint,))).start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def fake_engine(fake_engine_server: FakeEngine) -> FakeEngine:
+    """The fake engine with its knobs at rest and nothing seen."""
+    fake_engine_server.reset()
+    return fake_engine_server
+
+
+@pytest.fixture(scope="session")
+def gateway_settings(
+    tiny_bank_folder: Path, embedder_folder: Path, valkey: ValkeyProcess, fake_engine_server: FakeEngine
+) -> Settings:
+    """Settings of a gateway over these parts."""
+    return Settings(
+        bank=tiny_bank_folder,
+        embedder=embedder_folder,
+        redis_url=valkey.url,
+        secret=SECRET,
+        engine_url=fake_engine_server.url,
+        engine_key=KEY,
+    )
+
+
+@pytest.fixture(scope="session")
+def gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
+    """A running gateway."""
+    with GatewayThread(gateway_settings) as running:
+        yield running
+
+
+@pytest.fixture
+def client(gateway: GatewayThread, fake_engine: FakeEngine) -> Iterator[httpx.Client]:
+    """A client of the gateway, the fake engine at rest."""
+    with gateway.client() as client:
+        yield client
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def new_user() -> Callable[[], str]:
+    """Makes user ids that no other test uses."""
+    return lambda: f"user-{next(_numbers)}"

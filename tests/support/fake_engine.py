@@ -1,0 +1,248 @@
+"""A stand-in for vLLM with our plugin: the same HTTP, no model, and knobs for what a real one does only by accident.
+
+Its answer is words made from the model's name and the last message, so different recipes and prompts get different
+texts. `tests/contract/test_engine.py` holds it and the real one to the same behaviour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from tests.support.valkey import free_port
+
+KEY = "test-engine-key"
+WORDS = ("sea", "board", "rose", "queen", "rye", "steam", "plan", "salt", "wave", "knight", "crumb", "rail")
+
+
+@dataclass(slots=True)
+class Knobs:
+    """What a test can turn.
+
+    Attributes:
+        banks: fingerprints that the status route names.
+        context: tokens that prompt and answer may have together; a token is a character of the prompt.
+        token_delay_s: pause before each token.
+        die_after: cut the connection after so many tokens.
+        fail_after: send an error event after so many tokens.
+        garbage: send this instead of a chunk.
+        lacks: models that are answered with 404.
+        status: HTTP status of every answer, instead of generating.
+    """
+
+    banks: tuple[str, ...] = ()
+    context: int = 512
+    token_delay_s: float = 0.0
+    die_after: int | None = None
+    fail_after: int | None = None
+    garbage: bytes | None = None
+    lacks: Callable[[str], bool] = lambda model: False
+    status: int | None = None
+
+
+@dataclass(slots=True)
+class Seen:
+    """One generation request as it arrived, and whether its client left before the end."""
+
+    body: dict[str, Any]
+    headers: dict[str, str]
+    aborted: bool = False
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """The server, in a thread with an event loop of its own.
+
+    Attributes:
+        knobs: turn them at any time.
+        seen: generation requests, in order.
+        port: where it listens; the same after a restart.
+    """
+
+    knobs: Knobs = field(default_factory=Knobs)
+    seen: list[Seen] = field(default_factory=list)
+    port: int = field(default_factory=free_port)
+    _loop: asyncio.AbstractEventLoop | None = None
+    _thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> FakeEngine:
+        """Listen, and return once it does."""
+        listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(listening,), daemon=True)
+        self._thread.start()
+        assert listening.wait(10), "the fake engine did not start"
+        return self
+
+    def stop(self) -> None:
+        """Cut every connection and stop listening, as a killed process would."""
+        if self._loop and self._thread:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+            self._loop = self._thread = None
+
+    def reset(self) -> None:
+        """Back to the knobs it was made with, banks aside, with nothing seen."""
+        self.knobs = Knobs(banks=self.knobs.banks)
+        self.seen.clear()
+
+    def application(self) -> web.Application:
+        """Its routes."""
+        app = web.Application(client_max_size=64 << 20)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/mta/v1/status", self._status)
+        app.router.add_get("/health", self._health)
+        return app
+
+    def _run(self, listening: threading.Event) -> None:
+        loop = self._loop = asyncio.new_event_loop()
+        runner = web.AppRunner(self.application(), handler_cancellation=True, shutdown_timeout=0)
+
+        async def begin() -> None:
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True).start()
+            listening.set()
+
+        loop.run_until_complete(begin())
+        loop.run_forever()
+        if runner.server:
+            for connection in runner.server.connections:
+                if connection.transport:
+                    connection.transport.abort()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=self.knobs.status or 200)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        if not _authorised(request):
+            return _error(401, "missing or wrong engine key")
+        return web.json_response(
+            {
+                "status": "ok",
+                "model": "fake",
+                "max_model_len": self.knobs.context,
+                "banks": list(self.knobs.banks),
+                "max_lora_rank": 8,
+                "slots": 8,
+                "resident": [],
+                "names": 0,
+            }
+        )
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        if not _authorised(request):
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        body = json.loads(await request.read())
+        seen = Seen(body, dict(request.headers))
+        self.seen.append(seen)
+        refusal = self._refusal(body)
+        if refusal:
+            return refusal
+        try:
+            return await (self._stream if body.get("stream") else self._whole)(request, seen)
+        except (asyncio.CancelledError, ConnectionError):
+            seen.aborted = True
+            raise
+
+    def _refusal(self, body: dict[str, Any]) -> web.Response | None:
+        knobs, model = self.knobs, body["model"]
+        if knobs.status:
+            return _error(knobs.status, "the fake engine was told to fail")
+        if knobs.lacks(model) or not (model == "base" or model.startswith("mta1:")):
+            return _error(404, f"The model `{model}` does not exist.", "model")
+        prompt = _prompt_tokens(body)
+        if prompt + body["max_tokens"] > knobs.context:
+            return _error(
+                400,
+                f"This model's maximum context length is {knobs.context} tokens. However, you requested "
+                f"{body['max_tokens']} output tokens and your prompt contains {prompt} input tokens.",
+                "input_tokens",
+            )
+        return None
+
+    async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
+        words = _words(seen.body)
+        for _ in words:
+            await asyncio.sleep(self.knobs.token_delay_s)
+            seen.tokens += 1
+        message = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": message, "finish_reason": "length"}
+        return web.json_response({"object": "chat.completion", "choices": [choice], "usage": _usage(seen)})
+
+    async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(_chunk({"role": "assistant", "content": ""}))
+        for word in _words(seen.body):
+            if seen.tokens == self.knobs.die_after:
+                assert request.transport
+                request.transport.abort()
+            if seen.tokens == self.knobs.fail_after:
+                failure = {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}
+                await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
+                return response
+            await asyncio.sleep(self.knobs.token_delay_s)
+            await response.write(self.knobs.garbage or _chunk({"content": word}))
+            seen.tokens += 1
+        await response.write(_chunk({}, "length"))
+        usage = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(seen)}
+        await response.write(b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
+        return response
+
+
+def _authorised(request: web.Request) -> bool:
+    return request.headers.get("Authorization") == f"Bearer {KEY}"
+
+
+def _error(status: int, message: str, param: str | None = None) -> web.Response:
+    error = {"message": message, "type": "Error", "param": param, "code": status}
+    return web.json_response({"error": error}, status=status)
+
+
+def _prompt_tokens(body: dict[str, Any]) -> int:
+    return sum(len(message["content"]) for message in body["messages"])
+
+
+def _usage(seen: Seen) -> dict[str, int]:
+    prompt = _prompt_tokens(seen.body)
+    return {"prompt_tokens": prompt, "completion_tokens": seen.tokens, "total_tokens": prompt + seen.tokens}
+
+
+def _words(body: dict[str, Any]) -> list[str]:
+    digest = hashlib.sha256(f"{body['model']}\0{body['messages'][-1]['content']}".encode()).digest()
+    return [f"{WORDS[digest[i % 32] % len(WORDS)]} " for i in range(body["max_tokens"])]
+
+
+def _chunk(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return b"data: " + json.dumps({"object": "chat.completion.chunk", "choices": [choice]}).encode() + b"\n\n"
+
+
+def main() -> None:
+    """Serve in the foreground: `python -m tests.support.fake_engine --port 8001 --bank FINGERPRINT`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--bank", default="", help="fingerprint that the status route names")
+    parser.add_argument("--token-delay-ms", type=float, default=0)
+    options = parser.parse_args()
+    engine = FakeEngine(Knobs(banks=(options.bank,), token_delay_s=options.token_delay_ms / 1000), port=options.port)
+    web.run_app(engine.application(), host="127.0.0.1", port=options.port, print=None, handler_cancellation=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A gateway on a real port, in a thread of the test's own process, so that its parts can be looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import TracebackType
+
+import httpx
+import uvicorn
+
+from server.app import create_app
+from server.parts import Parts
+from server.settings import Settings
+from tests.support.valkey import free_port
+
+SECRET = "a secret that only tests know"
+
+
+class GatewayThread:
+    """Serves `create_app(settings)`; a context manager that returns once it answers.
+
+    Args:
+        settings: of the gateway; its port is ignored.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        self.port = free_port()
+        self._failure: BaseException | None = None
+        self._server = uvicorn.Server(
+            uvicorn.Config(self.app, port=self.port, lifespan="off", log_config=None, timeout_graceful_shutdown=2)
+        )
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._up = threading.Event()
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def parts(self) -> Parts:
+        """What it is made of."""
+        parts: Parts = self.app.state.parts
+        return parts
+
+    def client(self, timeout_s: float = 30) -> httpx.Client:
+        """A client for it."""
+        return httpx.Client(base_url=self.url, timeout=timeout_s)
+
+    def __enter__(self) -> GatewayThread:
+        self._thread.start()
+        assert self._up.wait(60), "the gateway did not start"
+        if self._failure:
+            raise self._failure
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+
+    async def _serve(self) -> None:
+        try:
+            async with self.app.router.lifespan_context(self.app):
+                serving = asyncio.create_task(self._server.serve())
+                while not self._server.started and not serving.done():
+                    await asyncio.sleep(0.01)
+                self._up.set()
+                await serving
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._up.set()

