@@ -21,7 +21,7 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
         errors: as of `RequestValidationError.errors()`, at least one.
     """
     first = errors[0]
-    path = first["loc"][1:] if first["loc"][0] in _PLACES else first["loc"]
+    path = first["loc"][1:] if first["loc"] and first["loc"][0] in _PLACES else first["loc"]
     param = _cut(first.get("ctx", {}).get("param") or ".".join(map(str, path)) or "body")
     value = _cut(_Short().repr(first.get("input")))
     match first["type"]:

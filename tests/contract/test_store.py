@@ -1,0 +1,260 @@
+"""What every store must do, held against the real servers at hand."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import redis.asyncio as redis
+
+from adapters.errors import MtaError
+from server.errors import Unavailable
+from server.store import Change, Durability, Profile, StoredItem, StoredVector
+from server.store_redis import RedisStore
+from server.user_key import UserKeys
+from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
+
+EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
+DIM = 384
+EMBEDDER = "3887c9b9af8fe702"
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module", params=sorted(server_binaries()))
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+async def store(server: ValkeyProcess) -> AsyncIterator[RedisStore]:
+    opened = RedisStore(server.url)
+    await opened.check()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def key() -> str:
+    return UserKeys("a secret for tests only", "tests").key(f"user-{next(_numbers)}")
+
+
+def vector(seed: int) -> np.ndarray:
+    raw = np.random.default_rng(seed).standard_normal(DIM).astype("f4")
+    return (raw / np.linalg.norm(raw)).astype("f2").astype("f4")
+
+
+def profile(user_id: str = "author-033", items: int = 0, **changes: object) -> Profile:
+    return replace(Profile(user_id, items, 1_700_000_000_000, EMBEDDER, vector(0)), **changes)
+
+
+def change(names: str = "", drop: str = "", **changes: object) -> Change:
+    items = {name: StoredItem(order, {"text": f"text of {name}"}) for order, name in enumerate(names)}
+    vectors = {name: StoredVector(EMBEDDER, vector(ord(name))) for name in names}
+    return Change(profile(items=len(names), **changes), items, vectors, tuple(drop))
+
+
+async def test_an_unknown_user_has_nothing(store: RedisStore, key: str) -> None:
+    snapshot = await store.read(key)
+    assert await store.load(key) is None
+    assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
+    assert await store.stored_bytes(key) == 0
+    assert await store.erase(key) is None
+
+
+async def test_what_is_committed_is_read_back(store: RedisStore, key: str) -> None:
+    written = change("abc", extra={9: b"later evidence"})
+    assert await store.commit(key, b"", written)
+    snapshot = await store.read(key)
+    loaded = await store.load(key)
+    assert loaded is not None
+    assert snapshot.profile is not None
+    assert (loaded.user_id, loaded.items, loaded.extra) == ("author-033", 3, {9: b"later evidence"})
+    assert np.array_equal(loaded.embedding, written.profile.embedding)
+    assert np.array_equal(snapshot.profile.embedding, written.profile.embedding)
+    assert snapshot.items == written.put_items
+    assert list(snapshot.items) == list("abc")
+    assert all(np.array_equal(snapshot.vectors[name].vector, vector(ord(name))) for name in "abc")
+
+
+async def test_items_come_back_oldest_first_whatever_their_names(store: RedisStore, key: str) -> None:
+    await store.commit(key, b"", change("zmaqxb"))
+    assert list((await store.read(key)).items) == list("zmaqxb")
+
+
+async def test_a_change_from_an_old_version_writes_nothing(store: RedisStore, key: str) -> None:
+    assert await store.commit(key, b"", change("a"))
+    version = (await store.read(key)).version
+    assert await store.commit(key, version, change("b", drop="a"))
+    assert not await store.commit(key, version, change("c"))
+    assert not await store.commit(key, b"", change("d"))
+    assert list((await store.read(key)).items) == ["b"]
+
+
+async def test_dropping_an_item_drops_its_vector(store: RedisStore, key: str) -> None:
+    await store.commit(key, b"", change("ab"))
+    version = (await store.read(key)).version
+    await store.commit(key, version, Change(profile(items=1), {}, {}, ("a",)))
+    snapshot = await store.read(key)
+    assert list(snapshot.items) == list(snapshot.vectors) == ["b"]
+
+
+async def test_of_two_concurrent_changes_exactly_one_is_written(server: ValkeyProcess, key: str) -> None:
+    stores = [RedisStore(server.url) for _ in range(2)]
+    for opened in stores:
+        await opened.check()
+    for _ in range(20):
+        version = (await stores[0].read(key)).version
+        outcomes = await asyncio.gather(*(opened.commit(key, version, change("a")) for opened in stores))
+        assert sorted(outcomes) == [False, True]
+    for opened in stores:
+        await opened.close()
+
+
+async def test_a_snapshot_is_of_one_moment(server: ValkeyProcess, key: str) -> None:
+    writer, reader = RedisStore(server.url), RedisStore(server.url)
+    await writer.check()
+
+    async def write() -> None:
+        for names in ("ab", "abcd") * 40:
+            version = (await writer.read(key)).version
+            await writer.commit(key, version, change(names, drop="" if len(names) == 4 else "cd"))
+
+    writing = asyncio.create_task(write())
+    while not writing.done():
+        snapshot = await reader.read(key)
+        if snapshot.profile:
+            assert snapshot.profile.items == len(snapshot.items) == len(snapshot.vectors)
+    await writing
+    await writer.close()
+    await reader.close()
+
+
+async def test_erasing_leaves_no_key_of_the_user(store: RedisStore, server: ValkeyProcess, key: str) -> None:
+    await store.commit(key, b"", change("abc"))
+    erased = await store.erase(key)
+    assert erased is not None
+    assert (erased.items, erased.keys) == (3, 3)
+    async with redis.from_url(server.url) as raw:
+        assert await raw.keys(f"*{key}*") == []
+    assert await store.load(key) is None
+
+
+async def test_the_user_id_stands_in_the_record_alone(store: RedisStore, server: ValkeyProcess, key: str) -> None:
+    await store.commit(key, b"", change("abc", user_id="someone-unmistakable"))
+    async with redis.from_url(server.url) as raw:
+        holding = [name async for name in raw.scan_iter(f"mta:*{key}*") if b"unmistakable" in await raw.dump(name)]
+        assert holding == [f"mta:{{{key}}}:profile".encode()]
+
+
+async def test_a_user_without_items_takes_less_than_a_kibibyte(store: RedisStore, key: str) -> None:
+    await store.commit(key, b"", change(user_id="u" * 36))
+    assert 0 < await store.stored_bytes(key) < 1024
+
+
+async def test_a_record_that_cannot_be_read_is_reported(store: RedisStore, server: ValkeyProcess, key: str) -> None:
+    async with redis.from_url(server.url) as raw:
+        await raw.set(f"mta:{{{key}}}:profile", b"\x07garbage")
+    with pytest.raises(Unavailable, match="cannot be read"):
+        await store.load(key)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (DURABLE, Durability.ALWAYS),
+        (EVERYSEC, Durability.WAITAOF),
+        ((*DURABLE, "--rename-command", "CONFIG", ""), Durability.WAITAOF),
+    ],
+)
+async def test_a_server_that_keeps_what_it_acknowledges_is_taken(
+    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], expected: Durability, key: str
+) -> None:
+    store = RedisStore(start_server(*options).url)
+    assert await store.check() is expected
+    assert await store.commit(key, b"", change("a"))
+    assert (await store.erase(key)) is not None
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--appendonly", "no"),
+        ("--appendonly", "yes", "--appendfsync", "no"),
+        ("--appendonly", "no", "--rename-command", "CONFIG", ""),
+    ],
+)
+async def test_a_server_that_does_not_is_refused_or_on_request_only_noted(
+    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], key: str
+) -> None:
+    url = start_server(*options).url
+    strict, lenient = RedisStore(url), RedisStore(url, require_durable=False)
+    with pytest.raises(Unavailable, match="appendonly yes"):
+        await strict.check()
+    with pytest.raises(Unavailable, match="appendonly yes"):
+        await strict.commit(key, b"", change("a"))
+    assert await lenient.check() is Durability.NONE
+    assert await lenient.commit(key, b"", change("a"))
+    await strict.close()
+    await lenient.close()
+
+
+@pytest.mark.parametrize(("options", "waits"), [(EVERYSEC, 1), (DURABLE, 0)])
+async def test_every_write_waits_for_the_disk_where_the_server_does_not_by_itself(
+    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], waits: int, key: str
+) -> None:
+    server = start_server(*options)
+    store = RedisStore(server.url)
+    await store.check()
+    async with redis.from_url(server.url) as raw:
+        for write in (store.commit(key, b"", change("a")), store.erase(key)):
+            await raw.config_resetstat()
+            assert await write
+            calls = {name: stats["calls"] for name, stats in (await raw.info("commandstats")).items()}
+            assert calls["cmdstat_eval"] == 1
+            assert calls.get("cmdstat_waitaof", 0) == waits
+    await store.close()
+
+
+async def test_a_dead_server_is_unavailable_and_a_restarted_one_is_used_again(
+    start_server: Callable[..., ValkeyProcess], key: str
+) -> None:
+    server = start_server(*DURABLE)
+    store = RedisStore(server.url)
+    await store.check()
+    await store.commit(key, b"", change("a"))
+    server.kill()
+    for attempt in (store.load(key), store.read(key), store.erase(key), store.check()):
+        with pytest.raises(Unavailable) as caught:
+            await attempt
+        assert caught.value.headers["Retry-After"]
+    server.start()
+    assert await store.load(key) is not None
+    await store.close()
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", ""])
+def test_what_is_no_redis_url_is_refused(url: str) -> None:
+    with pytest.raises(MtaError, match="MTA_REDIS_URL"):
+        RedisStore(url)
+
+
+@pytest.fixture
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ValkeyProcess]]:
+    """Starts a server with the given options; all are killed when the test ends."""
+    running: list[ValkeyProcess] = []
+
+    def start(*options: str) -> ValkeyProcess:
+        running.append(ValkeyProcess(tmp_path_factory.mktemp("server"), options).start())
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.kill()

@@ -1,0 +1,88 @@
+"""How histories change: repeats change nothing, the newest are kept."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bank.profile import Item
+from server.history import added, difference, replaced
+from server.store import StoredItem
+
+LIMIT = 5
+ITEMS = st.lists(st.builds(lambda name, text: Item(name, {"text": text}), st.sampled_from("abcdefghij"), st.text()))
+BATCHES = st.lists(st.tuples(st.sampled_from((replaced, added)), ITEMS.filter(bool)), min_size=1, max_size=6)
+
+
+def histories() -> st.SearchStrategy[dict[str, StoredItem]]:
+    """Histories as they come about: by changes from nothing."""
+
+    def grow(batches: list[tuple[type[added], list[Item]]]) -> dict[str, StoredItem]:
+        history: dict[str, StoredItem] = {}
+        for change, items in batches:
+            history = change(history, items, LIMIT)
+        return history
+
+    return BATCHES.map(grow)
+
+
+def last_of_each(items: list[Item]) -> dict[str, Item]:
+    return {item.id: item for item in items}
+
+
+@given(histories(), ITEMS.filter(bool), st.sampled_from((replaced, added)))
+def test_repeating_a_change_changes_nothing(history: dict[str, StoredItem], items: list[Item], change: object) -> None:
+    once = change(history, items, LIMIT)
+    twice = change(once, items, LIMIT)
+    step = difference(once, twice)
+    assert (step.put, step.drop, step.changed) == ({}, (), 0)
+    assert list(once) == list(twice)
+
+
+@given(histories(), ITEMS)
+def test_adding_keeps_the_newest_of_what_was_given_and_then_the_newest_of_the_rest(
+    history: dict[str, StoredItem], items: list[Item]
+) -> None:
+    after = added(history, items, LIMIT)
+    expected = last_of_each(items)
+    assert len(after) == min(LIMIT, len(history.keys() | expected.keys()))
+    for name in after.keys() & expected.keys():
+        assert after[name].fields == expected[name].fields
+    if len(expected) <= LIMIT:
+        assert expected.keys() <= after.keys()
+    survivors = [name for name in history if name in after and name not in expected]
+    untouched = [name for name in history if name not in expected]
+    assert survivors == untouched[len(untouched) - len(survivors) :]
+
+
+@given(histories(), ITEMS)
+def test_replacing_keeps_the_newest_given_in_their_order(history: dict[str, StoredItem], items: list[Item]) -> None:
+    after = replaced(history, items, LIMIT)
+    by_last_place = list(dict.fromkeys(item.id for item in reversed(items)))[:LIMIT][::-1]
+    assert list(after) == by_last_place
+
+
+@given(histories())
+def test_places_are_unique_and_in_order(history: dict[str, StoredItem]) -> None:
+    orders = [item.order for item in history.values()]
+    assert orders == sorted(set(orders))
+
+
+@given(histories(), histories())
+def test_a_difference_turns_one_history_into_the_other(
+    before: dict[str, StoredItem], after: dict[str, StoredItem]
+) -> None:
+    step = difference(before, after)
+    result = {name: item for name, item in before.items() if name not in step.drop} | step.put
+    assert result == after
+    content = {name: item.fields for name, item in before.items()}, {name: item.fields for name, item in after.items()}
+    changed = {name for name in before.keys() | after.keys() if content[0].get(name) != content[1].get(name)}
+    assert step.changed == len(changed)
+
+
+def test_new_content_under_a_known_id_replaces_it_in_its_place() -> None:
+    history = added({}, [Item("a", {"text": "1"}), Item("b", {"text": "2"})], LIMIT)
+    after = added(history, [Item("a", {"text": "new"})], LIMIT)
+    assert list(after) == ["a", "b"]
+    assert after["a"].fields == {"text": "new"}
+    assert difference(history, after).changed == 1

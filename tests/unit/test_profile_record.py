@@ -1,0 +1,86 @@
+"""The profile record as bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from server.profile_record import (
+    as_stored,
+    decode_item,
+    decode_profile,
+    decode_vector,
+    encode_item,
+    encode_profile,
+    encode_vector,
+)
+from server.store import Profile, StoredItem, StoredVector
+
+DIM = 384
+EMBEDDERS = st.binary(min_size=8, max_size=8).map(bytes.hex)
+VECTORS = arrays(np.float32, DIM, elements=st.floats(-1, 1, width=32))
+TEXTS = st.text(st.characters(codec="utf-8"))
+
+
+def profile(**changes: object) -> Profile:
+    values = {"user_id": "ada", "items": 3, "updated_ms": 1, "embedder": "00" * 8, "embedding": np.ones(DIM, "f4")}
+    return Profile(**(values | changes))
+
+
+@given(
+    st.builds(
+        Profile,
+        user_id=TEXTS.filter(lambda text: len(text.encode()) <= 256),
+        items=st.integers(0, 512),
+        updated_ms=st.integers(0, 1 << 50),
+        embedder=EMBEDDERS,
+        embedding=VECTORS.map(as_stored),
+        extra=st.dictionaries(st.integers(7, 255), st.binary(max_size=2000), max_size=3),
+    )
+)
+def test_a_record_survives_the_round_trip_with_parts_that_it_does_not_know(written: Profile) -> None:
+    read = decode_profile(encode_profile(written))
+    assert np.array_equal(read.embedding, written.embedding)
+    assert replace(read, embedding=written.embedding) == written
+
+
+def test_the_stored_embedding_is_within_the_rounding_of_fp16() -> None:
+    vector = np.random.default_rng(0).standard_normal(DIM).astype("f4")
+    vector /= np.linalg.norm(vector)
+    read = decode_profile(encode_profile(profile(embedding=vector))).embedding
+    assert float(read @ vector) == pytest.approx(1, abs=1e-3)
+    assert read.dtype == np.float32
+
+
+def test_encoding_the_same_profile_twice_gives_two_versions() -> None:
+    assert encode_profile(profile()) != encode_profile(profile())
+
+
+@given(st.data())
+def test_a_record_cut_anywhere_is_refused(data: st.DataObject) -> None:
+    record = encode_profile(profile())
+    cut = data.draw(st.integers(0, len(record) - 1))
+    with pytest.raises(ValueError, match="profile record"):
+        decode_profile(record[:cut])
+
+
+def test_a_record_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="version"):
+        decode_profile(b"\x09" + encode_profile(profile())[1:])
+
+
+@given(st.integers(0, 1 << 40), st.dictionaries(TEXTS, TEXTS))
+def test_an_item_survives_the_round_trip(order: int, fields: dict[str, str]) -> None:
+    assert decode_item(encode_item(StoredItem(order, fields))) == StoredItem(order, fields)
+
+
+@given(EMBEDDERS, VECTORS)
+def test_a_vector_survives_the_round_trip(embedder: str, vector: np.ndarray) -> None:
+    read = decode_vector(encode_vector(StoredVector(embedder, vector)))
+    assert read.embedder == embedder
+    assert np.array_equal(read.vector, as_stored(vector))

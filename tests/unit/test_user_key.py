@@ -1,0 +1,76 @@
+"""Which user ids are accepted, and what stands for them elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.errors import MtaError
+from adapters.recipe import FusionRecipe, Method, parse_recipe
+from server.user_key import MAX_USER_ID_BYTES, UserKeys, check_user_id
+
+SECRET = "0123456789abcdef"
+
+
+@pytest.mark.parametrize("user_id", ["a", "ada@example.org", "ada:1", "Ångström", "用户", "x" * 256, "...", "-", "%2F"])
+def test_printable_ids_are_accepted(user_id: str) -> None:
+    assert check_user_id(user_id) == user_id
+
+
+@pytest.mark.parametrize(
+    "user_id",
+    [
+        *("", " ", "a b", "a/b", "a\\b", "{a", "a}", ".", "..", "a\n", "a\tb", "a\0b", "\x7f", "a\u200bb", "\ud800"),
+        *("a\u2028b", "a\u00a0b", "a\ufffdb", "x" * 257, "é" * 129, "x" * 10_000),
+    ],
+)
+def test_other_ids_are_refused(user_id: str) -> None:
+    with pytest.raises(ValueError, match="must"):
+        check_user_id(user_id)
+
+
+@given(st.text())
+def test_no_accepted_id_can_leave_its_place_in_a_path_or_a_key(user_id: str) -> None:
+    try:
+        check_user_id(user_id)
+    except ValueError:
+        return
+    assert 0 < len(user_id.encode()) <= MAX_USER_ID_BYTES
+    assert user_id not in (".", "..")
+    assert not set(user_id) & set("/\\{} \r\n\t\0")
+
+
+@given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")))
+def test_keys_fit_the_grammar_of_recipes_and_separate_users(one: str, other: str) -> None:
+    keys = UserKeys(SECRET, "default")
+    key = keys.key(one)
+    recipe = FusionRecipe("00000000", Method.SHARED, True, (), f"{key}.{key}")
+    assert parse_recipe(recipe.name) == recipe
+    assert (key == keys.key(other)) == (one == other)
+
+
+def test_a_key_depends_on_secret_and_tenant() -> None:
+    key = UserKeys(SECRET, "a").key("ada")
+    assert key == UserKeys(SECRET, "a").key("ada")
+    assert key != UserKeys(SECRET, "b").key("ada")
+    assert key != UserKeys(SECRET + "x", "a").key("ada")
+
+
+def test_the_cache_salt_is_the_tenants_and_no_users() -> None:
+    keys = UserKeys(SECRET, "a")
+    assert keys.cache_salt == UserKeys(SECRET, "a").cache_salt
+    assert keys.cache_salt != UserKeys(SECRET, "b").cache_salt
+    assert keys.cache_salt != keys.key("cache salt")
+
+
+@pytest.mark.parametrize("secret", [None, "", "short"])
+def test_a_missing_or_short_secret_is_refused(secret: str | None) -> None:
+    with pytest.raises(MtaError, match="MTA_SECRET"):
+        UserKeys(secret, "default")
+
+
+@pytest.mark.parametrize("tenant", ["", "a\0b"])
+def test_a_tenant_that_could_be_mistaken_is_refused(tenant: str) -> None:
+    with pytest.raises(MtaError, match="MTA_TENANT"):
+        UserKeys(SECRET, tenant)
