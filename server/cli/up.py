@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,19 +37,18 @@ def up(
     """
     from rich.console import Console
 
-    from server.settings import Settings
+    from server.settings import load_settings
 
-    given: dict[str, Any] = {
-        "bank": bank,
-        "model": model,
-        "port": port,
-        "data_dir": data,
-        "redis_url": redis_url,
-        "engine_url": engine_url,
-        "dtype": dtype,
-        "max_loras": max_loras,
-    }
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = load_settings(
+        bank=bank,
+        model=model,
+        port=port,
+        data_dir=data,
+        redis_url=redis_url,
+        engine_url=engine_url,
+        dtype=dtype,
+        max_loras=max_loras,
+    )
     _run(settings, Console(highlight=False))
 
 
