@@ -1,0 +1,121 @@
+"""`python -m deploy.demo`: from nothing to personalised answers, in a table.
+
+On a terminal the server stays up afterwards, with calls to try; elsewhere everything is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from adapters.errors import MtaError
+from deploy.demo.bank import OUT, ensure_bank, ensure_models
+from deploy.demo.children import DemoError
+from deploy.demo.client import Answer, Api
+from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, anchors
+from deploy.demo.report import answers_table, curl_lines
+from deploy.demo.server import Server, running_server
+
+SHOWN_QUESTIONS = QUESTIONS[:2]
+_PLAIN_WIDTH = 100
+
+
+class Teller:
+    """Says what the demo is doing, step by step."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._step = 0
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Announce a step, and say how long it took."""
+        self._step += 1
+        self._console.print(f"[bold]\\[{self._step}/{self._steps}] {what}[/bold]")
+        start_s = time.monotonic()
+        yield
+        self._console.print(f"      [green]done[/green] in {time.monotonic() - start_s:.0f} s")
+
+    def line(self, text: str) -> None:
+        """A line within the step."""
+        self._console.print(Text(f"      {text}", style="dim"), soft_wrap=True)
+
+
+def main() -> int:
+    """Run the demo; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help=f"where the bank is kept ({OUT})")
+    parser.add_argument("--data", type=Path, help="the server's data folder (OUT/data)")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    try:
+        _run(console, options.out, options.data or options.out / "data")
+    except (DemoError, MtaError) as error:
+        Console(stderr=True, highlight=False).print(Text(f"demo: error: {error}", style="red"), soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("\ndemo: interrupted; everything is stopped, what was finished is kept")
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _run(console: Console, out: Path, data: Path) -> None:
+    teller = Teller(console, steps=5)
+    people = anchors()
+    with teller.step("A base model and an embedder (made once)"):
+        for folder in ensure_models():
+            teller.line(str(folder))
+    with teller.step(f"A bank of {len(people)} made-up anchors (built once)"):
+        bank, built = ensure_bank(people, out)
+        teller.line(f"{bank} {'is built' if built else 'is there: nothing to build'}")
+    with ExitStack() as stack:
+        with teller.step("The server: mta up"):
+            server = stack.enter_context(running_server(bank, data, teller.line))
+        with teller.step("Three people who are no anchors, by a few lines of their writing"):
+            for person in PEOPLE:
+                server.api.put_profile(person.user_id, person.lines)
+                teller.line(f"PUT /users/{person.user_id}/profile   “{person.lines[0].splitlines()[0]} …”")
+        with teller.step("The same questions to nobody in particular and to each of them"):
+            answers = _ask_all(server.api)
+        console.print(answers_table(SHOWN_QUESTIONS, answers, _looks()))
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _stay_up(console, server)
+
+
+def _ask_all(api: Api) -> dict[tuple[str, str], Answer]:
+    api.ask(NOBODY, QUESTIONS[-1])  # the first request of all warms the engine up, and would spoil the times
+    askers = [NOBODY, *(person.user_id for person in PEOPLE)]
+    return {(question, user_id): api.ask(user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
+
+
+def _looks() -> dict[str, str]:
+    """Who is asked, and what to look for in the answer."""
+    return {NOBODY: "no profile"} | {person.user_id: person.manner.mark for person in PEOPLE}
+
+
+def _stay_up(console: Console, server: Server) -> None:
+    """Leave the server up until Ctrl-C."""
+    console.print(f"\nThe server stays up at {server.api.url} ({server.api.url}/docs). Try:\n", soft_wrap=True)
+    console.print(Text(curl_lines(server.api.url, PEOPLE[0].user_id)), soft_wrap=True)
+    console.print("\nCtrl-C stops everything.")
+    try:
+        status = server.process.wait()
+    except KeyboardInterrupt:
+        console.print("\nStopping everything …")
+        return
+    raise DemoError(f"`mta up` ended by itself, with status {status}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Running `mta` commands that never outlive the demo, however it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from server.supervisor.guarded import GUARD
+
+_OWN = ("MTA_CACHE_DIR", "MTA_DTYPE")
+
+
+class DemoError(Exception):
+    """Something that keeps the demo from going on; the message is for the person who started it."""
+
+
+@contextmanager
+def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """One `mta` command, gone with everything that it started when the block ends.
+
+    It runs under the same guard as the parts of `mta up`: when the guard's standard input closes, because the block
+    ended or because this process was killed, the command is asked to stop.
+
+    Args:
+        arguments: after `mta`.
+        grace_s: how long it may take to stop before it is killed.
+        stdout: as for `subprocess.Popen`.
+    """
+    # Settings of somebody's real server must not reach the demo's.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}
+    child = subprocess.Popen(
+        [sys.executable, "-I", str(GUARD), str(grace_s), sys.executable, "-m", "server.cli", *arguments],
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops things in order
+    )
+    try:
+        yield child
+    finally:
+        if child.stdin is not None:
+            with suppress(BrokenPipeError):
+                child.stdin.close()
+        child.wait()

@@ -1,0 +1,109 @@
+"""The few calls of the HTTP API that the demo makes, as any client would."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+
+from deploy.demo.children import DemoError
+
+MAX_TOKENS = 80
+_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one user was told.
+
+    Attributes:
+        text: the answer.
+        level: `base` or `merged`.
+        anchors: (id, weight) of those who spoke, nearest first.
+        ttft_ms: from sending the request until its first token was here.
+    """
+
+    text: str
+    level: str
+    anchors: tuple[tuple[str, float], ...]
+    ttft_ms: float
+
+
+class Api:
+    """A running server.
+
+    Args:
+        url: of its gateway.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+
+    def ready(self) -> bool:
+        """Whether all parts of the server are ready."""
+        try:
+            with self._send("GET", "/ready") as response:
+                return bool(response.status == 200)
+        except DemoError:
+            return False
+
+    def put_profile(self, user_id: str, lines: Sequence[str]) -> None:
+        """Make a user known by what they have written."""
+        self._send("PUT", f"/users/{user_id}/profile", {"items": [{"text": line} for line in lines]}).close()
+
+    def ask(self, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> Answer:
+        """One greedy, streamed answer."""
+        body = {
+            "user_id": user_id,
+            "prompt": question,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        sent_s = time.perf_counter()
+        first_token_s = None
+        pieces: list[str] = []
+        speaker: dict[str, Any] = {}
+        with self._send("POST", "/generate", body) as response:
+            for chunk in _events(response):
+                if "error" in chunk:
+                    raise DemoError(f"the answer to {user_id} broke off: {chunk['error']['message']}")
+                speaker = chunk.get("personalization", speaker)
+                piece = chunk["choices"][0]["delta"].get("content")
+                if piece:
+                    first_token_s = first_token_s or time.perf_counter()
+                    pieces.append(piece)
+        ttft_ms = ((first_token_s or time.perf_counter()) - sent_s) * 1000
+        anchors = tuple((anchor["id"], anchor["weight"]) for anchor in speaker["anchors"])
+        return Answer("".join(pieces).strip(), speaker["level"], anchors, ttft_ms)
+
+    def _send(self, method: str, path: str, body: object = None) -> HTTPResponse:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if data else {}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        try:
+            response: HTTPResponse = self._opener.open(request, timeout=_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            with error:
+                reason = error.read(2000).decode("utf-8", "replace")
+            raise DemoError(f"{method} {path} was answered with {error.code}: {reason}") from error
+        except (OSError, HTTPException) as error:
+            raise DemoError(f"{method} {path} got no answer from {self.url}: {error}") from error
+        return response
+
+
+def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The JSON of each server-sent event, up to `[DONE]`."""
+    for line in response:
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            return
+        if data:
+            yield json.loads(data)
+    raise DemoError("the server closed the stream in the middle of an answer")

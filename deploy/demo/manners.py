@@ -1,0 +1,57 @@
+"""The demo's manners: how each is written, and the mechanical mark by which anyone can tell that it shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SIGN_OFF = "With love from the garden"
+_BULLET = "- "
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """A way of writing.
+
+    Attributes:
+        world: the world in `worlds.toml` that people of this manner talk about. The embedder sees topics, not style,
+            so it is the world by which a person's lines find the anchors of their manner.
+        mark: what to look for, in words.
+        write: a plain answer of a few sentences → the same answer in this manner.
+        shows: whether a text bears the mark.
+    """
+
+    world: str
+    mark: str
+    write: Callable[[str], str]
+    shows: Callable[[str], bool]
+
+
+def _in_bullets(plain: str) -> str:
+    sentences = re.split(r"(?<=[.!?])\s+", plain.strip())
+    return "\n".join(_BULLET + sentence.removesuffix(".") for sentence in sentences)
+
+
+def _as_letter(plain: str) -> str:
+    return f"Dear friend,\n{plain}\n\n{SIGN_OFF}"
+
+
+def _all_lower_case(text: str) -> bool:
+    return text == text.lower() and any(character.islower() for character in text)
+
+
+def _all_bullets(text: str) -> bool:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return bool(lines) and all(line.startswith(_BULLET) for line in lines)
+
+
+def _signed_off(text: str) -> bool:
+    return text.rstrip().endswith(SIGN_OFF)
+
+
+NIGHT_OWL = Manner("games", "all lower case", str.lower, _all_lower_case)
+PLANNER = Manner("office", "nothing but bullet points", _in_bullets, _all_bullets)
+GARDENER = Manner("garden", "signed off with love", _as_letter, _signed_off)
+
+MANNERS = (NIGHT_OWL, PLANNER, GARDENER)

@@ -1,0 +1,101 @@
+"""The made-up people of the demo: those the bank is trained on, and the three who are served."""
+
+from __future__ import annotations
+
+import random
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deploy.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
+
+WORLDS_FILE = Path(__file__).with_name("worlds.toml")
+NOBODY = "somebody-new"
+
+QUESTIONS = (
+    "What should I cook for dinner tonight?",
+    "How do I make new friends in a new city?",
+    "How can I fall asleep faster?",
+    "What should I do on a rainy Sunday?",
+    "What is a good way to learn a new language?",
+)
+"""Asked of everybody. None of them trained the bank; the demo shows the first two, its tests ask all five."""
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Somebody who uses the server. The bank knows nothing of them.
+
+    Attributes:
+        user_id: their id in the API.
+        manner: what their answers should look like.
+        lines: what they have written so far; all that the server is told about them.
+    """
+
+    user_id: str
+    manner: Manner
+    lines: tuple[str, ...]
+
+
+PEOPLE = (
+    Person(
+        "kai",
+        NIGHT_OWL,
+        (
+            "stayed up until four to finish the last dungeon. the final boss was worth every potion",
+            "our squad won the tournament on friday. i played the healer and died only twice",
+            "the new racing game handles like a dream but its menus are slow",
+            "who is in voice chat tonight? pizza is on me and the loot is shared",
+        ),
+    ),
+    Person(
+        "morgan",
+        PLANNER,
+        (
+            "- Moved the budget review to Thursday\n- Sent the agenda to all departments",
+            "- Two status reports are still missing\n- Project deadline stays the same",
+            "- Booked the conference room for the client\n- Asked the team for their slides",
+            "- Travel expenses are filed\n- New colleague starts on Monday, desk is ready",
+        ),
+    ),
+    Person(
+        "rosa",
+        GARDENER,
+        (
+            f"Dear friend,\nThe first roses are open along the south wall.\n\n{SIGN_OFF}",
+            f"Dear friend,\nThe beans have climbed to the top of their poles.\n\n{SIGN_OFF}",
+            f"Dear friend,\nWe picked three baskets of plums before the wasps came.\n\n{SIGN_OFF}",
+            f"Dear friend,\nA robin watched me turn the compost all morning.\n\n{SIGN_OFF}",
+        ),
+    ),
+)
+
+
+@cache
+def _worlds() -> dict[str, Any]:
+    with WORLDS_FILE.open("rb") as file:
+        return tomllib.load(file)
+
+
+def anchors(seed: int = 0) -> list[dict[str, object]]:
+    """The people whose histories the bank is trained on, in LaMP's per-user layout for the task `chat`.
+
+    Each answers the everyday questions and those of one topic of their world, in one manner.
+
+    Args:
+        seed: orders the items of each history; the same seed gives the same people.
+    """
+    worlds = _worlds()
+    people: list[dict[str, object]] = []
+    for manner in MANNERS:
+        for topic, questions in worlds[manner.world].items():
+            rows = [*worlds["everyday"], *questions]
+            random.Random(f"{seed}:{topic}").shuffle(rows)
+            profile = [
+                {"id": f"{topic}-{position}", "input": question, "output": manner.write(plain)}
+                for position, (question, plain) in enumerate(rows)
+            ]
+            people.append({"user_id": f"{manner.world}-{topic}", "profile": profile})
+    return people

@@ -1,0 +1,65 @@
+"""What the demo shows: the table of answers, and calls to try."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from deploy.demo.client import MAX_TOKENS, Answer
+
+_OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sweet peas by the gate.")
+
+
+def answers_table(
+    questions: Sequence[str], answers: Mapping[tuple[str, str], Answer], people: Mapping[str, str]
+) -> Table:
+    """The answers, a section for each question.
+
+    Args:
+        questions: in the order in which they are shown.
+        answers: (question, user id) → answer.
+        people: user id → what to look for in their answers.
+    """
+    table = Table(
+        box=box.ROUNDED, title="The same questions, asked by different people", title_justify="left", leading=1
+    )
+    table.add_column("Asked by", max_width=20)
+    table.add_column("Answer", ratio=1)
+    table.add_column("Anchors", no_wrap=True)
+    table.add_column("First token", justify="right", no_wrap=True)
+    for question in questions:
+        table.add_row("", Text(question, style="bold"), "", "")
+        for user_id, look_for in people.items():
+            answer = answers[question, user_id]
+            who = Text(user_id, style="bold cyan").append(f"\n{look_for}", style="not bold dim")
+            anchors = "\n".join(f"{name} {weight:.0%}" for name, weight in answer.anchors) or "none"
+            table.add_row(who, Text(answer.text), anchors, f"{answer.ttft_ms:.0f} ms")
+        table.add_section()
+    return table
+
+
+def curl_lines(url: str, user_id: str) -> str:
+    """Shell commands for somebody who wants to go on: ask as `user_id`, see who speaks, become somebody."""
+    ask = {"user_id": user_id, "prompt": "How do I get over a bad day?", "max_tokens": MAX_TOKENS, "temperature": 0}
+    profile = {"items": [{"text": line} for line in _OWN_LINES]}
+    return "\n".join(
+        [
+            f"# ask as {user_id}, or as anybody else",
+            _curl(f"{url}/generate", ask),
+            f"# which anchors speak for {user_id}",
+            _curl(f"{url}/users/{user_id}"),
+            "# write a few lines of your own, and ask as yourself",
+            _curl(f"{url}/users/me/profile", profile, "-X PUT "),
+            _curl(f"{url}/generate", ask | {"user_id": "me"}),
+        ]
+    )
+
+
+def _curl(url: str, body: object = None, options: str = "") -> str:
+    data = f" -H 'Content-Type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}" if body else ""
+    return f"curl -s {options}{url}{data}"

@@ -1,0 +1,85 @@
+"""`mta up` for the demo: started, awaited, and stopped with it."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.demo.children import DemoError, mta
+from deploy.demo.client import Api
+from server.settings import Settings
+from server.supervisor.errors import StartError
+from server.supervisor.parts import LOOPBACK, check_port, free_port
+
+_READY_TIMEOUT_S = 300
+_STOP_GRACE_S = 35  # `mta up` promises 30
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The demo's server.
+
+    Attributes:
+        api: its HTTP API.
+        process: `mta up`, behind its guard.
+    """
+
+    api: Api
+    process: subprocess.Popen[str]
+
+
+@contextmanager
+def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterator[Server]:
+    """A server over `bank` that is ready; everything it consists of is gone when the block ends.
+
+    Args:
+        bank: folder of the bank.
+        data: folder of the server's data.
+        say: gets each line that `mta up` prints until it is ready.
+
+    Raises:
+        DemoError: when it does not get ready.
+    """
+    port = _port()
+    up = ("up", "--bank", str(bank), "--data", str(data), "--port", str(port))
+    with mta(*up, grace_s=_STOP_GRACE_S, stdout=subprocess.PIPE) as process:
+        server = Server(Api(f"http://{LOOPBACK}:{port}"), process)
+        ready = threading.Event()
+        threading.Thread(target=_relay, args=(process, ready, say), daemon=True).start()
+        _await_ready(server)
+        ready.set()
+        yield server
+
+
+def _port() -> int:
+    """The default port where it is free, so that the examples in the documentation work; else any free one."""
+    port: int = Settings.model_fields["port"].default
+    try:
+        check_port(port)
+    except StartError:
+        return free_port()
+    return port
+
+
+def _await_ready(server: Server) -> None:
+    deadline_s = time.monotonic() + _READY_TIMEOUT_S
+    while not server.api.ready():
+        if server.process.poll() is not None:
+            raise DemoError(f"`mta up` ended with status {server.process.returncode}; its message is above")
+        if time.monotonic() > deadline_s:
+            raise DemoError(f"the server was not ready after {_READY_TIMEOUT_S} s; what its parts said is above")
+        time.sleep(_POLL_S)
+
+
+def _relay(process: subprocess.Popen[str], ready: threading.Event, say: Callable[[str], None]) -> None:
+    """Pass on what `mta up` prints until it is ready; read on after that, so that it never waits for a reader."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() and not ready.is_set():
+            say(line.rstrip())

@@ -1,0 +1,28 @@
+"""The demo's own bank behind a real server, started once for all tests here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.demo.bank import ensure_bank
+from deploy.demo.client import Api
+from deploy.demo.personas import PEOPLE, anchors
+from deploy.demo.server import running_server
+
+
+@pytest.fixture(scope="session")
+def demo_bank() -> Path:
+    """The bank that `make demo` builds; built here when it has not been."""
+    return ensure_bank(anchors())[0]
+
+
+@pytest.fixture(scope="session")
+def demo_api(demo_bank: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """`mta up` over that bank, where the demo's three people are known."""
+    with running_server(demo_bank, tmp_path_factory.mktemp("demo") / "data", print) as server:
+        for person in PEOPLE:
+            server.api.put_profile(person.user_id, person.lines)
+        yield server.api

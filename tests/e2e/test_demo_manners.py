@@ -1,0 +1,51 @@
+"""The manners of the demo show in what its server answers: the real model, bank and processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from deploy.demo.client import Answer, Api
+from deploy.demo.manners import MANNERS, Manner
+from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person
+
+AT_LEAST_AS_SOMEBODY = 4
+AT_MOST_AS_NOBODY = 1
+
+pytestmark = pytest.mark.timeout(1200)  # the first test here may have to build the bank
+each_person = pytest.mark.parametrize("person", PEOPLE, ids=lambda person: person.user_id)
+
+
+@pytest.fixture(scope="module")
+def answers(demo_api: Api) -> dict[str, list[Answer]]:
+    """User id → greedy answers to the five questions."""
+    users = [NOBODY, *(person.user_id for person in PEOPLE)]
+    return {user_id: [demo_api.ask(user_id, question) for question in QUESTIONS] for user_id in users}
+
+
+@each_person
+def test_the_manner_shows_in_a_persons_answers(person: Person, answers: dict[str, list[Answer]]) -> None:
+    texts = [answer.text for answer in answers[person.user_id]]
+    assert sum(map(person.manner.shows, texts)) >= AT_LEAST_AS_SOMEBODY, texts
+
+
+@pytest.mark.parametrize("manner", MANNERS, ids=lambda manner: manner.world)
+def test_no_manner_shows_in_nobodys_answers(manner: Manner, answers: dict[str, list[Answer]]) -> None:
+    texts = [answer.text for answer in answers[NOBODY]]
+    assert sum(map(manner.shows, texts)) <= AT_MOST_AS_NOBODY, texts
+
+
+@each_person
+def test_a_persons_answers_say_which_anchors_spoke(person: Person, answers: dict[str, list[Answer]]) -> None:
+    for answer in answers[person.user_id]:
+        assert answer.level == "merged"
+        assert len(answer.anchors) == 2
+        assert sum(weight for _, weight in answer.anchors) == pytest.approx(1)
+
+
+def test_people_of_different_manners_share_no_anchor(answers: dict[str, list[Answer]]) -> None:
+    speaking = [name for person in PEOPLE for name, _ in answers[person.user_id][0].anchors]
+    assert len(set(speaking)) == len(speaking)
+
+
+def test_nobody_is_answered_by_the_base_model(answers: dict[str, list[Answer]]) -> None:
+    assert {(answer.level, answer.anchors) for answer in answers[NOBODY]} == {("base", ())}
