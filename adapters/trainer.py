@@ -1,0 +1,260 @@
+"""Training one LoRA on a frozen base model: PEFT's layers, a short loop of our own.
+
+Only output tokens carry loss. AdamW without weight decay, cosine rate after a warm-up, gradients clipped. Everything
+random comes from the plan's seed and nothing from global state, so the same call gives the same weights. On CPU the
+base runs in bf16 where the processor multiplies it, the LoRA itself always in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from adapters.errors import FusionError, excerpt
+from adapters.lora import LoraWeights, ModuleShape
+
+TRAINED = "trained"
+FROZEN = "frozen"
+WARM_UP = 0.1
+CLIP_NORM = 1.0
+MICRO_BATCH_TOKENS = 1024
+_IGNORED = -100
+
+
+class Example(Protocol):
+    """One example: token ids, of which those from `loss_from` on carry loss (`bank.prompt.EncodedPair`)."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def loss_from(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """How long and how hard to train.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples a step.
+        learning_rate: the peak.
+        seed: of the order of the examples.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step done: its number from 1, mean loss per output token before it, ids read."""
+
+    step: int
+    loss: float
+    tokens: int
+
+
+def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
+    """The linear modules to adapt, in model order.
+
+    Args:
+        model: a Hugging Face causal language model.
+        targets: last parts of module names (`q_proj`); every linear layer but the output head when None.
+
+    Raises:
+        FusionError: when a target matches nothing.
+    """
+    head = model.get_output_embeddings()
+    found = [
+        ModuleShape(name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
+    kinds = sorted({module.name.rsplit(".", 1)[-1] for module in found})
+    unknown = sorted(set(targets or kinds) - set(kinds))
+    if unknown or not found:
+        raise FusionError(f"the base model has no linear modules {excerpt(unknown)}; it has {', '.join(kinds)}")
+    return tuple(module for module in found if not targets or module.name.rsplit(".", 1)[-1] in targets)
+
+
+def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWeights:
+    """The usual start: A uniform in ±1/√H_in, B zero, so ΔW is zero. float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return LoraWeights(
+        rank=rank,
+        a={m.name: (torch.rand(rank, m.h_in, generator=generator) * 2 - 1) * m.h_in**-0.5 for m in modules},
+        b={m.name: torch.zeros(m.h_out, rank) for m in modules},
+    )
+
+
+def train_lora(
+    model: Any,
+    examples: Sequence[Example],
+    plan: TrainPlan,
+    *,
+    start: LoraWeights,
+    train_a: bool = True,
+    frozen: LoraWeights | None = None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+) -> LoraWeights:
+    """Train a LoRA and leave the model as it was.
+
+    Args:
+        model: a Hugging Face causal language model; its own weights never change.
+        examples: at least one.
+        plan: steps, batch, rate, seed.
+        start: where training starts, and which modules it adapts.
+        train_a: whether A moves too, or B alone.
+        frozen: another LoRA that is active meanwhile and does not move.
+        on_step: told after every step.
+
+    Returns:
+        The trained LoRA, float32 on CPU, scaling folded into B.
+    """
+    from peft import get_peft_model
+
+    if not examples:
+        raise FusionError("there is nothing to train on: no example has an output")
+    peft_model = get_peft_model(model, _config(start), adapter_name=TRAINED)
+    try:
+        _put(peft_model, TRAINED, start)
+        if frozen is not None:
+            peft_model.add_adapter(FROZEN, _config(frozen))
+            _put(peft_model, FROZEN, frozen)
+            peft_model.base_model.set_adapter([TRAINED, FROZEN])
+        parameters = _choose_trainable(peft_model, train_a)
+        peft_model.eval()  # dropout of the base would make the loss noisy and the result depend on global state
+        _optimise(peft_model, parameters, examples, plan, on_step)
+        return _take(peft_model, start)
+    finally:
+        peft_model.unload()
+
+
+def _config(lora: LoraWeights) -> Any:
+    """PEFT's configuration for a LoRA whose scaling is folded: alpha equals the rank."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.a), init_lora_weights=False)
+
+
+def _layers(peft_model: Any) -> Iterator[tuple[str, Any]]:
+    """PEFT's LoRA layers by the name of the module they wrap."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in peft_model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _put(peft_model: Any, adapter: str, lora: LoraWeights) -> None:
+    with torch.no_grad():
+        for name, layer in _layers(peft_model):
+            layer.lora_A[adapter].weight.copy_(lora.a[name])
+            layer.lora_B[adapter].weight.copy_(lora.b[name])
+
+
+def _take(peft_model: Any, start: LoraWeights) -> LoraWeights:
+    layers = dict(_layers(peft_model))
+    return LoraWeights(
+        rank=start.rank,
+        a={name: layers[name].lora_A[TRAINED].weight.detach().float().cpu().clone() for name in start.a},
+        b={name: layers[name].lora_B[TRAINED].weight.detach().float().cpu().clone() for name in start.b},
+    )
+
+
+def _choose_trainable(peft_model: Any, train_a: bool) -> list[torch.nn.Parameter]:
+    for parameter in peft_model.parameters():
+        parameter.requires_grad_(False)
+    chosen = []
+    for _, layer in _layers(peft_model):
+        chosen += [layer.lora_B[TRAINED].weight] + ([layer.lora_A[TRAINED].weight] if train_a else [])
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def _optimise(
+    model: Any,
+    parameters: list[torch.nn.Parameter],
+    examples: Sequence[Example],
+    plan: TrainPlan,
+    on_step: Callable[[StepReport], None],
+) -> None:
+    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, plan.steps))
+    batches = _batches(len(examples), plan)
+    for step in range(1, plan.steps + 1):
+        batch = [examples[i] for i in next(batches)]
+        outputs = sum(len(example.ids) - example.loss_from for example in batch)
+        loss = 0.0
+        for part in micro_batches(batch):
+            part_loss = _summed_loss(model, part) / outputs
+            part_loss.backward()  # type: ignore[no-untyped-call]
+            loss += float(part_loss.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        on_step(StepReport(step, loss, sum(len(example.ids) for example in batch)))
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """The share of the peak rate at a step from 0: linear warm-up over a tenth, then a half cosine down to 0."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _batches(count: int, plan: TrainPlan) -> Iterator[list[int]]:
+    """Batches without end: one shuffled pass over the examples after another."""
+    order = random.Random(plan.seed)
+    queue: list[int] = []
+    while True:
+        while len(queue) < plan.batch_size:
+            queue += order.sample(range(count), count)
+        yield queue[: plan.batch_size]
+        del queue[: plan.batch_size]
+
+
+def micro_batches(batch: Sequence[Example], limit: int = MICRO_BATCH_TOKENS) -> list[list[Example]]:
+    """Cut a batch into parts of like length, each at most `limit` ids with its padding, or a single example."""
+    parts: list[list[Example]] = []
+    for example in sorted(batch, key=lambda e: len(e.ids)):
+        if parts and (len(parts[-1]) + 1) * len(example.ids) <= limit:
+            parts[-1].append(example)
+        else:
+            parts.append([example])
+    return parts
+
+
+def _summed_loss(model: Any, part: Sequence[Example]) -> torch.Tensor:
+    """Negative log-likelihood summed over the output tokens; logits are made only where one of them is predicted."""
+    device = next(model.parameters()).device
+    shape = (len(part), max(len(example.ids) for example in part))
+    ids = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, _IGNORED)
+    for row, example in enumerate(part):
+        tokens = torch.tensor(example.ids)
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        labels[row, example.loss_from : len(tokens)] = tokens[example.loss_from :]
+    places = (labels[:, 1:] != _IGNORED).any(0).nonzero()[:, 0]
+    answer = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=places.to(device), use_cache=False
+    )
+    return torch.nn.functional.cross_entropy(
+        answer.logits.float().flatten(0, 1),
+        labels[:, places + 1].flatten().to(device),
+        ignore_index=_IGNORED,
+        reduction="sum",
+    )

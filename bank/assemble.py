@@ -1,0 +1,126 @@
+"""The last step of every way to a bank: matrix, index and, when both are in place, the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapters.layout import RowLayout, serving_rank
+from adapters.recipe import Method, anchor_id
+from bank.errors import BankError
+from bank.index import AnchorIndex
+from bank.manifest import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    MATRIX_FILE,
+    AnchorEntry,
+    BankManifest,
+    BaseModelId,
+    EmbedderId,
+    ModuleEntry,
+    WeightRule,
+    file_sha256,
+    fused_rank,
+    write_manifest,
+)
+from bank.profile import Vectors
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class BankParts:
+    """What a bank is put together from.
+
+    Attributes:
+        task, base_model, embedder, method, user_rank, weights, training: as in the manifest.
+        layout: modules, rank, and whether A is shared.
+        rows: flat rows in anchor order, then the common row where `common` says so.
+        shared_a: the one frozen A of method `shared`.
+        embeddings: [N, E], in anchor order.
+        items: trained items of each anchor.
+    """
+
+    task: str
+    base_model: BaseModelId
+    embedder: EmbedderId
+    method: Method
+    common: bool
+    user_rank: int
+    weights: WeightRule
+    layout: RowLayout
+    rows: Sequence[torch.Tensor]
+    shared_a: torch.Tensor | None
+    embeddings: Vectors
+    items: Sequence[int]
+    training: dict[str, int | float | str | bool | None]
+
+
+def bank_rank(method: Method, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
+    """The rank that vLLM's slots are sized for: the largest fusion and the room for user adapters.
+
+    Raises:
+        BankError: when vLLM has no slots so large, or the rule's strength needs a common row that is not there.
+    """
+    if rule.strength < 1 and not common:
+        raise BankError(
+            f"a strength of {rule.strength} leaves a rest to the common row, and the bank has none: "
+            "drop --strength or --no-common"
+        )
+    try:
+        return serving_rank(fused_rank(method, rank, rule.anchors, common) + user_rank)
+    except ValueError as error:
+        raise BankError(str(error)) from error
+
+
+def write_bank(out: Path, parts: BankParts) -> BankManifest:
+    """Write the artifact; the manifest last, so that a folder with one is whole.
+
+    Returns:
+        The manifest with its fingerprint.
+
+    Raises:
+        BankError: when the folder cannot be written.
+    """
+    from adapters.matrix import write_matrix
+
+    rank = bank_rank(parts.method, parts.layout.rank, parts.weights, parts.common, parts.user_rank)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MANIFEST_FILE).unlink(missing_ok=True)  # from here on an old bank is no bank
+        with _replacing(out / MATRIX_FILE) as draft:
+            write_matrix(draft, parts.layout, parts.rows, parts.shared_a)
+        with _replacing(out / INDEX_FILE) as draft:
+            AnchorIndex.build(parts.embeddings).save(draft)
+        manifest = BankManifest(
+            task=parts.task,
+            base_model=parts.base_model,
+            embedder=parts.embedder,
+            method=parts.method,
+            common=parts.common,
+            rank=parts.layout.rank,
+            user_rank=parts.user_rank,
+            serving_rank=rank,
+            weights=parts.weights,
+            target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in parts.layout.modules})),
+            modules=tuple(ModuleEntry(name=m.name, h_in=m.h_in, h_out=m.h_out) for m in parts.layout.modules),
+            anchors=tuple(AnchorEntry(id=anchor_id(i), items=n) for i, n in enumerate(parts.items)),
+            training=parts.training,
+            files={name: file_sha256(out / name) for name in (INDEX_FILE, MATRIX_FILE)},
+        )
+        return write_manifest(out, manifest)
+    except OSError as error:
+        raise BankError(f"cannot write the bank to {out}: {error}") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A draft that is renamed to `path`: an engine that has the old file mapped keeps it whole."""
+    draft = path.with_name(f"{path.name}.tmp")
+    yield draft
+    draft.chmod(0o644)  # safetensors writes for its owner alone
+    draft.replace(path)

@@ -1,0 +1,120 @@
+"""What a bank is built from and how: the options, their record in the manifest, and the key that both make."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.recipe import Method
+from bank.errors import BankError
+from bank.histories import History
+from bank.tasks import Task
+
+_BUILD_FORMAT = 1  # part of the key: raise it when the same inputs would give another bank
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Everything that shapes a bank, its people aside. The step budgets fit 2 cores and a small model.
+
+    Attributes:
+        task: a name of `bank/tasks.toml`.
+        anchors: N.
+        method: how its recipes are fused.
+        common: whether it has a common row.
+        rank: R of every meta-LoRA.
+        user_rank: room for stacked user adapters.
+        target_modules: last parts of module names; every linear layer when None.
+        k: most anchors of a recipe.
+        strength: what their weights sum to.
+        steps, common_steps: optimiser steps of an anchor and of the common row.
+        epochs: passes over the data instead of steps.
+        batch_size, common_batch_size: examples a step.
+        learning_rate, common_learning_rate: peaks.
+        max_tokens: longest example.
+        seed: of selection and training.
+        dtype: of the frozen base while training: `auto`, `bfloat16` or `float32`.
+    """
+
+    task: str
+    anchors: int = 12
+    method: Method = Method.SHARED
+    common: bool = True
+    rank: int = 8
+    user_rank: int = 8
+    target_modules: tuple[str, ...] | None = None
+    k: int = 2
+    strength: float = 1.0
+    steps: int = 28
+    common_steps: int = 60
+    epochs: float | None = None
+    batch_size: int = 8
+    common_batch_size: int = 16
+    learning_rate: float = 6e-4
+    common_learning_rate: float = 5e-4
+    max_tokens: int = 512
+    seed: int = 0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("anchors", "rank", "k", "steps", "common_steps", "batch_size", "common_batch_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise BankError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "common_learning_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise BankError(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 < self.strength <= 1:
+            raise BankError(f"--strength must be above 0 and at most 1, got {self.strength}")
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise BankError(f"--epochs must be above 0, got {self.epochs}")
+        if self.user_rank < 0 or self.seed < 0:
+            raise BankError(f"--user-rank and --seed cannot be negative, got {self.user_rank} and {self.seed}")
+
+    def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
+        """The manifest's `training`: every option, how many people there were, and the key of them all."""
+        fields: dict[str, int | float | str | bool | None] = {}
+        for name, value in dataclasses.asdict(self).items():
+            fields[name] = ",".join(value) if isinstance(value, tuple) else str(value) if name == "method" else value
+        return {**fields, "people": people, "inputs": key}
+
+
+@dataclass(frozen=True, slots=True)
+class BuildInputs:
+    """Where a build reads and writes.
+
+    Attributes:
+        users: people's histories.
+        out: the bank's folder.
+        model: the base model's name, as in the settings.
+        cache_dir: where default models are prepared.
+        outputs: LaMP's outputs, beside LaMP's own questions.
+        exclude: people to leave out.
+        embedder: the embedder's folder, or None for the default.
+        force: whether a finished bank may be replaced.
+    """
+
+    users: Path
+    out: Path
+    model: str
+    cache_dir: Path
+    outputs: Path | None = None
+    exclude: Path | None = None
+    embedder: Path | None = None
+    force: bool = False
+
+
+def inputs_key(options: BuildOptions, task: Task, people: Sequence[History], model_hash: str, embedder_id: str) -> str:
+    """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks."""
+    content = {
+        "format": _BUILD_FORMAT,
+        "options": dataclasses.asdict(options),
+        "task": dataclasses.asdict(task),
+        "people": [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people],
+        "model": model_hash,
+        "embedder": embedder_id,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""The work folder of a build: what is finished survives a kill, and the next run of the same build goes on from it.
+
+It lies in `.build` inside the bank's folder, in a subfolder named by the hash of all inputs and options: pieces of
+another build are never taken over. Each piece is put in place by rename, so what is there is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bank.errors import BankError
+from bank.profile import Vectors
+
+if TYPE_CHECKING:
+    import torch
+
+WORK_FOLDER = ".build"
+_LOCK_FILE = "lock"
+
+
+class Workbench:
+    """The finished pieces of one build."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
+        """The array called `name`, made now if no earlier run did."""
+        path = self._folder / f"{name}.npy"
+        if not path.is_file():
+            draft = path.with_suffix(".tmp")
+            with draft.open("wb") as file:
+                np.save(file, make())
+            draft.replace(path)
+        vectors: Vectors = np.load(path)
+        return vectors
+
+    def has_row(self, name: str) -> bool:
+        """Whether an earlier run finished the row called `name`."""
+        return self._row(name).is_file()
+
+    def load_row(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished row."""
+        from safetensors.torch import load_file
+
+        tensors: dict[str, torch.Tensor] = load_file(self._row(name))
+        return tensors
+
+    def save_row(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep a row; it is on disk when this returns."""
+        from safetensors.torch import save_file
+
+        draft = self._row(name).with_suffix(".tmp")
+        save_file(tensors, draft)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(self._row(name))
+
+    def _row(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+
+@contextmanager
+def workbench(out: Path, key: str) -> Iterator[Workbench]:
+    """The work folder of the build `key`, held by one process; gone when the block ends without an error.
+
+    Args:
+        out: the bank's folder.
+        key: hash of everything that shapes the bank.
+
+    Raises:
+        BankError: when another process builds there, or the folder cannot be written.
+    """
+    root = out / WORK_FOLDER
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise BankError(f"cannot build a bank in {out}: {error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BankError(f"another build is running in {out}: wait for it or name another --out") from None
+        for other in root.iterdir():
+            if other.is_dir() and other.name != key:
+                shutil.rmtree(other)
+        folder = root / key
+        folder.mkdir(exist_ok=True)
+        yield Workbench(folder)
+        shutil.rmtree(root)
+    finally:
+        os.close(handle)

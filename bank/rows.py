@@ -1,0 +1,125 @@
+"""All rows of a bank, trained or taken from an earlier run that was killed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from adapters.errors import FusionError
+from adapters.layout import RowLayout
+from adapters.recipe import Method, anchor_id
+from adapters.trainer import StepReport, TrainPlan, linear_modules
+from bank.errors import BankError
+from bank.histories import History
+from bank.options import BuildOptions
+from bank.resume import Workbench
+from bank.tasks import Task
+from bank.training import COMMON, Pairs, RowJob, RowTrainer, load_base, row_job, row_seed
+
+
+class RowProgress(Protocol):
+    """Who is told how far training has come."""
+
+    def say(self, text: str) -> None:
+        """What happens now, or has happened."""
+
+    def begin(self, work_tokens: Mapping[str, int]) -> None:
+        """Rows still to be trained, in order, with about how many ids each will read."""
+
+    def step(self, row: str, steps: int, report: StepReport) -> None:
+        """One step of a row is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """What training gives.
+
+    Attributes:
+        layout: the cut of a row.
+        rows: flat, in anchor order, then the common row if there is one.
+        shared_a: the one A of a `shared` bank, flat.
+    """
+
+    layout: RowLayout
+    rows: list[torch.Tensor]
+    shared_a: torch.Tensor | None
+
+
+def train_rows(
+    work: Workbench,
+    *,
+    model_folder: Path,
+    people: Sequence[History],
+    anchors: Sequence[History],
+    task: Task,
+    options: BuildOptions,
+    progress: RowProgress,
+) -> TrainedRows:
+    """Train the common row on everybody's pairs, then one row per anchor on its own; finished rows are not repeated.
+
+    Raises:
+        BankError: when the base model cannot be loaded or lacks a target module.
+    """
+    progress.say(f"loading the base model ({options.dtype})")
+    model, tokenizer = load_base(model_folder, options.dtype)
+    try:
+        modules = linear_modules(model, options.target_modules)
+    except FusionError as error:
+        raise BankError(f"--target-modules: {error}") from error
+    layout = RowLayout(modules, options.rank, options.method is Method.SHARED)
+    trainer = RowTrainer(model, layout, options.method, options.seed)
+    jobs = _jobs(tokenizer, people, anchors, task, options)
+    waiting = [job for job in jobs if not work.has_row(job.name)]
+    if len(waiting) < len(jobs):
+        progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are there from an earlier run")
+    progress.begin({job.name: job.work_tokens for job in waiting})
+    for job in jobs:
+        if not work.has_row(job.name):
+            work.save_row(job.name, _train(trainer, job, progress))
+        if job.name == COMMON:
+            trainer.use_common(work.load_row(COMMON))
+    return TrainedRows(layout, _collect(work, layout, jobs), trainer.shared_a)
+
+
+def _train(trainer: RowTrainer, job: RowJob, progress: RowProgress) -> dict[str, torch.Tensor]:
+    def on_step(report: StepReport) -> None:
+        progress.step(job.name, job.plan.steps, report)
+
+    return trainer.train_common(job, on_step) if job.name == COMMON else trainer.train_anchor(job, on_step)
+
+
+def _jobs(
+    tokenizer: Any, people: Sequence[History], anchors: Sequence[History], task: Task, options: BuildOptions
+) -> list[RowJob]:
+    """The common row first: the anchors train on top of it."""
+    jobs = []
+    if options.common:
+        pooled = [pair for person in people for pair in person.pairs(task)]
+        plan = _plan(COMMON, pooled, options)
+        jobs.append(row_job(COMMON, pooled, plan, tokenizer, options.max_tokens))
+    for index, person in enumerate(anchors):
+        name, pairs = anchor_id(index), person.pairs(task)
+        jobs.append(row_job(name, pairs, _plan(name, pairs, options), tokenizer, options.max_tokens))
+    return jobs
+
+
+def _plan(name: str, pairs: Pairs, options: BuildOptions) -> TrainPlan:
+    common = name == COMMON
+    batch_size = options.common_batch_size if common else options.batch_size
+    steps = options.common_steps if common else options.steps
+    if options.epochs is not None:
+        steps = max(1, math.ceil(options.epochs * len(pairs) / batch_size))
+    rate = options.common_learning_rate if common else options.learning_rate
+    return TrainPlan(steps, batch_size, rate, row_seed(options.seed, name))
+
+
+def _collect(work: Workbench, layout: RowLayout, jobs: Sequence[RowJob]) -> list[torch.Tensor]:
+    """Rows as the matrix takes them: `[A | B]`, or `[B]` where A is shared; the common row last."""
+    ordered = sorted(jobs, key=lambda job: job.name == COMMON)
+    loaded = [work.load_row(job.name) for job in ordered]
+    return [row["b"] if layout.shared_a else torch.cat([row["a"], row["b"]]) for row in loaded]

@@ -1,0 +1,75 @@
+"""Which people become anchors: k-means over their embeddings, and of each cluster the longest history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bank.embedder import Embedder
+from bank.errors import BankError
+from bank.histories import History
+from bank.profile import Item, Vectors, item_text, profile_embedding
+from bank.tasks import Task
+
+MIN_ITEMS = 11
+"""Fewest trainable items of a candidate: the paper's are of more than ten."""
+
+MAX_EMBEDDED = 64
+"""Items of one person that are embedded: more move the mean little and cost time."""
+
+
+def spread(items: Sequence[Item], limit: int = MAX_EMBEDDED) -> list[Item]:
+    """At most `limit` items, evenly over the history, the first and the last among them."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def person_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
+    """The embedding [E] of one person, as a serving profile of the same items would have it."""
+    return profile_embedding(embedder.embed([item_text(item, task) for item in spread(history.items)]))
+
+
+def select_anchors(embeddings: Vectors, lengths: Sequence[int], count: int, seed: int) -> list[int]:
+    """Choose exactly `count` people who are unlike each other and have long histories.
+
+    Args:
+        embeddings: [P, E], one row a candidate, at unit length.
+        lengths: trainable items of each candidate.
+        count: how many anchors.
+        seed: of k-means.
+
+    Returns:
+        Their positions in ascending order. A cluster that stays empty (people with equal embeddings) gives its place
+        to the longest history not yet chosen; of equal lengths the earlier candidate is taken.
+
+    Raises:
+        BankError: when there are fewer candidates than anchors.
+    """
+    if count < 1 or len(lengths) < count:
+        raise BankError(
+            f"{count} anchors were asked for and {len(lengths)} people have at least {MIN_ITEMS} trainable items: "
+            f"ask for 1 to {len(lengths)} with --anchors, or give more people"
+        )
+    clusters = _cluster(embeddings, count, seed)
+    by_length = sorted(range(len(lengths)), key=lambda person: (-lengths[person], person))
+    chosen: dict[int, int] = {}
+    for person in by_length:
+        chosen.setdefault(int(clusters[person]), person)
+    rest = [person for person in by_length if person not in chosen.values()]
+    return sorted([*chosen.values(), *rest[: count - len(chosen)]])
+
+
+def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    import warnings
+
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    # One thread: sums of several come in any order, and the same seed must give the same clusters.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct people than clusters: handled above
+        labels = KMeans(count, n_init=10, random_state=seed).fit(np.asarray(embeddings, np.float64)).labels_
+    return np.asarray(labels, dtype=np.int32)

@@ -1,0 +1,169 @@
+"""Training a bank's rows: the common row on everybody's pooled data, then each anchor on top of it.
+
+In a `shared` bank all rows have one A: the common row's, or a random one where there is no common row. An anchor then
+starts at the common B and moves B alone, and its row is what it moved by. In the other banks an anchor is a LoRA of
+its own, trained beside the frozen common row. Rows build on the common row as it is stored, rounded to bf16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.flat import flat_a, flat_b, lora_of
+from adapters.layout import RowLayout
+from adapters.lora import LoraWeights
+from adapters.recipe import Method
+from adapters.trainer import StepReport, TrainPlan, initial_lora, train_lora
+from bank.errors import BankError
+from bank.prompt import EncodedPair, encode_pair
+
+COMMON = "common"
+
+OnStep = Callable[[StepReport], None]
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowJob:
+    """One row to train.
+
+    Attributes:
+        name: `common`, or an anchor's id.
+        examples: what it is trained on.
+        plan: how.
+    """
+
+    name: str
+    examples: tuple[EncodedPair, ...]
+    plan: TrainPlan
+
+    @property
+    def work_tokens(self) -> int:
+        """About how many ids training will read."""
+        mean = sum(len(example.ids) for example in self.examples) / len(self.examples)
+        return round(self.plan.steps * self.plan.batch_size * mean)
+
+
+class RowTrainer:
+    """Trains rows on one base model.
+
+    Args:
+        model: the base model.
+        layout: modules and rank, and whether A is shared.
+        method: of the bank.
+        seed: of the bank; where A starts.
+    """
+
+    def __init__(self, model: Any, layout: RowLayout, method: Method, seed: int) -> None:
+        self._model = model
+        self._layout = layout
+        self._method = method
+        start = initial_lora(layout.modules, layout.rank, row_seed(seed, "A"))
+        self._start = lora_of(layout, stored(flat_a(layout, start)), flat_b(layout, start))
+        self._common: LoraWeights | None = None
+
+    def train_common(self, job: RowJob, on_step: OnStep) -> dict[str, torch.Tensor]:
+        """The common row as `{"a", "b"}`, flat."""
+        trained = train_lora(self._model, job.examples, job.plan, start=self._start, on_step=on_step)
+        return {"a": flat_a(self._layout, trained), "b": flat_b(self._layout, trained)}
+
+    def use_common(self, row: dict[str, torch.Tensor]) -> None:
+        """Put the anchors that follow on top of a common row."""
+        self._common = lora_of(self._layout, stored(row["a"]), stored(row["b"]))
+
+    def train_anchor(self, job: RowJob, on_step: OnStep) -> dict[str, torch.Tensor]:
+        """An anchor's row as `{"b"}` in a `shared` bank, `{"a", "b"}` in others, flat."""
+        if self._method is not Method.SHARED:
+            lora = train_lora(
+                self._model, job.examples, job.plan, start=self._start, frozen=self._common, on_step=on_step
+            )
+            return {"a": flat_a(self._layout, lora), "b": flat_b(self._layout, lora)}
+        start = self._common or self._start
+        lora = train_lora(self._model, job.examples, job.plan, start=start, train_a=False, on_step=on_step)
+        return {"b": flat_b(self._layout, lora) - flat_b(self._layout, start)}
+
+    @property
+    def shared_a(self) -> torch.Tensor | None:
+        """The one A of a `shared` bank, flat."""
+        return flat_a(self._layout, self._common or self._start) if self._method is Method.SHARED else None
+
+
+def stored(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers as the bank keeps them: float32 of bf16 precision."""
+    return numbers.to(torch.bfloat16).float()
+
+
+def row_seed(seed: int, name: str) -> int:
+    """A seed of its own for each row, so that a row never depends on which rows were trained in the same run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
+
+
+def row_job(name: str, pairs: Pairs, plan: TrainPlan, tokenizer: Any, max_tokens: int) -> RowJob:
+    """A row's examples: no more than training will read, chosen by the plan's seed.
+
+    Args:
+        name: the row.
+        pairs: (input, output) pairs, at least one.
+        plan: how it is trained.
+        tokenizer: the base model's, with a chat template.
+        max_tokens: longest example.
+    """
+    wanted = min(len(pairs), plan.steps * plan.batch_size)
+    chosen = random.Random(plan.seed).sample(range(len(pairs)), wanted)
+    return RowJob(name, tuple(encode_pair(tokenizer, *pairs[i], max_tokens) for i in chosen), plan)
+
+
+def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """The base model, frozen, and its tokenizer, on the GPU where there is one.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: `bfloat16` or `float32`.
+
+    Raises:
+        BankError: when the folder cannot be loaded, or its tokenizer has no chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # On CPU PyTorch's fused attention is slow backwards: a fifth of a step, more than the plain one takes.
+    attention = "sdpa" if device == "cuda" else "eager"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=attention
+        ).to(device)
+    except (OSError, ValueError) as error:
+        raise BankError(f"cannot load the base model at {folder}: {error}") from error
+    if not tokenizer.chat_template:
+        raise BankError(
+            f"the base model at {folder} has no chat template, so no user turn can be rendered for it: use a chat "
+            "model, or add a chat_template to its tokenizer"
+        )
+    return model.requires_grad_(False), tokenizer
+
+
+def resolve_dtype(dtype: str) -> str:
+    """`auto` as bfloat16 where the machine multiplies it fast, else float32; anything else as it is."""
+    if dtype != "auto":
+        return dtype
+    fast = torch.cuda.is_available() or _cpu_has_bf16()
+    return "bfloat16" if fast else "float32"
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8").partition("\nflags")[2].partition("\n")[0].split()
+    except OSError:
+        return False
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))

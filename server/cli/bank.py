@@ -1,0 +1,110 @@
+"""`mta bank`: build, look at, take apart and put together banks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapters.recipe import Method
+from bank.options import BuildInputs, BuildOptions
+from server.settings import Settings
+
+app = typer.Typer(help="Build a bank, look into it, export and import its adapters.", no_args_is_help=True)
+
+DEFAULTS = BuildOptions(task="chat")
+
+ModelOption = Annotated[
+    str | None, typer.Option(help="Base model: `default`, a folder, or a Hugging Face id.", show_default="MTA_MODEL")
+]
+EmbedderOption = Annotated[Path | None, typer.Option(help="Folder of an embedder.", show_default="MTA_EMBEDDER")]
+OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace another bank in the folder.")]
+UserRankOption = Annotated[int, typer.Option(help="Rank kept free for users' own stacked LoRAs.")]
+TopOption = Annotated[int, typer.Option("--k", help="Most anchors in a user's recipe.")]
+BankArgument = Annotated[Path | None, typer.Argument(help="The bank's folder; MTA_BANK without it.")]
+
+
+@app.command()
+def build(
+    users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
+    task: Annotated[str, typer.Option(help="What the items are: news_headline, movie_rating, chat …")],
+    out: OutOption,
+    outputs: Annotated[Path | None, typer.Option(help="LaMP's outputs file, beside its questions.")] = None,
+    exclude: Annotated[Path | None, typer.Option(help="People to leave out: the same layout, or ids.")] = None,
+    anchors: Annotated[int, typer.Option(help="How many anchors, exactly.")] = DEFAULTS.anchors,
+    method: Annotated[Method, typer.Option(help="How recipes are fused.")] = DEFAULTS.method,
+    common: Annotated[bool, typer.Option("--common/--no-common", help="A row that all users share.")] = True,
+    rank: Annotated[int, typer.Option(help="Rank of every meta-LoRA.")] = DEFAULTS.rank,
+    user_rank: UserRankOption = DEFAULTS.user_rank,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.", show_default="all linear layers")
+    ] = None,
+    k: TopOption = DEFAULTS.k,
+    strength: Annotated[float, typer.Option(help="What the anchors' weights sum to.")] = DEFAULTS.strength,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each anchor.")] = DEFAULTS.steps,
+    common_steps: Annotated[int, typer.Option(help="Optimiser steps of the common row.")] = DEFAULTS.common_steps,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of steps.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = DEFAULTS.batch_size,
+    common_batch_size: Annotated[
+        int, typer.Option(help="Examples a step of the common row.")
+    ] = DEFAULTS.common_batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of the anchors.")] = DEFAULTS.learning_rate,
+    common_learning_rate: Annotated[
+        float, typer.Option(help="Peak rate of the common row.")
+    ] = DEFAULTS.common_learning_rate,
+    max_tokens: Annotated[int, typer.Option(help="Longest training example.")] = DEFAULTS.max_tokens,
+    seed: Annotated[int, typer.Option(help="Same inputs and seed, same bank.")] = DEFAULTS.seed,
+    dtype: Annotated[str, typer.Option(help="Of the frozen base: auto, bfloat16 or float32.")] = DEFAULTS.dtype,
+    model: ModelOption = None,
+    embedder: EmbedderOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Build a bank from people's histories.
+
+    Killed and started again with the same options it goes on where it was, and ends with the same bank.
+    """
+    from bank.build import build_bank
+    from server.cli.build_progress import ConsoleProgress
+
+    options = BuildOptions(
+        task=task,
+        anchors=anchors,
+        method=method,
+        common=common,
+        rank=rank,
+        user_rank=user_rank,
+        target_modules=tuple(name.strip() for name in target_modules.split(",")) if target_modules else None,
+        k=k,
+        strength=strength,
+        steps=steps,
+        common_steps=common_steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        common_batch_size=common_batch_size,
+        learning_rate=learning_rate,
+        common_learning_rate=common_learning_rate,
+        max_tokens=max_tokens,
+        seed=seed,
+        dtype=dtype,
+    )
+    settings = Settings()
+    inputs = BuildInputs(
+        users=users,
+        out=out,
+        outputs=outputs,
+        exclude=exclude,
+        model=model or settings.model,
+        embedder=embedder or settings.embedder,
+        cache_dir=settings.cache_dir,
+        force=force,
+    )
+    with ConsoleProgress() as progress:
+        try:
+            manifest = build_bank(inputs, options, progress)
+        except KeyboardInterrupt:
+            progress.say("stopped; the same command goes on with the next row")
+            sys.exit(130)
+    typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")

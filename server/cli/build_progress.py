@@ -1,0 +1,68 @@
+"""How far a bank's build has come: a live bar on a terminal, a line every few seconds anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from adapters.trainer import StepReport
+
+LINE_EVERY_S = 5.0
+
+
+class ConsoleProgress:
+    """Prints what is trained, step, loss, and an estimate of what is left. Writes to stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._total_tokens = 0
+        self._done_tokens = 0
+        self._rows: list[str] = []
+        self._start_s = self._line_s = time.monotonic()
+        self._live: Progress | None = None
+
+    def __enter__(self) -> ConsoleProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self._console.print(text)
+
+    def begin(self, work_tokens: Mapping[str, int]) -> None:
+        """Take note of all that is to be trained; the estimate starts here."""
+        self._rows = list(work_tokens)
+        self._total_tokens = sum(work_tokens.values())
+        self._done_tokens = 0
+        self._start_s = self._line_s = time.monotonic()
+        if self._rows and self._console.is_terminal:
+            self._live = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
+            self._live.add_task("", total=self._total_tokens)
+            self._live.start()
+
+    def step(self, row: str, steps: int, report: StepReport) -> None:
+        """Show one step; without a terminal only the last of a row and one every few seconds."""
+        self._done_tokens += report.tokens
+        now_s = time.monotonic()
+        text = (
+            f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
+            f"loss {report.loss:.3f}  {self._left(now_s)}"
+        )
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], completed=self._done_tokens, description=text)
+        elif report.step == steps or now_s - self._line_s >= LINE_EVERY_S:
+            self._line_s = now_s
+            self._console.print(text, soft_wrap=True)
+
+    def _left(self, now_s: float) -> str:
+        tokens_per_s = self._done_tokens / max(now_s - self._start_s, 1e-9)
+        left_s = max(0, self._total_tokens - self._done_tokens) / max(tokens_per_s, 1e-9)
+        return f"{tokens_per_s:.0f} tokens/s  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"
