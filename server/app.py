@@ -85,8 +85,12 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
     async with AsyncExitStack() as stack:
         store = RedisStore(settings.redis_url, require_durable=settings.require_durable_store)
         stack.push_async_callback(store.close)
-        if await store.check() is Durability.NONE:
-            log.warning("Redis keeps no append-only file: acknowledged profiles can be lost")
+        try:
+            durability = await store.check()
+        except ApiError as error:
+            raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
+        if durability is Durability.NONE:
+            log.warning("Redis does not promise to keep what it acknowledges: profiles can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, thread_name_prefix="embed"))
         profiles = Profiles(
@@ -114,6 +118,8 @@ async def _stopped(task: asyncio.Task[None]) -> None:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    if error.status >= 500:
+        log.warning("%s", error.explained)
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 

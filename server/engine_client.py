@@ -162,7 +162,8 @@ class EngineClient:
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine gave no answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Unavailable(f"the engine cannot be reached: {error}", code="engine_unavailable") from error
+            message = "the engine cannot be reached now: send the request again"
+            raise Unavailable(message, code="engine_unavailable") from error
 
 
 def open_session(timeout_s: float) -> aiohttp.ClientSession:

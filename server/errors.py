@@ -41,6 +41,11 @@ class ApiError(MtaError):
         """Response headers that belong to the error."""
         return {}
 
+    @property
+    def explained(self) -> str:
+        """The message with what caused it: for logs and operators, since causes name inner addresses."""
+        return f"{self.message} ({self.__cause__})" if self.__cause__ else self.message
+
     def body(self) -> dict[str, dict[str, str | None]]:
         """The OpenAI error object."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}

@@ -108,7 +108,7 @@ class Health:
         try:
             durability = await self._store.check()
         except ApiError as error:
-            return StoreState("unavailable", self._store.durability, error.message)
+            return StoreState("unavailable", self._store.durability, error.explained)
         if durability is Durability.NONE:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
         return StoreState("ok", durability)

@@ -76,12 +76,12 @@ async def _read(request: Request, limit: int) -> bytes:
     """The body, given up on as soon as it is known to be too large."""
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit:
-        raise TooLarge(f"the body has {length} bytes, at most {limit} are taken")
+        raise TooLarge(f"the body has {length} bytes, at most {limit} are taken", param="body")
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise TooLarge(f"the body has more than {limit} bytes, which is the most that are taken")
+            raise TooLarge(f"the body has more than {limit} bytes, which is the most that are taken", param="body")
         chunks.append(chunk)
     return b"".join(chunks)
 

@@ -201,7 +201,7 @@ def _decoded(record: bytes | None) -> Profile | None:
     try:
         return decode_profile(record)
     except ValueError as error:
-        raise Unavailable(f"the store holds a record that cannot be read: {error}", code="store_corrupt") from error
+        raise Unavailable("the store holds a record that this gateway cannot read", code="store_corrupt") from error
 
 
 def _text(value: bytes | str) -> str:
@@ -215,6 +215,7 @@ async def _translated(timeout_s: float) -> AsyncIterator[None]:
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
-        raise Unavailable(f"Redis gave no answer within {timeout_s:g} s", code="store_unavailable") from error
+        message = f"the store gave no answer within {timeout_s:g} s: send the request again"
+        raise Unavailable(message, code="store_unavailable") from error
     except (RedisError, OSError) as error:
-        raise Unavailable(f"Redis cannot be used: {error}", code="store_unavailable") from error
+        raise Unavailable("the store cannot be used now: send the request again", code="store_unavailable") from error

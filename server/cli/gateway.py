@@ -34,7 +34,8 @@ def gateway(
     settings = load_settings(
         bank=bank, host=host, port=port, redis_url=redis_url, engine_url=engine_url, embedder=embedder
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+    logging.getLogger("mta").setLevel(logging.INFO)
     # uvicorn hands a signal on once it has shut down in order; there is nothing left to interrupt then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
@@ -43,7 +44,7 @@ def gateway(
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Open the parts, then serve until a signal. What cannot be opened is raised as it is, before the port answers."""
+    """Open the parts, then serve until a signal. What cannot be opened is raised as it is."""
     import uvicorn
 
     from server.app import create_app
@@ -64,7 +65,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that a port in use is found before anything is opened.
+    """A socket that has the address, so that a port in use is found before anything is opened.
 
     Raises:
         MtaError: when the address cannot be had.
@@ -77,6 +78,7 @@ def _listening(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # on Linux two sockets may be bound to one port, but only one may listen
     except OSError as error:
         if listener:
             listener.close()

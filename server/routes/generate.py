@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mta.gateway")
 router = APIRouter(route_class=JsonRoute, tags=["generate"])
 
-_STREAM = {"schema": {"type": "string"}, "example": 'data: {"choices": [{"delta": {"content": "Surf"}}]}\n\n'}
+_STREAM = {"example": 'data: {"choices": [{"index": 0, "delta": {"content": "Surf"}, "finish_reason": null}]}\n\n'}
 
 
 @router.post(
@@ -100,6 +100,7 @@ class _Generation(Response):
             await self._break_off(ApiError("the gateway failed in the middle of the answer"), send)
 
     async def _break_off(self, error: ApiError, send: Send) -> None:
+        log.warning("%s", error.explained)
         self._parts.metrics.broken_streams.labels(error.code).inc()
         await _send(send, event(error.body()))
 

@@ -161,7 +161,7 @@ async def test_a_user_without_items_takes_less_than_a_kibibyte(store: RedisStore
 async def test_a_record_that_cannot_be_read_is_reported(store: RedisStore, server: ValkeyProcess, key: str) -> None:
     async with redis.from_url(server.url) as raw:
         await raw.set(f"mta:{{{key}}}:profile", b"\x07garbage")
-    with pytest.raises(Unavailable, match="cannot be read"):
+    with pytest.raises(Unavailable, match="cannot read"):
         await store.load(key)
 
 

@@ -54,6 +54,7 @@ class Seen:
 
     body: dict[str, Any]
     headers: dict[str, str]
+    peer_port: int
     aborted: bool = False
     tokens: int = 0
 
@@ -148,7 +149,7 @@ class FakeEngine:
         if not _authorised(request):
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = json.loads(await request.read())
-        seen = Seen(body, dict(request.headers))
+        seen = Seen(body, dict(request.headers), request.transport.get_extra_info("peername")[1])
         self.seen.append(seen)
         refusal = self._refusal(body)
         if refusal:

@@ -1,0 +1,161 @@
+"""`mta gateway` as a process: what it refuses to start with, and how it ends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bank.manifest import INDEX_FILE, MANIFEST_FILE
+from server.settings import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.processes import mta, running
+from tests.support.valkey import ValkeyProcess, free_port
+
+Environment = dict[str, str | None]
+
+
+@pytest.fixture
+def environment(gateway_settings: Settings, fake_engine: FakeEngine) -> Environment:
+    """A good environment for a gateway process, on a free port."""
+    assert gateway_settings.secret
+    assert gateway_settings.engine_key
+    return {
+        "MTA_BANK": str(gateway_settings.bank),
+        "MTA_EMBEDDER": str(gateway_settings.embedder),
+        "MTA_REDIS_URL": gateway_settings.redis_url,
+        "MTA_SECRET": gateway_settings.secret.get_secret_value(),
+        "MTA_ENGINE_URL": gateway_settings.engine_url,
+        "MTA_ENGINE_KEY": gateway_settings.engine_key.get_secret_value(),
+        "MTA_PORT": str(free_port()),
+    }
+
+
+def refusal(environment: Environment, *options: str) -> str:
+    """Start a gateway that must not start; the one line that it leaves."""
+    with running(mta("gateway", *options), environment) as process:
+        assert process.wait() == 1
+        lines = [line for line in process.output.splitlines() if line]
+    assert len(lines) == 1, process.output
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_it_serves_and_ends_in_order(environment: Environment) -> None:
+    with running(mta("gateway"), environment) as process:
+        process.wait_for("listening on")
+        assert httpx.get(f"http://127.0.0.1:{environment['MTA_PORT']}/ready").status_code == 200
+        process.send(signal.SIGTERM)
+        assert process.wait() == 0
+        assert "Traceback" not in process.output
+
+
+def test_an_answer_under_way_is_finished_before_it_ends(environment: Environment, fake_engine: FakeEngine) -> None:
+    fake_engine.knobs.token_delay_s = 0.05
+    url = f"http://127.0.0.1:{environment['MTA_PORT']}/generate"
+    body = {"user_id": "ada", "prompt": "x", "max_tokens": 20, "stream": True}
+    with running(mta("gateway"), environment) as process:
+        process.wait_for("listening on")
+        with httpx.stream("POST", url, json=body, timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send(signal.SIGTERM)
+            assert "data: [DONE]" in list(lines)
+        assert process.wait() == 0
+
+
+def test_options_go_before_the_environment(environment: Environment) -> None:
+    port = free_port()
+    with running(mta("gateway", "--port", str(port)), environment) as process:
+        process.wait_for(f"listening on http://127.0.0.1:{port}")
+
+
+def test_the_log_names_routes_and_never_users_or_prompts(environment: Environment) -> None:
+    url = f"http://127.0.0.1:{environment['MTA_PORT']}"
+    with running(mta("gateway"), environment) as process:
+        process.wait_for("listening on")
+        httpx.put(f"{url}/users/unmistakable/profile", json={"items": [{"text": "secret history"}]}).raise_for_status()
+        httpx.post(f"{url}/generate", json={"user_id": "unmistakable", "prompt": "secret prompt", "max_tokens": 1})
+        process.wait_for(r"PUT /users/\{user_id\}/profile 200 [\d.]+ ms$")
+        process.wait_for(r"POST /generate 200 [\d.]+ ms gen-[0-9a-f]+ merged$")
+    assert "unmistakable" not in process.output
+    assert "secret" not in process.output
+
+
+def test_a_second_gateway_on_the_port_is_refused(environment: Environment) -> None:
+    with running(mta("gateway"), environment) as first:
+        first.wait_for("listening on")
+        assert f"cannot listen on 127.0.0.1:{environment['MTA_PORT']}" in refusal(environment)
+        assert httpx.get(f"http://127.0.0.1:{environment['MTA_PORT']}/health").status_code == 200
+
+
+def test_no_bank_is_refused(environment: Environment, tmp_path: Path) -> None:
+    assert "MTA_BANK" in refusal(environment | {"MTA_BANK": None})
+    assert "bank.json is missing" in refusal(environment, "--bank", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [INDEX_FILE, MANIFEST_FILE])
+def test_a_bank_with_a_flipped_byte_is_refused(environment: Environment, tmp_path: Path, name: str) -> None:
+    bank = shutil.copytree(str(environment["MTA_BANK"]), tmp_path / "bank")
+    content = bytearray((bank / name).read_bytes())
+    place = content.index(b"tiny") if name == MANIFEST_FILE else len(content) // 2
+    content[place] ^= 1
+    (bank / name).write_bytes(content)
+    message = refusal(environment, "--bank", str(bank))
+    assert name in message
+    assert "damaged" in message or "does not match" in message
+
+
+def test_a_missing_or_different_embedder_is_refused(environment: Environment, tmp_path: Path) -> None:
+    assert "no embedder" in refusal(environment, "--embedder", str(tmp_path / "nothing"))
+    other = shutil.copytree(str(environment["MTA_EMBEDDER"]), tmp_path / "other")
+    with (other / "model.onnx").open("ab") as model:
+        model.write(b"\x1a\x00")  # an empty unknown field of the protobuf: the same model, another hash
+    assert "cannot be compared" in refusal(environment, "--embedder", str(other))
+
+
+@pytest.mark.parametrize("secret", [None, "short"])
+def test_no_secret_is_refused_and_never_shown(environment: Environment, secret: str | None) -> None:
+    message = refusal(environment | {"MTA_SECRET": secret})
+    assert "MTA_SECRET" in message
+    assert "short'" not in message
+
+
+def test_no_store_or_one_that_keeps_nothing_is_refused(environment: Environment, tmp_path: Path) -> None:
+    assert "Connection refused" in refusal(environment, "--redis-url", f"redis://127.0.0.1:{free_port()}/0")
+    volatile = ValkeyProcess(tmp_path, ("--appendonly", "no")).start()
+    try:
+        assert "appendonly yes" in refusal(environment, "--redis-url", volatile.url)
+    finally:
+        volatile.kill()
+
+
+def test_a_setting_that_makes_no_sense_is_named(environment: Environment) -> None:
+    assert "MTA_PROFILE_ITEMS" in refusal(environment | {"MTA_PROFILE_ITEMS": "many"})
+
+
+def test_an_address_of_elsewhere_is_refused(environment: Environment) -> None:
+    assert "cannot listen on 192.0.2.1" in refusal(environment, "--host", "192.0.2.1")
+
+
+def test_the_process_imports_neither_torch_nor_vllm() -> None:
+    script = (
+        "import sys; import server.app, server.cli.gateway; from server.settings import Settings;"
+        "server.app.create_app(Settings()).openapi();"
+        "print(sorted({'torch', 'vllm', 'transformers', 'safetensors'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_ports_are_free_again_at_once(environment: Environment) -> None:
+    for _ in range(2):
+        with running(mta("gateway"), environment) as process:
+            process.wait_for("listening on")
+            with socket.create_connection(("127.0.0.1", int(str(environment["MTA_PORT"])))):
+                pass

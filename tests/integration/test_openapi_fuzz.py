@@ -1,0 +1,43 @@
+"""Requests made up from the gateway's own OpenAPI document, in good order and out of it."""
+
+from __future__ import annotations
+
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from server.app import create_app
+from server.settings import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+schema = schemathesis.openapi.from_dict(create_app(Settings()).openapi())
+
+
+@schema.parametrize()
+@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def test_no_request_makes_the_gateway_fail(
+    case: schemathesis.Case, gateway: GatewayThread, fake_engine: FakeEngine
+) -> None:
+    case.call_and_validate(base_url=gateway.url, checks=CHECKS)
+
+
+def test_every_route_is_tried() -> None:
+    tried = {(operation.ok().method.upper(), operation.ok().path) for operation in schema.get_all_operations()}
+    assert tried >= {
+        ("POST", "/generate"),
+        ("PUT", "/users/{user_id}/profile"),
+        ("POST", "/users/{user_id}/profile/items"),
+        ("GET", "/users/{user_id}"),
+        ("DELETE", "/users/{user_id}"),
+        ("GET", "/health"),
+        ("GET", "/ready"),
+        ("GET", "/metrics"),
+    }

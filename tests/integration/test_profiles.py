@@ -1,0 +1,215 @@
+"""The write side of profiles on a real store: what is embedded, when, and with which embedder."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis.asyncio as redis
+
+from bank.embedder import Embedder
+from bank.profile import Item, Vectors
+from bank.tasks import get_task
+from server.profiles import EMBED_BATCH, Profiles
+from server.store import Change
+from server.store_redis import RedisStore
+from server.user_key import UserKeys
+from tests.support.valkey import ValkeyProcess
+
+KEYS = UserKeys("a secret for tests only", "profiles")
+
+_numbers = itertools.count()
+
+
+class CountingEmbedder:
+    """The real embedder, counting; `id` can be given to pass for another one."""
+
+    def __init__(self, inner: Embedder, identity: str | None = None) -> None:
+        self._inner = inner
+        self.id = identity or inner.id
+        self.texts: list[str] = []
+        self.largest_batch = 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        self.gate.wait(30)
+        self.texts += texts
+        self.largest_batch = max(self.largest_batch, len(texts))
+        return self._inner.embed(texts)
+
+
+@pytest.fixture(scope="module")
+def inner(embedder_folder: Path) -> Embedder:
+    return Embedder.load(embedder_folder)
+
+
+@pytest.fixture
+def embedder(inner: Embedder) -> CountingEmbedder:
+    return CountingEmbedder(inner)
+
+
+@pytest.fixture
+async def store(valkey: ValkeyProcess) -> AsyncIterator[RedisStore]:
+    opened = RedisStore(valkey.url)
+    await opened.check()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def user_id() -> str:
+    return f"user-{next(_numbers)}"
+
+
+def profiles(store: RedisStore, embedder: CountingEmbedder, limit: int = 64) -> Profiles:
+    executor = ThreadPoolExecutor(1)
+    return Profiles(store, KEYS, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
+
+
+def items(*names: str) -> list[Item]:
+    return [Item(name, {"text": f"a text about {name}"}) for name in names]
+
+
+async def test_adding_one_item_embeds_one_text(store: RedisStore, embedder: CountingEmbedder, user_id: str) -> None:
+    writing = profiles(store, embedder)
+    await writing.replace(user_id, items("waves", "roses", "chess"))
+    embedder.texts.clear()
+    await writing.add(user_id, items("bread"))
+    assert embedder.texts == ["a text about bread"]
+    await writing.add(user_id, [Item("bread", {"text": "another text"})])
+    assert embedder.texts == ["a text about bread", "another text"]
+
+
+async def test_a_repeated_or_shrinking_history_embeds_nothing(
+    store: RedisStore, embedder: CountingEmbedder, user_id: str
+) -> None:
+    writing = profiles(store, embedder)
+    await writing.replace(user_id, items("waves", "roses", "chess"))
+    embedder.texts.clear()
+    await writing.replace(user_id, items("waves", "roses", "chess"))
+    await writing.replace(user_id, items("chess", "waves"))
+    assert embedder.texts == []
+
+
+async def test_the_embedding_is_the_unit_mean_of_the_items(
+    store: RedisStore, embedder: CountingEmbedder, inner: Embedder, user_id: str
+) -> None:
+    await profiles(store, embedder).replace(user_id, items("waves", "roses"))
+    profile = await profiles(store, embedder).current(user_id)
+    mean = inner.embed(["a text about waves", "a text about roses"]).mean(axis=0)
+    assert profile is not None
+    assert float(profile.embedding @ mean / np.linalg.norm(mean)) == pytest.approx(1, abs=1e-3)
+
+
+async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
+    store: RedisStore, inner: Embedder, user_id: str
+) -> None:
+    old, new = CountingEmbedder(inner, "00" * 8), CountingEmbedder(inner)
+    await profiles(store, old).replace(user_id, items("waves", "roses"))
+    reading = profiles(store, new)
+    profile = await reading.current(user_id)
+    assert profile is not None
+    assert profile.embedder == inner.id
+    assert sorted(new.texts) == ["a text about roses", "a text about waves"]
+    await reading.current(user_id)
+    assert len(new.texts) == 2  # it was kept
+
+
+async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
+    store: RedisStore, inner: Embedder, user_id: str
+) -> None:
+    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user_id, items("waves", "roses"))
+    new = CountingEmbedder(inner)
+    new.gate.clear()
+    reading = profiles(store, new)
+    waiting = [asyncio.create_task(reading.current(user_id)) for _ in range(10)]
+    await asyncio.sleep(0.05)
+    waiting[0].cancel()  # one of them leaving does not harm the others
+    new.gate.set()
+    assert {profile.embedder for profile in await asyncio.gather(*waiting[1:]) if profile} == {inner.id}
+    assert len(new.texts) == 2
+
+
+async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisStore, inner: Embedder, user_id: str) -> None:
+    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user_id, items("waves", "roses"))
+    new = CountingEmbedder(inner)
+    changed = await profiles(store, new).add(user_id, items("chess"))
+    assert changed.changed == 1
+    assert len(new.texts) == 3
+    snapshot = await store.read(KEYS.key(user_id))
+    assert {vector.embedder for vector in snapshot.vectors.values()} == {inner.id}
+
+
+async def test_lost_item_embeddings_are_remade_when_they_are_needed(
+    store: RedisStore, embedder: CountingEmbedder, valkey: ValkeyProcess, user_id: str
+) -> None:
+    writing = profiles(store, embedder)
+    before = await writing.replace(user_id, items("waves", "roses"))
+    async with redis.from_url(valkey.url) as raw:
+        assert await raw.delete(f"mta:{{{KEYS.key(user_id)}}}:vectors") == 1
+    embedder.texts.clear()
+    assert (await writing.replace(user_id, items("waves", "roses"))).changed == 0
+    assert embedder.texts == []
+    after = await writing.add(user_id, items("chess"))
+    assert len(embedder.texts) == 3
+    assert after.profile.items == before.profile.items + 1
+
+
+async def test_a_writer_that_loses_a_race_does_not_embed_again(
+    store: RedisStore, embedder: CountingEmbedder, user_id: str
+) -> None:
+    writing = profiles(store, embedder)
+    embedder.gate.clear()
+    slow = asyncio.create_task(writing.add(user_id, items("waves")))
+    await asyncio.sleep(0.05)
+    other = CountingEmbedder(embedder._inner)
+    await profiles(store, other).add(user_id, items("roses"))
+    embedder.gate.set()
+    assert (await slow).profile.items == 2
+    assert embedder.texts == ["a text about waves"]
+
+
+async def test_a_long_history_is_embedded_in_short_turns(
+    store: RedisStore, embedder: CountingEmbedder, user_id: str
+) -> None:
+    names = [f"n{number}" for number in range(3 * EMBED_BATCH)]
+    await profiles(store, embedder).replace(user_id, items(*names))
+    assert embedder.largest_batch <= EMBED_BATCH
+    assert len(embedder.texts) == len(names)
+
+
+async def test_embedding_never_holds_up_the_event_loop(
+    store: RedisStore, embedder: CountingEmbedder, user_id: str
+) -> None:
+    embedder.gate.clear()
+    writing = asyncio.create_task(profiles(store, embedder).replace(user_id, items("waves")))
+    for _ in range(20):  # the loop turns while the embedder is stuck
+        await asyncio.sleep(0.005)
+    assert not writing.done()
+    embedder.gate.set()
+    await writing
+
+
+async def test_evidence_that_this_version_does_not_know_survives_a_change(
+    store: RedisStore, embedder: CountingEmbedder, user_id: str
+) -> None:
+    writing = profiles(store, embedder)
+    await writing.replace(user_id, items("waves"))
+    key = KEYS.key(user_id)
+    snapshot = await store.read(key)
+    assert snapshot.profile is not None
+    signed = replace(snapshot.profile, extra={7: b"signature" * 170})
+    assert await store.commit(key, snapshot.version, Change(signed, {}, {}, ()))
+    await writing.add(user_id, items("roses"))
+    profile = await writing.current(user_id)
+    assert profile is not None
+    assert profile.extra == {7: b"signature" * 170}
+    assert (await store.read(key)).profile is not None
