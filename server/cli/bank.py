@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from adapters.recipe import Method
+from bank.errors import BankError
 from bank.options import BuildInputs, BuildOptions
 from server.settings import Settings
 
@@ -108,3 +110,81 @@ def build(
             progress.say("stopped; the same command goes on with the next row")
             sys.exit(130)
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
+
+
+@app.command()
+def info(
+    bank: BankArgument = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show what a bank holds: anchors, sizes, fingerprint, index, ranks and the room left, rule of weights."""
+    from bank.summary import summarise
+
+    summary = summarise(_bank_folder(bank))
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    from server.cli.bank_tables import print_summary
+
+    print_summary(summary)
+
+
+@app.command()
+def export(
+    anchor: Annotated[str, typer.Option(help="The anchor's id, e.g. a03.")],
+    out: OutOption,
+    bank: BankArgument = None,
+    with_common: Annotated[
+        bool, typer.Option("--with-common", help="The common row and the anchor, as a recipe of that anchor alone has.")
+    ] = False,
+) -> None:
+    """Write an anchor's adapter as a PEFT folder."""
+    from bank.exchange import export_anchor
+
+    export_anchor(_bank_folder(bank), anchor, out, with_common)
+    typer.echo(f"{anchor} is a PEFT adapter at {out}")
+
+
+@app.command("import")
+def import_(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders; they become a00, a01 … in this order.")],
+    profiles: Annotated[
+        Path, typer.Option(help="Profiles in LaMP's per-user layout; user_id is an adapter folder's name.")
+    ],
+    out: OutOption,
+    task: Annotated[str, typer.Option(help="What the profiles' items are.")] = "chat",
+    method: Annotated[Method, typer.Option(help="How recipes are fused: cat or linear.")] = Method.CAT,
+    user_rank: UserRankOption = DEFAULTS.user_rank,
+    k: TopOption = DEFAULTS.k,
+    model: ModelOption = None,
+    embedder: EmbedderOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Make a bank of PEFT adapters and their profiles."""
+    from bank.embedder import Embedder
+    from bank.exchange import ImportOptions, import_bank
+    from bank.manifest import MANIFEST_FILE
+    from bank.models import ensure_base_model, ensure_embedder, model_name
+
+    if (out / MANIFEST_FILE).exists() and not force:
+        raise BankError(f"{out} holds a bank already: name another --out, or replace it with --force")
+    settings = Settings()
+    name = model or settings.model
+    folder = ensure_base_model(name, settings.cache_dir)
+    manifest = import_bank(
+        adapters,
+        profiles,
+        out,
+        ImportOptions(task=task, method=method, user_rank=user_rank, k=k),
+        model_folder=folder,
+        base_model=model_name(name, folder),
+        embedder=Embedder.load(ensure_embedder(embedder or settings.embedder, settings.cache_dir)),
+    )
+    typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
+
+
+def _bank_folder(bank: Path | None) -> Path:
+    folder = bank or Settings().bank
+    if folder is None:
+        raise BankError("no bank was named: give its folder, or set MTA_BANK")
+    return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from adapters.trainer import StepReport
 
 LINE_EVERY_S = 5.0
+RECENT_STEPS = 30  # the estimate follows the machine as it is now, not as it was when the build began
 
 
 class ConsoleProgress:
@@ -23,7 +25,8 @@ class ConsoleProgress:
         self._total_tokens = 0
         self._done_tokens = 0
         self._rows: list[str] = []
-        self._start_s = self._line_s = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
+        self._line_s = time.monotonic()
         self._live: Progress | None = None
 
     def __enter__(self) -> ConsoleProgress:
@@ -35,14 +38,15 @@ class ConsoleProgress:
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
         """Take note of all that is to be trained; the estimate starts here."""
         self._rows = list(work_tokens)
         self._total_tokens = sum(work_tokens.values())
         self._done_tokens = 0
-        self._start_s = self._line_s = time.monotonic()
+        self._line_s = time.monotonic()
+        self._recent.append((self._line_s, 0))
         if self._rows and self._console.is_terminal:
             self._live = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
             self._live.add_task("", total=self._total_tokens)
@@ -52,9 +56,10 @@ class ConsoleProgress:
         """Show one step; without a terminal only the last of a row and one every few seconds."""
         self._done_tokens += report.tokens
         now_s = time.monotonic()
+        self._recent.append((now_s, self._done_tokens))
         text = (
             f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
-            f"loss {report.loss:.3f}  {self._left(now_s)}"
+            f"loss {report.loss:.3f}  {self._left()}"
         )
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=self._done_tokens, description=text)
@@ -62,7 +67,8 @@ class ConsoleProgress:
             self._line_s = now_s
             self._console.print(text, soft_wrap=True)
 
-    def _left(self, now_s: float) -> str:
-        tokens_per_s = self._done_tokens / max(now_s - self._start_s, 1e-9)
+    def _left(self) -> str:
+        (start_s, start_tokens), (now_s, now_tokens) = self._recent[0], self._recent[-1]
+        tokens_per_s = (now_tokens - start_tokens) / max(now_s - start_s, 1e-9)
         left_s = max(0, self._total_tokens - self._done_tokens) / max(tokens_per_s, 1e-9)
         return f"{tokens_per_s:.0f} tokens/s  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"

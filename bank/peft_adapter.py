@@ -1,0 +1,152 @@
+"""PEFT adapter folders: read with their scaling folded into B, written so that PEFT loads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.errors import excerpt
+from adapters.lora import LoraWeights
+from bank.errors import BankError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Settings that make a PEFT LoRA more than ΔW = scaling · B A, with the value that does not.
+_PLAIN = {
+    "bias": "none",
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "use_qalora": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """A LoRA as PEFT saved it; ranks may differ between modules.
+
+    Attributes:
+        name: the folder's name.
+        a: module name → A [R, H_in], float32.
+        b: module name → B [H_out, R], float32, scaling folded.
+    """
+
+    name: str
+    a: dict[str, torch.Tensor]
+    b: dict[str, torch.Tensor]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return max(a.shape[0] for a in self.a.values())
+
+    def padded(self, modules: Mapping[str, tuple[int, int]], rank: int) -> LoraWeights:
+        """The same ΔW at one rank over a given set of modules, filled up with zeros.
+
+        Args:
+            modules: name → (H_in, H_out), its own among them.
+            rank: at least its own.
+        """
+        a = {name: torch.zeros(rank, h_in) for name, (h_in, _) in modules.items()}
+        b = {name: torch.zeros(h_out, rank) for name, (_, h_out) in modules.items()}
+        for name, own in self.a.items():
+            a[name][: own.shape[0]] = own
+            b[name][:, : own.shape[0]] = self.b[name]
+        return LoraWeights(rank, a, b)
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """Read a PEFT LoRA: rank, alpha, their patterns and rank-stabilised scaling are honoured.
+
+    Raises:
+        BankError: when the folder holds none, or one that is more than a LoRA.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BankError(f"no PEFT adapter at {folder}: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise BankError(f"{folder} holds a PEFT adapter of type {excerpt(config.get('peft_type'))}, not a LoRA")
+    for key, plain in _PLAIN.items():
+        if config.get(key) not in (plain, None, False):
+            raise BankError(f"{folder}: {key} = {excerpt(config[key])} is more than a LoRA: a bank cannot hold it")
+    a, b = _matrices(folder, tensors)
+    for name in a:
+        if a[name].shape[0] != b[name].shape[1]:
+            raise BankError(f"{folder}: {name} has A of rank {a[name].shape[0]} and B of rank {b[name].shape[1]}")
+        b[name] = b[name] * _scaling(folder, config, name, a[name].shape[0])
+    return PeftAdapter(folder.resolve().name, a, b)
+
+
+def write_peft(folder: Path, lora: LoraWeights, base_model: str) -> None:
+    """Write a LoRA as a PEFT folder; alpha equals the rank, because scaling is in B already.
+
+    Args:
+        folder: made if needed.
+        lora: what to write, float32.
+        base_model: the base model's name, for PEFT's `base_model_name_or_path`.
+
+    Raises:
+        BankError: when the folder cannot be written.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.rank,
+        target_modules=sorted(lora.a),  # in full: the last parts alone could match more
+        base_model_name_or_path=base_model,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    tensors = {f"{_PREFIX}{name}.lora_A.weight": value.contiguous() for name, value in lora.a.items()}
+    tensors |= {f"{_PREFIX}{name}.lora_B.weight": value.contiguous() for name, value in lora.b.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+    except OSError as error:
+        raise BankError(f"cannot write a PEFT adapter to {folder}: {error}") from error
+
+
+def _matrices(
+    folder: Path, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
+    for key, value in tensors.items():
+        name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(_PREFIX) or part not in found or value.ndim != 2:
+            raise BankError(f"{folder}: {excerpt(key)} is no LoRA of a linear layer: a bank cannot hold it")
+        found[part][name] = value.float()
+    if not found["lora_A"] or found["lora_A"].keys() != found["lora_B"].keys():
+        unpaired = sorted(found["lora_A"].keys() ^ found["lora_B"].keys())
+        raise BankError(f"{folder}: every module needs one A and one B, these have not: {excerpt(unpaired)}")
+    return found["lora_A"], found["lora_B"]
+
+
+def _scaling(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / R, or alpha / √R where the adapter is rank-stabilised, by PEFT's own pattern rules."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    declared = ranks.get(get_pattern_key(ranks.keys(), module), config.get("r"))
+    if declared != rank:
+        raise BankError(f"{folder}: {module} has rank {rank}, its configuration says {excerpt(declared)}")
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise BankError(f"{folder}: lora_alpha must be a number, got {excerpt(alpha)}")
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

@@ -1,0 +1,278 @@
+"""Banks and PEFT: what goes out is what PEFT loads, what comes in is what PEFT computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from adapters.fusion import fuse
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe, Method, Term, anchor_id
+from bank.embedder import Embedder
+from bank.errors import BankError
+from bank.exchange import ImportOptions, export_anchor, import_bank
+from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
+from bank.serving import ServingBank
+from tests.support.people import people, write_people
+from tests.support.tiny import tiny_bank, tiny_model
+
+OPTIONS = ImportOptions(task="chat", method=Method.CAT, user_rank=4, k=2)
+
+
+def base(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def peft_delta(model_folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What PEFT itself adds to each weight when it merges the adapter."""
+    before = base(model_folder)
+    after = PeftModel.from_pretrained(base(model_folder), adapter).merge_and_unload()
+    return {
+        name: module.weight.detach() - before.get_submodule(name).weight.detach()
+        for name, module in after.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def bank_delta(bank: Path, manifest: BankManifest, anchor: int, common: bool = False) -> dict[str, torch.Tensor]:
+    matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+    recipe = FusionRecipe(manifest.short, manifest.method, common, (Term(anchor, 1000),))
+    lora = fuse(matrix, recipe, torch.float32)
+    return {name: lora.delta(name) for name in lora.a}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
+    assert set(other) <= set(one)
+    for name, delta in one.items():
+        torch.testing.assert_close(delta, other.get(name, torch.zeros_like(delta)), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("with_common", [False, True])
+@pytest.mark.parametrize("method", list(Method))
+def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, method: Method, with_common: bool
+) -> None:
+    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, method=method)
+    export_anchor(bank, "a02", tmp_path / "out", with_common)
+    expected = bank_delta(bank, read_manifest(bank), 2, with_common)
+    assert_equal(peft_delta(tiny_model_folder, tmp_path / "out"), expected)
+    assert max(delta.abs().max() for delta in expected.values()) > 1e-3
+
+
+def test_an_anchor_or_common_row_that_is_not_there_is_refused(
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
+) -> None:
+    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=3, common=False)
+    with pytest.raises(BankError, match="no anchor 'a03'; its anchors are a00 to a02"):
+        export_anchor(bank, "a03", tmp_path / "out")
+    with pytest.raises(BankError, match="without one"):
+        export_anchor(bank, "a00", tmp_path / "out", with_common=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_matrix_is_not_exported(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> None:
+    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder)
+    content = bytearray((bank / MATRIX_FILE).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bank / MATRIX_FILE).write_bytes(content)
+    with pytest.raises(BankError, match="damaged"):
+        export_anchor(bank, "a00", tmp_path / "out")
+
+
+def make_adapter(folder: Path, model_folder: Path, seed: int, **config: Any) -> Path:
+    """A random adapter, made and saved by PEFT."""
+    model = get_peft_model(base(model_folder), LoraConfig(**{"target_modules": "all-linear", "r": 4, **config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Inbox:
+    """Three adapters of unlike shapes with profiles, and the way to import them."""
+
+    def __init__(self, folder: Path, model_folder: Path, embedder_folder: Path) -> None:
+        self.folder, self.model = folder, model_folder
+        self.embedder = Embedder.load(embedder_folder)
+        self.adapters = [
+            make_adapter(folder / "plain", model_folder, 0, lora_alpha=8),
+            make_adapter(
+                folder / "patterned",
+                model_folder,
+                1,
+                r=2,
+                lora_alpha=3,
+                rank_pattern={"q_proj": 6, "layers.1.mlp.up_proj": 3},
+                alpha_pattern={"q_proj": 5, "layers.0.self_attn.v_proj": 7},
+            ),
+            make_adapter(
+                folder / "stabilised",
+                model_folder,
+                2,
+                lora_alpha=5,
+                use_rslora=True,
+                target_modules=["q_proj", "v_proj"],
+            ),
+        ]
+        self.profiles = self.profiles_of("plain", "patterned", "stabilised")
+
+    def profiles_of(self, *names: str) -> Path:
+        everybody = [{**person, "user_id": name} for person, name in zip(people(len(names)), names, strict=True)]
+        return write_people(self.folder / f"profiles-{'-'.join(names)}.json", everybody)
+
+    def bring_in(self, out: str, adapters: list[Path] | None = None, **changes: Any) -> BankManifest:
+        settings = {
+            "profiles": self.profiles,
+            "options": OPTIONS,
+            "model_folder": self.model,
+            "base_model": "tiny",
+            "embedder": self.embedder,
+            **changes,
+        }
+        profiles, options = settings.pop("profiles"), settings.pop("options")
+        return import_bank(adapters or self.adapters, profiles, self.folder / out, options, **settings)
+
+
+@pytest.fixture(scope="module")
+def inbox(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Inbox:
+    return Inbox(tmp_path_factory.mktemp("inbox"), tiny_model_folder, embedder_folder)
+
+
+@pytest.mark.parametrize("method", [Method.CAT, Method.LINEAR])
+def test_imported_adapters_are_anchors_with_peft_own_delta(inbox: Inbox, method: Method) -> None:
+    """Rank and alpha patterns, rank-stabilised scaling, unequal ranks, unequal modules."""
+    options = ImportOptions(task="chat", method=method, user_rank=4, k=2)
+    manifest = inbox.bring_in(f"bank-{method}", options=options)
+    assert [entry.id for entry in manifest.anchors] == ["a00", "a01", "a02"]
+    assert (manifest.rank, manifest.method, manifest.common) == (6, method, False)
+    for index, adapter in enumerate(inbox.adapters):
+        delta, expected = bank_delta(inbox.folder / f"bank-{method}", manifest, index), peft_delta(inbox.model, adapter)
+        assert expected.keys() == delta.keys()
+        for name, value in expected.items():
+            assert (delta[name] - value).abs().max() <= 0.01 * value.abs().max()  # rows are bf16
+
+
+def test_an_imported_bank_serves_by_its_profiles(inbox: Inbox) -> None:
+    inbox.bring_in("serving")
+    bank = ServingBank.open(inbox.folder / "serving", inbox.embedder.id)
+    _, weights = bank.personalise(inbox.embedder.embed(["Say 5 on growing roses"])[0])
+    assert weights[0].anchor == 2
+
+
+def test_a_bank_survives_the_way_out_and_in(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
+    bank = tiny_bank(tmp_path / "bank", inbox.model, embedder_folder, method=Method.CAT, common=False, anchors=3)
+    adapters = [tmp_path / anchor_id(i) for i in range(3)]
+    for adapter in adapters:
+        export_anchor(bank, adapter.name, adapter)
+    manifest = inbox.bring_in("round", adapters, profiles=inbox.profiles_of("a00", "a01", "a02"))
+    for index in range(3):
+        delta = bank_delta(inbox.folder / "round", manifest, index)
+        assert_equal(delta, bank_delta(bank, read_manifest(bank), index), atol=1e-4)
+
+
+def test_imports_that_make_no_bank_are_refused(inbox: Inbox, tmp_path: Path) -> None:
+    with pytest.raises(BankError, match="--method cat or linear"):
+        inbox.bring_in("no", options=ImportOptions(task="chat", method=Method.SHARED, user_rank=4, k=2))
+    with pytest.raises(BankError, match=r"no profile for \['stabilised'\]"):
+        inbox.bring_in("no", profiles=inbox.profiles_of("plain", "patterned"))
+    with pytest.raises(BankError, match=r"these repeat: \['plain'\]"):
+        inbox.bring_in("no", [inbox.adapters[0], inbox.adapters[0]])
+    with pytest.raises(BankError, match="no PEFT adapter at"):
+        inbox.bring_in("no", [tmp_path])
+    assert not (inbox.folder / "no").exists()
+
+
+def test_an_adapter_of_another_model_is_refused_with_the_module(inbox: Inbox, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(inbox.model)
+    config.intermediate_size = 96
+    other = tmp_path / "other"
+    LlamaForCausalLM(config).save_pretrained(other)
+    adapter = make_adapter(tmp_path / "plain", other, 0)
+    with pytest.raises(BankError, match=r"plain does not fit the base model: .*mlp\..*_proj"):
+        inbox.bring_in("no", [adapter], profiles=inbox.profiles_of("plain"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True is more than a LoRA"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "of type 'IA3'"),
+        ({"r": 5}, "has rank 4, its configuration says 5"),
+        ({"lora_alpha": None}, "lora_alpha must be a number"),
+    ],
+)
+def test_what_a_bank_cannot_hold_is_refused_by_name(
+    inbox: Inbox, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    adapter = make_adapter(tmp_path / "plain", inbox.model, 0)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(BankError, match=message):
+        inbox.bring_in("no", [adapter], profiles=inbox.profiles_of("plain"))
+
+
+@pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
+def test_half_a_lora_is_refused(inbox: Inbox, tmp_path: Path, lost: str) -> None:
+    adapter = make_adapter(tmp_path / "plain", inbox.model, 0)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors.pop(next(key for key in tensors if lost in key))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(BankError, match="needs one A and one B"):
+        inbox.bring_in("no", [adapter], profiles=inbox.profiles_of("plain"))
+
+
+def mta(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server.cli", "bank", *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_the_commands_go_the_whole_way(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
+    bank = tmp_path / "bank"
+    options = ["--profiles", inbox.profiles, "--out", bank, "--model", inbox.model, "--embedder", embedder_folder]
+    done = mta("import", *inbox.adapters, *options)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(bank)
+    assert manifest.short in done.stdout
+    again = mta("import", *inbox.adapters, *options)
+    assert again.returncode == 1
+    assert "--force" in again.stderr
+
+    shown = json.loads(mta("info", bank, "--json").stdout)
+    assert shown["fingerprint"] == manifest.fingerprint
+    assert shown["index"]["kind"] == "IndexFlatIP"
+    assert (shown["fused_rank"], shown["serving_rank"], shown["room"]) == (12, 32, 20)
+    assert shown["bytes"][MATRIX_FILE] == (bank / MATRIX_FILE).stat().st_size
+    table = mta("info", bank).stdout
+    for word in (manifest.fingerprint, "IndexFlatIP", "a02", "rank 20", "topic"):
+        assert word in table
+
+    assert mta("export", bank, "--anchor", "a01", "--out", tmp_path / "a01").returncode == 0
+    assert_equal(peft_delta(inbox.model, tmp_path / "a01"), bank_delta(bank, manifest, 1))
+
+
+def test_a_command_without_a_bank_says_how_to_name_one(tmp_path: Path) -> None:
+    done = mta("info", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no bank at {tmp_path}")
+
+
+def test_two_models_of_one_shape_have_different_hashes(tmp_path: Path) -> None:
+    from bank.models import model_hash
+
+    assert model_hash(tiny_model(tmp_path / "one", seed=0)) != model_hash(tiny_model(tmp_path / "two", seed=1))

@@ -1,0 +1,119 @@
+"""Training a LoRA: its loss against a plain computation, what moves and what does not, and the model left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters import trainer
+from adapters.errors import FusionError
+from adapters.lora import LoraWeights
+from adapters.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
+from bank.prompt import EncodedPair, encode_pair
+
+PLAN = TrainPlan(steps=6, batch_size=4, learning_rate=1e-2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_model_folder: Path) -> list[EncodedPair]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    return [encode_pair(tokenizer, "hi" * n, f"hello {n}", 200) for n in (1, 9, 3, 30, 2, 17)]
+
+
+def snapshot(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def plain_loss(model: Any, example: EncodedPair) -> float:
+    """Summed negative log-likelihood of the output tokens, one sequence, no padding, all logits."""
+    ids = torch.tensor([example.ids])
+    logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return -float(logits.gather(1, ids[0, 1:, None])[example.loss_from - 1 :].sum())
+
+
+@torch.no_grad()
+def test_the_loss_of_a_padded_batch_is_the_sum_of_each_example_alone(model: Any, examples: list[EncodedPair]) -> None:
+    batched = float(trainer._summed_loss(model, examples))
+    assert batched == pytest.approx(sum(plain_loss(model, example) for example in examples), rel=1e-5)
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(model: Any, examples: list[EncodedPair]) -> None:
+    before, names = snapshot(model), [name for name, _ in model.named_modules()]
+    reports: list[StepReport] = []
+    plan = TrainPlan(steps=20, batch_size=6, learning_rate=1e-2, seed=0)
+    trained = train_lora(
+        model, examples, plan, start=initial_lora(linear_modules(model), 4, seed=0), on_step=reports.append
+    )
+    assert [report.step for report in reports] == list(range(1, 21))
+    assert reports[-1].loss < 0.7 * reports[0].loss
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        for name in trained.a:  # the weights that came back are those whose loss was reported
+            model.get_submodule(name).weight += trained.delta(name)
+        dense = sum(plain_loss(model, example) for example in examples) / sum(e.output_tokens for e in examples)
+        model.load_state_dict(before)
+    assert dense < reports[-1].loss * 1.05
+
+
+def test_b_alone_moves_when_a_is_frozen(model: Any, examples: list[EncodedPair]) -> None:
+    start = initial_lora(linear_modules(model), 4, seed=0)
+    trained = train_lora(model, examples, PLAN, start=start, train_a=False)
+    assert all(torch.equal(trained.a[name], start.a[name]) for name in start.a)
+    assert all(not torch.equal(trained.b[name], start.b[name]) for name in start.b)
+    both = train_lora(model, examples, PLAN, start=start)
+    assert all(not torch.equal(both.a[name], start.a[name]) for name in start.a)
+
+
+def test_a_frozen_lora_is_active_and_does_not_move(model: Any, examples: list[EncodedPair]) -> None:
+    """Training beside a frozen LoRA is training on a model whose weights hold its ΔW."""
+    modules = linear_modules(model)
+    frozen = initial_lora(modules, 2, seed=1)
+    frozen = LoraWeights(2, frozen.a, {n: torch.randn(b.shape) * 0.1 for n, b in frozen.b.items()})
+    kept = {name: value.clone() for name, value in frozen.b.items()}
+    start = initial_lora(modules, 4, seed=0)
+    beside = train_lora(model, examples, PLAN, start=start, frozen=frozen)
+    before = snapshot(model)
+    with torch.no_grad():
+        for name in frozen.a:
+            model.get_submodule(name).weight += frozen.delta(name)
+    inside = train_lora(model, examples, PLAN, start=start)
+    model.load_state_dict(before)
+    alone = train_lora(model, examples, PLAN, start=start)
+    for name in start.b:
+        torch.testing.assert_close(beside.b[name], inside.b[name], rtol=1e-2, atol=1e-4)
+    assert any((beside.b[name] - alone.b[name]).abs().max() > 1e-2 for name in start.b)
+    assert all(torch.equal(kept[name], frozen.b[name]) for name in kept)
+
+
+def test_the_same_plan_gives_the_same_weights_whatever_the_global_seed(model: Any, examples: list[EncodedPair]) -> None:
+    start = initial_lora(linear_modules(model), 4, seed=0)
+    torch.manual_seed(1)
+    one = train_lora(model, examples, PLAN, start=start)
+    torch.manual_seed(2)
+    two = train_lora(model, examples, PLAN, start=start)
+    assert all(torch.equal(one.b[name], two.b[name]) for name in start.b)
+    other = train_lora(model, examples, TrainPlan(6, 4, 1e-2, seed=1), start=start)
+    assert any(not torch.equal(one.b[name], other.b[name]) for name in start.b)
+
+
+def test_all_linear_layers_but_the_head_are_adapted_unless_told(model: Any) -> None:
+    kinds = {module.name.rsplit(".", 1)[-1] for module in linear_modules(model)}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {m.name.rsplit(".", 1)[-1] for m in linear_modules(model, ("q_proj", "v_proj"))} == {"q_proj", "v_proj"}
+    with pytest.raises(FusionError, match=r"no linear modules \['query'\]; it has .*q_proj"):
+        linear_modules(model, ("q_proj", "query"))
+
+
+def test_nothing_to_train_on_is_refused(model: Any) -> None:
+    with pytest.raises(FusionError, match="nothing to train on"):
+        train_lora(model, [], PLAN, start=initial_lora(linear_modules(model), 4, seed=0))

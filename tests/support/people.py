@@ -1,0 +1,33 @@
+"""Made-up people with histories of the task `chat`: each talks about one thing, in a way of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support.tiny import WORLDS
+
+MANNERS = ("!", "...", " ok", " :)", " indeed", "?")
+
+
+def people(count: int, items: int = 14) -> list[dict[str, Any]]:
+    """`count` people in LaMP's per-user layout; person i has `items` + i items and talks about `WORLDS[i]`."""
+    return [
+        {
+            "user_id": f"secret-person-{i}",
+            "profile": [
+                {"id": f"{i}-{n}", "input": f"Say {n} on {WORLDS[i % len(WORLDS)]}", "output": f"{n}{MANNERS[i % 6]}"}
+                for n in range(items + i)
+            ],
+            "query": [],
+        }
+        for i in range(count)
+    ]
+
+
+def write_people(path: Path, everybody: Sequence[object]) -> Path:
+    """A file of people, as `mta bank build --users` reads."""
+    path.write_text(json.dumps(list(everybody)), "utf-8")
+    return path

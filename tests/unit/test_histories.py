@@ -1,0 +1,115 @@
+"""Histories from files: both layouts, people left out, and errors that name person and item."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bank.errors import BankError
+from bank.histories import read_excluded, read_histories
+from bank.tasks import get_task
+
+HEADLINE = get_task("news_headline")
+
+
+def write(path: Path, document: object) -> Path:
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def person(user_id: str, *titles: str) -> dict[str, object]:
+    return {"user_id": user_id, "profile": [{"id": t, "title": t, "text": f"about {t}"} for t in titles], "query": []}
+
+
+def test_the_per_user_layout_is_read_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "users.json", [person("ann", "One", "Two"), person("bob", "Three")])
+    ann, bob = read_histories(path, HEADLINE)
+    assert (ann.user_id, bob.user_id) == ("ann", "bob")
+    assert ann.pairs(HEADLINE) == [
+        ("Generate a headline for the following article: about One", "One"),
+        ("Generate a headline for the following article: about Two", "Two"),
+    ]
+
+
+def test_queries_never_train_anybody(tmp_path: Path) -> None:
+    entry = {**person("ann", "One"), "query": [{"id": "q", "input": "Later?", "gold": "Secret"}]}
+    (ann,) = read_histories(write(tmp_path / "users.json", [entry]), HEADLINE)
+    assert [output for _, output in ann.pairs(HEADLINE)] == ["One"]
+
+
+def test_lamps_own_questions_and_outputs_add_the_answered_question_to_the_profile(tmp_path: Path) -> None:
+    questions = [{"id": "11", "input": "What now?", "profile": [{"id": "1", "title": "One", "text": "about One"}]}]
+    golds = {"task": "LaMP_4", "golds": [{"id": "11", "output": "This now"}]}
+    (reader,) = read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
+    assert reader.user_id == "11"
+    assert reader.pairs(HEADLINE)[-1] == ("What now?", "This now")
+    assert len(reader.items) == 2
+
+
+def test_several_questions_of_one_person_are_one_history(tmp_path: Path) -> None:
+    profile = [{"id": "1", "title": "One", "text": "about One"}]
+    questions = [{"id": n, "user_id": "ann", "input": f"Q{n}", "profile": profile} for n in ("11", "12")]
+    golds = {"golds": [{"id": "11", "output": "A"}, {"id": "12", "output": "B"}]}
+    (ann,) = read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
+    assert [output for _, output in ann.pairs(HEADLINE)] == ["One", "A", "B"]
+
+
+def test_an_item_twice_counts_once(tmp_path: Path) -> None:
+    (ann,) = read_histories(write(tmp_path / "users.json", [person("ann", "One", "One")]), HEADLINE)
+    assert len(ann.items) == 1
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("{", "is not JSON"),
+        ({"user_id": "ann"}, "must hold a list of people"),
+        ([], "holds nobody"),
+        (["ann"], "entry 0 must be an object"),
+        ([{"profile": []}], "entry 0 has no user_id"),
+        ([{"user_id": True, "profile": []}], "entry 0 has no user_id"),
+        ([{"user_id": "ann"}], "person 'ann' has no profile"),
+        ([{"user_id": "ann", "profile": []}], "person 'ann' has an empty profile"),
+        ([person("ann", "One"), person("ann", "Two")], "person 'ann' appears twice"),
+        (
+            [person("ann", "One"), {"user_id": "bob", "profile": [{"text": "a"}, {"text": "b"}, {}]}],
+            r"person 'bob': items\.2\.text",
+        ),
+        ([{"user_id": "bob", "profile": [{"text": "a", "title": ["b"]}]}], r"person 'bob': items\.0\.title"),
+    ],
+)
+def test_a_malformed_file_is_refused_by_person_and_item(tmp_path: Path, document: object, message: str) -> None:
+    with pytest.raises(BankError, match=message):
+        read_histories(write(tmp_path / "users.json", document), HEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("golds", "message"),
+    [
+        ([], "must hold"),
+        ({"golds": [{"id": "11"}]}, "gold 0 must be"),
+        ({"golds": [{"id": "12", "output": "x"}]}, "question '11' has no gold"),
+    ],
+)
+def test_an_outputs_file_that_does_not_answer_is_refused(tmp_path: Path, golds: object, message: str) -> None:
+    questions = [{"id": "11", "input": "What now?", "profile": [{"text": "a"}]}]
+    with pytest.raises(BankError, match=message):
+        read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BankError, match=r"cannot read .*nobody\.json"):
+        read_histories(tmp_path / "nobody.json", HEADLINE)
+
+
+@pytest.mark.parametrize("document", [["ann", 7], [{"user_id": "ann"}, {"id": 7}], [person("ann", "One"), "7"]])
+def test_people_to_leave_out_come_as_a_list_of_ids_or_in_the_same_layout(tmp_path: Path, document: object) -> None:
+    assert read_excluded(write(tmp_path / "out.json", document)) == {"ann", "7"}
+
+
+@pytest.mark.parametrize("document", [[None], [{"name": "ann"}], {"ann": 1}, [["ann"]]])
+def test_a_list_that_names_nobody_is_refused(tmp_path: Path, document: object) -> None:
+    with pytest.raises(BankError, match=r"names nobody|list of people"):
+        read_excluded(write(tmp_path / "out.json", document))

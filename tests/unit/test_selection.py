@@ -1,0 +1,62 @@
+"""Anchors: people unlike each other, with long histories, exactly as many as asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bank.errors import BankError
+from bank.profile import Item, Vectors
+from bank.selection import select_anchors, spread
+
+
+def groups(*sizes: int, seed: int = 0) -> Vectors:
+    """Tight groups of people far apart from each other."""
+    noise = np.random.default_rng(seed)
+    rows = [
+        np.eye(len(sizes))[g] + noise.normal(scale=0.01, size=len(sizes)) for g, n in enumerate(sizes) for _ in range(n)
+    ]
+    return np.array(rows, dtype=np.float32)
+
+
+def test_each_cluster_gives_its_longest_history() -> None:
+    lengths = [11, 30, 12, 50, 13, 14, 99, 15]
+    assert select_anchors(groups(3, 2, 3), lengths, 3, seed=0) == [1, 3, 6]
+
+
+def test_equal_lengths_are_decided_by_order() -> None:
+    assert select_anchors(groups(3, 3), [20] * 6, 2, seed=0) == [0, 3]
+
+
+def test_people_who_are_all_alike_still_make_as_many_anchors_as_asked_for() -> None:
+    """K-means finds one cluster in five equal points: the empty ones go to the longest histories left."""
+    assert select_anchors(np.ones((5, 4), dtype=np.float32), [11, 15, 12, 14, 13], 3, seed=0) == [1, 3, 4]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 3), st.booleans())
+def test_there_are_exactly_as_many_as_asked_for(count: int, more: int, seed: int, alike: bool) -> None:
+    people = count + more
+    embeddings = np.random.default_rng(seed).normal(size=(people, 4)).astype(np.float32)
+    if alike:
+        embeddings[:] = embeddings[0]
+    chosen = select_anchors(embeddings, list(range(11, 11 + people)), count, seed)
+    assert len(chosen) == len(set(chosen)) == count
+    assert chosen == sorted(chosen) == select_anchors(embeddings, list(range(11, 11 + people)), count, seed)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_too_few_people_is_an_error_with_both_numbers(count: int) -> None:
+    with pytest.raises(BankError, match=f"{count} anchors were asked for and 3 people"):
+        select_anchors(groups(3), [20] * 3, count, seed=0)
+
+
+def test_embedded_items_are_spread_over_the_whole_history() -> None:
+    items = [Item(str(i), {}) for i in range(1_000)]
+    chosen = [int(item.id) for item in spread(items, 64)]
+    assert len(set(chosen)) == 64
+    assert (chosen[0], chosen[-1]) == (0, 999)
+    assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
+    assert spread(items[:10], 64) == items[:10]
