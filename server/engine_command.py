@@ -91,7 +91,16 @@ def engine_command(settings: Settings, manifest: BankManifest, model_folder: Pat
     if _is_cpu_build():
         argv.append("--enforce-eager")
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
+        if settings.tensor_parallel_size > 1:
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(settings.tensor_parallel_size))
     return argv, environment
+
+
+def _share_cores(ranks: int) -> str:
+    """Cores for each rank, as vLLM reads them (`0,1|2,3`); by itself it wants a NUMA node for every rank."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::ranks] or cores[:1] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def _is_cpu_build() -> bool:

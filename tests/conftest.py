@@ -24,12 +24,19 @@ def embedder_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bank_folder(tmp_path_factory: pytest.TempPathFactory, embedder_folder: Path) -> Path:
-    """A bank of six random anchors."""
-    from tests.support.tiny import tiny_bank, tiny_model  # imports torch
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama."""
+    from tests.support.tiny import tiny_model  # imports torch
 
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny_bank(folder / "bank", tiny_model(folder / "model"), embedder_folder, anchors=6)
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_bank_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Path:
+    """A bank of six random anchors, for the tiny model."""
+    from tests.support.tiny import tiny_bank
+
+    return tiny_bank(tmp_path_factory.mktemp("tiny") / "bank", tiny_model_folder, embedder_folder, anchors=6)
 
 
 @pytest.fixture(scope="session")

@@ -14,16 +14,16 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from server.engine_plugin.names import AdapterNames
 
 
-class AdapterCounts:
-    """Takes vLLM's calls to the gauge it replaces and counts the names in them."""
+class AdaptersInUse:
+    """Takes vLLM's calls to the gauge it replaces and publishes how many names were in them."""
 
     def __init__(self) -> None:
-        self._adapters = Gauge("mta:adapters", "Distinct recipes by state.", ["state"])
+        self._in_use = Gauge("mta:adapters_in_use", "Distinct recipes that the engine's requests carry.")
 
-    def labels(self, *, running_lora_adapters: str, waiting_lora_adapters: str, **_: object) -> AdapterCounts:
-        """vLLM passes comma-joined names; only their number is kept."""
-        for state, names in (("running", running_lora_adapters), ("waiting", waiting_lora_adapters)):
-            self._adapters.labels(state=state).set(names.count(",") + 1 if names else 0)
+    def labels(self, *, running_lora_adapters: str, **_: object) -> AdaptersInUse:
+        """vLLM passes all its requests' adapters, comma-joined, as running and again as waiting."""
+        names = running_lora_adapters
+        self._in_use.set(names.count(",") + 1 if names else 0)
         return self
 
     def set_to_current_time(self) -> None:
@@ -33,12 +33,12 @@ class AdapterCounts:
 def install(engine_client: Any, names: AdapterNames[Any]) -> None:
     """Replace the gauge of a running engine client and publish the size of its name map."""
     manager = engine_client.logger_manager
-    counts: AdapterCounts | None = None
+    in_use: AdaptersInUse | None = None
     for logger in manager.stat_loggers if manager is not None else ():
         if isinstance(logger, PrometheusStatLogger) and logger.gauge_lora_info is not None:
             REGISTRY.unregister(logger.gauge_lora_info)
-            counts = counts or AdapterCounts()
-            logger.gauge_lora_info = counts
+            in_use = in_use or AdaptersInUse()
+            logger.gauge_lora_info = in_use
     known = Gauge("mta:adapter_names", "Recipes whose engine id is remembered.")
     known.set_function(lambda: len(names))
     leased = Gauge("mta:adapter_names_leased", "Recipes that an open request holds.")

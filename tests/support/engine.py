@@ -1,19 +1,16 @@
-"""A real vLLM with the plugin, started as `mta engine` starts it, for the length of a test module."""
+"""A real vLLM with the plugin, started as `mta engine` starts it, for as long as a block runs."""
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+
+from tests.support.processes import mta, running, wait_until
 
 KEY = "test-engine-key"
 START_TIMEOUT_S = 180
@@ -25,7 +22,7 @@ class Engine:
 
     Attributes:
         url: where it listens.
-        pid: of the API process, which leads a process group of its own.
+        pid: of the API process.
         client: an HTTP client that carries its key.
     """
 
@@ -62,56 +59,35 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_engine(bank: Path, model: Path, log: Path, **settings: object) -> Iterator[Engine]:
-    """Start an engine, wait until it serves, and end its whole process group afterwards.
+def running_engine(bank: Path, model: Path, **settings: object) -> Iterator[Engine]:
+    """Start an engine, wait until it serves, and end all its processes afterwards.
 
     Args:
         bank: its bank.
         model: its base model.
-        log: file for its output, shown when it does not start.
         settings: further settings by name, e.g. `max_loras=2`.
     """
     port = free_port()
     given = {"bank": bank, "model": model, "engine_port": port, "engine_key": KEY, "max_num_seqs": 16, **settings}
-    environment = dict(os.environ) | {f"MTA_{name.upper()}": str(value) for name, value in given.items()}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "engine"],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with served(mta("engine"), {f"MTA_{name.upper()}": str(value) for name, value in given.items()}, port) as engine:
+        yield engine
+
+
+@contextmanager
+def served(command: Sequence[str], environment: Mapping[str, str], port: int) -> Iterator[Engine]:
+    """Any vLLM server from its command, until it answers `/health`; its key is `KEY`."""
     url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_healthy(process, url, log)
-        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as client:
-            yield Engine(url, process.pid, client)
-    finally:
-        _end_group(process)
+    with (
+        running(command, environment) as background,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as client,
+    ):
 
+        def healthy() -> bool:
+            code = background.process.poll()
+            assert code is None, f"the engine ended with status {code}:\n{background.output[-4000:]}"
+            with suppress(httpx.TransportError):
+                return client.get("/health").status_code == httpx.codes.OK
+            return False
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Poll `/health` until it answers 200."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
-                return
-        time.sleep(0.5)
-    tail = log.read_text(errors="replace")[-4000:]
-    raise RuntimeError(f"the engine did not start (exit status {process.poll()}):\n{tail}")
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the group, SIGKILL to what is left of it."""
-    for sign, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
-            break
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        wait_until(healthy, "the engine to serve", START_TIMEOUT_S)
+        yield Engine(url, background.process.pid, client)

@@ -1,0 +1,150 @@
+"""How long until a never-seen recipe's adapter is usable in a running server: three ways, in turn, one run.
+
+    worker   this server: prepare, and fuse inside the worker
+    merge    merge the same anchors into a PEFT folder, then have vLLM load it
+    disk     have vLLM load a PEFT folder that was merged beforehand
+
+All three are timed to the first token of a request under the new adapter, less the first token of the same request
+once the adapter is resident, so that what remains is the adapter. Same method, anchors and rank on all sides, and no
+prefix cache between requests. The first runs on vLLM with the plugin, the others on a vLLM of the same options
+without it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import track
+
+from adapters.fusion import fuse
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe, Term, per_mille
+from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
+from bank.models import ensure_base_model
+from bank.peft_adapter import write_peft
+from bench.report import Spread, report
+from server.engine_command import engine_command
+from server.settings import Settings
+from tests.support.engine import KEY, Engine, free_port, running_engine, served
+
+PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."
+_salts = itertools.count()
+
+
+def main(
+    bank: Annotated[Path, typer.Option(help="The bank.")],
+    model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
+    pairs: Annotated[int, typer.Option(help="Times each way is taken, after a warm-up.", min=5)] = 15,
+    dtype: Annotated[str, typer.Option(help="Of the served model.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
+    manifest = read_manifest(bank)
+    matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+    folder = ensure_base_model(model, Settings().cache_dir)
+    recipes = _fresh_recipes(manifest)
+    readings: dict[str, list[float]] = {way: [] for way in ("worker", "merge", "disk", "cold", "warm")}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        running_engine(bank, folder, dtype=dtype) as ours,
+        _stock_vllm(bank, manifest, folder, dtype) as stock,
+    ):
+        for pair in track(range(pairs + 2), "Worker, merge and disk in turn"):
+            cold_ms, warm_ms = _first_token_ms(ours, name := next(recipes).name), _first_token_ms(ours, name)
+            merge_ms = _merge_and_load_ms(stock, matrix, next(recipes), Path(scratch) / f"merge-{pair}", manifest)
+            disk = Path(scratch) / f"disk-{pair}"
+            write_peft(disk, fuse(matrix, next(recipes)), manifest.base_model.name)
+            disk_ms = _load_ms(stock, disk)
+            if pair >= 2:  # the first two warm both servers up
+                taken = {"worker": cold_ms - warm_ms, "merge": merge_ms, "disk": disk_ms}
+                for way, value in (taken | {"cold": cold_ms, "warm": warm_ms}).items():
+                    readings[way].append(value)
+    ratios = {
+        way: Spread.of([b / a for a, b in zip(readings["worker"], readings[way], strict=True)])
+        for way in ("merge", "disk")
+    }
+    cold_over_warm = [c / w for c, w in zip(readings["cold"], readings["warm"], strict=True)]
+    terms = f"{manifest.weights.anchors} anchors{' and the common row' if manifest.common else ''}"
+    report(
+        f"Until a never-seen recipe is usable, ms: {manifest.base_model.name}, {dtype}, {manifest.method.value}, "
+        f"{terms}, rank {manifest.rank}, slots of rank {manifest.serving_rank}",
+        [
+            ("worker: prepare and fuse", Spread.of(readings["worker"])),
+            ("merge to a PEFT folder, vLLM loads it", Spread.of(readings["merge"])),
+            ("vLLM loads a folder merged before", Spread.of(readings["disk"])),
+            ("merge over worker", ratios["merge"]),
+            ("disk over worker", ratios["disk"]),
+            ("time to first token, cold", Spread.of(readings["cold"])),
+            ("time to first token, warm", Spread.of(readings["warm"])),
+            ("cold over warm", Spread.of(cold_over_warm)),
+        ],
+        out,
+        readings=readings,
+    )
+
+
+def _fresh_recipes(manifest: BankManifest) -> Iterator[FusionRecipe]:
+    """Recipes of the bank's own size, each once, in a seeded order."""
+    generator, seen = random.Random(0), set()
+    k, total = manifest.weights.anchors, round(1000 * manifest.weights.strength)
+    while True:
+        anchors = sorted(generator.sample(range(len(manifest.anchors)), k))
+        weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)
+        terms = tuple(Term(a, w) for a, w in zip(anchors, weights, strict=True))
+        recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms)
+        if recipe not in seen:
+            seen.add(recipe)
+            yield recipe
+
+
+@contextmanager
+def _stock_vllm(bank: Path, manifest: BankManifest, model: Path, dtype: str) -> Iterator[Engine]:
+    """vLLM with the options our engine has, its own LoRA loading, and none of our code."""
+    port = free_port()
+    settings = Settings(bank=bank, engine_port=port, engine_key=KEY, max_num_seqs=16, dtype=dtype)
+    argv, environment = engine_command(settings, manifest, model)
+    at = argv.index("--worker-extension-cls")
+    del argv[at : at + 2]
+    environment |= {"VLLM_PLUGINS": "", "MTA_BANK": "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with served(argv, environment, port) as engine:
+        yield engine
+
+
+def _first_token_ms(engine: Engine, model: str) -> float:
+    """One prompt, one token, nothing cached of the prompt."""
+    start = time.perf_counter()
+    engine.chat(model, PROMPT, max_tokens=1, cache_salt=f"salt-{next(_salts)}").raise_for_status()
+    return (time.perf_counter() - start) * 1000
+
+
+def _load_ms(stock: Engine, folder: Path) -> float:
+    """vLLM's load of a PEFT folder, until usable."""
+    start = time.perf_counter()
+    answer = stock.client.post("/v1/load_lora_adapter", json={"lora_name": folder.name, "lora_path": str(folder)})
+    answer.raise_for_status()
+    load_ms = (time.perf_counter() - start) * 1000
+    first_ms = _first_token_ms(stock, folder.name)
+    return load_ms + first_ms - _first_token_ms(stock, folder.name)
+
+
+def _merge_and_load_ms(
+    stock: Engine, matrix: MetaMatrix, recipe: FusionRecipe, folder: Path, manifest: BankManifest
+) -> float:
+    """Merging into a PEFT folder with our own (fast) fusion, then vLLM's load."""
+    start = time.perf_counter()
+    write_peft(folder, fuse(matrix, recipe, torch.bfloat16), manifest.base_model.name)
+    merge_ms = (time.perf_counter() - start) * 1000
+    return merge_ms + _load_ms(stock, folder)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,155 @@
+"""Thousands of distinct recipes through one server while one long stream holds a recipe all of them would evict.
+
+Tiny random model, eight slots. Shows that every answer comes, that the stream is intact to the token, that no
+process of vLLM grows, and that neither the name map nor `/metrics` does.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from bank.manifest import read_manifest
+from bank.models import ensure_embedder
+from bench.report import report
+from server.settings import Settings
+from tests.support.engine import Engine, running_engine
+from tests.support.processes import descendants
+from tests.support.tiny import tiny_bank, tiny_model
+
+CONTEXT, ANCHORS, SLOTS, CLIENTS = 65_536, 64, 8, 8
+NEAR_TIE = 0.01
+"""Log-probability by which a streamed token may miss the best one: rounding of another batch, not another adapter."""
+
+
+class LongStream(threading.Thread):
+    """One greedy answer, streamed until `stop`; keeps its token ids."""
+
+    def __init__(self, engine: Engine, recipe: str) -> None:
+        super().__init__(daemon=True)
+        self.engine, self.recipe = engine, recipe
+        self.prompt: list[int] = []
+        self.tokens: list[int] = []
+        self.ended_by_itself = False
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        body = {
+            "model": self.recipe,
+            "messages": [{"role": "user", "content": "tell me everything"}],
+            "max_tokens": CONTEXT - 200,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        with self.engine.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                if self._stop_asked.is_set():
+                    return
+                if line.startswith("data: {"):
+                    chunk = json.loads(line[6:])
+                    self.prompt = self.prompt or chunk.get("prompt_token_ids") or []
+                    self.tokens += chunk["choices"][0].get("token_ids") or []
+        self.ended_by_itself = True
+
+    def stop(self) -> None:
+        """Hang up."""
+        self._stop_asked.set()
+        self.join(30)
+
+
+def main(
+    recipes: Annotated[int, typer.Option(help="Distinct recipes to serve.", min=100)] = 2000,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Serve thousands of recipes beside one long stream and watch what grows."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = tiny_model(Path(scratch) / "model", context=CONTEXT)
+        embedder = ensure_embedder(None, Settings().cache_dir)
+        bank = tiny_bank(Path(scratch) / "bank", model, embedder, anchors=ANCHORS)
+        with running_engine(bank, model, max_loras=SLOTS, max_model_len=CONTEXT, dtype="float32") as engine:
+            _soak(engine, f"mta1:{read_manifest(bank).short}:shared", recipes, out)
+
+
+def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
+    stream = LongStream(engine, f"{prefix}:c+a63*999")
+    stream.start()
+    names = [f"{prefix}:c+a{i % (ANCHORS - 1):02d}*{1 + i // (ANCHORS - 1) * 7 % 1000}" for i in range(recipes)]
+    assert len(set(names)) == recipes
+    answers = 0
+    rss_mib: dict[int, dict[str, float]] = {}
+    metrics_bytes: dict[int, int] = {}
+    early, middle = 10, recipes // 4
+    with Progress() as progress, ThreadPoolExecutor(CLIENTS) as pool:
+        task = progress.add_task("Recipes served", total=recipes)
+        for upto in (early, middle, recipes):
+            for _ in pool.map(lambda name: engine.chat(name, max_tokens=4).raise_for_status(), names[answers:upto]):
+                answers += 1
+                progress.advance(task)
+            rss_mib[upto] = _resident_mib(engine.pid)
+            metrics_bytes[upto] = len(engine.client.get("/metrics").content)
+    status = engine.status()
+    running = stream.is_alive() and not stream.ended_by_itself
+    stream.stop()
+    growth = {process: 100 * (rss_mib[recipes][process] / rss_mib[middle][process] - 1) for process in rss_mib[recipes]}
+    report(
+        f"{recipes} recipes through {SLOTS} slots, {CLIENTS} clients, tiny model in float32",
+        [
+            ("answers", f"{answers} of {recipes}"),
+            ("stream still running at the end", running),
+            ("tokens streamed", len(stream.tokens)),
+            ("of them not this recipe's own choice", _foreign_tokens(engine, stream)),
+            *((f"growth of {name} from recipe {middle}, %", round(by, 2)) for name, by in growth.items()),
+            ("names known (at most 1024)", status["names"]),
+            ("adapters in the worker (at most 64)", len(list(_strings(status["resident"])))),
+            (f"/metrics, bytes at {early} and {recipes}", f"{metrics_bytes[early]} and {metrics_bytes[recipes]}"),
+        ],
+        out,
+        rss_mib=rss_mib,
+        metrics_bytes=metrics_bytes,
+    )
+
+
+def _foreign_tokens(engine: Engine, stream: LongStream, window: int = 4000) -> int:
+    """How many streamed tokens another adapter must have chosen: worse than the recipe's best by more than a tie."""
+    tokens = (stream.prompt + stream.tokens)[: len(stream.prompt) + window]
+    body = {"model": stream.recipe, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+    response = engine.client.post("/v1/completions", json=body).raise_for_status()
+    entries = response.json()["choices"][0]["prompt_logprobs"][len(stream.prompt) :]
+    foreign = 0
+    for token, entry in zip(tokens[len(stream.prompt) :], entries, strict=True):
+        best = max(choice["logprob"] for choice in entry.values())
+        foreign += entry[str(token)]["logprob"] < best - NEAR_TIE
+    return foreign
+
+
+def _resident_mib(pid: int) -> dict[str, float]:
+    """Resident set of the engine's processes, by name."""
+    sizes = {}
+    for process in [pid, *descendants(pid)]:
+        status = dict(
+            line.split(":", 1)
+            for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+            if ":" in line
+        )
+        kib = int(status.get("VmRSS", "0 kB").split()[0])
+        if kib > 100 << 10:  # resource trackers and the like are not vLLM
+            sizes[f"{status['Name'].strip()} ({process})"] = kib / 1024
+    return sizes
+
+
+def _strings(value: object) -> Iterator[str]:
+    yield from value if isinstance(value, Sequence) else ()
+
+
+if __name__ == "__main__":
+    typer.run(main)
