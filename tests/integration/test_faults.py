@@ -1,0 +1,245 @@
+"""What happens when parts die or are not what they should be: real processes, killed the hard way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from bank.manifest import INDEX_FILE, MATRIX_FILE
+from tests.support.fake_engine import KEY, FakeEngine
+from tests.support.processes import alive, children, command_line, descendants, listening, mta, running, wait_until
+from tests.support.up import Up, up
+
+PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
+LONG = {"user_id": "ada", "prompt": "Hello", "max_tokens": 450, "stream": True}
+SHORT = {"user_id": "ada", "prompt": "Hello", "max_tokens": 2}
+RESTART_S = 240.0
+WRITES = 500
+
+
+@pytest.fixture(scope="module")
+def machine(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path
+) -> Iterator[Up]:
+    """`mta up` with all three parts real, on the tiny model; ada has a profile. Tests leave it ready."""
+    with up(
+        tmp_path_factory.mktemp("machine") / "data",
+        *("--bank", str(tiny_bank_folder), "--model", str(tiny_model_folder), "--dtype", "float32"),
+        environment={"MTA_EMBEDDER": str(embedder_folder)},
+    ) as started:
+        with started.client() as client:
+            client.put("/users/ada/profile", json=PROFILE).raise_for_status()
+        yield started
+
+
+def _server(machine: Up) -> int:
+    """vLLM's API server."""
+    pid = machine.part("engine")
+    assert pid
+    return pid
+
+
+def _core(machine: Up) -> int:
+    """vLLM's engine process, which a server without it is no use."""
+    return next(pid for pid in children(_server(machine)) if "EngineCore" in command_line(pid))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", [_server, _core])
+def test_an_engine_killed_in_mid_stream_is_an_error_event_then_503_then_back(
+    machine: Up, victim: Callable[[Up], int]
+) -> None:
+    gateway, restarts = machine.part("gateway"), machine.process.output.count("engine   ready")
+    with machine.client() as client:
+        with client.stream("POST", "/generate", json=LONG) as response:
+            lines = response.iter_lines()
+            assert "personalization" in next(lines)
+            family = descendants(_server(machine))
+            os.kill(victim(machine), signal.SIGKILL)
+            events = [line.removeprefix("data: ") for line in lines if line]
+        assert "error" in json.loads(events[-1])
+        wait_until(lambda: client.get("/ready").status_code == 503, "/ready to turn 503")
+        refused = client.post("/generate", json=SHORT)
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) > 0
+        assert refused.json()["error"]["type"] == "service_unavailable"
+        wait_until(lambda: machine.process.output.count("engine   ready") > restarts, "the engine's restart", RESTART_S)
+        wait_until(machine.ready, "/ready to turn 200")
+        answer = client.post("/generate", json=SHORT)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["personalization"]["level"] == "merged"
+    assert machine.part("gateway") == gateway
+    assert [pid for pid in family if alive(pid)] == []
+
+
+@pytest.mark.timeout(600)
+def test_500_acknowledged_profiles_outlive_a_killed_valkey(machine: Up) -> None:
+    with _redis(machine) as store:
+        assert store.config_get("appendfsync") == {"appendfsync": "always"}
+        assert store.config_get("appendonly") == {"appendonly": "yes"}
+    with machine.client() as client, ThreadPoolExecutor(8) as threads:
+        users = [f"user-{number}" for number in range(WRITES)]
+        answers = threads.map(lambda user: client.put(f"/users/{user}/profile", json=_profile_of(user)), users)
+        assert {answer.status_code for answer in answers} == {200}
+        pid = machine.part("valkey")
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not alive(pid), "valkey to be gone")
+        wait_until(machine.ready, "Valkey to be back")
+        assert machine.part("valkey") not in (None, pid)
+        stored = threads.map(lambda user: client.get(f"/users/{user}"), users)
+        assert sum(answer.status_code == 200 for answer in stored) == WRITES
+    with _redis(machine) as store:
+        assert store.config_get("appendfsync") == {"appendfsync": "always"}
+
+
+def _profile_of(user: str) -> dict[str, object]:
+    return {"items": [{"text": f"{user} grows roses and writes about them."}]}
+
+
+def _redis(machine: Up) -> redis.Redis:
+    """A client with the password that only the owner of the data folder can read."""
+    options = dict(line.split(" ", 1) for line in (machine.data / "valkey.conf").read_text().splitlines())
+    return redis.Redis(port=int(options["port"]), password=options["requirepass"], decode_responses=True)
+
+
+def test_every_socket_of_every_part_is_on_the_loopback_address(machine: Up) -> None:
+    found = {socket for pid in descendants(machine.pid) for socket in listening(pid)}
+    assert len(found) >= 3
+    assert {address for address, _ in found} == {"127.0.0.1"}
+
+
+def test_the_engine_cannot_be_used_without_its_key(machine: Up) -> None:
+    for address, port in listening(_server(machine)):
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/mta/v1/status")):
+            assert httpx.request(method, f"http://{address}:{port}{path}", json={}).status_code == 401
+
+
+@pytest.mark.timeout(600)
+def test_killed_with_a_real_engine_it_leaves_no_process(
+    tmp_path: Path, tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path
+) -> None:
+    options = ("--bank", str(tiny_bank_folder), "--model", str(tiny_model_folder), "--dtype", "float32")
+    with up(tmp_path / "data", *options, environment={"MTA_EMBEDDER": str(embedder_folder)}) as started:
+        family = descendants(started.pid)
+        assert any("EngineCore" in command_line(pid) for pid in family)
+        started.process.send(signal.SIGKILL)
+        started.process.wait()
+        wait_until(lambda: not any(alive(pid) for pid in family), "every process to be gone")
+
+
+def test_a_second_gateway_on_the_port_is_refused(
+    machine: Up, tiny_bank_folder: Path, embedder_folder: Path, fake_engine: FakeEngine
+) -> None:
+    port = machine.url.rpartition(":")[2]
+    environment = {"MTA_EMBEDDER": str(embedder_folder), "MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": KEY}
+    command = mta("gateway", "--bank", str(tiny_bank_folder), "--port", port, "--engine-url", fake_engine.url)
+    with running(command, environment) as second:
+        assert second.wait() == 1
+        assert f"127.0.0.1:{port}" in second.output
+        assert "in use" in second.output
+    assert machine.ready()
+
+
+# What is broken, the commands that must find it at start, and what their one line of explanation holds.
+
+
+def _flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _damaged_matrix(bank: Path, model: Path, embedder: Path) -> None:
+    _flip(bank / MATRIX_FILE)
+
+
+def _damaged_index(bank: Path, model: Path, embedder: Path) -> None:
+    _flip(bank / INDEX_FILE)
+
+
+def _damaged_manifest(bank: Path, model: Path, embedder: Path) -> None:
+    manifest = bank / "bank.json"
+    manifest.write_text(manifest.read_text().replace('"a00"', '"a01"', 1))
+
+
+def _other_model(bank: Path, model: Path, embedder: Path) -> None:
+    from tests.support.tiny import tiny_model
+
+    shutil.rmtree(model)
+    tiny_model(model, seed=1)
+
+
+def _no_embedder(bank: Path, model: Path, embedder: Path) -> None:
+    shutil.rmtree(embedder)
+
+
+def _other_embedder(bank: Path, model: Path, embedder: Path) -> None:
+    import onnx
+
+    graph = onnx.load(embedder / "model.onnx")
+    graph.doc_string = "another"
+    onnx.save(graph, embedder / "model.onnx")
+
+
+def _no_bank(bank: Path, model: Path, embedder: Path) -> None:
+    shutil.rmtree(bank)
+
+
+FAULTS = [
+    (_damaged_matrix, "engine", "meta_loras.safetensors is damaged"),
+    (_damaged_matrix, "up", "meta_loras.safetensors is damaged"),
+    (_damaged_index, "gateway", "anchors.faiss is damaged"),
+    (_damaged_index, "up", "anchors.faiss is damaged"),
+    (_damaged_manifest, "engine", "does not match its fingerprint"),
+    (_damaged_manifest, "gateway", "does not match its fingerprint"),
+    (_damaged_manifest, "up", "does not match its fingerprint"),
+    (_other_model, "engine", "serve that model, or build a bank for this one"),
+    (_other_model, "up", "serve that model, or build a bank for this one"),
+    (_no_embedder, "gateway", "no embedder at"),
+    (_no_embedder, "up", "no embedder at"),
+    (_other_embedder, "gateway", "was made with embedder"),
+    (_other_embedder, "up", "was made with embedder"),
+    (_no_bank, "engine", "no bank at"),
+    (_no_bank, "gateway", "no bank at"),
+    (_no_bank, "up", "no bank at"),
+]
+
+
+@pytest.fixture
+def copies(tmp_path: Path, tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path) -> list[Path]:
+    """Bank, model and embedder to be damaged at will."""
+    originals = {"bank": tiny_bank_folder, "model": tiny_model_folder, "embedder": embedder_folder}
+    return [Path(shutil.copytree(original, tmp_path / name)) for name, original in originals.items()]
+
+
+@pytest.mark.parametrize(("fault", "command", "reason"), FAULTS, ids=[f"{f.__name__[1:]}-{c}" for f, c, _ in FAULTS])
+def test_what_does_not_belong_together_is_refused_at_start_with_the_reason(
+    fault: Callable[[Path, Path, Path], None], command: str, reason: str, copies: list[Path], tmp_path: Path
+) -> None:
+    bank, model, embedder = copies
+    fault(bank, model, embedder)
+    environment = {
+        "MTA_BANK": str(bank),
+        "MTA_MODEL": str(model),
+        "MTA_EMBEDDER": str(embedder),
+        "MTA_DATA_DIR": str(tmp_path / "data"),
+        "MTA_PORT": "0",
+        "MTA_SECRET": "s" * 32,
+        "MTA_ENGINE_KEY": KEY,
+    }
+    with running(mta(command), environment) as process:
+        assert process.wait() == 1, process.output
+        assert reason in process.output
+        assert "Traceback" not in process.output
+        assert "starting" not in process.output

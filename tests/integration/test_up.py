@@ -1,0 +1,158 @@
+"""`mta up` as people use it: one command, nothing left behind. A stand-in for vLLM keeps each start short."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.fake_engine import KEY, FakeEngine
+from tests.support.processes import alive, command_line, descendants, listening, running, wait_until
+from tests.support.up import Up, up, up_command
+from tests.support.valkey import ValkeyProcess
+
+PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
+
+StartUp = Callable[..., AbstractContextManager[Up]]
+
+
+@pytest.fixture
+def engine_options(tiny_bank_folder: Path, fake_engine: FakeEngine) -> tuple[str, ...]:
+    """What makes `mta up` use the stand-in."""
+    return ("--bank", str(tiny_bank_folder), "--engine-url", fake_engine.url)
+
+
+@pytest.fixture
+def start(engine_options: tuple[str, ...], embedder_folder: Path) -> StartUp:
+    """Starts `mta up` over a data folder, with more options where given."""
+    environment = {"MTA_ENGINE_KEY": KEY, "MTA_EMBEDDER": str(embedder_folder)}
+    return lambda data, *options: up(data, *engine_options, *options, environment=environment)
+
+
+@pytest.fixture
+def running_up(start: StartUp, tmp_path: Path) -> Iterator[Up]:
+    with start(tmp_path / "data") as started:
+        yield started
+
+
+@pytest.fixture
+def refused(engine_options: tuple[str, ...]) -> Callable[..., str]:
+    """Runs a `mta up` that must fail, and gives its output."""
+
+    def run(data: Path, *options: str) -> str:
+        command, clean = up_command(data, *engine_options, *options)
+        with running(command, clean | {"MTA_ENGINE_KEY": KEY}) as process:
+            assert process.wait() == 1, process.output
+            return process.output
+
+    return run
+
+
+def test_each_part_has_its_line_and_the_last_one_says_what_to_try(running_up: Up) -> None:
+    output = running_up.process.output
+    for part in ("valkey", "gateway"):
+        assert f"  {part:<9}starting" in output
+        assert f"  {part:<9}ready" in output
+        assert (running_up.data / "logs" / f"{part}.log").exists()
+    assert f"curl -s {running_up.url}/generate" in output
+    with running_up.client() as client:
+        assert client.put("/users/ada/profile", json=PROFILE).status_code == 200
+        answer = client.post("/generate", json={"user_id": "ada", "prompt": "Hello"}).json()
+        assert answer["personalization"]["level"] == "merged"
+
+
+def test_only_the_loopback_address_is_listened_on(running_up: Up) -> None:
+    found = {socket for pid in descendants(running_up.pid) for socket in listening(pid)}
+    assert int(running_up.url.rpartition(":")[2]) in {port for _, port in found}
+    assert {address for address, _ in found} == {"127.0.0.1"}
+
+
+def test_no_secret_stands_in_a_command_line_or_in_a_file_that_others_can_read(running_up: Up) -> None:
+    secret = (running_up.data / "secret").read_text().strip()
+    config = (running_up.data / "valkey.conf").read_text()
+    password = config.partition("requirepass ")[2].split()[0]
+    for pid in [running_up.pid, *descendants(running_up.pid)]:
+        for text in (secret, password, KEY):
+            assert text not in command_line(pid)
+    assert stat.S_IMODE(running_up.data.stat().st_mode) == 0o700
+    for name in ("secret", "valkey.conf"):
+        assert stat.S_IMODE((running_up.data / name).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_it_alone_stops_every_part(start: StartUp, tmp_path: Path, number: signal.Signals) -> None:
+    with start(tmp_path / "data") as started:
+        family = descendants(started.pid)
+        assert len(family) >= 4  # two parts and their guards
+        started.process.send(number)
+        assert started.process.wait(30) == 0, started.process.output
+    assert [pid for pid in family if alive(pid)] == []
+
+
+def test_killed_it_leaves_no_process_and_the_next_one_finds_what_was_stored(start: StartUp, tmp_path: Path) -> None:
+    with start(tmp_path / "data") as first:
+        with first.client() as client:
+            before = client.put("/users/ada/profile", json=PROFILE).json()
+        family = descendants(first.pid)
+        first.process.send(signal.SIGKILL)
+        first.process.wait()
+    with start(tmp_path / "data") as second:
+        assert [pid for pid in family if alive(pid)] == []
+        with second.client() as client:
+            assert client.get("/users/ada").json()["recipe"] == before["recipe"]
+
+
+def test_a_second_one_needs_a_data_folder_of_its_own(
+    running_up: Up, start: StartUp, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    output = refused(running_up.data, "--port", "0")
+    assert f"in use by another `mta up` (process {running_up.pid})" in output
+    with start(tmp_path / "other") as other:
+        assert other.url != running_up.url
+        assert other.ready() and running_up.ready()
+        with running_up.client() as one, other.client() as two:
+            one.put("/users/ada/profile", json=PROFILE).raise_for_status()
+            assert two.get("/users/ada").status_code == 404
+
+
+def test_a_taken_port_is_refused_before_anything_starts(
+    running_up: Up, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    port = running_up.url.rpartition(":")[2]
+    output = refused(tmp_path / "other", "--port", port)
+    assert f"127.0.0.1:{port}: Address already in use" in output
+    assert "starting" not in output
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_gateway_that_dies_is_started_again(running_up: Up) -> None:
+    with running_up.client() as client:
+        client.put("/users/ada/profile", json=PROFILE).raise_for_status()
+    before = running_up.part("gateway")
+    assert before
+    os.kill(before, signal.SIGKILL)
+    running_up.process.wait_for(r"gateway +down +ended with status 137")
+    wait_until(running_up.ready, "the gateway to be back")
+    assert running_up.part("gateway") not in (None, before)
+    assert httpx.get(f"{running_up.url}/users/ada").status_code == 200
+
+
+def test_with_a_redis_of_ones_own_no_valkey_is_started(start: StartUp, tmp_path: Path, valkey: ValkeyProcess) -> None:
+    with start(tmp_path / "data", "--redis-url", valkey.url) as started:
+        assert started.part("valkey") is None
+        assert started.part("gateway")
+        assert started.ready()
+
+
+def test_a_part_that_cannot_start_is_explained_by_the_end_of_its_log(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    output = refused(tmp_path / "data", "--port", "0", "--redis-url", "redis://127.0.0.1:1/0")
+    assert "gateway ended with status" in output
+    assert "127.0.0.1:1" in output.partition("The end of ")[2]

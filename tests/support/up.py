@@ -1,0 +1,73 @@
+"""A running `mta up`, and its parts told apart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tests.support.processes import Background, command_line, descendants, mta, running
+
+READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
+START_S = 240.0
+_MARKS = {"valkey": "valkey-server 127.0.0.1", "engine": "vllm.entrypoints", "gateway": "server.cli gateway"}
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A running `mta up`.
+
+    Attributes:
+        process: the process itself, with its output.
+        url: of its gateway.
+        data: its data folder.
+    """
+
+    process: Background
+    url: str
+    data: Path
+
+    @property
+    def pid(self) -> int:
+        """Of `mta up` itself."""
+        return self.process.process.pid
+
+    def part(self, name: str) -> int | None:
+        """The pid of a part, the child of its guard; None while it does not run."""
+        for pid in descendants(self.pid):
+            try:
+                command = command_line(pid)
+            except FileNotFoundError:  # it ended while we looked
+                continue
+            if _MARKS[name] in command and "guard.py" not in command:
+                return pid
+        return None
+
+    def client(self, timeout_s: float = 60) -> httpx.Client:
+        """A client of its gateway."""
+        return httpx.Client(base_url=self.url, timeout=timeout_s)
+
+    def ready(self) -> bool:
+        """Whether the gateway answers and finds every part ready."""
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+def up_command(data: Path, *options: str) -> tuple[list[str], dict[str, str | None]]:
+    """Command and environment of `mta up`, no setting of the caller's environment taken over."""
+    clean: dict[str, str | None] = {name: None for name in os.environ if name.startswith("MTA_")}
+    return mta("up", "--data", str(data), *options), clean
+
+
+@contextmanager
+def up(data: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Up]:
+    """`mta up` once it is ready; on a free port unless the options name one."""
+    command, clean = up_command(data, *(options if "--port" in options else ("--port", "0", *options)))
+    with running(command, clean | dict(environment or {})) as process:
+        yield Up(process, process.wait_for(READY, START_S)[1], data)
