@@ -62,6 +62,7 @@ def _run(settings: Settings, console: Console) -> None:
     data = DataFolder.open(settings.data_dir.expanduser().resolve())
     try:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
+        console.print("  checking the bank, the base model and the embedder")
         settings, parts = _parts(settings, data)
         asyncio.run(_supervise(settings, parts, data, console))
     finally:
@@ -113,6 +114,8 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def interrupted() -> None:
+        if console.is_terminal and not stop.is_set():
+            console.print()  # the terminal has written ^C
         (hurry if stop.is_set() else stop).set()
 
     for number in _SIGNALS:
