@@ -16,9 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from adapters.errors import MtaError
-from deploy.demo.bank import OUT, ensure_bank, ensure_models
-from deploy.demo.children import DemoError
+from deploy.demo.bank import OUT, build_bank
+from deploy.demo.children import DemoError, run_mta
 from deploy.demo.client import Answer, Api
 from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, anchors
 from deploy.demo.report import answers_table, curl_lines
@@ -61,7 +60,7 @@ def main() -> int:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         _run(console, options.out, options.data or options.out / "data")
-    except (DemoError, MtaError) as error:
+    except DemoError as error:
         Console(stderr=True, highlight=False).print(Text(f"demo: error: {error}", style="red"), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -73,20 +72,18 @@ def main() -> int:
 def _run(console: Console, out: Path, data: Path) -> None:
     teller = Teller(console, steps=5)
     people = anchors()
-    with teller.step("A base model and an embedder (made once)"):
-        for folder in ensure_models():
-            teller.line(str(folder))
-    with teller.step(f"A bank of {len(people)} made-up anchors (built once)"):
-        bank, built = ensure_bank(people, out)
-        teller.line(f"{bank} {'is built' if built else 'is there: nothing to build'}")
+    with teller.step("mta models: a base model and an embedder, made once"):
+        run_mta("models")
+    with teller.step(f"mta bank build: {len(people)} made-up people become anchors, once"):
+        bank = build_bank(people, out)
     with ExitStack() as stack:
-        with teller.step("The server: mta up"):
+        with teller.step("mta up: the server"):
             server = stack.enter_context(running_server(bank, data, teller.line))
         with teller.step("Three people who are no anchors, by a few lines of their writing"):
             for person in PEOPLE:
                 server.api.put_profile(person.user_id, person.lines)
-                teller.line(f"PUT /users/{person.user_id}/profile   “{person.lines[0].splitlines()[0]} …”")
-        with teller.step("The same questions to nobody in particular and to each of them"):
+                teller.line(f"PUT /users/{person.user_id}/profile   “{person.lines[-1].splitlines()[0]} …”")
+        with teller.step("POST /generate: the same questions, as nobody and as each of them"):
             answers = _ask_all(server.api)
         console.print(answers_table(SHOWN_QUESTIONS, answers, _looks()))
         if sys.stdin.isatty() and sys.stdout.isatty():

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 from server.supervisor.guarded import GUARD
 
+_STOP_GRACE_S = 10
 _OWN = ("MTA_CACHE_DIR", "MTA_DTYPE")
 
 
@@ -46,3 +47,15 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
             with suppress(BrokenPipeError):
                 child.stdin.close()
         child.wait()
+
+
+def run_mta(*arguments: str) -> None:
+    """Run one `mta` command to its end, its output on ours.
+
+    Raises:
+        DemoError: when it fails.
+    """
+    with mta(*arguments, grace_s=_STOP_GRACE_S) as child:
+        status = child.wait()
+    if status != 0:
+        raise DemoError(f"`mta {arguments[0]}` ended with status {status}; its message is above")

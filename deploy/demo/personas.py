@@ -15,9 +15,9 @@ WORLDS_FILE = Path(__file__).with_name("worlds.toml")
 NOBODY = "somebody-new"
 
 QUESTIONS = (
-    "What should I cook for dinner tonight?",
     "How do I make new friends in a new city?",
     "How can I fall asleep faster?",
+    "What should I cook for dinner tonight?",
     "What should I do on a rainy Sunday?",
     "What is a good way to learn a new language?",
 )

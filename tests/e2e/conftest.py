@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo.bank import ensure_bank
+from deploy.demo.bank import build_bank
 from deploy.demo.client import Api
 from deploy.demo.personas import PEOPLE, anchors
 from deploy.demo.server import running_server
@@ -15,8 +15,8 @@ from deploy.demo.server import running_server
 
 @pytest.fixture(scope="session")
 def demo_bank() -> Path:
-    """The bank that `make demo` builds; built here when it has not been."""
-    return ensure_bank(anchors())[0]
+    """The bank that `make demo` builds; trained here only when it is not there yet."""
+    return build_bank(anchors())
 
 
 @pytest.fixture(scope="session")
