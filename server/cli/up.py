@@ -35,9 +35,8 @@ def up(
 
     It listens on 127.0.0.1 only. All other options are settings (`mta settings`) and reach each part.
     """
-    from rich.console import Console
-
     from server.settings import load_settings
+    from server.supervisor.status import LastingConsole
 
     settings = load_settings(
         bank=bank,
@@ -49,7 +48,7 @@ def up(
         dtype=dtype,
         max_loras=max_loras,
     )
-    _run(settings, Console(highlight=False))
+    _run(settings, LastingConsole(highlight=False))
 
 
 def _run(settings: Settings, console: Console) -> None:

@@ -22,6 +22,9 @@ from server.supervisor.probes import answers_http, answers_redis
 
 LOOPBACK = "127.0.0.1"
 
+# vLLM's processes talk to each other over TCP, by default on whatever address the host name stands for.
+_LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
 # Stopping one after the other, guards' grace included, stays below 30 s even when every part has to be killed.
 VALKEY_STOP_S = 5
 ENGINE_STOP_S = 8
@@ -76,7 +79,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
     return Part(
         name="engine",
         command=tuple(argv),
-        environment={name: value for name, value in environment.items() if name != "MTA_SECRET"},
+        environment={name: value for name, value in environment.items() if name != "MTA_SECRET"} | _LOOPBACK_VLLM,
         ready=answers_http(f"{settings.engine_url}/mta/v1/status", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
         start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first

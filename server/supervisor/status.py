@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from enum import StrEnum
 from typing import Protocol
@@ -25,6 +27,16 @@ class State(StrEnum):
 
 
 _STYLES = {State.WAITING: "dim", State.READY: "green", State.DOWN: "bold red", State.STOPPED: "dim"}
+
+
+class LastingConsole(Console):
+    """A console that goes on in silence when nobody reads it any more: `mta up | head` must not end the server."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Report(Protocol):

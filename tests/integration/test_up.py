@@ -143,6 +143,15 @@ def test_a_gateway_that_dies_is_started_again(running_up: Up) -> None:
     assert httpx.get(f"{running_up.url}/users/ada").status_code == 200
 
 
+def test_it_goes_on_when_nobody_reads_its_output_any_more(running_up: Up) -> None:
+    running_up.process.stop_reading()
+    before = running_up.part("gateway")
+    assert before
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: running_up.part("gateway") not in (None, before), "a new gateway")
+    wait_until(running_up.ready, "the gateway to be back")
+
+
 def test_with_a_redis_of_ones_own_no_valkey_is_started(start: StartUp, tmp_path: Path, valkey: ValkeyProcess) -> None:
     with start(tmp_path / "data", "--redis-url", valkey.url) as started:
         assert started.part("valkey") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -72,7 +73,8 @@ class Background:
         self, command: Sequence[str], environment: Mapping[str, str | None] | None = None, cwd: Path | None = None
     ) -> None:
         merged = dict(os.environ) | (environment or {})
-        self._lines: list[str] = []
+        self._chunks: list[bytes] = []
+        self._deaf = threading.Event()
         self.process = subprocess.Popen(
             command,
             env={name: value for name, value in merged.items() if value is not None},
@@ -80,7 +82,6 @@ class Background:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -89,7 +90,7 @@ class Background:
     @property
     def output(self) -> str:
         """What it wrote so far."""
-        return "".join(self._lines)
+        return b"".join(self._chunks).decode("utf-8", "replace")
 
     def wait_for(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
         """Until a line of the output matches; an AssertionError with the output when it ends or takes too long."""
@@ -111,10 +112,20 @@ class Background:
         """Send a signal to the process alone, not to its group."""
         self.process.send_signal(number)
 
+    def stop_reading(self) -> None:
+        """Close the pipe that it writes to."""
+        self._deaf.set()
+        self._reader.join()
+
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.append(line)
+        with self.process.stdout as pipe:
+            while not self._deaf.is_set():
+                if select.select([pipe], [], [], 0.1)[0]:
+                    chunk = os.read(pipe.fileno(), 1 << 16)
+                    if not chunk:
+                        return
+                    self._chunks.append(chunk)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.part import Backoff, Part
-from server.supervisor.parts import check_port, gateway_part, valkey_part
+from server.supervisor.parts import check_port, engine_part, gateway_part, valkey_part
 from server.supervisor.status import State
 from server.supervisor.supervisor import Supervisor
 from tests.support.processes import PATIENCE_S, Background, alive, command_line, descendants, wait_until
@@ -286,6 +286,15 @@ def test_the_gateway_gets_every_setting_by_environment_and_no_secret_by_argv(tmp
     assert part.environment["MTA_BANK"] == str(tmp_path)
     assert part.environment["MTA_PROFILE_ITEMS"] == "7"
     assert not {"s" * 32, "k" * 32} & set(part.command)
+
+
+def test_the_engine_gets_no_secret_of_users_and_keeps_its_processes_on_loopback() -> None:
+    settings = Settings(engine_key="k" * 32, engine_url="http://127.0.0.1:1")  # type: ignore[arg-type]
+    part = engine_part(settings, ["vllm"], {"MTA_SECRET": "s" * 32, "VLLM_API_KEY": "k" * 32})
+    assert "MTA_SECRET" not in part.environment
+    assert part.environment["VLLM_API_KEY"] == "k" * 32
+    assert part.environment["VLLM_HOST_IP"] == "127.0.0.1"
+    assert part.environment["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_a_taken_port_is_refused_by_number() -> None:
