@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from bank.manifest import INDEX_FILE, MANIFEST_FILE
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.processes import mta, running
@@ -95,29 +91,8 @@ def test_a_second_gateway_on_the_port_is_refused(environment: Environment) -> No
         assert httpx.get(f"http://127.0.0.1:{environment['MTA_PORT']}/health").status_code == 200
 
 
-def test_no_bank_is_refused(environment: Environment, tmp_path: Path) -> None:
+def test_no_bank_is_refused(environment: Environment) -> None:
     assert "MTA_BANK" in refusal(environment | {"MTA_BANK": None})
-    assert "bank.json is missing" in refusal(environment, "--bank", str(tmp_path))
-
-
-@pytest.mark.parametrize("name", [INDEX_FILE, MANIFEST_FILE])
-def test_a_bank_with_a_flipped_byte_is_refused(environment: Environment, tmp_path: Path, name: str) -> None:
-    bank = shutil.copytree(str(environment["MTA_BANK"]), tmp_path / "bank")
-    content = bytearray((bank / name).read_bytes())
-    place = content.index(b"tiny") if name == MANIFEST_FILE else len(content) // 2
-    content[place] ^= 1
-    (bank / name).write_bytes(content)
-    message = refusal(environment, "--bank", str(bank))
-    assert name in message
-    assert "damaged" in message or "does not match" in message
-
-
-def test_a_missing_or_different_embedder_is_refused(environment: Environment, tmp_path: Path) -> None:
-    assert "no embedder" in refusal(environment, "--embedder", str(tmp_path / "nothing"))
-    other = shutil.copytree(str(environment["MTA_EMBEDDER"]), tmp_path / "other")
-    with (other / "model.onnx").open("ab") as model:
-        model.write(b"\x1a\x00")  # an empty unknown field of the protobuf: the same model, another hash
-    assert "cannot be compared" in refusal(environment, "--embedder", str(other))
 
 
 @pytest.mark.parametrize("secret", [None, "short"])
@@ -142,15 +117,6 @@ def test_a_setting_that_makes_no_sense_is_named(environment: Environment) -> Non
 
 def test_an_address_of_elsewhere_is_refused(environment: Environment) -> None:
     assert "cannot listen on 192.0.2.1" in refusal(environment, "--host", "192.0.2.1")
-
-
-def test_the_process_imports_neither_torch_nor_vllm() -> None:
-    script = (
-        "import sys; import server.app, server.cli.gateway; from server.settings import Settings;"
-        "server.app.create_app(Settings()).openapi();"
-        "print(sorted({'torch', 'vllm', 'transformers', 'safetensors'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_ports_are_free_again_at_once(environment: Environment) -> None:

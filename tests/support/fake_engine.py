@@ -13,10 +13,14 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from adapters.errors import RecipeError
+from adapters.recipe import Method, parse_recipe
+from bank.manifest import read_manifest
 from tests.support.valkey import free_port
 
 KEY = "test-engine-key"
@@ -28,7 +32,9 @@ class Knobs:
     """What a test can turn.
 
     Attributes:
-        banks: fingerprints that the status route names.
+        banks: fingerprints of the banks that it serves.
+        anchors: how many anchors each of them has.
+        method: how they are fused.
         context: tokens that prompt and answer may have together; a token is a character of the prompt.
         token_delay_s: pause before each token.
         die_after: cut the connection after so many tokens.
@@ -39,6 +45,8 @@ class Knobs:
     """
 
     banks: tuple[str, ...] = ()
+    anchors: int = 6
+    method: Method = Method.SHARED
     context: int = 512
     token_delay_s: float = 0.0
     die_after: int | None = None
@@ -96,8 +104,8 @@ class FakeEngine:
             self._loop = self._thread = None
 
     def reset(self) -> None:
-        """Back to the knobs it was made with, banks aside, with nothing seen."""
-        self.knobs = Knobs(banks=self.knobs.banks)
+        """All knobs but the bank's back at rest, nothing seen."""
+        self.knobs = Knobs(self.knobs.banks, self.knobs.anchors, self.knobs.method)
         self.seen.clear()
 
     def application(self) -> web.Application:
@@ -164,7 +172,7 @@ class FakeEngine:
         knobs, model = self.knobs, body["model"]
         if knobs.status:
             return _error(knobs.status, "the fake engine was told to fail")
-        if knobs.lacks(model) or not (model == "base" or model.startswith("mta1:")):
+        if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return _error(404, f"The model `{model}` does not exist.", "model")
         prompt = _prompt_tokens(body)
         if prompt + body["max_tokens"] > knobs.context:
@@ -175,6 +183,14 @@ class FakeEngine:
                 "input_tokens",
             )
         return None
+
+    def _can_fuse(self, name: str) -> bool:
+        try:
+            recipe = parse_recipe(name)
+        except RecipeError:
+            return False
+        known = all(term.anchor < self.knobs.anchors for term in recipe.terms) and not recipe.user_adapter
+        return known and recipe.method is self.knobs.method and recipe.bank in {bank[:8] for bank in self.knobs.banks}
 
     async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
         words = _words(seen.body)
@@ -235,13 +251,16 @@ def _chunk(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
 
 
 def main() -> None:
-    """Serve in the foreground: `python -m tests.support.fake_engine --port 8001 --bank FINGERPRINT`."""
+    """Serve in the foreground: `python -m tests.support.fake_engine --port 8001 --bank FOLDER`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--bank", default="", help="fingerprint that the status route names")
+    parser.add_argument("--bank", type=Path, required=True, help="folder of the bank that it pretends to serve")
     parser.add_argument("--token-delay-ms", type=float, default=0)
     options = parser.parse_args()
-    engine = FakeEngine(Knobs(banks=(options.bank,), token_delay_s=options.token_delay_ms / 1000), port=options.port)
+    manifest = read_manifest(options.bank)
+    knobs = Knobs((manifest.fingerprint,), len(manifest.anchors), manifest.method)
+    knobs.token_delay_s, knobs.context = options.token_delay_ms / 1000, 8192
+    engine = FakeEngine(knobs, port=options.port)
     web.run_app(engine.application(), host="127.0.0.1", port=options.port, print=None, handler_cancellation=True)
 
 

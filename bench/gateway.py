@@ -1,0 +1,175 @@
+"""What the gateway adds: the same requests through it and straight to the engine, in turn, one run.
+
+Both sides ask for the same recipe with the same prompts, greedy. A pair is one block of requests through the gateway
+(A) and one straight to the engine (B): A B A B. Whole answers are timed to their last byte, streams to their first
+token. What is added at p50 is the median over pairs of A's p50 less B's; at p99, that of all A's requests less that
+of all B's. The gateway's own account (its total less the engine's part) stands beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import aiohttp
+import typer
+from rich.progress import Progress
+
+from bench.report import Spread, percentile, report
+
+USER = "bench-gateway"
+ITEMS = [{"text": text} for text in ("The swell came in at dawn.", "We waxed the boards.", "Salt in the coffee again.")]
+PROMPTS = [f"Write a sentence about the number {number}." for number in range(16)]
+
+
+@dataclass(slots=True)
+class Side:
+    """Where requests go, what they look like there, and what came of them.
+
+    Attributes:
+        url: complete.
+        headers: on top of aiohttp's.
+        body: all but the conversation.
+        as_messages: whether the prompt is sent as a conversation.
+        blocks: latencies, ms, one list for each block.
+        own_ms: what the answers say of the gateway's own time.
+    """
+
+    url: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+    as_messages: bool
+    blocks: list[list[float]] = field(default_factory=list)
+    own_ms: list[float] = field(default_factory=list)
+
+    def request(self, prompt: str, stream: bool) -> dict[str, Any]:
+        """A request's body."""
+        conversation = {"messages": [{"role": "user", "content": prompt}]} if self.as_messages else {"prompt": prompt}
+        return self.body | conversation | {"stream": stream}
+
+    async def ask(self, session: aiohttp.ClientSession, prompt: str, stream: bool) -> float:
+        """One request, ms to the last byte or to the first token of the stream."""
+        start_s = time.perf_counter()
+        async with session.post(self.url, json=self.request(prompt, stream), headers=self.headers) as response:
+            response.raise_for_status()
+            if not stream:
+                answer = json.loads(await response.read())
+                elapsed_s = time.perf_counter() - start_s
+                timings = answer.get("personalization", {}).get("timings_ms")
+            else:
+                elapsed_s, timings = await _first_token(response, start_s)
+        if timings:
+            self.own_ms.append(timings["total"] - timings["engine"])
+        return elapsed_s * 1000
+
+    async def block(self, session: aiohttp.ClientSession, *, requests: int, concurrent: int, stream: bool) -> None:
+        """A closed loop of `concurrent` clients until `requests` are answered."""
+        prompts = iter(list(itertools.islice(itertools.cycle(PROMPTS), requests)))
+        taken: list[float] = []
+
+        async def client() -> None:
+            for prompt in prompts:
+                taken.append(await self.ask(session, prompt, stream))
+
+        await asyncio.gather(*(client() for _ in range(concurrent)))
+        self.blocks.append(taken)
+
+
+def main(
+    *,
+    gateway: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
+    engine: Annotated[str, typer.Option(help="URL of the engine behind it.")] = "http://127.0.0.1:8001",
+    key: Annotated[str, typer.Option(help="The engine's key.", envvar="MTA_ENGINE_KEY")] = "",
+    pairs: Annotated[int, typer.Option(help="Pairs of blocks, after one pair for warm-up.", min=5)] = 7,
+    requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 48,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Concurrent requests; may be given twice.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure what the gateway adds, at p50 and p99, to whole answers and to the first token of streams."""
+    sides = _sides(gateway, engine, key, max_tokens)
+    levels = concurrency or [1, 16]
+    rows, readings = asyncio.run(_measure(sides, pairs, requests, levels))
+    title = f"Added by the gateway, ms: {pairs} pairs of {requests} requests, {max_tokens} tokens each"
+    report(title, rows, out, readings=readings)
+
+
+def _sides(gateway: str, engine: str, key: str, max_tokens: int) -> dict[str, Side]:
+    """A: the gateway, B: the engine asked for the recipe that the gateway asks for."""
+    import httpx
+
+    with httpx.Client(base_url=gateway, timeout=60) as client:
+        changed = client.put(f"/users/{USER}/profile", json={"items": ITEMS}).raise_for_status().json()
+    sampling = {"max_tokens": max_tokens, "temperature": 0}
+    direct = sampling | {"model": changed["recipe"]}
+    return {
+        "gateway": Side(f"{gateway}/generate", {}, sampling | {"user_id": USER, "personalize": "merged"}, False),
+        "engine": Side(f"{engine}/v1/chat/completions", {"Authorization": f"Bearer {key}"}, direct, True),
+    }
+
+
+async def _measure(
+    sides: dict[str, Side], pairs: int, requests: int, levels: Sequence[int]
+) -> tuple[list[tuple[str, object]], dict[str, Any]]:
+    """Every mode at every concurrency; rows for the table, and all readings."""
+    rows: list[tuple[str, object]] = []
+    readings: dict[str, Any] = {}
+    with Progress() as progress:
+        task = progress.add_task("A B A B", total=2 * len(levels) * (pairs + 1) * 2)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4)) as session:
+            for (what, stream), concurrent in itertools.product((("whole", False), ("first token", True)), levels):
+                for side in sides.values():
+                    side.blocks, side.own_ms = [], []
+                for _, side in itertools.product(range(pairs + 1), sides.values()):
+                    await side.block(session, requests=requests, concurrent=concurrent, stream=stream)
+                    progress.advance(task)
+                label = f"{what}, {concurrent} concurrent"
+                rows += _rows(label, sides["gateway"], sides["engine"])
+                readings[label] = {name: side.blocks for name, side in sides.items()}
+    return rows, readings
+
+
+def _rows(label: str, a: Side, b: Side) -> list[tuple[str, object]]:
+    """One mode at one concurrency; the first pair warmed both sides up."""
+    a_blocks, b_blocks = a.blocks[1:], b.blocks[1:]
+    added = [percentile(x, 0.5) - percentile(y, 0.5) for x, y in zip(a_blocks, b_blocks, strict=True)]
+    a_all, b_all = list(itertools.chain(*a_blocks)), list(itertools.chain(*b_blocks))
+    own = a.own_ms[len(a.blocks[0]) :]
+    return [
+        (f"{label}: added at p50", Spread.of(added)),
+        (f"{label}: added at p99", f"{percentile(a_all, 0.99) - percentile(b_all, 0.99):.2f}"),
+        (f"{label}: p50 and p99 through the gateway", _two(a_all)),
+        (f"{label}: p50 and p99 straight to the engine", _two(b_all)),
+        (f"{label}: the gateway's own account, p50 and p99", _two(own)),
+    ]
+
+
+def _two(readings: Sequence[float]) -> str:
+    return f"{percentile(readings, 0.5):.2f}, {percentile(readings, 0.99):.2f}"
+
+
+async def _first_token(response: aiohttp.ClientResponse, start_s: float) -> tuple[float, dict[str, float] | None]:
+    """Seconds until the first text of a stream, and the timings in its last chunk; the rest is read and dropped."""
+    first_s, timings = None, None
+    async for line in response.content:
+        if not line.startswith(b"data: {"):
+            continue
+        chunk = json.loads(line[6:])
+        if "error" in chunk:
+            raise RuntimeError(f"a stream broke: {chunk['error']}")
+        timings = chunk.get("timings_ms", timings)
+        if first_s is None and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+            first_s = time.perf_counter() - start_s
+    if first_s is None:
+        raise RuntimeError("a stream without text cannot be timed")
+    return first_s, timings
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,207 @@
+"""What every engine must do for the gateway, held against vLLM with our plugin and against the fake that tests use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+
+from adapters.errors import MtaError
+from adapters.recipe import FusionRecipe, Method, Term
+from bank.manifest import read_manifest
+from bank.serving import ServingBank
+from server.engine_client import AdapterMissing, EngineClient, EngineRequest, open_session
+from server.errors import EngineFailed, InvalidRequest, Unavailable
+from server.health import Health
+from server.store_redis import RedisStore
+from tests.support.engine import KEY, running_engine
+from tests.support.fake_engine import FakeEngine, Knobs
+from tests.support.processes import wait_until
+from tests.support.valkey import ValkeyProcess, free_port
+
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An engine under test.
+
+    Attributes:
+        url: where it is.
+        bank: folder of the bank that it serves.
+        aborted: how many generations it has aborted so far.
+    """
+
+    url: str
+    bank: Path
+    aborted: Callable[[], float]
+
+    def recipe(self, **changes: Any) -> FusionRecipe:
+        """A recipe that it can serve, unless changes make it another."""
+        recipe = FusionRecipe(read_manifest(self.bank).short, Method.SHARED, True, (Term(0, 600), Term(3, 400)))
+        return replace(recipe, **changes)
+
+
+@pytest.fixture(scope="module", params=["fake", "vllm"])
+def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Subject]:
+    if request.param == "fake":
+        fake = FakeEngine(Knobs(banks=(read_manifest(tiny_bank_folder).fingerprint,), token_delay_s=0.001)).start()
+        yield Subject(fake.url, tiny_bank_folder, lambda: sum(seen.aborted for seen in fake.seen))
+        fake.stop()
+        return
+    with running_engine(tiny_bank_folder, tiny_model_folder) as engine:
+        yield Subject(engine.url, tiny_bank_folder, lambda: _aborted_by_vllm(engine.url))
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with open_session(timeout_s=60) as opened:
+        yield opened
+
+
+@pytest.fixture
+def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
+    return EngineClient(session, subject.url, KEY, "a salt")
+
+
+def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **sampling: Any) -> EngineRequest:
+    return EngineRequest(
+        request_id="gen-0123",
+        model=model,
+        messages=[{"role": "user", "content": text}],
+        sampling={"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **sampling},
+        prompt_param="prompt",
+    )
+
+
+async def answer(client: EngineClient, request: EngineRequest) -> str:
+    async with client.generate(request) as stream:
+        return "".join([text async for text in stream.texts()])
+
+
+async def refusal(client: EngineClient, request: EngineRequest, kind: type[MtaError]) -> Any:
+    with pytest.raises(kind) as caught:
+        await answer(client, request)
+    return caught.value
+
+
+async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: EngineClient, subject: Subject) -> None:
+    async with client.generate(ask(subject.recipe().name)) as stream:
+        pieces = [text async for text in stream.texts()]
+    assert all(pieces)
+    assert stream.first_token_s is not None
+    assert stream.first_token_s > stream.sent_s
+    assert (stream.finish_reason, stream.complete) == ("length", True)
+    assert stream.usage["completion_tokens"] == 8
+    assert stream.usage["total_tokens"] == stream.usage["prompt_tokens"] + 8
+
+
+async def test_greedy_answers_repeat_and_differ_between_recipes(client: EngineClient, subject: Subject) -> None:
+    one, other = subject.recipe().name, subject.recipe(terms=(Term(1, 1000),)).name
+    first = await answer(client, ask(one, max_tokens=24))
+    assert await answer(client, ask(one, max_tokens=24)) == first
+    assert await answer(client, ask(other, max_tokens=24)) != first
+    assert await answer(client, ask("base", max_tokens=24)) != first
+
+
+async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subject: Subject) -> None:
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": f"I am the {role} 🌊"} for role in roles]
+    assert await answer(client, replace(ask(subject.recipe().name), messages=messages))
+
+
+async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subject) -> None:
+    request = ask(subject.recipe().name, temperature=0.9, top_p=0.5, seed=7, stop=["never said"])
+    assert await answer(client, request) == await answer(client, request)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bank": "00000000"},
+        {"terms": (Term(99, 1000),)},
+        {"method": Method.CAT},
+        {"user_adapter": f"{'a' * 26}.{'a' * 26}"},
+    ],
+)
+async def test_a_recipe_that_it_cannot_serve_is_a_missing_adapter(
+    client: EngineClient, subject: Subject, changes: dict[str, Any]
+) -> None:
+    await refusal(client, ask(subject.recipe(**changes).name), AdapterMissing)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "mta1:nonsense", "mta1:00000000:shared:c+a03*0571", "../../etc"])
+async def test_a_name_that_is_no_recipe_is_a_missing_adapter(client: EngineClient, name: str) -> None:
+    await refusal(client, ask(name), AdapterMissing)
+
+
+@pytest.mark.parametrize("chars", [CONTEXT - 8, CONTEXT * 2, CONTEXT * 100])
+async def test_a_prompt_beyond_the_context_is_the_prompts_fault(
+    client: EngineClient, subject: Subject, chars: int
+) -> None:
+    error = await refusal(client, ask(subject.recipe().name, "x" * chars, max_tokens=9), InvalidRequest)
+    assert (error.param, error.code) == ("prompt", "context_length_exceeded")
+    assert str(CONTEXT) in error.message
+
+
+async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
+    for key in ("wrong", None):
+        stranger = EngineClient(session, subject.url, key, "a salt")
+        error = await refusal(stranger, ask("base"), EngineFailed)
+        assert error.code == "engine_key"
+
+
+async def test_leaving_early_aborts(client: EngineClient, subject: Subject) -> None:
+    before = subject.aborted()
+    async with client.generate(ask(subject.recipe().name, max_tokens=CONTEXT - 40)) as stream:
+        async for _ in stream.texts():
+            break
+    await asyncio.to_thread(wait_until, lambda: subject.aborted() > before, "the engine to abort")
+
+
+async def test_connections_are_kept(client: EngineClient, subject: Subject, session: aiohttp.ClientSession) -> None:
+    made = 0
+
+    async def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_end.append(count)
+    trace.freeze()
+    session.trace_configs.append(trace)
+    for _ in range(5):
+        await answer(client, ask("base", max_tokens=2))
+    assert made <= 1
+
+
+async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
+    nobody = EngineClient(session, f"http://127.0.0.1:{free_port()}", KEY, "a salt")
+    await refusal(nobody, ask("base"), Unavailable)
+
+
+async def test_its_status_is_understood(
+    subject: Subject, session: aiohttp.ClientSession, valkey: ValkeyProcess
+) -> None:
+    bank = ServingBank.open(subject.bank, read_manifest(subject.bank).embedder.id)
+    store = RedisStore(valkey.url)
+    states = {}
+    for key in (KEY, "wrong"):
+        health = Health(store, session, [subject.url], key, bank)
+        states[key] = (await health.probe()).engines[0]
+        assert health.context == (CONTEXT if key == KEY else None)
+    assert (states[KEY].status, states[KEY].banks) == ("ok", (bank.manifest.fingerprint,))
+    assert states["wrong"].status == "wrong_key"
+    await store.close()
+
+
+def _aborted_by_vllm(url: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    aborts = [line for line in lines if line.startswith("vllm:request_success_total") and '"abort"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in aborts)

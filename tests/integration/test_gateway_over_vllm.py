@@ -1,0 +1,98 @@
+"""The gateway over a real vLLM: from items to personal text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.settings import Settings
+from tests.support.engine import Engine, running_engine
+from tests.support.gateway import GatewayThread
+from tests.support.processes import wait_until
+from tests.support.tiny import world
+
+NewUser = Callable[[], str]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Engine]:
+    with running_engine(tiny_bank_folder, tiny_model_folder) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def client(gateway_settings: Settings, engine: Engine) -> Iterator[httpx.Client]:
+    settings = gateway_settings.model_copy(update={"engine_url": engine.url})
+    with GatewayThread(settings) as gateway, gateway.client() as client:
+        wait_until(lambda: client.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready")
+        yield client
+
+
+@pytest.fixture
+def ada(client: httpx.Client, new_user: NewUser) -> str:
+    user_id = new_user()
+    client.put(f"/users/{user_id}/profile", json={"items": [{"text": world(1)}]}).raise_for_status()
+    return user_id
+
+
+def generate(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
+    body = {"user_id": user_id, "prompt": "hello there", "max_tokens": 24, "temperature": 0}
+    return client.post("/generate", json=body | fields)
+
+
+def test_people_get_answers_of_their_own(client: httpx.Client, ada: str, new_user: NewUser) -> None:
+    bob = new_user()
+    client.put(f"/users/{bob}/profile", json={"items": [{"text": world(4)}]}).raise_for_status()
+    answers = {
+        "ada": generate(client, ada),
+        "bob": generate(client, bob),
+        "nobody": generate(client, new_user()),
+    }
+    texts = {name: response.raise_for_status().json()["text"] for name, response in answers.items()}
+    levels = {name: response.json()["personalization"]["level"] for name, response in answers.items()}
+    assert levels == {"ada": "merged", "bob": "merged", "nobody": "base"}
+    assert len(set(texts.values())) == 3
+    assert generate(client, ada).json()["text"] == texts["ada"]
+    assert generate(client, ada, personalize="none").json()["text"] == texts["nobody"]
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(client: httpx.Client, ada: str) -> None:
+    events = generate(client, ada, stream=True).text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [httpx.Response(200, text=event.removeprefix("data: ")).json() for event in events[:-2]]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    whole = generate(client, ada).json()
+    assert text == whole["text"]
+    assert chunks[-1]["usage"] == whole["usage"]
+
+
+def test_the_context_is_known_before_and_kept_by_the_engine(client: httpx.Client, ada: str) -> None:
+    asks_too_much = generate(client, ada, max_tokens=512)
+    says_too_much = generate(client, ada, prompt="x" * 600)
+    assert (asks_too_much.status_code, asks_too_much.json()["error"]["param"]) == (400, "max_tokens")
+    assert (says_too_much.status_code, says_too_much.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_aborted_in_the_engine(
+    client: httpx.Client, engine: Engine, ada: str, stream: bool
+) -> None:
+    before = _aborts(engine)
+    body = {"user_id": ada, "prompt": "x", "max_tokens": 450, "temperature": 1, "stream": stream}
+    with pytest.raises(httpx.ReadTimeout):
+        if stream:
+            with client.stream("POST", "/generate", json=body, timeout=httpx.Timeout(30, read=0.2)) as response:
+                next(response.iter_lines())
+                raise httpx.ReadTimeout("enough heard")
+        client.post("/generate", json=body, timeout=httpx.Timeout(30, read=0.2))
+    wait_until(lambda: _aborts(engine) > before, "the engine to abort")
+
+
+def _aborts(engine: Engine) -> float:
+    lines = engine.client.get("/metrics").text.splitlines()
+    aborts = [line for line in lines if line.startswith("vllm:request_success_total") and '"abort"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in aborts)
