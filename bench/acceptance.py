@@ -1,0 +1,203 @@
+"""What takes long or needs real histories, in one command: `make acceptance DATA=../shared/data`.
+
+Builds a bank of 12 anchors from the headline writers of `DATA` (kept, and gone on with when it was interrupted), then
+runs the other benchmarks against it, one after the other, each with its command printed before it. Ends in one table
+and `acceptance.json`; status 1 when a step fails or a target is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.report import processor
+from tests.support.up import up
+
+TASK = "news_headline"
+ANCHORS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What some rows of a benchmark's report must be.
+
+    Attributes:
+        row: how their labels begin; there must be at least one.
+        wanted: what they must be, for people.
+        met: judges a row's value.
+        binding: whether missing it fails the run; else it is an aim.
+    """
+
+    row: str
+    wanted: str
+    met: Callable[[Any], bool]
+    binding: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A row of a report beside its target."""
+
+    label: str
+    value: str
+    wanted: str
+    met: bool
+    binding: bool
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a step went."""
+
+    step: str
+    command: str
+    seconds: float
+    status: int
+    figures: list[Figure] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it ran through and met every binding target."""
+        return self.status == 0 and all(figure.met or not figure.binding for figure in self.figures)
+
+
+def _counts(value: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", value))
+
+
+AS_IT_SAYS = Target("", "as the script itself demands", lambda value: "not as it must be" not in str(value))
+ORACLE = (
+    *(
+        Target(f"{method}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
+        for method in ("shared", "cat", "linear")
+    ),
+)
+FUSE = (Target("merge over worker", "at least 5", lambda value: value["median"] >= 5),)
+SOAK = (
+    Target("answers", "all", lambda value: len(set(_counts(value))) == 1),
+    Target("stream still running", "yes", bool),
+    Target("of them not this recipe's own", "0", lambda value: value == 0),
+    Target("growth of", "at most 3 %", lambda value: value <= 3),
+    Target("names known", "at most 1024", lambda value: value <= 1024),
+    Target("/metrics, bytes", "no growth", lambda value: _counts(value)[-1] <= _counts(value)[-2]),
+)
+GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: value["median"] <= 3, binding=False),)
+
+
+class Run:
+    """Steps, one after the other, with what came of them.
+
+    Args:
+        out: folder of the reports.
+        console: where people look.
+    """
+
+    def __init__(self, out: Path, console: Console) -> None:
+        self.outcomes: list[Outcome] = []
+        self._out = out
+        self._console = console
+
+    def step(self, name: str, command: Iterable[object], targets: Iterable[Target] = (), key: str = "") -> bool:
+        """Run a command, with the engine's key where it needs one; a benchmark's report is judged by `targets`."""
+        argv = [str(part) for part in command]
+        report = self._out / f"{argv[1].partition('.')[2]}.json" if targets else None
+        if report:
+            report.unlink(missing_ok=True)
+            argv += ["--out", str(report)]
+        shown = shlex.join(["python", *argv])
+        self._console.rule(f"[bold]{name}[/bold]", align="left")
+        self._console.print(shown, style="dim", soft_wrap=True)
+        start_s = time.monotonic()
+        environment = os.environ | ({"MTA_ENGINE_KEY": key} if key else {})
+        status = subprocess.run([sys.executable, *argv], env=environment, check=False).returncode
+        outcome = Outcome(name, shown, time.monotonic() - start_s, status)
+        if report:
+            outcome.figures = judge(report, targets)
+        self.outcomes.append(outcome)
+        self._console.print(f"{name}: {outcome.seconds:.0f} s, exit status {status}")
+        return outcome.passed
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of the real histories.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Where bank and reports go.")] = Path("out/acceptance"),
+) -> None:
+    """Run everything; one table at the end."""
+    console = Console(highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    run, bank, users = Run(out, console), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
+    build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
+    if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build)):
+        with _served(bank, out / "data") as (gateway, engine, key):
+            serve = ("-m", "bench.serve_users", "--users", users, "--url", gateway, "--engine", engine)
+            run.step("users", serve, (AS_IT_SAYS,), key)
+            run.step("gateway", ("-m", "bench.gateway", "--gateway", gateway, "--engine", engine), GATEWAY, key)
+        run.step("oracle", ("-m", "bench.oracle", "--bank", bank, "--users", users), ORACLE)
+        run.step("fuse", ("-m", "bench.fuse", "--bank", bank), FUSE)
+        run.step("soak", ("-m", "bench.soak"), SOAK)
+    console.print(_table(run.outcomes))
+    passed = all(outcome.passed for outcome in run.outcomes)
+    content = {"machine": processor(), "passed": passed, "steps": [asdict(outcome) for outcome in run.outcomes]}
+    (out / "acceptance.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if not passed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _served(bank: Path, data: Path) -> Iterator[tuple[str, str, str]]:
+    """`mta up` over a bank: URL of the gateway, URL and key of the engine."""
+    key = secrets.token_urlsafe(16)
+    with up(data, "--bank", str(bank), environment={"MTA_ENGINE_KEY": key}) as server:
+        engine = re.search(r"engine +ready +(\S+)", server.process.output)
+        assert engine, server.process.output
+        yield server.url, f"http://{engine[1]}", key
+
+
+def judge(report: Path, targets: Iterable[Target]) -> list[Figure]:
+    """The rows that have a target; a target without a row is missed."""
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"] if report.exists() else {}
+    figures = []
+    for target in targets:
+        judged = {label: value for label, value in rows.items() if label.startswith(target.row)}
+        for label, value in judged.items():
+            shown = (
+                f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+                if isinstance(value, dict)
+                else value
+            )
+            figures.append(Figure(label, str(shown), target.wanted, target.met(value), target.binding))
+        if not judged:
+            figures.append(Figure(target.row, "no such row", target.wanted, met=False, binding=True))
+    return figures
+
+
+def _table(outcomes: Iterable[Outcome]) -> Table:
+    """Every step with its time and its figures."""
+    table = Table("step", "time", "figure", "value", "wanted", "", title="Acceptance", title_justify="left")
+    for outcome in outcomes:
+        verdict = "[green]passed[/green]" if outcome.passed else "[bold red]failed[/bold red]"
+        table.add_row(f"[bold]{outcome.step}[/bold]", f"{outcome.seconds:.0f} s", "", "", "", verdict)
+        for figure in outcome.figures:
+            mark = "" if figure.met else ("[bold red]missed[/bold red]" if figure.binding else "short of the aim")
+            table.add_row("", "", figure.label, figure.value, figure.wanted, mark)
+        table.add_section()
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
