@@ -10,6 +10,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.generation import Answer
 from server.personalizer import Level, Personalization
 
+_EXAMPLE = {
+    "id": "gen-1b0330fa255959863cff0464",
+    "text": "up early, straight to the water",
+    "finish_reason": "stop",
+    "usage": {"prompt_tokens": 17, "completion_tokens": 9, "total_tokens": 26},
+    "personalization": {
+        "level": "merged",
+        "recipe": "mta1:9f2c41d0:shared:c+a03*803+a17*197",
+        "source": "topic",
+        "anchors": [
+            {"id": "a03", "weight": 0.803, "similarity": 0.9142},
+            {"id": "a17", "weight": 0.197, "similarity": 0.2245},
+        ],
+        "reason": None,
+        "timings_ms": {"profile": 0.3, "recipe": 0.1, "engine_ttft": 41.7, "engine": 160.2, "total": 161.4},
+    },
+}
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -67,6 +85,8 @@ class Usage(_Answer):
 
 class GenerateAnswer(_Answer):
     """The text and who speaks in it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     id: str
     text: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from bank.serving import ServingBank
 from server.engine_client import bearer
 from server.errors import ApiError
 from server.store import Durability, ProfileStore
+
+log = logging.getLogger("mta.gateway")
 
 STATUS_PATH = "/mta/v1/status"
 PROBE_INTERVAL_S = 5.0
@@ -99,9 +102,12 @@ class Health:
         return self.last
 
     async def watch(self) -> None:
-        """Probe for ever."""
+        """Probe for ever; a fault of ours in one round does not end the watch."""
         while True:
-            await self.probe()
+            try:
+                await self.probe()
+            except Exception:
+                log.exception("looking at the parts failed")
             await asyncio.sleep(PROBE_INTERVAL_S)
 
     async def _ask_store(self) -> StoreState:

@@ -1,0 +1,46 @@
+"""Settings: where they come from, how faults are named, and what is never shown."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from adapters.errors import MtaError
+from server.cli import app
+from server.settings import Settings, load_settings
+
+
+def test_options_go_before_the_environment_and_none_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTA_PORT", "8100")
+    monkeypatch.setenv("MTA_TENANT", "acme")
+    settings = load_settings(port=8200, tenant=None)
+    assert (settings.port, settings.tenant) == (8200, "acme")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MTA_PORT", "http"), ("MTA_PORT", "70000"), ("MTA_PROFILE_ITEMS", "0"), ("MTA_DTYPE", "int4")],
+)
+def test_a_value_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(MtaError) as caught:
+        load_settings()
+    assert variable in str(caught.value)
+    assert value in str(caught.value)
+
+
+def test_every_engine_is_asked_by_itself() -> None:
+    assert Settings(engine_url="http://router:8001/").engines == ("http://router:8001",)
+    assert Settings(engine_urls=" http://a:1/, http://b:2 ,").engines == ("http://a:1", "http://b:2")
+
+
+def test_the_command_lists_all_settings_and_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTA_SECRET", "unmistakable-secret")
+    monkeypatch.setenv("MTA_ENGINE_KEY", "unmistakable-key")
+    monkeypatch.setenv("MTA_REDIS_URL", "redis://user:unmistakable-password@store:6379/0")
+    result = CliRunner().invoke(app, ["settings"])
+    assert result.exit_code == 0
+    for name in Settings.model_fields:
+        assert f"MTA_{name.upper()}" in result.output
+    assert "redis://user:***@store:6379/0" in result.output
+    assert "unmistakable" not in result.output
