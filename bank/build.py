@@ -65,6 +65,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
             f"{options.anchors} anchors were asked for and {len(candidates)} people have at least {MIN_ITEMS} items "
             "to train on: ask for fewer with --anchors, or give more people"
         )
+    progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     options = dataclasses.replace(options, dtype=resolve_dtype(options.dtype))
