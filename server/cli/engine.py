@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,6 @@ def engine(
     from server.engine_command import prepare_engine
     from server.settings import Settings
 
-    given = {"bank": bank, "model": model, "engine_host": host, "engine_port": port}
+    given: dict[str, Any] = {"bank": bank, "model": model, "engine_host": host, "engine_port": port}
     argv, environment = prepare_engine(Settings(**{k: v for k, v in given.items() if v is not None}))
     os.execve(argv[0], argv, environment)
