@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.generation import Answer
 from server.personalizer import Level, Personalization
 
-_EXAMPLE = {
+_EXAMPLE: dict[str, Any] = {
     "id": "gen-1b0330fa255959863cff0464",
     "text": "up early, straight to the water",
     "finish_reason": "stop",
@@ -168,7 +168,7 @@ class Chunks:
         }
 
     def first(self) -> dict[str, Any]:
-        """Says who speaks, before there is a token."""
+        """Says who speaks, before the first text."""
         block = who_speaks(self._answer.personalization) | {"timings_ms": self._answer.timings.ms}
         return self._chunk({"role": "assistant", "content": ""}) | {"personalization": block}
 

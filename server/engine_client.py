@@ -1,7 +1,8 @@
 """The way to the engine: OpenAI's chat completions over HTTP, always streamed.
 
 Streaming also serves clients that want one answer: the time of the first token is known, and closing the connection
-tells vLLM to abort. Every failure becomes one of our errors here and nowhere else.
+tells vLLM to abort. Usage in every chunk tells the prompt's length before anything is passed on. Every failure
+becomes one of our errors here and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -53,25 +54,37 @@ class EngineRequest:
     prompt_param: str
 
 
-@dataclass(slots=True)
 class EngineStream:
-    """An answer under way: iterate `texts`; the rest is known when it ends.
+    """An answer under way. Its first token is there; iterate `texts`, and the rest is known when that ends.
 
     Attributes:
-        chunks: the engine's bytes.
         sent_s: when the request left, by the performance counter.
-        first_token_s: when the first text came, or None before.
+        first_token_s: when the first token came.
+        prompt_tokens: length of the prompt; None when the engine does not tell before the end.
         finish_reason: OpenAI's, None before the end.
         usage: token counts as the engine gave them.
         complete: whether the engine has said all it had to say.
     """
 
-    chunks: ByteChunks
-    sent_s: float
-    first_token_s: float | None = None
-    finish_reason: str | None = None
-    usage: dict[str, int] = field(default_factory=dict)
-    complete: bool = False
+    def __init__(self, chunks: ByteChunks, sent_s: float) -> None:
+        self.sent_s = sent_s
+        self.first_token_s = sent_s
+        self.prompt_tokens: int | None = None
+        self.finish_reason: str | None = None
+        self.usage: dict[str, int] = {}
+        self.complete = False
+        self._pieces = self._read(chunks)
+        self._first = ""
+
+    async def begin(self) -> None:
+        """Wait for the first token.
+
+        Raises:
+            EngineFailed: when the engine breaks off before, or sends what is no answer.
+        """
+        self._first = await anext(self._pieces, "")
+        self.first_token_s = time.perf_counter()
+        self.prompt_tokens = self.usage.get("prompt_tokens")
 
     async def texts(self) -> AsyncIterator[str]:
         """The pieces of text, none empty.
@@ -79,12 +92,17 @@ class EngineStream:
         Raises:
             EngineFailed: when the engine breaks off or sends what is no answer.
         """
+        if self._first:
+            yield self._first
+        async for text in self._pieces:
+            if text:
+                yield text
+
+    async def _read(self, chunks: ByteChunks) -> AsyncGenerator[str, None]:
+        """The text of every chunk, often empty."""
         try:
-            async for chunk in events(self.chunks):
-                text = self._take(chunk)
-                if text:
-                    self.first_token_s = self.first_token_s or time.perf_counter()
-                    yield text
+            async for chunk in events(chunks):
+                yield self._take(chunk)
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError, EOFError) as error:
@@ -100,8 +118,7 @@ class EngineStream:
             raise EngineFailed(f"the engine failed in the middle of the answer: {excerpt(chunk['error'], 300)}")
         usage = chunk.get("usage")
         if usage:
-            names = ("prompt_tokens", "completion_tokens", "total_tokens")
-            self.usage = {name: int(usage[name]) for name in names}
+            self.usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
         if not chunk["choices"]:
             return ""
         choice = chunk["choices"][0]
@@ -127,7 +144,7 @@ class EngineClient:
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
-        """Start a generation; leaving the context before its end aborts it in the engine.
+        """Start a generation and wait for its first token; leaving the context before its end aborts it in the engine.
 
         Raises:
             AdapterMissing: when the engine has no such model.
@@ -141,6 +158,7 @@ class EngineClient:
             if response.status != 200:
                 raise await _refusal(response, request)
             stream = EngineStream(response.content, sent_s)
+            await stream.begin()
             yield stream
             if stream.complete:
                 await _drain(response)
@@ -153,7 +171,7 @@ class EngineClient:
             "messages": request.messages,
             **request.sampling,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "cache_salt": self._cache_salt,
         }
         headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": request.model}

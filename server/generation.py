@@ -37,8 +37,6 @@ class Answer:
     async def texts(self) -> AsyncIterator[str]:
         """The pieces of text; see `EngineStream.texts`."""
         async for text in self.stream.texts():
-            if self.stream.first_token_s and "engine_ttft" not in self.timings.ms:
-                self.timings.record("engine_ttft", self.stream.sent_s, self.stream.first_token_s)
             yield text
         self.timings.record("engine", self.stream.sent_s)
         self.timings.finish()
@@ -53,8 +51,13 @@ class Generator:
         self._metrics = metrics
 
     @asynccontextmanager
-    async def answer(self, request: GenerateRequest, timings: Timings) -> AsyncIterator[Answer]:
-        """Start an answer; leaving the context before its end aborts it in the engine.
+    async def answer(self, request: GenerateRequest, timings: Timings, context: int | None) -> AsyncIterator[Answer]:
+        """Start an answer and wait for its first token; leaving before its end aborts it in the engine.
+
+        Args:
+            request: within the limits that are known before (`check_limits`).
+            timings: gets every stage up to the first token, and the rest from `Answer.texts`.
+            context: the engine's, in tokens; None while no engine has told.
 
         Raises:
             ApiError: whatever keeps the answer from starting.
@@ -63,6 +66,8 @@ class Generator:
         personalization = await self._personalizer.resolve(request.user_id, request.personalize, timings)
         async with AsyncExitStack() as stack:
             personalization, stream = await self._open(stack, request, request_id, personalization)
+            _check_room(request, stream.prompt_tokens, context)
+            timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
             yield Answer(request_id, personalization, stream, timings)
 
     async def _open(
@@ -116,3 +121,15 @@ def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int |
             param="max_tokens",
             code="context_length_exceeded",
         )
+
+
+def _check_room(request: GenerateRequest, prompt_tokens: int | None, context: int | None) -> None:
+    """Refuse `max_tokens` beyond what the prompt leaves; vLLM would silently generate fewer."""
+    if prompt_tokens is None or context is None or prompt_tokens + request.max_tokens <= context:
+        return
+    raise InvalidRequest(
+        f"max_tokens {request.max_tokens} is beyond what the prompt leaves: it has {prompt_tokens} tokens and the "
+        f"model's context {context}. Ask for {context - prompt_tokens} at most",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )

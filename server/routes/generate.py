@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 import orjson
@@ -64,9 +65,12 @@ class _Generation(Response):
             scope["state"]["gone"] = True
             self._parts.metrics.disconnects.inc()
 
+    def _started(self, timings: Timings) -> AbstractAsyncContextManager[Answer]:
+        return self._parts.generator.answer(self._request, timings, self._parts.health.context)
+
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         timings = Timings(scope["state"]["started_s"])
-        async with self._parts.generator.answer(self._request, timings) as answer:
+        async with self._started(timings) as answer:
             _note(scope, answer)
             text = "".join([piece async for piece in answer.texts()])
         self._parts.metrics.observe(timings.ms)
@@ -76,7 +80,7 @@ class _Generation(Response):
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         timings = Timings(scope["state"]["started_s"])
-        async with self._parts.generator.answer(self._request, timings) as answer:
+        async with self._started(timings) as answer:
             _note(scope, answer)
             headers = {"Server-Timing": timings.header(), "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             head = Response(headers=headers, media_type="text/event-stream").raw_headers

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 import pytest
 
 from adapters.errors import MtaError
@@ -20,7 +19,7 @@ from server.engine_client import AdapterMissing, EngineClient, EngineRequest, op
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.health import Health
 from server.store_redis import RedisStore
-from tests.support.engine import KEY, running_engine
+from tests.support.engine import KEY, Engine, running_engine
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.processes import wait_until
 from tests.support.valkey import ValkeyProcess, free_port
@@ -35,12 +34,14 @@ class Subject:
     Attributes:
         url: where it is.
         bank: folder of the bank that it serves.
-        aborted: how many generations it has aborted so far.
+        generated: how many tokens it has generated so far.
+        idle: whether it generates nothing now.
     """
 
     url: str
     bank: Path
-    aborted: Callable[[], float]
+    generated: Callable[[], float]
+    idle: Callable[[], bool]
 
     def recipe(self, **changes: Any) -> FusionRecipe:
         """A recipe that it can serve, unless changes make it another."""
@@ -51,12 +52,22 @@ class Subject:
 @pytest.fixture(scope="module", params=["fake", "vllm"])
 def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Subject]:
     if request.param == "fake":
-        fake = FakeEngine(Knobs(banks=(read_manifest(tiny_bank_folder).fingerprint,), token_delay_s=0.001)).start()
-        yield Subject(fake.url, tiny_bank_folder, lambda: sum(seen.aborted for seen in fake.seen))
+        fake = FakeEngine(Knobs(banks=(read_manifest(tiny_bank_folder).fingerprint,), token_delay_s=0.002)).start()
+        yield Subject(
+            fake.url,
+            tiny_bank_folder,
+            generated=lambda: sum(seen.tokens for seen in fake.seen),
+            idle=lambda: all(seen.aborted or seen.ended for seen in fake.seen),
+        )
         fake.stop()
         return
     with running_engine(tiny_bank_folder, tiny_model_folder) as engine:
-        yield Subject(engine.url, tiny_bank_folder, lambda: _aborted_by_vllm(engine.url))
+        yield Subject(
+            engine.url,
+            tiny_bank_folder,
+            generated=lambda: _metric(engine, "vllm:generation_tokens_total"),
+            idle=lambda: _metric(engine, "vllm:num_requests_running") == 0,
+        )
 
 
 @pytest.fixture
@@ -95,8 +106,8 @@ async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: 
     async with client.generate(ask(subject.recipe().name)) as stream:
         pieces = [text async for text in stream.texts()]
     assert all(pieces)
-    assert stream.first_token_s is not None
     assert stream.first_token_s > stream.sent_s
+    assert stream.prompt_tokens == stream.usage["prompt_tokens"]
     assert (stream.finish_reason, stream.complete) == ("length", True)
     assert stream.usage["completion_tokens"] == 8
     assert stream.usage["total_tokens"] == stream.usage["prompt_tokens"] + 8
@@ -113,7 +124,11 @@ async def test_greedy_answers_repeat_and_differ_between_recipes(client: EngineCl
 async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subject: Subject) -> None:
     roles = ("system", "user", "assistant", "user")
     messages = [{"role": role, "content": f"I am the {role} 🌊"} for role in roles]
-    assert await answer(client, replace(ask(subject.recipe().name), messages=messages))
+    async with client.generate(replace(ask(subject.recipe().name), messages=messages)) as stream:
+        async for _ in stream.texts():
+            pass
+    assert stream.usage["completion_tokens"] == 8
+    assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1
 
 
 async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subject) -> None:
@@ -141,13 +156,21 @@ async def test_a_name_that_is_no_recipe_is_a_missing_adapter(client: EngineClien
     await refusal(client, ask(name), AdapterMissing)
 
 
-@pytest.mark.parametrize("chars", [CONTEXT - 8, CONTEXT * 2, CONTEXT * 100])
+@pytest.mark.parametrize("chars", [CONTEXT + 1, CONTEXT * 2, CONTEXT * 100])
 async def test_a_prompt_beyond_the_context_is_the_prompts_fault(
     client: EngineClient, subject: Subject, chars: int
 ) -> None:
-    error = await refusal(client, ask(subject.recipe().name, "x" * chars, max_tokens=9), InvalidRequest)
+    error = await refusal(client, ask(subject.recipe().name, "x" * chars), InvalidRequest)
     assert (error.param, error.code) == ("prompt", "context_length_exceeded")
     assert str(CONTEXT) in error.message
+
+
+async def test_the_prompts_length_is_known_at_the_first_token_even_if_the_answer_will_be_cut_short(
+    client: EngineClient, subject: Subject
+) -> None:
+    async with client.generate(ask(subject.recipe().name, "x" * (CONTEXT - 40), max_tokens=400)) as stream:
+        assert stream.prompt_tokens is not None
+        assert CONTEXT - 40 <= stream.prompt_tokens < CONTEXT
 
 
 async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
@@ -158,11 +181,12 @@ async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aioh
 
 
 async def test_leaving_early_aborts(client: EngineClient, subject: Subject) -> None:
-    before = subject.aborted()
+    before = subject.generated()
     async with client.generate(ask(subject.recipe().name, max_tokens=CONTEXT - 40)) as stream:
         async for _ in stream.texts():
             break
-    await asyncio.to_thread(wait_until, lambda: subject.aborted() > before, "the engine to abort")
+    await asyncio.to_thread(wait_until, subject.idle, "the engine to stop")
+    assert 0 < subject.generated() - before < CONTEXT - 40
 
 
 async def test_connections_are_kept(client: EngineClient, subject: Subject, session: aiohttp.ClientSession) -> None:
@@ -201,7 +225,6 @@ async def test_its_status_is_understood(
     await store.close()
 
 
-def _aborted_by_vllm(url: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    aborts = [line for line in lines if line.startswith("vllm:request_success_total") and '"abort"' in line]
-    return sum(float(line.rpartition(" ")[2]) for line in aborts)
+def _metric(engine: Engine, name: str) -> float:
+    lines = engine.client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))

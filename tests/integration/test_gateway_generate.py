@@ -105,7 +105,7 @@ def test_what_the_engine_is_sent(client: httpx.Client, ada: str, fake_engine: Fa
         **sampling,
         "stop": ["END"],
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "cache_salt": keys.cache_salt,
     }
     assert seen.headers["X-Session-ID"] == seen.body["model"]
@@ -147,13 +147,13 @@ def test_a_stream_says_who_speaks_first_and_ends_with_usage_timings_and_done(cli
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     without_timings = {name: value for name, value in whole["personalization"].items() if name != "timings_ms"}
     assert first["personalization"].items() >= without_timings.items()
-    assert list(first["personalization"]["timings_ms"]) == ["profile", "recipe"]
+    assert list(first["personalization"]["timings_ms"]) == ["profile", "recipe", "engine_ttft"]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert last["usage"] == whole["usage"]
     assert list(last["timings_ms"]) == ["profile", "recipe", "engine_ttft", "engine", "total"]
     assert text_of(chunks) == whole["text"]
     named = {part.partition(";")[0] for part in response.headers["Server-Timing"].split(", ")}
-    assert named == {"profile", "recipe"}
+    assert named == {"profile", "recipe", "engine_ttft"}
 
 
 def test_tokens_are_passed_on_while_the_engine_still_speaks(
@@ -166,6 +166,21 @@ def test_tokens_are_passed_on_while_the_engine_still_speaks(
             if "content" in line and '"content":""' not in line:
                 break
         assert fake_engine.seen[-1].tokens < 40
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_than_the_prompt_leaves_is_refused_and_never_cut_short(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool
+) -> None:
+    client.get("/ready").raise_for_status()  # the engine's context of 512 is known from here on
+    prompt = "x" * 500
+    assert generate(client, ada, prompt=prompt, max_tokens=12, stream=stream).status_code == 200
+    fake_engine.knobs.token_delay_s = 0.05
+    refused = generate(client, ada, prompt=prompt, max_tokens=13, stream=stream)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "max_tokens", "context_length_exceeded")
+    assert "12 at most" in error["message"]
+    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
 
 
 class TestFallback:
@@ -221,6 +236,16 @@ class TestBrokenEngine:
         assert set(last["error"]) == {"message", "type", "param", "code"}
         assert "[DONE]" not in chunks
 
+    @pytest.mark.parametrize("knobs", [{"die_after": 0}, {"fail_after": 0}])
+    def test_a_stream_that_never_began_is_an_error_like_any_other(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any]
+    ) -> None:
+        for name, value in knobs.items():
+            setattr(fake_engine.knobs, name, value)
+        response = generate(client, ada, stream=True)
+        assert response.status_code == 502
+        assert response.json()["error"]["type"] == "engine_error"
+
     @pytest.mark.parametrize("knobs", [{"die_after": 2}, {"fail_after": 0}, {"garbage": b"data: 7\n\n"}])
     def test_a_whole_answer_becomes_an_error(
         self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any]
@@ -260,9 +285,9 @@ class TestBrokenEngine:
             GatewayThread(gateway_settings.model_copy(update={"engine_timeout_s": 0.3})) as impatient,
             impatient.client() as client,
         ):
-            response = generate(client, new_user())
-            assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_timeout")
-            assert chunks_of(generate(client, new_user(), stream=True))[-1]["error"]["code"] == "engine_timeout"
+            for stream in (False, True):
+                response = generate(client, new_user(), stream=stream)
+                assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_timeout")
 
 
 class TestDisconnect:

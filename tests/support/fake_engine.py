@@ -58,12 +58,13 @@ class Knobs:
 
 @dataclass(slots=True)
 class Seen:
-    """One generation request as it arrived, and whether its client left before the end."""
+    """One generation request as it arrived, and whether it came to its end or its client left before."""
 
     body: dict[str, Any]
     headers: dict[str, str]
     peer_port: int
     aborted: bool = False
+    ended: bool = False
     tokens: int = 0
 
 
@@ -160,13 +161,13 @@ class FakeEngine:
         seen = Seen(body, dict(request.headers), request.transport.get_extra_info("peername")[1])
         self.seen.append(seen)
         refusal = self._refusal(body)
-        if refusal:
-            return refusal
         try:
-            return await (self._stream if body.get("stream") else self._whole)(request, seen)
+            answer = refusal or await (self._stream if body.get("stream") else self._whole)(request, seen)
         except (asyncio.CancelledError, ConnectionError):
             seen.aborted = True
             raise
+        seen.ended = True
+        return answer
 
     def _refusal(self, body: dict[str, Any]) -> web.Response | None:
         knobs, model = self.knobs, body["model"]
@@ -175,11 +176,11 @@ class FakeEngine:
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return _error(404, f"The model `{model}` does not exist.", "model")
         prompt = _prompt_tokens(body)
-        if prompt + body["max_tokens"] > knobs.context:
+        if prompt > knobs.context:
             return _error(
                 400,
-                f"This model's maximum context length is {knobs.context} tokens. However, you requested "
-                f"{body['max_tokens']} output tokens and your prompt contains {prompt} input tokens.",
+                f"This model's maximum context length is {knobs.context} tokens. However, your prompt contains "
+                f"{prompt} input tokens.",
                 "input_tokens",
             )
         return None
@@ -193,7 +194,7 @@ class FakeEngine:
         return known and recipe.method is self.knobs.method and recipe.bank in {bank[:8] for bank in self.knobs.banks}
 
     async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
-        words = _words(seen.body)
+        words = _words(seen.body, self.knobs.context)
         for _ in words:
             await asyncio.sleep(self.knobs.token_delay_s)
             seen.tokens += 1
@@ -202,10 +203,11 @@ class FakeEngine:
         return web.json_response({"object": "chat.completion", "choices": [choice], "usage": _usage(seen)})
 
     async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
+        options = seen.body.get("stream_options") or {}
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        await response.write(_chunk({"role": "assistant", "content": ""}))
-        for word in _words(seen.body):
+        usage: dict[str, Any] = {"usage": _usage(seen)} if options.get("continuous_usage_stats") else {}
+        for word in _words(seen.body, self.knobs.context):
             if seen.tokens == self.knobs.die_after:
                 assert request.transport
                 request.transport.abort()
@@ -214,11 +216,13 @@ class FakeEngine:
                 await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
                 return response
             await asyncio.sleep(self.knobs.token_delay_s)
-            await response.write(self.knobs.garbage or _chunk({"content": word}))
+            if not seen.tokens:  # vLLM opens the answer with its first token
+                await response.write(_chunk({"role": "assistant", "content": ""}, **usage))
+            await response.write(self.knobs.garbage or _chunk({"content": word}, **usage))
             seen.tokens += 1
-        await response.write(_chunk({}, "length"))
-        usage = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(seen)}
-        await response.write(b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
+        await response.write(_chunk({}, "length", **usage))
+        last = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(seen)}
+        await response.write(b"data: " + json.dumps(last).encode() + b"\n\ndata: [DONE]\n\n")
         return response
 
 
@@ -240,14 +244,17 @@ def _usage(seen: Seen) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": seen.tokens, "total_tokens": prompt + seen.tokens}
 
 
-def _words(body: dict[str, Any]) -> list[str]:
+def _words(body: dict[str, Any], context: int) -> list[str]:
+    """The answer, cut to what the context leaves, as vLLM cuts it: without a word."""
+    length = min(body["max_tokens"], context - _prompt_tokens(body))
     digest = hashlib.sha256(f"{body['model']}\0{body['messages'][-1]['content']}".encode()).digest()
-    return [f"{WORDS[digest[i % 32] % len(WORDS)]} " for i in range(body["max_tokens"])]
+    return [f"{WORDS[digest[i % 32] % len(WORDS)]} " for i in range(length)]
 
 
-def _chunk(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+def _chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    return b"data: " + json.dumps({"object": "chat.completion.chunk", "choices": [choice]}).encode() + b"\n\n"
+    chunk = {"object": "chat.completion.chunk", "choices": [choice], **more}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
 def main() -> None:
