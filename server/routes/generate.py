@@ -73,10 +73,10 @@ class _Generation(Response):
         async with self._started(timings) as answer:
             _note(scope, answer)
             text = "".join([piece async for piece in answer.texts()])
-        self._parts.metrics.observe(timings.ms)
-        content = orjson.dumps(whole(answer, text))
-        headers = {"Server-Timing": timings.header()}
-        await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
+            self._parts.metrics.observe(timings.ms)
+            content = orjson.dumps(whole(answer, text))
+            headers = {"Server-Timing": timings.header()}
+            await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         timings = Timings(scope["state"]["started_s"])
