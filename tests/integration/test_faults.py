@@ -20,22 +20,23 @@ from tests.support.processes import alive, children, command_line, descendants, 
 from tests.support.up import Up, up
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
-LONG = {"user_id": "ada", "prompt": "Hello", "max_tokens": 450, "stream": True}
+CONTEXT = 16_384
+LONG = {"user_id": "ada", "prompt": "Hello", "max_tokens": CONTEXT - 100, "temperature": 0, "stream": True}
 SHORT = {"user_id": "ada", "prompt": "Hello", "max_tokens": 2}
 RESTART_S = 240.0
 WRITES = 500
 
 
 @pytest.fixture(scope="module")
-def machine(
-    tmp_path_factory: pytest.TempPathFactory, tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path
-) -> Iterator[Up]:
-    """`mta up` with all three parts real, on the tiny model; ada has a profile. Tests leave it ready."""
-    with up(
-        tmp_path_factory.mktemp("machine") / "data",
-        *("--bank", str(tiny_bank_folder), "--model", str(tiny_model_folder), "--dtype", "float32"),
-        environment={"MTA_EMBEDDER": str(embedder_folder)},
-    ) as started:
+def machine(tmp_path_factory: pytest.TempPathFactory, embedder_folder: Path) -> Iterator[Up]:
+    """`mta up` with all three parts real, on a tiny model that can go on for long. Tests leave it ready."""
+    from tests.support.tiny import tiny_bank, tiny_model
+
+    folder = tmp_path_factory.mktemp("machine")
+    model = tiny_model(folder / "model", context=CONTEXT)
+    bank = tiny_bank(folder / "bank", model, embedder_folder, anchors=6)
+    options = ("--bank", str(bank), "--model", str(model), "--dtype", "float32")
+    with up(folder / "data", *options, environment={"MTA_EMBEDDER": str(embedder_folder)}) as started:
         with started.client() as client:
             client.put("/users/ada/profile", json=PROFILE).raise_for_status()
         yield started
@@ -59,13 +60,14 @@ def test_an_engine_killed_in_mid_stream_is_an_error_event_then_503_then_back(
     machine: Up, victim: Callable[[Up], int]
 ) -> None:
     gateway, restarts = machine.part("gateway"), machine.process.output.count("engine   ready")
+    family, doomed = descendants(_server(machine)), victim(machine)
     with machine.client() as client:
         with client.stream("POST", "/generate", json=LONG) as response:
             lines = response.iter_lines()
             assert "personalization" in next(lines)
-            family = descendants(_server(machine))
-            os.kill(victim(machine), signal.SIGKILL)
+            os.kill(doomed, signal.SIGKILL)
             events = [line.removeprefix("data: ") for line in lines if line]
+        assert "[DONE]" not in events
         assert "error" in json.loads(events[-1])
         wait_until(lambda: client.get("/ready").status_code == 503, "/ready to turn 503")
         refused = client.post("/generate", json=SHORT)
