@@ -19,12 +19,13 @@ from rich.text import Text
 from deploy.demo.bank import OUT, build_bank
 from deploy.demo.children import DemoError, run_mta
 from deploy.demo.client import Answer, Api
-from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, anchors
+from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person, anchors
 from deploy.demo.report import answers_table, curl_lines
 from deploy.demo.server import Server, running_server
 
 SHOWN_QUESTIONS = QUESTIONS[:2]
 _PLAIN_WIDTH = 100
+_EXCERPT_CHARS = 44
 
 
 class Teller:
@@ -82,7 +83,7 @@ def _run(console: Console, out: Path, data: Path) -> None:
         with teller.step("Three people who are no anchors, by a few lines of their writing"):
             for person in PEOPLE:
                 server.api.put_profile(person.user_id, person.lines)
-                teller.line(f"PUT /users/{person.user_id}/profile   “{person.lines[-1].splitlines()[0]} …”")
+                teller.line(f"PUT /users/{person.user_id}/profile: {len(person.lines)} lines, {_excerpt(person)}")
         with teller.step("POST /generate: the same questions, as nobody and as each of them"):
             answers = _ask_all(server.api)
         console.print(answers_table(SHOWN_QUESTIONS, answers, _looks()))
@@ -94,6 +95,11 @@ def _ask_all(api: Api) -> dict[tuple[str, str], Answer]:
     api.ask(NOBODY, QUESTIONS[-1])  # the first request of all warms the engine up, and would spoil the times
     askers = [NOBODY, *(person.user_id for person in PEOPLE)]
     return {(question, user_id): api.ask(user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
+
+
+def _excerpt(person: Person) -> str:
+    """The start of what a person has written, on one line."""
+    return f"“{' '.join(person.lines[0].split())[:_EXCERPT_CHARS]}…”"
 
 
 def _looks() -> dict[str, str]:

@@ -23,12 +23,14 @@ class Answer:
 
     Attributes:
         text: the answer.
+        cut: whether it was longer than was asked for.
         level: `base` or `merged`.
         anchors: (id, weight) of those who spoke, nearest first.
         ttft_ms: from sending the request until its first token was here.
     """
 
     text: str
+    cut: bool
     level: str
     anchors: tuple[tuple[str, float], ...]
     ttft_ms: float
@@ -70,18 +72,20 @@ class Api:
         first_token_s = None
         pieces: list[str] = []
         speaker: dict[str, Any] = {}
+        finish_reason = None
         with self._send("POST", "/generate", body) as response:
             for chunk in _events(response):
                 if "error" in chunk:
                     raise DemoError(f"the answer to {user_id} broke off: {chunk['error']['message']}")
                 speaker = chunk.get("personalization", speaker)
-                piece = chunk["choices"][0]["delta"].get("content")
-                if piece:
+                choice = chunk["choices"][0]
+                finish_reason = choice["finish_reason"]
+                if piece := choice["delta"].get("content"):
                     first_token_s = first_token_s or time.perf_counter()
                     pieces.append(piece)
         ttft_ms = ((first_token_s or time.perf_counter()) - sent_s) * 1000
         anchors = tuple((anchor["id"], anchor["weight"]) for anchor in speaker["anchors"])
-        return Answer("".join(pieces).strip(), speaker["level"], anchors, ttft_ms)
+        return Answer("".join(pieces).strip(), finish_reason == "length", speaker["level"], anchors, ttft_ms)
 
     def _send(self, method: str, path: str, body: object = None) -> HTTPResponse:
         data = None if body is None else json.dumps(body).encode()

@@ -12,7 +12,8 @@ from typing import Any
 from deploy.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 
 WORLDS_FILE = Path(__file__).with_name("worlds.toml")
-NOBODY = "somebody-new"
+NOBODY = "nobody"
+"""A user id that the server has never heard of."""
 
 QUESTIONS = (
     "How do I make new friends in a new city?",

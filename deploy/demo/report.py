@@ -26,19 +26,24 @@ def answers_table(
         people: user id → what to look for in their answers.
     """
     table = Table(
-        box=box.ROUNDED, title="The same questions, asked by different people", title_justify="left", leading=1
+        box=box.ROUNDED,
+        title="The same questions, asked by different people",
+        title_justify="left",
+        caption="Anchors: those in the bank whose adapters were merged for the answer, with their weights.",
+        caption_justify="left",
     )
     table.add_column("Asked by", max_width=20)
     table.add_column("Answer", ratio=1)
     table.add_column("Anchors", no_wrap=True)
     table.add_column("First token", justify="right", no_wrap=True)
     for question in questions:
-        table.add_row("", Text(question, style="bold"), "", "")
+        table.add_row("", Text(question, style="bold"))
         for user_id, look_for in people.items():
             answer = answers[question, user_id]
-            who = Text(user_id, style="bold cyan").append(f"\n{look_for}", style="not bold dim")
-            anchors = "\n".join(f"{name} {weight:.0%}" for name, weight in answer.anchors) or "none"
-            table.add_row(who, Text(answer.text), anchors, f"{answer.ttft_ms:.0f} ms")
+            who = Text("\n").append(user_id, "bold cyan").append(f"\n{look_for}", "dim")
+            text = Text(f"\n{answer.text}").append(" …" if answer.cut else "", "dim")
+            anchors = "\n".join(f"{name} {weight:.3f}" for name, weight in answer.anchors) or "none"
+            table.add_row(who, text, f"\n{anchors}", f"\n{answer.ttft_ms:.0f} ms")
         table.add_section()
     return table
 
