@@ -49,8 +49,8 @@ class BuildOptions:
     target_modules: tuple[str, ...] | None = None
     k: int = 2
     strength: float = 1.0
-    steps: int = 28
-    common_steps: int = 60
+    steps: int = 24
+    common_steps: int = 48
     epochs: float | None = None
     batch_size: int = 8
     common_batch_size: int = 16
