@@ -8,7 +8,8 @@ and the page cache holds them once however many workers run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from adapters.errors import FusionError
 from adapters.layout import RowLayout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: `frozen_a` is kept once made
 class MetaMatrix:
     """An open matrix.
 
@@ -59,6 +60,24 @@ class MetaMatrix:
         if shared_a is not None and shared_a.numel() != layout.a_numbers:
             raise FusionError(f"{path}: shared_a has {shared_a.numel()} numbers, the layout says {layout.a_numbers}")
         return cls(layout, rows, anchors, common, shared_a)
+
+    @cached_property
+    def frozen_a(self) -> dict[str, torch.Tensor]:
+        """The one A of a `shared` bank by module, each [R, H_in], views of `shared_a`.
+
+        Raises:
+            FusionError: when every row of this bank has an A of its own.
+        """
+        if self.shared_a is None:
+            raise FusionError("method `shared` needs a bank with one frozen A")
+        return {m.name: self.shared_a[at].view(self.layout.rank, m.h_in) for m, at in self.layout.a_slices()}
+
+    def prepared(self, dtype: torch.dtype, *, pin_memory: bool = False) -> MetaMatrix:
+        """The same matrix for many fusions to `dtype`: the frozen A, part of each, is converted here once."""
+        if self.shared_a is None:
+            return self
+        shared_a = self.shared_a.to(dtype)
+        return replace(self, shared_a=shared_a.pin_memory() if pin_memory else shared_a)
 
     def row(self, anchor: int) -> torch.Tensor:
         """The row [D] of an anchor, bf16, a view of the mapped file."""

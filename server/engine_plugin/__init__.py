@@ -5,7 +5,8 @@ API process     endpoint.py    wires the plugin in and adds the private route `/
                 names.py       gives recipes their engine ids, bounded in number
                 metrics.py     adapter gauges with a fixed set of labels
 every worker    plugin.py      puts our adapter manager in the place of vLLM's
-                manager.py     fuses a recipe into a LoRA slot
+                manager.py     fuses a recipe, and decides what stays
+                slots.py       writes fused adapters into vLLM's slots
                 worker.py      calls the API process makes on the workers
 both            banks.py       the banks this engine serves
 """

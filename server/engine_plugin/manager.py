@@ -8,7 +8,6 @@ batch uses. And an id that holds another recipe than the request says is never u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,20 +25,16 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
 from bank.errors import BankError
 from server.engine_plugin.banks import is_recipe_name, open_matrices
+from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
-
-
-class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """vLLM's in-memory adapter, with the recipe it was fused from."""
-
-    recipe: str
 
 
 class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     """Fuses recipes into slots; other adapters take vLLM's own way."""
 
+    _manager_cls = FusedSlots
     _matrices: Mapping[str, MetaMatrix]
-    _vllm_names: Mapping[str, str]
+    _vllm_names: Mapping[str, Mapping[str, str]]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
@@ -48,15 +43,14 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             BankError: when a bank is damaged, or made for a model with other modules.
         """
         wrapped = super().create_lora_manager(model, vllm_config)
-        dtype = self.lora_config.lora_dtype
-        # One frozen A serves every recipe of a shared bank: convert it once, not at each fusion.
+        self._pinned = PIN_MEMORY and self.device.type != "cpu"  # pinned pages are what a GPU's slots copy from fast
         self._matrices = {
-            short: matrix if matrix.shared_a is None else replace(matrix, shared_a=matrix.shared_a.to(dtype))
+            short: matrix.prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
             for short, matrix in open_matrices(Settings()).items()
         }
-        self._vllm_names = {}
-        for short, matrix in self._matrices.items():
-            self._vllm_names |= self._match_modules(short, matrix.layout)
+        self._vllm_names = {
+            short: self._match_modules(short, matrix.layout) for short, matrix in self._matrices.items()
+        }
         return wrapped
 
     def _match_modules(self, short: str, layout: RowLayout) -> dict[str, str]:
@@ -82,16 +76,14 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         if not is_recipe_name(lora_request.lora_name):
             return super()._load_adapter(lora_request)
         recipe = parse_recipe(lora_request.lora_name)
-        fused = fuse(self._matrices[recipe.bank], recipe, self.lora_config.lora_dtype)
-        pin = PIN_MEMORY and self.device.type != "cpu"
+        matrix = self._matrices[recipe.bank]
+        fused = fuse(matrix, recipe, self.lora_config.lora_dtype, pin_memory=self._pinned)
         layers = {}
-        for module, a in fused.a.items():
-            b, name = fused.b[module], self._vllm_names[module]
-            if pin:
-                a, b = a.pin_memory(), b.pin_memory()  # noqa: PLW2901  # pinned pages are what the slots copy from
-            layers[name] = LoRALayerWeights(name, fused.rank, fused.rank, a, b)
+        for module, name in self._vllm_names[recipe.bank].items():
+            layers[name] = LoRALayerWeights(name, fused.rank, fused.rank, fused.a[module], fused.b[module])
         model = FusedLoRAModel(lora_request.lora_int_id, fused.rank, layers)
         model.recipe = lora_request.lora_name
+        model.tenancy, model.shares_a = (recipe.bank, fused.rank), matrix.shared_a is not None
         return model
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:

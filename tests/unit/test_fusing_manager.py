@@ -9,16 +9,17 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
+from vllm.lora.model_manager import AdapterLRUCache
 from vllm.lora.request import LoRARequest
 
-from server.engine_plugin.manager import FusedLoRAModel, FusingLoRAManager
+from server.engine_plugin.manager import FusingLoRAManager
+from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
 
 SLOTS, CPU_TIER = 2, 4
 
 
-class BareModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
-    """vLLM's two tiers and its way of evicting, over no layers."""
+class BareSlots(FusedSlots):
+    """Our slots over vLLM's two tiers and its way of evicting, without layers."""
 
     def __init__(self) -> None:
         self.lora_config = SimpleNamespace(max_loras=SLOTS, max_cpu_loras=CPU_TIER)
@@ -26,10 +27,14 @@ class BareModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self.modules: dict[str, Any] = {}
         self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
+        self._tenants, self._cells = [None] * SLOTS, {}
         self.activated: list[int] = []
 
     def _add_adapter(self, lora: FusedLoRAModel) -> None:
         self._registered_adapters[lora.id] = lora
+
+    def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
+        """There is nothing to write."""
 
     def activate_adapter(self, lora_id: int) -> bool:
         made: bool = super().activate_adapter(lora_id)
@@ -42,13 +47,13 @@ class CountingManager(FusingLoRAManager):
     """Our manager with a fusion that only counts."""
 
     def __init__(self) -> None:
-        self._adapter_manager = BareModelManager()
+        self._adapter_manager = BareSlots()
         self.fused: list[str] = []
 
     def _load_adapter(self, lora_request: LoRARequest) -> FusedLoRAModel:
         self.fused.append(lora_request.lora_name)
         model = FusedLoRAModel(lora_request.lora_int_id, 8, {})
-        model.recipe = lora_request.lora_name
+        model.recipe, model.tenancy, model.shares_a = lora_request.lora_name, ("00000000", 8), True
         return model
 
 
