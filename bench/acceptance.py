@@ -174,7 +174,7 @@ def _served(data: Path, *options: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _tiny(folder: Path) -> tuple[str, ...]:
-    """A tiny model and its bank, as options: the gateway adds the same to a small model's answers as to a large one's."""
+    """A tiny model and its bank, as options: what the gateway adds does not depend on the model behind it."""
     model = tiny_model(folder / "model")
     bank = tiny_bank(folder / "bank", model, ensure_embedder(None, Settings().cache_dir))
     return "--bank", str(bank), "--model", str(model)
