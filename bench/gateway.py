@@ -86,10 +86,10 @@ def main(
     gateway: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
     engine: Annotated[str, typer.Option(help="URL of the engine behind it.")] = "http://127.0.0.1:8001",
     key: Annotated[str, typer.Option(help="The engine's key.", envvar="MTA_ENGINE_KEY")] = "",
-    pairs: Annotated[int, typer.Option(help="Pairs of blocks, after one pair for warm-up.", min=5)] = 7,
-    requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 48,
+    pairs: Annotated[int, typer.Option(help="Pairs of blocks, after one pair for warm-up.", min=5)] = 5,
+    requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 32,
     concurrency: Annotated[list[int] | None, typer.Option(help="Concurrent requests; may be given twice.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 4,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure what the gateway adds, at p50 and p99, to whole answers and to the first token of streams."""

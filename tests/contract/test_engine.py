@@ -182,9 +182,8 @@ async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aioh
 
 async def test_leaving_early_aborts(client: EngineClient, subject: Subject) -> None:
     before = subject.generated()
-    async with client.generate(ask(subject.recipe().name, max_tokens=CONTEXT - 40)) as stream:
-        async for _ in stream.texts():
-            break
+    async with client.generate(ask(subject.recipe().name, max_tokens=CONTEXT - 40)):
+        pass  # the first token is there; a random model's first readable text may be long in coming
     await asyncio.to_thread(wait_until, subject.idle, "the engine to stop")
     assert 0 < subject.generated() - before < CONTEXT - 40
 
