@@ -59,6 +59,7 @@ class Embedder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are the engine's too
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(
