@@ -8,25 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters.layout import RowLayout, serving_rank
-from adapters.lora import ModuleShape
-from adapters.matrix import write_matrix
-from adapters.recipe import Method, anchor_id
+from adapters.layout import RowLayout
+from adapters.recipe import Method
+from adapters.trainer import linear_modules
+from bank.assemble import BankParts, write_bank
 from bank.embedder import Embedder
-from bank.index import AnchorIndex
-from bank.manifest import (
-    INDEX_FILE,
-    MATRIX_FILE,
-    AnchorEntry,
-    BankManifest,
-    BaseModelId,
-    EmbedderId,
-    ModuleEntry,
-    WeightRule,
-    file_sha256,
-    fused_rank,
-    write_manifest,
-)
+from bank.manifest import BaseModelId, EmbedderId, WeightRule
 from bank.models import model_hash
 
 CHAT_TEMPLATE = (
@@ -92,32 +79,28 @@ def tiny_bank(
         scale: standard deviation of the rows' numbers.
         seed: of the rows.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    modules = model_modules(model_folder)
+    modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder))
     layout = RowLayout(modules, rank, method is Method.SHARED)
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
-    write_matrix(folder / MATRIX_FILE, layout, rows, shared_a)
     embedder = Embedder.load(embedder_folder)
-    AnchorIndex.build(embedder.embed([world(i) for i in range(anchors)])).save(folder / INDEX_FILE)
-    manifest = BankManifest(
+    parts = BankParts(
         task="chat",
         base_model=BaseModelId(name="tiny", hash=model_hash(model_folder)),
         embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
         method=method,
         common=common,
-        rank=rank,
         user_rank=user_rank,
-        serving_rank=serving_rank(fused_rank(method, rank, k, common) + user_rank),
         weights=WeightRule(anchors=k),
-        target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in modules})),
-        modules=tuple(ModuleEntry(name=m.name, h_in=m.h_in, h_out=m.h_out) for m in modules),
-        anchors=tuple(AnchorEntry(id=anchor_id(i), items=12) for i in range(anchors)),
+        layout=layout,
+        rows=rows,
+        shared_a=shared_a,
+        embeddings=embedder.embed([world(i) for i in range(anchors)]),
+        items=[12] * anchors,
         training={"seed": seed},
-        files={name: file_sha256(folder / name) for name in (INDEX_FILE, MATRIX_FILE)},
     )
-    write_manifest(folder, manifest)
+    write_bank(folder, parts)
     return folder
 
 
@@ -125,16 +108,6 @@ def world(index: int) -> str:
     """The text that anchor `index` embeds: a user who writes it is nearest to that anchor."""
     turn, place = divmod(index, len(WORLDS))
     return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
-
-
-def model_modules(model_folder: Path) -> tuple[ModuleShape, ...]:
-    """Every linear module of a saved Llama but its head, in model order."""
-    model = LlamaForCausalLM.from_pretrained(model_folder)
-    return tuple(
-        ModuleShape(name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    )
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
