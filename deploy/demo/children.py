@@ -34,7 +34,7 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}
     child = subprocess.Popen(
         [sys.executable, "-I", str(GUARD), str(grace_s), sys.executable, "-m", "server.cli", *arguments],
-        env=environment | {"PYTHONUNBUFFERED": "1"},
+        env=environment,
         stdin=subprocess.PIPE,
         stdout=stdout,
         text=True,
