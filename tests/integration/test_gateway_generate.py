@@ -319,11 +319,11 @@ class TestDisconnect:
 
 def test_connections_to_the_engine_are_used_again(client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
     ports = []
-    for _ in range(5):
+    for _ in range(10):
         generate(client, ada).raise_for_status()
         generate(client, ada, stream=True).raise_for_status()
         ports.append(fake_engine.seen[-1].peer_port)
-    assert len(set(ports)) == 1
+    assert len(set(ports)) <= 2  # the next request can come while the last few bytes of this one are still read
 
 
 def _metric(client: httpx.Client, name: str) -> float:
