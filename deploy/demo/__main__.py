@@ -109,10 +109,10 @@ def _looks() -> dict[str, str]:
 
 def _stay_up(console: Console, server: Server) -> None:
     """Leave the server up until Ctrl-C."""
-    console.print(f"\nThe server stays up at {server.api.url} ({server.api.url}/docs). Try:\n", soft_wrap=True)
-    console.print(Text(curl_lines(server.api.url, PEOPLE[0].user_id)), soft_wrap=True)
-    console.print("\nCtrl-C stops everything.")
-    try:
+    try:  # from here on Ctrl-C is the ordinary end, also while these lines are being printed
+        console.print(f"\nThe server stays up at {server.api.url} ({server.api.url}/docs). Try:\n", soft_wrap=True)
+        console.print(Text(curl_lines(server.api.url, PEOPLE[0].user_id)), soft_wrap=True)
+        console.print("\nCtrl-C stops everything.")
         status = server.process.wait()
     except KeyboardInterrupt:
         console.print("\nStopping everything …")
