@@ -13,6 +13,7 @@ from bank.manifest import read_manifest
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread
+from tests.support.processes import wait_until
 from tests.support.valkey import DURABLE, ValkeyProcess
 
 NewUser = Callable[[], str]
@@ -184,10 +185,11 @@ class TestMetrics:
         assert series(client) == before
 
     def test_requests_are_counted_by_route_status_and_level(self, client: httpx.Client, new_user: NewUser) -> None:
-        labels = 'level="base",method="POST",route="/generate",status="200"'
-        before = value(client, f"mta_requests_total{{{labels}}}")
+        series = 'mta_requests_total{level="base",method="POST",route="/generate",status="200"}'
+        before = value(client, series)
         client.post("/generate", json={"user_id": new_user(), "prompt": "x", "max_tokens": 1}).raise_for_status()
-        assert value(client, f"mta_requests_total{{{labels}}}") == before + 1
+        # A request is counted when it is over, which is a moment after its client has all of the answer.
+        wait_until(lambda: value(client, series) == before + 1, "the request to be counted")
 
     def test_each_stage_has_its_histogram(self, client: httpx.Client, new_user: NewUser) -> None:
         user_id = new_user()
