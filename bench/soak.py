@@ -87,7 +87,7 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
     assert len(set(names)) == recipes
     answers = 0
     rss_mib: dict[int, dict[str, float]] = {}
-    metrics_bytes: dict[int, int] = {}
+    series: dict[int, int] = {}
     early, middle = 10, recipes // 4
     with Progress() as progress, ThreadPoolExecutor(CLIENTS) as pool:
         task = progress.add_task("Recipes served", total=recipes)
@@ -96,7 +96,7 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
                 answers += 1
                 progress.advance(task)
             rss_mib[upto] = _resident_mib(engine.pid)
-            metrics_bytes[upto] = len(engine.client.get("/metrics").content)
+            series[upto] = len(engine.client.get("/metrics").text.splitlines())
     status = engine.status()
     running = stream.is_alive() and not stream.ended_by_itself
     stream.stop()
@@ -111,11 +111,11 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
             *((f"growth of {name} from recipe {middle}, %", round(by, 2)) for name, by in growth.items()),
             ("names known (at most 1024)", status["names"]),
             ("adapters in the worker (at most 64)", len(list(_strings(status["resident"])))),
-            (f"/metrics, bytes at {early} and {recipes}", f"{metrics_bytes[early]} and {metrics_bytes[recipes]}"),
+            (f"/metrics, lines after {early} and {recipes}", f"{series[early]} and {series[recipes]}"),
         ],
         out,
         rss_mib=rss_mib,
-        metrics_bytes=metrics_bytes,
+        series=series,
     )
 
 

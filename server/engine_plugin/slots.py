@@ -40,6 +40,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._tenants: list[Tenancy | None] = [None] * self.lora_slots
         self._cells: dict[tuple[int, Tenancy], list[torch.Tensor]] = {}
+        self._plain: dict[Tenancy, bool] = {}
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Have an adapter in a slot and make it the most recent there; whether it had to be written."""
@@ -50,14 +51,14 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             self._active_adapters.remove_oldest()
         index = self.lora_index_to_id.index(None)
         model = self._registered_adapters[lora_id]
-        tenancy = model.tenancy if isinstance(model, FusedLoRAModel) and self._is_plain(model) else None
+        tenancy = model.tenancy if isinstance(model, FusedLoRAModel) else None
         if tenancy is not None and self._tenants[index] == tenancy:
             self._active_adapters[lora_id] = None
             self.lora_index_to_id[index] = lora_id
             self._overwrite(index, model)
         else:
             super().activate_adapter(lora_id)  # takes the same slot: the first free one
-            self._tenants[index] = tenancy
+            self._tenants[index] = tenancy if tenancy is not None and self._is_plain(model) else None
         return True
 
     def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
@@ -80,7 +81,12 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
                 yield from _pairs(module.lora_a_stacked, layer.lora_a)
 
     def _is_plain(self, model: FusedLoRAModel) -> bool:
-        """Whether vLLM copies every matrix of this adapter whole, into tensors [slots, 1, rows, columns]."""
+        """Whether vLLM copies every matrix of such an adapter whole, into tensors [slots, 1, rows, columns]."""
+        if model.tenancy not in self._plain:
+            self._plain[model.tenancy] = self._looks_plain(model)
+        return self._plain[model.tenancy]
+
+    def _looks_plain(self, model: FusedLoRAModel) -> bool:
         return all(
             module.tp_size == 1 and len(_listed(model.loras[name].lora_b)) == len(module.lora_b_stacked)
             for name, module in self.modules.items()

@@ -79,7 +79,12 @@ def served(command: Sequence[str], environment: Mapping[str, str], port: int) ->
     url = f"http://127.0.0.1:{port}"
     with (
         running(command, environment) as background,
-        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as client,
+        httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {KEY}"},
+            timeout=120,
+            limits=httpx.Limits(keepalive_expiry=2),  # well below vLLM's own 5 s
+        ) as client,
     ):
 
         def healthy() -> bool:

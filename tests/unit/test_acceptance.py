@@ -40,7 +40,7 @@ def test_a_figure_that_is_not_there_is_missed(report: Path) -> None:
         (SOAK[:1], "answers", "2000 of 2000", "1999 of 2000"),
         (SOAK[1:2], "stream still running at the end", True, False),
         (SOAK[2:3], "of them not this recipe's own choice", 0, 1),
-        (SOAK[5:6], "/metrics, bytes at 10 and 2000", "5000 and 5000", "5000 and 5001"),
+        (SOAK[5:6], "/metrics, lines after 10 and 2000", "5000 and 5000", "5000 and 5001"),
     ],
 )
 def test_targets_are_those_of_the_product(

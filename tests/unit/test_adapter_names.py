@@ -85,6 +85,7 @@ def test_ids_start_over_below_int32_and_skip_those_in_use() -> None:
 def test_held_names_have_distinct_and_unchanging_ids(steps: list[tuple[str, bool]]) -> None:
     names = make_names(2)
     held: dict[str, list[int]] = {}
+    bound = 0
     for name, take in steps:
         if take:
             held.setdefault(name, []).append(names.lease(name).lora_int_id)
@@ -95,4 +96,5 @@ def test_held_names_have_distinct_and_unchanging_ids(steps: list[tuple[str, bool
         assert all(len(set(ids)) == 1 for ids in current.values())
         assert len({ids[0] for ids in current.values()}) == len(current)
         assert names.leased == len(current)
-        assert len(names) <= 2 + len(current)
+        bound = 2 + len(current) if take else bound  # names give way when another one comes
+        assert len(names) <= bound

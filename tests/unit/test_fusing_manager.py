@@ -27,7 +27,7 @@ class BareSlots(FusedSlots):
         self.modules: dict[str, Any] = {}
         self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._tenants, self._cells = [None] * SLOTS, {}
+        self._tenants, self._cells, self._plain = [None] * SLOTS, {}, {}
         self.activated: list[int] = []
 
     def _add_adapter(self, lora: FusedLoRAModel) -> None:
