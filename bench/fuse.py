@@ -68,6 +68,7 @@ def main(
             write_peft(disk, fuse(matrix, next(recipes)), manifest.base_model.name)
             taken["disk"] = _load_ms(stock, disk)
             name = next(recipes).name
+            _wake(ours)
             taken |= {"cold": _first_token_ms(ours, name, chat=True), "warm": _first_token_ms(ours, name, chat=True)}
             if pair >= 2:  # the first two warm both servers up
                 for way, value in taken.items():
