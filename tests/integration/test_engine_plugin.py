@@ -174,7 +174,7 @@ def streamed_text(engine: Engine, recipe: str) -> str:
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
 
 
-def test_a_client_that_leaves_ends_its_generation_and_frees_its_name(engine: Engine, prefix: str) -> None:
+def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: str) -> None:
     body = {
         "model": f"{prefix}:c+a01*1",
         "messages": [{"role": "user", "content": "x"}],
@@ -186,9 +186,8 @@ def test_a_client_that_leaves_ends_its_generation_and_frees_its_name(engine: Eng
         assert response.status_code == httpx.codes.OK, response.read()
         lines = response.iter_lines()  # kept: httpx hangs up when the iterator goes
         next(lines)
-        assert metric(engine, "mta:adapter_names_leased") == 1
     for _ in range(100):
         if metric(engine, "vllm:num_requests_running") == 0 and metric(engine, "mta:adapter_names_leased") == 0:
             return
         text_of(engine.chat("base", max_tokens=1))
-    pytest.fail("the abandoned request is still running")
+    pytest.fail("the abandoned request still holds its name")
