@@ -34,7 +34,8 @@ from bank.peft_adapter import write_peft
 from bench.report import Spread, report
 from server.engine_command import SERVED_NAME, engine_command
 from server.settings import Settings
-from tests.support.engine import KEY, Engine, free_port, running_engine, served
+from server.supervisor.parts import free_port
+from tests.support.engine import KEY, Engine, running_engine, served
 
 PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."
 _salts = itertools.count()

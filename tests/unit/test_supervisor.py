@@ -21,11 +21,10 @@ from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.part import Backoff, Part
-from server.supervisor.parts import check_port, engine_part, gateway_part, valkey_part
+from server.supervisor.parts import check_port, engine_part, free_port, gateway_part, valkey_part
 from server.supervisor.status import State
 from server.supervisor.supervisor import Supervisor
 from tests.support.processes import PATIENCE_S, Background, alive, command_line, descendants, wait_until
-from tests.support.valkey import free_port
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
