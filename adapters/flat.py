@@ -18,10 +18,18 @@ def flat_b(layout: RowLayout, lora: LoraWeights) -> torch.Tensor:
     return torch.cat([lora.b[m.name].float().reshape(-1) for m in layout.modules])
 
 
+def cut_a(layout: RowLayout, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each module's A [R, H_in], views of the flat numbers [R·ΣH_in]."""
+    pieces = torch.split(flat, [layout.rank * m.h_in for m in layout.modules])
+    return {m.name: piece.view(layout.rank, m.h_in) for m, piece in zip(layout.modules, pieces, strict=True)}
+
+
+def cut_b(layout: RowLayout, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each module's B [H_out, R], views of the flat numbers [R·ΣH_out]."""
+    pieces = torch.split(flat, [layout.rank * m.h_out for m in layout.modules])
+    return {m.name: piece.view(m.h_out, layout.rank) for m, piece in zip(layout.modules, pieces, strict=True)}
+
+
 def lora_of(layout: RowLayout, a: torch.Tensor, b: torch.Tensor) -> LoraWeights:
     """The LoRA whose flat numbers these are; its tensors are views of them."""
-    return LoraWeights(
-        rank=layout.rank,
-        a={m.name: a[at].view(layout.rank, m.h_in) for m, at in layout.a_slices()},
-        b={m.name: b[at].view(m.h_out, layout.rank) for m, at in layout.b_slices()},
-    )
+    return LoraWeights(layout.rank, cut_a(layout, a), cut_b(layout, b))

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters.errors import FusionError
+from adapters.flat import cut_a
 from adapters.layout import RowLayout
 
 
@@ -70,7 +71,7 @@ class MetaMatrix:
         """
         if self.shared_a is None:
             raise FusionError("method `shared` needs a bank with one frozen A")
-        return {m.name: self.shared_a[at].view(self.layout.rank, m.h_in) for m, at in self.layout.a_slices()}
+        return cut_a(self.layout, self.shared_a)
 
     def prepared(self, dtype: torch.dtype, *, pin_memory: bool = False) -> MetaMatrix:
         """The same matrix for many fusions to `dtype`: the frozen A, part of each, is converted here once."""

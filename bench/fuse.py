@@ -114,7 +114,7 @@ def _fresh_recipes(manifest: BankManifest) -> Iterator[FusionRecipe]:
 
 @contextmanager
 def _stock_vllm(bank: Path, manifest: BankManifest, model: Path, dtype: str) -> Iterator[Engine]:
-    """vLLM with the options our engine has, its own LoRA loading, and none of our code."""
+    """vLLM with the options our engine has (in one process, too), its own LoRA loading, and none of our plugin."""
     port = free_port()
     settings = Settings(bank=bank, engine_port=port, engine_key=KEY, max_num_seqs=16, dtype=dtype)
     argv, environment = engine_command(settings, manifest, model)
@@ -137,7 +137,7 @@ def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:
 
 
 def _wake(engine: Engine) -> None:
-    """An engine that has been idle answers late, whatever it is asked: that is no part of what is timed here."""
+    """The other engine was asked last: have this one's caches warm, for either way of making an adapter."""
     for _ in range(2):
         _first_token_ms(engine, SERVED_NAME)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,16 +137,12 @@ def _compare_float32(
     """Log-probabilities of whole prompts, token by token."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [_token_ids(tokenizer, text) for text in texts]
     with _serve(banks, folder, "float32") as engine:
-        for bank in banks:
-            method, recipes = bank.manifest.method, bank.recipes()
-            for at, recipe in enumerate(track(recipes, f"{method.value}, float32, a recipe at a time")):
-                with dense_adapter(model, bank.matrix, recipe):
-                    for ids in prompts[at :: len(recipes)]:
-                        served = torch.tensor(engine.prompt_logprobs(recipe.name, ids))
-                        gap = (served - token_logprobs(model, ids)).abs().max().item()
-                        largest[method] = max(largest[method], gap)
+        for method, recipe, text in _with_dense(model, banks, texts, "float32"):
+            ids = _token_ids(tokenizer, text)
+            served = torch.tensor(engine.prompt_logprobs(recipe, ids))
+            gap = (served - token_logprobs(model, ids)).abs().max().item()
+            largest[method] = max(largest[method], gap)
 
 
 def _compare_bfloat16(
@@ -156,14 +152,22 @@ def _compare_bfloat16(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with _serve(banks, folder, "bfloat16") as engine:
-        for bank in banks:
-            method, recipes = bank.manifest.method, bank.recipes()
-            for at, recipe in enumerate(track(recipes, f"{method.value}, bfloat16, a recipe at a time")):
-                with dense_adapter(model, bank.matrix, recipe):
-                    for text in texts[at :: len(recipes)]:
-                        answer = engine.chat(recipe.name, text, max_tokens=new_tokens).raise_for_status()
-                        served = answer.json()["choices"][0]["message"]["content"]
-                        equal[method].append(served == _greedy(model, tokenizer, text, new_tokens))
+        for method, recipe, text in _with_dense(model, banks, texts, "bfloat16"):
+            answer = engine.chat(recipe, text, max_tokens=new_tokens).raise_for_status()
+            served = answer.json()["choices"][0]["message"]["content"]
+            equal[method].append(served == _greedy(model, tokenizer, text, new_tokens))
+
+
+def _with_dense(
+    model: Any, banks: Sequence[OpenBank], texts: Sequence[str], dtype: str
+) -> Iterator[tuple[Method, str, str]]:
+    """Every text once under one recipe of each bank, while the model carries that recipe's dense ΔW."""
+    for bank in banks:
+        method, recipes = bank.manifest.method, bank.recipes()
+        for at, recipe in enumerate(track(recipes, f"{method.value}, {dtype}, a recipe at a time")):
+            with dense_adapter(model, bank.matrix, recipe):
+                for text in texts[at :: len(recipes)]:
+                    yield method, recipe.name, text
 
 
 def _token_ids(tokenizer: Any, text: str) -> list[int]:

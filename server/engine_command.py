@@ -93,6 +93,9 @@ def engine_command(settings: Settings, manifest: BankManifest, model_folder: Pat
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel_size > 1:
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(settings.tensor_parallel_size))
+        else:
+            argv += ["--distributed-executor-backend", "server.engine_plugin.executor.InProcessExecutor"]
+            environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     return argv, environment
 
 

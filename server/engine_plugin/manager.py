@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -78,13 +77,14 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         recipe = parse_recipe(lora_request.lora_name)
         matrix = self._matrices[recipe.bank]
         fused = fuse(matrix, recipe, self.lora_config.lora_dtype, pin_memory=self._pinned)
-        layers = {}
-        for module, name in self._vllm_names[recipe.bank].items():
-            layers[name] = LoRALayerWeights(name, fused.rank, fused.rank, fused.a[module], fused.b[module])
-        model = FusedLoRAModel(lora_request.lora_int_id, fused.rank, layers)
-        model.recipe = lora_request.lora_name
-        model.tenancy, model.shares_a = (recipe.bank, fused.rank), matrix.shared_a is not None
-        return model
+        return FusedLoRAModel(
+            lora_request.lora_int_id,
+            lora_request.lora_name,
+            fused,
+            self._vllm_names[recipe.bank],
+            tenancy=(recipe.bank, fused.rank),
+            shares_a=matrix.shared_a is not None,
+        )
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         """Bring the adapters of the coming step into slots.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from bank.errors import BankError
 
@@ -31,3 +32,25 @@ def register() -> None:
     runner = sys.modules.get("vllm.v1.worker.lora_model_runner_mixin")
     if runner is not None:  # it binds the class by name when it is imported, which may be before us
         runner.LRUCacheWorkerLoRAManager = FusingLoRAManager  # type: ignore[attr-defined]
+    _keep_attention_off_amx()
+
+
+def _keep_attention_off_amx() -> None:
+    """Have CPUs with AMX compute attention with AVX-512.
+
+    The AMX kernel of vLLM 0.32 runs `tilezero` on threads whose tiles were never configured: a model with as many
+    key as query heads dies of SIGILL at a prompt of one token, and its whole engine with it.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends import cpu_attn
+
+    choose = cpu_attn._get_attn_isa
+
+    def choose_but_amx(*args: Any, **kwargs: Any) -> str:
+        isa: str = choose(*args, **kwargs)
+        return "vec" if isa == "amx" else isa
+
+    cpu_attn._get_attn_isa = choose_but_amx

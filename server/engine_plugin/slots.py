@@ -1,36 +1,64 @@
 """Slots that fused adapters are written into: vLLM's own, with a short cut from one recipe of a bank to the next.
 
-vLLM fills a slot module by module: zero both matrices, then copy both. A slot whose last tenant was of the same bank
-and rank needs no zeroing, for the same cells are written again; in a `shared` bank it holds the one A already, so that
-only B is copied, in one call for all modules. Every first tenant takes vLLM's way, and so does whatever vLLM cuts into
-slices first (tensor parallelism, mixtures of experts).
+vLLM fills a slot module by module: it packs q, k and v (gate and up) into one, zeroes both matrices, copies both. A
+slot whose last tenant was of the same bank and rank needs none of that, for the same cells are written again; in a
+`shared` bank it holds the one A already, so that only B is copied, in one call for all modules. Every first tenant
+takes vLLM's way, and so does whatever vLLM cuts into slices first (tensor parallelism, mixtures of experts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+
+from adapters.lora import LoraWeights
 
 Tenancy = tuple[str, int]
 """Bank and fused rank: adapters that agree in both fill the same cells of a slot."""
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """vLLM's in-memory adapter, with what it was fused from.
+    """An adapter that was fused here; what vLLM knows a module's A and B by is made only where vLLM's way is taken.
 
-    Attributes:
-        recipe: its name.
+    Args:
+        lora_id: vLLM's id.
+        recipe: the name it was fused from.
+        weights: A and B by the bank's module names.
+        vllm_names: vLLM's name of each of them.
         tenancy: see `Tenancy`.
         shares_a: whether all adapters of the bank have one A.
     """
 
-    recipe: str
-    tenancy: Tenancy
-    shares_a: bool
+    def __init__(
+        self,
+        lora_id: int,
+        recipe: str,
+        weights: LoraWeights,
+        vllm_names: Mapping[str, str],
+        *,
+        tenancy: Tenancy,
+        shares_a: bool,
+    ) -> None:
+        super().__init__(lora_id, weights.rank, {})
+        self.recipe, self.tenancy, self.shares_a = recipe, tenancy, shares_a
+        self._weights, self._vllm_names = weights, vllm_names
+
+    def unpack(self) -> None:
+        """Give each module's A and B to vLLM, under its own names."""
+        rank, a, b = self._weights.rank, self._weights.a, self._weights.b
+        self.loras = {
+            name: LoRALayerWeights(name, rank, rank, a[module], b[module]) for module, name in self._vllm_names.items()
+        }
+
+    def written(self) -> list[torch.Tensor]:
+        """What differs between adapters of one tenancy, in an order that does not."""
+        own = [self._weights.b] if self.shares_a else [self._weights.b, self._weights.a]
+        return [matrices[module] for matrices in own for module in self._vllm_names]
 
 
 class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
@@ -40,7 +68,13 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._tenants: list[Tenancy | None] = [None] * self.lora_slots
         self._cells: dict[tuple[int, Tenancy], list[torch.Tensor]] = {}
-        self._plain: dict[Tenancy, bool] = {}
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        """Register an adapter; a fused one is packed later, if at all."""
+        if isinstance(lora, FusedLoRAModel):
+            self._registered_adapters[lora.id] = lora
+        else:
+            super()._add_adapter(lora)
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Have an adapter in a slot and make it the most recent there; whether it had to be written."""
@@ -51,47 +85,58 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             self._active_adapters.remove_oldest()
         index = self.lora_index_to_id.index(None)
         model = self._registered_adapters[lora_id]
-        tenancy = model.tenancy if isinstance(model, FusedLoRAModel) else None
-        if tenancy is not None and self._tenants[index] == tenancy:
+        if not isinstance(model, FusedLoRAModel):
+            self._tenants[index] = None
+            super().activate_adapter(lora_id)  # takes the same slot: the first free one
+        elif self._tenants[index] == model.tenancy:
             self._active_adapters[lora_id] = None
             self.lora_index_to_id[index] = lora_id
             self._overwrite(index, model)
         else:
-            super().activate_adapter(lora_id)  # takes the same slot: the first free one
-            self._tenants[index] = tenancy if tenancy is not None and self._is_plain(model) else None
+            self._write(index, model)
         return True
 
     def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
         """Copy an adapter over one of the same tenancy."""
+        torch._foreach_copy_(self._cells[index, model.tenancy], model.written(), non_blocking=True)
+
+    def _write(self, index: int, model: FusedLoRAModel) -> None:
+        """Have vLLM pack an adapter and write it."""
+        self._tenants[index] = None
+        model.unpack()
+        super()._add_adapter(model)
+        super().activate_adapter(model.id)
+        self._settle(index, model)
+        model.loras = {}
+
+    def _settle(self, index: int, model: FusedLoRAModel) -> None:
+        """Note where the matrices of a slot's first tenant went, if vLLM copied each of them whole."""
         key = (index, model.tenancy)
         if key not in self._cells:
-            self._cells[key] = [
-                stack[index, 0, : matrix.shape[0], : matrix.shape[1]] for stack, matrix in self._writes(model)
-            ]
-        torch._foreach_copy_(self._cells[key], [matrix for _, matrix in self._writes(model)], non_blocking=True)
+            if not self._is_plain(model):
+                return
+            cells = {
+                id(matrix): stack[index, 0, : matrix.shape[0], : matrix.shape[1]]
+                for stack, matrix in self._copies(model)
+            }
+            self._cells[key] = [cells[id(matrix)] for matrix in model.written()]
+        self._tenants[index] = model.tenancy
 
-    def _writes(self, model: FusedLoRAModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What differs between adapters of one tenancy, each with vLLM's tensor over all slots it goes to."""
+    def _copies(self, model: FusedLoRAModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each matrix vLLM copies for a model, with the tensor over all slots it goes to."""
         for name, module in self.modules.items():
             layer = model.loras.get(name)
-            if layer is None:
-                continue
-            yield from _pairs(module.lora_b_stacked, layer.lora_b)
-            if not model.shares_a:
+            if layer is not None:
+                yield from _pairs(module.lora_b_stacked, layer.lora_b)
                 yield from _pairs(module.lora_a_stacked, layer.lora_a)
 
     def _is_plain(self, model: FusedLoRAModel) -> bool:
         """Whether vLLM copies every matrix of such an adapter whole, into tensors [slots, 1, rows, columns]."""
-        if model.tenancy not in self._plain:
-            self._plain[model.tenancy] = self._looks_plain(model)
-        return self._plain[model.tenancy]
-
-    def _looks_plain(self, model: FusedLoRAModel) -> bool:
         return all(
             module.tp_size == 1 and len(_listed(model.loras[name].lora_b)) == len(module.lora_b_stacked)
             for name, module in self.modules.items()
             if name in model.loras
-        ) and all(stack.dim() == 4 and stack.shape[1] == 1 for stack, _ in self._writes(model))
+        ) and all(stack.dim() == 4 and stack.shape[1] == 1 for stack, _ in self._copies(model))
 
 
 def _listed(matrices: torch.Tensor | list[torch.Tensor | None]) -> list[torch.Tensor | None]:

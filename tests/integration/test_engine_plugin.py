@@ -59,6 +59,13 @@ def test_a_recipe_changes_the_answer_and_the_base_model_stays_itself(engine: Eng
     assert text_of(engine.chat("base")) == base
 
 
+def test_a_prompt_of_one_token_is_answered(engine: Engine) -> None:
+    """It killed the engine where the CPU has AMX, on a model with as many key as query heads."""
+    body = {"model": "base", "prompt": [65], "max_tokens": 2}
+    response = engine.client.post("/v1/completions", json=body)
+    assert response.status_code == httpx.codes.OK, response.text
+
+
 def test_one_prefix_under_two_recipes_is_computed_for_each(engine: Engine, prefix: str) -> None:
     """A prefix cache shared between adapters would hand the second recipe the first one's keys and values."""
     long = "the same long question, over and over. " * 8
@@ -186,6 +193,7 @@ def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: st
         assert response.status_code == httpx.codes.OK, response.read()
         lines = response.iter_lines()  # kept: httpx hangs up when the iterator goes
         next(lines)
+        assert metric(engine, "mta:adapter_names_leased") == 1
     for _ in range(100):
         if metric(engine, "vllm:num_requests_running") == 0 and metric(engine, "mta:adapter_names_leased") == 0:
             return

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.lora.model_manager import AdapterLRUCache
 from vllm.lora.request import LoRARequest
 
+from adapters.lora import LoraWeights
 from server.engine_plugin.manager import FusingLoRAManager
 from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
 
@@ -27,14 +28,13 @@ class BareSlots(FusedSlots):
         self.modules: dict[str, Any] = {}
         self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._tenants, self._cells, self._plain = [None] * SLOTS, {}, {}
+        self._tenants, self._cells = [None] * SLOTS, {}
         self.activated: list[int] = []
 
-    def _add_adapter(self, lora: FusedLoRAModel) -> None:
-        self._registered_adapters[lora.id] = lora
-
-    def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
-        """There is nothing to write."""
+    def _write(self, index: int, model: FusedLoRAModel) -> None:
+        """Of the way of vLLM, what remains without layers to write to."""
+        self._active_adapters[model.id] = None
+        self.lora_index_to_id[index] = model.id
 
     def activate_adapter(self, lora_id: int) -> bool:
         made: bool = super().activate_adapter(lora_id)
@@ -52,9 +52,15 @@ class CountingManager(FusingLoRAManager):
 
     def _load_adapter(self, lora_request: LoRARequest) -> FusedLoRAModel:
         self.fused.append(lora_request.lora_name)
-        model = FusedLoRAModel(lora_request.lora_int_id, 8, {})
-        model.recipe, model.tenancy, model.shares_a = lora_request.lora_name, ("00000000", 8), True
-        return model
+        nothing = LoraWeights(8, {}, {})
+        return FusedLoRAModel(
+            lora_request.lora_int_id,
+            lora_request.lora_name,
+            nothing,
+            {},
+            tenancy=("00000000", 8),
+            shares_a=True,
+        )
 
 
 def recipe(lora_id: int, name: str | None = None) -> LoRARequest:
