@@ -19,7 +19,9 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout, serving_rank
+from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionRecipe, Method, Term
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
@@ -107,12 +109,20 @@ def _prompts(users: Path | None, count: int) -> list[str]:
 
 
 def _rewritten(shared: OpenBank, method: Method, scratch: Path) -> OpenBank:
-    """The same rows as a bank of another method: the frozen A in front of every row's B."""
+    """The same rows as a bank of another method, every row with an A of its own.
+
+    Row i is turned inside its rank by an orthogonal Q: (B Qᵀ)(Q A) is the same ΔW, and what `linear` does across rows,
+    Bᵢ Aⱼ, is not.
+    """
     old, folder = shared.manifest, scratch / method.value
     folder.mkdir()
     layout = RowLayout(old.layout.modules, old.rank, shared_a=False)
     assert shared.matrix.shared_a is not None
-    write_matrix(folder / MATRIX_FILE, layout, [torch.cat([shared.matrix.shared_a, row]) for row in shared.matrix.rows])
+    rows = [
+        _turned(layout, lora_of(layout, shared.matrix.shared_a.float(), row.float()), seed)
+        for seed, row in enumerate(shared.matrix.rows)
+    ]
+    write_matrix(folder / MATRIX_FILE, layout, rows)
     rank = serving_rank(fused_rank(method, old.rank, old.weights.anchors, old.common) + old.user_rank)
     manifest = old.model_copy(
         update={
@@ -123,6 +133,18 @@ def _rewritten(shared: OpenBank, method: Method, scratch: Path) -> OpenBank:
     )
     write_manifest(folder, manifest)
     return OpenBank.open(folder)
+
+
+def _turned(layout: RowLayout, lora: LoraWeights, seed: int) -> torch.Tensor:
+    """A LoRA turned inside its rank, as a row."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(lora.rank, lora.rank, generator=generator))
+    turned = LoraWeights(
+        lora.rank,
+        a={name: q @ a for name, a in lora.a.items()},
+        b={name: b @ q.T for name, b in lora.b.items()},
+    )
+    return torch.cat([flat_a(layout, turned), flat_b(layout, turned)])
 
 
 def _serve(banks: Sequence[OpenBank], model: Path, dtype: str) -> Any:

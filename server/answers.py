@@ -24,7 +24,7 @@ _EXAMPLE: dict[str, Any] = {
             {"id": "a17", "weight": 0.197, "similarity": 0.2245},
         ],
         "reason": None,
-        "timings_ms": {"profile": 0.3, "recipe": 0.1, "engine_ttft": 41.7, "engine": 160.2, "total": 161.4},
+        "timings_ms": {"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
     },
 }
 
@@ -70,8 +70,8 @@ class PersonalizationAnswer(WhoSpeaks):
     """The same, with where the milliseconds went."""
 
     timings_ms: dict[str, float] = Field(
-        description="`profile`: store. `recipe`: index and weights. `engine_ttft`: engine, until its first token. "
-        "`engine`: engine in all. `total`: from the request's arrival."
+        description="`profile`: store. `recipe`: index and weights. `engine_ttft`: engine, until the first token that "
+        "it streams. `engine`: engine in all. `total`: from the request's arrival."
     )
 
 

@@ -1,8 +1,8 @@
-"""The way to the engine: OpenAI's chat completions over HTTP, always streamed.
+"""The way to the engine: OpenAI's chat completions over HTTP, streamed or whole.
 
-Streaming also serves clients that want one answer: the time of the first token is known, and closing the connection
-tells vLLM to abort. Usage in every chunk tells the prompt's length before anything is passed on. Every failure
-becomes one of our errors here and nowhere else.
+Streamed, usage in every chunk tells the prompt's length before anything is passed on. Whole, it is known at the end
+only, but neither side spends time on chunks, which for a small model is much of an answer's time. Closing the
+connection tells vLLM to abort either way. Every failure becomes one of our errors here and nowhere else.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class EngineRequest:
         messages: the conversation in OpenAI's shape.
         sampling: fields passed on as they are: max_tokens, temperature, top_p, stop, seed.
         prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
+        stream: whether the answer is to come in pieces.
     """
 
     request_id: str
@@ -52,38 +53,41 @@ class EngineRequest:
     messages: list[dict[str, str]]
     sampling: Mapping[str, Any]
     prompt_param: str
+    stream: bool = True
 
 
 class EngineStream:
-    """An answer under way. Its first token is there; iterate `texts`, and the rest is known when that ends.
+    """An answer under way. Its first piece is there; iterate `texts`, and the rest is known when that ends.
 
     Attributes:
         sent_s: when the request left, by the performance counter.
-        first_token_s: when the first token came.
+        first_token_s: when the first token came; None when the answer came whole.
         prompt_tokens: length of the prompt; None when the engine does not tell before the end.
         finish_reason: OpenAI's, None before the end.
         usage: token counts as the engine gave them.
         complete: whether the engine has said all it had to say.
     """
 
-    def __init__(self, chunks: ByteChunks, sent_s: float) -> None:
+    def __init__(self, chunks: ByteChunks, sent_s: float, *, streamed: bool = True) -> None:
         self.sent_s = sent_s
-        self.first_token_s = sent_s
+        self.first_token_s: float | None = None
         self.prompt_tokens: int | None = None
         self.finish_reason: str | None = None
         self.usage: dict[str, int] = {}
         self.complete = False
+        self._streamed = streamed
         self._pieces = self._read(chunks)
         self._first = ""
 
     async def begin(self) -> None:
-        """Wait for the first token.
+        """Wait for the first piece.
 
         Raises:
             EngineFailed: when the engine breaks off before, or sends what is no answer.
         """
         self._first = await anext(self._pieces, "")
-        self.first_token_s = time.perf_counter()
+        if self._streamed:
+            self.first_token_s = time.perf_counter()
         self.prompt_tokens = self.usage.get("prompt_tokens")
 
     async def texts(self) -> AsyncIterator[str]:
@@ -99,10 +103,13 @@ class EngineStream:
                 yield text
 
     async def _read(self, chunks: ByteChunks) -> AsyncGenerator[str, None]:
-        """The text of every chunk, often empty."""
+        """The text of every chunk, often empty, or of the whole answer."""
         try:
-            async for chunk in events(chunks):
-                yield self._take(chunk)
+            if self._streamed:
+                async for chunk in events(chunks):
+                    yield self._take(chunk, "delta")
+            else:
+                yield self._take(orjson.loads(await chunks.read()), "message")
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError, EOFError) as error:
@@ -113,7 +120,7 @@ class EngineStream:
             raise EngineFailed("the engine ended the answer without a finish reason")
         self.complete = True
 
-    def _take(self, chunk: dict[str, Any]) -> str:
+    def _take(self, chunk: dict[str, Any], part: str) -> str:
         if "error" in chunk:
             raise EngineFailed(f"the engine failed in the middle of the answer: {excerpt(chunk['error'], 300)}")
         usage = chunk.get("usage")
@@ -123,7 +130,7 @@ class EngineStream:
             return ""
         choice = chunk["choices"][0]
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        return choice["delta"].get("content") or ""
+        return choice[part].get("content") or ""
 
 
 class EngineClient:
@@ -144,7 +151,7 @@ class EngineClient:
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
-        """Start a generation and wait for its first token; leaving the context before its end aborts it in the engine.
+        """Start a generation and wait for its first piece; leaving the context before its end aborts it in the engine.
 
         Raises:
             AdapterMissing: when the engine has no such model.
@@ -157,7 +164,7 @@ class EngineClient:
         try:
             if response.status != 200:
                 raise await _refusal(response, request)
-            stream = EngineStream(response.content, sent_s)
+            stream = EngineStream(response.content, sent_s, streamed=request.stream)
             await stream.begin()
             yield stream
             if stream.complete:
@@ -170,10 +177,10 @@ class EngineClient:
             "model": request.model,
             "messages": request.messages,
             **request.sampling,
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "cache_salt": self._cache_salt,
         }
+        if request.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": request.model}
         try:
             return await self._session.post(self._url, data=orjson.dumps(body), headers=headers)

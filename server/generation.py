@@ -15,6 +15,12 @@ from server.personalizer import Personalization, Personalizer, fallen_back
 from server.schemas import GenerateRequest, Personalize
 from server.timings import Timings
 
+WHOLE_TOKENS = 1024
+"""Longest answer that the engine is asked for in one piece: while one is made, its silence looks like a hang."""
+
+_TEMPLATE_TOKENS = 256
+"""More than a chat template puts around a conversation of a few messages."""
+
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
 
@@ -52,11 +58,11 @@ class Generator:
 
     @asynccontextmanager
     async def answer(self, request: GenerateRequest, timings: Timings, context: int | None) -> AsyncIterator[Answer]:
-        """Start an answer and wait for its first token; leaving before its end aborts it in the engine.
+        """Start an answer and wait for its first piece; leaving before its end aborts it in the engine.
 
         Args:
             request: within the limits that are known before (`check_limits`).
-            timings: gets every stage up to the first token, and the rest from `Answer.texts`.
+            timings: gets every stage up to the first piece, and the rest from `Answer.texts`.
             context: the engine's, in tokens; None while no engine has told.
 
         Raises:
@@ -65,13 +71,19 @@ class Generator:
         request_id = f"gen-{secrets.token_hex(12)}"
         personalization = await self._personalizer.resolve(request.user_id, request.personalize, timings)
         async with AsyncExitStack() as stack:
-            personalization, stream = await self._open(stack, request, request_id, personalization)
+            personalization, stream = await self._open(stack, request, request_id, personalization, context)
             _check_room(request, stream.prompt_tokens, context)
-            timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
+            if stream.first_token_s is not None:
+                timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
             yield Answer(request_id, personalization, stream, timings)
 
     async def _open(
-        self, stack: AsyncExitStack, request: GenerateRequest, request_id: str, personalization: Personalization
+        self,
+        stack: AsyncExitStack,
+        request: GenerateRequest,
+        request_id: str,
+        personalization: Personalization,
+        context: int | None,
     ) -> tuple[Personalization, EngineStream]:
         """The engine's stream and who speaks in it: the base model, when the engine lacks the adapter."""
         wanted = EngineRequest(
@@ -80,6 +92,7 @@ class Generator:
             messages=_conversation(request),
             sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
             prompt_param=request.conversation_param,
+            stream=request.stream or not _surely_fits(request, context),
         )
         try:
             return personalization, await stack.enter_async_context(self._engine.generate(wanted))
@@ -89,7 +102,7 @@ class Generator:
             if request.personalize is Personalize.MERGED:
                 raise Unavailable(f"the engine cannot serve this user's recipe: {error}", code="no_adapter") from error
         self._metrics.fallbacks.inc()
-        return await self._open(stack, request, request_id, fallen_back(personalization))
+        return await self._open(stack, request, request_id, fallen_back(personalization), context)
 
 
 def _conversation(request: GenerateRequest) -> list[dict[str, str]]:
@@ -121,6 +134,18 @@ def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int |
             param="max_tokens",
             code="context_length_exceeded",
         )
+
+
+def _surely_fits(request: GenerateRequest, context: int | None) -> bool:
+    """Whether an answer can be made in one piece: short, and with room for it however the prompt is tokenised.
+
+    A token is at least a byte of text. Where that leaves doubt the answer is streamed, and refused at its first token.
+    """
+    if context is None or request.max_tokens > WHOLE_TOKENS:
+        return False
+    messages = _conversation(request)
+    tokens = sum(len(message["content"].encode("utf-8", "replace")) for message in messages) + 16 * len(messages)
+    return tokens + _TEMPLATE_TOKENS + request.max_tokens <= context
 
 
 def _check_room(request: GenerateRequest, prompt_tokens: int | None, context: int | None) -> None:

@@ -17,6 +17,8 @@ class ByteChunks(Protocol):
 
     def iter_any(self) -> AsyncIterator[bytes]: ...
 
+    async def read(self) -> bytes: ...
+
 
 def event(value: object) -> bytes:
     """One event that carries `value` as JSON."""

@@ -98,3 +98,14 @@ _numbers = itertools.count()
 def new_user() -> Callable[[], str]:
     """Makes user ids that no other test uses."""
     return lambda: f"user-{next(_numbers)}"
+
+
+@pytest.fixture
+def ada(client: httpx.Client, new_user: Callable[[], str]) -> str:
+    """A user who writes about the first anchor's world, and a little about the third's."""
+    from tests.support.tiny import world  # imports torch
+
+    user_id = new_user()
+    items = [{"text": world(0)}, {"text": f"{world(0)} again"}, {"text": world(2)}]
+    client.put(f"/users/{user_id}/profile", json={"items": items}).raise_for_status()
+    return user_id

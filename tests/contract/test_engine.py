@@ -106,11 +106,23 @@ async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: 
     async with client.generate(ask(subject.recipe().name)) as stream:
         pieces = [text async for text in stream.texts()]
     assert all(pieces)
+    assert stream.first_token_s is not None
     assert stream.first_token_s > stream.sent_s
     assert stream.prompt_tokens == stream.usage["prompt_tokens"]
     assert (stream.finish_reason, stream.complete) == ("length", True)
     assert stream.usage["completion_tokens"] == 8
     assert stream.usage["total_tokens"] == stream.usage["prompt_tokens"] + 8
+
+
+async def test_a_whole_answer_is_the_streamed_one(client: EngineClient, subject: Subject) -> None:
+    request = ask(subject.recipe().name, max_tokens=24)
+    async with client.generate(replace(request, stream=False)) as whole:
+        pieces = [text async for text in whole.texts()]
+    assert pieces == [await answer(client, request)]
+    assert whole.first_token_s is None
+    assert whole.prompt_tokens == whole.usage["prompt_tokens"]
+    assert (whole.finish_reason, whole.complete) == ("length", True)
+    assert whole.usage["completion_tokens"] == 24
 
 
 async def test_greedy_answers_repeat_and_differ_between_recipes(client: EngineClient, subject: Subject) -> None:
@@ -186,6 +198,16 @@ async def test_leaving_early_aborts(client: EngineClient, subject: Subject) -> N
         pass  # the first token is there; a random model's first readable text may be long in coming
     await asyncio.to_thread(wait_until, subject.idle, "the engine to stop")
     assert 0 < subject.generated() - before < CONTEXT - 40
+
+
+async def test_leaving_a_whole_answer_aborts(client: EngineClient, subject: Subject) -> None:
+    before = subject.generated()
+    request = replace(ask(subject.recipe().name, max_tokens=CONTEXT - 40), stream=False)
+    asking = asyncio.create_task(answer(client, request))
+    await asyncio.to_thread(wait_until, lambda: not subject.idle(), "the engine to begin")
+    asking.cancel()
+    await asyncio.to_thread(wait_until, subject.idle, "the engine to stop")
+    assert subject.generated() - before < CONTEXT - 40
 
 
 async def test_connections_are_kept(client: EngineClient, subject: Subject, session: aiohttp.ClientSession) -> None:

@@ -194,7 +194,8 @@ class TestMetrics:
     def test_each_stage_has_its_histogram(self, client: httpx.Client, new_user: NewUser) -> None:
         user_id = new_user()
         client.put(f"/users/{user_id}/profile", json={"items": [{"text": "x"}]}).raise_for_status()
-        client.post("/generate", json={"user_id": user_id, "prompt": "x", "max_tokens": 1}).raise_for_status()
+        request = {"user_id": user_id, "prompt": "x", "max_tokens": 1, "stream": True}
+        client.post("/generate", json=request).raise_for_status()
         for stage in ("profile", "recipe", "engine_ttft", "engine", "total"):
             assert value(client, f'mta_stage_seconds_count{{stage="{stage}"}}') > 0
 

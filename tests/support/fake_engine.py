@@ -196,8 +196,15 @@ class FakeEngine:
     async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
         words = _words(seen.body, self.knobs.context)
         for _ in words:
+            if seen.tokens == self.knobs.die_after:
+                assert request.transport
+                request.transport.abort()
+            if seen.tokens == self.knobs.fail_after:
+                return _error(500, "EngineCore died")
             await asyncio.sleep(self.knobs.token_delay_s)
             seen.tokens += 1
+        if self.knobs.garbage:
+            return web.Response(body=self.knobs.garbage, content_type="application/json")
         message = {"role": "assistant", "content": "".join(words)}
         choice = {"index": 0, "message": message, "finish_reason": "length"}
         return web.json_response({"object": "chat.completion", "choices": [choice], "usage": _usage(seen)})

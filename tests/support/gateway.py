@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from types import TracebackType
+from typing import Any
 
 import httpx
 import uvicorn
@@ -74,3 +76,19 @@ class GatewayThread:
             self._failure = failure
         finally:
             self._up.set()
+
+
+def generate(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
+    """A short answer for a user."""
+    return client.post("/generate", json={"user_id": user_id, "prompt": "hello", "max_tokens": 4} | fields)
+
+
+def chunks_of(response: httpx.Response) -> list[Any]:
+    """The values of a stream's events, `[DONE]` as a string."""
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def text_of(chunks: list[Any]) -> str:
+    """The text of a stream."""
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if isinstance(chunk, dict))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import stat
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,17 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import redis.asyncio
 
-from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.part import Backoff, Part
-from server.supervisor.parts import check_port, engine_part, free_port, gateway_part, valkey_part
 from server.supervisor.status import State
 from server.supervisor.supervisor import Supervisor
-from tests.support.processes import PATIENCE_S, Background, alive, command_line, descendants, wait_until
+from tests.support.processes import PATIENCE_S, Background, alive, descendants, wait_until
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
@@ -225,79 +220,3 @@ def test_a_killed_supervisor_leaves_no_process_and_frees_its_data_folder_once_th
     background.process.wait()
     DataFolder.open(tmp_path / "data").close()  # waits for the guards, which hold the lock
     assert [pid for pid in family if alive(pid)] == []
-
-
-def test_a_data_folder_in_use_is_refused_with_the_pid_of_its_user(data: DataFolder) -> None:
-    with pytest.raises(StartError, match=rf"in use by another `mta up` \(process {os.getpid()}\)"):
-        DataFolder.open(data.path)
-
-
-def test_the_secret_is_made_once_and_private(tmp_path: Path) -> None:
-    first = DataFolder.open(tmp_path / "data")
-    first.close()
-    second = DataFolder.open(tmp_path / "data")
-    second.close()
-    assert first.secret == second.secret
-    assert stat.S_IMODE((tmp_path / "data" / "secret").stat().st_mode) == 0o600
-
-
-def test_an_emptied_secret_is_refused_not_replaced(tmp_path: Path) -> None:
-    DataFolder.open(tmp_path / "data").close()
-    (tmp_path / "data" / "secret").write_text("")
-    with pytest.raises(StartError, match="holds no secret"):
-        DataFolder.open(tmp_path / "data")
-
-
-async def test_valkey_is_durable_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
-    data = DataFolder.open(tmp_path / 'a "quoted" folder')
-    part, url = valkey_part(data)
-    password = url.split(":")[2].split("@")[0]
-    config = Path(part.command[1])
-    assert stat.S_IMODE(config.stat().st_mode) == 0o600
-    process = await GuardedProcess.start(part, data.log("valkey"))
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not await part.ready():
-                assert process.running, process.log_tail()
-                await asyncio.sleep(0.05)
-        async with redis.asyncio.Redis.from_url(url, decode_responses=True) as client:
-            assert (await client.config_get("append*"))["appendonly"] == "yes"
-            assert (await client.config_get("append*"))["appendfsync"] == "always"
-        async with redis.asyncio.Redis.from_url(url.replace(password, "")) as stranger:
-            with pytest.raises(redis.AuthenticationError):
-                await stranger.ping()
-        for pid in descendants(os.getpid()):
-            assert password not in command_line(pid)
-    finally:
-        await process.stop(PATIENCE_S)
-        data.close()
-    assert list(data.valkey.glob("appendonlydir/*.aof"))
-
-
-def test_the_gateway_gets_every_setting_by_environment_and_no_secret_by_argv(tmp_path: Path) -> None:
-    settings = Settings(secret="s" * 32, engine_key="k" * 32, bank=tmp_path, profile_items=7)  # type: ignore[arg-type]
-    part = gateway_part(settings)
-    assert part.environment["MTA_SECRET"] == "s" * 32
-    assert part.environment["MTA_ENGINE_KEY"] == "k" * 32
-    assert part.environment["MTA_BANK"] == str(tmp_path)
-    assert part.environment["MTA_PROFILE_ITEMS"] == "7"
-    assert not {"s" * 32, "k" * 32} & set(part.command)
-
-
-def test_the_engine_gets_no_secret_of_users_and_keeps_its_processes_on_loopback() -> None:
-    settings = Settings(engine_key="k" * 32, engine_url="http://127.0.0.1:1")  # type: ignore[arg-type]
-    part = engine_part(settings, ["vllm"], {"MTA_SECRET": "s" * 32, "VLLM_API_KEY": "k" * 32})
-    assert "MTA_SECRET" not in part.environment
-    assert part.environment["VLLM_API_KEY"] == "k" * 32
-    assert part.environment["VLLM_HOST_IP"] == "127.0.0.1"
-    assert part.environment["GLOO_SOCKET_IFNAME"] == "lo"
-
-
-def test_a_taken_port_is_refused_by_number() -> None:
-    port = free_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        with pytest.raises(StartError, match=f"127.0.0.1:{port}: Address already in use"):
-            check_port(port)
-    check_port(port)

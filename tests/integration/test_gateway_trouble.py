@@ -1,0 +1,160 @@
+"""`POST /generate` when the engine lacks an adapter, breaks or goes away, and when the client does."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from server.settings import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread, chunks_of, generate
+from tests.support.processes import wait_until
+
+NewUser = Callable[[], str]
+
+
+class TestFallback:
+    """The engine lacks the adapter."""
+
+    def test_the_base_model_answers_and_says_why(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, gateway: GatewayThread
+    ) -> None:
+        before = _metric(client, "mta_fallbacks_total")
+        fake_engine.knobs.lacks = lambda model: model != "base"
+        who = generate(client, ada).raise_for_status().json()["personalization"]
+        assert (who["level"], who["recipe"], who["anchors"]) == ("base", None, [])
+        assert "cannot serve" in who["reason"]
+        assert [seen.body["model"] == "base" for seen in fake_engine.seen] == [False, True]
+        assert _metric(client, "mta_fallbacks_total") == before + 1
+
+    def test_a_stream_falls_back_too(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
+        fake_engine.knobs.lacks = lambda model: model != "base"
+        chunks = chunks_of(generate(client, ada, stream=True))
+        assert chunks[0]["personalization"]["level"] == "base"
+        assert chunks[0]["model"] == "base"
+        assert chunks[-1] == "[DONE]"
+
+    def test_who_insists_on_merged_is_refused(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
+        fake_engine.knobs.lacks = lambda model: model != "base"
+        response = generate(client, ada, personalize="merged")
+        assert response.status_code == 503
+        assert response.headers["Retry-After"]
+
+    def test_an_engine_without_a_base_model_is_at_fault(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine
+    ) -> None:
+        fake_engine.knobs.lacks = lambda model: True
+        response = generate(client, ada)
+        assert response.status_code == 502
+        assert len(fake_engine.seen) == 2
+
+
+class TestBrokenEngine:
+    """The engine fails before or in the middle of an answer."""
+
+    @pytest.mark.parametrize(
+        "knobs", [{"die_after": 2}, {"fail_after": 2}, {"garbage": b"data: {]\n\n"}, {"garbage": b"data: {}\n\n"}]
+    )
+    def test_a_stream_ends_in_an_error_event_without_done(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any]
+    ) -> None:
+        for name, value in knobs.items():
+            setattr(fake_engine.knobs, name, value)
+        *chunks, last = chunks_of(generate(client, ada, stream=True))
+        assert chunks[0]["personalization"]["level"] == "merged"
+        assert last["error"]["type"] == "engine_error"
+        assert set(last["error"]) == {"message", "type", "param", "code"}
+        assert "[DONE]" not in chunks
+
+    @pytest.mark.parametrize("knobs", [{"die_after": 0}, {"fail_after": 0}])
+    def test_a_stream_that_never_began_is_an_error_like_any_other(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any]
+    ) -> None:
+        for name, value in knobs.items():
+            setattr(fake_engine.knobs, name, value)
+        response = generate(client, ada, stream=True)
+        assert response.status_code == 502
+        assert response.json()["error"]["type"] == "engine_error"
+
+    @pytest.mark.parametrize(
+        ("knobs", "status"),
+        [({"die_after": 2}, 503), ({"fail_after": 0}, 503), ({"garbage": b"7"}, 502), ({"garbage": b"{"}, 502)],
+    )
+    def test_a_whole_answer_becomes_an_error(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any], status: int
+    ) -> None:
+        for name, value in knobs.items():
+            setattr(fake_engine.knobs, name, value)
+        response = generate(client, ada)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == ("engine_error" if status == 502 else "service_unavailable")
+
+    @pytest.mark.parametrize(("status", "expected"), [(500, 503), (503, 503), (429, 503), (401, 502), (418, 502)])
+    def test_its_refusals_are_translated(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, status: int, expected: int
+    ) -> None:
+        fake_engine.knobs.status = status
+        response = generate(client, ada)
+        assert response.status_code == expected
+        assert ("Retry-After" in response.headers) == (expected == 503)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_while_it_is_down_requests_are_told_to_come_back(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool
+    ) -> None:
+        fake_engine.stop()
+        try:
+            response = generate(client, ada, stream=stream)
+            assert response.status_code == 503
+            assert int(response.headers["Retry-After"]) > 0
+            assert response.json()["error"]["type"] == "service_unavailable"
+        finally:
+            fake_engine.start()
+        assert generate(client, ada, stream=stream).status_code == 200
+
+    def test_its_silence_ends(self, gateway_settings: Settings, fake_engine: FakeEngine, new_user: NewUser) -> None:
+        fake_engine.knobs.token_delay_s = 30
+        with (
+            GatewayThread(gateway_settings.model_copy(update={"engine_timeout_s": 0.3})) as impatient,
+            impatient.client() as client,
+        ):
+            for stream in (False, True):
+                response = generate(client, new_user(), stream=stream)
+                assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_timeout")
+
+
+class TestDisconnect:
+    """A client that leaves takes its generation with it."""
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_the_engine_is_told_to_stop(
+        self, gateway: GatewayThread, client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool
+    ) -> None:
+        before = _metric(client, "mta_disconnects_total")
+        fake_engine.knobs.token_delay_s = 0.02
+        body = json.dumps({"user_id": ada, "prompt": "hello", "max_tokens": 400, "stream": stream}).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            wait_until(lambda: bool(fake_engine.seen) and fake_engine.seen[-1].tokens > 2, "the first tokens")
+        wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to notice")
+        assert fake_engine.seen[-1].tokens < 400
+        wait_until(lambda: _metric(client, "mta_disconnects_total") == before + 1, "the gateway to count it")
+
+    def test_a_client_that_leaves_before_the_engine_admits_is_noticed(
+        self, gateway: GatewayThread, ada: str, fake_engine: FakeEngine
+    ) -> None:
+        fake_engine.knobs.token_delay_s = 30  # nothing is ever sent
+        with gateway.client(timeout_s=0.5) as hasty, pytest.raises(httpx.ReadTimeout):
+            generate(hasty, ada)
+        wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to notice")
+
+
+def _metric(client: httpx.Client, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))

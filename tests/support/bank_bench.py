@@ -1,0 +1,71 @@
+"""Banks of a tiny model, built again and again from the same few people."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.matrix import MetaMatrix
+from adapters.trainer import StepReport
+from bank.build import build_bank
+from bank.manifest import MATRIX_FILE, BankManifest
+from bank.options import BuildInputs, BuildOptions
+from tests.support.people import people, write_people
+
+OPTIONS = BuildOptions(
+    task="chat",
+    anchors=3,
+    rank=4,
+    user_rank=4,
+    steps=3,
+    common_steps=3,
+    batch_size=4,
+    common_batch_size=4,
+    learning_rate=1e-2,
+    common_learning_rate=1e-2,
+    dtype="float32",
+)
+
+
+class Recorder:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.begun: list[str] = []
+        self.steps: list[tuple[str, int]] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def begin(self, work_tokens: Mapping[str, int]) -> None:
+        self.begun += work_tokens
+        assert all(tokens > 0 for tokens in work_tokens.values())
+
+    def step(self, row: str, steps: int, report: StepReport) -> None:
+        self.steps.append((row, report.step))
+
+
+class Bench:
+    """Builds banks of the same people into folders of their own."""
+
+    def __init__(self, folder: Path, model: Path, embedder: Path) -> None:
+        self.folder, self.model, self.embedder = folder, model, embedder
+        self.users = write_people(folder / "users.json", people(5))
+
+    def build(self, name: str, progress: Recorder | None = None, *, inputs: Any = None, **changes: Any) -> BankManifest:
+        where = BuildInputs(
+            users=self.users,
+            out=self.folder / name,
+            model=str(self.model),
+            embedder=self.embedder,
+            cache_dir=self.folder,
+        )
+        options = dataclasses.replace(OPTIONS, **changes)
+        return build_bank(dataclasses.replace(where, **(inputs or {})), options, progress or Recorder())
+
+    def matrix(self, name: str, manifest: BankManifest) -> MetaMatrix:
+        path = self.folder / name / MATRIX_FILE
+        return MetaMatrix.open(path, manifest.layout, len(manifest.anchors), manifest.common)
