@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bank.models import ensure_embedder
-from bench.report import processor
+from bench.report import console, processor
 from server.settings import Settings
 from tests.support.tiny import tiny_bank, tiny_model
 from tests.support.up import up
@@ -141,9 +141,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Where bank and reports go.")] = Path("out/acceptance"),
 ) -> None:
     """Run everything; one table at the end."""
-    console = Console(highlight=False)
     out.mkdir(parents=True, exist_ok=True)
-    run, bank, users = Run(out, console), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
+    shown = console()
+    run, bank, users = Run(out, shown), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
     build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build)):
         run.step("fuse", ("-m", "bench.fuse", "--bank", bank), FUSE)
@@ -156,7 +156,7 @@ def main(
         with _served(out / "data", "--bank", str(bank), "--dtype", "float32") as (gateway, engine, key):
             serve = ("-m", "bench.serve_users", "--users", users, "--url", gateway, "--engine", engine)
             run.step("users", serve, (AS_IT_SAYS,), key)
-    console.print(_table(run.outcomes))
+    shown.print(_table(run.outcomes))
     passed = all(outcome.passed for outcome in run.outcomes)
     content = {"machine": processor(), "passed": passed, "steps": [asdict(outcome) for outcome in run.outcomes]}
     (out / "acceptance.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from statistics import median
 
 from rich.console import Console
 from rich.table import Table
+
+FILE_COLUMNS = 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,11 @@ def processor() -> str:
     return platform.processor()
 
 
+def console() -> Console:
+    """Where tables go: as wide as the terminal, or wide enough where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
+
+
 def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **details: object) -> None:
     """Print a two-column table and, where asked, write the same with all details as JSON.
 
@@ -57,7 +65,7 @@ def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **d
     table = Table(title=title, title_justify="left", show_header=False)
     for label, value in rows:
         table.add_row(label, str(value))
-    Console().print(table)
+    console().print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         content: Mapping[str, object] = {
