@@ -3,6 +3,8 @@
     MtaError
     ├── RecipeError       a name that is no canonical recipe, or weights that make none
     ├── FusionError       a recipe that this bank cannot fuse
+    ├── UserAdapterError  bytes that are no user adapter, or none for this bank
+    ├── TrainingError     samples or a rate that nothing can be trained with
     ├── BankError         a bank that cannot be read, or must not be used        (bank/errors.py)
     │   └── ProfileError  items that no profile can be made of
     ├── ApiError          what a client is told, with its HTTP status            (server/errors.py)
@@ -24,6 +26,14 @@ class RecipeError(MtaError, ValueError):
 
 class FusionError(MtaError, ValueError):
     """A well-formed recipe asks for something that the bank at hand cannot give."""
+
+
+class UserAdapterError(MtaError, ValueError):
+    """Bytes that are no user adapter, or one that this bank cannot serve."""
+
+
+class TrainingError(MtaError, ValueError):
+    """Training that cannot begin, or whose loss is no number any more."""
 
 
 def excerpt(value: object, limit: int = 80) -> str:

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
+from adapters.attached import attached
 from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
 
-TRAINED = "trained"
-FROZEN = "frozen"
 WARM_UP = 0.1
 CLIP_NORM = 1.0
 MICRO_BATCH_TOKENS = 512
@@ -95,6 +94,14 @@ def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWe
     )
 
 
+def rate_factor(step: int, steps: int) -> float:
+    """The share of the peak rate at a step from 0: linear warm-up over a tenth, then a half cosine down to 0."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
 def train_lora(
     model: Any,
     examples: Sequence[Example],
@@ -119,81 +126,38 @@ def train_lora(
     Returns:
         The trained LoRA, float32 on CPU, scaling folded into B.
     """
-    from peft import get_peft_model
-
     if not examples:
         raise FusionError("there is nothing to train on: no example has an output")
-    peft_model = get_peft_model(model, _config(start), adapter_name=TRAINED)
-    try:
-        _put(peft_model, TRAINED, start)
-        if frozen is not None:
-            peft_model.add_adapter(FROZEN, _config(frozen))
-            _put(peft_model, FROZEN, frozen)
-            peft_model.base_model.set_adapter([TRAINED, FROZEN])
-        parameters = _choose_trainable(peft_model, train_a)
-        peft_model.eval()  # dropout of the base would make the loss noisy and the result depend on global state
-        _optimise(peft_model, parameters, examples, plan, on_step)
-        return _take(peft_model, start)
-    finally:
-        peft_model.unload()
+    with attached(model, start, frozen) as lora:
+        optimise(lora.model, lora.trainable(train_a=train_a), examples, plan, on_step)
+        return lora.weights()
 
 
-def _config(lora: LoraWeights) -> Any:
-    """PEFT's configuration for a LoRA whose scaling is folded: alpha equals the rank."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.a), init_lora_weights=False)
-
-
-def _layers(peft_model: Any) -> Iterator[tuple[str, Any]]:
-    """PEFT's LoRA layers by the name of the module they wrap."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in peft_model.base_model.model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
-
-
-def _put(peft_model: Any, adapter: str, lora: LoraWeights) -> None:
-    with torch.no_grad():
-        for name, layer in _layers(peft_model):
-            layer.lora_A[adapter].weight.copy_(lora.a[name])
-            layer.lora_B[adapter].weight.copy_(lora.b[name])
-
-
-def _take(peft_model: Any, start: LoraWeights) -> LoraWeights:
-    layers = dict(_layers(peft_model))
-    return LoraWeights(
-        rank=start.rank,
-        a={name: layers[name].lora_A[TRAINED].weight.detach().float().cpu().clone() for name in start.a},
-        b={name: layers[name].lora_B[TRAINED].weight.detach().float().cpu().clone() for name in start.b},
-    )
-
-
-def _choose_trainable(peft_model: Any, train_a: bool) -> list[torch.nn.Parameter]:
-    for parameter in peft_model.parameters():
-        parameter.requires_grad_(False)
-    chosen = []
-    for _, layer in _layers(peft_model):
-        chosen += [layer.lora_B[TRAINED].weight] + ([layer.lora_A[TRAINED].weight] if train_a else [])
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    return chosen
-
-
-def _optimise(
+def optimise(
     model: Any,
-    parameters: list[torch.nn.Parameter],
+    parameters: Sequence[torch.nn.Parameter],
     examples: Sequence[Example],
     plan: TrainPlan,
     on_step: Callable[[StepReport], None],
+    *,
+    rate: Callable[[int, int], float] = rate_factor,
 ) -> None:
+    """Train parameters in place.
+
+    Args:
+        model: in evaluation mode, everything else frozen.
+        parameters: what moves.
+        examples: at least one.
+        plan: steps, batch, peak rate, seed.
+        on_step: told after every step; what it raises ends training there.
+        rate: share of the peak rate at a step from 0, of so many.
+    """
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, plan.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
     batches = _batches(len(examples), plan)
     for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
-        outputs = sum(len(example.ids) - example.loss_from for example in batch)
+        outputs = _output_tokens(batch)
         loss = 0.0
         for part in micro_batches(batch):
             part_loss = _summed_loss(model, part) / outputs
@@ -206,12 +170,14 @@ def _optimise(
         on_step(StepReport(step, loss, sum(len(example.ids) for example in batch)))
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """The share of the peak rate at a step from 0: linear warm-up over a tenth, then a half cosine down to 0."""
-    warm_up = max(1, round(WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+@torch.no_grad()
+def mean_loss(model: Any, examples: Sequence[Example]) -> float:
+    """Negative log-likelihood per output token, nats."""
+    return sum(float(_summed_loss(model, part)) for part in micro_batches(examples)) / _output_tokens(examples)
+
+
+def _output_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.ids) - example.loss_from for example in examples)
 
 
 def _batches(count: int, plan: TrainPlan) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
-from adapters.recipe import Method
+from adapters.recipe import FusionRecipe, Method
 from bank.errors import BankError
 
 MANIFEST_FILE = "bank.json"
@@ -107,6 +107,10 @@ class BankManifest(_Frozen):
     def fused_rank(self) -> int:
         """The rank of the largest fusion this bank's rule makes, user adapters aside."""
         return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
+
+    def rank_of(self, recipe: FusionRecipe) -> int:
+        """The rank of what a recipe of this bank fuses to, its user adapter aside."""
+        return fused_rank(self.method, self.rank, len(recipe.terms), recipe.common)
 
     def compute_fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of everything but the fingerprint itself."""

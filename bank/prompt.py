@@ -60,28 +60,41 @@ def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: in
         output: what the assistant should have answered.
         max_tokens: most ids of the example.
     """
-    prompt = _prompt(tokenizer, turn)
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    output_ids = tokenizer.encode(_completion(tokenizer, turn, output, prompt), add_special_tokens=False)
+    whole = encode_conversation(tokenizer, chat_messages(turn), output)
+    prompt_ids, output_ids = list(whole.ids[: whole.loss_from]), list(whole.ids[whole.loss_from :])
     overflow = len(prompt_ids) + len(output_ids) - max_tokens
     if overflow > 0:
         turn_ids = tokenizer.encode(turn, add_special_tokens=False)
         shorter = tokenizer.decode(turn_ids[: max(0, len(turn_ids) - overflow)])
-        prompt_ids = tokenizer.encode(_prompt(tokenizer, shorter), add_special_tokens=False)
+        prompt_ids = tokenizer.encode(_prompt(tokenizer, chat_messages(shorter)), add_special_tokens=False)
     ids = (prompt_ids + output_ids)[:max_tokens]
     return EncodedPair(tuple(ids), min(len(prompt_ids), max_tokens))
 
 
-def _prompt(tokenizer: ChatTokenizer, turn: str) -> str:
-    return tokenizer.apply_chat_template(chat_messages(turn), tokenize=False, add_generation_prompt=True)
+def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str) -> EncodedPair:
+    """Tokenise a conversation that ends with the user's turn and what should have been answered; nothing is cut.
+
+    Args:
+        tokenizer: the base model's, with a chat template.
+        messages: in OpenAI's shape.
+        output: what the assistant should have answered.
+    """
+    prompt = _prompt(tokenizer, messages)
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    output_ids = tokenizer.encode(_completion(tokenizer, messages, output, prompt), add_special_tokens=False)
+    return EncodedPair(tuple(prompt_ids + output_ids), len(prompt_ids))
 
 
-def _completion(tokenizer: ChatTokenizer, turn: str, output: str, prompt: str) -> str:
+def _prompt(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _completion(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str, prompt: str) -> str:
     """The output and the end-of-turn marker, as the chat template closes an assistant's turn.
 
     White space after the marker is dropped: generation has stopped by then.
     """
-    answered = [*chat_messages(turn), {"role": "assistant", "content": output}]
+    answered = [*messages, {"role": "assistant", "content": output}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
     body = output.strip()  # some templates strip what they are given
     start = whole.find(body, len(prompt)) if whole.startswith(prompt) else -1

@@ -5,7 +5,7 @@ Used by the tests and by `bench/oracle.py`, which hold a running vLLM against Hu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -58,12 +58,19 @@ def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Itera
         matrix: the bank's rows.
         recipe: what to add.
     """
+    with added(model, {module.name: dense_delta(matrix, recipe, module) for module in matrix.layout.modules}):
+        yield
+
+
+@contextmanager
+def added(model: Any, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """A model with ΔW [H_out, H_in] added to the weights of some modules, and taken back afterwards."""
     kept = {}
     with torch.no_grad():
-        for module in matrix.layout.modules:
-            weight = model.get_submodule(module.name).weight
-            kept[module.name] = weight.detach().clone()
-            weight += dense_delta(matrix, recipe, module).to(weight.dtype)
+        for name, delta in deltas.items():
+            weight = model.get_submodule(name).weight
+            kept[name] = weight.detach().clone()
+            weight += delta.to(weight.dtype)
     try:
         yield
     finally:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.generation import Answer
 from server.personalizer import Level, Personalization
+from server.store.jobs import Job, JobState
 
 _EXAMPLE: dict[str, Any] = {
     "id": "gen-1b0330fa255959863cff0464",
@@ -53,7 +56,9 @@ class AnchorAnswer(_Answer):
 
     id: str = Field(examples=["a03"])
     weight: float = Field(description="Its weight in the recipe, 0 to 1.")
-    similarity: float = Field(description="How near it is to the user's profile, -1 to 1.")
+    similarity: float | None = Field(
+        description="How near it is to the user's profile, -1 to 1; null when others are nearer by now."
+    )
 
 
 class WhoSpeaks(_Answer):
@@ -106,6 +111,16 @@ class ProfileAnswer(_Answer):
     anchors: list[AnchorAnswer]
 
 
+class AdapterAnswer(_Answer):
+    """A user adapter."""
+
+    id: str
+    recipe: str = Field(description="The recipe that it was trained on, and is always served with.")
+    bytes: int = Field(description="Size of what is kept.")
+    created_at: str = Field(description="UTC, ISO 8601.")
+    stale: bool = Field(description="Whether it is of another bank, and so not served.")
+
+
 class UserAnswer(_Answer):
     """What is stored of a user and who speaks for them."""
 
@@ -117,13 +132,57 @@ class UserAnswer(_Answer):
     recipe: str
     source: str
     anchors: list[AnchorAnswer]
+    adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
+
+
+class JobAnswer(_Answer):
+    """A job, as it is now."""
+
+    id: str
+    state: JobState = Field(description="The last five have ended for good. `rejected`: trained, but no better.")
+    config: dict[str, Any]
+    progress: dict[Literal["step", "of", "loss"], float | int | None] = Field(
+        description="Steps of all training runs of the job, and the loss of the last, nats per output token."
+    )
+    held_out: dict[Literal["before", "after"], float | None] = Field(
+        description="Loss on samples that were not trained on: of the fused adapter alone, and with the user adapter."
+    )
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    tries: int = Field(description="Workers that have taken it up.")
+    adapter: str | None = Field(description="Id of the user adapter that it made.")
+    error: str | None = Field(description="Why it failed, and what to do.")
 
 
 class ErasedAnswer(_Answer):
     """What was erased."""
 
     user_id: str
-    erased: dict[Literal["items", "keys"], int]
+    erased: dict[Literal["items", "samples", "jobs", "adapters", "keys"], int]
+    log_rewritten_by: str = Field(description="By when the store's file on disk has forgotten it too. UTC, ISO 8601.")
+
+
+def job_answer(job: Job) -> JobAnswer:
+    """A job as clients see it."""
+    return JobAnswer(
+        id=str(job.id),
+        state=job.state,
+        config=orjson.loads(job.config),
+        progress={"step": job.step, "of": job.of, "loss": job.loss},
+        held_out={"before": job.before, "after": job.after},
+        created_at=iso(job.created_ms),
+        started_at=iso(job.started_ms) if job.started_ms else None,
+        ended_at=iso(job.ended_ms) if job.ended_ms else None,
+        tries=job.tries,
+        adapter=job.adapter or None,
+        error=job.error or None,
+    )
+
+
+def iso(unix_ms: int) -> str:
+    """UTC, ISO 8601, to the millisecond."""
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def who_speaks(personalization: Personalization) -> dict[str, Any]:

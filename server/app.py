@@ -19,21 +19,26 @@ from adapters.errors import MtaError, excerpt
 from bank.embedder import Embedder
 from bank.models import ensure_embedder
 from bank.serving import ServingBank
+from server.adapting import Adapting
 from server.engine_client import EngineClient, open_session
+from server.erasing import Erasing
 from server.errors import ApiError, NotFound, WrongMethod
 from server.generation import Generator
 from server.health import Health
+from server.http.middleware import RequestLog
+from server.http.validation import fault_of
 from server.metrics import Metrics
-from server.middleware import RequestLog
 from server.parts import Parts
 from server.personalizer import Personalizer
 from server.profiles import Profiles
-from server.routes import generate, operations, users
+from server.routes import generate, jobs, operations, users
 from server.settings import Settings
-from server.store import Durability
-from server.store_redis import RedisStore
+from server.store.durability import Durability
+from server.store.redis_connection import RedisConnection
+from server.store.redis_jobs import RedisJobs
+from server.store.redis_log import AppendOnlyFile
+from server.store.redis_profiles import RedisProfiles
 from server.user_key import UserKeys
-from server.validation import fault_of
 
 log = logging.getLogger("mta.gateway")
 
@@ -60,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(RequestLog, metrics=metrics)
-    for router in (generate.router, users.router, operations.router):
+    for router in (generate.router, users.router, jobs.router, operations.router):
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -83,10 +88,10 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
     bank = await asyncio.to_thread(ServingBank.open, settings.bank, embedder.id)
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
-        store = RedisStore(settings.redis_url, require_durable=settings.require_durable_store)
-        stack.push_async_callback(store.close)
+        connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
+        stack.push_async_callback(connection.close)
         try:
-            durability = await store.check()
+            durability = await connection.check()
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         if durability is Durability.NONE:
@@ -94,16 +99,33 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, thread_name_prefix="embed"))
         profiles = Profiles(
-            store, keys, embedder=embedder, task=bank.task, executor=threads, limit=settings.profile_items
+            RedisProfiles(connection),
+            keys,
+            embedder=embedder,
+            task=bank.task,
+            executor=threads,
+            limit=settings.profile_items,
         )
         personalizer = Personalizer(bank, profiles)
         engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
-        health = Health(store, session, settings.engines, engine_key, bank)
-        watching = asyncio.create_task(health.watch())
-        stack.push_async_callback(_stopped, watching)
+        health = Health(connection, session, settings.engines, engine_key, bank)
+        log_file = AppendOnlyFile(connection)
+        for watching in (health.watch(), log_file.watch()):
+            stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
         generator = Generator(personalizer, engine, metrics)
-        yield Parts(settings, bank, profiles, personalizer, generator, health, metrics)
+        jobs_store = RedisJobs(connection)
+        adapting = Adapting(
+            jobs_store,
+            profiles,
+            engine=engine,
+            health=health,
+            manifest=bank.manifest,
+            task=bank.task,
+            max_sample_bytes=settings.max_item_bytes,
+        )
+        erasing = Erasing(profiles, jobs_store, log_file, session=session, urls=settings.engines, key=engine_key)
+        yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
 
 
 def _open_embedder(settings: Settings) -> Embedder:

@@ -20,7 +20,7 @@ import orjson
 
 from adapters.errors import MtaError, excerpt
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.streaming import ByteChunks, events
+from server.http.streaming import ByteChunks, events
 
 BASE_MODEL = "base"
 """The name under which engines serve the base model."""
@@ -146,6 +146,7 @@ class EngineClient:
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None, cache_salt: str) -> None:
         self._session = session
         self._url = f"{url.rstrip('/')}/v1/chat/completions"
+        self._tokenize_url = f"{url.rstrip('/')}/tokenize"
         self._headers = {"Content-Type": "application/json"} | bearer(key)
         self._cache_salt = cache_salt
 
@@ -171,6 +172,15 @@ class EngineClient:
                 await _drain(response)
         finally:
             response.close()  # at its end the connection is back in the pool already and this does nothing
+
+    async def count_tokens(self, messages: list[dict[str, str]]) -> int | None:
+        """Length of a conversation in tokens; None where the engine cannot say."""
+        body = orjson.dumps({"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False})
+        try:
+            async with self._session.post(self._tokenize_url, data=body, headers=self._headers) as response:
+                return int(orjson.loads(await response.read())["count"]) if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
+            return None
 
     async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
         body = {

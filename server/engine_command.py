@@ -84,6 +84,8 @@ def engine_command(settings: Settings, manifest: BankManifest, model_folder: Pat
         "VLLM_NO_USAGE_STATS": "1",
         "MTA_BANK": str(settings.bank),
         "MTA_MAX_ADAPTER_NAMES": str(settings.max_adapter_names),
+        "MTA_USER_ADAPTER_MIB": str(settings.user_adapter_mib),
+        "MTA_REDIS_URL": settings.redis_url,
     }
     if settings.next_bank is not None:
         environment["MTA_NEXT_BANK"] = str(settings.next_bank)

@@ -4,6 +4,7 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── InvalidRequest 400   a field is wrong; `param` names it
 ├── NotFound 404         no such user, route, recipe
 ├── WrongMethod 405
+├── Conflict 409         what is asked for is over already
 ├── TooLarge 413         a body above the limit
 ├── WrongMediaType 415
 ├── EngineFailed 502     the engine answered something it must not
@@ -67,6 +68,12 @@ class WrongMethod(ApiError):
     """The route exists, but not for this method."""
 
     status, kind, default_code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class Conflict(ApiError):
+    """The request comes too late."""
+
+    status, kind, default_code = 409, "invalid_request_error", "conflict"
 
 
 class TooLarge(ApiError):

@@ -14,7 +14,7 @@ import orjson
 from bank.serving import ServingBank
 from server.engine_client import bearer
 from server.errors import ApiError
-from server.store import Durability, ProfileStore
+from server.store.durability import CheckedStore, Durability
 
 log = logging.getLogger("mta.gateway")
 
@@ -77,7 +77,7 @@ class Health:
 
     def __init__(
         self,
-        store: ProfileStore,
+        store: CheckedStore,
         session: aiohttp.ClientSession,
         urls: Sequence[str],
         key: str | None,

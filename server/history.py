@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bank.profile import Item
-from server.store import StoredItem
+from server.store.profiles import StoredItem
 
 History = Mapping[str, StoredItem]
 

@@ -28,7 +28,7 @@ class Metrics:
         )
         self.fallbacks = Counter(
             "mta_fallbacks",
-            "Generations served by the base model because the engine could not serve the recipe.",
+            "Generations served by less than the user's own recipe because the engine could not serve it.",
             registry=self._registry,
         )
         self.broken_streams = Counter(

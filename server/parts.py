@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from bank.serving import ServingBank
+from server.adapting import Adapting
+from server.erasing import Erasing
 from server.generation import Generator
 from server.health import Health
 from server.metrics import Metrics
@@ -22,6 +24,8 @@ class Parts:
     settings: Settings
     bank: ServingBank
     profiles: Profiles
+    adapting: Adapting
+    erasing: Erasing
     personalizer: Personalizer
     generator: Generator
     health: Health

@@ -16,8 +16,8 @@ from bank.profile import Item, Vectors, item_text, profile_embedding
 from bank.tasks import Task
 from server.errors import Unavailable
 from server.history import History, added, difference, replaced
-from server.profile_record import as_stored
-from server.store import Change, Erased, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
+from server.store.profiles import Change, Erased, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
+from server.store.records import as_stored
 from server.user_key import UserKeys
 
 EMBED_BATCH = 16
@@ -70,6 +70,10 @@ class Profiles:
         self._executor = executor
         self._limit = limit
         self._refreshing: dict[str, asyncio.Task[Profile | None]] = {}
+
+    def key(self, user_id: str) -> str:
+        """What a user is called in the store, and in recipe names."""
+        return self._keys.key(user_id)
 
     async def current(self, user_id: str) -> Profile | None:
         """The profile with an embedding of today's embedder, or None for an unknown user."""
@@ -170,4 +174,5 @@ def _same_content(before: StoredItem | None, after: StoredItem | None) -> bool:
 
 def _next_profile(snapshot: Snapshot, user_id: str, items: int, embedder: str, embedding: Vectors) -> Profile:
     profile = Profile(user_id, items, time.time_ns() // 1_000_000, embedder, embedding)
-    return replace(profile, extra=snapshot.profile.extra) if snapshot.profile else profile
+    before = snapshot.profile
+    return replace(profile, adapter=before.adapter, extra=before.extra) if before else profile

@@ -10,7 +10,9 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -23,6 +25,11 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 1024
 MAX_ITEMS = 10_000
+AS_TEXT, AS_MESSAGES = "as text", "as messages"
+"""Which of its two forms an `input` takes; pydantic writes them into the places of faults."""
+MAX_SAMPLES = 1000
+MAX_USER_RANK = 8
+MAX_STEPS = 500
 SEED_MAX = (1 << 63) - 1
 
 _USER_ID = "1 to 256 bytes of printable UTF-8 without spaces, `/`, `\\`, `{` or `}`; not `.` or `..`."
@@ -124,4 +131,53 @@ class ItemsRequest(_Request):
         max_length=MAX_ITEMS,
         description="Items of the bank's task, `{input, output}` pairs, or plain `{text}`. Without an `id` the hash of "
         "the content is taken. Fields that mean nothing to the task are ignored.",
+    )
+
+
+class SampleRequest(_Request):
+    """One example of how the user wants to be answered."""
+
+    input: Annotated[
+        Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
+        | Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
+        Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
+    ] = Field(description="One user turn, or a conversation that ends with one.")
+    output: str = Field(min_length=1, description="What the answer should have been.")
+
+
+class AdaptOptions(_Request):
+    """How to train; what is not given is the server's choice."""
+
+    kind: Literal["lora", "core"] | None = Field(
+        None, description="`core`: one small matrix a module, a few kilobytes. `lora`: a LoRA of `rank`."
+    )
+    rank: int | None = Field(None, ge=1, le=MAX_USER_RANK, description="Of a `lora`, within the room the bank leaves.")
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Most optimiser steps of one run.")
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    holdout: float | None = Field(
+        None, ge=0.05, le=0.5, description="Share of the samples kept aside, where there are many."
+    )
+
+
+class AdaptRequest(_Request):
+    """Samples to adapt to."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "samples": [
+                        {"input": "Any plans?", "output": "The sea. Always the sea."},
+                        {"input": "How was your day?", "output": "Salty. Glorious."},
+                    ]
+                }
+            ]
+        }
+    )
+
+    samples: list[SampleRequest] = Field(fail_fast=True, min_length=1, max_length=MAX_SAMPLES)
+    config: AdaptOptions = AdaptOptions()
+    append: bool = Field(False, description="Add to the kept samples instead of replacing them.")
+    idempotency_key: str | None = Field(
+        None, min_length=1, max_length=128, description="The same key again gives the same job."
     )

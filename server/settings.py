@@ -80,10 +80,18 @@ class Settings(BaseSettings):
     max_loras: int = Field(8, ge=1, description="Adapter slots: recipes that one batch can mix.")
     max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
     max_adapter_names: int = Field(1024, ge=1, description="Recipes whose ids the engine remembers when idle.")
+    user_adapter_mib: int = Field(256, ge=1, description="User adapters an engine keeps beyond those in use, MiB.")
     max_model_len: int | None = Field(None, gt=0, description="Context in tokens; the model's own without it.")
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
+
+    # Worker
+    worker_threads: int = Field(
+        default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // 2),
+        ge=1,
+        description="Threads that train user adapters; half the cores, so that answers go on.",
+    )
 
     @property
     def banks(self) -> tuple[Path, ...]:

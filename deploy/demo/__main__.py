@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from deploy.demo import adapting
 from deploy.demo.bank import OUT, build_bank
 from deploy.demo.children import DemoError, run_mta
 from deploy.demo.client import Answer, Api
@@ -71,7 +72,7 @@ def main() -> int:
 
 
 def _run(console: Console, out: Path, data: Path) -> None:
-    teller = Teller(console, steps=5)
+    teller = Teller(console, steps=6)
     people = anchors()
     with teller.step("mta models: a base model and an embedder, made once"):
         run_mta("models")
@@ -82,11 +83,23 @@ def _run(console: Console, out: Path, data: Path) -> None:
             server = stack.enter_context(running_server(bank, data, teller.line))
         with teller.step("Three people who are no anchors, by a few lines of their writing"):
             for person in PEOPLE:
+                server.api.forget(person.user_id)
                 server.api.put_profile(person.user_id, person.lines)
                 teller.line(f"PUT /users/{person.user_id}/profile: {len(person.lines)} lines, {_excerpt(person)}")
         with teller.step("POST /generate: the same questions, as nobody and as each of them"):
             answers = _ask_all(server.api)
         console.print(answers_table(SHOWN_QUESTIONS, answers, _looks()))
+        with teller.step(
+            f"POST /users/{adapting.USER}/adapt: {adapting.SAMPLES} samples of a habit that no anchor has"
+        ):
+            before = [answers[question, adapting.USER] for question in SHOWN_QUESTIONS]
+            job = server.api.adapt(adapting.USER, adapting.samples(), adapting.CONFIG)
+            if job.error:
+                raise DemoError(f"the training failed: {job.error}")
+            for line in (*adapting.loss_curve(job.losses), adapting.outcome(job)):
+                teller.line(line)
+            after = [server.api.ask(adapting.USER, question) for question in SHOWN_QUESTIONS]
+        console.print(adapting.before_and_after(before, after))
         if sys.stdin.isatty() and sys.stdout.isatty():
             _stay_up(console, server)
 

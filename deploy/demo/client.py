@@ -36,6 +36,28 @@ class Answer:
     ttft_ms: float
 
 
+@dataclass(slots=True)
+class Job:
+    """A training run, followed to its end.
+
+    Attributes:
+        state: how it ended.
+        of: steps of all its runs.
+        losses: of the last step, each time it was told.
+        before, after: held-out loss without and with the adapter.
+        seconds: from the request until it had ended.
+        error: why it failed; empty otherwise.
+    """
+
+    state: str
+    of: int
+    losses: list[float]
+    before: float
+    after: float
+    seconds: float
+    error: str
+
+
 class Api:
     """A running server.
 
@@ -55,9 +77,34 @@ class Api:
         except DemoError:
             return False
 
+    def forget(self, user_id: str) -> None:
+        """Erase what an earlier run has left of a user."""
+        if self._knows(user_id):
+            self._send("DELETE", f"/users/{user_id}").close()
+
     def put_profile(self, user_id: str, lines: Sequence[str]) -> None:
         """Make a user known by what they have written."""
         self._send("PUT", f"/users/{user_id}/profile", {"items": [{"text": line} for line in lines]}).close()
+
+    def adapt(self, user_id: str, samples: Sequence[object], config: object) -> Job:
+        """Send samples and follow the job to its end."""
+        sent_s = time.perf_counter()
+        with self._send("POST", f"/users/{user_id}/adapt", {"samples": samples, "config": config}) as response:
+            job = json.load(response)
+        losses: list[float] = []
+        with self._send("GET", f"/jobs/{job['id']}/events") as response:
+            for job in _events(response):
+                if job["progress"]["loss"] is not None:
+                    losses.append(job["progress"]["loss"])
+        return Job(
+            state=job["state"],
+            of=job["progress"]["of"],
+            losses=losses,
+            before=job["held_out"]["before"] or 0.0,
+            after=job["held_out"]["after"] or 0.0,
+            seconds=time.perf_counter() - sent_s,
+            error=job["error"] or "",
+        )
 
     def ask(self, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> Answer:
         """One greedy, streamed answer."""
@@ -86,6 +133,15 @@ class Api:
         ttft_ms = ((first_token_s or time.perf_counter()) - sent_s) * 1000
         anchors = tuple((anchor["id"], anchor["weight"]) for anchor in speaker["anchors"])
         return Answer("".join(pieces).strip(), finish_reason == "length", speaker["level"], anchors, ttft_ms)
+
+    def _knows(self, user_id: str) -> bool:
+        try:
+            self._send("GET", f"/users/{user_id}").close()
+        except DemoError as error:
+            if "answered with 404" in str(error):
+                return False
+            raise
+        return True
 
     def _send(self, method: str, path: str, body: object = None) -> HTTPResponse:
         data = None if body is None else json.dumps(body).encode()

@@ -80,6 +80,11 @@ def _worlds() -> dict[str, Any]:
         return tomllib.load(file)
 
 
+def everyday() -> list[tuple[str, str]]:
+    """Everyday questions with plain answers; none of them is of `QUESTIONS`."""
+    return [(question, plain) for question, plain in _worlds()["everyday"]]
+
+
 def anchors(seed: int = 0) -> list[dict[str, object]]:
     """The people whose histories the bank is trained on, in LaMP's per-user layout for the task `chat`.
 

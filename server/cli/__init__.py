@@ -7,7 +7,7 @@ import sys
 import typer
 
 from adapters.errors import MtaError
-from server.cli import bank, engine, gateway, models, settings, up
+from server.cli import bank, engine, gateway, models, readapt, settings, up, worker
 
 app = typer.Typer(
     name="mta",
@@ -21,6 +21,8 @@ app.add_typer(bank.app, name="bank")
 app.command("models")(models.models)
 app.command("gateway")(gateway.gateway)
 app.command("engine")(engine.engine)
+app.command("worker")(worker.worker)
+app.command("readapt")(readapt.readapt)
 app.command("settings")(settings.settings)
 
 

@@ -1,4 +1,4 @@
-"""`mta up`: Valkey, the engine and the gateway on this machine, started, watched and stopped together."""
+"""`mta up`: Valkey, the engine, the gateway and the worker on this machine, started, watched and stopped together."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     from bank.models import ensure_embedder
     from bank.serving import ServingBank
     from server.engine_command import prepare_engine
-    from server.supervisor.parts import LOOPBACK, engine_part, free_port, gateway_part, valkey_part
+    from server.supervisor.parts import LOOPBACK, engine_part, free_port, gateway_part, valkey_part, worker_part
 
     if settings.bank is None:
         raise BankError("no bank: pass --bank DIR or set MTA_BANK; `mta bank build` makes one")
@@ -102,6 +102,8 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     if own_engine:
         parts.append(engine_part(settings, *prepare_engine(settings)))
     parts.append(gateway_part(settings))
+    if own_engine:  # engines elsewhere have workers elsewhere
+        parts.append(worker_part(settings, data.log("worker")))
     return settings, parts
 
 

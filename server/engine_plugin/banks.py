@@ -48,7 +48,7 @@ def open_matrices(settings: Settings) -> Mapping[str, MetaMatrix]:
 
 
 def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:
-    """Parse a recipe and make sure that fusing it cannot fail.
+    """Parse a recipe and make sure that fusing it cannot fail, its user adapter aside.
 
     Raises:
         RecipeError: when the name is not canonical.
@@ -65,6 +65,4 @@ def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:
         max_anchors=manifest.weights.anchors,
         common=manifest.common,
     )
-    if recipe.user_adapter is not None:
-        raise FusionError(f"user adapter {recipe.user_adapter} is not there; the plain recipe is {recipe.plain.name}")
     return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from argparse import Namespace
@@ -20,13 +21,22 @@ from server.engine_plugin import metrics
 from server.engine_plugin.banks import read_manifests
 from server.engine_plugin.names import AdapterNames
 from server.engine_plugin.prepare import HoldNames, Preparer
+from server.engine_plugin.user_adapters import RpcWorkers, UserAdapters
 from server.settings import Settings
+from server.store.redis_connection import RedisConnection
+from server.store.redis_jobs import RedisJobs
 
 
 class Hint(BaseModel):
     """Body of `POST /mta/v1/hint`."""
 
     recipe: str
+
+
+class Drop(BaseModel):
+    """Body of `POST /mta/v1/drop`."""
+
+    user_key: str
 
 
 class MtaEndpointPlugin:
@@ -37,6 +47,7 @@ class MtaEndpointPlugin:
 
     def __init__(self) -> None:
         self._names: AdapterNames[LoRARequest] | None = None
+        self._watching: asyncio.Task[None] | None = None  # the loop itself keeps no task alive
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the private routes, and the middleware that holds names while a request is open."""
@@ -66,7 +77,17 @@ class MtaEndpointPlugin:
             capacity=settings.max_adapter_names,
             in_flight=in_flight,
         )
-        preparer = Preparer(manifests, self._names)
+        names = self._names
+        users = UserAdapters(
+            RedisJobs(RedisConnection(settings.redis_url, require_durable=False)),  # nothing is written here
+            RpcWorkers(engine_client.collective_rpc),  # type: ignore[union-attr]
+            manifests,
+            max_rank=args.max_lora_rank,
+            capacity_bytes=settings.user_adapter_mib << 20,
+            in_use=lambda: names.in_use,
+        )
+        self._watching = asyncio.create_task(users.watch())
+        preparer = Preparer(manifests, names, users)
         preparer.install()
         metrics.install(engine_client, self._names)
         state.mta = {"preparer": preparer, "keys": keys, "lora": args.max_lora_rank, "slots": args.max_loras}
@@ -129,15 +150,21 @@ def _router() -> APIRouter:
             "slots": mta["slots"],
             "resident": resident[0],
             "names": len(preparer.names),
+            "user_adapters": len(preparer.users),
         }
 
     @router.post("/hint", status_code=202)
     async def hint(request: Request, body: Hint) -> dict[str, bool]:
         """Fuse a recipe ahead of its first request."""
         try:
-            entry = request.app.state.mta["preparer"].prepare(body.recipe)
+            entry = await request.app.state.mta["preparer"].prepare(body.recipe)
         except MtaError as error:
             raise HTTPException(404, str(error)) from error
         return {"made": await request.app.state.engine_client.add_lora(entry)}
+
+    @router.post("/drop")
+    async def drop(request: Request, body: Drop) -> dict[str, int]:
+        """Let go of a user's adapters; says how many are still held, by requests that are not over."""
+        return {"held": await request.app.state.mta["preparer"].users.drop(body.user_key)}
 
     return router

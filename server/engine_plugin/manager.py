@@ -7,7 +7,7 @@ batch uses. And an id that holds another recipe than the request says is never u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from adapters.fusion import fuse
 from adapters.layout import RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
+from adapters.user_adapter import UserAdapter, decode_user_adapter, stack
 from bank.errors import BankError
 from server.engine_plugin.banks import is_recipe_name, open_matrices
 from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
@@ -34,6 +35,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     _manager_cls = FusedSlots
     _matrices: Mapping[str, MetaMatrix]
     _vllm_names: Mapping[str, Mapping[str, str]]
+    _users: dict[str, UserAdapter]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
@@ -43,6 +45,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """
         wrapped = super().create_lora_manager(model, vllm_config)
         self._pinned = PIN_MEMORY and self.device.type != "cpu"  # pinned pages are what a GPU's slots copy from fast
+        self._users = {}
         self._matrices = {
             short: matrix.prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
             for short, matrix in open_matrices(Settings()).items()
@@ -76,14 +79,21 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             return super()._load_adapter(lora_request)
         recipe = parse_recipe(lora_request.lora_name)
         matrix = self._matrices[recipe.bank]
-        fused = fuse(matrix, recipe, self.lora_config.lora_dtype, pin_memory=self._pinned)
+        dtype = self.lora_config.lora_dtype
+        if recipe.user_adapter is None:
+            fused = fuse(matrix, recipe, dtype, pin_memory=self._pinned)
+            adds_rank = False
+        else:
+            user = self._users[lora_request.lora_name]
+            fused = stack(fuse(matrix, recipe.plain, torch.float32), user, dtype)
+            adds_rank = user.added_rank > 0
         return FusedLoRAModel(
             lora_request.lora_int_id,
             lora_request.lora_name,
             fused,
             self._vllm_names[recipe.bank],
             tenancy=(recipe.bank, fused.rank),
-            shares_a=matrix.shared_a is not None,
+            shares_a=matrix.shared_a is not None and not adds_rank,
         )
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
@@ -125,6 +135,19 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             manager.remove_oldest_adapter()
         manager.add_adapter(model)
         return True
+
+    def hold(self, name: str, raw: bytes) -> None:
+        """Keep the user adapter of a stacked recipe until `release`."""
+        self._users[name] = decode_user_adapter(self._matrices[parse_recipe(name).bank].layout, raw)
+
+    def release(self, names: Sequence[str]) -> None:
+        """Forget user adapters that nothing asks for, and what was fused with them."""
+        gone = set(names)
+        for name in gone:
+            self._users.pop(name, None)
+        for lora_id, model in list(self._adapter_manager.list_adapters().items()):
+            if getattr(model, "recipe", None) in gone:
+                self._adapter_manager.remove_adapter(lora_id)
 
     def resident(self) -> list[str]:
         """Recipes in the CPU tier, least recently used first."""

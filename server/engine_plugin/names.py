@@ -59,6 +59,11 @@ class AdapterNames(Generic[Entry]):
         """Names that an open request holds."""
         return len(self._leases)
 
+    @property
+    def in_use(self) -> Set[str]:
+        """Names that an open request holds, or that the engine still works for."""
+        return self._in_flight() | self._leases.keys()
+
     def lease(self, name: str) -> Entry:
         """Give a name its entry and hold it there until `release`; each lease is released once."""
         entry = self._entries.pop(name, None)
@@ -82,7 +87,7 @@ class AdapterNames(Generic[Entry]):
 
         Walking what is in flight costs a pass over the engine's requests; a batch makes that rare.
         """
-        held = self._in_flight() | self._leases.keys()
+        held = self.in_use
         surplus = len(self._entries) - self._capacity + self._capacity // 8
         for name in [name for name in self._entries if name not in held][:surplus]:
             self._ids.discard(self._entries.pop(name).lora_int_id)

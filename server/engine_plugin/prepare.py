@@ -19,6 +19,7 @@ from vllm.lora.request import LoRARequest
 from adapters.errors import MtaError
 from server.engine_plugin.banks import Manifests, checked_recipe, is_recipe_name
 from server.engine_plugin.names import AdapterNames
+from server.engine_plugin.user_adapters import UserAdapters
 
 _held: ContextVar[list[str] | None] = ContextVar("mta_held_names", default=None)
 """The names the current HTTP request holds; None outside of one."""
@@ -30,22 +31,31 @@ class Preparer:
     Args:
         manifests: the engine's banks.
         names: where admitted recipes get their ids.
+        users: the user adapters that workers hold.
     """
 
-    def __init__(self, manifests: Manifests, names: AdapterNames[LoRARequest]) -> None:
+    def __init__(self, manifests: Manifests, names: AdapterNames[LoRARequest], users: UserAdapters) -> None:
         self.manifests = manifests
         self.names = names
+        self.users = users
 
-    def prepare(self, name: str) -> LoRARequest:
-        """Check a recipe and hold its name for the rest of the current HTTP request.
+    async def prepare(self, name: str) -> LoRARequest:
+        """Check a recipe, hold its name for the rest of the current HTTP request, and have its user adapter at hand.
 
         Raises:
             RecipeError: the name is not canonical.
             FusionError: no bank of this engine can fuse it.
+            UserAdapterError: its user adapter cannot be served.
         """
-        checked_recipe(name, self.manifests)
+        recipe = checked_recipe(name, self.manifests)
         entry = self.names.lease(name)
         held = _held.get()
+        try:
+            if recipe.user_adapter is not None:
+                await self.users.ensure(recipe)
+        except BaseException:
+            self.names.release(name)
+            raise
         if held is None:  # not inside a request: nothing would ever release it
             self.names.release(name)
         else:
@@ -60,7 +70,7 @@ class Preparer:
         async def check_model(serving: Any, request: Any) -> ErrorResponse | None:
             if is_recipe_name(request.model):
                 try:
-                    prepare(request.model)
+                    await prepare(request.model)
                 except MtaError as error:
                     refusal: ErrorResponse = serving.create_error_response(
                         message=str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"

@@ -13,12 +13,20 @@ class WorkerExtension:
     model_runner: Any
 
     def mta_resident(self) -> list[str]:
-        """The recipes this worker holds, least recently used first.
+        """The recipes this worker holds, least recently used first."""
+        return self._mta_manager().resident()
 
-        Raises:
-            RuntimeError: when vLLM did not take our adapter manager, so that no recipe could be fused.
-        """
+    def mta_hold(self, name: str, raw: bytes) -> None:
+        """Keep the user adapter that a recipe's name asks for; checked already."""
+        self._mta_manager().hold(name, raw)
+
+    def mta_release(self, names: list[str]) -> None:
+        """Forget the user adapters of some recipes, and what was fused with them."""
+        self._mta_manager().release(names)
+
+    def _mta_manager(self) -> FusingLoRAManager:
+        """Raises RuntimeError when vLLM did not take our adapter manager, so that no recipe could be fused."""
         manager = self.model_runner.lora_manager
         if not isinstance(manager, FusingLoRAManager):
             raise RuntimeError(f"the worker's adapter manager is {type(manager).__name__}, not FusingLoRAManager")
-        return manager.resident()
+        return manager

@@ -10,13 +10,13 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from server.answers import Chunks, ErrorAnswer, GenerateAnswer, whole
-from server.disconnect import ClientGone, unless_gone
 from server.errors import ApiError
 from server.generation import Answer, check_limits
-from server.json_body import JsonRoute
+from server.http.disconnect import ClientGone, unless_gone
+from server.http.json_body import JsonRoute
+from server.http.streaming import DONE, event
 from server.parts import Parts, parts_of
 from server.schemas import GenerateRequest
-from server.streaming import DONE, event
 from server.timings import Timings
 
 if TYPE_CHECKING:

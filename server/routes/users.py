@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -13,9 +13,9 @@ from fastapi import APIRouter, Request
 from adapters.errors import excerpt
 from bank.errors import ProfileError
 from bank.profile import Item, parse_item
-from server.answers import ErasedAnswer, ErrorAnswer, ProfileAnswer, UserAnswer, anchors
+from server.answers import AdapterAnswer, ErasedAnswer, ErrorAnswer, ProfileAnswer, UserAnswer, anchors, iso
 from server.errors import InvalidRequest, NotFound
-from server.json_body import JsonRoute
+from server.http.json_body import JsonRoute
 from server.parts import Parts, parts_of
 from server.profiles import Changed
 from server.schemas import ItemsRequest, UserIdInPath
@@ -55,20 +55,29 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         items=profile.items,
         bytes=await parts.profiles.stored_bytes(user_id),
         embedder=profile.embedder,
-        updated_at=datetime.fromtimestamp(profile.updated_ms / 1000, UTC).isoformat(timespec="milliseconds"),
+        updated_at=iso(profile.updated_ms),
         recipe=speaking.model,
         source=str(speaking.source),
         anchors=anchors(speaking),
+        adapter=AdapterAnswer(
+            id=profile.adapter.id,
+            recipe=profile.adapter.recipe,
+            bytes=profile.adapter.size_bytes,
+            created_at=iso(profile.adapter.created_ms),
+            stale=parts.personalizer.is_stale(profile.adapter),
+        )
+        if profile.adapter
+        else None,
     )
 
 
 @router.delete("")
 async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
-    """Erase everything stored of the user."""
-    erased = await parts_of(request).profiles.erase(user_id)
-    if erased is None:
+    """Erase everything stored of the user. Engines let go of the user's adapter within 30 seconds."""
+    erasure = await parts_of(request).erasing.erase(user_id)
+    if erasure is None:
         raise _unknown(user_id)
-    return ErasedAnswer(user_id=user_id, erased={"items": erased.items, "keys": erased.keys})
+    return ErasedAnswer(user_id=user_id, erased=asdict(erasure.erased), log_rewritten_by=iso(erasure.rewritten_by_ms))
 
 
 async def _change(

@@ -1,4 +1,4 @@
-"""Valkey, the engine and the gateway as parts of `mta up`.
+"""Valkey, the engine, the gateway and the worker as parts of `mta up`.
 
 Secrets travel by environment or in a private file, never in argv, which anyone on the machine can read.
 """
@@ -18,7 +18,7 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.part import Part
-from server.supervisor.probes import answers_http, answers_redis
+from server.supervisor.probes import answers_http, answers_redis, writes
 
 LOOPBACK = "127.0.0.1"
 
@@ -29,6 +29,7 @@ _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SO
 VALKEY_STOP_S = 5
 ENGINE_STOP_S = 8
 GATEWAY_STOP_S = 8
+WORKER_STOP_S = 3
 
 
 def valkey_part(data: DataFolder) -> tuple[Part, str]:
@@ -84,6 +85,19 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
         address=f"{settings.engine_host}:{settings.engine_port}",
         start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
         stop_timeout_s=ENGINE_STOP_S,
+    )
+
+
+def worker_part(settings: Settings, log: Path) -> Part:
+    """What trains user adapters; `log` is where it will say that it is ready."""
+    return Part(
+        name="worker",
+        command=(sys.executable, "-m", "server.cli", "worker"),
+        environment=dict(os.environ) | _as_environment(settings),
+        ready=writes(log, "ready: bank"),
+        address=f"{settings.worker_threads} threads",
+        start_timeout_s=600,
+        stop_timeout_s=WORKER_STOP_S,
     )
 
 

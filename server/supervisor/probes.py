@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 
 import aiohttp
 
@@ -51,5 +52,23 @@ def answers_redis(host: str, port: int, password: str) -> Probe:
             return await asyncio.wait_for(ask(), PROBE_TIMEOUT_S)
         except (OSError, TimeoutError):
             return False
+
+    return ready
+
+
+def writes(log: Path, text: str) -> Probe:
+    """Ready when the part has written `text` into its log once more than when it was last found ready."""
+    found = 0
+
+    def counted() -> int:
+        return log.read_text("utf-8", "replace").count(text) if log.exists() else 0
+
+    async def ready() -> bool:
+        nonlocal found
+        count = await asyncio.to_thread(counted)
+        if count > found:
+            found = count
+            return True
+        return False
 
     return ready

@@ -18,7 +18,7 @@ from bank.serving import ServingBank
 from server.engine_client import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.health import Health
-from server.store_redis import RedisStore
+from server.store.redis_connection import RedisConnection
 from tests.support.engine import KEY, Engine, running_engine
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.processes import wait_until
@@ -185,6 +185,13 @@ async def test_the_prompts_length_is_known_at_the_first_token_even_if_the_answer
         assert CONTEXT - 40 <= stream.prompt_tokens < CONTEXT
 
 
+async def test_it_counts_the_tokens_of_a_conversation(client: EngineClient) -> None:
+    counts = [await client.count_tokens([{"role": "user", "content": "x" * length}]) for length in (10, 110)]
+    assert counts[0] is not None
+    assert counts[1] is not None
+    assert counts[1] - counts[0] == 100
+
+
 async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
     for key in ("wrong", None):
         stranger = EngineClient(session, subject.url, key, "a salt")
@@ -235,7 +242,7 @@ async def test_its_status_is_understood(
     subject: Subject, session: aiohttp.ClientSession, valkey: ValkeyProcess
 ) -> None:
     bank = ServingBank.open(subject.bank, read_manifest(subject.bank).embedder.id)
-    store = RedisStore(valkey.url)
+    store = RedisConnection(valkey.url)
     states = {}
     for key in (KEY, "wrong"):
         health = Health(store, session, [subject.url], key, bank)

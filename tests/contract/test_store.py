@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,10 @@ import redis.asyncio as redis
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store import Change, Durability, Profile, StoredItem, StoredVector
-from server.store_redis import RedisStore
+from server.store.durability import Durability
+from server.store.profiles import Change, Profile, StoredItem, StoredVector
+from server.store.redis_connection import RedisConnection
+from server.store.redis_profiles import RedisProfiles
 from server.user_key import UserKeys
 from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
 
@@ -33,11 +36,17 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-async def store(server: ValkeyProcess) -> AsyncIterator[RedisStore]:
-    opened = RedisStore(server.url)
-    await opened.check()
-    yield opened
-    await opened.close()
+async def store(server: ValkeyProcess) -> AsyncIterator[RedisProfiles]:
+    async with opened(server.url) as store:
+        yield store
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[RedisProfiles]:
+    connection = RedisConnection(url)
+    await connection.check()
+    yield RedisProfiles(connection)
+    await connection.close()
 
 
 @pytest.fixture
@@ -60,7 +69,7 @@ def change(names: str = "", drop: str = "", **changes: object) -> Change:
     return Change(profile(items=len(names), **changes), items, vectors, tuple(drop))
 
 
-async def test_an_unknown_user_has_nothing(store: RedisStore, key: str) -> None:
+async def test_an_unknown_user_has_nothing(store: RedisProfiles, key: str) -> None:
     snapshot = await store.read(key)
     assert await store.load(key) is None
     assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
@@ -68,7 +77,7 @@ async def test_an_unknown_user_has_nothing(store: RedisStore, key: str) -> None:
     assert await store.erase(key) is None
 
 
-async def test_what_is_committed_is_read_back(store: RedisStore, key: str) -> None:
+async def test_what_is_committed_is_read_back(store: RedisProfiles, key: str) -> None:
     written = change("abc", extra={9: b"later evidence"})
     assert await store.commit(key, b"", written)
     snapshot = await store.read(key)
@@ -83,12 +92,12 @@ async def test_what_is_committed_is_read_back(store: RedisStore, key: str) -> No
     assert all(np.array_equal(snapshot.vectors[name].vector, vector(ord(name))) for name in "abc")
 
 
-async def test_items_come_back_oldest_first_whatever_their_names(store: RedisStore, key: str) -> None:
+async def test_items_come_back_oldest_first_whatever_their_names(store: RedisProfiles, key: str) -> None:
     await store.commit(key, b"", change("zmaqxb"))
     assert list((await store.read(key)).items) == list("zmaqxb")
 
 
-async def test_a_change_from_an_old_version_writes_nothing(store: RedisStore, key: str) -> None:
+async def test_a_change_from_an_old_version_writes_nothing(store: RedisProfiles, key: str) -> None:
     assert await store.commit(key, b"", change("a"))
     version = (await store.read(key)).version
     assert await store.commit(key, version, change("b", drop="a"))
@@ -97,7 +106,7 @@ async def test_a_change_from_an_old_version_writes_nothing(store: RedisStore, ke
     assert list((await store.read(key)).items) == ["b"]
 
 
-async def test_dropping_an_item_drops_its_vector(store: RedisStore, key: str) -> None:
+async def test_dropping_an_item_drops_its_vector(store: RedisProfiles, key: str) -> None:
     await store.commit(key, b"", change("ab"))
     version = (await store.read(key)).version
     await store.commit(key, version, Change(profile(items=1), {}, {}, ("a",)))
@@ -106,59 +115,57 @@ async def test_dropping_an_item_drops_its_vector(store: RedisStore, key: str) ->
 
 
 async def test_of_two_concurrent_changes_exactly_one_is_written(server: ValkeyProcess, key: str) -> None:
-    stores = [RedisStore(server.url) for _ in range(2)]
-    for opened in stores:
-        await opened.check()
-    for _ in range(20):
-        version = (await stores[0].read(key)).version
-        outcomes = await asyncio.gather(*(opened.commit(key, version, change("a")) for opened in stores))
-        assert sorted(outcomes) == [False, True]
-    for opened in stores:
-        await opened.close()
+    async with opened(server.url) as one, opened(server.url) as other:
+        for _ in range(20):
+            version = (await one.read(key)).version
+            outcomes = await asyncio.gather(*(store.commit(key, version, change("a")) for store in (one, other)))
+            assert sorted(outcomes) == [False, True]
 
 
 async def test_a_snapshot_is_of_one_moment(server: ValkeyProcess, key: str) -> None:
-    writer, reader = RedisStore(server.url), RedisStore(server.url)
-    await writer.check()
+    async with opened(server.url) as writer, opened(server.url) as reader:
 
-    async def write() -> None:
-        for names in ("ab", "abcd") * 40:
-            version = (await writer.read(key)).version
-            await writer.commit(key, version, change(names, drop="" if len(names) == 4 else "cd"))
+        async def write() -> None:
+            for names in ("ab", "abcd") * 40:
+                version = (await writer.read(key)).version
+                await writer.commit(key, version, change(names, drop="" if len(names) == 4 else "cd"))
 
-    writing = asyncio.create_task(write())
-    while not writing.done():
-        snapshot = await reader.read(key)
-        if snapshot.profile:
-            assert snapshot.profile.items == len(snapshot.items) == len(snapshot.vectors)
-    await writing
-    await writer.close()
-    await reader.close()
+        writing = asyncio.create_task(write())
+        while not writing.done():
+            snapshot = await reader.read(key)
+            if snapshot.profile:
+                assert snapshot.profile.items == len(snapshot.items) == len(snapshot.vectors)
+        await writing
 
 
-async def test_erasing_leaves_no_key_of_the_user(store: RedisStore, server: ValkeyProcess, key: str) -> None:
+async def test_erasing_leaves_a_tombstone_that_goes_when_the_user_comes_back(
+    store: RedisProfiles, server: ValkeyProcess, key: str
+) -> None:
     await store.commit(key, b"", change("abc"))
     erased = await store.erase(key)
     assert erased is not None
     assert (erased.items, erased.keys) == (3, 3)
     async with redis.from_url(server.url) as raw:
-        assert await raw.keys(f"*{key}*") == []
-    assert await store.load(key) is None
+        assert await raw.keys(f"*{key}*") == [f"mta:{{{key}}}:erased".encode()]
+        assert await raw.ttl(f"mta:{{{key}}}:erased") > 0
+        assert await store.load(key) is None
+        await store.commit(key, b"", change("a"))
+        assert not await raw.exists(f"mta:{{{key}}}:erased")
 
 
-async def test_the_user_id_stands_in_the_record_alone(store: RedisStore, server: ValkeyProcess, key: str) -> None:
+async def test_the_user_id_stands_in_the_record_alone(store: RedisProfiles, server: ValkeyProcess, key: str) -> None:
     await store.commit(key, b"", change("abc", user_id="someone-unmistakable"))
     async with redis.from_url(server.url) as raw:
         holding = [name async for name in raw.scan_iter(f"mta:*{key}*") if b"unmistakable" in await raw.dump(name)]
         assert holding == [f"mta:{{{key}}}:profile".encode()]
 
 
-async def test_a_user_without_items_takes_less_than_a_kibibyte(store: RedisStore, key: str) -> None:
+async def test_a_user_without_items_takes_less_than_a_kibibyte(store: RedisProfiles, key: str) -> None:
     await store.commit(key, b"", change(user_id="u" * 36))
     assert 0 < await store.stored_bytes(key) < 1024
 
 
-async def test_a_record_that_cannot_be_read_is_reported(store: RedisStore, server: ValkeyProcess, key: str) -> None:
+async def test_a_record_that_cannot_be_read_is_reported(store: RedisProfiles, server: ValkeyProcess, key: str) -> None:
     async with redis.from_url(server.url) as raw:
         await raw.set(f"mta:{{{key}}}:profile", b"\x07garbage")
     with pytest.raises(Unavailable, match="cannot read"):
@@ -176,11 +183,12 @@ async def test_a_record_that_cannot_be_read_is_reported(store: RedisStore, serve
 async def test_a_server_that_keeps_what_it_acknowledges_is_taken(
     start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], expected: Durability, key: str
 ) -> None:
-    store = RedisStore(start_server(*options).url)
-    assert await store.check() is expected
+    connection = RedisConnection(start_server(*options).url)
+    assert await connection.check() is expected
+    store = RedisProfiles(connection)
     assert await store.commit(key, b"", change("a"))
     assert (await store.erase(key)) is not None
-    await store.close()
+    await connection.close()
 
 
 @pytest.mark.parametrize(
@@ -195,13 +203,13 @@ async def test_a_server_that_does_not_is_refused_or_on_request_only_noted(
     start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], key: str
 ) -> None:
     url = start_server(*options).url
-    strict, lenient = RedisStore(url), RedisStore(url, require_durable=False)
+    strict, lenient = RedisConnection(url), RedisConnection(url, require_durable=False)
     with pytest.raises(Unavailable, match="appendonly yes"):
         await strict.check()
     with pytest.raises(Unavailable, match="appendonly yes"):
-        await strict.commit(key, b"", change("a"))
+        await RedisProfiles(strict).commit(key, b"", change("a"))
     assert await lenient.check() is Durability.NONE
-    assert await lenient.commit(key, b"", change("a"))
+    assert await RedisProfiles(lenient).commit(key, b"", change("a"))
     await strict.close()
     await lenient.close()
 
@@ -211,39 +219,37 @@ async def test_every_write_waits_for_the_disk_where_the_server_does_not_by_itsel
     start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], waits: int, key: str
 ) -> None:
     server = start_server(*options)
-    store = RedisStore(server.url)
-    await store.check()
-    async with redis.from_url(server.url) as raw:
+    async with opened(server.url) as store, redis.from_url(server.url) as raw:
         for write in (store.commit(key, b"", change("a")), store.erase(key)):
             await raw.config_resetstat()
             assert await write
             calls = {name: stats["calls"] for name, stats in (await raw.info("commandstats")).items()}
             assert calls["cmdstat_eval"] == 1
             assert calls.get("cmdstat_waitaof", 0) == waits
-    await store.close()
 
 
 async def test_a_dead_server_is_unavailable_and_a_restarted_one_is_used_again(
     start_server: Callable[..., ValkeyProcess], key: str
 ) -> None:
     server = start_server(*DURABLE)
-    store = RedisStore(server.url)
-    await store.check()
+    connection = RedisConnection(server.url)
+    await connection.check()
+    store = RedisProfiles(connection)
     await store.commit(key, b"", change("a"))
     server.kill()
-    for attempt in (store.load(key), store.read(key), store.erase(key), store.check()):
+    for attempt in (store.load(key), store.read(key), store.erase(key), connection.check()):
         with pytest.raises(Unavailable) as caught:
             await attempt
         assert caught.value.headers["Retry-After"]
     server.start()
     assert await store.load(key) is not None
-    await store.close()
+    await connection.close()
 
 
 @pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", ""])
 def test_what_is_no_redis_url_is_refused(url: str) -> None:
     with pytest.raises(MtaError, match="MTA_REDIS_URL"):
-        RedisStore(url)
+        RedisConnection(url)
 
 
 @pytest.fixture

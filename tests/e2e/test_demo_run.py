@@ -28,13 +28,15 @@ def _command(tmp_path: Path) -> list[str]:
 def test_without_a_terminal_it_prints_the_table_and_stops_everything(tmp_path: Path) -> None:
     with running(_command(tmp_path), cwd=ROOT) as demo:
         demo.wait_for(r"holds this very bank already", PATIENCE_S)
-        demo.wait_for(r"\[4/5\]", PATIENCE_S)
+        demo.wait_for(r"\[4/6\]", PATIENCE_S)
         family = descendants(demo.process.pid)
         status = demo.wait(PATIENCE_S)
         assert status == 0, demo.output
         table = demo.output.partition("Asked by")[2]
         for shown in ("nobody", *(person.user_id for person in PEOPLE), "First token", " ms ", "a0"):
             assert shown in table
+        assert "succeeded after" in table
+        assert "before and after" in table
         assert family
         assert not any(map(alive, family))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
 
@@ -139,8 +140,14 @@ def test_what_is_stored_can_be_read(client: httpx.Client, new_user: NewUser) -> 
 def test_erasing_leaves_nothing(client: httpx.Client, new_user: NewUser, gateway_settings: Settings) -> None:
     user_id = new_user()
     put(client, user_id, texts(0, 1, 2))
-    assert client.delete(f"/users/{user_id}").json() == {"user_id": user_id, "erased": {"items": 3, "keys": 3}}
-    assert dump(gateway_settings, user_id) == {}
+    answer = client.delete(f"/users/{user_id}").json()
+    assert answer["erased"] == {"items": 3, "samples": 0, "jobs": 0, "adapters": 0, "keys": 3}
+    rewritten_in = datetime.fromisoformat(answer["log_rewritten_by"]) - datetime.now(UTC)
+    assert rewritten_in < timedelta(hours=1, minutes=2)
+    tombstone = dump(gateway_settings, user_id)
+    assert [(name.rpartition(b":")[2], user_id.encode() in value) for name, value in tombstone.items()] == [
+        (b"erased", False)
+    ]
     assert client.get(f"/users/{user_id}").status_code == 404
     assert client.delete(f"/users/{user_id}").status_code == 404
     who = client.post("/generate", json={"user_id": user_id, "prompt": "x", "max_tokens": 1}).json()["personalization"]

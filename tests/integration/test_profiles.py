@@ -18,8 +18,9 @@ from bank.embedder import Embedder
 from bank.profile import Item, Vectors
 from bank.tasks import get_task
 from server.profiles import EMBED_BATCH, Profiles
-from server.store import Change
-from server.store_redis import RedisStore
+from server.store.profiles import AdapterNote, Change
+from server.store.redis_connection import RedisConnection
+from server.store.redis_profiles import RedisProfiles
 from server.user_key import UserKeys
 from tests.support.valkey import ValkeyProcess
 
@@ -57,11 +58,11 @@ def embedder(inner: Embedder) -> CountingEmbedder:
 
 
 @pytest.fixture
-async def store(valkey: ValkeyProcess) -> AsyncIterator[RedisStore]:
-    opened = RedisStore(valkey.url)
-    await opened.check()
-    yield opened
-    await opened.close()
+async def store(valkey: ValkeyProcess) -> AsyncIterator[RedisProfiles]:
+    connection = RedisConnection(valkey.url)
+    await connection.check()
+    yield RedisProfiles(connection)
+    await connection.close()
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def user_id() -> str:
     return f"user-{next(_numbers)}"
 
 
-def profiles(store: RedisStore, embedder: CountingEmbedder, limit: int = 64) -> Profiles:
+def profiles(store: RedisProfiles, embedder: CountingEmbedder, limit: int = 64) -> Profiles:
     executor = ThreadPoolExecutor(1)
     return Profiles(store, KEYS, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
 
@@ -78,7 +79,7 @@ def items(*names: str) -> list[Item]:
     return [Item(name, {"text": f"a text about {name}"}) for name in names]
 
 
-async def test_adding_one_item_embeds_one_text(store: RedisStore, embedder: CountingEmbedder, user_id: str) -> None:
+async def test_adding_one_item_embeds_one_text(store: RedisProfiles, embedder: CountingEmbedder, user_id: str) -> None:
     writing = profiles(store, embedder)
     await writing.replace(user_id, items("waves", "roses", "chess"))
     embedder.texts.clear()
@@ -89,7 +90,7 @@ async def test_adding_one_item_embeds_one_text(store: RedisStore, embedder: Coun
 
 
 async def test_a_repeated_or_shrinking_history_embeds_nothing(
-    store: RedisStore, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
 ) -> None:
     writing = profiles(store, embedder)
     await writing.replace(user_id, items("waves", "roses", "chess"))
@@ -100,7 +101,7 @@ async def test_a_repeated_or_shrinking_history_embeds_nothing(
 
 
 async def test_the_embedding_is_the_unit_mean_of_the_items(
-    store: RedisStore, embedder: CountingEmbedder, inner: Embedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, inner: Embedder, user_id: str
 ) -> None:
     await profiles(store, embedder).replace(user_id, items("waves", "roses"))
     profile = await profiles(store, embedder).current(user_id)
@@ -110,7 +111,7 @@ async def test_the_embedding_is_the_unit_mean_of_the_items(
 
 
 async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
-    store: RedisStore, inner: Embedder, user_id: str
+    store: RedisProfiles, inner: Embedder, user_id: str
 ) -> None:
     old, new = CountingEmbedder(inner, "00" * 8), CountingEmbedder(inner)
     await profiles(store, old).replace(user_id, items("waves", "roses"))
@@ -124,7 +125,7 @@ async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
 
 
 async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
-    store: RedisStore, inner: Embedder, user_id: str
+    store: RedisProfiles, inner: Embedder, user_id: str
 ) -> None:
     await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user_id, items("waves", "roses"))
     new = CountingEmbedder(inner)
@@ -138,7 +139,22 @@ async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
     assert len(new.texts) == 2
 
 
-async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisStore, inner: Embedder, user_id: str) -> None:
+async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
+    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
+) -> None:
+    service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta1:9f2c41d0:shared:c", 27_000, 1)
+    await service.add(user_id, items("surf"))
+    key = KEYS.key(user_id)
+    snapshot = await store.read(key)
+    assert snapshot.profile is not None
+    await store.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
+    assert (await service.add(user_id, items("waves"))).profile.adapter == note
+    assert (await service.replace(user_id, items("bread"))).profile.adapter == note
+
+
+async def test_adding_after_a_change_of_embedder_remakes_all(
+    store: RedisProfiles, inner: Embedder, user_id: str
+) -> None:
     await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user_id, items("waves", "roses"))
     new = CountingEmbedder(inner)
     changed = await profiles(store, new).add(user_id, items("chess"))
@@ -149,7 +165,7 @@ async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisStore, 
 
 
 async def test_lost_item_embeddings_are_remade_when_they_are_needed(
-    store: RedisStore, embedder: CountingEmbedder, valkey: ValkeyProcess, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user_id: str
 ) -> None:
     writing = profiles(store, embedder)
     before = await writing.replace(user_id, items("waves", "roses"))
@@ -164,7 +180,7 @@ async def test_lost_item_embeddings_are_remade_when_they_are_needed(
 
 
 async def test_a_writer_that_loses_a_race_does_not_embed_again(
-    store: RedisStore, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
 ) -> None:
     writing = profiles(store, embedder)
     embedder.gate.clear()
@@ -178,7 +194,7 @@ async def test_a_writer_that_loses_a_race_does_not_embed_again(
 
 
 async def test_a_long_history_is_embedded_in_short_turns(
-    store: RedisStore, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
 ) -> None:
     names = [f"n{number}" for number in range(3 * EMBED_BATCH)]
     await profiles(store, embedder).replace(user_id, items(*names))
@@ -187,7 +203,7 @@ async def test_a_long_history_is_embedded_in_short_turns(
 
 
 async def test_embedding_never_holds_up_the_event_loop(
-    store: RedisStore, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
 ) -> None:
     embedder.gate.clear()
     writing = asyncio.create_task(profiles(store, embedder).replace(user_id, items("waves")))
@@ -199,17 +215,17 @@ async def test_embedding_never_holds_up_the_event_loop(
 
 
 async def test_evidence_that_this_version_does_not_know_survives_a_change(
-    store: RedisStore, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
 ) -> None:
     writing = profiles(store, embedder)
     await writing.replace(user_id, items("waves"))
     key = KEYS.key(user_id)
     snapshot = await store.read(key)
     assert snapshot.profile is not None
-    signed = replace(snapshot.profile, extra={7: b"signature" * 170})
+    signed = replace(snapshot.profile, extra={8: b"signature" * 170})
     assert await store.commit(key, snapshot.version, Change(signed, {}, {}, ()))
     await writing.add(user_id, items("roses"))
     profile = await writing.current(user_id)
     assert profile is not None
-    assert profile.extra == {7: b"signature" * 170}
+    assert profile.extra == {8: b"signature" * 170}
     assert (await store.read(key)).profile is not None

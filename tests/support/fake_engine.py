@@ -42,6 +42,7 @@ class Knobs:
         garbage: send this instead of a chunk.
         lacks: models that are answered with 404.
         status: HTTP status of every answer, instead of generating.
+        user_adapters: whether it has whatever user adapter it is asked for.
     """
 
     banks: tuple[str, ...] = ()
@@ -54,6 +55,7 @@ class Knobs:
     garbage: bytes | None = None
     lacks: Callable[[str], bool] = lambda model: False
     status: int | None = None
+    user_adapters: bool = False
 
 
 @dataclass(slots=True)
@@ -113,6 +115,7 @@ class FakeEngine:
         """Its routes."""
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/mta/v1/status", self._status)
         app.router.add_get("/health", self._health)
         return app
@@ -137,6 +140,9 @@ class FakeEngine:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=self.knobs.status or 200)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"count": _prompt_tokens(json.loads(await request.read()))})
 
     async def _status(self, request: web.Request) -> web.Response:
         if not _authorised(request):
@@ -190,7 +196,8 @@ class FakeEngine:
             recipe = parse_recipe(name)
         except RecipeError:
             return False
-        known = all(term.anchor < self.knobs.anchors for term in recipe.terms) and not recipe.user_adapter
+        known = all(term.anchor < self.knobs.anchors for term in recipe.terms)
+        known = known and (self.knobs.user_adapters or recipe.user_adapter is None)
         return known and recipe.method is self.knobs.method and recipe.bank in {bank[:8] for bank in self.knobs.banks}
 
     async def _whole(self, request: web.Request, seen: Seen) -> web.Response:

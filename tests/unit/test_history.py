@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bank.profile import Item
 from server.history import added, difference, replaced
-from server.store import StoredItem
+from server.store.profiles import StoredItem
 
 LIMIT = 5
 ITEMS = st.lists(st.builds(lambda name, text: Item(name, {"text": text}), st.sampled_from("abcdefghij"), st.text()))

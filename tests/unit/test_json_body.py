@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.json_body import parse_json
+from server.http.json_body import parse_json
 
 JSON = st.recursive(
     st.none()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.streaming import DONE, event, events
+from server.http.streaming import DONE, event, events
 
 
 class Pieces:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from server.profile_record import (
+from server.store.profiles import AdapterNote, Profile, StoredItem, StoredVector
+from server.store.records import (
     as_stored,
     decode_item,
     decode_profile,
@@ -19,11 +20,11 @@ from server.profile_record import (
     encode_profile,
     encode_vector,
 )
-from server.store import Profile, StoredItem, StoredVector
 
 DIM = 384
 EMBEDDERS = st.binary(min_size=8, max_size=8).map(bytes.hex)
 VECTORS = arrays(np.float32, DIM, elements=st.floats(-1, 1, width=32))
+IDS = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=26, max_size=26)
 TEXTS = st.text(st.characters(codec="utf-8"))
 
 
@@ -40,7 +41,15 @@ def profile(**changes: object) -> Profile:
         updated_ms=st.integers(0, 1 << 50),
         embedder=EMBEDDERS,
         embedding=VECTORS.map(as_stored),
-        extra=st.dictionaries(st.integers(7, 255), st.binary(max_size=2000), max_size=3),
+        adapter=st.none()
+        | st.builds(
+            AdapterNote,
+            id=IDS,
+            recipe=st.text("mta1:c+a0123456789*", min_size=1),
+            size_bytes=st.integers(0, 1 << 30),
+            created_ms=st.integers(0, 1 << 50),
+        ),
+        extra=st.dictionaries(st.integers(8, 255), st.binary(max_size=2000), max_size=3),
     )
 )
 def test_a_record_survives_the_round_trip_with_parts_that_it_does_not_know(written: Profile) -> None:

@@ -20,13 +20,20 @@ from adapters.errors import excerpt
 from server.errors import InvalidRequest, TooLarge, WrongMediaType
 from server.parts import parts_of
 
+_LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 _NUL_ESCAPE = b"\\u0000"
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # an even number of backslashes before it are themselves escaped
 _MOST_LEAVES = 100_000
 
 
 class JsonRoute(APIRoute):
-    """A FastAPI route whose JSON body has been read by this module's rules."""
+    """A FastAPI route whose JSON body has been read by this module's rules.
+
+    Attributes:
+        lines: the field that newline-delimited JSON fills, one value a line; None where a body is one value.
+    """
+
+    lines: str | None = None
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -34,18 +41,29 @@ class JsonRoute(APIRoute):
             return handle
 
         async def strict(request: Request) -> Response:
-            _check_media_type(request.headers.get("content-type"))
+            in_lines = self.lines is not None and _media_type(request) in _LINES
+            if not in_lines:
+                _check_media_type(request, self.lines is not None)
             body = await _read(request, parts_of(request).settings.max_body_bytes)
-            return await handle(_ParsedRequest(request, body, parse_json(body)))
+            parsed = {self.lines: parse_lines(body, str(self.lines))} if in_lines else parse_json(body)
+            return await handle(_ParsedRequest(request, body, parsed))
 
         return strict
+
+
+class SamplesRoute(JsonRoute):
+    """The same, for bodies of samples."""
+
+    lines = "samples"
 
 
 class _ParsedRequest(Request):
     """A request that hands FastAPI the body as it was parsed here."""
 
     def __init__(self, request: Request, body: bytes, parsed: Any) -> None:
-        super().__init__(request.scope, request.receive)
+        headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+        headers.append((b"content-type", b"application/json"))  # FastAPI takes a parsed body of this type alone
+        super().__init__({**request.scope, "headers": headers}, request.receive)
         self._bytes = body
         self._parsed = parsed
 
@@ -72,6 +90,25 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
+def parse_lines(body: bytes, field: str) -> list[Any]:
+    """The values of newline-delimited JSON; empty lines are passed over.
+
+    Raises:
+        InvalidRequest: naming the line's place in `field`.
+    """
+    values = []
+    for line in body.splitlines():
+        if not line.strip():
+            continue
+        try:
+            values.append(parse_json(line))
+        except InvalidRequest as error:
+            place = f"{field}.{len(values)}"
+            param = place if error.param in (None, "body") else f"{place}.{error.param}"
+            raise InvalidRequest(f"{place}: {error.message}", param=param, code=error.code) from error
+    return values
+
+
 async def _read(request: Request, limit: int) -> bytes:
     """The body, given up on as soon as it is known to be too large."""
     length = request.headers.get("content-length", "0")
@@ -86,14 +123,18 @@ async def _read(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def _check_media_type(content_type: str | None) -> None:
-    media_type = (content_type or "").partition(";")[0].strip().lower()
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _check_media_type(request: Request, lines: bool) -> None:
+    media_type = _media_type(request)
     if media_type != "application/json" and not (
         media_type.startswith("application/") and media_type.endswith("+json")
     ):
-        raise WrongMediaType(
-            f"Content-Type must be application/json, got {excerpt(content_type)}", param="content-type"
-        )
+        wanted = "application/json or application/x-ndjson" if lines else "application/json"
+        given = request.headers.get("content-type")
+        raise WrongMediaType(f"Content-Type must be {wanted}, got {excerpt(given)}", param="content-type")
 
 
 def _fault(body: bytes, reason: str) -> InvalidRequest:

@@ -9,18 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
 from bank.profile import Vectors
 
 
-class Durability(StrEnum):
-    """How a write is known to be on disk before it is acknowledged."""
+@dataclass(frozen=True, slots=True)
+class AdapterNote:
+    """Which user adapter a user has: the record says it, so that a request reads nothing else.
 
-    ALWAYS = "appendfsync always"
-    WAITAOF = "WAITAOF after each write"
-    NONE = "none"
+    Attributes:
+        id: of the adapter.
+        recipe: name of the recipe it was trained on, which it is always served with.
+        size_bytes: of what is kept.
+        created_ms: when it was promoted, Unix time in milliseconds.
+    """
+
+    id: str
+    recipe: str
+    size_bytes: int
+    created_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,7 @@ class Profile:
         updated_ms: when it last changed, Unix time in milliseconds.
         embedder: id of the embedder that made the embedding; an embedding is never compared across embedders.
         embedding: [E] float32 at unit length, kept as fp16.
+        adapter: the user adapter, if there is one.
         extra: parts of the record that this version does not know, by tag: they are carried along untouched.
     """
 
@@ -41,6 +50,7 @@ class Profile:
     updated_ms: int
     embedder: str
     embedding: Vectors
+    adapter: AdapterNote | None = None
     extra: Mapping[int, bytes] = field(default_factory=dict)
 
 
@@ -106,21 +116,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What `erase` removed: the number of items, and of keys of the store."""
+    """What `erase` removed: items, samples, jobs and user adapters, and keys of the store in all."""
 
     items: int
+    samples: int
+    jobs: int
+    adapters: int
     keys: int
 
 
 class ProfileStore(Protocol):
     """Keeps profiles. Every method raises `Unavailable` when the store cannot be reached or refuses."""
-
-    @property
-    def durability(self) -> Durability:
-        """What `check` last found."""
-
-    async def check(self) -> Durability:
-        """Reach the store and find out how its writes become durable."""
 
     async def load(self, key: str) -> Profile | None:
         """The record alone: what a request needs."""
@@ -140,6 +146,3 @@ class ProfileStore(Protocol):
 
     async def stored_bytes(self, key: str) -> int:
         """Memory that the user takes in the store."""
-
-    async def close(self) -> None:
-        """Let go of connections."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.errors import InvalidRequest
+from server.schemas import AS_MESSAGES, AS_TEXT
 
 MAX_SHOWN_CHARS = 120
 _PLACES = ("body", "path", "query", "header")
@@ -22,6 +23,7 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
     """
     first = errors[0]
     path = first["loc"][1:] if first["loc"] and first["loc"][0] in _PLACES else first["loc"]
+    path = [part for part in path if part not in (AS_TEXT, AS_MESSAGES)]
     param = _cut(first.get("ctx", {}).get("param") or ".".join(map(str, path)) or "body")
     value = _cut(_Short().repr(first.get("input")))
     match first["type"]:

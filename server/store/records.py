@@ -15,14 +15,15 @@ import numpy as np
 import orjson
 
 from bank.profile import Vectors
-from server.store import Profile, StoredItem, StoredVector
+from server.store.profiles import AdapterNote, Profile, StoredItem, StoredVector
 
 RECORD_VERSION = 1
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
-_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING = range(1, 7)
-_KNOWN = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
+_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER = range(1, 8)
+_REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
+_KNOWN = _REQUIRED | {_ADAPTER}
 
 
 def encode_profile(profile: Profile) -> bytes:
@@ -36,6 +37,9 @@ def encode_profile(profile: Profile) -> bytes:
         _EMBEDDER: bytes.fromhex(profile.embedder),
         _EMBEDDING: _half(profile.embedding),
     }
+    if profile.adapter is not None:
+        note = profile.adapter
+        parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms}".encode()
     body = b"".join(_PART.pack(tag, len(part)) + part for tag, part in sorted(parts.items()))
     return bytes([RECORD_VERSION]) + body
 
@@ -49,14 +53,15 @@ def decode_profile(record: bytes) -> Profile:
     if not record or record[0] != RECORD_VERSION:
         raise ValueError(f"profile record of version {record[:1].hex() or 'none'}, this gateway reads {RECORD_VERSION}")
     parts = dict(_parts(record))
-    if not parts.keys() >= _KNOWN:
-        raise ValueError(f"profile record lacks the parts {sorted(_KNOWN - parts.keys())}")
+    if not parts.keys() >= _REQUIRED:
+        raise ValueError(f"profile record lacks the parts {sorted(_REQUIRED - parts.keys())}")
     return Profile(
         user_id=parts[_USER_ID].decode(),
         items=int.from_bytes(parts[_ITEMS], "little"),
         updated_ms=int.from_bytes(parts[_UPDATED], "little"),
         embedder=parts[_EMBEDDER].hex(),
         embedding=_single(parts[_EMBEDDING]),
+        adapter=_note(parts[_ADAPTER]) if _ADAPTER in parts else None,
         extra={tag: part for tag, part in parts.items() if tag not in _KNOWN},
     )
 
@@ -98,6 +103,11 @@ def _parts(record: bytes) -> Iterator[tuple[int, bytes]]:
             raise ValueError("profile record is cut short")
         yield tag, record[place : place + length]
         place += length
+
+
+def _note(raw: bytes) -> AdapterNote:
+    adapter, recipe, size_bytes, created_ms = raw.decode().split(" ")
+    return AdapterNote(adapter, recipe, int(size_bytes), int(created_ms))
 
 
 def _half(vector: Vectors) -> bytes:

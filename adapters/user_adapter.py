@@ -1,0 +1,151 @@
+"""User adapters: what few-shot training adds to one user's fused adapter, as a value and as bytes.
+
+Two kinds, over the fused A [R, H_in] and B [H_out, R] of the recipe it was trained on::
+
+    lora   ΔW_user = B_u A_u, rank R_u     stacked beside the fused A and B              rank R + R_u
+    core   ΔW_user = B C A, C [R, R]       folded into B: B (1 + C), as in LoRA-XS       rank R
+
+(`core`: Bałazy et al., "LoRA-XS", 2024, with the frozen pair taken from the fusion instead of from an SVD.) A user
+adapter belongs to its recipe and is never served with another. As bytes it is a safetensors file of one or two flat
+bf16 tensors in the order of the bank's layout, with kind, rank and recipe in its header.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from adapters.errors import UserAdapterError
+from adapters.flat import flat_a, flat_b, lora_of
+from adapters.layout import RowLayout
+from adapters.lora import LoraWeights
+
+FORMAT = "mta-user-1"
+_LENGTH_BYTES = 8
+
+
+class UserAdapterKind(StrEnum):
+    """What is trained (formulas above)."""
+
+    LORA = "lora"
+    CORE = "core"
+
+
+@dataclass(frozen=True, slots=True)
+class CoreWeights:
+    """One R×R matrix a module between the frozen fused A and B.
+
+    Attributes:
+        rank: R of the fused adapter.
+        c: module name → C [R, R].
+    """
+
+    rank: int
+    c: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class UserAdapter:
+    """A trained user adapter.
+
+    Attributes:
+        recipe: name of the recipe it was trained on, without a user adapter.
+        weights: what was trained.
+    """
+
+    recipe: str
+    weights: LoraWeights | CoreWeights
+
+    @property
+    def kind(self) -> UserAdapterKind:
+        """Which of the two it is."""
+        return UserAdapterKind.CORE if isinstance(self.weights, CoreWeights) else UserAdapterKind.LORA
+
+    @property
+    def added_rank(self) -> int:
+        """R_u, what it adds to the fused adapter's rank when it is served."""
+        return 0 if isinstance(self.weights, CoreWeights) else self.weights.rank
+
+
+def stack(fused: LoraWeights, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
+    """The adapter that serves the user: the fused one and theirs, rounded once.
+
+    Args:
+        fused: what the recipe stands for, in float32 so that it is rounded here alone.
+        user: trained on that recipe.
+        dtype: of the result.
+    """
+    weights = user.weights
+    if isinstance(weights, CoreWeights):
+        b = {name: b.float() for name, b in fused.b.items()}
+        return LoraWeights(
+            fused.rank,
+            a={name: a.to(dtype) for name, a in fused.a.items()},
+            b={name: (b[name] + b[name] @ weights.c[name].float()).to(dtype) for name in b},
+        )
+    return LoraWeights(
+        fused.rank + weights.rank,
+        a={name: torch.cat([a.to(dtype), weights.a[name].to(dtype)]) for name, a in fused.a.items()},
+        b={name: torch.cat([b.to(dtype), weights.b[name].to(dtype)], dim=1) for name, b in fused.b.items()},
+    )
+
+
+def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
+    """The bytes that are kept; weights are rounded to bf16."""
+    weights = user.weights
+    if isinstance(weights, CoreWeights):
+        tensors = {"c": torch.cat([weights.c[m.name].float().reshape(-1) for m in layout.modules])}
+    else:
+        tensors = {"a": flat_a(layout, weights), "b": flat_b(layout, weights)}
+    header = {"kind": user.kind.value, "rank": weights.rank, "recipe": user.recipe}
+    # One entry: safetensors writes several in an order that changes, and equal adapters must have equal bytes.
+    raw: bytes = save({name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {FORMAT: json.dumps(header)})
+    return raw
+
+
+def decode_user_adapter(layout: RowLayout, raw: bytes) -> UserAdapter:
+    """Read the bytes of a user adapter and check everything that serving it relies on.
+
+    Args:
+        layout: of the bank that its recipe names.
+        raw: what `encode_user_adapter` made.
+
+    Raises:
+        UserAdapterError: saying what is wrong with the bytes.
+    """
+    header = _header(raw)
+    try:
+        tensors = load(raw)
+        kind, rank, recipe = UserAdapterKind(header["kind"]), int(header["rank"]), str(header["recipe"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserAdapterError(f"user adapter of {len(raw)} bytes cannot be read: {error}") from error
+    r_in, r_out = sum(m.h_in for m in layout.modules), sum(m.h_out for m in layout.modules)
+    core = kind is UserAdapterKind.CORE
+    expected = {"c": rank * rank * len(layout.modules)} if core else {"a": rank * r_in, "b": rank * r_out}
+    found = {name: tensor.numel() for name, tensor in tensors.items()}
+    if found != expected or rank < 1:
+        raise UserAdapterError(
+            f"user adapter ({kind.value}, rank {rank}) holds {found} numbers, for this bank it must be {expected}"
+        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise UserAdapterError(f"user adapter ({kind.value}, rank {rank}) holds numbers that are not finite")
+    if not core:
+        return UserAdapter(recipe, lora_of(RowLayout(layout.modules, rank, shared_a=False), **tensors))
+    cores = tensors["c"].float().view(len(layout.modules), rank, rank)
+    return UserAdapter(recipe, CoreWeights(rank, {m.name: c for m, c in zip(layout.modules, cores, strict=True)}))
+
+
+def _header(raw: bytes) -> dict[str, Any]:
+    """Our entry in the metadata of safetensors bytes: the library reads it from files only."""
+    size = int.from_bytes(raw[:_LENGTH_BYTES], "little")
+    try:
+        header = json.loads(json.loads(raw[_LENGTH_BYTES : _LENGTH_BYTES + size])["__metadata__"][FORMAT])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserAdapterError(f"user adapter of {len(raw)} bytes has no readable header of {FORMAT}") from error
+    return header if isinstance(header, dict) else {}

@@ -1,0 +1,112 @@
+"""What few-shot adapting brings to people whom the bank does not know: later items' loss, bytes, seconds.
+
+For each person: the recipe of their first items, a user adapter trained on the first `--samples` of them with the code
+that the worker runs, and the loss of their later items under the fused adapter alone and with the user adapter. People
+must not be in the bank (`mta bank build --exclude`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+
+from adapters.attached import attached
+from adapters.fusion import fuse
+from adapters.trainer import mean_loss
+from adapters.user_adapter import UserAdapter, UserAdapterKind, decode_user_adapter, stack
+from bank.embedder import Embedder
+from bank.histories import read_histories
+from bank.manifest import read_manifest
+from bank.models import ensure_base_model, ensure_embedder
+from bank.profile import item_text, profile_embedding
+from bank.prompt import chat_messages, encode_pair
+from bank.serving import ServingBank
+from bank.training import resolve_dtype
+from bench.report import report
+from server.adapt_worker.training import AdapterTrainer
+from server.settings import Settings
+from server.store.samples import AdaptConfig, Sample
+
+MAX_TOKENS = 512
+LATER = 24
+
+
+def main(
+    *,
+    bank: Annotated[Path, typer.Option(help="The bank; it must not know these people.")],
+    users: Annotated[Path, typer.Option(help="People in the LaMP per-user layout.")],
+    only: Annotated[Path | None, typer.Option(help="Only these of them: the file that --exclude took.")] = None,
+    samples: Annotated[int, typer.Option(help="First items to adapt to.", min=2)] = 10,
+    people: Annotated[int, typer.Option(help="How many people.", min=2)] = 12,
+    setting: Annotated[list[str] | None, typer.Option(help="`kind:rank:steps:rate`; may be given often.")] = None,
+    model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Later items' loss, merged against stacked, with its 95 % interval over people."""
+    manifest = read_manifest(bank)
+    folder = ensure_base_model(model, Settings().cache_dir)
+    trainer = AdapterTrainer.open(bank, manifest, folder, resolve_dtype("auto"))
+    embedder = Embedder.load(ensure_embedder(None, Settings().cache_dir))
+    lookup = ServingBank.open(bank, embedder.id)
+    ids = set(json.loads(only.read_text("utf-8"))) if only else None
+    chosen = [p for p in read_histories(users, lookup.task) if ids is None or p.user_id in ids][:people]
+    configs = [_config(text) for text in setting or ["core:0:16:5e-3", "lora:2:16:5e-4"]]
+    readings: dict[str, list[dict[str, Any]]] = {_name(config): [] for config in configs}
+    for person in track(chosen, f"{len(chosen)} people, {len(configs)} settings"):
+        first, later = person.items[:samples], person.items[samples : samples + LATER]
+        texts = [item_text(item, lookup.task) for item in first]
+        recipe, _ = lookup.personalise(profile_embedding(embedder.embed(texts)))
+        pairs = person.pairs(lookup.task)
+        taken = [Sample(chat_messages(turn), output) for turn, output in pairs[:samples]]
+        tests = [encode_pair(trainer.tokenizer, *pair, MAX_TOKENS) for pair in pairs[samples : samples + len(later)]]
+        fused = fuse(trainer.matrix, recipe, torch.float32)
+        with attached(trainer.model, fused) as here:
+            merged = mean_loss(here.model, tests)
+        for config in configs:
+            start_s = time.perf_counter()
+            judgement = trainer.train(recipe, taken, config)
+            reading = {"merged": merged, "stacked": merged, "seconds": time.perf_counter() - start_s, "bytes": 0}
+            reading |= {"steps": judgement.steps, "before": judgement.before, "after": judgement.after}
+            if judgement.weights is not None:
+                raw = trainer.encoded(recipe, judgement)
+                user: UserAdapter = decode_user_adapter(manifest.layout, raw)
+                with attached(trainer.model, stack(fused, user, torch.float32)) as here:
+                    reading |= {"stacked": mean_loss(here.model, tests), "bytes": len(raw)}
+            readings[_name(config)].append(reading)
+    rows = [(name, _row(taken)) for name, taken in readings.items()]
+    report(f"{len(chosen)} people, {samples} samples each: stacked less merged, nats per token", rows, out, **readings)
+
+
+def _row(readings: list[dict[str, Any]]) -> str:
+    gains = [reading["stacked"] - reading["merged"] for reading in readings]
+    half = 1.96 * stdev(gains) / len(gains) ** 0.5
+    rejected = sum(not reading["bytes"] for reading in readings)
+    return (
+        f"{mean(gains):+.4f} ± {half:.4f} (merged {mean(r['merged'] for r in readings):.3f}), {rejected} rejected, "
+        f"{max(reading['bytes'] for reading in readings) / 1024:.0f} KiB, "
+        f"{mean(reading['seconds'] for reading in readings):.1f} s, "
+        f"{mean(reading['steps'] for reading in readings):.0f} steps"
+    )
+
+
+def _config(text: str) -> AdaptConfig:
+    kind, rank, steps, rate = text.split(":")
+    kind = UserAdapterKind(kind).value
+    return replace(AdaptConfig(), kind=kind, rank=int(rank), steps=int(steps), learning_rate=float(rate))
+
+
+def _name(config: AdaptConfig) -> str:
+    rank = f", rank {config.rank}" if config.kind == "lora" else ""
+    return f"{config.kind}{rank}, up to {config.steps} steps at {config.learning_rate:g}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

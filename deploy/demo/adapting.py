@@ -1,0 +1,82 @@
+"""The last step of the demo: somebody writes in a way that no anchor has, sends a few samples, and is answered so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from deploy.demo.client import Answer, Job
+from deploy.demo.personas import QUESTIONS, everyday
+
+USER = "kai"
+GREETING = "gg friends,"
+"""How this person begins whatever they write; nobody in the bank does."""
+
+SAMPLES = 10
+CONFIG: dict[str, object] = {"kind": "lora", "rank": 2, "steps": 12, "learning_rate": 3e-3}
+"""A LoRA, for these words are nowhere in the bank: a core only turns what the fused adapter has."""
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def samples() -> list[dict[str, str]]:
+    """What the person sends: everyday questions, answered in their own way."""
+    return [{"input": question, "output": f"{GREETING} {plain.lower()}"} for question, plain in everyday()[:SAMPLES]]
+
+
+def shows(text: str) -> bool:
+    """Whether a text begins in the person's way."""
+    return text.lstrip().startswith(GREETING)
+
+
+def before_and_after(before: Sequence[Answer], after: Sequence[Answer]) -> Table:
+    """The same questions, before and after."""
+    table = Table(
+        box=box.ROUNDED,
+        title=f"{USER} before and after {SAMPLES} samples that begin with “{GREETING}”",
+        title_justify="left",
+    )
+    for title in ("Question", "Before", "After"):
+        table.add_column(title, ratio=1 if title == "Question" else 2)
+    for question, old, new in zip(QUESTIONS, before, after, strict=False):
+        table.add_row(Text(question, style="bold"), _shown(old), _shown(new))
+        table.add_section()
+    return table
+
+
+def outcome(job: Job) -> str:
+    """What training came to, in a line."""
+    return (
+        f"{job.state} after {job.of} steps in {job.seconds:.0f} s: loss on samples that it did not see "
+        f"{job.before:.2f} → {job.after:.2f}"
+    )
+
+
+def loss_curve(losses: Sequence[float], width: int = 60, height: int = 5) -> list[str]:
+    """A small plot of the training loss, line by line, its range at the side.
+
+    Args:
+        losses: in order.
+        width: most columns.
+        height: lines.
+    """
+    if not losses:
+        return []
+    step = max(1, -(-len(losses) // width))
+    points = [sum(part) / len(part) for part in (losses[i : i + step] for i in range(0, len(losses), step))]
+    low, high = min(points), max(points)
+    levels = [round((point - low) / (high - low or 1) * (8 * height - 1)) + 1 for point in points]
+    lines = []
+    for row in reversed(range(height)):
+        bars = "".join(_BLOCKS[min(8, max(0, level - 8 * row))] for level in levels)
+        label = f"{high:5.2f}" if row == height - 1 else f"{low:5.2f}" if row == 0 else " " * 5
+        lines.append(f"{label} ┤{bars}")
+    return lines
+
+
+def _shown(answer: Answer) -> Text:
+    text = Text(answer.text).append(" …" if answer.cut else "", "dim")
+    return text.append(f"\n\n{answer.level}", "dim")

@@ -1,0 +1,94 @@
+"""From samples to a judged user adapter, with the code that serving uses. Plain functions on one base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.errors import TrainingError
+from adapters.fusion import fuse
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe
+from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
+from adapters.user_trainer import Judgement, Progress, UserPlan, train_user
+from bank.manifest import MATRIX_FILE, BankManifest, verify_files
+from bank.prompt import EncodedPair, encode_conversation
+from bank.training import load_base
+from server.store.samples import AdaptConfig, Sample
+
+BATCH_SIZE = 4
+LOOK_EVERY = 2
+"""Steps between two looks at the held-out loss."""
+
+
+class AdapterTrainer:
+    """Trains user adapters of one bank on one base model, loaded once.
+
+    Args:
+        manifest: the bank's.
+        matrix: its rows.
+        model, tokenizer: the base model.
+    """
+
+    def __init__(self, manifest: BankManifest, matrix: MetaMatrix, model: Any, tokenizer: Any) -> None:
+        self.manifest = manifest
+        self.matrix = matrix
+        self.model = model
+        self.tokenizer = tokenizer
+        self._context = int(model.config.max_position_embeddings)
+
+    @classmethod
+    def open(cls, bank: Path, manifest: BankManifest, model_folder: Path, dtype: str) -> AdapterTrainer:
+        """Map the bank and load the base model.
+
+        Raises:
+            BankError: when either is damaged.
+        """
+        verify_files(bank, manifest, (MATRIX_FILE,))
+        matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+        return cls(manifest, matrix, *load_base(model_folder, dtype))
+
+    def train(
+        self,
+        recipe: FusionRecipe,
+        samples: Sequence[Sample],
+        config: AdaptConfig,
+        on_step: Callable[[Progress], None] = lambda progress: None,
+    ) -> Judgement:
+        """Train and judge a user adapter on top of a recipe.
+
+        Raises:
+            TrainingError: when the samples or the configuration make no training.
+        """
+        kind = UserAdapterKind(config.kind)
+        room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
+        if kind is UserAdapterKind.LORA and config.rank > room:
+            raise TrainingError(f"rank {config.rank} does not fit: the bank leaves {room} for users")
+        plan = UserPlan(
+            kind=kind,
+            rank=config.rank,
+            steps=config.steps,
+            batch_size=BATCH_SIZE,
+            learning_rate=config.learning_rate,
+            holdout=config.holdout,
+            every=LOOK_EVERY,
+            seed=config.seed,
+        )
+        examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
+        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step)
+
+    def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
+        """The bytes of what was trained."""
+        assert judgement.weights is not None
+        return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
+
+    def _encoded(self, place: int, sample: Sample) -> EncodedPair:
+        example = encode_conversation(self.tokenizer, list(sample.messages), sample.output)
+        if len(example.ids) > self._context:
+            raise TrainingError(
+                f"samples.{place} has {len(example.ids)} tokens, the model's context is {self._context}: shorten it"
+            )
+        return example

@@ -1,0 +1,157 @@
+"""The gateway's side of adapting: from a request to a job, and from a job to what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from adapters.errors import excerpt
+from bank.manifest import BankManifest
+from bank.profile import Item, parse_item
+from bank.prompt import chat_messages
+from bank.tasks import Task
+from server.engine_client import EngineClient
+from server.errors import Conflict, InvalidRequest, NotFound
+from server.health import Health
+from server.profiles import Profiles
+from server.schemas import MAX_SAMPLES, AdaptOptions, AdaptRequest, SampleRequest
+from server.store.jobs import Job, JobId, JobStore, Submission
+from server.store.samples import AdaptConfig, Sample, encode_config, encode_sample
+
+
+class Adapting:
+    """Takes samples, makes jobs, and finds them again.
+
+    Args:
+        jobs: where they are kept.
+        profiles: a user without one gets one of the samples.
+        engine: counts tokens.
+        health: knows the context.
+        manifest: of the bank: how much rank it leaves.
+        task: how it reads items.
+        max_sample_bytes: largest sample.
+    """
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        profiles: Profiles,
+        *,
+        engine: EngineClient,
+        health: Health,
+        manifest: BankManifest,
+        task: Task,
+        max_sample_bytes: int,
+    ) -> None:
+        self._jobs = jobs
+        self._engine = engine
+        self._health = health
+        self._profiles = profiles
+        self._manifest = manifest
+        self._task = task
+        self._max_sample_bytes = max_sample_bytes
+
+    async def submit(self, user_id: str, request: AdaptRequest) -> Job:
+        """Keep the samples and make a job of them.
+
+        Raises:
+            InvalidRequest: naming the sample or the option that is wrong; nothing is changed then.
+        """
+        samples = [self._encoded(place, sample) for place, sample in enumerate(request.samples)]
+        config = self._config(request.config)
+        for place, (sample, raw) in enumerate(zip(request.samples, samples, strict=True)):
+            await self._check_length(place, sample, len(raw))
+        if await self._profiles.current(user_id) is None:
+            await self._profiles.add(user_id, self._items(request.samples))
+        submission = Submission(samples, request.append, encode_config(config), request.idempotency_key or "")
+        job = await self._jobs.submit(self._profiles.key(user_id), submission, MAX_SAMPLES)
+        if job is None:
+            raise InvalidRequest(
+                f"samples: with those that are kept there would be more than {MAX_SAMPLES}; send them without `append`",
+                param="samples",
+                code="too_many_samples",
+            )
+        return job
+
+    async def job(self, job_id: JobId) -> Job:
+        """A job by its id.
+
+        Raises:
+            NotFound: when there is none, any more or ever.
+        """
+        job = await self._jobs.job(job_id)
+        if job is None:
+            raise _unknown(job_id)
+        return job
+
+    async def cancel(self, job_id: JobId) -> Job:
+        """Cancel a job; a worker that trains it stops at its next step.
+
+        Raises:
+            NotFound: when there is none.
+            Conflict: when it has ended already.
+        """
+        job, ended = await self._jobs.cancel(job_id)
+        if job is None:
+            raise _unknown(job_id)
+        if not ended:
+            raise Conflict(f"job {job_id} has ended already: it is {job.state.value}", param="job_id", code="job_ended")
+        return job
+
+    def _encoded(self, place: int, sample: SampleRequest) -> bytes:
+        raw = encode_sample(Sample(_messages(sample), sample.output))
+        if len(raw) > self._max_sample_bytes:
+            raise InvalidRequest(
+                f"samples.{place} has {len(raw)} bytes as JSON, at most {self._max_sample_bytes} are taken: "
+                f"{excerpt(sample.output)}",
+                param=f"samples.{place}",
+                code="sample_too_large",
+            )
+        if isinstance(sample.input, list) and sample.input[-1].role != "user":
+            raise InvalidRequest(
+                f"samples.{place}.input must end with the user's turn, it ends with {sample.input[-1].role!r}",
+                param=f"samples.{place}.input",
+            )
+        return raw
+
+    async def _check_length(self, place: int, sample: SampleRequest, size: int) -> None:
+        """Refuse what is longer than the context; a token is at least a byte, so most need no counting."""
+        context = self._health.context
+        if context is None or size <= context:
+            return
+        tokens = await self._engine.count_tokens([*_messages(sample), {"role": "assistant", "content": sample.output}])
+        if tokens is not None and tokens > context:
+            raise InvalidRequest(
+                f"samples.{place} has {tokens} tokens, the model's context is {context}: shorten it",
+                param=f"samples.{place}",
+                code="context_length_exceeded",
+            )
+
+    def _config(self, options: AdaptOptions) -> AdaptConfig:
+        given = {name: value for name, value in options.model_dump().items() if value is not None}
+        config = replace(AdaptConfig(), **given)
+        room = self._manifest.serving_rank - self._manifest.fused_rank
+        if config.kind == "lora" and config.rank > room:
+            raise InvalidRequest(
+                f"config.rank {config.rank} does not fit: this bank leaves {room} for users", param="config.rank"
+            )
+        if config.kind == "core" and options.rank is not None:
+            raise InvalidRequest(
+                f"config.rank {options.rank} makes no sense for a core: it has the fused rank", param="config.rank"
+            )
+        return config
+
+    def _items(self, samples: Sequence[SampleRequest]) -> list[Item]:
+        """The samples as items of a profile."""
+        pairs = [{"input": _messages(sample)[-1]["content"], "output": sample.output} for sample in samples]
+        return [parse_item(pair, self._task, place) for place, pair in enumerate(pairs)]
+
+
+def _messages(sample: SampleRequest) -> list[dict[str, str]]:
+    if isinstance(sample.input, str):
+        return chat_messages(sample.input)
+    return [message.model_dump() for message in sample.input]
+
+
+def _unknown(job_id: JobId) -> NotFound:
+    return NotFound(f"job_id {excerpt(str(job_id))} is unknown: ended jobs are kept for 7 days", param="job_id")

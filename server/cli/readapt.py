@@ -1,0 +1,60 @@
+"""`mta readapt`: after a change of bank, train the user adapters of the old one again."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from server.settings import Settings
+
+
+def readapt(
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank that is served now; MTA_BANK.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis or Valkey; MTA_REDIS_URL.")] = None,
+    at_a_time: Annotated[int, typer.Option(help="Most jobs open at a time.", min=1)] = 4,
+) -> None:
+    """Make a job of the kept samples of every user whose adapter is of an old bank; workers train them.
+
+    Interrupted, it goes on where it stopped. Users are served merged until their new adapter is there.
+    """
+    from server.settings import load_settings
+
+    asyncio.run(_run(load_settings(bank=bank, redis_url=redis_url), at_a_time))
+
+
+async def _run(settings: Settings, at_a_time: int) -> None:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from adapters.errors import MtaError
+    from bank.manifest import read_manifest
+    from server.readapting import Counts, Readapting
+    from server.store.redis_connection import RedisConnection
+    from server.store.redis_jobs import RedisJobs
+    from server.store.redis_profiles import RedisProfiles
+
+    if settings.bank is None:
+        raise MtaError("no bank: set MTA_BANK or --bank to the folder of the bank that is served now")
+    manifest = read_manifest(settings.bank)
+    connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
+    try:
+        await connection.check()
+        work = Readapting(RedisJobs(connection), RedisProfiles(connection), manifest, at_a_time)
+        stale = await work.stale()
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+            task = progress.add_task("users", total=sum(stale.values()))
+
+            def told(counts: Counts) -> None:
+                progress.update(task, completed=counts.asked + counts.settled + counts.waiting)
+
+            counts = await work.run(told)
+    finally:
+        await connection.close()
+    Console(highlight=False).print(
+        f"bank {manifest.short}: {counts.asked} users are adapted again, {counts.settled} need nothing, "
+        f"{counts.waiting} wait for a request to remake their profile"
+    )

@@ -1,0 +1,72 @@
+"""`mta worker`: the process that trains user adapters, in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from server.settings import Settings
+
+
+def worker(
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank; MTA_BANK.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or `default`; MTA_MODEL.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis or Valkey; MTA_REDIS_URL.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads that train; MTA_WORKER_THREADS.")] = None,
+) -> None:
+    """Train user adapters, one job at a time, until stopped. Run as many as you like."""
+    from server.settings import load_settings
+
+    settings = load_settings(bank=bank, model=model, redis_url=redis_url, worker_threads=threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.worker_threads))  # read when torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # beside an engine, threads that spin on cost more than they gain
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+    logging.getLogger("mta").setLevel(logging.INFO)
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    """Open the parts, then work until a signal."""
+    from adapters.errors import MtaError
+    from bank.embedder import Embedder
+    from bank.models import ensure_base_model, ensure_embedder, model_hash
+    from bank.serving import ServingBank
+    from bank.training import resolve_dtype
+    from server.adapt_worker.training import AdapterTrainer
+    from server.adapt_worker.worker import Worker
+    from server.store.redis_connection import RedisConnection
+    from server.store.redis_jobs import RedisJobs
+    from server.store.redis_profiles import RedisProfiles
+
+    if settings.bank is None:
+        raise MtaError("no bank: set MTA_BANK or --bank to a folder that `mta bank build` made")
+    embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
+    bank = ServingBank.open(settings.bank, embedder.id)
+    folder = ensure_base_model(settings.model, settings.cache_dir)
+    if model_hash(folder) != bank.manifest.base_model.hash:
+        raise MtaError(
+            f"the bank at {settings.bank} is for {bank.manifest.base_model.name}, not for the model at {folder}"
+        )
+    trainer = AdapterTrainer.open(settings.bank, bank.manifest, folder, resolve_dtype("auto"))
+    connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        await connection.check()
+        working = asyncio.create_task(
+            Worker(name, RedisJobs(connection), RedisProfiles(connection), bank, trainer).run()
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, working.cancel)
+        logging.getLogger("mta.worker").info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
+        await asyncio.gather(working, return_exceptions=True)
+    finally:
+        await connection.close()

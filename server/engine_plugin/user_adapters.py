@@ -1,0 +1,182 @@
+"""User adapters in the engine: fetched, verified and handed to every worker before a request is admitted.
+
+Workers build a stacked adapter from a recipe's name inside `execute_model`, where nothing may fail. So what the name
+needs is with them by then, and stays while the name is leased or in flight; beyond that only as far as it fits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Set
+from typing import Protocol
+
+from adapters.errors import UserAdapterError
+from adapters.recipe import FusionRecipe
+from adapters.user_adapter import decode_user_adapter
+from bank.manifest import BankManifest
+from server.errors import ApiError
+from server.store.jobs import StoredAdapter
+
+log = logging.getLogger("mta.engine")
+
+SWEEP_S = 30.0
+"""Time within which an engine drops what a user has not any more, requests that are not over aside."""
+
+
+class AdapterSource(Protocol):
+    """What is needed of `server.store.jobs.JobStore`."""
+
+    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None: ...
+
+    async def adapter_id(self, user_key: str) -> str | None: ...
+
+
+class Workers(Protocol):
+    """The workers' side (`server.engine_plugin.worker`), called on all of them."""
+
+    async def hold(self, name: str, raw: bytes) -> None: ...
+
+    async def release(self, names: list[str]) -> None: ...
+
+
+class UserAdapters:
+    """Which user adapters the workers hold.
+
+    Args:
+        source: where adapters are kept.
+        workers: who holds them.
+        manifests: the engine's banks.
+        max_rank: the largest rank a slot can hold.
+        capacity_bytes: what workers may hold beyond what is in use.
+        in_use: recipe names that must stay.
+    """
+
+    def __init__(
+        self,
+        source: AdapterSource,
+        workers: Workers,
+        manifests: Mapping[str, BankManifest],
+        *,
+        max_rank: int,
+        capacity_bytes: int,
+        in_use: Callable[[], Set[str]],
+    ) -> None:
+        self._source = source
+        self._workers = workers
+        self._manifests = manifests
+        self._max_rank = max_rank
+        self._capacity_bytes = capacity_bytes
+        self._in_use = in_use
+        self._held: OrderedDict[str, int] = OrderedDict()  # recipe name → bytes, least recently used first
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    async def ensure(self, recipe: FusionRecipe) -> None:
+        """Have the user adapter of a recipe with all workers.
+
+        The store is asked every time, so that nothing is served that was replaced or erased.
+
+        Args:
+            recipe: of this engine, with a user adapter, its name leased.
+
+        Raises:
+            UserAdapterError: when it is not there, damaged, or not for this recipe.
+        """
+        assert recipe.user_adapter is not None
+        user_key, _, adapter_id = recipe.user_adapter.partition(".")
+        plain = f"the plain recipe is {recipe.plain.name}"
+        try:
+            if recipe.name in self._held:
+                there = await self._source.adapter_id(user_key) == adapter_id
+            else:
+                stored = await self._source.adapter(user_key, adapter_id)
+                there = stored is not None
+                if stored is not None:
+                    self._check(recipe, stored)
+                    await self._workers.hold(recipe.name, stored.raw)
+                    self._held[recipe.name] = len(stored.raw)
+        except ApiError as error:
+            raise UserAdapterError(f"user adapter {recipe.user_adapter} cannot be fetched: {error}; {plain}") from error
+        if not there:
+            raise UserAdapterError(f"user adapter {recipe.user_adapter} is not there; {plain}")
+        self._held.move_to_end(recipe.name)
+        await self._make_room()
+
+    async def watch(self) -> None:
+        """For as long as the engine runs, let go of what the store has not any more: no erased user stays for long."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                await self.sweep()
+            except ApiError as error:
+                log.warning("user adapters: %s", error.explained)
+
+    async def sweep(self) -> None:
+        """Let go of every adapter that its user has not any more and that no request uses."""
+        gone = []
+        for name in list(self._held):
+            user_key, _, adapter_id = name.rpartition(":u-")[2].partition(".")
+            if await self._source.adapter_id(user_key) != adapter_id:
+                gone.append(name)
+        in_use = self._in_use()
+        await self._let_go([name for name in gone if name not in in_use])
+
+    async def drop(self, user_key: str) -> int:
+        """Let go of all adapters of a user that no request uses; how many are still held."""
+        mine = [name for name in self._held if f":u-{user_key}." in name]
+        in_use = self._in_use()
+        await self._let_go([name for name in mine if name not in in_use])
+        return sum(name in in_use for name in mine)
+
+    def _check(self, recipe: FusionRecipe, stored: StoredAdapter) -> None:
+        """Whatever could go wrong in a worker goes wrong here."""
+        if hashlib.sha256(stored.raw).hexdigest() != stored.sha256:
+            raise UserAdapterError(f"user adapter {recipe.user_adapter} is damaged: its SHA-256 differs")
+        manifest = self._manifests[recipe.bank]
+        user = decode_user_adapter(manifest.layout, stored.raw)
+        if user.recipe != recipe.plain.name:
+            raise UserAdapterError(
+                f"user adapter {recipe.user_adapter} was trained on {user.recipe}, not on {recipe.plain.name}"
+            )
+        fused = manifest.rank_of(recipe)
+        if not user.added_rank and user.weights.rank != fused:
+            raise UserAdapterError(f"user adapter {recipe.user_adapter} is for rank {user.weights.rank}, not {fused}")
+        if fused + user.added_rank > self._max_rank:
+            raise UserAdapterError(
+                f"user adapter {recipe.user_adapter} adds rank {user.added_rank} to {fused}, "
+                f"slots hold {self._max_rank}"
+            )
+
+    async def _make_room(self) -> None:
+        surplus = sum(self._held.values()) - self._capacity_bytes
+        if surplus <= 0:
+            return
+        in_use, chosen = self._in_use(), []
+        for name, size in self._held.items():
+            if surplus > 0 and name not in in_use:
+                chosen.append(name)
+                surplus -= size
+        await self._let_go(chosen)
+
+    async def _let_go(self, names: list[str]) -> None:
+        for name in names:
+            self._held.pop(name, None)
+        if names:
+            await self._workers.release(names)
+
+
+class RpcWorkers:
+    """`Workers` by vLLM's `collective_rpc`."""
+
+    def __init__(self, rpc: Callable[..., Awaitable[object]]) -> None:
+        self._rpc = rpc
+
+    async def hold(self, name: str, raw: bytes) -> None:
+        await self._rpc("mta_hold", args=(name, raw))
+
+    async def release(self, names: list[str]) -> None:
+        await self._rpc("mta_release", args=(names,))

@@ -1,0 +1,1 @@
+"""The plumbing of HTTP: bodies, middleware, server-sent events, clients that leave."""

@@ -1,0 +1,226 @@
+"""The store's port for adapt jobs: their records, the samples they train on, and what their training made.
+
+The record is the truth about a job. A queue beside it only wakes workers: it may lose an entry or hold one twice, and
+`overdue` finds what it lost. Each call that changes a job is one atomic step on the keys of its user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from server.store.profiles import Profile
+
+KEPT_JOBS = 20
+"""Newest jobs of a user that are remembered."""
+
+KEPT_S = 7 * 24 * 3600
+"""How long an ended job is remembered."""
+
+MAX_TRIES = 3
+
+
+class JobState(StrEnum):
+    """Where a job is; from the third on it has ended and never changes again."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is final."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class JobId:
+    """`<user key>.<number>`: says where the job's keys are, and nothing about who the user is.
+
+    Attributes:
+        user_key: see `server/user_key.py`.
+        number: from 1, rising with every job of the user.
+    """
+
+    user_key: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.user_key}.{self.number}"
+
+
+def parse_job_id(text: str) -> JobId | None:
+    """A job id from its text; None when it is none."""
+    user_key, _, number = text.partition(".")
+    if not user_key.isalnum() or not number.isascii() or not number.isdigit() or number != str(int(number)):
+        return None
+    return JobId(user_key, int(number))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job's record.
+
+    Attributes:
+        id: of the job.
+        state: where it is.
+        config: what was asked for, as JSON.
+        created_ms, started_ms, ended_ms: Unix time in milliseconds; 0 for what has not happened.
+        tries: how many workers have taken it up.
+        step, of: how far training is, over all its runs.
+        loss: of the last step, nats per output token; None before the first.
+        before, after: held-out loss of the fused adapter alone, and with what was trained.
+        adapter: id of the promoted user adapter; empty without one.
+        error: why it failed, for a person; empty otherwise.
+    """
+
+    id: JobId
+    state: JobState
+    config: str
+    created_ms: int
+    started_ms: int = 0
+    ended_ms: int = 0
+    tries: int = 0
+    step: int = 0
+    of: int = 0
+    loss: float | None = None
+    before: float | None = None
+    after: float | None = None
+    adapter: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request for a job.
+
+    Attributes:
+        samples: encoded, each on its own.
+        append: whether they join the kept ones or replace them.
+        config: as JSON.
+        idempotency_key: the same key gives the same job; empty for none.
+    """
+
+    samples: Sequence[bytes]
+    append: bool
+    config: str
+    idempotency_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's right to a job: whoever shows another token has none any more."""
+
+    job: Job
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How training ended, to be written if the lease still holds.
+
+    Attributes:
+        state: `succeeded`, `rejected` or `failed`.
+        before, after: held-out losses, None where there are none.
+        error: of a failure.
+    """
+
+    state: JobState
+    before: float | None = None
+    after: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A user adapter as it is kept.
+
+    Attributes:
+        id: 26 characters of base32, random.
+        recipe: the recipe it was trained on.
+        sha256: of `raw`, 64 hex digits.
+        raw: what `adapters.user_adapter` encoded.
+    """
+
+    id: str
+    recipe: str
+    sha256: str
+    raw: bytes
+
+
+class JobStore(Protocol):
+    """Keeps jobs, samples and user adapters. Every method raises `Unavailable` when the store cannot be used."""
+
+    async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
+        """Keep samples and make the job that trains on them; older jobs of the user end as superseded.
+
+        Returns:
+            The job, on disk, and announced to workers; None when there would be more than `max_samples`.
+        """
+
+    async def job(self, job_id: JobId) -> Job | None:
+        """One job."""
+
+    async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
+        """End a job as cancelled; the job as it is now, and whether this call ended it."""
+
+    async def samples(self, user_key: str) -> list[bytes]:
+        """The samples that are kept of a user, the oldest first."""
+
+    async def next_job(self, worker: str, wait_s: float) -> JobId | None:
+        """Wait for a job that wants a worker; it may be taken already, or gone."""
+
+    async def claim(self, job_id: JobId, lease_s: float) -> Lease | None:
+        """Take a job that is queued, or whose worker let its lease run out; None when there is nothing to do.
+
+        A job that has been tried `MAX_TRIES` times ends as failed.
+        """
+
+    async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:
+        """Hold a lease for longer and note how far training is; False when it does not hold any more."""
+
+    async def end(self, lease: Lease, trained: Trained) -> bool:
+        """End a job without an adapter; False when the lease does not hold any more."""
+
+    async def promote(
+        self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
+    ) -> bool:
+        """End a job with an adapter, which takes the place of the user's last one, all in one step.
+
+        Args:
+            lease: of the job.
+            trained: its outcome.
+            profile: the user's record with the adapter noted in it.
+            version: of the record that `profile` was made from.
+            raw: the adapter.
+
+        Returns:
+            False when the lease does not hold any more, or the user's record has changed meanwhile.
+        """
+
+    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
+        """The user's adapter, if it is still this one."""
+
+    async def adapter_id(self, user_key: str) -> str | None:
+        """Id of the adapter that the user has now."""
+
+    async def adapted(self) -> dict[str, int]:
+        """Banks (the 8 hex digits of recipes) that user adapters were trained on, with how many users of each."""
+
+    def adapted_users(self, bank: str) -> AsyncIterator[str]:
+        """The keys of users whose adapter was trained on a bank; some may have another, or none, by now."""
+
+    async def forget_adapted(self, user_key: str, bank: str | None = None) -> None:
+        """Take a user off that list of one bank, or of all."""
+
+    async def open_jobs(self) -> int:
+        """About how many jobs have not ended."""
+
+    async def overdue(self) -> list[JobId]:
+        """Announce again every job that should have been taken up or finished by now; the ones announced."""

@@ -1,0 +1,142 @@
+"""The connection to Redis 7.2+ or Valkey 8+ that the stores share, and what makes an acknowledged write durable.
+
+Every change is one Lua script on the keys of one user, so that it is one atomic step on a cluster too. Script and,
+where the server does not fsync at once by itself, `WAITAOF` travel in one round trip on one connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
+
+from adapters.errors import MtaError
+from server.errors import Unavailable
+from server.store.durability import Durability
+
+CONNECTIONS = 64
+CONNECT_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 2.0
+WAITAOF_TIMEOUT_MS = 10_000
+WRITE_TIMEOUT_S = 15.0
+
+_NOT_DURABLE = (
+    "Redis does not promise to keep what it acknowledges: set `appendonly yes` and `appendfsync always` (or "
+    "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept losses"
+)
+
+
+class RedisConnection:
+    """Reads, and writes that are on disk when they return.
+
+    Args:
+        url: as in redis-py: `redis://`, `rediss://` or `unix://`.
+        require_durable: whether a server that keeps no append-only file is refused.
+
+    Raises:
+        MtaError: when the URL is none.
+    """
+
+    def __init__(self, url: str, *, require_durable: bool = True) -> None:
+        try:
+            # One retry: a connection that idled through a restart of the server fails once. Commits may be repeated.
+            pool = redis.BlockingConnectionPool.from_url(
+                url,
+                max_connections=CONNECTIONS,
+                timeout=READ_TIMEOUT_S,
+                socket_connect_timeout=CONNECT_TIMEOUT_S,
+                socket_timeout=WRITE_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 1),
+            )
+        except ValueError as error:
+            raise MtaError(f"MTA_REDIS_URL is no Redis URL: {error}") from error
+        self._redis: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
+        self._require_durable = require_durable
+        self._durability = Durability.NONE
+
+    @property
+    def durability(self) -> Durability:
+        """What `check` last found."""
+        return self._durability
+
+    async def check(self) -> Durability:
+        """Reach the server and find out how its writes become durable.
+
+        Raises:
+            Unavailable: when it cannot be reached, or keeps no append-only file where one is required.
+        """
+        async with _translated(READ_TIMEOUT_S):
+            self._durability = await self._find_durability()
+        self._refuse_if_not_durable()
+        return self._durability
+
+    @asynccontextmanager
+    async def pipeline(self, *, transaction: bool, timeout_s: float = READ_TIMEOUT_S) -> AsyncIterator[Any]:
+        """Commands in one round trip; Redis's errors come out as `Unavailable`."""
+        async with _translated(timeout_s), self._redis.pipeline(transaction=transaction) as pipe:
+            yield pipe
+
+    async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
+        """Run a script on some keys of one slot; return its answer once its writes are on disk."""
+        self._refuse_if_not_durable()
+        async with self.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
+            pipe.eval(script, len(names), *names, *arguments)
+            if self._durability is Durability.WAITAOF:
+                pipe.execute_command("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
+            answer, *fsynced = await pipe.execute()
+        if fsynced and fsynced[0][0] < 1:
+            raise Unavailable(
+                f"Redis did not confirm within {WAITAOF_TIMEOUT_MS // 1000} s that the write is on disk: repeat it",
+                code="store_not_durable",
+            )
+        return answer
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    def _refuse_if_not_durable(self) -> None:
+        if self._durability is Durability.NONE and self._require_durable:
+            raise Unavailable(_NOT_DURABLE, code="store_not_durable")
+
+    async def _find_durability(self) -> Durability:
+        try:
+            config = await self._redis.config_get("appendonly", "appendfsync")
+        except (NoPermissionError, ResponseError):  # managed services hide CONFIG
+            return await self._try_waitaof()
+        found = {_text(name): _text(value) for name, value in config.items()}
+        if found.get("appendonly") != "yes" or found.get("appendfsync") == "no":
+            return Durability.NONE  # with `no` the server never learns what is on disk: WAITAOF would wait for ever
+        return Durability.ALWAYS if found.get("appendfsync") == "always" else await self._try_waitaof()
+
+    async def _try_waitaof(self) -> Durability:
+        """WAITAOF of a connection that wrote nothing answers at once: an error where there is no file to wait for."""
+        try:
+            await self._redis.execute_command("WAITAOF", 1, 0, 1)
+        except ResponseError:
+            return Durability.NONE
+        return Durability.WAITAOF
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+@asynccontextmanager
+async def _translated(timeout_s: float) -> AsyncIterator[None]:
+    """The one place where Redis's errors become ours, and where its silence ends."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        message = f"the store gave no answer within {timeout_s:g} s: send the request again"
+        raise Unavailable(message, code="store_unavailable") from error
+    except (RedisError, OSError) as error:
+        raise Unavailable("the store cannot be used now: send the request again", code="store_unavailable") from error

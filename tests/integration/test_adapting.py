@@ -1,0 +1,234 @@
+"""Adapting, from `POST /users/{id}/adapt` to a stacked answer: a real gateway, Valkey and worker, a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from bank.manifest import BankManifest, read_manifest
+from bank.serving import ServingBank
+from server.adapt_worker.training import AdapterTrainer
+from server.adapt_worker.worker import Worker
+from server.readapting import Counts, Readapting
+from server.store.profiles import Change
+from server.store.redis_connection import RedisConnection
+from server.store.redis_jobs import RedisJobs
+from server.store.redis_profiles import RedisProfiles
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread, generate
+from tests.support.tiny import world
+from tests.support.valkey import ValkeyProcess
+
+SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
+NewUser = Callable[[], str]
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_bank_folder: Path, tiny_model_folder: Path) -> AdapterTrainer:
+    return AdapterTrainer.open(tiny_bank_folder, read_manifest(tiny_bank_folder), tiny_model_folder, "float32")
+
+
+@pytest.fixture
+def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess) -> Callable[[], None]:
+    """Has a worker train whatever there is."""
+    bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+
+    async def all_of_it() -> None:
+        connection = RedisConnection(valkey.url)
+        await connection.check()
+        try:
+            worker = Worker("test", RedisJobs(connection), RedisProfiles(connection), bank, trainer)
+            while await worker.work_once(0.1):
+                pass
+        finally:
+            await connection.close()
+
+    return lambda: asyncio.run(all_of_it())
+
+
+def adapt(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
+    return client.post(f"/users/{user_id}/adapt", json={"samples": SAMPLES} | fields)
+
+
+def job_of(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
+    answer: dict[str, Any] = client.get(f"/jobs/{job['id']}").raise_for_status().json()
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["core", "lora"])
+def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None], kind: str
+) -> None:
+    fake_engine.knobs.user_adapters = True
+    response = adapt(client, ada, config={"kind": kind, "learning_rate": 0.02})
+    job = response.json()
+    assert (response.status_code, response.headers["Location"]) == (202, f"/jobs/{job['id']}")
+    assert (job["state"], job["config"]["kind"]) == ("queued", kind)
+    assert generate(client, ada).json()["personalization"]["level"] == "merged"
+    work()
+    done = job_of(client, job)
+    assert (done["state"], done["tries"], done["error"]) == ("succeeded", 1, None)
+    assert done["held_out"]["after"] < done["held_out"]["before"]
+    assert done["progress"]["step"] == done["progress"]["of"] > 0
+    who = generate(client, ada).json()["personalization"]
+    assert (who["level"], who["reason"]) == ("stacked", None)
+    assert who["recipe"].endswith(f".{done['adapter']}")
+    user = client.get(f"/users/{ada}").json()
+    adapter = user["adapter"]
+    assert (adapter["id"], adapter["stale"]) == (done["adapter"], False)
+    assert adapter["recipe"] == who["recipe"].partition(":u-")[0]
+    assert adapter["bytes"] > 100
+    assert generate(client, ada, personalize="merged").json()["personalization"]["level"] == "merged"
+
+
+def test_an_engine_that_lacks_the_adapter_serves_the_plain_fusion_and_the_answer_says_so(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None]
+) -> None:
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    work()
+    who = generate(client, ada).json()["personalization"]
+    assert (who["level"], who["reason"]) == ("merged", "the engine cannot serve this user's adapter")
+    assert ":u-" not in who["recipe"]
+
+
+def test_an_adapter_stays_with_its_recipe_when_the_profile_changes(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None]
+) -> None:
+    fake_engine.knobs.user_adapters = True
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    work()
+    before = generate(client, ada).json()["personalization"]["recipe"]
+    client.put(f"/users/{ada}/profile", json={"items": [{"text": world(4)}]}).raise_for_status()
+    who = generate(client, ada).json()["personalization"]
+    assert (who["level"], who["recipe"]) == ("stacked", before)
+    assert generate(client, ada, personalize="merged").json()["personalization"]["recipe"] not in before
+
+
+def test_a_user_without_a_profile_gets_one_of_the_samples(client: httpx.Client, new_user: NewUser) -> None:
+    user_id = new_user()
+    adapt(client, user_id).raise_for_status()
+    assert client.get(f"/users/{user_id}").json()["items"] == len(SAMPLES)
+
+
+def test_of_many_posts_the_newest_samples_win(client: httpx.Client, ada: str, work: Callable[[], None]) -> None:
+    jobs = [adapt(client, ada).json() for _ in range(10)]
+    work()
+    states = [job_of(client, job)["state"] for job in jobs]
+    assert states[:-1] == ["superseded"] * 9
+    assert states[-1] in ("succeeded", "rejected")
+
+
+def test_the_same_idempotency_key_is_the_same_job(client: httpx.Client, ada: str) -> None:
+    first, second = (adapt(client, ada, idempotency_key="once").json() for _ in range(2))
+    assert first["id"] == second["id"]
+
+
+def test_a_cancelled_job_is_never_trained_and_cancelled_once(
+    client: httpx.Client, ada: str, work: Callable[[], None]
+) -> None:
+    job = adapt(client, ada).json()
+    assert client.delete(f"/jobs/{job['id']}").json()["state"] == "cancelled"
+    again = client.delete(f"/jobs/{job['id']}")
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "job_ended")
+    work()
+    assert job_of(client, job)["state"] == "cancelled"
+
+
+def test_a_job_that_cannot_be_trained_fails_with_the_reason_and_the_old_adapter_stays(
+    client: httpx.Client, ada: str, work: Callable[[], None]
+) -> None:
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    work()
+    before = client.get(f"/users/{ada}").json()["adapter"]
+    assert before
+    almost = [{"input": f"question {n}", "output": "y" * 500} for n in range(3)]  # too long with the chat template
+    job = adapt(client, ada, samples=almost).json()
+    work()
+    failed = job_of(client, job)
+    assert (failed["state"], failed["adapter"]) == ("failed", None)
+    assert "samples.0 has" in failed["error"]
+    assert client.get(f"/users/{ada}").json()["adapter"] == before
+
+
+def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: str, work: Callable[[], None]) -> None:
+    job = adapt(client, ada).json()
+    work()
+    lines = [line for line in client.get(f"/jobs/{job['id']}/events").text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2].removeprefix("data: ")) == job_of(client, job)
+
+
+def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
+    client: httpx.Client, ada: str, work: Callable[[], None], valkey: ValkeyProcess, gateway: Any
+) -> None:
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    work()
+    job = adapt(client, ada).json()
+    erased = client.delete(f"/users/{ada}").json()["erased"]
+    assert {name: erased[name] for name in ("items", "samples", "jobs", "adapters")} == {
+        "items": 3,
+        "samples": len(SAMPLES),
+        "jobs": 2,
+        "adapters": 1,
+    }
+    work()
+    assert client.get(f"/jobs/{job['id']}").status_code == 404
+    key = gateway.parts.profiles.key(ada)
+    assert keys_of(valkey, key) == [f"mta:{{{key}}}:erased".encode()]
+    assert generate(client, ada).json()["personalization"]["level"] == "base"
+
+
+def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_their_samples(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None], gateway: GatewayThread
+) -> None:
+    fake_engine.knobs.user_adapters = True
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    work()
+    url = gateway.parts.settings.redis_url
+    asyncio.run(_make_stale(url, gateway.parts.profiles.key(ada)))
+    assert generate(client, ada).json()["personalization"]["level"] == "merged"
+    assert client.get(f"/users/{ada}").json()["adapter"]["stale"]
+    manifest = gateway.parts.bank.manifest
+    counts = asyncio.run(_readapt(url, manifest))
+    assert (counts.asked, counts.waiting) == (1, 0)
+    assert asyncio.run(_readapt(url, manifest)) == Counts()
+    work()
+    assert generate(client, ada).json()["personalization"]["level"] == "stacked"
+
+
+async def _make_stale(url: str, key: str) -> None:
+    """As if the user's adapter had been trained on an earlier bank."""
+    connection = RedisConnection(url)
+    await connection.check()
+    profiles = RedisProfiles(connection)
+    snapshot = await profiles.read(key)
+    assert snapshot.profile is not None
+    assert snapshot.profile.adapter is not None
+    note = replace(snapshot.profile.adapter, recipe="mta1:00000000:shared:c")
+    await profiles.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
+    await connection.close()
+    with redis.Redis.from_url(url) as raw:
+        raw.sadd("mta:adapted", "00000000")
+        raw.sadd("mta:adapted:00000000", key)
+
+
+async def _readapt(url: str, manifest: BankManifest) -> Counts:
+    connection = RedisConnection(url)
+    await connection.check()
+    try:
+        return await Readapting(RedisJobs(connection), RedisProfiles(connection), manifest, 4).run()
+    finally:
+        await connection.close()
+
+
+def keys_of(valkey: ValkeyProcess, user_key: str) -> list[bytes]:
+    with redis.Redis.from_url(valkey.url) as raw:
+        return [key for key in raw.scan_iter() if user_key.encode() in key]

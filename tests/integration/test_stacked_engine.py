@@ -1,0 +1,227 @@
+"""User adapters in a real vLLM: stacked as their formula says, refused where anything is wrong, dropped on demand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+import torch
+from transformers import AutoModelForCausalLM
+
+from adapters.fusion import fuse
+from adapters.lora import LoraWeights
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe, Method, Term
+from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
+from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
+from bench.dense import added, dense_delta, token_logprobs
+from tests.support.engine import Engine, running_engine
+from tests.support.tiny import tiny_bank
+from tests.support.valkey import ValkeyProcess
+
+TOLERANCE = 1e-3
+PROMPT = "Write a line about the sea, and then another one. "
+USER, ADAPTER = "a" * 25 + "e", "b" * 25 + "e"
+USER_RANK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An engine over one bank, and the Redis that it fetches user adapters from."""
+
+    engine: Engine
+    manifest: BankManifest
+    matrix: MetaMatrix
+    valkey: ValkeyProcess
+
+    def recipe(self, *terms: Term, adapter: str = ADAPTER) -> FusionRecipe:
+        terms = terms or (Term(0, 400), Term(3, 300))
+        return FusionRecipe(self.manifest.short, self.manifest.method, True, terms, f"{USER}.{adapter}")
+
+    def keep(self, recipe: FusionRecipe, user: UserAdapter, **changes: Any) -> None:
+        """Store an adapter as promotion does."""
+        raw = encode_user_adapter(self.manifest.layout, user)
+        fields = {"id": ADAPTER, "recipe": user.recipe, "sha256": hashlib.sha256(raw).hexdigest(), "raw": raw}
+        assert recipe.user_adapter is not None
+        with redis.Redis.from_url(self.valkey.url) as client:
+            client.hset(f"mta:{{{USER}}}:adapter", mapping=fields | changes)
+
+    def forget(self) -> None:
+        with redis.Redis.from_url(self.valkey.url) as client:
+            client.delete(f"mta:{{{USER}}}:adapter")
+        self.engine.client.post("/mta/v1/drop", json={"user_key": USER}).raise_for_status()
+
+
+@pytest.fixture(scope="module", params=[Method.SHARED, Method.CAT])
+def served(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    embedder_folder: Path,
+    valkey: ValkeyProcess,
+) -> Iterator[Served]:
+    bank = tiny_bank(
+        tmp_path_factory.mktemp("bank"), tiny_model_folder, embedder_folder, method=request.param, scale=0.1
+    )
+    manifest = read_manifest(bank)
+    matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+    with running_engine(bank, tiny_model_folder, dtype="float32", max_loras=1, redis_url=valkey.url) as engine:
+        yield Served(engine, manifest, matrix, valkey)
+
+
+@pytest.fixture
+def stacked(served: Served) -> Iterator[Served]:
+    """The same, with no user adapter anywhere."""
+    served.forget()
+    yield served
+    served.forget()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+
+
+def user_of(served: Served, kind: UserAdapterKind, recipe: FusionRecipe) -> UserAdapter:
+    """A random user adapter of a recipe."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.2).to(torch.bfloat16).float()
+
+    modules, rank = served.manifest.layout.modules, served.manifest.rank_of(recipe)
+    if kind is UserAdapterKind.CORE:
+        return UserAdapter(recipe.plain.name, CoreWeights(rank, {m.name: random(rank, rank) for m in modules}))
+    a = {m.name: random(USER_RANK, m.h_in) for m in modules}
+    b = {m.name: random(m.h_out, USER_RANK) for m in modules}
+    return UserAdapter(recipe.plain.name, LoraWeights(USER_RANK, a, b))
+
+
+def tokens_of(engine: Engine) -> list[int]:
+    ids: list[int] = engine.client.post("/tokenize", json={"model": "base", "prompt": PROMPT}).json()["tokens"]
+    return ids
+
+
+@pytest.mark.parametrize("kind", list(UserAdapterKind))
+def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any, kind: UserAdapterKind) -> None:
+    recipe = stacked.recipe()
+    user = user_of(stacked, kind, recipe)
+    stacked.keep(recipe, user)
+    fused = fuse(stacked.matrix, recipe.plain, torch.float32)
+    deltas = {}
+    for module in stacked.matrix.layout.modules:
+        weights, name = user.weights, module.name
+        own = (
+            fused.b[name] @ weights.c[name] @ fused.a[name] if isinstance(weights, CoreWeights) else weights.delta(name)
+        )
+        deltas[name] = dense_delta(stacked.matrix, recipe.plain, module) + own
+    ids = tokens_of(stacked.engine)
+    merged = torch.tensor(stacked.engine.prompt_logprobs(recipe.plain.name, ids))
+    with added(model, deltas):
+        wanted = token_logprobs(model, ids)
+    answer = torch.tensor(stacked.engine.prompt_logprobs(recipe.name, ids))
+    torch.testing.assert_close(answer, wanted, atol=TOLERANCE, rtol=0)
+    assert (merged - wanted).abs().max() > 10 * TOLERANCE
+    again = torch.tensor(stacked.engine.prompt_logprobs(recipe.plain.name, ids))
+    torch.testing.assert_close(again, merged, atol=TOLERANCE, rtol=0)
+
+
+def refused(stacked: Served, recipe: FusionRecipe) -> str:
+    response = stacked.engine.chat(recipe.name)
+    assert response.status_code == httpx.codes.NOT_FOUND
+    error = response.json()["error"]
+    assert error["param"] == "model"
+    assert stacked.engine.chat(recipe.plain.name).status_code == httpx.codes.OK
+    assert stacked.engine.status()["user_adapters"] == 0
+    return str(error["message"])
+
+
+def test_an_adapter_that_is_not_there_is_a_404(stacked: Served) -> None:
+    recipe = stacked.recipe()
+    assert "is not there; the plain recipe is" in refused(stacked, recipe)
+    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
+    assert "is not there" in refused(stacked, stacked.recipe(adapter="c" * 25 + "e"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda served, recipe: {"sha256": "0" * 64}, "its SHA-256 differs"),
+        (lambda served, recipe: _whole(b"no adapter"), "no readable header"),
+        (
+            lambda served, recipe: _whole(encode_user_adapter(served.manifest.layout, _of_rank(served, recipe, 3))),
+            "rank 3",
+        ),
+    ],
+)
+def test_a_damaged_adapter_is_a_404_with_the_reason(
+    stacked: Served, damage: Callable[[Served, FusionRecipe], dict[str, Any]], reason: str
+) -> None:
+    recipe = stacked.recipe()
+    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe), **damage(stacked, recipe))
+    assert reason in refused(stacked, recipe)
+
+
+def test_an_adapter_is_served_with_the_recipe_it_was_trained_on_and_no_other(stacked: Served) -> None:
+    stacked.keep(stacked.recipe(), user_of(stacked, UserAdapterKind.CORE, stacked.recipe()))
+    assert "was trained on" in refused(stacked, stacked.recipe(Term(1, 500)))
+
+
+def test_more_rank_than_a_slot_holds_is_a_404(stacked: Served) -> None:
+    recipe = stacked.recipe()
+    modules = stacked.manifest.layout.modules
+    a, b = ({m.name: torch.ones(32, m.h_in) for m in modules}, {m.name: torch.ones(m.h_out, 32) for m in modules})
+    stacked.keep(recipe, UserAdapter(recipe.plain.name, LoraWeights(32, a, b)))
+    assert "adds rank 32" in refused(stacked, recipe)
+
+
+def test_what_was_replaced_is_not_served_any_more(stacked: Served) -> None:
+    recipe = stacked.recipe()
+    user = user_of(stacked, UserAdapterKind.CORE, recipe)
+    stacked.keep(recipe, user)
+    stacked.engine.chat(recipe.name).raise_for_status()
+    newer = replace(recipe, user_adapter=f"{USER}.{'d' * 25}e")
+    stacked.keep(newer, user, id=f"{'d' * 25}e")
+    assert stacked.engine.chat(recipe.name).status_code == httpx.codes.NOT_FOUND
+    stacked.engine.chat(newer.name).raise_for_status()
+
+
+def test_a_dropped_user_is_neither_held_nor_resident(stacked: Served) -> None:
+    recipe = stacked.recipe()
+    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
+    stacked.engine.chat(recipe.name).raise_for_status()
+    assert recipe.name in stacked.engine.status()["resident"]  # type: ignore[operator]
+    response = stacked.engine.client.post("/mta/v1/drop", json={"user_key": USER})
+    assert response.json() == {"held": 0}
+    status = stacked.engine.status()
+    assert status["user_adapters"] == 0
+    assert recipe.name not in status["resident"]  # type: ignore[operator]
+
+
+def test_what_an_open_stream_uses_is_dropped_when_it_has_ended(stacked: Served) -> None:
+    recipe = stacked.recipe()
+    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
+    engine = stacked.engine
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": recipe.name, "messages": messages, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with engine.client.stream("POST", "/v1/chat/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert engine.client.post("/mta/v1/drop", json={"user_key": USER}).json() == {"held": 1}
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert engine.client.post("/mta/v1/drop", json={"user_key": USER}).json() == {"held": 0}
+
+
+def _whole(raw: bytes) -> dict[str, Any]:
+    return {"raw": raw, "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def _of_rank(served: Served, recipe: FusionRecipe, rank: int) -> UserAdapter:
+    c = {m.name: torch.zeros(rank, rank) for m in served.manifest.layout.modules}
+    return UserAdapter(recipe.plain.name, CoreWeights(rank, c))

@@ -1,0 +1,156 @@
+"""Training user adapters on a tiny model: that they help, that they are judged, and that nothing else moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adapters.attached import attached
+from adapters.errors import TrainingError
+from adapters.flat import lora_of
+from adapters.layout import RowLayout
+from adapters.lora import LoraWeights
+from adapters.trainer import linear_modules, mean_loss
+from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
+from adapters.user_trainer import FEW, Judgement, Progress, UserPlan, train_user
+from bank.prompt import EncodedPair, encode_pair
+
+RANK = 4
+KINDS = list(UserAdapterKind)
+PLAN = UserPlan(
+    kind=UserAdapterKind.LORA, rank=2, steps=8, batch_size=4, learning_rate=2e-2, holdout=0.2, every=4, seed=0
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def fused(model: Any) -> LoraWeights:
+    """A random adapter, as a recipe would give."""
+    layout = RowLayout(linear_modules(model), RANK, shared_a=True)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(layout.a_numbers, generator=generator) * 0.2
+    b = torch.randn(layout.b_numbers, generator=generator) * 0.2
+    return lora_of(layout, a, b)
+
+
+@pytest.fixture(scope="module")
+def encode(tiny_model_folder: Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    return lambda turn, output: encode_pair(tokenizer, turn, output, 200)
+
+
+@pytest.fixture(scope="module")
+def samples(encode: Any) -> list[EncodedPair]:
+    """Ten samples of one manner."""
+    return [encode(f"question {n}", f"{n} yes yes yes") for n in range(10)]
+
+
+def plan(kind: UserAdapterKind, **changes: Any) -> UserPlan:
+    return replace(PLAN, kind=kind, **changes)
+
+
+def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: Sequence[EncodedPair]) -> float:
+    """The samples' loss under the stacked adapter, as it would be served in float32."""
+    assert judgement.weights is not None
+    stacked = stack(fused, UserAdapter("", judgement.weights), torch.float32)
+    with attached(model, stacked) as here:
+        return mean_loss(here.model, samples)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair], encode: Any, kind: UserAdapterKind
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    judgement = train_user(model, fused, samples, plan(kind))
+    assert judgement.after < judgement.before
+    assert isinstance(judgement.weights, CoreWeights) == (kind is UserAdapterKind.CORE)
+    later = [encode(f"question {n}", f"{n} yes yes yes") for n in range(10, 16)]
+    with attached(model, fused) as alone:
+        merged = mean_loss(alone.model, later)
+    assert served_loss(model, fused, judgement, later) < merged
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_without_a_common_manner_are_rejected(
+    model: Any, fused: LoraWeights, encode: Any, kind: UserAdapterKind
+) -> None:
+    noise = [encode(f"question {n}", text) for n, text in enumerate(["aq9", "zz?", "Lp", "0x7", "--", "WWW"])]
+    judgement = train_user(model, fused, noise, plan(kind, learning_rate=0.5, every=8))
+    assert judgement.weights is None
+    assert judgement.after >= judgement.before
+
+
+@pytest.mark.parametrize(("kind", "count"), [(kind, count) for kind in KINDS for count in (2, 10, FEW + 5)])
+def test_the_same_job_twice_gives_the_same_bytes(
+    model: Any, fused: LoraWeights, encode: Any, kind: UserAdapterKind, count: int
+) -> None:
+    samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
+    layout = RowLayout(linear_modules(model), RANK, shared_a=True)
+
+    def raw() -> bytes:
+        weights = train_user(model, fused, samples, plan(kind, steps=4, every=2)).weights
+        assert weights is not None
+        return encode_user_adapter(layout, UserAdapter("", weights))
+
+    first = raw()
+    torch.rand(3)  # global randomness plays no part
+    assert raw() == first
+
+
+@pytest.mark.parametrize("count", [10, FEW + 5])
+def test_progress_counts_every_step_of_every_run_and_never_beyond_its_end(
+    model: Any, fused: LoraWeights, encode: Any, count: int
+) -> None:
+    samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
+    told: list[Progress] = []
+    train_user(model, fused, samples, plan(UserAdapterKind.CORE), told.append)
+    assert [progress.step for progress in told] == list(range(1, len(told) + 1))
+    assert all(progress.step <= progress.of for progress in told)
+    assert told[-1].step == told[-1].of
+
+
+def test_what_a_step_raises_ends_training_there_and_detaches(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+) -> None:
+    names, steps = [name for name, _ in model.named_modules()], 0
+
+    class Cancelled(Exception): ...
+
+    def cancel(_: Progress) -> None:
+        nonlocal steps
+        steps += 1
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        train_user(model, fused, samples, PLAN, cancel)
+    assert steps == 1
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_loss_that_is_no_number_is_an_error_with_the_step(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+) -> None:
+    broken = replace(fused, b={name: b * float("inf") for name, b in fused.b.items()})
+    with pytest.raises(TrainingError, match="the loss is nan at step 1"):
+        train_user(model, broken, samples, PLAN)
+
+
+def test_one_sample_is_judged_on_itself_and_none_is_an_error(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+) -> None:
+    judgement = train_user(model, fused, samples[:1], PLAN)
+    assert judgement.after < judgement.before
+    with pytest.raises(TrainingError, match="no samples"):
+        train_user(model, fused, [], PLAN)
