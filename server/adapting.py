@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adapters.errors import excerpt
+from bank.errors import ProfileError
 from bank.manifest import BankManifest
 from bank.profile import Item, parse_item
 from bank.prompt import chat_messages
@@ -107,6 +108,12 @@ class Adapting:
                 param=f"samples.{place}",
                 code="sample_too_large",
             )
+        for field, text in (("output", sample.output), ("input", _messages(sample)[-1]["content"])):
+            if not text.strip():
+                raise InvalidRequest(
+                    f"samples.{place}.{field} must hold more than white space, got {excerpt(text)}",
+                    param=f"samples.{place}.{field}",
+                )
         if isinstance(sample.input, list) and sample.input[-1].role != "user":
             raise InvalidRequest(
                 f"samples.{place}.input must end with the user's turn, it ends with {sample.input[-1].role!r}",
@@ -143,8 +150,16 @@ class Adapting:
 
     def _items(self, samples: Sequence[SampleRequest]) -> list[Item]:
         """The samples as items of a profile."""
-        pairs = [{"input": _messages(sample)[-1]["content"], "output": sample.output} for sample in samples]
-        return [parse_item(pair, self._task, place) for place, pair in enumerate(pairs)]
+        items = []
+        for place, sample in enumerate(samples):
+            pair = {"input": _messages(sample)[-1]["content"], "output": sample.output}
+            try:
+                items.append(parse_item(pair, self._task, place))
+            except ProfileError as error:
+                raise InvalidRequest(
+                    f"samples.{place} makes no item of a profile: {error}", param=f"samples.{place}"
+                ) from error
+        return items
 
 
 def _messages(sample: SampleRequest) -> list[dict[str, str]]:

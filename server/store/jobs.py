@@ -6,6 +6,7 @@ The record is the truth about a job. A queue beside it only wakes workers: it ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,6 +21,7 @@ KEPT_S = 7 * 24 * 3600
 """How long an ended job is remembered."""
 
 MAX_TRIES = 3
+_JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
 
 
 class JobState(StrEnum):
@@ -57,10 +59,8 @@ class JobId:
 
 def parse_job_id(text: str) -> JobId | None:
     """A job id from its text; None when it is none."""
-    user_key, _, number = text.partition(".")
-    if not user_key.isalnum() or not number.isascii() or not number.isdigit() or number != str(int(number)):
-        return None
-    return JobId(user_key, int(number))
+    match = _JOB_ID.fullmatch(text)
+    return JobId(match[1], int(match[2])) if match else None
 
 
 @dataclass(frozen=True, slots=True)

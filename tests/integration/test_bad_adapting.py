@@ -46,6 +46,8 @@ CASES = [
     Case("1,001 samples", "1001", "samples", {"samples": [GOOD] * 1001}),
     samples("sample that is no object", "'x'", "samples.0", "x"),
     samples("empty output", "''", "samples.1.output", GOOD, {"input": "q", "output": ""}),
+    samples("blank output", "' '", "samples.0.output", {"input": "q", "output": " "}),
+    samples("blank input", "'\\n'", "samples.0.input", {"input": "\n", "output": "a"}),
     samples("output missing", "is required", "samples.0.output", {"input": "q"}),
     samples("number as output", "7", "samples.0.output", {"input": "q", "output": 7}),
     samples("input missing", "is required", "samples.0.input", {"output": "a"}),
