@@ -3,10 +3,12 @@
 API process     endpoint.py    wires the plugin in and adds the private route `/mta/v1/`
                 prepare.py     checks a recipe before vLLM admits the request that names it
                 names.py       gives recipes their engine ids, bounded in number
+                user_adapters.py  fetches and verifies users' own adapters, and says which workers hold
                 metrics.py     adapter gauges with a fixed set of labels
 every worker    plugin.py      puts our adapter manager in the place of vLLM's
                 manager.py     fuses a recipe, and decides what stays
                 slots.py       writes fused adapters into vLLM's slots
+                executor.py    runs the worker in the engine core's process, on CPU
                 worker.py      calls the API process makes on the workers
 both            banks.py       the banks this engine serves
 """

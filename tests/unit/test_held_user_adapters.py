@@ -1,0 +1,146 @@
+"""Which user adapters an engine's workers hold: fetched once, never beyond their room, gone when the store's are."""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.errors import UserAdapterError
+from adapters.layout import RowLayout
+from adapters.lora import ModuleShape
+from adapters.recipe import FusionRecipe, Method
+from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
+from server.engine_plugin.user_adapters import UserAdapters
+from server.errors import Unavailable
+from server.store.jobs import StoredAdapter
+
+RANK = 4
+LAYOUT = RowLayout((ModuleShape("q_proj", 8, 8),), RANK, shared_a=True)
+BANK = "9f2c41d0"
+
+
+class Store:
+    """Adapters in a dictionary, and how often their bytes were asked for."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, StoredAdapter] = {}
+        self.fetched = 0
+        self.down = False
+
+    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
+        self.fetched += 1
+        stored = self.kept.get(user_key)
+        return stored if stored and stored.id == adapter_id else None
+
+    async def adapter_id(self, user_key: str) -> str | None:
+        if self.down:
+            raise Unavailable("the store cannot be used now")
+        return self.kept[user_key].id if user_key in self.kept else None
+
+
+class Workers:
+    """What every worker was told, in order."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+
+    async def hold(self, name: str, raw: bytes) -> None:
+        self.held[name] = raw
+
+    async def release(self, names: list[str]) -> None:
+        for name in names:
+            del self.held[name]
+
+
+class World:
+    """A store, workers and the adapters between them; `in_use` is for the test to fill."""
+
+    def __init__(self, room: int = 10) -> None:
+        self.store, self.workers, self.in_use = Store(), Workers(), set[str]()
+        manifest: Any = SimpleNamespace(layout=LAYOUT, rank_of=lambda recipe: RANK)
+        self.adapters = UserAdapters(
+            self.store,
+            self.workers,
+            {BANK: manifest},
+            max_rank=8,
+            capacity_bytes=room * len(self.keep("z").raw),
+            in_use=lambda: self.in_use,
+        )
+
+    def keep(self, user: str, adapter: str = "a") -> StoredAdapter:
+        """Store an adapter for a user named by a letter."""
+        plain = recipe(user).plain
+        weights = CoreWeights(RANK, {"q_proj": torch.zeros(RANK, RANK)})
+        raw = encode_user_adapter(LAYOUT, UserAdapter(plain.name, weights))
+        stored = StoredAdapter(adapter * 25 + "e", plain.name, hashlib.sha256(raw).hexdigest(), raw)
+        self.store.kept[user * 25 + "e"] = stored
+        return stored
+
+
+def recipe(user: str, adapter: str = "a") -> FusionRecipe:
+    return FusionRecipe(BANK, Method.SHARED, True, (), f"{user * 25}e.{adapter * 25}e")
+
+
+async def test_an_adapter_is_fetched_once_and_asked_for_every_time() -> None:
+    world = World()
+    world.keep("b")
+    for _ in range(3):
+        await world.adapters.ensure(recipe("b"))
+    assert world.store.fetched == 1
+    assert list(world.workers.held) == [recipe("b").name]
+    del world.store.kept["b" * 25 + "e"]
+    with pytest.raises(UserAdapterError, match="is not there"):
+        await world.adapters.ensure(recipe("b"))
+
+
+async def test_beyond_their_room_the_least_recently_used_go_and_never_what_is_in_use() -> None:
+    world = World(room=2)
+    world.in_use.add(recipe("b").name)
+    for user in "bcd":
+        world.keep(user)
+        await world.adapters.ensure(recipe(user))
+    assert set(world.workers.held) == {recipe("b").name, recipe("d").name}
+    assert len(world.adapters) == 2
+
+
+async def test_what_the_store_has_not_any_more_is_let_go_once_nobody_uses_it() -> None:
+    world = World()
+    for user in "bc":
+        world.keep(user)
+        await world.adapters.ensure(recipe(user))
+    del world.store.kept["b" * 25 + "e"]
+    world.keep("c", "d")  # replaced
+    world.in_use.add(recipe("c").name)
+    await world.adapters.sweep()
+    assert set(world.workers.held) == {recipe("c").name}
+    world.in_use.clear()
+    await world.adapters.sweep()
+    assert not world.workers.held
+
+
+async def test_while_the_store_is_down_nothing_is_let_go_and_nothing_new_is_served() -> None:
+    world = World()
+    world.keep("b")
+    await world.adapters.ensure(recipe("b"))
+    world.store.down = True
+    with pytest.raises(Unavailable):
+        await world.adapters.sweep()
+    assert world.workers.held
+    with pytest.raises(UserAdapterError, match="cannot be fetched"):
+        await world.adapters.ensure(recipe("b"))
+
+
+async def test_dropping_a_user_says_how_much_is_still_in_use() -> None:
+    world = World()
+    for user in "bc":
+        world.keep(user)
+        await world.adapters.ensure(recipe(user))
+    world.in_use.add(recipe("b").name)
+    assert await world.adapters.drop("b" * 25 + "e") == 1
+    world.in_use.clear()
+    assert await world.adapters.drop("b" * 25 + "e") == 0
+    assert set(world.workers.held) == {recipe("c").name}
