@@ -16,7 +16,7 @@ from adapters.errors import TrainingError
 from adapters.flat import lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
-from adapters.trainer import linear_modules, mean_loss
+from adapters.trainer import TrainPlan, linear_modules, mean_loss, train_lora
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
 from adapters.user_trainer import FEW, Judgement, Progress, UserPlan, train_user
 from bank.prompt import EncodedPair, encode_pair
@@ -83,11 +83,12 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_without_a_common_manner_are_rejected(
-    model: Any, fused: LoraWeights, encode: Any, kind: UserAdapterKind
+def test_what_lowers_no_held_out_loss_is_rejected(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
 ) -> None:
-    noise = [encode(f"question {n}", text) for n, text in enumerate(["aq9", "zz?", "Lp", "0x7", "--", "WWW"])]
-    judgement = train_user(model, fused, noise, plan(kind, learning_rate=0.5, every=8))
+    """The fused adapter speaks this manner already, and the rate is one that can only ruin it."""
+    fluent = train_lora(model, samples, TrainPlan(steps=60, batch_size=10, learning_rate=2e-2, seed=0), start=fused)
+    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=20.0, every=8))
     assert judgement.weights is None
     assert judgement.after >= judgement.before
 
