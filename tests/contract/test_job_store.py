@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import numpy as np
@@ -28,18 +28,11 @@ from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
 from server.user_key import UserKeys
-from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
+from tests.support.valkey import ValkeyProcess
 
 RECIPE = "mta1:9f2c41d0:shared:c"
 LEASE_S = 30.0
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
-    yield running
-    running.kill()
 
 
 @pytest.fixture

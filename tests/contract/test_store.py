@@ -19,20 +19,13 @@ from server.store.profiles import Change, Profile, StoredItem, StoredVector
 from server.store.redis_connection import RedisConnection
 from server.store.redis_profiles import RedisProfiles
 from server.user_key import UserKeys
-from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
+from tests.support.valkey import DURABLE, ValkeyProcess
 
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 DIM = 384
 EMBEDDER = "3887c9b9af8fe702"
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
-    yield running
-    running.kill()
 
 
 @pytest.fixture
