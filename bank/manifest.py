@@ -108,6 +108,11 @@ class BankManifest(_Frozen):
         """The rank of the largest fusion this bank's rule makes, user adapters aside."""
         return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
 
+    @property
+    def room(self) -> int:
+        """The rank that the largest fusion leaves for a user's LoRA."""
+        return self.serving_rank - self.fused_rank
+
     def rank_of(self, recipe: FusionRecipe) -> int:
         """The rank of what a recipe of this bank fuses to, its user adapter aside."""
         return fused_rank(self.method, self.rank, len(recipe.terms), recipe.common)

@@ -36,7 +36,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "fused_rank": manifest.fused_rank,
         "serving_rank": manifest.serving_rank,
         "user_rank": manifest.user_rank,
-        "room": manifest.serving_rank - manifest.fused_rank,
+        "room": manifest.room,
         "row_bytes": row_bytes,
         "bytes": {name: (folder / name).stat().st_size for name in (*manifest.files, MANIFEST_FILE)},
         "training": manifest.training,

@@ -137,7 +137,7 @@ class Adapting:
     def _config(self, options: AdaptOptions) -> AdaptConfig:
         given = {name: value for name, value in options.model_dump().items() if value is not None}
         config = replace(AdaptConfig(), **given)
-        room = self._manifest.serving_rank - self._manifest.fused_rank
+        room = self._manifest.room
         if config.kind == "lora" and config.rank > room:
             raise InvalidRequest(
                 f"config.rank {config.rank} does not fit: this bank leaves {room} for users", param="config.rank"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -86,13 +86,14 @@ class Generator:
         context: int | None,
     ) -> tuple[Personalization, EngineStream]:
         """The engine's stream and who speaks in it: the base model, when the engine lacks the adapter."""
+        messages = _conversation(request)
         wanted = EngineRequest(
             request_id=request_id,
             model=personalization.model,
-            messages=_conversation(request),
+            messages=messages,
             sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
             prompt_param=request.conversation_param,
-            stream=request.stream or not _surely_fits(request, context),
+            stream=request.stream or not _surely_fits(messages, request.max_tokens, context),
         )
         try:
             return personalization, await stack.enter_async_context(self._engine.generate(wanted))
@@ -136,16 +137,15 @@ def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int |
         )
 
 
-def _surely_fits(request: GenerateRequest, context: int | None) -> bool:
+def _surely_fits(messages: Sequence[dict[str, str]], max_tokens: int, context: int | None) -> bool:
     """Whether an answer can be made in one piece: short, and with room for it however the prompt is tokenised.
 
     A token is at least a byte of text. Where that leaves doubt the answer is streamed, and refused at its first token.
     """
-    if context is None or request.max_tokens > WHOLE_TOKENS:
+    if context is None or max_tokens > WHOLE_TOKENS:
         return False
-    messages = _conversation(request)
     tokens = sum(len(message["content"].encode("utf-8", "replace")) for message in messages) + 16 * len(messages)
-    return tokens + _TEMPLATE_TOKENS + request.max_tokens <= context
+    return tokens + _TEMPLATE_TOKENS + max_tokens <= context
 
 
 def _check_room(request: GenerateRequest, prompt_tokens: int | None, context: int | None) -> None:

@@ -107,10 +107,11 @@ class Personalizer:
         """
         recipe, shares = self._bank.personalise(profile.embedding)
         level, source = Level.MERGED, self._bank.manifest.weights.source
-        if stacked and profile.adapter is not None and not self.is_stale(profile.adapter):
+        if stacked and profile.adapter is not None:
             trained_on = parse_recipe(profile.adapter.recipe)
-            adapter = f"{self._profiles.key(profile.user_id)}.{profile.adapter.id}"
-            level, recipe = Level.STACKED, replace(trained_on, user_adapter=adapter)
+            if trained_on.bank == self._bank.manifest.short:
+                adapter = f"{self._profiles.key(profile.user_id)}.{profile.adapter.id}"
+                level, recipe = Level.STACKED, replace(trained_on, user_adapter=adapter)
         similarities = {share.anchor: round(share.similarity, 4) for share in shares}
         voices = [
             Voice(anchor_id(term.anchor), term.weight / PER_MILLE, similarities.get(term.anchor))

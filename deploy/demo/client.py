@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
@@ -15,6 +16,14 @@ from deploy.demo.children import DemoError
 
 MAX_TOKENS = 80
 _TIMEOUT_S = 120
+
+
+class Refused(DemoError):
+    """The server answered with an error; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +88,11 @@ class Api:
 
     def forget(self, user_id: str) -> None:
         """Erase what an earlier run has left of a user."""
-        if self._knows(user_id):
+        try:
             self._send("DELETE", f"/users/{user_id}").close()
+        except Refused as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
 
     def put_profile(self, user_id: str, lines: Sequence[str]) -> None:
         """Make a user known by what they have written."""
@@ -134,15 +146,6 @@ class Api:
         anchors = tuple((anchor["id"], anchor["weight"]) for anchor in speaker["anchors"])
         return Answer("".join(pieces).strip(), finish_reason == "length", speaker["level"], anchors, ttft_ms)
 
-    def _knows(self, user_id: str) -> bool:
-        try:
-            self._send("GET", f"/users/{user_id}").close()
-        except DemoError as error:
-            if "answered with 404" in str(error):
-                return False
-            raise
-        return True
-
     def _send(self, method: str, path: str, body: object = None) -> HTTPResponse:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data else {}
@@ -152,7 +155,7 @@ class Api:
         except urllib.error.HTTPError as error:
             with error:
                 reason = error.read(2000).decode("utf-8", "replace")
-            raise DemoError(f"{method} {path} was answered with {error.code}: {reason}") from error
+            raise Refused(f"{method} {path} was answered with {error.code}: {reason}", error.code) from error
         except (OSError, HTTPException) as error:
             raise DemoError(f"{method} {path} got no answer from {self.url}: {error}") from error
         return response

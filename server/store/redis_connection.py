@@ -32,6 +32,11 @@ _NOT_DURABLE = (
 )
 
 
+def user_prefix(user_key: str) -> str:
+    """How the names of a user's keys begin; the braces keep them in one cluster slot."""
+    return f"mta:{{{user_key}}}:"
+
+
 class RedisConnection:
     """Reads, and writes that are on disk when they return.
 

@@ -44,7 +44,7 @@ from server.store.jobs import (
 )
 from server.store.profiles import Profile
 from server.store.records import encode_profile
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
 
 WAKE, OPEN, GROUP, BANKS = "mta:wake", "mta:open", "workers", "mta:adapted"
 GRACE_MS = 10_000
@@ -73,7 +73,7 @@ class RedisJobs:
         self._has_group = False
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
-        prefix = _prefix(user_key)
+        prefix = user_prefix(user_key)
         number = await self._connection.write(
             scripts.SUBMIT,
             (f"{prefix}jobs", f"{prefix}samples"),
@@ -106,7 +106,7 @@ class RedisJobs:
 
     async def samples(self, user_key: str) -> list[bytes]:
         async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            (samples,) = await pipe.lrange(f"{_prefix(user_key)}samples", 0, -1).execute()
+            (samples,) = await pipe.lrange(f"{user_prefix(user_key)}samples", 0, -1).execute()
         return list(samples)
 
     async def next_job(self, worker: str, wait_s: float) -> JobId | None:
@@ -147,7 +147,7 @@ class RedisJobs:
     async def promote(
         self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
     ) -> bool:
-        prefix = _prefix(lease.job.id.user_key)
+        prefix = user_prefix(lease.job.id.user_key)
         bank = parse_recipe(raw.recipe).bank
         async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
             # Before the promotion: a user too many on the list does no harm, one too few would never be adapted again.
@@ -169,14 +169,14 @@ class RedisJobs:
 
     async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
         async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            (values,) = await pipe.hmget(f"{_prefix(user_key)}adapter", ("id", "recipe", "sha256", "raw")).execute()
+            (values,) = await pipe.hmget(f"{user_prefix(user_key)}adapter", ("id", "recipe", "sha256", "raw")).execute()
         if values[0] is None or values[0].decode() != adapter_id:
             return None
         return StoredAdapter(adapter_id, values[1].decode(), values[2].decode(), values[3])
 
     async def adapter_id(self, user_key: str) -> str | None:
         async with self._connection.pipeline(transaction=False) as pipe:
-            (value,) = await pipe.hget(f"{_prefix(user_key)}adapter", "id").execute()
+            (value,) = await pipe.hget(f"{user_prefix(user_key)}adapter", "id").execute()
         return value.decode() if value is not None else None
 
     async def adapted(self) -> dict[str, int]:
@@ -268,12 +268,8 @@ def _adapted(bank: str) -> str:
     return f"mta:adapted:{bank}"
 
 
-def _prefix(user_key: str) -> str:
-    return f"mta:{{{user_key}}}:"
-
-
 def _job(job_id: JobId) -> str:
-    return f"{_prefix(job_id.user_key)}job:{job_id.number}"
+    return f"{user_prefix(job_id.user_key)}job:{job_id.number}"
 
 
 def _outcome(trained: Trained, adapter: str) -> tuple[object, ...]:

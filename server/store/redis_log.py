@@ -13,6 +13,7 @@ from redis.exceptions import ResponseError
 
 from server.errors import ApiError
 from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis_scripts import NOW
 
 log = logging.getLogger("mta.store")
 
@@ -20,24 +21,26 @@ INTERVAL_S = 3600
 LOOK_S = 60.0
 
 # KEYS: due, last. ARGV: shortest time between two (ms). Answers when a rewrite will have begun.
-_ASK = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+_ASK = (
+    NOW
+    + """
 local last = tonumber(redis.call('GET', KEYS[2]) or 0)
 redis.call('SET', KEYS[1], math.max(now, last + ARGV[1]), 'NX')
 return tonumber(redis.call('GET', KEYS[1]))
 """
+)
 
 # KEYS: due, last. Answers whether the caller shall begin one.
-_TAKE = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+_TAKE = (
+    NOW
+    + """
 local due = tonumber(redis.call('GET', KEYS[1]) or now + 1)
 if due > now then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[2], now)
 return 1
 """
+)
 
 _DUE, _LAST = "mta:{rewrite}:due", "mta:{rewrite}:last"
 

@@ -24,7 +24,7 @@ from server.store.records import (
     encode_profile,
     encode_vector,
 )
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
 
 TOMBSTONE_S = 7 * 24 * 3600
 
@@ -101,7 +101,7 @@ class RedisProfiles:
         return bool(await self._connection.write(_COMMIT, names, *arguments, *change.drop))
 
     async def erase(self, key: str) -> Erased | None:
-        prefix = f"mta:{{{key}}}:"
+        prefix = user_prefix(key)
         names = (_tombstone(key), *_names(key), f"{prefix}jobs", f"{prefix}samples", f"{prefix}adapter")
         items, samples, jobs, adapters, keys = await self._connection.write(
             _ERASE, names, f"{prefix}job:", KEPT_JOBS, TOMBSTONE_S
@@ -116,13 +116,13 @@ class RedisProfiles:
 
 
 def _names(key: str) -> tuple[str, str, str]:
-    """The names of a user's keys; the braces keep them in one cluster slot."""
-    prefix = f"mta:{{{key}}}:"
+    """The names of a profile's keys."""
+    prefix = user_prefix(key)
     return f"{prefix}profile", f"{prefix}items", f"{prefix}vectors"
 
 
 def _tombstone(key: str) -> str:
-    return f"mta:{{{key}}}:erased"
+    return f"{user_prefix(key)}erased"
 
 
 def _decoded(record: bytes | None) -> Profile | None:

@@ -5,7 +5,7 @@ A job's name is made from its number inside the scripts; it lies in the slot of 
 
 from __future__ import annotations
 
-_NOW = """
+NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
@@ -25,7 +25,7 @@ end
 # KEYS: jobs, samples. ARGV: prefix of job names, idempotency key, config, whether to append, most samples, jobs kept,
 # how long an ended one is kept (s), then samples. Answers the job's number, or 0 when there would be too many samples.
 SUBMIT = (
-    _NOW
+    NOW
     + _END
     + """
 local prefix, key = ARGV[1], ARGV[2]
@@ -57,7 +57,7 @@ return number
 
 # KEYS: job. ARGV: how long it is kept (s). Answers 1 when this ended it.
 CANCEL = (
-    _NOW
+    NOW
     + _END
     + """
 if not open(KEYS[1]) then return 0 end
@@ -69,7 +69,7 @@ return 1
 # KEYS: job. ARGV: token, lease (ms), most tries, error after the last, how long it is kept (s). Answers 1 when it is
 # the caller's now, 0 when another has it, -1 when there is nothing to do any more.
 CLAIM = (
-    _NOW
+    NOW
     + _END
     + """
 if not open(KEYS[1]) then return -1 end
@@ -89,7 +89,7 @@ return 1
 
 # KEYS: job. ARGV: token, lease (ms), step, of, loss. Answers whether the lease holds.
 RENEW = (
-    _NOW
+    NOW
     + """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[2], 'step', ARGV[3], 'of', ARGV[4], 'loss', ARGV[5])
@@ -104,7 +104,7 @@ ended(KEYS[1], ARGV[2], ARGV[7])
 
 # KEYS: job. ARGV: token, state, before, after, error, adapter, how long it is kept (s). Answers whether it was written.
 END = (
-    _NOW
+    NOW
     + _END
     + """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
@@ -118,7 +118,7 @@ return 1
 # KEYS: job, record, adapter. ARGV: as END, then the record expected, the new one, and the adapter's recipe, checksum
 # and bytes. Answers whether all of it was written.
 PROMOTE = (
-    _NOW
+    NOW
     + _END
     + """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end

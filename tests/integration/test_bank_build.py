@@ -20,17 +20,6 @@ from tests.support.bank_bench import OPTIONS, Bench, Recorder
 from tests.support.people import people, write_people
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Bench:
-    return Bench(tmp_path_factory.mktemp("build"), tiny_model_folder, embedder_folder)
-
-
-@pytest.fixture(scope="module")
-def built(bench: Bench) -> BankManifest:
-    """The bank of `OPTIONS`, in the folder `plain`."""
-    return bench.build("plain")
-
-
 def test_a_bank_has_exactly_the_anchors_asked_for_with_the_longest_histories(built: BankManifest) -> None:
     assert [entry.id for entry in built.anchors] == ["a00", "a01", "a02"]
     assert built.anchors[-1].items == 18

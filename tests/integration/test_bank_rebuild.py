@@ -21,17 +21,6 @@ from bank.summary import summarise
 from tests.support.bank_bench import Bench, Recorder
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Bench:
-    return Bench(tmp_path_factory.mktemp("build"), tiny_model_folder, embedder_folder)
-
-
-@pytest.fixture(scope="module")
-def built(bench: Bench) -> BankManifest:
-    """The bank of `OPTIONS`, in the folder `plain`."""
-    return bench.build("plain")
-
-
 def test_building_the_same_bank_again_does_nothing(bench: Bench, built: BankManifest) -> None:
     progress = Recorder()
     assert bench.build("plain", progress) == built
