@@ -30,6 +30,9 @@ FEW = 20
 
 WARM_UP_STEPS = 2
 
+EXPLODED = 5.0
+"""Training ends when a step's loss is so many times the first one's, or so many nats where that was below one."""
+
 
 @dataclass(frozen=True, slots=True)
 class UserPlan:
@@ -99,7 +102,7 @@ def train_user(
         on_step: told after every step; what it raises ends training there.
 
     Raises:
-        TrainingError: when the loss is no number any more.
+        TrainingError: when the loss explodes, or is no number any more.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
@@ -138,10 +141,17 @@ class _Run:
     def train(self, samples: Sequence[Example], steps: int, look: Callable[[int], None] = lambda step: None) -> None:
         """One run from the start; `look` is called after every so many steps and after the last."""
 
+        first = math.nan
+
         def on_step(report: StepReport) -> None:
+            nonlocal first
             self._done += 1
-            if not math.isfinite(report.loss):
-                raise TrainingError(f"the loss is {report.loss} at step {report.step}: lower the learning rate")
+            first = report.loss if report.step == 1 else first
+            if not report.loss <= EXPLODED * max(1.0, first):  # what is no number is not below anything
+                raise TrainingError(
+                    f"training exploded: a loss of {report.loss:.4g} at step {report.step}, {first:.4g} at the first: "
+                    "lower the learning rate"
+                )
             self._on_step(Progress(self._done, self.of, report.loss))
             if report.step % self.plan.every == 0 or report.step == steps:
                 look(report.step)

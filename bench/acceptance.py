@@ -84,11 +84,10 @@ def _counts(value: str) -> tuple[int, ...]:
 
 
 AS_IT_SAYS = Target("", "as the script itself demands", lambda value: "not as it must be" not in str(value))
-ORACLE = (
-    *(
-        Target(f"{method}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
-        for method in ("shared", "cat", "linear")
-    ),
+ORACLE = tuple(
+    Target(f"{method}{stacked}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
+    for method in ("shared", "cat", "linear")
+    for stacked in ("", " + lora", " + core")
 )
 FUSE = (Target("merge over worker", "at least 5", lambda value: value["median"] >= 5),)
 SOAK = (

@@ -1,4 +1,5 @@
-"""The oracle: every method's own formula on dense float64 matrices, sharing no code with `adapters/fusion.py`.
+"""The oracle: every method's own formula on dense float64 matrices, sharing no code with `adapters/fusion.py` but where
+a user's core is defined by the fused A and B.
 
 Used by the tests and by `bench/oracle.py`, which hold a running vLLM against Hugging Face with ΔW added to the weights.
 """
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 
+from adapters.fusion import fuse
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method
+from adapters.user_adapter import CoreWeights, UserAdapter
 
 
 def dense_parts(matrix: MetaMatrix, row: torch.Tensor, module: ModuleShape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +62,21 @@ def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Itera
         recipe: what to add.
     """
     with added(model, {module.name: dense_delta(matrix, recipe, module) for module in matrix.layout.modules}):
+        yield
+
+
+@contextmanager
+def stacked_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe, user: UserAdapter) -> Iterator[None]:
+    """The same with a user adapter's ΔW on top: B_u A_u of a lora, B C A of a core between the fused A and B."""
+    fused, weights, deltas = fuse(matrix, recipe.plain, torch.float32), user.weights, {}
+    for module in matrix.layout.modules:
+        name = module.name
+        if isinstance(weights, CoreWeights):
+            own = fused.b[name].double() @ weights.c[name].double() @ fused.a[name].double()
+        else:
+            own = weights.b[name].double() @ weights.a[name].double()
+        deltas[name] = dense_delta(matrix, recipe.plain, module) + own
+    with added(model, deltas):
         yield
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from adapters.errors import TrainingError
+from adapters.errors import OutOfMemoryError, TrainingError
 from adapters.recipe import FusionRecipe
 from adapters.user_trainer import Judgement, Progress
 from bank.serving import ServingBank
@@ -69,7 +69,11 @@ class Worker:
         self._trainer = trainer
 
     async def run(self) -> None:
-        """Work until cancelled; an unreachable store is waited for."""
+        """Work until cancelled; an unreachable store is waited for.
+
+        Raises:
+            OutOfMemoryError: when training found no memory; the process had better begin anew.
+        """
         sweeping = asyncio.create_task(self._sweep())
         try:
             while True:
@@ -94,6 +98,12 @@ class Worker:
             await self._work(lease)
         except _Stopped:
             log.info("%s: given up, the lease is lost", lease.job.id)
+        except asyncio.CancelledError:
+            await self._give_back(lease, counts=False)
+            raise
+        except OutOfMemoryError:
+            await self._give_back(lease, counts=True)
+            raise
         except TrainingError as error:
             await self._jobs.end(lease, Trained(JobState.FAILED, error=str(error)))
         except ApiError:
@@ -102,6 +112,14 @@ class Worker:
             log.exception("%s broke", lease.job.id)
             await self._jobs.end(lease, Trained(JobState.FAILED, error="the worker failed: its log says why"))
         return True
+
+    async def _give_back(self, lease: Lease, *, counts: bool) -> None:
+        """The worker ends: have another take the job up at once. Without a store, its lease runs out."""
+        try:
+            if await self._jobs.release(lease, counts=counts):
+                log.info("%s: given back", lease.job.id)
+        except ApiError as error:
+            log.warning("%s: not given back: %s", lease.job.id, error.explained)
 
     async def _work(self, lease: Lease) -> None:
         key = lease.job.id.user_key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ import typer
 from adapters.recipe import Method
 from bank.errors import BankError
 from bank.options import BuildInputs, BuildOptions
+from server.cli.process import prepare_to_train
 from server.settings import Settings
 
 app = typer.Typer(help="Build a bank, look into it, export and import its adapters.", no_args_is_help=True)
@@ -69,10 +69,7 @@ def build(
 
     Killed and started again with the same options it goes on where it was, and ends with the same bank.
     """
-    # Torch's threads spin for a moment at each barrier, then sleep. Spinning on, as is the default, makes training many
-    # times slower where anything else runs beside it; never spinning halves its speed on an idle machine. Read when
-    # torch is loaded, below.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    prepare_to_train()
     from bank.build import build_bank
     from server.cli.build_progress import ConsoleProgress
 

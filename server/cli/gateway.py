@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.process import log_to_stderr
+
 if TYPE_CHECKING:
     from server.settings import Settings
 
@@ -34,8 +36,7 @@ def gateway(
     settings = load_settings(
         bank=bank, host=host, port=port, redis_url=redis_url, engine_url=engine_url, embedder=embedder
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
-    logging.getLogger("mta").setLevel(logging.INFO)
+    log_to_stderr()
     # uvicorn hands a signal on once it has shut down in order; there is nothing left to interrupt then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

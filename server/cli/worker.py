@@ -8,10 +8,13 @@ import os
 import secrets
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from server.cli.process import log_to_stderr, prepare_to_train
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -27,10 +30,8 @@ def worker(
     from server.settings import load_settings
 
     settings = load_settings(bank=bank, model=model, redis_url=redis_url, worker_threads=threads)
-    os.environ.setdefault("OMP_NUM_THREADS", str(settings.worker_threads))  # read when torch is imported
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # beside an engine, threads that spin on cost more than they gain
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
-    logging.getLogger("mta").setLevel(logging.INFO)
+    prepare_to_train(settings.worker_threads)
+    log_to_stderr()
     asyncio.run(_run(settings))
 
 
@@ -67,6 +68,7 @@ async def _run(settings: Settings) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)
         logging.getLogger("mta.worker").info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
-        await asyncio.gather(working, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await working
     finally:
         await connection.close()

@@ -185,6 +185,17 @@ class JobStore(Protocol):
     async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:
         """Hold a lease for longer and note how far training is; False when it does not hold any more."""
 
+    async def release(self, lease: Lease, *, counts: bool) -> bool:
+        """Give a job back that the worker cannot finish, for another to take up.
+
+        Args:
+            lease: of the job.
+            counts: whether it was one of the job's tries.
+
+        Returns:
+            False when the lease does not hold any more.
+        """
+
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; False when the lease does not hold any more."""
 

@@ -7,7 +7,7 @@ where the server does not fsync at once by itself, `WAITAOF` travel in one round
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -86,6 +86,11 @@ class RedisConnection:
         """Commands in one round trip; Redis's errors come out as `Unavailable`."""
         async with _translated(timeout_s), self._redis.pipeline(transaction=transaction) as pipe:
             yield pipe
+
+    async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
+        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors come out as `Unavailable`."""
+        async with _translated(timeout_s):
+            return await command(self._redis)
 
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
         """Run a script on some keys of one slot; return its answer once its writes are on disk."""

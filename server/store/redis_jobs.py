@@ -7,15 +7,12 @@ Keys, all of one user in one cluster slot::
     mta:{<user key>}:samples   list     encoded samples, the oldest first
     mta:{<user key>}:adapter   hash     id, recipe, sha256, raw
 
-and some that all users share::
+and two that all users share::
 
-    mta:wake                   stream   job ids; read by a consumer group, an entry goes when it is read
-    mta:open                   zset     job id → when somebody should look whether it is still going on, ms
     mta:adapted                set      banks that user adapters were trained on
     mta:adapted:<bank>         set      keys of the users whose adapter was
 
-An entry of the stream can be lost with the worker that read it. `overdue` walks what is due in `mta:open`, never the
-keys, and announces it again.
+Workers are woken by a queue beside them (`redis_queue`). `overdue` walks what is due there, never the keys.
 """
 
 from __future__ import annotations
@@ -24,10 +21,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from redis.exceptions import ResponseError
-
 from adapters.recipe import parse_recipe
-from server.errors import Unavailable
 from server.store import redis_scripts as scripts
 from server.store.jobs import (
     KEPT_JOBS,
@@ -40,16 +34,13 @@ from server.store.jobs import (
     StoredAdapter,
     Submission,
     Trained,
-    parse_job_id,
 )
 from server.store.profiles import Profile
 from server.store.records import encode_profile
 from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
+from server.store.redis_queue import RedisQueue
 
-WAKE, OPEN, GROUP, BANKS = "mta:wake", "mta:open", "workers", "mta:adapted"
-GRACE_MS = 10_000
-"""After so long without a worker a job is announced again."""
-
+BANKS = "mta:adapted"
 _BATCH = 100
 _DIED = (
     f"the worker died {MAX_TRIES} times while it trained this job, most likely for want of memory: send fewer or "
@@ -70,7 +61,7 @@ class RedisJobs:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
-        self._has_group = False
+        self._queue = RedisQueue(connection)
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         prefix = user_prefix(user_key)
@@ -91,39 +82,24 @@ class RedisJobs:
         job_id = JobId(user_key, int(number))
         job = await self.job(job_id)
         if job is not None and not job.state.ended:
-            await self._announce(job_id)
+            await self._queue.announce(job_id)
         return job
 
     async def job(self, job_id: JobId) -> Job | None:
-        async with self._connection.pipeline(transaction=False) as pipe:
-            (values,) = await pipe.hmget(_job(job_id), _FIELDS).execute()
+        values = await self._connection.run(lambda redis: redis.hmget(_job(job_id), _FIELDS))
         return _decoded(job_id, values)
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         ended = await self._connection.write(scripts.CANCEL, (_job(job_id),), KEPT_S)
-        await self._close(job_id)
+        await self._queue.close(job_id)
         return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            (samples,) = await pipe.lrange(f"{user_prefix(user_key)}samples", 0, -1).execute()
-        return list(samples)
+        name = f"{user_prefix(user_key)}samples"
+        return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
     async def next_job(self, worker: str, wait_s: float) -> JobId | None:
-        await self._make_group()
-        try:
-            async with self._connection.pipeline(transaction=False, timeout_s=wait_s + WRITE_TIMEOUT_S) as pipe:
-                pipe.xreadgroup(GROUP, worker, {WAKE: ">"}, count=1, block=max(1, round(wait_s * 1000)), noack=True)
-                (streams,) = await pipe.execute()
-        except Unavailable:
-            self._has_group = False  # whatever comes back may be another server
-            raise
-        if not streams:
-            return None
-        entry, fields = streams[0][1][0]
-        async with self._connection.pipeline(transaction=False) as pipe:
-            await pipe.xdel(WAKE, entry).execute()
-        return parse_job_id(fields[b"job"].decode())
+        return await self._queue.next(worker, wait_s)
 
     async def claim(self, job_id: JobId, lease_s: float) -> Lease | None:
         token = secrets.token_hex(16)
@@ -131,7 +107,7 @@ class RedisJobs:
             scripts.CLAIM, (_job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _DIED, KEPT_S
         )
         if taken < 0:
-            await self._close(job_id)
+            await self._queue.close(job_id)
         job = await self.job(job_id) if taken == 1 else None
         return Lease(job, token) if job is not None else None
 
@@ -139,9 +115,16 @@ class RedisJobs:
         arguments = (lease.token, round(lease_s * 1000), step, of, "" if loss is None else repr(loss))
         return bool(await self._connection.write(scripts.RENEW, (_job(lease.job.id),), *arguments))
 
+    async def release(self, lease: Lease, *, counts: bool) -> bool:
+        arguments = (lease.token, 0 if counts else -1)
+        released = bool(await self._connection.write(scripts.RELEASE, (_job(lease.job.id),), *arguments))
+        if released:
+            await self._queue.announce(lease.job.id)
+        return released
+
     async def end(self, lease: Lease, trained: Trained) -> bool:
         done = await self._connection.write(scripts.END, (_job(lease.job.id),), lease.token, *_outcome(trained, ""))
-        await self._close(lease.job.id)
+        await self._queue.close(lease.job.id)
         return bool(done)
 
     async def promote(
@@ -164,24 +147,22 @@ class RedisJobs:
             raw.raw,
         )
         if done:
-            await self._close(lease.job.id)
+            await self._queue.close(lease.job.id)
         return bool(done)
 
     async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            (values,) = await pipe.hmget(f"{user_prefix(user_key)}adapter", ("id", "recipe", "sha256", "raw")).execute()
+        fields = ("id", "recipe", "sha256", "raw")
+        values = await self._connection.run(lambda redis: redis.hmget(_adapter(user_key), fields), WRITE_TIMEOUT_S)
         if values[0] is None or values[0].decode() != adapter_id:
             return None
         return StoredAdapter(adapter_id, values[1].decode(), values[2].decode(), values[3])
 
     async def adapter_id(self, user_key: str) -> str | None:
-        async with self._connection.pipeline(transaction=False) as pipe:
-            (value,) = await pipe.hget(f"{user_prefix(user_key)}adapter", "id").execute()
+        value = await self._connection.run(lambda redis: redis.hget(_adapter(user_key), "id"))
         return value.decode() if value is not None else None
 
     async def adapted(self) -> dict[str, int]:
-        async with self._connection.pipeline(transaction=False) as pipe:
-            (banks,) = await pipe.smembers(BANKS).execute()
+        banks = await self._connection.run(lambda redis: redis.smembers(BANKS))
         counts = {}
         for bank in sorted(value.decode() for value in banks):
             async with self._connection.pipeline(transaction=False) as pipe:
@@ -206,66 +187,37 @@ class RedisJobs:
             await pipe.execute()
 
     async def open_jobs(self) -> int:
-        async with self._connection.pipeline(transaction=False) as pipe:
-            (count,) = await pipe.zcard(OPEN).execute()
-        return int(count)
+        return await self._queue.open_jobs()
 
     async def overdue(self) -> list[JobId]:
-        now = await self._now_ms()
-        async with self._connection.pipeline(transaction=False) as pipe:
-            pipe.zrangebyscore(OPEN, "-inf", now, start=0, num=_BATCH).xlen(WAKE)
-            due, waiting = await pipe.execute()
+        now_ms, waiting = await self._queue.now_ms(), await self._queue.waiting()
         announced = []
-        for member in due:
-            job_id = parse_job_id(member.decode())
-            if job_id is None:
-                continue
-            async with self._connection.pipeline(transaction=False) as pipe:
-                (values,) = await pipe.hmget(_job(job_id), ("state", "lease_until")).execute()
-            state, lease_until = values[0], int(values[1] or 0)
-            if state is None or JobState(state.decode()).ended:
-                await self._close(job_id)
-            elif lease_until > now:
-                await self._look_again(job_id, lease_until + GRACE_MS)
-            elif waiting and state == b"queued":
-                await self._look_again(job_id, now + GRACE_MS)  # its turn may well come: a worker is behind
+        for job_id in await self._queue.due(now_ms):
+            state, lease_until = await self._standing(job_id)
+            if state is None or state.ended:
+                await self._queue.close(job_id)
+            elif lease_until > now_ms:
+                await self._queue.look_again(job_id, lease_until)
+            elif waiting and state is JobState.QUEUED:
+                await self._queue.look_again(job_id, now_ms)  # its turn may well come: a worker is behind
             else:
-                await self._announce(job_id)
+                await self._queue.announce(job_id)
                 announced.append(job_id)
         return announced
 
-    async def _announce(self, job_id: JobId) -> None:
-        await self._look_again(job_id, await self._now_ms() + GRACE_MS)
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            await pipe.xadd(WAKE, {"job": str(job_id)}).execute()
-
-    async def _look_again(self, job_id: JobId, at_ms: int) -> None:
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            await pipe.zadd(OPEN, {str(job_id): at_ms}).execute()
-
-    async def _close(self, job_id: JobId) -> None:
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            await pipe.zrem(OPEN, str(job_id)).execute()
-
-    async def _now_ms(self) -> int:
-        """The server's clock: leases of all workers are measured by it."""
-        async with self._connection.pipeline(transaction=False) as pipe:
-            ((seconds, micros),) = await pipe.time().execute()
-        return int(seconds) * 1000 + int(micros) // 1000
-
-    async def _make_group(self) -> None:
-        if self._has_group:
-            return
-        async with self._connection.pipeline(transaction=False) as pipe:
-            pipe.xgroup_create(WAKE, GROUP, id="0", mkstream=True)
-            (answer,) = await pipe.execute(raise_on_error=False)
-        if isinstance(answer, ResponseError) and "BUSYGROUP" not in str(answer):
-            raise answer
-        self._has_group = True
+    async def _standing(self, job_id: JobId) -> tuple[JobState | None, int]:
+        """A job's state, None without a record, and when its lease runs out, ms."""
+        fields = ("state", "lease_until")
+        state, lease_until = await self._connection.run(lambda redis: redis.hmget(_job(job_id), fields))
+        return JobState(state.decode()) if state is not None else None, int(lease_until or 0)
 
 
 def _adapted(bank: str) -> str:
     return f"mta:adapted:{bank}"
+
+
+def _adapter(user_key: str) -> str:
+    return f"{user_prefix(user_key)}adapter"
 
 
 def _job(job_id: JobId) -> str:

@@ -72,9 +72,7 @@ class RedisProfiles:
         self._connection = connection
 
     async def load(self, key: str) -> Profile | None:
-        async with self._connection.pipeline(transaction=False) as pipe:
-            (record,) = await pipe.get(_names(key)[0]).execute()
-        return _decoded(record)
+        return _decoded(await self._connection.run(lambda redis: redis.get(_names(key)[0])))
 
     async def read(self, key: str) -> Snapshot:
         profile, items, vectors = _names(key)

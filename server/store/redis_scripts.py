@@ -97,6 +97,15 @@ return 1
 """
 )
 
+# KEYS: job. ARGV: token, what to add to its tries. Answers whether it is queued again.
+RELEASE = """
+if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'state', 'queued')
+redis.call('HINCRBY', KEYS[1], 'tries', ARGV[2])
+redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'started_ms', 'step', 'of', 'loss')
+return 1
+"""
+
 _OUTCOME = """
 redis.call('HSET', KEYS[1], 'before', ARGV[3], 'after', ARGV[4], 'error', ARGV[5], 'adapter', ARGV[6])
 ended(KEYS[1], ARGV[2], ARGV[7])

@@ -177,6 +177,24 @@ async def test_a_job_whose_worker_is_silent_is_given_to_another_and_fails_after_
     assert "memory" in job.error
 
 
+@pytest.mark.parametrize("counts", [True, False])
+async def test_a_job_that_is_given_back_is_announced_and_taken_up_at_once(
+    jobs: RedisJobs, user: str, *, counts: bool
+) -> None:
+    lease = await claimed(jobs, await submitted(jobs, user))
+    await jobs.next_job("w", 1)
+    assert await jobs.renew(lease, LEASE_S, step=3, of=40, loss=1.25)
+    assert await jobs.release(lease, counts=counts)
+    job = await jobs.job(lease.job.id)
+    assert job is not None
+    assert (job.state, job.tries, job.started_ms, job.step) == (JobState.QUEUED, int(counts), 0, 0)
+    assert await jobs.next_job("w", 1) == lease.job.id
+    again = await claimed(jobs, lease.job.id)
+    assert again.job.tries == 1 + counts
+    assert not await jobs.release(lease, counts=False)
+    assert await state(jobs, lease.job.id) is JobState.RUNNING
+
+
 async def test_cancelling_ends_a_job_once(jobs: RedisJobs, user: str) -> None:
     lease = await claimed(jobs, await submitted(jobs, user))
     job, ended = await jobs.cancel(lease.job.id)
@@ -219,7 +237,7 @@ async def test_nothing_is_promoted_when_the_record_changed_or_the_lease_is_lost(
 async def test_a_job_that_nobody_was_told_of_is_found(
     jobs: RedisJobs, user: str, server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis_jobs.GRACE_MS", 0)
+    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
     job_id = await submitted(jobs, user)
     async with redis.from_url(server.url) as raw:
         await raw.delete("mta:wake")
@@ -231,7 +249,7 @@ async def test_a_job_that_nobody_was_told_of_is_found(
 async def test_what_is_going_on_or_has_ended_is_not_announced(
     jobs: RedisJobs, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis_jobs.GRACE_MS", 0)
+    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
     await claimed(jobs, await submitted(jobs, user))
     await jobs.next_job("w", 1)
     assert await jobs.overdue() == []

@@ -1,13 +1,32 @@
-"""Banks that are built here, from scratch, for a module at a time."""
+"""Banks that are built here, from scratch, for a module at a time, and a worker that trains on demand."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
-from bank.manifest import BankManifest
+from adapters.recipe import FusionRecipe
+from adapters.user_trainer import Judgement, Progress
+from bank.manifest import BankManifest, read_manifest
+from bank.serving import ServingBank
+from server.adapt_worker.training import AdapterTrainer
+from server.adapt_worker.worker import Worker
+from server.store.redis_connection import RedisConnection
+from server.store.redis_jobs import RedisJobs
+from server.store.redis_profiles import RedisProfiles
+from server.store.samples import AdaptConfig, Sample
 from tests.support.bank_bench import Bench
+from tests.support.valkey import ValkeyProcess
+
+
+class Work(Protocol):
+    """Has a worker train whatever there is; `meanwhile` is called at the first step."""
+
+    def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +38,50 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, emb
 def built(bench: Bench) -> BankManifest:
     """The bank of `OPTIONS`, in the folder `plain`."""
     return bench.build("plain")
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_bank_folder: Path, tiny_model_folder: Path) -> AdapterTrainer:
+    return AdapterTrainer.open(tiny_bank_folder, read_manifest(tiny_bank_folder), tiny_model_folder, "float32")
+
+
+@pytest.fixture
+def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess) -> Work:
+    """A worker in the test's own process, on the stores that the gateway uses."""
+    bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+
+    async def all_of_it(meanwhile: Callable[[], object]) -> None:
+        connection = RedisConnection(valkey.url)
+        await connection.check()
+        try:
+            interrupted = _Interrupted(trainer, meanwhile)
+            worker = Worker("test", RedisJobs(connection), RedisProfiles(connection), bank, interrupted)
+            while await worker.work_once(0.1):
+                pass
+        finally:
+            await connection.close()
+
+    return lambda meanwhile=lambda: None: asyncio.run(all_of_it(meanwhile))
+
+
+class _Interrupted:
+    """A trainer that lets something happen at its first step."""
+
+    def __init__(self, trainer: AdapterTrainer, meanwhile: Callable[[], object]) -> None:
+        self._trainer = trainer
+        self._meanwhile = meanwhile
+        self.encoded = trainer.encoded
+
+    def train(
+        self,
+        recipe: FusionRecipe,
+        samples: Sequence[Sample],
+        config: AdaptConfig,
+        on_step: Callable[[Progress], None],
+    ) -> Judgement:
+        def hooked(progress: Progress) -> None:
+            if progress.step == 1:
+                self._meanwhile()
+            on_step(progress)
+
+        return self._trainer.train(recipe, samples, config, hooked)

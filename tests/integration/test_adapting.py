@@ -6,22 +6,19 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import redis
 
-from bank.manifest import BankManifest, read_manifest
-from bank.serving import ServingBank
-from server.adapt_worker.training import AdapterTrainer
-from server.adapt_worker.worker import Worker
+from bank.manifest import BankManifest
 from server.readapting import Counts, Readapting
 from server.store.profiles import Change
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
+from tests.integration.conftest import Work
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
 from tests.support.tiny import world
@@ -29,29 +26,6 @@ from tests.support.valkey import ValkeyProcess
 
 SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 NewUser = Callable[[], str]
-
-
-@pytest.fixture(scope="module")
-def trainer(tiny_bank_folder: Path, tiny_model_folder: Path) -> AdapterTrainer:
-    return AdapterTrainer.open(tiny_bank_folder, read_manifest(tiny_bank_folder), tiny_model_folder, "float32")
-
-
-@pytest.fixture
-def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess) -> Callable[[], None]:
-    """Has a worker train whatever there is."""
-    bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-
-    async def all_of_it() -> None:
-        connection = RedisConnection(valkey.url)
-        await connection.check()
-        try:
-            worker = Worker("test", RedisJobs(connection), RedisProfiles(connection), bank, trainer)
-            while await worker.work_once(0.1):
-                pass
-        finally:
-            await connection.close()
-
-    return lambda: asyncio.run(all_of_it())
 
 
 def adapt(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
@@ -65,7 +39,7 @@ def job_of(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["core", "lora"])
 def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None], kind: str
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, kind: str
 ) -> None:
     fake_engine.knobs.user_adapters = True
     response = adapt(client, ada, config={"kind": kind, "learning_rate": 0.02})
@@ -90,7 +64,7 @@ def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
 
 
 def test_an_engine_that_lacks_the_adapter_serves_the_plain_fusion_and_the_answer_says_so(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None]
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work
 ) -> None:
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
     work()
@@ -100,7 +74,7 @@ def test_an_engine_that_lacks_the_adapter_serves_the_plain_fusion_and_the_answer
 
 
 def test_an_adapter_stays_with_its_recipe_when_the_profile_changes(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None]
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work
 ) -> None:
     fake_engine.knobs.user_adapters = True
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
@@ -118,7 +92,7 @@ def test_a_user_without_a_profile_gets_one_of_the_samples(client: httpx.Client, 
     assert client.get(f"/users/{user_id}").json()["items"] == len(SAMPLES)
 
 
-def test_of_many_posts_the_newest_samples_win(client: httpx.Client, ada: str, work: Callable[[], None]) -> None:
+def test_of_many_posts_the_newest_samples_win(client: httpx.Client, ada: str, work: Work) -> None:
     jobs = [adapt(client, ada).json() for _ in range(10)]
     work()
     states = [job_of(client, job)["state"] for job in jobs]
@@ -131,9 +105,7 @@ def test_the_same_idempotency_key_is_the_same_job(client: httpx.Client, ada: str
     assert first["id"] == second["id"]
 
 
-def test_a_cancelled_job_is_never_trained_and_cancelled_once(
-    client: httpx.Client, ada: str, work: Callable[[], None]
-) -> None:
+def test_a_cancelled_job_is_never_trained_and_cancelled_once(client: httpx.Client, ada: str, work: Work) -> None:
     job = adapt(client, ada).json()
     assert client.delete(f"/jobs/{job['id']}").json()["state"] == "cancelled"
     again = client.delete(f"/jobs/{job['id']}")
@@ -143,7 +115,7 @@ def test_a_cancelled_job_is_never_trained_and_cancelled_once(
 
 
 def test_a_job_that_cannot_be_trained_fails_with_the_reason_and_the_old_adapter_stays(
-    client: httpx.Client, ada: str, work: Callable[[], None]
+    client: httpx.Client, ada: str, work: Work
 ) -> None:
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
     work()
@@ -158,7 +130,7 @@ def test_a_job_that_cannot_be_trained_fails_with_the_reason_and_the_old_adapter_
     assert client.get(f"/users/{ada}").json()["adapter"] == before
 
 
-def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: str, work: Callable[[], None]) -> None:
+def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: str, work: Work) -> None:
     job = adapt(client, ada).json()
     work()
     lines = [line for line in client.get(f"/jobs/{job['id']}/events").text.splitlines() if line]
@@ -167,27 +139,41 @@ def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: 
 
 
 def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
-    client: httpx.Client, ada: str, work: Callable[[], None], valkey: ValkeyProcess, gateway: Any
+    client: httpx.Client, ada: str, work: Work, valkey: ValkeyProcess, gateway: Any
 ) -> None:
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
     work()
+    erased = {}
     job = adapt(client, ada).json()
-    erased = client.delete(f"/users/{ada}").json()["erased"]
+    work(lambda: erased.update(client.delete(f"/users/{ada}").json()["erased"]))
     assert {name: erased[name] for name in ("items", "samples", "jobs", "adapters")} == {
         "items": 3,
         "samples": len(SAMPLES),
         "jobs": 2,
         "adapters": 1,
     }
-    work()
     assert client.get(f"/jobs/{job['id']}").status_code == 404
     key = gateway.parts.profiles.key(ada)
     assert keys_of(valkey, key) == [f"mta:{{{key}}}:erased".encode()]
     assert generate(client, ada).json()["personalization"]["level"] == "base"
 
 
+def test_a_job_of_a_user_who_was_erased_and_made_again_meanwhile_promotes_nothing(
+    client: httpx.Client, ada: str, work: Work
+) -> None:
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+
+    def begin_anew() -> None:
+        client.delete(f"/users/{ada}").raise_for_status()
+        client.put(f"/users/{ada}/profile", json={"items": [{"text": world(1)}]}).raise_for_status()
+
+    work(begin_anew)
+    assert client.get(f"/users/{ada}").json()["adapter"] is None
+    assert generate(client, ada).json()["personalization"]["level"] == "merged"
+
+
 def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_their_samples(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Callable[[], None], gateway: GatewayThread
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, gateway: GatewayThread
 ) -> None:
     fake_engine.knobs.user_adapters = True
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()

@@ -14,21 +14,20 @@ import redis
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method, Term
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
-from bench.dense import added, dense_delta, token_logprobs
+from bench.dense import stacked_adapter, token_logprobs
 from tests.support.engine import Engine, running_engine
 from tests.support.tiny import tiny_bank
+from tests.support.user_adapters import keep_user_adapter, random_user_adapter
 from tests.support.valkey import ValkeyProcess
 
 TOLERANCE = 1e-3
 PROMPT = "Write a line about the sea, and then another one. "
 USER, ADAPTER = "a" * 25 + "e", "b" * 25 + "e"
-USER_RANK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,7 @@ class Served:
 
     def keep(self, recipe: FusionRecipe, user: UserAdapter, **changes: Any) -> None:
         """Store an adapter as promotion does."""
-        raw = encode_user_adapter(self.manifest.layout, user)
-        fields = {"id": ADAPTER, "recipe": user.recipe, "sha256": hashlib.sha256(raw).hexdigest(), "raw": raw}
-        assert recipe.user_adapter is not None
-        with redis.Redis.from_url(self.valkey.url) as client:
-            client.hset(f"mta:{{{USER}}}:adapter", mapping=fields | changes)
+        keep_user_adapter(self.valkey.url, recipe, user, self.manifest, **changes)
 
     def forget(self) -> None:
         with redis.Redis.from_url(self.valkey.url) as client:
@@ -90,17 +85,7 @@ def model(tiny_model_folder: Path) -> Any:
 
 def user_of(served: Served, kind: UserAdapterKind, recipe: FusionRecipe) -> UserAdapter:
     """A random user adapter of a recipe."""
-    generator = torch.Generator().manual_seed(3)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.2).to(torch.bfloat16).float()
-
-    modules, rank = served.manifest.layout.modules, served.manifest.rank_of(recipe)
-    if kind is UserAdapterKind.CORE:
-        return UserAdapter(recipe.plain.name, CoreWeights(rank, {m.name: random(rank, rank) for m in modules}))
-    a = {m.name: random(USER_RANK, m.h_in) for m in modules}
-    b = {m.name: random(m.h_out, USER_RANK) for m in modules}
-    return UserAdapter(recipe.plain.name, LoraWeights(USER_RANK, a, b))
+    return random_user_adapter(served.manifest, recipe, kind)
 
 
 def tokens_of(engine: Engine) -> list[int]:
@@ -113,17 +98,9 @@ def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any, 
     recipe = stacked.recipe()
     user = user_of(stacked, kind, recipe)
     stacked.keep(recipe, user)
-    fused = fuse(stacked.matrix, recipe.plain, torch.float32)
-    deltas = {}
-    for module in stacked.matrix.layout.modules:
-        weights, name = user.weights, module.name
-        own = (
-            fused.b[name] @ weights.c[name] @ fused.a[name] if isinstance(weights, CoreWeights) else weights.delta(name)
-        )
-        deltas[name] = dense_delta(stacked.matrix, recipe.plain, module) + own
     ids = tokens_of(stacked.engine)
     merged = torch.tensor(stacked.engine.prompt_logprobs(recipe.plain.name, ids))
-    with added(model, deltas):
+    with stacked_adapter(model, stacked.matrix, recipe, user):
         wanted = token_logprobs(model, ids)
     answer = torch.tensor(stacked.engine.prompt_logprobs(recipe.name, ids))
     torch.testing.assert_close(answer, wanted, atol=TOLERANCE, rtol=0)

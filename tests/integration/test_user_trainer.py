@@ -86,9 +86,9 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
 def test_what_lowers_no_held_out_loss_is_rejected(
     model: Any, fused: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
 ) -> None:
-    """The fused adapter speaks this manner already, and the rate is one that can only ruin it."""
+    """The fused adapter speaks this manner already, and the rate is one that can only spoil it."""
     fluent = train_lora(model, samples, TrainPlan(steps=60, batch_size=10, learning_rate=2e-2, seed=0), start=fused)
-    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=20.0, every=8))
+    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=0.5, every=8))
     assert judgement.weights is None
     assert judgement.after >= judgement.before
 
@@ -144,8 +144,16 @@ def test_a_loss_that_is_no_number_is_an_error_with_the_step(
     model: Any, fused: LoraWeights, samples: list[EncodedPair]
 ) -> None:
     broken = replace(fused, b={name: b * float("inf") for name, b in fused.b.items()})
-    with pytest.raises(TrainingError, match="the loss is nan at step 1"):
+    with pytest.raises(TrainingError, match="a loss of nan at step 1"):
         train_user(model, broken, samples, PLAN)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
+) -> None:
+    with pytest.raises(TrainingError, match=r"training exploded: a loss of .* lower the learning rate"):
+        train_user(model, fused, samples, plan(kind, learning_rate=50.0))
 
 
 def test_one_sample_is_judged_on_itself_and_none_is_an_error(

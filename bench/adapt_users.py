@@ -1,0 +1,180 @@
+"""Few-shot adapting from end to end: real users against a running `mta up`, and whether it helped them.
+
+For each kind of user adapter, one user after the other: their profile items are posted as samples, the job is waited
+for, and all their queries are generated. Then the gold answers of those queries are scored in process, under the
+merged adapter and with the very bytes that the server promoted; who was rejected counts as merged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import redis
+import torch
+import typer
+from rich.progress import track
+
+from adapters.attached import attached
+from adapters.fusion import fuse
+from adapters.recipe import parse_recipe
+from adapters.trainer import mean_loss
+from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack
+from bank.histories import History, read_histories
+from bank.manifest import read_manifest
+from bank.models import ensure_base_model
+from bank.prompt import encode_pair
+from bank.tasks import Task, get_task
+from bank.training import resolve_dtype
+from bench.intervals import over_users
+from bench.report import Spread, report
+from server.adapt_worker.training import AdapterTrainer
+from server.settings import Settings
+
+MAX_TOKENS = 512
+POLL_S = 0.1
+JOB_TIMEOUT_S = 600.0
+
+
+@dataclass(slots=True)
+class Reading:
+    """One user with one kind of adapter.
+
+    Attributes:
+        user_id, kind: which.
+        state: how the job ended.
+        seconds: from POST to the first whole answer after the job's end.
+        levels: of the answers to all queries.
+        recipe: of the first answer.
+        raw: the promoted bytes; empty without.
+        merged, stacked: loss of the gold answers, nats per token.
+    """
+
+    user_id: str
+    kind: str
+    state: str
+    seconds: float = 0.0
+    levels: list[str] = field(default_factory=list)
+    recipe: str = ""
+    raw: bytes = b""
+    merged: float = 0.0
+    stacked: float = 0.0
+
+
+def main(
+    *,
+    users: Annotated[Path, typer.Option(help="Users in the LaMP per-user layout, with their queries.")],
+    bank: Annotated[Path, typer.Option(help="The bank that is served.")],
+    redis_url: Annotated[str, typer.Option(help="The server's store: the promoted bytes are read from it.")],
+    url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
+    people: Annotated[int, typer.Option(help="How many of them.", min=2)] = 1000,
+    kind: Annotated[list[UserAdapterKind] | None, typer.Option(help="Kinds of adapter; both without.")] = None,
+    model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Adapt all users with every kind, generate, and score; status 1 when a job fails or an answer is not stacked."""
+    manifest = read_manifest(bank)
+    task, kinds = get_task(manifest.task), kind or list(UserAdapterKind)
+    persons = read_histories(users, task)[:people]
+    queries = {person["user_id"]: person["query"] for person in json.loads(users.read_text(encoding="utf-8"))}
+    readings = []
+    with httpx.Client(base_url=url, timeout=600) as client, redis.Redis.from_url(redis_url) as store:
+        for one in kinds:
+            for person in track(persons, f"{one.value}: adapt, generate"):
+                reading = _adapted(client, person, task, one.value)
+                for query in queries[person.user_id]:
+                    answer = _generate(client, person.user_id, query["input"])
+                    reading.levels.append(answer["level"])
+                reading.raw = _promoted(store, reading.recipe)
+                readings.append(reading)
+    trainer = AdapterTrainer.open(bank, manifest, ensure_base_model(model, Settings().cache_dir), resolve_dtype("auto"))
+    for reading in track(readings, "score the gold answers"):
+        _score(trainer, reading, queries[reading.user_id])
+    rows = [row for one in kinds for row in _rows(one.value, [r for r in readings if r.kind == one.value])]
+    details = [{name: value for name, value in asdict(r).items() if name != "raw"} for r in readings]
+    report(f"{len(persons)} users, their profiles as samples, {manifest.task}", rows, out, readings=details)
+    if any("not as it must be" in str(value) for _, value in rows):
+        raise typer.Exit(1)
+
+
+def _adapted(client: httpx.Client, person: History, task: Task, kind: str) -> Reading:
+    """One user anew, from their samples to the first answer after the job."""
+    samples = [{"input": turn, "output": output} for turn, output in person.pairs(task)]
+    client.delete(f"/users/{person.user_id}")
+    profile = [{"id": item.id, **item.fields} for item in person.items]
+    client.put(f"/users/{person.user_id}/profile", json={"items": profile}).raise_for_status()
+    start_s = time.perf_counter()
+    body = {"samples": samples, "config": {"kind": kind}}
+    job = client.post(f"/users/{person.user_id}/adapt", json=body).raise_for_status().json()
+    while not job["ended_at"]:
+        if time.perf_counter() - start_s > JOB_TIMEOUT_S:
+            raise RuntimeError(f"job {job['id']} has not ended after {JOB_TIMEOUT_S:.0f} s: {job}")
+        time.sleep(POLL_S)
+        job = client.get(f"/jobs/{job['id']}").raise_for_status().json()
+    answer = _generate(client, person.user_id, samples[0]["input"])
+    return Reading(person.user_id, kind, job["state"], time.perf_counter() - start_s, recipe=answer["recipe"])
+
+
+def _generate(client: httpx.Client, user_id: str, prompt: str) -> dict[str, Any]:
+    """A short answer; who speaks in it."""
+    body = {"user_id": user_id, "prompt": prompt, "max_tokens": 24, "temperature": 0}
+    who: dict[str, Any] = client.post("/generate", json=body).raise_for_status().json()["personalization"]
+    return who
+
+
+def _promoted(store: Any, recipe: str) -> bytes:
+    """The bytes behind a stacked recipe; none behind a plain one."""
+    user_adapter = parse_recipe(recipe).user_adapter
+    if user_adapter is None:
+        return b""
+    user_key, _, adapter_id = user_adapter.partition(".")
+    kept, raw = store.hmget(f"mta:{{{user_key}}}:adapter", ("id", "raw"))
+    if kept.decode() != adapter_id:
+        raise RuntimeError(f"{recipe} was served, {kept.decode()} is kept")
+    return bytes(raw)
+
+
+def _score(trainer: AdapterTrainer, reading: Reading, queries: list[dict[str, str]]) -> None:
+    """Loss of the gold answers, merged and stacked."""
+    golds = [encode_pair(trainer.tokenizer, query["input"], query["gold"], MAX_TOKENS) for query in queries]
+    fused = fuse(trainer.matrix, parse_recipe(reading.recipe).plain, torch.float32)
+    with attached(trainer.model, fused) as here:
+        reading.merged = reading.stacked = mean_loss(here.model, golds)
+    if reading.raw:
+        user = decode_user_adapter(trainer.manifest.layout, reading.raw)
+        with attached(trainer.model, stack(fused, user, torch.float32)) as here:
+            reading.stacked = mean_loss(here.model, golds)
+
+
+def _rows(kind: str, readings: list[Reading]) -> list[tuple[str, object]]:
+    """What one kind came to."""
+    states = Counter(reading.state for reading in readings)
+    promoted = [reading for reading in readings if reading.state == "succeeded"]
+    served = all(level == ("stacked" if r.raw else "merged") for r in readings for level in r.levels)
+    as_it_must = served and all(reading.raw for reading in promoted)
+    wrong = "  ← not as it must be"
+    merged = sum(reading.merged for reading in readings) / len(readings)
+    sizes = [len(reading.raw) / 1024 for reading in promoted]
+    return [
+        (f"{kind}: jobs", ", ".join(f"{n} {state}" for state, n in states.items()) + wrong * bool(states["failed"])),
+        (f"{kind}: answers at level", _levels(readings) + wrong * (not as_it_must)),
+        (
+            f"{kind}: stacked less merged",
+            f"{over_users([r.stacked - r.merged for r in readings])}, merged {merged:.4f}",
+        ),
+        (f"{kind}: KiB a user", Spread.of(sizes) if sizes else "none was promoted"),
+        (f"{kind}: seconds from POST to the first answer after it", Spread.of([r.seconds for r in readings])),
+    ]
+
+
+def _levels(readings: list[Reading]) -> str:
+    return ", ".join(f"{n} {level}" for level, n in Counter(level for r in readings for level in r.levels).items())
+
+
+if __name__ == "__main__":
+    typer.run(main)

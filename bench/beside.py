@@ -1,0 +1,154 @@
+"""What a running adapt job costs those who are being answered: streams with and without one, in turn, one run.
+
+A block is a closed loop of clients, each streaming answers of warm users. Blocks alternate: A with a job in training,
+B with none. First tokens and the gaps between tokens are pooled over blocks for p50 and p99; what a job costs is the
+ratio of the medians of a pair's two blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import aiohttp
+import typer
+from rich.progress import Progress
+
+from bench.report import Spread, percentile, report
+
+USERS = ("bench-beside-a", "bench-beside-b")
+TRAINED = "bench-beside-trained"
+ITEMS = {
+    USERS[0]: ["The swell came in at dawn.", "We waxed the boards."],
+    USERS[1]: ["The roses want pruning.", "I moved the beds."],
+}
+WORDS = "the tide turned and the boats went home before the rain could reach the harbour wall again that evening "
+SAMPLES = [{"input": f"Tell me about day {n}. {WORDS * 2}", "output": f"Day {n}: {WORDS}"} for n in range(10)]
+PATIENCE_S = 120.0
+
+
+@dataclass(slots=True)
+class Block:
+    """Readings of one block, ms."""
+
+    first: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+
+def main(
+    *,
+    gateway: Annotated[str, typer.Option(help="URL of the gateway of a running `mta up`.")] = "http://127.0.0.1:8000",
+    pairs: Annotated[int, typer.Option(help="Pairs of blocks, after one pair for warm-up.", min=5)] = 5,
+    requests: Annotated[int, typer.Option(help="Answers in a block.", min=2)] = 16,
+    concurrency: Annotated[int, typer.Option(help="Clients at a time.", min=1)] = 2,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 32,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """First token and inter-token latency, p50 and p99, with and without a running job."""
+    blocks, cancels_ms = asyncio.run(_measure(gateway, pairs, requests, concurrency, max_tokens))
+    rows: list[tuple[str, object]] = []
+    for what in ("first", "gaps"):
+        name = {"first": "first token", "gaps": "inter-token"}[what]
+        with_job, without = ([getattr(block, what) for block in blocks[side][1:]] for side in ("with", "without"))
+        ratios = [median(a) / median(b) for a, b in zip(with_job, without, strict=True)]
+        rows.append((f"{name}: with a job over without", Spread.of(ratios)))
+        for side, readings in (("without", without), ("with", with_job)):
+            pooled = list(itertools.chain(*readings))
+            rows.append(
+                (
+                    f"{name}: p50 and p99 {side} a job, ms",
+                    f"{percentile(pooled, 0.5):.0f}, {percentile(pooled, 0.99):.0f}",
+                )
+            )
+    rows.append(("cancelling a running job: until it says cancelled, ms", Spread.of(cancels_ms)))
+    title = f"Answers beside a running adapt job: {pairs} pairs of {requests} streams, {concurrency} at a time"
+    report(f"{title}, {max_tokens} tokens each", rows, out, concurrency=concurrency)
+
+
+async def _measure(
+    gateway: str, pairs: int, requests: int, concurrency: int, max_tokens: int
+) -> tuple[dict[str, list[Block]], list[float]]:
+    blocks: dict[str, list[Block]] = {"with": [], "without": []}
+    cancels_ms: list[float] = []
+    numbers = itertools.count()
+    async with aiohttp.ClientSession(gateway, connector=aiohttp.TCPConnector(keepalive_timeout=4)) as session:
+        for user, texts in ITEMS.items():
+            await _ask(session, "PUT", f"/users/{user}/profile", {"items": [{"text": text} for text in texts]})
+        with Progress() as progress:
+            task = progress.add_task("A B A B", total=2 * (pairs + 1))
+            for _, side in itertools.product(range(pairs + 1), blocks):
+                async with _job(session, cancels_ms) if side == "with" else nullcontext():
+                    blocks[side].append(await _block(session, numbers, requests, concurrency, max_tokens))
+                progress.advance(task)
+        await _ask(session, "DELETE", f"/users/{TRAINED}")
+    return blocks, cancels_ms
+
+
+@asynccontextmanager
+async def _job(session: aiohttp.ClientSession, cancels_ms: list[float]) -> AsyncIterator[None]:
+    """A job in training for as long as the block lasts; ends it, and notes how long that took."""
+    body = {"samples": SAMPLES, "config": {"steps": 500}}
+    job = await _ask(session, "POST", f"/users/{TRAINED}/adapt", body)
+    path, deadline_s = f"/jobs/{job['id']}", time.monotonic() + PATIENCE_S
+    while not job["progress"]["step"]:
+        if job["ended_at"] or time.monotonic() > deadline_s:
+            raise RuntimeError(f"the job does not train: {job}")
+        await asyncio.sleep(0.1)
+        job = await _ask(session, "GET", path)
+    yield
+    start_s = time.perf_counter()
+    if (await _ask(session, "DELETE", path))["state"] != "cancelled":
+        raise RuntimeError("the job ended before the block did: take fewer requests")
+    cancels_ms.append((time.perf_counter() - start_s) * 1000)
+
+
+async def _block(
+    session: aiohttp.ClientSession, numbers: itertools.count[int], requests: int, concurrency: int, max_tokens: int
+) -> Block:
+    """A closed loop until `requests` are answered."""
+    block, left = Block(), iter(range(requests))
+
+    async def client(user: str) -> None:
+        for _ in left:
+            prompt = f"{next(numbers)} is a number. Write a few sentences about it."
+            await _stream(session, {"user_id": user, "prompt": prompt, "max_tokens": max_tokens}, block)
+
+    await asyncio.gather(*(client(USERS[place % len(USERS)]) for place in range(concurrency)))
+    return block
+
+
+async def _stream(session: aiohttp.ClientSession, body: dict[str, Any], block: Block) -> None:
+    """One streamed answer, each chunk of text timed."""
+    last_s, first = time.perf_counter(), True
+    async with session.post("/generate", json=body | {"stream": True, "temperature": 0}) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise RuntimeError(f"a stream broke: {chunk['error']}")
+            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                now_s = time.perf_counter()
+                (block.first if first else block.gaps).append((now_s - last_s) * 1000)
+                last_s, first = now_s, False
+
+
+async def _ask(session: aiohttp.ClientSession, method: str, path: str, body: object = None) -> dict[str, Any]:
+    async with session.request(method, path, json=body) as response:
+        answer: dict[str, Any] = await response.json()
+        if response.status >= 400:
+            raise RuntimeError(f"{method} {path}: {answer}")
+        return answer
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,120 @@
+"""Banks for the oracle: a real one, the same rows as banks of other methods, and what is asked of each."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.flat import flat_a, flat_b, lora_of
+from adapters.layout import RowLayout, serving_rank
+from adapters.lora import LoraWeights
+from adapters.matrix import MetaMatrix, write_matrix
+from adapters.recipe import FusionRecipe, Method, Term
+from adapters.user_adapter import UserAdapter, UserAdapterKind
+from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
+from bench.dense import dense_adapter, stacked_adapter
+from server.store.samples import new_adapter_id
+from server.user_key import UserKeys
+from tests.support.user_adapters import random_user_adapter
+
+USER_SCALE = 0.05
+"""Of the random user adapters' numbers: they move log-probabilities about as much as trained ones."""
+
+_KEYS = UserKeys("an oracle's secret", "bench")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBank:
+    """A bank on disk with its rows."""
+
+    folder: Path
+    manifest: BankManifest
+    matrix: MetaMatrix
+
+    @classmethod
+    def open(cls, folder: Path) -> OpenBank:
+        """Read a bank."""
+        manifest = read_manifest(folder)
+        anchors = len(manifest.anchors)
+        matrix = MetaMatrix.open(folder / MATRIX_FILE, manifest.layout, anchors, manifest.common)
+        return cls(folder, manifest, matrix)
+
+    def cases(self) -> list[Case]:
+        """Every plain recipe, and the first with a user adapter of each kind."""
+        plain, method = self._recipes(), self.manifest.method.value
+        stacked = []
+        for kind in UserAdapterKind:
+            user = random_user_adapter(self.manifest, plain[0], kind, scale=USER_SCALE)
+            name = f"{_KEYS.key(f'{method} {kind.value}')}.{new_adapter_id()}"
+            stacked.append(Case(self, f"{method} + {kind.value}", replace(plain[0], user_adapter=name), user))
+        return [*(Case(self, method, recipe) for recipe in plain), *stacked]
+
+    def _recipes(self) -> list[FusionRecipe]:
+        """Two anchors with and without the common row, one anchor, and the common row alone."""
+        common, last = self.manifest.common, len(self.manifest.anchors) - 1
+        made = [
+            (common, (Term(0, 571), Term(last, 429))),
+            (False, (Term(1, 300), Term(last - 1, 700))),
+            (common, (Term(2, 1000),)),
+        ]
+        made += [(True, ())] if common else []
+        return [FusionRecipe(self.manifest.short, self.manifest.method, c, terms) for c, terms in made]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """A recipe of a bank, with its user adapter where it has one; `label` is its row in the report."""
+
+    bank: OpenBank
+    label: str
+    recipe: FusionRecipe
+    user: UserAdapter | None = None
+
+    def dense(self, model: Any) -> AbstractContextManager[None]:
+        """The model with all that the recipe stands for."""
+        if self.user is None:
+            return dense_adapter(model, self.bank.matrix, self.recipe)
+        return stacked_adapter(model, self.bank.matrix, self.recipe, self.user)
+
+
+def rewritten(shared: OpenBank, method: Method, scratch: Path) -> OpenBank:
+    """The same rows as a bank of another method, every row with an A of its own.
+
+    Row i is turned inside its rank by an orthogonal Q: (B Qᵀ)(Q A) is the same ΔW, and what `linear` does across rows,
+    Bᵢ Aⱼ, is not.
+    """
+    old, folder = shared.manifest, scratch / method.value
+    folder.mkdir()
+    layout = RowLayout(old.layout.modules, old.rank, shared_a=False)
+    assert shared.matrix.shared_a is not None
+    rows = [
+        _turned(layout, lora_of(layout, shared.matrix.shared_a.float(), row.float()), seed)
+        for seed, row in enumerate(shared.matrix.rows)
+    ]
+    write_matrix(folder / MATRIX_FILE, layout, rows)
+    rank = serving_rank(fused_rank(method, old.rank, old.weights.anchors, old.common) + old.user_rank)
+    manifest = old.model_copy(
+        update={
+            "method": method,
+            "serving_rank": rank,
+            "files": {MATRIX_FILE: file_sha256(folder / MATRIX_FILE)},
+        }
+    )
+    write_manifest(folder, manifest)
+    return OpenBank.open(folder)
+
+
+def _turned(layout: RowLayout, lora: LoraWeights, seed: int) -> torch.Tensor:
+    """A LoRA turned inside its rank, as a row."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(lora.rank, lora.rank, generator=generator))
+    turned = LoraWeights(
+        lora.rank,
+        a={name: q @ a for name, a in lora.a.items()},
+        b={name: b @ q.T for name, b in lora.b.items()},
+    )
+    return torch.cat([flat_a(layout, turned), flat_b(layout, turned)])

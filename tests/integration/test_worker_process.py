@@ -1,0 +1,96 @@
+"""`mta worker` as a process: what it does with its job when it is stopped, and when it finds no memory."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.store.jobs import MAX_TRIES
+from tests.support.fake_engine import FakeEngine
+from tests.support.processes import Background, mta, wait_until
+from tests.support.valkey import ValkeyProcess
+
+LONG = [{"input": f"question {n}", "output": "yes " * 100} for n in range(16)]
+SPARE_BYTES = 4 << 20
+
+
+@pytest.fixture
+def worker(
+    tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path, valkey: ValkeyProcess
+) -> Callable[[], Any]:
+    """Runs a worker for as long as a block lasts."""
+    environment = {
+        "MTA_BANK": str(tiny_bank_folder),
+        "MTA_MODEL": str(tiny_model_folder),
+        "MTA_EMBEDDER": str(embedder_folder),
+        "MTA_REDIS_URL": valkey.url,
+    }
+
+    @contextmanager
+    def running() -> Iterator[Background]:
+        background = Background(mta("worker", "--threads", "1"), environment)
+        try:
+            background.wait_for("ready: bank")
+            yield background
+        finally:
+            background.process.kill()
+            background.wait()
+
+    return running
+
+
+def posted(client: httpx.Client, user: str, **config: Any) -> Callable[[], dict[str, Any]]:
+    """Asks for a job; a look at it."""
+    answer = client.post(f"/users/{user}/adapt", json={"samples": LONG, "config": config}).raise_for_status()
+
+    def job() -> dict[str, Any]:
+        found: dict[str, Any] = client.get(f"/jobs/{answer.json()['id']}").raise_for_status().json()
+        return found
+
+    return job
+
+
+def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
+    client: httpx.Client, ada: str, worker: Callable[[], Any]
+) -> None:
+    job = posted(client, ada, steps=500)
+    with worker() as first:
+        wait_until(lambda: job()["progress"]["step"] > 0, "the first steps")
+        first.send(signal.SIGTERM)
+        assert first.wait() == 0
+        assert "given back" in first.output
+    assert (job()["state"], job()["tries"]) == ("queued", 0)
+    with worker():
+        wait_until(lambda: job()["state"] == "running", "another worker to take it up")
+        client.delete(f"/jobs/{job()['id']}").raise_for_status()
+
+
+def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, worker: Callable[[], Any]
+) -> None:
+    job = None
+    for attempt in range(1, MAX_TRIES + 1):
+        with worker() as background:
+            _leave_little_memory(background.process.pid)
+            job = job or posted(client, ada, steps=500)
+            assert background.wait() == 1
+            assert "out of memory while training on 16 samples" in background.output
+        assert (job()["state"], job()["tries"]) == ("queued", attempt)
+        assert client.get("/ready").status_code == httpx.codes.OK
+    with worker():
+        wait_until(lambda: job()["state"] == "failed", "the job to be given up")
+    assert "want of memory" in job()["error"]
+
+
+def _leave_little_memory(pid: int) -> None:
+    """Have the process's next larger allocation refused."""
+    sizes = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines())
+    limit = int(sizes["VmSize"].split()[0]) * 1024 + SPARE_BYTES
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))

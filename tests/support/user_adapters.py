@@ -1,0 +1,58 @@
+"""User adapters without training: random ones, kept where an engine looks for them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import redis
+import torch
+
+from adapters.lora import LoraWeights
+from adapters.recipe import FusionRecipe
+from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
+from bank.manifest import BankManifest
+
+
+def random_user_adapter(
+    manifest: BankManifest, recipe: FusionRecipe, kind: UserAdapterKind, *, rank: int = 2, scale: float = 0.2
+) -> UserAdapter:
+    """A user adapter of a recipe, its numbers as bf16 has them.
+
+    Args:
+        manifest: the bank's.
+        recipe: what it is for.
+        kind: lora or core.
+        rank: of a lora.
+        scale: standard deviation of its numbers.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(torch.bfloat16).float()
+
+    modules, fused = manifest.layout.modules, manifest.rank_of(recipe)
+    if kind is UserAdapterKind.CORE:
+        return UserAdapter(recipe.plain.name, CoreWeights(fused, {m.name: random(fused, fused) for m in modules}))
+    a = {m.name: random(rank, m.h_in) for m in modules}
+    b = {m.name: random(m.h_out, rank) for m in modules}
+    return UserAdapter(recipe.plain.name, LoraWeights(rank, a, b))
+
+
+def keep_user_adapter(
+    redis_url: str, recipe: FusionRecipe, user: UserAdapter, manifest: BankManifest, **changes: str | bytes
+) -> None:
+    """Store an adapter as promotion does.
+
+    Args:
+        redis_url: the engine's store.
+        recipe: the name it is asked for by says whose it is.
+        user: the adapter.
+        manifest: the bank's.
+        changes: fields that are not as they should be.
+    """
+    assert recipe.user_adapter is not None
+    user_key, _, adapter_id = recipe.user_adapter.partition(".")
+    raw = encode_user_adapter(manifest.layout, user)
+    fields = {"id": adapter_id, "recipe": user.recipe, "sha256": hashlib.sha256(raw).hexdigest(), "raw": raw}
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(f"mta:{{{user_key}}}:adapter", mapping=fields | changes)
