@@ -5,7 +5,6 @@
     ├── FusionError       a recipe that this bank cannot fuse
     ├── UserAdapterError  bytes that are no user adapter, or none for this bank
     ├── TrainingError     samples or a rate that nothing can be trained with
-    ├── OutOfMemoryError  too little memory to train; the process had better begin anew
     ├── BankError         a bank that cannot be read, or must not be used        (bank/errors.py)
     │   └── ProfileError  items that no profile can be made of
     ├── ApiError          what a client is told, with its HTTP status            (server/errors.py)
@@ -35,10 +34,6 @@ class UserAdapterError(MtaError, ValueError):
 
 class TrainingError(MtaError, ValueError):
     """Training that cannot begin, or whose loss explodes."""
-
-
-class OutOfMemoryError(MtaError):
-    """Training that found no memory; it is the process's fault, not the job's, until it has happened often."""
 
 
 def excerpt(value: object, limit: int = 80) -> str:

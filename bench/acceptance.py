@@ -30,6 +30,7 @@ from bench.report import console, processor
 from server.settings import Settings
 from tests.support.tiny import tiny_bank, tiny_model
 from tests.support.up import up
+from tests.support.valkey import ValkeyProcess
 
 TASK = "news_headline"
 ANCHORS = 12
@@ -98,6 +99,9 @@ SOAK = (
     Target("names known", "at most 1024", lambda value: value <= 1024),
     Target("/metrics, lines", "no growth", lambda value: _counts(value)[-1] <= _counts(value)[-2]),
 )
+ADAPTED = tuple(
+    Target(f"{kind}: seconds from POST", "at most 60", lambda value: value["median"] <= 60) for kind in ("lora", "core")
+)
 GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: value["median"] <= 3, binding=False),)
 
 
@@ -155,6 +159,14 @@ def main(
         with _served(out / "data", "--bank", str(bank), "--dtype", "float32") as (gateway, engine, key):
             serve = ("-m", "bench.serve_users", "--users", users, "--url", gateway, "--engine", engine)
             run.step("users", serve, (AS_IT_SAYS,), key)
+        store = ValkeyProcess(out / "valkey").start()
+        try:
+            with _served(out / "adapt-data", "--bank", str(bank), "--redis-url", store.url) as (gateway, _, _):
+                adapt = ("-m", "bench.adapt_users", "--users", users, "--bank", bank, "--redis-url", store.url)
+                run.step("few-shot users", (*adapt, "--url", gateway), (AS_IT_SAYS, *ADAPTED))
+                run.step("beside a job", ("-m", "bench.beside", "--gateway", gateway), (AS_IT_SAYS,))
+        finally:
+            store.kill()
     shown.print(_table(run.outcomes))
     passed = all(outcome.passed for outcome in run.outcomes)
     content = {"machine": processor(), "passed": passed, "steps": [asdict(outcome) for outcome in run.outcomes]}

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from adapters.errors import OutOfMemoryError, TrainingError
+from adapters.errors import TrainingError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
-from adapters.user_trainer import Judgement, Progress, UserPlan, train_user
+from adapters.user_run import Progress, UserPlan
+from adapters.user_trainer import Judgement, train_user
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 from bank.prompt import EncodedPair, encode_conversation
 from bank.training import load_base
@@ -62,7 +63,6 @@ class AdapterTrainer:
 
         Raises:
             TrainingError: when the samples or the configuration make no training.
-            OutOfMemoryError: when there is too little memory for it.
         """
         kind = UserAdapterKind(config.kind)
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
@@ -79,12 +79,7 @@ class AdapterTrainer:
             seed=config.seed,
         )
         examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
-        try:
-            return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step)
-        except (MemoryError, RuntimeError) as error:
-            if not _for_want_of_memory(error):
-                raise
-            raise OutOfMemoryError(f"out of memory while training on {len(samples)} samples: {error}") from error
+        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step)
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
         """The bytes of what was trained."""
@@ -98,8 +93,3 @@ class AdapterTrainer:
                 f"samples.{place} has {len(example.ids)} tokens, the model's context is {self._context}: shorten it"
             )
         return example
-
-
-def _for_want_of_memory(error: Exception) -> bool:
-    """Torch has an error of its own for a GPU, and none for the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from adapters.errors import OutOfMemoryError, TrainingError
+from adapters.errors import TrainingError
 from adapters.recipe import FusionRecipe
-from adapters.user_trainer import Judgement, Progress
+from adapters.user_run import Progress
+from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.errors import ApiError
 from server.store.jobs import JobState, JobStore, Lease, StoredAdapter, Trained
@@ -71,8 +72,8 @@ class Worker:
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for.
 
-        Raises:
-            OutOfMemoryError: when training found no memory; the process had better begin anew.
+        What nobody foresaw, a want of memory in its many disguises above all, is raised: the process had better begin
+        anew, and the job is given to another until its tries are used up.
         """
         sweeping = asyncio.create_task(self._sweep())
         try:
@@ -98,19 +99,16 @@ class Worker:
             await self._work(lease)
         except _Stopped:
             log.info("%s: given up, the lease is lost", lease.job.id)
-        except asyncio.CancelledError:
-            await self._give_back(lease, counts=False)
-            raise
-        except OutOfMemoryError:
-            await self._give_back(lease, counts=True)
-            raise
         except TrainingError as error:
             await self._jobs.end(lease, Trained(JobState.FAILED, error=str(error)))
         except ApiError:
             raise  # the lease runs out, and the job is taken up again
+        except asyncio.CancelledError:
+            await self._give_back(lease, counts=False)
+            raise
         except Exception:
-            log.exception("%s broke", lease.job.id)
-            await self._jobs.end(lease, Trained(JobState.FAILED, error="the worker failed: its log says why"))
+            await self._give_back(lease, counts=True)
+            raise
         return True
 
     async def _give_back(self, lease: Lease, *, counts: bool) -> None:

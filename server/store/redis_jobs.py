@@ -44,7 +44,7 @@ BANKS = "mta:adapted"
 _BATCH = 100
 _DIED = (
     f"the worker died {MAX_TRIES} times while it trained this job, most likely for want of memory: send fewer or "
-    "shorter samples, or give the worker more"
+    "shorter samples, or give the worker more; its log says what it died of"
 )
 _FIELDS = (
     "state", "config", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",

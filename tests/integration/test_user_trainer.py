@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 from adapters.trainer import TrainPlan, linear_modules, mean_loss, train_lora
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
-from adapters.user_trainer import FEW, Judgement, Progress, UserPlan, train_user
+from adapters.user_run import Progress, UserPlan
+from adapters.user_trainer import FEW, Judgement, train_user
 from bank.prompt import EncodedPair, encode_pair
 
 RANK = 4
@@ -55,6 +57,12 @@ def samples(encode: Any) -> list[EncodedPair]:
     return [encode(f"question {n}", f"{n} yes yes yes") for n in range(10)]
 
 
+@pytest.fixture(scope="module")
+def fluent(model: Any, fused: LoraWeights, samples: list[EncodedPair]) -> LoraWeights:
+    """A fused adapter that speaks their manner already."""
+    return train_lora(model, samples, TrainPlan(steps=60, batch_size=10, learning_rate=2e-2, seed=0), start=fused)
+
+
 def plan(kind: UserAdapterKind, **changes: Any) -> UserPlan:
     return replace(PLAN, kind=kind, **changes)
 
@@ -84,11 +92,10 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_lowers_no_held_out_loss_is_rejected(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
+    model: Any, fluent: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
 ) -> None:
-    """The fused adapter speaks this manner already, and the rate is one that can only spoil it."""
-    fluent = train_lora(model, samples, TrainPlan(steps=60, batch_size=10, learning_rate=2e-2, seed=0), start=fused)
-    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=0.5, every=8))
+    """The rate is one that can only spoil what is fluent."""
+    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=0.1, every=8))
     assert judgement.weights is None
     assert judgement.after >= judgement.before
 
@@ -122,6 +129,19 @@ def test_progress_counts_every_step_of_every_run_and_never_beyond_its_end(
     assert told[-1].step == told[-1].of
 
 
+@pytest.mark.parametrize("count", [10, FEW + 5])
+def test_training_ends_when_the_held_out_loss_has_stopped_falling(
+    model: Any, fused: LoraWeights, encode: Any, count: int
+) -> None:
+    """What is to be learnt has no pattern, so that every further step only learns by heart."""
+    chance = random.Random(0)
+    samples = [encode(f"question {n}", "".join(chance.choices("abcdefgh", k=12))) for n in range(count)]
+    told: list[Progress] = []
+    train_user(model, fused, samples, plan(UserAdapterKind.LORA, steps=200, every=2, learning_rate=0.05), told.append)
+    assert 0 < len(told) < 200
+    assert told[-1].step <= told[-1].of
+
+
 def test_what_a_step_raises_ends_training_there_and_detaches(
     model: Any, fused: LoraWeights, samples: list[EncodedPair]
 ) -> None:
@@ -150,10 +170,10 @@ def test_a_loss_that_is_no_number_is_an_error_with_the_step(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
+    model: Any, fluent: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
 ) -> None:
     with pytest.raises(TrainingError, match=r"training exploded: a loss of .* lower the learning rate"):
-        train_user(model, fused, samples, plan(kind, learning_rate=50.0))
+        train_user(model, fluent, samples, plan(kind, learning_rate=50.0))
 
 
 def test_one_sample_is_judged_on_itself_and_none_is_an_error(

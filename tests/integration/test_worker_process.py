@@ -11,14 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
+import redis
 
 from server.store.jobs import MAX_TRIES
-from tests.support.fake_engine import FakeEngine
 from tests.support.processes import Background, mta, wait_until
 from tests.support.valkey import ValkeyProcess
 
-LONG = [{"input": f"question {n}", "output": "yes " * 100} for n in range(16)]
-SPARE_BYTES = 4 << 20
+LONG = [{"input": f"question {n}", "output": "yes " * 115} for n in range(16)]
+SHORT = [{"input": "question", "output": "yes"}] * 2
+SPARE_BYTES = 1 << 20
 
 
 @pytest.fixture
@@ -46,9 +47,11 @@ def worker(
     return running
 
 
-def posted(client: httpx.Client, user: str, **config: Any) -> Callable[[], dict[str, Any]]:
+def posted(
+    client: httpx.Client, user: str, samples: list[dict[str, str]], **config: Any
+) -> Callable[[], dict[str, Any]]:
     """Asks for a job; a look at it."""
-    answer = client.post(f"/users/{user}/adapt", json={"samples": LONG, "config": config}).raise_for_status()
+    answer = client.post(f"/users/{user}/adapt", json={"samples": samples, "config": config}).raise_for_status()
 
     def job() -> dict[str, Any]:
         found: dict[str, Any] = client.get(f"/jobs/{answer.json()['id']}").raise_for_status().json()
@@ -60,7 +63,7 @@ def posted(client: httpx.Client, user: str, **config: Any) -> Callable[[], dict[
 def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
     client: httpx.Client, ada: str, worker: Callable[[], Any]
 ) -> None:
-    job = posted(client, ada, steps=500)
+    job = posted(client, ada, LONG, steps=500)
     with worker() as first:
         wait_until(lambda: job()["progress"]["step"] > 0, "the first steps")
         first.send(signal.SIGTERM)
@@ -73,15 +76,19 @@ def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
 
 
 def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, worker: Callable[[], Any]
+    client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], valkey: ValkeyProcess
 ) -> None:
-    job = None
+    job = posted(client, ada, LONG, steps=500)
     for attempt in range(1, MAX_TRIES + 1):
-        with worker() as background:
+        with redis.Redis.from_url(valkey.url) as raw:
+            raw.xtrim("mta:wake", maxlen=0)  # not yet
+        with redis.Redis.from_url(valkey.url) as raw, worker() as background:
+            small = posted(client, new_user(), SHORT, steps=1)
+            wait_until(lambda small=small: small()["ended_at"], "a small job, after which everything is loaded")
             _leave_little_memory(background.process.pid)
-            job = job or posted(client, ada, steps=500)
-            assert background.wait() == 1
-            assert "out of memory while training on 16 samples" in background.output
+            raw.xadd("mta:wake", {"job": job()["id"]})
+            assert background.wait() != 0
+            assert "given back" in background.output
         assert (job()["state"], job()["tries"]) == ("queued", attempt)
         assert client.get("/ready").status_code == httpx.codes.OK
     with worker():
@@ -90,7 +97,7 @@ def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try
 
 
 def _leave_little_memory(pid: int) -> None:
-    """Have the process's next larger allocation refused."""
+    """Leave a process hardly more memory than it has now."""
     sizes = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines())
-    limit = int(sizes["VmSize"].split()[0]) * 1024 + SPARE_BYTES
-    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+    limit = int(sizes["VmData"].split()[0]) * 1024 + SPARE_BYTES
+    resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit))

@@ -1,0 +1,147 @@
+"""One run of few-shot training: a user adapter from its start, on a frozen fused one, until it is enough.
+
+The rate is constant after its warm-up, so that stopping early is what a shorter run would have been.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from adapters.attached import TRAINED, Attached
+from adapters.errors import TrainingError
+from adapters.lora import LoraWeights
+from adapters.trainer import Example, StepReport, TrainPlan, mean_loss, optimise
+from adapters.user_adapter import CoreWeights, UserAdapterKind
+
+WARM_UP_STEPS = 2
+
+PATIENCE = 2
+"""Looks at a held-out loss that does not fall any more before a run is ended."""
+
+EXPLODED = 5.0
+"""Training fails when a step's loss is so many nats a token above the first one's: it will not come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserPlan:
+    """How a user adapter is trained.
+
+    Attributes:
+        kind: what is trained.
+        rank: R_u of a `lora`; a `core` has the fused adapter's.
+        steps: most optimiser steps of one run; it ends before when the held-out loss has stopped falling.
+        batch_size: samples a step.
+        learning_rate: after the warm-up.
+        holdout: share of the samples kept aside where there are many.
+        every: steps between two looks at the held-out loss.
+        seed: of the split, the order, and where A starts.
+    """
+
+    kind: UserAdapterKind
+    rank: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    holdout: float
+    every: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where training is: step `step` of `of` in all its runs, with the loss of the last one."""
+
+    step: int
+    of: int
+    loss: float
+
+
+class _Enough(Exception):
+    """The held-out loss has not fallen for a while."""
+
+
+class Patience:
+    """Waits for a held-out loss to fall again, for so many looks."""
+
+    def __init__(self, every: int) -> None:
+        self._wait = PATIENCE * every
+        self._best, self._at = math.inf, 0
+
+    def holds(self, step: int, loss: float) -> bool:
+        """Whether it is worth going on after this look."""
+        if loss < self._best:
+            self._best, self._at = loss, step
+        return step - self._at < self._wait
+
+
+class UserRun:
+    """Runs of one plan on one attached adapter, each from the same start."""
+
+    def __init__(
+        self, here: Attached, start: LoraWeights | None, plan: UserPlan, on_step: Callable[[Progress], None]
+    ) -> None:
+        self.plan = plan
+        self._here, self._start, self._on_step = here, start, on_step
+        self._parameters = here.trainable(train_a=True) if start else here.insert_cores()
+        self._done = 0
+        self.of = plan.steps
+
+    def loss(self, examples: Sequence[Example]) -> float:
+        """Loss of the examples under what is attached now."""
+        return mean_loss(self._here.model, examples)
+
+    def reset(self) -> None:
+        """Back to the start, where the user adapter changes nothing."""
+        if self._start is not None:
+            self._here.put(TRAINED, self._start)
+            return
+        for parameter in self._parameters:
+            torch.nn.init.eye_(parameter)
+
+    def train(self, samples: Sequence[Example], steps: int, look: Callable[[int], bool] = lambda step: True) -> int:
+        """One run from the start; `look` is called after every so many steps and after the last: go on?
+
+        Returns:
+            How many steps it took.
+        """
+        first, done = math.nan, 0
+
+        def on_step(report: StepReport) -> None:
+            nonlocal first, done
+            done, self._done = report.step, self._done + 1
+            first = report.loss if report.step == 1 else first
+            if not report.loss <= first + EXPLODED:  # what is no number is not below anything
+                raise TrainingError(
+                    f"training exploded: a loss of {report.loss:.4g} at step {report.step}, {first:.4g} at the first: "
+                    "lower the learning rate"
+                )
+            looked = report.step % self.plan.every == 0 or report.step == steps
+            enough = looked and not look(report.step)
+            if enough:
+                self.of -= steps - report.step
+            self._on_step(Progress(self._done, self.of, report.loss))
+            if enough:
+                raise _Enough
+
+        self.reset()
+        size = min(self.plan.batch_size, len(samples))
+        train_plan = TrainPlan(steps, size, self.plan.learning_rate, self.plan.seed)
+        with suppress(_Enough):
+            optimise(self._here.model, self._parameters, samples, train_plan, on_step, rate=_constant)
+        return done
+
+    def taken(self) -> LoraWeights | CoreWeights:
+        """What is attached now."""
+        if self._start is not None:
+            return self._here.weights()
+        cores = self._here.cores()
+        return CoreWeights(next(iter(cores.values())).shape[0], cores)
+
+
+def _constant(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / WARM_UP_STEPS)
