@@ -37,6 +37,7 @@ from server.store.samples import AdaptConfig, Sample
 
 MAX_TOKENS = 512
 LATER = 24
+SETTINGS = ["lora:2:16:1e-3", "lora:1:16:2e-3", "core:0:16:2e-2"]
 
 
 def main(
@@ -58,7 +59,7 @@ def main(
     lookup = ServingBank.open(bank, embedder.id)
     ids = set(json.loads(only.read_text("utf-8"))) if only else None
     chosen = [p for p in read_histories(users, lookup.task) if ids is None or p.user_id in ids][:people]
-    configs = [_config(text) for text in setting or ["core:0:16:5e-3", "lora:2:16:5e-4"]]
+    configs = [_config(text) for text in setting or SETTINGS]
     readings: dict[str, list[dict[str, Any]]] = {_name(config): [] for config in configs}
     for person in track(chosen, f"{len(chosen)} people, {len(configs)} settings"):
         first, later = person.items[:samples], person.items[samples : samples + LATER]

@@ -17,7 +17,7 @@ from server.health import Health
 from server.profiles import Profiles
 from server.schemas import MAX_SAMPLES, AdaptOptions, AdaptRequest, SampleRequest
 from server.store.jobs import Job, JobId, JobStore, Submission
-from server.store.samples import AdaptConfig, Sample, encode_config, encode_sample
+from server.store.samples import AdaptConfig, Sample, default_config, encode_config, encode_sample
 
 
 class Adapting:
@@ -136,8 +136,8 @@ class Adapting:
 
     def _config(self, options: AdaptOptions) -> AdaptConfig:
         given = {name: value for name, value in options.model_dump().items() if value is not None}
-        config = replace(AdaptConfig(), **given)
         room = self._manifest.room
+        config = replace(default_config(room, options.kind), **given)
         if config.kind == "lora" and config.rank > room:
             raise InvalidRequest(
                 f"config.rank {config.rank} does not fit: this bank leaves {room} for users", param="config.rank"

@@ -16,7 +16,7 @@ from bank.manifest import BankManifest
 from server.schemas import MAX_SAMPLES
 from server.store.jobs import JobStore, Submission
 from server.store.profiles import ProfileStore
-from server.store.samples import AdaptConfig, encode_config
+from server.store.samples import default_config, encode_config
 
 PAUSE_S = 0.5
 
@@ -78,7 +78,8 @@ class Readapting:
             return
         else:
             await self._room()
-            kept = Submission([], True, encode_config(AdaptConfig()), f"readapt to {self._manifest.fingerprint}")
+            config = encode_config(default_config(self._manifest.room))
+            kept = Submission([], True, config, f"readapt to {self._manifest.fingerprint}")
             await self._jobs.submit(user_key, kept, MAX_SAMPLES)
             counts.asked += 1
         await self._jobs.forget_adapted(user_key, bank)

@@ -149,7 +149,9 @@ class AdaptOptions(_Request):
     """How to train; what is not given is the server's choice."""
 
     kind: Literal["lora", "core"] | None = Field(
-        None, description="`core`: one small matrix a module, a few kilobytes. `lora`: a LoRA of `rank`."
+        None,
+        description="`lora`: a LoRA of `rank`, a megabyte for a small model. `core`: one small matrix a module between "
+        "the merged A and B, a few kilobytes; it learns less of what the bank does not know.",
     )
     rank: int | None = Field(None, ge=1, le=MAX_USER_RANK, description="Of a `lora`, within the room the bank leaves.")
     steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Most optimiser steps of one run.")
