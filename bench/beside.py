@@ -1,8 +1,8 @@
-"""What a running adapt job costs those who are being answered: streams with and without one, in turn, one run.
+"""What running adapt jobs cost those who are being answered: streams with and without one, in turn, one run.
 
-A block is a closed loop of clients, each streaming answers of warm users. Blocks alternate: A with jobs in training, one
-after the other, B with none. First tokens and the gaps between tokens are pooled over blocks for p50 and p99; what a job costs is the
-ratio of the medians of a pair's two blocks.
+A block is a closed loop of clients, each streaming answers of warm users. Blocks alternate: A with jobs in training,
+one after the other, B with none. First tokens and the gaps between tokens are pooled over blocks for p50 and p99; what
+jobs cost is the ratio of the medians of a pair's two blocks.
 """
 
 from __future__ import annotations
