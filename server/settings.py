@@ -88,9 +88,9 @@ class Settings(BaseSettings):
 
     # Worker
     worker_threads: int = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
+        default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // 2),
         ge=1,
-        description="Threads that train user adapters; they give way to whatever else runs on the machine.",
+        description="Threads that train user adapters; half the cores, so that answers go on.",
     )
 
     @property
