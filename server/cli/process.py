@@ -5,18 +5,11 @@ from __future__ import annotations
 import logging
 import os
 
-NICENESS = 15
-
 
 def log_to_stderr() -> None:
     """Our own lines from INFO on, others' from WARNING on."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
     logging.getLogger("mta").setLevel(logging.INFO)
-
-
-def give_way() -> None:
-    """Let every other process go first: training fills what answering leaves of the cores."""
-    os.nice(NICENESS)
 
 
 def prepare_to_train(threads: int | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.process import give_way, log_to_stderr, prepare_to_train
+from server.cli.process import log_to_stderr, prepare_to_train
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -30,7 +30,6 @@ def worker(
     from server.settings import load_settings
 
     settings = load_settings(bank=bank, model=model, redis_url=redis_url, worker_threads=threads)
-    give_way()
     prepare_to_train(settings.worker_threads)
     log_to_stderr()
     asyncio.run(_run(settings))
