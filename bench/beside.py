@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -22,6 +21,7 @@ import aiohttp
 import typer
 from rich.progress import Progress
 
+from bench.gateway import stream_chunks
 from bench.report import Spread, percentile, report
 
 USERS = ("bench-beside-a", "bench-beside-b")
@@ -140,12 +140,7 @@ async def _stream(session: aiohttp.ClientSession, body: dict[str, Any], block: B
     last_s, first = time.perf_counter(), True
     async with session.post("/generate", json=body | {"stream": True, "temperature": 0}) as response:
         response.raise_for_status()
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise RuntimeError(f"a stream broke: {chunk['error']}")
+        async for chunk in stream_chunks(response):
             if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
                 now_s = time.perf_counter()
                 (block.first if first else block.gaps).append((now_s - last_s) * 1000)

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,15 +154,21 @@ def _two(readings: Sequence[float]) -> str:
     return f"{percentile(readings, 0.5):.2f}, {percentile(readings, 0.99):.2f}"
 
 
-async def _first_token(response: aiohttp.ClientResponse, start_s: float) -> tuple[float, dict[str, float] | None]:
-    """Seconds until the first text of a stream, and the timings in its last chunk; the rest is read and dropped."""
-    first_s, timings = None, None
+async def stream_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a stream as they come; a RuntimeError for one that broke."""
     async for line in response.content:
         if not line.startswith(b"data: {"):
             continue
-        chunk = json.loads(line[6:])
+        chunk: dict[str, Any] = json.loads(line[6:])
         if "error" in chunk:
             raise RuntimeError(f"a stream broke: {chunk['error']}")
+        yield chunk
+
+
+async def _first_token(response: aiohttp.ClientResponse, start_s: float) -> tuple[float, dict[str, float] | None]:
+    """Seconds until the first text of a stream, and the timings in its last chunk; the rest is read and dropped."""
+    first_s, timings = None, None
+    async for chunk in stream_chunks(response):
         timings = chunk.get("timings_ms", timings)
         if first_s is None and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
             first_s = time.perf_counter() - start_s

@@ -163,20 +163,16 @@ class RedisJobs:
 
     async def adapted(self) -> dict[str, int]:
         banks = await self._connection.run(lambda redis: redis.smembers(BANKS))
-        counts = {}
-        for bank in sorted(value.decode() for value in banks):
-            async with self._connection.pipeline(transaction=False) as pipe:
-                (counts[bank],) = await pipe.scard(_adapted(bank)).execute()
-        return counts
+        names = sorted(value.decode() for value in banks)
+        return {name: await self._adapted_count(name) for name in names}
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
         cursor = 0
         while True:
-            async with self._connection.pipeline(transaction=False) as pipe:
-                ((cursor, members),) = await pipe.sscan(_adapted(bank), cursor, count=_BATCH).execute()
+            cursor, members = await self._scan_adapted(bank, cursor)
             for member in members:
                 yield member.decode()
-            if int(cursor) == 0:
+            if cursor == 0:
                 return
 
     async def forget_adapted(self, user_key: str, bank: str | None = None) -> None:
@@ -204,6 +200,14 @@ class RedisJobs:
                 await self._queue.announce(job_id)
                 announced.append(job_id)
         return announced
+
+    async def _adapted_count(self, bank: str) -> int:
+        return int(await self._connection.run(lambda redis: redis.scard(_adapted(bank))))
+
+    async def _scan_adapted(self, bank: str, cursor: int) -> tuple[int, list[bytes]]:
+        """Some users on the list of a bank, and where to go on; 0 at its end."""
+        after, members = await self._connection.run(lambda redis: redis.sscan(_adapted(bank), cursor, count=_BATCH))
+        return int(after), members
 
     async def _standing(self, job_id: JobId) -> tuple[JobState | None, int]:
         """A job's state, None without a record, and when its lease runs out, ms."""
