@@ -88,9 +88,9 @@ class Settings(BaseSettings):
 
     # Worker
     worker_threads: int = Field(
-        default_factory=lambda: max(1, len(os.sched_getaffinity(0)) // 2),
+        default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,
-        description="Threads that train user adapters; half the cores, so that answers go on.",
+        description="Threads that train user adapters; every core by default.",
     )
 
     @property
