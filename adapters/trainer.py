@@ -157,12 +157,7 @@ def optimise(
     batches = _batches(len(examples), plan)
     for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
-        outputs = _output_tokens(batch)
-        loss = 0.0
-        for part in micro_batches(batch):
-            part_loss = _summed_loss(model, part) / outputs
-            part_loss.backward()  # type: ignore[no-untyped-call]
-            loss += float(part_loss.detach())
+        loss = backward(model, batch)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
         schedule.step()
@@ -170,10 +165,30 @@ def optimise(
         on_step(StepReport(step, loss, sum(len(example.ids) for example in batch)))
 
 
+def backward(model: Any, examples: Sequence[Example]) -> float:
+    """Add the gradient of the mean loss per output token to whatever moves; the loss, nats."""
+    outputs, loss = _output_tokens(examples), 0.0
+    for part in micro_batches(examples):
+        part_loss = _summed_loss(model, part) / outputs
+        part_loss.backward()  # type: ignore[no-untyped-call]
+        loss += float(part_loss.detach())
+    return loss
+
+
 @torch.no_grad()
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
     """Negative log-likelihood per output token, nats."""
     return sum(float(_summed_loss(model, part)) for part in micro_batches(examples)) / _output_tokens(examples)
+
+
+@torch.no_grad()
+def example_losses(model: Any, examples: Sequence[Example]) -> list[float]:
+    """The same of each example by itself, in their order."""
+    losses = dict.fromkeys(map(id, examples), 0.0)
+    for part in micro_batches(examples):
+        for example, loss in zip(part, _token_losses(model, part).sum(1).tolist(), strict=True):
+            losses[id(example)] = loss / _output_tokens([example])
+    return [losses[id(example)] for example in examples]
 
 
 def _output_tokens(examples: Sequence[Example]) -> int:
@@ -203,7 +218,15 @@ def micro_batches(batch: Sequence[Example], limit: int = MICRO_BATCH_TOKENS) -> 
 
 
 def _summed_loss(model: Any, part: Sequence[Example]) -> torch.Tensor:
-    """Negative log-likelihood summed over the output tokens; logits are made only where one of them is predicted."""
+    """Negative log-likelihood summed over the output tokens of all examples."""
+    return _token_losses(model, part).sum()
+
+
+def _token_losses(model: Any, part: Sequence[Example]) -> torch.Tensor:
+    """Negative log-likelihood of each output token, [examples, places], 0 where an example has none.
+
+    Logits are made only at places where an output token of one of the examples is predicted.
+    """
     device = next(model.parameters()).device
     shape = (len(part), max(len(example.ids) for example in part))
     ids = torch.zeros(shape, dtype=torch.long)
@@ -218,9 +241,7 @@ def _summed_loss(model: Any, part: Sequence[Example]) -> torch.Tensor:
     answer = model(
         input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=places.to(device), use_cache=False
     )
+    wanted = labels[:, places + 1].to(device)
     return torch.nn.functional.cross_entropy(
-        answer.logits.float().flatten(0, 1),
-        labels[:, places + 1].flatten().to(device),
-        ignore_index=_IGNORED,
-        reduction="sum",
-    )
+        answer.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=_IGNORED, reduction="none"
+    ).view(wanted.shape)

@@ -66,9 +66,10 @@ def bank_rank(method: Method, rank: int, rule: WeightRule, common: bool, user_ra
     Raises:
         BankError: when vLLM has no slots so large, or the rule's strength needs a common row that is not there.
     """
-    if rule.strength < 1 and not common:
+    strength = min(rule.strength, rule.signature.strength if rule.signature else 1.0)
+    if strength < 1 and not common:
         raise BankError(
-            f"a strength of {rule.strength} leaves a rest to the common row, and the bank has none: "
+            f"a strength of {strength} leaves a rest to the common row, and the bank has none: "
             "drop --strength or --no-common"
         )
     try:

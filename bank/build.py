@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapters.recipe import anchor_id
+from adapters.recipe import Method, anchor_id
 from bank.assemble import BankParts, bank_rank, write_bank
 from bank.embedder import Embedder
 from bank.errors import BankError
@@ -23,7 +23,6 @@ from bank.manifest import (
     BankManifest,
     BaseModelId,
     EmbedderId,
-    WeightRule,
     read_manifest,
     verify_files,
 )
@@ -32,6 +31,7 @@ from bank.options import BuildInputs, BuildOptions, inputs_key
 from bank.profile import Vectors
 from bank.resume import workbench
 from bank.selection import MIN_ITEMS, person_embedding, select_anchors
+from bank.signature import MAX_ANCHORS
 from bank.tasks import Task, get_task
 
 if TYPE_CHECKING:
@@ -49,15 +49,16 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     Raises:
         BankError: when inputs, options or the folder do not allow it.
     """
+    from bank.calibration import MIN_PEOPLE, calibrate_signer
     from bank.rows import train_rows
-    from bank.training import resolve_dtype
+    from bank.signing import Signer
+    from bank.training import load_base, resolve_dtype
 
     task = get_task(options.task)
-    rule = WeightRule(anchors=min(options.k, options.anchors), strength=options.strength)
-    bank_rank(
-        options.method, options.rank, rule, options.common, options.user_rank
-    )  # refuse before training, not after
-    people = _people(inputs, task)
+    signs = _signs(options)
+    # Refuse before training, not after.
+    bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
+    people = read_inputs(inputs, task)
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
     progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
     if len(candidates) < options.anchors:
@@ -79,15 +80,27 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
         lengths = [len(person.pairs(task)) for person in candidates]
         chosen = select_anchors(embeddings, lengths, options.anchors, options.seed)
         progress.say("anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen)))
+        progress.say(f"loading the base model ({options.dtype})")
+        model, tokenizer = load_base(model_folder, options.dtype)
         trained = train_rows(
             work,
-            model_folder=model_folder,
+            model=model,
+            tokenizer=tokenizer,
             people=people,
             anchors=[candidates[at] for at in chosen],
             task=task,
             options=options,
             progress=progress,
         )
+        rest = [person for at, person in enumerate(candidates) if at not in chosen]
+        training, calibration = options.record(key, len(people)), None
+        if signs and (len(rest) >= MIN_PEOPLE or options.weights == "signature"):
+            progress.say(f"calibrating signatures on {len(rest)} people who are not anchors")
+            signer = Signer(model, trained.matrix(len(chosen)))
+            calibration = calibrate_signer(
+                signer, rest, task, tokenizer, work, max_tokens=options.max_tokens, seed=options.seed
+            )
+            training |= calibration.record()
         parts = BankParts(
             task=task.name,
             base_model=base,
@@ -95,18 +108,34 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
             method=options.method,
             common=options.common,
             user_rank=options.user_rank,
-            weights=rule,
+            weights=options.rule(calibration),
             layout=trained.layout,
             rows=trained.rows,
             shared_a=trained.shared_a,
             embeddings=embeddings[chosen],
             items=[lengths[at] for at in chosen],
-            training=options.record(key, len(people)),
+            training=training,
         )
         return write_bank(inputs.out, parts)
 
 
-def _people(inputs: BuildInputs, task: Task) -> list[History]:
+def _signs(options: BuildOptions) -> bool:
+    """Whether the bank shall have signatures, if there are people to calibrate them on.
+
+    Raises:
+        BankError: when they are asked for and cannot be.
+    """
+    if options.weights == "signature" and options.method is not Method.SHARED:
+        raise BankError(f"signatures need --method shared, got {options.method.value}: its anchors have no A in common")
+    return options.weights != "topic" and options.method is Method.SHARED and options.anchors <= MAX_ANCHORS
+
+
+def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:
+    """Everybody who may enter a bank.
+
+    Raises:
+        BankError: when the files cannot be read, or leave nobody.
+    """
     people = read_histories(inputs.users, task, inputs.outputs)
     excluded = read_excluded(inputs.exclude) if inputs.exclude is not None else frozenset()
     kept = [person for person in people if person.user_id not in excluded]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ class AnchorIndex:
     def kind(self) -> str:
         """The FAISS class, for people."""
         return type(self._index).__name__
+
+    def vectors(self, anchors: Sequence[int]) -> Vectors:
+        """What the index holds of some anchors, [n, E]."""
+        held: Vectors = self._index.reconstruct_batch(np.asarray(anchors, np.int64))
+        return held
 
     def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
         """The `k` anchors (all, when there are fewer) of largest inner product, best first, ties in anchor order.

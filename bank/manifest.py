@@ -43,18 +43,43 @@ class EmbedderId(_Frozen):
     dim: int = Field(gt=0)
 
 
+class SignatureRule(_Frozen):
+    """How a signature becomes weights: strength × softmax(τ·n·gain + κ·cosine) over the best K.
+
+    Attributes:
+        anchors: K, how many anchors take part.
+        strength: what their weights sum to; below 1 only beside a common row.
+        tau: τ, how much a nat of evidence counts.
+        kappa: κ, how much similarity of topics counts beside it.
+        slope: a, by how much predicted gains are too large.
+        offsets: c, one for each anchor (`bank/signature.py`).
+    """
+
+    anchors: int = Field(default=8, ge=1)
+    strength: float = Field(default=0.5, gt=0, le=1)
+    tau: float = Field(default=0.3, ge=0)
+    kappa: float = Field(default=5.0, ge=0)
+    slope: float = Field(default=1.0, ge=0)
+    offsets: tuple[float, ...] = ()
+
+
 class WeightRule(_Frozen):
     """How a profile becomes weights (`bank/weights.py`).
 
     Attributes:
-        source: which evidence speaks.
-        anchors: K, how many anchors take part.
-        strength: what the anchors' weights sum to; below 1 only beside a common row.
+        anchors: K, how many anchors take part when topics speak.
+        strength: what their weights sum to; below 1 only beside a common row.
+        signature: how they are found from a user's signature; None in banks without.
     """
 
-    source: Literal["topic"] = "topic"
     anchors: int = Field(default=2, ge=1)
     strength: float = Field(default=1.0, gt=0, le=1)
+    signature: SignatureRule | None = None
+
+    @property
+    def source(self) -> Literal["topic", "signature"]:
+        """Which evidence speaks first."""
+        return "signature" if self.signature else "topic"
 
 
 class ModuleEntry(_Frozen):
@@ -75,7 +100,7 @@ class AnchorEntry(_Frozen):
 class BankManifest(_Frozen):
     """The content of `bank.json`."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     task: str
     base_model: BaseModelId
     embedder: EmbedderId
@@ -107,6 +132,11 @@ class BankManifest(_Frozen):
     def fused_rank(self) -> int:
         """The rank of the largest fusion this bank's rule makes, user adapters aside."""
         return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
+
+    @property
+    def max_anchors(self) -> int:
+        """Most terms of a recipe: in a `shared` bank they add no rank."""
+        return len(self.anchors) if self.method is Method.SHARED else self.weights.anchors
 
     @property
     def room(self) -> int:

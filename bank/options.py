@@ -10,16 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.recipe import Method
+from bank.calibration import Calibration
 from bank.errors import BankError
 from bank.histories import History
+from bank.manifest import SignatureRule, WeightRule
 from bank.tasks import Task
 
-_BUILD_FORMAT = 1  # part of the key: raise it when the same inputs would give another bank
+_SIGNATURE = SignatureRule()
+_COUNTS = (
+    *("anchors", "rank", "k", "signature_k", "steps", "common_steps", "batch_size", "common_batch_size"),
+    "max_tokens",
+)
+WEIGHTS = ("auto", "topic", "signature")
+_BUILD_FORMAT = 2  # part of the key: raise it when the same inputs would give another bank
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Everything that shapes a bank, its people aside. The step budgets fit 2 cores and a small model.
+    """Everything that shapes a bank, its people aside. The budgets are those of docs/quality.md.
 
     Attributes:
         task: a name of `bank/tasks.toml`.
@@ -29,8 +37,11 @@ class BuildOptions:
         rank: R of every meta-LoRA.
         user_rank: room for stacked user adapters.
         target_modules: last parts of module names; every linear layer when None.
-        k: most anchors of a recipe.
+        weights: what speaks for a user: `topic`, `signature`, or `auto`: signatures where the bank can have them.
+        k: most anchors of a recipe, by topic.
         strength: what their weights sum to.
+        signature_k, signature_strength: the same by signature.
+        tau, kappa: how much evidence counts, and topics beside it.
         steps, common_steps: optimiser steps of an anchor and of the common row.
         epochs: passes over the data instead of steps.
         batch_size, common_batch_size: examples a step.
@@ -47,32 +58,68 @@ class BuildOptions:
     rank: int = 8
     user_rank: int = 8
     target_modules: tuple[str, ...] | None = None
+    weights: str = "auto"
     k: int = 2
     strength: float = 1.0
-    steps: int = 24
-    common_steps: int = 48
+    signature_k: int = _SIGNATURE.anchors
+    signature_strength: float = _SIGNATURE.strength
+    tau: float = _SIGNATURE.tau
+    kappa: float = _SIGNATURE.kappa
+    steps: int = 8
+    common_steps: int = 160
     epochs: float | None = None
     batch_size: int = 8
     common_batch_size: int = 16
-    learning_rate: float = 6e-4
-    common_learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
+    common_learning_rate: float = 1e-3
     max_tokens: int = 512
     seed: int = 0
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("anchors", "rank", "k", "steps", "common_steps", "batch_size", "common_batch_size", "max_tokens"):
+        if self.weights not in WEIGHTS:
+            raise BankError(f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        for name in (
+            "anchors",
+            "rank",
+            "k",
+            "signature_k",
+            "steps",
+            "common_steps",
+            "batch_size",
+            "common_batch_size",
+            "max_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise BankError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "common_learning_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise BankError(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}")
-        if not 0 < self.strength <= 1:
-            raise BankError(f"--strength must be above 0 and at most 1, got {self.strength}")
+        for name in ("strength", "signature_strength"):
+            if not 0 < getattr(self, name) <= 1:
+                raise BankError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name)}")
+        for name in ("tau", "kappa"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise BankError(f"--{name} must be 0 or more, got {getattr(self, name)}")
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise BankError(f"--epochs must be above 0, got {self.epochs}")
         if self.user_rank < 0 or self.seed < 0:
             raise BankError(f"--user-rank and --seed cannot be negative, got {self.user_rank} and {self.seed}")
+
+    def rule(self, calibration: Calibration | None = None) -> WeightRule:
+        """The bank's rule of weights, with one for signatures where they are calibrated."""
+        topic = WeightRule(anchors=min(self.k, self.anchors), strength=self.strength)
+        if calibration is None:
+            return topic
+        signature = SignatureRule(
+            anchors=min(self.signature_k, self.anchors),
+            strength=self.signature_strength if self.common else 1.0,
+            tau=self.tau,
+            kappa=self.kappa,
+            slope=calibration.slope,
+            offsets=tuple(calibration.offsets.tolist()),
+        )
+        return topic.model_copy(update={"signature": signature})
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
         """The manifest's `training`: every option, how many people there were, and the key of them all."""

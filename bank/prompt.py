@@ -61,14 +61,13 @@ def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: in
         max_tokens: most ids of the example.
     """
     whole = encode_conversation(tokenizer, chat_messages(turn), output)
-    prompt_ids, output_ids = list(whole.ids[: whole.loss_from]), list(whole.ids[whole.loss_from :])
-    overflow = len(prompt_ids) + len(output_ids) - max_tokens
+    before, after = list(whole.ids[: whole.loss_from]), list(whole.ids[whole.loss_from :])
+    overflow = len(whole.ids) - max_tokens
     if overflow > 0:
         turn_ids = tokenizer.encode(turn, add_special_tokens=False)
         shorter = tokenizer.decode(turn_ids[: max(0, len(turn_ids) - overflow)])
-        prompt_ids = tokenizer.encode(_prompt(tokenizer, chat_messages(shorter)), add_special_tokens=False)
-    ids = (prompt_ids + output_ids)[:max_tokens]
-    return EncodedPair(tuple(ids), min(len(prompt_ids), max_tokens))
+        before = prompt_ids(tokenizer, chat_messages(shorter))
+    return EncodedPair(tuple((before + after)[:max_tokens]), min(len(before), max_tokens))
 
 
 def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str) -> EncodedPair:
@@ -80,9 +79,14 @@ def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]]
         output: what the assistant should have answered.
     """
     prompt = _prompt(tokenizer, messages)
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    output_ids = tokenizer.encode(_completion(tokenizer, messages, output, prompt), add_special_tokens=False)
-    return EncodedPair(tuple(prompt_ids + output_ids), len(prompt_ids))
+    before = tokenizer.encode(prompt, add_special_tokens=False)
+    after = tokenizer.encode(_completion(tokenizer, messages, output, prompt), add_special_tokens=False)
+    return EncodedPair(tuple(before + after), len(before))
+
+
+def prompt_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation as the model sees it when it is to answer."""
+    return tokenizer.encode(_prompt(tokenizer, messages), add_special_tokens=False)
 
 
 def _prompt(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from adapters.errors import FusionError
 from adapters.layout import RowLayout
+from adapters.matrix import MetaMatrix
 from adapters.recipe import Method, anchor_id
 from adapters.trainer import StepReport, TrainPlan, linear_modules
 from bank.errors import BankError
@@ -19,7 +19,7 @@ from bank.histories import History
 from bank.options import BuildOptions
 from bank.resume import Workbench
 from bank.tasks import Task
-from bank.training import COMMON, Pairs, RowJob, RowTrainer, load_base, row_job, row_seed
+from bank.training import COMMON, Pairs, RowJob, RowTrainer, row_job, row_seed
 
 
 class RowProgress(Protocol):
@@ -49,11 +49,18 @@ class TrainedRows:
     rows: list[torch.Tensor]
     shared_a: torch.Tensor | None
 
+    def matrix(self, anchors: int) -> MetaMatrix:
+        """The same as it will be served: rounded to bf16."""
+        rows = torch.stack([row.to(torch.bfloat16) for row in self.rows])
+        shared_a = self.shared_a.to(torch.bfloat16) if self.shared_a is not None else None
+        return MetaMatrix(self.layout, rows, anchors, len(rows) > anchors, shared_a)
+
 
 def train_rows(
     work: Workbench,
     *,
-    model_folder: Path,
+    model: Any,
+    tokenizer: Any,
     people: Sequence[History],
     anchors: Sequence[History],
     task: Task,
@@ -63,10 +70,8 @@ def train_rows(
     """Train the common row on everybody's pairs, then one row per anchor on its own; finished rows are not repeated.
 
     Raises:
-        BankError: when the base model cannot be loaded or lacks a target module.
+        BankError: when the base model lacks a target module.
     """
-    progress.say(f"loading the base model ({options.dtype})")
-    model, tokenizer = load_base(model_folder, options.dtype)
     try:
         modules = linear_modules(model, options.target_modules)
     except FusionError as error:
@@ -109,13 +114,20 @@ def _jobs(
 
 
 def _plan(name: str, pairs: Pairs, options: BuildOptions) -> TrainPlan:
-    common = name == COMMON
-    batch_size = options.common_batch_size if common else options.batch_size
-    steps = options.common_steps if common else options.steps
-    if options.epochs is not None:
-        steps = max(1, math.ceil(options.epochs * len(pairs) / batch_size))
-    rate = options.common_learning_rate if common else options.learning_rate
-    return TrainPlan(steps, batch_size, rate, row_seed(options.seed, name))
+    seed = row_seed(options.seed, name)
+    if name != COMMON:
+        return TrainPlan(anchor_steps(options, len(pairs)), options.batch_size, options.learning_rate, seed)
+    steps = _steps(options, options.common_steps, options.common_batch_size, len(pairs))
+    return TrainPlan(steps, options.common_batch_size, options.common_learning_rate, seed)
+
+
+def anchor_steps(options: BuildOptions, items: int) -> int:
+    """How many steps an anchor of so many items is trained for."""
+    return _steps(options, options.steps, options.batch_size, items)
+
+
+def _steps(options: BuildOptions, steps: int, batch_size: int, items: int) -> int:
+    return steps if options.epochs is None else max(1, math.ceil(options.epochs * items / batch_size))
 
 
 def _collect(work: Workbench, layout: RowLayout, jobs: Sequence[RowJob]) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.recipe import FusionRecipe
@@ -9,8 +10,24 @@ from bank.errors import BankError
 from bank.index import AnchorIndex
 from bank.manifest import INDEX_FILE, BankManifest, read_manifest, verify_files
 from bank.profile import Vectors
+from bank.signature import Signature
 from bank.tasks import Task, get_task
-from bank.weights import AnchorWeight, TopicWeights, WeightSource, make_recipe
+from bank.weights import AnchorWeight, make_recipe, signature_weights, topic_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """Who speaks for a user.
+
+    Attributes:
+        recipe: what is fused.
+        weights: the anchors behind it.
+        source: `topic` or `signature`.
+    """
+
+    recipe: FusionRecipe
+    weights: tuple[AnchorWeight, ...]
+    source: str
 
 
 class ServingBank:
@@ -20,7 +37,6 @@ class ServingBank:
         self.manifest = manifest
         self.task: Task = get_task(manifest.task)
         self.index = index
-        self._source: WeightSource = TopicWeights(index, manifest.weights)
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
@@ -48,11 +64,21 @@ class ServingBank:
             )
         return cls(manifest, index)
 
-    def personalise(self, embedding: Vectors) -> tuple[FusionRecipe, tuple[AnchorWeight, ...]]:
-        """The recipe for a profile, and the anchors behind it, nearest first.
+    @property
+    def signs(self) -> bool:
+        """Whether signatures speak for users of this bank."""
+        return self.manifest.weights.signature is not None
+
+    def personalise(self, embedding: Vectors, signature: Signature | None = None) -> Spoken:
+        """The recipe for a user, and the anchors behind it, the weightiest evidence first.
 
         Args:
             embedding: the profile's [E], at unit length.
+            signature: the user's; one of another bank says nothing.
         """
-        weights = self._source.weights(embedding)
-        return make_recipe(self.manifest, weights), weights
+        rule = self.manifest.weights
+        if rule.signature and signature and signature.tokens and signature.bank == self.manifest.short:
+            weights = signature_weights(self.index, rule.signature, embedding, signature)
+            return Spoken(make_recipe(self.manifest, weights), weights, "signature")
+        weights = topic_weights(self.index, rule, embedding)
+        return Spoken(make_recipe(self.manifest, weights), weights, "topic")

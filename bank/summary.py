@@ -28,7 +28,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "anchors": [entry.model_dump() for entry in manifest.anchors],
         "method": manifest.method.value,
         "common": manifest.common,
-        "weights": manifest.weights.model_dump(),
+        "weights": {"source": manifest.weights.source, **manifest.weights.model_dump()},
         "index": {"kind": index.kind, "anchors": index.anchors, "dim": index.dim},
         "target_modules": list(manifest.target_modules),
         "modules": len(manifest.modules),

@@ -5,15 +5,19 @@ The templates are data (`tasks.toml`). They never touch a request: a prompt is a
 
 from __future__ import annotations
 
+import re
 import string
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Literal
 
 from adapters.errors import excerpt
 from bank.errors import BankError
+
+Kind = Literal["labels", "score", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,9 @@ class Task:
         input: template of the user turn.
         output: template of the answer.
         text: the fields that are embedded.
+        memory: template of a past item in a later prompt.
+        remembering: template of a turn with such memories before it.
+        kind: what its answers are, and so what they are measured by: one of a list of labels, a score, or text.
         proxy: whether histories lack the task's own answers, so that input and output are a stand-in.
     """
 
@@ -34,12 +41,20 @@ class Task:
     input: str
     output: str
     text: tuple[str, ...]
+    memory: str
+    remembering: str = "{memories}. {input}"
+    kind: Kind = "text"
     proxy: bool = False
 
     @property
     def pair_fields(self) -> tuple[str, ...]:
         """The fields that a training pair needs."""
         return _placeholders(self.input + self.output)
+
+    @property
+    def memory_fields(self) -> tuple[str, ...]:
+        """The fields that a past item in a prompt needs."""
+        return _placeholders(self.memory)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -50,6 +65,12 @@ class Task:
     def instruction(self) -> str:
         """The words of the turn before its first field: the same for everybody, so they are never embedded."""
         return self.input.partition("{")[0]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The answers there are, which the instruction lists in brackets; none unless they are labels."""
+        found = re.search(r"\[([^\]]+)\]", self.instruction) if self.kind == "labels" else None
+        return tuple(label.strip() for label in found[1].split(",")) if found else ()
 
 
 def _placeholders(template: str) -> tuple[str, ...]:
@@ -62,7 +83,7 @@ def tasks() -> Mapping[str, Task]:
     """All tasks by name, in the order of `tasks.toml`."""
     document = tomllib.loads(resources.files("bank").joinpath("tasks.toml").read_text("utf-8"))
     return {
-        name: Task(name, raw.get("lamp"), raw["input"], raw["output"], tuple(raw["text"]), raw.get("proxy", False))
+        name: Task(name, **raw | {"lamp": raw.get("lamp"), "text": tuple(raw["text"])})
         for name, raw in document.items()
     }
 

@@ -1,19 +1,22 @@
-"""The seam between a user and a recipe: which anchors speak for the user, and how loudly.
+"""From a user to weights: which anchors speak for the user, and how loudly.
 
-A `WeightSource` is one kind of evidence. `TopicWeights` is the first, the paper's own (arXiv 2511.20072):
-the anchors nearest to the profile's text embedding, weighted by their similarities.
+Two kinds of evidence. *Topic* is the paper's own (arXiv 2511.20072): the anchors nearest to the profile's text
+embedding, weighted by their similarities. *Signature* asks how well each anchor explains the user's own answers
+(`bank/signature.py`), and lets the topic have a say beside it. Whoever has no signature yet is served by topic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+import numpy as np
 
 from adapters.recipe import PER_MILLE, FusionRecipe, Term, per_mille
 from bank.index import AnchorIndex
-from bank.manifest import BankManifest, WeightRule
+from bank.manifest import BankManifest, SignatureRule, WeightRule
 from bank.profile import Vectors
+from bank.signature import Signature, predicted_gains
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,46 +26,76 @@ class AnchorWeight:
     Attributes:
         anchor: its index in the bank.
         weight: its share before rounding; all shares of a user sum to the rule's strength.
-        similarity: its evidence, -1 to 1 for the cosine of topics.
+        similarity: the cosine of topics, -1 to 1.
+        gain: by how many nats a token it is predicted to lower the loss of the user's own items, against the bank's
+            centre; None where only topics were compared.
     """
 
     anchor: int
     weight: float
     similarity: float
+    gain: float | None = None
 
 
-class WeightSource(Protocol):
-    """Evidence about a user, as anchors with weights."""
-
-    def weights(self, embedding: Vectors) -> tuple[AnchorWeight, ...]:
-        """The anchors that speak for the user, the nearest first.
-
-        Args:
-            embedding: the user's [E], at unit length.
-        """
-
-
-class TopicWeights:
-    """Similarity of topics: the k nearest anchors, each weighted by its cosine over their sum.
+def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:
+    """Similarity of topics: the K nearest anchors, nearest first, each weighted by its cosine over their sum.
 
     A negative cosine counts as 0; when all do, the weights are equal. The nearest anchor never weighs less than one
     that is farther away.
+
+    Args:
+        index: of the anchors' embeddings.
+        rule: K and strength.
+        embedding: the user's [E], at unit length.
     """
+    found = index.search(embedding, rule.anchors)
+    evidence = [max(similarity, 0.0) for _, similarity in found]
+    if not any(evidence):
+        evidence = [1.0] * len(found)
+    scale = rule.strength / sum(evidence)
+    return tuple(
+        AnchorWeight(anchor, share * scale, similarity)
+        for (anchor, similarity), share in zip(found, evidence, strict=True)
+    )
 
-    def __init__(self, index: AnchorIndex, rule: WeightRule) -> None:
-        self._index = index
-        self._rule = rule
 
-    def weights(self, embedding: Vectors) -> tuple[AnchorWeight, ...]:
-        found = self._index.search(embedding, self._rule.anchors)
-        evidence = [max(similarity, 0.0) for _, similarity in found]
-        if not any(evidence):
-            evidence = [1.0] * len(found)
-        scale = self._rule.strength / sum(evidence)
-        return tuple(
-            AnchorWeight(anchor, share * scale, similarity)
-            for (anchor, similarity), share in zip(found, evidence, strict=True)
-        )
+def signature_weights(
+    index: AnchorIndex, rule: SignatureRule, embedding: Vectors, signature: Signature
+) -> tuple[AnchorWeight, ...]:
+    """Evidence of the user's own items, the most convincing anchors first.
+
+    Args:
+        index: of the anchors' embeddings.
+        rule: K, strength, τ and κ, a and c.
+        embedding: the user's [E], at unit length.
+        signature: the user's, of this bank.
+    """
+    anchors = range(index.anchors)
+    gains = predicted_gains(signature, rule.slope, np.asarray(rule.offsets, np.float32))
+    cosines = index.vectors(anchors) @ np.asarray(embedding, np.float32)
+    return evident_weights(rule, anchors, gains, cosines, signature.tokens)
+
+
+def evident_weights(
+    rule: SignatureRule, anchors: Sequence[int], gains: Vectors, cosines: Vectors, tokens: int
+) -> tuple[AnchorWeight, ...]:
+    """strength × softmax(τ·n·gain + κ·cosine) over the best K anchors.
+
+    Args:
+        rule: K, strength, τ and κ.
+        anchors: their indices.
+        gains: nats a token by which each lowers the loss of the user's items, predicted or measured.
+        cosines: similarity of topics.
+        tokens: n, output tokens of those items.
+    """
+    scores = rule.tau * tokens * np.asarray(gains, np.float64) + rule.kappa * np.asarray(cosines, np.float64)
+    best = sorted(range(len(anchors)), key=lambda place: (-scores[place], anchors[place]))[: rule.anchors]
+    shares = np.exp(scores[best] - scores[best[0]])
+    shares *= rule.strength / shares.sum()
+    return tuple(
+        AnchorWeight(anchors[place], float(share), float(cosines[place]), float(gains[place]))
+        for place, share in zip(best, shares, strict=True)
+    )
 
 
 def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight]) -> FusionRecipe:
@@ -70,9 +103,9 @@ def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight]) -> Fusi
 
     Args:
         manifest: the bank.
-        weights: non-negative, each anchor once; only their proportions count, the sum is the rule's strength.
+        weights: non-negative, each anchor once; what they sum to is their strength beside the common row.
     """
-    total = round(manifest.weights.strength * PER_MILLE) if manifest.common else PER_MILLE
+    total = round(sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
     ordered = sorted(weights, key=lambda w: w.anchor)
     rounded = per_mille([w.weight for w in ordered], total)
     terms = tuple(Term(w.anchor, mille) for w, mille in zip(ordered, rounded, strict=True) if mille)

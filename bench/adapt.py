@@ -64,7 +64,7 @@ def main(
     for person in track(chosen, f"{len(chosen)} people, {len(configs)} settings"):
         first, later = person.items[:samples], person.items[samples : samples + LATER]
         texts = [item_text(item, lookup.task) for item in first]
-        recipe, _ = lookup.personalise(profile_embedding(embedder.embed(texts)))
+        recipe = lookup.personalise(profile_embedding(embedder.embed(texts))).recipe
         pairs = person.pairs(lookup.task)
         taken = [Sample(chat_messages(turn), output) for turn, output in pairs[:samples]]
         tests = [encode_pair(trainer.tokenizer, *pair, MAX_TOKENS) for pair in pairs[samples : samples + len(later)]]

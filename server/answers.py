@@ -59,6 +59,11 @@ class AnchorAnswer(_Answer):
     similarity: float | None = Field(
         description="How near it is to the user's profile, -1 to 1; null when others are nearer by now."
     )
+    gain: float | None = Field(
+        None,
+        description="By how many nats a token it is predicted to lower the loss of the user's own items; null where "
+        "topics speak.",
+    )
 
 
 class WhoSpeaks(_Answer):
@@ -199,7 +204,8 @@ def who_speaks(personalization: Personalization) -> dict[str, Any]:
 def anchors(personalization: Personalization) -> list[dict[str, Any]]:
     """The anchors as clients see them."""
     return [
-        {"id": voice.id, "weight": voice.weight, "similarity": voice.similarity} for voice in personalization.anchors
+        {"id": voice.id, "weight": voice.weight, "similarity": voice.similarity, "gain": voice.gain}
+        for voice in personalization.anchors
     ]
 
 

@@ -31,6 +31,7 @@ from server.metrics import Metrics
 from server.parts import Parts
 from server.personalizer import Personalizer
 from server.profiles import Profiles
+from server.recall import Recall
 from server.routes import generate, jobs, operations, users
 from server.settings import Settings
 from server.store.durability import Durability
@@ -38,6 +39,7 @@ from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_log import AppendOnlyFile
 from server.store.redis_profiles import RedisProfiles
+from server.store.redis_signing import RedisSigning
 from server.user_key import UserKeys
 
 log = logging.getLogger("mta.gateway")
@@ -105,6 +107,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             task=bank.task,
             executor=threads,
             limit=settings.profile_items,
+            signing=RedisSigning(connection) if bank.signs else None,
         )
         personalizer = Personalizer(bank, profiles)
         engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
@@ -113,7 +116,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         for watching in (health.watch(), log_file.watch()):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
-        generator = Generator(personalizer, engine, metrics)
+        generator = Generator(personalizer, Recall(profiles, bank.task), engine, metrics)
         jobs_store = RedisJobs(connection)
         adapting = Adapting(
             jobs_store,

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from bank.prompt import chat_messages
 from server.engine_client import AdapterMissing, EngineClient, EngineRequest, EngineStream
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.metrics import Metrics
 from server.personalizer import Personalization, Personalizer, fallen_back
+from server.recall import Recall, conversation
 from server.schemas import GenerateRequest, Personalize
 from server.timings import Timings
 
@@ -51,8 +51,9 @@ class Answer:
 class Generator:
     """Answers requests."""
 
-    def __init__(self, personalizer: Personalizer, engine: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, personalizer: Personalizer, recall: Recall, engine: EngineClient, metrics: Metrics) -> None:
         self._personalizer = personalizer
+        self._recall = recall
         self._engine = engine
         self._metrics = metrics
 
@@ -86,7 +87,7 @@ class Generator:
         context: int | None,
     ) -> tuple[Personalization, EngineStream]:
         """The engine's stream and who speaks in it: the base model, when the engine lacks the adapter."""
-        messages = _conversation(request)
+        messages = await self._recall.messages(request)
         wanted = EngineRequest(
             request_id=request_id,
             model=personalization.model,
@@ -106,12 +107,6 @@ class Generator:
         return await self._open(stack, request, request_id, fallen_back(personalization), context)
 
 
-def _conversation(request: GenerateRequest) -> list[dict[str, str]]:
-    if request.prompt is not None:
-        return chat_messages(request.prompt)
-    return [message.model_dump() for message in request.messages or ()]
-
-
 def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int | None) -> None:
     """Refuse what is known to be too much before it reaches the engine.
 
@@ -123,7 +118,7 @@ def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int |
     Raises:
         InvalidRequest: naming the field.
     """
-    chars = sum(len(message["content"]) for message in _conversation(request))
+    chars = sum(len(message["content"]) for message in conversation(request))
     if chars > max_prompt_chars:
         param = request.conversation_param
         raise InvalidRequest(

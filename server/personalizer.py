@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from adapters.errors import excerpt
-from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id, parse_recipe
+from adapters.recipe import PER_MILLE, FusionRecipe, Term, anchor_id, parse_recipe
 from bank.serving import ServingBank
+from bank.weights import AnchorWeight
 from server.engine_client import BASE_MODEL
-from server.errors import NotFound
+from server.errors import ApiError, NotFound
 from server.profiles import Profiles
 from server.schemas import Personalize
 from server.store.profiles import AdapterNote, Profile
 from server.timings import Timings
+
+log = logging.getLogger("mta.gateway")
+
+ASK_EVERY_S = 60.0
+"""A user's missing signature is asked for at most so often by one gateway."""
+
+MOST_ASKED = 10_000
 
 
 class Level(StrEnum):
@@ -33,11 +44,13 @@ class Voice:
         id: its public id, e.g. `a03`.
         weight: its weight in the recipe, 0 to 1.
         similarity: how near it is to the user's profile; None when others are nearer by now.
+        gain: by how much it is predicted to lower the loss of the user's items, nats a token; None without a signature.
     """
 
     id: str
     weight: float
     similarity: float | None
+    gain: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +61,7 @@ class Personalization:
         level: how much of the user it holds.
         recipe: what the engine fuses; None for the base model.
         source: which evidence the weights come from; None for the base model.
-        anchors: nearest first.
+        anchors: the weightiest first.
         reason: why the level is not higher, or None.
     """
 
@@ -65,11 +78,13 @@ class Personalization:
 
 
 class Personalizer:
-    """Finds recipes. Stateless: all that it knows of a user is in the profile."""
+    """Finds recipes. All that it knows of a user is in the profile."""
 
     def __init__(self, bank: ServingBank, profiles: Profiles) -> None:
         self._bank = bank
         self._profiles = profiles
+        self._asked: dict[str, float] = {}
+        self._asking: set[asyncio.Task[None]] = set()
 
     async def resolve(self, user_id: str, wanted: Personalize, timings: Timings) -> Personalization:
         """Who shall speak for a user.
@@ -94,10 +109,30 @@ class Personalizer:
                     f"user_id {excerpt(user_id)} has no profile: PUT /users/{{id}}/profile makes one", param="user_id"
                 )
             return Personalization(Level.BASE, reason="unknown user")
+        if self._bank.signs and not profile.is_signed(self._bank.manifest.short):
+            self._want_signature(user_id)
         start_s = time.perf_counter()
         personalization = self.speaking_for(profile, stacked=wanted is Personalize.AUTO)
         timings.record("recipe", start_s)
         return personalization
+
+    def _want_signature(self, user_id: str) -> None:
+        """Ask for a signature that another bank, or an earlier profile, lacks; once in a while for each user."""
+        now_s = time.monotonic()
+        if now_s < self._asked.get(user_id, -math.inf) + ASK_EVERY_S:
+            return
+        if len(self._asked) >= MOST_ASKED:
+            self._asked.clear()
+        self._asked[user_id] = now_s
+        task = asyncio.create_task(self._ask(user_id))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, user_id: str) -> None:
+        try:
+            await self._profiles.want_signature(user_id)
+        except ApiError as error:
+            log.warning("a signature could not be asked for: %s", error.explained)
 
     def speaking_for(self, profile: Profile, *, stacked: bool = False) -> Personalization:
         """The recipe of a profile whose embedding is current, or the one that its user adapter was trained on.
@@ -105,24 +140,27 @@ class Personalizer:
         Runs on the event loop: on one core the whole of it takes 30 µs over 12 anchors and 0.6 ms over 10,000 (the
         most that are searched exhaustively), which is what handing it to a thread and back would cost.
         """
-        recipe, shares = self._bank.personalise(profile.embedding)
-        level, source = Level.MERGED, self._bank.manifest.weights.source
+        spoken = self._bank.personalise(profile.embedding, profile.evidence)
+        level, recipe = Level.MERGED, spoken.recipe
         if stacked and profile.adapter is not None:
             trained_on = parse_recipe(profile.adapter.recipe)
             if trained_on.bank == self._bank.manifest.short:
                 adapter = f"{self._profiles.key(profile.user_id)}.{profile.adapter.id}"
                 level, recipe = Level.STACKED, replace(trained_on, user_adapter=adapter)
-        similarities = {share.anchor: round(share.similarity, 4) for share in shares}
-        voices = [
-            Voice(anchor_id(term.anchor), term.weight / PER_MILLE, similarities.get(term.anchor))
-            for term in recipe.terms
-        ]
-        voices.sort(key=lambda voice: -(voice.similarity if voice.similarity is not None else -1.0))
-        return Personalization(level, recipe, source, tuple(voices))
+        found = {share.anchor: share for share in spoken.weights}
+        voices = [_voice(term, found.get(term.anchor)) for term in recipe.terms]
+        voices.sort(key=lambda voice: (-voice.weight, voice.id))
+        return Personalization(level, recipe, spoken.source, tuple(voices))
 
     def is_stale(self, adapter: AdapterNote) -> bool:
         """Whether a user adapter is of another bank: it is never served with this one."""
         return parse_recipe(adapter.recipe).bank != self._bank.manifest.short
+
+
+def _voice(term: Term, share: AnchorWeight | None) -> Voice:
+    similarity = round(share.similarity, 4) if share else None
+    gain = round(share.gain, 4) if share and share.gain is not None else None
+    return Voice(anchor_id(term.anchor), term.weight / PER_MILLE, similarity, gain)
 
 
 def fallen_back(personalization: Personalization) -> Personalization:

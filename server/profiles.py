@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,6 +18,7 @@ from server.errors import Unavailable
 from server.history import History, added, difference, replaced
 from server.store.profiles import Change, Erased, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
 from server.store.records import as_stored
+from server.store.signing import SignQueue
 from server.user_key import UserKeys
 
 EMBED_BATCH = 16
@@ -58,10 +59,19 @@ class Profiles:
         task: how the bank reads items.
         executor: the embedding threads.
         limit: newest items kept of each user.
+        signing: told of users whose items have changed; None where the bank has no signatures.
     """
 
     def __init__(
-        self, store: ProfileStore, keys: UserKeys, *, embedder: Embeds, task: Task, executor: Executor, limit: int
+        self,
+        store: ProfileStore,
+        keys: UserKeys,
+        *,
+        embedder: Embeds,
+        task: Task,
+        executor: Executor,
+        limit: int,
+        signing: SignQueue | None = None,
     ) -> None:
         self._store = store
         self._keys = keys
@@ -69,6 +79,7 @@ class Profiles:
         self._task = task
         self._executor = executor
         self._limit = limit
+        self._signing = signing
         self._refreshing: dict[str, asyncio.Task[Profile | None]] = {}
 
     def key(self, user_id: str) -> str:
@@ -90,6 +101,15 @@ class Profiles:
     async def add(self, user_id: str, items: Sequence[Item]) -> Changed:
         """Add items to the history; an item whose id is there already is replaced."""
         return await self._change(user_id, lambda history: added(history, items, self._limit))
+
+    async def items(self, user_id: str) -> Mapping[str, StoredItem]:
+        """A user's history by item id, the oldest first; empty for an unknown user."""
+        return await self._store.items(self._keys.key(user_id))
+
+    async def want_signature(self, user_id: str) -> None:
+        """Have a user's signature made; nothing happens where it is asked for already."""
+        if self._signing is not None:
+            await self._signing.ask(self._keys.key(user_id))
 
     async def erase(self, user_id: str) -> Erased | None:
         """Remove all that is kept of a user; None when there was nothing."""
@@ -130,6 +150,8 @@ class Profiles:
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
             profile = _next_profile(snapshot, user_id, len(history), self._embedder.id, embedding)
             if await self._store.commit(key, snapshot.version, Change(profile, step.put, fresh, step.drop)):
+                if self._signing is not None:
+                    await self._signing.ask(key)
                 return Changed(profile, step.changed)
             await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
@@ -175,4 +197,6 @@ def _same_content(before: StoredItem | None, after: StoredItem | None) -> bool:
 def _next_profile(snapshot: Snapshot, user_id: str, items: int, embedder: str, embedding: Vectors) -> Profile:
     profile = Profile(user_id, items, time.time_ns() // 1_000_000, embedder, embedding)
     before = snapshot.profile
-    return replace(profile, adapter=before.adapter, extra=before.extra) if before else profile
+    if before is None:
+        return profile
+    return replace(profile, adapter=before.adapter, signature=before.signature, extra=before.extra)

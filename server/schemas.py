@@ -25,6 +25,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 1024
 MAX_ITEMS = 10_000
+MAX_HISTORY = 16
 AS_TEXT, AS_MESSAGES = "as text", "as messages"
 """Which of its two forms an `input` takes; pydantic writes them into the places of faults."""
 MAX_SAMPLES = 1000
@@ -89,6 +90,9 @@ class GenerateRequest(_Request):
     )
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
+    history: int = Field(
+        0, ge=0, le=MAX_HISTORY, description="How many of the user's most relevant past items stand in the prompt."
+    )
     personalize: Personalize = Field(
         Personalize.AUTO,
         strict=False,  # a JSON string is how an enum's value comes

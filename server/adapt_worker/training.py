@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from adapters.errors import TrainingError
@@ -16,13 +18,32 @@ from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adap
 from adapters.user_run import Progress, UserPlan
 from adapters.user_trainer import Judgement, train_user
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
-from bank.prompt import EncodedPair, encode_conversation
+from bank.prompt import EncodedPair, encode_conversation, encode_pair
+from bank.signature import Signature
+from bank.signing import Signer
 from bank.training import load_base
 from server.store.samples import AdaptConfig, Sample
 
 BATCH_SIZE = 4
+MAX_SIGNED_TOKENS = 512
+"""Longest item of a signature; a longer one loses the end of its input."""
+
 LOOK_EVERY = 2
 """Steps between two looks at the held-out loss."""
+
+
+def user_plan(config: AdaptConfig) -> UserPlan:
+    """How a job trains."""
+    return UserPlan(
+        kind=UserAdapterKind(config.kind),
+        rank=config.rank,
+        steps=config.steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=config.learning_rate,
+        holdout=config.holdout,
+        every=LOOK_EVERY,
+        seed=config.seed,
+    )
 
 
 class AdapterTrainer:
@@ -64,22 +85,23 @@ class AdapterTrainer:
         Raises:
             TrainingError: when the samples or the configuration make no training.
         """
-        kind = UserAdapterKind(config.kind)
+        plan = user_plan(config)
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
-        if kind is UserAdapterKind.LORA and config.rank > room:
+        if plan.kind is UserAdapterKind.LORA and config.rank > room:
             raise TrainingError(f"rank {config.rank} does not fit: the bank leaves {room} for users")
-        plan = UserPlan(
-            kind=kind,
-            rank=config.rank,
-            steps=config.steps,
-            batch_size=BATCH_SIZE,
-            learning_rate=config.learning_rate,
-            holdout=config.holdout,
-            every=LOOK_EVERY,
-            seed=config.seed,
-        )
         examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step)
+
+    def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
+        """The signature of a user's items; one that says nothing when there are none to learn from."""
+        bank = self.manifest.short
+        if not pairs:
+            return Signature(bank, 0, np.zeros(self.matrix.anchors, np.float32))
+        return self._signer.signature(bank, [encode_pair(self.tokenizer, *pair, MAX_SIGNED_TOKENS) for pair in pairs])
+
+    @cached_property
+    def _signer(self) -> Signer:
+        return Signer(self.model, self.matrix)
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
         """The bytes of what was trained."""

@@ -21,7 +21,7 @@ from adapters.user_run import Progress
 from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.errors import ApiError
-from server.store.jobs import JobState, JobStore, Lease, StoredAdapter, Trained
+from server.store.jobs import JobId, JobState, JobStore, Lease, StoredAdapter, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample, new_adapter_id
 
@@ -60,14 +60,25 @@ class Worker:
         profiles: where users are.
         bank: finds the recipe that a user's adapter is trained on.
         trainer: trains.
+        model: held while the base model is in use, where others use it too.
     """
 
-    def __init__(self, name: str, jobs: JobStore, profiles: ProfileStore, bank: ServingBank, trainer: Trains) -> None:
+    def __init__(
+        self,
+        name: str,
+        jobs: JobStore,
+        profiles: ProfileStore,
+        bank: ServingBank,
+        trainer: Trains,
+        *,
+        model: asyncio.Lock | None = None,
+    ) -> None:
         self._name = name
         self._jobs = jobs
         self._profiles = profiles
         self._bank = bank
         self._trainer = trainer
+        self._model = model or asyncio.Lock()
 
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for.
@@ -91,9 +102,15 @@ class Worker:
         job_id = await self._jobs.next_job(self._name, wait_s)
         if job_id is None:
             return False
+        async with self._model:
+            await self._take(job_id)
+        return True
+
+    async def _take(self, job_id: JobId) -> None:
+        """Train a job, if it still wants a worker."""
         lease = await self._jobs.claim(job_id, LEASE_S)
         if lease is None:
-            return True
+            return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
         try:
             await self._work(lease)
@@ -109,7 +126,6 @@ class Worker:
         except Exception:
             await self._give_back(lease, counts=True)
             raise
-        return True
 
     async def _give_back(self, lease: Lease, *, counts: bool) -> None:
         """The worker ends: have another take the job up at once. Without a store, its lease runs out."""
@@ -126,7 +142,7 @@ class Worker:
             raise TrainingError("the user has no profile any more: PUT /users/{id}/profile makes one")
         if profile.embedder != self._bank.manifest.embedder.id:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
-        recipe, _ = self._bank.personalise(profile.embedding)
+        recipe = self._bank.personalise(profile.embedding, profile.evidence).recipe
         samples = [decode_sample(raw) for raw in await self._jobs.samples(key)]
         judgement = await self._trained(lease, recipe, samples, decode_config(lease.job.config))
         if judgement.weights is None:

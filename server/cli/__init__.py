@@ -7,7 +7,7 @@ import sys
 import typer
 
 from adapters.errors import MtaError
-from server.cli import bank, engine, gateway, models, readapt, settings, up, worker
+from server.cli import bank, engine, eval, gateway, models, readapt, settings, up, worker
 
 app = typer.Typer(
     name="mta",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("up")(up.up)
 app.add_typer(bank.app, name="bank")
+app.command("eval")(eval.evaluate)
 app.command("models")(models.models)
 app.command("gateway")(gateway.gateway)
 app.command("engine")(engine.engine)

@@ -47,6 +47,18 @@ def build(
     ] = None,
     k: TopOption = DEFAULTS.k,
     strength: Annotated[float, typer.Option(help="What the anchors' weights sum to.")] = DEFAULTS.strength,
+    weights: Annotated[
+        str, typer.Option(help="What speaks for a user: topic, signature, or auto: signatures where possible.")
+    ] = DEFAULTS.weights,
+    signature_k: Annotated[int, typer.Option(help="As --k, by signature.")] = DEFAULTS.signature_k,
+    signature_strength: Annotated[
+        float, typer.Option(help="As --strength, by signature.")
+    ] = DEFAULTS.signature_strength,
+    tau: Annotated[float, typer.Option(help="How much a nat of a user's evidence counts.")] = DEFAULTS.tau,
+    kappa: Annotated[float, typer.Option(help="How much similarity of topics counts beside it.")] = DEFAULTS.kappa,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Train the task's own row too, for `mta eval`.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Optimiser steps of each anchor.")] = DEFAULTS.steps,
     common_steps: Annotated[int, typer.Option(help="Optimiser steps of the common row.")] = DEFAULTS.common_steps,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of steps.")] = None,
@@ -70,6 +82,7 @@ def build(
     Killed and started again with the same options it goes on where it was, and ends with the same bank.
     """
     prepare_to_train()
+    from bank.baselines import build_baselines
     from bank.build import build_bank
     from server.cli.build_progress import ConsoleProgress
 
@@ -83,6 +96,11 @@ def build(
         target_modules=tuple(name.strip() for name in target_modules.split(",")) if target_modules else None,
         k=k,
         strength=strength,
+        weights=weights,
+        signature_k=signature_k,
+        signature_strength=signature_strength,
+        tau=tau,
+        kappa=kappa,
         steps=steps,
         common_steps=common_steps,
         epochs=epochs,
@@ -108,6 +126,8 @@ def build(
     with ConsoleProgress() as progress:
         try:
             manifest = build_bank(inputs, options, progress)
+            if baselines:
+                build_baselines(inputs, options, manifest, progress)
         except KeyboardInterrupt:
             progress.say("stopped; the same command goes on with the next row")
             sys.exit(130)

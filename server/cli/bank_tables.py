@@ -35,7 +35,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("embedder", f"{embedder['id']}, {embedder['dim']} numbers"),
         ("method", f"{summary['method']}, {common}"),
         ("adapted", f"{summary['modules']} modules: {', '.join(summary['target_modules'])}"),
-        ("weights", f"{weights['source']}, at most {weights['anchors']} anchors, strength {weights['strength']:g}"),
+        ("weights", _rule(weights)),
         ("index", f"{index['kind']}, {index['anchors']} anchors of {index['dim']} numbers"),
         (
             "rank",
@@ -45,3 +45,15 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("size", f"{sizes}; {decimal(summary['row_bytes'])} an anchor"),
         ("training", ", ".join(f"{key} {value}" for key, value in summary["training"].items() if value is not None)),
     ]
+
+
+def _rule(weights: Mapping[str, Any]) -> str:
+    """The rule of weights in a line."""
+    topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
+    signed = weights["signature"]
+    if not signed:
+        return topic
+    return (
+        f"signature, at most {signed['anchors']} anchors, strength {signed['strength']:g}, τ {signed['tau']:g}, "
+        f"κ {signed['kappa']:g}; until it is there {topic}"
+    )

@@ -42,11 +42,13 @@ async def _run(settings: Settings) -> None:
     from bank.models import ensure_base_model, ensure_embedder, model_hash
     from bank.serving import ServingBank
     from bank.training import resolve_dtype
+    from server.adapt_worker.signing import SigningLoop
     from server.adapt_worker.training import AdapterTrainer
     from server.adapt_worker.worker import Worker
     from server.store.redis_connection import RedisConnection
     from server.store.redis_jobs import RedisJobs
     from server.store.redis_profiles import RedisProfiles
+    from server.store.redis_signing import RedisSigning
 
     if settings.bank is None:
         raise MtaError("no bank: set MTA_BANK or --bank to a folder that `mta bank build` made")
@@ -58,13 +60,16 @@ async def _run(settings: Settings) -> None:
             f"the bank at {settings.bank} is for {bank.manifest.base_model.name}, not for the model at {folder}"
         )
     trainer = AdapterTrainer.open(settings.bank, bank.manifest, folder, resolve_dtype("auto"))
+    model = asyncio.Lock()
     connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         await connection.check()
-        working = asyncio.create_task(
-            Worker(name, RedisJobs(connection), RedisProfiles(connection), bank, trainer).run()
-        )
+        profiles = RedisProfiles(connection)
+        loops = [Worker(name, RedisJobs(connection), profiles, bank, trainer, model=model).run()]
+        if bank.signs:
+            loops.append(SigningLoop(name, RedisSigning(connection), profiles, bank, trainer, model=model).run())
+        working = asyncio.gather(*loops)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)
         logging.getLogger("mta.worker").info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)

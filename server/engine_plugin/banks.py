@@ -62,7 +62,7 @@ def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:
         recipe,
         method=manifest.method,
         anchors=len(manifest.anchors),
-        max_anchors=manifest.weights.anchors,
+        max_anchors=manifest.max_anchors,
         common=manifest.common,
     )
     return recipe

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from bank.profile import Vectors
+from bank.signature import Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,19 @@ class AdapterNote:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredSignature:
+    """A user's signature, and the profile that it was made of.
+
+    Attributes:
+        signature: with 0 tokens when there was nothing to make one of.
+        made_of_ms: `updated_ms` of that profile.
+    """
+
+    signature: Signature
+    made_of_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """The profile record.
 
@@ -42,6 +56,7 @@ class Profile:
         embedder: id of the embedder that made the embedding; an embedding is never compared across embedders.
         embedding: [E] float32 at unit length, kept as fp16.
         adapter: the user adapter, if there is one.
+        signature: if one was made; it may be of an earlier profile, or of another bank.
         extra: parts of the record that this version does not know, by tag: they are carried along untouched.
     """
 
@@ -51,7 +66,18 @@ class Profile:
     embedder: str
     embedding: Vectors
     adapter: AdapterNote | None = None
+    signature: StoredSignature | None = None
     extra: Mapping[int, bytes] = field(default_factory=dict)
+
+    @property
+    def evidence(self) -> Signature | None:
+        """The signature, however old."""
+        return self.signature.signature if self.signature else None
+
+    def is_signed(self, bank: str) -> bool:
+        """Whether there is a signature for a bank (its 8 hex digits), of the items as they are now."""
+        signed = self.signature
+        return signed is not None and (signed.signature.bank, signed.made_of_ms) == (bank, self.updated_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +159,9 @@ class ProfileStore(Protocol):
 
     async def read(self, key: str) -> Snapshot:
         """Everything, consistent in itself: what a change starts from."""
+
+    async def items(self, key: str) -> Mapping[str, StoredItem]:
+        """The items alone, by id, the oldest first; empty for an unknown user."""
 
     async def commit(self, key: str, version: bytes, change: Change) -> bool:
         """Write a change made from the snapshot of `version`, whole or not at all.

@@ -15,15 +15,17 @@ import numpy as np
 import orjson
 
 from bank.profile import Vectors
-from server.store.profiles import AdapterNote, Profile, StoredItem, StoredVector
+from bank.signature import Signature
+from server.store.profiles import AdapterNote, Profile, StoredItem, StoredSignature, StoredVector
 
 RECORD_VERSION = 1
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
-_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER = range(1, 8)
+_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE = range(1, 9)
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
-_KNOWN = _REQUIRED | {_ADAPTER}
+_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE}
+_SIGNED = struct.Struct("<4sIQf")  # bank, tokens, made of, length of the products
 
 
 def encode_profile(profile: Profile) -> bytes:
@@ -40,6 +42,8 @@ def encode_profile(profile: Profile) -> bytes:
     if profile.adapter is not None:
         note = profile.adapter
         parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms}".encode()
+    if profile.signature is not None:
+        parts[_SIGNATURE] = _signed(profile.signature)
     body = b"".join(_PART.pack(tag, len(part)) + part for tag, part in sorted(parts.items()))
     return bytes([RECORD_VERSION]) + body
 
@@ -62,6 +66,7 @@ def decode_profile(record: bytes) -> Profile:
         embedder=parts[_EMBEDDER].hex(),
         embedding=_single(parts[_EMBEDDING]),
         adapter=_note(parts[_ADAPTER]) if _ADAPTER in parts else None,
+        signature=_stored_signature(parts[_SIGNATURE]) if _SIGNATURE in parts else None,
         extra={tag: part for tag, part in parts.items() if tag not in _KNOWN},
     )
 
@@ -108,6 +113,18 @@ def _parts(record: bytes) -> Iterator[tuple[int, bytes]]:
 def _note(raw: bytes) -> AdapterNote:
     adapter, recipe, size_bytes, created_ms = raw.decode().split(" ")
     return AdapterNote(adapter, recipe, int(size_bytes), int(created_ms))
+
+
+def _signed(stored: StoredSignature) -> bytes:
+    """The products at unit length in fp16, its length beside it: gradients are small numbers."""
+    made, length = stored.signature, float(np.linalg.norm(stored.signature.products))
+    head = _SIGNED.pack(bytes.fromhex(made.bank), made.tokens, stored.made_of_ms, length)
+    return head + _half(made.products / length if length else made.products)
+
+
+def _stored_signature(raw: bytes) -> StoredSignature:
+    bank, tokens, made_of_ms, length = _SIGNED.unpack_from(raw)
+    return StoredSignature(Signature(bank.hex(), tokens, _single(raw[_SIGNED.size :]) * np.float32(length)), made_of_ms)
 
 
 def _half(vector: Vectors) -> bytes:

@@ -12,7 +12,7 @@ and two that all users share::
     mta:adapted                set      banks that user adapters were trained on
     mta:adapted:<bank>         set      keys of the users whose adapter was
 
-Workers are woken by a queue beside them (`redis_queue`). `overdue` walks what is due there, never the keys.
+Workers are woken by the queue `mta:jobs` beside them (`redis_queue`). `overdue` walks what is due there, not the keys.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from server.store.jobs import (
     StoredAdapter,
     Submission,
     Trained,
+    parse_job_id,
 )
 from server.store.profiles import Profile
 from server.store.records import encode_profile
@@ -61,7 +62,7 @@ class RedisJobs:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
-        self._queue = RedisQueue(connection)
+        self._queue = RedisQueue(connection, "jobs")
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         prefix = user_prefix(user_key)
@@ -82,7 +83,7 @@ class RedisJobs:
         job_id = JobId(user_key, int(number))
         job = await self.job(job_id)
         if job is not None and not job.state.ended:
-            await self._queue.announce(job_id)
+            await self._queue.announce(str(job_id))
         return job
 
     async def job(self, job_id: JobId) -> Job | None:
@@ -91,7 +92,7 @@ class RedisJobs:
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         ended = await self._connection.write(scripts.CANCEL, (_job(job_id),), KEPT_S)
-        await self._queue.close(job_id)
+        await self._queue.close(str(job_id))
         return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:
@@ -99,7 +100,8 @@ class RedisJobs:
         return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
     async def next_job(self, worker: str, wait_s: float) -> JobId | None:
-        return await self._queue.next(worker, wait_s)
+        name = await self._queue.next(worker, wait_s)
+        return parse_job_id(name) if name is not None else None
 
     async def claim(self, job_id: JobId, lease_s: float) -> Lease | None:
         token = secrets.token_hex(16)
@@ -107,7 +109,7 @@ class RedisJobs:
             scripts.CLAIM, (_job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _DIED, KEPT_S
         )
         if taken < 0:
-            await self._queue.close(job_id)
+            await self._queue.close(str(job_id))
         job = await self.job(job_id) if taken == 1 else None
         return Lease(job, token) if job is not None else None
 
@@ -119,12 +121,12 @@ class RedisJobs:
         arguments = (lease.token, 0 if counts else -1)
         released = bool(await self._connection.write(scripts.RELEASE, (_job(lease.job.id),), *arguments))
         if released:
-            await self._queue.announce(lease.job.id)
+            await self._queue.announce(str(lease.job.id))
         return released
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
         done = await self._connection.write(scripts.END, (_job(lease.job.id),), lease.token, *_outcome(trained, ""))
-        await self._queue.close(lease.job.id)
+        await self._queue.close(str(lease.job.id))
         return bool(done)
 
     async def promote(
@@ -147,7 +149,7 @@ class RedisJobs:
             raw.raw,
         )
         if done:
-            await self._queue.close(lease.job.id)
+            await self._queue.close(str(lease.job.id))
         return bool(done)
 
     async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
@@ -156,6 +158,14 @@ class RedisJobs:
         if values[0] is None or values[0].decode() != adapter_id:
             return None
         return StoredAdapter(adapter_id, values[1].decode(), values[2].decode(), values[3])
+
+    async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
+        """Put an adapter where engines look for it, without a job and for a while: for an evaluation."""
+        fields = {"id": stored.id, "recipe": stored.recipe, "sha256": stored.sha256, "raw": stored.raw}
+        async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
+            pipe.hset(_adapter(user_key), mapping=fields)
+            pipe.expire(_adapter(user_key), ttl_s)
+            await pipe.execute()
 
     async def adapter_id(self, user_key: str) -> str | None:
         value = await self._connection.run(lambda redis: redis.hget(_adapter(user_key), "id"))
@@ -183,21 +193,24 @@ class RedisJobs:
             await pipe.execute()
 
     async def open_jobs(self) -> int:
-        return await self._queue.open_jobs()
+        return await self._queue.open_count()
 
     async def overdue(self) -> list[JobId]:
         now_ms, waiting = await self._queue.now_ms(), await self._queue.waiting()
         announced = []
-        for job_id in await self._queue.due(now_ms):
+        for name in await self._queue.due(now_ms):
+            job_id = parse_job_id(name)
+            if job_id is None:
+                continue
             state, lease_until = await self._standing(job_id)
             if state is None or state.ended:
-                await self._queue.close(job_id)
+                await self._queue.close(str(job_id))
             elif lease_until > now_ms:
-                await self._queue.look_again(job_id, lease_until)
+                await self._queue.look_again(str(job_id), lease_until)
             elif waiting and state is JobState.QUEUED:
-                await self._queue.look_again(job_id, now_ms)  # its turn may well come: a worker is behind
+                await self._queue.look_again(str(job_id), now_ms)  # its turn may well come: a worker is behind
             else:
-                await self._queue.announce(job_id)
+                await self._queue.announce(str(job_id))
                 announced.append(job_id)
         return announced
 

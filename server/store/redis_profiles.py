@@ -13,9 +13,11 @@ are the same, so that every change is one atomic step and concurrent writers nev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from server.errors import Unavailable
 from server.store.jobs import KEPT_JOBS
-from server.store.profiles import Change, Erased, Profile, Snapshot
+from server.store.profiles import Change, Erased, Profile, Snapshot, StoredItem
 from server.store.records import (
     decode_item,
     decode_profile,
@@ -78,15 +80,16 @@ class RedisProfiles:
         profile, items, vectors = _names(key)
         async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
             record, raw_items, raw_vectors = await pipe.get(profile).hgetall(items).hgetall(vectors).execute()
-        decoded = sorted(
-            ((name.decode(), decode_item(raw)) for name, raw in raw_items.items()), key=lambda pair: pair[1].order
-        )
         return Snapshot(
             version=record or b"",
             profile=_decoded(record),
-            items=dict(decoded),
+            items=_in_order(raw_items),
             vectors={name.decode(): decode_vector(raw) for name, raw in raw_vectors.items()},
         )
+
+    async def items(self, key: str) -> Mapping[str, StoredItem]:
+        name = _names(key)[1]
+        return _in_order(await self._connection.run(lambda redis: redis.hgetall(name), WRITE_TIMEOUT_S))
 
     async def commit(self, key: str, version: bytes, change: Change) -> bool:
         items = {name: encode_item(item) for name, item in change.put_items.items()}
@@ -111,6 +114,11 @@ class RedisProfiles:
             for name in _names(key):
                 pipe.execute_command("MEMORY USAGE", name, "SAMPLES", 0)
             return sum(size or 0 for size in await pipe.execute())
+
+
+def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:
+    decoded = ((name.decode(), decode_item(raw)) for name, raw in raw_items.items())
+    return dict(sorted(decoded, key=lambda pair: pair[1].order))
 
 
 def _names(key: str) -> tuple[str, str, str]:

@@ -240,7 +240,7 @@ async def test_a_job_that_nobody_was_told_of_is_found(
     monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
     job_id = await submitted(jobs, user)
     async with redis.from_url(server.url) as raw:
-        await raw.delete("mta:wake")
+        await raw.delete("mta:jobs")
     jobs = RedisJobs(jobs._connection)
     assert await jobs.overdue() == [job_id]
     assert await jobs.next_job("w", 1) == job_id

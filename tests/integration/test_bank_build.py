@@ -152,7 +152,8 @@ def test_a_user_is_led_to_the_anchor_who_talks_of_the_same(
     embedder = Embedder.load(embedder_folder)
     bank = ServingBank.open(bench.folder / "plain", embedder.id)
     profile = embedder.embed(["Say 99 on baking bread"])[0]
-    recipe, weights = bank.personalise(profile)
+    spoken = bank.personalise(profile)
+    recipe, weights = spoken.recipe, spoken.weights
     assert weights[0].similarity == max(w.similarity for w in weights) > 0.5
     assert recipe.common
     assert sum(term.weight for term in recipe.terms) == 1000

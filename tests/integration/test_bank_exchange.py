@@ -167,7 +167,7 @@ def test_imported_adapters_are_anchors_with_peft_own_delta(inbox: Inbox, method:
 def test_an_imported_bank_serves_by_its_profiles(inbox: Inbox) -> None:
     inbox.bring_in("serving")
     bank = ServingBank.open(inbox.folder / "serving", inbox.embedder.id)
-    _, weights = bank.personalise(inbox.embedder.embed(["Say 5 on growing roses"])[0])
+    weights = bank.personalise(inbox.embedder.embed(["Say 5 on growing roses"])[0]).weights
     assert weights[0].anchor == 2
 
 

@@ -222,10 +222,10 @@ async def test_evidence_that_this_version_does_not_know_survives_a_change(
     key = KEYS.key(user_id)
     snapshot = await store.read(key)
     assert snapshot.profile is not None
-    signed = replace(snapshot.profile, extra={8: b"signature" * 170})
+    signed = replace(snapshot.profile, extra={200: b"signature" * 170})
     assert await store.commit(key, snapshot.version, Change(signed, {}, {}, ()))
     await writing.add(user_id, items("roses"))
     profile = await writing.current(user_id)
     assert profile is not None
-    assert profile.extra == {8: b"signature" * 170}
+    assert profile.extra == {200: b"signature" * 170}
     assert (await store.read(key)).profile is not None

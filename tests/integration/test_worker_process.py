@@ -81,12 +81,12 @@ def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try
     job = posted(client, ada, LONG, steps=500)
     for attempt in range(1, MAX_TRIES + 1):
         with redis.Redis.from_url(valkey.url) as raw:
-            raw.xtrim("mta:wake", maxlen=0)  # not yet
+            raw.xtrim("mta:jobs", maxlen=0)  # not yet
         with redis.Redis.from_url(valkey.url) as raw, worker() as background:
             small = posted(client, new_user(), SHORT, steps=1)
             wait_until(lambda small=small: small()["ended_at"], "a small job, after which everything is loaded")
             _leave_little_memory(background.process.pid)
-            raw.xadd("mta:wake", {"job": job()["id"]})
+            raw.xadd("mta:jobs", {"id": job()["id"]})
             assert background.wait() != 0
             assert "given back" in background.output
         assert (job()["state"], job()["tries"]) == ("queued", attempt)

@@ -13,7 +13,7 @@ from adapters.recipe import Method
 from adapters.trainer import linear_modules
 from bank.assemble import BankParts, write_bank
 from bank.embedder import Embedder
-from bank.manifest import BaseModelId, EmbedderId, WeightRule
+from bank.manifest import BaseModelId, EmbedderId, SignatureRule, WeightRule
 from bank.models import model_hash
 
 CHAT_TEMPLATE = (
@@ -66,6 +66,7 @@ def tiny_bank(
     user_rank: int = 4,
     k: int = 2,
     scale: float = 0.05,
+    signed: bool = False,
     seed: int = 1,
 ) -> Path:
     """Write a bank of random rows for a model of `tiny_model`, its index over real embeddings.
@@ -77,6 +78,7 @@ def tiny_bank(
         anchors: N; anchor i embeds the text `WORLDS[i]`, numbered beyond their count.
         method, common, rank, user_rank, k: as in `mta bank build`.
         scale: standard deviation of the rows' numbers.
+        signed: whether signatures speak, uncalibrated.
         seed: of the rows.
     """
     modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder))
@@ -85,6 +87,7 @@ def tiny_bank(
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
     embedder = Embedder.load(embedder_folder)
+    signature = SignatureRule(anchors=2, strength=1.0, tau=1.0, kappa=0.0, offsets=(0.0,) * anchors)
     parts = BankParts(
         task="chat",
         base_model=BaseModelId(name="tiny", hash=model_hash(model_folder)),
@@ -92,7 +95,7 @@ def tiny_bank(
         method=method,
         common=common,
         user_rank=user_rank,
-        weights=WeightRule(anchors=k),
+        weights=WeightRule(anchors=k, signature=signature if signed else None),
         layout=layout,
         rows=rows,
         shared_a=shared_a,

@@ -25,7 +25,7 @@ from bank.manifest import (
     write_manifest,
 )
 from bank.serving import ServingBank
-from bank.weights import AnchorWeight, TopicWeights, make_recipe
+from bank.weights import AnchorWeight, make_recipe, topic_weights
 
 
 def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: int = 2) -> BankManifest:
@@ -57,7 +57,7 @@ def index_at(*cosines: float) -> tuple[AnchorIndex, np.ndarray]:
 def test_weights_are_similarities_over_their_sum_and_are_never_swapped() -> None:
     """Two anchors of unequal similarity: the released merger of the paper gives each the other's weight."""
     index, query = index_at(0.3, 0.1, 0.9)
-    near, far = TopicWeights(index, WeightRule(anchors=2)).weights(query)
+    near, far = topic_weights(index, WeightRule(anchors=2), query)
     assert (near.anchor, far.anchor) == (2, 0)
     assert near.weight == pytest.approx(0.75, abs=1e-5)
     assert far.weight == pytest.approx(0.25, abs=1e-5)
@@ -68,20 +68,20 @@ def test_weights_are_similarities_over_their_sum_and_are_never_swapped() -> None
 
 def test_a_negative_similarity_counts_as_nothing() -> None:
     index, query = index_at(0.5, -0.5)
-    weights = TopicWeights(index, WeightRule(anchors=2)).weights(query)
+    weights = topic_weights(index, WeightRule(anchors=2), query)
     assert [w.weight for w in weights] == [1.0, 0.0]
     assert make_recipe(manifest(), weights).name == "mta1:9f2c41d0:cat:a00*1000"
 
 
 def test_when_nothing_is_similar_the_weights_are_equal() -> None:
     index, query = index_at(-0.5, -0.1, -0.9)
-    weights = TopicWeights(index, WeightRule(anchors=2)).weights(query)
+    weights = topic_weights(index, WeightRule(anchors=2), query)
     assert [(w.anchor, w.weight) for w in weights] == [(1, 0.5), (0, 0.5)]
 
 
 def test_strength_leaves_the_rest_to_the_common_row() -> None:
     index, query = index_at(0.6, 0.2)
-    weights = TopicWeights(index, WeightRule(anchors=2, strength=0.4)).weights(query)
+    weights = topic_weights(index, WeightRule(anchors=2, strength=0.4), query)
     assert sum(w.weight for w in weights) == pytest.approx(0.4)
     assert make_recipe(manifest(common=True, strength=0.4), weights).name == "mta1:9f2c41d0:cat:c+a00*300+a01*100"
 
@@ -92,7 +92,7 @@ def test_strength_leaves_the_rest_to_the_common_row() -> None:
     st.floats(0.001, 1),
 )
 def test_a_recipe_sums_to_the_strength_and_is_canonical(shares: list[float], common: bool, strength: float) -> None:
-    weights = [AnchorWeight(i, share, share) for i, share in enumerate(shares)][::-1]
+    weights = [AnchorWeight(i, strength * share / sum(shares), share) for i, share in enumerate(shares)][::-1]
     recipe = make_recipe(manifest(6, common, strength), weights)
     assert parse_recipe(recipe.name) == recipe
     assert sum(term.weight for term in recipe.terms) == (round(strength * 1000) if common else 1000)
@@ -112,7 +112,8 @@ def saved_bank(folder: Path, **changes: object) -> BankManifest:
 def test_a_serving_bank_leads_from_an_embedding_to_a_recipe(tmp_path: Path) -> None:
     written = saved_bank(tmp_path)
     bank = ServingBank.open(tmp_path, "e" * 16)
-    recipe, weights = bank.personalise(np.array([1, 0, 0, 0], dtype=np.float32))
+    spoken = bank.personalise(np.array([1, 0, 0, 0], dtype=np.float32))
+    recipe, weights = spoken.recipe, spoken.weights
     assert recipe.name == f"mta1:{written.short}:cat:a00*750+a01*250"
     assert [w.anchor for w in weights] == [0, 1]
     assert bank.task.name == "chat"

@@ -1,0 +1,89 @@
+"""The task's row, for evaluation: the common row, trained on with everybody's data for as long as all anchors took.
+
+A bank's anchors also teach the task; what they bring beyond that is measured against this row. It is kept in a folder
+beside the bank, as a bank whose common row it is and whose one anchor changes nothing, so that an engine can serve it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from adapters.flat import flat_a, flat_b
+from adapters.fusion import fuse
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe, Method
+from adapters.trainer import StepReport, TrainPlan, train_lora
+from bank.assemble import BankParts, write_bank
+from bank.build import read_inputs
+from bank.errors import BankError
+from bank.index import AnchorIndex
+from bank.manifest import INDEX_FILE, MANIFEST_FILE, MATRIX_FILE, BankManifest, WeightRule, read_manifest
+from bank.models import ensure_base_model
+from bank.options import BuildInputs, BuildOptions
+from bank.rows import RowProgress, anchor_steps
+from bank.tasks import get_task
+from bank.training import load_base, resolve_dtype, row_job, row_seed
+
+BASELINES = "baselines"
+TASK_ROW = "task"
+
+
+def build_baselines(
+    inputs: BuildInputs, options: BuildOptions, manifest: BankManifest, progress: RowProgress
+) -> BankManifest:
+    """Train the task's row of a finished bank, unless it is there.
+
+    Args:
+        inputs, options: those of the bank.
+        manifest: the bank's.
+        progress: told of every step.
+
+    Raises:
+        BankError: when the bank has no common row to go on from.
+    """
+    out = inputs.out / BASELINES
+    if (out / MANIFEST_FILE).exists() and read_manifest(out).training.get("of") == manifest.fingerprint:
+        return read_manifest(out)
+    if not manifest.common:
+        raise BankError("--baselines trains the common row on, and this bank has none: drop --no-common")
+    task = get_task(options.task)
+    pairs = [pair for person in read_inputs(inputs, task) for pair in person.pairs(task)]
+    options = dataclasses.replace(options, dtype=resolve_dtype(options.dtype))
+    model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), options.dtype)
+    steps = sum(anchor_steps(options, anchor.items) for anchor in manifest.anchors)
+    plan = TrainPlan(steps, options.batch_size, options.common_learning_rate, row_seed(options.seed, TASK_ROW))
+    job = row_job(TASK_ROW, pairs, plan, tokenizer, options.max_tokens)
+    progress.say(f"baseline: the common row goes on for {steps} steps, as long as all anchors together")
+    progress.begin({TASK_ROW: job.work_tokens})
+
+    def on_step(report: StepReport) -> None:
+        progress.step(TASK_ROW, steps, report)
+
+    matrix = MetaMatrix.open(inputs.out / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+    start = fuse(matrix, FusionRecipe(manifest.short, manifest.method, True, ()), torch.float32)
+    trained = train_lora(model, job.examples, plan, start=start, on_step=on_step)
+    return write_bank(out, _parts(inputs, manifest, trained, steps))
+
+
+def _parts(inputs: BuildInputs, manifest: BankManifest, trained: Any, steps: int) -> BankParts:
+    layout = manifest.layout
+    a, b = flat_a(layout, trained), flat_b(layout, trained)
+    row = b if manifest.method is Method.SHARED else torch.cat([a, b])
+    return BankParts(
+        task=manifest.task,
+        base_model=manifest.base_model,
+        embedder=manifest.embedder,
+        method=manifest.method,
+        common=True,
+        user_rank=manifest.user_rank,
+        weights=WeightRule(anchors=1),
+        layout=layout,
+        rows=[torch.zeros_like(row), row],
+        shared_a=a if manifest.method is Method.SHARED else None,
+        embeddings=AnchorIndex.load(inputs.out / INDEX_FILE).vectors([0]),
+        items=[0],
+        training={"of": manifest.fingerprint, "steps": steps},
+    )

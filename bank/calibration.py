@@ -1,0 +1,121 @@
+"""Calibrating predicted gains against measured ones, on people who are not anchors.
+
+A gradient is right about small steps, and an anchor is a large one: it is predicted to help, or to harm, too much, and
+an anchor far from the mean harms nearly everybody. One slope for all and an offset for each put that right; without the
+offsets the most extreme anchors win.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bank.errors import BankError
+from bank.histories import History
+from bank.profile import Vectors
+from bank.prompt import ChatTokenizer, EncodedPair, encode_pair
+from bank.resume import Workbench
+from bank.tasks import Task
+
+if TYPE_CHECKING:
+    from bank.signing import Signer
+
+MAX_DRAWS = 32
+DRAWS_OF_ONE = 4
+"""Draws of one person's items."""
+
+DRAWN_ITEMS = 10
+"""Items of one draw: about what a new user brings."""
+
+MIN_PEOPLE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """gainᵢ ≈ a·x - cᵢ, x the inner product, gains in nats a token against the centre.
+
+    Attributes:
+        slope: a.
+        offsets: c, [N] float32.
+        correlation: of predicted with measured gains over anchors, mean of all draws.
+        draws: how many there were.
+    """
+
+    slope: float
+    offsets: Vectors
+    correlation: float
+    draws: int
+
+    def record(self) -> dict[str, float | int]:
+        """For the manifest."""
+        return {
+            "signature_slope": self.slope,
+            "signature_correlation": self.correlation,
+            "signature_draws": self.draws,
+        }
+
+
+def calibrate_signer(
+    signer: Signer,
+    people: Sequence[History],
+    task: Task,
+    tokenizer: ChatTokenizer,
+    work: Workbench,
+    *,
+    max_tokens: int,
+    seed: int,
+) -> Calibration:
+    """Predict and measure each anchor's gain on several draws of items; finished draws are not repeated.
+
+    Args:
+        signer: of the bank.
+        people: candidates who are not anchors, at least `MIN_PEOPLE`.
+        task, tokenizer, max_tokens: how items become examples.
+        work: where draws are kept.
+        seed: of the draws.
+
+    Raises:
+        BankError: when there are too few people.
+    """
+    if len(people) < MIN_PEOPLE:
+        raise BankError(
+            f"signatures are calibrated on {MIN_PEOPLE} people or more who are not anchors, there are {len(people)}: "
+            "ask for fewer --anchors, give more people, or build with --weights topic"
+        )
+    chance = random.Random(seed)
+    order = chance.sample(range(len(people)), len(people))
+    draws = []
+    for draw in range(min(MAX_DRAWS, DRAWS_OF_ONE * len(people))):
+        pairs = people[order[draw % len(people)]].pairs(task)
+        drawn = random.Random(f"{seed}:{draw}").sample(pairs, min(DRAWN_ITEMS, len(pairs)))
+        examples = [encode_pair(tokenizer, *pair, max_tokens) for pair in drawn]
+
+        def measure(examples: Sequence[EncodedPair] = examples) -> Vectors:
+            return np.stack([signer.products(examples), signer.measured_gains(examples)])
+
+        draws.append(work.vectors(f"draw-{draw:02d}", measure))
+    predicted, measured = np.stack(draws).transpose(1, 0, 2)
+    return calibrate(predicted, measured)
+
+
+def calibrate(predicted: Vectors, measured: Vectors) -> Calibration:
+    """Least squares with one slope and an offset for each anchor.
+
+    Args:
+        predicted: inner products, [draws, N]; positive is better.
+        measured: by how much each anchor lowered the loss, [draws, N].
+    """
+    x, y = predicted.astype(np.float64), measured.astype(np.float64)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    spread = ((x - x_mean) ** 2).sum()
+    slope = float(((x - x_mean) * (y - y_mean)).sum() / spread) if spread > 0 else 0.0
+    slope = max(slope, 0.0)  # evidence that speaks against itself is none
+    offsets = slope * x_mean - y_mean
+    fitted = slope * x - offsets
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(fitted, y, strict=True) if a.std() > 0 and b.std() > 0]
+    mean = float(np.mean(correlations)) if correlations else 0.0
+    return Calibration(slope, offsets.astype(np.float32), mean, len(x))

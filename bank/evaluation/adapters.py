@@ -1,0 +1,177 @@
+"""Which adapter a method puts on the model for one person: the same parts that serve, and the baselines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from adapters.recipe import FusionRecipe
+from adapters.user_run import UserPlan
+from adapters.user_trainer import Judgement, train_user
+from bank.embedder import Embedder
+from bank.errors import BankError
+from bank.evaluation.methods import Base, Method
+from bank.evaluation.people import Person
+from bank.evaluation.scoring import Scorer
+from bank.evaluation.voices import OpenBank, Voice
+from bank.manifest import SignatureRule
+from bank.profile import Vectors, item_text, profile_embedding
+from bank.prompt import EncodedPair, encode_pair
+from bank.serving import ServingBank
+from bank.signature import MAX_ITEMS, Signature
+from bank.signing import Signer
+from bank.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What is known of a person before any query; made once, whatever methods ask for it.
+
+    Attributes:
+        person: whose.
+        pairs: encoded profile items, the oldest first.
+        embedding: of the profile.
+        trained: what few-shot training came to, by method.
+        signature, gains: what the items say about the anchors, predicted and measured, once it was asked for.
+    """
+
+    person: Person
+    pairs: Sequence[EncodedPair]
+    embedding: Vectors
+    trained: dict[Method, Judgement] = field(default_factory=dict)
+    signature: Signature | None = None
+    gains: Vectors | None = None
+
+
+class Adapters:
+    """Finds and trains adapters.
+
+    Args:
+        bank: under evaluation.
+        task_bank: of `--baselines`, or None.
+        scorer: the base model, for what is trained and measured.
+        embedder: of the bank.
+        plan: of few-shot training; its kind, rank and steps are stacked's and own's.
+        seed: of random anchors.
+        max_tokens: longest example.
+    """
+
+    def __init__(
+        self,
+        bank: OpenBank,
+        task_bank: OpenBank | None,
+        scorer: Scorer,
+        embedder: Embedder,
+        *,
+        plan: UserPlan,
+        seed: int,
+        max_tokens: int,
+    ) -> None:
+        self.bank = bank
+        self._task_bank = task_bank
+        self._scorer = scorer
+        self._embedder = embedder
+        self._plan = plan
+        self._seed = seed
+        self._max_tokens = max_tokens
+        self._signer: Signer | None = None
+
+    def evidence(self, person: Person) -> Evidence:
+        """What a method starts from."""
+        task = self.bank.serving.task
+        texts = [item_text(item, task) for item in person.history.items]
+        pairs = [encode_pair(self._scorer.tokenizer, *pair, self._max_tokens) for pair in person.history.pairs(task)]
+        return Evidence(person, pairs, profile_embedding(self._embedder.embed(texts)))
+
+    def voice(self, method: Method, evidence: Evidence) -> Voice | None:
+        """What speaks for the person; None for the base model.
+
+        Raises:
+            BankError: when the method needs what the bank lacks.
+        """
+        if method.base is Base.BASE:
+            return None
+        if method.base is Base.TASK:
+            bank = self._task()
+            return Voice(bank, FusionRecipe(bank.manifest.short, bank.manifest.method, True, ()))
+        voice = Voice(self.bank, self.recipe(method, evidence))
+        if not method.trained:
+            return voice
+        judgement = evidence.trained.get(method.plain)
+        if judgement is None:
+            judgement = train_user(self._scorer.bare(), voice.lora(), evidence.pairs, self._plan)
+            evidence.trained[method.plain] = judgement
+        return replace(voice, trained=judgement.weights)
+
+    def recipe(self, method: Method, evidence: Evidence) -> FusionRecipe:
+        """The recipe of a method that fuses; what is trained on top of it aside."""
+        manifest = self.bank.manifest
+        if method.base is Base.OWN:
+            if not manifest.common:
+                raise BankError("`own` is trained on the common row, and this bank has none")
+            return FusionRecipe(manifest.short, manifest.method, True, ())
+        return make_recipe(manifest, self._weights(method, evidence))
+
+    def _weights(self, method: Method, evidence: Evidence) -> Sequence[AnchorWeight]:
+        serving = _with_k(self.bank.serving, method.k)
+        rule, index = serving.manifest.weights, serving.index
+        merged = rule.signature or rule
+        if method.base is Base.MEAN:
+            return [AnchorWeight(anchor, merged.strength / index.anchors, 0.0) for anchor in range(index.anchors)]
+        if method.base is Base.RANDOM:
+            chance = random.Random(f"{self._seed}:{evidence.person.user_id}")
+            drawn = chance.sample(range(index.anchors), min(merged.anchors, index.anchors))
+            return [AnchorWeight(anchor, merged.strength / len(drawn), 0.0) for anchor in drawn]
+        source = method.source or rule.source
+        if source == "topic":
+            return topic_weights(index, rule, evidence.embedding)
+        if source == "evidence":
+            anchors = range(index.anchors)
+            cosines, gains = index.vectors(anchors) @ evidence.embedding, self._measured_gains(evidence)
+            tokens = _tokens(self._signed(evidence))
+            return evident_weights(rule.signature or SignatureRule(), anchors, gains, cosines, tokens)
+        return serving.personalise(evidence.embedding, self._signature(evidence)).weights
+
+    def _signature(self, evidence: Evidence) -> Signature:
+        if evidence.signature is None:
+            if not self.bank.serving.signs:
+                raise BankError("this bank has no signatures: build it with --weights signature")
+            evidence.signature = self._sign().signature(self.bank.manifest.short, self._signed(evidence))
+        return evidence.signature
+
+    def _sign(self) -> Signer:
+        model = self._scorer.bare()
+        if self._signer is None:
+            self._signer = Signer(model, self.bank.matrix)
+        return self._signer
+
+    def _measured_gains(self, evidence: Evidence) -> Vectors:
+        """What each anchor lowers the loss of the items by, against the centre: one pass for each."""
+        if evidence.gains is None:
+            evidence.gains = self._sign().measured_gains(self._signed(evidence))
+        return evidence.gains
+
+    def _signed(self, evidence: Evidence) -> Sequence[EncodedPair]:
+        return evidence.pairs[-MAX_ITEMS:]
+
+    def _task(self) -> OpenBank:
+        if self._task_bank is None:
+            raise BankError("`task` needs the task's row: build the bank with --baselines")
+        return self._task_bank
+
+
+def _tokens(pairs: Sequence[EncodedPair]) -> int:
+    return sum(pair.output_tokens for pair in pairs)
+
+
+def _with_k(serving: ServingBank, k: int | None) -> ServingBank:
+    """The bank with another k in its rule of weights."""
+    if k is None:
+        return serving
+    rule = serving.manifest.weights
+    changes: dict[str, object] = {"anchors": k}
+    if rule.signature:
+        changes["signature"] = rule.signature.model_copy(update={"anchors": k})
+    weights = rule.model_copy(update=changes)
+    return ServingBank(serving.manifest.model_copy(update={"weights": weights}), serving.index)

@@ -1,0 +1,38 @@
+"""Predictions and gold answers as LaMP's leaderboard and evaluation code read them: a JSON file for each method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bank.evaluation.records import Record
+from bank.tasks import Task
+
+LAMP_FOLDER, GOLDS = "lamp", "golds"
+
+
+def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> None:
+    """Write `golds.json`, and `METHOD.json` for each method that has predictions, of the first seed.
+
+    Args:
+        records: of an evaluation; without predictions nothing is written.
+        task: names itself in the files.
+        folder: made if needed.
+    """
+    predicted = [record for record in records if record.seed == 0 and record.prediction]
+    if not predicted:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    golds = {record.query_id: record.gold for record in predicted}
+    _write(folder / f"{GOLDS}.json", task, golds)
+    for method in dict.fromkeys(record.method for record in predicted):
+        # A method of which no word came is still answered: an empty answer is a wrong one.
+        answers = {r.query_id: r.prediction for r in records if r.seed == 0 and r.method == method}
+        _write(folder / f"{method.replace(':', '-')}.json", task, answers)
+
+
+def _write(path: Path, task: Task, outputs: dict[str, str]) -> None:
+    name = (task.lamp or task.name).replace("-", "_")
+    golds = [{"id": query_id, "output": output} for query_id, output in outputs.items()]
+    path.write_text(json.dumps({"task": name, "golds": golds}, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,118 @@
+"""The methods that are compared, by name: which adapter speaks, and whether past items stand in the prompt."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from bank.errors import BankError
+
+HISTORY = "+history"
+
+
+class Base(StrEnum):
+    """What adapter a method uses.
+
+    base: none. task: the common row trained on for as long as all anchors took together. mean: all anchors, equal
+    weights. random: as many random anchors as the rule takes, equal weights. merged: the bank's own rule. stacked:
+    merged, and the user's few-shot adapter. own: the common row and such an adapter, no anchors.
+    """
+
+    BASE = "base"
+    TASK = "task"
+    MEAN = "mean"
+    RANDOM = "random"
+    MERGED = "merged"
+    STACKED = "stacked"
+    OWN = "own"
+
+
+SOURCES = ("topic", "evidence", "signature")
+"""Where `merged:` and `stacked:` may take weights from, instead of the bank's own rule."""
+
+DEFAULT = "base,task,mean,random,merged,stacked,own"
+
+_WRITTEN = re.compile(r"(?P<base>[a-z]+)(?::(?P<source>[a-z]+))?(?:@(?P<what>[kn])(?P<count>[1-9][0-9]{0,2}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method.
+
+    Attributes:
+        base: its adapter.
+        source: where merged weights come from; None for the bank's rule.
+        k: most anchors that speak, written `@k4`; None for the rule's.
+        items: how many of the profile's last items are known, written `@n5`; None for all.
+        history: whether the user's most relevant past items stand in the prompt.
+    """
+
+    base: Base
+    source: str | None = None
+    k: int | None = None
+    items: int | None = None
+    history: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it is written."""
+        source = f":{self.source}" if self.source else ""
+        varied = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
+        return f"{self.base.value}{source}{varied}{HISTORY if self.history else ''}"
+
+    @property
+    def plain(self) -> Method:
+        """The same without history: it has the same adapter."""
+        return replace(self, history=False)
+
+    @property
+    def varied(self) -> bool:
+        """Whether it is a point of a curve: another k, or fewer items, than the method that it is of."""
+        return self.k is not None or self.items is not None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it trains an adapter for each user."""
+        return self.base in (Base.STACKED, Base.OWN)
+
+
+def parse_method(name: str) -> Method:
+    """A method from its name.
+
+    Raises:
+        BankError: when it is none.
+    """
+    written = _WRITTEN.fullmatch(name.removesuffix(HISTORY))
+    if written and written["base"] in list(Base):
+        base, source, count = Base(written["base"]), written["source"], written["count"]
+        merges = base in (Base.MERGED, Base.STACKED)
+        if source in (None, *SOURCES) and (merges or not (source or count)):
+            k, items = (int(count) if count and written["what"] == what else None for what in "kn")
+            return Method(base, source, k, items, name.endswith(HISTORY))
+    raise BankError(
+        f"{name!r} is no method: there are {', '.join(Base)}; merged and stacked with "
+        f"{', '.join(':' + known for known in SOURCES)}, and with @k4 (of the best 4 anchors) or @n5 (from the last "
+        f"5 items); and each with {HISTORY}"
+    )
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods from their names, joined by commas; each once.
+
+    Raises:
+        BankError: naming what is none.
+    """
+    return list(dict.fromkeys(parse_method(name.strip()) for name in text.split(",")))
+
+
+def curves(anchors: int, items: int) -> list[Method]:
+    """Points of two curves: merged by how many anchors speak, and by how many items are known.
+
+    Args:
+        anchors: of the bank.
+        items: of a profile.
+    """
+    ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {anchors})
+    ns = [n for n in (1, 2, 5, 10, 20) if n < items]
+    return [Method(Base.MERGED, k=k) for k in ks] + [Method(Base.MERGED, items=n) for n in ns]

@@ -1,0 +1,101 @@
+"""People to evaluate on: a profile, and queries later than all of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import excerpt
+from bank.errors import BankError
+from bank.histories import History, read_histories
+from bank.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One question to be answered as the person would: `gold` is their own answer."""
+
+    id: str
+    input: str
+    gold: str
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """One person.
+
+    Attributes:
+        history: their profile.
+        queries: at least one.
+    """
+
+    history: History
+    queries: tuple[Query, ...]
+
+    @property
+    def user_id(self) -> str:
+        """As in the file."""
+        return self.history.user_id
+
+    def knowing(self, items: int | None) -> Person:
+        """The same person when only their last so many items are known."""
+        return (
+            self if items is None else replace(self, history=replace(self.history, items=self.history.items[-items:]))
+        )
+
+
+def read_people(path: Path, task: Task) -> list[Person]:
+    """Read people with their queries, in the LaMP per-user layout.
+
+    Raises:
+        BankError: naming who lacks queries, or whose query lacks what.
+    """
+    histories = {history.user_id: history for history in read_histories(path, task)}
+    people = []
+    for raw in json.loads(path.read_text("utf-8")):
+        user_id = str(raw["user_id"])
+        queries = tuple(_query(path, user_id, place, entry) for place, entry in enumerate(raw.get("query") or ()))
+        if not queries:
+            raise BankError(
+                f"{path}: person {excerpt(user_id)} has no queries to evaluate on: give `query`, or make them of the "
+                "last items with `mta eval --last N`"
+            )
+        people.append(Person(histories[user_id], queries))
+    return people
+
+
+def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[Person]:
+    """People of whole histories, their last items made queries and the ones before them the profile.
+
+    Args:
+        histories: in time order.
+        task: whose items they are.
+        queries: items that become queries.
+        profile: items before them that stay.
+
+    Returns:
+        Those whose history is long enough.
+    """
+    people = []
+    for history in histories:
+        pairs = history.pairs(task)
+        if len(pairs) != len(history.items) or len(pairs) < queries + profile:
+            continue
+        kept = History(history.user_id, history.items[-queries - profile : -queries])
+        asked = tuple(
+            Query(f"{history.user_id}-{place}", turn, gold) for place, (turn, gold) in enumerate(pairs[-queries:])
+        )
+        people.append(Person(kept, asked))
+    return people
+
+
+def _query(path: Path, user_id: str, place: int, raw: Any) -> Query:
+    fields = ("id", "input", "gold")
+    if not isinstance(raw, Mapping) or any(not isinstance(raw.get(name), str | int) for name in fields):
+        raise BankError(
+            f"{path}: query {place} of person {excerpt(user_id)} must be {{id, input, gold}}, got {excerpt(raw)}"
+        )
+    return Query(*(str(raw[name]) for name in fields))

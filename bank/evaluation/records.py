@@ -1,0 +1,91 @@
+"""Records of an evaluation, a line for each query: appended as they are made, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from adapters.errors import excerpt
+from bank.errors import BankError
+
+RECORDS_FILE = "records.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one method made of one query.
+
+    Attributes:
+        key: hash of bank, settings and data: records of others are not reused.
+        user_id, query_id, method, seed: which.
+        loss: mean loss per gold token, nats.
+        prediction: greedy; empty when none was asked for.
+        gold: the person's own answer.
+        rejected: whether few-shot training was rejected, so that the method fell back to what it stands on.
+    """
+
+    key: str
+    user_id: str
+    query_id: str
+    method: str
+    seed: int
+    loss: float
+    prediction: str
+    gold: str
+    rejected: bool = False
+
+
+class Records:
+    """The records of one folder.
+
+    Args:
+        folder: where they are; made if needed.
+        key: of this evaluation.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / RECORDS_FILE
+        self._key = key
+        self._found: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
+        self._remember(self._read())
+
+    def has(self, user_id: str, method: str, seed: int, queries: int) -> bool:
+        """Whether all queries of a person are there."""
+        return len(self.of(user_id, method, seed)) == queries
+
+    def of(self, user_id: str, method: str, seed: int) -> list[Record]:
+        """The records of one person and method."""
+        return list(self._found.get((user_id, method, seed), ()))
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Append the records of one person and method, whole or not at all."""
+        records = list(records)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
+        self._remember(records)
+
+    def all(self) -> list[Record]:
+        """Every record of this evaluation."""
+        return [record for records in self._found.values() for record in records]
+
+    def _remember(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._found[record.user_id, record.method, record.seed].append(record)
+
+    def _read(self) -> Iterator[Record]:
+        if not self._path.exists():
+            return
+        whole, _, torn = self._path.read_bytes().rpartition(b"\n")
+        if torn:  # the run was killed while it wrote this line
+            self._path.write_bytes(whole + b"\n" if whole else b"")
+        for number, line in enumerate(filter(None, whole.decode("utf-8").split("\n")), 1):
+            try:
+                record = Record(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise BankError(f"{self._path}, line {number} is no record: {excerpt(line)}") from error
+            if record.key == self._key:
+                yield record

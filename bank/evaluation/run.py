@@ -1,0 +1,149 @@
+"""An evaluation: every method over every person, for every seed, as far as it is not recorded yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from adapters.user_run import UserPlan
+from bank.evaluation.adapters import Adapters, Evidence
+from bank.evaluation.methods import Base, Method
+from bank.evaluation.people import Person
+from bank.evaluation.records import Record, Records
+from bank.evaluation.scoring import Scores
+from bank.evaluation.voices import OpenBank, Voice
+from bank.prompt import ChatTokenizer, chat_messages, encode_pair, prompt_ids
+from bank.retrieval import with_history
+from bank.tasks import Task
+
+NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """How an evaluation is done.
+
+    Attributes:
+        methods: in the order in which they run.
+        seeds: one run each; only what is random or trained differs between them.
+        predict: whether answers are generated, for the task's metrics.
+        history: past items in the prompt of methods with history.
+        max_tokens: longest example.
+    """
+
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    predict: bool
+    history: int = 1
+    max_tokens: int = 512
+
+
+class Evaluation:
+    """Runs methods over people.
+
+    Args:
+        adapters: makes the adapters, by seed.
+        scores: who speaks.
+        tokenizer: the base model's.
+        task: of the bank.
+        records: what is there, and where more goes.
+        options: how.
+        key: of the records.
+    """
+
+    def __init__(
+        self,
+        adapters: Callable[[int], Adapters],
+        scores: Scores,
+        tokenizer: ChatTokenizer,
+        task: Task,
+        records: Records,
+        *,
+        options: EvalOptions,
+        key: str,
+    ) -> None:
+        self._adapters = adapters
+        self._scores = scores
+        self._tokenizer = tokenizer
+        self._task = task
+        self._records = records
+        self._options = options
+        self._key = key
+
+    def run(self, people: Sequence[Person], on_done: Callable[[int], None]) -> None:
+        """Evaluate all people; `on_done` is told how many (person, method, seed) are through."""
+        for person in people:
+            for seed in self._options.seeds:
+                self._person(person, seed, on_done)
+
+    def _person(self, person: Person, seed: int, on_done: Callable[[int], None]) -> None:
+        waiting = [m for m in self._options.methods if not self._has(person, m, seed)]
+        on_done(len(self._options.methods) - len(waiting))
+        if not waiting:
+            return
+        repeated = [m for m in waiting if self._repeats(m, seed)]
+        for method in repeated:
+            first = self._records.of(person.user_id, method.name, self._options.seeds[0])
+            self._records.add(replace(record, seed=seed) for record in first)
+            on_done(1)
+        adapters = self._adapters(seed)
+        known = {m: m.items for m in waiting if m not in repeated}
+        evidences = {items: adapters.evidence(person.knowing(items)) for items in set(known.values())}
+        voices = {m: adapters.voice(m, evidences[items]) for m, items in known.items() if not m.trained}
+        for method, items in known.items():
+            evidence = evidences[items]
+            voice = voices[method] if method in voices else adapters.voice(method, evidence)
+            self._records.add(self._evaluated(voice, evidence, method, seed))
+            on_done(1)
+
+    def _evaluated(self, voice: Voice | None, evidence: Evidence, method: Method, seed: int) -> list[Record]:
+        person = evidence.person
+        turns = [self._turn(method, person, query.input) for query in person.queries]
+        tokenizer, length = self._tokenizer, self._options.max_tokens
+        examples = [
+            encode_pair(tokenizer, turn, query.gold, length) for turn, query in zip(turns, person.queries, strict=True)
+        ]
+        losses = self._scores.losses(voice, examples)
+        predict = self._options.predict and not method.varied
+        texts = self._predicted(voice, turns) if predict else [""] * len(losses)
+        judgement = evidence.trained.get(method.plain)
+        rejected = judgement is not None and judgement.weights is None
+        return [
+            Record(self._key, person.user_id, query.id, method.name, seed, loss, text, query.gold, rejected)
+            for query, loss, text in zip(person.queries, losses, texts, strict=True)
+        ]
+
+    def _turn(self, method: Method, person: Person, turn: str) -> str:
+        if not method.history:
+            return turn
+        return with_history(self._task, turn, person.history.items, self._options.history)
+
+    def _predicted(self, voice: Voice | None, turns: Sequence[str]) -> list[str]:
+        prompts = [prompt_ids(self._tokenizer, chat_messages(turn)) for turn in turns]
+        return self._scores.predictions(voice, prompts, NEW_TOKENS[self._task.kind])
+
+    def _repeats(self, method: Method, seed: int) -> bool:
+        """Whether a method is what it was for the first seed: nothing random enters it."""
+        return seed != self._options.seeds[0] and not method.trained and method.base is not Base.RANDOM
+
+    def _has(self, person: Person, method: Method, seed: int) -> bool:
+        return self._records.has(person.user_id, method.name, seed, len(person.queries))
+
+
+def evaluation_key(
+    bank: OpenBank, task_bank: OpenBank | None, plan: UserPlan, people: Sequence[Person], how: str
+) -> str:
+    """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside."""
+    content: dict[str, Any] = {
+        "bank": bank.manifest.fingerprint,
+        "task": task_bank.manifest.fingerprint if task_bank else None,
+        "plan": asdict(replace(plan, seed=0)),
+        "people": [
+            [p.user_id, [dict(i.fields) for i in p.history.items], [asdict(q) for q in p.queries]] for p in people
+        ],
+        "how": how,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""Losses and predictions of a model under an adapter: what is asked of whoever has one, and the way in process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from adapters.attached import TRAINED, Attached, attached
+from adapters.lora import LoraWeights
+from adapters.trainer import Example, example_losses
+from bank.evaluation.voices import Voice
+
+
+class Scores(Protocol):
+    """Whoever speaks with a voice: a model in process, or a running engine (`server.eval_engine`)."""
+
+    def losses(self, voice: Voice | None, examples: Sequence[Example]) -> list[float]:
+        """Mean loss of each example's output tokens, nats a token; without a voice of the base model."""
+
+    def predictions(self, voice: Voice | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+        """Greedy answers, without special tokens.
+
+        Args:
+            voice: whose; the base model's without one.
+            prompts: token ids, the generation prompt of the chat template included.
+            new_tokens: longest answer.
+        """
+
+
+class Scorer:
+    """A base model that adapters are put on, one after the other.
+
+    Attaching costs more than a pass over a few examples, so an attached adapter stays, and gets other numbers, until
+    one of another rank comes or the bare model is wanted.
+
+    Args:
+        model, tokenizer: the base model's.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._model = model
+        self._here: Attached | None = None
+        self._rank = 0
+        self._attached = ExitStack()
+
+    def bare(self) -> Any:
+        """The base model without anything on it, for who attaches something of their own."""
+        self._attached.close()
+        self._here = None
+        return self._model
+
+    def losses(self, voice: Voice | None, examples: Sequence[Example]) -> list[float]:
+        """As in `Scores`."""
+        with self._under(voice) as model:
+            return example_losses(model, examples)
+
+    def predictions(self, voice: Voice | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+        """As in `Scores`."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with self._under(voice) as model, torch.no_grad():
+            made = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+            )
+        texts: list[str] = self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    @contextmanager
+    def _under(self, voice: Voice | None) -> Iterator[Any]:
+        if voice is not None:
+            yield self._with(voice.lora()).model
+        elif self._here is None:
+            yield self._model
+        else:
+            with self._here.model.disable_adapter():
+                yield self._here.model
+
+    def _with(self, lora: LoraWeights) -> Attached:
+        if self._here is None or self._rank != lora.rank:
+            here = self._attached.enter_context(attached(self.bare(), lora))
+            self._here, self._rank = here, lora.rank
+        self._here.put(TRAINED, lora)
+        return self._here

@@ -1,0 +1,169 @@
+"""From files to a table: opens what an evaluation needs, checks that it fits together, runs it and writes it down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from adapters.user_run import UserPlan
+from bank.baselines import BASELINES
+from bank.embedder import Embedder
+from bank.errors import BankError
+from bank.evaluation.adapters import Adapters
+from bank.evaluation.lamp_files import LAMP_FOLDER, write_lamp_files
+from bank.evaluation.methods import Base, curves
+from bank.evaluation.people import Person, read_people, split_histories
+from bank.evaluation.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_curves, draw_gains, draw_map
+from bank.evaluation.records import Record, Records
+from bank.evaluation.run import EvalOptions, Evaluation, evaluation_key
+from bank.evaluation.scoring import Scorer, Scores
+from bank.evaluation.summary import COMPARED, Row, as_json, markdown, summarise
+from bank.evaluation.voices import OpenBank
+from bank.histories import read_excluded, read_histories
+from bank.models import model_hash
+from bank.tasks import Task
+from bank.training import load_base, resolve_dtype
+from bank.weights import topic_weights
+
+TABLE_FILE, SUMMARY_FILE = "table.md", "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalInputs:
+    """What is evaluated, and where it goes.
+
+    Attributes:
+        users: people in the LaMP per-user layout.
+        bank: the bank's folder.
+        out: folder of records and results.
+        model_folder: the base model.
+        embedder: the bank's.
+        task: must be the bank's; None takes it.
+        people: only the first so many.
+        only: file of ids: only these.
+        last: for files without queries, how many of each one's last items become some.
+        profile: with `last`, items before them that are the profile.
+        dtype: of the base model.
+        curves: whether `merged` is evaluated with other k and with fewer items too, for the picture.
+    """
+
+    users: Path
+    bank: Path
+    out: Path
+    model_folder: Path
+    embedder: Embedder
+    task: str | None = None
+    people: int | None = None
+    only: Path | None = None
+    last: int = 0
+    profile: int = 10
+    dtype: str = "auto"
+    curves: bool = False
+
+
+def evaluate(
+    inputs: EvalInputs,
+    options: EvalOptions,
+    plan: UserPlan,
+    begin: Callable[[int], Callable[[int], None]],
+    engine: Scores | None = None,
+) -> list[Row]:
+    """Run what is not recorded yet, and write table and summary.
+
+    Args:
+        inputs: what is evaluated.
+        options: how.
+        plan: of few-shot training.
+        begin: told how many pieces there are; gives what is told of every piece done.
+        engine: who speaks instead of the model in process, which then only signs and trains.
+
+    Returns:
+        A row for each method.
+
+    Raises:
+        BankError: when bank, people, model and methods do not fit together.
+    """
+    bank = OpenBank.open(inputs.bank, inputs.embedder.id)
+    task = bank.serving.task
+    if inputs.task not in (None, task.name):
+        raise BankError(f"the bank at {inputs.bank} is for {task.name}, not for {inputs.task}")
+    if model_hash(inputs.model_folder) != bank.manifest.base_model.hash:
+        name = bank.manifest.base_model.name
+        raise BankError(f"the bank at {inputs.bank} is for {name}, not for the model at {inputs.model_folder}")
+    task_bank = _task_bank(inputs, options)
+    people = _people(inputs, task)
+    if inputs.curves:
+        longest = max(len(person.history.items) for person in people)
+        points = curves(len(bank.manifest.anchors), longest)
+        options = replace(options, methods=tuple(dict.fromkeys((*options.methods, *points))))
+    dtype = resolve_dtype(inputs.dtype)
+    where = "in an engine" if engine else "in process"
+    key = evaluation_key(bank, task_bank, plan, people, f"{where}, {dtype}, predictions: {options.predict}")
+    records = Records(inputs.out, key)
+    on_done = begin(len(people) * len(options.methods) * len(options.seeds))
+    scorer = Scorer(*load_base(inputs.model_folder, dtype))
+
+    @cache
+    def adapters(seed: int) -> Adapters:
+        seeded = replace(plan, seed=seed)
+        return Adapters(bank, task_bank, scorer, inputs.embedder, plan=seeded, seed=seed, max_tokens=options.max_tokens)
+
+    speaks, tokenizer = engine or scorer, scorer.tokenizer
+    Evaluation(adapters, speaks, tokenizer, task, records, options=options, key=key).run(people, on_done)
+    names = {method.name for method in options.methods}
+    made = [record for record in records.all() if record.method in names]
+    rows = summarise(made, task)
+    _draw(inputs, bank, adapters(options.seeds[0]), people, made)
+    write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
+    (inputs.out / TABLE_FILE).write_text(markdown(rows, COMPARED), encoding="utf-8")
+    content = {
+        "bank": bank.manifest.fingerprint,
+        "people": len(people),
+        "seeds": len(options.seeds),
+        "methods": as_json(rows),
+    }
+    (inputs.out / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def _draw(inputs: EvalInputs, bank: OpenBank, adapters: Adapters, people: list[Person], records: list[Record]) -> None:
+    """The pictures that the methods at hand allow."""
+    methods = {record.method for record in records}
+    against = next((name for name in (Base.TASK.value, Base.BASE.value) if name in methods), None)
+    shown = [name for name in ("merged", "stacked", "own") if name in methods]
+    if against and shown:
+        draw_gains(records, inputs.out / GAINS_FILE, against=against, methods=shown)
+    draw_curves(records, inputs.out / CURVES_FILE)
+    anchors = bank.serving.index.vectors(range(len(bank.manifest.anchors)))
+    embeddings = np.stack([adapters.evidence(person).embedding for person in people])
+    nearest = [[w.anchor for w in topic_weights(bank.serving.index, bank.manifest.weights, e)] for e in embeddings]
+    draw_map(anchors, embeddings, nearest, inputs.out / MAP_FILE)
+
+
+def _task_bank(inputs: EvalInputs, options: EvalOptions) -> OpenBank | None:
+    if not any(method.base is Base.TASK for method in options.methods):
+        return None
+    folder = inputs.bank / BASELINES
+    if not folder.is_dir():
+        raise BankError(f"method `task` needs the task's row: build the bank at {inputs.bank} again with --baselines")
+    return OpenBank.open(folder, inputs.embedder.id)
+
+
+def _people(inputs: EvalInputs, task: Task) -> list[Person]:
+    if inputs.last:
+        histories = read_histories(inputs.users, task)
+        people = split_histories(histories, task, queries=inputs.last, profile=inputs.profile)
+    else:
+        people = read_people(inputs.users, task)
+    kept = read_excluded(inputs.only) if inputs.only else None
+    people = [person for person in people if kept is None or person.user_id in kept][: inputs.people]
+    if not people:
+        raise BankError(
+            f"nobody in {inputs.users} can be evaluated on: with --last N, a history needs N and --profile items"
+        )
+    return people

@@ -1,0 +1,89 @@
+"""From records to a table: each method's mean, and its gain against others, paired over users."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from bank.evaluation.intervals import Interval, over_users
+from bank.evaluation.methods import parse_method
+from bank.evaluation.metrics import evaluate
+from bank.evaluation.records import Record
+from bank.tasks import Task
+
+COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one method came to.
+
+    Attributes:
+        method: its name.
+        loss: nats per gold token, mean over users.
+        metrics: of the task, over all queries of all seeds; empty without predictions.
+        against: the difference of its loss to another method's, by that one's name; negative is better.
+        rejected: share of users whose training was rejected.
+    """
+
+    method: str
+    loss: float
+    metrics: Mapping[str, float]
+    against: Mapping[str, Interval]
+    rejected: float
+
+
+def summarise(records: Sequence[Record], task: Task) -> list[Row]:
+    """One row a method, the best loss last."""
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_method[record.method].append(record)
+    losses = user_losses(records)
+    rows = []
+    for method, found in by_method.items():
+        others = {
+            other: over_users([losses[method][user] - losses[other][user] for user in losses[method]])
+            for other in by_method
+            if other != method and losses[other].keys() >= losses[method].keys()
+        }
+        predicted = [record for record in found if record.prediction]
+        metrics = evaluate(task, [r.prediction for r in found], [r.gold for r in found]) if predicted else {}
+        rejected = float(np.mean([record.rejected for record in found]))
+        rows.append(Row(method, float(np.mean(list(losses[method].values()))), metrics, others, rejected))
+    return sorted(rows, key=lambda row: -row.loss)
+
+
+def markdown(rows: Sequence[Row], against: Sequence[str]) -> str:
+    """A Markdown table with intervals, bold where they exclude zero; the points of curves are left out."""
+    rows = [row for row in rows if not parse_method(row.method).varied]
+    shown = [name for name in against if any(row.method == name for row in rows)]
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    head = ["method", "loss", *names, *(f"loss against {name}" for name in shown)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        cells = [row.method, f"{row.loss:.4f}", *(f"{row.metrics[n]:.4f}" if n in row.metrics else "" for n in names)]
+        lines.append([*cells, *(_cell(row.against.get(name)) for name in shown)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """The same as JSON."""
+    return [asdict(row) for row in rows]
+
+
+def _cell(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    text = f"{interval.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+    return f"**{text}**" if interval.counts else text
+
+
+def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By method, each user's mean loss over their queries and all seeds."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        found[record.method][record.user_id].append(record.loss)
+    return {method: {user: float(np.mean(losses)) for user, losses in users.items()} for method, users in found.items()}

@@ -1,0 +1,78 @@
+"""What speaks for a person under a method: a recipe of an open bank, and what was trained on top of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adapters.fusion import fuse
+from adapters.lora import LoraWeights
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe
+from adapters.user_adapter import CoreWeights, UserAdapter, stack
+from bank.manifest import MATRIX_FILE, BankManifest, verify_files
+from bank.serving import ServingBank
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBank:
+    """A bank with its rows and its lookups.
+
+    Attributes:
+        serving: finds recipes.
+        matrix: fuses them.
+        folder: where it is.
+    """
+
+    serving: ServingBank
+    matrix: MetaMatrix
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path, embedder_id: str) -> OpenBank:
+        """Open a bank whole.
+
+        Raises:
+            BankError: when it is missing, damaged, or of another embedder.
+        """
+        serving = ServingBank.open(folder, embedder_id)
+        manifest = serving.manifest
+        verify_files(folder, manifest, (MATRIX_FILE,))
+        matrix = MetaMatrix.open(folder / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+        return cls(serving, matrix, folder)
+
+    @property
+    def manifest(self) -> BankManifest:
+        """Of the bank."""
+        return self.serving.manifest
+
+    def fused(self, recipe: FusionRecipe) -> LoraWeights:
+        """What a recipe stands for, float32."""
+        return fuse(self.matrix, recipe, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """One person's adapter, as names and numbers.
+
+    Attributes:
+        bank: whose recipe it is.
+        recipe: of the bank.
+        trained: few-shot training's weights, stacked on it; None without any.
+    """
+
+    bank: OpenBank
+    recipe: FusionRecipe
+    trained: LoraWeights | CoreWeights | None = None
+
+    @property
+    def user_adapter(self) -> UserAdapter | None:
+        """What was trained, with the recipe it is for."""
+        return UserAdapter(self.recipe.name, self.trained) if self.trained else None
+
+    def lora(self) -> LoraWeights:
+        """The two together, float32."""
+        fused, user = self.bank.fused(self.recipe), self.user_adapter
+        return stack(fused, user, torch.float32) if user else fused

@@ -1,0 +1,66 @@
+"""Making signatures: gradients at the bank's centre, and what they say about each anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapters.attached import TRAINED, attached
+from adapters.errors import FusionError
+from adapters.flat import cut_b
+from adapters.gradient import b_gradient
+from adapters.lora import LoraWeights
+from adapters.matrix import MetaMatrix
+from adapters.trainer import Example, mean_loss
+from bank.profile import Vectors
+from bank.signature import Signature
+
+
+class Signer:
+    """Takes gradients at a bank's centre.
+
+    Args:
+        model: the base model.
+        matrix: the rows of a `shared` bank.
+
+    Raises:
+        FusionError: when the rows have no A in common: their B cannot be compared.
+    """
+
+    def __init__(self, model: Any, matrix: MetaMatrix) -> None:
+        if matrix.shared_a is None:
+            raise FusionError("signatures need a bank of method `shared`")
+        self._model = model
+        self._matrix = matrix
+        self._layout = matrix.layout
+        self._mean = sum((matrix.row(i).float() for i in range(matrix.anchors)), torch.tensor(0.0)) / matrix.anchors
+        self._common = matrix.common_row.float() if matrix.common else torch.zeros(matrix.layout.b_numbers)
+        self._a = {name: a.float() for name, a in matrix.frozen_a.items()}
+        self.centre = self._lora(self._common + self._mean)
+
+    def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
+        """The signature of some items, for the bank with these 8 hex digits."""
+        tokens = sum(len(example.ids) - example.loss_from for example in examples)
+        return Signature(bank, tokens, self.products(examples))
+
+    def products(self, examples: Sequence[Example]) -> Vectors:
+        """To first order, by how many nats a token each anchor lowers the examples' loss, [N]."""
+        gradient = b_gradient(self._model, self._layout, self.centre, examples)
+        mean = torch.dot(gradient, self._mean)
+        rows = (torch.dot(gradient, self._matrix.row(i).float()) for i in range(self._matrix.anchors))
+        return np.array([float(mean - row) for row in rows], np.float32)
+
+    def measured_gains(self, examples: Sequence[Example]) -> Vectors:
+        """By how many nats a token each anchor lowers the examples' loss, against the centre: a pass for each, [N]."""
+        with attached(self._model, self.centre) as here:
+            centre, losses = mean_loss(here.model, examples), []
+            for anchor in range(self._matrix.anchors):
+                here.put(TRAINED, self._lora(self._common + self._matrix.row(anchor).float()))
+                losses.append(mean_loss(here.model, examples))
+        return np.array([centre - loss for loss in losses], np.float32)
+
+    def _lora(self, flat: torch.Tensor) -> LoraWeights:
+        return LoraWeights(self._layout.rank, self._a, cut_b(self._layout, flat))

@@ -1,0 +1,109 @@
+"""The table of docs/quality.md, in one command: a bank of real people, and every method over users it does not know.
+
+    python -m bench.quality --data ../data --task news_headline
+
+builds a bank from `DATA/TASK/anchors.json` with the defaults, its baselines too, and evaluates all methods on
+`DATA/TASK/users.json`. With `--folds N` it chooses instead of confirming: the people of `anchors.json` are dealt into N
+parts, each part is evaluated on a bank that has seen the others alone, and `users.json` is not touched.
+
+`--quick` runs the same two commands on a few made-up people and a tiny random model, in a minute or two: it checks the
+machinery, and says nothing about gains.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bank.evaluation.methods import DEFAULT
+from bank.evaluation.records import RECORDS_FILE
+from bank.evaluation.session import TABLE_FILE
+from bench.report import console
+from tests.support.people import people, write_people
+from tests.support.tiny import tiny_model
+
+ANCHORS = {"news_headline": 12, "movie_rating": 24}
+QUERIES = {"news_headline": 6, "movie_rating": 8}
+
+
+def main(
+    *,
+    data: Annotated[Path | None, typer.Option(help="Folder of the real histories.", exists=True)] = None,
+    task: Annotated[str, typer.Option(help="Folder in it, and the task.")] = "news_headline",
+    out: Annotated[Path, typer.Option(help="Where banks and tables go.")] = Path("out/quality"),
+    seeds: Annotated[int, typer.Option(help="Seeds of what is random or trained.", min=1)] = 3,
+    folds: Annotated[int, typer.Option(help="Choose on so many folds of the anchors' people.", min=0)] = 0,
+    people: Annotated[int | None, typer.Option(help="At most so many people of each part.")] = None,
+    anchors: Annotated[int | None, typer.Option(help="Anchors of each bank.", show_default="12, films 24")] = None,
+    build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
+    evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Made-up people and a tiny model.")] = False,
+) -> None:
+    """Build, evaluate, and print the table."""
+    if quick:
+        _quick(out / "quick", seeds)
+        return
+    if data is None:
+        raise typer.BadParameter("name the folder of the real histories, or --quick", param_hint="--data")
+    out = out / task
+    everybody = data / task / "anchors.json"
+    size = anchors or ANCHORS.get(task, 12)
+    options = [*shlex.split(evaluate), *(("--people", str(people)) if people else ())]
+    if not folds:
+        bank = _bank(out / "bank", everybody, task, size, build)
+        _run("eval", "--users", data / task / "users.json", "--bank", bank, "--out", out, "--seeds", seeds, *options)
+        return
+    ids = [str(person["user_id"]) for person in json.loads(everybody.read_text("utf-8"))]
+    random.Random(0).shuffle(ids)
+    for fold in range(folds):
+        folder = out / f"fold-{fold}-of-{folds}"
+        folder.mkdir(parents=True, exist_ok=True)
+        left_out = folder / "left-out.json"
+        left_out.write_text(json.dumps(ids[fold::folds]), "utf-8")
+        bank = _bank(folder / "bank", everybody, task, size, f"{build} --exclude {shlex.quote(str(left_out))}")
+        asked = ("--only", left_out, "--last", QUERIES.get(task, 6), "--seeds", seeds, *options)
+        _run("eval", "--users", everybody, "--bank", bank, "--out", folder, *asked)
+        console().print(f"fold {fold}: {folder / TABLE_FILE}, {folder / RECORDS_FILE}")
+
+
+def _quick(out: Path, seeds: int) -> None:
+    """Five people in a tiny bank, three to evaluate on, every method."""
+    out.mkdir(parents=True, exist_ok=True)
+    model, everybody = tiny_model(out / "model"), people(8)
+    for person in everybody[5:]:
+        asked = [{"id": f"{person['user_id']}-{n}", "input": f"Say {n}", "gold": f"{n} indeed"} for n in range(30, 33)]
+        person["query"] = asked
+    known, new = write_people(out / "known.json", everybody[:5]), write_people(out / "new.json", everybody[5:])
+    small = (
+        f"--rank 4 --user-rank 4 --steps 3 --common-steps 3 --batch-size 4 --model {shlex.quote(str(model))} --force"
+    )
+    bank = _bank(out / "bank", known, "chat", 3, small)
+    methods = f"{DEFAULT},merged:topic,merged:evidence,merged+history"
+    _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model)
+
+
+def _bank(out: Path, users: Path, task: str, anchors: int, options: str) -> Path:
+    _run("bank", "build", "--users", users, "--task", task, "--anchors", anchors, "--out", out, "--baselines",
+         *shlex.split(options))  # fmt: skip
+    return out
+
+
+def _run(*arguments: object) -> None:
+    """One `mta` command, shown before it runs."""
+    argv: Sequence[str] = [str(argument) for argument in arguments]
+    console().print(f"mta {shlex.join(argv)}", style="dim", soft_wrap=True)
+    status = subprocess.run([sys.executable, "-m", "server.cli", *argv], check=False).returncode
+    if status:
+        raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,130 @@
+"""Evaluating through a running engine: the same losses and answers, from what serves them.
+
+The loss of a gold answer is read from vLLM's `prompt_logprobs` under the voice's recipe name. What was trained for a
+user is lent to the engine's store under a made-up user's key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from http import HTTPStatus
+from statistics import fmean
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import orjson
+
+from adapters.errors import MtaError, excerpt
+from adapters.trainer import Example
+from adapters.user_adapter import encode_user_adapter
+from bank.evaluation.voices import Voice
+from server.engine_client import BASE_MODEL, bearer, open_session
+from server.store.jobs import StoredAdapter
+from server.store.redis_connection import RedisConnection
+from server.store.redis_jobs import RedisJobs
+from server.store.samples import new_adapter_id
+from server.user_key import UserKeys
+
+LENT_S = 3600
+SILENCE_S = 300.0
+
+
+class EngineScores:
+    """A running engine that speaks; to be used as a context.
+
+    Args:
+        url: the engine's own, not a gateway's.
+        key: what it asks for.
+        redis_url: the store in which it looks for user adapters.
+    """
+
+    def __init__(self, url: str, key: str | None, redis_url: str) -> None:
+        self._url = f"{url.rstrip('/')}/v1/completions"
+        self._headers = {"Content-Type": "application/json"} | bearer(key)
+        self._redis_url = redis_url
+        self._keys = UserKeys(secrets.token_hex(32), "evaluation")
+        self._lent: dict[str, str] = {}  # SHA-256 of the bytes → the name that serves them
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        self._runner.run(self._open())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.run(self._close())
+        self._runner.close()
+
+    def losses(self, voice: Voice | None, examples: Sequence[Example]) -> list[float]:
+        """As in `bank.evaluation.scoring.Scores`.
+
+        Raises:
+            MtaError: when the engine cannot be reached, or does not serve this voice.
+        """
+        asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        answers = self._answers(voice, [asked | {"prompt": list(example.ids)} for example in examples])
+        return [_loss(answer, example) for answer, example in zip(answers, examples, strict=True)]
+
+    def predictions(self, voice: Voice | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+        """As in `bank.evaluation.scoring.Scores`."""
+        asked = {"max_tokens": new_tokens, "temperature": 0}
+        answers = self._answers(voice, [asked | {"prompt": list(prompt)} for prompt in prompts])
+        return [answer["choices"][0]["text"].strip() for answer in answers]
+
+    async def _open(self) -> None:
+        self._session = open_session(SILENCE_S)
+        self._connection = RedisConnection(self._redis_url, require_durable=False)
+        self._jobs = RedisJobs(self._connection)
+
+    async def _close(self) -> None:
+        await self._session.close()
+        await self._connection.close()
+
+    def _answers(self, voice: Voice | None, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One completion for each body, all at the same time."""
+
+        async def ask() -> list[dict[str, Any]]:
+            model = await self._name(voice)
+            return await asyncio.gather(*(self._complete({"model": model} | body) for body in bodies))
+
+        return self._runner.run(ask())
+
+    async def _name(self, voice: Voice | None) -> str:
+        """The name under which the engine serves a voice; what was trained is lent to its store once."""
+        if voice is None:
+            return BASE_MODEL
+        user = voice.user_adapter
+        if user is None:
+            return voice.recipe.name
+        raw = encode_user_adapter(voice.bank.manifest.layout, user)
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest not in self._lent:
+            key, adapter_id = self._keys.key(digest), new_adapter_id()
+            await self._jobs.lend(key, StoredAdapter(adapter_id, user.recipe, digest, raw), LENT_S)
+            self._lent[digest] = replace(voice.recipe, user_adapter=f"{key}.{adapter_id}").name
+        return self._lent[digest]
+
+    async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            async with self._session.post(self._url, data=orjson.dumps(body), headers=self._headers) as response:
+                raw = await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise MtaError(f"the engine at {self._url} cannot be reached: {error}") from error
+        if response.status != HTTPStatus.OK:
+            advice = "start it with this bank as MTA_BANK, for `task` with BANK/baselines as MTA_NEXT_BANK"
+            raise MtaError(f"the engine refused {body['model']} ({response.status}): {excerpt(raw, 300)}; {advice}")
+        answer: dict[str, Any] = orjson.loads(raw)
+        return answer
+
+
+def _loss(answer: dict[str, Any], example: Example) -> float:
+    """Mean loss of the example's output tokens; the first entry of `prompt_logprobs` is of no token."""
+    entries = answer["choices"][0]["prompt_logprobs"]
+    tokens = range(example.loss_from, len(example.ids))
+    return -fmean(entries[place][str(example.ids[place])]["logprob"] for place in tokens)

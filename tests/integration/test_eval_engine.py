@@ -1,0 +1,73 @@
+"""Evaluating through a real vLLM gives what evaluating in process gives, user adapters included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import MtaError
+from adapters.recipe import FusionRecipe, Term
+from adapters.user_adapter import UserAdapterKind
+from bank.embedder import Embedder
+from bank.evaluation.scoring import Scorer
+from bank.evaluation.voices import OpenBank, Voice
+from bank.prompt import encode_pair, prompt_ids
+from bank.training import load_base
+from server.eval_engine import EngineScores
+from tests.support.engine import KEY, running_engine
+from tests.support.tiny import tiny_bank
+from tests.support.user_adapters import random_user_adapter
+from tests.support.valkey import ValkeyProcess
+
+TURNS = ("Say 1", "Say something about trains", "And?")
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> OpenBank:
+    folder = tiny_bank(tmp_path_factory.mktemp("bank"), tiny_model_folder, embedder_folder, scale=0.1)
+    return OpenBank.open(folder, Embedder.load(embedder_folder).id)
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model_folder: Path) -> Scorer:
+    return Scorer(*load_base(tiny_model_folder, "float32"))
+
+
+@pytest.fixture(scope="module")
+def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> Iterator[EngineScores]:
+    folder = bank.folder
+    with (
+        running_engine(folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
+        EngineScores(running.url, KEY, valkey.url) as scores,
+    ):
+        yield scores
+
+
+def voices(bank: OpenBank) -> dict[str, Voice | None]:
+    """The base model, a recipe, and user adapters of both kinds stacked on it."""
+    recipe = FusionRecipe(bank.manifest.short, bank.manifest.method, True, (Term(0, 400), Term(3, 300)))
+    trained = {kind.value: random_user_adapter(bank.manifest, recipe, kind).weights for kind in UserAdapterKind}
+    stacked = {name: Voice(bank, recipe, weights) for name, weights in trained.items()}
+    return {"base": None, "merged": Voice(bank, recipe), **stacked}
+
+
+def test_losses_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
+    examples = [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
+    found = {name: engine.losses(voice, examples) for name, voice in voices(bank).items()}
+    for name, voice in voices(bank).items():
+        assert found[name] == pytest.approx(scorer.losses(voice, examples), abs=1e-3), name
+    assert len({round(losses[0], 3) for losses in found.values()}) == len(found)
+
+
+def test_answers_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
+    prompts = [prompt_ids(scorer.tokenizer, [{"role": "user", "content": turn}]) for turn in TURNS]
+    for voice in voices(bank).values():
+        assert engine.predictions(voice, prompts, 8) == scorer.predictions(voice, prompts, 8)
+
+
+def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
+    elsewhere = Voice(bank, FusionRecipe("ffffffffffff", bank.manifest.method, True, ()))
+    with pytest.raises(MtaError, match=r"mta:b=ffffffffffff.*MTA_NEXT_BANK"):
+        engine.losses(elsewhere, [encode_pair(scorer.tokenizer, "Say 1", "1", 128)])

@@ -1,0 +1,113 @@
+"""`mta eval` on a tiny model: every method, resumable, and a table at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bank.baselines import build_baselines
+from bank.embedder import Embedder
+from bank.errors import BankError
+from bank.evaluation.methods import DEFAULT, parse_methods
+from bank.evaluation.records import RECORDS_FILE
+from bank.evaluation.run import EvalOptions
+from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evaluate
+from bank.manifest import read_manifest
+from bank.options import BuildInputs
+from server.adapt_worker.training import user_plan
+from server.store.samples import AdaptConfig
+from tests.support.bank_bench import OPTIONS, Bench, Recorder
+from tests.support.people import people, write_people
+
+METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history"
+PLAN = user_plan(AdaptConfig(rank=1, steps=2))
+
+
+@pytest.fixture(scope="module")
+def inputs(bench: Bench, embedder_folder: Path) -> EvalInputs:
+    """Three people outside a bank with baselines."""
+    known, new = people(8)[:5], people(8)[5:]
+    for person in new:
+        person["query"] = [
+            {"id": f"{person['user_id']}-{n}", "input": f"Say {n}", "gold": f"{n} indeed"} for n in range(30, 33)
+        ]
+    where = BuildInputs(
+        users=write_people(bench.folder / "known.json", known),
+        out=bench.folder / "evaluated",
+        model=str(bench.model),
+        embedder=bench.embedder,
+        cache_dir=bench.folder,
+    )
+    manifest = bench.build("evaluated", inputs={"users": where.users})
+    build_baselines(where, OPTIONS, manifest, Recorder())
+    return EvalInputs(
+        users=write_people(bench.folder / "new.json", new),
+        bank=where.out,
+        out=bench.folder / "evaluation",
+        model_folder=bench.model,
+        embedder=Embedder.load(embedder_folder),
+        dtype="float32",
+    )
+
+
+def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[list[str], int]:
+    """Names of the methods in the order of their loss, and how many pieces were told as done."""
+    done = 0
+
+    def on_done(pieces: int) -> None:
+        nonlocal done
+        done += pieces
+
+    options = EvalOptions(tuple(parse_methods(methods)), tuple(range(seeds)), predict=True)
+    rows = evaluate(inputs, options, PLAN, lambda pieces: on_done)
+    return [row.method for row in rows], done
+
+
+def test_every_method_has_a_record_of_every_query_and_a_row_in_the_table(inputs: EvalInputs) -> None:
+    names, done = run(inputs)
+    wanted = METHODS.split(",")
+    assert sorted(names) == sorted(wanted)
+    assert done == len(wanted) * 2 * 3
+    lines = [json.loads(line) for line in (inputs.out / RECORDS_FILE).read_text("utf-8").splitlines()]
+    assert len(lines) == len(wanted) * 2 * 9
+    assert {line["method"] for line in lines} == set(wanted)
+    assert all(line["loss"] > 0 for line in lines)
+    table = (inputs.out / TABLE_FILE).read_text("utf-8")
+    assert all(f"| {name} |" in table for name in wanted)
+    summary = json.loads((inputs.out / SUMMARY_FILE).read_text("utf-8"))
+    assert (summary["people"], summary["seeds"]) == (3, 2)
+    assert {path.suffix for path in inputs.out.iterdir()} >= {".png", ".md", ".json", ".jsonl"}
+
+
+def test_a_killed_run_goes_on_and_a_torn_line_is_made_again(inputs: EvalInputs) -> None:
+    run(inputs)
+    path = inputs.out / RECORDS_FILE
+    whole = path.read_text("utf-8")
+    path.write_text(whole[: len(whole) // 2], "utf-8")
+    run(inputs)
+    ours = [json.loads(line) for line in whole.splitlines()]
+    again = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    losses = {(r["user_id"], r["query_id"], r["method"], r["seed"]): r["loss"] for r in ours}
+    for record in again:
+        key = (record["user_id"], record["query_id"], record["method"], record["seed"])
+        assert record["loss"] == pytest.approx(losses[key], abs=1e-5)
+    assert {(r["user_id"], r["query_id"], r["method"], r["seed"]) for r in again} == set(losses)
+
+
+def test_a_bank_without_baselines_is_told_which_flag_it_lacks(inputs: EvalInputs, bench: Bench) -> None:
+    import dataclasses
+
+    bench.build("bare")
+    with pytest.raises(BankError, match="--baselines"):
+        run(dataclasses.replace(inputs, bank=bench.folder / "bare"))
+
+
+def test_the_baselines_are_a_bank_of_their_own_that_is_not_trained_twice(inputs: EvalInputs) -> None:
+    manifest = read_manifest(inputs.bank)
+    recorder = Recorder()
+    where = BuildInputs(inputs.users, inputs.bank, str(inputs.model_folder), inputs.bank)
+    found = build_baselines(where, OPTIONS, manifest, recorder)
+    assert recorder.steps == []
+    assert found.training == {"of": manifest.fingerprint, "steps": OPTIONS.steps * OPTIONS.anchors}

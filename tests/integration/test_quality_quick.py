@@ -1,0 +1,37 @@
+"""The quality benchmark's machinery from people to table, as a person starts it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from bank.evaluation.lamp_files import LAMP_FOLDER
+from bank.evaluation.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE
+from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
+
+METHODS = {
+    *("base", "task", "mean", "random", "merged", "stacked", "own"),
+    *("merged:topic", "merged:evidence", "merged+history"),
+}
+PNG = b"\x89PNG"
+
+
+def test_quick_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.quality", "--quick", "--seeds", "2", "--out", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    out = tmp_path / "quick"
+    table = (out / TABLE_FILE).read_text("utf-8")
+    assert {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]} == METHODS
+    summary = json.loads((out / SUMMARY_FILE).read_text("utf-8"))
+    assert (summary["people"], summary["seeds"]) == (3, 2)
+    points = {row["method"] for row in summary["methods"]} - METHODS
+    assert {"merged@k1", "merged@k3", "merged@n1", "merged@n5"} <= points
+    assert all((out / name).read_bytes().startswith(PNG) for name in (GAINS_FILE, CURVES_FILE, MAP_FILE))
+    golds = json.loads((out / LAMP_FOLDER / "golds.json").read_text("utf-8"))["golds"]
+    answered = json.loads((out / LAMP_FOLDER / "merged.json").read_text("utf-8"))["golds"]
+    assert [gold["id"] for gold in golds] == [answer["id"] for answer in answered]
+    assert len(golds) == 9
+    assert golds[0]["output"] == "30 indeed"

@@ -1,0 +1,98 @@
+"""Signatures on a tiny model: what they predict is what happens, and they tell manners apart where topics cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bank.embedder import Embedder
+from bank.manifest import BankManifest
+from bank.prompt import EncodedPair, encode_pair
+from bank.serving import ServingBank
+from bank.signature import predicted_gains
+from bank.signing import Signer
+from bank.training import load_base
+from tests.support.bank_bench import Bench
+from tests.support.people import MANNERS, people, write_people
+from tests.support.tiny import WORLDS
+
+ANCHORS = 4
+
+
+@pytest.fixture(scope="module")
+def signed(bench: Bench) -> BankManifest:
+    """A bank of people with manners of their own, and of more people with the same manners to calibrate on."""
+    users = write_people(bench.folder / "twelve.json", people(12))
+    inputs = {"users": users}
+    return bench.build("signed", inputs=inputs, anchors=ANCHORS, steps=30, common_steps=20, tau=1.0, kappa=0.0)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_folder: Path) -> tuple[Any, Any]:
+    return load_base(tiny_model_folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def signer(bench: Bench, signed: BankManifest, base: tuple[Any, Any]) -> Signer:
+    return Signer(base[0], bench.matrix("signed", signed))
+
+
+def items(tokenizer: Any, topic: str, manner: str) -> list[EncodedPair]:
+    return [encode_pair(tokenizer, f"Say {n} on {topic}", f"{n}{manner}", 200) for n in range(20, 30)]
+
+
+def test_predicted_gains_correlate_with_those_measured_anchor_by_anchor(
+    signed: BankManifest, signer: Signer, base: tuple[Any, Any]
+) -> None:
+    rule = signed.weights.signature
+    assert rule is not None
+    correlations = []
+    for manner in MANNERS:
+        examples = items(base[1], "something new", manner)
+        signature = signer.signature(signed.short, examples)
+        predicted = predicted_gains(signature, rule.slope, np.array(rule.offsets))
+        correlations.append(np.corrcoef(predicted, signer.measured_gains(examples))[0, 1])
+    assert np.mean(correlations) > 0.9
+    assert float(signed.training["signature_correlation"] or 0) > 0.9
+
+
+def test_calibration_brings_predictions_nearer_to_what_is_measured(
+    signed: BankManifest, signer: Signer, base: tuple[Any, Any]
+) -> None:
+    rule = signed.weights.signature
+    assert rule is not None
+    examples = items(base[1], "something new", MANNERS[0])
+    signature, measured = signer.signature(signed.short, examples), signer.measured_gains(examples)
+    calibrated = predicted_gains(signature, rule.slope, np.array(rule.offsets))
+    assert np.abs(calibrated - measured).mean() < np.abs(signature.products - measured).mean()
+
+
+def test_who_writes_like_one_anchor_about_the_topic_of_another_gets_the_one(
+    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any], embedder_folder: Path
+) -> None:
+    embedder = Embedder.load(embedder_folder)
+    bank = ServingBank.open(bench.folder / "signed", embedder.id)
+    manners = {}
+    for manner in MANNERS:
+        signature = signer.signature(signed.short, items(base[1], WORLDS[0], manner))
+        embedding = embedder.embed([f"Say 1 on {WORLDS[0]}\n1{manner}"])[0]
+        spoken = bank.personalise(embedding, signature)
+        assert spoken.source == "signature"
+        best = max(spoken.weights, key=lambda weight: weight.weight)
+        manners[manner] = best.anchor
+        assert best.gain == max(weight.gain or 0 for weight in spoken.weights)
+        assert bank.personalise(embedding).source == "topic"
+    assert len(set(manners.values())) > 1  # one topic, several anchors
+
+
+def test_a_signature_of_another_bank_or_of_nothing_says_nothing(
+    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any], embedder_folder: Path
+) -> None:
+    embedder = Embedder.load(embedder_folder)
+    bank = ServingBank.open(bench.folder / "signed", embedder.id)
+    embedding = embedder.embed(["anything"])[0]
+    other = signer.signature("00000000", items(base[1], WORLDS[0], MANNERS[0]))
+    assert bank.personalise(embedding, other) == bank.personalise(embedding)

@@ -1,0 +1,149 @@
+"""Signatures, from a profile that changes to the answer that follows them: a real gateway, Valkey and worker loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bank.manifest import read_manifest
+from bank.serving import ServingBank
+from bank.signature import Signature
+from server.adapt_worker.signing import SigningLoop
+from server.adapt_worker.training import AdapterTrainer
+from server.settings import Settings
+from server.store.redis_connection import RedisConnection
+from server.store.redis_profiles import RedisProfiles
+from server.store.redis_signing import RedisSigning
+from tests.support.fake_engine import FakeEngine, Knobs
+from tests.support.gateway import GatewayThread, generate
+from tests.support.tiny import tiny_bank, world
+from tests.support.valkey import ValkeyProcess
+
+PAIRS = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
+
+
+class Sign:
+    """Makes all signatures that are wanted now; `meanwhile` happens while the first is made."""
+
+    def __init__(self, url: str, bank: ServingBank, trainer: AdapterTrainer) -> None:
+        self._url, self._bank, self._trainer = url, bank, trainer
+        self.made = 0
+
+    def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.made, self._meanwhile = 0, meanwhile
+        asyncio.run(self._all())
+
+    def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
+        self.made += 1
+        if self.made == 1:
+            self._meanwhile()
+        return self._trainer.signature(pairs)
+
+    async def _all(self) -> None:
+        connection = RedisConnection(self._url)
+        await connection.check()
+        try:
+            queue, profiles = RedisSigning(connection), RedisProfiles(connection)
+            loop = SigningLoop("test", queue, profiles, self._bank, self, model=asyncio.Lock())
+            while await loop.work_once(0.2):
+                pass
+        finally:
+            await connection.close()
+
+
+@pytest.fixture(scope="module")
+def signed_bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("signed") / "bank"
+    return tiny_bank(folder, tiny_model_folder, embedder_folder, anchors=6, signed=True)
+
+
+@pytest.fixture(scope="module")
+def sign(signed_bank: Path, tiny_model_folder: Path, valkey: ValkeyProcess) -> Sign:
+    trainer = AdapterTrainer.open(signed_bank, read_manifest(signed_bank), tiny_model_folder, "float32")
+    return Sign(valkey.url, ServingBank.open(signed_bank, trainer.manifest.embedder.id), trainer)
+
+
+@pytest.fixture(scope="module")
+def signing_client(gateway_settings: Settings, signed_bank: Path) -> Iterator[httpx.Client]:
+    """Of a gateway over the signed bank, and an engine of its own that says it serves it."""
+    engine = FakeEngine(Knobs(banks=(read_manifest(signed_bank).fingerprint,))).start()
+    settings = gateway_settings.model_copy(update={"bank": signed_bank, "engine_url": engine.url})
+    with GatewayThread(settings) as gateway, gateway.client() as client:
+        yield client
+    engine.stop()
+
+
+@pytest.fixture
+def client(signing_client: httpx.Client, sign: Sign) -> httpx.Client:
+    """The client, with nobody waiting for a signature."""
+    sign()
+    return signing_client
+
+
+def put(client: httpx.Client, user_id: str, items: Sequence[object]) -> None:
+    client.put(f"/users/{user_id}/profile", json={"items": items}).raise_for_status()
+
+
+def source(client: httpx.Client, user_id: str) -> str:
+    found: str = generate(client, user_id).json()["personalization"]["source"]
+    return found
+
+
+def test_topics_speak_until_the_signature_is_there(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign
+) -> None:
+    user_id = new_user()
+    put(client, user_id, PAIRS)
+    assert source(client, user_id) == "topic"
+    sign()
+    assert sign.made == 1
+    who = generate(client, user_id).json()["personalization"]
+    assert who["source"] == client.get(f"/users/{user_id}").json()["source"] == "signature"
+    assert all(anchor["gain"] is not None for anchor in who["anchors"])
+    gains = [anchor["gain"] for anchor in who["anchors"]]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_changes_that_nobody_has_seen_yet_are_one_signature(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign
+) -> None:
+    user_id = new_user()
+    for count in (3, 5, 8):
+        put(client, user_id, PAIRS[:count])
+    sign()
+    assert sign.made == 1
+    assert source(client, user_id) == "signature"
+
+
+def test_a_change_while_a_signature_is_made_is_seen_to(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign
+) -> None:
+    user_id = new_user()
+    put(client, user_id, PAIRS[:4])
+    sign(lambda: put(client, user_id, PAIRS))
+    assert sign.made == 2
+    sign()
+    assert sign.made == 0
+
+
+def test_items_without_outputs_leave_it_to_the_topics_and_are_not_asked_for_again(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign
+) -> None:
+    user_id = new_user()
+    put(client, user_id, [{"text": world(0)}, {"text": world(1)}])
+    sign()
+    assert sign.made == 1
+    assert source(client, user_id) == "topic"
+    sign()
+    assert sign.made == 0
+
+
+def test_who_is_erased_meanwhile_stays_so(client: httpx.Client, new_user: Callable[[], str], sign: Sign) -> None:
+    user_id = new_user()
+    put(client, user_id, PAIRS)
+    sign(lambda: client.delete(f"/users/{user_id}").raise_for_status())
+    assert client.get(f"/users/{user_id}").status_code == httpx.codes.NOT_FOUND

@@ -1,0 +1,48 @@
+"""Calibration of predicted gains, on numbers whose slope and offsets are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bank.calibration import calibrate
+from bank.signature import Signature, predicted_gains
+
+ANCHORS, DRAWS = 5, 40
+
+
+def draws(slope: float, offsets: np.ndarray, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    chance = np.random.default_rng(0)
+    predicted = chance.normal(size=(DRAWS, ANCHORS)).astype(np.float32)
+    measured = slope * predicted - offsets + noise * chance.normal(size=predicted.shape)
+    return predicted, measured.astype(np.float32)
+
+
+def test_slope_and_offsets_are_found_again() -> None:
+    offsets = np.array([0.0, 0.1, -0.2, 0.5, 2.0])
+    found = calibrate(*draws(0.4, offsets, noise=0.01))
+    assert found.slope == pytest.approx(0.4, abs=0.01)
+    np.testing.assert_allclose(found.offsets, offsets, atol=0.02)
+    assert found.correlation > 0.99
+    assert found.draws == DRAWS
+
+
+def test_without_offsets_the_most_extreme_anchor_would_win() -> None:
+    """It is predicted to help the most and harms everybody."""
+    offsets = np.array([0.0, 0.0, 0.0, 0.0, 3.0])
+    predicted, measured = draws(0.4, offsets)
+    predicted[:, 4] *= 5
+    measured[:, 4] = 0.4 * predicted[:, 4] - 3.0
+    found = calibrate(predicted, measured)
+    right = measured.argmax(1)
+    assert np.mean((found.slope * predicted - found.offsets).argmax(1) == right) == 1.0
+    assert np.mean(predicted.argmax(1) == right) < 1.0
+
+
+def test_evidence_that_speaks_against_itself_is_none() -> None:
+    assert calibrate(*draws(-0.4, np.zeros(ANCHORS))).slope == 0.0
+
+
+def test_a_calibrated_gain_is_slope_times_product_less_offset() -> None:
+    products, offsets = np.array([1.0, -2.0], np.float32), np.array([0.0, 0.5], np.float32)
+    np.testing.assert_allclose(predicted_gains(Signature("00000000", 10, products), 0.5, offsets), [0.5, -1.5])

@@ -1,0 +1,49 @@
+"""Names of the methods that are compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from bank.errors import BankError
+from bank.evaluation.methods import Base, Method, curves, parse_method, parse_methods
+
+NAMES = [
+    "base",
+    "task+history",
+    "merged",
+    "merged:topic",
+    "stacked:evidence+history",
+    "merged@k4",
+    "merged:signature@n5",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_read_as_it_is_written(name: str) -> None:
+    assert parse_method(name).name == name
+
+
+def test_a_name_says_what_varies() -> None:
+    assert parse_method("merged@k4") == Method(Base.MERGED, k=4)
+    assert parse_method("stacked:topic@n5+history") == Method(Base.STACKED, "topic", items=5, history=True)
+    assert [parse_method(name).varied for name in ("merged", "merged@k4", "merged@n5")] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "best", "base:topic", "mean@k2", "merged:", "merged:luck", "merged@k0", "merged@x3", "merged+past"]
+)
+def test_what_is_no_method_is_named_with_those_that_are(name: str) -> None:
+    with pytest.raises(BankError, match=r"is no method: there are base, task"):
+        parse_methods(f"base,{name}")
+
+
+def test_each_method_is_taken_once() -> None:
+    assert [method.name for method in parse_methods("base, merged,base")] == ["base", "merged"]
+
+
+def test_curves_end_at_all_anchors_and_before_all_items() -> None:
+    names = [method.name for method in curves(12, 10)]
+    assert names == [
+        *("merged@k1", "merged@k2", "merged@k4", "merged@k8", "merged@k12"),
+        *("merged@n1", "merged@n2", "merged@n5"),
+    ]
