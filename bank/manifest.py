@@ -55,10 +55,10 @@ class SignatureRule(_Frozen):
         offsets: c, one for each anchor (`bank/signature.py`).
     """
 
-    anchors: int = Field(default=8, ge=1)
-    strength: float = Field(default=0.5, gt=0, le=1)
+    anchors: int = Field(default=16, ge=1)
+    strength: float = Field(default=1.0, gt=0, le=1)
     tau: float = Field(default=0.3, ge=0)
-    kappa: float = Field(default=5.0, ge=0)
+    kappa: float = Field(default=10.0, ge=0)
     slope: float = Field(default=1.0, ge=0)
     offsets: tuple[float, ...] = ()
 

@@ -30,7 +30,7 @@ from bench.report import console
 from tests.support.people import people, write_people
 from tests.support.tiny import tiny_model
 
-ANCHORS = {"news_headline": 12, "movie_rating": 24}
+ANCHORS = {"news_headline": 12, "movie_rating": 20}
 QUERIES = {"news_headline": 6, "movie_rating": 8}
 
 
@@ -42,7 +42,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds of what is random or trained.", min=1)] = 3,
     folds: Annotated[int, typer.Option(help="Choose on so many folds of the anchors' people.", min=0)] = 0,
     people: Annotated[int | None, typer.Option(help="At most so many people of each part.")] = None,
-    anchors: Annotated[int | None, typer.Option(help="Anchors of each bank.", show_default="12, films 24")] = None,
+    anchors: Annotated[int | None, typer.Option(help="Anchors of each bank.", show_default="12, films 20")] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Made-up people and a tiny model.")] = False,

@@ -25,6 +25,7 @@ _EMBEDDER_BYTES = 8
 _REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE = range(1, 9)
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
 _KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE}
+_HALF_BYTES = 2
 _SIGNED = struct.Struct("<4sIQf")  # bank, tokens, made of, length of the products
 
 
@@ -123,6 +124,8 @@ def _signed(stored: StoredSignature) -> bytes:
 
 
 def _stored_signature(raw: bytes) -> StoredSignature:
+    if len(raw) < _SIGNED.size or (len(raw) - _SIGNED.size) % _HALF_BYTES:
+        raise ValueError(f"profile record has a signature of {len(raw)} bytes, which is none")
     bank, tokens, made_of_ms, length = _SIGNED.unpack_from(raw)
     return StoredSignature(Signature(bank.hex(), tokens, _single(raw[_SIGNED.size :]) * np.float32(length)), made_of_ms)
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from server.store.profiles import AdapterNote, Profile, StoredItem, StoredVector
+from bank.signature import Signature
+from server.store.profiles import AdapterNote, Profile, StoredItem, StoredSignature, StoredVector
 from server.store.records import (
     as_stored,
     decode_item,
@@ -49,13 +50,30 @@ def profile(**changes: object) -> Profile:
             size_bytes=st.integers(0, 1 << 30),
             created_ms=st.integers(0, 1 << 50),
         ),
-        extra=st.dictionaries(st.integers(8, 255), st.binary(max_size=2000), max_size=3),
+        extra=st.dictionaries(st.integers(9, 255), st.binary(max_size=2000), max_size=3),
     )
 )
 def test_a_record_survives_the_round_trip_with_parts_that_it_does_not_know(written: Profile) -> None:
     read = decode_profile(encode_profile(written))
     assert np.array_equal(read.embedding, written.embedding)
     assert replace(read, embedding=written.embedding) == written
+
+
+@pytest.mark.parametrize("numbers", [0, 1, 12])
+def test_a_signature_survives_the_round_trip(numbers: int) -> None:
+    products = np.random.default_rng(0).standard_normal(numbers).astype("f4") * 1e-4
+    written = StoredSignature(Signature("9f2c41d0", 184, products), made_of_ms=1_700_000_000_000)
+    read = decode_profile(encode_profile(profile(signature=written))).signature
+    assert read is not None
+    assert (read.signature.bank, read.signature.tokens, read.made_of_ms) == ("9f2c41d0", 184, 1_700_000_000_000)
+    assert read.signature.products == pytest.approx(products, rel=1e-2, abs=1e-7)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"short", bytes(21)])
+def test_a_damaged_signature_is_refused_as_part_of_the_record(damaged: bytes) -> None:
+    whole = encode_profile(profile(extra={8: damaged}))
+    with pytest.raises(ValueError, match="profile record"):
+        decode_profile(whole)
 
 
 def test_the_stored_embedding_is_within_the_rounding_of_fp16() -> None:
