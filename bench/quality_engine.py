@@ -29,6 +29,7 @@ from bench.report import report
 from server.adapt_worker.training import user_plan
 from server.eval_engine import EngineScores
 from server.settings import Settings
+from server.store.redis_jobs import jobs_at
 from server.store.samples import AdaptConfig
 from tests.support.engine import KEY, running_engine
 from tests.support.valkey import ValkeyProcess
@@ -77,7 +78,7 @@ def main(
             serving = {"dtype": "float32", "next_bank": bank / BASELINES, "redis_url": valkey.url}
             with (
                 running_engine(bank, folder, **serving) as engine,
-                EngineScores(engine.url, KEY, valkey.url) as scores,
+                EngineScores(engine.url, KEY, lambda: jobs_at(valkey.url)) as scores,
             ):
                 there = run("in the engine", scores)
         finally:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from http import HTTPStatus
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import aiohttp
 import orjson
@@ -25,13 +26,17 @@ from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.voices import Voice
 from server.engine_client import BASE_MODEL, bearer, open_session
 from server.store.jobs import StoredAdapter
-from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
 from server.store.samples import new_adapter_id
 from server.user_key import UserKeys
 
 LENT_S = 3600
 SILENCE_S = 300.0
+
+
+class Lends(Protocol):
+    """What is needed of `server.store.redis_jobs.RedisJobs`."""
+
+    async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None: ...
 
 
 class EngineScores:
@@ -40,15 +45,16 @@ class EngineScores:
     Args:
         url: the engine's own, not a gateway's.
         key: what it asks for.
-        redis_url: the store in which it looks for user adapters.
+        store: opens the store in which it looks for user adapters.
     """
 
-    def __init__(self, url: str, key: str | None, redis_url: str) -> None:
+    def __init__(self, url: str, key: str | None, store: Callable[[], AbstractAsyncContextManager[Lends]]) -> None:
         self._url = f"{url.rstrip('/')}/v1/completions"
         self._headers = {"Content-Type": "application/json"} | bearer(key)
-        self._redis_url = redis_url
+        self._store = store
         self._keys = UserKeys(secrets.token_hex(32), "evaluation")
         self._lent: dict[str, str] = {}  # SHA-256 of the bytes → the name that serves them
+        self._opened = AsyncExitStack()
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:
@@ -58,7 +64,7 @@ class EngineScores:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._runner.run(self._close())
+        self._runner.run(self._opened.aclose())
         self._runner.close()
 
     def losses(self, voice: Voice | None, examples: Sequence[Example]) -> list[float]:
@@ -78,13 +84,8 @@ class EngineScores:
         return [answer["choices"][0]["text"].strip() for answer in answers]
 
     async def _open(self) -> None:
-        self._session = open_session(SILENCE_S)
-        self._connection = RedisConnection(self._redis_url, require_durable=False)
-        self._jobs = RedisJobs(self._connection)
-
-    async def _close(self) -> None:
-        await self._session.close()
-        await self._connection.close()
+        self._session = await self._opened.enter_async_context(open_session(SILENCE_S))
+        self._lender = await self._opened.enter_async_context(self._store())
 
     def _answers(self, voice: Voice | None, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """One completion for each body, all at the same time."""
@@ -106,7 +107,7 @@ class EngineScores:
         digest = hashlib.sha256(raw).hexdigest()
         if digest not in self._lent:
             key, adapter_id = self._keys.key(digest), new_adapter_id()
-            await self._jobs.lend(key, StoredAdapter(adapter_id, user.recipe, digest, raw), LENT_S)
+            await self._lender.lend(key, StoredAdapter(adapter_id, user.recipe, digest, raw), LENT_S)
             self._lent[digest] = replace(voice.recipe, user_adapter=f"{key}.{adapter_id}").name
         return self._lent[digest]
 

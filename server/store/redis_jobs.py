@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from adapters.recipe import parse_recipe
@@ -227,6 +228,16 @@ class RedisJobs:
         fields = ("state", "lease_until")
         state, lease_until = await self._connection.run(lambda redis: redis.hmget(_job(job_id), fields))
         return JobState(state.decode()) if state is not None else None, int(lease_until or 0)
+
+
+@asynccontextmanager
+async def jobs_at(redis_url: str) -> AsyncIterator[RedisJobs]:
+    """The jobs of a store, durable or not, for as long as a block runs."""
+    connection = RedisConnection(redis_url, require_durable=False)
+    try:
+        yield RedisJobs(connection)
+    finally:
+        await connection.close()
 
 
 def _adapted(bank: str) -> str:

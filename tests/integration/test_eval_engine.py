@@ -16,6 +16,7 @@ from bank.evaluation.voices import OpenBank, Voice
 from bank.prompt import encode_pair, prompt_ids
 from bank.training import load_base
 from server.eval_engine import EngineScores
+from server.store.redis_jobs import jobs_at
 from tests.support.engine import KEY, running_engine
 from tests.support.tiny import tiny_bank
 from tests.support.user_adapters import random_user_adapter
@@ -40,7 +41,7 @@ def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> It
     folder = bank.folder
     with (
         running_engine(folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
-        EngineScores(running.url, KEY, valkey.url) as scores,
+        EngineScores(running.url, KEY, lambda: jobs_at(valkey.url)) as scores,
     ):
         yield scores
 
@@ -51,6 +52,11 @@ def voices(bank: OpenBank) -> dict[str, Voice | None]:
     trained = {kind.value: random_user_adapter(bank.manifest, recipe, kind).weights for kind in UserAdapterKind}
     stacked = {name: Voice(bank, recipe, weights) for name, weights in trained.items()}
     return {"base": None, "merged": Voice(bank, recipe), **stacked}
+
+
+def whole(texts: list[str]) -> list[str]:
+    """Without a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
+    return [text.rstrip("\ufffd") for text in texts]
 
 
 def test_losses_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
@@ -64,7 +70,7 @@ def test_losses_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: Eng
 def test_answers_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
     prompts = [prompt_ids(scorer.tokenizer, [{"role": "user", "content": turn}]) for turn in TURNS]
     for voice in voices(bank).values():
-        assert engine.predictions(voice, prompts, 8) == scorer.predictions(voice, prompts, 8)
+        assert whole(engine.predictions(voice, prompts, 8)) == whole(scorer.predictions(voice, prompts, 8))
 
 
 def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
