@@ -114,7 +114,10 @@ def evaluate(
         return Adapters(bank, task_bank, scorer, inputs.embedder, plan=seeded, seed=seed, max_tokens=options.max_tokens)
 
     speaks, tokenizer = engine or scorer, scorer.tokenizer
-    Evaluation(adapters, speaks, tokenizer, task, records, options=options, key=key).run(people, on_done)
+    try:
+        Evaluation(adapters, speaks, tokenizer, task, records, options=options, key=key).run(people, on_done)
+    finally:
+        scorer.bare()  # PEFT takes its layers off with a progress bar, whose thread cannot start while Python ends
     names = {method.name for method in options.methods}
     made = [record for record in records.all() if record.method in names]
     rows = summarise(made, task)

@@ -32,8 +32,10 @@ def bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embe
 
 
 @pytest.fixture(scope="module")
-def scorer(tiny_model_folder: Path) -> Scorer:
-    return Scorer(*load_base(tiny_model_folder, "float32"))
+def scorer(tiny_model_folder: Path) -> Iterator[Scorer]:
+    scorer = Scorer(*load_base(tiny_model_folder, "float32"))
+    yield scorer
+    scorer.bare()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def voices(bank: OpenBank) -> dict[str, Voice | None]:
 
 def whole(texts: list[str]) -> list[str]:
     """Without a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
-    return [text.rstrip("\ufffd") for text in texts]
+    return [text.rstrip("\ufffd").strip() for text in texts]
 
 
 def test_losses_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
