@@ -76,6 +76,6 @@ def test_answers_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: En
 
 
 def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
-    elsewhere = Voice(bank, FusionRecipe("ffffffffffff", bank.manifest.method, True, ()))
-    with pytest.raises(MtaError, match=r"mta:b=ffffffffffff.*MTA_NEXT_BANK"):
+    elsewhere = Voice(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
+    with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):
         engine.losses(elsewhere, [encode_pair(scorer.tokenizer, "Say 1", "1", 128)])
