@@ -52,6 +52,7 @@ def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
 def test_on_a_terminal_the_server_stays_up_until_ctrl_c(tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
         os.chdir(ROOT)
         os.execv(sys.executable, _command(tmp_path))
     try:
