@@ -121,7 +121,7 @@ class Adapters:
             return [AnchorWeight(anchor, merged.strength / index.anchors, 0.0) for anchor in range(index.anchors)]
         if method.base is Base.RANDOM:
             chance = random.Random(f"{self._seed}:{evidence.person.user_id}")
-            drawn = chance.sample(range(index.anchors), min(merged.anchors, index.anchors))
+            drawn = chance.sample(range(index.anchors), min(rule.anchors, index.anchors))
             return [AnchorWeight(anchor, merged.strength / len(drawn), 0.0) for anchor in drawn]
         source = method.source or rule.source
         if source == "topic":

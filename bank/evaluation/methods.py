@@ -15,7 +15,7 @@ class Base(StrEnum):
     """What adapter a method uses.
 
     base: none. task: the common row trained on for as long as all anchors took together. mean: all anchors, equal
-    weights. random: as many random anchors as the rule takes, equal weights. merged: the bank's own rule. stacked:
+    weights. random: as many random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked:
     merged, and the user's few-shot adapter. own: the common row and such an adapter, no anchors.
     """
 
