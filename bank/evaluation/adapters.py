@@ -26,20 +26,20 @@ from bank.weights import AnchorWeight, evident_weights, make_recipe, topic_weigh
 
 @dataclass(slots=True)
 class Evidence:
-    """What is known of a person before any query; made once, whatever methods ask for it.
+    """What is known of a person before any query; made once, whatever methods and seeds ask for it.
 
     Attributes:
         person: whose.
         pairs: encoded profile items, the oldest first.
         embedding: of the profile.
-        trained: what few-shot training came to, by method.
+        trained: what few-shot training came to, by method and seed.
         signature, gains: what the items say about the anchors, predicted and measured, once it was asked for.
     """
 
     person: Person
     pairs: Sequence[EncodedPair]
     embedding: Vectors
-    trained: dict[Method, Judgement] = field(default_factory=dict)
+    trained: dict[tuple[Method, int], Judgement] = field(default_factory=dict)
     signature: Signature | None = None
     gains: Vectors | None = None
 
@@ -52,8 +52,7 @@ class Adapters:
         task_bank: of `--baselines`, or None.
         scorer: the base model, for what is trained and measured.
         embedder: of the bank.
-        plan: of few-shot training; its kind, rank and steps are stacked's and own's.
-        seed: of random anchors.
+        plan: of few-shot training; its kind, rank and steps are stacked's and own's, its seed is not used.
         max_tokens: longest example.
     """
 
@@ -65,7 +64,6 @@ class Adapters:
         embedder: Embedder,
         *,
         plan: UserPlan,
-        seed: int,
         max_tokens: int,
     ) -> None:
         self.bank = bank
@@ -73,7 +71,6 @@ class Adapters:
         self._scorer = scorer
         self._embedder = embedder
         self._plan = plan
-        self._seed = seed
         self._max_tokens = max_tokens
         self._signer: Signer | None = None
 
@@ -84,8 +81,8 @@ class Adapters:
         pairs = [encode_pair(self._scorer.tokenizer, *pair, self._max_tokens) for pair in person.history.pairs(task)]
         return Evidence(person, pairs, profile_embedding(self._embedder.embed(texts)))
 
-    def voice(self, method: Method, evidence: Evidence) -> Voice | None:
-        """What speaks for the person; None for the base model.
+    def voice(self, method: Method, evidence: Evidence, seed: int) -> Voice | None:
+        """What speaks for the person; None for the base model. The seed is that of random anchors and of training.
 
         Raises:
             BankError: when the method needs what the bank lacks.
@@ -95,32 +92,33 @@ class Adapters:
         if method.base is Base.TASK:
             bank = self._task()
             return Voice(bank, FusionRecipe(bank.manifest.short, bank.manifest.method, True, ()))
-        voice = Voice(self.bank, self.recipe(method, evidence))
+        voice = Voice(self.bank, self._recipe(method, evidence, seed))
         if not method.trained:
             return voice
-        judgement = evidence.trained.get(method.plain)
+        judgement = evidence.trained.get((method.plain, seed))
         if judgement is None:
-            judgement = train_user(self._scorer.bare(), voice.lora(), evidence.pairs, self._plan)
-            evidence.trained[method.plain] = judgement
+            plan = replace(self._plan, seed=seed)
+            judgement = train_user(self._scorer.bare(), voice.lora(), evidence.pairs, plan)
+            evidence.trained[method.plain, seed] = judgement
         return replace(voice, trained=judgement.weights)
 
-    def recipe(self, method: Method, evidence: Evidence) -> FusionRecipe:
+    def _recipe(self, method: Method, evidence: Evidence, seed: int) -> FusionRecipe:
         """The recipe of a method that fuses; what is trained on top of it aside."""
         manifest = self.bank.manifest
         if method.base is Base.OWN:
             if not manifest.common:
                 raise BankError("`own` is trained on the common row, and this bank has none")
             return FusionRecipe(manifest.short, manifest.method, True, ())
-        return make_recipe(manifest, self._weights(method, evidence))
+        return make_recipe(manifest, self._weights(method, evidence, seed))
 
-    def _weights(self, method: Method, evidence: Evidence) -> Sequence[AnchorWeight]:
+    def _weights(self, method: Method, evidence: Evidence, seed: int) -> Sequence[AnchorWeight]:
         serving = _with_k(self.bank.serving, method.k)
         rule, index = serving.manifest.weights, serving.index
         merged = rule.signature or rule
         if method.base is Base.MEAN:
             return [AnchorWeight(anchor, merged.strength / index.anchors, 0.0) for anchor in range(index.anchors)]
         if method.base is Base.RANDOM:
-            chance = random.Random(f"{self._seed}:{evidence.person.user_id}")
+            chance = random.Random(f"{seed}:{evidence.person.user_id}")
             drawn = chance.sample(range(index.anchors), min(rule.anchors, index.anchors))
             return [AnchorWeight(anchor, merged.strength / len(drawn), 0.0) for anchor in drawn]
         source = method.source or rule.source

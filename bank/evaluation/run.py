@@ -45,7 +45,7 @@ class Evaluation:
     """Runs methods over people.
 
     Args:
-        adapters: makes the adapters, by seed.
+        adapters: makes the adapters.
         scores: who speaks.
         tokenizer: the base model's.
         task: of the bank.
@@ -56,7 +56,7 @@ class Evaluation:
 
     def __init__(
         self,
-        adapters: Callable[[int], Adapters],
+        adapters: Adapters,
         scores: Scores,
         tokenizer: ChatTokenizer,
         task: Task,
@@ -76,10 +76,14 @@ class Evaluation:
     def run(self, people: Sequence[Person], on_done: Callable[[int], None]) -> None:
         """Evaluate all people; `on_done` is told how many (person, method, seed) are through."""
         for person in people:
+            evidences: dict[int | None, Evidence] = {}
             for seed in self._options.seeds:
-                self._person(person, seed, on_done)
+                self._person(person, seed, evidences, on_done)
 
-    def _person(self, person: Person, seed: int, on_done: Callable[[int], None]) -> None:
+    def _person(
+        self, person: Person, seed: int, evidences: dict[int | None, Evidence], on_done: Callable[[int], None]
+    ) -> None:
+        """One person and seed; `evidences`, by how many items are known, are the person's for all seeds."""
         waiting = [m for m in self._options.methods if not self._has(person, m, seed)]
         on_done(len(self._options.methods) - len(waiting))
         if not waiting:
@@ -89,13 +93,13 @@ class Evaluation:
             first = self._records.of(person.user_id, method.name, self._options.seeds[0])
             self._records.add(replace(record, seed=seed) for record in first)
             on_done(1)
-        adapters = self._adapters(seed)
         known = {m: m.items for m in waiting if m not in repeated}
-        evidences = {items: adapters.evidence(person.knowing(items)) for items in set(known.values())}
-        voices = {m: adapters.voice(m, evidences[items]) for m, items in known.items() if not m.trained}
+        for items in set(known.values()) - evidences.keys():
+            evidences[items] = self._adapters.evidence(person.knowing(items))
+        voices = {m: self._adapters.voice(m, evidences[items], seed) for m, items in known.items() if not m.trained}
         for method, items in known.items():
             evidence = evidences[items]
-            voice = voices[method] if method in voices else adapters.voice(method, evidence)
+            voice = voices[method] if method in voices else self._adapters.voice(method, evidence, seed)
             self._records.add(self._evaluated(voice, evidence, method, seed))
             on_done(1)
 
@@ -109,7 +113,7 @@ class Evaluation:
         losses = self._scores.losses(voice, examples)
         predict = self._options.predict and not method.varied
         texts = self._predicted(voice, turns) if predict else [""] * len(losses)
-        judgement = evidence.trained.get(method.plain)
+        judgement = evidence.trained.get((method.plain, seed))
         rejected = judgement is not None and judgement.weights is None
         return [
             Record(self._key, person.user_id, query.id, method.name, seed, loss, text, query.gold, rejected)

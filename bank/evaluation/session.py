@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +107,7 @@ def evaluate(
     on_done = begin(len(people) * len(options.methods) * len(options.seeds))
     scorer = Scorer(*load_base(inputs.model_folder, dtype))
 
-    @cache
-    def adapters(seed: int) -> Adapters:
-        seeded = replace(plan, seed=seed)
-        return Adapters(bank, task_bank, scorer, inputs.embedder, plan=seeded, seed=seed, max_tokens=options.max_tokens)
-
+    adapters = Adapters(bank, task_bank, scorer, inputs.embedder, plan=plan, max_tokens=options.max_tokens)
     speaks, tokenizer = engine or scorer, scorer.tokenizer
     try:
         Evaluation(adapters, speaks, tokenizer, task, records, options=options, key=key).run(people, on_done)
@@ -121,7 +116,7 @@ def evaluate(
     names = {method.name for method in options.methods}
     made = [record for record in records.all() if record.method in names]
     rows = summarise(made, task)
-    _draw(inputs, bank, adapters(options.seeds[0]), people, made)
+    _draw(inputs, bank, adapters, people, made)
     write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
     (inputs.out / TABLE_FILE).write_text(markdown(rows, COMPARED), encoding="utf-8")
     content = {
