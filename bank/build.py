@@ -96,9 +96,15 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
         training, calibration = options.record(key, len(people)), None
         if signs and (len(rest) >= MIN_PEOPLE or options.weights == "signature"):
             progress.say(f"calibrating signatures on {len(rest)} people who are not anchors")
-            signer = Signer(model, trained.matrix(len(chosen)))
             calibration = calibrate_signer(
-                signer, rest, task, tokenizer, work, max_tokens=options.max_tokens, seed=options.seed
+                Signer(model, trained.matrix(len(chosen))),
+                rest,
+                task,
+                tokenizer,
+                work,
+                max_tokens=options.max_tokens,
+                seed=options.seed,
+                on_draw=lambda done, of: progress.piece("calibrating", done, of),
             )
             training |= calibration.record()
         parts = BankParts(

@@ -8,7 +8,7 @@ offsets the most extreme anchors win.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ def calibrate_signer(
     *,
     max_tokens: int,
     seed: int,
+    on_draw: Callable[[int, int], None] = lambda done, of: None,
 ) -> Calibration:
     """Predict and measure each anchor's gain on several draws of items; finished draws are not repeated.
 
@@ -77,6 +78,7 @@ def calibrate_signer(
         task, tokenizer, max_tokens: how items become examples.
         work: where draws are kept.
         seed: of the draws.
+        on_draw: told after every draw how many are done, and of how many.
 
     Raises:
         BankError: when there are too few people.
@@ -88,8 +90,9 @@ def calibrate_signer(
         )
     chance = random.Random(seed)
     order = chance.sample(range(len(people)), len(people))
-    draws = []
-    for draw in range(min(MAX_DRAWS, DRAWS_OF_ONE * len(people))):
+    draws: list[Vectors] = []
+    count = min(MAX_DRAWS, DRAWS_OF_ONE * len(people))
+    for draw in range(count):
         pairs = people[order[draw % len(people)]].pairs(task)
         drawn = random.Random(f"{seed}:{draw}").sample(pairs, min(DRAWN_ITEMS, len(pairs)))
         examples = [encode_pair(tokenizer, *pair, max_tokens) for pair in drawn]
@@ -98,6 +101,7 @@ def calibrate_signer(
             return np.stack([signer.products(examples), signer.measured_gains(examples)])
 
         draws.append(work.vectors(f"draw-{draw:02d}", measure))
+        on_draw(draw + 1, count)
     predicted, measured = np.stack(draws).transpose(1, 0, 2)
     return calibrate(predicted, measured)
 

@@ -34,6 +34,9 @@ class RowProgress(Protocol):
     def step(self, row: str, steps: int, report: StepReport) -> None:
         """One step of a row is done."""
 
+    def piece(self, what: str, done: int, of: int) -> None:
+        """So many pieces of other long work are done."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainedRows:

@@ -148,7 +148,7 @@ def main(
     shown = console()
     run, bank, users = Run(out, shown), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
     build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
-    if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build)):
+    if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
         run.step("fuse", ("-m", "bench.fuse", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.soak"), SOAK)
         with _served(out / "tiny-data", *_tiny(out / "tiny")) as (gateway, engine, key):
@@ -167,6 +167,9 @@ def main(
                 run.step("beside a job", ("-m", "bench.beside", "--gateway", gateway), (AS_IT_SAYS,))
         finally:
             store.kill()
+        people = ("--users", users, "--bank", bank)
+        run.step("two evaluators", ("-m", "bench.quality_engine", *people, "--people", 2), (AS_IT_SAYS,))
+        run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
     shown.print(_table(run.outcomes))
     passed = all(outcome.passed for outcome in run.outcomes)
     content = {"machine": processor(), "passed": passed, "steps": [asdict(outcome) for outcome in run.outcomes]}

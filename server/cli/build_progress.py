@@ -48,9 +48,7 @@ class ConsoleProgress:
         self._line_s = time.monotonic()
         self._recent.append((self._line_s, 0))
         if self._rows and self._console.is_terminal:
-            self._live = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
-            self._live.add_task("", total=self._total_tokens)
-            self._live.start()
+            self._show(self._total_tokens)
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
         """Show one step; without a terminal only the last of a row and one every few seconds."""
@@ -61,9 +59,26 @@ class ConsoleProgress:
             f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
             f"loss {report.loss:.3f}  {self._left()}"
         )
+        self._tell(text, self._done_tokens, last=report.step == steps)
+
+    def piece(self, what: str, done: int, of: int) -> None:
+        """Show that so many pieces of other work are done."""
+        if done == 1 and self._console.is_terminal:
+            self._show(of)
+        self._tell(f"{what}: {done} of {of}", done, last=done == of)
+
+    def _show(self, total: int) -> None:
+        """A bar for what comes now, below those that are full."""
+        if self._live is None:
+            self._live = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
+            self._live.start()
+        self._live.add_task("", total=total)
+
+    def _tell(self, text: str, completed: int, *, last: bool) -> None:
+        now_s = time.monotonic()
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=self._done_tokens, description=text)
-        elif report.step == steps or now_s - self._line_s >= LINE_EVERY_S:
+            self._live.update(self._live.task_ids[-1], completed=completed, description=text)
+        elif last or now_s - self._line_s >= LINE_EVERY_S:
             self._line_s = now_s
             self._console.print(text, soft_wrap=True)
 

@@ -36,6 +36,7 @@ class Recorder:
         self.said: list[str] = []
         self.begun: list[str] = []
         self.steps: list[tuple[str, int]] = []
+        self.pieces: list[tuple[str, int, int]] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -46,6 +47,9 @@ class Recorder:
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
         self.steps.append((row, report.step))
+
+    def piece(self, what: str, done: int, of: int) -> None:
+        self.pieces.append((what, done, of))
 
 
 class Bench:
