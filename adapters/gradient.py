@@ -11,7 +11,8 @@ from adapters.attached import TRAINED, attached
 from adapters.flat import flat_b
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
-from adapters.trainer import Example, backward
+from adapters.loss import backward
+from adapters.packing import Example
 
 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:

@@ -11,28 +11,18 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from adapters.attached import attached
 from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
+from adapters.loss import backward
+from adapters.packing import Example
 
 WARM_UP = 0.1
 CLIP_NORM = 1.0
-MICRO_BATCH_TOKENS = 512
-_IGNORED = -100
-
-
-class Example(Protocol):
-    """One example: token ids, of which those from `loss_from` on carry loss (`bank.prompt.EncodedPair`)."""
-
-    @property
-    def ids(self) -> Sequence[int]: ...
-
-    @property
-    def loss_from(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,36 +155,6 @@ def optimise(
         on_step(StepReport(step, loss, sum(len(example.ids) for example in batch)))
 
 
-def backward(model: Any, examples: Sequence[Example]) -> float:
-    """Add the gradient of the mean loss per output token to whatever moves; the loss, nats."""
-    outputs, loss = _output_tokens(examples), 0.0
-    for part in micro_batches(examples):
-        part_loss = _summed_loss(model, part) / outputs
-        part_loss.backward()  # type: ignore[no-untyped-call]
-        loss += float(part_loss.detach())
-    return loss
-
-
-@torch.no_grad()
-def mean_loss(model: Any, examples: Sequence[Example]) -> float:
-    """Negative log-likelihood per output token, nats."""
-    return sum(float(_summed_loss(model, part)) for part in micro_batches(examples)) / _output_tokens(examples)
-
-
-@torch.no_grad()
-def example_losses(model: Any, examples: Sequence[Example]) -> list[float]:
-    """The same of each example by itself, in their order."""
-    losses = dict.fromkeys(map(id, examples), 0.0)
-    for part in micro_batches(examples):
-        for example, loss in zip(part, _token_losses(model, part).sum(1).tolist(), strict=True):
-            losses[id(example)] = loss / _output_tokens([example])
-    return [losses[id(example)] for example in examples]
-
-
-def _output_tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.ids) - example.loss_from for example in examples)
-
-
 def _batches(count: int, plan: TrainPlan) -> Iterator[list[int]]:
     """Batches without end: one shuffled pass over the examples after another."""
     order = random.Random(plan.seed)
@@ -204,44 +164,3 @@ def _batches(count: int, plan: TrainPlan) -> Iterator[list[int]]:
             queue += order.sample(range(count), count)
         yield queue[: plan.batch_size]
         del queue[: plan.batch_size]
-
-
-def micro_batches(batch: Sequence[Example], limit: int = MICRO_BATCH_TOKENS) -> list[list[Example]]:
-    """Cut a batch into parts of like length, each at most `limit` ids with its padding, or a single example."""
-    parts: list[list[Example]] = []
-    for example in sorted(batch, key=lambda e: len(e.ids)):
-        if parts and (len(parts[-1]) + 1) * len(example.ids) <= limit:
-            parts[-1].append(example)
-        else:
-            parts.append([example])
-    return parts
-
-
-def _summed_loss(model: Any, part: Sequence[Example]) -> torch.Tensor:
-    """Negative log-likelihood summed over the output tokens of all examples."""
-    return _token_losses(model, part).sum()
-
-
-def _token_losses(model: Any, part: Sequence[Example]) -> torch.Tensor:
-    """Negative log-likelihood of each output token, [examples, places], 0 where an example has none.
-
-    Logits are made only at places where an output token of one of the examples is predicted.
-    """
-    device = next(model.parameters()).device
-    shape = (len(part), max(len(example.ids) for example in part))
-    ids = torch.zeros(shape, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, _IGNORED)
-    for row, example in enumerate(part):
-        tokens = torch.tensor(example.ids)
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-        labels[row, example.loss_from : len(tokens)] = tokens[example.loss_from :]
-    places = (labels[:, 1:] != _IGNORED).any(0).nonzero()[:, 0]
-    answer = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=places.to(device), use_cache=False
-    )
-    wanted = labels[:, places + 1].to(device)
-    return torch.nn.functional.cross_entropy(
-        answer.logits.float().flatten(0, 1), wanted.flatten(), ignore_index=_IGNORED, reduction="none"
-    ).view(wanted.shape)

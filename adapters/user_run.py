@@ -15,7 +15,9 @@ import torch
 from adapters.attached import TRAINED, Attached
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights
-from adapters.trainer import Example, StepReport, TrainPlan, mean_loss, optimise
+from adapters.loss import mean_loss
+from adapters.packing import Example
+from adapters.trainer import StepReport, TrainPlan, optimise
 from adapters.user_adapter import CoreWeights, UserAdapterKind
 
 WARM_UP_STEPS = 2

@@ -18,7 +18,8 @@ from typing import Any
 from adapters.attached import attached
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.trainer import Example, initial_lora
+from adapters.packing import Example
+from adapters.trainer import initial_lora
 from adapters.user_adapter import CoreWeights, UserAdapterKind
 from adapters.user_run import Patience, Progress, UserPlan, UserRun
 

@@ -13,8 +13,9 @@ from adapters.errors import FusionError
 from adapters.flat import cut_b
 from adapters.gradient import b_gradient
 from adapters.lora import LoraWeights
+from adapters.loss import mean_loss
 from adapters.matrix import MetaMatrix
-from adapters.trainer import Example, mean_loss
+from adapters.packing import Example
 from bank.profile import Vectors
 from bank.signature import Signature
 

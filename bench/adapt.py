@@ -20,7 +20,7 @@ from rich.progress import track
 
 from adapters.attached import attached
 from adapters.fusion import fuse
-from adapters.trainer import mean_loss
+from adapters.loss import mean_loss
 from adapters.user_adapter import UserAdapter, UserAdapterKind, decode_user_adapter, stack
 from bank.embedder import Embedder
 from bank.histories import read_histories

@@ -21,7 +21,7 @@ import aiohttp
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from adapters.trainer import Example
+from adapters.packing import Example
 from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.voices import Voice
 from server.engine_client import BASE_MODEL, bearer, open_session

@@ -10,7 +10,8 @@ import torch
 
 from adapters.attached import TRAINED, Attached, attached
 from adapters.lora import LoraWeights
-from adapters.trainer import Example, example_losses
+from adapters.loss import example_losses
+from adapters.packing import Example
 from bank.evaluation.voices import Voice
 
 

@@ -46,6 +46,7 @@ class ConsoleProgress:
         self._total_tokens = sum(work_tokens.values())
         self._done_tokens = 0
         self._line_s = time.monotonic()
+        self._recent.clear()
         self._recent.append((self._line_s, 0))
         if self._rows and self._console.is_terminal:
             self._show(self._total_tokens)

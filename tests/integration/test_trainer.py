@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters import trainer
+from adapters.attached import attached
 from adapters.errors import FusionError
 from adapters.lora import LoraWeights
+from adapters.loss import backward, example_losses, mean_loss
+from adapters.packing import Row, pack
 from adapters.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.prompt import EncodedPair, encode_pair
 
@@ -40,10 +42,48 @@ def plain_loss(model: Any, example: EncodedPair) -> float:
     return -float(logits.gather(1, ids[0, 1:, None])[example.loss_from - 1 :].sum())
 
 
+def row_losses(model: Any, row: Row) -> list[float]:
+    """Summed negative log-likelihood of each example of a row."""
+    logits = model(**row.inputs(model), use_cache=False).logits[0].log_softmax(-1)
+    tokens = -logits.gather(1, torch.tensor(row.wanted)[:, None])[:, 0]
+    return [float(part.sum()) for part in tokens.split(row.counts)]
+
+
 @torch.no_grad()
-def test_the_loss_of_a_padded_batch_is_the_sum_of_each_example_alone(model: Any, examples: list[EncodedPair]) -> None:
-    batched = float(trainer._summed_loss(model, examples))
-    assert batched == pytest.approx(sum(plain_loss(model, example) for example in examples), rel=1e-5)
+def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, examples: list[EncodedPair]) -> None:
+    alone = [plain_loss(model, example) for example in examples]
+    counts = [example.output_tokens for example in examples]
+    each = [loss / count for loss, count in zip(alone, counts, strict=True)]
+    assert len(pack(model, examples)) == 1
+    for limit in (10_000, 120, 1):
+        losses = [loss for row in pack(model, examples, limit) for loss in row_losses(model, row)]
+        assert losses == pytest.approx(alone, rel=1e-5)
+    assert example_losses(model, examples) == pytest.approx(
+        [a / n for a, n in zip(alone, counts, strict=True)], rel=1e-5
+    )
+    assert mean_loss(model, examples) == pytest.approx(sum(alone) / sum(counts), rel=1e-5)
+
+
+def test_the_gradient_of_a_packed_row_is_that_of_its_examples(model: Any, examples: list[EncodedPair]) -> None:
+    start = initial_lora(linear_modules(model), 4, seed=0)
+    start = LoraWeights(4, start.a, {name: torch.full_like(b, 1e-2) for name, b in start.b.items()})
+
+    def gradient(batches: list[list[EncodedPair]]) -> torch.Tensor:
+        with attached(model, start) as here:
+            moving = here.trainable(train_a=True)
+            for batch in batches:
+                share = sum(e.output_tokens for e in batch) / sum(e.output_tokens for e in examples)
+                kept = [parameter.grad for parameter in moving]
+                for parameter in moving:
+                    parameter.grad = None
+                backward(here.model, batch)
+                for parameter, before in zip(moving, kept, strict=True):
+                    parameter.grad = parameter.grad * share + (0 if before is None else before)
+            return torch.cat([parameter.grad.reshape(-1) for parameter in moving])
+
+    packed, alone = gradient([examples]), gradient([[example] for example in examples])
+    assert torch.allclose(packed, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+    assert float(alone.abs().max()) > 0
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(model: Any, examples: list[EncodedPair]) -> None:

@@ -17,7 +17,8 @@ from adapters.errors import TrainingError
 from adapters.flat import lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
-from adapters.trainer import TrainPlan, linear_modules, mean_loss, train_lora
+from adapters.loss import mean_loss
+from adapters.trainer import TrainPlan, linear_modules, train_lora
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
 from adapters.user_run import Progress, UserPlan
 from adapters.user_trainer import FEW, Judgement, train_user

@@ -1,0 +1,122 @@
+"""Examples in one row: what they begin with in common is read once, and nothing is padded.
+
+Prompts of one task begin alike, with the chat template's opening and the task's instruction. A row is that beginning
+and then each example's own rest. A rest sees the beginning and itself, at the positions it has in its own example, so
+every number is what the example gives by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Protocol
+
+import torch
+
+ROW_TOKENS = 512
+"""Ids of one row: enough to keep the processor busy, few enough to stay in its caches."""
+
+_BEGINNING = -1
+
+
+class Example(Protocol):
+    """One example: token ids, of which those from `loss_from` on carry loss (`bank.prompt.EncodedPair`)."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def loss_from(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence that holds several examples.
+
+    Attributes:
+        ids: [T], the shared beginning first.
+        positions: of each id in its own example, [T].
+        owners: which example an id belongs to, -1 for the beginning, [T].
+        places: where the examples' output tokens are predicted, one example after the other.
+        wanted: those tokens.
+        counts: how many of them each example has.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    owners: list[int]
+    places: list[int]
+    wanted: list[int]
+    counts: list[int]
+
+    def inputs(self, model: Any) -> dict[str, torch.Tensor]:
+        """What the model is called with; logits are made where an output token is predicted and nowhere else."""
+        device = next(model.parameters()).device
+        inputs = {"input_ids": torch.tensor([self.ids]), "logits_to_keep": torch.tensor(self.places)}
+        if len(self.counts) > 1:
+            inputs["position_ids"] = torch.tensor([self.positions])
+            inputs["attention_mask"] = self._mask(model.dtype)
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def _mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """[1, 1, T, T], added to attention scores: 0 where row's id may see column's, else as good as -∞."""
+        owners = torch.tensor(self.owners)
+        seen = ((owners == _BEGINNING) | (owners == owners[:, None])).tril()
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> list[Row]:
+    """Rows that hold the examples in their order, each row at most `limit` ids or a single example.
+
+    An example stands alone where a mask of ours would not say all that the model's own says: in models that carry a
+    state from id to id, and where it is longer than the window that attention slides over.
+
+    Args:
+        model: who will read them.
+        examples: each with at least one id before the first that carries loss.
+        limit: most ids of a row.
+    """
+    shared = _shared(examples)
+    if not _packs(model, examples):
+        shared, limit = 0, 0
+    parts: list[list[Example]] = []
+    size = 0
+    for example in examples:
+        own = len(example.ids) - shared
+        if parts and size + own <= limit:
+            parts[-1].append(example)
+            size += own
+        else:
+            parts.append([example])
+            size = shared + own
+    return [_row(part, shared) for part in parts]
+
+
+def _packs(model: Any, examples: Sequence[Example]) -> bool:
+    windows = [getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = max((len(example.ids) for example in examples), default=0)
+    return not getattr(model, "_is_stateful", False) and all(longest <= window for window in windows if window)
+
+
+def _shared(examples: Sequence[Example]) -> int:
+    """How many ids all examples begin with, the id before the first output token never among them."""
+    if not examples:
+        return 0
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*(example.ids for example in examples), strict=False))
+    return max(0, min(sum(1 for _ in same), *(example.loss_from - 1 for example in examples)))
+
+
+def _row(examples: Sequence[Example], shared: int) -> Row:
+    beginning = examples[0].ids[:shared]
+    row = Row(list(beginning), list(range(shared)), [_BEGINNING] * shared, [], [], [])
+    for owner, example in enumerate(examples):
+        moved = len(row.ids) - shared
+        row.ids.extend(example.ids[shared:])
+        row.positions.extend(range(shared, len(example.ids)))
+        row.owners.extend([owner] * (len(example.ids) - shared))
+        predicted = range(example.loss_from, len(example.ids))
+        row.places.extend(moved + place - 1 for place in predicted)
+        row.wanted.extend(example.ids[place] for place in predicted)
+        row.counts.append(len(predicted))
+    return row

@@ -1,0 +1,70 @@
+"""Packing examples into rows: what is shared, where it is cut, and whom it is not for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.packing import pack
+from bank.prompt import EncodedPair
+
+
+def model(**config: Any) -> Any:
+    """As much of a model as packing asks for."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    return SimpleNamespace(config=SimpleNamespace(**config), parameters=lambda: iter([weight]), dtype=torch.float32)
+
+
+def example(prompt: list[int], output: list[int]) -> EncodedPair:
+    return EncodedPair((*prompt, *output), len(prompt))
+
+
+ids = st.lists(st.integers(0, 3), min_size=1, max_size=30)
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=12), st.integers(1, 80))
+def test_rows_hold_every_example_whole_in_order_and_keep_to_the_limit(
+    pairs: list[tuple[list[int], list[int]]], limit: int
+) -> None:
+    examples = [example(*pair) for pair in pairs]
+    found = []
+    for row in pack(model(), examples, limit):
+        assert len(row.counts) == 1 or len(row.ids) <= limit
+        at = 0
+        for owner, count in enumerate(row.counts):
+            own = [place for place, of in enumerate(row.owners) if of in (-1, owner)]
+            assert [row.positions[place] for place in own] == list(range(len(own)))
+            whole = tuple(row.ids[place] for place in own)
+            predicted = [row.positions[place] + 1 for place in row.places[at : at + count]]
+            assert predicted == list(range(len(whole) - count, len(whole)))
+            assert tuple(row.wanted[at : at + count]) == whole[len(whole) - count :]
+            assert all(row.owners[place] == owner for place in row.places[at : at + count])
+            found.append(EncodedPair(whole, len(whole) - count))
+            at += count
+    assert found == examples
+
+
+def test_what_all_examples_begin_with_is_read_once() -> None:
+    (row,) = pack(model(), [example([1, 2, 3, n], [9, 9]) for n in range(4, 8)], limit=100)
+    assert row.ids == [1, 2, 3, *(i for n in range(4, 8) for i in (n, 9, 9))]
+
+
+def test_a_rest_sees_the_beginning_and_itself_and_nothing_later() -> None:
+    (row,) = pack(model(), [example([1, 2], [8]), example([1, 3], [9])], limit=100)
+    seen = row.inputs(model())["attention_mask"][0, 0] == 0
+    assert seen.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+
+
+def test_an_example_stands_alone_where_the_models_own_mask_is_another() -> None:
+    examples = [example([1, 2, 3], [4]), example([1, 2, 5], [6])]
+    stateful = model()
+    stateful._is_stateful = True
+    for reader in (stateful, model(sliding_window=3), model(attention_chunk_size=3)):
+        rows = pack(reader, examples, limit=100)
+        assert [row.ids for row in rows] == [[1, 2, 3, 4], [1, 2, 5, 6]]
+        assert "attention_mask" not in rows[0].inputs(reader)
+    assert len(pack(model(sliding_window=4, attention_chunk_size=None), examples, limit=100)) == 1
