@@ -44,12 +44,15 @@ class EmbedderId(_Frozen):
 
 
 class SignatureRule(_Frozen):
-    """How a signature becomes weights: strength × softmax(τ·n·gain + κ·cosine) over the best K.
+    """How a signature becomes weights: strength × softmax(τ·√n·gain + κ·cosine) over the best K.
+
+    A mean over n tokens is as sure as the root of n, so τ counts gains by how far they are from chance; with n itself a
+    few long items would choose a single anchor.
 
     Attributes:
         anchors: K, how many anchors take part.
         strength: what their weights sum to; below 1 only beside a common row.
-        tau: τ, how much a nat of evidence counts.
+        tau: τ, how much evidence counts.
         kappa: κ, how much similarity of topics counts beside it.
         slope: a, by how much predicted gains are too large.
         offsets: c, one for each anchor (`bank/signature.py`).
@@ -57,8 +60,8 @@ class SignatureRule(_Frozen):
 
     anchors: int = Field(default=16, ge=1)
     strength: float = Field(default=1.0, gt=0, le=1)
-    tau: float = Field(default=0.3, ge=0)
-    kappa: float = Field(default=10.0, ge=0)
+    tau: float = Field(default=2.0, ge=0)
+    kappa: float = Field(default=0.0, ge=0)
     slope: float = Field(default=1.0, ge=0)
     offsets: tuple[float, ...] = ()
 
@@ -100,7 +103,7 @@ class AnchorEntry(_Frozen):
 class BankManifest(_Frozen):
     """The content of `bank.json`."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     task: str
     base_model: BaseModelId
     embedder: EmbedderId

@@ -79,7 +79,7 @@ def signature_weights(
 def evident_weights(
     rule: SignatureRule, anchors: Sequence[int], gains: Vectors, cosines: Vectors, tokens: int
 ) -> tuple[AnchorWeight, ...]:
-    """strength × softmax(τ·n·gain + κ·cosine) over the best K anchors.
+    """strength × softmax(τ·√n·gain + κ·cosine) over the best K anchors.
 
     Args:
         rule: K, strength, τ and κ.
@@ -88,7 +88,8 @@ def evident_weights(
         cosines: similarity of topics.
         tokens: n, output tokens of those items.
     """
-    scores = rule.tau * tokens * np.asarray(gains, np.float64) + rule.kappa * np.asarray(cosines, np.float64)
+    evidence = tokens**0.5 * np.asarray(gains, np.float64)
+    scores = rule.tau * evidence + rule.kappa * np.asarray(cosines, np.float64)
     best = sorted(range(len(anchors)), key=lambda place: (-scores[place], anchors[place]))[: rule.anchors]
     shares = np.exp(scores[best] - scores[best[0]])
     shares *= rule.strength / shares.sum()

@@ -54,7 +54,7 @@ def build(
     signature_strength: Annotated[
         float, typer.Option(help="As --strength, by signature.")
     ] = DEFAULTS.signature_strength,
-    tau: Annotated[float, typer.Option(help="How much a nat of a user's evidence counts.")] = DEFAULTS.tau,
+    tau: Annotated[float, typer.Option(help="How much a user's evidence counts.")] = DEFAULTS.tau,
     kappa: Annotated[float, typer.Option(help="How much similarity of topics counts beside it.")] = DEFAULTS.kappa,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Train the task's own row too, for `mta eval`.")

@@ -27,7 +27,7 @@ def signed(bench: Bench) -> BankManifest:
     """A bank of people with manners of their own, and of more people with the same manners to calibrate on."""
     users = write_people(bench.folder / "twelve.json", people(12))
     inputs = {"users": users}
-    return bench.build("signed", inputs=inputs, anchors=ANCHORS, steps=30, common_steps=20, tau=1.0, kappa=0.0)
+    return bench.build("signed", inputs=inputs, anchors=ANCHORS, steps=30, common_steps=20, tau=10.0, kappa=0.0)
 
 
 @pytest.fixture(scope="module")

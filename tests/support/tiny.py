@@ -87,7 +87,7 @@ def tiny_bank(
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
     embedder = Embedder.load(embedder_folder)
-    signature = SignatureRule(anchors=2, strength=1.0, tau=1.0, kappa=0.0, offsets=(0.0,) * anchors)
+    signature = SignatureRule(anchors=2, strength=1.0, tau=10.0, kappa=0.0, offsets=(0.0,) * anchors)
     parts = BankParts(
         task="chat",
         base_model=BaseModelId(name="tiny", hash=model_hash(model_folder)),

@@ -20,12 +20,13 @@ from bank.manifest import (
     BaseModelId,
     EmbedderId,
     ModuleEntry,
+    SignatureRule,
     WeightRule,
     file_sha256,
     write_manifest,
 )
 from bank.serving import ServingBank
-from bank.weights import AnchorWeight, make_recipe, topic_weights
+from bank.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
 
 
 def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: int = 2) -> BankManifest:
@@ -107,6 +108,22 @@ def saved_bank(folder: Path, **changes: object) -> BankManifest:
     index.save(folder / INDEX_FILE)
     files = {INDEX_FILE: file_sha256(folder / INDEX_FILE)}
     return write_manifest(folder, manifest().model_copy(update={"files": files, **changes}))
+
+
+def test_evidence_is_a_softmax_of_gains_by_the_root_of_the_tokens_and_of_topics() -> None:
+    rule = SignatureRule(anchors=3, strength=0.5, tau=2.0, kappa=1.5)
+    gains, cosines = np.array([0.1, -0.2, 0.05, 0.0]), np.array([0.0, 0.9, 0.4, -0.1])
+    spoken = evident_weights(rule, range(4), gains, cosines, tokens=100)
+    scores = np.exp(2.0 * 10.0 * gains + 1.5 * cosines)
+    best = [0, 2, 3]
+    assert [w.anchor for w in spoken] == best
+    assert [w.weight for w in spoken] == pytest.approx([0.5 * scores[i] / scores[best].sum() for i in best])
+    assert [(w.similarity, w.gain) for w in spoken] == [(cosines[i], gains[i]) for i in best]
+
+
+def test_without_any_tokens_of_evidence_all_anchors_weigh_alike() -> None:
+    spoken = evident_weights(SignatureRule(anchors=4, kappa=0.0), range(4), np.array([3.0, 0, 0, 0]), np.ones(4), 0)
+    assert [w.weight for w in spoken] == [0.25] * 4
 
 
 def test_a_serving_bank_leads_from_an_embedding_to_a_recipe(tmp_path: Path) -> None:
