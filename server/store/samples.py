@@ -11,7 +11,7 @@ from typing import Literal
 import orjson
 
 Kind = Literal["lora", "core"]
-CORE_LEARNING_RATE = 2e-2
+CORE_STEPS, CORE_LEARNING_RATE = 16, 2e-2
 """A core turns what the fused adapter has, and that is small."""
 
 Messages = Sequence[dict[str, str]]
@@ -48,8 +48,8 @@ class AdaptConfig:
 
     kind: Kind = "lora"
     rank: int = 2
-    steps: int = 16
-    learning_rate: float = 1e-3
+    steps: int = 8
+    learning_rate: float = 2e-3
     holdout: float = 0.2
     seed: int = 0
 
@@ -62,7 +62,7 @@ def default_config(room: int, kind: Kind | None = None) -> AdaptConfig:
         kind: if one is asked for.
     """
     if (kind or ("lora" if room else "core")) == "core":
-        return AdaptConfig(kind="core", learning_rate=CORE_LEARNING_RATE)
+        return AdaptConfig(kind="core", steps=CORE_STEPS, learning_rate=CORE_LEARNING_RATE)
     return AdaptConfig(rank=max(1, min(AdaptConfig().rank, room)))
 
 
