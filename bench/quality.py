@@ -32,6 +32,8 @@ from tests.support.tiny import tiny_model
 
 ANCHORS = {"news_headline": 12, "movie_rating": 20}
 QUERIES = {"news_headline": 6, "movie_rating": 8}
+TRAINED_PEOPLE = 24
+METHODS = f"{DEFAULT},merged:topic"
 
 
 def main(
@@ -42,6 +44,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds of what is random or trained.", min=1)] = 3,
     folds: Annotated[int, typer.Option(help="Choose on so many folds of the anchors' people.", min=0)] = 0,
     people: Annotated[int | None, typer.Option(help="At most so many people of each part.")] = None,
+    trained_people: Annotated[int, typer.Option(help="So many of them get few-shot adapters.")] = TRAINED_PEOPLE,
     anchors: Annotated[int | None, typer.Option(help="Anchors of each bank.", show_default="12, films 20")] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
@@ -56,7 +59,8 @@ def main(
     out = out / task
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
-    options = [*shlex.split(evaluate), *(("--people", str(people)) if people else ())]
+    options = ["--methods", METHODS, "--trained-people", str(trained_people), *shlex.split(evaluate)]
+    options += ["--people", str(people)] if people else []
     if not folds:
         bank = _bank(out / "bank", everybody, task, size, build)
         _run("eval", "--users", data / task / "users.json", "--bank", bank, "--out", out, "--seeds", seeds, *options)
@@ -86,8 +90,9 @@ def _quick(out: Path, seeds: int) -> None:
         f"--rank 4 --user-rank 4 --steps 3 --common-steps 3 --batch-size 4 --model {shlex.quote(str(model))} --force"
     )
     bank = _bank(out / "bank", known, "chat", 3, small)
-    methods = f"{DEFAULT},merged:topic,merged:evidence,merged+history"
-    _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model)
+    methods = f"{METHODS},merged:evidence,merged+history"
+    _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
+         "--trained-people", 2)  # fmt: skip
 
 
 def _bank(out: Path, users: Path, task: str, anchors: int, options: str) -> Path:

@@ -30,6 +30,7 @@ class EvalOptions:
         methods: in the order in which they run.
         seeds: one run each; only what is random or trained differs between them.
         predict: whether answers are generated, for the task's metrics.
+        trained_people: methods that train do so for the first so many people only; for all when None.
         history: past items in the prompt of methods with history.
         max_tokens: longest example.
     """
@@ -37,8 +38,18 @@ class EvalOptions:
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     predict: bool
+    trained_people: int | None = None
     history: int = 1
     max_tokens: int = 512
+
+    def methods_of(self, place: int) -> tuple[Method, ...]:
+        """The methods of the person at this place."""
+        trains = self.trained_people is None or place < self.trained_people
+        return tuple(method for method in self.methods if trains or not method.trained)
+
+    def pieces(self, people: int) -> int:
+        """How many (person, method, seed) there are."""
+        return len(self.seeds) * sum(len(self.methods_of(place)) for place in range(people))
 
 
 class Evaluation:
@@ -75,17 +86,22 @@ class Evaluation:
 
     def run(self, people: Sequence[Person], on_done: Callable[[int], None]) -> None:
         """Evaluate all people; `on_done` is told how many (person, method, seed) are through."""
-        for person in people:
+        for place, person in enumerate(people):
             evidences: dict[int | None, Evidence] = {}
             for seed in self._options.seeds:
-                self._person(person, seed, evidences, on_done)
+                self._person(person, self._options.methods_of(place), seed, evidences, on_done)
 
     def _person(
-        self, person: Person, seed: int, evidences: dict[int | None, Evidence], on_done: Callable[[int], None]
+        self,
+        person: Person,
+        methods: Sequence[Method],
+        seed: int,
+        evidences: dict[int | None, Evidence],
+        on_done: Callable[[int], None],
     ) -> None:
         """One person and seed; `evidences`, by how many items are known, are the person's for all seeds."""
-        waiting = [m for m in self._options.methods if not self._has(person, m, seed)]
-        on_done(len(self._options.methods) - len(waiting))
+        waiting = [m for m in methods if not self._has(person, m, seed)]
+        on_done(len(methods) - len(waiting))
         if not waiting:
             return
         repeated = [m for m in waiting if self._repeats(m, seed)]

@@ -104,7 +104,7 @@ def evaluate(
     where = "in an engine" if engine else "in process"
     key = evaluation_key(bank, task_bank, plan, people, f"{where}, {dtype}, predictions: {options.predict}")
     records = Records(inputs.out, key)
-    on_done = begin(len(people) * len(options.methods) * len(options.seeds))
+    on_done = begin(options.pieces(len(people)))
     scorer = Scorer(*load_base(inputs.model_folder, dtype))
 
     adapters = Adapters(bank, task_bank, scorer, inputs.embedder, plan=plan, max_tokens=options.max_tokens)

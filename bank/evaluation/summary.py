@@ -23,6 +23,7 @@ class Row:
 
     Attributes:
         method: its name.
+        users: who it was evaluated on; a difference is over those of its row.
         loss: nats per gold token, mean over users.
         metrics: of the task, over all queries of all seeds; empty without predictions.
         against: the difference of its loss to another method's, by that one's name; negative is better.
@@ -30,6 +31,7 @@ class Row:
     """
 
     method: str
+    users: int
     loss: float
     metrics: Mapping[str, float]
     against: Mapping[str, Interval]
@@ -52,7 +54,8 @@ def summarise(records: Sequence[Record], task: Task) -> list[Row]:
         predicted = [record for record in found if record.prediction]
         metrics = evaluate(task, [r.prediction for r in found], [r.gold for r in found]) if predicted else {}
         rejected = float(np.mean([record.rejected for record in found]))
-        rows.append(Row(method, float(np.mean(list(losses[method].values()))), metrics, others, rejected))
+        loss = float(np.mean(list(losses[method].values())))
+        rows.append(Row(method, len(losses[method]), loss, metrics, others, rejected))
     return sorted(rows, key=lambda row: -row.loss)
 
 
@@ -61,10 +64,11 @@ def markdown(rows: Sequence[Row], against: Sequence[str]) -> str:
     rows = [row for row in rows if not parse_method(row.method).varied]
     shown = [name for name in against if any(row.method == name for row in rows)]
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    head = ["method", "loss", *names, *(f"loss against {name}" for name in shown)]
+    head = ["method", "users", "loss", *names, *(f"loss against {name}" for name in shown)]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        cells = [row.method, f"{row.loss:.4f}", *(f"{row.metrics[n]:.4f}" if n in row.metrics else "" for n in names)]
+        metrics = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in names]
+        cells = [row.method, str(row.users), f"{row.loss:.4f}", *metrics]
         lines.append([*cells, *(_cell(row.against.get(name)) for name in shown)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
