@@ -37,7 +37,7 @@ from server.store.samples import AdaptConfig, Sample
 
 MAX_TOKENS = 512
 LATER = 24
-SETTINGS = ["lora:2:8:2e-3", "lora:2:16:1e-3", "core:0:16:2e-2"]
+SETTINGS = ["lora:2:8:1e-3", "lora:2:16:1e-3", "core:0:16:2e-2"]
 
 
 def main(

@@ -49,7 +49,7 @@ class AdaptConfig:
     kind: Kind = "lora"
     rank: int = 2
     steps: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     holdout: float = 0.2
     seed: int = 0
 
