@@ -31,7 +31,7 @@ def example_losses(model: Any, examples: Sequence[Example]) -> list[float]:
     """The same of each example by itself, in their order."""
     losses: list[float] = []
     for row in pack(model, examples):
-        sums = [float(tokens.sum()) for tokens in torch.split(_losses(model, row), row.counts)]
+        sums = torch.stack([tokens.sum() for tokens in torch.split(_losses(model, row), row.counts)]).tolist()
         losses += [loss / count for loss, count in zip(sums, row.counts, strict=True)]
     return losses
 

@@ -77,9 +77,7 @@ def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> li
         examples: each with at least one id before the first that carries loss.
         limit: most ids of a row.
     """
-    shared = _shared(examples)
-    if not _packs(model, examples):
-        shared, limit = 0, 0
+    shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
     parts: list[list[Example]] = []
     size = 0
     for example in examples:

@@ -19,12 +19,13 @@ from rich.progress import Progress
 
 from bank.baselines import BASELINES
 from bank.embedder import Embedder
-from bank.evaluation.methods import DEFAULT, parse_methods
+from bank.evaluation.methods import parse_methods
 from bank.evaluation.records import RECORDS_FILE, Record
 from bank.evaluation.run import EvalOptions
 from bank.evaluation.scoring import Scores
 from bank.evaluation.session import EvalInputs, evaluate
 from bank.models import ensure_base_model, ensure_embedder
+from bench.quality import METHODS
 from bench.report import report
 from server.adapt_worker.training import user_plan
 from server.eval_engine import EngineScores
@@ -43,7 +44,7 @@ def main(
     bank: Annotated[Path, typer.Option(help="A bank built with --baselines.")],
     users: Annotated[Path, typer.Option(help="People with queries.")],
     people: Annotated[int, typer.Option(help="How many of them.", min=2)] = 5,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = f"{DEFAULT},merged:topic",
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = METHODS,
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:

@@ -34,8 +34,8 @@ class Sample:
 class AdaptConfig:
     """How a user adapter is trained; recorded with the job, so that the same job gives the same bytes.
 
-    The numbers are those with which ten samples of authors outside a bank helped their later items most, of a dozen
-    settings (`bench.adapt`).
+    The numbers are those with which ten samples of people outside a bank helped their later items most, on two tasks
+    together (docs/quality.md).
 
     Attributes:
         kind: what is trained (`adapters/user_adapter.py`).

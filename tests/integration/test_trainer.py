@@ -66,20 +66,16 @@ def test_the_gradient_of_a_packed_row_is_that_of_its_examples(model: Any, exampl
     start = initial_lora(linear_modules(model), 4, seed=0)
     start = LoraWeights(4, start.a, {name: torch.full_like(b, 1e-2) for name, b in start.b.items()})
 
-    def gradient(batches: list[list[EncodedPair]]) -> torch.Tensor:
+    def gradient(batch: list[EncodedPair]) -> torch.Tensor:
+        """Of the mean loss per output token."""
         with attached(model, start) as here:
             moving = here.trainable(train_a=True)
-            for batch in batches:
-                share = sum(e.output_tokens for e in batch) / sum(e.output_tokens for e in examples)
-                kept = [parameter.grad for parameter in moving]
-                for parameter in moving:
-                    parameter.grad = None
-                backward(here.model, batch)
-                for parameter, before in zip(moving, kept, strict=True):
-                    parameter.grad = parameter.grad * share + (0 if before is None else before)
+            backward(here.model, batch)
             return torch.cat([parameter.grad.reshape(-1) for parameter in moving])
 
-    packed, alone = gradient([examples]), gradient([[example] for example in examples])
+    total = sum(example.output_tokens for example in examples)
+    packed = gradient(examples)
+    alone = torch.stack([gradient([example]) * example.output_tokens / total for example in examples]).sum(0)
     assert torch.allclose(packed, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
     assert float(alone.abs().max()) > 0
 
