@@ -17,8 +17,16 @@ from bank.manifest import SignatureRule, WeightRule
 from bank.tasks import Task
 
 _SIGNATURE = SignatureRule()
+_TOPIC_STRENGTH = 0.5
 _COUNTS = (
-    *("anchors", "rank", "k", "signature_k", "steps", "common_steps", "batch_size", "common_batch_size"),
+    "anchors",
+    "rank",
+    "k",
+    "signature_k",
+    "steps",
+    "common_steps",
+    "batch_size",
+    "common_batch_size",
     "max_tokens",
 )
 WEIGHTS = ("auto", "topic", "signature")
@@ -39,7 +47,8 @@ class BuildOptions:
         target_modules: last parts of module names; every linear layer when None.
         weights: what speaks for a user: `topic`, `signature`, or `auto`: signatures where the bank can have them.
         k: most anchors of a recipe, by topic.
-        strength: what their weights sum to.
+        strength: what their weights sum to; without a value all of it, or half beside a common row, for topics may
+            mislead.
         signature_k, signature_strength: the same by signature.
         tau, kappa: how much evidence counts, and topics beside it.
         steps, common_steps: optimiser steps of an anchor and of the common row.
@@ -60,7 +69,7 @@ class BuildOptions:
     target_modules: tuple[str, ...] | None = None
     weights: str = "auto"
     k: int = 2
-    strength: float = 1.0
+    strength: float | None = None
     signature_k: int = _SIGNATURE.anchors
     signature_strength: float = _SIGNATURE.strength
     tau: float = _SIGNATURE.tau
@@ -79,25 +88,16 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise BankError(f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
-        for name in (
-            "anchors",
-            "rank",
-            "k",
-            "signature_k",
-            "steps",
-            "common_steps",
-            "batch_size",
-            "common_batch_size",
-            "max_tokens",
-        ):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise BankError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "common_learning_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise BankError(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}")
         for name in ("strength", "signature_strength"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BankError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise BankError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {value}")
         for name in ("tau", "kappa"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise BankError(f"--{name} must be 0 or more, got {getattr(self, name)}")
@@ -108,7 +108,9 @@ class BuildOptions:
 
     def rule(self, calibration: Calibration | None = None) -> WeightRule:
         """The bank's rule of weights, with one for signatures where they are calibrated."""
-        topic = WeightRule(anchors=min(self.k, self.anchors), strength=self.strength)
+        usual = _TOPIC_STRENGTH if self.common else 1.0
+        strength = usual if self.strength is None else self.strength
+        topic = WeightRule(anchors=min(self.k, self.anchors), strength=strength)
         if calibration is None:
             return topic
         signature = SignatureRule(

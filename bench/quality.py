@@ -32,7 +32,6 @@ from tests.support.tiny import tiny_model
 
 ANCHORS = {"news_headline": 12, "movie_rating": 20}
 QUERIES = {"news_headline": 6, "movie_rating": 8}
-TRAINED_PEOPLE = 24
 METHODS = f"{DEFAULT},merged:topic"
 
 
@@ -44,7 +43,6 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds of what is random or trained.", min=1)] = 3,
     folds: Annotated[int, typer.Option(help="Choose on so many folds of the anchors' people.", min=0)] = 0,
     people: Annotated[int | None, typer.Option(help="At most so many people of each part.")] = None,
-    trained_people: Annotated[int, typer.Option(help="So many of them get few-shot adapters.")] = TRAINED_PEOPLE,
     anchors: Annotated[int | None, typer.Option(help="Anchors of each bank.", show_default="12, films 20")] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
@@ -59,7 +57,7 @@ def main(
     out = out / task
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
-    options = ["--methods", METHODS, "--trained-people", str(trained_people), *shlex.split(evaluate)]
+    options = ["--methods", METHODS, *shlex.split(evaluate)]
     options += ["--people", str(people)] if people else []
     if not folds:
         bank = _bank(out / "bank", everybody, task, size, build)
@@ -92,7 +90,7 @@ def _quick(out: Path, seeds: int) -> None:
     bank = _bank(out / "bank", known, "chat", 3, small)
     methods = f"{METHODS},merged:evidence,merged+history"
     _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
-         "--trained-people", 2)  # fmt: skip
+         "--sample", 2)  # fmt: skip
 
 
 def _bank(out: Path, users: Path, task: str, anchors: int, options: str) -> Path:

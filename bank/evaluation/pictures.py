@@ -71,9 +71,12 @@ def draw_map(anchors: Vectors, people: Vectors, nearest: Sequence[Sequence[int]]
 def draw_curves(records: Sequence[Record], path: Path) -> bool:
     """Loss of `merged` against how many anchors speak, and against how many items are known.
 
-    The dashed line is the bank's own rule with everything known. Returns False where there are no such records.
+    The dashed line is the bank's own rule with everything known, for the same users. Returns False where there are no
+    such records.
     """
-    losses = {method: list(users.values()) for method, users in user_losses(records).items()}
+    by_user = user_losses(records)
+    sampled = {user for method, users in by_user.items() if parse_method(method).varied for user in users}
+    losses = {m: [loss for user, loss in users.items() if user in sampled] for m, users in by_user.items()}
     axes = {"anchors that speak, k": "k", "items known of a user": "items"}
     points = {label: _points(losses, what) for label, what in axes.items()}
     shown = {label: found for label, found in points.items() if found}

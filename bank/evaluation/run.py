@@ -30,7 +30,8 @@ class EvalOptions:
         methods: in the order in which they run.
         seeds: one run each; only what is random or trained differs between them.
         predict: whether answers are generated, for the task's metrics.
-        trained_people: methods that train do so for the first so many people only; for all when None.
+        sample: what is costly, few-shot training and points of curves, is for the first so many people only; for all
+            when None.
         history: past items in the prompt of methods with history.
         max_tokens: longest example.
     """
@@ -38,14 +39,14 @@ class EvalOptions:
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     predict: bool
-    trained_people: int | None = None
+    sample: int | None = None
     history: int = 1
     max_tokens: int = 512
 
     def methods_of(self, place: int) -> tuple[Method, ...]:
         """The methods of the person at this place."""
-        trains = self.trained_people is None or place < self.trained_people
-        return tuple(method for method in self.methods if trains or not method.trained)
+        sampled = self.sample is None or place < self.sample
+        return tuple(method for method in self.methods if sampled or not (method.trained or method.varied))
 
     def pieces(self, people: int) -> int:
         """How many (person, method, seed) there are."""

@@ -59,18 +59,31 @@ def summarise(records: Sequence[Record], task: Task) -> list[Row]:
     return sorted(rows, key=lambda row: -row.loss)
 
 
-def markdown(rows: Sequence[Row], against: Sequence[str]) -> str:
-    """A Markdown table with intervals, bold where they exclude zero; the points of curves are left out."""
-    rows = [row for row in rows if not parse_method(row.method).varied]
+def markdown(records: Sequence[Record], task: Task, against: Sequence[str]) -> str:
+    """What to read: a table of the methods that everyone was evaluated with, and where others were for some people
+    only, one of all methods over those; the points of curves are left out."""
+    records = [record for record in records if not parse_method(record.method).varied]
+    people = {method: frozenset(users) for method, users in user_losses(records).items()}
+    everyone, sample = (choose(people.values(), key=len) for choose in (max, min))
+    whole = _table([row for row in summarise(records, task) if row.users == len(everyone)], against)
+    parts = [f"**{len(everyone)} people**", whole]
+    if sample != everyone:
+        sampled = [record for record in records if record.user_id in sample]
+        parts += [f"**{len(sample)} of them**", _table(summarise(sampled, task), against)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Row], against: Sequence[str]) -> str:
+    """A Markdown table with intervals, bold where they exclude zero."""
     shown = [name for name in against if any(row.method == name for row in rows)]
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    head = ["method", "users", "loss", *names, *(f"loss against {name}" for name in shown)]
+    head = ["method", "loss", *names, *(f"loss against {name}" for name in shown)]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         metrics = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in names]
-        cells = [row.method, str(row.users), f"{row.loss:.4f}", *metrics]
+        cells = [row.method, f"{row.loss:.4f}", *metrics]
         lines.append([*cells, *(_cell(row.against.get(name)) for name in shown)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:

@@ -46,7 +46,9 @@ def build(
         str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.", show_default="all linear layers")
     ] = None,
     k: TopOption = DEFAULTS.k,
-    strength: Annotated[float, typer.Option(help="What the anchors' weights sum to.")] = DEFAULTS.strength,
+    strength: Annotated[
+        float | None, typer.Option(help="What the anchors' weights sum to.", show_default="0.5; 1 with --no-common")
+    ] = DEFAULTS.strength,
     weights: Annotated[
         str, typer.Option(help="What speaks for a user: topic, signature, or auto: signatures where possible.")
     ] = DEFAULTS.weights,

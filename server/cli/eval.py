@@ -15,8 +15,8 @@ Task = Annotated[str | None, typer.Option(help="Must be the bank's.", show_defau
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/quality.md.", show_default="all")]
 Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate answers, for LaMP's metrics.")]
 Curves = Annotated[bool, typer.Option("--curves/--no-curves", help="Merged with other k and fewer items too.")]
-TrainedPeople = Annotated[
-    int | None, typer.Option(help="Few-shot adapters for the first so many people only.", min=2, show_default="all")
+Sample = Annotated[
+    int, typer.Option(help="What is costly, few-shot adapters and curves, for the first so many people only.", min=2)
 ]
 EngineUrl = Annotated[
     str | None, typer.Option(help="A running engine answers instead; its key is MTA_ENGINE_KEY.", show_default=False)
@@ -32,7 +32,7 @@ def evaluate(
     methods: Methods = None,
     seeds: Annotated[int, typer.Option(help="Runs that differ in what is random or trained.", min=1)] = 1,
     people: Annotated[int | None, typer.Option(help="Only the first so many.", min=2, show_default="all")] = None,
-    trained_people: TrainedPeople = None,
+    sample: Sample = 20,
     predict: Predict = True,
     curves: Curves = True,
     last: Last = 0,
@@ -62,7 +62,7 @@ def evaluate(
     from server.store.redis_jobs import jobs_at
     from server.store.samples import AdaptConfig
 
-    options = EvalOptions(tuple(parse_methods(methods or DEFAULT)), tuple(range(seeds)), predict, trained_people)
+    options = EvalOptions(tuple(parse_methods(methods or DEFAULT)), tuple(range(seeds)), predict, sample)
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
     inputs = EvalInputs(
         users=users,
