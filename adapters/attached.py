@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,19 +11,25 @@ import torch
 from adapters.lora import LoraWeights
 
 TRAINED = "trained"
-FROZEN = "frozen"
+"""Name of the one adapter that PEFT sees."""
 
 
 class Attached:
-    """A base model that carries LoRAs.
+    """A base model that carries a LoRA to train, and maybe a frozen one beside it.
+
+    PEFT sees one adapter of both ranks, the frozen part first: two adapters would make a step an eighth longer.
 
     Attributes:
         model: PEFT's wrapper around the base model.
     """
 
-    def __init__(self, model: Any, rank: int) -> None:
+    def __init__(self, model: Any, trained: LoraWeights, frozen: LoraWeights | None) -> None:
         self.model = model
-        self._rank = rank
+        self._rank = trained.rank
+        self._frozen_rank = frozen.rank if frozen else 0
+        if frozen:
+            self._put(frozen, 0)
+        self.put(trained)
 
     def layers(self) -> dict[str, Any]:
         """PEFT's LoRA layers by the name of the module they wrap."""
@@ -31,19 +37,31 @@ class Attached:
 
         return {n: module for n, module in self.model.base_model.model.named_modules() if isinstance(module, LoraLayer)}
 
-    def put(self, adapter: str, lora: LoraWeights) -> None:
-        """Set the weights of one of the attached LoRAs."""
+    def put(self, lora: LoraWeights) -> None:
+        """Set the weights of the LoRA to train."""
+        self._put(lora, self._frozen_rank)
+
+    def _put(self, lora: LoraWeights, first: int) -> None:
+        part = slice(first, first + lora.rank)
         with torch.no_grad():
             for name, layer in self.layers().items():
-                layer.lora_A[adapter].weight.copy_(lora.a[name])
-                layer.lora_B[adapter].weight.copy_(lora.b[name])
+                layer.lora_A[TRAINED].weight[part].copy_(lora.a[name])
+                layer.lora_B[TRAINED].weight[:, part].copy_(lora.b[name])
 
     def trainable(self, *, train_a: bool) -> list[torch.nn.Parameter]:
-        """Freeze everything but the trained LoRA's B, and its A where that moves too; give what moves."""
-        chosen = []
+        """Freeze everything but the trained LoRA's B, and its A where that moves too; give what moves.
+
+        The frozen part of what moves has a gradient of zero, so that an optimiser without weight decay leaves it.
+        """
+        moving: list[tuple[torch.nn.Parameter, int]] = []
         for layer in self.layers().values():
-            chosen += [layer.lora_B[TRAINED].weight] + ([layer.lora_A[TRAINED].weight] if train_a else [])
-        return self.only(chosen)
+            moving.append((layer.lora_B[TRAINED].weight, 1))
+            moving += [(layer.lora_A[TRAINED].weight, 0)] if train_a else []
+        chosen = self.only([parameter for parameter, _ in moving])
+        if self._frozen_rank:
+            for parameter, ranks in moving:
+                parameter.register_hook(_still(parameter, ranks, self._frozen_rank))
+        return chosen
 
     def only(self, chosen: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
         """Freeze everything but these."""
@@ -72,12 +90,10 @@ class Attached:
 
     def weights(self) -> LoraWeights:
         """The trained LoRA as it is now, float32 on CPU."""
-        layers = self.layers()
-        return LoraWeights(
-            rank=self._rank,
-            a={name: layer.lora_A[TRAINED].weight.detach().float().cpu().clone() for name, layer in layers.items()},
-            b={name: layer.lora_B[TRAINED].weight.detach().float().cpu().clone() for name, layer in layers.items()},
-        )
+        part = slice(self._frozen_rank, None)
+        a = {name: layer.lora_A[TRAINED].weight[part] for name, layer in self.layers().items()}
+        b = {name: layer.lora_B[TRAINED].weight[:, part] for name, layer in self.layers().items()}
+        return LoraWeights(self._rank, _taken(a), _taken(b))
 
 
 @contextmanager
@@ -91,21 +107,29 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
     """
     from peft import get_peft_model
 
-    peft_model = get_peft_model(model, _config(trained), adapter_name=TRAINED)
+    rank = trained.rank + (frozen.rank if frozen else 0)
+    peft_model = get_peft_model(model, _config(rank, list(trained.a)), adapter_name=TRAINED)
     try:
-        here = Attached(peft_model, trained.rank)
-        here.put(TRAINED, trained)
-        if frozen is not None:
-            peft_model.add_adapter(FROZEN, _config(frozen))
-            here.put(FROZEN, frozen)
-            peft_model.base_model.set_adapter([TRAINED, FROZEN])
-        yield here
+        yield Attached(peft_model, trained, frozen)
     finally:
         peft_model.unload()
 
 
-def _config(lora: LoraWeights) -> Any:
-    """PEFT's configuration for a LoRA whose scaling is folded: alpha equals the rank."""
+def _config(rank: int, modules: list[str]) -> Any:
+    """PEFT's configuration for LoRAs whose scaling is folded: alpha equals the rank."""
     from peft import LoraConfig
 
-    return LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.a), init_lora_weights=False)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False)
+
+
+def _still(parameter: torch.Tensor, ranks: int, frozen_rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A hook that takes the gradient from the first so many places of the dimension that counts ranks."""
+    shape = [1, 1]
+    shape[ranks] = parameter.shape[ranks]
+    moves = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
+    moves.narrow(ranks, 0, frozen_rank).zero_()
+    return lambda gradient: gradient * moves
+
+
+def _taken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.attached import TRAINED, Attached
+from adapters.attached import Attached
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights
 from adapters.loss import mean_loss
@@ -100,7 +100,7 @@ class UserRun:
     def reset(self) -> None:
         """Back to the start, where the user adapter changes nothing."""
         if self._start is not None:
-            self._here.put(TRAINED, self._start)
+            self._here.put(self._start)
             return
         for parameter in self._parameters:
             torch.nn.init.eye_(parameter)

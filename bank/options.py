@@ -30,7 +30,7 @@ _COUNTS = (
     "max_tokens",
 )
 WEIGHTS = ("auto", "topic", "signature")
-_BUILD_FORMAT = 3  # part of the key: raise it when the same inputs would give another bank
+_BUILD_FORMAT = 4  # part of the key: raise it when the same inputs would give another bank
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapters.attached import TRAINED, attached
+from adapters.attached import attached
 from adapters.errors import FusionError
 from adapters.flat import cut_b
 from adapters.gradient import b_gradient
@@ -59,7 +59,7 @@ class Signer:
         with attached(self._model, self.centre) as here:
             centre, losses = mean_loss(here.model, examples), []
             for anchor in range(self._matrix.anchors):
-                here.put(TRAINED, self._lora(self._common + self._matrix.row(anchor).float()))
+                here.put(self._lora(self._common + self._matrix.row(anchor).float()))
                 losses.append(mean_loss(here.model, examples))
         return np.array([centre - loss for loss in losses], np.float32)
 

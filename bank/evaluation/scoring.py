@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from adapters.attached import TRAINED, Attached, attached
+from adapters.attached import Attached, attached
 from adapters.lora import LoraWeights
 from adapters.loss import example_losses
 from adapters.packing import Example
@@ -90,5 +90,5 @@ class Scorer:
         if self._here is None or self._rank != lora.rank:
             here = self._attached.enter_context(attached(self.bare(), lora))
             self._here, self._rank = here, lora.rank
-        self._here.put(TRAINED, lora)
+        self._here.put(lora)
         return self._here

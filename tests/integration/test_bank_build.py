@@ -157,5 +157,5 @@ def test_a_user_is_led_to_the_anchor_who_talks_of_the_same(
     recipe, weights = spoken.recipe, spoken.weights
     assert weights[0].similarity == max(w.similarity for w in weights) > 0.5
     assert recipe.common
-    assert sum(term.weight for term in recipe.terms) == 1000
-    assert np.isclose(sum(w.weight for w in weights), 1)
+    assert sum(term.weight for term in recipe.terms) == 500
+    assert np.isclose(sum(w.weight for w in weights), 0.5)
