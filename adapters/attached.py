@@ -60,7 +60,8 @@ class Attached:
         chosen = self.only([parameter for parameter, _ in moving])
         if self._frozen_rank:
             for parameter, ranks in moving:
-                parameter.register_hook(_still(parameter, ranks, self._frozen_rank))
+                hook = _still(parameter, ranks, self._frozen_rank)
+                parameter.register_hook(hook)  # type: ignore[no-untyped-call]
         return chosen
 
     def only(self, chosen: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ def example_losses(model: Any, examples: Sequence[Example]) -> list[float]:
         sums = torch.stack([tokens.sum() for tokens in torch.split(_losses(model, row), row.counts)]).tolist()
         losses += [loss / count for loss, count in zip(sums, row.counts, strict=True)]
     return losses
+
+
+@torch.no_grad()
+def likeliest(model: Any, examples: Sequence[Example]) -> list[int]:
+    """For each example, the likeliest id where its first output token stands."""
+    ids: list[int] = []
+    for row in pack(model, examples):
+        logits = model(**row.inputs(model), use_cache=False).logits[0]
+        firsts = [0, *accumulate(row.counts[:-1])]
+        ids += logits[firsts].argmax(-1).tolist()
+    return ids
 
 
 def _output_tokens(examples: Sequence[Example]) -> int:

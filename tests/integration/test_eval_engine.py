@@ -69,10 +69,12 @@ def test_losses_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: Eng
     assert len({round(losses[0], 3) for losses in found.values()}) == len(found)
 
 
-def test_answers_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_answers_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores, tokens: int) -> None:
+    """Of few tokens and of more, which are made in different ways."""
     prompts = [prompt_ids(scorer.tokenizer, [{"role": "user", "content": turn}]) for turn in TURNS]
     for voice in voices(bank).values():
-        assert whole(engine.predictions(voice, prompts, 8)) == whole(scorer.predictions(voice, prompts, 8))
+        assert whole(engine.predictions(voice, prompts, tokens)) == whole(scorer.predictions(voice, prompts, tokens))
 
 
 def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
