@@ -36,6 +36,7 @@ def draw_gains(records: Sequence[Record], path: Path, *, against: str, methods: 
         won = sum(gain > 0 for gain in gains)
         panel.set_title(f"{method}: {won} of {len(gains)} users gain", fontsize=10, color=_INK)
         panel.set_xlabel("users, sorted")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"gain over {against}, nats per token")
     _save(figure, path)
 
