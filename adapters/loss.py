@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,13 +38,8 @@ def example_losses(model: Any, examples: Sequence[Example]) -> list[float]:
 
 @torch.no_grad()
 def likeliest(model: Any, examples: Sequence[Example]) -> list[int]:
-    """For each example, the likeliest id where its first output token stands."""
-    ids: list[int] = []
-    for row in pack(model, examples):
-        logits = model(**row.inputs(model), use_cache=False).logits[0]
-        firsts = [0, *accumulate(row.counts[:-1])]
-        ids += logits[firsts].argmax(-1).tolist()
-    return ids
+    """The likeliest id in the place of each output token, one example after the other."""
+    return [token for row in pack(model, examples) for token in _logits(model, row).argmax(-1).tolist()]
 
 
 def _output_tokens(examples: Sequence[Example]) -> int:
@@ -54,5 +48,11 @@ def _output_tokens(examples: Sequence[Example]) -> int:
 
 def _losses(model: Any, row: Row) -> torch.Tensor:
     """Of each output token of the row, one example after the other."""
-    logits = model(**row.inputs(model), use_cache=False).logits[0].float()
+    logits = _logits(model, row).float()
     return torch.nn.functional.cross_entropy(logits, torch.tensor(row.wanted).to(logits.device), reduction="none")
+
+
+def _logits(model: Any, row: Row) -> torch.Tensor:
+    """[output tokens of the row, vocabulary]."""
+    logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
+    return logits

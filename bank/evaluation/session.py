@@ -118,7 +118,7 @@ def evaluate(
     rows = summarise(made, task)
     _draw(inputs, bank, adapters, people, made)
     write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
-    (inputs.out / TABLE_FILE).write_text(markdown(made, task, COMPARED), encoding="utf-8")
+    (inputs.out / TABLE_FILE).write_text(markdown(rows, made, task, COMPARED), encoding="utf-8")
     content = {
         "bank": bank.manifest.fingerprint,
         "people": len(people),

@@ -59,17 +59,24 @@ def summarise(records: Sequence[Record], task: Task) -> list[Row]:
     return sorted(rows, key=lambda row: -row.loss)
 
 
-def markdown(records: Sequence[Record], task: Task, against: Sequence[str]) -> str:
+def markdown(rows: Sequence[Row], records: Sequence[Record], task: Task, against: Sequence[str]) -> str:
     """What to read: a table of the methods that everyone was evaluated with, and where others were for some people
-    only, one of all methods over those; the points of curves are left out."""
-    records = [record for record in records if not parse_method(record.method).varied]
-    people = {method: frozenset(users) for method, users in user_losses(records).items()}
-    everyone, sample = (choose(people.values(), key=len) for choose in (max, min))
-    whole = _table([row for row in summarise(records, task) if row.users == len(everyone)], against)
-    parts = [f"**{len(everyone)} people**", whole]
-    if sample != everyone:
-        sampled = [record for record in records if record.user_id in sample]
-        parts += [f"**{len(sample)} of them**", _table(summarise(sampled, task), against)]
+    only, one of all methods over those; the points of curves are left out.
+
+    Args:
+        rows: of all records.
+        records: the same that they are of.
+        task: whose metrics they have.
+        against: methods to show differences to.
+    """
+    rows = [row for row in rows if not parse_method(row.method).varied]
+    everyone, narrowest = max(row.users for row in rows), min(rows, key=lambda row: row.users)
+    parts = [f"**{everyone} people**", _table([row for row in rows if row.users == everyone], against)]
+    if narrowest.users < everyone:
+        sample = {record.user_id for record in records if record.method == narrowest.method}
+        shown = {row.method for row in rows}
+        sampled = [record for record in records if record.user_id in sample and record.method in shown]
+        parts += [f"**{narrowest.users} of them**", _table(summarise(sampled, task), against)]
     return "\n\n".join(parts) + "\n"
 
 
