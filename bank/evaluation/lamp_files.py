@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,16 +21,18 @@ def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> Non
         task: names itself in the files.
         folder: made if needed.
     """
-    predicted = [record for record in records if record.seed == 0 and record.prediction]
-    if not predicted:
+    answers: dict[str, dict[str, str]] = defaultdict(dict)
+    golds: dict[str, str] = {}
+    for record in records:
+        if record.seed == 0 and record.prediction is not None:
+            answers[record.method][record.query_id] = record.prediction
+            golds[record.query_id] = record.gold
+    if not answers:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    golds = {record.query_id: record.gold for record in predicted}
     _write(folder / f"{GOLDS}.json", task, golds)
-    for method in dict.fromkeys(record.method for record in predicted):
-        # A method of which no word came is still answered: an empty answer is a wrong one.
-        answers = {r.query_id: r.prediction for r in records if r.seed == 0 and r.method == method}
-        _write(folder / f"{method.replace(':', '-')}.json", task, answers)
+    for method, outputs in answers.items():
+        _write(folder / f"{method.replace(':', '-')}.json", task, outputs)
 
 
 def _write(path: Path, task: Task, outputs: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ class Record:
         key: hash of bank, settings and data: records of others are not reused.
         user_id, query_id, method, seed: which.
         loss: mean loss per gold token, nats.
-        prediction: greedy; empty when none was asked for.
+        prediction: greedy; None when none was asked for.
         gold: the person's own answer.
         rejected: whether few-shot training was rejected, so that the method fell back to what it stands on.
     """
@@ -33,7 +33,7 @@ class Record:
     method: str
     seed: int
     loss: float
-    prediction: str
+    prediction: str | None
     gold: str
     rejected: bool = False
 
@@ -50,19 +50,20 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / RECORDS_FILE
         self._key = key
-        self._found: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
+        self._found: dict[tuple[str, str, int], dict[str, Record]] = defaultdict(dict)
         self._remember(self._read())
 
-    def has(self, user_id: str, method: str, seed: int, queries: int) -> bool:
-        """Whether all queries of a person are there."""
-        return len(self.of(user_id, method, seed)) == queries
+    def has(self, user_id: str, method: str, seed: int, queries: int, *, predicted: bool) -> bool:
+        """Whether all queries of a person are there, and predictions too where they are wanted."""
+        found = self.of(user_id, method, seed)
+        return len(found) == queries and not (predicted and any(record.prediction is None for record in found))
 
     def of(self, user_id: str, method: str, seed: int) -> list[Record]:
         """The records of one person and method."""
-        return list(self._found.get((user_id, method, seed), ()))
+        return list(self._found.get((user_id, method, seed), {}).values())
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append the records of one person and method, whole or not at all."""
+        """Append the records of one person and method, whole or not at all; they stand for earlier ones."""
         records = list(records)
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
@@ -70,11 +71,11 @@ class Records:
 
     def all(self) -> list[Record]:
         """Every record of this evaluation."""
-        return [record for records in self._found.values() for record in records]
+        return [record for found in self._found.values() for record in found.values()]
 
     def _remember(self, records: Iterable[Record]) -> None:
         for record in records:
-            self._found[record.user_id, record.method, record.seed].append(record)
+            self._found[record.user_id, record.method, record.seed][record.query_id] = record
 
     def _read(self) -> Iterator[Record]:
         if not self._path.exists():

@@ -17,7 +17,7 @@ from bank.evaluation.scoring import Scores
 from bank.evaluation.voices import OpenBank, Voice
 from bank.prompt import ChatTokenizer, chat_messages, encode_pair, prompt_ids
 from bank.retrieval import with_history
-from bank.tasks import Task
+from bank.tasks import Kind, Task
 
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
@@ -30,8 +30,8 @@ class EvalOptions:
         methods: in the order in which they run.
         seeds: one run each; only what is random or trained differs between them.
         predict: whether answers are generated, for the task's metrics.
-        sample: what is costly, few-shot training and points of curves, is for the first so many people only; for all
-            when None.
+        sample: what is costly, few-shot training, points of curves and generated texts, is for the first so many
+            people only; for all when None.
         history: past items in the prompt of methods with history.
         max_tokens: longest example.
     """
@@ -45,12 +45,18 @@ class EvalOptions:
 
     def methods_of(self, place: int) -> tuple[Method, ...]:
         """The methods of the person at this place."""
-        sampled = self.sample is None or place < self.sample
-        return tuple(method for method in self.methods if sampled or not (method.trained or method.varied))
+        return tuple(m for m in self.methods if self._sampled(place) or not (m.trained or m.varied))
+
+    def predicts(self, place: int, method: Method, kind: Kind) -> bool:
+        """Whether the person at this place is answered by this method, in a task of this kind."""
+        return self.predict and not method.varied and (self._sampled(place) or kind != "text")
 
     def pieces(self, people: int) -> int:
         """How many (person, method, seed) there are."""
         return len(self.seeds) * sum(len(self.methods_of(place)) for place in range(people))
+
+    def _sampled(self, place: int) -> bool:
+        return self.sample is None or place < self.sample
 
 
 class Evaluation:
@@ -90,18 +96,20 @@ class Evaluation:
         for place, person in enumerate(people):
             evidences: dict[int | None, Evidence] = {}
             for seed in self._options.seeds:
-                self._person(person, self._options.methods_of(place), seed, evidences, on_done)
+                self._person(place, person, seed, evidences, on_done)
 
     def _person(
         self,
+        place: int,
         person: Person,
-        methods: Sequence[Method],
         seed: int,
         evidences: dict[int | None, Evidence],
         on_done: Callable[[int], None],
     ) -> None:
         """One person and seed; `evidences`, by how many items are known, are the person's for all seeds."""
-        waiting = [m for m in methods if not self._has(person, m, seed)]
+        methods = self._options.methods_of(place)
+        predicts = {m: self._options.predicts(place, m, self._task.kind) for m in methods}
+        waiting = [m for m in methods if not self._has(person, m, seed, predicts[m])]
         on_done(len(methods) - len(waiting))
         if not waiting:
             return
@@ -117,10 +125,12 @@ class Evaluation:
         for method, items in known.items():
             evidence = evidences[items]
             voice = voices[method] if method in voices else self._adapters.voice(method, evidence, seed)
-            self._records.add(self._evaluated(voice, evidence, method, seed))
+            self._records.add(self._evaluated(voice, evidence, method, seed, predicts[method]))
             on_done(1)
 
-    def _evaluated(self, voice: Voice | None, evidence: Evidence, method: Method, seed: int) -> list[Record]:
+    def _evaluated(
+        self, voice: Voice | None, evidence: Evidence, method: Method, seed: int, predict: bool
+    ) -> list[Record]:
         person = evidence.person
         turns = [self._turn(method, person, query.input) for query in person.queries]
         tokenizer, length = self._tokenizer, self._options.max_tokens
@@ -128,8 +138,7 @@ class Evaluation:
             encode_pair(tokenizer, turn, query.gold, length) for turn, query in zip(turns, person.queries, strict=True)
         ]
         losses = self._scores.losses(voice, examples)
-        predict = self._options.predict and not method.varied
-        texts = self._predicted(voice, turns) if predict else [""] * len(losses)
+        texts = self._predicted(voice, turns) if predict else [None] * len(losses)
         judgement = evidence.trained.get((method.plain, seed))
         rejected = judgement is not None and judgement.weights is None
         return [
@@ -142,7 +151,7 @@ class Evaluation:
             return turn
         return with_history(self._task, turn, person.history.items, self._options.history)
 
-    def _predicted(self, voice: Voice | None, turns: Sequence[str]) -> list[str]:
+    def _predicted(self, voice: Voice | None, turns: Sequence[str]) -> Sequence[str | None]:
         prompts = [prompt_ids(self._tokenizer, chat_messages(turn)) for turn in turns]
         return self._scores.predictions(voice, prompts, NEW_TOKENS[self._task.kind])
 
@@ -150,8 +159,8 @@ class Evaluation:
         """Whether a method is what it was for the first seed: nothing random enters it."""
         return seed != self._options.seeds[0] and not method.trained and method.base is not Base.RANDOM
 
-    def _has(self, person: Person, method: Method, seed: int) -> bool:
-        return self._records.has(person.user_id, method.name, seed, len(person.queries))
+    def _has(self, person: Person, method: Method, seed: int, predicted: bool) -> bool:
+        return self._records.has(person.user_id, method.name, seed, len(person.queries), predicted=predicted)
 
 
 def evaluation_key(

@@ -102,7 +102,7 @@ def evaluate(
         options = replace(options, methods=tuple(dict.fromkeys((*options.methods, *points))))
     dtype = resolve_dtype(inputs.dtype)
     where = "in an engine" if engine else "in process"
-    key = evaluation_key(bank, task_bank, plan, people, f"{where}, {dtype}, predictions: {options.predict}")
+    key = evaluation_key(bank, task_bank, plan, people, f"{where}, {dtype}")
     records = Records(inputs.out, key)
     on_done = begin(options.pieces(len(people)))
     scorer = Scorer(*load_base(inputs.model_folder, dtype))

@@ -25,7 +25,7 @@ class Row:
         method: its name.
         users: who it was evaluated on; a difference is over those of its row.
         loss: nats per gold token, mean over users.
-        metrics: of the task, over all queries of all seeds; empty without predictions.
+        metrics: of the task, over all queries of all seeds; empty where some have no prediction.
         against: the difference of its loss to another method's, by that one's name; negative is better.
         rejected: share of users whose training was rejected.
     """
@@ -51,8 +51,8 @@ def summarise(records: Sequence[Record], task: Task) -> list[Row]:
             for other in by_method
             if other != method and losses[other].keys() >= losses[method].keys()
         }
-        predicted = [record for record in found if record.prediction]
-        metrics = evaluate(task, [r.prediction for r in found], [r.gold for r in found]) if predicted else {}
+        answers = [record.prediction for record in found if record.prediction is not None]
+        metrics = evaluate(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {}
         rejected = float(np.mean([record.rejected for record in found]))
         loss = float(np.mean(list(losses[method].values())))
         rows.append(Row(method, len(losses[method]), loss, metrics, others, rejected))
@@ -60,8 +60,8 @@ def summarise(records: Sequence[Record], task: Task) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row], records: Sequence[Record], task: Task, against: Sequence[str]) -> str:
-    """What to read: a table of the methods that everyone was evaluated with, and where others were for some people
-    only, one of all methods over those; the points of curves are left out.
+    """What to read: a table of the methods that everyone was evaluated with, and where others, or predictions, were
+    for some people only, one of all methods over those; the points of curves are left out.
 
     Args:
         rows: of all records.
@@ -70,14 +70,25 @@ def markdown(rows: Sequence[Row], records: Sequence[Record], task: Task, against
         against: methods to show differences to.
     """
     rows = [row for row in rows if not parse_method(row.method).varied]
-    everyone, narrowest = max(row.users for row in rows), min(rows, key=lambda row: row.users)
+    everyone = max(row.users for row in rows)
     parts = [f"**{everyone} people**", _table([row for row in rows if row.users == everyone], against)]
-    if narrowest.users < everyone:
-        sample = {record.user_id for record in records if record.method == narrowest.method}
-        shown = {row.method for row in rows}
-        sampled = [record for record in records if record.user_id in sample and record.method in shown]
-        parts += [f"**{narrowest.users} of them**", _table(summarise(sampled, task), against)]
+    names = {row.method for row in rows}
+    shown = [record for record in records if record.method in names]
+    sample = _sample(shown)
+    if len(sample) < everyone:
+        sampled = [record for record in shown if record.user_id in sample]
+        parts += [f"**{len(sample)} of them**", _table(summarise(sampled, task), against)]
     return "\n\n".join(parts) + "\n"
+
+
+def _sample(records: Sequence[Record]) -> set[str]:
+    """Users with records of every method, and with predictions where anybody has some."""
+    predicted = any(record.prediction is not None for record in records)
+    users: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if record.prediction is not None or not predicted:
+            users[record.method].add(record.user_id)
+    return set.intersection(*users.values())
 
 
 def _table(rows: Sequence[Row], against: Sequence[str]) -> str:

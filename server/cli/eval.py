@@ -16,7 +16,8 @@ Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/qua
 Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate answers, for LaMP's metrics.")]
 Curves = Annotated[bool, typer.Option("--curves/--no-curves", help="Merged with other k and fewer items too.")]
 Sample = Annotated[
-    int, typer.Option(help="What is costly, few-shot adapters and curves, for the first so many people only.", min=2)
+    int,
+    typer.Option(help="What is costly (few-shot adapters, curves, texts) for the first so many people only.", min=2),
 ]
 EngineUrl = Annotated[
     str | None, typer.Option(help="A running engine answers instead; its key is MTA_ENGINE_KEY.", show_default=False)
@@ -32,7 +33,7 @@ def evaluate(
     methods: Methods = None,
     seeds: Annotated[int, typer.Option(help="Runs that differ in what is random or trained.", min=1)] = 1,
     people: Annotated[int | None, typer.Option(help="Only the first so many.", min=2, show_default="all")] = None,
-    sample: Sample = 20,
+    sample: Sample = 15,
     predict: Predict = True,
     curves: Curves = True,
     last: Last = 0,
