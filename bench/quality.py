@@ -33,8 +33,6 @@ from tests.support.tiny import tiny_model
 ANCHORS = {"news_headline": 12, "movie_rating": 20}
 QUERIES = {"news_headline": 6, "movie_rating": 8}
 METHODS = f"{DEFAULT},merged:topic"
-SAMPLE = 20
-"""People who get few-shot adapters too."""
 
 
 def main(
@@ -59,7 +57,7 @@ def main(
     out = out / task
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
-    options = ["--methods", METHODS, "--sample", str(SAMPLE), *shlex.split(evaluate)]
+    options = ["--methods", METHODS, *shlex.split(evaluate)]
     options += ["--people", str(people)] if people else []
     if not folds:
         bank = _bank(out / "bank", everybody, task, size, build)
