@@ -138,7 +138,7 @@ class Evaluation:
             encode_pair(tokenizer, turn, query.gold, length) for turn, query in zip(turns, person.queries, strict=True)
         ]
         losses = self._scores.losses(voice, examples)
-        texts = self._predicted(voice, turns) if predict else [None] * len(losses)
+        texts: Sequence[str | None] = self._predicted(voice, turns) if predict else [None] * len(losses)
         judgement = evidence.trained.get((method.plain, seed))
         rejected = judgement is not None and judgement.weights is None
         return [
@@ -151,7 +151,7 @@ class Evaluation:
             return turn
         return with_history(self._task, turn, person.history.items, self._options.history)
 
-    def _predicted(self, voice: Voice | None, turns: Sequence[str]) -> Sequence[str | None]:
+    def _predicted(self, voice: Voice | None, turns: Sequence[str]) -> list[str]:
         prompts = [prompt_ids(self._tokenizer, chat_messages(turn)) for turn in turns]
         return self._scores.predictions(voice, prompts, NEW_TOKENS[self._task.kind])
 

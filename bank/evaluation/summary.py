@@ -82,13 +82,14 @@ def markdown(rows: Sequence[Row], records: Sequence[Record], task: Task, against
 
 
 def _sample(records: Sequence[Record]) -> set[str]:
-    """Users with records of every method, and with predictions where anybody has some."""
-    predicted = any(record.prediction is not None for record in records)
+    """Users with records of every method, and with predictions of those methods that have some."""
     users: dict[str, set[str]] = defaultdict(set)
+    answered: dict[str, set[str]] = defaultdict(set)
     for record in records:
-        if record.prediction is not None or not predicted:
-            users[record.method].add(record.user_id)
-    return set.intersection(*users.values())
+        users[record.method].add(record.user_id)
+        if record.prediction is not None:
+            answered[record.method].add(record.user_id)
+    return set.intersection(*(answered[method] or found for method, found in users.items()))
 
 
 def _table(rows: Sequence[Row], against: Sequence[str]) -> str:
