@@ -21,7 +21,7 @@ from bank.evaluation.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_cur
 from bank.evaluation.records import Record, Records
 from bank.evaluation.run import EvalOptions, Evaluation, evaluation_key
 from bank.evaluation.scoring import Scorer, Scores
-from bank.evaluation.summary import COMPARED, Row, as_json, markdown, summarise
+from bank.evaluation.summary import Row, as_json, markdown, summarise, tables
 from bank.evaluation.voices import OpenBank
 from bank.histories import read_excluded, read_histories
 from bank.models import model_hash
@@ -71,7 +71,7 @@ def evaluate(
     plan: UserPlan,
     begin: Callable[[int], Callable[[int], None]],
     engine: Scores | None = None,
-) -> list[Row]:
+) -> dict[str, list[Row]]:
     """Run what is not recorded yet, and write table and summary.
 
     Args:
@@ -82,7 +82,7 @@ def evaluate(
         engine: who speaks instead of the model in process, which then only signs and trains.
 
     Returns:
-        A row for each method.
+        What to read: rows of methods, by the title of their table.
 
     Raises:
         BankError: when bank, people, model and methods do not fit together.
@@ -118,7 +118,8 @@ def evaluate(
     rows = summarise(made, task)
     _draw(inputs, bank, adapters, people, made)
     write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
-    (inputs.out / TABLE_FILE).write_text(markdown(rows, made, task, COMPARED), encoding="utf-8")
+    found = tables(rows, made, task)
+    (inputs.out / TABLE_FILE).write_text(markdown(found), encoding="utf-8")
     content = {
         "bank": bank.manifest.fingerprint,
         "people": len(people),
@@ -126,7 +127,7 @@ def evaluate(
         "methods": as_json(rows),
     }
     (inputs.out / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return rows
+    return found
 
 
 def _draw(inputs: EvalInputs, bank: OpenBank, adapters: Adapters, people: list[Person], records: list[Record]) -> None:

@@ -15,6 +15,7 @@ from bank.evaluation.records import Record
 from bank.tasks import Task
 
 COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")
+"""Whose loss a table sets the others' against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +60,36 @@ def summarise(records: Sequence[Record], task: Task) -> list[Row]:
     return sorted(rows, key=lambda row: -row.loss)
 
 
-def markdown(rows: Sequence[Row], records: Sequence[Record], task: Task, against: Sequence[str]) -> str:
-    """What to read: a table of the methods that everyone was evaluated with, and where others, or predictions, were
-    for some people only, one of all methods over those; the points of curves are left out.
+def tables(rows: Sequence[Row], records: Sequence[Record], task: Task) -> dict[str, list[Row]]:
+    """What to read, by title: the methods that everyone was evaluated with, and where others, or predictions, were for
+    some people only, all methods over those; the points of curves are left out.
 
     Args:
         rows: of all records.
         records: the same that they are of.
         task: whose metrics they have.
-        against: methods to show differences to.
     """
     rows = [row for row in rows if not parse_method(row.method).varied]
     everyone = max(row.users for row in rows)
-    parts = [f"**{everyone} people**", _table([row for row in rows if row.users == everyone], against)]
+    found = {f"{everyone} people": [row for row in rows if row.users == everyone]}
     names = {row.method for row in rows}
     shown = [record for record in records if record.method in names]
     sample = _sample(shown)
     if len(sample) < everyone:
         sampled = [record for record in shown if record.user_id in sample]
-        parts += [f"**{len(sample)} of them**", _table(summarise(sampled, task), against)]
-    return "\n\n".join(parts) + "\n"
+        found[f"{len(sample)} of them"] = summarise(sampled, task)
+    return found
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """What a table of these rows has columns for: the metrics, and those of `COMPARED` that are among them."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    return metrics, [name for name in COMPARED if any(row.method == name for row in rows)]
+
+
+def markdown(found: Mapping[str, Sequence[Row]]) -> str:
+    """Tables by title, in Markdown: with intervals, bold where they exclude zero."""
+    return "\n\n".join(f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()) + "\n"
 
 
 def _sample(records: Sequence[Record]) -> set[str]:
@@ -92,16 +103,14 @@ def _sample(records: Sequence[Record]) -> set[str]:
     return set.intersection(*(answered[method] or found for method, found in users.items()))
 
 
-def _table(rows: Sequence[Row], against: Sequence[str]) -> str:
-    """A Markdown table with intervals, bold where they exclude zero."""
-    shown = [name for name in against if any(row.method == name for row in rows)]
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    head = ["method", "loss", *names, *(f"loss against {name}" for name in shown)]
+def _table(rows: Sequence[Row]) -> str:
+    metrics, compared = columns(rows)
+    head = ["method", "loss", *metrics, *(f"loss against {name}" for name in compared)]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        metrics = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in names]
-        cells = [row.method, f"{row.loss:.4f}", *metrics]
-        lines.append([*cells, *(_cell(row.against.get(name)) for name in shown)])
+        values = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
+        cells = [row.method, f"{row.loss:.4f}", *values]
+        lines.append([*cells, *(_cell(row.against.get(name)) for name in compared)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

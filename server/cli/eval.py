@@ -48,16 +48,16 @@ def evaluate(
     """Compare methods of personalisation on people's own later answers, in process; a lower loss is better."""
     prepare_to_train()
     from rich.console import Console
-    from rich.markdown import Markdown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from bank.embedder import Embedder
     from bank.evaluation.methods import DEFAULT, parse_methods
     from bank.evaluation.run import EvalOptions
-    from bank.evaluation.session import TABLE_FILE, EvalInputs
+    from bank.evaluation.session import EvalInputs
     from bank.evaluation.session import evaluate as run
     from bank.models import ensure_base_model, ensure_embedder
     from server.adapt_worker.training import user_plan
+    from server.cli.eval_tables import print_tables
     from server.eval_engine import EngineScores
     from server.settings import load_settings
     from server.store.redis_jobs import jobs_at
@@ -89,6 +89,6 @@ def evaluate(
             bar = progress.add_task("evaluating", total=pieces)
             return lambda done: progress.advance(bar, done)
 
-        run(inputs, options, user_plan(AdaptConfig()), begin, engine)
-    console.print(Markdown((out / TABLE_FILE).read_text("utf-8")))
+        found = run(inputs, options, user_plan(AdaptConfig()), begin, engine)
+    print_tables(found, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

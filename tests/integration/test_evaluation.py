@@ -61,7 +61,7 @@ def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[lis
         done += pieces
 
     options = EvalOptions(tuple(parse_methods(methods)), tuple(range(seeds)), predict=True)
-    rows = evaluate(inputs, options, PLAN, lambda pieces: on_done)
+    (rows,) = evaluate(inputs, options, PLAN, lambda pieces: on_done).values()
     return [row.method for row in rows], done
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from bank.evaluation.lamp_files import GOLDS, write_lamp_files
 from bank.evaluation.methods import parse_method, parse_methods
 from bank.evaluation.records import Record, Records
 from bank.evaluation.run import EvalOptions
-from bank.evaluation.summary import markdown, summarise
+from bank.evaluation.summary import markdown, summarise, tables
 from bank.tasks import Kind, get_task
+from server.cli.eval_tables import print_tables
 
 METHODS = "base,merged,stacked,merged@k2"
 OPTIONS = EvalOptions(tuple(parse_methods(METHODS)), (0, 1), predict=True, sample=2)
@@ -57,7 +60,7 @@ def test_a_record_without_the_wanted_prediction_is_made_again_and_the_later_one_
 def shown(records: Sequence[Record]) -> list[list[str]]:
     """Headings and tables in turn, as lines."""
     task = get_task("movie_rating")
-    table = markdown(summarise(records, task), records, task, ["base"])
+    table = markdown(tables(summarise(records, task), records, task))
     return [block.splitlines() for block in table.strip().split("\n\n")]
 
 
@@ -76,6 +79,21 @@ def test_metrics_are_shown_where_everybody_of_the_table_was_answered() -> None:
     assert "mae" not in table[0]
     assert "mae" in rows[0]
     assert "| 0.5000 |" in rows[2]
+
+
+def test_a_terminal_shows_all_columns_in_eighty_and_stars_what_counts() -> None:
+    methods = ("base", "task", "mean", "random", "merged:topic", "merged", "stacked", "own")
+    losses = [(user, method, place + ord(user) / 100) for place, method in enumerate(methods) for user in "abc"]
+    task = get_task("movie_rating")
+    records = [record(user, method, loss, "3") for user, method, loss in losses]
+    console = Console(file=StringIO(), width=80)
+    with console.capture() as captured:
+        print_tables(tables(summarise(records, task), records, task), console)
+    lines = captured.get().splitlines()
+    assert lines[0].strip() == "3 people"
+    assert "…" not in captured.get()
+    merged = next(line for line in lines if line.startswith("merged "))
+    assert merged.split()[1:] == ["5.980", "0.000", "0.000", "+4.000*", "+3.000*", "+2.000*", "+1.000*", "-2.000*"]
 
 
 def test_the_leaderboard_gets_empty_answers_and_none_that_were_not_asked_for(tmp_path: Path) -> None:

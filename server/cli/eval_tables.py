@@ -1,0 +1,41 @@
+"""`mta eval`'s tables on a terminal: without the intervals, for which a line has no room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from bank.evaluation.intervals import Interval
+from bank.evaluation.session import TABLE_FILE
+from bank.evaluation.summary import Row, columns
+
+
+def print_tables(found: Mapping[str, Sequence[Row]], console: Console) -> None:
+    """Print rows of methods, each table under its title, and how to read them."""
+    for title, rows in found.items():
+        console.print(_table(title, rows))
+        console.print()
+    console.print(
+        "loss in nats a token, the lower the better; then the task's metrics; then the loss less that of another "
+        f"method, with a star where the 95 % interval over people excludes zero. All intervals are in {TABLE_FILE}."
+    )
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    metrics, compared = columns(rows)
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for name in ("loss", *metrics, *("less\n" + other.replace(":", ":\n") for other in compared)):
+        table.add_column(name, justify="right", vertical="bottom")
+    for row in rows:
+        values = [f"{row.metrics[name]:.3f}" if name in row.metrics else "" for name in metrics]
+        table.add_row(row.method, f"{row.loss:.3f}", *values, *(_gain(row.against.get(name)) for name in compared))
+    return table
+
+
+def _gain(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"[bold]{interval.mean:+.3f}*[/bold]" if interval.counts else f"{interval.mean:+.3f} "
