@@ -27,19 +27,15 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 
 
 @torch.no_grad()
-def example_losses(model: Any, examples: Sequence[Example]) -> list[float]:
-    """The same of each example by itself, in their order."""
-    losses: list[float] = []
+def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]]]:
+    """Each example's loss by itself, and the likeliest id in the place of each of its output tokens."""
+    found: list[tuple[float, list[int]]] = []
     for row in pack(model, examples):
-        sums = torch.stack([tokens.sum() for tokens in torch.split(_losses(model, row), row.counts)]).tolist()
-        losses += [loss / count for loss, count in zip(sums, row.counts, strict=True)]
-    return losses
-
-
-@torch.no_grad()
-def likeliest(model: Any, examples: Sequence[Example]) -> list[int]:
-    """The likeliest id in the place of each output token, one example after the other."""
-    return [token for row in pack(model, examples) for token in _logits(model, row).argmax(-1).tolist()]
+        logits = _logits(model, row)
+        losses = [float(tokens.mean()) for tokens in torch.split(_losses_of(logits, row), row.counts)]
+        likeliest = [ids.tolist() for ids in torch.split(logits.argmax(-1), row.counts)]
+        found += zip(losses, likeliest, strict=True)
+    return found
 
 
 def _output_tokens(examples: Sequence[Example]) -> int:
@@ -48,8 +44,12 @@ def _output_tokens(examples: Sequence[Example]) -> int:
 
 def _losses(model: Any, row: Row) -> torch.Tensor:
     """Of each output token of the row, one example after the other."""
-    logits = _logits(model, row).float()
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(row.wanted).to(logits.device), reduction="none")
+    return _losses_of(_logits(model, row), row)
+
+
+def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
+    wanted = torch.tensor(row.wanted).to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
 
 
 def _logits(model: Any, row: Row) -> torch.Tensor:

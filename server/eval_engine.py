@@ -23,6 +23,7 @@ import orjson
 from adapters.errors import MtaError, excerpt
 from adapters.packing import Example
 from adapters.user_adapter import encode_user_adapter
+from bank.evaluation.scoring import Reading
 from bank.evaluation.voices import Voice
 from server.engine_client import BASE_MODEL, bearer, open_session
 from server.store.jobs import StoredAdapter
@@ -67,7 +68,7 @@ class EngineScores:
         self._runner.run(self._opened.aclose())
         self._runner.close()
 
-    def losses(self, voice: Voice | None, examples: Sequence[Example]) -> list[float]:
+    def read(self, voice: Voice | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
         """As in `bank.evaluation.scoring.Scores`.
 
         Raises:
@@ -75,13 +76,14 @@ class EngineScores:
         """
         asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         answers = self._answers(voice, [asked | {"prompt": list(example.ids)} for example in examples])
-        return [_loss(answer, example) for answer, example in zip(answers, examples, strict=True)]
-
-    def predictions(self, voice: Voice | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
-        """As in `bank.evaluation.scoring.Scores`."""
+        losses = [_loss(answer, example) for answer, example in zip(answers, examples, strict=True)]
+        if not new_tokens:
+            return [Reading(loss, None) for loss in losses]
         asked = {"max_tokens": new_tokens, "temperature": 0}
-        answers = self._answers(voice, [asked | {"prompt": list(prompt)} for prompt in prompts])
-        return [answer["choices"][0]["text"].strip() for answer in answers]
+        prompts = [list(example.ids[: example.loss_from]) for example in examples]
+        answers = self._answers(voice, [asked | {"prompt": prompt} for prompt in prompts])
+        texts = [answer["choices"][0]["text"].strip() for answer in answers]
+        return [Reading(loss, text) for loss, text in zip(losses, texts, strict=True)]
 
     async def _open(self) -> None:
         self._session = await self._opened.enter_async_context(open_session(SILENCE_S))

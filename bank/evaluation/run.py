@@ -15,7 +15,7 @@ from bank.evaluation.people import Person
 from bank.evaluation.records import Record, Records
 from bank.evaluation.scoring import Scores
 from bank.evaluation.voices import OpenBank, Voice
-from bank.prompt import ChatTokenizer, chat_messages, encode_pair, prompt_ids
+from bank.prompt import ChatTokenizer, encode_pair
 from bank.retrieval import with_history
 from bank.tasks import Kind, Task
 
@@ -33,7 +33,7 @@ class EvalOptions:
         sample: what is costly, few-shot training, points of curves and generated texts, is for the first so many
             people only; for all when None.
         history: past items in the prompt of methods with history.
-        max_tokens: longest example.
+        max_tokens: longest example, its answer included; of a longer one the end of the user's turn is cut.
     """
 
     methods: tuple[Method, ...]
@@ -137,23 +137,20 @@ class Evaluation:
         examples = [
             encode_pair(tokenizer, turn, query.gold, length) for turn, query in zip(turns, person.queries, strict=True)
         ]
-        losses = self._scores.losses(voice, examples)
-        texts: Sequence[str | None] = self._predicted(voice, turns) if predict else [None] * len(losses)
+        readings = self._scores.read(voice, examples, NEW_TOKENS[self._task.kind] if predict else 0)
         judgement = evidence.trained.get((method.plain, seed))
         rejected = judgement is not None and judgement.weights is None
         return [
-            Record(self._key, person.user_id, query.id, method.name, seed, loss, text, query.gold, rejected)
-            for query, loss, text in zip(person.queries, losses, texts, strict=True)
+            Record(
+                self._key, person.user_id, query.id, method.name, seed, found.loss, found.answer, query.gold, rejected
+            )
+            for query, found in zip(person.queries, readings, strict=True)
         ]
 
     def _turn(self, method: Method, person: Person, turn: str) -> str:
         if not method.history:
             return turn
         return with_history(self._task, turn, person.history.items, self._options.history)
-
-    def _predicted(self, voice: Voice | None, turns: Sequence[str]) -> list[str]:
-        prompts = [prompt_ids(self._tokenizer, chat_messages(turn)) for turn in turns]
-        return self._scores.predictions(voice, prompts, NEW_TOKENS[self._task.kind])
 
     def _repeats(self, method: Method, seed: int) -> bool:
         """Whether a method is what it was for the first seed: nothing random enters it."""

@@ -1,37 +1,49 @@
-"""Losses and predictions of a model under an adapter: what is asked of whoever has one, and the way in process."""
+"""What a model under an adapter makes of examples: what is asked of whoever has one, and the way in process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
 
 from adapters.attached import Attached, attached
 from adapters.lora import LoraWeights
-from adapters.loss import example_losses, likeliest
+from adapters.loss import read
 from adapters.packing import Example
 from bank.evaluation.voices import Voice
 from bank.prompt import EncodedPair
 
 _FEW = 4
-"""Answers of at most so many tokens are quicker to read off packed prompts than to generate with a cache."""
+"""Answers of at most so many tokens are quicker to read off packed rows than to generate with a cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Of one example.
+
+    Attributes:
+        loss: mean of its output tokens, nats a token.
+        answer: the greedy one to its prompt, without special tokens; None where none was asked for.
+    """
+
+    loss: float
+    answer: str | None
 
 
 class Scores(Protocol):
     """Whoever speaks with a voice: a model in process, or a running engine (`server.eval_engine`)."""
 
-    def losses(self, voice: Voice | None, examples: Sequence[Example]) -> list[float]:
-        """Mean loss of each example's output tokens, nats a token; without a voice of the base model."""
-
-    def predictions(self, voice: Voice | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
-        """Greedy answers, without special tokens.
+    def read(self, voice: Voice | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
+        """Read examples, and answer their prompts.
 
         Args:
             voice: whose; the base model's without one.
-            prompts: token ids, the generation prompt of the chat template included.
-            new_tokens: longest answer.
+            examples: prompt and gold.
+            new_tokens: longest answer; none are given when 0.
         """
 
 
@@ -58,21 +70,23 @@ class Scorer:
         self._here = None
         return self._model
 
-    def losses(self, voice: Voice | None, examples: Sequence[Example]) -> list[float]:
+    def read(self, voice: Voice | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
         """As in `Scores`."""
         with self._under(voice) as model:
-            return example_losses(model, examples)
-
-    def predictions(self, voice: Voice | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
-        """As in `Scores`."""
-        with self._under(voice) as model:
-            few = new_tokens <= _FEW
-            made = _read_off(model, prompts, new_tokens) if few else self._generated(model, prompts, new_tokens)
-        texts: list[str] = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            readings = read(model, examples)
+            losses = [loss for loss, _ in readings]
+            if not new_tokens:
+                return [Reading(loss, None) for loss in losses]
+            if new_tokens <= _FEW:
+                made = _read_off(model, examples, [likeliest for _, likeliest in readings], new_tokens)
+            else:
+                made = self._generated(model, examples, new_tokens)
+        answers = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [Reading(loss, answer.strip()) for loss, answer in zip(losses, answers, strict=True)]
 
     @torch.no_grad()
-    def _generated(self, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
+    def _generated(self, model: Any, examples: Sequence[Example], new_tokens: int) -> Any:
+        prompts = [example.ids[: example.loss_from] for example in examples]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -104,15 +118,31 @@ class Scorer:
         return self._here
 
 
-def _read_off(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy answers of a few tokens, from the prompts packed into rows once a token."""
+def _read_off(
+    model: Any, examples: Sequence[Example], likeliest: Sequence[Sequence[int]], new_tokens: int
+) -> list[list[int]]:
+    """Greedy answers of a few tokens; one is known already for as long as the gold says the same, and one id more.
+
+    Args:
+        model: who answers.
+        examples: prompt and gold.
+        likeliest: what it would say in the place of each id of the gold.
+        new_tokens: longest answer.
+    """
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    made: list[list[int]] = [[] for _ in prompts]
-    for _ in range(new_tokens):
-        open_ended = [place for place, ids in enumerate(made) if not (ids and ids[-1] in ends)]
-        asked = [(*prompts[place], *made[place]) for place in open_ended]
-        examples = [EncodedPair((*ids, 0), len(ids)) for ids in asked]  # 0 stands where the next id will
-        for place, token in zip(open_ended, likeliest(model, examples), strict=True):
+    made = [_agreed(example, ids, ends)[:new_tokens] for example, ids in zip(examples, likeliest, strict=True)]
+    while waiting := [place for place, ids in enumerate(made) if len(ids) < new_tokens and ids[-1] not in ends]:
+        so_far = [(*examples[place].ids[: examples[place].loss_from], *made[place]) for place in waiting]
+        asked = [EncodedPair((*ids, 0), len(ids)) for ids in so_far]  # 0 stands where the next id will
+        for place, (_, (token,)) in zip(waiting, read(model, asked), strict=True):
             made[place].append(token)
     return made
+
+
+def _agreed(example: Example, likeliest: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Of what is likeliest in the gold's places, as much as is the model's own answer."""
+    gold = example.ids[example.loss_from :]
+    pairs = zip(gold, likeliest, strict=True)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and pair[1] not in ends, pairs))
+    return list(likeliest[: same + 1])

@@ -11,9 +11,9 @@ from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
 from adapters.user_adapter import UserAdapterKind
 from bank.embedder import Embedder
-from bank.evaluation.scoring import Scorer
+from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.voices import OpenBank, Voice
-from bank.prompt import encode_pair, prompt_ids
+from bank.prompt import EncodedPair, encode_pair
 from bank.training import load_base
 from server.eval_engine import EngineScores
 from server.store.redis_jobs import jobs_at
@@ -56,28 +56,37 @@ def voices(bank: OpenBank) -> dict[str, Voice | None]:
     return {"base": None, "merged": Voice(bank, recipe), **stacked}
 
 
-def whole(texts: list[str]) -> list[str]:
+def answers(scores: Scores, voice: Voice | None, examples: list[EncodedPair], tokens: int) -> list[str]:
     """Without a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
-    return [text.rstrip("\ufffd").strip() for text in texts]
+    return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(voice, examples, tokens)]
 
 
-def test_losses_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
-    examples = [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
-    found = {name: engine.losses(voice, examples) for name, voice in voices(bank).items()}
+@pytest.fixture(scope="module")
+def examples(scorer: Scorer) -> list[EncodedPair]:
+    return [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
+
+
+def test_losses_are_those_in_process(
+    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair]
+) -> None:
+    found = {name: engine.read(voice, examples) for name, voice in voices(bank).items()}
     for name, voice in voices(bank).items():
-        assert found[name] == pytest.approx(scorer.losses(voice, examples), abs=1e-3), name
-    assert len({round(losses[0], 3) for losses in found.values()}) == len(found)
+        losses = [reading.loss for reading in scorer.read(voice, examples)]
+        assert [reading.loss for reading in found[name]] == pytest.approx(losses, abs=1e-3), name
+    assert len({round(readings[0].loss, 3) for readings in found.values()}) == len(found)
+    assert all(reading.answer is None for readings in found.values() for reading in readings)
 
 
 @pytest.mark.parametrize("tokens", [3, 8])
-def test_answers_are_those_in_process(bank: OpenBank, scorer: Scorer, engine: EngineScores, tokens: int) -> None:
+def test_answers_are_those_in_process(
+    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair], tokens: int
+) -> None:
     """Of few tokens and of more, which are made in different ways."""
-    prompts = [prompt_ids(scorer.tokenizer, [{"role": "user", "content": turn}]) for turn in TURNS]
     for voice in voices(bank).values():
-        assert whole(engine.predictions(voice, prompts, tokens)) == whole(scorer.predictions(voice, prompts, tokens))
+        assert answers(engine, voice, examples, tokens) == answers(scorer, voice, examples, tokens)
 
 
 def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
     elsewhere = Voice(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
     with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):
-        engine.losses(elsewhere, [encode_pair(scorer.tokenizer, "Say 1", "1", 128)])
+        engine.read(elsewhere, [encode_pair(scorer.tokenizer, "Say 1", "1", 128)])

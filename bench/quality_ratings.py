@@ -1,0 +1,85 @@
+"""Of tasks of scores: how far from the truth is the score that a model expects?
+
+`mta eval` judges the likeliest score, as LaMP does: of two that are nearly as likely it sees one. Here a model is asked
+how likely each score is, and the mean of that distribution is what it expects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.progress import track
+
+from bank.baselines import BASELINES
+from bank.embedder import Embedder
+from bank.evaluation.adapters import Adapters
+from bank.evaluation.intervals import over_users
+from bank.evaluation.methods import parse_methods
+from bank.evaluation.metrics import HIGHEST, LOWEST
+from bank.evaluation.people import read_people
+from bank.evaluation.scoring import Scorer
+from bank.evaluation.voices import OpenBank, Voice
+from bank.models import ensure_base_model, ensure_embedder
+from bank.prompt import encode_pair
+from bank.training import load_base, resolve_dtype
+from bench.report import console, report
+from server.adapt_worker.training import user_plan
+from server.settings import Settings
+from server.store.samples import AdaptConfig
+
+MAX_TOKENS = 512
+SCORES = range(int(LOWEST), int(HIGHEST) + 1)
+
+
+def main(
+    *,
+    bank: Annotated[Path, typer.Option(help="A bank of a task of scores, built with --baselines.")],
+    users: Annotated[Path, typer.Option(help="People with queries.")],
+    people: Annotated[int | None, typer.Option(help="Only the first so many.", min=2, show_default="all")] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated; none that trains.")] = "task,mean,merged:topic,merged",
+    model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Mean absolute error of the expected score, and each method's less the others', with 95 % intervals."""
+    cache, compared = Settings().cache_dir, parse_methods(methods)
+    embedder = Embedder.load(ensure_embedder(None, cache))
+    here, task_bank = OpenBank.open(bank, embedder.id), OpenBank.open(bank / BASELINES, embedder.id)
+    task = here.serving.task
+    if task.kind != "score":
+        raise typer.BadParameter(f"the bank is for {task.name}, whose answers are no scores", param_hint="--bank")
+    scorer = Scorer(*load_base(ensure_base_model(model, cache), resolve_dtype("auto")))
+    plan = user_plan(AdaptConfig())
+    adapters = Adapters(here, task_bank, scorer, embedder, plan=plan, max_tokens=MAX_TOKENS)
+    errors: dict[str, list[float]] = defaultdict(list)
+    for person in track(read_people(users, task)[:people], "asking", console=console()):
+        evidence = adapters.evidence(person)
+        for method in compared:
+            voice = adapters.voice(method, evidence, seed=0)
+            found = [abs(_expected(scorer, voice, query.input) - float(query.gold)) for query in person.queries]
+            errors[method.name].append(float(np.mean(found)))
+    scorer.bare()  # as in `bank.evaluation.session`
+    rows: list[tuple[str, object]] = [(name, f"{np.mean(each):.4f}") for name, each in errors.items()]
+    for name, each in errors.items():
+        rows += [
+            (f"{name} less {other}", str(over_users(np.subtract(each, errors[other]))))
+            for other in errors
+            if other != name
+        ]
+    report(f"Mean absolute error of the expected score, {len(next(iter(errors.values())))} people", rows, out)
+
+
+def _expected(scorer: Scorer, voice: Voice | None, turn: str) -> float:
+    """The mean of the scores, each as likely as its answer is."""
+    examples = [encode_pair(scorer.tokenizer, turn, str(score), MAX_TOKENS) for score in SCORES]
+    readings = scorer.read(voice, examples)
+    chances = [math.exp(-reading.loss * e.output_tokens) for reading, e in zip(readings, examples, strict=True)]
+    return sum(score * chance for score, chance in zip(SCORES, chances, strict=True)) / sum(chances)
+
+
+if __name__ == "__main__":
+    typer.run(main)
