@@ -32,8 +32,8 @@ def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]
     found: list[tuple[float, list[int]]] = []
     for row in pack(model, examples):
         logits = _logits(model, row)
-        losses = [float(tokens.mean()) for tokens in torch.split(_losses_of(logits, row), row.counts)]
-        likeliest = [ids.tolist() for ids in torch.split(logits.argmax(-1), row.counts)]
+        losses = [float(tokens.mean()) for tokens in torch.split(_losses_of(logits, row).cpu(), row.counts)]
+        likeliest = [ids.tolist() for ids in torch.split(logits.argmax(-1).cpu(), row.counts)]
         found += zip(losses, likeliest, strict=True)
     return found
 

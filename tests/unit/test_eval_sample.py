@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_a_terminal_shows_all_columns_in_eighty_and_stars_what_counts() -> None:
     losses = [(user, method, place + ord(user) / 100) for place, method in enumerate(methods) for user in "abc"]
     task = get_task("movie_rating")
     records = [record(user, method, loss, "3") for user, method, loss in losses]
-    console = Console(file=StringIO(), width=80)
+    console = Console(width=80)
     with console.capture() as captured:
         print_tables(tables(summarise(records, task), records, task), console)
     lines = captured.get().splitlines()
