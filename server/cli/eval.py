@@ -33,7 +33,7 @@ def evaluate(
     methods: Methods = None,
     seeds: Annotated[int, typer.Option(help="Runs that differ in what is random or trained.", min=1)] = 1,
     people: Annotated[int | None, typer.Option(help="Only the first so many.", min=2, show_default="all")] = None,
-    sample: Sample = 15,
+    sample: Sample = 10,
     predict: Predict = True,
     curves: Curves = True,
     last: Last = 0,
