@@ -40,6 +40,8 @@ class UserPlan:
         batch_size: samples a step.
         learning_rate: after the warm-up.
         holdout: share of the samples kept aside where there are many.
+        strength: of the anchors in the recipe beneath, as a share of theirs without a user adapter; whoever makes that
+            recipe heeds it.
         every: steps between two looks at the held-out loss.
         seed: of the split, the order, and where A starts.
     """
@@ -50,6 +52,7 @@ class UserPlan:
     batch_size: int
     learning_rate: float
     holdout: float
+    strength: float
     every: int
     seed: int
 

@@ -69,16 +69,17 @@ class ServingBank:
         """Whether signatures speak for users of this bank."""
         return self.manifest.weights.signature is not None
 
-    def personalise(self, embedding: Vectors, signature: Signature | None = None) -> Spoken:
+    def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> Spoken:
         """The recipe for a user, and the anchors behind it, the weightiest evidence first.
 
         Args:
             embedding: the profile's [E], at unit length.
             signature: the user's; one of another bank says nothing.
+            share: of the rule's strength that the recipe's anchors have, as in `make_recipe`.
         """
         rule = self.manifest.weights
         if rule.signature and signature and signature.tokens and signature.bank == self.manifest.short:
             weights = signature_weights(self.index, rule.signature, embedding, signature)
-            return Spoken(make_recipe(self.manifest, weights), weights, "signature")
+            return Spoken(make_recipe(self.manifest, weights, share), weights, "signature")
         weights = topic_weights(self.index, rule, embedding)
-        return Spoken(make_recipe(self.manifest, weights), weights, "topic")
+        return Spoken(make_recipe(self.manifest, weights, share), weights, "topic")

@@ -99,14 +99,16 @@ def evident_weights(
     )
 
 
-def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight]) -> FusionRecipe:
+def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
     """Round weights to a canonical recipe of this bank. Anchors that round to nothing are left out.
 
     Args:
         manifest: the bank.
         weights: non-negative, each anchor once; what they sum to is their strength beside the common row.
+        share: of that strength, 0 to 1; without a common row there is nothing that could have the rest, and they have
+            it whole.
     """
-    total = round(sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
+    total = round(share * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
     ordered = sorted(weights, key=lambda w: w.anchor)
     rounded = per_mille([w.weight for w in ordered], total)
     terms = tuple(Term(w.anchor, mille) for w, mille in zip(ordered, rounded, strict=True) if mille)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -37,7 +36,7 @@ from server.store.samples import AdaptConfig, Sample
 
 MAX_TOKENS = 512
 LATER = 24
-SETTINGS = ["lora:2:8:1e-3", "lora:2:16:1e-3", "core:0:16:2e-2"]
+SETTINGS = ["lora:2:8:1e-3:0.5", "lora:2:8:1e-3:1", "core:0:16:2e-2:1"]
 
 
 def main(
@@ -47,7 +46,9 @@ def main(
     only: Annotated[Path | None, typer.Option(help="Only these of them: the file that --exclude took.")] = None,
     samples: Annotated[int, typer.Option(help="First items to adapt to.", min=2)] = 10,
     people: Annotated[int, typer.Option(help="How many people.", min=2)] = 12,
-    setting: Annotated[list[str] | None, typer.Option(help="`kind:rank:steps:rate`; may be given often.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="`kind:rank:steps:rate:strength`; may be given often.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -64,14 +65,15 @@ def main(
     for person in track(chosen, f"{len(chosen)} people, {len(configs)} settings"):
         first, later = person.items[:samples], person.items[samples : samples + LATER]
         texts = [item_text(item, lookup.task) for item in first]
-        recipe = lookup.personalise(profile_embedding(embedder.embed(texts))).recipe
+        profile = profile_embedding(embedder.embed(texts))
         pairs = person.pairs(lookup.task)
         taken = [Sample(chat_messages(turn), output) for turn, output in pairs[:samples]]
         tests = [encode_pair(trainer.tokenizer, *pair, MAX_TOKENS) for pair in pairs[samples : samples + len(later)]]
-        fused = fuse(trainer.matrix, recipe, torch.float32)
+        fused = fuse(trainer.matrix, lookup.personalise(profile).recipe, torch.float32)
         with attached(trainer.model, fused) as here:
             merged = mean_loss(here.model, tests)
         for config in configs:
+            recipe = lookup.personalise(profile, share=config.strength).recipe
             start_s = time.perf_counter()
             judgement = trainer.train(recipe, taken, config)
             reading = {"merged": merged, "stacked": merged, "seconds": time.perf_counter() - start_s, "bytes": 0}
@@ -79,7 +81,8 @@ def main(
             if judgement.weights is not None:
                 raw = trainer.encoded(recipe, judgement)
                 user: UserAdapter = decode_user_adapter(manifest.layout, raw)
-                with attached(trainer.model, stack(fused, user, torch.float32)) as here:
+                beneath = fuse(trainer.matrix, recipe, torch.float32)
+                with attached(trainer.model, stack(beneath, user, torch.float32)) as here:
                     reading |= {"stacked": mean_loss(here.model, tests), "bytes": len(raw)}
             readings[_name(config)].append(reading)
     rows = [(name, _row(taken)) for name, taken in readings.items()]
@@ -99,14 +102,19 @@ def _row(readings: list[dict[str, Any]]) -> str:
 
 
 def _config(text: str) -> AdaptConfig:
-    kind, rank, steps, rate = text.split(":")
-    kind = UserAdapterKind(kind).value
-    return replace(AdaptConfig(), kind=kind, rank=int(rank), steps=int(steps), learning_rate=float(rate))
+    kind, rank, steps, rate, strength = text.split(":")
+    return AdaptConfig(
+        kind=UserAdapterKind(kind).value,
+        rank=int(rank),
+        steps=int(steps),
+        learning_rate=float(rate),
+        strength=float(strength),
+    )
 
 
 def _name(config: AdaptConfig) -> str:
     rank = f", rank {config.rank}" if config.kind == "lora" else ""
-    return f"{config.kind}{rank}, up to {config.steps} steps at {config.learning_rate:g}"
+    return f"{config.kind}{rank}, up to {config.steps} steps at {config.learning_rate:g}, strength {config.strength:g}"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Adapting:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed then.
         """
         samples = [self._encoded(place, sample) for place, sample in enumerate(request.samples)]
-        config = self._config(request.config)
+        config = training_config(self._manifest, request.config)
         for place, (sample, raw) in enumerate(zip(request.samples, samples, strict=True)):
             await self._check_length(place, sample, len(raw))
         if await self._profiles.current(user_id) is None:
@@ -134,20 +134,6 @@ class Adapting:
                 code="context_length_exceeded",
             )
 
-    def _config(self, options: AdaptOptions) -> AdaptConfig:
-        given = {name: value for name, value in options.model_dump().items() if value is not None}
-        room = self._manifest.room
-        config = replace(default_config(room, options.kind), **given)
-        if config.kind == "lora" and config.rank > room:
-            raise InvalidRequest(
-                f"config.rank {config.rank} does not fit: this bank leaves {room} for users", param="config.rank"
-            )
-        if config.kind == "core" and options.rank is not None:
-            raise InvalidRequest(
-                f"config.rank {options.rank} makes no sense for a core: it has the fused rank", param="config.rank"
-            )
-        return config
-
     def _items(self, samples: Sequence[SampleRequest]) -> list[Item]:
         """The samples as items of a profile."""
         items = []
@@ -160,6 +146,31 @@ class Adapting:
                     f"samples.{place} makes no item of a profile: {error}", param=f"samples.{place}"
                 ) from error
         return items
+
+
+def training_config(manifest: BankManifest, options: AdaptOptions) -> AdaptConfig:
+    """How a job trains: what was asked for, and the server's choice for the rest.
+
+    Raises:
+        InvalidRequest: when the bank cannot serve what comes of it.
+    """
+    given = {name: value for name, value in options.model_dump().items() if value is not None}
+    room = manifest.room
+    config = replace(default_config(room, manifest.common, options.kind), **given)
+    if config.kind == "lora" and config.rank > room:
+        raise InvalidRequest(
+            f"config.rank {config.rank} does not fit: this bank leaves {room} for users", param="config.rank"
+        )
+    if config.kind == "core" and options.rank is not None:
+        raise InvalidRequest(
+            f"config.rank {options.rank} makes no sense for a core: it has the fused rank", param="config.rank"
+        )
+    if config.strength < 1 and not manifest.common:
+        raise InvalidRequest(
+            f"config.strength {config.strength:g} leaves a rest to the common row, and this bank has none",
+            param="config.strength",
+        )
+    return config
 
 
 def _messages(sample: SampleRequest) -> list[dict[str, str]]:

@@ -78,7 +78,7 @@ class Readapting:
             return
         else:
             await self._room()
-            config = encode_config(default_config(self._manifest.room))
+            config = encode_config(default_config(self._manifest.room, self._manifest.common))
             kept = Submission([], True, config, f"readapt to {self._manifest.fingerprint}")
             await self._jobs.submit(user_key, kept, MAX_SAMPLES)
             counts.asked += 1

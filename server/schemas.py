@@ -163,6 +163,13 @@ class AdaptOptions(_Request):
     holdout: float | None = Field(
         None, ge=0.05, le=0.5, description="Share of the samples kept aside, where there are many."
     )
+    strength: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of the anchors beneath, as a share of theirs in the merged adapter: 1 trains on top of "
+        "that, 0 on what all users share.",
+    )
 
 
 class AdaptRequest(_Request):

@@ -52,7 +52,8 @@ class Adapters:
         task_bank: of `--baselines`, or None.
         scorer: the base model, for what is trained and measured.
         embedder: of the bank.
-        plan: of few-shot training; its kind, rank and steps are stacked's and own's, its seed is not used.
+        plan: of few-shot training; kind, rank and steps are stacked's and own's, the strength is stacked's alone, the
+            seed is not used.
         max_tokens: longest example.
     """
 
@@ -100,6 +101,8 @@ class Adapters:
             plan = replace(self._plan, seed=seed)
             judgement = train_user(self._scorer.bare(), voice.lora(), evidence.pairs, plan)
             evidence.trained[method.plain, seed] = judgement
+        if judgement.weights is None and method.base is Base.STACKED:
+            return self.voice(replace(method, base=Base.MERGED), evidence, seed)
         return replace(voice, trained=judgement.weights)
 
     def _recipe(self, method: Method, evidence: Evidence, seed: int) -> FusionRecipe:
@@ -109,7 +112,8 @@ class Adapters:
             if not manifest.common:
                 raise BankError("`own` is trained on the common row, and this bank has none")
             return FusionRecipe(manifest.short, manifest.method, True, ())
-        return make_recipe(manifest, self._weights(method, evidence, seed))
+        share = self._plan.strength if method.base is Base.STACKED else 1.0
+        return make_recipe(manifest, self._weights(method, evidence, seed), share)
 
     def _weights(self, method: Method, evidence: Evidence, seed: int) -> Sequence[AnchorWeight]:
         serving = _with_k(self.bank.serving, method.k)

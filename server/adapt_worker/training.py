@@ -41,6 +41,7 @@ def user_plan(config: AdaptConfig) -> UserPlan:
         batch_size=BATCH_SIZE,
         learning_rate=config.learning_rate,
         holdout=config.holdout,
+        strength=config.strength,
         every=LOOK_EVERY,
         seed=config.seed,
     )

@@ -142,9 +142,10 @@ class Worker:
             raise TrainingError("the user has no profile any more: PUT /users/{id}/profile makes one")
         if profile.embedder != self._bank.manifest.embedder.id:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
-        recipe = self._bank.personalise(profile.embedding, profile.evidence).recipe
+        config = decode_config(lease.job.config)
+        recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = [decode_sample(raw) for raw in await self._jobs.samples(key)]
-        judgement = await self._trained(lease, recipe, samples, decode_config(lease.job.config))
+        judgement = await self._trained(lease, recipe, samples, config)
         if judgement.weights is None:
             done = await self._jobs.end(lease, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from base64 import b32encode
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import orjson
@@ -43,6 +43,7 @@ class AdaptConfig:
         steps: most optimiser steps of one run; it ends before when nothing more is learnt.
         learning_rate: after the warm-up.
         holdout: share of the samples that is kept aside where there are many.
+        strength: of the anchors beneath it, as a share of theirs when merged; below 1 only beside a common row.
         seed: of everything random.
     """
 
@@ -51,19 +52,22 @@ class AdaptConfig:
     steps: int = 8
     learning_rate: float = 1e-3
     holdout: float = 0.2
+    strength: float = 0.5
     seed: int = 0
 
 
-def default_config(room: int, kind: Kind | None = None) -> AdaptConfig:
+def default_config(room: int, common: bool, kind: Kind | None = None) -> AdaptConfig:
     """What a job is trained with where nothing else is asked for.
 
     Args:
         room: the rank that the bank leaves for users; without any, only a core can be served.
+        common: whether the bank has a common row.
         kind: if one is asked for.
     """
     if (kind or ("lora" if room else "core")) == "core":
-        return AdaptConfig(kind="core", steps=CORE_STEPS, learning_rate=CORE_LEARNING_RATE)
-    return AdaptConfig(rank=max(1, min(AdaptConfig().rank, room)))
+        return AdaptConfig(kind="core", steps=CORE_STEPS, learning_rate=CORE_LEARNING_RATE, strength=1.0)
+    usual = AdaptConfig()
+    return replace(usual, rank=max(1, min(usual.rank, room)), strength=usual.strength if common else 1.0)
 
 
 def encode_sample(sample: Sample) -> bytes:

@@ -13,11 +13,15 @@ import pytest
 import redis
 
 from bank.manifest import BankManifest
+from server.adapting import training_config
+from server.errors import InvalidRequest
 from server.readapting import Counts, Readapting
+from server.schemas import AdaptOptions
 from server.store.profiles import Change
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
+from server.store.samples import AdaptConfig
 from tests.integration.conftest import Work
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
@@ -61,6 +65,28 @@ def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
     assert adapter["recipe"] == who["recipe"].partition(":u-")[0]
     assert adapter["bytes"] > 100
     assert generate(client, ada, personalize="merged").json()["personalization"]["level"] == "merged"
+
+
+@pytest.mark.parametrize("strength", [None, 1, 0])
+def test_beneath_a_users_adapter_the_anchors_have_a_share_of_their_strength(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, strength: float | None
+) -> None:
+    fake_engine.knobs.user_adapters = True
+    adapt(client, ada, config={"learning_rate": 0.02, "strength": strength}).raise_for_status()
+    work()
+    share = AdaptConfig().strength if strength is None else strength
+    merged, stacked = (
+        sum(anchor["weight"] for anchor in generate(client, ada, personalize=who).json()["personalization"]["anchors"])
+        for who in ("merged", "auto")
+    )
+    assert stacked == pytest.approx(share * merged, abs=0.001)
+
+
+def test_without_a_common_row_anchors_keep_their_strength_and_less_is_refused(gateway: GatewayThread) -> None:
+    lone = gateway.parts.bank.manifest.model_copy(update={"common": False})
+    assert training_config(lone, AdaptOptions()).strength == 1
+    with pytest.raises(InvalidRequest, match=r"strength 0\.5 leaves"):
+        training_config(lone, AdaptOptions(strength=0.5))
 
 
 def test_an_engine_that_lacks_the_adapter_serves_the_plain_fusion_and_the_answer_says_so(

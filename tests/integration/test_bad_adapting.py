@@ -80,6 +80,7 @@ CASES = [
     config("a million steps", "1000000", "steps", steps=1_000_000),
     config("negative learning rate", "-1", "learning_rate", learning_rate=-1),
     config("holdout of everything", "1", "holdout", holdout=1),
+    config("strength beyond the merged adapter's", "1.5", "strength", strength=1.5),
     config("unknown option", "optimizer'", "optimizer", optimizer="sgd"),
     Case("line that is no JSON", "samples.1", "samples.1", raw=b'{"input":"q","output":"a"}\n{', media=LINES),
     Case(

@@ -7,15 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from adapters.trainer import initial_lora
+from adapters.user_trainer import Judgement
 from bank.baselines import build_baselines
 from bank.embedder import Embedder
 from bank.errors import BankError
+from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import DEFAULT, parse_methods
+from bank.evaluation.people import read_people
 from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.run import EvalOptions
+from bank.evaluation.scoring import Scorer
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evaluate
+from bank.evaluation.voices import OpenBank
 from bank.manifest import read_manifest
 from bank.options import BuildInputs
+from bank.training import load_base
 from server.adapt_worker.training import user_plan
 from server.store.samples import AdaptConfig
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
@@ -111,3 +118,23 @@ def test_the_baselines_are_a_bank_of_their_own_that_is_not_trained_twice(inputs:
     found = build_baselines(where, OPTIONS, manifest, recorder)
     assert recorder.steps == []
     assert found.training == {"of": manifest.fingerprint, "steps": OPTIONS.steps * OPTIONS.anchors}
+
+
+def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learnt(inputs: EvalInputs) -> None:
+    bank = OpenBank.open(inputs.bank, inputs.embedder.id)
+    scorer = Scorer(*load_base(inputs.model_folder, "float32"))
+    adapters = Adapters(bank, None, scorer, inputs.embedder, plan=PLAN, max_tokens=64)
+    evidence = adapters.evidence(read_people(inputs.users, bank.serving.task)[0])
+    merged, stacked = parse_methods("merged,stacked")
+    without = adapters.voice(merged, evidence, 0)
+    learnt = initial_lora(bank.manifest.layout.modules, 1, seed=0)
+    found = []
+    for weights in (learnt, None):
+        evidence.trained[stacked, 0] = Judgement(weights, 1.0, 0.9, 2)
+        found.append(adapters.voice(stacked, evidence, 0))
+    scorer.bare()
+    voice, rejected = found
+    assert rejected == without
+    assert voice is not None and without is not None and voice.trained is learnt
+    strengths = [sum(term.weight for term in each.recipe.terms) for each in (voice, without)]
+    assert strengths[0] == round(PLAN.strength * strengths[1])

@@ -27,7 +27,15 @@ from bank.prompt import EncodedPair, encode_pair
 RANK = 4
 KINDS = list(UserAdapterKind)
 PLAN = UserPlan(
-    kind=UserAdapterKind.LORA, rank=2, steps=8, batch_size=4, learning_rate=2e-2, holdout=0.2, every=4, seed=0
+    kind=UserAdapterKind.LORA,
+    rank=2,
+    steps=8,
+    batch_size=4,
+    learning_rate=2e-2,
+    holdout=0.2,
+    strength=1.0,
+    every=4,
+    seed=0,
 )
 
 

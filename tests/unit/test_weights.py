@@ -87,6 +87,15 @@ def test_strength_leaves_the_rest_to_the_common_row() -> None:
     assert make_recipe(manifest(common=True, strength=0.4), weights).name == "mta1:9f2c41d0:cat:c+a00*300+a01*100"
 
 
+@pytest.mark.parametrize(
+    ("common", "share", "terms"),
+    [(True, 1, "c+a00*300+a01*100"), (True, 0.5, "c+a00*150+a01*50"), (True, 0, "c"), (False, 0.5, "a00*750+a01*250")],
+)
+def test_of_a_share_the_common_row_has_the_rest(common: bool, share: float, terms: str) -> None:
+    weights = [AnchorWeight(0, 0.3, 0.9), AnchorWeight(1, 0.1, 0.3)]
+    assert make_recipe(manifest(common=common), weights, share).name == f"mta1:9f2c41d0:cat:{terms}"
+
+
 @given(
     st.lists(st.just(0.0) | st.floats(1e-6, 1), min_size=1, max_size=6).filter(any),
     st.booleans(),
