@@ -168,7 +168,7 @@ class AdaptOptions(_Request):
         ge=0,
         le=1,
         description="Weight of the anchors beneath, as a share of theirs in the merged adapter: 1 trains on top of "
-        "that, 0 on what all users share.",
+        "that, 0 on what all users share. Half is usual, 1 for a `core`.",
     )
 
 
