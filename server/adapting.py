@@ -167,7 +167,7 @@ def training_config(manifest: BankManifest, options: AdaptOptions) -> AdaptConfi
         )
     if config.strength < 1 and not manifest.common:
         raise InvalidRequest(
-            f"config.strength {config.strength:g} leaves a rest to the common row, and this bank has none",
+            f"config.strength {config.strength:g} leaves a rest to the common row, which this bank lacks: leave it out",
             param="config.strength",
         )
     return config
