@@ -59,7 +59,10 @@ def data(tmp_path: Path) -> Iterator[DataFolder]:
 def python_part(name: str, folder: Path, code: str, **changes: float) -> Part:
     """A part that runs `code`, and is ready once it has written its pid to `<name>.pid`."""
     pid_file = folder / f"{name}.pid"
-    prelude = f"import os, pathlib; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
+    prelude = (
+        f"import os, pathlib; draft = pathlib.Path({str(pid_file)!r} + '.tmp'); draft.write_text(str(os.getpid()))\n"
+        f"draft.replace({str(pid_file)!r})\n"  # whoever reads it finds a whole pid
+    )
 
     async def ready() -> bool:
         return pid_file.exists()
