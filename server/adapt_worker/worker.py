@@ -1,7 +1,8 @@
 """The worker's loop: take a job, hold its lease while it trains, and write what came of it, once.
 
-Whatever is lost on the way, the lease decides: a worker that cannot renew it writes nothing any more, and another takes
-the job up once it has run out.
+Whatever is lost on the way, the lease decides: a worker that cannot renew it until it has run out writes nothing any
+more, and another takes the job up. What is wrong with a job's content ends the job, what is wrong with the process ends
+the process and is one of the job's tries, and what is wrong with the store is waited for and is none.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from adapters.errors import TrainingError
+from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
 from adapters.user_run import Progress
 from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
+from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
+from server.adapt_worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent
+from server.adapt_worker.stall import Pulse
 from server.errors import ApiError
 from server.store.jobs import JobId, JobState, JobStore, Lease, StoredAdapter, Trained
 from server.store.profiles import AdapterNote, ProfileStore
@@ -27,10 +31,10 @@ from server.store.samples import AdaptConfig, Sample, decode_config, decode_samp
 
 log = logging.getLogger("mta.worker")
 
-LEASE_S = 15.0
-RENEW_S = 1.0
 SWEEP_S = 5.0
 PROMOTE_ATTEMPTS = 20
+MAX_SECONDS = 3600.0
+"""How long a job may train that names no time of its own."""
 
 
 class Trains(Protocol):
@@ -42,13 +46,10 @@ class Trains(Protocol):
         samples: Sequence[Sample],
         config: AdaptConfig,
         on_step: Callable[[Progress], None],
+        alive: Callable[[], None],
     ) -> Judgement: ...
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes: ...
-
-
-class _Stopped(Exception):
-    """The lease is lost, or the worker shall end: training has no purpose any more."""
 
 
 class Worker:
@@ -108,18 +109,18 @@ class Worker:
 
     async def _take(self, job_id: JobId) -> None:
         """Train a job, if it still wants a worker."""
+        asked_s = time.monotonic()
         lease = await self._jobs.claim(job_id, LEASE_S)
         if lease is None:
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
         try:
-            await self._work(lease)
-        except _Stopped:
+            await self._work(HeldLease(self._jobs, lease, asked_s))
+        except LeaseLost:
             log.info("%s: given up, the lease is lost", lease.job.id)
-        except TrainingError as error:
-            await self._jobs.end(lease, Trained(JobState.FAILED, error=str(error)))
-        except ApiError:
-            raise  # the lease runs out, and the job is taken up again
+        except StoreSilent as error:
+            log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)
+            await self._undo_try(lease)
         except asyncio.CancelledError:
             await self._give_back(lease, counts=False)
             raise
@@ -135,63 +136,119 @@ class Worker:
         except ApiError as error:
             log.warning("%s: not given back: %s", lease.job.id, error.explained)
 
-    async def _work(self, lease: Lease) -> None:
-        key = lease.job.id.user_key
-        profile = await self._profiles.load(key)
+    async def _undo_try(self, lease: Lease) -> None:
+        """Once the store can be used again: the try was no fault of the job, unless another has taken it up since."""
+        while True:
+            try:
+                if await self._jobs.release(lease, counts=False):
+                    log.info("%s: given back", lease.job.id)
+                return
+            except ApiError as error:
+                log.warning("%s: not given back yet: %s", lease.job.id, error.explained)
+            await asyncio.sleep(RENEW_S)
+
+    async def _work(self, held: HeldLease) -> None:
+        """Train a job and write what came of it; what is wrong with its content is what came of it."""
+        try:
+            await self._adapt(held)
+        except ApiError:
+            raise
+        except MtaError as error:
+            log.info("%s: failed: %s", held.lease.job.id, type(error.__cause__ or error).__name__)
+            await self._end(held, Trained(JobState.FAILED, error=str(error)))
+
+    async def _adapt(self, held: HeldLease) -> None:
+        lease, key = held.lease, held.lease.job.id.user_key
+        profile = await held.insist(self._profiles.load, key)
         if profile is None:
             raise TrainingError("the user has no profile any more: PUT /users/{id}/profile makes one")
         if profile.embedder != self._bank.manifest.embedder.id:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
-        config = decode_config(lease.job.config)
-        recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
-        samples = [decode_sample(raw) for raw in await self._jobs.samples(key)]
-        judgement = await self._trained(lease, recipe, samples, config)
+        with blamed("the job's configuration", CONFIG_REMEDY):
+            config = decode_config(lease.job.config)
+            recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
+        samples = []
+        for place, raw in enumerate(await held.insist(self._jobs.samples, key)):
+            with blamed(f"samples.{place}", SAMPLE_REMEDY):
+                samples.append(decode_sample(raw))
+        judgement = await self._trained(held, recipe, samples, config)
         if judgement.weights is None:
-            done = await self._jobs.end(lease, Trained(JobState.REJECTED, judgement.before, judgement.after))
+            await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:
             raw = await asyncio.to_thread(self._trainer.encoded, recipe, judgement)
-            done = await self._promote(lease, recipe, judgement, raw)
-        if not done:
-            raise _Stopped
+            if not await self._promote(held, recipe, judgement, raw):
+                raise LeaseLost
         log.info("%s: held-out loss %.4f, before %.4f", lease.job.id, judgement.after, judgement.before)
 
     async def _trained(
-        self, lease: Lease, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig
+        self, held: HeldLease, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig
     ) -> Judgement:
-        """Train on a thread, renewing the lease; when it is lost, training ends at its next step."""
-        lost, latest = threading.Event(), Progress(0, 0, 0.0)
+        """Train on a thread, renewing the lease; when it is lost, training ends at its next sign of life.
+
+        Raises:
+            TrainingError: when it takes longer than it may, too.
+            Stalled: when the thread gives no sign of life, and this process must end to end it.
+        """
+        lost, pulse, latest = threading.Event(), Pulse(), Progress(0, 0, 0.0)
+        most_s = float(getattr(config, "max_seconds", MAX_SECONDS))
+        end_s = time.monotonic() + most_s
+
+        def alive() -> None:
+            pulse.beat()
+            if lost.is_set():
+                raise LeaseLost
+            if time.monotonic() > end_s:
+                raise TrainingError(
+                    f"training took longer than the {most_s:g} s it may, it was at step {latest.step} of {latest.of}: "
+                    "send fewer or shorter samples, or ask for fewer steps"
+                )
 
         def on_step(progress: Progress) -> None:
             nonlocal latest
             latest = progress
-            if lost.is_set():
-                raise _Stopped
+            alive()
 
-        training = asyncio.create_task(asyncio.to_thread(self._trainer.train, recipe, samples, config, on_step))
+        async def done() -> bool:
+            await asyncio.wait({training}, timeout=RENEW_S)
+            if not training.done():
+                pulse.check(str(held.lease.job.id))
+            return training.done()
+
+        train = self._trainer.train
+        training = asyncio.create_task(asyncio.to_thread(train, recipe, samples, config, on_step, alive))
         try:
-            while not training.done():
-                await asyncio.wait({training}, timeout=RENEW_S)
-                loss = latest.loss if latest.step else None
-                if not await self._jobs.renew(lease, LEASE_S, step=latest.step, of=latest.of, loss=loss):
-                    raise _Stopped
+            while not await done():
+                await held.renew(latest)
+            await held.renew(latest)
             return training.result()
         finally:
             lost.set()
+            while not await done():
+                pass
             await asyncio.gather(training, return_exceptions=True)
 
-    async def _promote(self, lease: Lease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> bool:
+    async def _end(self, held: HeldLease, trained: Trained) -> None:
+        """Write an outcome without an adapter."""
+        lease = held.lease
+        if not await held.insist(self._jobs.end, lease, trained):
+            job = await held.insist(self._jobs.job, lease.job.id)
+            if job is None or job.state is not trained.state:  # else only the answer was lost
+                raise LeaseLost
+
+    async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> bool:
         """Write adapter and outcome in one step; again when the user's record changed meanwhile."""
+        lease = held.lease
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
         trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after)
         for _ in range(PROMOTE_ATTEMPTS):
-            snapshot = await self._profiles.read(lease.job.id.user_key)
+            snapshot = await held.insist(self._profiles.read, lease.job.id.user_key)
             if snapshot.profile is None:
                 return False
             note = AdapterNote(stored.id, recipe.name, len(raw), time.time_ns() // 1_000_000)
             noted = replace(snapshot.profile, adapter=note)
-            if await self._jobs.promote(lease, trained, noted, snapshot.version, stored):
+            if await held.insist(self._jobs.promote, lease, trained, noted, snapshot.version, stored):
                 return True
-            job = await self._jobs.job(lease.job.id)
+            job = await held.insist(self._jobs.job, lease.job.id)
             if job is None or job.state.ended:
                 return job is not None and job.adapter == stored.id  # done, and only the answer was lost
         return False
@@ -205,3 +262,5 @@ class Worker:
                     log.info("%s: announced again", job_id)
             except ApiError as error:
                 log.warning("%s", error.explained)
+            except Exception:
+                log.exception("looking for lost jobs failed")

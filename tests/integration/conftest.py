@@ -79,10 +79,11 @@ class _Interrupted:
         samples: Sequence[Sample],
         config: AdaptConfig,
         on_step: Callable[[Progress], None],
+        alive: Callable[[], None],
     ) -> Judgement:
         def hooked(progress: Progress) -> None:
             if progress.step == 1:
                 self._meanwhile()
             on_step(progress)
 
-        return self._trainer.train(recipe, samples, config, hooked)
+        return self._trainer.train(recipe, samples, config, hooked, alive)
