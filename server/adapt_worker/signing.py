@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from adapters.errors import MtaError
 from bank.profile import Item, item_pair
 from bank.serving import ServingBank
-from bank.signature import MAX_ITEMS, Signature
-from server.errors import ApiError
+from bank.signature import MAX_ITEMS, Signature, empty_signature
+from server.adapt_worker.stall import STALL_S, Stalled
+from server.errors import ApiError, Unavailable
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
 
@@ -20,6 +22,8 @@ log = logging.getLogger("mta.worker")
 WAIT_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
+MAX_TRIES = 3
+"""So many workers may die over one user's items; then they are signed as items that say nothing."""
 
 
 class Signs(Protocol):
@@ -73,23 +77,62 @@ class SigningLoop:
         if user_key is None:
             return False
         async with self._model:
-            await self._sign(user_key)
+            await self._sign(user_key, tries=1)
         await self._queue.done(user_key)
         profile = await self._profiles.load(user_key)
         if profile is not None and not profile.is_signed(self._bank.manifest.short):
             await self._queue.ask(user_key)  # they changed while the queue still held them
         return True
 
-    async def _sign(self, user_key: str) -> None:
+    async def _sign(self, user_key: str, *, tries: int) -> None:
+        """Sign a user's items, unless they are.
+
+        Args:
+            user_key: whose.
+            tries: how many workers have taken them up, this one among them.
+        """
         for _ in range(ATTEMPTS):
-            snapshot = await self._profiles.read(user_key)
+            try:
+                snapshot = await self._profiles.read(user_key)
+            except Unavailable as error:
+                if error.code != "store_corrupt":
+                    raise
+                log.error("%s: cannot be signed: %s", user_key, error.explained)
+                return
             profile = snapshot.profile
             if profile is None or profile.is_signed(self._bank.manifest.short):
                 return
             items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
-            pairs = [pair for item in items if (pair := item_pair(item, self._bank.task)) is not None]
-            made = await asyncio.to_thread(self._signer.signature, pairs[-MAX_ITEMS:])
+            pairs = [pair for item in items if (pair := item_pair(item, self._bank.task)) is not None][-MAX_ITEMS:]
+            if tries > MAX_TRIES:
+                log.error("%s: signed as if without items, over which workers died %d times", user_key, MAX_TRIES)
+                made = self._empty
+            else:
+                made = await self._made(user_key, pairs)
             signed = replace(profile, signature=StoredSignature(made, profile.updated_ms))
             if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ())):
-                log.info("%s: signed, %d items", user_key, len(pairs[-MAX_ITEMS:]))
+                log.info("%s: signed, %d items", user_key, len(pairs))
                 return
+
+    async def _made(self, user_key: str, pairs: Sequence[tuple[str, str]]) -> Signature:
+        """The items' signature; an empty one where something about them makes none.
+
+        Raises:
+            Stalled: when it never comes, and this process must end to end its thread.
+        """
+        making = asyncio.create_task(asyncio.to_thread(self._signer.signature, pairs))
+        await asyncio.wait({making}, timeout=STALL_S)
+        if not making.done():
+            raise Stalled(f"{user_key}: no signature within {STALL_S:g} s; this process cannot go on")
+        try:
+            made = making.result()
+        except MtaError as error:
+            log.warning("%s: no signature: %s", user_key, type(error.__cause__ or error).__name__)
+            return self._empty
+        if pairs and not made.tokens:
+            log.warning("%s: no signature: the gradient is no numbers", user_key)
+        return made
+
+    @property
+    def _empty(self) -> Signature:
+        return empty_signature(self._bank.manifest.short, len(self._bank.manifest.anchors))

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from adapters.errors import TrainingError
@@ -19,7 +18,7 @@ from adapters.user_run import Progress, UserPlan
 from adapters.user_trainer import Judgement, train_user
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 from bank.prompt import EncodedPair, encode_conversation, encode_pair
-from bank.signature import Signature
+from bank.signature import Signature, empty_signature
 from bank.signing import Signer
 from bank.training import load_base
 from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
@@ -99,11 +98,20 @@ class AdapterTrainer:
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step, alive=alive)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
-        """The signature of a user's items; one that says nothing when there are none to learn from."""
+        """The signature of a user's items; one that says nothing when there is nothing to learn from them.
+
+        Raises:
+            TrainingError: when an item cannot be encoded.
+        """
         bank = self.manifest.short
         if not pairs:
-            return Signature(bank, 0, np.zeros(self.matrix.anchors, np.float32))
-        return self._signer.signature(bank, [encode_pair(self.tokenizer, *pair, MAX_SIGNED_TOKENS) for pair in pairs])
+            return empty_signature(bank, self.matrix.anchors)
+        examples = []
+        for place, pair in enumerate(pairs):
+            with blamed(f"items.{place}", SAMPLE_REMEDY):
+                examples.append(encode_pair(self.tokenizer, *pair, MAX_SIGNED_TOKENS))
+            self._check(f"items.{place}", examples[-1])
+        return self._signer.signature(bank, examples)
 
     @cached_property
     def _signer(self) -> Signer:
@@ -125,7 +133,7 @@ class AdapterTrainer:
         return example
 
     def _check(self, what: str, example: EncodedPair) -> None:
-        """Refuse what would only show itself in mid-training, where it looks like a broken process."""
+        """Refuse what would only show itself in the model, where it looks like a broken process."""
         if not 0 < example.loss_from < len(example.ids):
             raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")
         if max(example.ids) >= self._tokens:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from bank.manifest import read_manifest
 from bank.serving import ServingBank
 from bank.signature import Signature
 from server.adapt_worker.signing import SigningLoop
+from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer
 from server.settings import Settings
 from server.store.redis_connection import RedisConnection
@@ -30,7 +33,7 @@ class Sign:
     """Makes all signatures that are wanted now; `meanwhile` happens while the first is made."""
 
     def __init__(self, url: str, bank: ServingBank, trainer: AdapterTrainer) -> None:
-        self._url, self._bank, self._trainer = url, bank, trainer
+        self._url, self._bank, self.trainer = url, bank, trainer
         self.made = 0
 
     def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -41,7 +44,7 @@ class Sign:
         self.made += 1
         if self.made == 1:
             self._meanwhile()
-        return self._trainer.signature(pairs)
+        return self.trainer.signature(pairs)
 
     async def _all(self) -> None:
         connection = RedisConnection(self._url)
@@ -147,3 +150,53 @@ def test_who_is_erased_meanwhile_stays_so(client: httpx.Client, new_user: Callab
     put(client, user_id, PAIRS)
     sign(lambda: client.delete(f"/users/{user_id}").raise_for_status())
     assert client.get(f"/users/{user_id}").status_code == httpx.codes.NOT_FOUND
+
+
+def test_a_gradient_that_is_no_number_leaves_it_to_the_topics_and_is_not_asked_for_again(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_id = new_user()
+    put(client, user_id, PAIRS)
+    numbers = sign.trainer.manifest.layout.b_numbers
+    monkeypatch.setattr("bank.signing.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
+    sign()
+    assert sign.made == 1
+    assert source(client, user_id) == "topic"
+    sign()
+    assert sign.made == 0
+    monkeypatch.undo()
+    put(client, user_id, PAIRS[:4])
+    sign()
+    assert source(client, user_id) == "signature"
+
+
+def test_items_that_cannot_be_encoded_are_signed_as_none_and_the_next_user_is_signed(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, user_id = new_user(), new_user()
+    put(client, odd, [*PAIRS, {"input": "odd", "output": "one"}])
+    put(client, user_id, PAIRS)
+    picky = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
+    monkeypatch.setattr(sign.trainer.tokenizer, "chat_template", picky + sign.trainer.tokenizer.chat_template)
+    sign()
+    assert sign.made == 2
+    assert (source(client, odd), source(client, user_id)) == ("topic", "signature")
+
+
+def test_what_the_process_cannot_survive_ends_it(client: httpx.Client, new_user: Callable[[], str], sign: Sign) -> None:
+    put(client, new_user(), PAIRS)
+
+    def no_memory() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        sign(no_memory)
+
+
+def test_a_signature_that_never_comes_ends_the_process(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapt_worker.signing.STALL_S", 0.1)
+    put(client, new_user(), PAIRS)
+    with pytest.raises(Stalled):
+        sign(lambda: time.sleep(1))
