@@ -14,10 +14,12 @@ from bank.signature import MAX_ITEMS, Signature
 from server.errors import ApiError
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
+from server.watching import forever
 
 log = logging.getLogger("mta.worker")
 
 WAIT_S = 5.0
+SWEEP_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
 
@@ -59,13 +61,16 @@ class SigningLoop:
 
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for."""
-        while True:
-            try:
-                if not await self.work_once(WAIT_S):
-                    await self._queue.overdue()
-            except ApiError as error:
-                log.warning("%s", error.explained)
-                await asyncio.sleep(RETRY_S)
+        sweeping = asyncio.create_task(forever(SWEEP_S, self._queue.overdue, log))
+        try:
+            while True:
+                try:
+                    await self.work_once(WAIT_S)
+                except ApiError as error:
+                    log.warning("%s", error.explained)
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            sweeping.cancel()
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a user and make their signature; whether there was one."""
@@ -90,6 +95,6 @@ class SigningLoop:
             pairs = [pair for item in items if (pair := item_pair(item, self._bank.task)) is not None]
             made = await asyncio.to_thread(self._signer.signature, pairs[-MAX_ITEMS:])
             signed = replace(profile, signature=StoredSignature(made, profile.updated_ms))
-            if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ())):
+            if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
                 log.info("%s: signed, %d items", user_key, len(pairs[-MAX_ITEMS:]))
                 return

@@ -21,7 +21,8 @@ from adapters.user_run import Progress
 from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.errors import ApiError
-from server.store.jobs import JobId, JobState, JobStore, Lease, StoredAdapter, Trained
+from server.store.adapters import StoredAdapter
+from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample, new_adapter_id
 
@@ -99,7 +100,7 @@ class Worker:
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for word of a job and train it, if it still wants a worker; whether there was word of one."""
-        job_id = await self._jobs.next_job(self._name, wait_s)
+        job_id = await self._jobs.next_job(self._bank.manifest.short, self._name, wait_s)
         if job_id is None:
             return False
         async with self._model:
@@ -140,7 +141,8 @@ class Worker:
         profile = await self._profiles.load(key)
         if profile is None:
             raise TrainingError("the user has no profile any more: PUT /users/{id}/profile makes one")
-        if profile.embedder != self._bank.manifest.embedder.id:
+        profile = profile.seen_by(self._bank.manifest.embedder.id)
+        if profile is None:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
         config = decode_config(lease.job.config)
         recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
@@ -201,7 +203,7 @@ class Worker:
         while True:
             await asyncio.sleep(SWEEP_S)
             try:
-                for job_id in await self._jobs.overdue():
+                for job_id in await self._jobs.overdue(self._bank.manifest.short):
                     log.info("%s: announced again", job_id)
             except ApiError as error:
                 log.warning("%s", error.explained)

@@ -47,7 +47,7 @@ class Sign:
         connection = RedisConnection(self._url)
         await connection.check()
         try:
-            queue, profiles = RedisSigning(connection), RedisProfiles(connection)
+            queue, profiles = RedisSigning(connection, self._bank.manifest.short), RedisProfiles(connection)
             loop = SigningLoop("test", queue, profiles, self._bank, self, model=asyncio.Lock())
             while await loop.work_once(0.2):
                 pass

@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from server.store.jobs import MAX_TRIES
+from tests.support.gateway import GatewayThread
 from tests.support.processes import Background, mta, wait_until
 from tests.support.valkey import ValkeyProcess
 
@@ -76,17 +77,18 @@ def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
 
 
 def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try(
-    client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], valkey: ValkeyProcess
+    client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], gateway: GatewayThread
 ) -> None:
     job = posted(client, ada, LONG, steps=500)
+    calls, url = f"mta:{{jobs:{gateway.parts.bank.manifest.short}}}:calls", gateway.parts.settings.redis_url
     for attempt in range(1, MAX_TRIES + 1):
-        with redis.Redis.from_url(valkey.url) as raw:
-            raw.xtrim("mta:jobs", maxlen=0)  # not yet
-        with redis.Redis.from_url(valkey.url) as raw, worker() as background:
+        with redis.Redis.from_url(url) as raw:
+            raw.xtrim(calls, maxlen=0)  # not yet
+        with redis.Redis.from_url(url) as raw, worker() as background:
             small = posted(client, new_user(), SHORT, steps=1)
             wait_until(lambda small=small: small()["ended_at"], "a small job, after which everything is loaded")
             _leave_little_memory(background.process.pid)
-            raw.xadd("mta:jobs", {"id": job()["id"]})
+            raw.xadd(calls, {"id": job()["id"].partition(".")[0]})
             assert background.wait() != 0
             assert "given back" in background.output
         assert (job()["state"], job()["tries"]) == ("queued", attempt)
