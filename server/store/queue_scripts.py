@@ -15,15 +15,23 @@ return listed
 """
 )
 
-# KEYS: calls, called, open, listed. ARGV: user key, grace (ms), when it was listed by the caller. Answers whether a
-# call was made.
+# KEYS: calls, called, open, listed. ARGV: user key, grace (ms), when it was listed by the caller, group. Answers
+# whether a call was made: not while one waits to be read. One that was read and not acknowledged is taken back.
 CALL = (
     NOW
     + """
 redis.call('ZADD', KEYS[3], now + ARGV[2], ARGV[1])
 if redis.call('ZSCORE', KEYS[4], ARGV[1]) == ARGV[3] then redis.call('ZREM', KEYS[4], ARGV[1]) end
 local entry = redis.call('HGET', KEYS[2], ARGV[1])
-if entry and #redis.call('XRANGE', KEYS[1], entry, entry) > 0 then return 0 end
+if entry then
+  local read = redis.pcall('XPENDING', KEYS[1], ARGV[4], entry, entry, 1)
+  if #read > 0 then
+    redis.call('XACK', KEYS[1], ARGV[4], entry)
+    redis.call('XDEL', KEYS[1], entry)
+  elseif #redis.call('XRANGE', KEYS[1], entry, entry) > 0 then
+    return 0
+  end
+end
 redis.call('HSET', KEYS[2], ARGV[1], redis.call('XADD', KEYS[1], '*', 'id', ARGV[1]))
 return 1
 """

@@ -8,8 +8,8 @@ Keys that all users share, for each queue in one cluster slot::
     mta:{<queue>}:listed   zset     user key → since when a request is about to make something of theirs, ms
     mta:{<queue>}:begun    hash     user key → how often a worker has begun
 
-What a worker that died had read is claimed by the next one after `IDLE_MS`; what never came into the stream, or got
-lost with the work behind it, is called again when its time in `open` comes. Neither depends on how busy anybody is.
+Whoever is called stays in `open` until they were seen to. What a worker that died had read, what never came into the
+stream, and what was lost with the work behind it is called again when its time there comes, however busy workers are.
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection
 GROUP = "workers"
 GRACE_MS = 10_000
 """After so long without a worker a user is called again, unless their call is still to be read."""
-
-IDLE_MS = 30_000
-"""An entry that a worker has read and not acknowledged for so long goes to another."""
 
 LISTED_MS = 60_000
 """Within so long a request must have made what it listed a user for."""
@@ -52,7 +49,7 @@ class RedisQueue:
         self._listed, self._begun = f"{prefix}listed", f"{prefix}begun"
         self._old = f"mta:{kind}"  # of version 0.1, one for all banks
         self._taken: dict[str, bytes] = {}
-        self._group_of = ""
+        self._has_group = False
 
     async def enlist(self, user_key: str) -> int:
         """Have somebody look after a user from now on, before what is to be looked after is made.
@@ -66,19 +63,23 @@ class RedisQueue:
     async def call(self, user_key: str, listed_ms: int = 0) -> bool:
         """Wake a worker for a user, unless a call is to be read already; whether it was made now."""
         names = (self._calls, self._called, self._open, self._listed)
-        return bool(await self._connection.write(scripts.CALL, names, user_key, GRACE_MS, listed_ms))
+        return bool(await self._connection.write(scripts.CALL, names, user_key, GRACE_MS, listed_ms, GROUP))
 
     async def next(self, worker: str, wait_s: float) -> str | None:
         """Wait for a user key, to be acknowledged with `acknowledge`."""
-        await self._make_group(worker)
+        await self._make_group()
+        block_ms = max(1, round(wait_s * 1000))
         try:
-            entries = await self._abandoned(worker) or await self._new(worker, wait_s)
+            streams = await self._connection.run(
+                lambda redis: redis.xreadgroup(GROUP, worker, {self._calls: ">"}, count=1, block=block_ms),
+                wait_s + WRITE_TIMEOUT_S,
+            )
         except Unavailable:
-            self._group_of = ""  # whatever comes back may be another server
+            self._has_group = False  # whatever comes back may be another server
             raise
-        if not entries:
+        if not streams:
             return None
-        entry, fields = entries[0]
+        entry, fields = streams[0][1][0]
         user_key: str = fields[b"id"].decode()
         self._taken[user_key] = entry
         return user_key
@@ -124,8 +125,7 @@ class RedisQueue:
     async def tidy(self) -> None:
         """Forget workers that are gone, and take over what version 0.1 left in its queue."""
         await self._adopt()
-        if not await self._connection.run(lambda redis: redis.exists(self._calls)):
-            return
+        await self._make_group()
         for consumer in await self._connection.run(lambda redis: redis.xinfo_consumers(self._calls, GROUP)):
             if consumer["idle"] > GONE_MS and not consumer["pending"]:
                 name = consumer["name"]
@@ -143,28 +143,12 @@ class RedisQueue:
             await self._connection.run(lambda redis: redis.zrem(f"{self._old}:open", *members), WRITE_TIMEOUT_S)
             await self._connection.run(lambda redis: redis.delete(self._old), WRITE_TIMEOUT_S)
 
-    async def _abandoned(self, worker: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """What a worker that is gone had read."""
-        found = await self._connection.run(
-            lambda redis: redis.xautoclaim(self._calls, GROUP, worker, IDLE_MS, "0-0", count=1)
-        )
-        return [entry for entry in found[1] if entry[1]]
-
-    async def _new(self, worker: str, wait_s: float) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """What nobody has read yet."""
-        block_ms = max(1, round(wait_s * 1000))
-        streams = await self._connection.run(
-            lambda redis: redis.xreadgroup(GROUP, worker, {self._calls: ">"}, count=1, block=block_ms),
-            wait_s + WRITE_TIMEOUT_S,
-        )
-        return list(streams[0][1]) if streams else []
-
-    async def _make_group(self, worker: str) -> None:
-        if self._group_of == worker:
+    async def _make_group(self) -> None:
+        if self._has_group:
             return
         try:
             await self._connection.run(lambda redis: redis.xgroup_create(self._calls, GROUP, id="0", mkstream=True))
         except Unavailable as error:
             if not (isinstance(error.__cause__, ResponseError) and "BUSYGROUP" in str(error.__cause__)):
                 raise
-        self._group_of = worker
+        self._has_group = True
