@@ -11,7 +11,7 @@ from typing import Protocol
 from bank.profile import Item, item_pair
 from bank.serving import ServingBank
 from bank.signature import MAX_ITEMS, Signature
-from server.errors import ApiError
+from server.errors import ApiError, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
 from server.watching import forever
@@ -95,6 +95,9 @@ class SigningLoop:
             pairs = [pair for item in items if (pair := item_pair(item, self._bank.task)) is not None]
             made = await asyncio.to_thread(self._signer.signature, pairs[-MAX_ITEMS:])
             signed = replace(profile, signature=StoredSignature(made, profile.updated_ms))
-            if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
-                log.info("%s: signed, %d items", user_key, len(pairs[-MAX_ITEMS:]))
+            try:
+                if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
+                    log.info("%s: signed, %d items", user_key, len(pairs[-MAX_ITEMS:]))
+                    return
+            except UserErased:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support.valkey import ValkeyProcess
 
 LONG = [{"input": f"question {n}", "output": "yes " * 115} for n in range(16)]
 SHORT = [{"input": "question", "output": "yes"}] * 2
+LATER_S = 100
 SPARE_BYTES = 1 << 20
 
 
@@ -81,14 +83,16 @@ def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try
 ) -> None:
     job = posted(client, ada, LONG, steps=500)
     calls, url = f"mta:{{jobs:{gateway.parts.bank.manifest.short}}}:calls", gateway.parts.settings.redis_url
+    user_key = job()["id"].partition(".")[0]
     for attempt in range(1, MAX_TRIES + 1):
         with redis.Redis.from_url(url) as raw:
-            raw.xtrim(calls, maxlen=0)  # not yet
+            raw.xtrim(calls, maxlen=0)  # not yet, and no sweep shall find it
+            raw.zadd(calls.replace(":calls", ":open"), {user_key: (time.time() + LATER_S) * 1000})
         with redis.Redis.from_url(url) as raw, worker() as background:
             small = posted(client, new_user(), SHORT, steps=1)
             wait_until(lambda small=small: small()["ended_at"], "a small job, after which everything is loaded")
             _leave_little_memory(background.process.pid)
-            raw.xadd(calls, {"id": job()["id"].partition(".")[0]})
+            raw.xadd(calls, {"id": user_key})
             assert background.wait() != 0
             assert "given back" in background.output
         assert (job()["state"], job()["tries"]) == ("queued", attempt)
