@@ -30,7 +30,7 @@ from bench.report import report
 from server.adapt_worker.training import user_plan
 from server.eval_engine import EngineScores
 from server.settings import Settings
-from server.store.redis_jobs import jobs_at
+from server.store.redis_adapters import adapters_at
 from server.store.samples import AdaptConfig
 from tests.support.engine import KEY, running_engine
 from tests.support.valkey import ValkeyProcess
@@ -79,7 +79,7 @@ def main(
             serving = {"dtype": "float32", "next_bank": bank / BASELINES, "redis_url": valkey.url}
             with (
                 running_engine(bank, folder, **serving) as engine,
-                EngineScores(engine.url, KEY, lambda: jobs_at(valkey.url)) as scores,
+                EngineScores(engine.url, KEY, lambda: adapters_at(valkey.url)) as scores,
             ):
                 there = run("in the engine", scores)
         finally:

@@ -57,14 +57,23 @@ class Adapting:
 
         Raises:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed then.
+            UserErased: when the user is erased meanwhile; nothing of them is stored then.
         """
         samples = [self._encoded(place, sample) for place, sample in enumerate(request.samples)]
         config = training_config(self._manifest, request.config)
         for place, (sample, raw) in enumerate(zip(request.samples, samples, strict=True)):
             await self._check_length(place, sample, len(raw))
+        epoch = await self._profiles.epoch(user_id)
         if await self._profiles.current(user_id) is None:
-            await self._profiles.add(user_id, self._items(request.samples))
-        submission = Submission(samples, request.append, encode_config(config), request.idempotency_key or "")
+            await self._profiles.add(user_id, self._items(request.samples), epoch)
+        submission = Submission(
+            samples,
+            request.append,
+            encode_config(config),
+            bank=self._manifest.short,
+            epoch=epoch,
+            idempotency_key=request.idempotency_key or "",
+        )
         job = await self._jobs.submit(self._profiles.key(user_id), submission, MAX_SAMPLES)
         if job is None:
             raise InvalidRequest(

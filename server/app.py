@@ -35,12 +35,14 @@ from server.recall import Recall
 from server.routes import generate, jobs, operations, users
 from server.settings import Settings
 from server.store.durability import Durability
+from server.store.redis_adapters import RedisAdapters
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
-from server.store.redis_log import AppendOnlyFile
+from server.store.redis_log import LOOK_S, AppendOnlyFile
 from server.store.redis_profiles import RedisProfiles
 from server.store.redis_signing import RedisSigning
 from server.user_key import UserKeys
+from server.watching import forever
 
 log = logging.getLogger("mta.gateway")
 
@@ -100,24 +102,25 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             log.warning("Redis does not promise to keep what it acknowledges: profiles can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, thread_name_prefix="embed"))
+        store, jobs_store = RedisProfiles(connection), RedisJobs(connection)
+        signing = RedisSigning(connection, bank.manifest.short) if bank.signs else None
         profiles = Profiles(
-            RedisProfiles(connection),
+            store,
             keys,
             embedder=embedder,
             task=bank.task,
             executor=threads,
             limit=settings.profile_items,
-            signing=RedisSigning(connection) if bank.signs else None,
+            signing=signing,
         )
         personalizer = Personalizer(bank, profiles)
         engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
         health = Health(connection, session, settings.engines, engine_key, bank)
         log_file = AppendOnlyFile(connection)
-        for watching in (health.watch(), log_file.watch()):
+        for watching in (health.watch(), forever(LOOK_S, log_file.look, log)):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
         generator = Generator(personalizer, Recall(profiles, bank.task), engine, metrics)
-        jobs_store = RedisJobs(connection)
         adapting = Adapting(
             jobs_store,
             profiles,
@@ -127,7 +130,18 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             task=bank.task,
             max_sample_bytes=settings.max_item_bytes,
         )
-        erasing = Erasing(profiles, jobs_store, log_file, session=session, urls=settings.engines, key=engine_key)
+        erasing = Erasing(
+            store,
+            keys,
+            adapters=RedisAdapters(connection),
+            jobs=jobs_store,
+            signing=signing,
+            bank=bank.manifest.short,
+            log_file=log_file,
+            session=session,
+            urls=settings.engines,
+            engine_key=engine_key,
+        )
         yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import aiohttp
 
 from server.engine_client import bearer
-from server.profiles import Profiles
+from server.store.adapters import AdapterStore
+from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
-from server.store.profiles import Erased
+from server.store.profiles import Erasure, ProfileStore
+from server.store.signing import SignQueue
+from server.user_key import UserKeys
 
 log = logging.getLogger("mta.gateway")
 
@@ -21,66 +22,70 @@ DROP_PATH = "/mta/v1/drop"
 _TIMEOUT_S = 5.0
 
 
-class RewritesLog(Protocol):
-    """What is needed of `server.store.redis_log.AppendOnlyFile`."""
-
-    async def ask_for_rewrite(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Erasure:
-    """What was erased, and by when the append-only file has forgotten it too (Unix time, ms)."""
-
-    erased: Erased
-    rewritten_by_ms: int
-
-
 class Erasing:
     """Erases users.
 
     Args:
-        profiles: finds them.
-        jobs: lists whose adapter is of which bank.
+        profiles: where they are.
+        keys: how they are named there.
+        adapters: lists whose adapter is of which bank.
+        jobs: whose queues may hold them.
+        signing: so may this one, where there is one.
+        bank: the 8 hex digits of the bank that is served.
         log_file: what still holds them on disk.
         session: the process's HTTP session.
         urls: every engine by itself.
-        key: what engines ask for, or None.
+        engine_key: what engines ask for, or None.
     """
 
     def __init__(
         self,
-        profiles: Profiles,
-        jobs: JobStore,
-        log_file: RewritesLog,
+        profiles: ProfileStore,
+        keys: UserKeys,
         *,
+        adapters: AdapterStore,
+        jobs: JobStore,
+        signing: SignQueue | None,
+        bank: str,
+        log_file: ForgetsOnDisk,
         session: aiohttp.ClientSession,
         urls: Sequence[str],
-        key: str | None,
+        engine_key: str | None,
     ) -> None:
         self._profiles = profiles
+        self._keys = keys
+        self._adapters = adapters
         self._jobs = jobs
+        self._signing = signing
+        self._bank = bank
         self._log_file = log_file
         self._session = session
         self._urls = tuple(urls)
-        self._headers = bearer(key)
+        self._headers = bearer(engine_key)
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def erase(self, user_id: str) -> Erasure | None:
-        """Erase a user; None when there is nothing of them.
+        """Erase a user; None when nothing of them was ever there, or nobody remembers.
+
+        Each step may be repeated: a DELETE that failed half-way is finished by the next, which is answered alike.
 
         Engines are told in the background. One that cannot be reached finds out by itself, or holds nothing: it asks
         the store for every adapter that it keeps (`server/engine_plugin/user_adapters.py`).
         """
-        erased = await self._profiles.erase(user_id)
-        if erased is None:
-            return None
-        if erased.adapters:
-            await self._jobs.forget_adapted(self._profiles.key(user_id))
+        key = self._keys.key(user_id)
+        asked = await self._log_file.ask_for_rewrite()
+        erasure = await self._profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
+        await self._adapters.forget_adapted(key)
+        for bank in {self._bank, *(erasure.banks if erasure else ())}:
+            await self._jobs.withdraw(key, bank)
+        if self._signing is not None:
+            await self._signing.withdraw(key)
+        if erasure and erasure.erased.adapters:
             for url in self._urls:
-                task = asyncio.create_task(self._drop(url, self._profiles.key(user_id)))
+                task = asyncio.create_task(self._drop(url, key))
                 self._dropping.add(task)
                 task.add_done_callback(self._dropping.discard)
-        return Erasure(erased, await self._log_file.ask_for_rewrite())
+        return erasure
 
     async def _drop(self, url: str, user_key: str) -> None:
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)

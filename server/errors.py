@@ -5,6 +5,7 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── NotFound 404         no such user, route, recipe
 ├── WrongMethod 405
 ├── Conflict 409         what is asked for is over already
+│   └── UserErased       the user was erased while the request was under way
 ├── TooLarge 413         a body above the limit
 ├── WrongMediaType 415
 ├── EngineFailed 502     the engine answered something it must not
@@ -74,6 +75,19 @@ class Conflict(ApiError):
     """The request comes too late."""
 
     status, kind, default_code = 409, "invalid_request_error", "conflict"
+
+
+class UserErased(Conflict):
+    """A write lost against an erasure: nothing of it is stored."""
+
+    default_code = "user_erased"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the user was erased while this request was under way: nothing of it is stored. Send it again to store "
+            "them anew",
+            param="user_id",
+        )
 
 
 class TooLarge(ApiError):

@@ -26,7 +26,7 @@ from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.scoring import Reading
 from bank.evaluation.voices import Voice
 from server.engine_client import BASE_MODEL, bearer, open_session
-from server.store.jobs import StoredAdapter
+from server.store.adapters import StoredAdapter
 from server.store.samples import new_adapter_id
 from server.user_key import UserKeys
 
@@ -35,7 +35,7 @@ SILENCE_S = 300.0
 
 
 class Lends(Protocol):
-    """What is needed of `server.store.redis_jobs.RedisJobs`."""
+    """What is needed of `server.store.redis_adapters.RedisAdapters`."""
 
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None: ...
 

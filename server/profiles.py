@@ -14,9 +14,9 @@ import numpy as np
 
 from bank.profile import Item, Vectors, item_text, profile_embedding
 from bank.tasks import Task
-from server.errors import Unavailable
+from server.errors import Unavailable, UserErased
 from server.history import History, added, difference, replaced
-from server.store.profiles import Change, Erased, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
+from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
 from server.store.records import as_stored
 from server.store.signing import SignQueue
 from server.user_key import UserKeys
@@ -90,17 +90,34 @@ class Profiles:
         """The profile with an embedding of today's embedder, or None for an unknown user."""
         key = self._keys.key(user_id)
         profile = await self._store.load(key)
-        if profile is None or profile.embedder == self._embedder.id:
-            return profile
-        return await self._refreshed(key, user_id)
+        if profile is None:
+            return None
+        return profile.seen_by(self._embedder.id) or await self._refreshed(key, user_id)
+
+    async def epoch(self, user_id: str) -> str:
+        """What a write that takes several steps remembers of the user when it begins."""
+        return await self._store.epoch(self._keys.key(user_id))
 
     async def replace(self, user_id: str, items: Sequence[Item]) -> Changed:
-        """Let the history be these items alone."""
+        """Let the history be these items alone.
+
+        Raises:
+            UserErased: when the user is erased before the change is written; nothing is, then.
+        """
         return await self._change(user_id, lambda history: replaced(history, items, self._limit))
 
-    async def add(self, user_id: str, items: Sequence[Item]) -> Changed:
-        """Add items to the history; an item whose id is there already is replaced."""
-        return await self._change(user_id, lambda history: added(history, items, self._limit))
+    async def add(self, user_id: str, items: Sequence[Item], epoch: str | None = None) -> Changed:
+        """Add items to the history; an item whose id is there already is replaced.
+
+        Args:
+            user_id: already checked.
+            items: the oldest first.
+            epoch: the user's, if the request saw it before.
+
+        Raises:
+            UserErased: when the user is erased before the change is written; nothing is, then.
+        """
+        return await self._change(user_id, lambda history: added(history, items, self._limit), epoch)
 
     async def items(self, user_id: str) -> Mapping[str, StoredItem]:
         """A user's history by item id, the oldest first; empty for an unknown user."""
@@ -110,10 +127,6 @@ class Profiles:
         """Have a user's signature made; nothing happens where it is asked for already."""
         if self._signing is not None:
             await self._signing.ask(self._keys.key(user_id))
-
-    async def erase(self, user_id: str) -> Erased | None:
-        """Remove all that is kept of a user; None when there was nothing."""
-        return await self._store.erase(self._keys.key(user_id))
 
     async def stored_bytes(self, user_id: str) -> int:
         """Memory that the user takes in the store."""
@@ -130,26 +143,29 @@ class Profiles:
     async def _refresh(self, user_id: str) -> Profile | None:
         try:
             return (await self._change(user_id, dict)).profile
-        except _NoItems:
+        except (_NoItems, UserErased):
             return None
 
-    async def _change(self, user_id: str, apply: Callable[[History], History]) -> Changed:
+    async def _change(self, user_id: str, apply: Callable[[History], History], epoch: str | None = None) -> Changed:
         """Read, apply, embed what has no embedding yet, and commit; from the start when somebody else was faster."""
         key = self._keys.key(user_id)
         made: dict[tuple[str, str], Vectors] = {}  # by id and text: survives a lost race
         for attempt in range(MAX_ATTEMPTS):
             snapshot = await self._store.read(key)
+            epoch = snapshot.epoch if epoch is None else epoch
             history = apply(snapshot.items)
             if not history:
                 raise _NoItems
             step = difference(snapshot.items, history)
-            profile = snapshot.profile
-            if profile and profile.embedder == self._embedder.id and not step.put and not step.drop:
-                return Changed(profile, 0)
+            seen = snapshot.profile and snapshot.profile.seen_by(self._embedder.id)
+            if seen and not step.put and not step.drop:
+                return Changed(seen, 0)
             vectors, fresh = await self._vectors(snapshot, history, made)
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
-            profile = _next_profile(snapshot, user_id, len(history), self._embedder.id, embedding)
-            if await self._store.commit(key, snapshot.version, Change(profile, step.put, fresh, step.drop)):
+            profile = Profile(user_id, len(history), 0, self._embedder.id, embedding)
+            profile = _following(snapshot.profile, profile, same_items=not step.put and not step.drop)
+            change = Change(profile, step.put, fresh, step.drop)
+            if await self._store.commit(key, snapshot.version, change, epoch):
                 if self._signing is not None:
                     await self._signing.ask(key)
                 return Changed(profile, step.changed)
@@ -194,9 +210,14 @@ def _same_content(before: StoredItem | None, after: StoredItem | None) -> bool:
     return before is not None and after is not None and before.fields == after.fields
 
 
-def _next_profile(snapshot: Snapshot, user_id: str, items: int, embedder: str, embedding: Vectors) -> Profile:
-    profile = Profile(user_id, items, time.time_ns() // 1_000_000, embedder, embedding)
-    before = snapshot.profile
+def _following(before: Profile | None, profile: Profile, *, same_items: bool) -> Profile:
+    """The record that follows another: what it knew beside the items stays, and the embedding by another embedder too
+    while it is of the same items."""
+    now_ms = time.time_ns() // 1_000_000
     if before is None:
-        return profile
-    return replace(profile, adapter=before.adapter, signature=before.signature, extra=before.extra)
+        return replace(profile, updated_ms=now_ms)
+    kept = replace(profile, adapter=before.adapter, signature=before.signature, extra=before.extra)
+    if not same_items:
+        return replace(kept, updated_ms=max(now_ms, before.updated_ms + 1))
+    other = OtherEmbedding(before.embedder, before.embedding, before.updated_ms)
+    return replace(kept, updated_ms=before.updated_ms, other=other)

@@ -1,19 +1,22 @@
 """After a change of bank: user adapters of the old one are trained again, from the samples that are kept.
 
-Users are served merged meanwhile. Each is taken off the list of the old bank once their job is accepted, so that an
-interrupted run goes on where it stopped; the job's idempotency key keeps what falls between the two from being done
-twice.
+Users are served merged meanwhile. Each is on the list of the old bank until an adapter of another bank is promoted, so
+that an interrupted run may simply be started again: the same samples for the same bank are the same job, while that is
+waiting, running, or went well.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from adapters.recipe import parse_recipe
 from bank.manifest import BankManifest
+from server.errors import UserErased
 from server.schemas import MAX_SAMPLES
+from server.store.adapters import AdapterStore
 from server.store.jobs import JobStore, Submission
 from server.store.profiles import ProfileStore
 from server.store.samples import default_config, encode_config
@@ -26,7 +29,7 @@ class Counts:
     """What became of the users on the list.
 
     Attributes:
-        asked: a job was made for them.
+        asked: they have a job, made now or by an earlier run.
         settled: they need none: erased, adapted since, or without samples.
         waiting: their profile was made with another embedder; a request of theirs remakes it, and the next run sees it.
     """
@@ -41,52 +44,55 @@ class Readapting:
 
     Args:
         jobs: where jobs and samples are.
+        adapters: lists whose adapter is of which bank.
         profiles: where users are.
         manifest: of the bank that is served now.
         at_a_time: most jobs that may be open while another is made.
     """
 
-    def __init__(self, jobs: JobStore, profiles: ProfileStore, manifest: BankManifest, at_a_time: int) -> None:
+    def __init__(
+        self, jobs: JobStore, adapters: AdapterStore, profiles: ProfileStore, manifest: BankManifest, at_a_time: int
+    ) -> None:
         self._jobs = jobs
+        self._adapters = adapters
         self._profiles = profiles
         self._manifest = manifest
         self._at_a_time = at_a_time
 
     async def stale(self) -> dict[str, int]:
         """Old banks, with how many users of each are on the list."""
-        counts = await self._jobs.adapted()
+        counts = await self._adapters.adapted()
         return {bank: count for bank, count in counts.items() if bank != self._manifest.short and count}
 
     async def run(self, told: Callable[[Counts], None] = lambda counts: None) -> Counts:
         """Go through the lists of all old banks; `told` hears of every user."""
         counts = Counts()
         for bank in await self.stale():
-            async for user_key in self._jobs.adapted_users(bank):
+            async for user_key in self._adapters.adapted_users(bank):
                 await self._user(user_key, bank, counts)
                 told(counts)
         return counts
 
     async def _user(self, user_key: str, bank: str, counts: Counts) -> None:
+        epoch = await self._profiles.epoch(user_key)
         profile = await self._profiles.load(user_key)
-        stale = (
-            profile is not None and profile.adapter is not None and parse_recipe(profile.adapter.recipe).bank == bank
-        )
-        if profile is None or not stale or not await self._jobs.samples(user_key):
+        now = parse_recipe(profile.adapter.recipe).bank if profile and profile.adapter else ""
+        if profile is None or now != bank or not await self._jobs.samples(user_key):
             counts.settled += 1
-        elif profile.embedder != self._manifest.embedder.id:
+            await self._adapters.forget_adapted(user_key, but=now if now != bank else "")
+        elif profile.seen_by(self._manifest.embedder.id) is None:
             counts.waiting += 1
-            return
         else:
             await self._room()
             config = encode_config(default_config(self._manifest.room, self._manifest.common))
-            kept = Submission([], True, config, f"readapt to {self._manifest.fingerprint}")
-            await self._jobs.submit(user_key, kept, MAX_SAMPLES)
+            kept = Submission([], append=True, config=config, bank=self._manifest.short, epoch=epoch)
+            with suppress(UserErased):
+                await self._jobs.submit(user_key, kept, MAX_SAMPLES)
             counts.asked += 1
-        await self._jobs.forget_adapted(user_key, bank)
 
     async def _room(self) -> None:
         """Wait until few enough jobs are open."""
         while True:
-            if await self._jobs.open_jobs() < self._at_a_time:
+            if await self._jobs.open_jobs(self._manifest.short) < self._at_a_time:
                 return
             await asyncio.sleep(PAUSE_S)

@@ -32,6 +32,11 @@ class StoreSilent(Exception):
     """The store could not be used for as long as the lease was sure to last."""
 
 
+async def answered(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The store's answer to a call that may be repeated, however long the store is away."""
+    return await _asked(lambda error: log.warning("%s", _reason(error)), call, *args, **kwargs)
+
+
 class HeldLease:
     """A lease that this worker has, for as long as it can be sure of it.
 
@@ -72,18 +77,31 @@ class HeldLease:
             StoreSilent: when it has.
             TrainingError: when what the store holds of the user is damaged.
         """
-        while True:
-            try:
-                async with asyncio.timeout(ANSWER_S):
-                    return await call(*args, **kwargs)
-            except (Unavailable, TimeoutError) as error:
-                self._bear(error)
-            await asyncio.sleep(RENEW_S)
+        return await _asked(self._bear, call, *args, **kwargs)
 
     def _bear(self, error: Unavailable | TimeoutError) -> None:
-        reason = error.explained if isinstance(error, Unavailable) else f"no answer within {ANSWER_S:g} s"
         if isinstance(error, Unavailable) and error.code == "store_corrupt":
             raise TrainingError(f"{error.message}: delete the user, and send the profile again") from error
         if time.monotonic() >= self._until_s:
-            raise StoreSilent(reason) from error
-        log.warning("%s: %s", self.lease.job.id, reason)
+            raise StoreSilent(_reason(error)) from error
+        log.warning("%s: %s", self.lease.job.id, _reason(error))
+
+
+async def _asked(
+    bear: Callable[[Unavailable | TimeoutError], None],
+    call: Callable[P, Awaitable[T]],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """The answer to a call; it is asked for again until `bear` raises."""
+    while True:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await call(*args, **kwargs)
+        except (Unavailable, TimeoutError) as error:
+            bear(error)
+        await asyncio.sleep(RENEW_S)
+
+
+def _reason(error: Unavailable | TimeoutError) -> str:
+    return error.explained if isinstance(error, Unavailable) else f"the store gave no answer within {ANSWER_S:g} s"

@@ -13,13 +13,15 @@ from bank.profile import Item, item_pair
 from bank.serving import ServingBank
 from bank.signature import MAX_ITEMS, Signature, empty_signature
 from server.adapt_worker.stall import STALL_S, Stalled
-from server.errors import ApiError, Unavailable
+from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
+from server.watching import forever
 
 log = logging.getLogger("mta.worker")
 
 WAIT_S = 5.0
+SWEEP_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
 MAX_TRIES = 3
@@ -63,13 +65,16 @@ class SigningLoop:
 
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for."""
-        while True:
-            try:
-                if not await self.work_once(WAIT_S):
-                    await self._queue.overdue()
-            except ApiError as error:
-                log.warning("%s", error.explained)
-                await asyncio.sleep(RETRY_S)
+        sweeping = asyncio.create_task(forever(SWEEP_S, self._queue.overdue, log))
+        try:
+            while True:
+                try:
+                    await self.work_once(WAIT_S)
+                except ApiError as error:
+                    log.warning("%s", error.explained)
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            sweeping.cancel()
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a user and make their signature; whether there was one."""
@@ -77,28 +82,31 @@ class SigningLoop:
         if user_key is None:
             return False
         async with self._model:
-            await self._sign(user_key, tries=1)
+            await self._sign(user_key)
         await self._queue.done(user_key)
         profile = await self._profiles.load(user_key)
         if profile is not None and not profile.is_signed(self._bank.manifest.short):
             await self._queue.ask(user_key)  # they changed while the queue still held them
         return True
 
-    async def _sign(self, user_key: str, *, tries: int) -> None:
-        """Sign a user's items, unless they are.
-
-        Args:
-            user_key: whose.
-            tries: how many workers have taken them up, this one among them.
-        """
-        for _ in range(ATTEMPTS):
+    async def _sign(self, user_key: str) -> None:
+        """Sign a user's items, unless they are; what is begun outlasts a store that is away, which makes no new try."""
+        tries = await self._queue.begin(user_key)
+        while True:
             try:
-                snapshot = await self._profiles.read(user_key)
-            except Unavailable as error:
-                if error.code != "store_corrupt":
-                    raise
-                log.error("%s: cannot be signed: %s", user_key, error.explained)
+                return await self._write(user_key, tries)
+            except UserErased:
                 return
+            except Unavailable as error:
+                if error.code == "store_corrupt":
+                    log.error("%s: cannot be signed: %s", user_key, error.explained)
+                    return
+                log.warning("%s", error.explained)
+            await asyncio.sleep(RETRY_S)
+
+    async def _write(self, user_key: str, tries: int) -> None:
+        for _ in range(ATTEMPTS):
+            snapshot = await self._profiles.read(user_key)
             profile = snapshot.profile
             if profile is None or profile.is_signed(self._bank.manifest.short):
                 return
@@ -110,7 +118,7 @@ class SigningLoop:
             else:
                 made = await self._made(user_key, pairs)
             signed = replace(profile, signature=StoredSignature(made, profile.updated_ms))
-            if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ())):
+            if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
                 log.info("%s: signed, %d items", user_key, len(pairs))
                 return
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +23,14 @@ from adapters.user_run import Progress
 from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
-from server.adapt_worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent
+from server.adapt_worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 from server.adapt_worker.stall import Pulse
 from server.errors import ApiError
-from server.store.jobs import JobId, JobState, JobStore, Lease, StoredAdapter, Trained
+from server.store.adapters import StoredAdapter
+from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample, new_adapter_id
+from server.watching import forever
 
 log = logging.getLogger("mta.worker")
 
@@ -87,7 +90,7 @@ class Worker:
         What nobody foresaw, a want of memory in its many disguises above all, is raised: the process had better begin
         anew, and the job is given to another until its tries are used up.
         """
-        sweeping = asyncio.create_task(self._sweep())
+        sweeping = asyncio.create_task(forever(SWEEP_S, self._sweep, log))
         try:
             while True:
                 try:
@@ -100,7 +103,7 @@ class Worker:
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for word of a job and train it, if it still wants a worker; whether there was word of one."""
-        job_id = await self._jobs.next_job(self._name, wait_s)
+        job_id = await self._jobs.next_job(self._bank.manifest.short, self._name, wait_s)
         if job_id is None:
             return False
         async with self._model:
@@ -110,8 +113,11 @@ class Worker:
     async def _take(self, job_id: JobId) -> None:
         """Train a job, if it still wants a worker."""
         asked_s = time.monotonic()
-        lease = await self._jobs.claim(job_id, LEASE_S)
+        lease = await answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
         if lease is None:
+            return
+        if lease.job.bank not in ("", self._bank.manifest.short):  # a newer job of a user who was called for ours
+            await answered(self._jobs.release, lease, counts=False)
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
         try:
@@ -120,7 +126,9 @@ class Worker:
             log.info("%s: given up, the lease is lost", lease.job.id)
         except StoreSilent as error:
             log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)
-            await self._undo_try(lease)
+            # Another may have taken it up by the time the store answers: then it stays a try.
+            if await answered(self._jobs.release, lease, counts=False):
+                log.info("%s: given back", lease.job.id)
         except asyncio.CancelledError:
             await self._give_back(lease, counts=False)
             raise
@@ -135,17 +143,6 @@ class Worker:
                 log.info("%s: given back", lease.job.id)
         except ApiError as error:
             log.warning("%s: not given back: %s", lease.job.id, error.explained)
-
-    async def _undo_try(self, lease: Lease) -> None:
-        """Once the store can be used again: the try was no fault of the job, unless another has taken it up since."""
-        while True:
-            try:
-                if await self._jobs.release(lease, counts=False):
-                    log.info("%s: given back", lease.job.id)
-                return
-            except ApiError as error:
-                log.warning("%s: not given back yet: %s", lease.job.id, error.explained)
-            await asyncio.sleep(RENEW_S)
 
     async def _work(self, held: HeldLease) -> None:
         """Train a job and write what came of it; what is wrong with its content is what came of it."""
@@ -162,7 +159,8 @@ class Worker:
         profile = await held.insist(self._profiles.load, key)
         if profile is None:
             raise TrainingError("the user has no profile any more: PUT /users/{id}/profile makes one")
-        if profile.embedder != self._bank.manifest.embedder.id:
+        profile = profile.seen_by(self._bank.manifest.embedder.id)
+        if profile is None:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
         with blamed("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
@@ -229,11 +227,8 @@ class Worker:
 
     async def _end(self, held: HeldLease, trained: Trained) -> None:
         """Write an outcome without an adapter."""
-        lease = held.lease
-        if not await held.insist(self._jobs.end, lease, trained):
-            job = await held.insist(self._jobs.job, lease.job.id)
-            if job is None or job.state is not trained.state:  # else only the answer was lost
-                raise LeaseLost
+        if not await held.insist(self._jobs.end, held.lease, trained):
+            raise LeaseLost
 
     async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> bool:
         """Write adapter and outcome in one step; again when the user's record changed meanwhile."""
@@ -254,13 +249,6 @@ class Worker:
         return False
 
     async def _sweep(self) -> None:
-        """Have lost jobs announced again, for as long as the worker runs."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                for job_id in await self._jobs.overdue():
-                    log.info("%s: announced again", job_id)
-            except ApiError as error:
-                log.warning("%s", error.explained)
-            except Exception:
-                log.exception("looking for lost jobs failed")
+        """Have lost jobs announced again."""
+        for job_id in await self._jobs.overdue(self._bank.manifest.short):
+            log.info("%s: announced again", job_id)

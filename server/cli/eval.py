@@ -60,7 +60,7 @@ def evaluate(
     from server.cli.eval_tables import print_tables
     from server.eval_engine import EngineScores
     from server.settings import load_settings
-    from server.store.redis_jobs import jobs_at
+    from server.store.redis_adapters import adapters_at
     from server.store.samples import AdaptConfig
 
     options = EvalOptions(tuple(parse_methods(methods or DEFAULT)), tuple(range(seeds)), predict, sample)
@@ -82,7 +82,7 @@ def evaluate(
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    speaking = EngineScores(engine_url, key, lambda: jobs_at(settings.redis_url)) if engine_url else nullcontext()
+    speaking = EngineScores(engine_url, key, lambda: adapters_at(settings.redis_url)) if engine_url else nullcontext()
     with Progress(*columns, console=console) as progress, speaking as engine:
 
         def begin(pieces: int) -> Callable[[int], None]:

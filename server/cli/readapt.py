@@ -33,6 +33,7 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     from adapters.errors import MtaError
     from bank.manifest import read_manifest
     from server.readapting import Counts, Readapting
+    from server.store.redis_adapters import RedisAdapters
     from server.store.redis_connection import RedisConnection
     from server.store.redis_jobs import RedisJobs
     from server.store.redis_profiles import RedisProfiles
@@ -43,7 +44,8 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
     try:
         await connection.check()
-        work = Readapting(RedisJobs(connection), RedisProfiles(connection), manifest, at_a_time)
+        stores = RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection)
+        work = Readapting(*stores, manifest, at_a_time)
         stale = await work.stale()
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
             task = progress.add_task("users", total=sum(stale.values()))
@@ -55,6 +57,6 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     finally:
         await connection.close()
     Console(highlight=False).print(
-        f"bank {manifest.short}: {counts.asked} users are adapted again, {counts.settled} need nothing, "
+        f"bank {manifest.short}: {counts.asked} users have a job, {counts.settled} need nothing, "
         f"{counts.waiting} wait for a request to remake their profile"
     )

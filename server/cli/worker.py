@@ -69,7 +69,11 @@ async def _run(settings: Settings) -> None:
         profiles = RedisProfiles(connection)
         loops = [Worker(name, RedisJobs(connection), profiles, bank, trainer, model=model).run()]
         if bank.signs:
-            loops.append(SigningLoop(name, RedisSigning(connection), profiles, bank, trainer, model=model).run())
+            loops.append(
+                SigningLoop(
+                    name, RedisSigning(connection, bank.manifest.short), profiles, bank, trainer, model=model
+                ).run()
+            )
         working = asyncio.gather(*loops)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)

@@ -23,8 +23,8 @@ from server.engine_plugin.names import AdapterNames
 from server.engine_plugin.prepare import HoldNames, Preparer
 from server.engine_plugin.user_adapters import RpcWorkers, UserAdapters
 from server.settings import Settings
+from server.store.redis_adapters import RedisAdapters
 from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
 
 
 class Hint(BaseModel):
@@ -79,7 +79,7 @@ class MtaEndpointPlugin:
         )
         names = self._names
         users = UserAdapters(
-            RedisJobs(RedisConnection(settings.redis_url, require_durable=False)),  # nothing is written here
+            RedisAdapters(RedisConnection(settings.redis_url, require_durable=False)),  # nothing is written here
             RpcWorkers(engine_client.collective_rpc),  # type: ignore[union-attr]
             manifests,
             max_rank=args.max_lora_rank,

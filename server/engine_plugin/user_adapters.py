@@ -18,7 +18,7 @@ from adapters.recipe import FusionRecipe
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import BankManifest
 from server.errors import ApiError
-from server.store.jobs import StoredAdapter
+from server.store.adapters import StoredAdapter
 
 log = logging.getLogger("mta.engine")
 
@@ -27,7 +27,7 @@ SWEEP_S = 30.0
 
 
 class AdapterSource(Protocol):
-    """What is needed of `server.store.jobs.JobStore`."""
+    """What is needed of `server.store.adapters.AdapterStore`."""
 
     async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None: ...
 

@@ -1,7 +1,8 @@
-"""How durable a store's writes are, and how that is found out."""
+"""How durable a store's writes are, how that is found out, and how what was erased leaves the disk."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -26,4 +27,28 @@ class CheckedStore(Protocol):
 
         Raises:
             Unavailable: when it cannot be reached, or is not durable where that is required.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A rewrite of the store's file that was asked for.
+
+    Attributes:
+        erase_by_ms: what it shall leave out must be erased by then, by the store's clock; Unix time in milliseconds.
+        rewritten_by_ms: by when the file has forgotten it.
+    """
+
+    erase_by_ms: int
+    rewritten_by_ms: int
+
+
+class ForgetsOnDisk(Protocol):
+    """The store's file, which holds what was erased until it is rewritten."""
+
+    async def ask_for_rewrite(self) -> Asked:
+        """Have the file rewritten after what is about to be erased.
+
+        Raises:
+            Unavailable: when the store cannot be used; then nothing should be erased yet.
         """

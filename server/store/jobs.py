@@ -1,17 +1,20 @@
-"""The store's port for adapt jobs: their records, the samples they train on, and what their training made.
+"""The store's port for adapt jobs: their records, and the samples they train on.
 
-The record is the truth about a job. A queue beside it only wakes workers: it may lose an entry or hold one twice, and
-`overdue` finds what it lost. Each call that changes a job is one atomic step on the keys of its user.
+The record is the truth about a job. A queue beside it, one for each bank, only wakes workers: it may lose an entry or
+hold one twice, and `overdue` finds what it lost. Each call that changes a job is one atomic step on the keys of its
+user, and may be repeated when its answer was lost.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from server.store.adapters import StoredAdapter
 from server.store.profiles import Profile
 
 KEPT_JOBS = 20
@@ -71,6 +74,7 @@ class Job:
         id: of the job.
         state: where it is.
         config: what was asked for, as JSON.
+        bank: the bank (8 hex digits) that it trains for; empty in the records of version 0.1.
         created_ms, started_ms, ended_ms: Unix time in milliseconds; 0 for what has not happened.
         tries: how many workers have taken it up.
         step, of: how far training is, over all its runs.
@@ -84,6 +88,7 @@ class Job:
     state: JobState
     config: str
     created_ms: int
+    bank: str = ""
     started_ms: int = 0
     ended_ms: int = 0
     tries: int = 0
@@ -101,16 +106,28 @@ class Submission:
     """A request for a job.
 
     Attributes:
-        samples: encoded, each on its own.
+        samples: encoded, each on its own; equal ones are kept once.
         append: whether they join the kept ones or replace them.
         config: as JSON.
-        idempotency_key: the same key gives the same job; empty for none.
+        bank: the bank (8 hex digits) to train for.
+        epoch: the user's, when the request began (`server/store/profiles.py`).
+        idempotency_key: the same key gives the same job, for as long as that is remembered; empty for none.
     """
 
     samples: Sequence[bytes]
     append: bool
     config: str
+    bank: str
+    epoch: str = ""
     idempotency_key: str = ""
+
+    @property
+    def token(self) -> str:
+        """What tells a repetition: while the job it made is the newest and goes well, the same token gives that job."""
+        digest = hashlib.sha256(f"{self.bank}\0{int(self.append)}\0{self.config}".encode())
+        for sample in self.samples:
+            digest.update(hashlib.sha256(sample).digest())
+        return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,31 +154,18 @@ class Trained:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAdapter:
-    """A user adapter as it is kept.
-
-    Attributes:
-        id: 26 characters of base32, random.
-        recipe: the recipe it was trained on.
-        sha256: of `raw`, 64 hex digits.
-        raw: what `adapters.user_adapter` encoded.
-    """
-
-    id: str
-    recipe: str
-    sha256: str
-    raw: bytes
-
-
 class JobStore(Protocol):
-    """Keeps jobs, samples and user adapters. Every method raises `Unavailable` when the store cannot be used."""
+    """Keeps jobs and samples. Every method raises `Unavailable` when the store cannot be used."""
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         """Keep samples and make the job that trains on them; older jobs of the user end as superseded.
 
         Returns:
-            The job, on disk, and announced to workers; None when there would be more than `max_samples`.
+            The job, on disk, and announced to workers; the one that is there already, when this is a repetition; None
+            when there would be more than `max_samples`.
+
+        Raises:
+            UserErased: when the user was erased since the request began.
         """
 
     async def job(self, job_id: JobId) -> Job | None:
@@ -173,13 +177,21 @@ class JobStore(Protocol):
     async def samples(self, user_key: str) -> list[bytes]:
         """The samples that are kept of a user, the oldest first."""
 
-    async def next_job(self, worker: str, wait_s: float) -> JobId | None:
-        """Wait for a job that wants a worker; it may be taken already, or gone."""
+    async def next_job(self, bank: str, worker: str, wait_s: float) -> JobId | None:
+        """Wait for a job of a bank that wants a worker; it may be taken already, or gone.
 
-    async def claim(self, job_id: JobId, lease_s: float) -> Lease | None:
+        A worker that does not `claim` it soon loses it to another.
+        """
+
+    async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
         """Take a job that is queued, or whose worker let its lease run out; None when there is nothing to do.
 
         A job that has been tried `MAX_TRIES` times ends as failed.
+
+        Args:
+            job_id: of the job.
+            lease_s: for how long.
+            token: the lease's, to ask with again where the answer was lost; made when there is none.
         """
 
     async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:
@@ -212,26 +224,15 @@ class JobStore(Protocol):
             raw: the adapter.
 
         Returns:
-            False when the lease does not hold any more, or the user's record has changed meanwhile.
+            False when the lease does not hold any more, the user's record has changed meanwhile, the user was erased
+            since the job was asked for, or the job is for another bank.
         """
 
-    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
-        """The user's adapter, if it is still this one."""
+    async def open_jobs(self, bank: str) -> int:
+        """About how many jobs of a bank have not ended."""
 
-    async def adapter_id(self, user_key: str) -> str | None:
-        """Id of the adapter that the user has now."""
-
-    async def adapted(self) -> dict[str, int]:
-        """Banks (the 8 hex digits of recipes) that user adapters were trained on, with how many users of each."""
-
-    def adapted_users(self, bank: str) -> AsyncIterator[str]:
-        """The keys of users whose adapter was trained on a bank; some may have another, or none, by now."""
-
-    async def forget_adapted(self, user_key: str, bank: str | None = None) -> None:
-        """Take a user off that list of one bank, or of all."""
-
-    async def open_jobs(self) -> int:
-        """About how many jobs have not ended."""
-
-    async def overdue(self) -> list[JobId]:
+    async def overdue(self, bank: str) -> list[JobId]:
         """Announce again every job that should have been taken up or finished by now; the ones announced."""
+
+    async def withdraw(self, user_key: str, bank: str) -> None:
+        """Take a user who was erased out of the queue of a bank."""

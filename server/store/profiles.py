@@ -8,7 +8,7 @@ dropped at any time, they are remade from the items.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from bank.profile import Vectors
@@ -46,17 +46,33 @@ class StoredSignature:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherEmbedding:
+    """The profile's embedding by a second embedder, kept while gateways move from one to the other.
+
+    Attributes:
+        embedder: id of the embedder that made it.
+        embedding: [E] float32 at unit length, kept as fp16.
+        made_of_ms: `updated_ms` of the profile that it was made of; of another profile it says nothing.
+    """
+
+    embedder: str
+    embedding: Vectors
+    made_of_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """The profile record.
 
     Attributes:
         user_id: as the app gave it; it stands nowhere else.
         items: how many items are kept.
-        updated_ms: when it last changed, Unix time in milliseconds.
+        updated_ms: when its items last changed, Unix time in milliseconds; rises with every change.
         embedder: id of the embedder that made the embedding; an embedding is never compared across embedders.
         embedding: [E] float32 at unit length, kept as fp16.
         adapter: the user adapter, if there is one.
         signature: if one was made; it may be of an earlier profile, or of another bank.
+        other: the embedding by another embedder, if there is one.
         extra: parts of the record that this version does not know, by tag: they are carried along untouched.
     """
 
@@ -67,7 +83,18 @@ class Profile:
     embedding: Vectors
     adapter: AdapterNote | None = None
     signature: StoredSignature | None = None
+    other: OtherEmbedding | None = None
     extra: Mapping[int, bytes] = field(default_factory=dict)
+
+    def seen_by(self, embedder: str) -> Profile | None:
+        """The profile with the embedding by this embedder; None where it has none of the items as they are now."""
+        if self.embedder == embedder:
+            return self
+        other = self.other
+        if other is None or (other.embedder, other.made_of_ms) != (embedder, self.updated_ms):
+            return None
+        mine = OtherEmbedding(self.embedder, self.embedding, self.updated_ms)
+        return replace(self, embedder=embedder, embedding=other.embedding, other=mine)
 
     @property
     def evidence(self) -> Signature | None:
@@ -112,12 +139,14 @@ class Snapshot:
 
     Attributes:
         version: what `commit` compares; empty when the user is unknown.
+        epoch: which erasure of the user came last; empty when none is remembered.
         profile: None when the user is unknown.
         items: by id, the oldest first.
         vectors: by item id; some or all may be missing.
     """
 
     version: bytes
+    epoch: str
     profile: Profile | None
     items: Mapping[str, StoredItem]
     vectors: Mapping[str, StoredVector]
@@ -142,7 +171,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What `erase` removed: items, samples, jobs and user adapters, and keys of the store in all."""
+    """What an erasure removed: items, samples, jobs and user adapters, and keys of the store in all."""
 
     items: int
     samples: int
@@ -151,8 +180,27 @@ class Erased:
     keys: int
 
 
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """An erasure, as it is remembered.
+
+    Attributes:
+        erased: what it removed.
+        rewritten_by_ms: by when the store's file on disk has forgotten it too, Unix time in milliseconds.
+        banks: the banks (8 hex digits) of the jobs that it removed.
+    """
+
+    erased: Erased
+    rewritten_by_ms: int
+    banks: tuple[str, ...] = ()
+
+
 class ProfileStore(Protocol):
-    """Keeps profiles. Every method raises `Unavailable` when the store cannot be reached or refuses."""
+    """Keeps profiles. Every method raises `Unavailable` when the store cannot be reached or refuses.
+
+    Erasing a user raises the user's *epoch*. A write names the epoch that it saw when it began, and is refused when
+    another has begun since: whatever was under way when a user was erased stores nothing of them.
+    """
 
     async def load(self, key: str) -> Profile | None:
         """The record alone: what a request needs."""
@@ -163,15 +211,39 @@ class ProfileStore(Protocol):
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         """The items alone, by id, the oldest first; empty for an unknown user."""
 
-    async def commit(self, key: str, version: bytes, change: Change) -> bool:
+    async def epoch(self, key: str) -> str:
+        """Which erasure of the user came last; empty when none is remembered."""
+
+    async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
         """Write a change made from the snapshot of `version`, whole or not at all.
+
+        Args:
+            key: the user's.
+            version: of the snapshot.
+            change: what is written.
+            epoch: the user's, when the work on the change began.
 
         Returns:
             True when it is written and on disk; False when somebody else changed the user meanwhile.
+
+        Raises:
+            UserErased: when the user was erased since.
         """
 
-    async def erase(self, key: str) -> Erased | None:
-        """Remove all of a user, on disk before it returns; None when there is nothing."""
+    async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
+        """Remove all of a user, on disk before it returns.
+
+        Args:
+            key: the user's.
+            deadline_ms: nothing is done by a store whose clock is beyond it, Unix time in milliseconds.
+            rewritten_by_ms: remembered with it.
+
+        Returns:
+            The erasure; when there was nothing, the last one, if it is remembered; None for an unknown user.
+
+        Raises:
+            Unavailable: also when it came too late.
+        """
 
     async def stored_bytes(self, key: str) -> int:
         """Memory that the user takes in the store."""

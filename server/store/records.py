@@ -16,17 +16,18 @@ import orjson
 
 from bank.profile import Vectors
 from bank.signature import Signature, empty_signature
-from server.store.profiles import AdapterNote, Profile, StoredItem, StoredSignature, StoredVector
+from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
 
 RECORD_VERSION = 1
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
-_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE = range(1, 9)
+_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER = range(1, 10)
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
-_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE}
+_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER}
 _HALF_BYTES = 2
 _SIGNED = struct.Struct("<4sIQf")  # bank, tokens, made of, length of the products
+_OTHER_HEAD = struct.Struct("<8sQ")  # embedder, made of
 
 
 def encode_profile(profile: Profile) -> bytes:
@@ -45,6 +46,9 @@ def encode_profile(profile: Profile) -> bytes:
         parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms}".encode()
     if profile.signature is not None:
         parts[_SIGNATURE] = _signed(profile.signature)
+    if profile.other is not None:
+        head = _OTHER_HEAD.pack(bytes.fromhex(profile.other.embedder), profile.other.made_of_ms)
+        parts[_OTHER] = head + _half(profile.other.embedding)
     body = b"".join(_PART.pack(tag, len(part)) + part for tag, part in sorted(parts.items()))
     return bytes([RECORD_VERSION]) + body
 
@@ -68,6 +72,7 @@ def decode_profile(record: bytes) -> Profile:
         embedding=_single(parts[_EMBEDDING]),
         adapter=_note(parts[_ADAPTER]) if _ADAPTER in parts else None,
         signature=_stored_signature(parts[_SIGNATURE]) if _SIGNATURE in parts else None,
+        other=_other(parts[_OTHER]) if _OTHER in parts else None,
         extra={tag: part for tag, part in parts.items() if tag not in _KNOWN},
     )
 
@@ -135,6 +140,13 @@ def _stored_signature(raw: bytes) -> StoredSignature:
 def _sound(made: Signature) -> Signature:
     """One that says nothing instead of one that is no numbers: no recipe can be made of it."""
     return made if made.finite else empty_signature(made.bank, len(made.products))
+
+
+def _other(raw: bytes) -> OtherEmbedding:
+    if len(raw) < _OTHER_HEAD.size or (len(raw) - _OTHER_HEAD.size) % _HALF_BYTES:
+        raise ValueError(f"profile record has a second embedding of {len(raw)} bytes: it is cut short")
+    embedder, made_of_ms = _OTHER_HEAD.unpack_from(raw)
+    return OtherEmbedding(embedder.hex(), _single(raw[_OTHER_HEAD.size :]), made_of_ms)
 
 
 def _half(vector: Vectors) -> bytes:

@@ -37,6 +37,11 @@ def user_prefix(user_key: str) -> str:
     return f"mta:{{{user_key}}}:"
 
 
+def epoch_name(user_key: str) -> str:
+    """The key that holds a user's epoch, and their tombstone (`redis_profiles`)."""
+    return f"{user_prefix(user_key)}epoch"
+
+
 class RedisConnection:
     """Reads, and writes that are on disk when they return.
 

@@ -1,77 +1,133 @@
 """The append-only file holds what was erased until it is rewritten: asked for at every erasure, done hourly at most.
 
-mta:{rewrite}:due    string   when the next rewrite is due, ms; absent when nothing was erased since the last
-mta:{rewrite}:last   string   when the last one began, ms
+mta:{rewrite}   hash   `asked`: when a rewrite was last asked for, ms; `due`: when the next is due, ms, absent when all
+                       that was asked for is done; `last`: when the last one that ended well began, ms; and of the
+                       one under way `began`, ms, and the server's run and count of rewrites before it
+
+A rewrite is asked for *before* a user is erased, so that nobody's death in between leaves the file as it was. The
+erasure follows within `ASKED_MS` or not at all. So a rewrite that began later than that after it was asked for, and
+that ended well, has left out what was erased; only that settles what is due.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from redis.exceptions import ResponseError
 
-from server.errors import ApiError
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.durability import Asked
+from server.store.redis_connection import RedisConnection
 from server.store.redis_scripts import NOW
 
 log = logging.getLogger("mta.store")
 
-INTERVAL_S = 3600
-LOOK_S = 60.0
+INTERVAL_MS = 3_600_000
+"""Shortest time between the beginnings of two rewrites."""
 
-# KEYS: due, last. ARGV: shortest time between two (ms). Answers when a rewrite will have begun.
+ASKED_MS = 60_000
+"""Within so long after asking, what shall be forgotten must be erased."""
+
+LOOK_S = 10.0
+"""How often each gateway looks whether one is due."""
+
+BEGIN_MS = 30_000
+"""A gateway that has taken it upon itself to begin a rewrite and has not by then never will."""
+
+REWRITE_MS = 600_000
+"""What a rewrite may take, in the time that is promised."""
+
+# KEYS: rewrite. ARGV: interval, time to erase (ms). Answers the time, and when a rewrite is due that will have begun
+# after what is asked for now: the one that is due already may begin too early for that.
 _ASK = (
     NOW
     + """
-local last = tonumber(redis.call('GET', KEYS[2]) or 0)
-redis.call('SET', KEYS[1], math.max(now, last + ARGV[1]), 'NX')
-return tonumber(redis.call('GET', KEYS[1]))
+redis.call('HSET', KEYS[1], 'asked', now)
+local from = now + ARGV[2]
+local due = tonumber(redis.call('HGET', KEYS[1], 'due'))
+if not due then
+  local last = math.min(now, tonumber(redis.call('HGET', KEYS[1], 'last') or 0))
+  due = math.max(from, last + ARGV[1])
+  redis.call('HSET', KEYS[1], 'due', due)
+end
+local began = redis.call('HEXISTS', KEYS[1], 'began') == 1
+if began or due < from then due = math.max(due, now) + ARGV[1] end
+return {now, due}
 """
 )
 
-# KEYS: due, last. Answers whether the caller shall begin one.
+# KEYS: rewrite. ARGV: the server's run, its count of rewrites, interval. Answers whether the caller shall begin one
+# now. A time too far ahead to have been set by this clock counts as come.
 _TAKE = (
     NOW
     + """
-local due = tonumber(redis.call('GET', KEYS[1]) or now + 1)
-if due > now then return 0 end
-redis.call('DEL', KEYS[1])
-redis.call('SET', KEYS[2], now)
+local due = tonumber(redis.call('HGET', KEYS[1], 'due') or now + 1)
+if due > now and due < now + 2 * ARGV[3] then return 0 end
+redis.call('HSET', KEYS[1], 'began', now, 'run', ARGV[1], 'count', ARGV[2])
 return 1
 """
 )
 
-_DUE, _LAST = "mta:{rewrite}:due", "mta:{rewrite}:last"
+# KEYS: rewrite. ARGV: the server's run, its count of rewrites, whether the last ended well, interval, time to erase,
+# time to begin (ms). Answers whether the caller may go on to begin one: not while another is just about to.
+_SETTLE = (
+    NOW
+    + """
+local began = tonumber(redis.call('HGET', KEYS[1], 'began'))
+if not began then return 1 end
+local same = redis.call('HGET', KEYS[1], 'run') == ARGV[1]
+local counted = tonumber(redis.call('HGET', KEYS[1], 'count')) < tonumber(ARGV[2])
+if same and not counted and now >= began and now - began < tonumber(ARGV[6]) then return 0 end
+redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
+if not (same and counted and ARGV[3] == '1') then return 1 end
+redis.call('HSET', KEYS[1], 'last', began)
+local from = tonumber(redis.call('HGET', KEYS[1], 'asked') or 0) + ARGV[5]
+if from <= began then
+  redis.call('HDEL', KEYS[1], 'due')
+else
+  redis.call('HSET', KEYS[1], 'due', math.max(from, began + ARGV[4]))
+end
+return 1
+"""
+)
+
+_KEY = "mta:{rewrite}"
+_OLD = "mta:{rewrite}:due"  # of version 0.1
 
 
 class AppendOnlyFile:
-    """Has Redis forget on disk too what it has forgotten."""
+    """`server.store.durability.ForgetsOnDisk` on Redis."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def ask_for_rewrite(self) -> int:
-        """Have it rewritten; by when, Unix time in milliseconds."""
-        due_ms: int = await self._connection.write(_ASK, (_DUE, _LAST), INTERVAL_S * 1000)
-        return due_ms + round(LOOK_S * 1000)
+    async def ask_for_rewrite(self) -> Asked:
+        """Have the file rewritten after what is about to be erased."""
+        now_ms, due_ms = await self._connection.write(_ASK, (_KEY,), INTERVAL_MS, ASKED_MS)
+        return Asked(now_ms + ASKED_MS, due_ms + round(2 * LOOK_S * 1000) + REWRITE_MS)
 
-    async def rewrite_if_due(self) -> bool:
-        """Begin a rewrite that is due; whether one was begun. Of all gateways one does it."""
-        if not await self._connection.write(_TAKE, (_DUE, _LAST)):
-            return False
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
+    async def look(self) -> None:
+        """Settle a rewrite that has ended and begin one that is due. Of all gateways one does it."""
+        if await self._connection.run(lambda redis: redis.exists(_OLD)):
+            await self.ask_for_rewrite()
+            await self._connection.run(lambda redis: redis.delete(_OLD))
+        server = await self._connection.run(lambda redis: redis.info())
+        if server.get("aof_rewrite_in_progress") or server.get("aof_rewrite_scheduled"):
+            return
+        run, count = str(server["run_id"]), int(server.get("aof_rewrites", 0))
+        well = int(server.get("aof_last_bgrewrite_status") == "ok")
+        settled = (run, count, well, INTERVAL_MS, ASKED_MS, BEGIN_MS)
+        if not await self._connection.write(_SETTLE, (_KEY,), *settled):
+            return
+        if await self._connection.write(_TAKE, (_KEY,), run, count, INTERVAL_MS):
+            await self._begin(enabled=bool(server.get("aof_enabled")))
+
+    async def _begin(self, *, enabled: bool) -> None:
+        if not enabled:  # there is no file
+            await self._connection.run(lambda redis: redis.hdel(_KEY, "began", "run", "count", "due"))
+            return
+        async with self._connection.pipeline(transaction=False) as pipe:
             pipe.execute_command("BGREWRITEAOF")
             (answer,) = await pipe.execute(raise_on_error=False)
-        if isinstance(answer, ResponseError):  # one is running, or a managed service does it by itself
+        if isinstance(answer, ResponseError):  # another is going on, or a managed service does it by itself
             log.warning("the append-only file is not rewritten now: %s", answer)
-        return not isinstance(answer, ResponseError)
-
-    async def watch(self) -> None:
-        """Look every minute, for as long as the gateway runs."""
-        while True:
-            await asyncio.sleep(LOOK_S)
-            try:
-                await self.rewrite_if_due()
-            except ApiError as error:
-                log.warning("%s", error.explained)
+            await self._connection.run(lambda redis: redis.hdel(_KEY, "began", "run", "count"))

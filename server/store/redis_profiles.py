@@ -5,19 +5,21 @@ Keys, all of one user in one cluster slot::
     mta:{<user key>}:profile   string   the record (`server/store/records.py`)
     mta:{<user key>}:items     hash     item id → JSON
     mta:{<user key>}:vectors   hash     item id → embedder id and fp16 embedding
-    mta:{<user key>}:erased    string   tombstone: there was such a user; goes by itself, or when they come back
+    mta:{<user key>}:epoch     hash     tombstone: the `epoch` that erasing began, and what it removed; goes by itself
 
 A commit is one Lua script that compares the record with the one that the change was made from and writes only if they
-are the same, so that every change is one atomic step and concurrent writers never overwrite each other.
+are the same, so that every change is one atomic step and concurrent writers never overwrite each other. It also
+compares epochs: a write that was under way when its user was erased comes too late, even on an empty record.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 
-from server.errors import Unavailable
+from server.errors import Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS
-from server.store.profiles import Change, Erased, Profile, Snapshot, StoredItem
+from server.store.profiles import Change, Erased, Erasure, Profile, Snapshot, StoredItem
 from server.store.records import (
     decode_item,
     decode_profile,
@@ -26,20 +28,24 @@ from server.store.records import (
     encode_profile,
     encode_vector,
 )
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
+from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, user_prefix
+from server.store.redis_scripts import ERASED_SINCE, NOW
 
 TOMBSTONE_S = 7 * 24 * 3600
 
-# KEYS: record, items, vectors, tombstone. ARGV: the record expected, the new record, how many puts, then (id, item,
-# vector) for each, an empty item or vector meaning "as it is", then the ids to drop.
-_COMMIT = """
+# KEYS: record, items, vectors, epoch. ARGV: the record expected, the new record, the epoch seen, how many puts, then
+# (id, item, vector) for each, an empty item or vector meaning "as it is", then the ids to drop. Answers 1 when it is
+# written, 0 when the record is another one, -1 when the user was erased.
+_COMMIT = (
+    ERASED_SINCE
+    + """
 local current = redis.call('GET', KEYS[1]) or ''
 if current == ARGV[2] then return 1 end
+if erased_since(KEYS[4], ARGV[3]) then return -1 end
 if current ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
-redis.call('DEL', KEYS[4])
-local drops = 4 + 3 * tonumber(ARGV[3])
-for i = 4, drops - 1, 3 do
+local drops = 5 + 3 * tonumber(ARGV[4])
+for i = 5, drops - 1, 3 do
   if ARGV[i + 1] ~= '' then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
   if ARGV[i + 2] ~= '' then redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 2]) end
 end
@@ -49,18 +55,35 @@ for i = drops, #ARGV do
 end
 return 1
 """
+)
 
-# KEYS: tombstone, record, items, vectors, jobs, samples, adapter. ARGV: prefix of job names, how many jobs are kept,
-# how long the tombstone stays (s). Answers how many items, samples, jobs and adapters there were, and how many keys.
-_ERASE = """
+# KEYS: epoch, record, items, vectors, jobs, samples, adapter. ARGV: prefix of job names, how many jobs are kept, how
+# long the tombstone stays (s), the new epoch, until when this may be done (ms), by when the file is rewritten (ms).
+# Answers what the tombstone says then, the new epoch aside; nothing when it is too late. A tombstone without counts is
+# that of a user who was never there. The number of the last job stays, so that none is ever given twice.
+_ERASE = (
+    NOW
+    + """
+if now > tonumber(ARGV[5]) then return {} end
 local items, samples = redis.call('HLEN', KEYS[3]), redis.call('LLEN', KEYS[6])
-local adapters, jobs = redis.call('EXISTS', KEYS[7]), 0
+local adapters, jobs, banks = redis.call('EXISTS', KEYS[7]), 0, {}
 local last = tonumber(redis.call('HGET', KEYS[5], 'last') or 0)
-for number = math.max(1, last - ARGV[2]), last do jobs = jobs + redis.call('DEL', ARGV[1] .. number) end
+for number = math.max(1, last - ARGV[2]), last do
+  local bank = redis.call('HGET', ARGV[1] .. number, 'bank')
+  if bank then banks[#banks + 1] = bank end
+  jobs = jobs + redis.call('DEL', ARGV[1] .. number)
+end
 local keys = jobs + redis.call('DEL', unpack(KEYS, 2))
-if keys > 0 then redis.call('SET', KEYS[1], '', 'EX', ARGV[3]) end
-return {items, samples, jobs, adapters, keys}
+if keys > 0 then
+  redis.call('HSET', KEYS[1], 'items', items, 'samples', samples, 'jobs', jobs, 'adapters', adapters, 'keys', keys,
+    'rewritten_by', ARGV[6], 'banks', table.concat(banks, ' '))
+  if last > 0 then redis.call('HSET', KEYS[1], 'last', last) end
+end
+redis.call('HSET', KEYS[1], 'epoch', ARGV[4])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return redis.call('HMGET', KEYS[1], 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
 """
+)
 
 
 class RedisProfiles:
@@ -79,9 +102,11 @@ class RedisProfiles:
     async def read(self, key: str) -> Snapshot:
         profile, items, vectors = _names(key)
         async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            record, raw_items, raw_vectors = await pipe.get(profile).hgetall(items).hgetall(vectors).execute()
+            pipe.get(profile).hgetall(items).hgetall(vectors).hget(epoch_name(key), "epoch")
+            record, raw_items, raw_vectors, epoch = await pipe.execute()
         return Snapshot(
             version=record or b"",
+            epoch=(epoch or b"").decode(),
             profile=_decoded(record),
             items=_in_order(raw_items),
             vectors={name.decode(): decode_vector(raw) for name, raw in raw_vectors.items()},
@@ -91,23 +116,34 @@ class RedisProfiles:
         name = _names(key)[1]
         return _in_order(await self._connection.run(lambda redis: redis.hgetall(name), WRITE_TIMEOUT_S))
 
-    async def commit(self, key: str, version: bytes, change: Change) -> bool:
+    async def epoch(self, key: str) -> str:
+        epoch = await self._connection.run(lambda redis: redis.hget(epoch_name(key), "epoch"))
+        return (epoch or b"").decode()
+
+    async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
         items = {name: encode_item(item) for name, item in change.put_items.items()}
         vectors = {name: encode_vector(vector) for name, vector in change.put_vectors.items()}
         puts = list(dict.fromkeys((*items, *vectors)))
-        arguments = [version, encode_profile(change.profile), len(puts)]
+        arguments = [version, encode_profile(change.profile), epoch, len(puts)]
         for name in puts:
             arguments += [name, items.get(name, b""), vectors.get(name, b"")]
-        names = (*_names(key), _tombstone(key))
-        return bool(await self._connection.write(_COMMIT, names, *arguments, *change.drop))
+        written = await self._connection.write(_COMMIT, (*_names(key), epoch_name(key)), *arguments, *change.drop)
+        if written < 0:
+            raise UserErased
+        return bool(written)
 
-    async def erase(self, key: str) -> Erased | None:
-        prefix = user_prefix(key)
-        names = (_tombstone(key), *_names(key), f"{prefix}jobs", f"{prefix}samples", f"{prefix}adapter")
-        items, samples, jobs, adapters, keys = await self._connection.write(
-            _ERASE, names, f"{prefix}job:", KEPT_JOBS, TOMBSTONE_S
+    async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
+        prefix, epoch = user_prefix(key), secrets.token_hex(8)
+        names = (epoch_name(key), *_names(key), f"{prefix}jobs", f"{prefix}samples", f"{prefix}adapter")
+        answer = await self._connection.write(
+            _ERASE, names, f"{prefix}job:", KEPT_JOBS, TOMBSTONE_S, epoch, deadline_ms, rewritten_by_ms
         )
-        return Erased(items, samples, jobs, adapters, keys) if keys else None
+        if not answer:
+            raise Unavailable("the store took too long to erase the user: send the request again")
+        *counts, rewritten_by, banks = answer
+        if rewritten_by is None:
+            return None
+        return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
     async def stored_bytes(self, key: str) -> int:
         async with self._connection.pipeline(transaction=False) as pipe:
@@ -125,10 +161,6 @@ def _names(key: str) -> tuple[str, str, str]:
     """The names of a profile's keys."""
     prefix = user_prefix(key)
     return f"{prefix}profile", f"{prefix}items", f"{prefix}vectors"
-
-
-def _tombstone(key: str) -> str:
-    return f"{user_prefix(key)}erased"
 
 
 def _decoded(record: bytes | None) -> Profile | None:

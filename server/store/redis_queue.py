@@ -1,11 +1,15 @@
-"""Queues on Redis: they wake workers, and remember when somebody should look after what was asked for.
+"""Queues on Redis: they wake workers, and remember who should be looked after.
 
-Keys that all users share, for each queue::
+Keys that all users share, for each queue in one cluster slot::
 
-    mta:<name>        stream   ids; read by a consumer group, an entry goes when it is read
-    mta:<name>:open   zset     id → when somebody should look whether it is still going on, ms
+    mta:{<queue>}:calls    stream   user keys; read by a consumer group, an entry goes when it is acknowledged
+    mta:{<queue>}:called   hash     user key → its entry in the stream: nobody is called twice at a time
+    mta:{<queue>}:open     zset     user key → when somebody should look whether it is still going on, ms
+    mta:{<queue>}:listed   zset     user key → since when a request is about to make something of theirs, ms
+    mta:{<queue>}:begun    hash     user key → how often a worker has begun
 
-An entry of the stream can be lost with the worker that read it: then its id's time in the zset comes.
+Whoever is called stays in `open` until they were seen to. What a worker that died had read, what never came into the
+stream, and what was lost with the work behind it is called again when its time there comes, however busy workers are.
 """
 
 from __future__ import annotations
@@ -13,46 +17,61 @@ from __future__ import annotations
 from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
+from server.store import queue_scripts as scripts
 from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection
 
 GROUP = "workers"
 GRACE_MS = 10_000
-"""After so long without a worker an id is announced again."""
+"""After so long without a worker a user is called again, unless their call is still to be read."""
+
+LISTED_MS = 60_000
+"""Within so long a request must have made what it listed a user for."""
+
+GONE_MS = 3_600_000
+"""A worker that has read nothing for so long is not coming back under its name."""
 
 _BATCH = 100
 
 
 class RedisQueue:
-    """Ids on their way to workers.
+    """User keys on their way to workers.
 
     Args:
-        connection: shared with what the ids stand for.
-        name: of the queue.
+        connection: shared with what the keys stand for.
+        kind: of work: `jobs` or `sign`.
+        bank: the 8 hex digits of the bank that it is for.
     """
 
-    def __init__(self, connection: RedisConnection, name: str) -> None:
+    def __init__(self, connection: RedisConnection, kind: str, bank: str) -> None:
         self._connection = connection
-        self._stream, self._open = f"mta:{name}", f"mta:{name}:open"
+        prefix = f"mta:{{{kind}:{bank}}}:"
+        self._calls, self._called, self._open = f"{prefix}calls", f"{prefix}called", f"{prefix}open"
+        self._listed, self._begun = f"{prefix}listed", f"{prefix}begun"
+        self._old = f"mta:{kind}"  # of version 0.1, one for all banks
+        self._taken: dict[str, bytes] = {}
         self._has_group = False
 
-    async def announce(self, name: str) -> None:
-        """Wake a worker for an id."""
-        await self.look_again(name, await self.now_ms())
-        await self._add(name)
+    async def enlist(self, user_key: str) -> int:
+        """Have somebody look after a user from now on, before what is to be looked after is made.
 
-    async def ask(self, name: str) -> None:
-        """Wake a worker for an id, unless it is asked for already."""
-        at_ms = await self.now_ms() + GRACE_MS
-        if await self._connection.run(lambda redis: redis.zadd(self._open, {name: at_ms}, nx=True), WRITE_TIMEOUT_S):
-            await self._add(name)
+        Returns:
+            The server's time in ms. Whatever is made must be made by `LISTED_MS` later, and called with it.
+        """
+        names = (self._open, self._listed)
+        return int(await self._connection.write(scripts.ENLIST, names, user_key, LISTED_MS + GRACE_MS))
+
+    async def call(self, user_key: str, listed_ms: int = 0) -> bool:
+        """Wake a worker for a user, unless a call is to be read already; whether it was made now."""
+        names = (self._calls, self._called, self._open, self._listed)
+        return bool(await self._connection.write(scripts.CALL, names, user_key, GRACE_MS, listed_ms, GROUP))
 
     async def next(self, worker: str, wait_s: float) -> str | None:
-        """Wait for an id; what comes twice or not at all is the reader's and `due`'s to mend."""
+        """Wait for a user key, to be acknowledged with `acknowledge`."""
         await self._make_group()
         block_ms = max(1, round(wait_s * 1000))
         try:
             streams = await self._connection.run(
-                lambda redis: redis.xreadgroup(GROUP, worker, {self._stream: ">"}, count=1, block=block_ms, noack=True),
+                lambda redis: redis.xreadgroup(GROUP, worker, {self._calls: ">"}, count=1, block=block_ms),
                 wait_s + WRITE_TIMEOUT_S,
             )
         except Unavailable:
@@ -61,47 +80,74 @@ class RedisQueue:
         if not streams:
             return None
         entry, fields = streams[0][1][0]
-        await self._connection.run(lambda redis: redis.xdel(self._stream, entry))
-        name: bytes = fields[b"id"]
-        return name.decode()
+        user_key: str = fields[b"id"].decode()
+        self._taken[user_key] = entry
+        return user_key
 
-    async def waiting(self) -> int:
-        """How many entries no worker has read yet."""
-        return int(await self._connection.run(lambda redis: redis.xlen(self._stream)))
+    async def acknowledge(self, user_key: str) -> None:
+        """The call that `next` gave has been answered."""
+        entry = self._taken.pop(user_key, None)
+        if entry is not None:
+            await self._connection.write(scripts.ACKNOWLEDGE, (self._calls, self._called), user_key, GROUP, entry)
 
-    async def due(self, now_ms: int) -> list[str]:
-        """The first ids that should be looked after by now."""
-        members = await self._connection.run(
-            lambda redis: redis.zrangebyscore(self._open, "-inf", now_ms, start=0, num=_BATCH)
+    async def begin(self, user_key: str) -> int:
+        """Count a beginning; how many there were since `close`."""
+        return int(await self._connection.run(lambda redis: redis.hincrby(self._begun, user_key, 1), WRITE_TIMEOUT_S))
+
+    async def due(self) -> tuple[int, list[str]]:
+        """The server's time in ms, and the first users who should be looked after by now.
+
+        A time too far ahead to have been set by this clock counts as come: the clock was set back.
+        """
+        now_ms, members = await self._connection.write(scripts.DUE, (self._open,), LISTED_MS + GRACE_MS, _BATCH)
+        return int(now_ms), [member.decode() for member in members]
+
+    async def look_again(self, user_key: str, after_ms: int) -> None:
+        """Look after a user once the grace is over, counted from a time in ms."""
+        await self._connection.run(
+            lambda redis: redis.zadd(self._open, {user_key: after_ms + GRACE_MS}), WRITE_TIMEOUT_S
         )
-        return [member.decode() for member in members]
 
-    async def look_again(self, name: str, after_ms: int) -> None:
-        """Look after an id once the grace is over, counted from a Unix time in milliseconds."""
-        at_ms = after_ms + GRACE_MS
-        await self._connection.run(lambda redis: redis.zadd(self._open, {name: at_ms}), WRITE_TIMEOUT_S)
+    async def close(self, user_key: str) -> None:
+        """Look after a user no more, unless a request has listed them and is still about to make something."""
+        names = (self._open, self._listed, self._begun)
+        await self._connection.write(scripts.CLOSE, names, user_key, LISTED_MS)
 
-    async def close(self, name: str) -> None:
-        """Look after an id no more."""
-        await self._connection.run(lambda redis: redis.zrem(self._open, name), WRITE_TIMEOUT_S)
+    async def withdraw(self, user_key: str) -> None:
+        """Close, and take the call back that nobody has read yet."""
+        await self.close(user_key)
+        await self._connection.write(scripts.WITHDRAW, (self._calls, self._called, self._open), user_key, GROUP)
 
     async def open_count(self) -> int:
-        """How many ids are looked after."""
+        """How many users are looked after."""
         return int(await self._connection.run(lambda redis: redis.zcard(self._open)))
 
-    async def now_ms(self) -> int:
-        """The server's clock: leases of all workers are measured by it."""
-        seconds, micros = await self._connection.run(lambda redis: redis.time())
-        return int(seconds) * 1000 + int(micros) // 1000
+    async def tidy(self) -> None:
+        """Forget workers that are gone, and take over what version 0.1 left in its queue."""
+        await self._adopt()
+        await self._make_group()
+        for consumer in await self._connection.run(lambda redis: redis.xinfo_consumers(self._calls, GROUP)):
+            if consumer["idle"] > GONE_MS and not consumer["pending"]:
+                name = consumer["name"]
+                await self._delete(name)
 
-    async def _add(self, name: str) -> None:
-        await self._connection.run(lambda redis: redis.xadd(self._stream, {"id": name}), WRITE_TIMEOUT_S)
+    async def _delete(self, consumer: bytes) -> None:
+        await self._connection.run(lambda redis: redis.xgroup_delconsumer(self._calls, GROUP, consumer))
+
+    async def _adopt(self) -> None:
+        """Version 0.1 kept a queue for all banks: a stream that entries left when they were read, and a zset."""
+        members = await self._connection.run(lambda redis: redis.zrange(f"{self._old}:open", 0, -1))
+        for member in members:
+            await self.call(member.decode().partition(".")[0])
+        if members:
+            await self._connection.run(lambda redis: redis.zrem(f"{self._old}:open", *members), WRITE_TIMEOUT_S)
+            await self._connection.run(lambda redis: redis.delete(self._old), WRITE_TIMEOUT_S)
 
     async def _make_group(self) -> None:
         if self._has_group:
             return
         try:
-            await self._connection.run(lambda redis: redis.xgroup_create(self._stream, GROUP, id="0", mkstream=True))
+            await self._connection.run(lambda redis: redis.xgroup_create(self._calls, GROUP, id="0", mkstream=True))
         except Unavailable as error:
             if not (isinstance(error.__cause__, ResponseError) and "BUSYGROUP" in str(error.__cause__)):
                 raise

@@ -1,6 +1,7 @@
 """The Lua scripts of jobs: each changes one user's keys in one step. The server's clock is the only one.
 
-A job's name is made from its number inside the scripts; it lies in the slot of the keys that are declared.
+A job's name is made from its number inside the scripts; it lies in the slot of the keys that are declared. Each script
+may run twice, for an answer can be lost on its way: the second time it changes nothing and answers the same.
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
+ERASED_SINCE = """
+local function erased_since(key, seen)
+  local epoch = redis.call('HGET', key, 'epoch')
+  return epoch and epoch ~= seen
+end
+"""
+"""Whether a user was erased since somebody saw their epoch; none is remembered once its tombstone has gone."""
+
 _END = """
 local function ended(job, state, ttl)
   redis.call('HSET', job, 'state', state, 'ended_ms', now)
-  redis.call('HDEL', job, 'lease', 'lease_until')
+  redis.call('HDEL', job, 'lease', 'lease_until', 'lease_ms')
   redis.call('EXPIRE', job, ttl)
 end
 local function open(job)
@@ -22,66 +31,85 @@ local function open(job)
 end
 """
 
-# KEYS: jobs, samples. ARGV: prefix of job names, idempotency key, config, whether to append, most samples, jobs kept,
-# how long an ended one is kept (s), then samples. Answers the job's number, or 0 when there would be too many samples.
+# KEYS: jobs, samples, epoch. ARGV: prefix of job names, idempotency key, token, the epoch seen, until when this may be
+# done (ms), bank, config, whether to append, most samples, jobs kept, how long an ended one is kept (s), then samples.
+# Answers the job's number, 0 when there would be too many samples, -1 when the user was erased, -2 when it is too late.
 SUBMIT = (
     NOW
+    + ERASED_SINCE
     + _END
     + """
-local prefix, key = ARGV[1], ARGV[2]
+local prefix, key, token = ARGV[1], ARGV[2], ARGV[3]
+if erased_since(KEYS[3], ARGV[4]) then return -1 end
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or redis.call('HGET', KEYS[3], 'last') or 0)
+local oldest = math.max(1, last - ARGV[10] + 1)
 if key ~= '' then
-  local number = redis.call('HGET', KEYS[1], 'key:' .. key)
-  if number and redis.call('EXISTS', prefix .. number) == 1 then return tonumber(number) end
+  for number = last, oldest, -1 do
+    if redis.call('HGET', prefix .. number, 'key') == key then return number end
+  end
+else
+  local state = redis.call('HGET', prefix .. last, 'state')
+  local well = state == 'queued' or state == 'running' or state == 'succeeded'
+  if well and redis.call('HGET', prefix .. last, 'token') == token then return last end
 end
-local appended = ARGV[4] == '1'
-local kept = appended and redis.call('LLEN', KEYS[2]) or 0
-if kept + #ARGV - 7 > tonumber(ARGV[5]) then return 0 end
+if now > tonumber(ARGV[5]) then return -2 end
+local known, kept, fresh = {}, 0, {}
+local appended = ARGV[8] == '1'
+for _, sample in ipairs(appended and redis.call('LRANGE', KEYS[2], 0, -1) or {}) do
+  known[sample], kept = true, kept + 1
+end
+for i = 12, #ARGV do
+  if not known[ARGV[i]] then known[ARGV[i]], fresh[#fresh + 1] = true, ARGV[i] end
+end
+if kept + #fresh > tonumber(ARGV[9]) then return 0 end
 if not appended then redis.call('DEL', KEYS[2]) end
-for i = 8, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
-local number = redis.call('HINCRBY', KEYS[1], 'last', 1)
-local oldest = number - tonumber(ARGV[6])
-local forgotten = redis.call('HGET', prefix .. oldest, 'key')
-if forgotten then redis.call('HDEL', KEYS[1], 'key:' .. forgotten) end
-redis.call('DEL', prefix .. oldest)
-for older = math.max(1, oldest + 1), number - 1 do
-  if open(prefix .. older) then ended(prefix .. older, 'superseded', ARGV[7]) end
+for _, sample in ipairs(fresh) do redis.call('RPUSH', KEYS[2], sample) end
+for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do  -- version 0.1 kept idempotency keys there
+  if field ~= 'last' then redis.call('HDEL', KEYS[1], field) end
 end
-redis.call('HSET', prefix .. number, 'state', 'queued', 'config', ARGV[3], 'created_ms', now)
-if key ~= '' then
-  redis.call('HSET', prefix .. number, 'key', key)
-  redis.call('HSET', KEYS[1], 'key:' .. key, number)
+local number = last + 1
+redis.call('HSET', KEYS[1], 'last', number)
+redis.call('DEL', prefix .. (number - ARGV[10]))
+for older = math.max(1, number - ARGV[10] + 1), last do
+  if open(prefix .. older) then ended(prefix .. older, 'superseded', ARGV[11]) end
 end
+redis.call('HSET', prefix .. number, 'state', 'queued', 'config', ARGV[7], 'created_ms', now, 'bank', ARGV[6],
+  'epoch', ARGV[4], 'token', token)
+if key ~= '' then redis.call('HSET', prefix .. number, 'key', key) end
 return number
 """
 )
 
-# KEYS: job. ARGV: how long it is kept (s). Answers 1 when this ended it.
+# KEYS: job. ARGV: token, how long it is kept (s). Answers 1 when this ended it.
 CANCEL = (
     NOW
     + _END
     + """
+if redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1] then return 1 end
 if not open(KEYS[1]) then return 0 end
-ended(KEYS[1], 'cancelled', ARGV[1])
+redis.call('HSET', KEYS[1], 'ended_by', ARGV[1])
+ended(KEYS[1], 'cancelled', ARGV[2])
 return 1
 """
 )
 
 # KEYS: job. ARGV: token, lease (ms), most tries, error after the last, how long it is kept (s). Answers 1 when it is
-# the caller's now, 0 when another has it, -1 when there is nothing to do any more.
+# the caller's now, 0 when another has it, -1 when there is nothing to do any more. A lease that ends later than it was
+# long was given before the clock was set back, and counts as lost.
 CLAIM = (
     NOW
     + _END
     + """
 if not open(KEYS[1]) then return -1 end
-if redis.call('HGET', KEYS[1], 'lease') == ARGV[1] then return 1 end  -- the answer was lost on its way
-local until_ms = tonumber(redis.call('HGET', KEYS[1], 'lease_until') or 0)
-if until_ms > now then return 0 end
+if redis.call('HGET', KEYS[1], 'lease') == ARGV[1] then return 1 end
+local left = tonumber(redis.call('HGET', KEYS[1], 'lease_until') or 0) - now
+if left > 0 and left <= tonumber(redis.call('HGET', KEYS[1], 'lease_ms') or left) then return 0 end
 if redis.call('HINCRBY', KEYS[1], 'tries', 1) > tonumber(ARGV[3]) then
   redis.call('HSET', KEYS[1], 'error', ARGV[4], 'tries', ARGV[3])
   ended(KEYS[1], 'failed', ARGV[5])
   return -1
 end
-redis.call('HSET', KEYS[1], 'state', 'running', 'lease', ARGV[1], 'lease_until', now + ARGV[2])
+redis.call('HSET', KEYS[1], 'state', 'running', 'lease', ARGV[1], 'lease_until', now + ARGV[2], 'lease_ms', ARGV[2])
 redis.call('HSETNX', KEYS[1], 'started_ms', now)
 return 1
 """
@@ -92,7 +120,8 @@ RENEW = (
     NOW
     + """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[2], 'step', ARGV[3], 'of', ARGV[4], 'loss', ARGV[5])
+redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[2], 'lease_ms', ARGV[2], 'step', ARGV[3], 'of', ARGV[4],
+  'loss', ARGV[5])
 return 1
 """
 )
@@ -102,12 +131,18 @@ RELEASE = """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'queued')
 redis.call('HINCRBY', KEYS[1], 'tries', ARGV[2])
-redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'started_ms', 'step', 'of', 'loss')
+redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 'step', 'of', 'loss')
 return 1
 """
 
+_MINE = """
+if redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1] then return 1 end
+if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
+"""
+
 _OUTCOME = """
-redis.call('HSET', KEYS[1], 'before', ARGV[3], 'after', ARGV[4], 'error', ARGV[5], 'adapter', ARGV[6])
+redis.call('HSET', KEYS[1], 'ended_by', ARGV[1], 'before', ARGV[3], 'after', ARGV[4], 'error', ARGV[5],
+  'adapter', ARGV[6])
 ended(KEYS[1], ARGV[2], ARGV[7])
 """
 
@@ -115,26 +150,28 @@ ended(KEYS[1], ARGV[2], ARGV[7])
 END = (
     NOW
     + _END
-    + """
-if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
-"""
+    + _MINE
     + _OUTCOME
     + """
 return 1
 """
 )
 
-# KEYS: job, record, adapter. ARGV: as END, then the record expected, the new one, and the adapter's recipe, checksum
-# and bytes. Answers whether all of it was written.
+# KEYS: job, record, adapter, epoch. ARGV: as END, then the record expected, the new one, the adapter's bank, recipe,
+# checksum and bytes. Answers whether all of it was written.
 PROMOTE = (
     NOW
+    + ERASED_SINCE
     + _END
+    + _MINE
     + """
-if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
+if erased_since(KEYS[4], redis.call('HGET', KEYS[1], 'epoch') or '') then return 0 end
+local bank = redis.call('HGET', KEYS[1], 'bank')
+if bank and bank ~= ARGV[10] then return 0 end
 if redis.call('GET', KEYS[2]) ~= ARGV[8] then return 0 end
 redis.call('SET', KEYS[2], ARGV[9])
 redis.call('DEL', KEYS[3])
-redis.call('HSET', KEYS[3], 'id', ARGV[6], 'recipe', ARGV[10], 'sha256', ARGV[11], 'raw', ARGV[12])
+redis.call('HSET', KEYS[3], 'id', ARGV[6], 'recipe', ARGV[11], 'sha256', ARGV[12], 'raw', ARGV[13])
 """
     + _OUTCOME
     + """

@@ -1,4 +1,4 @@
-"""Who wants a signature, on Redis: the queue `mta:sign` of user keys."""
+"""Who wants a signature, on Redis: a queue of user keys for each bank."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ class RedisSigning:
 
     Args:
         connection: shared with the other stores.
+        bank: the 8 hex digits of the bank that signatures are for.
     """
 
-    def __init__(self, connection: RedisConnection) -> None:
-        self._queue = RedisQueue(connection, "sign")
+    def __init__(self, connection: RedisConnection, bank: str) -> None:
+        self._queue = RedisQueue(connection, "sign", bank)
 
     async def ask(self, user_key: str) -> None:
-        await self._queue.ask(user_key)
+        await self._queue.call(user_key)
 
     async def take(self, worker: str, wait_s: float) -> str | None:
         return await self._queue.next(worker, wait_s)
 
+    async def begin(self, user_key: str) -> int:
+        return await self._queue.begin(user_key)
+
     async def done(self, user_key: str) -> None:
+        await self._queue.acknowledge(user_key)
         await self._queue.close(user_key)
 
     async def overdue(self) -> list[str]:
-        now_ms = await self._queue.now_ms()
-        due = await self._queue.due(now_ms)
-        if await self._queue.waiting():
-            for user_key in due:
-                await self._queue.look_again(user_key, now_ms)  # their turn may well come: a worker is behind
-            return []
-        for user_key in due:
-            await self._queue.announce(user_key)
-        return due
+        await self._queue.tidy()
+        _, due = await self._queue.due()
+        return [user_key for user_key in due if await self._queue.call(user_key)]
+
+    async def withdraw(self, user_key: str) -> None:
+        await self._queue.withdraw(user_key)

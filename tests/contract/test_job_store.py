@@ -12,25 +12,27 @@ import numpy as np
 import pytest
 import redis.asyncio as redis
 
+from server.store.adapters import StoredAdapter
 from server.store.jobs import (
     KEPT_JOBS,
     MAX_TRIES,
     JobId,
     JobState,
     Lease,
-    StoredAdapter,
     Submission,
     Trained,
     parse_job_id,
 )
 from server.store.profiles import Change, Profile
+from server.store.redis_adapters import RedisAdapters
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
 from server.user_key import UserKeys
 from tests.support.valkey import ValkeyProcess
 
-RECIPE = "mta1:9f2c41d0:shared:c"
+BANK = "9f2c41d0"
+RECIPE = f"mta1:{BANK}:shared:c"
 LEASE_S = 30.0
 _numbers = itertools.count()
 
@@ -57,7 +59,9 @@ def user() -> str:
 
 
 def submission(*samples: str, append: bool = False, key: str = "") -> Submission:
-    return Submission([sample.encode() for sample in samples or ("a", "b")], append, '{"kind":"core"}', key)
+    return Submission(
+        [sample.encode() for sample in samples or ("a", "b")], append, '{"kind":"core"}', BANK, idempotency_key=key
+    )
 
 
 async def submitted(jobs: RedisJobs, user: str, *samples: str, append: bool = False, key: str = "") -> JobId:
@@ -99,8 +103,8 @@ async def test_a_job_is_queued_with_its_samples_and_announced(jobs: RedisJobs, u
     assert (job.id, job.state, job.config, job.tries) == (JobId(user, 1), JobState.QUEUED, '{"kind":"core"}', 0)
     assert job.created_ms > 0
     assert await jobs.samples(user) == [b"one", b"two"]
-    assert await jobs.next_job("w", 1) == job.id
-    assert await jobs.next_job("w", 0.05) is None
+    assert await jobs.next_job(BANK, "w", 1) == job.id
+    assert await jobs.next_job(BANK, "w", 0.05) is None
 
 
 async def test_samples_are_replaced_or_added_and_never_too_many(jobs: RedisJobs, user: str) -> None:
@@ -115,10 +119,10 @@ async def test_samples_are_replaced_or_added_and_never_too_many(jobs: RedisJobs,
 
 
 async def test_a_newer_job_supersedes_the_older_ones_queued_or_running(jobs: RedisJobs, user: str) -> None:
-    first = await submitted(jobs, user)
+    first = await submitted(jobs, user, "one")
     lease = await claimed(jobs, first)
-    second = await submitted(jobs, user)
-    third = await submitted(jobs, user)
+    second = await submitted(jobs, user, "two")
+    third = await submitted(jobs, user, "three")
     assert [await state(jobs, job) for job in (first, second, third)] == [
         JobState.SUPERSEDED,
         JobState.SUPERSEDED,
@@ -181,14 +185,15 @@ async def test_a_job_whose_worker_is_silent_is_given_to_another_and_fails_after_
 async def test_a_job_that_is_given_back_is_announced_and_taken_up_at_once(
     jobs: RedisJobs, user: str, *, counts: bool
 ) -> None:
-    lease = await claimed(jobs, await submitted(jobs, user))
-    await jobs.next_job("w", 1)
+    job_id = await submitted(jobs, user)
+    assert await jobs.next_job(BANK, "w", 1) == job_id
+    lease = await claimed(jobs, job_id)
     assert await jobs.renew(lease, LEASE_S, step=3, of=40, loss=1.25)
     assert await jobs.release(lease, counts=counts)
     job = await jobs.job(lease.job.id)
     assert job is not None
     assert (job.state, job.tries, job.started_ms, job.step) == (JobState.QUEUED, int(counts), 0, 0)
-    assert await jobs.next_job("w", 1) == lease.job.id
+    assert await jobs.next_job(BANK, "w", 1) == lease.job.id
     again = await claimed(jobs, lease.job.id)
     assert again.job.tries == 1 + counts
     assert not await jobs.release(lease, counts=False)
@@ -212,13 +217,15 @@ async def test_a_promoted_adapter_takes_the_place_of_the_last_in_one_step(
 ) -> None:
     for name in ("first", "second"):
         profile, version = await with_profile(connection, user)
-        lease = await claimed(jobs, await submitted(jobs, user))
+        lease = await claimed(jobs, await submitted(jobs, user, name))
         assert await jobs.promote(lease, Trained(JobState.SUCCEEDED, 2.0, 1.5), profile, version, made(name))
         job = await jobs.job(lease.job.id)
         assert job is not None
         assert (job.state, job.adapter, job.before, job.after) == (JobState.SUCCEEDED, name, 2.0, 1.5)
-    assert await jobs.adapter(user, "second") == made("second")
-    assert await jobs.adapter(user, "first") is None
+    adapters = RedisAdapters(connection)
+    assert await adapters.adapter(user, "second") == made("second")
+    assert await adapters.adapter(user, "first") is None
+    assert await adapters.adapter_id(user) == "second"
 
 
 async def test_nothing_is_promoted_when_the_record_changed_or_the_lease_is_lost(
@@ -229,7 +236,7 @@ async def test_nothing_is_promoted_when_the_record_changed_or_the_lease_is_lost(
     trained = Trained(JobState.SUCCEEDED, 2.0, 1.5)
     assert not await jobs.promote(lease, trained, profile, b"another version", made("a"))
     assert not await jobs.promote(replace(lease, token="stolen"), trained, profile, version, made("a"))
-    assert await jobs.adapter(user, "a") is None
+    assert await RedisAdapters(connection).adapter(user, "a") is None
     assert await state(jobs, lease.job.id) is JobState.RUNNING
     assert await jobs.promote(lease, trained, profile, version, made("a"))
 
@@ -240,10 +247,10 @@ async def test_a_job_that_nobody_was_told_of_is_found(
     monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
     job_id = await submitted(jobs, user)
     async with redis.from_url(server.url) as raw:
-        await raw.delete("mta:jobs")
+        await raw.delete(f"mta:{{jobs:{BANK}}}:calls")
     jobs = RedisJobs(jobs._connection)
-    assert await jobs.overdue() == [job_id]
-    assert await jobs.next_job("w", 1) == job_id
+    assert await jobs.overdue(BANK) == [job_id]
+    assert await jobs.next_job(BANK, "w", 1) == job_id
 
 
 async def test_what_is_going_on_or_has_ended_is_not_announced(
@@ -251,12 +258,12 @@ async def test_what_is_going_on_or_has_ended_is_not_announced(
 ) -> None:
     monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
     await claimed(jobs, await submitted(jobs, user))
-    await jobs.next_job("w", 1)
-    assert await jobs.overdue() == []
+    await jobs.next_job(BANK, "w", 1)
+    assert await jobs.overdue(BANK) == []
     await submitted(jobs, user)
     await jobs.cancel(JobId(user, 2))
-    await jobs.next_job("w", 1)
-    assert await jobs.overdue() == []
+    await jobs.next_job(BANK, "w", 1)
+    assert await jobs.overdue(BANK) == []
 
 
 @pytest.mark.parametrize("text", ["", "a", "a.", ".1", "a.01", "a.-1", "a.1.2", "a.x", "a/b.1", "a.²"])
@@ -272,8 +279,9 @@ async def test_users_are_listed_by_the_bank_of_their_adapter_until_they_are_forg
         profile, version = await with_profile(connection, user)
         lease = await claimed(jobs, await submitted(jobs, user))
         assert await jobs.promote(lease, Trained(JobState.SUCCEEDED, 2.0, 1.5), profile, version, made("a"))
-    assert await jobs.adapted() == {"9f2c41d0": 5}
-    assert {user async for user in jobs.adapted_users("9f2c41d0")} == set(users)
-    await jobs.forget_adapted(users[0], "9f2c41d0")
-    await jobs.forget_adapted(users[1])
-    assert await jobs.adapted() == {"9f2c41d0": 3}
+    adapters = RedisAdapters(connection)
+    assert await adapters.adapted() == {BANK: 5}
+    assert {user async for user in adapters.adapted_users(BANK)} == set(users)
+    await adapters.forget_adapted(users[0], but=BANK)
+    await adapters.forget_adapted(users[1])
+    assert await adapters.adapted() == {BANK: 4}

@@ -13,11 +13,11 @@ import pytest
 import redis.asyncio as redis
 
 from adapters.errors import MtaError
-from server.errors import Unavailable
+from server.errors import Unavailable, UserErased
 from server.store.durability import Durability
 from server.store.profiles import Change, Profile, StoredItem, StoredVector
 from server.store.redis_connection import RedisConnection
-from server.store.redis_profiles import RedisProfiles
+from server.store.redis_profiles import TOMBSTONE_S, RedisProfiles
 from server.user_key import UserKeys
 from tests.support.valkey import DURABLE, ValkeyProcess
 
@@ -25,6 +25,7 @@ EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 DIM = 384
 EMBEDDER = "3887c9b9af8fe702"
 
+LATER_MS = 1 << 52
 _numbers = itertools.count()
 
 
@@ -67,17 +68,17 @@ async def test_an_unknown_user_has_nothing(store: RedisProfiles, key: str) -> No
     assert await store.load(key) is None
     assert (snapshot.version, snapshot.profile, snapshot.items, snapshot.vectors) == (b"", None, {}, {})
     assert await store.stored_bytes(key) == 0
-    assert await store.erase(key) is None
+    assert await store.erase(key, LATER_MS, 0) is None
 
 
 async def test_what_is_committed_is_read_back(store: RedisProfiles, key: str) -> None:
-    written = change("abc", extra={9: b"later evidence"})
+    written = change("abc", extra={99: b"later evidence"})
     assert await store.commit(key, b"", written)
     snapshot = await store.read(key)
     loaded = await store.load(key)
     assert loaded is not None
     assert snapshot.profile is not None
-    assert (loaded.user_id, loaded.items, loaded.extra) == ("author-033", 3, {9: b"later evidence"})
+    assert (loaded.user_id, loaded.items, loaded.extra) == ("author-033", 3, {99: b"later evidence"})
     assert np.array_equal(loaded.embedding, written.profile.embedding)
     assert np.array_equal(snapshot.profile.embedding, written.profile.embedding)
     assert snapshot.items == written.put_items
@@ -131,19 +132,53 @@ async def test_a_snapshot_is_of_one_moment(server: ValkeyProcess, key: str) -> N
         await writing
 
 
-async def test_erasing_leaves_a_tombstone_that_goes_when_the_user_comes_back(
+async def test_erasing_leaves_a_tombstone_that_outlives_a_return_and_gives_the_same_answer_until_then(
     store: RedisProfiles, server: ValkeyProcess, key: str
 ) -> None:
     await store.commit(key, b"", change("abc"))
-    erased = await store.erase(key)
-    assert erased is not None
-    assert (erased.items, erased.keys) == (3, 3)
+    erasure = await store.erase(key, LATER_MS, 1234)
+    assert erasure is not None
+    assert (erasure.erased.items, erasure.erased.keys, erasure.rewritten_by_ms) == (3, 3, 1234)
+    epoch = await store.epoch(key)
     async with redis.from_url(server.url) as raw:
-        assert await raw.keys(f"*{key}*") == [f"mta:{{{key}}}:erased".encode()]
-        assert await raw.ttl(f"mta:{{{key}}}:erased") > 0
+        assert await raw.keys(f"*{key}*") == [f"mta:{{{key}}}:epoch".encode()]
+        assert 0 < await raw.ttl(f"mta:{{{key}}}:epoch") <= TOMBSTONE_S
         assert await store.load(key) is None
-        await store.commit(key, b"", change("a"))
-        assert not await raw.exists(f"mta:{{{key}}}:erased")
+        assert await store.erase(key, LATER_MS, 5678) == erasure
+        epoch = await store.epoch(key)
+        assert await store.commit(key, b"", change("a"), epoch)
+        assert await store.epoch(key) == epoch
+    again = await store.erase(key, LATER_MS, 5678)
+    assert again is not None
+    assert (again.erased.items, again.rewritten_by_ms) == (1, 5678)
+
+
+async def test_a_change_that_was_under_way_when_the_user_was_erased_is_refused(store: RedisProfiles, key: str) -> None:
+    before = await store.read(key)
+    assert await store.commit(key, before.version, change("a"), before.epoch)
+    await store.erase(key, LATER_MS, 0)
+    with pytest.raises(UserErased):
+        await store.commit(key, before.version, change("b"), before.epoch)
+    empty = await store.read(key)
+    assert (empty.profile, empty.items) == (None, {})
+    assert await store.commit(key, empty.version, change("c"), empty.epoch)
+
+
+async def test_a_user_who_is_not_there_can_be_erased_so_that_a_change_under_way_is_refused(
+    store: RedisProfiles, key: str
+) -> None:
+    before = await store.read(key)
+    assert await store.erase(key, LATER_MS, 0) is None
+    with pytest.raises(UserErased):
+        await store.commit(key, before.version, change("a"), before.epoch)
+
+
+async def test_an_erasure_that_comes_too_late_does_nothing(store: RedisProfiles, key: str) -> None:
+    await store.commit(key, b"", change("a"))
+    with pytest.raises(Unavailable, match="too long"):
+        await store.erase(key, 1, 0)
+    assert await store.load(key) is not None
+    assert await store.epoch(key) == ""
 
 
 async def test_the_user_id_stands_in_the_record_alone(store: RedisProfiles, server: ValkeyProcess, key: str) -> None:
@@ -180,7 +215,7 @@ async def test_a_server_that_keeps_what_it_acknowledges_is_taken(
     assert await connection.check() is expected
     store = RedisProfiles(connection)
     assert await store.commit(key, b"", change("a"))
-    assert (await store.erase(key)) is not None
+    assert (await store.erase(key, LATER_MS, 0)) is not None
     await connection.close()
 
 
@@ -213,7 +248,7 @@ async def test_every_write_waits_for_the_disk_where_the_server_does_not_by_itsel
 ) -> None:
     server = start_server(*options)
     async with opened(server.url) as store, redis.from_url(server.url) as raw:
-        for write in (store.commit(key, b"", change("a")), store.erase(key)):
+        for write in (store.commit(key, b"", change("a")), store.erase(key, LATER_MS, 0)):
             await raw.config_resetstat()
             assert await write
             calls = {name: stats["calls"] for name, stats in (await raw.info("commandstats")).items()}
@@ -230,7 +265,7 @@ async def test_a_dead_server_is_unavailable_and_a_restarted_one_is_used_again(
     store = RedisProfiles(connection)
     await store.commit(key, b"", change("a"))
     server.kill()
-    for attempt in (store.load(key), store.read(key), store.erase(key), connection.check()):
+    for attempt in (store.load(key), store.read(key), store.erase(key, LATER_MS, 0), connection.check()):
         with pytest.raises(Unavailable) as caught:
             await attempt
         assert caught.value.headers["Retry-After"]

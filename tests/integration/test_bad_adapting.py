@@ -134,6 +134,7 @@ def test_appending_beyond_a_thousand_is_refused_and_keeps_what_there_is(
     client: httpx.Client, new_user: Callable[[], str]
 ) -> None:
     user_id = new_user()
-    client.post(f"/users/{user_id}/adapt", json={"samples": [GOOD] * 999}).raise_for_status()
-    response = client.post(f"/users/{user_id}/adapt", json={"samples": [GOOD] * 2, "append": True})
+    samples = [{"input": "which?", "output": f"the {n}th"} for n in range(1001)]
+    client.post(f"/users/{user_id}/adapt", json={"samples": samples[:999]}).raise_for_status()
+    response = client.post(f"/users/{user_id}/adapt", json={"samples": samples[999:], "append": True})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "too_many_samples")

@@ -16,7 +16,7 @@ from bank.evaluation.voices import OpenBank, Voice
 from bank.prompt import EncodedPair, encode_pair
 from bank.training import load_base
 from server.eval_engine import EngineScores
-from server.store.redis_jobs import jobs_at
+from server.store.redis_adapters import adapters_at
 from tests.support.engine import KEY, running_engine
 from tests.support.tiny import tiny_bank
 from tests.support.user_adapters import random_user_adapter
@@ -43,7 +43,7 @@ def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> It
     folder = bank.folder
     with (
         running_engine(folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
-        EngineScores(running.url, KEY, lambda: jobs_at(valkey.url)) as scores,
+        EngineScores(running.url, KEY, lambda: adapters_at(valkey.url)) as scores,
     ):
         yield scores
 

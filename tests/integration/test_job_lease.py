@@ -51,6 +51,9 @@ class Shaky(RedisJobs):
     async def renew(self, *args: Any, **kwargs: Any) -> Any:
         return await self._through("renew", lambda: RedisJobs.renew(self, *args, **kwargs))
 
+    async def claim(self, *args: Any) -> Any:
+        return await self._through("claim", lambda: RedisJobs.claim(self, *args))
+
     async def samples(self, *args: Any) -> Any:
         return await self._through("samples", lambda: RedisJobs.samples(self, *args))
 
@@ -175,7 +178,7 @@ def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) 
 
 
 @pytest.mark.parametrize("silent", [False, True])
-@pytest.mark.parametrize("call", ["samples", "renew", "promote", "end"])
+@pytest.mark.parametrize("call", ["claim", "samples", "renew", "promote", "end"])
 async def test_a_lost_answer_changes_nothing(
     desk: Desk, worker: Worker, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
 ) -> None:
@@ -185,7 +188,7 @@ async def test_a_lost_answer_changes_nothing(
     job_id = await desk.submit(SAMPLES if call != "end" else [b"{"])
     assert await worker.work_once(1)
     assert jobs.failures == 1
-    job, adapter = await desk.job(job_id), await desk.jobs.adapter_id(job_id.user_key)
+    job, adapter = await desk.job(job_id), await desk.adapters.adapter_id(job_id.user_key)
     assert (job.state, job.tries) == (JobState.FAILED if call == "end" else JobState.SUCCEEDED, 1)
     assert (adapter or "") == job.adapter
 
@@ -200,7 +203,7 @@ async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.FAILED, 1)
     assert "longer than the 0.05 s it may" in job.error
-    assert await desk.jobs.adapter_id(job_id.user_key) is None
+    assert await desk.adapters.adapter_id(job_id.user_key) is None
 
 
 async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_process(
@@ -218,3 +221,13 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
     assert await Worker("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
     assert (await desk.job(job_id)).state is JobState.SUCCEEDED
+
+
+async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: Worker) -> None:
+    job_id = await desk.submit()
+    newer = await desk.submit(SAMPLES[:2], user=job_id.user_key, bank="00000000")
+    assert await worker.work_once(1)
+    assert (await desk.job(job_id)).state is JobState.SUPERSEDED
+    job = await desk.job(newer)
+    assert (job.state, job.tries) == (JobState.QUEUED, 0)
+    assert await desk.jobs.next_job("00000000", "other", 1) == newer

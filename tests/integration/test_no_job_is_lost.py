@@ -20,6 +20,7 @@ from adapters.recipe import parse_recipe
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import read_manifest
 from server.store.jobs import Job, JobId, parse_job_id
+from server.store.redis_adapters import RedisAdapters
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
@@ -138,16 +139,16 @@ async def _jobs(machine: Machine, ids: list[JobId]) -> list[Job | None]:
 async def _check_adapters(machine: Machine, ids: list[JobId], bank: Path) -> None:
     """An adapter is there exactly where its job succeeded; its record names it, and its bytes are whole and load."""
     connection, layout = RedisConnection(machine.valkey.url), read_manifest(bank).layout
-    jobs, profiles = RedisJobs(connection), RedisProfiles(connection)
+    jobs, profiles, adapters = RedisJobs(connection), RedisProfiles(connection), RedisAdapters(connection)
     for job_id in ids:
         job, profile = await jobs.job(job_id), await profiles.load(job_id.user_key)
         assert job is not None
         assert profile is not None
-        kept = await jobs.adapter_id(job_id.user_key)
+        kept = await adapters.adapter_id(job_id.user_key)
         assert (kept or "") == job.adapter == (profile.adapter.id if profile.adapter else "")
         assert bool(kept) == (job.state == "succeeded")
         if kept:
-            stored = await jobs.adapter(job_id.user_key, kept)
+            stored = await adapters.adapter(job_id.user_key, kept)
             assert stored is not None
             assert hashlib.sha256(stored.raw).hexdigest() == stored.sha256
             adapter = decode_user_adapter(layout, stored.raw)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,9 +15,10 @@ import torch
 from bank.manifest import read_manifest
 from bank.serving import ServingBank
 from bank.signature import Signature
-from server.adapt_worker.signing import SigningLoop
+from server.adapt_worker.signing import MAX_TRIES, SigningLoop
 from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer
+from server.errors import Unavailable
 from server.settings import Settings
 from server.store.redis_connection import RedisConnection
 from server.store.redis_profiles import RedisProfiles
@@ -50,8 +52,9 @@ class Sign:
         connection = RedisConnection(self._url)
         await connection.check()
         try:
-            queue, profiles = RedisSigning(connection), RedisProfiles(connection)
+            queue, profiles = RedisSigning(connection, self._bank.manifest.short), RedisProfiles(connection)
             loop = SigningLoop("test", queue, profiles, self._bank, self, model=asyncio.Lock())
+            await queue.overdue()
             while await loop.work_once(0.2):
                 pass
         finally:
@@ -183,14 +186,45 @@ def test_items_that_cannot_be_encoded_are_signed_as_none_and_the_next_user_is_si
     assert (source(client, odd), source(client, user_id)) == ("topic", "signature")
 
 
-def test_what_the_process_cannot_survive_ends_it(client: httpx.Client, new_user: Callable[[], str], sign: Sign) -> None:
-    put(client, new_user(), PAIRS)
+def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)  # what a worker that died had taken is due at once
+    user_id = new_user()
+    put(client, user_id, PAIRS)
 
     def no_memory() -> None:
         raise MemoryError
 
-    with pytest.raises(MemoryError):
-        sign(no_memory)
+    for _ in range(MAX_TRIES):
+        with pytest.raises(MemoryError):
+            sign(no_memory)
+    sign(no_memory)
+    assert sign.made == 0
+    assert source(client, user_id) == "topic"
+    put(client, user_id, PAIRS[:4])
+    sign()
+    assert source(client, user_id) == "signature"
+
+
+def test_a_store_that_is_away_is_no_try(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapt_worker.signing.RETRY_S", 0.01)
+    user_id, commit, failures = new_user(), RedisProfiles.commit, 0
+    put(client, user_id, PAIRS)
+
+    async def away(*args: Any) -> bool:
+        nonlocal failures
+        failures += 1
+        if failures <= MAX_TRIES:
+            raise Unavailable("the store cannot be used now")
+        return await commit(*args)
+
+    monkeypatch.setattr(RedisProfiles, "commit", away)
+    sign()
+    assert failures == MAX_TRIES + 1
+    assert source(client, user_id) == "signature"
 
 
 def test_a_signature_that_never_comes_ends_the_process(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import redis
 
 from server.store.jobs import MAX_TRIES
+from tests.support.gateway import GatewayThread
 from tests.support.processes import Background, mta, wait_until
 from tests.support.valkey import ValkeyProcess
 
@@ -30,6 +32,7 @@ worker()
 """
 LONG = [{"input": f"question {n}", "output": "yes " * 115} for n in range(16)]
 SHORT = [{"input": "question", "output": "yes"}] * 2
+LATER_S = 100
 SPARE_BYTES = 1 << 20
 
 
@@ -87,17 +90,20 @@ def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
 
 
 def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try(
-    client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], valkey: ValkeyProcess
+    client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], gateway: GatewayThread
 ) -> None:
     job = posted(client, ada, LONG, steps=500)
+    calls, url = f"mta:{{jobs:{gateway.parts.bank.manifest.short}}}:calls", gateway.parts.settings.redis_url
+    user_key = job()["id"].partition(".")[0]
     for attempt in range(1, MAX_TRIES + 1):
-        with redis.Redis.from_url(valkey.url) as raw:
-            raw.xtrim("mta:jobs", maxlen=0)  # not yet
-        with redis.Redis.from_url(valkey.url) as raw, worker() as background:
+        with redis.Redis.from_url(url) as raw:
+            raw.xtrim(calls, maxlen=0)  # not yet, and no sweep shall find it
+            raw.zadd(calls.replace(":calls", ":open"), {user_key: (time.time() + LATER_S) * 1000})
+        with redis.Redis.from_url(url) as raw, worker() as background:
             small = posted(client, new_user(), SHORT, steps=1)
             wait_until(lambda small=small: small()["ended_at"], "a small job, after which everything is loaded")
             _leave_little_memory(background.process.pid)
-            raw.xadd("mta:jobs", {"id": job()["id"]})
+            raw.xadd(calls, {"id": user_key})
             assert background.wait() != 0
             assert "given back" in background.output
         assert (job()["state"], job()["tries"]) == ("queued", attempt)

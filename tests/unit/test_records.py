@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bank.signature import Signature
-from server.store.profiles import AdapterNote, Profile, StoredItem, StoredSignature, StoredVector
+from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
 from server.store.records import (
     as_stored,
     decode_item,
@@ -51,7 +51,7 @@ def profile(**changes: object) -> Profile:
             size_bytes=st.integers(0, 1 << 30),
             created_ms=st.integers(0, 1 << 50),
         ),
-        extra=st.dictionaries(st.integers(9, 255), st.binary(max_size=2000), max_size=3),
+        extra=st.dictionaries(st.integers(10, 255), st.binary(max_size=2000), max_size=3),
     )
 )
 def test_a_record_survives_the_round_trip_with_parts_that_it_does_not_know(written: Profile) -> None:
@@ -101,6 +101,28 @@ def test_a_damaged_signature_is_refused_as_part_of_the_record(damaged: bytes) ->
     whole = encode_profile(profile(extra={8: damaged}))
     with pytest.raises(ValueError, match="profile record"):
         decode_profile(whole)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"short", bytes(17)])
+def test_a_damaged_second_embedding_is_refused_as_part_of_the_record(damaged: bytes) -> None:
+    whole = encode_profile(profile(extra={9: damaged}))
+    with pytest.raises(ValueError, match="profile record"):
+        decode_profile(whole)
+
+
+def test_a_profile_is_seen_by_both_embedders_while_the_items_are_the_same() -> None:
+    mine, theirs = (np.eye(DIM, dtype="f4")[place] for place in (0, 1))
+    both = profile(embedding=mine, other=OtherEmbedding("22" * 8, theirs, profile().updated_ms))
+    read = decode_profile(encode_profile(both))
+    for embedder, embedding in ((both.embedder, mine), ("22" * 8, theirs)):
+        seen = read.seen_by(embedder)
+        assert seen is not None
+        assert (seen.embedder, seen.embedding.tolist()) == (embedder, embedding.tolist())
+        back = seen.seen_by(both.embedder)
+        assert back is not None
+        assert back.embedding.tolist() == mine.tolist()
+    assert read.seen_by("11" * 8) is None
+    assert replace(read, updated_ms=read.updated_ms + 1).seen_by("22" * 8) is None
 
 
 def test_the_stored_embedding_is_within_the_rounding_of_fp16() -> None:

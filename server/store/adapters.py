@@ -1,0 +1,43 @@
+"""The store's port for user adapters: what training made, and whose adapter is of which bank."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A user adapter as it is kept.
+
+    Attributes:
+        id: 26 characters of base32, random.
+        recipe: the recipe it was trained on.
+        sha256: of `raw`, 64 hex digits.
+        raw: what `adapters.user_adapter` encoded.
+    """
+
+    id: str
+    recipe: str
+    sha256: str
+    raw: bytes
+
+
+class AdapterStore(Protocol):
+    """Keeps user adapters. Every method raises `Unavailable` when the store cannot be used."""
+
+    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
+        """The user's adapter, if it is still this one."""
+
+    async def adapter_id(self, user_key: str) -> str | None:
+        """Id of the adapter that the user has now."""
+
+    async def adapted(self) -> dict[str, int]:
+        """Banks (the 8 hex digits of recipes) that user adapters were trained on, with how many users of each."""
+
+    def adapted_users(self, bank: str) -> AsyncIterator[str]:
+        """The keys of users whose adapter was trained on a bank; some may have another, or none, by now."""
+
+    async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
+        """Take a user off the lists of all banks but one."""

@@ -1,0 +1,84 @@
+"""The Lua scripts of queues, each on the keys of one queue (`redis_queue`). The server's clock is the only one."""
+
+from __future__ import annotations
+
+from server.store.redis_scripts import NOW
+
+# KEYS: open, listed. ARGV: user key, after how long to look (ms). Answers when it was listed, never the same twice.
+ENLIST = (
+    NOW
+    + """
+local listed = math.max(now, tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or 0) + 1)
+redis.call('ZADD', KEYS[2], listed, ARGV[1])
+redis.call('ZADD', KEYS[1], listed + ARGV[2], ARGV[1])
+return listed
+"""
+)
+
+# KEYS: calls, called, open, listed. ARGV: user key, grace (ms), when it was listed by the caller, group. Answers
+# whether a call was made: not while one waits to be read. One that was read and not acknowledged is taken back.
+CALL = (
+    NOW
+    + """
+redis.call('ZADD', KEYS[3], now + ARGV[2], ARGV[1])
+if redis.call('ZSCORE', KEYS[4], ARGV[1]) == ARGV[3] then redis.call('ZREM', KEYS[4], ARGV[1]) end
+local entry = redis.call('HGET', KEYS[2], ARGV[1])
+if entry then
+  local read = redis.pcall('XPENDING', KEYS[1], ARGV[4], entry, entry, 1)
+  if #read > 0 then
+    redis.call('XACK', KEYS[1], ARGV[4], entry)
+    redis.call('XDEL', KEYS[1], entry)
+  elseif #redis.call('XRANGE', KEYS[1], entry, entry) > 0 then
+    return 0
+  end
+end
+redis.call('HSET', KEYS[2], ARGV[1], redis.call('XADD', KEYS[1], '*', 'id', ARGV[1]))
+return 1
+"""
+)
+
+# KEYS: calls, called. ARGV: user key, group, entry.
+ACKNOWLEDGE = """
+redis.call('XACK', KEYS[1], ARGV[2], ARGV[3])
+redis.call('XDEL', KEYS[1], ARGV[3])
+if redis.call('HGET', KEYS[2], ARGV[1]) == ARGV[3] then redis.call('HDEL', KEYS[2], ARGV[1]) end
+return 1
+"""
+
+# KEYS: open. ARGV: farthest time ahead that is ever set (ms), most answers. Answers the time and who is due.
+DUE = (
+    NOW
+    + """
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[2])
+for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now + 2 * ARGV[1], '+inf', 'LIMIT', 0, ARGV[2])) do
+  due[#due + 1] = key
+end
+return {now, due}
+"""
+)
+
+# KEYS: open, listed, begun. ARGV: user key, for how long a listing holds (ms).
+CLOSE = (
+    NOW
+    + """
+redis.call('HDEL', KEYS[3], ARGV[1])
+local listed = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or now - ARGV[2])
+if now - listed < tonumber(ARGV[2]) and now >= listed - ARGV[2] then
+  redis.call('ZADD', KEYS[1], listed + ARGV[2], ARGV[1])
+  return 0
+end
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 1
+"""
+)
+
+# KEYS: calls, called, open. ARGV: user key, group. Whoever is still looked after keeps their call.
+WITHDRAW = """
+local entry = redis.call('HGET', KEYS[2], ARGV[1])
+if not entry or redis.call('ZSCORE', KEYS[3], ARGV[1]) then return 0 end
+redis.pcall('XACK', KEYS[1], ARGV[2], entry)
+redis.call('XDEL', KEYS[1], entry)
+redis.call('HDEL', KEYS[2], ARGV[1])
+return 1
+"""

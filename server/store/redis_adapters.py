@@ -1,0 +1,106 @@
+"""User adapters on Redis.
+
+mta:{<user key>}:adapter   hash     id, recipe, sha256, raw
+
+and two that all users share::
+
+    mta:adapted                set      banks that user adapters were trained on
+    mta:adapted:<bank>         set      keys of the users whose adapter was
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from server.store.adapters import StoredAdapter
+from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
+
+BANKS = "mta:adapted"
+_BATCH = 100
+
+
+class RedisAdapters:
+    """`server.store.adapters.AdapterStore` on Redis.
+
+    Args:
+        connection: shared with the other stores.
+    """
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+
+    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
+        fields = ("id", "recipe", "sha256", "raw")
+        name = adapter_name(user_key)
+        values = await self._connection.run(lambda redis: redis.hmget(name, fields), WRITE_TIMEOUT_S)
+        if values[0] is None or values[0].decode() != adapter_id:
+            return None
+        return StoredAdapter(adapter_id, values[1].decode(), values[2].decode(), values[3])
+
+    async def adapter_id(self, user_key: str) -> str | None:
+        value = await self._connection.run(lambda redis: redis.hget(adapter_name(user_key), "id"))
+        return value.decode() if value is not None else None
+
+    async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
+        """Put an adapter where engines look for it, without a job and for a while: for an evaluation."""
+        fields = {"id": stored.id, "recipe": stored.recipe, "sha256": stored.sha256, "raw": stored.raw}
+        async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
+            pipe.hset(adapter_name(user_key), mapping=fields)
+            pipe.expire(adapter_name(user_key), ttl_s)
+            await pipe.execute()
+
+    async def list_adapted(self, user_key: str, bank: str) -> None:
+        """Put a user on the list of a bank."""
+        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
+            await pipe.sadd(BANKS, bank).sadd(_adapted(bank), user_key).execute()
+
+    async def adapted(self) -> dict[str, int]:
+        return {bank: await self._count(bank) for bank in await self._banks()}
+
+    async def adapted_users(self, bank: str) -> AsyncIterator[str]:
+        cursor = 0
+        while True:
+            cursor, members = await self._scan(bank, cursor)
+            for member in members:
+                yield member.decode()
+            if cursor == 0:
+                return
+
+    async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
+        banks = [bank for bank in await self._banks() if bank != but]
+        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
+            for bank in banks:
+                pipe.srem(_adapted(bank), user_key)
+            await pipe.execute()
+
+    async def _banks(self) -> list[str]:
+        banks = await self._connection.run(lambda redis: redis.smembers(BANKS))
+        return sorted(value.decode() for value in banks)
+
+    async def _count(self, bank: str) -> int:
+        return int(await self._connection.run(lambda redis: redis.scard(_adapted(bank))))
+
+    async def _scan(self, bank: str, cursor: int) -> tuple[int, list[bytes]]:
+        """Some users on the list of a bank, and where to go on; 0 at its end."""
+        after, members = await self._connection.run(lambda redis: redis.sscan(_adapted(bank), cursor, count=_BATCH))
+        return int(after), members
+
+
+@asynccontextmanager
+async def adapters_at(redis_url: str) -> AsyncIterator[RedisAdapters]:
+    """The user adapters of a store, durable or not, for as long as a block runs."""
+    connection = RedisConnection(redis_url, require_durable=False)
+    try:
+        yield RedisAdapters(connection)
+    finally:
+        await connection.close()
+
+
+def adapter_name(user_key: str) -> str:
+    """The name of the key that a user's adapter lies under."""
+    return f"{user_prefix(user_key)}adapter"
+
+
+def _adapted(bank: str) -> str:
+    return f"mta:adapted:{bank}"
