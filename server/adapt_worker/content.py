@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from adapters.errors import MtaError, TrainingError
 
-CONFIG_REMEDY = "ask for the job again, from a gateway of this worker's version"
+CONFIG_REMEDY = "ask for the job again"
 SAMPLE_REMEDY = "send it as the model's chat template wants it, or leave it out"
 _MOST_CHARS = 300
 

@@ -11,10 +11,10 @@ import asyncio
 import hashlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from adapters.errors import MtaError, TrainingError
@@ -23,8 +23,8 @@ from adapters.user_run import Progress
 from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
+from server.adapt_worker.holding import train_holding
 from server.adapt_worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
-from server.adapt_worker.stall import Pulse
 from server.errors import ApiError
 from server.store.adapters import StoredAdapter
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
@@ -164,12 +164,13 @@ class Worker:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
         with blamed("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
+            most_s = float(getattr(config, "max_seconds", MAX_SECONDS))
             recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = []
         for place, raw in enumerate(await held.insist(self._jobs.samples, key)):
             with blamed(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
-        judgement = await self._trained(held, recipe, samples, config)
+        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config))
         if judgement.weights is None:
             await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:
@@ -177,53 +178,6 @@ class Worker:
             if not await self._promote(held, recipe, judgement, raw):
                 raise LeaseLost
         log.info("%s: held-out loss %.4f, before %.4f", lease.job.id, judgement.after, judgement.before)
-
-    async def _trained(
-        self, held: HeldLease, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig
-    ) -> Judgement:
-        """Train on a thread, renewing the lease; when it is lost, training ends at its next sign of life.
-
-        Raises:
-            TrainingError: when it takes longer than it may, too.
-            Stalled: when the thread gives no sign of life, and this process must end to end it.
-        """
-        lost, pulse, latest = threading.Event(), Pulse(), Progress(0, 0, 0.0)
-        most_s = float(getattr(config, "max_seconds", MAX_SECONDS))
-        end_s = time.monotonic() + most_s
-
-        def alive() -> None:
-            pulse.beat()
-            if lost.is_set():
-                raise LeaseLost
-            if time.monotonic() > end_s:
-                raise TrainingError(
-                    f"training took longer than the {most_s:g} s it may, it was at step {latest.step} of {latest.of}: "
-                    "send fewer or shorter samples, or ask for fewer steps"
-                )
-
-        def on_step(progress: Progress) -> None:
-            nonlocal latest
-            latest = progress
-            alive()
-
-        async def done() -> bool:
-            await asyncio.wait({training}, timeout=RENEW_S)
-            if not training.done():
-                pulse.check(str(held.lease.job.id))
-            return training.done()
-
-        train = self._trainer.train
-        training = asyncio.create_task(asyncio.to_thread(train, recipe, samples, config, on_step, alive))
-        try:
-            while not await done():
-                await held.renew(latest)
-            await held.renew(latest)
-            return training.result()
-        finally:
-            lost.set()
-            while not await done():
-                pass
-            await asyncio.gather(training, return_exceptions=True)
 
     async def _end(self, held: HeldLease, trained: Trained) -> None:
         """Write an outcome without an adapter."""

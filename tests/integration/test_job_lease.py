@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer
@@ -18,6 +20,7 @@ from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
+from server.store.samples import AdaptConfig
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk, desk_at
 from tests.support.processes import wait_until
@@ -67,6 +70,24 @@ class Shaky(RedisJobs):
         return await self._through("release", lambda: RedisJobs.release(self, lease, counts=counts))
 
 
+class Hanging:
+    """A trainer whose training never ends by itself."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.encoded, self.end = trainer.encoded, threading.Event()
+
+    def train(self, *_: object) -> Judgement:
+        self.end.wait()
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Hasty(AdaptConfig):
+    """A job that has no time."""
+
+    max_seconds: float = 0.05
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
     server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
@@ -95,6 +116,7 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that runs out in a test's time."""
     for module in ("lease", "worker"):
         monkeypatch.setattr(f"server.adapt_worker.{module}.LEASE_S", 0.5)
+    for module in ("lease", "holding"):
         monkeypatch.setattr(f"server.adapt_worker.{module}.RENEW_S", 0.05)
 
 
@@ -196,7 +218,7 @@ async def test_a_lost_answer_changes_nothing(
 async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(
     desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.adapt_worker.worker.MAX_SECONDS", 0.05)
+    monkeypatch.setattr("server.adapt_worker.worker.decode_config", lambda _: Hasty())
     job_id = await desk.submit()
     slow = Interrupted(trainer, lambda: threading.Event().wait(0.1))
     assert await Worker("test", desk.jobs, desk.profiles, bank, slow).work_once(1)
@@ -210,13 +232,13 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
     desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.adapt_worker.stall.STALL_S", 0.2)
-    monkeypatch.setattr("server.adapt_worker.worker.RENEW_S", 0.05)
-    job_id, hang = await desk.submit(), threading.Event()
+    monkeypatch.setattr("server.adapt_worker.holding.RENEW_S", 0.05)
+    job_id, hanging = await desk.submit(), Hanging(trainer)
     try:
         with pytest.raises(Stalled):
-            await Worker("test", desk.jobs, desk.profiles, bank, Interrupted(trainer, hang.wait)).work_once(1)
+            await Worker("test", desk.jobs, desk.profiles, bank, hanging).work_once(1)
     finally:
-        hang.set()
+        hanging.end.set()
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
     assert await Worker("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
