@@ -1,0 +1,28 @@
+"""Work that a process does again and again for as long as it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import NoReturn
+
+from server.errors import ApiError
+
+
+async def forever(every_s: float, step: Callable[[], Awaitable[object]], log: logging.Logger) -> NoReturn:
+    """Run a step at once, and again some time after it has ended; only cancellation ends it, whatever the step raises.
+
+    Args:
+        every_s: the pause after each run of the step.
+        step: what to do. An `ApiError`, such as a store that is away, is a warning; anything else is a fault of ours.
+        log: where either is told.
+    """
+    while True:
+        try:
+            await step()
+        except ApiError as error:
+            log.warning("%s", error.explained)
+        except Exception:
+            log.exception("%s failed", getattr(step, "__qualname__", step))
+        await asyncio.sleep(every_s)
