@@ -102,7 +102,7 @@ def worker_part(settings: Settings, log: Path) -> Part:
 
 
 def gateway_part(settings: Settings) -> Part:
-    """The gateway, ready when it finds all other parts ready."""
+    """The gateway, ready when it finds store and engine ready."""
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),

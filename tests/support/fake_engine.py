@@ -77,11 +77,13 @@ class FakeEngine:
     Attributes:
         knobs: turn them at any time.
         seen: generation requests, in order.
+        looks: how often its status was asked for.
         port: where it listens; the same after a restart.
     """
 
     knobs: Knobs = field(default_factory=Knobs)
     seen: list[Seen] = field(default_factory=list)
+    looks: int = 0
     port: int = field(default_factory=free_port)
     _loop: asyncio.AbstractEventLoop | None = None
     _thread: threading.Thread | None = None
@@ -145,6 +147,7 @@ class FakeEngine:
         return web.json_response({"count": _prompt_tokens(json.loads(await request.read()))})
 
     async def _status(self, request: web.Request) -> web.Response:
+        self.looks += 1
         if not _authorised(request):
             return _error(401, "missing or wrong engine key")
         return web.json_response(
