@@ -181,7 +181,7 @@ class FakeEngine:
     def _refusal(self, body: dict[str, Any]) -> web.Response | None:
         knobs, model = self.knobs, body["model"]
         if knobs.status:
-            return _error(knobs.status, "the fake engine was told to fail")
+            return _error(knobs.status, f"the fake engine was told to fail at `{model}`")
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return _error(404, f"The model `{model}` does not exist.", "model")
         prompt = _prompt_tokens(body)
@@ -229,7 +229,13 @@ class FakeEngine:
                 assert request.transport
                 request.transport.abort()
             if seen.tokens == self.knobs.fail_after:
-                failure = {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}
+                failure = {
+                    "error": {
+                        "message": f"EngineCore died at `{seen.body['model']}`",
+                        "type": "InternalServerError",
+                        "code": 500,
+                    }
+                }
                 await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
                 return response
             await asyncio.sleep(self.knobs.token_delay_s)
