@@ -36,6 +36,7 @@ class Knobs:
         anchors: how many anchors each of them has.
         method: how they are fused.
         context: tokens that prompt and answer may have together; a token is a character of the prompt.
+        admit_s: pause before it answers at all.
         token_delay_s: pause before each token.
         die_after: cut the connection after so many tokens.
         fail_after: send an error event after so many tokens.
@@ -49,6 +50,7 @@ class Knobs:
     anchors: int = 6
     method: Method = Method.SHARED
     context: int = 512
+    admit_s: float = 0.0
     token_delay_s: float = 0.0
     die_after: int | None = None
     fail_after: int | None = None
@@ -171,6 +173,7 @@ class FakeEngine:
         self.seen.append(seen)
         refusal = self._refusal(body)
         try:
+            await asyncio.sleep(self.knobs.admit_s)
             answer = refusal or await (self._stream if body.get("stream") else self._whole)(request, seen)
         except (asyncio.CancelledError, ConnectionError):
             seen.aborted = True
