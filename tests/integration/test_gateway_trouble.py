@@ -12,7 +12,7 @@ import pytest
 
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, chunks_of, generate
+from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
 from tests.support.processes import wait_until
 
 NewUser = Callable[[], str]
@@ -126,6 +126,26 @@ class TestBrokenEngine:
             for stream in (False, True):
                 response = generate(client, new_user(), stream=stream)
                 assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_timeout")
+
+
+@pytest.mark.parametrize(
+    ("limit", "samples"), [("server.engine_client.COUNT_TIMEOUT_S", 1), ("server.adapting.COUNTING_S", 20)]
+)
+def test_samples_are_taken_uncounted_when_the_engine_is_silent(
+    client: httpx.Client,
+    new_user: NewUser,
+    fake_engine: FakeEngine,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    samples: int,
+) -> None:
+    monkeypatch.setattr(limit, 0.2)
+    wait_until_ready(client)  # it knows the context, so that it asks how long a long sample is
+    fake_engine.knobs.admit_s = 600
+    long = [{"input": f"question {n} " + "x" * 600, "output": "y"} for n in range(samples)]
+    job = client.post(f"/users/{new_user()}/adapt", json={"samples": long}).raise_for_status().json()
+    client.delete(f"/jobs/{job['id']}").raise_for_status()
 
 
 class TestSilence:

@@ -146,6 +146,7 @@ class FakeEngine:
         return web.Response(status=self.knobs.status or 200)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.knobs.admit_s)
         return web.json_response({"count": _prompt_tokens(json.loads(await request.read()))})
 
     async def _status(self, request: web.Request) -> web.Response:
