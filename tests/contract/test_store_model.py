@@ -234,6 +234,16 @@ class Store(RuleBasedStateMachine):
         else:
             self.tried(steps.parts, jobs.renew(lease, 15.0, step=1, of=2, loss=None), fault)
 
+    @precondition(lambda self: FAKE_TIME is not None and any(worker.lease for worker in self.workers))
+    @rule(worker=TWO, fault=FAULTS)
+    def take_over(self, worker: int, fault: Fault | None) -> None:
+        """A worker falls silent for longer than its lease, and lives on; the other takes the job up."""
+        other = self.workers[1 - worker]
+        if self.workers[worker].lease is not None and other.lease is None:
+            self.jump(61.0)
+            self.tried(other.parts, other.parts.jobs.overdue(BANK))
+            self.take_and_claim(1 - worker, fault, 0)
+
     @rule(worker=TWO, fault=FAULTS, place=PLACES)
     def sign(self, worker: int, fault: Fault | None, place: int) -> None:
         steps = self.workers[worker]
