@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from adapters.recipe import FusionRecipe
 from bank.errors import BankError
 from bank.index import AnchorIndex
@@ -74,12 +76,16 @@ class ServingBank:
 
         Args:
             embedding: the profile's [E], at unit length.
-            signature: the user's; one of another bank says nothing.
+            signature: the user's; one of another bank, or with anything in it that is no finite number, says nothing.
             share: of the rule's strength that the recipe's anchors have, as in `make_recipe`.
         """
         rule = self.manifest.weights
-        if rule.signature and signature and signature.tokens and signature.bank == self.manifest.short:
+        if rule.signature and signature and _says_something(signature, self.manifest.short):
             weights = signature_weights(self.index, rule.signature, embedding, signature)
             return Spoken(make_recipe(self.manifest, weights, share), weights, "signature")
         weights = topic_weights(self.index, rule, embedding)
         return Spoken(make_recipe(self.manifest, weights, share), weights, "topic")
+
+
+def _says_something(signature: Signature, bank: str) -> bool:
+    return signature.tokens > 0 and signature.bank == bank and bool(np.isfinite(signature.products).all())

@@ -51,6 +51,7 @@ class Reading:
         seconds: from POST to the first whole answer after the job's end.
         levels: of the answers to all queries.
         recipe: of the first answer.
+        adapter: stacked on it, `<user key>.<id>`; empty without.
         raw: the promoted bytes; empty without.
         merged, stacked: loss of the gold answers, nats per token.
     """
@@ -61,6 +62,7 @@ class Reading:
     seconds: float = 0.0
     levels: list[str] = field(default_factory=list)
     recipe: str = ""
+    adapter: str = ""
     raw: bytes = b""
     merged: float = 0.0
     stacked: float = 0.0
@@ -90,7 +92,7 @@ def main(
                 for query in queries[person.user_id]:
                     answer = _generate(client, person.user_id, query["input"])
                     reading.levels.append(answer["level"])
-                reading.raw = _promoted(store, reading.recipe)
+                reading.raw = _promoted(store, reading.adapter)
                 readings.append(reading)
     trainer = AdapterTrainer.open(bank, manifest, ensure_base_model(model, Settings().cache_dir), resolve_dtype("auto"))
     for reading in track(readings, "score the gold answers"):
@@ -117,7 +119,9 @@ def _adapted(client: httpx.Client, person: History, task: Task, kind: str) -> Re
         time.sleep(POLL_S)
         job = client.get(f"/jobs/{job['id']}").raise_for_status().json()
     answer = _generate(client, person.user_id, samples[0]["input"])
-    return Reading(person.user_id, kind, job["state"], time.perf_counter() - start_s, recipe=answer["recipe"])
+    seconds = time.perf_counter() - start_s
+    adapter = f"{job['id'].partition('.')[0]}.{job['adapter']}" if answer["level"] == "stacked" else ""
+    return Reading(person.user_id, kind, job["state"], seconds, recipe=answer["recipe"], adapter=adapter)
 
 
 def _generate(client: httpx.Client, user_id: str, prompt: str) -> dict[str, Any]:
@@ -127,22 +131,21 @@ def _generate(client: httpx.Client, user_id: str, prompt: str) -> dict[str, Any]
     return who
 
 
-def _promoted(store: Any, recipe: str) -> bytes:
-    """The bytes behind a stacked recipe; none behind a plain one."""
-    user_adapter = parse_recipe(recipe).user_adapter
-    if user_adapter is None:
+def _promoted(store: Any, adapter: str) -> bytes:
+    """The bytes behind a stacked answer's adapter, `<user key>.<id>`; none where there is none."""
+    if not adapter:
         return b""
-    user_key, _, adapter_id = user_adapter.partition(".")
+    user_key, _, adapter_id = adapter.partition(".")
     kept, raw = store.hmget(f"mta:{{{user_key}}}:adapter", ("id", "raw"))
     if kept.decode() != adapter_id:
-        raise RuntimeError(f"{recipe} was served, {kept.decode()} is kept")
+        raise RuntimeError(f"{adapter} was served, {kept.decode()} is kept")
     return bytes(raw)
 
 
 def _score(trainer: AdapterTrainer, reading: Reading, queries: list[dict[str, str]]) -> None:
     """Loss of the gold answers, merged and stacked."""
     golds = [encode_pair(trainer.tokenizer, query["input"], query["gold"], MAX_TOKENS) for query in queries]
-    fused = fuse(trainer.matrix, parse_recipe(reading.recipe).plain, torch.float32)
+    fused = fuse(trainer.matrix, parse_recipe(reading.recipe), torch.float32)
     with attached(trainer.model, fused) as here:
         reading.merged = reading.stacked = mean_loss(here.model, golds)
     if reading.raw:

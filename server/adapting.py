@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +20,9 @@ from server.profiles import Profiles
 from server.schemas import MAX_SAMPLES, AdaptOptions, AdaptRequest, SampleRequest
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.samples import AdaptConfig, Sample, default_config, encode_config, encode_sample
+
+COUNTING_S = 10.0
+"""Longest that one request waits for the lengths of its samples; those left are taken as they are."""
 
 
 class Adapting:
@@ -59,11 +64,13 @@ class Adapting:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed then.
             UserErased: when the user is erased meanwhile; nothing of them is stored then.
         """
+        epoch = await self._profiles.epoch(user_id)
         samples = [self._encoded(place, sample) for place, sample in enumerate(request.samples)]
         config = training_config(self._manifest, request.config)
-        for place, (sample, raw) in enumerate(zip(request.samples, samples, strict=True)):
-            await self._check_length(place, sample, len(raw))
-        epoch = await self._profiles.epoch(user_id)
+        with contextlib.suppress(TimeoutError):  # the worker measures them all, and fails the job that has one too long
+            async with asyncio.timeout(COUNTING_S):
+                for place, (sample, raw) in enumerate(zip(request.samples, samples, strict=True)):
+                    await self._check_length(place, sample, len(raw))
         if await self._profiles.current(user_id) is None:
             await self._profiles.add(user_id, self._items(request.samples), epoch)
         submission = Submission(

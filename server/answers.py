@@ -9,6 +9,7 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.engine_client import BASE_MODEL
 from server.generation import Answer
 from server.personalizer import Level, Personalization
 from server.store.jobs import Job, JobState
@@ -70,7 +71,9 @@ class WhoSpeaks(_Answer):
     """How far an answer is personal, and by whom."""
 
     level: Level
-    recipe: str | None = Field(description="The fused adapter's name; null for the base model.")
+    recipe: str | None = Field(
+        description="The fused adapter's name, without the user adapter that `stacked` adds; null for the base model."
+    )
     source: str | None = Field(description="The evidence behind the weights; null for the base model.")
     anchors: list[AnchorAnswer] = Field(description="Nearest first.")
     reason: str | None = Field(description="Why the level is not higher, if there is something to say.")
@@ -194,7 +197,7 @@ def who_speaks(personalization: Personalization) -> dict[str, Any]:
     """The `personalization` block, timings aside."""
     return {
         "level": personalization.level.value,
-        "recipe": personalization.recipe.name if personalization.recipe else None,
+        "recipe": personalization.shown,
         "source": personalization.source,
         "anchors": anchors(personalization),
         "reason": personalization.reason,
@@ -229,7 +232,7 @@ class Chunks:
             "id": answer.id,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": answer.personalization.model,
+            "model": answer.personalization.shown or BASE_MODEL,
         }
 
     def first(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         )
         personalizer = Personalizer(bank, profiles)
         engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
-        health = Health(connection, session, settings.engines, engine_key, bank)
+        health = Health(connection, session, settings.engines, engine_key, bank, generating=settings.engine_url)
         log_file = AppendOnlyFile(connection)
         for watching in (health.watch(), forever(LOOK_S, log_file.look, log)):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -28,6 +29,10 @@ BASE_MODEL = "base"
 _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never taken up while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
+COUNT_TIMEOUT_S = 5.0
+"""Longest wait for the length of one conversation; it costs the engine milliseconds."""
+
+_USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 
 
@@ -122,7 +127,8 @@ class EngineStream:
 
     def _take(self, chunk: dict[str, Any], part: str) -> str:
         if "error" in chunk:
-            raise EngineFailed(f"the engine failed in the middle of the answer: {excerpt(chunk['error'], 300)}")
+            message = _for_clients(excerpt(chunk["error"], 300))
+            raise EngineFailed(f"the engine failed in the middle of the answer: {message}")
         usage = chunk.get("usage")
         if usage:
             self.usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
@@ -174,10 +180,13 @@ class EngineClient:
             response.close()  # at its end the connection is back in the pool already and this does nothing
 
     async def count_tokens(self, messages: list[dict[str, str]]) -> int | None:
-        """Length of a conversation in tokens; None where the engine cannot say."""
+        """Length of a conversation in tokens; None where the engine cannot say, or not soon."""
         body = orjson.dumps({"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False})
+        timeout = aiohttp.ClientTimeout(total=COUNT_TIMEOUT_S)
         try:
-            async with self._session.post(self._tokenize_url, data=body, headers=self._headers) as response:
+            async with self._session.post(
+                self._tokenize_url, data=body, headers=self._headers, timeout=timeout
+            ) as response:
                 return int(orjson.loads(await response.read())["count"]) if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
             return None
@@ -228,11 +237,16 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
             await response.content.read()
 
 
+def _for_clients(message: str) -> str:
+    """What an engine says, without the user adapters in the names of recipes."""
+    return _USER_ADAPTER.sub("", message)
+
+
 async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
     """What an answer other than 200 means."""
     try:
         error = orjson.loads(await response.read())["error"]
-        message, param = str(error["message"]), error.get("param")
+        message, param = _for_clients(str(error["message"])), error.get("param")
     except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
         message, param = f"HTTP {response.status} without a reason", None
     status = response.status

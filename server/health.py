@@ -1,11 +1,13 @@
-"""How each part is: asked every few seconds, and again when `/ready` asks."""
+"""How each part is: asked every few seconds in the background, and never by whoever wants to know."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import aiohttp
@@ -15,12 +17,27 @@ from bank.serving import ServingBank
 from server.engine_client import bearer
 from server.errors import ApiError
 from server.store.durability import CheckedStore, Durability
+from server.watching import forever
 
 log = logging.getLogger("mta.gateway")
 
 STATUS_PATH = "/mta/v1/status"
-PROBE_INTERVAL_S = 5.0
+ROUTER_PATH = "/health"
+PROBE_INTERVAL_S = 2.0
 PROBE_TIMEOUT_S = 2.0
+STALE_AFTER_S = 15.0
+"""A round of probes takes 4 s at most: what is older was left behind by a watch that hangs or is dead."""
+
+_SILENT = f"no answer within {PROBE_TIMEOUT_S:g} s"
+
+
+class Readiness(StrEnum):
+    """Whether requests can be answered as they should be."""
+
+    READY = "ready"
+    NOT_READY = "not_ready"
+    NOT_YET_SEEN = "not_yet_seen"
+    STALE = "stale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +60,15 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
+class AddressState:
+    """How the address that generates is: an engine, or the router before many. Attributes as above."""
+
+    url: str
+    status: str
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoreState:
     """How the store is; `detail` as above."""
 
@@ -53,15 +79,33 @@ class StoreState:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One look at every part that can fail while the gateway runs. Bank and embedder were checked at start."""
+    """One look at every part that can fail while the gateway runs. Bank and embedder were checked at start.
+
+    Attributes:
+        store: where users are.
+        generating: the address that generations are sent to.
+        engines: every engine by itself.
+        seen_s: when the look ended, by the monotonic clock.
+    """
 
     store: StoreState
+    generating: AddressState
     engines: tuple[EngineState, ...]
+    seen_s: float
 
     @property
-    def ready(self) -> bool:
-        """Whether a request can be answered as it should be."""
-        return self.store.status == "ok" and all(engine.status == "ok" for engine in self.engines)
+    def age_s(self) -> float:
+        """How long ago that was."""
+        return time.monotonic() - self.seen_s
+
+    @property
+    def readiness(self) -> Readiness:
+        """Whether a request can be answered as it should be; one engine that has the bank will do."""
+        if self.age_s > STALE_AFTER_S:
+            return Readiness.STALE
+        reached = self.store.status == self.generating.status == "ok"
+        served = any(engine.status == "ok" for engine in self.engines)
+        return Readiness.READY if reached and served else Readiness.NOT_READY
 
 
 class Health:
@@ -73,6 +117,7 @@ class Health:
         urls: every engine by itself.
         key: what engines ask for.
         bank: whose fingerprint they must serve.
+        generating: the address that generates: one of `urls`, or a router's.
     """
 
     def __init__(
@@ -82,9 +127,12 @@ class Health:
         urls: Sequence[str],
         key: str | None,
         bank: ServingBank,
+        *,
+        generating: str,
     ) -> None:
         self._store = store
         self._session = session
+        self._generating = generating.rstrip("/")
         self._urls = tuple(urls)
         self._headers = bearer(key)
         self._fingerprint = bank.manifest.fingerprint
@@ -92,23 +140,43 @@ class Health:
         self.context: int | None = None
         """The shortest context among the engines, in tokens; stays known while they are down."""
 
+    @property
+    def readiness(self) -> Readiness:
+        """Whether requests can be answered as they should be, as far as is known now; nothing is asked."""
+        return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
+
     async def probe(self) -> Report:
         """Ask every part now."""
         asking = asyncio.gather(*map(self._ask_engine, self._urls))
-        store, engines = await asyncio.gather(self._ask_store(), asking)
-        self.last = Report(store, tuple(engines))
+        store, engines, router = await asyncio.gather(self._ask_store(), asking, self._ask_router())
+        self.last = Report(store, router or self._as_address(engines), tuple(engines), time.monotonic())
         contexts = [engine.max_model_len for engine in engines if engine.max_model_len]
         self.context = min(contexts) if contexts else self.context
         return self.last
 
     async def watch(self) -> None:
-        """Probe for ever; a fault of ours in one round does not end the watch."""
-        while True:
-            try:
-                await self.probe()
-            except Exception:
-                log.exception("looking at the parts failed")
-            await asyncio.sleep(PROBE_INTERVAL_S)
+        """Probe for ever."""
+        await forever(PROBE_INTERVAL_S, self.probe, log)
+
+    def _as_address(self, engines: Sequence[EngineState]) -> AddressState:
+        """The engine that generates, which has said all about itself."""
+        state = engines[self._urls.index(self._generating)]
+        return AddressState(state.url, state.status, state.detail)
+
+    async def _ask_router(self) -> AddressState | None:
+        """How the router is; None where an engine of its own generates."""
+        url = self._generating
+        if url in self._urls:
+            return None
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S), self._session.get(f"{url}{ROUTER_PATH}") as response:
+                if response.status == 200:
+                    return AddressState(url, "ok")
+                return AddressState(url, "unavailable", f"it answered {response.status} to {ROUTER_PATH}")
+        except TimeoutError:
+            return AddressState(url, "unavailable", _SILENT)
+        except (aiohttp.ClientError, OSError) as error:
+            return AddressState(url, "unavailable", str(error))
 
     async def _ask_store(self) -> StoreState:
         try:
@@ -129,7 +197,7 @@ class Health:
                     return _refused(url, response.status)
                 return self._judged(url, orjson.loads(await response.read()))
         except TimeoutError:
-            return EngineState(url, "unavailable", f"no answer within {PROBE_TIMEOUT_S:g} s")
+            return EngineState(url, "unavailable", _SILENT)
         except (aiohttp.ClientError, OSError) as error:
             return EngineState(url, "unavailable", str(error))
         except (ValueError, TypeError, KeyError) as error:

@@ -73,8 +73,13 @@ class Personalization:
 
     @property
     def model(self) -> str:
-        """The name under which the engine serves it."""
+        """The name under which the engine serves it; it holds the user's key: nothing for clients."""
         return self.recipe.name if self.recipe else BASE_MODEL
+
+    @property
+    def shown(self) -> str | None:
+        """The recipe's name as clients see it, its user adapter left out; None for the base model."""
+        return self.recipe.plain.name if self.recipe else None
 
 
 class Personalizer:

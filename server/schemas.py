@@ -33,7 +33,10 @@ MAX_USER_RANK = 8
 MAX_STEPS = 500
 SEED_MAX = (1 << 63) - 1
 
-_USER_ID = "1 to 256 bytes of printable UTF-8 without spaces, `/`, `\\`, `{` or `}`; not `.` or `..`."
+_USER_ID = (
+    "1 to 256 bytes of printable UTF-8 without spaces, `/`, `\\`, `{` or `}`; not `.` or `..`. Compared in Unicode's "
+    "normal form C."
+)
 _USER_ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[^\s/\\{}]+$"}
 UserId = Annotated[str, AfterValidator(check_user_id), WithJsonSchema(_USER_ID_SCHEMA | {"description": _USER_ID})]
 UserIdInPath = Annotated[UserId, Path(description=_USER_ID, examples=["ada"])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import unicodedata
 
 from adapters.errors import MtaError
 
@@ -58,8 +59,12 @@ class UserKeys:
         """What vLLM salts this tenant's prefix cache with: cached timing then says nothing to other tenants."""
 
     def key(self, user_id: str) -> str:
-        """The user's key: 26 characters of base32 (128 bits), the alphabet of recipe names."""
-        return self._digest(f"{self._tenant}\0{user_id}")
+        """The user's key: 26 characters of base32 (128 bits), the alphabet of recipe names.
+
+        It is made of the id in Unicode's normal form C: `é` is one letter, whether an app sends it as one character or
+        as two.
+        """
+        return self._digest(f"{self._tenant}\0{unicodedata.normalize('NFC', user_id)}")
 
     def _digest(self, text: str) -> str:
         digest = hmac.digest(self._secret, text.encode(), hashlib.sha256)

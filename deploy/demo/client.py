@@ -162,11 +162,12 @@ class Api:
 
 
 def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The JSON of each server-sent event, up to `[DONE]`."""
+    """The JSON of each server-sent event, up to `[DONE]`; comments and empty lines are passed over."""
     for line in response:
+        if not line.startswith(b"data:"):
+            continue
         data = line.removeprefix(b"data:").strip()
         if data == b"[DONE]":
             return
-        if data:
-            yield json.loads(data)
+        yield json.loads(data)
     raise DemoError("the server closed the stream in the middle of an answer")

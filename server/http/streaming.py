@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import orjson
+from starlette.responses import Response
 
+if TYPE_CHECKING:
+    from starlette.types import Send
+
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""What streams of events are sent with: no proxy shall keep them, or hold them back until they are complete."""
+
+KEEP_ALIVE_S = 15.0
+"""Longest silence of a stream: proxies take one that lasts much longer for its end."""
+
+KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 _DATA = b"data:"
 _END = b"[DONE]"
@@ -23,6 +38,65 @@ class ByteChunks(Protocol):
 def event(value: object) -> bytes:
     """One event that carries `value` as JSON."""
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class EventSender:
+    """Sends a stream of events; while there is none for `KEEP_ALIVE_S`, a comment, which clients pass over.
+
+    The head of the response goes with whichever comes first. A context manager around all that is sent.
+
+    Args:
+        send: ASGI's.
+        headers: asked for when the head is sent; they come beside `HEADERS`.
+
+    Attributes:
+        begun: whether the head is sent: the status is 200 from then on, and an error can only be an event.
+    """
+
+    def __init__(self, send: Send, headers: Callable[[], Mapping[str, str]]) -> None:
+        self.begun = False
+        self._send = send
+        self._headers = headers
+        self._said_s = time.monotonic()
+        self._turn = asyncio.Lock()
+        self._pulse: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._pulse = asyncio.create_task(self._keep_alive())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._pulse
+        self._pulse.cancel()
+        await asyncio.gather(self._pulse, return_exceptions=True)
+
+    async def write(self, data: bytes) -> None:
+        """Send whole events."""
+        async with self._turn:
+            if not self.begun:
+                self.begun = True
+                head = Response(headers=HEADERS | dict(self._headers()), media_type=MEDIA_TYPE).raw_headers
+                head = [(name, value) for name, value in head if name != b"content-length"]
+                await self._send({"type": "http.response.start", "status": 200, "headers": head})
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            self._said_s = time.monotonic()
+
+    async def end(self) -> None:
+        """End the response; nothing can be sent after it."""
+        async with self._turn:
+            assert self._pulse
+            self._pulse.cancel()
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self) -> None:
+        while True:
+            left_s = self._said_s + KEEP_ALIVE_S - time.monotonic()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+            else:
+                await self.write(KEEP_ALIVE)
 
 
 async def events(chunks: ByteChunks) -> AsyncIterator[Any]:

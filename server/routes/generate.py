@@ -14,7 +14,7 @@ from server.errors import ApiError
 from server.generation import Answer, check_limits
 from server.http.disconnect import ClientGone, unless_gone
 from server.http.json_body import JsonRoute
-from server.http.streaming import DONE, event
+from server.http.streaming import DONE, EventSender, event
 from server.parts import Parts, parts_of
 from server.schemas import GenerateRequest
 from server.timings import Timings
@@ -42,7 +42,9 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
 
     With `stream` the answer comes as server-sent events in the shape of OpenAI's chunks: the first carries
     `personalization`, the last `usage` and `timings_ms`, then `data: [DONE]`. An error midway is an event
-    `{"error": …}`, without `[DONE]`.
+    `{"error": …}`, without `[DONE]`. While there is nothing to say, a comment (`: keep-alive`) comes every 15 seconds.
+    The first one is sent with status 200 even where no text has begun: an error after it is an event too, before it an
+    answer with a status of its own.
     """
     parts = parts_of(request)
     check_limits(body, parts.settings.max_prompt_chars, parts.health.context)
@@ -80,37 +82,34 @@ class _Generation(Response):
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         timings = Timings(scope["state"]["started_s"])
-        async with self._started(timings) as answer:
-            _note(scope, answer)
-            headers = {"Server-Timing": timings.header(), "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            head = Response(headers=headers, media_type="text/event-stream").raw_headers
-            head = [(name, value) for name, value in head if name != b"content-length"]
-            await send({"type": "http.response.start", "status": 200, "headers": head})
-            await self._events(answer, send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async with EventSender(send, lambda: {"Server-Timing": timings.header()}) as sender:
+            try:
+                async with self._started(timings) as answer:
+                    _note(scope, answer)
+                    await self._events(answer, sender)
+            except ApiError as error:
+                if not sender.begun:
+                    raise
+                await self._break_off(error, sender)
+            except Exception:
+                if not sender.begun:
+                    raise
+                log.exception("%s broke", scope["state"].get("request_id", "a stream"))
+                await self._break_off(ApiError("the gateway failed in the middle of the answer"), sender)
+            await sender.end()
 
-    async def _events(self, answer: Answer, send: Send) -> None:
+    async def _events(self, answer: Answer, sender: EventSender) -> None:
         chunks = Chunks(answer)
-        try:
-            await _send(send, event(chunks.first()))
-            async for text in answer.texts():
-                await _send(send, event(chunks.text(text)))
-            self._parts.metrics.observe(answer.timings.ms)
-            await _send(send, event(chunks.last()) + DONE)
-        except ApiError as error:
-            await self._break_off(error, send)
-        except Exception:
-            log.exception("%s broke", answer.id)
-            await self._break_off(ApiError("the gateway failed in the middle of the answer"), send)
+        await sender.write(event(chunks.first()))
+        async for text in answer.texts():
+            await sender.write(event(chunks.text(text)))
+        self._parts.metrics.observe(answer.timings.ms)
+        await sender.write(event(chunks.last()) + DONE)
 
-    async def _break_off(self, error: ApiError, send: Send) -> None:
+    async def _break_off(self, error: ApiError, sender: EventSender) -> None:
         log.warning("%s", error.explained)
         self._parts.metrics.broken_streams.labels(error.code).inc()
-        await _send(send, event(error.body()))
-
-
-async def _send(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+        await sender.write(event(error.body()))
 
 
 def _note(scope: Scope, answer: Answer) -> None:

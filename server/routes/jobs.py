@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -12,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from adapters.errors import excerpt
 from server.answers import ErrorAnswer, JobAnswer, job_answer
 from server.errors import ApiError, NotFound
+from server.http import streaming
 from server.http.json_body import SamplesRoute
-from server.http.streaming import DONE, event
 from server.parts import Parts, parts_of
 from server.schemas import AdaptRequest, UserIdInPath
 from server.store.jobs import JobId, parse_job_id
@@ -54,28 +55,32 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
 
 @router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": _STREAM}}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> StreamingResponse:
-    """The job as server-sent events: whenever it has changed, until it has ended, then `data: [DONE]`."""
+    """The job as server-sent events: whenever it has changed, until it has ended, then `data: [DONE]`.
+
+    While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
+    """
     parts, parsed = parts_of(request), _parsed(job_id)
     first = job_answer(await parts.adapting.job(parsed))
-    return StreamingResponse(
-        _events(parts, parsed, first), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
+    return StreamingResponse(_events(parts, parsed, first), media_type=streaming.MEDIA_TYPE, headers=streaming.HEADERS)
 
 
 async def _events(parts: Parts, job_id: JobId, answer: JobAnswer) -> AsyncIterator[bytes]:
-    told = None
+    told, told_s = None, 0.0
     while True:
         if answer != told:
-            yield event(answer.model_dump(mode="json"))
-            told = answer
+            yield streaming.event(answer.model_dump(mode="json"))
+            told, told_s = answer, time.monotonic()
+        elif time.monotonic() - told_s >= streaming.KEEP_ALIVE_S:
+            yield streaming.KEEP_ALIVE
+            told_s = time.monotonic()
         if answer.state.ended:
-            yield DONE
+            yield streaming.DONE
             return
         await asyncio.sleep(_POLL_S)
         try:
             answer = job_answer(await parts.adapting.job(job_id))
         except ApiError as error:
-            yield event(error.body())
+            yield streaming.event(error.body())
             return
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.health import Report
+from server.health import Readiness, Report
 from server.metrics import CONTENT_TYPE
 from server.parts import Parts, parts_of
 
@@ -22,13 +22,25 @@ async def health(request: Request) -> dict[str, Any]:
     return {"status": "ok", "parts": _parts(parts, parts.health.last)}
 
 
-@router.get("/ready", responses={503: {"description": "A part is not ready."}})
+@router.get("/ready", responses={503: {"description": "A part that every request needs is not ready."}})
 async def ready(request: Request) -> JSONResponse:
-    """Whether requests can be answered as they should be: asks every part, 503 when one is not ready."""
+    """Whether requests can be answered as they should be: 503 when not.
+
+    Ready means that the store can be used, the address that generates can be reached, and so can one engine that has
+    the bank. It is what was last seen, a few seconds ago at most; nothing is asked. Before the first look `status` is
+    `not_yet_seen`, and `stale` when the last one is too old to say anything.
+    """
     parts = parts_of(request)
-    report = await parts.health.probe()
-    content = {"status": "ready" if report.ready else "not_ready", "parts": _parts(parts, report)}
-    return JSONResponse(content, status_code=200 if report.ready else 503)
+    report, readiness = parts.health.last, parts.health.readiness
+    content = {
+        "status": readiness.value,
+        "detail": None,
+        "seen_s_ago": round(report.age_s, 1) if report else None,
+        "parts": _parts(parts, report),
+    }
+    if readiness is Readiness.STALE:
+        content["detail"] = "the gateway's watch over its parts hangs or has ended: its log may say why; restart it"
+    return JSONResponse(content, status_code=200 if readiness is Readiness.READY else 503)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -47,6 +59,7 @@ def _parts(parts: Parts, report: Report | None) -> dict[str, Any]:
             "anchors": len(manifest.anchors),
         },
         "embedder": {"status": "ok", "id": manifest.embedder.id, "dim": manifest.embedder.dim},
-        "redis": asdict(report.store) if report else {"status": "not_yet_seen"},
+        "redis": asdict(report.store) if report else {"status": Readiness.NOT_YET_SEEN.value},
+        "engine_url": asdict(report.generating) if report else {"status": Readiness.NOT_YET_SEEN.value},
         "engines": [asdict(engine) for engine in report.engines] if report else [],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from server.supervisor.errors import StartError
 
 LOCK_FILE = "lock"
 SECRET_FILE = "secret"
+MAX_LOG_BYTES = 64 << 20
+"""A log that has grown beyond begins anew; there are two of each part."""
+
 _HANDOVER_S = 5.0
 _SECRET_BYTES = 32
 
@@ -62,6 +66,17 @@ class DataFolder:
         log = self.log(part)
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
+
+    def empty_log(self, part: str) -> None:
+        """Empty the log of a running part when it has grown too large; what it held becomes `<part>.log.1`.
+
+        The part has it open and appends to it, so that the file must stay. What is written in the moment between
+        copying and emptying is lost.
+        """
+        log = self.log(part)
+        if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
+            shutil.copy(log, log.with_suffix(".log.1"))
+            os.truncate(log, 0)
 
     def close(self) -> None:
         """Let go of the folder."""

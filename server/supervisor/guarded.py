@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from server.supervisor.part import Part
@@ -17,15 +18,16 @@ GRACE_S = 2.0
 """From the end of `mta up`, however it came, to SIGKILL for what still runs."""
 
 _TAIL_BYTES = 16 << 10
+_RUN = b"==== mta up starts "
+"""Begins the line in a log that says where a run of the part begins."""
 
 
 class GuardedProcess:
     """One run of a part, from spawn to the last of its descendants."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
         self._process = process
         self._log = log
-        self._log_start = log_start
         self._started_s = time.monotonic()
 
     @classmethod
@@ -39,7 +41,9 @@ class GuardedProcess:
         """
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            log_start = os.fstat(handle).st_size
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            with suppress(OSError):  # a full disk keeps nobody from starting
+                os.write(handle, _RUN + f"{part.name} {now}\n".encode())
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", str(GUARD), str(GRACE_S), *part.command),
                 stdin=asyncio.subprocess.PIPE,
@@ -51,7 +55,7 @@ class GuardedProcess:
             )
         finally:
             os.close(handle)
-        return cls(process, log, log_start)
+        return cls(process, log)
 
     @property
     def uptime_s(self) -> float:
@@ -93,11 +97,17 @@ class GuardedProcess:
     def log_tail(self, lines: int = 20) -> str:
         """The last lines of this run's output."""
         with self._log.open("rb") as file:
-            file.seek(max(self._log_start, self._log.stat().st_size - _TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
+            file.seek(max(0, self._log.stat().st_size - _TAIL_BYTES))
+            text = newest_run(file.read())
         return "\n".join(text.rstrip().splitlines()[-lines:])
 
     def _ask(self) -> None:
         if self._process.stdin is not None and self.running:
             with suppress(BrokenPipeError, ConnectionResetError):
                 self._process.stdin.write(b".")
+
+
+def newest_run(log: bytes) -> str:
+    """What the newest run has written, of a log or the end of one: it may have been emptied in the meantime."""
+    _, begun, written = log.rpartition(_RUN)
+    return (written.partition(b"\n")[2] if begun else log).decode("utf-8", "replace")

@@ -25,6 +25,8 @@ LOOPBACK = "127.0.0.1"
 # vLLM's processes talk to each other over TCP, by default on whatever address the host name stands for.
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
+_GATEWAY_SECRETS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY"))
+
 # Stopping one after the other, guards' grace included, stays below 30 s even when every part has to be killed.
 VALKEY_STOP_S = 5
 ENGINE_STOP_S = 8
@@ -89,11 +91,15 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
 
 
 def worker_part(settings: Settings, log: Path) -> Part:
-    """What trains user adapters; `log` is where it will say that it is ready."""
+    """What trains user adapters; `log` is where it will say that it is ready.
+
+    It knows users by their keys alone, and no engine: neither secret is its business.
+    """
+    environment = dict(os.environ) | _as_environment(settings)
     return Part(
         name="worker",
         command=(sys.executable, "-m", "server.cli", "worker"),
-        environment=dict(os.environ) | _as_environment(settings),
+        environment={name: value for name, value in environment.items() if name not in _GATEWAY_SECRETS},
         ready=writes(log, "ready: bank"),
         address=f"{settings.worker_threads} threads",
         start_timeout_s=600,
@@ -102,7 +108,7 @@ def worker_part(settings: Settings, log: Path) -> Part:
 
 
 def gateway_part(settings: Settings) -> Part:
-    """The gateway, ready when it finds all other parts ready."""
+    """The gateway, ready when it finds store and engine ready."""
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),

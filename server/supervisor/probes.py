@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 
+from server.supervisor.guarded import newest_run
 from server.supervisor.part import Probe
 
 PROBE_TIMEOUT_S = 5.0
@@ -57,18 +58,12 @@ def answers_redis(host: str, port: int, password: str) -> Probe:
 
 
 def writes(log: Path, text: str) -> Probe:
-    """Ready when the part has written `text` into its log once more than when it was last found ready."""
-    found = 0
+    """Ready when the part has written `text` into its log since it was last started."""
 
-    def counted() -> int:
-        return log.read_text("utf-8", "replace").count(text) if log.exists() else 0
+    def written() -> bool:
+        return log.exists() and text in newest_run(log.read_bytes())
 
     async def ready() -> bool:
-        nonlocal found
-        count = await asyncio.to_thread(counted)
-        if count > found:
-            found = count
-            return True
-        return False
+        return await asyncio.to_thread(written)
 
     return ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from server.supervisor.data_folder import DataFolder
@@ -10,8 +11,12 @@ from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.part import Backoff, Part
 from server.supervisor.status import Report, State
+from server.watching import forever
+
+log = logging.getLogger("mta.up")
 
 POLL_S = 0.1
+LOG_LOOK_S = 60.0
 
 
 class Supervisor:
@@ -25,6 +30,8 @@ class Supervisor:
     """
 
     def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report, backoff: Backoff | None = None) -> None:
+        self._parts = tuple(parts)
+        self._data = data
         self._keepers = [_Keeper(part, data, report, backoff or Backoff()) for part in parts]
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, started: Callable[[], None]) -> None:
@@ -53,7 +60,7 @@ class Supervisor:
 
     async def _live(self, started: Callable[[], None]) -> None:
         """Start every part, then keep all of them running for ever."""
-        keeping: list[asyncio.Task[None]] = []
+        keeping: list[asyncio.Task[None]] = [asyncio.create_task(forever(LOG_LOOK_S, self._empty_large_logs, log))]
         try:
             for keeper in self._keepers:
                 await keeper.start()
@@ -64,6 +71,11 @@ class Supervisor:
             for task in keeping:
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
+
+    async def _empty_large_logs(self) -> None:
+        """Keep logs from filling the disk."""
+        for part in self._parts:
+            await asyncio.to_thread(self._data.empty_log, part.name)
 
 
 class _Keeper:

@@ -245,7 +245,7 @@ async def test_its_status_is_understood(
     store = RedisConnection(valkey.url)
     states = {}
     for key in (KEY, "wrong"):
-        health = Health(store, session, [subject.url], key, bank)
+        health = Health(store, session, [subject.url], key, bank, generating=subject.url)
         states[key] = (await health.probe()).engines[0]
         assert health.context == (CONTEXT if key == KEY else None)
     assert (states[KEY].status, states[KEY].banks) == ("ok", (bank.manifest.fingerprint,))

@@ -59,11 +59,11 @@ def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
     assert done["progress"]["step"] == done["progress"]["of"] > 0
     who = generate(client, ada).json()["personalization"]
     assert (who["level"], who["reason"]) == ("stacked", None)
-    assert who["recipe"].endswith(f".{done['adapter']}")
+    assert fake_engine.seen[-1].body["model"].endswith(f".{done['adapter']}")
     user = client.get(f"/users/{ada}").json()
     adapter = user["adapter"]
     assert (adapter["id"], adapter["stale"]) == (done["adapter"], False)
-    assert adapter["recipe"] == who["recipe"].partition(":u-")[0]
+    assert adapter["recipe"] == who["recipe"]
     assert adapter["bytes"] > 100
     assert generate(client, ada, personalize="merged").json()["personalization"]["level"] == "merged"
 
@@ -106,11 +106,33 @@ def test_an_adapter_stays_with_its_recipe_when_the_profile_changes(
     fake_engine.knobs.user_adapters = True
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
     work()
-    before = generate(client, ada).json()["personalization"]["recipe"]
+    generate(client, ada).raise_for_status()
+    before = fake_engine.seen[-1].body["model"]
     client.put(f"/users/{ada}/profile", json={"items": [{"text": world(4)}]}).raise_for_status()
     who = generate(client, ada).json()["personalization"]
-    assert (who["level"], who["recipe"]) == ("stacked", before)
+    assert (who["level"], fake_engine.seen[-1].body["model"]) == ("stacked", before)
     assert generate(client, ada, personalize="merged").json()["personalization"]["recipe"] not in before
+
+
+def test_clients_are_never_told_whose_adapter_is_stacked_on_a_recipe(
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work
+) -> None:
+    fake_engine.knobs.user_adapters = True
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    work()
+    told = [generate(client, ada, stream=stream) for stream in (False, True)] + [client.get(f"/users/{ada}")]
+    assert ":u-" in fake_engine.seen[-1].body["model"]
+    for status in (400, 418, 500):
+        fake_engine.knobs.status = status
+        told.append(generate(client, ada))
+    fake_engine.knobs.status, fake_engine.knobs.fail_after = None, 0
+    told.append(generate(client, ada, stream=True))
+    fake_engine.knobs.fail_after = 2
+    told.append(generate(client, ada, stream=True))
+    assert [answer.status_code for answer in told] == [200, 200, 200, 400, 502, 503, 502, 200]
+    for answer in told:
+        assert "mta1:" in answer.text
+        assert ":u-" not in answer.text
 
 
 def test_a_user_without_a_profile_gets_one_of_the_samples(client: httpx.Client, new_user: NewUser) -> None:

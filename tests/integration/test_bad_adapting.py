@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from server.settings import Settings
-from tests.support.gateway import GatewayThread
+from tests.support.gateway import GatewayThread, wait_until_ready
 
 GOOD = {"input": "q", "output": "a"}
 JSON, LINES = "application/json", "application/x-ndjson"
@@ -103,7 +103,7 @@ def contents(settings: Settings) -> dict[bytes, bytes]:
 def test_it_is_refused_by_name_and_changes_nothing(
     client: httpx.Client, new_user: Callable[[], str], gateway_settings: Settings, case: Case
 ) -> None:
-    client.get("/ready").raise_for_status()  # the engine's context of 512 is known from here on
+    wait_until_ready(client)  # the engine's context of 512 is known from here on
     before = contents(gateway_settings)
     content = case.raw if case.raw is not None else json.dumps(case.body).encode()
     response = client.post(f"/users/{new_user()}/adapt", content=content, headers={"Content-Type": case.media})

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import pytest
 import redis
 
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread
+from tests.support.gateway import GatewayThread, wait_until_ready
 
 USER = "somebody-known"
 MIB = 1 << 20
@@ -178,13 +177,8 @@ def known_user(gateway: GatewayThread) -> Iterator[None]:
     """Somebody whose profile the bad requests must not touch."""
     with gateway.client() as client:
         client.put(f"/users/{USER}/profile", json={"items": [{"text": "the sea"}]}).raise_for_status()
-        wait_for_context(client)
+        wait_until_ready(client)  # it knows the engine's context from then on
     yield
-
-
-def wait_for_context(client: httpx.Client) -> None:
-    """The gateway learns the engine's context from its status."""
-    client.get("/ready").raise_for_status()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -66,18 +66,20 @@ def test_who_is_erased_is_gone_from_the_store_at_once_and_from_every_engine_in_t
     work()
     who = generate(client, USER).json()["personalization"]
     assert who["level"] == "stacked"
-    far.chat(who["recipe"]).raise_for_status()
+    user_key = fleet.gateway.parts.profiles.key(USER)
+    recipe = f"{who['recipe']}:u-{user_key}.{client.get(f'/users/{USER}').json()['adapter']['id']}"
+    far.chat(recipe).raise_for_status()
     assert [engine.status()["user_adapters"] for engine in fleet.engines] == [1, 1]
-    blob = _blob(valkey, fleet.gateway.parts.profiles.key(USER))
+    blob = _blob(valkey, user_key)
     assert all(kept in _everything(valkey) for kept in (USER.encode(), SECRET_WORDS.encode(), blob))
 
     assert client.delete(f"/users/{USER}").json()["erased"]["adapters"] == 1
     assert generate(client, USER).json()["personalization"]["level"] == "base"
     assert not any(kept in _everything(valkey) for kept in (USER.encode(), SECRET_WORDS.encode(), blob))
-    wait_until(lambda: _forgot(near, who["recipe"]), "the engine that was told to drop the adapter")
-    assert near.chat(who["recipe"]).status_code == httpx.codes.NOT_FOUND
-    assert far.chat(who["recipe"]).status_code == httpx.codes.NOT_FOUND
-    wait_until(lambda: _forgot(far, who["recipe"]), "the other to find out by itself", SWEEP_S + PATIENCE_S)
+    wait_until(lambda: _forgot(near, recipe), "the engine that was told to drop the adapter")
+    assert near.chat(recipe).status_code == httpx.codes.NOT_FOUND
+    assert far.chat(recipe).status_code == httpx.codes.NOT_FOUND
+    wait_until(lambda: _forgot(far, recipe), "the other to find out by itself", SWEEP_S + PATIENCE_S)
 
 
 def _forgot(engine: Engine, recipe: str) -> bool:

@@ -13,7 +13,7 @@ from bank.manifest import read_manifest
 from server.settings import Settings
 from server.user_key import UserKeys
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, chunks_of, generate, text_of
+from tests.support.gateway import SECRET, chunks_of, generate, text_of, wait_until_ready
 from tests.support.processes import wait_until
 
 NewUser = Callable[[], str]
@@ -154,7 +154,7 @@ def test_tokens_are_passed_on_while_the_engine_still_speaks(
 def test_more_than_the_prompt_leaves_is_refused_and_never_cut_short(
     client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool
 ) -> None:
-    client.get("/ready").raise_for_status()  # the engine's context of 512 is known from here on
+    wait_until_ready(client)  # the engine's context of 512 is known from here on
     prompt = "x" * 500
     assert generate(client, ada, prompt=prompt, max_tokens=12, stream=stream).status_code == 200
     fake_engine.knobs.token_delay_s = 0.05

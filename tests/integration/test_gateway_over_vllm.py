@@ -11,7 +11,7 @@ import pytest
 
 from server.settings import Settings
 from tests.support.engine import Engine, running_engine
-from tests.support.gateway import GatewayThread
+from tests.support.gateway import GatewayThread, wait_until_ready
 from tests.support.processes import wait_until
 from tests.support.tiny import world
 
@@ -28,7 +28,7 @@ def engine(tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Engine]:
 def client(gateway_settings: Settings, engine: Engine) -> Iterator[httpx.Client]:
     settings = gateway_settings.model_copy(update={"engine_url": engine.url})
     with GatewayThread(settings) as gateway, gateway.client() as client:
-        wait_until(lambda: client.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready")
+        wait_until_ready(client)
         yield client
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import wait_until_ready
 from tests.support.processes import mta, running
 from tests.support.valkey import ValkeyProcess, free_port
 
@@ -46,7 +47,8 @@ def refusal(environment: Environment, *options: str) -> str:
 def test_it_serves_and_ends_in_order(environment: Environment) -> None:
     with running(mta("gateway"), environment) as process:
         process.wait_for("listening on")
-        assert httpx.get(f"http://127.0.0.1:{environment['MTA_PORT']}/ready").status_code == 200
+        with httpx.Client(base_url=f"http://127.0.0.1:{environment['MTA_PORT']}") as client:
+            wait_until_ready(client)
         process.send(signal.SIGTERM)
         assert process.wait() == 0
         assert "Traceback" not in process.output

@@ -12,7 +12,7 @@ import pytest
 
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, chunks_of, generate
+from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
 from tests.support.processes import wait_until
 
 NewUser = Callable[[], str]
@@ -128,6 +128,86 @@ class TestBrokenEngine:
                 assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_timeout")
 
 
+@pytest.mark.parametrize(
+    ("limit", "samples"), [("server.engine_client.COUNT_TIMEOUT_S", 1), ("server.adapting.COUNTING_S", 20)]
+)
+def test_samples_are_taken_uncounted_when_the_engine_is_silent(
+    client: httpx.Client,
+    new_user: NewUser,
+    fake_engine: FakeEngine,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    samples: int,
+) -> None:
+    monkeypatch.setattr(limit, 0.2)
+    wait_until_ready(client)  # it knows the context, so that it asks how long a long sample is
+    fake_engine.knobs.admit_s = 600
+    long = [{"input": f"question {n} " + "x" * 600, "output": "y"} for n in range(samples)]
+    job = client.post(f"/users/{new_user()}/adapt", json={"samples": long}).raise_for_status().json()
+    client.delete(f"/jobs/{job['id']}").raise_for_status()
+
+
+class TestSilence:
+    """The engine has nothing to say for a while; something between client and gateway may cut what is silent."""
+
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("server.http.streaming.KEEP_ALIVE_S", 0.05)
+
+    def test_a_stream_says_so_before_its_first_token_and_between_tokens(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine
+    ) -> None:
+        fake_engine.knobs.admit_s = fake_engine.knobs.token_delay_s = 0.3
+        response = generate(client, ada, stream=True, max_tokens=2)
+        comment, *rest = response.text.split("\n\n")
+        assert comment == ": keep-alive"
+        assert response.headers["X-Accel-Buffering"] == "no"
+        events = [json.loads(line.removeprefix("data: ")) for line in rest if "{" in line]
+        assert events[0]["personalization"]["level"] == "merged"
+        words = [place for place, line in enumerate(rest) if "content" in line]
+        assert comment in rest[words[0] : words[-1]]
+        assert rest[-2:] == ["data: [DONE]", ""]
+
+    def test_an_error_that_comes_after_that_is_an_event(
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine
+    ) -> None:
+        before = _metric(client, "mta_broken_streams_total")
+        fake_engine.knobs.admit_s, fake_engine.knobs.status = 0.3, 500
+        response = generate(client, ada, stream=True)
+        assert response.status_code == 200
+        *comments, error, end = response.text.split("\n\n")
+        assert set(comments) == {": keep-alive"}
+        assert json.loads(error.removeprefix("data: "))["error"]["type"] == "service_unavailable"
+        assert end == ""
+        assert _metric(client, "mta_broken_streams_total") == before + 1
+
+    def test_a_client_that_leaves_meanwhile_is_noticed(
+        self, gateway: GatewayThread, ada: str, fake_engine: FakeEngine
+    ) -> None:
+        fake_engine.knobs.admit_s = 30
+        body = {"user_id": ada, "prompt": "hello", "max_tokens": 4, "stream": True}
+        with gateway.client() as hasty, hasty.stream("POST", "/generate", json=body) as response:
+            assert next(response.iter_lines()) == ": keep-alive"
+        wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to notice")
+
+    def test_the_events_of_a_job_that_waits_say_so_too(
+        self, client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("server.routes.jobs._POLL_S", 0.02)
+        samples = [{"input": "q", "output": "a"}]
+        job = client.post(f"/users/{new_user()}/adapt", json={"samples": samples}).raise_for_status().json()
+        with client.stream("GET", f"/jobs/{job['id']}/events") as response:
+            assert response.headers["X-Accel-Buffering"] == "no"
+            lines = (line for line in response.iter_lines() if line)
+            assert json.loads(next(lines).removeprefix("data: "))["state"] == "queued"
+            assert [next(lines), next(lines)] == [": keep-alive"] * 2
+            client.delete(f"/jobs/{job['id']}").raise_for_status()
+            rest = [line for line in lines if line != ": keep-alive"]
+        assert json.loads(rest[0].removeprefix("data: "))["state"] == "cancelled"
+        assert rest[1:] == ["data: [DONE]"]
+
+
 class TestDisconnect:
     """A client that leaves takes its generation with it."""
 
@@ -156,5 +236,6 @@ class TestDisconnect:
 
 
 def _metric(client: httpx.Client, name: str) -> float:
+    """A metric, summed over its labels."""
     lines = client.get("/metrics").text.splitlines()
-    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))

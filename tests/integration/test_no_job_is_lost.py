@@ -1,4 +1,7 @@
-"""Whatever is killed, every accepted job ends once, and what it promoted is whole: real processes, really killed."""
+"""Whatever is killed, every accepted job ends once, and what it promoted is whole: real processes, really killed.
+
+Clients send no idempotency keys, and try again until they are answered; between gateway and store answers get lost.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
 from server.supervisor.parts import free_port
 from tests.support.processes import Background, mta, wait_until
+from tests.support.proxy import LossyProxy
 from tests.support.valkey import ValkeyProcess
 
 USERS = 200
@@ -33,7 +37,8 @@ KILLS = 9
 SETTLE_S = 240.0
 SECRET = "s" * 32
 SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(3)]
-BODY = {"samples": SAMPLES, "config": {"steps": 2, "learning_rate": 0.02}, "idempotency_key": "the one"}
+BODY = {"samples": SAMPLES, "config": {"steps": 2, "learning_rate": 0.02}}
+LOST_SHARE = 0.05
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Machine:
     """A gateway, two workers and a Valkey, each of which can be killed and started again."""
 
     environment: dict[str, str]
+    lossy: LossyProxy
     valkey: ValkeyProcess
     port: int
     running: dict[str, Background] = field(default_factory=dict)
@@ -49,7 +55,11 @@ class Machine:
         if name == "valkey":
             self.valkey.start()
             return
-        command = mta("gateway", "--port", str(self.port)) if name == "gateway" else mta("worker", "--threads", "1")
+        if name == "gateway":
+            url = f"redis://127.0.0.1:{self.lossy.port}/0"
+            command = mta("gateway", "--port", str(self.port), "--redis-url", url)
+        else:
+            command = mta("worker", "--threads", "1")
         self.running[name] = Background(command, self.environment)
 
     def kill(self, name: str) -> None:
@@ -79,12 +89,13 @@ def machine(
         "MTA_REDIS_URL": valkey.url,
         "MTA_ENGINE_URL": f"http://127.0.0.1:{free_port()}",  # nobody generates here
     }
-    here = Machine(environment, valkey, free_port())
-    for name in ("gateway", "worker-1", "worker-2"):
-        here.start(name)
-    yield here
-    for name in here.running:
-        here.kill(name)
+    with LossyProxy(valkey.port) as lossy:
+        here = Machine(environment, lossy, valkey, free_port())
+        for name in ("gateway", "worker-1", "worker-2"):
+            here.start(name)
+        yield here
+        for name in here.running:
+            here.kill(name)
     valkey.kill()
 
 
@@ -105,6 +116,7 @@ def test_every_accepted_job_ends_once_and_leaves_at_most_one_whole_adapter(
 ) -> None:
     chance = random.Random(7)
     with ThreadPoolExecutor(32) as pool:
+        machine.lossy.share = LOST_SHARE
         posting = [pool.submit(accepted, machine, user) for user in range(USERS)]
         for _ in range(KILLS):
             time.sleep(chance.uniform(0.5, 5))
@@ -115,6 +127,8 @@ def test_every_accepted_job_ends_once_and_leaves_at_most_one_whole_adapter(
             machine.mend()
         ids = [job_id for job_id in (parse_job_id(future.result()) for future in posting) if job_id]
     assert len(set(ids)) == USERS
+    assert machine.lossy.lost > 0
+    machine.lossy.share = 0.0
 
     def settled() -> bool:
         machine.mend()
@@ -123,6 +137,9 @@ def test_every_accepted_job_ends_once_and_leaves_at_most_one_whole_adapter(
     wait_until(settled, "every job to end", SETTLE_S)
     states = Counter(job.state.value for job in asyncio.run(_jobs(machine, ids)) if job)
     assert set(states) <= {"succeeded", "rejected", "failed"}
+    again = [JobId(job_id.user_key, job_id.number - 1) for job_id in ids if job_id.number > 1]
+    first = asyncio.run(_jobs(machine, again))  # which had ended without an adapter before their client tried again
+    assert all(job is not None and job.state in ("rejected", "failed") for job in first)
     assert states["succeeded"] > USERS / 2, states
     asyncio.run(_check_adapters(machine, ids, tiny_bank_folder))
 

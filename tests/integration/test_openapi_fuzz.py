@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
 from server.app import create_app
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread
+from tests.support.gateway import GatewayThread, wait_until_ready
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -33,6 +33,13 @@ def no_collection() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seen(gateway: GatewayThread) -> None:
+    """A gateway that is not ready says so with 503, which is no fault of its."""
+    with gateway.client() as client:
+        wait_until_ready(client)
 
 
 schema = schemathesis.openapi.from_dict(create_app(Settings()).openapi())

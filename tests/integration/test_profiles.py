@@ -229,3 +229,31 @@ async def test_evidence_that_this_version_does_not_know_survives_a_change(
     assert profile is not None
     assert profile.extra == {200: b"signature" * 170}
     assert (await store.read(key)).profile is not None
+
+
+async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(
+    store: RedisProfiles, inner: Embedder, valkey: ValkeyProcess, user_id: str
+) -> None:
+    old, new = CountingEmbedder(inner), CountingEmbedder(inner, "11" * 8)
+    gateways = [profiles(store, embedder) for embedder in (old, new)]
+    await gateways[0].replace(user_id, items("waves", "roses"))
+    signed_at = (await gateways[0].current(user_id)).updated_ms  # type: ignore[union-attr]
+    seen = [await gateway.current(user_id) for gateway in gateways]
+    assert [profile and profile.embedder for profile in seen] == [old.id, new.id]
+    async with redis.from_url(valkey.url) as raw:
+        name = f"mta:{{{KEYS.key(user_id)}}}:profile"
+        record = await raw.get(name)
+        for embedder in (old, new):
+            embedder.texts.clear()
+        for gateway in gateways * 3:
+            profile = await gateway.current(user_id)
+            assert profile is not None
+            assert profile.updated_ms == signed_at
+        assert await raw.get(name) == record
+        assert old.texts == new.texts == []
+    await gateways[1].add(user_id, items("bread"))
+    for gateway, embedder in zip(gateways, (old, new), strict=True):
+        profile = await gateway.current(user_id)
+        assert profile is not None
+        assert (profile.embedder, profile.items) == (embedder.id, 3)
+        assert profile.updated_ms > signed_at

@@ -36,6 +36,7 @@ class Knobs:
         anchors: how many anchors each of them has.
         method: how they are fused.
         context: tokens that prompt and answer may have together; a token is a character of the prompt.
+        admit_s: pause before it answers at all.
         token_delay_s: pause before each token.
         die_after: cut the connection after so many tokens.
         fail_after: send an error event after so many tokens.
@@ -49,6 +50,7 @@ class Knobs:
     anchors: int = 6
     method: Method = Method.SHARED
     context: int = 512
+    admit_s: float = 0.0
     token_delay_s: float = 0.0
     die_after: int | None = None
     fail_after: int | None = None
@@ -77,11 +79,13 @@ class FakeEngine:
     Attributes:
         knobs: turn them at any time.
         seen: generation requests, in order.
+        looks: how often its status was asked for.
         port: where it listens; the same after a restart.
     """
 
     knobs: Knobs = field(default_factory=Knobs)
     seen: list[Seen] = field(default_factory=list)
+    looks: int = 0
     port: int = field(default_factory=free_port)
     _loop: asyncio.AbstractEventLoop | None = None
     _thread: threading.Thread | None = None
@@ -142,9 +146,11 @@ class FakeEngine:
         return web.Response(status=self.knobs.status or 200)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.knobs.admit_s)
         return web.json_response({"count": _prompt_tokens(json.loads(await request.read()))})
 
     async def _status(self, request: web.Request) -> web.Response:
+        self.looks += 1
         if not _authorised(request):
             return _error(401, "missing or wrong engine key")
         return web.json_response(
@@ -168,6 +174,7 @@ class FakeEngine:
         self.seen.append(seen)
         refusal = self._refusal(body)
         try:
+            await asyncio.sleep(self.knobs.admit_s)
             answer = refusal or await (self._stream if body.get("stream") else self._whole)(request, seen)
         except (asyncio.CancelledError, ConnectionError):
             seen.aborted = True
@@ -178,7 +185,7 @@ class FakeEngine:
     def _refusal(self, body: dict[str, Any]) -> web.Response | None:
         knobs, model = self.knobs, body["model"]
         if knobs.status:
-            return _error(knobs.status, "the fake engine was told to fail")
+            return _error(knobs.status, f"the fake engine was told to fail at `{model}`")
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return _error(404, f"The model `{model}` does not exist.", "model")
         prompt = _prompt_tokens(body)
@@ -226,7 +233,13 @@ class FakeEngine:
                 assert request.transport
                 request.transport.abort()
             if seen.tokens == self.knobs.fail_after:
-                failure = {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}
+                failure = {
+                    "error": {
+                        "message": f"EngineCore died at `{seen.body['model']}`",
+                        "type": "InternalServerError",
+                        "code": 500,
+                    }
+                }
                 await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
                 return response
             await asyncio.sleep(self.knobs.token_delay_s)

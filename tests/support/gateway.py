@@ -14,6 +14,7 @@ import uvicorn
 from server.app import create_app
 from server.parts import Parts
 from server.settings import Settings
+from tests.support.processes import wait_until
 from tests.support.valkey import free_port
 
 SECRET = "a secret that only tests know"
@@ -76,6 +77,11 @@ class GatewayThread:
             self._failure = failure
         finally:
             self._up.set()
+
+
+def wait_until_ready(client: httpx.Client) -> None:
+    """Return once the gateway has seen all that it needs; it knows the engine's context from then on."""
+    wait_until(lambda: client.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready")
 
 
 def generate(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:

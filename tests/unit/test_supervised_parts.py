@@ -16,7 +16,7 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
-from server.supervisor.parts import check_port, engine_part, free_port, gateway_part, valkey_part
+from server.supervisor.parts import check_port, engine_part, free_port, gateway_part, valkey_part, worker_part
 from tests.support.processes import PATIENCE_S, command_line, descendants
 
 
@@ -91,6 +91,17 @@ def test_the_engine_gets_no_secret_of_users_and_keeps_its_processes_on_loopback(
     assert part.environment["VLLM_API_KEY"] == "k" * 32
     assert part.environment["VLLM_HOST_IP"] == "127.0.0.1"
     assert part.environment["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_the_worker_gets_no_secret_but_the_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "redis://:password@127.0.0.1:1/0"
+    for name in ("MTA_SECRET", "MTA_ENGINE_KEY"):
+        monkeypatch.setenv(name, "e" * 32)
+    settings = Settings(secret="s" * 32, engine_key="k" * 32, bank=tmp_path, redis_url=url)  # type: ignore[arg-type]
+    part = worker_part(settings, tmp_path / "worker.log")
+    assert not {"MTA_SECRET", "MTA_ENGINE_KEY"} & part.environment.keys()
+    assert (part.environment["MTA_BANK"], part.environment["MTA_REDIS_URL"]) == (str(tmp_path), url)
+    assert not {"s" * 32, "k" * 32, "e" * 32} & set(part.environment.values())
 
 
 def test_a_taken_port_is_refused_by_number() -> None:

@@ -17,6 +17,7 @@ from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.part import Backoff, Part
+from server.supervisor.probes import writes
 from server.supervisor.status import State
 from server.supervisor.supervisor import Supervisor
 from tests.support.processes import PATIENCE_S, Background, alive, descendants, wait_until
@@ -175,6 +176,76 @@ async def test_a_second_signal_ends_the_wait_for_a_stubborn_part(tmp_path: Path,
     part = python_part("stubborn", tmp_path, stubborn, stop_timeout_s=10 * PATIENCE_S)
     await run_until(Supervisor([part], data, Record()), lambda: True, hurry=True)
     assert not alive(pid_of("stubborn", tmp_path))
+
+
+CHATTER = """
+import itertools, threading, time
+def chatter():
+    for number in itertools.count():
+        print(number, "x" * 90, flush=True)
+        time.sleep(0.001)
+threading.Thread(target=chatter, daemon=True).start()
+"""
+LIMIT = 20_000
+
+
+@pytest.fixture
+def small_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.data_folder.MAX_LOG_BYTES", LIMIT)
+    monkeypatch.setattr("server.supervisor.supervisor.LOG_LOOK_S", 0.05)
+
+
+@pytest.mark.usefixtures("small_logs")
+async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_newest(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    log = data.log("chatty")
+    before = log.with_suffix(".log.1")
+    rotated: list[str] = []
+
+    def three_times() -> bool:
+        if before.exists() and before.stat().st_size and (start := before.read_text()[:100]) not in rotated:
+            rotated.append(start)
+        return len(rotated) == 3
+
+    await run_until(Supervisor([python_part("chatty", tmp_path, CHATTER)], data, Record()), three_times)
+    assert log.stat().st_size + before.stat().st_size < 10 * LIMIT
+    lines = [line for line in log.read_text().splitlines() if "====" not in line]
+    numbers = [int(line.split()[0]) for line in lines]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert {len(line.split()[1]) for line in lines} == {90}  # no line is cut, none is full of holes
+    assert numbers[0] > 3 * LIMIT // 200
+
+
+@pytest.mark.usefixtures("small_logs")
+async def test_a_part_that_says_when_it_is_ready_is_found_ready_again_after_its_log_was_emptied(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    log, record = data.log("chatty"), Record()
+    part = replace(python_part("chatty", tmp_path, f"print('ready: now')\n{CHATTER}"), ready=writes(log, "ready: now"))
+    killed: list[int] = []
+
+    def emptied_and_back() -> bool:
+        if not killed and log.with_suffix(".log.1").exists():
+            killed.append(pid_of("chatty", tmp_path))
+            os.kill(killed[0], signal.SIGKILL)
+        return record.count("chatty", State.READY) == 2
+
+    await run_until(Supervisor([part], data, record, Backoff(first_s=0.01)), emptied_and_back)
+
+
+async def test_a_part_that_was_ready_before_is_not_until_it_says_so_again(tmp_path: Path, data: DataFolder) -> None:
+    log = data.log("brief")
+    for code, expected in (("print('ready: now', flush=True)", True), ("print('not yet', flush=True)", False)):
+        part = replace(python_part("brief", tmp_path, code), ready=writes(log, "ready: now"))
+        process = await GuardedProcess.start(part, log)
+        try:
+            await _guard_of("brief", tmp_path)  # by then it has said what it has to say
+            assert await part.ready() is expected
+            assert process.log_tail() == code.split("'")[1]
+        finally:
+            await process.kill()
+            (tmp_path / "brief.pid").unlink()
 
 
 async def test_what_a_part_leaves_behind_dies_with_it(tmp_path: Path, data: DataFolder) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unicodedata import normalize
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +49,28 @@ def test_keys_fit_the_grammar_of_recipes_and_separate_users(one: str, other: str
     key = keys.key(one)
     recipe = FusionRecipe("00000000", Method.SHARED, True, (), f"{key}.{key}")
     assert parse_recipe(recipe.name) == recipe
-    assert (key == keys.key(other)) == (one == other)
+    assert (key == keys.key(other)) == (normalize("NFC", one) == normalize("NFC", other))
+
+
+@pytest.mark.parametrize("name", ["José", "Ångström", "한국어사용자", "ἀνήρ"])
+def test_a_name_is_one_user_however_its_characters_are_composed(name: str) -> None:
+    keys = UserKeys(SECRET, "default")
+    composed, decomposed = normalize("NFC", name), normalize("NFD", name)
+    assert composed != decomposed
+    assert check_user_id(decomposed) == decomposed
+    assert keys.key(composed) == keys.key(decomposed)
+
+
+def test_keys_of_composed_ids_are_what_they_always_were() -> None:
+    keys = UserKeys(SECRET, "default")
+    assert keys.key("ada@example.org") == "f3tncq2wmmcg2aayt3752mnx2y"
+    assert keys.key("José") == "aga2tyuycnypt6ddapyui5nixe"
+
+
+def test_the_limit_applies_to_what_was_sent() -> None:
+    assert check_user_id("é" * 128)
+    with pytest.raises(ValueError, match="1 to 256 bytes"):
+        check_user_id(normalize("NFD", "é" * 128))
 
 
 def test_a_key_depends_on_secret_and_tenant() -> None:

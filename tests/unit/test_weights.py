@@ -26,7 +26,10 @@ from bank.manifest import (
     write_manifest,
 )
 from bank.serving import ServingBank
+from bank.signature import Signature
 from bank.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
+from server.store.profiles import Profile, StoredSignature
+from server.store.records import decode_profile, encode_profile
 
 
 def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: int = 2) -> BankManifest:
@@ -144,6 +147,21 @@ def test_a_serving_bank_leads_from_an_embedding_to_a_recipe(tmp_path: Path) -> N
     assert recipe.name == f"mta1:{written.short}:cat:a00*750+a01*250"
     assert [w.anchor for w in weights] == [0, 1]
     assert bank.task.name == "chat"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy says so when the record is written
+def test_a_signature_that_holds_what_is_no_number_is_as_good_as_none(tmp_path: Path, number: float) -> None:
+    rule = SignatureRule(anchors=2, offsets=(0.0,) * 4)
+    written = saved_bank(tmp_path, weights=WeightRule(anchors=2, signature=rule))
+    bank, embedding = ServingBank.open(tmp_path, "e" * 16), np.array([1, 0, 0, 0], dtype=np.float32)
+    products = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    assert bank.personalise(embedding, Signature(written.short, 9, products)).source == "signature"
+    products[2] = number
+    spoiled = StoredSignature(Signature(written.short, 9, products), 1)
+    profile = decode_profile(encode_profile(Profile("ada", 1, 1, "e" * 16, embedding, signature=spoiled)))
+    for signature in (spoiled.signature, profile.evidence):
+        assert bank.personalise(embedding, signature) == bank.personalise(embedding)
 
 
 def test_a_bank_of_another_embedder_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""How workers are woken: whatever dies, whoever was called is called again in time, however busy all are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import redis.asyncio as redis
+
+from server.errors import Unavailable, UserErased
+from server.store.jobs import Job, JobId, JobState, Submission, Trained
+from server.store.redis_jobs import RedisJobs
+from server.store.redis_queue import RedisQueue
+from server.store.redis_signing import RedisSigning
+from server.user_key import UserKeys
+from tests.support.faults import Fault, FaultyConnection
+from tests.support.store_parts import StoreParts
+from tests.support.valkey import ValkeyProcess
+
+BANK, OTHER_BANK = "9f2c41d0", "00000000"
+CALLS, OPEN = f"mta:{{jobs:{BANK}}}:calls", f"mta:{{jobs:{BANK}}}:open"
+LATER_MS = 1 << 52
+_numbers = itertools.count()
+
+
+@pytest.fixture
+async def raw(server: ValkeyProcess) -> AsyncIterator[redis.Redis]:
+    async with redis.from_url(server.url) as raw:
+        await raw.flushall()
+        yield raw
+
+
+@pytest.fixture
+async def parts(server: ValkeyProcess, raw: redis.Redis) -> AsyncIterator[StoreParts]:
+    async with StoreParts.opened(server.url) as parts:
+        yield parts
+
+
+@pytest.fixture
+def jobs(parts: StoreParts) -> RedisJobs:
+    return parts.jobs
+
+
+@pytest.fixture
+def user() -> str:
+    return UserKeys("a secret for tests only", "tests").key(f"queued-{next(_numbers)}")
+
+
+@pytest.fixture
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was called is due at once."""
+    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
+
+
+async def submitted(jobs: RedisJobs, user: str, sample: str = "a", **fields: object) -> Job:
+    given = {"samples": [sample.encode()], "append": False, "config": "{}", "bank": BANK} | fields
+    job = await jobs.submit(user, Submission(**given), 100)  # type: ignore[arg-type]
+    assert job is not None
+    return job
+
+
+async def test_what_a_worker_read_and_did_not_live_to_claim_is_called_again_though_others_are_waiting(
+    jobs: RedisJobs, user: str, no_grace: None
+) -> None:
+    job = await submitted(jobs, user)
+    assert await jobs.next_job(BANK, "dies", 1) == job.id
+    waiting = [UserKeys("a secret for tests only", "tests").key(f"waiting-{n}") for n in range(3)]
+    others = {(await submitted(jobs, other)).id for other in waiting}
+    assert await jobs.overdue(BANK) == [job.id]
+    heard = {await jobs.next_job(BANK, "lives", 1) for _ in range(4)}
+    assert heard == {job.id, *others}
+    assert await jobs.next_job(BANK, "lives", 0.05) is None
+
+
+async def test_a_job_whose_gateway_died_before_it_could_announce_it_is_found(
+    server: ValkeyProcess, jobs: RedisJobs, user: str, raw: redis.Redis
+) -> None:
+    connection = FaultyConnection(server.url)
+    await connection.check()
+    connection.fail(Fault.LOST_REQUEST, after_writes=2)  # it is on the list, and made
+    with pytest.raises(Unavailable):
+        await submitted(RedisJobs(connection), user)
+    await connection.close()
+    assert (await jobs.job(JobId(user, 1))) is not None
+    assert await raw.xlen(CALLS) == 0
+    await raw.zadd(OPEN, {user: 0})  # the time has come
+    assert await jobs.overdue(BANK) == [JobId(user, 1)]
+    assert await jobs.next_job(BANK, "w", 1) == JobId(user, 1)
+
+
+async def test_a_job_that_is_made_long_after_it_was_listed_is_refused(
+    jobs: RedisJobs, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.store.redis_jobs.LISTED_MS", -1000)
+    with pytest.raises(Unavailable, match="too long"):
+        await submitted(jobs, user)
+    assert await jobs.job(JobId(user, 1)) is None
+    assert await jobs.samples(user) == []
+
+
+async def test_jobs_whose_workers_died_are_announced_once_while_all_are_busy(
+    jobs: RedisJobs, user: str, no_grace: None, raw: redis.Redis
+) -> None:
+    job = await submitted(jobs, user)
+    await jobs.next_job(BANK, "dies", 1)
+    assert await jobs.claim(job.id, 0.001) is not None
+    assert await jobs.overdue(BANK) == [job.id]
+    for _ in range(5):
+        assert await jobs.overdue(BANK) == []
+    assert await raw.xlen(CALLS) == 1
+
+
+async def test_what_has_ended_is_no_longer_looked_after(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:
+    await submitted(jobs, user)
+    job_id = await jobs.next_job(BANK, "w", 1)
+    assert job_id is not None
+    lease = await jobs.claim(job_id, 30)
+    assert lease is not None
+    assert await jobs.open_jobs(BANK) == 1
+    assert await jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
+    assert await jobs.open_jobs(BANK) == 0
+    assert await raw.xlen(CALLS) == 0
+
+
+async def test_a_worker_hears_of_the_jobs_of_its_own_bank_alone(jobs: RedisJobs, user: str) -> None:
+    job = await submitted(jobs, user)
+    assert job.bank == BANK
+    assert await jobs.next_job(OTHER_BANK, "w", 0.05) is None
+    assert await jobs.overdue(OTHER_BANK) == []
+    assert await jobs.next_job(BANK, "w", 1) == job.id
+
+
+async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while_they_end_nobody(
+    parts: StoreParts, user: str, no_grace: None
+) -> None:
+    signing, other = parts.signing, RedisSigning(parts.connection, OTHER_BANK)
+    for _ in range(3):
+        await signing.ask(user)
+    assert await other.take("w", 0.05) is None
+    for beginning in (1, 2, 3):  # each of them ends its worker
+        assert await signing.take(f"w{beginning}", 1) == user
+        assert await signing.begin(user) == beginning
+        assert await signing.take("another", 0.05) is None
+        assert await signing.overdue() == [user]
+    assert await signing.take("w", 1) == user
+    await signing.done(user)
+    assert await signing.overdue() == []
+    await signing.ask(user)
+    assert await signing.take("w", 1) == user
+    assert await signing.begin(user) == 1
+
+
+async def test_workers_that_are_gone_are_forgotten(
+    parts: StoreParts, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.store.redis_queue.GONE_MS", -1)
+    queue = RedisQueue(parts.connection, "jobs", BANK)
+    for name in ("one", "two"):
+        await queue.next(name, 0.01)
+    await queue.call("somebody")
+    await queue.next("three", 1)  # and does not acknowledge
+    await queue.tidy()
+    assert [consumer["name"] for consumer in await raw.xinfo_consumers(CALLS, "workers")] == [b"three"]
+
+
+async def test_an_erased_user_leaves_the_queues(parts: StoreParts, user: str, raw: redis.Redis) -> None:
+    job = await submitted(parts.jobs, user)
+    await parts.signing.ask(user)
+    await parts.profiles.erase(user, LATER_MS, 0)
+    await parts.jobs.withdraw(user, job.bank)
+    await parts.signing.withdraw(user)
+    assert [name async for name in raw.scan_iter() if user.encode() in name] == [f"mta:{{{user}}}:epoch".encode()]
+    assert await raw.xlen(CALLS) == await raw.zcard(OPEN) == 0
+
+
+async def test_a_submission_may_be_repeated_while_its_job_is_the_newest_and_goes_well(
+    jobs: RedisJobs, user: str
+) -> None:
+    first = await submitted(jobs, user, append=True)
+    assert (await submitted(jobs, user, append=True)).id == first.id
+    assert await jobs.samples(user) == [b"a"]
+    lease = await jobs.claim(first.id, 30)
+    assert lease is not None
+    assert (await submitted(jobs, user, append=True)).id == first.id
+    assert await jobs.end(lease, Trained(JobState.FAILED, error="for a reason"))
+    second = await submitted(jobs, user, append=True)
+    assert second.id.number == 2  # whoever asks again after a failure wants another try
+    assert await jobs.samples(user) == [b"a"]  # equal samples are kept once
+    await submitted(jobs, user, "b", append=True)
+    assert await jobs.samples(user) == [b"a", b"b"]
+    assert (await submitted(jobs, user, append=True)).id.number == 4
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.TWICE])
+@pytest.mark.parametrize("append", [False, True])
+async def test_a_submission_whose_answer_is_lost_is_one_job_when_it_is_sent_again(
+    server: ValkeyProcess, raw: redis.Redis, user: str, fault: Fault, *, append: bool
+) -> None:
+    async with StoreParts.opened(server.url) as parts:
+        parts.connection.fail(fault, after_writes=1)
+        try:
+            await submitted(parts.jobs, user, append=append)
+        except Unavailable:
+            assert fault is Fault.LOST_ANSWER
+        job = await submitted(parts.jobs, user, append=append)
+        assert job.id == JobId(user, 1)
+        assert await parts.jobs.samples(user) == [b"a"]
+
+
+async def ended(parts: StoreParts, job: Job) -> None:
+    lease = await parts.jobs.claim(job.id, 30)
+    assert lease is not None
+    assert await parts.jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
+
+
+async def cancelled(parts: StoreParts, job: Job) -> None:
+    found, by_this = await parts.jobs.cancel(job.id)
+    assert found is not None
+    assert by_this
+
+
+@pytest.mark.parametrize("end", [ended, cancelled])
+async def test_an_ending_whose_answer_is_lost_and_that_is_sent_again_is_known_as_ones_own(
+    server: ValkeyProcess, raw: redis.Redis, user: str, end: Callable[..., object]
+) -> None:
+    async with StoreParts.opened(server.url) as parts:
+        job = await submitted(parts.jobs, user)
+        parts.connection.fail(Fault.TWICE, after_writes=1 if end is ended else 0)
+        await end(parts, job)  # type: ignore[misc]
+
+
+async def test_samples_of_an_erased_user_are_refused(parts: StoreParts, user: str) -> None:
+    epoch = await parts.profiles.epoch(user)
+    await parts.profiles.erase(user, LATER_MS, 0)
+    with pytest.raises(UserErased):
+        await submitted(parts.jobs, user, epoch=epoch)
+    assert await parts.jobs.samples(user) == []
+    assert (await submitted(parts.jobs, user, epoch=await parts.profiles.epoch(user))).id.number == 1

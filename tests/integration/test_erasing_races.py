@@ -1,0 +1,129 @@
+"""Erasing is a barrier: what was under way when a user was erased stores nothing of them, and is told so."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from bank.profile import Vectors
+from server.errors import Unavailable
+from tests.support.gateway import GatewayThread
+from tests.support.valkey import ValkeyProcess
+
+ITEMS = {"items": [{"text": "up at five for the waves"}]}
+SAMPLES = {"samples": [{"input": f"question {n}", "output": f"{n} yes"} for n in range(3)]}
+
+
+class Gate:
+    """A place where a request waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(30)
+
+
+class SlowEmbedder:
+    """The embedder, behind a gate."""
+
+    def __init__(self, embedder: Any, gate: Gate) -> None:
+        self._embedder, self._gate = embedder, gate
+        self.id = embedder.id
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        self._gate.wait()
+        vectors: Vectors = self._embedder.embed(texts)
+        return vectors
+
+
+def erased_while(gate: Gate, client: httpx.Client, user: str, request: Callable[[], httpx.Response]) -> httpx.Response:
+    """The answer to a request during which its user is erased."""
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(request)
+        assert gate.reached.wait(30)
+        assert client.delete(f"/users/{user}").status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND)
+        gate.opened.set()
+        return answering.result()
+
+
+def left_of(gateway: GatewayThread, valkey: ValkeyProcess, user: str) -> list[bytes]:
+    """The last parts of the names of all keys that hold something of a user."""
+    with redis.Redis.from_url(valkey.url) as raw:
+        return [name.rpartition(b":")[2] for name in raw.scan_iter(f"mta:{{{gateway.parts.profiles.key(user)}}}:*")]
+
+
+def refused(answer: httpx.Response) -> bool:
+    return (answer.status_code, answer.json().get("error", {}).get("code")) == (httpx.codes.CONFLICT, "user_erased")
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("method", ["PUT profile", "POST profile/items", "POST adapt"])
+def test_a_write_that_waits_for_the_embedder_does_not_bring_an_erased_user_back(
+    client: httpx.Client, gateway: GatewayThread, valkey: ValkeyProcess, new_user: Callable[[], str], *, known: bool,
+    method: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    user = new_user()
+    if known and method != "POST adapt":  # which embeds for whoever has no profile alone
+        client.put(f"/users/{user}/profile", json={"items": [{"text": "something else"}]}).raise_for_status()
+    gate, profiles = Gate(), gateway.parts.profiles
+    monkeypatch.setattr(profiles, "_embedder", SlowEmbedder(profiles._embedder, gate))
+    verb, _, path = method.partition(" ")
+    body = SAMPLES if path == "adapt" else ITEMS
+    answer = erased_while(gate, client, user, lambda: client.request(verb, f"/users/{user}/{path}", json=body))
+    assert refused(answer)
+    assert client.get(f"/users/{user}").status_code == httpx.codes.NOT_FOUND
+    assert left_of(gateway, valkey, user) == [b"epoch"]
+
+
+def test_samples_that_arrive_after_their_user_was_erased_are_not_stored(
+    client: httpx.Client, gateway: GatewayThread, valkey: ValkeyProcess, ada: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, jobs = Gate(), gateway.parts.adapting._jobs
+    submit = jobs.submit
+
+    async def later(*arguments: Any) -> Any:
+        await asyncio.to_thread(gate.wait)
+        return await submit(*arguments)
+
+    monkeypatch.setattr(jobs, "submit", later)
+    assert refused(erased_while(gate, client, ada, lambda: client.post(f"/users/{ada}/adapt", json=SAMPLES)))
+    assert left_of(gateway, valkey, ada) == [b"epoch"]
+
+
+def test_an_erased_user_may_come_back_and_is_erased_again(client: httpx.Client, ada: str) -> None:
+    first = client.delete(f"/users/{ada}").raise_for_status().json()
+    assert client.delete(f"/users/{ada}").raise_for_status().json() == first
+    client.put(f"/users/{ada}/profile", json=ITEMS).raise_for_status()
+    second = client.delete(f"/users/{ada}").raise_for_status().json()
+    assert (first["erased"]["items"], second["erased"]["items"]) == (3, 1)
+
+
+def test_job_ids_are_never_given_twice(client: httpx.Client, ada: str) -> None:
+    first = client.post(f"/users/{ada}/adapt", json=SAMPLES).raise_for_status().json()["id"]
+    client.delete(f"/users/{ada}").raise_for_status()
+    assert client.post(f"/users/{ada}/adapt", json=SAMPLES).raise_for_status().json()["id"] != first
+
+
+def test_the_file_is_asked_to_forget_before_anything_is_erased(
+    client: httpx.Client, gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that dies after erasing has asked; one that cannot ask has erased nothing."""
+
+    async def away() -> None:
+        raise Unavailable("the store cannot be used now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway.parts.erasing._log_file, "ask_for_rewrite", away)
+        assert client.delete(f"/users/{ada}").status_code == httpx.codes.SERVICE_UNAVAILABLE
+    assert client.get(f"/users/{ada}").status_code == httpx.codes.OK
+    answer = client.delete(f"/users/{ada}").raise_for_status().json()
+    assert answer["erased"]["items"] == 3

@@ -1,0 +1,72 @@
+"""A network between a client and a server that loses answers: bytes pass, until a connection breaks at a bad moment."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from contextlib import suppress
+from types import TracebackType
+
+from server.supervisor.parts import free_port
+
+_CHUNK = 1 << 16
+
+
+class LossyProxy:
+    """Forwards a port, in a thread of its own; a context manager that returns once it listens.
+
+    Args:
+        to_port: of the server, on this machine.
+        share: of the answers that are lost, with their connection; the server has done what it was asked for by then.
+        seed: of the choice.
+    """
+
+    def __init__(self, to_port: int, share: float = 0.0, seed: int = 0) -> None:
+        self.port, self.share, self.lost = free_port(), share, 0
+        self._to_port = to_port
+        self._chance = random.Random(seed)
+        self._loop = asyncio.new_event_loop()
+        self._listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> LossyProxy:
+        self._thread.start()
+        assert self._listening.wait(10), "the proxy did not start"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", self.port))
+        self._listening.set()
+        self._loop.run_forever()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to_port)
+        except OSError:
+            writer.transport.abort()
+            return
+        ways = [
+            asyncio.ensure_future(self._pass(reader, far_writer, loses=False)),
+            asyncio.ensure_future(self._pass(far_reader, writer, loses=True)),
+        ]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        for end in (writer, far_writer):
+            end.transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, loses: bool) -> None:
+        with suppress(OSError):
+            while chunk := await reader.read(_CHUNK):
+                if loses and self._chance.random() < self.share:
+                    self.lost += 1
+                    return
+                writer.write(chunk)
+                await writer.drain()

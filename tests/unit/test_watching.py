@@ -1,0 +1,35 @@
+"""What is done again and again survives whatever goes wrong in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from server.errors import Unavailable
+from server.watching import forever
+
+log = logging.getLogger("tests.watching")
+
+
+async def test_a_step_is_run_again_after_any_error_and_each_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    errors: list[Exception] = [Unavailable("the store is away"), KeyError("a fault of ours")]
+    recovered = asyncio.Event()
+
+    async def look_after_it() -> None:
+        if errors:
+            raise errors.pop(0)
+        recovered.set()
+
+    watching = asyncio.create_task(forever(0, look_after_it, log))
+    async with asyncio.timeout(10):
+        await recovered.wait()
+    assert not watching.done()
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    warning, fault = caplog.records
+    assert (warning.levelname, warning.getMessage()) == ("WARNING", "the store is away")
+    assert (fault.levelname, fault.exc_info is not None) == ("ERROR", True)
+    assert "look_after_it" in fault.getMessage()
