@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -243,6 +244,26 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
     assert await Worker("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
     assert (await desk.job(job_id)).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    "want", [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory")]
+)
+async def test_a_process_that_can_make_no_connection_for_want_of_memory_ends_and_that_is_a_try(
+    desk: Desk, worker: Worker, jobs: Shaky, want: Exception
+) -> None:
+    async def renew(*_: Any, **__: Any) -> bool:
+        try:
+            raise ConnectionError from want
+        except ConnectionError as error:
+            raise Unavailable("the store cannot be used now") from error
+
+    jobs.renew = renew  # type: ignore[method-assign]
+    job_id = await desk.submit()
+    with pytest.raises(RuntimeError, match="cannot reach the store"):
+        await worker.work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.QUEUED, 1)
 
 
 async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: Worker) -> None:
