@@ -1,8 +1,9 @@
 """What takes long or needs real histories, in one command: `make acceptance DATA=../shared/data`.
 
-Takes the model of the store's promises many steps further than `make test` does. Builds a bank of 12 anchors from the headline writers of `DATA` (kept, and gone on with when it was interrupted), then
-runs the other benchmarks against it, one after the other, each with its command printed before it. Ends in one table
-and `acceptance.json`; status 1 when a step fails or a target is missed.
+Takes the model of the store's promises many steps further than `make test` does, then builds a bank of 12 anchors from
+the headline writers of `DATA` (kept, and gone on with when it was interrupted), and runs the other benchmarks against
+it, one after the other, each with its command printed before it. Ends in one table and `acceptance.json`; status 1 when
+a step fails or a target is missed.
 """
 
 from __future__ import annotations

@@ -123,6 +123,22 @@ async def test_what_has_ended_is_no_longer_looked_after(jobs: RedisJobs, user: s
     assert await raw.xlen(CALLS) == 0
 
 
+async def test_whom_a_request_has_listed_stays_looked_after_until_it_has_made_its_job(
+    parts: StoreParts, user: str, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await submitted(parts.jobs, user)
+    lease = await parts.jobs.claim(job.id, 30)
+    assert lease is not None
+    await RedisQueue(parts.connection, "jobs", BANK).enlist(user)  # by another gateway, which is slow
+    assert await parts.jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
+    await parts.jobs.withdraw(user, BANK)
+    assert await parts.jobs.open_jobs(BANK) == 1
+    monkeypatch.setattr("server.store.redis_queue.LISTED_MS", 0)  # it never made one
+    await raw.zadd(OPEN, {user: 0})
+    assert await parts.jobs.overdue(BANK) == []
+    assert await parts.jobs.open_jobs(BANK) == 0
+
+
 async def test_a_worker_hears_of_the_jobs_of_its_own_bank_alone(jobs: RedisJobs, user: str) -> None:
     job = await submitted(jobs, user)
     assert job.bank == BANK
