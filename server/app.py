@@ -25,6 +25,7 @@ from server.erasing import Erasing
 from server.errors import ApiError, NotFound, WrongMethod
 from server.generation import Generator
 from server.health import Health
+from server.http.bodies import Bodies
 from server.http.middleware import RequestLog
 from server.http.validation import fault_of
 from server.metrics import Metrics
@@ -128,7 +129,9 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             max_sample_bytes=settings.max_item_bytes,
         )
         erasing = Erasing(profiles, jobs_store, log_file, session=session, urls=settings.engines, key=engine_key)
-        yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
+        body_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bodies"))
+        bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
+        yield Parts(settings, bank, bodies, profiles, adapting, erasing, personalizer, generator, health, metrics)
 
 
 def _open_embedder(settings: Settings) -> Embedder:

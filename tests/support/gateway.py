@@ -47,6 +47,11 @@ class GatewayThread:
         parts: Parts = self.app.state.parts
         return parts
 
+    @property
+    def thread(self) -> threading.Thread:
+        """Whose event loop answers."""
+        return self._thread
+
     def client(self, timeout_s: float = 30) -> httpx.Client:
         """A client for it."""
         return httpx.Client(base_url=self.url, timeout=timeout_s)
