@@ -26,7 +26,7 @@ from server.errors import ApiError, NotFound, WrongMethod
 from server.generation import Generator
 from server.health import Health
 from server.http.bodies import Bodies
-from server.http.middleware import RequestLog
+from server.http.middleware import Places, RequestLog
 from server.http.validation import fault_of
 from server.metrics import Metrics
 from server.parts import Parts
@@ -67,7 +67,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(Places, most=settings.max_requests)
+    app.add_middleware(RequestLog, metrics=metrics)  # the last one added is the outermost
     for router in (generate.router, users.router, jobs.router, operations.router):
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_api_error)
