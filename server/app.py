@@ -25,7 +25,8 @@ from server.erasing import Erasing
 from server.errors import ApiError, NotFound, WrongMethod
 from server.generation import Generator
 from server.health import Health
-from server.http.middleware import RequestLog
+from server.http.bodies import Bodies
+from server.http.middleware import Places, RequestLog
 from server.http.validation import fault_of
 from server.metrics import Metrics
 from server.parts import Parts
@@ -68,7 +69,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(Places, most=settings.max_requests)
+    app.add_middleware(RequestLog, metrics=metrics)  # the last one added is the outermost
     for router in (generate.router, users.router, jobs.router, operations.router):
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_api_error)
@@ -142,7 +144,9 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             urls=settings.engines,
             engine_key=engine_key,
         )
-        yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
+        body_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bodies"))
+        bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
+        yield Parts(settings, bank, bodies, profiles, adapting, erasing, personalizer, generator, health, metrics)
 
 
 def _open_embedder(settings: Settings) -> Embedder:

@@ -146,7 +146,7 @@ class SampleRequest(_Request):
 
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
-        | Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
+        | Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
         Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
     ] = Field(description="One user turn, or a conversation that ends with one.")
     output: str = Field(min_length=1, description="What the answer should have been.")

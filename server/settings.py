@@ -67,7 +67,13 @@ class Settings(BaseSettings):
     )
     engine_key: SecretStr | None = Field(None, description="Key the engine asks for. `mta up` makes one.")
     engine_timeout_s: float = Field(600, gt=0, description="Longest silence of the engine within one answer.")
+    max_requests: int = Field(
+        512, gt=0, description="Most requests under way at once; more are told to come back. Operations' own excepted."
+    )
+    max_header_bytes: int = Field(32 << 10, ge=1024, description="Largest request line with headers.")
+    header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
+    body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
