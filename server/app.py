@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from adapters.errors import MtaError, excerpt
 from bank.embedder import Embedder
 from bank.models import ensure_embedder
+from bank.retrieval import ItemIndex
 from bank.serving import ServingBank
 from server.adapting import Adapting
 from server.engine_client import EngineClient, open_session
@@ -25,8 +26,10 @@ from server.erasing import Erasing
 from server.errors import ApiError, NotFound, WrongMethod
 from server.generation import Generator
 from server.health import Health
+from server.history import HistoryLimit
 from server.http.middleware import RequestLog
 from server.http.validation import fault_of
+from server.index_cache import IndexCache
 from server.metrics import Metrics
 from server.parts import Parts
 from server.personalizer import Personalizer
@@ -106,7 +109,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             embedder=embedder,
             task=bank.task,
             executor=threads,
-            limit=settings.profile_items,
+            limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
             signing=RedisSigning(connection) if bank.signs else None,
         )
         personalizer = Personalizer(bank, profiles)
@@ -116,7 +119,10 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         for watching in (health.watch(), log_file.watch()):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
-        generator = Generator(personalizer, Recall(profiles, bank.task), engine, metrics)
+        await asyncio.to_thread(ItemIndex, bank.task, ())  # loads what searches, so that no request waits for it
+        indexes = IndexCache(settings.history_cache_mib << 20)
+        recall = Recall(profiles, bank.task, engine, indexes, settings.max_prompt_chars)
+        generator = Generator(personalizer, recall, engine, metrics)
         jobs_store = RedisJobs(connection)
         adapting = Adapting(
             jobs_store,

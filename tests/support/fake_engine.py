@@ -43,6 +43,7 @@ class Knobs:
         lacks: models that are answered with 404.
         status: HTTP status of every answer, instead of generating.
         user_adapters: whether it has whatever user adapter it is asked for.
+        counts: whether it says how many tokens a conversation has.
     """
 
     banks: tuple[str, ...] = ()
@@ -56,6 +57,7 @@ class Knobs:
     lacks: Callable[[str], bool] = lambda model: False
     status: int | None = None
     user_adapters: bool = False
+    counts: bool = True
 
 
 @dataclass(slots=True)
@@ -142,7 +144,10 @@ class FakeEngine:
         return web.Response(status=self.knobs.status or 200)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        return web.json_response({"count": _prompt_tokens(json.loads(await request.read()))})
+        body = json.loads(await request.read())
+        if not self.knobs.counts:
+            return _error(500, "the fake engine was told not to count")
+        return web.json_response({"count": _prompt_tokens(body)})
 
     async def _status(self, request: web.Request) -> web.Response:
         if not _authorised(request):
