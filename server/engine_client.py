@@ -28,6 +28,7 @@ BASE_MODEL = "base"
 _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never taken up while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
+_REFUSAL_TIMEOUT_S = 5.0
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 
 
@@ -182,6 +183,29 @@ class EngineClient:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
             return None
 
+    async def refusal(self, messages: list[dict[str, str]]) -> str | None:
+        """Why the model's chat template refuses a conversation; None where it takes it.
+
+        Args:
+            messages: with the answer at their end, as training renders them.
+
+        Raises:
+            Unavailable: when the engine cannot say.
+        """
+        body = orjson.dumps({"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False})
+        try:
+            async with (
+                asyncio.timeout(_REFUSAL_TIMEOUT_S),
+                self._session.post(self._tokenize_url, data=body, headers=self._headers) as response,
+            ):
+                if response.status == 400:
+                    return str(orjson.loads(await response.read())["error"]["message"])
+                if response.status == 200:
+                    return None
+                raise Unavailable(f"the engine answered {response.status} to /tokenize", code="engine_unavailable")
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            raise Unavailable("the engine cannot be asked now", code="engine_unavailable") from error
+
     async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
         body = {
             "model": request.model,
@@ -242,7 +266,7 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         too_long = param in _PROMPT_PARAMS
         return InvalidRequest(
             message,
-            param=request.prompt_param if too_long else param,
+            param=request.prompt_param if too_long or param is None else param,  # a chat template refuses without one
             code="context_length_exceeded" if too_long else None,
         )
     if status in (401, 403):

@@ -52,7 +52,8 @@ class Subject:
 @pytest.fixture(scope="module", params=["fake", "vllm"])
 def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Subject]:
     if request.param == "fake":
-        fake = FakeEngine(Knobs(banks=(read_manifest(tiny_bank_folder).fingerprint,), token_delay_s=0.002)).start()
+        banks = (read_manifest(tiny_bank_folder).fingerprint,)
+        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
         yield Subject(
             fake.url,
             tiny_bank_folder,
@@ -141,6 +142,33 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
             pass
     assert stream.usage["completion_tokens"] == 8
     assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1
+
+
+REFUSED = [
+    (("user", "system", "user"), "the system message must come first"),
+    (("user", "user"), "after user comes another role"),
+    (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
+]
+
+
+@pytest.mark.parametrize(("roles", "reason"), REFUSED)
+async def test_a_conversation_that_the_chat_template_refuses_is_the_conversations_fault(
+    client: EngineClient, subject: Subject, roles: tuple[str, ...], reason: str
+) -> None:
+    messages = [{"role": role, "content": "hello"} for role in roles]
+    request = replace(ask(subject.recipe().name), messages=messages, prompt_param="messages")
+    error = await refusal(client, request, InvalidRequest)
+    assert (error.param, error.code) == ("messages", "invalid_value")
+    assert reason in error.message
+
+
+@pytest.mark.parametrize(("roles", "reason"), REFUSED)
+async def test_it_says_why_its_chat_template_refuses_a_conversation(
+    client: EngineClient, roles: tuple[str, ...], reason: str
+) -> None:
+    messages = [{"role": role, "content": "hello"} for role in roles]
+    assert reason in str(await client.refusal([*messages, {"role": "assistant", "content": "hi"}]))
+    assert await client.refusal([*messages[:1], {"role": "assistant", "content": "hi"}]) is None
 
 
 async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subject) -> None:
@@ -236,6 +264,8 @@ async def test_connections_are_kept(client: EngineClient, subject: Subject, sess
 async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
     nobody = EngineClient(session, f"http://127.0.0.1:{free_port()}", KEY, "a salt")
     await refusal(nobody, ask("base"), Unavailable)
+    with pytest.raises(Unavailable):
+        await nobody.refusal([{"role": "user", "content": "hello"}])
 
 
 async def test_its_status_is_understood(
