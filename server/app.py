@@ -30,12 +30,14 @@ from server.history import HistoryLimit
 from server.http.middleware import RequestLog
 from server.http.validation import fault_of
 from server.index_cache import IndexCache
+from server.job_budget import JobBudget
 from server.metrics import Metrics
 from server.parts import Parts
 from server.personalizer import Personalizer
 from server.profiles import Profiles
 from server.recall import Recall
 from server.routes import generate, jobs, operations, users
+from server.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import Durability
 from server.store.redis_connection import RedisConnection
@@ -127,11 +129,11 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         adapting = Adapting(
             jobs_store,
             profiles,
-            engine=engine,
-            health=health,
+            checks=SampleChecks(engine, health),
             manifest=bank.manifest,
             task=bank.task,
             max_sample_bytes=settings.max_item_bytes,
+            budget=JobBudget(settings.job_tokens, settings.job_seconds),
         )
         erasing = Erasing(profiles, jobs_store, log_file, session=session, urls=settings.engines, key=engine_key)
         yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)

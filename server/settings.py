@@ -77,6 +77,12 @@ class Settings(BaseSettings):
     history_cache_mib: int = Field(
         64, ge=0, description="Histories that a gateway keeps ready for prompts, MiB; 0 reads them for every request."
     )
+    job_tokens: int = Field(
+        2_000_000,
+        gt=0,
+        description="Most tokens that one adapt job may read, in training and in judging; on two cores about an hour.",
+    )
+    job_seconds: int = Field(3600, gt=0, description="Longest time that one worker trains an adapt job.")
     embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
 
     # Engine
