@@ -94,7 +94,10 @@ class GenerateRequest(_Request):
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
     history: int = Field(
-        0, ge=0, le=MAX_HISTORY, description="How many of the user's most relevant past items stand in the prompt."
+        0,
+        ge=0,
+        le=MAX_HISTORY,
+        description="How many of the user's most relevant past items stand in the prompt; fewer where it has no room.",
     )
     personalize: Personalize = Field(
         Personalize.AUTO,

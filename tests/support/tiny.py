@@ -16,8 +16,13 @@ from bank.embedder import Embedder
 from bank.manifest import BaseModelId, EmbedderId, SignatureRule, WeightRule
 from bank.models import model_hash
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+CHAT_TEMPLATE = (  # strict, as many models' are
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message must come first') }}{% endif %}"
+    "{% if not loop.first and message['role'] == loop.previtem['role'] %}"
+    "{{ raise_exception('after ' + message['role'] + ' comes another role') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]

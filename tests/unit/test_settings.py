@@ -53,6 +53,13 @@ def test_every_command_names_it_in_one_line(
     assert lines[0].startswith("error: MTA_PORT: ")
 
 
+@pytest.mark.parametrize("given", [{"profile_bytes": 1000}, {"max_item_bytes": 3 << 20}])
+def test_a_history_has_room_for_the_largest_item(given: dict[str, int]) -> None:
+    with pytest.raises(MtaError, match=r"MTA_PROFILE_BYTES.*MTA_MAX_ITEM_BYTES"):
+        load_settings(**given)
+    assert load_settings(profile_bytes=1000, max_item_bytes=1000).profile_bytes == 1000
+
+
 def test_every_engine_is_asked_by_itself() -> None:
     assert Settings(engine_url="http://router:8001/").engines == ("http://router:8001",)
     assert Settings(engine_urls=" http://a:1/, http://b:2 ,").engines == ("http://a:1", "http://b:2")
