@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,13 @@ def backward(model: Any, examples: Sequence[Example]) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, examples: Sequence[Example]) -> float:
-    """Negative log-likelihood per output token, nats."""
-    return sum(float(_losses(model, row).sum()) for row in pack(model, examples)) / _output_tokens(examples)
+def mean_loss(model: Any, examples: Sequence[Example], on_row: Callable[[], None] = lambda: None) -> float:
+    """Negative log-likelihood per output token, nats; `on_row` is called after each row of examples."""
+    loss = 0.0
+    for row in pack(model, examples):
+        loss += float(_losses(model, row).sum())
+        on_row()
+    return loss / _output_tokens(examples)
 
 
 @torch.no_grad()

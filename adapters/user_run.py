@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.attached import Attached
-from adapters.errors import TrainingError
+from adapters.errors import TrainingError, excerpt
 from adapters.lora import LoraWeights
 from adapters.loss import mean_loss
 from adapters.packing import Example
@@ -56,6 +56,20 @@ class UserPlan:
     every: int
     seed: int
 
+    def __post_init__(self) -> None:
+        """Refuse what makes no training, before there is any.
+
+        Raises:
+            TrainingError: naming the value that is wrong.
+        """
+        whole = {"steps": self.steps, "rank": self.rank if self.kind is UserAdapterKind.LORA else 1}
+        for name, value in whole.items():
+            _demand(isinstance(value, int) and value > 0, name, value, "a whole number above 0")
+        _demand(isinstance(self.seed, int), "seed", self.seed, "a whole number")
+        rate, holdout = self.learning_rate, self.holdout
+        _demand(isinstance(rate, int | float) and 0 < rate < math.inf, "learning_rate", rate, "a number above 0")
+        _demand(isinstance(holdout, int | float) and 0 <= holdout < 1, "holdout", holdout, "from 0 to below 1")
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -88,17 +102,22 @@ class UserRun:
     """Runs of one plan on one attached adapter, each from the same start."""
 
     def __init__(
-        self, here: Attached, start: LoraWeights | None, plan: UserPlan, on_step: Callable[[Progress], None]
+        self,
+        here: Attached,
+        start: LoraWeights | None,
+        plan: UserPlan,
+        on_step: Callable[[Progress], None],
+        alive: Callable[[], None],
     ) -> None:
         self.plan = plan
-        self._here, self._start, self._on_step = here, start, on_step
+        self._here, self._start, self._on_step, self._alive = here, start, on_step, alive
         self._parameters = here.trainable(train_a=True) if start else here.insert_cores()
         self._done = 0
         self.of = plan.steps
 
     def loss(self, examples: Sequence[Example]) -> float:
         """Loss of the examples under what is attached now."""
-        return mean_loss(self._here.model, examples)
+        return mean_loss(self._here.model, examples, self._alive)
 
     def reset(self) -> None:
         """Back to the start, where the user adapter changes nothing."""
@@ -141,11 +160,22 @@ class UserRun:
         return done
 
     def taken(self) -> LoraWeights | CoreWeights:
-        """What is attached now."""
+        """What is attached now.
+
+        Raises:
+            TrainingError: when the last step made it no numbers: no loss was taken since.
+        """
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+            raise TrainingError("training exploded: its last step left no numbers: lower the learning rate")
         if self._start is not None:
             return self._here.weights()
         cores = self._here.cores()
         return CoreWeights(next(iter(cores.values())).shape[0], cores)
+
+
+def _demand(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise TrainingError(f"{name} {excerpt(value)} makes no training: it must be {wanted}")
 
 
 def _constant(step: int, steps: int) -> float:

@@ -51,6 +51,8 @@ def train_user(
     samples: Sequence[Example],
     plan: UserPlan,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    *,
+    alive: Callable[[], None] = lambda: None,
 ) -> Judgement:
     """Train and judge a user adapter; the model is left as it was.
 
@@ -60,6 +62,7 @@ def train_user(
         samples: at least one.
         plan: how.
         on_step: told after every step; what it raises ends training there.
+        alive: called between steps, after each row of samples that is read; what it raises ends training too.
 
     Raises:
         TrainingError: when the loss explodes, or is no number any more.
@@ -68,7 +71,7 @@ def train_user(
         raise TrainingError("there are no samples: send some")
     start = None if plan.kind is UserAdapterKind.CORE else _start(fused, plan)
     with attached(model, fused) if start is None else attached(model, start, frozen=fused) as here:
-        run = UserRun(here, start, plan, on_step)
+        run = UserRun(here, start, plan, on_step, alive)
         if len(samples) == 1:
             return _alone(run, samples)
         return _fold(run, samples) if len(samples) <= FEW else _hold_out(run, samples)

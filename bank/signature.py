@@ -38,6 +38,26 @@ class Signature:
     tokens: int
     products: Vectors
 
+    @property
+    def finite(self) -> bool:
+        """Whether its numbers and their length are numbers that float32 has."""
+        return self.length <= float(np.finfo(np.float32).max)
+
+    @property
+    def length(self) -> float:
+        """Of the products as a vector."""
+        return float(np.linalg.norm(self.products.astype(np.float64)))
+
+
+def empty_signature(bank: str, anchors: int) -> Signature:
+    """One that says nothing: what there is when items teach nothing.
+
+    Args:
+        bank: the 8 hex digits of the bank it belongs to.
+        anchors: N.
+    """
+    return Signature(bank, 0, np.zeros(anchors, np.float32))
+
 
 def predicted_gains(signature: Signature, slope: float, offsets: Vectors) -> Vectors:
     """By how many nats a token each anchor lowers the loss of the user's items, against the centre, [N].

@@ -17,7 +17,7 @@ from adapters.loss import mean_loss
 from adapters.matrix import MetaMatrix
 from adapters.packing import Example
 from bank.profile import Vectors
-from bank.signature import Signature
+from bank.signature import Signature, empty_signature
 
 
 class Signer:
@@ -43,9 +43,10 @@ class Signer:
         self.centre = self._lora(self._common + self._mean)
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
-        """The signature of some items, for the bank with these 8 hex digits."""
+        """The signature of some items, for the bank with these 8 hex digits; an empty one when it is no numbers."""
         tokens = sum(len(example.ids) - example.loss_from for example in examples)
-        return Signature(bank, tokens, self.products(examples))
+        made = Signature(bank, tokens, self.products(examples))
+        return made if made.finite else empty_signature(bank, self._matrix.anchors)
 
     def products(self, examples: Sequence[Example]) -> Vectors:
         """To first order, by how many nats a token each anchor lowers the examples' loss, [N]."""

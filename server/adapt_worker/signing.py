@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from adapters.errors import MtaError
 from bank.profile import Item, item_pair
 from bank.serving import ServingBank
-from bank.signature import MAX_ITEMS, Signature
-from server.errors import ApiError, UserErased
+from bank.signature import MAX_ITEMS, Signature, empty_signature
+from server.adapt_worker.stall import STALL_S, Stalled
+from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
 from server.watching import forever
@@ -22,6 +24,8 @@ WAIT_S = 5.0
 SWEEP_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
+MAX_TRIES = 3
+"""So many workers may die over one user's items; then they are signed as items that say nothing."""
 
 
 class Signs(Protocol):
@@ -86,18 +90,57 @@ class SigningLoop:
         return True
 
     async def _sign(self, user_key: str) -> None:
+        """Sign a user's items, unless they are; what is begun outlasts a store that is away, which makes no new try."""
+        tries = await self._queue.begin(user_key)
+        while True:
+            try:
+                return await self._write(user_key, tries)
+            except UserErased:
+                return
+            except Unavailable as error:
+                if error.code == "store_corrupt":
+                    log.error("%s: cannot be signed: %s", user_key, error.explained)
+                    return
+                log.warning("%s", error.explained)
+            await asyncio.sleep(RETRY_S)
+
+    async def _write(self, user_key: str, tries: int) -> None:
         for _ in range(ATTEMPTS):
             snapshot = await self._profiles.read(user_key)
             profile = snapshot.profile
             if profile is None or profile.is_signed(self._bank.manifest.short):
                 return
             items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
-            pairs = [pair for item in items if (pair := item_pair(item, self._bank.task)) is not None]
-            made = await asyncio.to_thread(self._signer.signature, pairs[-MAX_ITEMS:])
+            pairs = [pair for item in items if (pair := item_pair(item, self._bank.task)) is not None][-MAX_ITEMS:]
+            if tries > MAX_TRIES:
+                log.error("%s: signed as if without items, over which workers died %d times", user_key, MAX_TRIES)
+                made = self._empty
+            else:
+                made = await self._made(user_key, pairs)
             signed = replace(profile, signature=StoredSignature(made, profile.updated_ms))
-            try:
-                if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
-                    log.info("%s: signed, %d items", user_key, len(pairs[-MAX_ITEMS:]))
-                    return
-            except UserErased:
+            if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
+                log.info("%s: signed, %d items", user_key, len(pairs))
                 return
+
+    async def _made(self, user_key: str, pairs: Sequence[tuple[str, str]]) -> Signature:
+        """The items' signature; an empty one where something about them makes none.
+
+        Raises:
+            Stalled: when it never comes, and this process must end to end its thread.
+        """
+        making = asyncio.create_task(asyncio.to_thread(self._signer.signature, pairs))
+        await asyncio.wait({making}, timeout=STALL_S)
+        if not making.done():
+            raise Stalled(f"{user_key}: no signature within {STALL_S:g} s; this process cannot go on")
+        try:
+            made = making.result()
+        except MtaError as error:
+            log.warning("%s: no signature: %s", user_key, type(error.__cause__ or error).__name__)
+            return self._empty
+        if pairs and not made.tokens:
+            log.warning("%s: no signature: the gradient is no numbers", user_key)
+        return made
+
+    @property
+    def _empty(self) -> Signature:
+        return empty_signature(self._bank.manifest.short, len(self._bank.manifest.anchors))

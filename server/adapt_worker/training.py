@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from adapters.errors import TrainingError
@@ -19,9 +18,10 @@ from adapters.user_run import Progress, UserPlan
 from adapters.user_trainer import Judgement, train_user
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 from bank.prompt import EncodedPair, encode_conversation, encode_pair
-from bank.signature import Signature
+from bank.signature import Signature, empty_signature
 from bank.signing import Signer
 from bank.training import load_base
+from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.store.samples import AdaptConfig, Sample
 
 BATCH_SIZE = 4
@@ -62,6 +62,7 @@ class AdapterTrainer:
         self.model = model
         self.tokenizer = tokenizer
         self._context = int(model.config.max_position_embeddings)
+        self._tokens = int(model.get_input_embeddings().num_embeddings)
 
     @classmethod
     def open(cls, bank: Path, manifest: BankManifest, model_folder: Path, dtype: str) -> AdapterTrainer:
@@ -80,25 +81,37 @@ class AdapterTrainer:
         samples: Sequence[Sample],
         config: AdaptConfig,
         on_step: Callable[[Progress], None] = lambda progress: None,
+        alive: Callable[[], None] = lambda: None,
     ) -> Judgement:
-        """Train and judge a user adapter on top of a recipe.
+        """Train and judge a user adapter on top of a recipe; `on_step` and `alive` as in `train_user`.
 
         Raises:
             TrainingError: when the samples or the configuration make no training.
+            FusionError: when the recipe cannot be fused.
         """
-        plan = user_plan(config)
+        with blamed("the job's configuration", CONFIG_REMEDY):
+            plan = user_plan(config)
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
-        if plan.kind is UserAdapterKind.LORA and config.rank > room:
-            raise TrainingError(f"rank {config.rank} does not fit: the bank leaves {room} for users")
+        if plan.kind is UserAdapterKind.LORA and plan.rank > room:
+            raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves {room} for users")
         examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
-        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step)
+        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step, alive=alive)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
-        """The signature of a user's items; one that says nothing when there are none to learn from."""
+        """The signature of a user's items; one that says nothing when there is nothing to learn from them.
+
+        Raises:
+            TrainingError: when an item cannot be encoded.
+        """
         bank = self.manifest.short
         if not pairs:
-            return Signature(bank, 0, np.zeros(self.matrix.anchors, np.float32))
-        return self._signer.signature(bank, [encode_pair(self.tokenizer, *pair, MAX_SIGNED_TOKENS) for pair in pairs])
+            return empty_signature(bank, self.matrix.anchors)
+        examples = []
+        for place, pair in enumerate(pairs):
+            with blamed(f"items.{place}", SAMPLE_REMEDY):
+                examples.append(encode_pair(self.tokenizer, *pair, MAX_SIGNED_TOKENS))
+            self._check(f"items.{place}", examples[-1])
+        return self._signer.signature(bank, examples)
 
     @cached_property
     def _signer(self) -> Signer:
@@ -110,9 +123,18 @@ class AdapterTrainer:
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
     def _encoded(self, place: int, sample: Sample) -> EncodedPair:
-        example = encode_conversation(self.tokenizer, list(sample.messages), sample.output)
+        with blamed(f"samples.{place}", SAMPLE_REMEDY):
+            example = encode_conversation(self.tokenizer, list(sample.messages), sample.output)
         if len(example.ids) > self._context:
             raise TrainingError(
                 f"samples.{place} has {len(example.ids)} tokens, the model's context is {self._context}: shorten it"
             )
+        self._check(f"samples.{place}", example)
         return example
+
+    def _check(self, what: str, example: EncodedPair) -> None:
+        """Refuse what would only show itself in the model, where it looks like a broken process."""
+        if not 0 < example.loss_from < len(example.ids):
+            raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")
+        if max(example.ids) >= self._tokens:
+            raise TrainingError(f"{what} has token {max(example.ids)}, the model knows {self._tokens}: {SAMPLE_REMEDY}")

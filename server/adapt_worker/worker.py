@@ -1,7 +1,8 @@
 """The worker's loop: take a job, hold its lease while it trains, and write what came of it, once.
 
-Whatever is lost on the way, the lease decides: a worker that cannot renew it writes nothing any more, and another takes
-the job up once it has run out.
+Whatever is lost on the way, the lease decides: a worker that cannot renew it until it has run out writes nothing any
+more, and another takes the job up. What is wrong with a job's content ends the job, what is wrong with the process ends
+the process and is one of the job's tries, and what is wrong with the store is waited for and is none.
 """
 
 from __future__ import annotations
@@ -9,29 +10,34 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import threading
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
-from adapters.errors import TrainingError
+from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
 from adapters.user_run import Progress
 from adapters.user_trainer import Judgement
 from bank.serving import ServingBank
+from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
+from server.adapt_worker.holding import train_holding
+from server.adapt_worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 from server.errors import ApiError
 from server.store.adapters import StoredAdapter
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample, new_adapter_id
+from server.watching import forever
 
 log = logging.getLogger("mta.worker")
 
-LEASE_S = 15.0
-RENEW_S = 1.0
 SWEEP_S = 5.0
 PROMOTE_ATTEMPTS = 20
+MAX_SECONDS = 3600.0
+"""How long a job may train that names no time of its own."""
 
 
 class Trains(Protocol):
@@ -43,13 +49,10 @@ class Trains(Protocol):
         samples: Sequence[Sample],
         config: AdaptConfig,
         on_step: Callable[[Progress], None],
+        alive: Callable[[], None],
     ) -> Judgement: ...
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes: ...
-
-
-class _Stopped(Exception):
-    """The lease is lost, or the worker shall end: training has no purpose any more."""
 
 
 class Worker:
@@ -87,7 +90,7 @@ class Worker:
         What nobody foresaw, a want of memory in its many disguises above all, is raised: the process had better begin
         anew, and the job is given to another until its tries are used up.
         """
-        sweeping = asyncio.create_task(self._sweep())
+        sweeping = asyncio.create_task(forever(SWEEP_S, self._sweep, log))
         try:
             while True:
                 try:
@@ -109,18 +112,23 @@ class Worker:
 
     async def _take(self, job_id: JobId) -> None:
         """Train a job, if it still wants a worker."""
-        lease = await self._jobs.claim(job_id, LEASE_S)
+        asked_s = time.monotonic()
+        lease = await answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
         if lease is None:
+            return
+        if lease.job.bank not in ("", self._bank.manifest.short):  # a newer job of a user who was called for ours
+            await answered(self._jobs.release, lease, counts=False)
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
         try:
-            await self._work(lease)
-        except _Stopped:
+            await self._work(HeldLease(self._jobs, lease, asked_s))
+        except LeaseLost:
             log.info("%s: given up, the lease is lost", lease.job.id)
-        except TrainingError as error:
-            await self._jobs.end(lease, Trained(JobState.FAILED, error=str(error)))
-        except ApiError:
-            raise  # the lease runs out, and the job is taken up again
+        except StoreSilent as error:
+            log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)
+            # Another may have taken it up by the time the store answers: then it stays a try.
+            if await answered(self._jobs.release, lease, counts=False):
+                log.info("%s: given back", lease.job.id)
         except asyncio.CancelledError:
             await self._give_back(lease, counts=False)
             raise
@@ -136,74 +144,65 @@ class Worker:
         except ApiError as error:
             log.warning("%s: not given back: %s", lease.job.id, error.explained)
 
-    async def _work(self, lease: Lease) -> None:
-        key = lease.job.id.user_key
-        profile = await self._profiles.load(key)
+    async def _work(self, held: HeldLease) -> None:
+        """Train a job and write what came of it; what is wrong with its content is what came of it."""
+        try:
+            await self._adapt(held)
+        except ApiError:
+            raise
+        except MtaError as error:
+            log.info("%s: failed: %s", held.lease.job.id, type(error.__cause__ or error).__name__)
+            await self._end(held, Trained(JobState.FAILED, error=str(error)))
+
+    async def _adapt(self, held: HeldLease) -> None:
+        lease, key = held.lease, held.lease.job.id.user_key
+        profile = await held.insist(self._profiles.load, key)
         if profile is None:
             raise TrainingError("the user has no profile any more: PUT /users/{id}/profile makes one")
         profile = profile.seen_by(self._bank.manifest.embedder.id)
         if profile is None:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
-        config = decode_config(lease.job.config)
-        recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
-        samples = [decode_sample(raw) for raw in await self._jobs.samples(key)]
-        judgement = await self._trained(lease, recipe, samples, config)
+        with blamed("the job's configuration", CONFIG_REMEDY):
+            config = decode_config(lease.job.config)
+            most_s = float(getattr(config, "max_seconds", MAX_SECONDS))
+            recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
+        samples = []
+        for place, raw in enumerate(await held.insist(self._jobs.samples, key)):
+            with blamed(f"samples.{place}", SAMPLE_REMEDY):
+                samples.append(decode_sample(raw))
+        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config))
         if judgement.weights is None:
-            done = await self._jobs.end(lease, Trained(JobState.REJECTED, judgement.before, judgement.after))
+            await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:
             raw = await asyncio.to_thread(self._trainer.encoded, recipe, judgement)
-            done = await self._promote(lease, recipe, judgement, raw)
-        if not done:
-            raise _Stopped
+            if not await self._promote(held, recipe, judgement, raw):
+                raise LeaseLost
         log.info("%s: held-out loss %.4f, before %.4f", lease.job.id, judgement.after, judgement.before)
 
-    async def _trained(
-        self, lease: Lease, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig
-    ) -> Judgement:
-        """Train on a thread, renewing the lease; when it is lost, training ends at its next step."""
-        lost, latest = threading.Event(), Progress(0, 0, 0.0)
+    async def _end(self, held: HeldLease, trained: Trained) -> None:
+        """Write an outcome without an adapter."""
+        if not await held.insist(self._jobs.end, held.lease, trained):
+            raise LeaseLost
 
-        def on_step(progress: Progress) -> None:
-            nonlocal latest
-            latest = progress
-            if lost.is_set():
-                raise _Stopped
-
-        training = asyncio.create_task(asyncio.to_thread(self._trainer.train, recipe, samples, config, on_step))
-        try:
-            while not training.done():
-                await asyncio.wait({training}, timeout=RENEW_S)
-                loss = latest.loss if latest.step else None
-                if not await self._jobs.renew(lease, LEASE_S, step=latest.step, of=latest.of, loss=loss):
-                    raise _Stopped
-            return training.result()
-        finally:
-            lost.set()
-            await asyncio.gather(training, return_exceptions=True)
-
-    async def _promote(self, lease: Lease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> bool:
+    async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> bool:
         """Write adapter and outcome in one step; again when the user's record changed meanwhile."""
+        lease = held.lease
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
         trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after)
         for _ in range(PROMOTE_ATTEMPTS):
-            snapshot = await self._profiles.read(lease.job.id.user_key)
+            snapshot = await held.insist(self._profiles.read, lease.job.id.user_key)
             if snapshot.profile is None:
                 return False
             note = AdapterNote(stored.id, recipe.name, len(raw), time.time_ns() // 1_000_000)
             noted = replace(snapshot.profile, adapter=note)
-            if await self._jobs.promote(lease, trained, noted, snapshot.version, stored):
+            if await held.insist(self._jobs.promote, lease, trained, noted, snapshot.version, stored):
                 return True
-            job = await self._jobs.job(lease.job.id)
+            job = await held.insist(self._jobs.job, lease.job.id)
             if job is None or job.state.ended:
                 return job is not None and job.adapter == stored.id  # done, and only the answer was lost
         return False
 
     async def _sweep(self) -> None:
-        """Have lost jobs announced again, for as long as the worker runs."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                for job_id in await self._jobs.overdue(self._bank.manifest.short):
-                    log.info("%s: announced again", job_id)
-            except ApiError as error:
-                log.warning("%s", error.explained)
+        """Have lost jobs announced again."""
+        for job_id in await self._jobs.overdue(self._bank.manifest.short):
+            log.info("%s: announced again", job_id)

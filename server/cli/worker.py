@@ -43,6 +43,7 @@ async def _run(settings: Settings) -> None:
     from bank.serving import ServingBank
     from bank.training import resolve_dtype
     from server.adapt_worker.signing import SigningLoop
+    from server.adapt_worker.stall import Stalled
     from server.adapt_worker.training import AdapterTrainer
     from server.adapt_worker.worker import Worker
     from server.store.redis_connection import RedisConnection
@@ -79,5 +80,9 @@ async def _run(settings: Settings) -> None:
         logging.getLogger("mta.worker").info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
         with suppress(asyncio.CancelledError):
             await working
+    except Stalled as error:
+        logging.getLogger("mta.worker").critical("%s", error)
+        logging.shutdown()
+        os._exit(1)  # any other way out waits for the thread that hangs
     finally:
         await connection.close()

@@ -183,10 +183,15 @@ class JobStore(Protocol):
         A worker that does not `claim` it soon loses it to another.
         """
 
-    async def claim(self, job_id: JobId, lease_s: float) -> Lease | None:
+    async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
         """Take a job that is queued, or whose worker let its lease run out; None when there is nothing to do.
 
         A job that has been tried `MAX_TRIES` times ends as failed.
+
+        Args:
+            job_id: of the job.
+            lease_s: for how long.
+            token: the lease's, to ask with again where the answer was lost; made when there is none.
         """
 
     async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from bank.profile import Vectors
-from bank.signature import Signature
+from bank.signature import Signature, empty_signature
 from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
 
 RECORD_VERSION = 1
@@ -123,7 +123,8 @@ def _note(raw: bytes) -> AdapterNote:
 
 def _signed(stored: StoredSignature) -> bytes:
     """The products at unit length in fp16, its length beside it: gradients are small numbers."""
-    made, length = stored.signature, float(np.linalg.norm(stored.signature.products))
+    made = _sound(stored.signature)
+    length = made.length
     head = _SIGNED.pack(bytes.fromhex(made.bank), made.tokens, stored.made_of_ms, length)
     return head + _half(made.products / length if length else made.products)
 
@@ -132,7 +133,13 @@ def _stored_signature(raw: bytes) -> StoredSignature:
     if len(raw) < _SIGNED.size or (len(raw) - _SIGNED.size) % _HALF_BYTES:
         raise ValueError(f"profile record has a signature of {len(raw)} bytes, which is none")
     bank, tokens, made_of_ms, length = _SIGNED.unpack_from(raw)
-    return StoredSignature(Signature(bank.hex(), tokens, _single(raw[_SIGNED.size :]) * np.float32(length)), made_of_ms)
+    products = _single(raw[_SIGNED.size :]) * np.float32(length)
+    return StoredSignature(_sound(Signature(bank.hex(), tokens, products)), made_of_ms)
+
+
+def _sound(made: Signature) -> Signature:
+    """One that says nothing instead of one that is no numbers: no recipe can be made of it."""
+    return made if made.finite else empty_signature(made.bank, len(made.products))
 
 
 def _other(raw: bytes) -> OtherEmbedding:

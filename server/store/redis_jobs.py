@@ -113,8 +113,8 @@ class RedisJobs:
             await queue.acknowledge(user_key)  # they were erased
         return None
 
-    async def claim(self, job_id: JobId, lease_s: float) -> Lease | None:
-        token = secrets.token_hex(16)
+    async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
+        token = token or secrets.token_hex(16)
         taken = await self._connection.write(
             scripts.CLAIM, (_job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _DIED, KEPT_S
         )

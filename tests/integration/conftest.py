@@ -55,7 +55,7 @@ def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess)
         connection = RedisConnection(valkey.url)
         await connection.check()
         try:
-            interrupted = _Interrupted(trainer, meanwhile)
+            interrupted = Interrupted(trainer, meanwhile)
             worker = Worker("test", RedisJobs(connection), RedisProfiles(connection), bank, interrupted)
             while await worker.work_once(0.1):
                 pass
@@ -65,12 +65,18 @@ def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess)
     return lambda meanwhile=lambda: None: asyncio.run(all_of_it(meanwhile))
 
 
-class _Interrupted:
-    """A trainer that lets something happen at its first step."""
+class Interrupted:
+    """A trainer that lets something happen at its first step, and at every one."""
 
-    def __init__(self, trainer: AdapterTrainer, meanwhile: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        trainer: AdapterTrainer,
+        meanwhile: Callable[[], object],
+        at_step: Callable[[int], object] = lambda step: None,
+    ) -> None:
         self._trainer = trainer
         self._meanwhile = meanwhile
+        self._at_step = at_step
         self.encoded = trainer.encoded
 
     def train(
@@ -79,10 +85,12 @@ class _Interrupted:
         samples: Sequence[Sample],
         config: AdaptConfig,
         on_step: Callable[[Progress], None],
+        alive: Callable[[], None],
     ) -> Judgement:
         def hooked(progress: Progress) -> None:
             if progress.step == 1:
                 self._meanwhile()
+            self._at_step(progress.step)
             on_step(progress)
 
-        return self._trainer.train(recipe, samples, config, hooked)
+        return self._trainer.train(recipe, samples, config, hooked, alive)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from bank.manifest import read_manifest
 from bank.serving import ServingBank
 from bank.signature import Signature
-from server.adapt_worker.signing import SigningLoop
+from server.adapt_worker.signing import MAX_TRIES, SigningLoop
+from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer
+from server.errors import Unavailable
 from server.settings import Settings
 from server.store.redis_connection import RedisConnection
 from server.store.redis_profiles import RedisProfiles
@@ -30,7 +35,7 @@ class Sign:
     """Makes all signatures that are wanted now; `meanwhile` happens while the first is made."""
 
     def __init__(self, url: str, bank: ServingBank, trainer: AdapterTrainer) -> None:
-        self._url, self._bank, self._trainer = url, bank, trainer
+        self._url, self._bank, self.trainer = url, bank, trainer
         self.made = 0
 
     def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -41,7 +46,7 @@ class Sign:
         self.made += 1
         if self.made == 1:
             self._meanwhile()
-        return self._trainer.signature(pairs)
+        return self.trainer.signature(pairs)
 
     async def _all(self) -> None:
         connection = RedisConnection(self._url)
@@ -49,6 +54,7 @@ class Sign:
         try:
             queue, profiles = RedisSigning(connection, self._bank.manifest.short), RedisProfiles(connection)
             loop = SigningLoop("test", queue, profiles, self._bank, self, model=asyncio.Lock())
+            await queue.overdue()
             while await loop.work_once(0.2):
                 pass
         finally:
@@ -147,3 +153,84 @@ def test_who_is_erased_meanwhile_stays_so(client: httpx.Client, new_user: Callab
     put(client, user_id, PAIRS)
     sign(lambda: client.delete(f"/users/{user_id}").raise_for_status())
     assert client.get(f"/users/{user_id}").status_code == httpx.codes.NOT_FOUND
+
+
+def test_a_gradient_that_is_no_number_leaves_it_to_the_topics_and_is_not_asked_for_again(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_id = new_user()
+    put(client, user_id, PAIRS)
+    numbers = sign.trainer.manifest.layout.b_numbers
+    monkeypatch.setattr("bank.signing.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
+    sign()
+    assert sign.made == 1
+    assert source(client, user_id) == "topic"
+    sign()
+    assert sign.made == 0
+    monkeypatch.undo()
+    put(client, user_id, PAIRS[:4])
+    sign()
+    assert source(client, user_id) == "signature"
+
+
+def test_items_that_cannot_be_encoded_are_signed_as_none_and_the_next_user_is_signed(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, user_id = new_user(), new_user()
+    put(client, odd, [*PAIRS, {"input": "odd", "output": "one"}])
+    put(client, user_id, PAIRS)
+    picky = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
+    monkeypatch.setattr(sign.trainer.tokenizer, "chat_template", picky + sign.trainer.tokenizer.chat_template)
+    sign()
+    assert sign.made == 2
+    assert (source(client, odd), source(client, user_id)) == ("topic", "signature")
+
+
+def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)  # what a worker that died had taken is due at once
+    user_id = new_user()
+    put(client, user_id, PAIRS)
+
+    def no_memory() -> None:
+        raise MemoryError
+
+    for _ in range(MAX_TRIES):
+        with pytest.raises(MemoryError):
+            sign(no_memory)
+    sign(no_memory)
+    assert sign.made == 0
+    assert source(client, user_id) == "topic"
+    put(client, user_id, PAIRS[:4])
+    sign()
+    assert source(client, user_id) == "signature"
+
+
+def test_a_store_that_is_away_is_no_try(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapt_worker.signing.RETRY_S", 0.01)
+    user_id, commit, failures = new_user(), RedisProfiles.commit, 0
+    put(client, user_id, PAIRS)
+
+    async def away(*args: Any) -> bool:
+        nonlocal failures
+        failures += 1
+        if failures <= MAX_TRIES:
+            raise Unavailable("the store cannot be used now")
+        return await commit(*args)
+
+    monkeypatch.setattr(RedisProfiles, "commit", away)
+    sign()
+    assert failures == MAX_TRIES + 1
+    assert source(client, user_id) == "signature"
+
+
+def test_a_signature_that_never_comes_ends_the_process(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapt_worker.signing.STALL_S", 0.1)
+    put(client, new_user(), PAIRS)
+    with pytest.raises(Stalled):
+        sign(lambda: time.sleep(1))

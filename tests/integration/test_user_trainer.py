@@ -185,6 +185,54 @@ def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
         train_user(model, fluent, samples, plan(kind, learning_rate=rate))
 
 
+@pytest.mark.parametrize("count", [10, FEW + 5])
+def test_reading_held_out_samples_is_a_sign_of_life_between_steps(
+    model: Any, fused: LoraWeights, encode: Any, count: int
+) -> None:
+    samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
+    told: list[str] = []
+    train_user(model, fused, samples, PLAN, lambda _: told.append("step"), alive=lambda: told.append("row"))
+    assert told[0] == "row"
+    assert "row" in told[told.index("step") :]
+
+
+def test_what_a_sign_of_life_raises_ends_training_there(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+) -> None:
+    class Late(Exception): ...
+
+    def late() -> None:
+        raise Late
+
+    with pytest.raises(Late):
+        train_user(model, fused, samples, PLAN, alive=late)
+
+
+def test_a_last_step_that_leaves_no_numbers_is_an_error(
+    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+) -> None:
+    """No loss is taken after it: the last run learns from all samples."""
+
+    def spoil(progress: Progress) -> None:
+        if progress.step == progress.of:
+            with torch.no_grad():
+                for parameter in (p for p in model.parameters() if p.requires_grad):
+                    parameter.fill_(torch.nan)
+
+    with pytest.raises(TrainingError, match="training exploded"):
+        train_user(model, fused, samples, PLAN, spoil)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"rank": 0}, {"rank": "2"}, {"learning_rate": -1e-3}, {"holdout": 1.0}, {"seed": None}],
+    ids=str,
+)
+def test_a_plan_that_makes_no_training_is_refused_and_names_the_value(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=rf"{next(iter(wrong))} .* makes no training"):
+        replace(PLAN, **wrong)
+
+
 def test_one_sample_is_judged_on_itself_and_none_is_an_error(
     model: Any, fused: LoraWeights, samples: list[EncodedPair]
 ) -> None:

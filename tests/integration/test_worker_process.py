@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from tests.support.gateway import GatewayThread
 from tests.support.processes import Background, mta, wait_until
 from tests.support.valkey import ValkeyProcess
 
+HANGS = """
+import time
+import server.adapt_worker.stall as stall
+import server.adapt_worker.training as training
+from server.cli.worker import worker
+
+stall.STALL_S = 1.0
+training.train_user = lambda *_, **__: time.sleep(3600)
+worker()
+"""
 LONG = [{"input": f"question {n}", "output": "yes " * 115} for n in range(16)]
 SHORT = [{"input": "question", "output": "yes"}] * 2
 LATER_S = 100
@@ -38,8 +49,8 @@ def worker(
     }
 
     @contextmanager
-    def running() -> Iterator[Background]:
-        background = Background(mta("worker", "--threads", "1"), environment)
+    def running(command: Sequence[str] = mta("worker", "--threads", "1")) -> Iterator[Background]:
+        background = Background(command, environment)
         try:
             background.wait_for("ready: bank")
             yield background
@@ -100,6 +111,17 @@ def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try
     with worker():
         wait_until(lambda: job()["state"] == "failed", "the job to be given up")
     assert "want of memory" in job()["error"]
+
+
+def test_a_worker_whose_training_hangs_gives_the_job_back_and_ends(
+    client: httpx.Client, ada: str, worker: Callable[..., Any]
+) -> None:
+    job = posted(client, ada, SHORT, steps=1)
+    with worker([sys.executable, "-c", HANGS]) as background:
+        assert background.wait() == 1
+        assert f"{job()['id']}: no step within 1 s" in background.output
+    assert (job()["state"], job()["tries"]) == ("queued", 1)
+    client.delete(f"/jobs/{job()['id']}").raise_for_status()
 
 
 def _leave_little_memory(pid: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,32 @@ def test_a_signature_survives_the_round_trip(numbers: int) -> None:
     assert read is not None
     assert (read.signature.bank, read.signature.tokens, read.made_of_ms) == ("9f2c41d0", 184, 1_700_000_000_000)
     assert read.signature.products == pytest.approx(products, rel=1e-2, abs=1e-7)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_signature_of_what_is_no_number_is_kept_as_one_that_says_nothing(wrong: float) -> None:
+    written = StoredSignature(Signature("9f2c41d0", 184, np.array([1, wrong], np.float32)), made_of_ms=7)
+    read = decode_profile(encode_profile(profile(signature=written))).signature
+    assert read is not None
+    assert (read.signature.bank, read.signature.tokens, read.made_of_ms) == ("9f2c41d0", 0, 7)
+    assert read.signature.products.tolist() == [0, 0]
+
+
+def test_a_signature_of_large_numbers_survives_and_one_that_is_too_long_says_nothing() -> None:
+    for number, tokens in ((1e30, 184), (3e38, 0)):
+        products = np.array([number, number], np.float32)
+        written = StoredSignature(Signature("9f2c41d0", 184, products), made_of_ms=7)
+        read = decode_profile(encode_profile(profile(signature=written))).signature
+        assert read is not None
+        assert read.signature.tokens == tokens
+        assert read.signature.products == pytest.approx(products if tokens else 0 * products, rel=1e-2)
+
+
+def test_a_signature_of_what_is_no_number_that_was_kept_says_nothing() -> None:
+    kept = struct.pack("<4sIQf2e", bytes.fromhex("9f2c41d0"), 184, 7, np.nan, np.nan, np.nan)
+    read = decode_profile(encode_profile(profile(extra={8: kept}))).signature
+    assert read is not None
+    assert (read.signature.tokens, read.signature.products.tolist()) == (0, [0, 0])
 
 
 @pytest.mark.parametrize("damaged", [b"", b"short", bytes(21)])

@@ -1,0 +1,68 @@
+"""Training on a thread while its lease is held."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+from adapters.errors import TrainingError
+from adapters.user_run import Progress
+from adapters.user_trainer import Judgement
+from server.adapt_worker.lease import RENEW_S, HeldLease, LeaseLost
+from server.adapt_worker.stall import Pulse
+
+Train = Callable[[Callable[[Progress], None], Callable[[], None]], Judgement]
+"""Trains, given what it tells after every step, and what it calls as a sign of life (`adapters.user_trainer`)."""
+
+
+async def train_holding(held: HeldLease, most_s: float, train: Train) -> Judgement:
+    """Train; when the lease is lost, or the time is over, training ends at its next sign of life.
+
+    Args:
+        held: the lease, renewed meanwhile.
+        most_s: how long it may take, seconds.
+        train: what is run on the thread.
+
+    Raises:
+        TrainingError: when it takes longer, too.
+        LeaseLost: when the store says so.
+        StoreSilent: when the lease ran out without the store.
+        Stalled: when the thread gives no sign of life: only with this process does it end.
+    """
+    lost, pulse, latest = threading.Event(), Pulse(), Progress(0, 0, 0.0)
+    end_s = time.monotonic() + most_s
+
+    def alive() -> None:
+        pulse.beat()
+        if lost.is_set():
+            raise LeaseLost
+        if time.monotonic() > end_s:
+            raise TrainingError(
+                f"training took longer than the {most_s:g} s it may, it was at step {latest.step} of {latest.of}: "
+                "send fewer or shorter samples, or ask for fewer steps"
+            )
+
+    def on_step(progress: Progress) -> None:
+        nonlocal latest
+        latest = progress
+        alive()
+
+    async def done() -> bool:
+        await asyncio.wait({training}, timeout=RENEW_S)
+        if not training.done():
+            pulse.check(str(held.lease.job.id))
+        return training.done()
+
+    training = asyncio.create_task(asyncio.to_thread(train, on_step, alive))
+    try:
+        while not await done():
+            await held.renew(latest)
+        await held.renew(latest)
+        return training.result()
+    finally:
+        lost.set()
+        while not await done():
+            pass
+        await asyncio.gather(training, return_exceptions=True)

@@ -1,0 +1,107 @@
+"""A lease by the worker's own clock: for how long the store may be silent before a job is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
+
+from adapters.errors import TrainingError
+from adapters.user_run import Progress
+from server.errors import Unavailable
+from server.store.jobs import JobStore, Lease
+
+log = logging.getLogger("mta.worker")
+
+LEASE_S = 15.0
+RENEW_S = 1.0
+ANSWER_S = 4.0
+"""After so long without an answer the store is asked again: a lost answer must not use the lease up."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class LeaseLost(Exception):
+    """The job has ended, or is another worker's: nothing that this one makes of it is wanted."""
+
+
+class StoreSilent(Exception):
+    """The store could not be used for as long as the lease was sure to last."""
+
+
+async def answered(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The store's answer to a call that may be repeated, however long the store is away."""
+    return await _asked(lambda error: log.warning("%s", _reason(error)), call, *args, **kwargs)
+
+
+class HeldLease:
+    """A lease that this worker has, for as long as it can be sure of it.
+
+    Args:
+        jobs: where it was taken.
+        lease: of the job.
+        asked_s: when it was asked for, by `time.monotonic`: the store counts from later on.
+    """
+
+    def __init__(self, jobs: JobStore, lease: Lease, asked_s: float) -> None:
+        self.lease = lease
+        self._jobs = jobs
+        self._until_s = asked_s + LEASE_S
+
+    async def renew(self, progress: Progress) -> None:
+        """Hold it for longer, and note how far training is. Without the store it stays what it is.
+
+        Raises:
+            LeaseLost: when the store says so.
+            StoreSilent: when it has run out meanwhile.
+        """
+        asked_s = time.monotonic()
+        loss = progress.loss if progress.step else None
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                held = await self._jobs.renew(self.lease, LEASE_S, step=progress.step, of=progress.of, loss=loss)
+        except (Unavailable, TimeoutError) as error:
+            self._bear(error)
+            return
+        if not held:
+            raise LeaseLost
+        self._until_s = asked_s + LEASE_S
+
+    async def insist(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The store's answer to a call that may be repeated, asked for until the lease has run out.
+
+        Raises:
+            StoreSilent: when it has.
+            TrainingError: when what the store holds of the user is damaged.
+        """
+        return await _asked(self._bear, call, *args, **kwargs)
+
+    def _bear(self, error: Unavailable | TimeoutError) -> None:
+        if isinstance(error, Unavailable) and error.code == "store_corrupt":
+            raise TrainingError(f"{error.message}: delete the user, and send the profile again") from error
+        if time.monotonic() >= self._until_s:
+            raise StoreSilent(_reason(error)) from error
+        log.warning("%s: %s", self.lease.job.id, _reason(error))
+
+
+async def _asked(
+    bear: Callable[[Unavailable | TimeoutError], None],
+    call: Callable[P, Awaitable[T]],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """The answer to a call; it is asked for again until `bear` raises."""
+    while True:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await call(*args, **kwargs)
+        except (Unavailable, TimeoutError) as error:
+            bear(error)
+        await asyncio.sleep(RENEW_S)
+
+
+def _reason(error: Unavailable | TimeoutError) -> str:
+    return error.explained if isinstance(error, Unavailable) else f"the store gave no answer within {ANSWER_S:g} s"

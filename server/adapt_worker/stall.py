@@ -1,0 +1,36 @@
+"""Computations that have stopped moving. A thread cannot be ended from outside: only its process can."""
+
+from __future__ import annotations
+
+import time
+
+STALL_S = 600.0
+"""So long without a step, or an item read between steps, is no slow computation any more: a step of a full context
+takes a slow processor a minute."""
+
+
+class Stalled(Exception):
+    """A computation shows no sign of life."""
+
+
+class Pulse:
+    """The last sign of life of a computation, given by its thread."""
+
+    def __init__(self) -> None:
+        self._at_s = time.monotonic()
+
+    def beat(self) -> None:
+        """It is alive."""
+        self._at_s = time.monotonic()
+
+    def check(self, what: str) -> None:
+        """Expect a sign of life within `STALL_S`.
+
+        Args:
+            what: computes.
+
+        Raises:
+            Stalled: when there was none.
+        """
+        if time.monotonic() - self._at_s > STALL_S:
+            raise Stalled(f"{what}: no step within {STALL_S:g} s; this process cannot go on")

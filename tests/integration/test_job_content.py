@@ -1,0 +1,154 @@
+"""What is wrong with one job's content, or with one user's items, ends that job with its reason, never the worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import orjson
+import pytest
+
+from bank.serving import ServingBank
+from server.adapt_worker.training import AdapterTrainer
+from server.adapt_worker.worker import Worker
+from server.store.jobs import JobState
+from tests.support.desk import CONFIG, SAMPLES, Desk, desk_at
+from tests.support.valkey import ValkeyProcess
+
+ALTERNATING = (
+    "{% for message in messages %}{% if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def desk(store: ValkeyProcess, trainer: AdapterTrainer) -> AsyncIterator[Desk]:
+    async with desk_at(store.url, trainer.manifest) as desk:
+        yield desk
+
+
+@pytest.fixture
+def worker(desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path) -> Worker:
+    bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+    return Worker("test", desk.jobs, desk.profiles, bank, trainer)
+
+
+def sample(messages: object, output: object = "yes") -> bytes:
+    return orjson.dumps({"messages": messages, "output": output})
+
+
+def turn(content: object) -> list[dict[str, object]]:
+    return [{"role": "user", "content": content}]
+
+
+def config(**changes: object) -> str:
+    return orjson.dumps(orjson.loads(CONFIG) | changes).decode()
+
+
+WRONG_SAMPLES = {
+    "order of roles": (sample([{"role": "system", "content": "Be brief."}, *turn("hi")]), "Conversation roles must"),
+    "no JSON": (b"{", "samples.8"),
+    "no messages": (b"{}", "samples.8"),
+    "messages of another shape": (sample("hi"), "samples.8"),
+    "content of another shape": (sample(turn({"image": 1}), {"text": 1}), "samples.8"),
+}
+WRONG_CONFIGS = {
+    "a field of a newer gateway": (config(flavour=1), "flavour"),
+    "a kind of a newer gateway": (config(kind="prefix"), "prefix"),
+    "no object": ("[]", "configuration"),
+    "no JSON": ("{", "configuration"),
+    "no steps": (config(steps=0), "steps"),
+    "no number": (config(learning_rate="fast"), "learning_rate"),
+    "a rate that is none": (config(learning_rate=0), "learning_rate"),
+    "rank as text": (config(rank="2"), "rank"),
+    "rank 0": (config(rank=0), "rank"),
+    "all held out": (config(holdout=1), "holdout"),
+    "a strength that is none": (config(strength="half"), "configuration"),
+    "a seed that is none": (config(seed=None), "seed"),
+}
+
+
+async def fails(desk: Desk, worker: Worker, samples: Sequence[bytes], config: str) -> str:
+    """The reason for which a job fails, and the worker lives."""
+    job_id = await desk.submit(samples, config)
+    assert await worker.work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.FAILED, 1)
+    return job.error
+
+
+@pytest.mark.parametrize("wrong", WRONG_SAMPLES)
+async def test_a_sample_that_cannot_be_encoded_fails_its_job_and_says_which_and_why(
+    desk: Desk, worker: Worker, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    raw, reason = WRONG_SAMPLES[wrong]
+    monkeypatch.setattr(trainer.tokenizer, "chat_template", ALTERNATING)
+    error = await fails(desk, worker, [*SAMPLES, raw], CONFIG)
+    assert "samples.8" in error
+    assert reason in error
+
+
+@pytest.mark.parametrize("wrong", WRONG_CONFIGS)
+async def test_a_configuration_that_cannot_be_read_fails_its_job_and_says_why(
+    desk: Desk, worker: Worker, wrong: str
+) -> None:
+    text, reason = WRONG_CONFIGS[wrong]
+    assert reason in await fails(desk, worker, SAMPLES, text)
+
+
+@pytest.mark.parametrize("wrong", [("<|user|>odd", [10_000], "token 10000"), ("odd", [], "no token")])
+async def test_tokens_that_nothing_can_be_trained_on_fail_their_job(
+    desk: Desk,
+    worker: Worker,
+    trainer: AdapterTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: tuple[str, list[int], str],
+) -> None:
+    """A tokenizer may know more tokens than its model, and drop what it does not know."""
+    text, ids, reason = wrong
+    encode = trainer.tokenizer.encode
+    monkeypatch.setattr(trainer.tokenizer, "encode", lambda t, **how: ids if t.startswith(text) else encode(t, **how))
+    error = await fails(desk, worker, [*SAMPLES, sample(turn("odd"), "odd")], CONFIG)
+    assert "samples.8" in error
+    assert reason in error
+
+
+async def test_a_record_that_cannot_be_read_fails_its_job_and_the_next_is_trained(desk: Desk, worker: Worker) -> None:
+    bad, good = await desk.submit(), await desk.submit()
+    await desk.connection.run(lambda redis: redis.set(f"mta:{{{bad.user_key}}}:profile", b"\xff"))
+    while await worker.work_once(0.1):
+        pass
+    job = await desk.job(bad)
+    assert (job.state, job.tries) == (JobState.FAILED, 1)
+    assert "record" in job.error
+    assert (await desk.job(good)).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("where", "trouble"),
+    [
+        ("encode_conversation", MemoryError()),
+        ("train_user", MemoryError()),
+        ("train_user", RuntimeError("CUDA error: an illegal memory access")),
+    ],
+)
+async def test_what_the_process_cannot_survive_ends_it_and_is_a_try(
+    desk: Desk, worker: Worker, monkeypatch: pytest.MonkeyPatch, where: str, trouble: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(f"server.adapt_worker.training.{where}", broken)
+    job_id = await desk.submit()
+    with pytest.raises(type(trouble)):
+        await worker.work_once(0.1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.QUEUED, 1)

@@ -1,0 +1,255 @@
+"""A worker's lease while the store is away, while it loses answers, and while training takes too long or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.user_trainer import Judgement
+from bank.serving import ServingBank
+from server.adapt_worker.stall import Stalled
+from server.adapt_worker.training import AdapterTrainer
+from server.adapt_worker.worker import Worker
+from server.errors import Unavailable
+from server.store.jobs import JobState, Lease
+from server.store.redis_connection import RedisConnection
+from server.store.redis_jobs import RedisJobs
+from server.store.samples import AdaptConfig
+from tests.integration.conftest import Interrupted
+from tests.support.desk import SAMPLES, Desk, desk_at
+from tests.support.processes import wait_until
+from tests.support.valkey import ValkeyProcess
+
+
+class Shaky(RedisJobs):
+    """Real jobs, some of whose answers do not arrive.
+
+    Attributes:
+        away: while it is set, nothing reaches the store.
+        lost: names of calls whose next answer is lost after the store has done what was asked.
+        silent: whether a lost answer is silence rather than an error.
+        failures: how many calls failed.
+    """
+
+    def __init__(self, connection: RedisConnection) -> None:
+        super().__init__(connection)
+        self.away, self.lost, self.silent, self.failures = False, set[str](), False, 0
+
+    async def _through(self, name: str, call: Callable[[], Any]) -> Any:
+        answer = None if self.away else await call()
+        if self.away or name in self.lost:
+            self.lost.discard(name)
+            self.failures += 1
+            if self.silent:
+                await asyncio.Event().wait()
+            raise Unavailable("the store cannot be used now")
+        return answer
+
+    async def renew(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._through("renew", lambda: RedisJobs.renew(self, *args, **kwargs))
+
+    async def claim(self, *args: Any) -> Any:
+        return await self._through("claim", lambda: RedisJobs.claim(self, *args))
+
+    async def samples(self, *args: Any) -> Any:
+        return await self._through("samples", lambda: RedisJobs.samples(self, *args))
+
+    async def end(self, *args: Any) -> Any:
+        return await self._through("end", lambda: RedisJobs.end(self, *args))
+
+    async def promote(self, *args: Any) -> Any:
+        return await self._through("promote", lambda: RedisJobs.promote(self, *args))
+
+    async def release(self, lease: Lease, *, counts: bool) -> Any:
+        return await self._through("release", lambda: RedisJobs.release(self, lease, counts=counts))
+
+
+class Hanging:
+    """A trainer whose training never ends by itself."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.encoded, self.end = trainer.encoded, threading.Event()
+
+    def train(self, *_: object) -> Judgement:
+        self.end.wait()
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Hasty(AdaptConfig):
+    """A job that has no time."""
+
+    max_seconds: float = 0.05
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def desk(store: ValkeyProcess, trainer: AdapterTrainer) -> AsyncIterator[Desk]:
+    async with desk_at(store.url, trainer.manifest) as desk:
+        yield desk
+
+
+@pytest.fixture
+def bank(trainer: AdapterTrainer, tiny_bank_folder: Path) -> ServingBank:
+    return ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+
+
+@pytest.fixture
+def jobs(desk: Desk) -> Shaky:
+    return Shaky(desk.connection)
+
+
+@pytest.fixture
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease that runs out in a test's time."""
+    for module in ("lease", "worker"):
+        monkeypatch.setattr(f"server.adapt_worker.{module}.LEASE_S", 0.5)
+    for module in ("lease", "holding"):
+        monkeypatch.setattr(f"server.adapt_worker.{module}.RENEW_S", 0.05)
+
+
+async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_training(
+    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky, store: ValkeyProcess
+) -> None:
+    steps: list[int] = []
+
+    def restart() -> None:
+        store.kill()
+        wait_until(lambda: jobs.failures > 0, "a renewal to fail")
+        store.start()
+
+    async def renew(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await RedisJobs.renew(jobs, *args, **kwargs)
+        except Unavailable:
+            jobs.failures += 1
+            raise
+
+    jobs.renew = renew  # type: ignore[method-assign]
+    job_id = await desk.submit()
+    interrupted = Interrupted(trainer, restart, steps.append)
+    assert await Worker("test", jobs, desk.profiles, bank, interrupted).work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
+    assert steps.count(1) == 1
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_given_back_and_is_no_try(
+    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky
+) -> None:
+    gone = threading.Event()
+
+    def go_away() -> None:
+        jobs.away = True
+
+    def at_step(_: int) -> None:
+        gone.wait(0.1)  # training that takes longer than the lease
+
+    job_id = await desk.submit()
+    worker = Worker("test", jobs, desk.profiles, bank, Interrupted(trainer, go_away, at_step))
+    working = asyncio.create_task(worker.work_once(1))
+    while jobs.failures < 15:
+        await asyncio.sleep(0.05)
+    assert not working.done()  # waits for the store
+    jobs.away = False
+    assert await working
+    job = await desk.job(job_id)
+    assert (job.state, job.tries, job.step) == (JobState.QUEUED, 0, 0)
+    assert await Worker("test", jobs, desk.profiles, bank, trainer).work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
+    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky
+) -> None:
+    def go_away() -> None:
+        jobs.away = True
+
+    job_id = await desk.submit()
+    worker = Worker(
+        "test", jobs, desk.profiles, bank, Interrupted(trainer, go_away, lambda _: threading.Event().wait(0.1))
+    )
+    working = asyncio.create_task(worker.work_once(1))
+    while jobs.failures == 0 or (lease := await desk.jobs.claim(job_id, 60)) is None:
+        await asyncio.sleep(0.05)
+    jobs.away = False
+    assert await working
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.RUNNING, 2)
+    assert await desk.jobs.renew(lease, 60, step=1, of=2, loss=1.0)
+
+
+@pytest.fixture
+def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) -> Worker:
+    return Worker("test", jobs, desk.profiles, bank, trainer)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("call", ["claim", "samples", "renew", "promote", "end"])
+async def test_a_lost_answer_changes_nothing(
+    desk: Desk, worker: Worker, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
+) -> None:
+    monkeypatch.setattr("server.adapt_worker.lease.RENEW_S", 0.05)
+    monkeypatch.setattr("server.adapt_worker.lease.ANSWER_S", 0.5 if silent else 4.0)
+    jobs.lost, jobs.silent = {call}, silent
+    job_id = await desk.submit(SAMPLES if call != "end" else [b"{"])
+    assert await worker.work_once(1)
+    assert jobs.failures == 1
+    job, adapter = await desk.job(job_id), await desk.adapters.adapter_id(job_id.user_key)
+    assert (job.state, job.tries) == (JobState.FAILED if call == "end" else JobState.SUCCEEDED, 1)
+    assert (adapter or "") == job.adapter
+
+
+async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(
+    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapt_worker.worker.decode_config", lambda _: Hasty())
+    job_id = await desk.submit()
+    slow = Interrupted(trainer, lambda: threading.Event().wait(0.1))
+    assert await Worker("test", desk.jobs, desk.profiles, bank, slow).work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.FAILED, 1)
+    assert "longer than the 0.05 s it may" in job.error
+    assert await desk.adapters.adapter_id(job_id.user_key) is None
+
+
+async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_process(
+    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapt_worker.stall.STALL_S", 0.2)
+    monkeypatch.setattr("server.adapt_worker.holding.RENEW_S", 0.05)
+    job_id, hanging = await desk.submit(), Hanging(trainer)
+    try:
+        with pytest.raises(Stalled):
+            await Worker("test", desk.jobs, desk.profiles, bank, hanging).work_once(1)
+    finally:
+        hanging.end.set()
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.QUEUED, 1)
+    assert await Worker("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
+    assert (await desk.job(job_id)).state is JobState.SUCCEEDED
+
+
+async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: Worker) -> None:
+    job_id = await desk.submit()
+    newer = await desk.submit(SAMPLES[:2], user=job_id.user_key, bank="00000000")
+    assert await worker.work_once(1)
+    assert (await desk.job(job_id)).state is JobState.SUPERSEDED
+    job = await desk.job(newer)
+    assert (job.state, job.tries) == (JobState.QUEUED, 0)
+    assert await desk.jobs.next_job("00000000", "other", 1) == newer

@@ -1,0 +1,81 @@
+"""Users and jobs put straight into a store, as a gateway of any version might have left them there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import redis.asyncio as redis
+
+from bank.manifest import BankManifest
+from server.store.jobs import Job, JobId, Submission
+from server.store.profiles import Change, Profile, StoredItem
+from server.store.redis_adapters import RedisAdapters
+from server.store.redis_connection import RedisConnection
+from server.store.redis_jobs import RedisJobs
+from server.store.redis_profiles import RedisProfiles
+from server.store.samples import AdaptConfig, Sample, encode_config, encode_sample
+from server.user_key import UserKeys
+
+CONFIG = encode_config(AdaptConfig(steps=4, learning_rate=0.02))
+SAMPLES = [encode_sample(Sample([{"role": "user", "content": f"question {n}"}], f"{n} yes yes yes")) for n in range(8)]
+_numbers = itertools.count()
+_keys = UserKeys("a secret for tests only", "tests")
+
+
+@dataclass
+class Desk:
+    """The stores, and users of one bank.
+
+    Attributes:
+        jobs, adapters, profiles: the stores.
+        manifest: of the bank.
+    """
+
+    jobs: RedisJobs
+    adapters: RedisAdapters
+    profiles: RedisProfiles
+    connection: RedisConnection
+    manifest: BankManifest
+
+    async def user(self, *pairs: tuple[str, str]) -> str:
+        """The key of a new user who has these items."""
+        key = _keys.key(f"user-{next(_numbers)}")
+        embedding = np.eye(self.manifest.embedder.dim, dtype=np.float32)[0]
+        profile = Profile("ada", len(pairs), 1, self.manifest.embedder.id, embedding)
+        items = {
+            str(n): StoredItem(n, dict(zip(("input", "output"), pair, strict=True))) for n, pair in enumerate(pairs)
+        }
+        await self.profiles.commit(key, b"", Change(profile, items, {}, ()))
+        return key
+
+    async def submit(
+        self, samples: Sequence[bytes] = SAMPLES, config: str = CONFIG, *, user: str = "", bank: str = ""
+    ) -> JobId:
+        """A job: of a new user, for the bank of the desk, where nothing else is said."""
+        submission = Submission(samples, False, config, bank or self.manifest.short)
+        job = await self.jobs.submit(user or await self.user(), submission, len(samples))
+        assert job is not None
+        return job.id
+
+    async def job(self, job_id: JobId) -> Job:
+        """A job as it is now."""
+        job = await self.jobs.job(job_id)
+        assert job is not None
+        return job
+
+
+@asynccontextmanager
+async def desk_at(url: str, manifest: BankManifest) -> AsyncIterator[Desk]:
+    """At a store that holds nothing."""
+    async with redis.from_url(url) as raw:
+        await raw.flushall()
+    connection = RedisConnection(url)
+    await connection.check()
+    try:
+        yield Desk(RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection), connection, manifest)
+    finally:
+        await connection.close()
