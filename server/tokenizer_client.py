@@ -1,4 +1,4 @@
-"""What the engine's tokenizer says of a conversation: how long it is, and whether the model's chat template takes it."""
+"""What the engine says of a conversation: how many tokens it has, and whether the model's chat template takes it."""
 
 from __future__ import annotations
 
