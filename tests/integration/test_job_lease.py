@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +78,6 @@ class Hanging:
     def train(self, *_: object) -> Judgement:
         self.end.wait()
         raise AssertionError
-
-
-@dataclass(frozen=True)
-class Hasty(AdaptConfig):
-    """A job that has no time."""
-
-    max_seconds: float = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +210,12 @@ async def test_a_lost_answer_changes_nothing(
 async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(
     desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.adapt_worker.worker.decode_config", lambda _: Hasty())
+    monkeypatch.setattr(
+        "server.adapt_worker.worker.decode_config",
+        lambda _: AdaptConfig(
+            max_seconds=0,
+        ),
+    )
     job_id = await desk.submit()
     slow = Interrupted(trainer, lambda: threading.Event().wait(0.1))
     assert await Worker("test", desk.jobs, desk.profiles, bank, slow).work_once(1)
