@@ -8,6 +8,7 @@ API process     endpoint.py    wires the plugin in and adds the private route `/
 every worker    plugin.py      puts our adapter manager in the place of vLLM's
                 manager.py     fuses a recipe, and decides what stays
                 slots.py       writes fused adapters into vLLM's slots
+                adapted_rows.py  keeps LoRA on CPU to the rows that have an adapter
                 executor.py    runs the worker in the engine core's process, on CPU
                 worker.py      calls the API process makes on the workers
 both            banks.py       the banks this engine serves

@@ -24,6 +24,7 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
 from adapters.user_adapter import UserAdapter, decode_user_adapter, stack
 from bank.errors import BankError
+from server.engine_plugin.adapted_rows import check_in_use
 from server.engine_plugin.banks import is_recipe_name, open_matrices
 from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
@@ -41,9 +42,11 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
 
         Raises:
-            BankError: when a bank is damaged, or made for a model with other modules.
+            BankError: when a bank is damaged, or made for a model with other modules, or when vLLM would not keep
+                adapters to the rows that have one.
         """
         wrapped = super().create_lora_manager(model, vllm_config)
+        check_in_use(self._adapter_manager.punica_wrapper_mapping.values())
         self._pinned = PIN_MEMORY and self.device.type != "cpu"  # pinned pages are what a GPU's slots copy from fast
         self._users = {}
         self._matrices = {
