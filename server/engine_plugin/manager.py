@@ -144,13 +144,19 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._users[name] = decode_user_adapter(self._matrices[parse_recipe(name).bank].layout, raw)
 
     def release(self, names: Sequence[str]) -> None:
-        """Forget user adapters that nothing asks for, and what was fused with them."""
+        """Forget user adapters that nothing asks for, and what was fused with them, in slots too."""
         gone = set(names)
         for name in gone:
             self._users.pop(name, None)
         for lora_id, model in list(self._adapter_manager.list_adapters().items()):
             if getattr(model, "recipe", None) in gone:
                 self._adapter_manager.remove_adapter(lora_id)
+        self._adapter_manager.wipe(gone)
+
+    def held(self) -> set[str]:
+        """Stacked recipes of whose user adapter something is here: its bytes, or what was fused with it in a slot."""
+        slots: set[str] = self._adapter_manager.written
+        return set(self._users) | {name for name in slots if parse_recipe(name).user_adapter is not None}
 
     def resident(self) -> list[str]:
         """Recipes in the CPU tier, least recently used first."""
