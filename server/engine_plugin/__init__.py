@@ -1,6 +1,7 @@
 """What runs inside vLLM: recipes are checked before admission and fused in the workers. The only importer of vLLM.
 
 API process     endpoint.py    wires the plugin in and adds the private route `/mta/v1/`
+                door.py        lets through what the product uses of vLLM's routes, with a key
                 prepare.py     checks a recipe before vLLM admits the request that names it
                 names.py       gives recipes their engine ids, bounded in number
                 user_adapters.py  fetches and verifies users' own adapters, and says which workers hold
