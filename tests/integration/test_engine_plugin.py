@@ -21,6 +21,7 @@ from tests.support.tiny import tiny_bank, tiny_model
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
 STREAM_TOKENS = 1500
+SECRET = "unmistakable-secret-that-keys-user-ids"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder:
 
 @pytest.fixture(scope="module")
 def engine(bank: Path, model: Path) -> Iterator[Engine]:
-    with running_engine(bank, model, max_loras=SLOTS, max_cpu_loras=CPU_TIER, max_adapter_names=NAMES) as engine:
+    sizes = {"max_loras": SLOTS, "max_cpu_loras": CPU_TIER, "max_adapter_names": NAMES}
+    with running_engine(bank, model, secret=SECRET, **sizes) as engine:
         yield engine
 
 
@@ -209,6 +211,12 @@ def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     finally:
         os.kill(core, signal.SIGCONT)
     assert status.json()["banks"] == engine.status()["banks"]
+
+
+def test_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:
+    for pid in (engine.pid, *descendants(engine.pid)):
+        assert SECRET.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert SECRET not in command_line(pid)
 
 
 def test_a_hint_fuses_ahead_into_the_cpu_tier(engine: Engine, prefix: str) -> None:
