@@ -20,7 +20,7 @@ from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.health import Health
 from server.store.redis_connection import RedisConnection
 from server.tokenizer_client import TokenizerClient
-from tests.support.engine import KEY, Engine, running_engine
+from tests.support.engine import KEY, running_engine
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.processes import wait_until
 from tests.support.valkey import ValkeyProcess, free_port
@@ -67,8 +67,8 @@ def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_f
         yield Subject(
             engine.url,
             tiny_bank_folder,
-            generated=lambda: _metric(engine, "vllm:generation_tokens_total"),
-            idle=lambda: _metric(engine, "vllm:num_requests_running") == 0,
+            generated=lambda: engine.metric("vllm:generation_tokens_total"),
+            idle=lambda: engine.metric("vllm:num_requests_running") == 0,
         )
 
 
@@ -289,8 +289,3 @@ async def test_its_status_is_understood(
     assert (states[KEY].status, states[KEY].banks) == ("ok", (bank.manifest.fingerprint,))
     assert states["wrong"].status == "wrong_key"
     await store.close()
-
-
-def _metric(engine: Engine, name: str) -> float:
-    lines = engine.client.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))

@@ -83,8 +83,7 @@ def test_who_is_erased_is_gone_from_the_store_at_once_and_from_every_engine_in_t
 
 
 def _forgot(engine: Engine, recipe: str) -> bool:
-    status = engine.status()
-    return status["user_adapters"] == 0 and recipe not in str(status["resident"])
+    return engine.status()["user_adapters"] == 0 and recipe not in str(engine.resident())
 
 
 def _blob(valkey: ValkeyProcess, user_key: str) -> bytes:

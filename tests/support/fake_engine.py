@@ -175,7 +175,6 @@ class FakeEngine:
                 "banks": list(self.knobs.banks),
                 "max_lora_rank": 8,
                 "slots": 8,
-                "resident": [],
                 "names": 0,
             }
         )

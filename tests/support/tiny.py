@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,6 +71,7 @@ def tiny_bank(
     rank: int = 4,
     user_rank: int = 4,
     k: int = 2,
+    targets: Sequence[str] | None = None,
     scale: float = 0.05,
     signed: bool = False,
     seed: int = 1,
@@ -82,11 +84,12 @@ def tiny_bank(
         embedder_folder: the embedder that the index is made with.
         anchors: N; anchor i embeds the text `WORLDS[i]`, numbered beyond their count.
         method, common, rank, user_rank, k: as in `mta bank build`.
+        targets: last parts of the names of the modules that it adapts; all linear ones without.
         scale: standard deviation of the rows' numbers.
         signed: whether signatures speak, uncalibrated.
         seed: of the rows.
     """
-    modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder))
+    modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder), targets)
     layout = RowLayout(modules, rank, method is Method.SHARED)
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
