@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Set
@@ -21,10 +22,13 @@ from server.engine_plugin.banks import read_manifests
 from server.engine_plugin.door import Door
 from server.engine_plugin.names import AdapterNames
 from server.engine_plugin.prepare import HoldNames, Preparer
-from server.engine_plugin.user_adapters import RpcWorkers, UserAdapters
+from server.engine_plugin.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
 from server.settings import Settings
 from server.store.redis_adapters import RedisAdapters
 from server.store.redis_connection import RedisConnection
+from server.watching import forever
+
+log = logging.getLogger("mta.engine")
 
 
 class Hint(BaseModel):
@@ -90,7 +94,7 @@ class MtaEndpointPlugin:
             capacity_bytes=settings.user_adapter_mib << 20,
             in_use=lambda: names.in_use,
         )
-        self._watching = asyncio.create_task(users.watch())
+        self._watching = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
         preparer = Preparer(manifests, names, users)
         preparer.install()
         metrics.install(engine_client, self._names)

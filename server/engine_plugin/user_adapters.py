@@ -107,19 +107,8 @@ class UserAdapters:
         self._held.move_to_end(recipe.name)
         await self._make_room()
 
-    async def watch(self) -> None:
-        """For as long as the engine runs, let go of what the store has not any more: no erased user stays for long."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                await self.sweep()
-            except ApiError as error:
-                log.warning("user adapters: %s", error.explained)
-            except Exception:
-                log.exception("user adapters: looking for those that are gone failed")
-
     async def sweep(self) -> None:
-        """Let go of every adapter that its user has not any more and that no request uses."""
+        """Let go of every adapter that its user has not any more and that no request uses; an engine does it often."""
         gone = []
         for name in list(self._held):
             user_key, _, adapter_id = name.rpartition(":u-")[2].partition(".")
