@@ -16,7 +16,6 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionRecipe, Method
 from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
-from server.engine_plugin import user_adapters
 from server.engine_plugin.user_adapters import UserAdapters
 from server.errors import Unavailable
 from server.store.adapters import StoredAdapter
@@ -245,20 +244,6 @@ async def test_a_release_is_carried_out_though_its_client_leaves() -> None:
     dropping.cancel()
     await until(lambda: not world.workers.held)
     assert len(world.adapters) == 0
-
-
-async def test_the_watch_outlives_faults_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World()
-    world.keep("b")
-    await world.adapters.ensure(recipe("b"))
-    monkeypatch.setattr(user_adapters, "SWEEP_S", 0)
-    world.store.fault = ValueError("nonsense from the store")
-    watching = asyncio.create_task(world.adapters.watch())
-    await until(lambda: world.store.faults > 1)
-    world.store.fault = None
-    world.store.kept.clear()
-    await until(lambda: not world.workers.held)
-    watching.cancel()
 
 
 async def until(condition: Callable[[], bool]) -> None:
