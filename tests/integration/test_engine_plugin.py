@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ import pytest
 from bank.manifest import read_manifest
 from server.engine_plugin.door import WITH_KEY
 from tests.support.engine import KEY, Engine, running_engine
-from tests.support.processes import PATIENCE_S, command_line, descendants
+from tests.support.processes import PATIENCE_S, command_line, descendants, standing_still
 from tests.support.tiny import tiny_bank, tiny_model
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
@@ -205,11 +203,8 @@ def test_no_route_binds_a_name_to_a_folder(engine: Engine, path: str) -> None:
 
 def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     core = next(pid for pid in descendants(engine.pid) if "EngineCore" in command_line(pid))
-    os.kill(core, signal.SIGSTOP)
-    try:
+    with standing_still(core):
         status = engine.client.get("/mta/v1/status", timeout=20)
-    finally:
-        os.kill(core, signal.SIGCONT)
     assert status.json()["banks"] == engine.status()["banks"]
 
 
