@@ -8,40 +8,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 LONGEST_MS = 50.0
 """What no request may exceed."""
 
 
-@dataclass(slots=True)
-class Held:
-    """The callback that kept the loop longest.
-
-    Attributes:
-        ms: of the loop thread's processor time, without the test process's own garbage collection.
-        callback: what it was.
-    """
-
-    ms: float = 0.0
-    callback: str = ""
-
-
 @contextmanager
-def watched_loop(thread: threading.Thread) -> Iterator[Held]:
-    """Measure every callback of the asyncio loop that runs in `thread` until the block ends.
+def never_held(thread: threading.Thread) -> Iterator[None]:
+    """Measure every callback of the asyncio loop that runs in `thread`, and fail when one took too long.
 
-    Processor time of that thread and not wall-clock time: whatever else this machine does would count otherwise.
+    What is measured is processor time of that thread, without the garbage collection of what tests have made: how busy
+    the machine is does not matter.
     """
-    longest = Held()
+    longest_ms, longest = 0.0, ""
     loop: asyncio.AbstractEventLoop | None = None
     collected_s = 0.0
     collecting_since_s = 0.0
     run: Callable[[asyncio.Handle], None] = asyncio.Handle._run  # type: ignore[attr-defined]
 
     def measured(handle: asyncio.Handle) -> None:
-        nonlocal loop
+        nonlocal loop, longest_ms, longest
         if threading.get_ident() != thread.ident:
             run(handle)
             return
@@ -49,8 +36,8 @@ def watched_loop(thread: threading.Thread) -> Iterator[Held]:
         began_s, collected_before_s = time.thread_time(), collected_s
         run(handle)
         held_ms = (time.thread_time() - began_s - (collected_s - collected_before_s)) * 1000
-        if held_ms > longest.ms:
-            longest.ms, longest.callback = held_ms, repr(handle)
+        if held_ms > longest_ms:
+            longest_ms, longest = held_ms, repr(handle)
 
     def collecting(phase: str, _: dict[str, Any]) -> None:
         nonlocal collected_s, collecting_since_s
@@ -64,14 +51,10 @@ def watched_loop(thread: threading.Thread) -> Iterator[Held]:
     asyncio.Handle._run = measured  # type: ignore[attr-defined]
     gc.callbacks.append(collecting)
     try:
-        yield longest
+        yield
         if loop:  # the callback that sent the last answer may still be running
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(60)
     finally:
         gc.callbacks.remove(collecting)
         asyncio.Handle._run = run  # type: ignore[attr-defined]
-
-
-def check(longest: Held) -> None:
-    """Fail when the loop was held for too long."""
-    assert longest.ms <= LONGEST_MS, f"the event loop was held for {longest.ms:.0f} ms by {longest.callback}"
+    assert longest_ms <= LONGEST_MS, f"the event loop was held for {longest_ms:.0f} ms by {longest}"
