@@ -15,6 +15,7 @@ import redis
 from bank.manifest import BankManifest
 from server.adapting import training_config
 from server.errors import InvalidRequest
+from server.job_budget import JobBudget
 from server.readapting import Counts, Readapting
 from server.schemas import AdaptOptions
 from server.store.profiles import Change
@@ -280,7 +281,12 @@ async def _readapt(url: str, manifest: BankManifest) -> Counts:
     await connection.check()
     try:
         return await Readapting(
-            RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection), manifest, 4
+            RedisJobs(connection),
+            RedisAdapters(connection),
+            RedisProfiles(connection),
+            manifest,
+            4,
+            JobBudget(1000, 60),
         ).run()
     finally:
         await connection.close()
