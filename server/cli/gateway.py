@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -70,6 +71,8 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     try:
         async with app.router.lifespan_context(app):
             opening = False
+            gc.collect()
+            gc.freeze()  # what is here now stays: each collection that looked through it would hold the event loop
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", host, port)
             await server.serve(sockets=[listener])

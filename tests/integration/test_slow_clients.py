@@ -169,7 +169,7 @@ class TestPlaces:
     def test_one_more_is_told_to_come_back(
         self, gateway: GatewayThread, fake_engine: FakeEngine, new_user: Callable[[], str]
     ) -> None:
-        fake_engine.knobs.token_delay_s = 0.2
+        fake_engine.knobs.token_delay_s = 0.1
         user_id = new_user()
         with gateway.client() as client, ThreadPoolExecutor(20) as many:
             asked = [many.submit(generate, client, user_id, max_tokens=20) for _ in range(20)]
