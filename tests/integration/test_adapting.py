@@ -280,14 +280,8 @@ async def _readapt(url: str, manifest: BankManifest) -> Counts:
     connection = RedisConnection(url)
     await connection.check()
     try:
-        return await Readapting(
-            RedisJobs(connection),
-            RedisAdapters(connection),
-            RedisProfiles(connection),
-            manifest,
-            4,
-            JobBudget(1000, 60),
-        ).run()
+        stores = RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection)
+        return await Readapting(*stores, manifest=manifest, at_a_time=4, budget=JobBudget(1000, 60)).run()
     finally:
         await connection.close()
 
