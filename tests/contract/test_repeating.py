@@ -9,7 +9,7 @@ import pytest
 import redis.asyncio as redis
 
 from server.errors import Unavailable, UserErased
-from server.store.jobs import Job, JobId, JobState, Submission, Trained
+from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Submission, Trained
 from server.store.redis_jobs import RedisJobs
 from server.user_key import UserKeys
 from tests.support.faults import Fault
@@ -74,6 +74,14 @@ async def test_a_submission_may_be_repeated_while_its_job_is_the_newest_and_goes
     await submitted(jobs, user, "b", append=True)
     assert await jobs.samples(user) == [b"a", b"b"]
     assert (await submitted(jobs, user, append=True)).id.number == 4
+
+
+async def test_idempotency_keys_are_forgotten_with_their_jobs(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:
+    for number in range(KEPT_JOBS + 2):
+        await submitted(jobs, user, idempotency_key=f"key {number}")
+    assert await raw.hkeys(f"mta:{{{user}}}:jobs") == [b"last"]
+    kept = [name async for name in raw.scan_iter(f"mta:{{{user}}}:job:*")]
+    assert len(kept) == KEPT_JOBS
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.TWICE])
