@@ -117,9 +117,17 @@ def _text(value: object, param: str) -> str:
             raise ProfileError(f"{param} must be a finite number or text, got {value}", param)
         return f"{value:g}"
     text = str(value)
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    if "\0" in text or _has_surrogate(text):
         raise ProfileError(f"{param} holds a NUL or a lone surrogate, which no text has: {excerpt(text)}", param)
     return text
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _identity(given: object, fields: Mapping[str, str], param: str) -> str:

@@ -1,11 +1,12 @@
 """Past items in the prompt: the most relevant ones by BM25, rendered by the task's template before the user's turn.
 
-The one function for serving and evaluation. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts),
-so that a model sees a history as LaMP's models do.
+The one way for serving and evaluation. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts), so
+that a model sees a history as LaMP's models do.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from bank.profile import Item, is_pair, item_text
@@ -13,9 +14,64 @@ from bank.tasks import Task, get_task
 
 JOIN = ", and "
 
+_POSTING_BYTES = 8
+"""A word in a text: its score and the text's place."""
+
+_WORD_BYTES = 128
+"""A word of the vocabulary, beyond its letters: its number, and its place in a dictionary and a set."""
+
+
+class ItemIndex:
+    """A history made ready to be searched.
+
+    Args:
+        task: whose items they are.
+        items: the history, the oldest first; items that have too little to quote are left out.
+    """
+
+    def __init__(self, task: Task, items: Sequence[Item]) -> None:
+        import bm25s
+
+        known = [(item_text(item, task), memory) for item in items if (memory := _memory(task, item)) is not None]
+        self._task = task
+        self._memories = [memory for _, memory in known]
+        self._retriever = None
+        self.size_bytes = sum(map(sys.getsizeof, self._memories))
+        """About how much memory it takes."""
+        words = bm25s.tokenize([text for text, _ in known], show_progress=False)
+        if words.vocab:  # texts of stop words alone have none
+            self._retriever = bm25s.BM25()
+            self._retriever.index(words, show_progress=False)
+            self.size_bytes += sum(sys.getsizeof(word) + _WORD_BYTES for word in words.vocab)
+            self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
+
+    def memories(self, turn: str, count: int) -> list[str]:
+        """The items of highest BM25 score as prompts quote them, the best first, of equal ones the newest.
+
+        Args:
+            turn: the complete user turn.
+            count: most items.
+        """
+        import bm25s
+
+        query = turn.removeprefix(self._task.instruction)
+        (words,) = bm25s.tokenize([query], show_progress=False, return_ids=False)
+        scores: Sequence[float] = [0.0] * len(self._memories)
+        if self._retriever is not None and words:  # a turn of stop words alone has none
+            scores = self._retriever.get_scores(words)
+        best = sorted(range(len(self._memories)), key=lambda place: (-scores[place], -place))[:count]
+        return [self._memories[place] for place in best]
+
+
+def remembering(task: Task, turn: str, memories: Sequence[str]) -> str:
+    """A user turn with past items before it; the turn alone without any."""
+    if not memories:
+        return turn
+    return task.remembering.format_map({"memories": JOIN.join(memories), "input": turn})
+
 
 def with_history(task: Task, turn: str, items: Sequence[Item], count: int) -> str:
-    """A user turn with past items before it; the turn alone when none can be rendered.
+    """A user turn with the most relevant past items before it; the turn alone when none can be rendered.
 
     Args:
         task: whose items they are.
@@ -23,12 +79,7 @@ def with_history(task: Task, turn: str, items: Sequence[Item], count: int) -> st
         items: the user's history.
         count: most items to put in.
     """
-    known = [(item_text(item, task), memory) for item in items if (memory := _memory(task, item)) is not None]
-    if not known or count < 1:
-        return turn
-    best = most_relevant(turn.removeprefix(task.instruction), [text for text, _ in known], count)
-    memories = JOIN.join(known[place][1] for place in best)
-    return task.remembering.format_map({"memories": memories, "input": turn})
+    return remembering(task, turn, ItemIndex(task, items).memories(turn, count))
 
 
 def _memory(task: Task, item: Item) -> str | None:
@@ -36,22 +87,3 @@ def _memory(task: Task, item: Item) -> str | None:
     if all(name in item.fields for name in task.memory_fields):
         return task.memory.format_map(item.fields)
     return get_task("chat").memory.format_map(item.fields) if is_pair(item.fields) else None
-
-
-def most_relevant(query: str, texts: Sequence[str], count: int) -> list[int]:
-    """Places of the texts of highest BM25 score, the best first, of equal ones the newest.
-
-    Args:
-        query: any text.
-        texts: at least one.
-        count: most places.
-    """
-    import bm25s
-
-    corpus = bm25s.tokenize(list(texts), show_progress=False)
-    scores: Sequence[float] = [0.0] * len(texts)
-    if corpus.vocab:  # texts of stop words alone have none
-        retriever = bm25s.BM25()
-        retriever.index(corpus, show_progress=False)
-        scores = retriever.get_scores(bm25s.tokenize([query], show_progress=False, return_ids=False)[0])
-    return sorted(range(len(texts)), key=lambda place: (-scores[place], -place))[:count]

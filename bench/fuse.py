@@ -117,7 +117,7 @@ def _stock_vllm(bank: Path, manifest: BankManifest, model: Path, dtype: str) -> 
     """vLLM with the options our engine has (in one process, too), its own LoRA loading, and none of our plugin."""
     port = free_port()
     settings = Settings(bank=bank, engine_port=port, engine_key=KEY, max_num_seqs=16, dtype=dtype)
-    argv, environment = engine_command(settings, manifest, model)
+    argv, environment = engine_command(settings, [manifest], model)
     at = argv.index("--worker-extension-cls")
     del argv[at : at + 2]
     environment |= {"VLLM_PLUGINS": "", "MTA_BANK": "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}

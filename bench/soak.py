@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -110,7 +109,7 @@ def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:
             ("of them not this recipe's own choice", _foreign_tokens(engine, stream)),
             *((f"growth of {name} from recipe {middle}, %", round(by, 2)) for name, by in growth.items()),
             ("names known (at most 1024)", status["names"]),
-            ("adapters in the worker (at most 64)", len(list(_strings(status["resident"])))),
+            ("adapters in the worker (at most 64)", len(engine.resident()["resident"])),
             (f"/metrics, lines after {early} and {recipes}", f"{series[early]} and {series[recipes]}"),
         ],
         out,
@@ -145,10 +144,6 @@ def _resident_mib(pid: int) -> dict[str, float]:
         if kib > 100 << 10:  # resource trackers and the like are not vLLM
             sizes[f"{status['Name'].strip()} ({process})"] = kib / 1024
     return sizes
-
-
-def _strings(value: object) -> Iterator[str]:
-    yield from value if isinstance(value, Sequence) else ()
 
 
 if __name__ == "__main__":

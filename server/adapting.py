@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from adapters.errors import excerpt
 from bank.errors import ProfileError
@@ -13,16 +11,13 @@ from bank.manifest import BankManifest
 from bank.profile import Item, parse_item
 from bank.prompt import chat_messages
 from bank.tasks import Task
-from server.engine_client import EngineClient
 from server.errors import Conflict, InvalidRequest, NotFound
-from server.health import Health
+from server.job_budget import JobBudget
 from server.profiles import Profiles
+from server.sample_checks import SampleChecks
 from server.schemas import MAX_SAMPLES, AdaptOptions, AdaptRequest, SampleRequest
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.samples import AdaptConfig, Sample, default_config, encode_config, encode_sample
-
-COUNTING_S = 10.0
-"""Longest that one request waits for the lengths of its samples; those left are taken as they are."""
 
 
 class Adapting:
@@ -31,11 +26,11 @@ class Adapting:
     Args:
         jobs: where they are kept.
         profiles: a user without one gets one of the samples.
-        engine: counts tokens.
-        health: knows the context.
+        checks: asks the engine about samples.
         manifest: of the bank: how much rank it leaves.
         task: how it reads items.
         max_sample_bytes: largest sample.
+        budget: what each job is granted.
     """
 
     def __init__(
@@ -43,19 +38,19 @@ class Adapting:
         jobs: JobStore,
         profiles: Profiles,
         *,
-        engine: EngineClient,
-        health: Health,
+        checks: SampleChecks,
         manifest: BankManifest,
         task: Task,
         max_sample_bytes: int,
+        budget: JobBudget,
     ) -> None:
         self._jobs = jobs
-        self._engine = engine
-        self._health = health
+        self._checks = checks
         self._profiles = profiles
         self._manifest = manifest
         self._task = task
         self._max_sample_bytes = max_sample_bytes
+        self._budget = budget
 
     async def submit(self, user_id: str, request: AdaptRequest) -> Job:
         """Keep the samples and make a job of them.
@@ -65,12 +60,13 @@ class Adapting:
             UserErased: when the user is erased meanwhile; nothing of them is stored then.
         """
         epoch = await self._profiles.epoch(user_id)
-        samples = [self._encoded(place, sample) for place, sample in enumerate(request.samples)]
-        config = training_config(self._manifest, request.config)
-        with contextlib.suppress(TimeoutError):  # the worker measures them all, and fails the job that has one too long
-            async with asyncio.timeout(COUNTING_S):
-                for place, (sample, raw) in enumerate(zip(request.samples, samples, strict=True)):
-                    await self._check_length(place, sample, len(raw))
+        given = [Sample(_messages(sample), sample.output) for sample in request.samples]
+        samples = [self._encoded(place, sample) for place, sample in enumerate(given)]
+        config = replace(training_config(self._manifest, request.config), **asdict(self._budget))
+        await self._checks.check_template(given)
+        await self._checks.check_lengths(samples)
+        kept = await self._jobs.samples(self._profiles.key(user_id)) if request.append else []
+        await self._checks.check_budget(config, [*kept, *samples])
         if await self._profiles.current(user_id) is None:
             await self._profiles.add(user_id, self._items(request.samples), epoch)
         submission = Submission(
@@ -115,8 +111,8 @@ class Adapting:
             raise Conflict(f"job {job_id} has ended already: it is {job.state.value}", param="job_id", code="job_ended")
         return job
 
-    def _encoded(self, place: int, sample: SampleRequest) -> bytes:
-        raw = encode_sample(Sample(_messages(sample), sample.output))
+    def _encoded(self, place: int, sample: Sample) -> bytes:
+        raw = encode_sample(sample)
         if len(raw) > self._max_sample_bytes:
             raise InvalidRequest(
                 f"samples.{place} has {len(raw)} bytes as JSON, at most {self._max_sample_bytes} are taken: "
@@ -124,31 +120,19 @@ class Adapting:
                 param=f"samples.{place}",
                 code="sample_too_large",
             )
-        for field, text in (("output", sample.output), ("input", _messages(sample)[-1]["content"])):
+        last = sample.messages[-1]
+        for field, text in (("output", sample.output), ("input", last["content"])):
             if not text.strip():
                 raise InvalidRequest(
                     f"samples.{place}.{field} must hold more than white space, got {excerpt(text)}",
                     param=f"samples.{place}.{field}",
                 )
-        if isinstance(sample.input, list) and sample.input[-1].role != "user":
+        if last["role"] != "user":
             raise InvalidRequest(
-                f"samples.{place}.input must end with the user's turn, it ends with {sample.input[-1].role!r}",
+                f"samples.{place}.input must end with the user's turn, it ends with {last['role']!r}",
                 param=f"samples.{place}.input",
             )
         return raw
-
-    async def _check_length(self, place: int, sample: SampleRequest, size: int) -> None:
-        """Refuse what is longer than the context; a token is at least a byte, so most need no counting."""
-        context = self._health.context
-        if context is None or size <= context:
-            return
-        tokens = await self._engine.count_tokens([*_messages(sample), {"role": "assistant", "content": sample.output}])
-        if tokens is not None and tokens > context:
-            raise InvalidRequest(
-                f"samples.{place} has {tokens} tokens, the model's context is {context}: shorten it",
-                param=f"samples.{place}",
-                code="context_length_exceeded",
-            )
 
     def _items(self, samples: Sequence[SampleRequest]) -> list[Item]:
         """The samples as items of a profile."""

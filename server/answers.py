@@ -83,8 +83,8 @@ class PersonalizationAnswer(WhoSpeaks):
     """The same, with where the milliseconds went."""
 
     timings_ms: dict[str, float] = Field(
-        description="`profile`: store. `recipe`: index and weights. `engine_ttft`: engine, until the first token that "
-        "it streams. `engine`: engine in all. `total`: from the request's arrival."
+        description="`profile`: store. `recipe`: index and weights. `history`: past items. `engine_ttft`: engine, "
+        "until the first token that it streams. `engine`: engine in all. `total`: from the request's arrival."
     )
 
 

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from adapters.errors import MtaError, excerpt
 from bank.embedder import Embedder
 from bank.models import ensure_embedder
+from bank.retrieval import ItemIndex
 from bank.serving import ServingBank
 from server.adapting import Adapting
 from server.engine_client import EngineClient, open_session
@@ -25,14 +26,19 @@ from server.erasing import Erasing
 from server.errors import ApiError, NotFound, WrongMethod
 from server.generation import Generator
 from server.health import Health
-from server.http.middleware import RequestLog
+from server.history import HistoryLimit
+from server.http.bodies import Bodies
+from server.http.middleware import Places, RequestLog
 from server.http.validation import fault_of
+from server.index_cache import IndexCache
+from server.job_budget import JobBudget
 from server.metrics import Metrics
 from server.parts import Parts
 from server.personalizer import Personalizer
 from server.profiles import Profiles
 from server.recall import Recall
 from server.routes import generate, jobs, operations, users
+from server.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import Durability
 from server.store.redis_adapters import RedisAdapters
@@ -41,6 +47,7 @@ from server.store.redis_jobs import RedisJobs
 from server.store.redis_log import LOOK_S, AppendOnlyFile
 from server.store.redis_profiles import RedisProfiles
 from server.store.redis_signing import RedisSigning
+from server.tokenizer_client import TokenizerClient
 from server.user_key import UserKeys
 from server.watching import forever
 
@@ -68,7 +75,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(Places, most=settings.max_requests)
+    app.add_middleware(RequestLog, metrics=metrics)  # the last one added is the outermost
     for router in (generate.router, users.router, jobs.router, operations.router):
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_api_error)
@@ -110,25 +118,29 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             embedder=embedder,
             task=bank.task,
             executor=threads,
-            limit=settings.profile_items,
+            limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
             signing=signing,
         )
         personalizer = Personalizer(bank, profiles)
         engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
+        tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
         health = Health(connection, session, settings.engines, engine_key, bank, generating=settings.engine_url)
         log_file = AppendOnlyFile(connection)
         for watching in (health.watch(), forever(LOOK_S, log_file.look, log)):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
-        generator = Generator(personalizer, Recall(profiles, bank.task), engine, metrics)
+        await asyncio.to_thread(ItemIndex, bank.task, ())  # loads what searches, so that no request waits for it
+        indexes = IndexCache(settings.history_cache_mib << 20)
+        recall = Recall(profiles, bank.task, tokenizer, indexes, settings.max_prompt_chars)
+        generator = Generator(personalizer, recall, engine, metrics)
         adapting = Adapting(
             jobs_store,
             profiles,
-            engine=engine,
-            health=health,
+            checks=SampleChecks(tokenizer, health),
             manifest=bank.manifest,
             task=bank.task,
             max_sample_bytes=settings.max_item_bytes,
+            budget=JobBudget(settings.job_tokens, settings.job_seconds),
         )
         erasing = Erasing(
             store,
@@ -142,7 +154,9 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             urls=settings.engines,
             engine_key=engine_key,
         )
-        yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
+        body_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bodies"))
+        bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
+        yield Parts(settings, bank, bodies, profiles, adapting, erasing, personalizer, generator, health, metrics)
 
 
 def _open_embedder(settings: Settings) -> Embedder:

@@ -29,9 +29,6 @@ BASE_MODEL = "base"
 _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never taken up while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
-COUNT_TIMEOUT_S = 5.0
-"""Longest wait for the length of one conversation; it costs the engine milliseconds."""
-
 _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 
@@ -152,7 +149,6 @@ class EngineClient:
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None, cache_salt: str) -> None:
         self._session = session
         self._url = f"{url.rstrip('/')}/v1/chat/completions"
-        self._tokenize_url = f"{url.rstrip('/')}/tokenize"
         self._headers = {"Content-Type": "application/json"} | bearer(key)
         self._cache_salt = cache_salt
 
@@ -178,18 +174,6 @@ class EngineClient:
                 await _drain(response)
         finally:
             response.close()  # at its end the connection is back in the pool already and this does nothing
-
-    async def count_tokens(self, messages: list[dict[str, str]]) -> int | None:
-        """Length of a conversation in tokens; None where the engine cannot say, or not soon."""
-        body = orjson.dumps({"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False})
-        timeout = aiohttp.ClientTimeout(total=COUNT_TIMEOUT_S)
-        try:
-            async with self._session.post(
-                self._tokenize_url, data=body, headers=self._headers, timeout=timeout
-            ) as response:
-                return int(orjson.loads(await response.read())["count"]) if response.status == 200 else None
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
-            return None
 
     async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
         body = {
@@ -256,7 +240,7 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         too_long = param in _PROMPT_PARAMS
         return InvalidRequest(
             message,
-            param=request.prompt_param if too_long else param,
+            param=request.prompt_param if too_long or param is None else param,  # a chat template refuses without one
             code="context_length_exceeded" if too_long else None,
         )
     if status in (401, 403):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+
+from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
@@ -44,15 +47,17 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
                 f"the bank at {folder} is for {manifest.base_model.name} (hash {manifest.base_model.hash[:12]}…), "
                 f"the model at {model_folder} has {found[:12]}…: serve that model, or build a bank for this one"
             )
-    return engine_command(settings, max(manifests, key=lambda m: m.serving_rank), model_folder)
+    return engine_command(settings, manifests, model_folder)
 
 
-def engine_command(settings: Settings, manifest: BankManifest, model_folder: Path) -> tuple[list[str], dict[str, str]]:
+def engine_command(
+    settings: Settings, manifests: Sequence[BankManifest], model_folder: Path
+) -> tuple[list[str], dict[str, str]]:
     """argv and environment of the vLLM process, nothing checked.
 
     Args:
         settings: of the engine.
-        manifest: the bank of the highest serving rank.
+        manifests: of all banks it serves; slots are made for what any of them adapts, at the highest serving rank.
         model_folder: the base model on disk.
     """
     options: dict[str, object] = {
@@ -65,7 +70,7 @@ def engine_command(settings: Settings, manifest: BankManifest, model_folder: Pat
         "max-loras": settings.max_loras,
         # The CPU tier must hold the slots and what waits for one, or fusing ahead would evict what runs.
         "max-cpu-loras": max(settings.max_cpu_loras, 2 * settings.max_loras),
-        "max-lora-rank": manifest.serving_rank,
+        "max-lora-rank": max(manifest.serving_rank for manifest in manifests),
         "worker-extension-cls": "server.engine_plugin.worker.WorkerExtension",
         "tensor-parallel-size": settings.tensor_parallel_size,
         "generation-config": "vllm",  # sampling defaults are ours to choose, not the model folder's
@@ -76,9 +81,11 @@ def engine_command(settings: Settings, manifest: BankManifest, model_folder: Pat
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
     for option, value in options.items():
         argv += [f"--{option}", str(value)]
-    # Modules the bank does not adapt are left unwrapped: vLLM pays for each wrapped one on every token.
-    argv += ["--lora-target-modules", *manifest.target_modules]
-    environment = dict(os.environ) | {
+    # Modules no bank adapts are left unwrapped: vLLM pays for each wrapped one on every token.
+    argv += ["--lora-target-modules", *sorted({module for m in manifests for module in m.target_modules})]
+    # Its key is the one secret it needs; with the gateway's it could tell whose hashes it sees.
+    secrets = {f"MTA_{name.upper()}" for name, value in settings if isinstance(value, SecretStr)}
+    environment = {name: value for name, value in os.environ.items() if name.upper() not in secrets} | {
         "VLLM_PLUGINS": PLUGIN,
         "VLLM_API_KEY": settings.engine_key.get_secret_value() if settings.engine_key else "",
         "VLLM_NO_USAGE_STATS": "1",

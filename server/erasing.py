@@ -72,7 +72,10 @@ class Erasing:
         Engines are told in the background. One that cannot be reached finds out by itself, or holds nothing: it asks
         the store for every adapter that it keeps (`server/engine_plugin/user_adapters.py`).
         """
-        key = self._keys.key(user_id)
+        erasures = [await self._erase(key) for key in (self._keys.key(user_id), *self._keys.former(user_id))]
+        return next((erasure for erasure in erasures if erasure), None)
+
+    async def _erase(self, key: str) -> Erasure | None:
         asked = await self._log_file.ask_for_rewrite()
         erasure = await self._profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
         await self._adapters.forget_adapted(key)

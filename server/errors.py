@@ -4,10 +4,12 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── InvalidRequest 400   a field is wrong; `param` names it
 ├── NotFound 404         no such user, route, recipe
 ├── WrongMethod 405
+├── TooSlow 408          the request did not arrive in time
 ├── Conflict 409         what is asked for is over already
 │   └── UserErased       the user was erased while the request was under way
 ├── TooLarge 413         a body above the limit
 ├── WrongMediaType 415
+├── HeadersTooLarge 431
 ├── EngineFailed 502     the engine answered something it must not
 └── Unavailable 503      a part is down; carries Retry-After
 """
@@ -71,6 +73,12 @@ class WrongMethod(ApiError):
     status, kind, default_code = 405, "invalid_request_error", "method_not_allowed"
 
 
+class TooSlow(ApiError):
+    """The request did not arrive within `MTA_HEADER_TIMEOUT_S` or `MTA_BODY_TIMEOUT_S`."""
+
+    status, kind, default_code = 408, "invalid_request_error", "request_timeout"
+
+
 class Conflict(ApiError):
     """The request comes too late."""
 
@@ -100,6 +108,12 @@ class WrongMediaType(ApiError):
     """The body is not JSON."""
 
     status, kind, default_code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class HeadersTooLarge(ApiError):
+    """Request line and headers are above `MTA_MAX_HEADER_BYTES`."""
+
+    status, kind, default_code = 431, "invalid_request_error", "headers_too_large"
 
 
 class EngineFailed(ApiError):

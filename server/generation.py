@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.engine_client import AdapterMissing, EngineClient, EngineRequest, EngineStream
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.metrics import Metrics
 from server.personalizer import Personalization, Personalizer, fallen_back
-from server.recall import Recall, conversation
+from server.recall import Conversation, Recall, conversation, most_tokens
 from server.schemas import GenerateRequest, Personalize
 from server.timings import Timings
 
 WHOLE_TOKENS = 1024
 """Longest answer that the engine is asked for in one piece: while one is made, its silence looks like a hang."""
-
-_TEMPLATE_TOKENS = 256
-"""More than a chat template puts around a conversation of a few messages."""
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
@@ -71,23 +69,10 @@ class Generator:
         """
         request_id = f"gen-{secrets.token_hex(12)}"
         personalization = await self._personalizer.resolve(request.user_id, request.personalize, timings)
-        async with AsyncExitStack() as stack:
-            personalization, stream = await self._open(stack, request, request_id, personalization, context)
-            _check_room(request, stream.prompt_tokens, context)
-            if stream.first_token_s is not None:
-                timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
-            yield Answer(request_id, personalization, stream, timings)
-
-    async def _open(
-        self,
-        stack: AsyncExitStack,
-        request: GenerateRequest,
-        request_id: str,
-        personalization: Personalization,
-        context: int | None,
-    ) -> tuple[Personalization, EngineStream]:
-        """The engine's stream and who speaks in it: the base model, when the engine lacks the adapter."""
-        messages = await self._recall.messages(request)
+        start_s = time.perf_counter()
+        messages = await self._recall.messages(request, personalization.profile, context)
+        if request.history:
+            timings.record("history", start_s)
         wanted = EngineRequest(
             request_id=request_id,
             model=personalization.model,
@@ -96,15 +81,27 @@ class Generator:
             prompt_param=request.conversation_param,
             stream=request.stream or not _surely_fits(messages, request.max_tokens, context),
         )
+        async with AsyncExitStack() as stack:
+            personalization, stream = await self._open(stack, request.personalize, wanted, personalization)
+            _check_room(request, stream.prompt_tokens, context)
+            if stream.first_token_s is not None:
+                timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
+            yield Answer(request_id, personalization, stream, timings)
+
+    async def _open(
+        self, stack: AsyncExitStack, asked: Personalize, wanted: EngineRequest, personalization: Personalization
+    ) -> tuple[Personalization, EngineStream]:
+        """The engine's stream and who speaks in it: the base model, when the engine lacks the adapter."""
         try:
             return personalization, await stack.enter_async_context(self._engine.generate(wanted))
         except AdapterMissing as error:
             if personalization.recipe is None:
                 raise EngineFailed(f"the engine serves no model named {wanted.model!r}: {error}") from error
-            if request.personalize is Personalize.MERGED:
+            if asked is Personalize.MERGED:
                 raise Unavailable(f"the engine cannot serve this user's recipe: {error}", code="no_adapter") from error
         self._metrics.fallbacks.inc()
-        return await self._open(stack, request, request_id, fallen_back(personalization), context)
+        less = fallen_back(personalization)
+        return await self._open(stack, asked, replace(wanted, model=less.model), less)
 
 
 def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int | None) -> None:
@@ -132,15 +129,14 @@ def check_limits(request: GenerateRequest, max_prompt_chars: int, context: int |
         )
 
 
-def _surely_fits(messages: Sequence[dict[str, str]], max_tokens: int, context: int | None) -> bool:
+def _surely_fits(messages: Conversation, max_tokens: int, context: int | None) -> bool:
     """Whether an answer can be made in one piece: short, and with room for it however the prompt is tokenised.
 
-    A token is at least a byte of text. Where that leaves doubt the answer is streamed, and refused at its first token.
+    Where that leaves doubt the answer is streamed, and refused at its first token.
     """
     if context is None or max_tokens > WHOLE_TOKENS:
         return False
-    tokens = sum(len(message["content"].encode("utf-8", "replace")) for message in messages) + 16 * len(messages)
-    return tokens + _TEMPLATE_TOKENS + max_tokens <= context
+    return most_tokens(messages) + max_tokens <= context
 
 
 def _check_room(request: GenerateRequest, prompt_tokens: int | None, context: int | None) -> None:

@@ -9,10 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import orjson
+
 from bank.profile import Item
 from server.store.profiles import StoredItem
 
 History = Mapping[str, StoredItem]
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryLimit:
+    """How much of a history is kept: the newest items, as long as they are within both.
+
+    Attributes:
+        items: most items.
+        size_bytes: most bytes of all of them, as JSON of their fields.
+    """
+
+    items: int
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +45,23 @@ class Difference:
     changed: int
 
 
-def replaced(current: History, given: Sequence[Item], limit: int) -> dict[str, StoredItem]:
-    """The history that holds the given items alone, the newest `limit` of them, in the order given."""
-    fresh = _distinct(given, limit)
+def replaced(current: History, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
+    """The history that holds the given items alone, the newest within the limit, in the order given."""
+    fresh = _newest(_distinct(given), limit)
     if list(fresh) == list(current):  # the same items in the same order: their places stay as they are
-        return {name: StoredItem(current[name].order, item.fields) for name, item in fresh.items()}
-    return {name: StoredItem(order, item.fields) for order, (name, item) in enumerate(fresh.items())}
+        return {name: StoredItem(current[name].order, fields) for name, fields in fresh.items()}
+    return {name: StoredItem(order, fields) for order, (name, fields) in enumerate(fresh.items())}
 
 
-def added(current: History, given: Sequence[Item], limit: int) -> dict[str, StoredItem]:
-    """The history with the given items added, cut to `limit`: the oldest that were not given go first."""
-    fresh = _distinct(given, limit)
-    merged = dict(current)
+def added(current: History, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
+    """The history with the given items added, cut to the limit: the oldest that were not given go first."""
+    distinct = _distinct(given)
+    untouched = {name: item.fields for name, item in current.items() if name not in distinct}
+    kept = _newest(untouched | distinct, limit)
+    merged = {name: StoredItem(item.order, kept[name]) for name, item in current.items() if name in kept}
     order = max((item.order for item in current.values()), default=-1) + 1
-    for name, item in fresh.items():
-        present = merged.get(name)
-        merged[name] = StoredItem(present.order if present else order, item.fields)
-        order += present is None
-    for name in [name for name in merged if name not in fresh][: max(0, len(merged) - limit)]:
-        del merged[name]
-    return merged
+    new = [name for name in kept if name not in merged]
+    return merged | {name: StoredItem(order, kept[name]) for order, name in enumerate(new, order)}
 
 
 def difference(before: History, after: History) -> Difference:
@@ -60,10 +72,22 @@ def difference(before: History, after: History) -> Difference:
     return Difference(put, drop, len(put) - moved + len(drop))
 
 
-def _distinct(given: Sequence[Item], limit: int) -> dict[str, Item]:
-    """The newest `limit` items by id; of items with one id the last counts, and its place."""
-    distinct: dict[str, Item] = {}
+def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:
+    """The fields of items by id; of items with one id the last counts, and its place."""
+    distinct: dict[str, Mapping[str, str]] = {}
     for item in given:
         distinct.pop(item.id, None)
-        distinct[item.id] = item
-    return dict(list(distinct.items())[-limit:])
+        distinct[item.id] = item.fields
+    return distinct
+
+
+def _newest(items: Mapping[str, Mapping[str, str]], limit: HistoryLimit) -> dict[str, Mapping[str, str]]:
+    """The last items, as many as are within the limit."""
+    kept: list[str] = []
+    room_bytes = limit.size_bytes
+    for name in reversed(list(items)[-limit.items :]):
+        room_bytes -= len(orjson.dumps(dict(items[name])))
+        if room_bytes < 0:
+            break
+        kept.append(name)
+    return {name: items[name] for name in reversed(kept)}

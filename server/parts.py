@@ -11,6 +11,7 @@ from server.adapting import Adapting
 from server.erasing import Erasing
 from server.generation import Generator
 from server.health import Health
+from server.http.bodies import Bodies
 from server.metrics import Metrics
 from server.personalizer import Personalizer
 from server.profiles import Profiles
@@ -23,6 +24,7 @@ class Parts:
 
     settings: Settings
     bank: ServingBank
+    bodies: Bodies
     profiles: Profiles
     adapting: Adapting
     erasing: Erasing

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from adapters.errors import excerpt
@@ -63,6 +63,7 @@ class Personalization:
         source: which evidence the weights come from; None for the base model.
         anchors: the weightiest first.
         reason: why the level is not higher, or None.
+        profile: the record that it was made from; None where nobody was looked up, or found.
     """
 
     level: Level
@@ -70,6 +71,7 @@ class Personalization:
     source: str | None = None
     anchors: tuple[Voice, ...] = ()
     reason: str | None = None
+    profile: Profile | None = field(default=None, compare=False, repr=False)
 
     @property
     def model(self) -> str:
@@ -155,7 +157,7 @@ class Personalizer:
         found = {share.anchor: share for share in spoken.weights}
         voices = [_voice(term, found.get(term.anchor)) for term in recipe.terms]
         voices.sort(key=lambda voice: (-voice.weight, voice.id))
-        return Personalization(level, recipe, spoken.source, tuple(voices))
+        return Personalization(level, recipe, spoken.source, tuple(voices), profile=profile)
 
     def is_stale(self, adapter: AdapterNote) -> bool:
         """Whether a user adapter is of another bank: it is never served with this one."""

@@ -15,7 +15,7 @@ import numpy as np
 from bank.profile import Item, Vectors, item_text, profile_embedding
 from bank.tasks import Task
 from server.errors import Unavailable, UserErased
-from server.history import History, added, difference, replaced
+from server.history import History, HistoryLimit, added, difference, replaced
 from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
 from server.store.records import as_stored
 from server.store.signing import SignQueue
@@ -58,7 +58,7 @@ class Profiles:
         embedder: makes embeddings, on the threads of `executor`.
         task: how the bank reads items.
         executor: the embedding threads.
-        limit: newest items kept of each user.
+        limit: how much is kept of each user's history.
         signing: told of users whose items have changed; None where the bank has no signatures.
     """
 
@@ -70,7 +70,7 @@ class Profiles:
         embedder: Embeds,
         task: Task,
         executor: Executor,
-        limit: int,
+        limit: HistoryLimit,
         signing: SignQueue | None = None,
     ) -> None:
         self._store = store

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from adapters.recipe import parse_recipe
 from bank.manifest import BankManifest
 from server.errors import UserErased
+from server.job_budget import JobBudget
 from server.schemas import MAX_SAMPLES
 from server.store.adapters import AdapterStore
 from server.store.jobs import JobStore, Submission
@@ -48,16 +49,25 @@ class Readapting:
         profiles: where users are.
         manifest: of the bank that is served now.
         at_a_time: most jobs that may be open while another is made.
+        budget: what each job is granted.
     """
 
     def __init__(
-        self, jobs: JobStore, adapters: AdapterStore, profiles: ProfileStore, manifest: BankManifest, at_a_time: int
+        self,
+        jobs: JobStore,
+        adapters: AdapterStore,
+        profiles: ProfileStore,
+        *,
+        manifest: BankManifest,
+        at_a_time: int,
+        budget: JobBudget,
     ) -> None:
         self._jobs = jobs
         self._adapters = adapters
         self._profiles = profiles
         self._manifest = manifest
         self._at_a_time = at_a_time
+        self._budget = budget
 
     async def stale(self) -> dict[str, int]:
         """Old banks, with how many users of each are on the list."""
@@ -84,7 +94,8 @@ class Readapting:
             counts.waiting += 1
         else:
             await self._room()
-            config = encode_config(default_config(self._manifest.room, self._manifest.common))
+            usual = default_config(self._manifest.room, self._manifest.common)
+            config = encode_config(replace(usual, **asdict(self._budget)))
             kept = Submission([], append=True, config=config, bank=self._manifest.short, epoch=epoch)
             with suppress(UserErased):
                 await self._jobs.submit(user_key, kept, MAX_SAMPLES)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from bank.profile import Item
 from bank.prompt import chat_messages
-from bank.retrieval import with_history
+from bank.retrieval import JOIN, ItemIndex, remembering
 from bank.tasks import Task
+from server.index_cache import IndexCache
 from server.profiles import Profiles
-from server.schemas import GenerateRequest, Personalize
-from server.store.profiles import StoredItem
+from server.schemas import GenerateRequest
+from server.store.profiles import Profile
+from server.tokenizer_client import TokenizerClient
+
+Conversation = list[dict[str, str]]
+
+_TEMPLATE_TOKENS = 256
+"""More than a chat template puts around a conversation of a few messages."""
+
+_ANSWER_MARK_TOKENS = 64
+"""More than a chat template puts before the answer, which the engine's count is without."""
+
+_FEWEST_TOKENS = 1 / 8
+"""No text has fewer tokens a byte; where one has, fewer items are put in than would fit."""
 
 
 class Recall:
@@ -20,32 +33,105 @@ class Recall:
     Args:
         profiles: where it is.
         task: renders it.
+        tokenizer: the engine's, which counts tokens.
+        cache: what is asked for again.
+        max_prompt_chars: longest conversation, history included.
     """
 
-    def __init__(self, profiles: Profiles, task: Task) -> None:
+    def __init__(
+        self, profiles: Profiles, task: Task, tokenizer: TokenizerClient, cache: IndexCache, max_prompt_chars: int
+    ) -> None:
         self._profiles = profiles
         self._task = task
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._max_chars = max_prompt_chars
+        self._building = asyncio.Lock()
 
-    async def messages(self, request: GenerateRequest) -> list[dict[str, str]]:
-        """The conversation for the engine.
+    async def messages(self, request: GenerateRequest, profile: Profile | None, context: int | None) -> Conversation:
+        """The conversation for the engine, with as much history as it asks for and surely fits beside it.
+
+        Args:
+            request: within the limits that hold without a history.
+            profile: the user's, as it was found for this request; None for nobody's.
+            context: the engine's, in tokens; nothing is sure to fit while no engine has told.
 
         Raises:
             Unavailable: when a history is wanted and the store is down.
         """
         messages = conversation(request)
-        if not request.history or request.personalize is Personalize.NONE or messages[-1]["role"] != "user":
+        if not request.history or profile is None or context is None or messages[-1]["role"] != "user":
             return messages
-        stored = await self._profiles.items(request.user_id)
-        turn = await asyncio.to_thread(self._turn, messages[-1]["content"], stored, request.history)
+        index = await self._index(profile)
+        memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
+        return await self._fitted(messages, memories, context - request.max_tokens)
+
+    async def _index(self, profile: Profile) -> ItemIndex:
+        """A user's items, ready to be searched; histories are indexed one at a time, others are served beside it."""
+        key = self._profiles.key(profile.user_id)
+        version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
+        if (kept := self._cache.get(key, version)) is not None:
+            return kept
+        stored = await self._profiles.items(profile.user_id)
+        async with self._building:
+            if (kept := self._cache.get(key, version)) is not None:
+                return kept
+            items = [Item(name, item.fields) for name, item in stored.items()]
+            index = await asyncio.to_thread(ItemIndex, self._task, items)
+            self._cache.put(key, version, index)
+        return index
+
+    async def _fitted(self, messages: Conversation, memories: Sequence[str], room: int) -> Conversation:
+        """The conversation with the most relevant memories that fit into `room` tokens, as far as anybody can say.
+
+        A token is at least a byte, which is sure, but far from what text takes; so more are tried first, and the
+        engine counts.
+        """
+        tokens_a_byte = _FEWEST_TOKENS
+        while True:
+            chosen = self._chosen(messages, memories, room / tokens_a_byte)
+            if not chosen:
+                return messages
+            built = self._with(messages, chosen)
+            if most_tokens(built) <= room:
+                return built
+            tokens = await self._tokenizer.count(built)
+            if tokens is None:
+                tokens_a_byte = 1.0
+            elif tokens + _ANSWER_MARK_TOKENS <= room:
+                return built
+            else:
+                tokens_a_byte = min(1.0, max(1.25 * tokens_a_byte, 1.05 * tokens / most_tokens(built)))
+
+    def _chosen(self, messages: Conversation, memories: Sequence[str], room_bytes: float) -> list[str]:
+        """The memories that fit, the best first; one that does not leaves its place to the next."""
+        frame = self._with(messages, [""])
+        room_bytes -= most_tokens(frame)
+        room_chars = self._max_chars - sum(len(message["content"]) for message in frame)
+        chosen = []
+        for memory in memories:
+            size_bytes, size_chars = _bytes(memory) + len(JOIN), len(memory) + len(JOIN)
+            if size_bytes <= room_bytes and size_chars <= room_chars:
+                chosen.append(memory)
+                room_bytes, room_chars = room_bytes - size_bytes, room_chars - size_chars
+        return chosen
+
+    def _with(self, messages: Conversation, memories: Sequence[str]) -> Conversation:
+        turn = remembering(self._task, messages[-1]["content"], memories)
         return [*messages[:-1], *chat_messages(turn)]
 
-    def _turn(self, turn: str, stored: Mapping[str, StoredItem], count: int) -> str:
-        items: Sequence[Item] = [Item(name, item.fields) for name, item in stored.items()]
-        return with_history(self._task, turn, items, count)
 
-
-def conversation(request: GenerateRequest) -> list[dict[str, str]]:
+def conversation(request: GenerateRequest) -> Conversation:
     """The conversation as it came."""
     if request.prompt is not None:
         return chat_messages(request.prompt)
     return [message.model_dump() for message in request.messages or ()]
+
+
+def most_tokens(messages: Conversation) -> int:
+    """What a conversation takes at most, however it is tokenised: a token is at least a byte of text."""
+    return sum(_bytes(message["content"]) for message in messages) + 16 * len(messages) + _TEMPLATE_TOKENS
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))

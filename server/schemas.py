@@ -94,7 +94,10 @@ class GenerateRequest(_Request):
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
     history: int = Field(
-        0, ge=0, le=MAX_HISTORY, description="How many of the user's most relevant past items stand in the prompt."
+        0,
+        ge=0,
+        le=MAX_HISTORY,
+        description="How many of the user's most relevant past items stand in the prompt; fewer where it has no room.",
     )
     personalize: Personalize = Field(
         Personalize.AUTO,
@@ -146,7 +149,7 @@ class SampleRequest(_Request):
 
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
-        | Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
+        | Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
         Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
     ] = Field(description="One user turn, or a conversation that ends with one.")
     output: str = Field(min_length=1, description="What the answer should have been.")

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.errors import MtaError, excerpt
@@ -67,10 +67,28 @@ class Settings(BaseSettings):
     )
     engine_key: SecretStr | None = Field(None, description="Key the engine asks for. `mta up` makes one.")
     engine_timeout_s: float = Field(600, gt=0, description="Longest silence of the engine within one answer.")
+    max_requests: int = Field(
+        512, gt=0, description="Most requests under way at once; more are told to come back. Operations' own excepted."
+    )
+    max_header_bytes: int = Field(32 << 10, ge=1024, description="Largest request line with headers.")
+    header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
+    body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
+    profile_bytes: int = Field(
+        2 << 20, gt=0, description="Most bytes kept of a user's items, as JSON: the newest that fit."
+    )
+    history_cache_mib: int = Field(
+        64, ge=0, description="Histories that a gateway keeps ready for prompts, MiB; 0 reads them for every request."
+    )
+    job_tokens: int = Field(
+        2_000_000,
+        gt=0,
+        description="Most tokens that one adapt job may read, in training and in judging; on two cores about an hour.",
+    )
+    job_seconds: int = Field(3600, gt=0, description="Longest time that one worker trains an adapt job.")
     embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
 
     # Engine
@@ -92,6 +110,14 @@ class Settings(BaseSettings):
         ge=1,
         description="Threads that train user adapters; every core by default.",
     )
+
+    @field_validator("profile_bytes")
+    @classmethod
+    def _holds_an_item(cls, value: int, info: ValidationInfo) -> int:
+        largest = info.data.get("max_item_bytes", 0)
+        if value < largest:
+            raise ValueError(f"it must hold the largest item at least, which MTA_MAX_ITEM_BYTES sets to {largest}")
+        return value
 
     @property
     def banks(self) -> tuple[Path, ...]:

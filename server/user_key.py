@@ -66,6 +66,14 @@ class UserKeys:
         """
         return self._digest(f"{self._tenant}\0{unicodedata.normalize('NFC', user_id)}")
 
+    def former(self, user_id: str) -> list[str]:
+        """Keys that version 0.1 may have stored the user under, which took every form for a user of its own.
+
+        They are of use to erase what is there, and empty for whatever has one form, such as ASCII.
+        """
+        forms = {user_id, unicodedata.normalize("NFD", user_id)} - {unicodedata.normalize("NFC", user_id)}
+        return [self._digest(f"{self._tenant}\0{form}") for form in sorted(forms)]
+
     def _digest(self, text: str) -> str:
         digest = hmac.digest(self._secret, text.encode(), hashlib.sha256)
         return base64.b32encode(digest[:16]).decode().rstrip("=").lower()

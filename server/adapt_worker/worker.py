@@ -36,8 +36,6 @@ log = logging.getLogger("mta.worker")
 
 SWEEP_S = 5.0
 PROMOTE_ATTEMPTS = 20
-MAX_SECONDS = 3600.0
-"""How long a job may train that names no time of its own."""
 
 
 class Trains(Protocol):
@@ -164,13 +162,12 @@ class Worker:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
         with blamed("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
-            most_s = float(getattr(config, "max_seconds", MAX_SECONDS))
             recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = []
         for place, raw in enumerate(await held.insist(self._jobs.samples, key)):
             with blamed(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
-        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config))
+        judgement = await train_holding(held, config.max_seconds, partial(self._trainer.train, recipe, samples, config))
         if judgement.weights is None:
             await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:

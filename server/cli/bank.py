@@ -13,7 +13,7 @@ from adapters.recipe import Method
 from bank.errors import BankError
 from bank.options import BuildInputs, BuildOptions
 from server.cli.process import prepare_to_train
-from server.settings import Settings
+from server.settings import load_settings
 
 app = typer.Typer(help="Build a bank, look into it, export and import its adapters.", no_args_is_help=True)
 
@@ -83,6 +83,7 @@ def build(
 
     Killed and started again with the same options it goes on where it was, and ends with the same bank.
     """
+    settings = load_settings()
     prepare_to_train()
     from bank.baselines import build_baselines
     from bank.build import build_bank
@@ -114,7 +115,6 @@ def build(
         seed=seed,
         dtype=dtype,
     )
-    settings = Settings()
     inputs = BuildInputs(
         users=users,
         out=out,
@@ -185,6 +185,7 @@ def import_(
     force: ForceOption = False,
 ) -> None:
     """Make a bank of PEFT adapters and their profiles."""
+    settings = load_settings()
     from bank.embedder import Embedder
     from bank.exchange import ImportOptions, import_bank
     from bank.manifest import MANIFEST_FILE
@@ -192,7 +193,6 @@ def import_(
 
     if (out / MANIFEST_FILE).exists() and not force:
         raise BankError(f"{out} holds a bank already: name another --out, or replace it with --force")
-    settings = Settings()
     name = model or settings.model
     folder = ensure_base_model(name, settings.cache_dir)
     manifest = import_bank(
@@ -208,7 +208,7 @@ def import_(
 
 
 def _bank_folder(bank: Path | None) -> Path:
-    folder = bank or Settings().bank
+    folder = bank or load_settings().bank
     if folder is None:
         raise BankError("no bank was named: give its folder, or set MTA_BANK")
     return folder

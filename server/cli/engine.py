@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,8 +20,7 @@ def engine(
     All other options are settings (`mta settings`); the key comes from MTA_ENGINE_KEY.
     """
     from server.engine_command import prepare_engine
-    from server.settings import Settings
+    from server.settings import load_settings
 
-    given: dict[str, Any] = {"bank": bank, "model": model, "engine_host": host, "engine_port": port}
-    argv, environment = prepare_engine(Settings(**{k: v for k, v in given.items() if v is not None}))
+    argv, environment = prepare_engine(load_settings(bank=bank, model=model, engine_host=host, engine_port=port))
     os.execve(argv[0], argv, environment)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
+import os
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +19,9 @@ from server.cli.process import log_to_stderr
 if TYPE_CHECKING:
     from server.settings import Settings
 
-GRACE_S = 5
-"""How long running answers may go on after SIGTERM."""
+log = logging.getLogger("mta.gateway")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def gateway(
@@ -29,6 +34,10 @@ def gateway(
     embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder; MTA_EMBEDDER.")] = None,
 ) -> None:
     """Start the gateway. Secrets come from MTA_SECRET and MTA_ENGINE_KEY; `mta settings` lists all settings."""
+    # Until the event loop takes over there is nothing to close. The kernel's own way would not do: it spares process 1,
+    # which this is in a container.
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: sys.exit())
     import uvloop
 
     from server.settings import load_settings
@@ -37,33 +46,43 @@ def gateway(
         bank=bank, host=host, port=port, redis_url=redis_url, engine_url=engine_url, embedder=embedder
     )
     log_to_stderr()
-    # uvicorn hands a signal on once it has shut down in order; there is nothing left to interrupt then.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
     with _listening(settings.host, settings.port) as listener:
         uvloop.run(_serve(settings, listener))
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Open the parts, then serve until a signal. What cannot be opened is raised as it is."""
-    import uvicorn
-
+    """Open the parts, then serve, until a signal, whenever it comes. What cannot be opened is raised as it is."""
     from server.app import create_app
+    from server.http.serving import GatewayServer, uvicorn_config
 
     app = create_app(settings)
-    config = uvicorn.Config(
-        app,
-        lifespan="off",  # it is run here: uvicorn would turn its errors into a traceback in the log
-        log_config=None,
-        access_log=False,  # paths hold user ids
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    async with app.router.lifespan_context(app):
-        host, port = listener.getsockname()[:2]
-        logging.getLogger("mta.gateway").info("listening on http://%s:%d", host, port)
-        await uvicorn.Server(config).serve(sockets=[listener])
+    server = GatewayServer(uvicorn_config(app, settings))
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task
+    opening = True
+
+    def stop(number: signal.Signals) -> None:
+        server.handle_exit(number, None)
+        if opening:
+            task.cancel()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        async with app.router.lifespan_context(app):
+            opening = False
+            gc.collect()
+            gc.freeze()  # what is here now stays: each collection that looked through it would hold the event loop
+            host, port = listener.getsockname()[:2]
+            log.info("listening on http://%s:%d", host, port)
+            await server.serve(sockets=[listener])
+    except asyncio.CancelledError:
+        if not server.should_exit:
+            raise
+        log.info("stopped while starting")
+        # All that was open is closed. What may be left is a thread that reads a model: no thread can be stopped.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from server.settings import Settings
+from server.settings import load_settings
 
 
 def models(
@@ -23,7 +23,7 @@ def models(
     """
     from bank.models import ensure_base_model, ensure_embedder
 
-    settings = Settings()
+    settings = load_settings()
     cache = cache_dir or settings.cache_dir
     name = model or settings.model
     base_folder = _timed(f"base model {name!r}", lambda: ensure_base_model(name, cache))

@@ -32,6 +32,7 @@ async def _run(settings: Settings, at_a_time: int) -> None:
 
     from adapters.errors import MtaError
     from bank.manifest import read_manifest
+    from server.job_budget import JobBudget
     from server.readapting import Counts, Readapting
     from server.store.redis_adapters import RedisAdapters
     from server.store.redis_connection import RedisConnection
@@ -45,7 +46,8 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     try:
         await connection.check()
         stores = RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection)
-        work = Readapting(*stores, manifest, at_a_time)
+        budget = JobBudget(settings.job_tokens, settings.job_seconds)
+        work = Readapting(*stores, manifest=manifest, at_a_time=at_a_time, budget=budget)
         stale = await work.stale()
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
             task = progress.add_task("users", total=sum(stale.values()))

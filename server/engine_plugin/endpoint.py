@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import secrets
 from argparse import Namespace
 from collections.abc import Set
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
@@ -19,12 +19,16 @@ from adapters.errors import MtaError
 from bank.errors import BankError
 from server.engine_plugin import metrics
 from server.engine_plugin.banks import read_manifests
+from server.engine_plugin.door import Door
 from server.engine_plugin.names import AdapterNames
 from server.engine_plugin.prepare import HoldNames, Preparer
-from server.engine_plugin.user_adapters import RpcWorkers, UserAdapters
+from server.engine_plugin.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
 from server.settings import Settings
 from server.store.redis_adapters import RedisAdapters
 from server.store.redis_connection import RedisConnection
+from server.watching import forever
+
+log = logging.getLogger("mta.engine")
 
 
 class Hint(BaseModel):
@@ -47,12 +51,15 @@ class MtaEndpointPlugin:
 
     def __init__(self) -> None:
         self._names: AdapterNames[LoRARequest] | None = None
+        self._keys: list[bytes] = []
         self._watching: asyncio.Task[None] | None = None  # the loop itself keeps no task alive
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the private routes, and the middleware that holds names while a request is open."""
+        """Add the private routes, the middleware that holds names while a request is open, and the door before all."""
         app.include_router(_router())
         app.add_middleware(HoldNames, names=self._require_names)
+        build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
+        app.build_middleware_stack = lambda: Door(build(), lambda: self._keys)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Read the banks, take over the model names, and refuse to serve in a way that would not be safe.
@@ -63,6 +70,7 @@ class MtaEndpointPlugin:
         settings = Settings()
         keys = _api_keys(args)
         _refuse_unsafe(engine_client, args, keys, settings)
+        self._keys = [key.encode() for key in keys]
         models = state.openai_serving_models
         manifests = read_manifests(settings)
 
@@ -86,11 +94,11 @@ class MtaEndpointPlugin:
             capacity_bytes=settings.user_adapter_mib << 20,
             in_use=lambda: names.in_use,
         )
-        self._watching = asyncio.create_task(users.watch())
+        self._watching = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
         preparer = Preparer(manifests, names, users)
         preparer.install()
         metrics.install(engine_client, self._names)
-        state.mta = {"preparer": preparer, "keys": keys, "lora": args.max_lora_rank, "slots": args.max_loras}
+        state.mta = {"preparer": preparer, "lora": args.max_lora_rank, "slots": args.max_loras}
 
     def _require_names(self) -> AdapterNames[LoRARequest]:
         if self._names is None:
@@ -123,24 +131,15 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
         raise BankError(f"--max-lora-rank is {args.max_lora_rank}, the bank is served at rank {needed}")
 
 
-def _authorised(request: Request) -> None:
-    """vLLM's own key check covers `/v1` alone."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    good = any(secrets.compare_digest(key.encode(), known.encode()) for known in request.app.state.mta["keys"])
-    if scheme.lower() != "bearer" or not good:
-        raise HTTPException(401, "missing or wrong engine key")
-
-
 def _router() -> APIRouter:
-    """The private routes; the gateway calls them on each engine, never through a router."""
-    router = APIRouter(prefix="/mta/v1", dependencies=[Depends(_authorised)])
+    """The private routes, behind `Door`; the gateway calls them on each engine, never through a router."""
+    router = APIRouter(prefix="/mta/v1")
 
     @router.get("/status")
     async def status(request: Request) -> dict[str, Any]:
-        """What this engine serves and holds."""
+        """What this engine serves; known here, so that the answer waits for no step of the model."""
         engine, mta = request.app.state.engine_client, request.app.state.mta
         preparer: Preparer = mta["preparer"]
-        resident = await engine.collective_rpc("mta_resident")
         return {
             "status": "ok",
             "model": engine.model_config.model,
@@ -148,10 +147,16 @@ def _router() -> APIRouter:
             "banks": [manifest.fingerprint for manifest in preparer.manifests.values()],
             "max_lora_rank": mta["lora"],
             "slots": mta["slots"],
-            "resident": resident[0],
             "names": len(preparer.names),
             "user_adapters": len(preparer.users),
         }
+
+    @router.get("/resident")
+    async def resident(request: Request) -> dict[str, list[str]]:
+        """What the workers hold, asked of them: fused recipes, and stacked ones with anything of a user adapter."""
+        rpc = request.app.state.engine_client.collective_rpc
+        fused, held = await asyncio.gather(rpc("mta_resident"), rpc("mta_held"))
+        return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
 
     @router.post("/hint", status_code=202)
     async def hint(request: Request, body: Hint) -> dict[str, bool]:

@@ -24,6 +24,7 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
 from adapters.user_adapter import UserAdapter, decode_user_adapter, stack
 from bank.errors import BankError
+from server.engine_plugin.adapted_rows import check_in_use
 from server.engine_plugin.banks import is_recipe_name, open_matrices
 from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
@@ -41,9 +42,11 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
 
         Raises:
-            BankError: when a bank is damaged, or made for a model with other modules.
+            BankError: when a bank is damaged, or made for a model with other modules, or when vLLM would not keep
+                adapters to the rows that have one.
         """
         wrapped = super().create_lora_manager(model, vllm_config)
+        check_in_use(self._adapter_manager.punica_wrapper_mapping.values())
         self._pinned = PIN_MEMORY and self.device.type != "cpu"  # pinned pages are what a GPU's slots copy from fast
         self._users = {}
         self._matrices = {
@@ -141,13 +144,19 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._users[name] = decode_user_adapter(self._matrices[parse_recipe(name).bank].layout, raw)
 
     def release(self, names: Sequence[str]) -> None:
-        """Forget user adapters that nothing asks for, and what was fused with them."""
+        """Forget user adapters that nothing asks for, and what was fused with them, in slots too."""
         gone = set(names)
         for name in gone:
             self._users.pop(name, None)
         for lora_id, model in list(self._adapter_manager.list_adapters().items()):
             if getattr(model, "recipe", None) in gone:
                 self._adapter_manager.remove_adapter(lora_id)
+        self._adapter_manager.wipe(gone)
+
+    def held(self) -> set[str]:
+        """Stacked recipes of whose user adapter something is here: its bytes, or what was fused with it in a slot."""
+        slots: set[str] = self._adapter_manager.written
+        return set(self._users) | {name for name in slots if parse_recipe(name).user_adapter is not None}
 
     def resident(self) -> list[str]:
         """Recipes in the CPU tier, least recently used first."""

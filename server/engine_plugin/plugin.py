@@ -15,7 +15,8 @@ def register() -> None:
     """Put our adapter manager in the place of vLLM's, where this vLLM serves a bank (`MTA_BANK` is set).
 
     Raises:
-        BankError: when `VLLM_PLUGINS` does not name the plugin, for vLLM would then start without our routes.
+        BankError: when `VLLM_PLUGINS` does not name the plugin, for vLLM would then start without our routes; when
+            this vLLM's LoRA on CPU cannot be kept to the rows that have an adapter.
     """
     if not os.environ.get("MTA_BANK"):
         return
@@ -26,12 +27,14 @@ def register() -> None:
         )
     from vllm.lora import worker_manager
 
+    from server.engine_plugin import adapted_rows
     from server.engine_plugin.manager import FusingLoRAManager
 
     worker_manager.LRUCacheWorkerLoRAManager = FusingLoRAManager
     runner = sys.modules.get("vllm.v1.worker.lora_model_runner_mixin")
     if runner is not None:  # it binds the class by name when it is imported, which may be before us
         runner.LRUCacheWorkerLoRAManager = FusingLoRAManager  # type: ignore[attr-defined]
+    adapted_rows.install()
     _keep_attention_off_amx()
 
 

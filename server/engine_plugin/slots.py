@@ -8,7 +8,7 @@ takes vLLM's way, and so does whatever vLLM cuts into slices first (tensor paral
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -66,8 +66,25 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._note_nothing_written()
+
+    def _note_nothing_written(self) -> None:
         self._tenants: list[Tenancy | None] = [None] * self.lora_slots
+        self._recipes: list[str | None] = [None] * self.lora_slots
         self._cells: dict[tuple[int, Tenancy], list[torch.Tensor]] = {}
+
+    @property
+    def written(self) -> set[str]:
+        """The recipes whose weights lie in slots, those included that left it and that nobody came after."""
+        return {recipe for recipe in self._recipes if recipe is not None}
+
+    def wipe(self, recipes: Set[str]) -> None:
+        """Zero every slot in which the weights of one of these recipes lie; the next tenant is written whole."""
+        for index, recipe in enumerate(self._recipes):
+            if recipe in recipes:
+                self._tenants[index] = self._recipes[index] = None
+                for module in self.modules.values():
+                    module.reset_lora(index)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         """Register an adapter; a fused one is packed later, if at all."""
@@ -85,6 +102,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             self._active_adapters.remove_oldest()
         index = self.lora_index_to_id.index(None)
         model = self._registered_adapters[lora_id]
+        self._recipes[index] = getattr(model, "recipe", None)
         if not isinstance(model, FusedLoRAModel):
             self._tenants[index] = None
             super().activate_adapter(lora_id)  # takes the same slot: the first free one

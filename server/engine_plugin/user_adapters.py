@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Set
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Set
+from typing import Any, Protocol
 
 from adapters.errors import UserAdapterError
 from adapters.recipe import FusionRecipe
@@ -35,11 +35,11 @@ class AdapterSource(Protocol):
 
 
 class Workers(Protocol):
-    """The workers' side (`server.engine_plugin.worker`), called on all of them."""
+    """The workers' side (`server.engine_plugin.worker`), called on all of them, one call after the other."""
 
     async def hold(self, name: str, raw: bytes) -> None: ...
 
-    async def release(self, names: list[str]) -> None: ...
+    def release(self, names: list[str]) -> Coroutine[Any, Any, None]: ...
 
 
 class UserAdapters:
@@ -71,6 +71,8 @@ class UserAdapters:
         self._capacity_bytes = capacity_bytes
         self._in_use = in_use
         self._held: OrderedDict[str, int] = OrderedDict()  # recipe name → bytes, least recently used first
+        self._sending: dict[str, asyncio.Task[bool]] = {}
+        self._releasing: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
 
     def __len__(self) -> int:
         return len(self._held)
@@ -78,7 +80,8 @@ class UserAdapters:
     async def ensure(self, recipe: FusionRecipe) -> None:
         """Have the user adapter of a recipe with all workers.
 
-        The store is asked every time, so that nothing is served that was replaced or erased.
+        The store is asked every time, so that nothing is served that was replaced or erased. What is once on its way
+        to the workers gets there though the client leaves, and is known from before: it can always be let go.
 
         Args:
             recipe: of this engine, with a user adapter, its name leased.
@@ -89,16 +92,14 @@ class UserAdapters:
         assert recipe.user_adapter is not None
         user_key, _, adapter_id = recipe.user_adapter.partition(".")
         plain = f"the plain recipe is {recipe.plain.name}"
+        while recipe.name in self._sending:  # for another request, whose failure or leaving is not this one's
+            await asyncio.wait([self._sending[recipe.name]])
         try:
             if recipe.name in self._held:
                 there = await self._source.adapter_id(user_key) == adapter_id
             else:
-                stored = await self._source.adapter(user_key, adapter_id)
-                there = stored is not None
-                if stored is not None:
-                    self._check(recipe, stored)
-                    await self._workers.hold(recipe.name, stored.raw)
-                    self._held[recipe.name] = len(stored.raw)
+                self._sending[recipe.name] = asyncio.create_task(self._send(recipe, user_key, adapter_id))
+                there = await asyncio.shield(self._sending[recipe.name])
         except ApiError as error:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} cannot be fetched: {error}; {plain}") from error
         if not there:
@@ -106,17 +107,8 @@ class UserAdapters:
         self._held.move_to_end(recipe.name)
         await self._make_room()
 
-    async def watch(self) -> None:
-        """For as long as the engine runs, let go of what the store has not any more: no erased user stays for long."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                await self.sweep()
-            except ApiError as error:
-                log.warning("user adapters: %s", error.explained)
-
     async def sweep(self) -> None:
-        """Let go of every adapter that its user has not any more and that no request uses."""
+        """Let go of every adapter that its user has not any more and that no request uses; an engine does it often."""
         gone = []
         for name in list(self._held):
             user_key, _, adapter_id = name.rpartition(":u-")[2].partition(".")
@@ -131,6 +123,23 @@ class UserAdapters:
         in_use = self._in_use()
         await self._let_go([name for name in mine if name not in in_use])
         return sum(name in in_use for name in mine)
+
+    async def _send(self, recipe: FusionRecipe, user_key: str, adapter_id: str) -> bool:
+        """Fetch and verify an adapter and give it to all workers; whether it is there."""
+        try:
+            stored = await self._source.adapter(user_key, adapter_id)
+            if stored is None:
+                return False
+            self._check(recipe, stored)
+            self._held[recipe.name] = len(stored.raw)
+            try:
+                await self._workers.hold(recipe.name, stored.raw)
+            except Exception:
+                await self._let_go([recipe.name])  # some of them may have it
+                raise
+            return True
+        finally:
+            del self._sending[recipe.name]
 
     def _check(self, recipe: FusionRecipe, stored: StoredAdapter) -> None:
         """Whatever could go wrong in a worker goes wrong here."""
@@ -163,10 +172,14 @@ class UserAdapters:
         await self._let_go(chosen)
 
     async def _let_go(self, names: list[str]) -> None:
+        """Have the workers forget adapters, whoever leaves meanwhile; calls reach them in the order they are made."""
         for name in names:
             self._held.pop(name, None)
         if names:
-            await self._workers.release(names)
+            releasing = asyncio.create_task(self._workers.release(names))
+            self._releasing.add(releasing)
+            releasing.add_done_callback(self._releasing.discard)
+            await asyncio.shield(releasing)
 
 
 class RpcWorkers:

@@ -16,6 +16,10 @@ class WorkerExtension:
         """The recipes this worker holds, least recently used first."""
         return self._mta_manager().resident()
 
+    def mta_held(self) -> list[str]:
+        """The recipes of whose user adapter this worker holds anything, sorted."""
+        return sorted(self._mta_manager().held())
+
     def mta_hold(self, name: str, raw: bytes) -> None:
         """Keep the user adapter that a recipe's name asks for; checked already."""
         self._mta_manager().hold(name, raw)

@@ -1,52 +1,65 @@
-"""Request bodies: read up to a limit and parsed strictly, so that what is refused can be named.
-
-JSON has no NaN and no Infinity, and text has no NUL and no lone surrogates; Python's reader lets all four through.
-"""
+"""Routes whose JSON bodies are read, parsed and validated by our own rules."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
 from adapters.errors import excerpt
-from server.errors import InvalidRequest, TooLarge, WrongMediaType
+from server.errors import WrongMediaType
+from server.http.json_text import parse_json, parse_lines
+from server.http.middleware import CLIENT_GONE
+from server.http.validation import fault_of
 from server.parts import parts_of
+from server.schemas import MAX_SAMPLES
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
-_NUL_ESCAPE = b"\\u0000"
-_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # an even number of backslashes before it are themselves escaped
-_MOST_LEAVES = 100_000
 
 
 class JsonRoute(APIRoute):
-    """A FastAPI route whose JSON body has been read by this module's rules.
+    """A FastAPI route whose JSON body has been read by `server/http/bodies.py`.
 
     Attributes:
         lines: the field that newline-delimited JSON fills, one value a line; None where a body is one value.
+        most_lines: how many of them are taken.
     """
 
     lines: str | None = None
+    most_lines = 0
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        if self.body_field is None:
+        field = self.body_field
+        if field is None:
             return handle
+
+        def valid(value: Any) -> Any:
+            checked, errors = field.validate(value, loc=("body",))
+            if errors:
+                raise fault_of(errors)
+            return checked
+
+        def of_json(body: bytes) -> Any:
+            return valid(parse_json(body))
+
+        def of_lines(body: bytes) -> Any:
+            assert self.lines
+            return valid({self.lines: parse_lines(body, self.lines, self.most_lines)})
 
         async def strict(request: Request) -> Response:
             in_lines = self.lines is not None and _media_type(request) in _LINES
             if not in_lines:
                 _check_media_type(request, self.lines is not None)
-            body = await _read(request, parts_of(request).settings.max_body_bytes)
-            parsed = {self.lines: parse_lines(body, str(self.lines))} if in_lines else parse_json(body)
-            return await handle(_ParsedRequest(request, body, parsed))
+            try:
+                body = await parts_of(request).bodies.read(request, of_lines if in_lines else of_json)
+            except ClientDisconnect:
+                request.scope["state"]["gone"] = True
+                return Response(status_code=CLIENT_GONE)
+            return await handle(_ReadRequest(request, body))
 
         return strict
 
@@ -55,72 +68,23 @@ class SamplesRoute(JsonRoute):
     """The same, for bodies of samples."""
 
     lines = "samples"
+    most_lines = MAX_SAMPLES
 
 
-class _ParsedRequest(Request):
-    """A request that hands FastAPI the body as it was parsed here."""
+class _ReadRequest(Request):
+    """A request that hands FastAPI the body as it was validated here; FastAPI lets a model pass as it is."""
 
-    def __init__(self, request: Request, body: bytes, parsed: Any) -> None:
+    def __init__(self, request: Request, body: Any) -> None:
         headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
         headers.append((b"content-type", b"application/json"))  # FastAPI takes a parsed body of this type alone
         super().__init__({**request.scope, "headers": headers}, request.receive)
-        self._bytes = body
-        self._parsed = parsed
+        self._read = body
 
     async def body(self) -> bytes:
-        return self._bytes
+        return b"{}"  # read already, but there was one
 
     async def json(self) -> Any:
-        return self._parsed
-
-
-def parse_json(body: bytes) -> Any:
-    """The value of a JSON text, nested at most 200 deep.
-
-    Raises:
-        InvalidRequest: when it is none, or holds what no field takes; `param` names the place where it is known.
-    """
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise _fault(body, str(error)) from error
-    if _NUL_ESCAPE in body and _NUL.search(body):
-        _refuse_impossible(value)
-        raise InvalidRequest("the body holds NUL, which no text has", param="body")
-    return value
-
-
-def parse_lines(body: bytes, field: str) -> list[Any]:
-    """The values of newline-delimited JSON; empty lines are passed over.
-
-    Raises:
-        InvalidRequest: naming the line's place in `field`.
-    """
-    values = []
-    for line in body.splitlines():
-        if not line.strip():
-            continue
-        try:
-            values.append(parse_json(line))
-        except InvalidRequest as error:
-            place = f"{field}.{len(values)}"
-            param = place if error.param in (None, "body") else f"{place}.{error.param}"
-            raise InvalidRequest(f"{place}: {error.message}", param=param, code=error.code) from error
-    return values
-
-
-async def _read(request: Request, limit: int) -> bytes:
-    """The body, given up on as soon as it is known to be too large."""
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        raise TooLarge(f"the body has {length} bytes, at most {limit} are taken", param="body")
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise TooLarge(f"the body has more than {limit} bytes, which is the most that are taken", param="body")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        return self._read
 
 
 def _media_type(request: Request) -> str:
@@ -135,43 +99,3 @@ def _check_media_type(request: Request, lines: bool) -> None:
         wanted = "application/json or application/x-ndjson" if lines else "application/json"
         given = request.headers.get("content-type")
         raise WrongMediaType(f"Content-Type must be {wanted}, got {excerpt(given)}", param="content-type")
-
-
-def _fault(body: bytes, reason: str) -> InvalidRequest:
-    """Why a text was refused, by a second, slower reading that tells where."""
-    if not body.strip():
-        return InvalidRequest("the body is empty: send a JSON object", param="body", code="invalid_json")
-    try:
-        _refuse_impossible(json.loads(body.decode()))
-    except InvalidRequest as fault:
-        return fault
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is no UTF-8"
-    except (ValueError, RecursionError):
-        pass  # the first reading's reason stands
-    return InvalidRequest(f"the body is no JSON: {reason}, got {excerpt(body)}", param="body", code="invalid_json")
-
-
-def _refuse_impossible(value: Any) -> None:
-    """Find what the first reading refused, and name its place; a body that hides it deep is not searched to the end."""
-    for path, leaf in itertools.islice(_leaves(value), _MOST_LEAVES):
-        param = ".".join(path) or "body"
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            raise InvalidRequest(f"{param} must be a finite number, got {leaf}", param=param)
-        if isinstance(leaf, str) and "\0" in leaf:
-            raise InvalidRequest(f"{param} holds NUL, which no text has: {excerpt(leaf)}", param=param)
-        if isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf):
-            raise InvalidRequest(f"{param} holds a lone surrogate, which is no character: {excerpt(leaf)}", param=param)
-
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every scalar with its place; a key comes before what it leads to, at the place of its object."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield path, key
-            yield from _leaves(inner, (*path, key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, (*path, str(index)))
-    else:
-        yield path, value

@@ -1,4 +1,4 @@
-"""Around every request: when it began, one log line, one count. Pure ASGI, so that streams pass through untouched."""
+"""Around every request: when it began, one log line, one count, a place. Pure ASGI: streams pass through untouched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from starlette.responses import JSONResponse
+
+from server.errors import Unavailable
 from server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ CLIENT_GONE = 499
 class RequestLog:
     """Stamps the start time into `scope["state"]`, then logs and counts the answer.
 
+    HEAD is answered as GET is, without the body: the app below sees a GET.
+
     Neither the path nor a body is logged: both name people. What is logged of a request is its route.
     """
 
@@ -35,18 +40,24 @@ class RequestLog:
         started_s = time.perf_counter()
         state = scope.setdefault("state", {})
         state["started_s"] = started_s
-        status = 500
+        status, headed = 500, False
+        is_head = scope["method"] == "HEAD"
+        inner = {**scope, "method": "GET"} if is_head else scope
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, headed
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif is_head:
+                if headed:
+                    return
+                headed, message = True, {"type": "http.response.body"}  # a stream's end as well: `receive` says so
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(inner, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(inner.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
             level = state.get("level", "")
             status = CLIENT_GONE if state.get("gone") else status
@@ -60,3 +71,37 @@ class RequestLog:
                 f" {state['request_id']}" if "request_id" in state else "",
                 f" {level}" if level else "",
             )
+
+
+class Places:
+    """Serves so many requests at once and tells the others to come back; operations' own are always served.
+
+    Args:
+        app: what serves.
+        most: requests under way, from their headers to the end of their answers.
+    """
+
+    ALWAYS = frozenset(("/health", "/ready", "/metrics"))
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+        self._taken = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self.ALWAYS:
+            await self._app(scope, receive, send)
+            return
+        if self._taken >= self._most:
+            error = Unavailable(
+                f"{self._most} requests are under way, which is the most at once: try again in a moment",
+                code="overloaded",
+                retry_after_s=1,
+            )
+            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
+            return
+        self._taken += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._taken -= 1

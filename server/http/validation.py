@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from adapters.errors import excerpt, shortened
 from server.errors import InvalidRequest
 from server.schemas import AS_MESSAGES, AS_TEXT
 
@@ -24,8 +24,8 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
     first = errors[0]
     path = first["loc"][1:] if first["loc"] and first["loc"][0] in _PLACES else first["loc"]
     path = [part for part in path if part not in (AS_TEXT, AS_MESSAGES)]
-    param = _cut(first.get("ctx", {}).get("param") or ".".join(map(str, path)) or "body")
-    value = _cut(_Short().repr(first.get("input")))
+    param = shortened(first.get("ctx", {}).get("param") or ".".join(map(str, path)) or "body", MAX_SHOWN_CHARS)
+    value = excerpt(first.get("input"), MAX_SHOWN_CHARS)
     match first["type"]:
         case "missing":
             return InvalidRequest(f"{param} is required", param=param, code="missing")
@@ -36,16 +36,3 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
     found = _SUBJECT.match(first["msg"])
     rule = first["msg"][found.end() :] if found else first["msg"]
     return InvalidRequest(f"{param} {rule if rule.startswith('must') else f'must {rule}'}, got {value}", param=param)
-
-
-class _Short(reprlib.Repr):
-    """`repr` that looks at the start of a value only, however large or deep it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxdict, self.maxlist = 3, 4, 4
-        self.maxstring = self.maxlong = MAX_SHOWN_CHARS
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 1]}…"

@@ -30,7 +30,7 @@ router = APIRouter(
 
 @router.put("/profile")
 async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
-    """Let the user's history be these items alone. The newest 512 are kept; repeating it changes nothing."""
+    """Let the user's history be these items alone. The newest 512 within 2 MiB are kept; repeating changes nothing."""
     parts = parts_of(request)
     return await _change(parts, user_id, body, parts.profiles.replace)
 

@@ -175,10 +175,12 @@ class RedisJobs:
         now_ms, due = await queue.due()
         for user_key in due:
             newest = await self._newest(user_key)
-            state, lease_until = await self._standing(newest) if newest else (None, 0)
+            state, lease_until, lease_ms = await self._standing(newest) if newest else (None, 0, 0)
             if newest is None or state is None or state.ended:
                 await queue.close(user_key)
-            elif now_ms < lease_until:
+            elif (
+                now_ms < lease_until <= now_ms + lease_ms
+            ):  # one that ends later was given before the clock was set back
                 await queue.look_again(user_key, lease_until)
             elif await queue.call(user_key):
                 announced.append(newest)
@@ -198,11 +200,12 @@ class RedisJobs:
         last = await self._connection.run(lambda redis: redis.hget(name, "last"))
         return JobId(user_key, int(last)) if last is not None else None
 
-    async def _standing(self, job_id: JobId) -> tuple[JobState | None, int]:
-        """A job's state, None without a record, and when its lease runs out, ms."""
-        fields = ("state", "lease_until")
-        state, lease_until = await self._connection.run(lambda redis: redis.hmget(_job(job_id), fields))
-        return JobState(state.decode()) if state is not None else None, int(lease_until or 0)
+    async def _standing(self, job_id: JobId) -> tuple[JobState | None, int, int]:
+        """A job's state, None without a record; when its lease runs out, and how long it is, ms."""
+        fields = ("state", "lease_until", "lease_ms")
+        state, until, lease_ms = await self._connection.run(lambda redis: redis.hmget(_job(job_id), fields))
+        lease_until = int(until or 0)
+        return JobState(state.decode()) if state is not None else None, lease_until, int(lease_ms or lease_until)
 
 
 def _job(job_id: JobId) -> str:

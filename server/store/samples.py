@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 from base64 import b32encode
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import orjson
+
+from adapters.errors import excerpt
 
 Kind = Literal["lora", "core"]
 CORE_STEPS, CORE_LEARNING_RATE = 16, 2e-2
@@ -45,6 +47,8 @@ class AdaptConfig:
         holdout: share of the samples that is kept aside where there are many.
         strength: of the anchors beneath it, as a share of theirs when merged; below 1 only beside a common row.
         seed: of everything random.
+        max_tokens: most tokens that all runs together may read, in training and in judging.
+        max_seconds: longest time that one worker trains.
     """
 
     kind: Kind = "lora"
@@ -54,6 +58,8 @@ class AdaptConfig:
     holdout: float = 0.2
     strength: float = 0.5
     seed: int = 0
+    max_tokens: int = 2_000_000
+    max_seconds: int = 3600
 
 
 def default_config(room: int, common: bool, kind: Kind | None = None) -> AdaptConfig:
@@ -87,8 +93,22 @@ def encode_config(config: AdaptConfig) -> str:
 
 
 def decode_config(text: str) -> AdaptConfig:
-    """The inverse of `encode_config`."""
-    return AdaptConfig(**orjson.loads(text))
+    """The inverse of `encode_config`; what a record of an earlier gateway lacks has its default.
+
+    Raises:
+        ValueError: when the text is no configuration, or has a field that this version does not know: training without
+            it would not be what was asked for.
+    """
+    value = orjson.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"the job's configuration is no object: {excerpt(value)}")
+    unknown = sorted(value.keys() - {field.name for field in fields(AdaptConfig)})
+    if unknown:
+        raise ValueError(
+            f"the job's configuration has the field {excerpt(unknown[0])}, which this version does not know: a newer "
+            "gateway made it, so update this worker and send the samples again"
+        )
+    return AdaptConfig(**value)
 
 
 def new_adapter_id() -> str:

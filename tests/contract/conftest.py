@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
+
+settings.register_profile("long")  # `test_store_model.py` reads which profile was asked for
 
 
 @pytest.fixture(scope="module", params=sorted(server_binaries()))

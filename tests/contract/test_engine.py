@@ -19,7 +19,8 @@ from server.engine_client import AdapterMissing, EngineClient, EngineRequest, op
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.health import Health
 from server.store.redis_connection import RedisConnection
-from tests.support.engine import KEY, Engine, running_engine
+from server.tokenizer_client import TokenizerClient
+from tests.support.engine import KEY, running_engine
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.processes import wait_until
 from tests.support.valkey import ValkeyProcess, free_port
@@ -52,7 +53,8 @@ class Subject:
 @pytest.fixture(scope="module", params=["fake", "vllm"])
 def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Subject]:
     if request.param == "fake":
-        fake = FakeEngine(Knobs(banks=(read_manifest(tiny_bank_folder).fingerprint,), token_delay_s=0.002)).start()
+        banks = (read_manifest(tiny_bank_folder).fingerprint,)
+        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
         yield Subject(
             fake.url,
             tiny_bank_folder,
@@ -65,8 +67,8 @@ def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_f
         yield Subject(
             engine.url,
             tiny_bank_folder,
-            generated=lambda: _metric(engine, "vllm:generation_tokens_total"),
-            idle=lambda: _metric(engine, "vllm:num_requests_running") == 0,
+            generated=lambda: engine.metric("vllm:generation_tokens_total"),
+            idle=lambda: engine.metric("vllm:num_requests_running") == 0,
         )
 
 
@@ -79,6 +81,11 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 @pytest.fixture
 def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
     return EngineClient(session, subject.url, KEY, "a salt")
+
+
+@pytest.fixture
+def tokenizer(subject: Subject, session: aiohttp.ClientSession) -> TokenizerClient:
+    return TokenizerClient(session, subject.url, KEY)
 
 
 def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **sampling: Any) -> EngineRequest:
@@ -143,6 +150,33 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
     assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1
 
 
+REFUSED = [
+    (("user", "system", "user"), "the system message must come first"),
+    (("user", "user"), "after user comes another role"),
+    (("system", "user", "assistant", "assistant", "user"), "after assistant comes another role"),
+]
+
+
+@pytest.mark.parametrize(("roles", "reason"), REFUSED)
+async def test_a_conversation_that_the_chat_template_refuses_is_the_conversations_fault(
+    client: EngineClient, subject: Subject, roles: tuple[str, ...], reason: str
+) -> None:
+    messages = [{"role": role, "content": "hello"} for role in roles]
+    request = replace(ask(subject.recipe().name), messages=messages, prompt_param="messages")
+    error = await refusal(client, request, InvalidRequest)
+    assert (error.param, error.code) == ("messages", "invalid_value")
+    assert reason in error.message
+
+
+@pytest.mark.parametrize(("roles", "reason"), REFUSED)
+async def test_it_says_why_its_chat_template_refuses_a_conversation(
+    tokenizer: TokenizerClient, roles: tuple[str, ...], reason: str
+) -> None:
+    messages = [{"role": role, "content": "hello"} for role in roles]
+    assert reason in str(await tokenizer.refusal([*messages, {"role": "assistant", "content": "hi"}]))
+    assert await tokenizer.refusal([*messages[:1], {"role": "assistant", "content": "hi"}]) is None
+
+
 async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subject) -> None:
     request = ask(subject.recipe().name, temperature=0.9, top_p=0.5, seed=7, stop=["never said"])
     assert await answer(client, request) == await answer(client, request)
@@ -185,8 +219,8 @@ async def test_the_prompts_length_is_known_at_the_first_token_even_if_the_answer
         assert CONTEXT - 40 <= stream.prompt_tokens < CONTEXT
 
 
-async def test_it_counts_the_tokens_of_a_conversation(client: EngineClient) -> None:
-    counts = [await client.count_tokens([{"role": "user", "content": "x" * length}]) for length in (10, 110)]
+async def test_it_counts_the_tokens_of_a_conversation(tokenizer: TokenizerClient) -> None:
+    counts = [await tokenizer.count([{"role": "user", "content": "x" * length}]) for length in (10, 110)]
     assert counts[0] is not None
     assert counts[1] is not None
     assert counts[1] - counts[0] == 100
@@ -236,6 +270,10 @@ async def test_connections_are_kept(client: EngineClient, subject: Subject, sess
 async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
     nobody = EngineClient(session, f"http://127.0.0.1:{free_port()}", KEY, "a salt")
     await refusal(nobody, ask("base"), Unavailable)
+    silent = TokenizerClient(session, f"http://127.0.0.1:{free_port()}", KEY)
+    with pytest.raises(Unavailable):
+        await silent.refusal([{"role": "user", "content": "hello"}])
+    assert await silent.count([{"role": "user", "content": "hello"}]) is None
 
 
 async def test_its_status_is_understood(
@@ -251,8 +289,3 @@ async def test_its_status_is_understood(
     assert (states[KEY].status, states[KEY].banks) == ("ok", (bank.manifest.fingerprint,))
     assert states["wrong"].status == "wrong_key"
     await store.close()
-
-
-def _metric(engine: Engine, name: str) -> float:
-    lines = engine.client.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))

@@ -91,7 +91,8 @@ async def with_profile(connection: RedisConnection, user: str) -> tuple[Profile,
     """A user's record and its version."""
     profiles = RedisProfiles(connection)
     profile = Profile("ada", 0, 1, "3887c9b9af8fe702", np.ones(8, "f4"))
-    await profiles.commit(user, (await profiles.read(user)).version, Change(profile, {}, {}, ()))
+    before = await profiles.read(user)
+    await profiles.commit(user, before.version, Change(profile, {}, {}, ()), before.epoch)
     snapshot = await profiles.read(user)
     assert snapshot.profile is not None
     return snapshot.profile, snapshot.version
@@ -239,6 +240,29 @@ async def test_nothing_is_promoted_when_the_record_changed_or_the_lease_is_lost(
     assert await RedisAdapters(connection).adapter(user, "a") is None
     assert await state(jobs, lease.job.id) is JobState.RUNNING
     assert await jobs.promote(lease, trained, profile, version, made("a"))
+
+
+async def test_an_adapter_of_another_bank_than_the_jobs_is_not_promoted(
+    jobs: RedisJobs, connection: RedisConnection, user: str
+) -> None:
+    profile, version = await with_profile(connection, user)
+    lease = await claimed(jobs, await submitted(jobs, user))
+    other = replace(made("a"), recipe="mta1:00000000:shared:c")
+    assert not await jobs.promote(lease, Trained(JobState.SUCCEEDED, 2.0, 1.5), profile, version, other)
+    assert await state(jobs, lease.job.id) is JobState.RUNNING
+
+
+async def test_nothing_is_promoted_for_a_user_who_was_erased_and_made_again(
+    jobs: RedisJobs, connection: RedisConnection, user: str
+) -> None:
+    await with_profile(connection, user)
+    lease = await claimed(jobs, await submitted(jobs, user))
+    await RedisProfiles(connection).erase(user, 1 << 52, 0)
+    profile, version = await with_profile(connection, user)
+    assert not await jobs.promote(lease, Trained(JobState.SUCCEEDED, 2.0, 1.5), profile, version, made("a"))
+    adapters = RedisAdapters(connection)
+    assert await adapters.adapter_id(user) is None
+    assert set((await adapters.adapted()).values()) <= {0}
 
 
 async def test_a_job_that_nobody_was_told_of_is_found(

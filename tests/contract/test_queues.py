@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import redis.asyncio as redis
 
-from server.errors import Unavailable, UserErased
+from server.errors import Unavailable
 from server.store.jobs import Job, JobId, JobState, Submission, Trained
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_queue import RedisQueue
@@ -16,7 +17,7 @@ from server.store.redis_signing import RedisSigning
 from server.user_key import UserKeys
 from tests.support.faults import Fault, FaultyConnection
 from tests.support.store_parts import StoreParts
-from tests.support.valkey import ValkeyProcess
+from tests.support.valkey import FAKE_TIME, ValkeyProcess
 
 BANK, OTHER_BANK = "9f2c41d0", "00000000"
 CALLS, OPEN = f"mta:{{jobs:{BANK}}}:calls", f"mta:{{jobs:{BANK}}}:open"
@@ -123,6 +124,39 @@ async def test_what_has_ended_is_no_longer_looked_after(jobs: RedisJobs, user: s
     assert await raw.xlen(CALLS) == 0
 
 
+async def test_whom_a_request_has_listed_stays_looked_after_until_it_has_made_its_job(
+    parts: StoreParts, user: str, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await submitted(parts.jobs, user)
+    lease = await parts.jobs.claim(job.id, 30)
+    assert lease is not None
+    await RedisQueue(parts.connection, "jobs", BANK).enlist(user)  # by another gateway, which is slow
+    assert await parts.jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
+    await parts.jobs.withdraw(user, BANK)
+    assert await parts.jobs.open_jobs(BANK) == 1
+    monkeypatch.setattr("server.store.redis_queue.LISTED_MS", 0)  # it never made one
+    await raw.zadd(OPEN, {user: 0})
+    assert await parts.jobs.overdue(BANK) == []
+    assert await parts.jobs.open_jobs(BANK) == 0
+
+
+@pytest.mark.skipif(FAKE_TIME is None, reason="faketime is not installed: apt-get install faketime")
+async def test_a_job_whose_worker_died_is_found_though_the_clock_was_set_back(tmp_path: Path, user: str) -> None:
+    server = ValkeyProcess(tmp_path, clock=True).start()
+    try:
+        async with StoreParts.opened(server.url) as parts:
+            server.set_clock(3600)
+            job = await submitted(parts.jobs, user)
+            assert await parts.jobs.next_job(BANK, "dies", 1) == job.id
+            assert await parts.jobs.claim(job.id, 15) is not None
+            server.set_clock(0)
+            assert await parts.jobs.overdue(BANK) == [job.id]
+            assert await parts.jobs.next_job(BANK, "lives", 1) == job.id
+            assert await parts.jobs.claim(job.id, 15) is not None
+    finally:
+        server.kill()
+
+
 async def test_a_worker_hears_of_the_jobs_of_its_own_bank_alone(jobs: RedisJobs, user: str) -> None:
     job = await submitted(jobs, user)
     assert job.bank == BANK
@@ -172,68 +206,3 @@ async def test_an_erased_user_leaves_the_queues(parts: StoreParts, user: str, ra
     await parts.signing.withdraw(user)
     assert [name async for name in raw.scan_iter() if user.encode() in name] == [f"mta:{{{user}}}:epoch".encode()]
     assert await raw.xlen(CALLS) == await raw.zcard(OPEN) == 0
-
-
-async def test_a_submission_may_be_repeated_while_its_job_is_the_newest_and_goes_well(
-    jobs: RedisJobs, user: str
-) -> None:
-    first = await submitted(jobs, user, append=True)
-    assert (await submitted(jobs, user, append=True)).id == first.id
-    assert await jobs.samples(user) == [b"a"]
-    lease = await jobs.claim(first.id, 30)
-    assert lease is not None
-    assert (await submitted(jobs, user, append=True)).id == first.id
-    assert await jobs.end(lease, Trained(JobState.FAILED, error="for a reason"))
-    second = await submitted(jobs, user, append=True)
-    assert second.id.number == 2  # whoever asks again after a failure wants another try
-    assert await jobs.samples(user) == [b"a"]  # equal samples are kept once
-    await submitted(jobs, user, "b", append=True)
-    assert await jobs.samples(user) == [b"a", b"b"]
-    assert (await submitted(jobs, user, append=True)).id.number == 4
-
-
-@pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.TWICE])
-@pytest.mark.parametrize("append", [False, True])
-async def test_a_submission_whose_answer_is_lost_is_one_job_when_it_is_sent_again(
-    server: ValkeyProcess, raw: redis.Redis, user: str, fault: Fault, *, append: bool
-) -> None:
-    async with StoreParts.opened(server.url) as parts:
-        parts.connection.fail(fault, after_writes=1)
-        try:
-            await submitted(parts.jobs, user, append=append)
-        except Unavailable:
-            assert fault is Fault.LOST_ANSWER
-        job = await submitted(parts.jobs, user, append=append)
-        assert job.id == JobId(user, 1)
-        assert await parts.jobs.samples(user) == [b"a"]
-
-
-async def ended(parts: StoreParts, job: Job) -> None:
-    lease = await parts.jobs.claim(job.id, 30)
-    assert lease is not None
-    assert await parts.jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
-
-
-async def cancelled(parts: StoreParts, job: Job) -> None:
-    found, by_this = await parts.jobs.cancel(job.id)
-    assert found is not None
-    assert by_this
-
-
-@pytest.mark.parametrize("end", [ended, cancelled])
-async def test_an_ending_whose_answer_is_lost_and_that_is_sent_again_is_known_as_ones_own(
-    server: ValkeyProcess, raw: redis.Redis, user: str, end: Callable[..., object]
-) -> None:
-    async with StoreParts.opened(server.url) as parts:
-        job = await submitted(parts.jobs, user)
-        parts.connection.fail(Fault.TWICE, after_writes=1 if end is ended else 0)
-        await end(parts, job)  # type: ignore[misc]
-
-
-async def test_samples_of_an_erased_user_are_refused(parts: StoreParts, user: str) -> None:
-    epoch = await parts.profiles.epoch(user)
-    await parts.profiles.erase(user, LATER_MS, 0)
-    with pytest.raises(UserErased):
-        await submitted(parts.jobs, user, epoch=epoch)
-    assert await parts.jobs.samples(user) == []
-    assert (await submitted(parts.jobs, user, epoch=await parts.profiles.epoch(user))).id.number == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,13 +21,22 @@ from server.store.redis_jobs import RedisJobs
 from server.store.redis_profiles import RedisProfiles
 from server.store.samples import AdaptConfig, Sample
 from tests.support.bank_bench import Bench
+from tests.support.gateway import GatewayThread
 from tests.support.valkey import ValkeyProcess
+from tests.support.watchdog import never_held
 
 
 class Work(Protocol):
     """Has a worker train whatever there is; `meanwhile` is called at the first step."""
 
     def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None: ...
+
+
+@pytest.fixture
+def free_event_loop(gateway: GatewayThread) -> Iterator[None]:
+    """Fails a test that kept the gateway's event loop for too long."""
+    with never_held(gateway.thread):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import redis
 from bank.manifest import BankManifest
 from server.adapting import training_config
 from server.errors import InvalidRequest
+from server.job_budget import JobBudget
 from server.readapting import Counts, Readapting
 from server.schemas import AdaptOptions
 from server.store.profiles import Change
@@ -279,9 +280,8 @@ async def _readapt(url: str, manifest: BankManifest) -> Counts:
     connection = RedisConnection(url)
     await connection.check()
     try:
-        return await Readapting(
-            RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection), manifest, 4
-        ).run()
+        stores = RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection)
+        return await Readapting(*stores, manifest=manifest, at_a_time=4, budget=JobBudget(1000, 60)).run()
     finally:
         await connection.close()
 

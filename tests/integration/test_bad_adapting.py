@@ -14,6 +14,8 @@ import redis
 from server.settings import Settings
 from tests.support.gateway import GatewayThread, wait_until_ready
 
+pytestmark = pytest.mark.usefixtures("free_event_loop")
+
 GOOD = {"input": "q", "output": "a"}
 JSON, LINES = "application/json", "application/x-ndjson"
 

@@ -181,6 +181,7 @@ def known_user(gateway: GatewayThread) -> Iterator[None]:
     yield
 
 
+@pytest.mark.usefixtures("free_event_loop")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input_is_refused_by_name_and_touches_nothing(
     case: Case, gateway: GatewayThread, fake_engine: FakeEngine, gateway_settings: Settings
@@ -202,6 +203,7 @@ def test_there_are_enough_cases_and_none_twice() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= 35
 
 
+@pytest.mark.usefixtures("free_event_loop")
 def test_a_body_that_never_says_its_length_is_cut_off_at_the_limit(gateway: GatewayThread) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(64):
@@ -231,6 +233,7 @@ def send(gateway: GatewayThread, case: Case) -> tuple[int, Any]:
 
 
 def dump(settings: Settings) -> dict[bytes, bytes]:
-    """Everything in the store."""
+    """Everything in the store, but for the word that somebody was to be erased: it stays, whoever that was."""
     with redis.from_url(settings.redis_url) as store:
-        return {name: store.dump(name) for name in store.keys("*")}
+        kept = [name for name in store.keys("*") if name != b"mta:{rewrite}" and not name.endswith(b":epoch")]
+        return {name: store.dump(name) for name in kept}

@@ -26,6 +26,8 @@ CASES: list[tuple[bool, tuple[Term, ...]]] = [
     (True, (Term(0, 100), Term(3, 900))),
 ]
 
+TARGETS = {Method.LINEAR: ["q_proj", "k_proj", "up_proj", "down_proj"], Method.SHARED: None, Method.CAT: None}
+
 
 def open_matrix(bank: Path) -> tuple[BankManifest, MetaMatrix]:
     manifest = read_manifest(bank)
@@ -41,8 +43,11 @@ def test_engine_and_dense_model_give_the_same_log_probabilities(
     methods: tuple[Method, ...],
     tensor_parallel: int,
 ) -> None:
-    """Two banks at once where there are two methods: an engine serves both while a fleet changes over."""
-    banks = [tiny_bank(tmp_path / m.value, tiny_model_folder, embedder_folder, method=m, scale=0.1) for m in methods]
+    """Two banks at once where there are two methods, of other modules: an engine serves both while a fleet moves."""
+    banks = [
+        tiny_bank(tmp_path / m.value, tiny_model_folder, embedder_folder, method=m, scale=0.1, targets=TARGETS[m])
+        for m in methods
+    ]
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     beside = {"next_bank": banks[1]} if len(banks) > 1 else {}
     with running_engine(

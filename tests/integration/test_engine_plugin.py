@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +12,14 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
-from tests.support.engine import Engine, running_engine
+from server.engine_plugin.door import WITH_KEY
+from tests.support.engine import KEY, Engine, running_engine
+from tests.support.processes import PATIENCE_S, command_line, descendants, standing_still
 from tests.support.tiny import tiny_bank, tiny_model
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
 STREAM_TOKENS = 1500
+SECRET = "unmistakable-secret-that-keys-user-ids"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,8 @@ def bank(tmp_path_factory: pytest.TempPathFactory, model: Path, embedder_folder:
 
 @pytest.fixture(scope="module")
 def engine(bank: Path, model: Path) -> Iterator[Engine]:
-    with running_engine(bank, model, max_loras=SLOTS, max_cpu_loras=CPU_TIER, max_adapter_names=NAMES) as engine:
+    sizes = {"max_loras": SLOTS, "max_cpu_loras": CPU_TIER, "max_adapter_names": NAMES}
+    with running_engine(bank, model, secret=SECRET, **sizes) as engine:
         yield engine
 
 
@@ -44,11 +49,6 @@ def prefix(bank: Path) -> str:
 def text_of(response: httpx.Response) -> str:
     assert response.status_code == httpx.codes.OK, response.text
     return str(response.json()["choices"][0]["message"]["content"])
-
-
-def metric(engine: Engine, name: str) -> float:
-    lines = engine.client.get("/metrics").text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
 def test_a_recipe_changes_the_answer_and_the_base_model_stays_itself(engine: Engine, prefix: str) -> None:
@@ -107,13 +107,92 @@ def test_refusals_leave_no_name_behind(engine: Engine, prefix: str) -> None:
     assert engine.status()["names"] == before
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/mta/v1/status", "/mta/v1/hint"])
-def test_nothing_answers_without_the_key(engine: Engine, path: str) -> None:
-    method = "GET" if path.endswith("status") else "POST"
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic test-engine-key"}):
-        assert (
-            httpx.request(method, engine.url + path, headers=headers, json={}).status_code == httpx.codes.UNAUTHORIZED
-        )
+@pytest.fixture(scope="module")
+def routes() -> set[tuple[str, str]]:
+    """Method and path of every route that vLLM's server has for a model that generates."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args([]), ("generate",))
+    return {
+        (method, route.path.replace("{response_id}", "resp_1"))  # type: ignore[attr-defined]
+        for route in app.routes
+        for method in getattr(route, "methods", None) or ("GET", "POST")
+    }
+
+
+def test_of_all_routes_of_vllm_those_of_the_product_answer_and_with_the_key_alone(
+    engine: Engine, routes: set[tuple[str, str]]
+) -> None:
+    assert {
+        ("POST", "/invocations"),
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/docs"),
+        ("POST", "/tokenize"),
+    } < routes
+    ours = {("GET", "/mta/v1/status"), ("GET", "/mta/v1/resident"), ("POST", "/mta/v1/hint"), ("POST", "/mta/v1/drop")}
+    for method, path in routes | ours:
+        known = (method, path) in WITH_KEY
+        for key in (None, "Bearer wrong", f"Bearer {KEY}x", f"Basic {KEY}", KEY):
+            headers = {"Authorization": key} if key else {}
+            response = httpx.request(method, engine.url + path, headers=headers, json={"model": "base", "prompt": "x"})
+            if (method, path) == ("GET", "/health"):
+                assert response.status_code == httpx.codes.OK
+                continue
+            assert response.status_code == (httpx.codes.UNAUTHORIZED if known else httpx.codes.NOT_FOUND), path
+            assert method == "HEAD" or response.json()["error"]["type"] == "invalid_request_error"
+        answered = engine.client.request(method, path, json={}).status_code not in (401, 404)
+        assert answered == known or path == "/health", f"{method} {path} with the key"
+    assert WITH_KEY - ours < routes, "a route of ours is none of vLLM's any more"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/mta/v1/status/",
+            "//mta/v1/status",
+            "/mta/v1//status",
+            "/MTA/v1/status",
+            "/mta/v1/stat%75s",
+            "/%6d%74a/v1/status",
+        ),
+        *(
+            "/metrics/",
+            "/metricsfoo",
+            "/v1/models/",
+            "/v1/../v1/models",
+            "/health/",
+            "/health%2f",
+            "/health/../invocations",
+        ),
+    ],
+)
+def test_no_other_spelling_of_a_path_opens(engine: Engine, path: str) -> None:
+    host, port = engine.url.removeprefix("http://").split(":")
+    for key in ("", f"Authorization: Bearer {KEY}\r\n"):
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as raw:  # clients would normalise it
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{key}Connection: close\r\n\r\n".encode())
+            assert raw.recv(1 << 16).split()[1] == b"404"
+
+
+@pytest.mark.parametrize("path", ["/v1/realtime", "/mta/v1/status", "/health"])
+def test_no_websocket_opens(engine: Engine, path: str) -> None:
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    assert engine.client.get(path, headers=upgrade).status_code == httpx.codes.FORBIDDEN
+
+
+def test_a_preflight_request_opens_nothing(engine: Engine) -> None:
+    asks = {"Origin": "http://anywhere", "Access-Control-Request-Method": "POST"}
+    response = engine.client.options("/v1/chat/completions", headers=asks)
+    assert response.status_code == httpx.codes.NOT_FOUND
+    assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
@@ -122,11 +201,24 @@ def test_no_route_binds_a_name_to_a_folder(engine: Engine, path: str) -> None:
     assert response.status_code == httpx.codes.NOT_FOUND
 
 
+def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
+    core = next(pid for pid in descendants(engine.pid) if "EngineCore" in command_line(pid))
+    with standing_still(core):
+        status = engine.client.get("/mta/v1/status", timeout=20)
+    assert status.json()["banks"] == engine.status()["banks"]
+
+
+def test_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:
+    for pid in (engine.pid, *descendants(engine.pid)):
+        assert SECRET.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert SECRET not in command_line(pid)
+
+
 def test_a_hint_fuses_ahead_into_the_cpu_tier(engine: Engine, prefix: str) -> None:
     recipe = f"{prefix}:c+a05*111"
-    assert recipe not in engine.status()["resident"]  # type: ignore[operator]
+    assert recipe not in engine.resident()["resident"]
     assert engine.client.post("/mta/v1/hint", json={"recipe": recipe}).json() == {"made": True}
-    assert recipe in engine.status()["resident"]  # type: ignore[operator]
+    assert recipe in engine.resident()["resident"]
     assert engine.client.post("/mta/v1/hint", json={"recipe": recipe}).json() == {"made": False}
     assert engine.client.post("/mta/v1/hint", json={"recipe": f"{prefix}:c+a77*1"}).status_code == httpx.codes.NOT_FOUND
 
@@ -139,11 +231,11 @@ def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Eng
         text_of(engine.chat(f"{prefix}:c+a{i % ANCHORS:02d}*{300 + i}", max_tokens=1))
     status = engine.status()
     assert status["names"] <= NAMES  # type: ignore[operator]
-    assert len(status["resident"]) <= CPU_TIER  # type: ignore[arg-type]
+    assert len(engine.resident()["resident"]) <= CPU_TIER
     late = engine.client.get("/metrics").text
     assert len(late.splitlines()) == len(early.splitlines())
     assert "mta1:" not in late
-    assert metric(engine, "mta:adapter_names_leased") == 0
+    assert engine.metric("mta:adapter_names_leased") == 0
 
 
 def test_a_stream_keeps_its_adapter_while_everything_else_would_evict_it(engine: Engine, prefix: str) -> None:
@@ -192,9 +284,9 @@ def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: st
         assert response.status_code == httpx.codes.OK, response.read()
         lines = response.iter_lines()  # kept: httpx hangs up when the iterator goes
         next(lines)
-        assert metric(engine, "mta:adapter_names_leased") == 1
+        assert engine.metric("mta:adapter_names_leased") == 1
     for _ in range(100):
-        if metric(engine, "vllm:num_requests_running") == 0 and metric(engine, "mta:adapter_names_leased") == 0:
+        if engine.metric("vllm:num_requests_running") == 0 and engine.metric("mta:adapter_names_leased") == 0:
             return
         text_of(engine.chat("base", max_tokens=1))
     pytest.fail("the abandoned request still holds its name")

@@ -1,9 +1,9 @@
-"""`DELETE /users/{id}` with two real engines, one of which cannot be reached at that moment: nobody keeps anything."""
+"""`DELETE /users/{id}` with two real engines, one answering and one standing still at that moment: nothing is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from server.supervisor.parts import free_port
 from tests.integration.conftest import Work
 from tests.support.engine import KEY, Engine, running_engine
 from tests.support.gateway import SECRET, GatewayThread, generate
-from tests.support.processes import PATIENCE_S, wait_until
+from tests.support.processes import PATIENCE_S, descendants, standing_still, wait_until
 from tests.support.tiny import world
 from tests.support.valkey import ValkeyProcess
 
-USER = "somebody-who-leaves"
+IDLE, ANSWERED = "somebody-who-leaves", "somebody-who-leaves-in-the-middle-of-an-answer"
 SECRET_WORDS = "yes my secret words"
 SAMPLES = [{"input": f"question {n}", "output": f"{n} {SECRET_WORDS}"} for n in range(8)]
 
@@ -60,31 +60,58 @@ def fleet(
 def test_who_is_erased_is_gone_from_the_store_at_once_and_from_every_engine_in_time(
     fleet: Fleet, work: Work, valkey: ValkeyProcess
 ) -> None:
+    """One engine is told, but an answer of one of them is under way there; the other one stands still meanwhile."""
     client, (near, far) = fleet.client, fleet.engines
-    client.put(f"/users/{USER}/profile", json={"items": [{"text": world(0)}]}).raise_for_status()
-    client.post(f"/users/{USER}/adapt", json={"samples": SAMPLES}).raise_for_status()
+    for user in (IDLE, ANSWERED):
+        client.put(f"/users/{user}/profile", json={"items": [{"text": world(0)}]}).raise_for_status()
+        client.post(f"/users/{user}/adapt", json={"samples": SAMPLES}).raise_for_status()
     work()
-    who = generate(client, USER).json()["personalization"]
-    assert who["level"] == "stacked"
-    user_key = fleet.gateway.parts.profiles.key(USER)
-    recipe = f"{who['recipe']}:u-{user_key}.{client.get(f'/users/{USER}').json()['adapter']['id']}"
-    far.chat(recipe).raise_for_status()
-    assert [engine.status()["user_adapters"] for engine in fleet.engines] == [1, 1]
-    blob = _blob(valkey, user_key)
-    assert all(kept in _everything(valkey) for kept in (USER.encode(), SECRET_WORDS.encode(), blob))
+    told = {user: generate(client, user).json()["personalization"] for user in (IDLE, ANSWERED)}
+    assert [who["level"] for who in told.values()] == ["stacked", "stacked"]
+    keys = {user: fleet.gateway.parts.profiles.key(user) for user in told}
+    adapters = {user: client.get(f"/users/{user}").json()["adapter"]["id"] for user in told}
+    recipes = {user: f"{told[user]['recipe']}:u-{keys[user]}.{adapters[user]}" for user in told}
+    for recipe in recipes.values():
+        far.chat(recipe).raise_for_status()
+    assert [engine.resident()["held"] for engine in fleet.engines] == [sorted(recipes.values())] * 2
+    blobs = [_blob(valkey, key) for key in keys.values()]
+    kept = [IDLE.encode(), ANSWERED.encode(), SECRET_WORDS.encode(), *blobs]
+    assert all(words in _everything(valkey) for words in kept)
 
-    assert client.delete(f"/users/{USER}").json()["erased"]["adapters"] == 1
-    assert generate(client, USER).json()["personalization"]["level"] == "base"
-    assert not any(kept in _everything(valkey) for kept in (USER.encode(), SECRET_WORDS.encode(), blob))
-    wait_until(lambda: _forgot(near, recipe), "the engine that was told to drop the adapter")
-    assert near.chat(recipe).status_code == httpx.codes.NOT_FOUND
-    assert far.chat(recipe).status_code == httpx.codes.NOT_FOUND
-    wait_until(lambda: _forgot(far, recipe), "the other to find out by itself", SWEEP_S + PATIENCE_S)
+    with _long_answer(near, recipes[ANSWERED]) as answer, standing_still(far.pid, *descendants(far.pid)):
+        with standing_still(*descendants(near.pid)):  # its model, so that the answer cannot end before
+            for user in recipes:
+                assert client.delete(f"/users/{user}").json()["erased"]["adapters"] == 1
+            assert not any(words in _everything(valkey) for words in kept)
+            assert near.client.post("/mta/v1/drop", json={"user_key": keys[ANSWERED]}).json() == {"held": 1}
+        wait_until(lambda: not _has(near, recipes[IDLE]), "the engine that was told to drop an idle adapter")
+        assert [line for line in answer if line][-1] == "data: [DONE]"
+    for user, recipe in recipes.items():
+        assert generate(client, user).json()["personalization"]["level"] == "base"
+        assert near.chat(recipe).status_code == httpx.codes.NOT_FOUND
+    wait_until(lambda: not _has(near, recipes[ANSWERED]), "the adapter of the answer to go", SWEEP_S + PATIENCE_S)
+    for recipe in recipes.values():
+        assert far.chat(recipe).status_code == httpx.codes.NOT_FOUND
+    wait_until(lambda: not far.resident()["held"], "the other to find out by itself", SWEEP_S + PATIENCE_S)
+    assert not any(_has(engine, recipe) for engine in fleet.engines for recipe in recipes.values())
+    assert [engine.resident()["held"] for engine in fleet.engines] == [[], []]
+    assert [engine.status()["user_adapters"] for engine in fleet.engines] == [0, 0]
 
 
-def _forgot(engine: Engine, recipe: str) -> bool:
-    status = engine.status()
-    return status["user_adapters"] == 0 and recipe not in str(status["resident"])
+def _has(engine: Engine, recipe: str) -> bool:
+    """Whether its workers hold anything of a user's adapter."""
+    return recipe in str(engine.resident())
+
+
+@contextmanager
+def _long_answer(engine: Engine, recipe: str) -> Iterator[Iterator[str]]:
+    """The lines of an answer that has begun."""
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": recipe, "messages": messages, "max_tokens": 450, "ignore_eos": True, "stream": True}
+    with engine.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: {")
+        yield lines
 
 
 def _blob(valkey: ValkeyProcess, user_key: str) -> bytes:

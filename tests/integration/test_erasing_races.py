@@ -127,3 +127,18 @@ def test_the_file_is_asked_to_forget_before_anything_is_erased(
     assert client.get(f"/users/{ada}").status_code == httpx.codes.OK
     answer = client.delete(f"/users/{ada}").raise_for_status().json()
     assert answer["erased"]["items"] == 3
+
+
+def test_what_version_0_1_stored_under_another_form_of_the_name_is_erased_too(
+    client: httpx.Client, gateway: GatewayThread, valkey: ValkeyProcess
+) -> None:
+    composed, decomposed = "Jos\u00e9-of-0.1", "Jose\u0301-of-0.1"
+    client.put(f"/users/{composed}/profile", json=ITEMS).raise_for_status()
+    key = gateway.parts.profiles.key(composed)
+    (former,) = gateway.parts.erasing._keys.former(composed)
+    with redis.Redis.from_url(valkey.url) as raw:
+        for name in raw.scan_iter(f"mta:{{{key}}}:*"):
+            raw.rename(name, name.replace(key.encode(), former.encode()))
+        assert client.get(f"/users/{decomposed}").status_code == httpx.codes.NOT_FOUND
+        assert client.delete(f"/users/{decomposed}").json()["erased"]["items"] == 1
+        assert [name.rpartition(b":")[2] for name in raw.scan_iter(f"mta:{{{former}}}:*")] == [b"epoch"]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
+from bank.models import DEFAULT_EMBEDDER_NAME
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import wait_until_ready
-from tests.support.processes import mta, running
+from tests.support.processes import mta, running, wait_until
 from tests.support.valkey import ValkeyProcess, free_port
 
 Environment = dict[str, str | None]
@@ -127,3 +131,57 @@ def test_ports_are_free_again_at_once(environment: Environment) -> None:
             process.wait_for("listening on")
             with socket.create_connection(("127.0.0.1", int(str(environment["MTA_PORT"])))):
                 pass
+
+
+class TestSignals:
+    """A signal ends the process at any moment of its start."""
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_while_it_waits_for_the_embedder(
+        self, environment: Environment, tmp_path: Path, number: signal.Signals
+    ) -> None:
+        lock = tmp_path / "embedders" / f".{DEFAULT_EMBEDDER_NAME}.lock"  # as a process holds that makes it
+        lock.parent.mkdir()
+        with lock.open("w") as making:
+            fcntl.flock(making, fcntl.LOCK_EX)
+            with running(
+                mta("gateway"), environment | {"MTA_EMBEDDER": None, "MTA_CACHE_DIR": str(tmp_path)}
+            ) as process:
+                wait_until(lambda: str(lock) in opened(process.process.pid), "it to wait for the lock")
+                process.send(number)
+                assert process.wait() == 0, process.output
+        assert "Traceback" not in process.output
+
+    def test_while_the_store_is_silent(self, environment: Environment) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as store:
+            url = f"redis://127.0.0.1:{store.getsockname()[1]}/0"
+            with running(mta("gateway"), environment | {"MTA_REDIS_URL": url}) as process:
+                connection, _ = store.accept()
+                process.send(signal.SIGTERM)
+                assert process.wait() == 0, process.output
+                connection.close()
+        assert "Traceback" not in process.output
+
+    @pytest.mark.parametrize("after_s", [0.3, 0.9, 1.5])
+    def test_after_any_time(self, environment: Environment, after_s: float) -> None:
+        with running(mta("gateway"), environment) as process:
+            time.sleep(after_s)
+            process.send(signal.SIGTERM)
+            assert process.wait() in (0, -signal.SIGTERM)  # the latter while the interpreter itself starts
+        assert "Traceback" not in process.output
+
+    def test_twice(self, environment: Environment) -> None:
+        with running(mta("gateway"), environment) as process:
+            process.wait_for("listening on")
+            process.send(signal.SIGTERM)
+            process.send(signal.SIGTERM)
+            assert process.wait() == 0
+
+
+def opened(pid: int) -> set[str]:
+    """The files that a process has open."""
+    found = set()
+    for handle in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found.add(str(handle.readlink()))
+    return found

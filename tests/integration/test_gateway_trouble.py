@@ -129,7 +129,7 @@ class TestBrokenEngine:
 
 
 @pytest.mark.parametrize(
-    ("limit", "samples"), [("server.engine_client.COUNT_TIMEOUT_S", 1), ("server.adapting.COUNTING_S", 20)]
+    ("limit", "samples"), [("server.tokenizer_client.TIMEOUT_S", 1), ("server.sample_checks.PATIENCE_S", 20)]
 )
 def test_samples_are_taken_uncounted_when_the_engine_is_silent(
     client: httpx.Client,

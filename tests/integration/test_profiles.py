@@ -17,6 +17,7 @@ import redis.asyncio as redis
 from bank.embedder import Embedder
 from bank.profile import Item, Vectors
 from bank.tasks import get_task
+from server.history import HistoryLimit
 from server.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
 from server.store.redis_connection import RedisConnection
@@ -70,8 +71,8 @@ def user_id() -> str:
     return f"user-{next(_numbers)}"
 
 
-def profiles(store: RedisProfiles, embedder: CountingEmbedder, limit: int = 64) -> Profiles:
-    executor = ThreadPoolExecutor(1)
+def profiles(store: RedisProfiles, embedder: CountingEmbedder) -> Profiles:
+    executor, limit = ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20)
     return Profiles(store, KEYS, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
 
 

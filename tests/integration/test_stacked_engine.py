@@ -173,12 +173,13 @@ def test_a_dropped_user_is_neither_held_nor_resident(stacked: Served) -> None:
     recipe = stacked.recipe()
     stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
     stacked.engine.chat(recipe.name).raise_for_status()
-    assert recipe.name in stacked.engine.status()["resident"]  # type: ignore[operator]
+    assert recipe.name in stacked.engine.resident()["resident"]
+    assert stacked.engine.resident()["held"] == [recipe.name]
     response = stacked.engine.client.post("/mta/v1/drop", json={"user_key": USER})
     assert response.json() == {"held": 0}
-    status = stacked.engine.status()
-    assert status["user_adapters"] == 0
-    assert recipe.name not in status["resident"]  # type: ignore[operator]
+    assert stacked.engine.status()["user_adapters"] == 0
+    assert recipe.name not in stacked.engine.resident()["resident"]
+    assert stacked.engine.resident()["held"] == []
 
 
 def test_what_an_open_stream_uses_is_dropped_when_it_has_ended(stacked: Served) -> None:

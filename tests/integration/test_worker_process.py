@@ -77,7 +77,7 @@ def posted(
 def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
     client: httpx.Client, ada: str, worker: Callable[[], Any]
 ) -> None:
-    job = posted(client, ada, LONG, steps=500)
+    job = posted(client, ada, LONG, steps=150)
     with worker() as first:
         wait_until(lambda: job()["progress"]["step"] > 0, "the first steps")
         first.send(signal.SIGTERM)
@@ -92,7 +92,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
 def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try(
     client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], gateway: GatewayThread
 ) -> None:
-    job = posted(client, ada, LONG, steps=500)
+    job = posted(client, ada, LONG, steps=150)
     calls, url = f"mta:{{jobs:{gateway.parts.bank.manifest.short}}}:calls", gateway.parts.settings.redis_url
     user_key = job()["id"].partition(".")[0]
     for attempt in range(1, MAX_TRIES + 1):

@@ -42,6 +42,18 @@ class Engine:
         answer: dict[str, object] = response.json()
         return answer
 
+    def resident(self) -> dict[str, list[str]]:
+        """What the workers hold: `resident` recipes, and `held` ones whose user adapter they have."""
+        response = self.client.get("/mta/v1/resident")
+        response.raise_for_status()
+        answer: dict[str, list[str]] = response.json()
+        return answer
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples, whatever their labels."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
     def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
         """Log-probability of each prompt token given those before it, from the second token on."""
         body = {"model": model, "prompt": token_ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}

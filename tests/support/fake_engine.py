@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Knobs:
         lacks: models that are answered with 404.
         status: HTTP status of every answer, instead of generating.
         user_adapters: whether it has whatever user adapter it is asked for.
+        counts: whether it says how many tokens a conversation has.
+        strict: whether it has the chat template of `tests.support.tiny`, instead of one that takes everything.
     """
 
     banks: tuple[str, ...] = ()
@@ -58,6 +61,8 @@ class Knobs:
     lacks: Callable[[str], bool] = lambda model: False
     status: int | None = None
     user_adapters: bool = False
+    counts: bool = True
+    strict: bool = False
 
 
 @dataclass(slots=True)
@@ -80,12 +85,14 @@ class FakeEngine:
         knobs: turn them at any time.
         seen: generation requests, in order.
         looks: how often its status was asked for.
+        tokenized: the conversations whose tokens it was asked to count, in order.
         port: where it listens; the same after a restart.
     """
 
     knobs: Knobs = field(default_factory=Knobs)
     seen: list[Seen] = field(default_factory=list)
     looks: int = 0
+    tokenized: list[list[dict[str, str]]] = field(default_factory=list)
     port: int = field(default_factory=free_port)
     _loop: asyncio.AbstractEventLoop | None = None
     _thread: threading.Thread | None = None
@@ -114,6 +121,7 @@ class FakeEngine:
         """All knobs but the bank's back at rest, nothing seen."""
         self.knobs = Knobs(self.knobs.banks, self.knobs.anchors, self.knobs.method)
         self.seen.clear()
+        self.tokenized.clear()
 
     def application(self) -> web.Application:
         """Its routes."""
@@ -147,7 +155,13 @@ class FakeEngine:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.knobs.admit_s)
-        return web.json_response({"count": _prompt_tokens(json.loads(await request.read()))})
+        body = json.loads(await request.read())
+        self.tokenized.append(body["messages"])
+        if not self.knobs.counts:
+            return _error(500, "the fake engine was told not to count")
+        if self.knobs.strict and (reason := _template_refusal(body["messages"])):
+            return _error(400, reason)
+        return web.json_response({"count": _prompt_tokens(body)})
 
     async def _status(self, request: web.Request) -> web.Response:
         self.looks += 1
@@ -161,7 +175,6 @@ class FakeEngine:
                 "banks": list(self.knobs.banks),
                 "max_lora_rank": 8,
                 "slots": 8,
-                "resident": [],
                 "names": 0,
             }
         )
@@ -188,6 +201,8 @@ class FakeEngine:
             return _error(knobs.status, f"the fake engine was told to fail at `{model}`")
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return _error(404, f"The model `{model}` does not exist.", "model")
+        if knobs.strict and (reason := _template_refusal(body["messages"])):
+            return _error(400, reason)
         prompt = _prompt_tokens(body)
         if prompt > knobs.context:
             return _error(
@@ -260,6 +275,15 @@ def _authorised(request: web.Request) -> bool:
 def _error(status: int, message: str, param: str | None = None) -> web.Response:
     error = {"message": message, "type": "Error", "param": param, "code": status}
     return web.json_response({"error": error}, status=status)
+
+
+def _template_refusal(messages: list[dict[str, str]]) -> str | None:
+    """What the chat template of `tests.support.tiny` raises."""
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        return "the system message must come first"
+    twice = next((role for role, following in pairwise(roles) if role == following), None)
+    return f"after {twice} comes another role" if twice else None
 
 
 def _prompt_tokens(body: dict[str, Any]) -> int:

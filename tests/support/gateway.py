@@ -12,6 +12,7 @@ import httpx
 import uvicorn
 
 from server.app import create_app
+from server.http.serving import uvicorn_config
 from server.parts import Parts
 from server.settings import Settings
 from tests.support.processes import wait_until
@@ -31,9 +32,9 @@ class GatewayThread:
         self.app = create_app(settings)
         self.port = free_port()
         self._failure: BaseException | None = None
-        self._server = uvicorn.Server(
-            uvicorn.Config(self.app, port=self.port, lifespan="off", log_config=None, timeout_graceful_shutdown=2)
-        )
+        config = uvicorn_config(self.app, settings)
+        config.port, config.timeout_graceful_shutdown = self.port, 2
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._up = threading.Event()
 
@@ -47,6 +48,11 @@ class GatewayThread:
         """What it is made of."""
         parts: Parts = self.app.state.parts
         return parts
+
+    @property
+    def thread(self) -> threading.Thread:
+        """Whose event loop answers."""
+        return self._thread
 
     def client(self, timeout_s: float = 30) -> httpx.Client:
         """A client for it."""

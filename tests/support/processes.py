@@ -55,6 +55,18 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@contextmanager
+def standing_still(*pids: int) -> Iterator[None]:
+    """Processes that do nothing until the block ends: their connections stay, and nobody answers."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
 def command_line(pid: int) -> str:
     """A process's argv, as anyone on the machine can read it."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +17,13 @@ from bank.embedder import Embedder
 from bank.manifest import BaseModelId, EmbedderId, SignatureRule, WeightRule
 from bank.models import model_hash
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+CHAT_TEMPLATE = (  # strict, as many models' are
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('the system message must come first') }}{% endif %}"
+    "{% if not loop.first and message['role'] == loop.previtem['role'] %}"
+    "{{ raise_exception('after ' + message['role'] + ' comes another role') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -65,6 +71,7 @@ def tiny_bank(
     rank: int = 4,
     user_rank: int = 4,
     k: int = 2,
+    targets: Sequence[str] | None = None,
     scale: float = 0.05,
     signed: bool = False,
     seed: int = 1,
@@ -77,11 +84,12 @@ def tiny_bank(
         embedder_folder: the embedder that the index is made with.
         anchors: N; anchor i embeds the text `WORLDS[i]`, numbered beyond their count.
         method, common, rank, user_rank, k: as in `mta bank build`.
+        targets: last parts of the names of the modules that it adapts; all linear ones without.
         scale: standard deviation of the rows' numbers.
         signed: whether signatures speak, uncalibrated.
         seed: of the rows.
     """
-    modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder))
+    modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder), targets)
     layout = RowLayout(modules, rank, method is Method.SHARED)
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]

@@ -28,7 +28,7 @@ class BareSlots(FusedSlots):
         self.modules: dict[str, Any] = {}
         self._registered_adapters = AdapterLRUCache(CPU_TIER, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
-        self._tenants, self._cells = [None] * SLOTS, {}
+        self._note_nothing_written()
         self.activated: list[int] = []
 
     def _write(self, index: int, model: FusedLoRAModel) -> None:
@@ -48,6 +48,7 @@ class CountingManager(FusingLoRAManager):
 
     def __init__(self) -> None:
         self._adapter_manager = BareSlots()
+        self._users = {}
         self.fused: list[str] = []
 
     def _load_adapter(self, lora_request: LoRARequest) -> FusedLoRAModel:
@@ -121,6 +122,22 @@ def test_an_id_that_held_another_recipe_is_fused_anew(manager: CountingManager) 
     manager._apply_adapters({other})
     assert manager.resident() == [other.lora_name]
     assert manager.fused == [recipe(1).lora_name, other.lora_name]
+
+
+def test_what_is_released_is_held_nowhere_any_more(manager: CountingManager) -> None:
+    """Somebody who is waiting only, in a slot, and in a slot that others took over in the CPU tier."""
+    names = [f"mta1:00000000:shared:c:u-{letter * 25}e.{letter * 25}e" for letter in "abc"]
+    for lora_id, name in enumerate(names[1:], 1):
+        manager._users[name] = Any  # type: ignore[assignment]
+        manager._apply_adapters({recipe(lora_id, name)})
+    manager._users[names[0]] = Any  # type: ignore[assignment]
+    manager._adapter_manager.remove_adapter(2)
+    assert manager.held() == set(names)
+    manager.release([names[2]])
+    assert manager.held() == set(names[:2])
+    manager.release(names)
+    assert manager.held() == set()
+    assert manager.resident() == []
 
 
 def test_two_recipes_under_one_id_in_one_step_are_refused(manager: CountingManager) -> None:

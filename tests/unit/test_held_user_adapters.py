@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
 from server.engine_plugin.user_adapters import UserAdapters
 from server.errors import Unavailable
 from server.store.adapters import StoredAdapter
+from tests.support.processes import PATIENCE_S
 
 RANK = 4
 LAYOUT = RowLayout((ModuleShape("q_proj", 8, 8),), RANK, shared_a=True)
@@ -30,6 +33,8 @@ class Store:
         self.kept: dict[str, StoredAdapter] = {}
         self.fetched = 0
         self.down = False
+        self.fault: Exception | None = None
+        self.faults = 0
 
     async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
         self.fetched += 1
@@ -37,23 +42,40 @@ class Store:
         return stored if stored and stored.id == adapter_id else None
 
     async def adapter_id(self, user_key: str) -> str | None:
+        if self.fault:
+            self.faults += 1
+            raise self.fault
         if self.down:
             raise Unavailable("the store cannot be used now")
         return self.kept[user_key].id if user_key in self.kept else None
 
 
 class Workers:
-    """What every worker was told, in order."""
+    """What every worker holds and was told, in order; `gate` lets adapters through."""
 
     def __init__(self) -> None:
         self.held: dict[str, bytes] = {}
+        self.told: list[str] = []
+        self.failure: Exception | None = None
+        self.sending, self.gate = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+        self._turn = asyncio.Lock()  # calls are carried out one by one, as they came
 
     async def hold(self, name: str, raw: bytes) -> None:
-        self.held[name] = raw
+        self.told.append("hold")
+        self.sending.set()
+        async with self._turn:
+            await self.gate.wait()
+            if self.failure:
+                raise self.failure
+            self.held[name] = raw
+            self.told.append("held")
 
     async def release(self, names: list[str]) -> None:
-        for name in names:
-            del self.held[name]
+        async with self._turn:
+            for name in names:
+                self.held.pop(name, None)
+            self.told.append("released")
 
 
 class World:
@@ -144,3 +166,88 @@ async def test_dropping_a_user_says_how_much_is_still_in_use() -> None:
     world.in_use.clear()
     assert await world.adapters.drop("b" * 25 + "e") == 0
     assert set(world.workers.held) == {recipe("c").name}
+
+
+async def begun(world: World, name: str) -> asyncio.Task[None]:
+    """An `ensure` whose adapter is on its way to the workers, but not there."""
+    world.workers.gate.clear()
+    asking = asyncio.create_task(world.adapters.ensure(recipe(name)))
+    await world.workers.sending.wait()
+    return asking
+
+
+async def test_an_adapter_is_known_before_the_workers_have_it() -> None:
+    world = World()
+    world.keep("b")
+    asking = await begun(world, "b")
+    assert len(world.adapters) == 1
+    world.workers.gate.set()
+    await asking
+
+
+@pytest.mark.parametrize("let_go", ["sweep", "drop"])
+async def test_a_client_that_leaves_meanwhile_leaves_nothing_unknown_in_the_workers(let_go: str) -> None:
+    world = World()
+    world.keep("b")
+    asking = await begun(world, "b")
+    asking.cancel()
+    await asyncio.wait([asking])
+    world.store.kept.clear()
+    going = asyncio.create_task(
+        world.adapters.sweep() if let_go == "sweep" else world.adapters.drop("b" * 25 + "e")  # type: ignore[arg-type]
+    )
+    await asyncio.sleep(0)
+    world.workers.gate.set()
+    await going
+    await until(lambda: "released" in str(world.workers.told))
+    assert not world.workers.held
+    assert len(world.adapters) == 0
+    assert world.workers.told == ["hold", "held", "released"]
+
+
+async def test_a_second_request_waits_until_the_workers_have_it() -> None:
+    world = World()
+    world.keep("b")
+    first = await begun(world, "b")
+    second = asyncio.create_task(world.adapters.ensure(recipe("b")))
+    await asyncio.sleep(0.01)
+    assert not second.done()
+    first.cancel()
+    await asyncio.wait([first])
+    await asyncio.sleep(0.01)
+    assert not second.done()
+    world.workers.gate.set()
+    await second
+    assert list(world.workers.held) == [recipe("b").name]
+    assert world.workers.told == ["hold", "held"]
+
+
+async def test_what_the_workers_could_not_take_is_released_and_tried_anew() -> None:
+    world = World()
+    world.keep("b")
+    world.workers.failure = RuntimeError("a rank is gone")
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        await world.adapters.ensure(recipe("b"))
+    assert len(world.adapters) == 0
+    assert world.workers.told == ["hold", "released"]
+    world.workers.failure = None
+    await world.adapters.ensure(recipe("b"))
+    assert list(world.workers.held) == [recipe("b").name]
+
+
+async def test_a_release_is_carried_out_though_its_client_leaves() -> None:
+    world = World()
+    world.keep("b")
+    await world.adapters.ensure(recipe("b"))
+    dropping = asyncio.create_task(world.adapters.drop("b" * 25 + "e"))
+    await asyncio.sleep(0)
+    dropping.cancel()
+    await until(lambda: not world.workers.held)
+    assert len(world.adapters) == 0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let others run until it holds."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bank.profile import Item
-from server.history import added, difference, replaced
+from server.history import HistoryLimit, added, difference, replaced
 from server.store.profiles import StoredItem
 
-LIMIT = 5
+FEW = 5
+LIMIT = HistoryLimit(FEW, 100)
 ITEMS = st.lists(st.builds(lambda name, text: Item(name, {"text": text}), st.sampled_from("abcdefghij"), st.text()))
 BATCHES = st.lists(st.tuples(st.sampled_from((replaced, added)), ITEMS.filter(bool)), min_size=1, max_size=6)
 
@@ -30,6 +34,12 @@ def last_of_each(items: list[Item]) -> dict[str, Item]:
     return {item.id: item for item in items}
 
 
+def in_last_places(items: list[Item]) -> list[tuple[str, Any]]:
+    """Each item once, where it stood last."""
+    ids = list(dict.fromkeys(item.id for item in reversed(items)))[::-1]
+    return [(name, last_of_each(items)[name].fields) for name in ids]
+
+
 @given(histories(), ITEMS.filter(bool), st.sampled_from((replaced, added)))
 def test_repeating_a_change_changes_nothing(history: dict[str, StoredItem], items: list[Item], change: object) -> None:
     once = change(history, items, LIMIT)
@@ -39,27 +49,35 @@ def test_repeating_a_change_changes_nothing(history: dict[str, StoredItem], item
     assert list(once) == list(twice)
 
 
+def newest(contents: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The last ones that are within the limit together, by the plainest way there is."""
+    for start in range(len(contents) + 1):
+        kept = contents[start:]
+        if len(kept) <= LIMIT.items and sum(len(orjson.dumps(fields)) for _, fields in kept) <= LIMIT.size_bytes:
+            return dict(kept)
+    raise AssertionError
+
+
 @given(histories(), ITEMS)
 def test_adding_keeps_the_newest_of_what_was_given_and_then_the_newest_of_the_rest(
     history: dict[str, StoredItem], items: list[Item]
 ) -> None:
     after = added(history, items, LIMIT)
-    expected = last_of_each(items)
-    assert len(after) == min(LIMIT, len(history.keys() | expected.keys()))
-    for name in after.keys() & expected.keys():
-        assert after[name].fields == expected[name].fields
-    if len(expected) <= LIMIT:
-        assert expected.keys() <= after.keys()
-    survivors = [name for name in history if name in after and name not in expected]
-    untouched = [name for name in history if name not in expected]
-    assert survivors == untouched[len(untouched) - len(survivors) :]
+    untouched = [(name, item.fields) for name, item in history.items() if name not in last_of_each(items)]
+    assert {name: item.fields for name, item in after.items()} == newest(untouched + in_last_places(items))
 
 
 @given(histories(), ITEMS)
 def test_replacing_keeps_the_newest_given_in_their_order(history: dict[str, StoredItem], items: list[Item]) -> None:
     after = replaced(history, items, LIMIT)
-    by_last_place = list(dict.fromkeys(item.id for item in reversed(items)))[:LIMIT][::-1]
-    assert list(after) == by_last_place
+    expected = newest(in_last_places(items))
+    assert [(name, item.fields) for name, item in after.items()] == list(expected.items())
+
+
+def test_an_older_item_does_not_stay_where_a_newer_one_has_no_room() -> None:
+    history = added({}, [Item("small", {"text": "x"})], LIMIT)
+    after = added(history, [Item("large", {"text": "x" * 60}), Item("larger", {"text": "x" * 70})], LIMIT)
+    assert list(after) == ["larger"]
 
 
 @given(histories())

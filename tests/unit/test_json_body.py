@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.http.json_body import parse_json
+from server.http.json_text import MAX_FIELDS, MAX_STRUCTURE_BYTES, parse_json, parse_lines
 
 JSON = st.recursive(
     st.none()
@@ -49,6 +49,7 @@ def test_every_json_value_is_read_as_pythons_reader_does(value: object, escaped:
         (b"[" * 100_000, "body", "recursion"),
         (b"[" * 500 + b"]" * 500, "body", "recursion"),
         (b"1" * 5000, "body", "out of range"),
+        (b'{"%s": {"b": "\\u0000"}}' % (b"a" * 1000), "a" * 119 + "…", "NUL"),
     ],
 )
 def test_a_fault_is_named(body: bytes, param: str, words: str) -> None:
@@ -60,3 +61,44 @@ def test_a_fault_is_named(body: bytes, param: str, words: str) -> None:
 
 def test_an_escaped_backslash_before_u0000_is_text() -> None:
     assert parse_json(rb'{"a": "\\u0000"}') == {"a": "\\u0000"}
+
+
+def test_text_may_hold_any_number_of_quotes_and_commas() -> None:
+    text = '\\",[{"' * (MAX_STRUCTURE_BYTES // 4)
+    assert parse_json(json.dumps({"a": text}).encode()) == {"a": text}
+
+
+def test_as_much_white_space_as_one_likes() -> None:
+    assert parse_json(b"[1,\n" + b" " * MAX_STRUCTURE_BYTES * 2 + b"2]") == [1, 2]
+
+
+@pytest.mark.parametrize("values", [["1"], ['""'], ["[]"], ['{"a":1}'], ["1", '"a,b"', "{}"]])
+def test_too_many_values_are_refused(values: list[str]) -> None:
+    most = MAX_STRUCTURE_BYTES // len(",".join(values))
+    parse_json(f"[{','.join(values * (most // 3))}]".encode())
+    with pytest.raises(InvalidRequest) as caught:
+        parse_json(f"[{','.join(values * (most * 2))}]".encode())
+    assert caught.value.code == "too_many_values"
+
+
+def test_an_object_of_too_many_fields_is_refused() -> None:
+    fields = {str(number): number for number in range(MAX_FIELDS + 1)}
+    with pytest.raises(InvalidRequest, match=str(MAX_FIELDS + 1)):
+        parse_json(json.dumps([{"a": [fields]}]).encode())
+
+
+def test_blank_lines_are_passed_over() -> None:
+    assert parse_lines(b'\n{"a": 1}\r\n \n[2]\n\n', "rows", 3) == [{"a": 1}, [2]]
+
+
+@pytest.mark.parametrize(("body", "count"), [(b"{" + b"\n{" * 2, 3), (b"\n" * 100, 101), (b"{\n" * 100, 101)])
+def test_lines_are_counted_before_they_are_parsed(body: bytes, count: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"rows has {count} lines, at most 2") as caught:
+        parse_lines(body, "rows", 2)
+    assert (caught.value.param, caught.value.code) == ("rows", "too_many_lines")
+
+
+def test_a_line_at_fault_is_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_lines(rb'{"a": 1}' + b"\n" + rb'{"a": ["x", "\u0000"]}', "rows", 2)
+    assert caught.value.param == "rows.1.a.1"

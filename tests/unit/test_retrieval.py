@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bank.profile import parse_item
-from bank.retrieval import most_relevant, with_history
+from bank.retrieval import ItemIndex, remembering, with_history
 from bank.tasks import get_task, tasks
 
 NEWS = get_task("news_headline")
@@ -37,9 +37,28 @@ def test_ready_pairs_are_quoted_as_in_a_chat() -> None:
     assert with_history(NEWS, TURN, [pair], 1) == f'"The sea." is the answer to "Any plans?". {TURN}'
 
 
-def test_of_equally_relevant_texts_the_newest_comes_first() -> None:
-    assert most_relevant("zebra", ["a cat", "a dog", "a bird"], 2) == [2, 1]
-    assert most_relevant("the", ["the", "a"], 2) == [1, 0]  # nothing but stop words
+@pytest.mark.parametrize(
+    ("turn", "texts", "best"),
+    [
+        ("zebra", ["a cat", "a dog", "a bird"], ["a bird", "a dog"]),
+        ("the", ["the", "a"], ["a", "the"]),  # nothing but stop words
+        ("my cat", ["a cat", "a dog", "a bird"], ["a cat", "a bird"]),
+    ],
+)
+def test_of_equally_relevant_items_the_newest_comes_first(turn: str, texts: list[str], best: list[str]) -> None:
+    chat = get_task("chat")
+    items = [parse_item({"input": text, "output": "yes"}, chat, place) for place, text in enumerate(texts)]
+    assert ItemIndex(chat, items).memories(turn, 2) == [f'"yes" is the answer to "{text}"' for text in best]
+
+
+def test_one_index_serves_many_turns() -> None:
+    index = ItemIndex(NEWS, ITEMS)
+    assert [index.memories(turn, 1) for turn in ("a dog", "a cat", "a dog")] == [
+        ['"Dogs Lose" is the title for "A dog lost a race."'],
+        ['"Cats Win" is the title for "A cat won a contest."'],
+        ['"Dogs Lose" is the title for "A dog lost a race."'],
+    ]
+    assert remembering(NEWS, TURN, index.memories(TURN, 1)) == with_history(NEWS, TURN, ITEMS, 1)
 
 
 def test_every_task_can_remember() -> None:

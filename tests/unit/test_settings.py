@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.errors import MtaError
-from server.cli import app
+from server.cli import app, main
 from server.settings import Settings, load_settings
 
 
@@ -27,6 +27,37 @@ def test_a_value_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, v
         load_settings()
     assert variable in str(caught.value)
     assert value in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "models",
+        "engine",
+        "settings",
+        "bank info",
+        "bank build --users people --task chat --out bank",
+        "bank import adapter --profiles people --out bank",
+    ],
+)
+def test_every_command_names_it_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("MTA_PORT", "abc")
+    monkeypatch.setattr("sys.argv", ["mta", *command.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: MTA_PORT: ")
+
+
+@pytest.mark.parametrize("given", [{"profile_bytes": 1000}, {"max_item_bytes": 3 << 20}])
+def test_a_history_has_room_for_the_largest_item(given: dict[str, int]) -> None:
+    with pytest.raises(MtaError, match=r"MTA_PROFILE_BYTES.*MTA_MAX_ITEM_BYTES"):
+        load_settings(**given)
+    assert load_settings(profile_bytes=1000, max_item_bytes=1000).profile_bytes == 1000
 
 
 def test_every_engine_is_asked_by_itself() -> None:

@@ -1,16 +1,17 @@
-"""Reading server-sent events, however the network cuts them."""
+"""Server-sent events: read however the network cuts them, and sent so that no silence lasts."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.streaming import DONE, event, events
+from server.http.streaming import DONE, KEEP_ALIVE, EventSender, event, events
 
 
 class Pieces:
@@ -45,6 +46,30 @@ def test_comments_other_fields_and_carriage_returns_are_passed_over() -> None:
 
 def test_nothing_is_read_after_the_end() -> None:
     assert read(event(1) + DONE + b"data: no json\n\n") == [1]
+
+
+async def test_a_sender_begins_once_and_says_nothing_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http.streaming.KEEP_ALIVE_S", 0.001)
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        await asyncio.sleep(0.003)  # a client that reads slowly: comments and events meet
+        sent.append(message)
+
+    async with EventSender(send, lambda: {"Server-Timing": "x"}) as sender:
+        await asyncio.sleep(0.01)
+        for number in range(5):
+            await sender.write(event(number))
+        await sender.end()
+        await asyncio.sleep(0.01)
+    assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * (len(sent) - 1)
+    assert [message["more_body"] for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+    bodies = [message["body"] for message in sent[1:-1]]
+    assert [body for body in bodies if body != KEEP_ALIVE] == [event(number) for number in range(5)]
+    assert bodies[0] == KEEP_ALIVE
+    head = dict(sent[0]["headers"])
+    assert head[b"server-timing"] == b"x"
+    assert b"content-length" not in head
 
 
 def test_a_stream_without_its_end_is_noticed() -> None:

@@ -1,0 +1,134 @@
+"""One client's connection: uvicorn's, which by itself takes headers of any size and waits for them for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
+
+MAX_PIPELINED = 8
+"""Requests that wait in a connection for the answers before them; no client that is known sends a second."""
+LINGER_S = 2.0
+"""How long what a refused client still sends is read and dropped: closing at once would take the answer from it."""
+
+
+class Connection(HttpToolsProtocol):
+    """Bounds what a client sends around bodies, and the time that it takes; bodies are bounded where they are read.
+
+    A timer runs while nothing is answered and no body is awaited: until the first byte, through the headers, and when a
+    body goes on after its answer.
+
+    Args:
+        max_header_bytes: most bytes in one piece that are no body: request line and headers, or trailers.
+        header_timeout_s: how long the timer runs.
+        uvicorn: what uvicorn gives its protocols.
+    """
+
+    def __init__(self, *, max_header_bytes: int, header_timeout_s: float, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._max_header_bytes = max_header_bytes
+        self._header_timeout_s = header_timeout_s
+        self._header_bytes = 0
+        self._in_head = True
+        self._refused = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer(self._header_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        start = 0
+        while start < len(data) and not self._refused and not self.transport.is_closing():
+            room = self._max_header_bytes - self._header_bytes
+            if room <= 0:
+                self._refuse(
+                    HeadersTooLarge(f"the request's headers have more than {self._max_header_bytes} bytes: send fewer")
+                )
+                return
+            piece = data[start : start + room]
+            start += len(piece)
+            self._header_bytes += len(piece)
+            super().data_received(piece)
+        if self._in_head and self._header_bytes and self._timer is None:
+            self._start_timer(self._header_timeout_s)
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests wait")  # the parser makes it a faulty request
+        self._header_bytes = max(1, self._header_bytes)  # one that began behind the end of the last was not counted
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # trailers mean nothing here
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._header_bytes = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._header_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        self._header_bytes = 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._in_head:
+            self._start_timer(self._header_timeout_s)
+
+    def send_400_response(self, msg: str) -> None:
+        """Uvicorn's answer to what it cannot parse."""
+        self._refuse(InvalidRequest("the request is no HTTP/1.1 that this server understands", code="invalid_http"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer, and hang up; where another answer is under way, only hang up."""
+        if self._is_answering() or self.transport.is_closing():
+            self.transport.close()
+            return
+        content = orjson.dumps(error.body())
+        lines = (
+            STATUS_LINE[error.status].rstrip(),
+            b"content-type: application/json",
+            b"content-length: %d" % len(content),
+            b"connection: close",
+        )
+        self._refused = True
+        self.transport.write(b"\r\n".join((*lines, b"", content)))
+        self.transport.write_eof()
+        self._start_timer(LINGER_S)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._on_timer)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._is_answering():
+            self._start_timer(self._header_timeout_s)
+        elif self._in_head and self._header_bytes and not self._refused:
+            self._refuse(TooSlow(f"the request's headers did not arrive within {self._header_timeout_s:g} s"))
+        else:
+            self.transport.close()

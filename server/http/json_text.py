@@ -1,0 +1,182 @@
+"""JSON texts: read strictly, so that what is refused can be named, and within bounds, so that none is costly.
+
+JSON has no NaN and no Infinity, and text has no NUL and no lone surrogates; Python's reader lets all four through. What
+a reading costs is the number of values more than that of bytes, so values are bounded before they are made: each of the
+steps here takes tens of milliseconds at most, whatever the text is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic_core import from_json
+
+from adapters.errors import excerpt, shortened
+from server.errors import InvalidRequest
+
+MAX_STRUCTURE_BYTES = 512 << 10
+"""Most bytes that are quotes or stand outside of quotes, white space aside: a value is at least one of them."""
+MAX_FIELDS = 1000
+"""Most fields of one object: each unknown one is a finding of its own."""
+
+_ESCAPED_BACKSLASH = rb"\\"
+_NUL = rb"\u0000"
+_TOO_DEEP = "recursion limit"
+
+
+def parse_json(body: bytes) -> Any:
+    """The value of a JSON text, nested at most 200 deep.
+
+    Raises:
+        InvalidRequest: when it is none, is too much, or holds what no field takes; `param` names the place where it is
+            known.
+    """
+    bare = body.replace(_ESCAPED_BACKSLASH, b"")  # a backslash that is left escapes what follows it
+    _check_structure(bare)
+    try:
+        value = from_json(body, allow_inf_nan=False, cache_strings="none")
+    except ValueError as error:
+        raise _fault(body, str(error)) from error
+    _check_fields(value)
+    if _NUL in bare:
+        _refuse_impossible(value)
+        raise InvalidRequest("the body holds NUL, which no text has", param="body")
+    return value
+
+
+def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
+    """The values of newline-delimited JSON; empty lines are passed over.
+
+    Args:
+        body: the text.
+        field: what the lines fill.
+        most: lines that are taken; they are counted before the first is parsed.
+
+    Raises:
+        InvalidRequest: naming the line's place in `field`.
+    """
+    count = body.count(b"\n") + 1
+    if count <= 2 * most:
+        lines = [line for line in body.split(b"\n") if line.strip()]
+        count = len(lines)
+    if count > most:
+        raise InvalidRequest(f"{field} has {count} lines, at most {most} are taken", param=field, code="too_many_lines")
+    _check_structure(body.replace(_ESCAPED_BACKSLASH, b""))
+    values = []
+    for place, line in enumerate(lines):
+        try:
+            values.append(parse_json(line))
+        except InvalidRequest as error:
+            param = f"{field}.{place}" if error.param in (None, "body") else f"{field}.{place}.{error.param}"
+            raise InvalidRequest(
+                f"{field}.{place}: {error.message}", param=shortened(param), code=error.code
+            ) from error
+    return values
+
+
+def _check_structure(bare: bytes) -> None:
+    """Refuse a text of too many values.
+
+    Args:
+        bare: the text without its escaped backslashes.
+    """
+    if len(bare) <= MAX_STRUCTURE_BYTES:
+        return
+    bare = bare.replace(rb"\"", b"")
+    structure = bare.count(b'"')
+    if structure <= MAX_STRUCTURE_BYTES:
+        outside = b"".join(bare.split(b'"')[::2])
+        structure += len(outside.translate(None, b" \t\r\n"))
+    if structure > MAX_STRUCTURE_BYTES:
+        raise InvalidRequest(
+            f"the body has more than {MAX_STRUCTURE_BYTES} bytes of quotes, numbers and punctuation, which is the most "
+            "that are taken beside text: send it in parts",
+            param="body",
+            code="too_many_values",
+        )
+
+
+def _check_fields(value: Any) -> None:
+    inside = [value] if isinstance(value, (dict, list)) else []
+    while inside:
+        value = inside.pop()
+        if isinstance(value, dict):
+            if len(value) > MAX_FIELDS:
+                raise InvalidRequest(
+                    f"an object of the body has {len(value)} fields, at most {MAX_FIELDS} are taken: {excerpt(value)}",
+                    param="body",
+                    code="too_many_fields",
+                )
+            value = value.values()
+        inside += [inner for inner in value if isinstance(inner, (dict, list))]
+
+
+def _fault(body: bytes, reason: str) -> InvalidRequest:
+    """Why a text was refused, by a second, slower reading that tells where."""
+    if not body.strip():
+        return InvalidRequest("the body is empty: send a JSON object", param="body", code="invalid_json")
+    try:
+        if _TOO_DEEP not in reason:
+            _refuse_impossible(json.loads(body.decode()))
+    except InvalidRequest as fault:
+        return fault
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is no UTF-8"
+    except (ValueError, RecursionError):
+        pass  # the first reading's reason stands
+    return InvalidRequest(f"the body is no JSON: {reason}, got {excerpt(body)}", param="body", code="invalid_json")
+
+
+def _refuse_impossible(value: Any) -> None:
+    """Find what the first reading refused, and name its place."""
+    for path, leaf in _leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            fault = f"must be a finite number, got {leaf}"
+        elif isinstance(leaf, str) and "\0" in leaf:
+            fault = f"holds NUL, which no text has: {excerpt(leaf)}"
+        elif isinstance(leaf, str) and _has_surrogate(leaf):
+            fault = f"holds a lone surrogate, which is no character: {excerpt(leaf)}"
+        else:
+            continue
+        param = shortened(".".join(path)) or "body"
+        raise InvalidRequest(f"{param} {fault}", param=param)
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _leaves(value: Any) -> Iterator[tuple[list[str], Any]]:
+    """Every scalar with its place; a key comes before what it leads to, at the place of its object.
+
+    The place is one list that changes as the walk goes on.
+    """
+    if not isinstance(value, (dict, list)):
+        yield [], value
+        return
+    path: list[str] = []
+    inside = [_entries(value)]
+    while inside:
+        for key, inner in inside[-1]:
+            if isinstance(key, str):
+                yield path, key
+            path.append(str(key))
+            if isinstance(inner, (dict, list)):
+                inside.append(_entries(inner))
+                break
+            yield path, inner
+            path.pop()
+        else:
+            inside.pop()
+            del path[-1:]  # the outermost has no key
+
+
+def _entries(value: dict[str, Any] | list[Any]) -> Iterator[tuple[str | int, Any]]:
+    return iter(value.items()) if isinstance(value, dict) else enumerate(value)

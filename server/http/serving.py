@@ -1,0 +1,44 @@
+"""How uvicorn serves the gateway, in its own process and in tests."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from server.http.connection import Connection
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from server.settings import Settings
+
+GRACE_S = 5
+"""How long running answers may go on after SIGTERM."""
+
+
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Uvicorn's configuration; sockets are given to it when it serves."""
+    protocol: Any = partial(
+        Connection, max_header_bytes=settings.max_header_bytes, header_timeout_s=settings.header_timeout_s
+    )
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        lifespan="off",  # it is run around the server: uvicorn would turn its errors into a traceback in the log
+        log_config=None,
+        access_log=False,  # paths hold user ids
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+class GatewayServer(uvicorn.Server):
+    """Uvicorn's server, told of signals by whoever runs it: its own handlers come only when everything is open."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return nullcontext()

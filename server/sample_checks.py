@@ -1,0 +1,126 @@
+"""What only the engine can say about samples: whether the model's chat template takes them, and how long they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from adapters.errors import excerpt
+from server.errors import InvalidRequest, Unavailable
+from server.health import Health
+from server.job_budget import check_budget, tokens_read
+from server.store.samples import AdaptConfig, Sample, decode_sample
+from server.tokenizer_client import TokenizerClient
+
+AT_A_TIME = 8
+"""Questions to the engine at the same time for one request."""
+
+PATIENCE_S = 10.0
+"""How long a request goes on asking."""
+
+MOST_SHAPES = 4096
+"""Sequences of roles that are remembered."""
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+
+class SampleChecks:
+    """Asks the engine about samples. Where it cannot say, they are taken as they are: the worker looks again.
+
+    Args:
+        tokenizer: the engine's.
+        health: knows the context.
+    """
+
+    def __init__(self, tokenizer: TokenizerClient, health: Health) -> None:
+        self._tokenizer = tokenizer
+        self._health = health
+        self._taken: set[str] = set()
+
+    async def check_template(self, samples: Sequence[Sample]) -> None:
+        """Refuse what the chat template does not take.
+
+        It refuses by the roles and their order, so each sequence of them is asked about once; what it took before is
+        remembered.
+
+        Raises:
+            InvalidRequest: naming the first sample that is refused.
+        """
+        first: dict[str, int] = {}
+        for place, sample in enumerate(samples):
+            first.setdefault(_roles(sample), place)
+        places = [place for roles, place in first.items() if roles not in self._taken]
+        try:
+            async for place, reason in _asked(lambda place: self._tokenizer.refusal(_answered(samples[place])), places):
+                if reason is not None:
+                    raise InvalidRequest(
+                        f"samples.{place}.input: the model's chat template refuses these messages: "
+                        f"{excerpt(reason, 300)}",
+                        param=f"samples.{place}.input",
+                        code="refused_by_template",
+                    )
+                if len(self._taken) >= MOST_SHAPES:
+                    self._taken.clear()
+                self._taken.add(_roles(samples[place]))
+        except Unavailable:
+            return
+
+    async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
+        """Refuse what is longer than the context; a token is at least a byte, so most need no counting.
+
+        Raises:
+            InvalidRequest: naming the sample.
+        """
+        context = self._health.context
+        if context is None:
+            return
+        doubtful = [place for place, raw in enumerate(raw_samples) if len(raw) > context]
+        async for place, tokens in _asked(lambda place: self._count(raw_samples[place]), doubtful):
+            if tokens is not None and tokens > context:
+                raise InvalidRequest(
+                    f"samples.{place} has {tokens} tokens, the model's context is {context}: shorten it",
+                    param=f"samples.{place}",
+                    code="context_length_exceeded",
+                )
+
+    async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
+        """Refuse a job that would read more tokens than its configuration grants; see `server.job_budget`.
+
+        Tokens are only counted where bytes, which are more, would be too many.
+
+        Raises:
+            InvalidRequest: naming what to lower.
+        """
+        lengths = [min(len(raw), self._health.context or len(raw)) for raw in raw_samples]
+        if tokens_read(config, lengths) > config.max_tokens:
+            places = range(len(raw_samples))
+            async for place, tokens in _asked(lambda place: self._count(raw_samples[place]), places):
+                lengths[place] = lengths[place] if tokens is None else min(tokens, lengths[place])
+        check_budget(config, lengths)
+
+    async def _count(self, raw: bytes) -> int | None:
+        return await self._tokenizer.count(_answered(decode_sample(raw)))
+
+
+async def _asked(ask: Callable[[T], Awaitable[A]], things: Sequence[T]) -> AsyncIterator[tuple[T, A]]:
+    """Each thing with the answer to it, in order, a few asked at a time; it ends early when patience does."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + PATIENCE_S
+    for start in range(0, len(things), AT_A_TIME):
+        if loop.time() > deadline_s:
+            return
+        batch = things[start : start + AT_A_TIME]
+        for thing, answer in zip(batch, await asyncio.gather(*map(ask, batch)), strict=True):
+            yield thing, answer
+
+
+def _answered(sample: Sample) -> list[dict[str, str]]:
+    """The whole conversation, as training renders it."""
+    return [*sample.messages, {"role": "assistant", "content": sample.output}]
+
+
+def _roles(sample: Sample) -> str:
+    """The roles of a sample's messages in order, a letter each."""
+    return "".join(message["role"][0] for message in sample.messages)

@@ -1,0 +1,66 @@
+"""What the engine says of a conversation: how many tokens it has, and whether the model's chat template takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import orjson
+
+from server.engine_client import BASE_MODEL, bearer
+from server.errors import Unavailable
+
+TIMEOUT_S = 5.0
+"""Longest wait for an answer about one conversation, which costs the engine milliseconds."""
+
+
+class TokenizerClient:
+    """Asks one OpenAI server of vLLM's kind.
+
+    Args:
+        session: the process's one HTTP session.
+        url: base URL.
+        key: what the engine asks for, or None.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
+        self._session = session
+        self._url = f"{url.rstrip('/')}/tokenize"
+        self._headers = {"Content-Type": "application/json"} | bearer(key)
+
+    async def count(self, messages: list[dict[str, str]]) -> int | None:
+        """Length of a conversation in tokens; None where the engine cannot say, or not soon."""
+        try:
+            status, answer = await self._ask(messages)
+            return int(answer["count"]) if status == 200 else None
+        except (Unavailable, KeyError, TypeError, ValueError):
+            return None
+
+    async def refusal(self, messages: list[dict[str, str]]) -> str | None:
+        """Why the model's chat template refuses a conversation; None where it takes it.
+
+        Args:
+            messages: with the answer at their end, as training renders them.
+
+        Raises:
+            Unavailable: when the engine cannot say, or not soon.
+        """
+        status, answer = await self._ask(messages)
+        if status == 400:
+            try:
+                return str(answer["error"]["message"])
+            except (KeyError, TypeError) as error:
+                raise Unavailable("the engine refuses without a reason", code="engine_unavailable") from error
+        if status == 200:
+            return None
+        raise Unavailable(f"the engine answered {status} to /tokenize", code="engine_unavailable")
+
+    async def _ask(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
+        """Status and body of the answer."""
+        body = orjson.dumps({"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False})
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        try:
+            async with self._session.post(self._url, data=body, headers=self._headers, timeout=timeout) as response:
+                return response.status, orjson.loads(await response.read())
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise Unavailable("the engine cannot be asked now", code="engine_unavailable") from error

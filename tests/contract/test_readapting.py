@@ -1,0 +1,101 @@
+"""From bank to bank and back: whoever's adapter is stale gets a job, until one of them is promoted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import redis.asyncio as redis
+
+from server.job_budget import JobBudget
+from server.readapting import Counts, Readapting
+from server.store.adapters import StoredAdapter
+from server.store.jobs import Job, JobState, Submission, Trained
+from server.store.profiles import AdapterNote, Change, Profile
+from server.store.samples import decode_config
+from tests.support.store_parts import EMBEDDER, KEYS, StoreParts
+from tests.support.valkey import ValkeyProcess
+
+A, B = "aaaaaaaa", "bbbbbbbb"
+ADA = KEYS.key("ada")
+
+
+@pytest.fixture
+async def parts(server: ValkeyProcess) -> AsyncIterator[StoreParts]:
+    """A store in which Ada has an adapter of bank A."""
+    async with redis.from_url(server.url) as raw:
+        await raw.flushall()
+    async with StoreParts.opened(server.url) as parts:
+        profile = Profile("ada", 0, 1, EMBEDDER, np.ones(4, "f4"))
+        assert await parts.profiles.commit(ADA, b"", Change(profile, {}, {}, ()))
+        assert await parts.jobs.submit(ADA, Submission([b"a sample"], False, "{}", A), 100)
+        await trained(parts, A)
+        yield parts
+
+
+async def readapted(parts: StoreParts, bank: str) -> Counts:
+    """What one run of `mta readapt` does while a bank is served."""
+    manifest: Any = SimpleNamespace(short=bank, embedder=SimpleNamespace(id=EMBEDDER), room=2, common=True)
+    budget = JobBudget(max_tokens=1234, max_seconds=56)
+    stores = parts.jobs, parts.adapters, parts.profiles
+    return await Readapting(*stores, manifest=manifest, at_a_time=4, budget=budget).run()
+
+
+async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
+    """Have a worker of a bank train the job that there is."""
+    job_id = await parts.jobs.next_job(bank, "w", 1)
+    assert job_id is not None
+    lease = await parts.jobs.claim(job_id, 30)
+    assert lease is not None
+    if better:
+        snapshot = await parts.profiles.read(ADA)
+        assert snapshot.profile is not None
+        raw, recipe = f"{job_id}".encode(), f"mta1:{bank}:shared:c"
+        stored = StoredAdapter(f"of {job_id.number}", recipe, hashlib.sha256(raw).hexdigest(), raw)
+        note = AdapterNote(f"of-{job_id.number}", recipe, len(raw), 1)
+        done = Trained(JobState.SUCCEEDED, 2.0, 1.0)
+        noted = replace(snapshot.profile, adapter=note)
+        assert await parts.jobs.promote(lease, done, noted, snapshot.version, stored)
+    else:
+        assert await parts.jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
+    job = await parts.jobs.job(job_id)
+    assert job is not None
+    return job
+
+
+async def test_whoever_moves_back_and_forth_is_adapted_each_time(parts: StoreParts) -> None:
+    for move, bank in enumerate([B, A, B, A]):
+        assert await readapted(parts, bank) == Counts(asked=1)
+        assert await readapted(parts, bank) == Counts(asked=1)  # an interrupted run may be started again
+        job = await trained(parts, bank)
+        assert (job.id.number, job.bank, job.state) == (move + 2, bank, JobState.SUCCEEDED)
+        assert {name for name, count in (await parts.adapters.adapted()).items() if count} == {bank}
+        assert await readapted(parts, bank) == Counts()
+
+
+async def test_a_job_that_came_to_nothing_is_tried_again_by_the_next_run(parts: StoreParts) -> None:
+    for number in (2, 3):
+        assert await readapted(parts, B) == Counts(asked=1)
+        assert (await trained(parts, B, better=False)).id.number == number
+    assert {name for name, count in (await parts.adapters.adapted()).items() if count} == {A}
+
+
+async def test_who_was_erased_or_has_no_samples_leaves_the_list(parts: StoreParts) -> None:
+    await parts.profiles.erase(ADA, 1 << 52, 0)
+    assert await readapted(parts, B) == Counts(settled=1)
+    assert await readapted(parts, B) == Counts()
+
+
+async def test_its_jobs_have_the_budget_of_all_others(parts: StoreParts) -> None:
+    await readapted(parts, B)
+    job_id = await parts.jobs.next_job(B, "w", 1)
+    assert job_id is not None
+    job = await parts.jobs.job(job_id)
+    assert job is not None
+    config = decode_config(job.config)
+    assert (config.max_tokens, config.max_seconds) == (1234, 56)

@@ -1,0 +1,235 @@
+"""`history`: past items in the prompt, as many as fit, found fast, and never of a user who is not there any more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from bank.profile import Item
+from bank.retrieval import ItemIndex
+from bank.tasks import Task
+from server.settings import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread, generate
+from tests.support.processes import wait_until
+
+NewUser = Callable[[], str]
+CONTEXT = 512
+TURN = "what about the harbour?"
+
+
+def pair(name: str, question: str, answer: str) -> dict[str, str]:
+    return {"id": name, "input": question, "output": answer}
+
+
+ITEMS = [
+    pair("bread", "how is the bread?", "crusty"),
+    pair("harbour", "where is the harbour?", "behind the mill"),
+    pair("roses", "and the roses?", "in bloom"),
+]
+
+
+def put(client: httpx.Client, user_id: str, items: Sequence[dict[str, str]]) -> dict[str, Any]:
+    answer = client.put(f"/users/{user_id}/profile", json={"items": list(items)}).raise_for_status().json()
+    assert isinstance(answer, dict)
+    return answer
+
+
+def asked(fake_engine: FakeEngine) -> str:
+    """The last turn that the engine was sent."""
+    turn: str = fake_engine.seen[-1].body["messages"][-1]["content"]
+    return turn
+
+
+@pytest.fixture(autouse=True)
+def known_context(gateway: GatewayThread, fake_engine: FakeEngine) -> None:
+    wait_until(lambda: gateway.parts.health.context == CONTEXT, "the gateway to know the engine's context")
+
+
+@pytest.fixture
+def other_gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
+    """A second gateway on the same store."""
+    with GatewayThread(gateway_settings) as running:
+        yield running
+
+
+def test_the_most_relevant_items_stand_before_the_last_turn(
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    user_id = new_user()
+    put(client, user_id, ITEMS)
+    generate(client, user_id, prompt=TURN, history=1).raise_for_status()
+    assert asked(fake_engine) == f'"behind the mill" is the answer to "where is the harbour?". {TURN}'
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TURN}]
+    generate(client, user_id, prompt=None, messages=messages, history=3).raise_for_status()
+    assert fake_engine.seen[-1].body["messages"][0] == messages[0]
+    assert asked(fake_engine).startswith('"behind the mill"')
+    assert "crusty" in asked(fake_engine)
+
+
+@pytest.mark.parametrize("personalize", ["none", "auto"])
+def test_who_is_unknown_or_asks_for_the_base_model_gets_the_turn_alone(
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, personalize: str
+) -> None:
+    user_id = new_user()
+    if personalize == "none":
+        put(client, user_id, ITEMS)
+    generate(client, user_id, prompt=TURN, history=3, personalize=personalize).raise_for_status()
+    assert asked(fake_engine) == TURN
+
+
+@pytest.mark.parametrize(("max_tokens", "quoted"), [(64, 3), (200, 2), (300, 1), (480, 0)])
+def test_items_that_the_context_has_no_room_for_are_left_out_the_least_relevant_first(
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, max_tokens: int, quoted: int
+) -> None:
+    user_id = new_user()
+    answers = [f"{'harbour ' * n}{'ä' * (80 - 8 * n)}" for n in range(1, 4)]  # two bytes a letter, one token here
+    put(client, user_id, [pair(f"n{n}", "?", answer) for n, answer in enumerate(answers)])
+    generate(client, user_id, prompt=TURN, max_tokens=max_tokens, history=16).raise_for_status()
+    best_first = answers[::-1]
+    assert [answer in asked(fake_engine) for answer in best_first] == [True] * quoted + [False] * (3 - quoted)
+    assert len(asked(fake_engine)) + max_tokens <= CONTEXT
+
+
+def test_an_item_that_never_fits_does_not_keep_the_others_out(
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    user_id = new_user()
+    put(client, user_id, [*ITEMS, pair("long", "harbour?", "harbour " * 100)])
+    generate(client, user_id, prompt=TURN, history=16).raise_for_status()
+    assert "behind the mill" in asked(fake_engine)
+    assert len(asked(fake_engine)) < CONTEXT
+
+
+def test_where_the_engine_counts_no_tokens_only_what_surely_fits_is_put_in(
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    user_id = new_user()
+    fake_engine.knobs.counts = False
+    put(client, user_id, [*ITEMS, pair("long", "harbour?", "harbour " * 30)])
+    generate(client, user_id, prompt=TURN, history=16).raise_for_status()
+    assert "behind the mill" in asked(fake_engine)
+    assert "harbour harbour" not in asked(fake_engine)
+
+
+def test_the_longest_prompt_holds_for_what_is_built_too(
+    gateway_settings: Settings, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    user_id = new_user()
+    with (
+        GatewayThread(gateway_settings.model_copy(update={"max_prompt_chars": 100})) as short,
+        short.client() as client,
+    ):
+        wait_until(lambda: short.parts.health.context == CONTEXT, "the gateway to know the engine's context")
+        put(client, user_id, ITEMS)
+        generate(client, user_id, prompt=TURN, history=3).raise_for_status()
+    assert "behind the mill" in asked(fake_engine)
+    assert len(asked(fake_engine)) <= 100
+
+
+def test_a_second_request_of_the_same_profile_neither_reads_nor_indexes_the_items(
+    client: httpx.Client,
+    new_user: NewUser,
+    fake_engine: FakeEngine,
+    gateway_settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    user_id, indexed = new_user(), counted(monkeypatch)
+    put(client, user_id, ITEMS)
+    generate(client, user_id, prompt=TURN, history=1).raise_for_status()
+    before = reads(gateway_settings)
+    for turn in (TURN, "and the bread?"):
+        generate(client, user_id, prompt=turn, history=1).raise_for_status()
+    assert "crusty" in asked(fake_engine)
+    assert (reads(gateway_settings) - before, len(indexed)) == (0, 1)
+
+
+def test_requests_that_come_while_a_history_is_indexed_share_the_work_and_hold_up_nobody(
+    client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_id, gate = new_user(), threading.Event()
+    indexed = counted(monkeypatch, gate)
+    put(client, user_id, ITEMS)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(generate, client, user_id, prompt=TURN, history=1) for _ in range(4)]
+        wait_until(lambda: bool(indexed), "the index to be begun")
+        client.get("/health").raise_for_status()
+        generate(client, user_id, prompt=TURN).raise_for_status()
+        gate.set()
+        assert {answer.result().status_code for answer in waiting} == {200}
+    assert len(indexed) == 1
+
+
+def test_what_another_gateway_changes_is_seen_at_once(
+    client: httpx.Client, other_gateway: GatewayThread, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    user_id = new_user()
+    put(client, user_id, ITEMS)
+    generate(client, user_id, prompt=TURN, history=1).raise_for_status()
+    with other_gateway.client() as other:
+        put(other, user_id, [ITEMS[0], pair("harbour", "where is the harbour?", "gone"), ITEMS[2]])
+    generate(client, user_id, prompt=TURN, history=1).raise_for_status()
+    assert asked(fake_engine) == f'"gone" is the answer to "where is the harbour?". {TURN}'
+
+
+def test_nothing_of_an_erased_user_comes_back_even_when_they_do(
+    client: httpx.Client, other_gateway: GatewayThread, new_user: NewUser, fake_engine: FakeEngine
+) -> None:
+    user_id = new_user()
+    put(client, user_id, ITEMS)
+    generate(client, user_id, prompt=TURN, history=3).raise_for_status()
+    with other_gateway.client() as other:
+        other.delete(f"/users/{user_id}").raise_for_status()
+        generate(client, user_id, prompt=TURN, history=3).raise_for_status()
+        assert asked(fake_engine) == TURN
+        put(other, user_id, [pair("sea", "and the sea?", "salty"), ITEMS[0], ITEMS[2]])
+    generate(client, user_id, prompt=TURN, history=3).raise_for_status()
+    assert "salty" in asked(fake_engine)
+    assert "mill" not in asked(fake_engine)
+
+
+def test_only_the_newest_items_that_fit_into_the_bytes_of_a_user_are_kept(
+    gateway_settings: Settings, new_user: NewUser
+) -> None:
+    user_id = new_user()
+    items = [{"id": f"n{n}", "text": "x" * 89} for n in range(6)]  # 100 bytes each as JSON
+    small = gateway_settings.model_copy(update={"profile_bytes": 350, "max_item_bytes": 200})
+    with GatewayThread(small) as gateway, gateway.client() as client:
+        answer = put(client, user_id, items[:5])
+        assert (answer["received"], answer["kept"]) == (5, 3)
+        added = client.post(f"/users/{user_id}/profile/items", json={"items": items[5:]}).json()
+        assert (added["received"], added["kept"], added["changed"]) == (1, 3, 2)
+        assert list(kept(gateway, user_id)) == ["n3", "n4", "n5"]
+
+
+def kept(gateway: GatewayThread, user_id: str) -> list[str]:
+    key = gateway.parts.profiles.key(user_id)
+    with redis.from_url(gateway.parts.settings.redis_url, decode_responses=True) as store:
+        return sorted(store.hkeys(f"mta:{{{key}}}:items"))
+
+
+def reads(settings: Settings) -> int:
+    """How often whole hashes were read from the store so far."""
+    with redis.from_url(settings.redis_url) as store:
+        return int(store.info("commandstats").get("cmdstat_hgetall", {}).get("calls", 0))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, gate: threading.Event | None = None) -> list[int]:
+    """Grows by one with every index that is begun; each waits for the gate, if there is one."""
+    begun: list[int] = []
+    build = ItemIndex.__init__
+
+    def counting(self: ItemIndex, task: Task, items: Sequence[Item]) -> None:
+        begun.append(len(items))
+        if gate is not None:
+            assert gate.wait(30)
+        build(self, task, items)
+
+    monkeypatch.setattr(ItemIndex, "__init__", counting)
+    return begun

@@ -1,0 +1,220 @@
+"""Clients that send slowly, without end, or not to the end, and more of them than can be served."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+
+from server.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
+from server.settings import Settings
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread, generate
+from tests.support.processes import wait_until
+
+HEADER_BYTES = 16 << 10
+POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
+    """A gateway with little patience and few places."""
+    update = {"header_timeout_s": 0.5, "body_timeout_s": 0.5, "max_header_bytes": HEADER_BYTES, "max_requests": 20}
+    with GatewayThread(gateway_settings.model_copy(update=update)) as running:
+        yield running
+
+
+@pytest.fixture
+def connection(gateway: GatewayThread) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
+        yield connection
+
+
+class TestHeaders:
+    """The request line and the headers."""
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            b"GET /health HTTP/1.1\r\nX: " + b"x" * HEADER_BYTES + b"\r\n\r\n",
+            b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * (HEADER_BYTES // 6) + b"\r\n",
+            b"GET /" + b"x" * HEADER_BYTES + b" HTTP/1.1\r\n\r\n",
+        ],
+        ids=["one", "many", "path"],
+    )
+    @pytest.mark.parametrize("piece", [100, 1 << 20])
+    def test_too_many_bytes_are_refused(self, connection: socket.socket, head: bytes, piece: int) -> None:
+        for start in range(0, len(head), piece):
+            with suppress(OSError):
+                connection.sendall(head[start : start + piece])
+        assert answered(connection) == (431, "headers_too_large")
+
+    def test_the_most_that_is_allowed_is_taken(self, connection: socket.socket) -> None:
+        head = b"GET /health HTTP/1.1\r\nConnection: close\r\nX: "
+        connection.sendall(head + b"x" * (HEADER_BYTES - len(head) - 4) + b"\r\n\r\n")
+        assert everything(connection).startswith(b"HTTP/1.1 200")
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            (b"GET /health HTTP/1.1\r\nConnection: close\r\nX: ", b"\r\n\r\n"),
+            (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: ", b"\r\n\r\n"),
+            (POST + b"Transfer-Encoding: chunked\r\n\r\n2;", b"\r\n{}\r\n0\r\n\r\n"),
+        ],
+        ids=["header", "trailer", "chunk extension"],
+    )
+    def test_95_mb_are_not_taken(self, connection: socket.socket, before: bytes, after: bytes) -> None:
+        with suppress(OSError):
+            for piece in (before, *[b"x" * (1 << 20)] * 95, after):
+                connection.sendall(piece)
+        assert everything(connection)[:12] in (b"", b"HTTP/1.1 431")
+
+    @pytest.mark.parametrize("trickle", [b"", b"X"])
+    def test_what_does_not_arrive_in_time_is_refused(self, connection: socket.socket, trickle: bytes) -> None:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        trickled(connection, trickle)
+        assert answered(connection) == (408, "request_timeout")
+
+    def test_a_second_request_is_no_other(self, connection: socket.socket) -> None:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\nGET /health")
+        trickled(connection, b"x")
+        first, _, second = everything(connection).partition(b"HTTP/1.1 408")
+        assert first.startswith(b"HTTP/1.1 200")
+        assert b"request_timeout" in second
+
+    @pytest.mark.parametrize("sent", [b"", b"\r\n"])
+    def test_silence_is_hung_up_on(self, connection: socket.socket, sent: bytes) -> None:
+        connection.sendall(sent)
+        assert not everything(connection).startswith(b"HTTP/1.1 200")
+
+    def test_what_is_no_http_is_refused_in_our_shape(self, connection: socket.socket) -> None:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        assert answered(connection) == (400, "invalid_http")
+
+    def test_only_few_requests_wait_in_a_connection(self, connection: socket.socket) -> None:
+        with suppress(OSError):
+            connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 1000)
+        assert everything(connection).count(b"HTTP/1.1 200") < 20
+
+
+class TestBodies:
+    """The body."""
+
+    @pytest.mark.parametrize("trickle", [b"", b" "])
+    def test_what_does_not_arrive_in_time_is_refused(
+        self, gateway: GatewayThread, connection: socket.socket, trickle: bytes
+    ) -> None:
+        before = counted(gateway, 408)
+        connection.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
+        trickled(connection, trickle)
+        assert answered(connection) == (408, "request_timeout")
+        wait_until(lambda: counted(gateway, 408) == before + 1, "the request to be counted")
+
+    @pytest.mark.parametrize("size", [0, 10, 100_000])
+    def test_an_upload_that_is_cut_short_is_counted_and_no_failure(
+        self, gateway: GatewayThread, connection: socket.socket, caplog: pytest.LogCaptureFixture, size: int
+    ) -> None:
+        before = counted(gateway, 499)
+        with caplog.at_level(logging.WARNING):
+            connection.sendall(POST + b"Content-Length: 200000\r\n\r\n" + b" " * size)
+            connection.close()
+            wait_until(lambda: counted(gateway, 499) == before + 1, "the request to be counted")
+        assert not caplog.records
+
+    def test_one_that_goes_on_after_its_answer_is_hung_up_on(self, connection: socket.socket) -> None:
+        connection.sendall(POST.replace(b"json", b"xml") + b"Content-Length: 1000000\r\n\r\n")
+        trickled(connection, b" ")
+        answer = everything(connection)
+        assert answer.startswith(b"HTTP/1.1 415")
+        assert answer.count(b"HTTP/1.1") == 1
+
+    def test_large_ones_wait_for_each_other_and_small_ones_do_not(self, gateway: GatewayThread) -> None:
+        with ExitStack() as held, gateway.client() as client:
+            for _ in range(LARGE_AT_ONCE):
+                uploading = held.enter_context(socket.create_connection(("127.0.0.1", gateway.port)))
+                uploading.sendall(POST + b"Content-Length: 200000\r\n\r\n" + b" " * (SMALL_BYTES + 1))
+            small, large = (client.post("/generate", json={"x": "x" * size}) for size in (1, SMALL_BYTES))
+        assert small.status_code == 400
+        assert (large.status_code, large.json()["error"]["code"]) in ((503, "overloaded"), (400, "missing"))
+
+
+class TestAnswers:
+    """What these bounds are not for."""
+
+    def test_a_long_stream_goes_on(self, gateway: GatewayThread, fake_engine: FakeEngine, ada: str) -> None:
+        fake_engine.knobs.token_delay_s = 0.1
+        body = json.dumps({"user_id": ada, "prompt": "x", "max_tokens": 20, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
+            head = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+            connection.sendall(head + body + b"\r\n")  # some clients do that
+            assert b"data: [DONE]" in everything(connection)
+
+    def test_a_client_may_pause_between_requests(self, gateway: GatewayThread) -> None:
+        with gateway.client() as client:
+            for _ in range(3):
+                client.get("/health").raise_for_status()
+                time.sleep(0.6)
+
+
+class TestPlaces:
+    """How many requests are served at once."""
+
+    def test_one_more_is_told_to_come_back(
+        self, gateway: GatewayThread, fake_engine: FakeEngine, new_user: Callable[[], str]
+    ) -> None:
+        fake_engine.knobs.token_delay_s = 0.1
+        user_id = new_user()
+        with gateway.client() as client, ThreadPoolExecutor(20) as many:
+            asked = [many.submit(generate, client, user_id, max_tokens=20) for _ in range(20)]
+            wait_until(lambda: len(fake_engine.seen) == 20, "all places to be taken")
+            refused = client.get(f"/users/{user_id}")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+            assert int(refused.headers["Retry-After"]) > 0
+            for path in ("/health", "/ready", "/metrics"):
+                assert client.get(path).status_code == 200
+            assert {answer.result().status_code for answer in asked} == {200}
+            assert client.get(f"/users/{user_id}").status_code == 404
+
+
+def trickled(connection: socket.socket, byte: bytes) -> None:
+    """Send a byte at a time until the other side has had enough."""
+    connection.settimeout(0.05)
+    with suppress(OSError):
+        for _ in range(100):
+            connection.sendall(byte)
+            with suppress(TimeoutError):
+                if connection.recv(1, socket.MSG_PEEK):
+                    break
+    connection.settimeout(30)
+
+
+def everything(connection: socket.socket) -> bytes:
+    """What comes until the other side hangs up."""
+    chunks = []
+    with suppress(ConnectionResetError):
+        while chunk := connection.recv(1 << 16):
+            chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def answered(connection: socket.socket) -> tuple[int, str]:
+    """Status and error code of the answer after which the other side hangs up."""
+    head, _, content = everything(connection).partition(b"\r\n\r\n")
+    error: dict[str, Any] = json.loads(content)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return int(head.split()[1]), error["code"]
+
+
+def counted(gateway: GatewayThread, status: int) -> float:
+    with gateway.client() as client:
+        lines = client.get("/metrics").text.splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith("mta_requests_total{") and f'"{status}"' in line
+    )

@@ -1,0 +1,177 @@
+"""A store with all who use it, and what is known of it: what a model of its promises is made of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import redis
+
+from server.errors import ApiError
+from server.store.jobs import JobId, JobState
+from server.store.profiles import Snapshot
+from tests.support.faults import Fault
+from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps
+from tests.support.valkey import FAKE_TIME, ValkeyProcess
+
+T = TypeVar("T")
+
+
+@dataclass
+class Expected:
+    """What is known of a user.
+
+    Attributes:
+        text: of their item; None for an unknown user.
+        erasures: how often they were erased.
+        newest: number of the newest job.
+        acknowledged: jobs that were answered with 2xx and whose user was not erased since.
+    """
+
+    text: str | None = None
+    erasures: int = 0
+    newest: int = 0
+    acknowledged: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A profile write that has begun."""
+
+    user: str
+    text: str
+    snapshot: Snapshot
+    erasures: int
+
+
+class StoreWorld:
+    """Two gateways, two workers, two users, one Valkey, which holds nothing at first.
+
+    Args:
+        server: the store.
+    """
+
+    steps: ClassVar[int] = 0
+    """How often anything was tried, in all worlds."""
+
+    def __init__(self, server: ValkeyProcess) -> None:
+        self.server = server
+        self.loop = asyncio.Runner()
+        self.raw = redis.Redis.from_url(server.url)
+        self.raw.flushall()
+        self.ahead_s = 0.0
+        if FAKE_TIME:
+            server.set_clock(0)
+        self.gateways = [self.connected() for _ in range(2)]
+        self.workers = [WorkerSteps(self.connected()) for _ in range(2)]
+        self.users = {user: Expected() for user in ("ada", "bob")}
+        self.ended: dict[JobId, JobState] = {}
+
+    def connected(self) -> StoreParts:
+        """Another process."""
+        parts = StoreParts(self.server.url)
+        self.run(parts.connection.check())
+        return parts
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What comes of some work."""
+        return self.loop.run(work)
+
+    def tried(
+        self, parts: StoreParts, work: Coroutine[Any, Any, T], fault: Fault | None = None, place: int = 0
+    ) -> T | ApiError:
+        """Do something, one of its writes failing; what came of it."""
+        StoreWorld.steps += 1
+        parts.connection.fail(fault, place)
+        try:
+            return self.run(work)
+        except ApiError as error:
+            return error
+        finally:
+            parts.connection.fail(None)
+
+    def settle(self) -> None:
+        """Let a worker do whatever is to be done, until nothing is."""
+        worker = WorkerSteps(self.connected())
+        for _ in range(40):
+            if FAKE_TIME:
+                self.ahead_s += 100
+                self.server.set_clock(self.ahead_s)
+            else:
+                self.raw.delete(f"mta:{{jobs:{BANK}}}:listed")
+                for name in (f"mta:{{jobs:{BANK}}}:open", f"mta:{{sign:{BANK}}}:open"):
+                    for member in self.raw.zrange(name, 0, -1):
+                        self.raw.zadd(name, {member: 0})
+            self.run(worker.parts.jobs.overdue(BANK))
+            self.run(worker.parts.signing.overdue())
+            self.run(worker.take())
+            self.run(worker.claim())
+            if worker.lease:
+                self.run(worker.reject())
+                worker.lease = None
+            self.run(worker.take_signing())
+            if worker.signing:
+                self.run(worker.sign())
+            if not self.raw.zcard(f"mta:{{jobs:{BANK}}}:open") and not self.raw.zcard(f"mta:{{sign:{BANK}}}:open"):
+                break
+        else:
+            raise AssertionError("something is open for ever")
+        for user in self.users:
+            if self.text_of(user) is None:  # as `mta readapt` does
+                self.run(worker.parts.adapters.forget_adapted(KEYS.key(user)))
+        self.gateways.append(worker.parts)
+
+    async def close(self) -> None:
+        """End all processes."""
+        for parts in (*self.gateways, *(worker.parts for worker in self.workers)):
+            await parts.connection.close()
+
+    def text_of(self, user: str) -> str | None:
+        """What the store holds of a user; whole or not at all."""
+        snapshot = self.run(self.gateways[0].profiles.read(KEYS.key(user)))
+        assert (snapshot.profile is None) == (not snapshot.items)
+        return snapshot.items["it"].fields["text"] if snapshot.items else None
+
+    def newest(self, user: str) -> int:
+        """Number of a user's newest job."""
+        key = KEYS.key(user)
+        last = self.raw.hget(f"mta:{{{key}}}:jobs", "last")
+        return int(last) if last else self.users[user].newest
+
+    def states(self, user: str) -> dict[int, JobState]:
+        """The state of every job that the store remembers."""
+        key = KEYS.key(user)
+        names = self.raw.keys(f"mta:{{{key}}}:job:*")
+        return {int(name.rsplit(b":", 1)[1]): JobState(self.raw.hget(name, "state").decode()) for name in names}
+
+    def end_as(self, user: str, numbers: set[int], state: JobState) -> None:
+        """Somebody was told that these jobs ended, or they had to: for the first time."""
+        for number in numbers:
+            job_id = JobId(KEYS.key(user), number)
+            assert self.ended.setdefault(job_id, state) is state
+            assert self.states(user).get(number, state) is state
+
+    def observe(self, user: str) -> None:
+        """What has ended stays as it ended."""
+        for number, state in self.states(user).items():
+            if state.ended:
+                assert self.ended.setdefault(JobId(KEYS.key(user), number), state) is state
+
+    def everything(self) -> list[str]:
+        """Names of keys, and names within what all users share."""
+        names = [name.decode() for name in self.raw.scan_iter()]
+        for name in names.copy():
+            kind = self.raw.type(name)
+            if "{" in name and not name.startswith(("mta:{jobs", "mta:{sign")):
+                continue
+            if kind == b"zset":
+                names += [f"{name}/{member.decode()}" for member in self.raw.zrange(name, 0, -1)]
+            elif kind == b"set":
+                names += [f"{name}/{member.decode()}" for member in self.raw.smembers(name)]
+            elif kind == b"hash":
+                names += [f"{name}/{member.decode()}" for member in self.raw.hkeys(name)]
+            elif kind == b"stream":
+                names += [f"{name}/{fields[b'id'].decode()}" for _, fields in self.raw.xrange(name)]
+        return names

@@ -1,0 +1,62 @@
+"""Who gets through the engine's door, and where to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.engine_plugin.door import OPEN, WITH_KEY, Door
+
+KEYS = [b"first-key", b"second-key"]
+
+
+async def knock(method: str, path: str, authorization: bytes | None = None, **changes: Any) -> int:
+    """The status that an engine of these keys answers; 200 from behind the door."""
+    sent: list[Any] = []
+
+    async def behind(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [] if authorization is None else [(b"authorization", authorization)]
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
+    await Door(behind, changes.pop("keys", lambda: KEYS))(scope | changes, None, send)  # type: ignore[arg-type]
+    return int(sent[0].get("status", sent[0].get("code")))
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(WITH_KEY))
+async def test_a_route_of_the_product_opens_to_each_key_and_to_nothing_else(method: str, path: str) -> None:
+    for key in KEYS:
+        assert await knock(method, path, b"Bearer " + key) == 200
+        assert await knock(method, path, b"bearer " + key) == 200
+    for wrong in (
+        None,
+        b"",
+        b"Bearer",
+        b"Bearer ",
+        b"Bearer first-key ",
+        b"Bearer FIRST-KEY",
+        b"first-key",
+        b"\xff\xfe",
+    ):
+        assert await knock(method, path, wrong) == 401
+    assert await knock(method, path, b"Bearer ", keys=list) == 401
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "get"])
+async def test_no_other_method_opens_with_a_key_or_without(method: str) -> None:
+    for path in sorted({path for _, path in OPEN | WITH_KEY}):
+        assert await knock(method, path, b"Bearer first-key") == 404
+        assert await knock(method, path) == 404
+
+
+async def test_an_escaped_path_opens_nothing() -> None:
+    assert await knock("GET", "/health") == 200
+    assert await knock("GET", "/health", raw_path=b"/h%65alth") == 404
+
+
+async def test_a_websocket_is_refused_as_soon_as_it_knocks() -> None:
+    assert await knock("GET", "/health", type="websocket") == 1008
