@@ -20,7 +20,7 @@ from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
-from server.store.samples import AdaptConfig
+from server.store.samples import AdaptConfig, encode_config
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk, desk_at
 from tests.support.processes import wait_until
@@ -208,13 +208,9 @@ async def test_a_lost_answer_changes_nothing(
     assert (adapter or "") == job.adapter
 
 
-async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(
-    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.adapt_worker.worker.decode_config", lambda _: AdaptConfig(max_seconds=0))
-    job_id = await desk.submit()
-    slow = Interrupted(trainer, lambda: threading.Event().wait(0.1))
-    assert await Worker("test", desk.jobs, desk.profiles, bank, slow).work_once(1)
+async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(desk: Desk, worker: Worker) -> None:
+    job_id = await desk.submit(config=encode_config(AdaptConfig(max_seconds=0)))
+    assert await worker.work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.FAILED, 1)
     assert "longer than the 0 s it may" in job.error
