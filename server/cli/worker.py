@@ -10,7 +10,7 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +43,6 @@ async def _run(settings: Settings) -> None:
     from bank.serving import ServingBank
     from bank.training import resolve_dtype
     from server.adapt_worker.signing import SigningLoop
-    from server.adapt_worker.stall import Stalled
     from server.adapt_worker.training import AdapterTrainer
     from server.adapt_worker.worker import Worker
     from server.store.redis_connection import RedisConnection
@@ -79,10 +78,21 @@ async def _run(settings: Settings) -> None:
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)
         logging.getLogger("mta.worker").info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
         with suppress(asyncio.CancelledError):
-            await working
-    except Stalled as error:
-        logging.getLogger("mta.worker").critical("%s", error)
-        logging.shutdown()
-        os._exit(1)  # any other way out waits for the thread that hangs
+            await _until_it_fails(working)
     finally:
         await connection.close()
+
+
+async def _until_it_fails(working: asyncio.Future[Any]) -> None:
+    """Wait for what goes on for ever; an error ends the process here and now.
+
+    Any other way out waits for a thread that may hang, and starts one, which without memory may never begin.
+    """
+    try:
+        await working
+    except Exception:
+        try:
+            logging.getLogger("mta.worker").critical("the worker ends", exc_info=True)
+            logging.shutdown()
+        finally:
+            os._exit(1)
