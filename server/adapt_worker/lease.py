@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -64,6 +65,7 @@ class HeldLease:
             async with asyncio.timeout(ANSWER_S):
                 held = await self._jobs.renew(self.lease, LEASE_S, step=progress.step, of=progress.of, loss=loss)
         except (Unavailable, TimeoutError) as error:
+            _raise_what_is_ours(error)
             self._bear(error)
             return
         if not held:
@@ -99,8 +101,18 @@ async def _asked(
             async with asyncio.timeout(ANSWER_S):
                 return await call(*args, **kwargs)
         except (Unavailable, TimeoutError) as error:
+            _raise_what_is_ours(error)
             bear(error)
         await asyncio.sleep(RENEW_S)
+
+
+def _raise_what_is_ours(error: BaseException) -> None:
+    """A connection that cannot be made for want of memory or threads is no fault of the store."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, MemoryError | RuntimeError) or getattr(cause, "errno", None) == errno.ENOMEM:
+            raise RuntimeError(f"this process cannot reach the store any more: {cause!r}") from error
+        cause = cause.__cause__ or cause.__context__
 
 
 def _reason(error: Unavailable | TimeoutError) -> str:

@@ -162,12 +162,13 @@ class Worker:
             raise TrainingError("the user's profile was made with another embedder: ask for the job again")
         with blamed("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
+            most_s = float(config.max_seconds)
             recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = []
         for place, raw in enumerate(await held.insist(self._jobs.samples, key)):
             with blamed(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
-        judgement = await train_holding(held, config.max_seconds, partial(self._trainer.train, recipe, samples, config))
+        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config))
         if judgement.weights is None:
             await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:

@@ -72,6 +72,7 @@ WRONG_CONFIGS = {
     "rank 0": (config(rank=0), "rank"),
     "all held out": (config(holdout=1), "holdout"),
     "a strength that is none": (config(strength="half"), "configuration"),
+    "a time that is none": (config(max_seconds="long"), "configuration"),
     "a seed that is none": (config(seed=None), "seed"),
 }
 

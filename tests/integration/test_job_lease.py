@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
 from server.store.redis_connection import RedisConnection
 from server.store.redis_jobs import RedisJobs
-from server.store.samples import AdaptConfig
+from server.store.samples import AdaptConfig, encode_config
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk, desk_at
 from tests.support.processes import wait_until
@@ -207,13 +208,9 @@ async def test_a_lost_answer_changes_nothing(
     assert (adapter or "") == job.adapter
 
 
-async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(
-    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.adapt_worker.worker.decode_config", lambda _: AdaptConfig(max_seconds=0))
-    job_id = await desk.submit()
-    slow = Interrupted(trainer, lambda: threading.Event().wait(0.1))
-    assert await Worker("test", desk.jobs, desk.profiles, bank, slow).work_once(1)
+async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(desk: Desk, worker: Worker) -> None:
+    job_id = await desk.submit(config=encode_config(AdaptConfig(max_seconds=0)))
+    assert await worker.work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.FAILED, 1)
     assert "longer than the 0 s it may" in job.error
@@ -236,6 +233,26 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
     assert await Worker("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
     assert (await desk.job(job_id)).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    "want", [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory")]
+)
+async def test_a_process_that_can_make_no_connection_for_want_of_memory_ends_and_that_is_a_try(
+    desk: Desk, worker: Worker, jobs: Shaky, want: Exception
+) -> None:
+    async def renew(*_: Any, **__: Any) -> bool:
+        try:
+            raise ConnectionError from want
+        except ConnectionError as error:
+            raise Unavailable("the store cannot be used now") from error
+
+    jobs.renew = renew  # type: ignore[method-assign]
+    job_id = await desk.submit()
+    with pytest.raises(RuntimeError, match="cannot reach the store"):
+        await worker.work_once(1)
+    job = await desk.job(job_id)
+    assert (job.state, job.tries) == (JobState.QUEUED, 1)
 
 
 async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: Worker) -> None:
