@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -60,15 +61,19 @@ class Adapting:
             UserErased: when the user is erased meanwhile; nothing of them is stored then.
         """
         epoch = await self._profiles.epoch(user_id)
-        given = [Sample(_messages(sample), sample.output) for sample in request.samples]
-        samples = [self._encoded(place, sample) for place, sample in enumerate(given)]
+        # Megabytes of samples take a large part of a second to read: not on the event loop.
+        given = await asyncio.to_thread(
+            lambda: [Sample(_messages(sample), sample.output) for sample in request.samples]
+        )
+        samples = await asyncio.to_thread(lambda: [self._encoded(place, sample) for place, sample in enumerate(given)])
         config = replace(training_config(self._manifest, request.config), **asdict(self._budget))
         await self._checks.check_template(given)
         await self._checks.check_lengths(samples)
         kept = await self._jobs.samples(self._profiles.key(user_id)) if request.append else []
         await self._checks.check_budget(config, [*kept, *samples])
         if await self._profiles.current(user_id) is None:
-            await self._profiles.add(user_id, self._items(request.samples), epoch)
+            items = await asyncio.to_thread(self._items, request.samples)
+            await self._profiles.add(user_id, items, epoch)
         submission = Submission(
             samples,
             request.append,

@@ -172,15 +172,12 @@ class RedisJobs:
     async def overdue(self, bank: str) -> list[JobId]:
         queue, announced = self._queue(bank), []
         await queue.tidy()
-        now_ms, due = await queue.due()
-        for user_key in due:
+        async for user_key, now_ms in queue.due():
             newest = await self._newest(user_key)
             state, lease_until, lease_ms = await self._standing(newest) if newest else (None, 0, 0)
             if newest is None or state is None or state.ended:
                 await queue.close(user_key)
-            elif (
-                now_ms < lease_until <= now_ms + lease_ms
-            ):  # one that ends later was given before the clock was set back
+            elif now_ms < lease_until <= now_ms + lease_ms:  # a later end is of a clock that was set back since
                 await queue.look_again(user_key, lease_until)
             elif await queue.call(user_key):
                 announced.append(newest)

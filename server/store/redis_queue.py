@@ -14,6 +14,8 @@ stream, and what was lost with the work behind it is called again when its time 
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
@@ -30,7 +32,8 @@ LISTED_MS = 60_000
 GONE_MS = 3_600_000
 """A worker that has read nothing for so long is not coming back under its name."""
 
-_BATCH = 100
+_BATCH, _BATCHES = 100, 100
+"""How many users are asked for at once, and how often in one sweep."""
 
 
 class RedisQueue:
@@ -94,13 +97,18 @@ class RedisQueue:
         """Count a beginning; how many there were since `close`."""
         return int(await self._connection.run(lambda redis: redis.hincrby(self._begun, user_key, 1), WRITE_TIMEOUT_S))
 
-    async def due(self) -> tuple[int, list[str]]:
-        """The server's time in ms, and the first users who should be looked after by now.
+    async def due(self) -> AsyncIterator[tuple[str, int]]:
+        """Users who should be looked after by now, each with the server's time in ms; whoever is given is to be called,
+        looked at again, or closed.
 
         A time too far ahead to have been set by this clock counts as come: the clock was set back.
         """
-        now_ms, members = await self._connection.write(scripts.DUE, (self._open,), LISTED_MS + GRACE_MS, _BATCH)
-        return int(now_ms), [member.decode() for member in members]
+        for _ in range(_BATCHES):
+            now_ms, members = await self._connection.write(scripts.DUE, (self._open,), LISTED_MS + GRACE_MS, _BATCH)
+            for member in members:
+                yield member.decode(), int(now_ms)
+            if len(members) < _BATCH:
+                return
 
     async def look_again(self, user_key: str, after_ms: int) -> None:
         """Look after a user once the grace is over, counted from a time in ms."""

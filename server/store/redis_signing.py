@@ -32,8 +32,7 @@ class RedisSigning:
 
     async def overdue(self) -> list[str]:
         await self._queue.tidy()
-        _, due = await self._queue.due()
-        return [user_key for user_key in due if await self._queue.call(user_key)]
+        return [user_key async for user_key, _ in self._queue.due() if await self._queue.call(user_key)]
 
     async def withdraw(self, user_key: str) -> None:
         await self._queue.withdraw(user_key)

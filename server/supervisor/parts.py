@@ -82,7 +82,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
     return Part(
         name="engine",
         command=tuple(argv),
-        environment={name: value for name, value in environment.items() if name != "MTA_SECRET"} | _LOOPBACK_VLLM,
+        environment=dict(environment) | _LOOPBACK_VLLM,
         ready=answers_http(f"{settings.engine_url}/mta/v1/status", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
         start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first

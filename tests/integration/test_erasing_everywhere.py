@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +78,15 @@ def test_who_is_erased_is_gone_from_the_store_at_once_and_from_every_engine_in_t
     kept = [IDLE.encode(), ANSWERED.encode(), SECRET_WORDS.encode(), *blobs]
     assert all(words in _everything(valkey) for words in kept)
 
-    with _long_answer(near, recipes[ANSWERED]) as answer, standing_still(far.pid, *descendants(far.pid)):
+    with standing_still(far.pid, *descendants(far.pid)), ExitStack() as open_answer:
         with standing_still(*descendants(near.pid)):  # its model, so that the answer cannot end before
+            lines = open_answer.enter_context(near.long_answer(recipes[ANSWERED]))
             for user in recipes:
                 assert client.delete(f"/users/{user}").json()["erased"]["adapters"] == 1
             assert not any(words in _everything(valkey) for words in kept)
             assert near.client.post("/mta/v1/drop", json={"user_key": keys[ANSWERED]}).json() == {"held": 1}
         wait_until(lambda: not _has(near, recipes[IDLE]), "the engine that was told to drop an idle adapter")
-        assert [line for line in answer if line][-1] == "data: [DONE]"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
     for user, recipe in recipes.items():
         assert generate(client, user).json()["personalization"]["level"] == "base"
         assert near.chat(recipe).status_code == httpx.codes.NOT_FOUND
@@ -101,17 +102,6 @@ def test_who_is_erased_is_gone_from_the_store_at_once_and_from_every_engine_in_t
 def _has(engine: Engine, recipe: str) -> bool:
     """Whether its workers hold anything of a user's adapter."""
     return recipe in str(engine.resident())
-
-
-@contextmanager
-def _long_answer(engine: Engine, recipe: str) -> Iterator[Iterator[str]]:
-    """The lines of an answer that has begun."""
-    messages = [{"role": "user", "content": "x"}]
-    body = {"model": recipe, "messages": messages, "max_tokens": 450, "ignore_eos": True, "stream": True}
-    with engine.client.stream("POST", "/v1/chat/completions", json=body) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data: {")
-        yield lines
 
 
 def _blob(valkey: ValkeyProcess, user_key: str) -> bytes:

@@ -110,6 +110,11 @@ CASES = [
         lambda: samples(*[conversation(*[MESSAGE] * 100)] * 300, conversation(b"{}")),
         "missing",
     ),
+    Case(
+        "30,000 messages, the last sample blank",
+        ADAPT,
+        lambda: samples(*[conversation(*[MESSAGE] * 100)] * 300, b'{"input":"q","output":" "}'),
+    ),
     Case("lines", ADAPT, lambda: b"1\n" * (SIZE // 2), "too_many_lines", LINES),
     Case("blank lines", ADAPT, lambda: b"\n" * SIZE, "too_many_lines", LINES),
     Case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, enc
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
 from bench.dense import stacked_adapter, token_logprobs
 from tests.support.engine import Engine, running_engine
+from tests.support.processes import descendants, standing_still, wait_until
 from tests.support.tiny import tiny_bank
 from tests.support.user_adapters import keep_user_adapter, random_user_adapter
 from tests.support.valkey import ValkeyProcess
@@ -186,14 +188,18 @@ def test_what_an_open_stream_uses_is_dropped_when_it_has_ended(stacked: Served) 
     recipe = stacked.recipe()
     stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
     engine = stacked.engine
-    messages = [{"role": "user", "content": "x"}]
-    body = {"model": recipe.name, "messages": messages, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with engine.client.stream("POST", "/v1/chat/completions", json=body) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        assert engine.client.post("/mta/v1/drop", json={"user_key": USER}).json() == {"held": 1}
+    engine.chat(recipe.name).raise_for_status()
+
+    def still_held() -> int:
+        return int(engine.client.post("/mta/v1/drop", json={"user_key": USER}).json()["held"])
+
+    with ExitStack() as open_stream:
+        with standing_still(*descendants(engine.pid)):  # the model, so that the answer cannot end before
+            lines = open_stream.enter_context(engine.long_answer(recipe.name))
+            assert still_held() == 1
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert engine.client.post("/mta/v1/drop", json={"user_key": USER}).json() == {"held": 0}
+    wait_until(lambda: still_held() == 0, "the request to be over")  # its last line is out a little before
+    assert engine.resident()["held"] == []
 
 
 def _whole(raw: bytes) -> dict[str, Any]:

