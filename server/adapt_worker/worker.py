@@ -114,9 +114,6 @@ class Worker:
         lease = await answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
         if lease is None:
             return
-        if lease.job.bank not in ("", self._bank.manifest.short):  # a newer job of a user who was called for ours
-            await answered(self._jobs.release, lease, counts=False)
-            return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
         try:
             await self._work(HeldLease(self._jobs, lease, asked_s))

@@ -7,8 +7,8 @@ where the server does not fsync at once by itself, `WAITAOF` travel in one round
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import redis.asyncio as redis
@@ -40,6 +40,19 @@ def user_prefix(user_key: str) -> str:
 def epoch_name(user_key: str) -> str:
     """The key that holds a user's epoch, and their tombstone (`redis_profiles`)."""
     return f"{user_prefix(user_key)}epoch"
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What cannot be decoded is the store's fault, or a later version's.
+
+    Raises:
+        Unavailable: with code `store_corrupt`.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unavailable("the store holds a record that this version cannot read", code="store_corrupt") from error
 
 
 class RedisConnection:

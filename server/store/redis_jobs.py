@@ -13,6 +13,7 @@ newest is ever open. `overdue` walks what is due there, not the keys.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -21,22 +22,14 @@ from adapters.recipe import parse_recipe
 from server.errors import Unavailable, UserErased
 from server.store import redis_scripts as scripts
 from server.store.adapters import StoredAdapter
-from server.store.jobs import (
-    KEPT_JOBS,
-    KEPT_S,
-    MAX_TRIES,
-    Job,
-    JobId,
-    JobState,
-    Lease,
-    Submission,
-    Trained,
-)
+from server.store.jobs import KEPT_JOBS, KEPT_S, MAX_TRIES, Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profiles import Profile
 from server.store.records import encode_profile
 from server.store.redis_adapters import RedisAdapters, adapter_name
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, user_prefix
+from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
 from server.store.redis_queue import LISTED_MS, RedisQueue
+
+log = logging.getLogger("mta.store")
 
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
 _DIED = (
@@ -94,7 +87,8 @@ class RedisJobs:
 
     async def job(self, job_id: JobId) -> Job | None:
         values = await self._connection.run(lambda redis: redis.hmget(_job(job_id), _FIELDS))
-        return _decoded(job_id, values)
+        with readable():
+            return _decoded(job_id, values)
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         ended = await self._connection.write(scripts.CANCEL, (_job(job_id),), secrets.token_hex(16), KEPT_S)
@@ -108,9 +102,9 @@ class RedisJobs:
         queue = self._queue(bank)
         while (user_key := await queue.next(worker, wait_s)) is not None:
             newest = await self._newest(user_key)
-            if newest is not None:
+            if newest is not None and await self._is_for(newest, bank):
                 return newest
-            await queue.acknowledge(user_key)  # they were erased
+            await queue.acknowledge(user_key)  # they were erased, or have asked for a job of another bank since
         return None
 
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
@@ -173,15 +167,28 @@ class RedisJobs:
         queue, announced = self._queue(bank), []
         await queue.tidy()
         async for user_key, now_ms in queue.due():
-            newest = await self._newest(user_key)
-            state, lease_until, lease_ms = await self._standing(newest) if newest else (None, 0, 0)
-            if newest is None or state is None or state.ended:
-                await queue.close(user_key)
-            elif now_ms < lease_until <= now_ms + lease_ms:  # a later end is of a clock that was set back since
-                await queue.look_again(user_key, lease_until)
-            elif await queue.call(user_key):
-                announced.append(newest)
+            try:
+                job_id = await self._looked_after(queue, bank, user_key, now_ms)
+            except Unavailable as error:
+                if error.code != "store_corrupt":
+                    raise
+                log.error("%s: %s", user_key, error.explained)
+                await queue.look_again(user_key, now_ms)  # nobody else shall wait for it
+            else:
+                announced += [job_id] if job_id else []
         return announced
+
+    async def _looked_after(self, queue: RedisQueue, bank: str, user_key: str, now_ms: int) -> JobId | None:
+        """Do what a user in the queue wants who is due; the job that was announced, if one was."""
+        newest = await self._newest(user_key)
+        state, lease_until, lease_ms = await self._standing(newest) if newest else (None, 0, 0)
+        if newest is None or state is None or state.ended or not await self._is_for(newest, bank):
+            await queue.close(user_key)
+        elif now_ms < lease_until <= now_ms + lease_ms:  # a later end is of a clock that was set back since
+            await queue.look_again(user_key, lease_until)
+        elif await queue.call(user_key):
+            return newest
+        return None
 
     async def withdraw(self, user_key: str, bank: str) -> None:
         await self._queue(bank).withdraw(user_key)
@@ -197,12 +204,18 @@ class RedisJobs:
         last = await self._connection.run(lambda redis: redis.hget(name, "last"))
         return JobId(user_key, int(last)) if last is not None else None
 
+    async def _is_for(self, job_id: JobId, bank: str) -> bool:
+        """Whether a job is for a bank; those of version 0.1 are for any."""
+        found = await self._connection.run(lambda redis: redis.hget(_job(job_id), "bank"))
+        return found is None or found.decode() == bank
+
     async def _standing(self, job_id: JobId) -> tuple[JobState | None, int, int]:
         """A job's state, None without a record; when its lease runs out, and how long it is, ms."""
         fields = ("state", "lease_until", "lease_ms")
         state, until, lease_ms = await self._connection.run(lambda redis: redis.hmget(_job(job_id), fields))
         lease_until = int(until or 0)
-        return JobState(state.decode()) if state is not None else None, lease_until, int(lease_ms or lease_until)
+        with readable():
+            return JobState(state.decode()) if state is not None else None, lease_until, int(lease_ms or lease_until)
 
 
 def _job(job_id: JobId) -> str:

@@ -28,7 +28,7 @@ from server.store.records import (
     encode_profile,
     encode_vector,
 )
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, user_prefix
+from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
 from server.store.redis_scripts import ERASED_SINCE, NOW
 
 TOMBSTONE_S = 7 * 24 * 3600
@@ -97,24 +97,29 @@ class RedisProfiles:
         self._connection = connection
 
     async def load(self, key: str) -> Profile | None:
-        return _decoded(await self._connection.run(lambda redis: redis.get(_names(key)[0])))
+        record = await self._connection.run(lambda redis: redis.get(_names(key)[0]))
+        with readable():
+            return _decoded(record)
 
     async def read(self, key: str) -> Snapshot:
         profile, items, vectors = _names(key)
         async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
             pipe.get(profile).hgetall(items).hgetall(vectors).hget(epoch_name(key), "epoch")
             record, raw_items, raw_vectors, epoch = await pipe.execute()
-        return Snapshot(
-            version=record or b"",
-            epoch=(epoch or b"").decode(),
-            profile=_decoded(record),
-            items=_in_order(raw_items),
-            vectors={name.decode(): decode_vector(raw) for name, raw in raw_vectors.items()},
-        )
+        with readable():
+            return Snapshot(
+                version=record or b"",
+                epoch=(epoch or b"").decode(),
+                profile=_decoded(record),
+                items=_in_order(raw_items),
+                vectors={name.decode(): decode_vector(raw) for name, raw in raw_vectors.items()},
+            )
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         name = _names(key)[1]
-        return _in_order(await self._connection.run(lambda redis: redis.hgetall(name), WRITE_TIMEOUT_S))
+        raw_items = await self._connection.run(lambda redis: redis.hgetall(name), WRITE_TIMEOUT_S)
+        with readable():
+            return _in_order(raw_items)
 
     async def epoch(self, key: str) -> str:
         epoch = await self._connection.run(lambda redis: redis.hget(epoch_name(key), "epoch"))
@@ -164,9 +169,4 @@ def _names(key: str) -> tuple[str, str, str]:
 
 
 def _decoded(record: bytes | None) -> Profile | None:
-    if not record:
-        return None
-    try:
-        return decode_profile(record)
-    except ValueError as error:
-        raise Unavailable("the store holds a record that this gateway cannot read", code="store_corrupt") from error
+    return decode_profile(record) if record else None

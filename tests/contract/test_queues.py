@@ -165,6 +165,30 @@ async def test_a_worker_hears_of_the_jobs_of_its_own_bank_alone(jobs: RedisJobs,
     assert await jobs.next_job(BANK, "w", 1) == job.id
 
 
+async def test_whose_newest_job_is_for_another_bank_is_not_called_for_the_last_one(
+    jobs: RedisJobs, user: str, raw: redis.Redis, no_grace: None
+) -> None:
+    await submitted(jobs, user)
+    newer = await submitted(jobs, user, bank=OTHER_BANK)
+    assert await jobs.overdue(BANK) == []
+    assert await jobs.next_job(BANK, "w", 0.05) is None
+    assert await raw.zcard(OPEN) == await raw.xlen(CALLS) == 0
+    assert await jobs.next_job(OTHER_BANK, "w", 1) == newer.id
+
+
+async def test_a_job_of_a_later_version_that_cannot_be_read_keeps_nobody_else_waiting(
+    jobs: RedisJobs, user: str, raw: redis.Redis, no_grace: None
+) -> None:
+    job, other = await submitted(jobs, user), UserKeys("a secret for tests only", "tests").key("behind it")
+    await raw.hset(f"mta:{{{user}}}:job:1", "state", "paused")
+    behind = await submitted(jobs, other)
+    await raw.delete(CALLS)
+    assert await jobs.overdue(BANK) == [behind.id]
+    with pytest.raises(Unavailable) as caught:
+        await jobs.job(job.id)
+    assert caught.value.code == "store_corrupt"
+
+
 async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while_they_end_nobody(
     parts: StoreParts, user: str, no_grace: None
 ) -> None:
