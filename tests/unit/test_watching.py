@@ -14,6 +14,7 @@ log = logging.getLogger("tests.watching")
 
 
 async def test_a_step_is_run_again_after_any_error_and_each_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, log.name)  # whatever other tests have set
     errors: list[Exception] = [Unavailable("the store is away"), KeyError("a fault of ours")]
     recovered = asyncio.Event()
 
