@@ -45,40 +45,36 @@ if redis.call('HGET', KEYS[2], ARGV[1]) == ARGV[3] then redis.call('HDEL', KEYS[
 return 1
 """
 
-# KEYS: open. ARGV: farthest time ahead that is ever set (ms), most answers. Answers the time and who is due.
+# KEYS: open. ARGV: farthest time ahead that is ever set (ms), most answers. Answers the time, then who is due and when.
 DUE = (
     NOW
     + """
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[2])
-for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now + 2 * ARGV[1], '+inf', 'LIMIT', 0, ARGV[2])) do
-  due[#due + 1] = key
-end
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+local ahead = redis.call('ZRANGEBYSCORE', KEYS[1], now + 2 * ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+for _, text in ipairs(ahead) do due[#due + 1] = text end
 return {now, due}
 """
 )
 
-# KEYS: open, listed, begun. ARGV: user key, for how long a listing holds (ms).
+# KEYS: calls, called, open, listed, begun. ARGV: user key, group, when they were to be looked after, as the caller saw
+# it; for how long a listing holds (ms). Whoever was called or listed since has another appointment, and keeps it.
 CLOSE = (
     NOW
     + """
-redis.call('HDEL', KEYS[3], ARGV[1])
-local listed = tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or now - ARGV[2])
-if now - listed < tonumber(ARGV[2]) and now >= listed - ARGV[2] then
-  redis.call('ZADD', KEYS[1], listed + ARGV[2], ARGV[1])
+if (redis.call('ZSCORE', KEYS[3], ARGV[1]) or '') ~= ARGV[3] then return 0 end
+local listed = tonumber(redis.call('ZSCORE', KEYS[4], ARGV[1]) or now - ARGV[4])
+if now - listed < tonumber(ARGV[4]) and now >= listed - ARGV[4] then
+  redis.call('ZADD', KEYS[3], listed + ARGV[4], ARGV[1])
   return 0
 end
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
+for i = 3, 4 do redis.call('ZREM', KEYS[i], ARGV[1]) end
+local entry = redis.call('HGET', KEYS[2], ARGV[1])
+if entry then
+  redis.pcall('XACK', KEYS[1], ARGV[2], entry)
+  redis.call('XDEL', KEYS[1], entry)
+end
+redis.call('HDEL', KEYS[2], ARGV[1])
+redis.call('HDEL', KEYS[5], ARGV[1])
 return 1
 """
 )
-
-# KEYS: calls, called, open. ARGV: user key, group. Whoever is still looked after keeps their call.
-WITHDRAW = """
-local entry = redis.call('HGET', KEYS[2], ARGV[1])
-if not entry or redis.call('ZSCORE', KEYS[3], ARGV[1]) then return 0 end
-redis.pcall('XACK', KEYS[1], ARGV[2], entry)
-redis.call('XDEL', KEYS[1], entry)
-redis.call('HDEL', KEYS[2], ARGV[1])
-return 1
-"""

@@ -129,16 +129,18 @@ class RedisJobs:
         return released
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
+        queue, user_key = self._queue(lease.job.bank), lease.job.id.user_key
+        appointment = await queue.appointment(user_key)
         done = await self._connection.write(scripts.END, (_job(lease.job.id),), lease.token, *_outcome(trained, ""))
         if done:
-            await self._queue(lease.job.bank).close(lease.job.id.user_key)
+            await queue.close(user_key, appointment)
         return bool(done)
 
     async def promote(
         self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
     ) -> bool:
-        user_key = lease.job.id.user_key
-        bank = parse_recipe(raw.recipe).bank
+        queue, user_key = self._queue(lease.job.bank), lease.job.id.user_key
+        bank, appointment = parse_recipe(raw.recipe).bank, await queue.appointment(user_key)
         # Before the promotion: a user too many on the list does no harm, one too few would never be adapted again.
         await self._adapters.list_adapted(user_key, bank)
         done = await self._connection.write(
@@ -155,7 +157,7 @@ class RedisJobs:
         )
         if done:
             await self._adapters.forget_adapted(user_key, but=bank)
-            await self._queue(lease.job.bank).close(user_key)
+            await queue.close(user_key, appointment)
         elif await self._newest(user_key) is None:  # erased meanwhile
             await self._adapters.forget_adapted(user_key)
         return bool(done)
@@ -166,32 +168,38 @@ class RedisJobs:
     async def overdue(self, bank: str) -> list[JobId]:
         queue, announced = self._queue(bank), []
         await queue.tidy()
-        async for user_key, now_ms in queue.due():
+        async for user_key, appointment, now_ms in queue.due():
             try:
-                job_id = await self._looked_after(queue, bank, user_key, now_ms)
+                job_id = await self._open_job(user_key, bank, now_ms)
+                if job_id is None:
+                    await queue.close(user_key, appointment)
+                elif isinstance(job_id, int):
+                    await queue.look_again(user_key, job_id)
+                elif await queue.call(user_key):
+                    announced.append(job_id)
             except Unavailable as error:
                 if error.code != "store_corrupt":
                     raise
                 log.error("%s: %s", user_key, error.explained)
                 await queue.look_again(user_key, now_ms)  # nobody else shall wait for it
-            else:
-                announced += [job_id] if job_id else []
         return announced
 
-    async def _looked_after(self, queue: RedisQueue, bank: str, user_key: str, now_ms: int) -> JobId | None:
-        """Do what a user in the queue wants who is due; the job that was announced, if one was."""
-        newest = await self._newest(user_key)
-        state, lease_until, lease_ms = await self._standing(newest) if newest else (None, 0, 0)
-        if newest is None or state is None or state.ended or not await self._is_for(newest, bank):
-            await queue.close(user_key)
-        elif now_ms < lease_until <= now_ms + lease_ms:  # a later end is of a clock that was set back since
-            await queue.look_again(user_key, lease_until)
-        elif await queue.call(user_key):
-            return newest
-        return None
-
     async def withdraw(self, user_key: str, bank: str) -> None:
-        await self._queue(bank).withdraw(user_key)
+        queue = self._queue(bank)
+        appointment = await queue.appointment(user_key)
+        if await self._newest(user_key) is None:  # else they are back already
+            await queue.close(user_key, appointment)
+
+    async def _open_job(self, user_key: str, bank: str, now_ms: int) -> JobId | int | None:
+        """A user's job of a bank that wants a worker; when its lease runs out (ms) where one has it; None without."""
+        newest = await self._newest(user_key)
+        if newest is None or not await self._is_for(newest, bank):
+            return None
+        state, lease_until, lease_ms = await self._standing(newest)
+        if state is None or state.ended:
+            return None
+        # A lease that ends later than it is long was given before the clock was set back.
+        return lease_until if now_ms < lease_until <= now_ms + lease_ms else newest
 
     def _queue(self, bank: str) -> RedisQueue:
         if bank not in self._queues:

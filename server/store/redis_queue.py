@@ -51,7 +51,7 @@ class RedisQueue:
         self._calls, self._called, self._open = f"{prefix}calls", f"{prefix}called", f"{prefix}open"
         self._listed, self._begun = f"{prefix}listed", f"{prefix}begun"
         self._old = f"mta:{kind}"  # of version 0.1, one for all banks
-        self._taken: dict[str, bytes] = {}
+        self._taken: dict[str, tuple[bytes, str]] = {}  # by user key: the entry, and the appointment then
         self._has_group = False
 
     async def enlist(self, user_key: str) -> int:
@@ -84,31 +84,39 @@ class RedisQueue:
             return None
         entry, fields = streams[0][1][0]
         user_key: str = fields[b"id"].decode()
-        self._taken[user_key] = entry
+        self._taken[user_key] = entry, await self.appointment(user_key)
         return user_key
 
-    async def acknowledge(self, user_key: str) -> None:
-        """The call that `next` gave has been answered."""
-        entry = self._taken.pop(user_key, None)
-        if entry is not None:
+    async def acknowledge(self, user_key: str) -> str:
+        """The call that `next` gave has been answered; the user's appointment when it was given."""
+        entry, appointment = self._taken.pop(user_key, (b"", ""))
+        if entry:
             await self._connection.write(scripts.ACKNOWLEDGE, (self._calls, self._called), user_key, GROUP, entry)
+        return appointment
 
     async def begin(self, user_key: str) -> int:
         """Count a beginning; how many there were since `close`."""
         return int(await self._connection.run(lambda redis: redis.hincrby(self._begun, user_key, 1), WRITE_TIMEOUT_S))
 
-    async def due(self) -> AsyncIterator[tuple[str, int]]:
-        """Users who should be looked after by now, each with the server's time in ms; whoever is given is to be called,
-        looked at again, or closed.
+    async def due(self) -> AsyncIterator[tuple[str, str, int]]:
+        """Users who should be looked after by now, each with their appointment and the server's time in ms; whoever is
+        given is to be called, looked at again, or closed.
 
         A time too far ahead to have been set by this clock counts as come: the clock was set back.
         """
         for _ in range(_BATCHES):
-            now_ms, members = await self._connection.write(scripts.DUE, (self._open,), LISTED_MS + GRACE_MS, _BATCH)
-            for member in members:
-                yield member.decode(), int(now_ms)
-            if len(members) < _BATCH:
+            now_ms, found = await self._connection.write(scripts.DUE, (self._open,), LISTED_MS + GRACE_MS, _BATCH)
+            texts = [text.decode() for text in found]
+            for user_key, appointment in zip(texts[::2], texts[1::2], strict=True):
+                yield user_key, appointment, int(now_ms)
+            if len(texts) < 2 * _BATCH:
                 return
+
+    async def appointment(self, user_key: str) -> str:
+        """When a user is to be looked after, as the server writes it; empty when nobody will. It changes with every
+        call and listing, so that `close` knows whether there was one since."""
+        score = await self._connection.run(lambda redis: redis.execute_command("ZSCORE", self._open, user_key))
+        return _text(score)
 
     async def look_again(self, user_key: str, after_ms: int) -> None:
         """Look after a user once the grace is over, counted from a time in ms."""
@@ -116,15 +124,15 @@ class RedisQueue:
             lambda redis: redis.zadd(self._open, {user_key: after_ms + GRACE_MS}), WRITE_TIMEOUT_S
         )
 
-    async def close(self, user_key: str) -> None:
-        """Look after a user no more, unless a request has listed them and is still about to make something."""
-        names = (self._open, self._listed, self._begun)
-        await self._connection.write(scripts.CLOSE, names, user_key, LISTED_MS)
+    async def close(self, user_key: str, appointment: str) -> None:
+        """Look after a user no more, and take back what call there is, unless they were called or listed since.
 
-    async def withdraw(self, user_key: str) -> None:
-        """Close, and take the call back that nobody has read yet."""
-        await self.close(user_key)
-        await self._connection.write(scripts.WITHDRAW, (self._calls, self._called, self._open), user_key, GROUP)
+        Args:
+            user_key: who was seen to.
+            appointment: theirs, from before the caller saw that nothing is to be done.
+        """
+        names = (self._calls, self._called, self._open, self._listed, self._begun)
+        await self._connection.write(scripts.CLOSE, names, user_key, GROUP, appointment, LISTED_MS)
 
     async def open_count(self) -> int:
         """How many users are looked after."""
@@ -160,3 +168,10 @@ class RedisQueue:
             if not (isinstance(error.__cause__, ResponseError) and "BUSYGROUP" in str(error.__cause__)):
                 raise
         self._has_group = True
+
+
+def _text(score: object) -> str:
+    """A score as Lua sees it: RESP3 gives a number, RESP2 a text."""
+    if score is None:
+        return ""
+    return score.decode() if isinstance(score, bytes) else f"{score:.17g}"

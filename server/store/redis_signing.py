@@ -27,12 +27,11 @@ class RedisSigning:
         return await self._queue.begin(user_key)
 
     async def done(self, user_key: str) -> None:
-        await self._queue.acknowledge(user_key)
-        await self._queue.close(user_key)
+        await self._queue.close(user_key, await self._queue.acknowledge(user_key))
 
     async def overdue(self) -> list[str]:
         await self._queue.tidy()
-        return [user_key async for user_key, _ in self._queue.due() if await self._queue.call(user_key)]
+        return [user_key async for user_key, *_ in self._queue.due() if await self._queue.call(user_key)]
 
     async def withdraw(self, user_key: str) -> None:
-        await self._queue.withdraw(user_key)
+        await self._queue.close(user_key, await self._queue.appointment(user_key))
