@@ -117,12 +117,13 @@ def _text(value: object, param: str) -> str:
             raise ProfileError(f"{param} must be a finite number or text, got {value}", param)
         return f"{value:g}"
     text = str(value)
-    if "\0" in text or _has_surrogate(text):
+    if "\0" in text or has_surrogate(text):
         raise ProfileError(f"{param} holds a NUL or a lone surrogate, which no text has: {excerpt(text)}", param)
     return text
 
 
-def _has_surrogate(text: str) -> bool:
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds a lone surrogate: half of a character, which no UTF-8 has."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from adapters.errors import excerpt, shortened
+from bank.profile import has_surrogate
 from server.errors import InvalidRequest
 
 MAX_STRUCTURE_BYTES = 512 << 10
@@ -137,20 +138,12 @@ def _refuse_impossible(value: Any) -> None:
             fault = f"must be a finite number, got {leaf}"
         elif isinstance(leaf, str) and "\0" in leaf:
             fault = f"holds NUL, which no text has: {excerpt(leaf)}"
-        elif isinstance(leaf, str) and _has_surrogate(leaf):
+        elif isinstance(leaf, str) and has_surrogate(leaf):
             fault = f"holds a lone surrogate, which is no character: {excerpt(leaf)}"
         else:
             continue
         param = shortened(".".join(path)) or "body"
         raise InvalidRequest(f"{param} {fault}", param=param)
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _leaves(value: Any) -> Iterator[tuple[list[str], Any]]:
