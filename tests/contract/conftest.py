@@ -1,14 +1,19 @@
-"""The servers that every store is held against."""
+"""The servers that every store is held against, and the stores of a process over one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import redis.asyncio as redis
 from hypothesis import settings
 
+from server.store.redis_jobs import RedisJobs
+from tests.support.store_parts import KEYS, StoreParts
 from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
 
+_numbers = itertools.count()
 settings.register_profile("long")  # `test_store_model.py` reads which profile was asked for
 
 
@@ -18,3 +23,35 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
     yield running
     running.kill()
+
+
+@pytest.fixture
+async def raw(server: ValkeyProcess) -> AsyncIterator[redis.Redis]:
+    """A client of the server, which holds nothing at first."""
+    async with redis.from_url(server.url) as raw:
+        await raw.flushall()
+        yield raw
+
+
+@pytest.fixture
+async def parts(server: ValkeyProcess, raw: redis.Redis) -> AsyncIterator[StoreParts]:
+    """The stores of one process, over that server."""
+    async with StoreParts.opened(server.url) as parts:
+        yield parts
+
+
+@pytest.fixture
+def jobs(parts: StoreParts) -> RedisJobs:
+    return parts.jobs
+
+
+@pytest.fixture
+def user() -> str:
+    """The key of a user whom no other test knows."""
+    return KEYS.key(f"user-{next(_numbers)}")
+
+
+@pytest.fixture
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was called is due at once."""
+    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)

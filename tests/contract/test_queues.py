@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import redis.asyncio as redis
 
 from server.errors import Unavailable
-from server.store.jobs import Job, JobId, JobState, Submission, Trained
+from server.store.jobs import JobId, JobState, Trained
 from server.store.redis_jobs import RedisJobs
 from server.store.redis_queue import RedisQueue
 from server.store.redis_signing import RedisSigning
-from server.user_key import UserKeys
 from tests.support.faults import Fault, FaultyConnection
-from tests.support.store_parts import StoreParts
+from tests.support.store_parts import BANK, KEYS, StoreParts, submitted
 from tests.support.valkey import FAKE_TIME, ValkeyProcess
 
-BANK, OTHER_BANK = "9f2c41d0", "00000000"
+OTHER_BANK = "00000000"
 CALLS, OPEN = f"mta:{{jobs:{BANK}}}:calls", f"mta:{{jobs:{BANK}}}:open"
 LATER_MS = 1 << 52
-_numbers = itertools.count()
-
-
-@pytest.fixture
-async def raw(server: ValkeyProcess) -> AsyncIterator[redis.Redis]:
-    async with redis.from_url(server.url) as raw:
-        await raw.flushall()
-        yield raw
-
-
-@pytest.fixture
-async def parts(server: ValkeyProcess, raw: redis.Redis) -> AsyncIterator[StoreParts]:
-    async with StoreParts.opened(server.url) as parts:
-        yield parts
-
-
-@pytest.fixture
-def jobs(parts: StoreParts) -> RedisJobs:
-    return parts.jobs
-
-
-@pytest.fixture
-def user() -> str:
-    return UserKeys("a secret for tests only", "tests").key(f"queued-{next(_numbers)}")
-
-
-@pytest.fixture
-def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever was called is due at once."""
-    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
-
-
-async def submitted(jobs: RedisJobs, user: str, sample: str = "a", **fields: object) -> Job:
-    given = {"samples": [sample.encode()], "append": False, "config": "{}", "bank": BANK} | fields
-    job = await jobs.submit(user, Submission(**given), 100)  # type: ignore[arg-type]
-    assert job is not None
-    return job
 
 
 async def test_what_a_worker_read_and_did_not_live_to_claim_is_called_again_though_others_are_waiting(
@@ -66,7 +26,7 @@ async def test_what_a_worker_read_and_did_not_live_to_claim_is_called_again_thou
 ) -> None:
     job = await submitted(jobs, user)
     assert await jobs.next_job(BANK, "dies", 1) == job.id
-    waiting = [UserKeys("a secret for tests only", "tests").key(f"waiting-{n}") for n in range(3)]
+    waiting = [KEYS.key(f"waiting-{n}") for n in range(3)]
     others = {(await submitted(jobs, other)).id for other in waiting}
     assert await jobs.overdue(BANK) == [job.id]
     heard = {await jobs.next_job(BANK, "lives", 1) for _ in range(4)}
@@ -179,7 +139,7 @@ async def test_whose_newest_job_is_for_another_bank_is_not_called_for_the_last_o
 async def test_a_job_of_a_later_version_that_cannot_be_read_keeps_nobody_else_waiting(
     jobs: RedisJobs, user: str, raw: redis.Redis, no_grace: None
 ) -> None:
-    job, other = await submitted(jobs, user), UserKeys("a secret for tests only", "tests").key("behind it")
+    job, other = await submitted(jobs, user), KEYS.key("behind it")
     await raw.hset(f"mta:{{{user}}}:job:1", "state", "paused")
     behind = await submitted(jobs, other)
     await raw.delete(CALLS)

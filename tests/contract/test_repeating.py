@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 import redis.asyncio as redis
 
 from server.errors import Unavailable, UserErased
-from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Submission, Trained
+from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Trained
 from server.store.redis_jobs import RedisJobs
-from server.user_key import UserKeys
 from tests.support.faults import Fault
-from tests.support.store_parts import StoreParts
+from tests.support.store_parts import StoreParts, submitted
 from tests.support.valkey import ValkeyProcess
 
-BANK, OTHER_BANK = "9f2c41d0", "00000000"
-CALLS, OPEN = f"mta:{{jobs:{BANK}}}:calls", f"mta:{{jobs:{BANK}}}:open"
 LATER_MS = 1 << 52
-_numbers = itertools.count()
-
-
-@pytest.fixture
-async def raw(server: ValkeyProcess) -> AsyncIterator[redis.Redis]:
-    async with redis.from_url(server.url) as raw:
-        await raw.flushall()
-        yield raw
-
-
-@pytest.fixture
-async def parts(server: ValkeyProcess, raw: redis.Redis) -> AsyncIterator[StoreParts]:
-    async with StoreParts.opened(server.url) as parts:
-        yield parts
-
-
-@pytest.fixture
-def jobs(parts: StoreParts) -> RedisJobs:
-    return parts.jobs
-
-
-@pytest.fixture
-def user() -> str:
-    return UserKeys("a secret for tests only", "tests").key(f"queued-{next(_numbers)}")
-
-
-@pytest.fixture
-def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever was called is due at once."""
-    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
-
-
-async def submitted(jobs: RedisJobs, user: str, sample: str = "a", **fields: object) -> Job:
-    given = {"samples": [sample.encode()], "append": False, "config": "{}", "bank": BANK} | fields
-    job = await jobs.submit(user, Submission(**given), 100)  # type: ignore[arg-type]
-    assert job is not None
-    return job
 
 
 async def test_a_submission_may_be_repeated_while_its_job_is_the_newest_and_goes_well(

@@ -14,7 +14,7 @@ import numpy as np
 from bank.signature import Signature
 from server.erasing import Erasing
 from server.store.adapters import StoredAdapter
-from server.store.jobs import JobId, JobState, Lease, Trained
+from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profiles import AdapterNote, Change, Erasure, Profile, Snapshot, StoredItem, StoredSignature
 from server.store.redis_adapters import RedisAdapters
 from server.store.redis_jobs import RedisJobs
@@ -65,6 +65,14 @@ class StoreParts:
                 engine_key=None,
             )
             return await erasing.erase(user)
+
+
+async def submitted(jobs: RedisJobs, user_key: str, sample: str = "a", **fields: object) -> Job:
+    """A job of one sample, queued; `fields` as of a `Submission`."""
+    given = {"samples": [sample.encode()], "append": False, "config": "{}", "bank": BANK} | fields
+    job = await jobs.submit(user_key, Submission(**given), 100)  # type: ignore[arg-type]
+    assert job is not None
+    return job
 
 
 def put_of(user: str, text: str, snapshot: Snapshot) -> Change:
