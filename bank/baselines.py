@@ -15,7 +15,7 @@ from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method
-from adapters.trainer import StepReport, TrainPlan, train_lora
+from adapters.training.trainer import StepReport, TrainPlan, train_lora
 from bank.assemble import BankParts, write_bank
 from bank.build import read_inputs
 from bank.errors import BankError

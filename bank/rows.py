@@ -13,7 +13,7 @@ from adapters.errors import FusionError
 from adapters.layout import RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import Method, anchor_id
-from adapters.trainer import StepReport, TrainPlan, linear_modules
+from adapters.training.trainer import StepReport, TrainPlan, linear_modules
 from bank.errors import BankError
 from bank.histories import History
 from bank.options import BuildOptions

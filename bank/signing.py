@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapters.attached import attached
 from adapters.errors import FusionError
 from adapters.flat import cut_b
-from adapters.gradient import b_gradient
 from adapters.lora import LoraWeights
-from adapters.loss import mean_loss
 from adapters.matrix import MetaMatrix
-from adapters.packing import Example
+from adapters.training.attached import attached
+from adapters.training.gradient import b_gradient
+from adapters.training.loss import mean_loss
+from adapters.training.packing import Example
 from bank.profile import Vectors
 from bank.signature import Signature, empty_signature
 

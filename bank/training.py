@@ -20,7 +20,7 @@ from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 from adapters.recipe import Method
-from adapters.trainer import StepReport, TrainPlan, initial_lora, train_lora
+from adapters.training.trainer import StepReport, TrainPlan, initial_lora, train_lora
 from bank.errors import BankError
 from bank.prompt import EncodedPair, encode_pair
 

@@ -17,9 +17,9 @@ import torch
 import typer
 from rich.progress import track
 
-from adapters.attached import attached
 from adapters.fusion import fuse
-from adapters.loss import mean_loss
+from adapters.training.attached import attached
+from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapter, UserAdapterKind, decode_user_adapter, stack
 from bank.embedder import Embedder
 from bank.histories import read_histories

@@ -20,10 +20,10 @@ import torch
 import typer
 from rich.progress import track
 
-from adapters.attached import attached
 from adapters.fusion import fuse
-from adapters.loss import mean_loss
 from adapters.recipe import parse_recipe
+from adapters.training.attached import attached
+from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack
 from bank.evaluation.intervals import over_users
 from bank.histories import History, read_histories

@@ -9,7 +9,7 @@ from math import ceil
 from server.errors import InvalidRequest
 from server.store.samples import AdaptConfig
 
-# As `adapters/user_trainer.py` and the worker have it, which need torch; a test holds the two together.
+# As `adapters/training/user_trainer.py` and the worker have it, which need torch; a test holds the two together.
 BATCH_SIZE = 4
 LOOK_EVERY = 2
 FOLDS = 2

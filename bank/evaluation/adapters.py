@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from adapters.recipe import FusionRecipe
-from adapters.user_run import UserPlan
-from adapters.user_trainer import Judgement, train_user
+from adapters.training.user_run import UserPlan
+from adapters.training.user_trainer import Judgement, train_user
 from bank.embedder import Embedder
 from bank.errors import BankError
 from bank.evaluation.methods import Base, Method

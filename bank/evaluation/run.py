@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from adapters.user_run import UserPlan
+from adapters.training.user_run import UserPlan
 from bank.evaluation.adapters import Adapters, Evidence
 from bank.evaluation.methods import Base, Method
 from bank.evaluation.people import Person

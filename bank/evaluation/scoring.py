@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
-from adapters.attached import Attached, attached
 from adapters.lora import LoraWeights
-from adapters.loss import read
-from adapters.packing import Example
+from adapters.training.attached import Attached, attached
+from adapters.training.loss import read
+from adapters.training.packing import Example
 from bank.evaluation.voices import Voice
 from bank.prompt import EncodedPair
 

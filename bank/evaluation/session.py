@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.user_run import UserPlan
+from adapters.training.user_run import UserPlan
 from bank.baselines import BASELINES
 from bank.embedder import Embedder
 from bank.errors import BankError

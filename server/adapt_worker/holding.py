@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 
 from adapters.errors import TrainingError
-from adapters.user_run import Progress
-from adapters.user_trainer import Judgement
+from adapters.training.user_run import Progress
+from adapters.training.user_trainer import Judgement
 from server.adapt_worker.lease import RENEW_S, HeldLease, LeaseLost
 from server.adapt_worker.stall import Pulse
 
 Train = Callable[[Callable[[Progress], None], Callable[[], None]], Judgement]
-"""Trains, given what it tells after every step, and what it calls as a sign of life (`adapters.user_trainer`)."""
+"""Trains, given what it tells after every step, and what it calls as a sign of life
+(`adapters.training.user_trainer`)."""
 
 
 async def train_holding(held: HeldLease, most_s: float, train: Train) -> Judgement:

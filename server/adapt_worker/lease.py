@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
 from adapters.errors import TrainingError
-from adapters.user_run import Progress
+from adapters.training.user_run import Progress
 from server.errors import Unavailable
 from server.store.jobs import JobStore, Lease
 

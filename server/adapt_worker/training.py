@@ -13,9 +13,9 @@ from adapters.errors import TrainingError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
+from adapters.training.user_run import Progress, UserPlan
+from adapters.training.user_trainer import Judgement, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
-from adapters.user_run import Progress, UserPlan
-from adapters.user_trainer import Judgement, train_user
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 from bank.prompt import EncodedPair, encode_conversation, encode_pair
 from bank.signature import Signature, empty_signature

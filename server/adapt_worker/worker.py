@@ -19,8 +19,8 @@ from typing import Protocol
 
 from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
-from adapters.user_run import Progress
-from adapters.user_trainer import Judgement
+from adapters.training.user_run import Progress
+from adapters.training.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.adapt_worker.holding import train_holding

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
-    from adapters.trainer import StepReport
+    from adapters.training.trainer import StepReport
 
 LINE_EVERY_S = 5.0
 RECENT_STEPS = 30  # the estimate follows the machine as it is now, not as it was when the build began

@@ -10,8 +10,8 @@ from typing import Protocol
 import pytest
 
 from adapters.recipe import FusionRecipe
-from adapters.user_run import Progress
-from adapters.user_trainer import Judgement
+from adapters.training.user_run import Progress
+from adapters.training.user_trainer import Judgement
 from bank.manifest import BankManifest, read_manifest
 from bank.serving import ServingBank
 from server.adapt_worker.training import AdapterTrainer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.trainer import initial_lora
-from adapters.user_trainer import Judgement
+from adapters.training.trainer import initial_lora
+from adapters.training.user_trainer import Judgement
 from bank.baselines import build_baselines
 from bank.embedder import Embedder
 from bank.errors import BankError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapters.recipe import FusionRecipe, Term
-from adapters.user_trainer import FEW, FOLDS
+from adapters.training.user_trainer import FEW, FOLDS
 from bank.prompt import encode_conversation
 from server import job_budget
 from server.adapt_worker.training import BATCH_SIZE, LOOK_EVERY, AdapterTrainer

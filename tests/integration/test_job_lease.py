@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from adapters.user_trainer import Judgement
+from adapters.training.user_trainer import Judgement
 from bank.serving import ServingBank
 from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer

@@ -12,16 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters.attached import attached
 from adapters.errors import TrainingError
 from adapters.flat import lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
-from adapters.loss import mean_loss
-from adapters.trainer import TrainPlan, linear_modules, train_lora
+from adapters.training.attached import attached
+from adapters.training.loss import mean_loss
+from adapters.training.trainer import TrainPlan, linear_modules, train_lora
+from adapters.training.user_run import Progress, UserPlan
+from adapters.training.user_trainer import FEW, Judgement, train_user
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
-from adapters.user_run import Progress, UserPlan
-from adapters.user_trainer import FEW, Judgement, train_user
 from bank.prompt import EncodedPair, encode_pair
 
 RANK = 4

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.matrix import MetaMatrix
-from adapters.trainer import StepReport
+from adapters.training.trainer import StepReport
 from bank.build import build_bank
 from bank.manifest import MATRIX_FILE, BankManifest
 from bank.options import BuildInputs, BuildOptions

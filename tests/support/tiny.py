@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.layout import RowLayout
 from adapters.recipe import Method
-from adapters.trainer import linear_modules
+from adapters.training.trainer import linear_modules
 from bank.assemble import BankParts, write_bank
 from bank.embedder import Embedder
 from bank.manifest import BaseModelId, EmbedderId, SignatureRule, WeightRule

@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from adapters.trainer import StepReport
+from adapters.training.trainer import StepReport
 from server.cli.build_progress import ConsoleProgress
 
 

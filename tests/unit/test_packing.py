@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.packing import pack
+from adapters.training.packing import pack
 from bank.prompt import EncodedPair
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapters.trainer import rate_factor
+from adapters.training.trainer import rate_factor
 
 
 def test_the_rate_warms_up_over_a_tenth_and_falls_to_nothing() -> None:

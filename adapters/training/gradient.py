@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from adapters.attached import TRAINED, attached
 from adapters.flat import flat_b
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
-from adapters.loss import backward
-from adapters.packing import Example
+from adapters.training.attached import TRAINED, attached
+from adapters.training.loss import backward
+from adapters.training.packing import Example
 
 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:

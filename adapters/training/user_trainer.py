@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.attached import attached
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.packing import Example
-from adapters.trainer import initial_lora
+from adapters.training.attached import attached
+from adapters.training.packing import Example
+from adapters.training.trainer import initial_lora
+from adapters.training.user_run import Patience, Progress, UserPlan, UserRun
 from adapters.user_adapter import CoreWeights, UserAdapterKind
-from adapters.user_run import Patience, Progress, UserPlan, UserRun
 
 FOLDS = 2
 FEW = 20

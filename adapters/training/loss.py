@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapters.packing import Example, Row, pack
+from adapters.training.packing import Example, Row, pack
 
 
 def backward(model: Any, examples: Sequence[Example]) -> float:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from adapters.attached import attached
 from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.loss import backward
-from adapters.packing import Example
+from adapters.training.attached import attached
+from adapters.training.loss import backward
+from adapters.training.packing import Example
 
 WARM_UP = 0.1
 CLIP_NORM = 1.0

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.attached import Attached
 from adapters.errors import TrainingError, excerpt
 from adapters.lora import LoraWeights
-from adapters.loss import mean_loss
-from adapters.packing import Example
-from adapters.trainer import StepReport, TrainPlan, optimise
+from adapters.training.attached import Attached
+from adapters.training.loss import mean_loss
+from adapters.training.packing import Example
+from adapters.training.trainer import StepReport, TrainPlan, optimise
 from adapters.user_adapter import CoreWeights, UserAdapterKind
 
 WARM_UP_STEPS = 2
