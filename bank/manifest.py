@@ -55,7 +55,7 @@ class SignatureRule(_Frozen):
         tau: τ, how much evidence counts.
         kappa: κ, how much similarity of topics counts beside it.
         slope: a, by how much predicted gains are too large.
-        offsets: c, one for each anchor (`bank/signature.py`).
+        offsets: c, one for each anchor (`bank/lookup/signature.py`).
     """
 
     anchors: int = Field(default=16, ge=1)
@@ -67,7 +67,7 @@ class SignatureRule(_Frozen):
 
 
 class WeightRule(_Frozen):
-    """How a profile becomes weights (`bank/weights.py`).
+    """How a profile becomes weights (`bank/lookup/weights.py`).
 
     Attributes:
         anchors: K, how many anchors take part when topics speak.

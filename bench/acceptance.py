@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bank.models import ensure_embedder
+from bank.models.folders import ensure_embedder
 from bench.report import console, processor
 from server.settings import Settings
 from tests.support.tiny import tiny_bank, tiny_model

@@ -29,8 +29,8 @@ from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Term, per_mille
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
-from bank.models import ensure_base_model
-from bank.peft_adapter import write_peft
+from bank.models.folders import ensure_base_model
+from bank.peft.peft_adapter import write_peft
 from bench.report import Spread, report
 from server.engine_command import SERVED_NAME, engine_command
 from server.settings import Settings

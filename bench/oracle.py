@@ -21,8 +21,8 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.recipe import Method
-from bank.models import ensure_base_model
-from bank.prompt import chat_messages
+from bank.items.prompt import chat_messages
+from bank.models.folders import ensure_base_model
 from bench.dense import token_logprobs
 from bench.oracle_banks import Case, OpenBank, rewritten
 from bench.report import report

@@ -17,14 +17,14 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from bank.baselines import BASELINES
-from bank.embedder import Embedder
+from bank.build.baselines import BASELINES
 from bank.evaluation.methods import parse_methods
 from bank.evaluation.records import RECORDS_FILE, Record
 from bank.evaluation.run import EvalOptions
 from bank.evaluation.scoring import Scores
 from bank.evaluation.session import EvalInputs, evaluate
-from bank.models import ensure_base_model, ensure_embedder
+from bank.lookup.embedder import Embedder
+from bank.models.folders import ensure_base_model, ensure_embedder
 from bench.quality import METHODS
 from bench.report import report
 from server.adapt_worker.training import user_plan

@@ -15,8 +15,8 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from bank.baselines import BASELINES
-from bank.embedder import Embedder
+from bank.build.baselines import BASELINES
+from bank.build.training import load_base, resolve_dtype
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.intervals import over_users
 from bank.evaluation.methods import parse_methods
@@ -24,9 +24,9 @@ from bank.evaluation.metrics import HIGHEST, LOWEST
 from bank.evaluation.people import read_people
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.voices import OpenBank, Voice
-from bank.models import ensure_base_model, ensure_embedder
-from bank.prompt import encode_pair
-from bank.training import load_base, resolve_dtype
+from bank.items.prompt import encode_pair
+from bank.lookup.embedder import Embedder
+from bank.models.folders import ensure_base_model, ensure_embedder
 from bench.report import console, report
 from server.adapt_worker.training import user_plan
 from server.settings import Settings

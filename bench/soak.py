@@ -17,7 +17,7 @@ import typer
 from rich.progress import Progress
 
 from bank.manifest import read_manifest
-from bank.models import ensure_embedder
+from bank.models.folders import ensure_embedder
 from bench.report import report
 from server.settings import Settings
 from tests.support.engine import Engine, running_engine

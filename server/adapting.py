@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 
 from adapters.errors import excerpt
 from bank.errors import ProfileError
+from bank.items.profile import Item, parse_item
+from bank.items.prompt import chat_messages
+from bank.items.tasks import Task
 from bank.manifest import BankManifest
-from bank.profile import Item, parse_item
-from bank.prompt import chat_messages
-from bank.tasks import Task
 from server.errors import Conflict, InvalidRequest, NotFound
 from server.job_budget import JobBudget
 from server.profiles import Profiles

@@ -16,10 +16,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import MtaError, excerpt
-from bank.embedder import Embedder
-from bank.models import ensure_embedder
-from bank.retrieval import ItemIndex
-from bank.serving import ServingBank
+from bank.items.retrieval import ItemIndex
+from bank.lookup.embedder import Embedder
+from bank.lookup.serving import ServingBank
+from bank.models.folders import ensure_embedder
 from server.adapting import Adapting
 from server.engine_client import EngineClient, open_session
 from server.erasing import Erasing

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models import ensure_base_model, model_hash
+from bank.models.folders import ensure_base_model, model_hash
 from server.settings import Settings
 
 SERVED_NAME = "base"

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from bank.serving import ServingBank
+from bank.lookup.serving import ServingBank
 from server.engine_client import bearer
 from server.errors import ApiError
 from server.store.durability import CheckedStore, Durability

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from bank.profile import Item
+from bank.items.profile import Item
 from server.store.profiles import StoredItem
 
 History = Mapping[str, StoredItem]

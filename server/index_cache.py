@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from bank.retrieval import ItemIndex
+from bank.items.retrieval import ItemIndex
 
 KEPT_S = 300.0
 """How long a history stays in memory after its last use."""

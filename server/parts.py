@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from bank.serving import ServingBank
+from bank.lookup.serving import ServingBank
 from server.adapting import Adapting
 from server.erasing import Erasing
 from server.generation import Generator

@@ -11,8 +11,8 @@ from enum import StrEnum
 
 from adapters.errors import excerpt
 from adapters.recipe import PER_MILLE, FusionRecipe, Term, anchor_id, parse_recipe
-from bank.serving import ServingBank
-from bank.weights import AnchorWeight
+from bank.lookup.serving import ServingBank
+from bank.lookup.weights import AnchorWeight
 from server.engine_client import BASE_MODEL
 from server.errors import ApiError, NotFound
 from server.profiles import Profiles

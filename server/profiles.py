@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from bank.profile import Item, Vectors, item_text, profile_embedding
-from bank.tasks import Task
+from bank.items.profile import Item, Vectors, item_text, profile_embedding
+from bank.items.tasks import Task
 from server.errors import Unavailable, UserErased
 from server.history import History, HistoryLimit, added, difference, replaced
 from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
@@ -29,7 +29,7 @@ _MAX_PAUSE_S = 0.05
 
 
 class Embeds(Protocol):
-    """What is needed of `bank.embedder.Embedder`."""
+    """What is needed of `bank.lookup.embedder.Embedder`."""
 
     id: str
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from bank.profile import Item
-from bank.prompt import chat_messages
-from bank.retrieval import JOIN, ItemIndex, remembering
-from bank.tasks import Task
+from bank.items.profile import Item
+from bank.items.prompt import chat_messages
+from bank.items.retrieval import JOIN, ItemIndex, remembering
+from bank.items.tasks import Task
 from server.index_cache import IndexCache
 from server.profiles import Profiles
 from server.schemas import GenerateRequest

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
-from bank.models import ensure_embedder
+from bank.models.folders import ensure_embedder
 from server.settings import Settings
 from tests.support.fake_engine import KEY, FakeEngine, Knobs
 from tests.support.gateway import SECRET, GatewayThread

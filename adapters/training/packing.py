@@ -21,7 +21,7 @@ _BEGINNING = -1
 
 
 class Example(Protocol):
-    """One example: token ids, of which those from `loss_from` on carry loss (`bank.prompt.EncodedPair`)."""
+    """One example: token ids, of which those from `loss_from` on carry loss (`bank.items.prompt.EncodedPair`)."""
 
     @property
     def ids(self) -> Sequence[int]: ...

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field, replace
 from adapters.recipe import FusionRecipe
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
-from bank.embedder import Embedder
+from bank.build.signing import Signer
 from bank.errors import BankError
 from bank.evaluation.methods import Base, Method
 from bank.evaluation.people import Person
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.voices import OpenBank, Voice
+from bank.items.profile import Vectors, item_text, profile_embedding
+from bank.items.prompt import EncodedPair, encode_pair
+from bank.lookup.embedder import Embedder
+from bank.lookup.serving import ServingBank
+from bank.lookup.signature import MAX_ITEMS, Signature
+from bank.lookup.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
 from bank.manifest import SignatureRule
-from bank.profile import Vectors, item_text, profile_embedding
-from bank.prompt import EncodedPair, encode_pair
-from bank.serving import ServingBank
-from bank.signature import MAX_ITEMS, Signature
-from bank.signing import Signer
-from bank.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bank.evaluation.records import Record
-from bank.tasks import Task
+from bank.items.tasks import Task
 
 LAMP_FOLDER, GOLDS = "lamp", "golds"
 

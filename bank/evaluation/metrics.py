@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from bank.tasks import Kind, Task
+from bank.items.tasks import Kind, Task
 
 LOWEST, HIGHEST = 1.0, 5.0
 

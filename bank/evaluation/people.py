@@ -10,8 +10,8 @@ from typing import Any
 
 from adapters.errors import excerpt
 from bank.errors import BankError
-from bank.histories import History, read_histories
-from bank.tasks import Task
+from bank.items.histories import History, read_histories
+from bank.items.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)

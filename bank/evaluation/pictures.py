@@ -11,7 +11,7 @@ import numpy as np
 from bank.evaluation.methods import Base, parse_method
 from bank.evaluation.records import Record
 from bank.evaluation.summary import user_losses
-from bank.profile import Vectors
+from bank.items.profile import Vectors
 
 GAINS_FILE, CURVES_FILE, MAP_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "anchors_and_users.png"
 _INK, _GOOD, _BAD, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"

@@ -15,9 +15,9 @@ from bank.evaluation.people import Person
 from bank.evaluation.records import Record, Records
 from bank.evaluation.scoring import Scores
 from bank.evaluation.voices import OpenBank, Voice
-from bank.prompt import ChatTokenizer, encode_pair
-from bank.retrieval import with_history
-from bank.tasks import Kind, Task
+from bank.items.prompt import ChatTokenizer, encode_pair
+from bank.items.retrieval import with_history
+from bank.items.tasks import Kind, Task
 
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 

@@ -15,7 +15,7 @@ from adapters.training.attached import Attached, attached
 from adapters.training.loss import read
 from adapters.training.packing import Example
 from bank.evaluation.voices import Voice
-from bank.prompt import EncodedPair
+from bank.items.prompt import EncodedPair
 
 _FEW = 4
 """Answers of at most so many tokens are quicker to read off packed rows than to generate with a cache."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from adapters.training.user_run import UserPlan
-from bank.baselines import BASELINES
-from bank.embedder import Embedder
+from bank.build.baselines import BASELINES
+from bank.build.training import load_base, resolve_dtype
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.lamp_files import LAMP_FOLDER, write_lamp_files
@@ -23,11 +23,11 @@ from bank.evaluation.run import EvalOptions, Evaluation, evaluation_key
 from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.summary import Row, as_json, markdown, summarise, tables
 from bank.evaluation.voices import OpenBank
-from bank.histories import read_excluded, read_histories
-from bank.models import model_hash
-from bank.tasks import Task
-from bank.training import load_base, resolve_dtype
-from bank.weights import topic_weights
+from bank.items.histories import read_excluded, read_histories
+from bank.items.tasks import Task
+from bank.lookup.embedder import Embedder
+from bank.lookup.weights import topic_weights
+from bank.models.folders import model_hash
 
 TABLE_FILE, SUMMARY_FILE = "table.md", "summary.json"
 

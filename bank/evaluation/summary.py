@@ -12,7 +12,7 @@ from bank.evaluation.intervals import Interval, over_users
 from bank.evaluation.methods import parse_method
 from bank.evaluation.metrics import evaluate
 from bank.evaluation.records import Record
-from bank.tasks import Task
+from bank.items.tasks import Task
 
 COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")
 """Whose loss a table sets the others' against."""

@@ -12,8 +12,8 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from adapters.user_adapter import CoreWeights, UserAdapter, stack
+from bank.lookup.serving import ServingBank
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
-from bank.serving import ServingBank
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from adapters.errors import MtaError
-from bank.profile import Item, item_pair
-from bank.serving import ServingBank
-from bank.signature import MAX_ITEMS, Signature, empty_signature
+from bank.items.profile import Item, item_pair
+from bank.lookup.serving import ServingBank
+from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.adapt_worker.stall import STALL_S, Stalled
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature

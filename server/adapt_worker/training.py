@@ -16,11 +16,11 @@ from adapters.recipe import FusionRecipe
 from adapters.training.user_run import Progress, UserPlan
 from adapters.training.user_trainer import Judgement, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
+from bank.build.signing import Signer
+from bank.build.training import load_base
+from bank.items.prompt import EncodedPair, encode_conversation, encode_pair
+from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
-from bank.prompt import EncodedPair, encode_conversation, encode_pair
-from bank.signature import Signature, empty_signature
-from bank.signing import Signer
-from bank.training import load_base
 from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.store.samples import AdaptConfig, Sample
 

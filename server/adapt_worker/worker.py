@@ -21,7 +21,7 @@ from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
 from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement
-from bank.serving import ServingBank
+from bank.lookup.serving import ServingBank
 from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.adapt_worker.holding import train_holding
 from server.adapt_worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from adapters.recipe import Method
+from bank.build.options import BuildInputs, BuildOptions
 from bank.errors import BankError
-from bank.options import BuildInputs, BuildOptions
 from server.cli.process import prepare_to_train
 from server.settings import load_settings
 
@@ -85,8 +85,8 @@ def build(
     """
     settings = load_settings()
     prepare_to_train()
-    from bank.baselines import build_baselines
-    from bank.build import build_bank
+    from bank.build.baselines import build_baselines
+    from bank.build.build import build_bank
     from server.cli.build_progress import ConsoleProgress
 
     options = BuildOptions(
@@ -142,7 +142,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Show what a bank holds: anchors, sizes, fingerprint, index, ranks and the room left, rule of weights."""
-    from bank.summary import summarise
+    from bank.lookup.summary import summarise
 
     summary = summarise(_bank_folder(bank))
     if as_json:
@@ -163,7 +163,7 @@ def export(
     ] = False,
 ) -> None:
     """Write an anchor's adapter as a PEFT folder."""
-    from bank.exchange import export_anchor
+    from bank.peft.exchange import export_anchor
 
     export_anchor(_bank_folder(bank), anchor, out, with_common)
     typer.echo(f"{anchor} is a PEFT adapter at {out}")
@@ -186,10 +186,10 @@ def import_(
 ) -> None:
     """Make a bank of PEFT adapters and their profiles."""
     settings = load_settings()
-    from bank.embedder import Embedder
-    from bank.exchange import ImportOptions, import_bank
+    from bank.lookup.embedder import Embedder
     from bank.manifest import MANIFEST_FILE
-    from bank.models import ensure_base_model, ensure_embedder, model_name
+    from bank.models.folders import ensure_base_model, ensure_embedder, model_name
+    from bank.peft.exchange import ImportOptions, import_bank
 
     if (out / MANIFEST_FILE).exists() and not force:
         raise BankError(f"{out} holds a bank already: name another --out, or replace it with --force")

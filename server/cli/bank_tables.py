@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what `bank.summary.summarise` found."""
+    """Print what `bank.lookup.summary.summarise` found."""
     console = console or Console(highlight=False)
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(summary):

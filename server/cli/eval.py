@@ -50,12 +50,12 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from bank.embedder import Embedder
     from bank.evaluation.methods import DEFAULT, parse_methods
     from bank.evaluation.run import EvalOptions
     from bank.evaluation.session import EvalInputs
     from bank.evaluation.session import evaluate as run
-    from bank.models import ensure_base_model, ensure_embedder
+    from bank.lookup.embedder import Embedder
+    from bank.models.folders import ensure_base_model, ensure_embedder
     from server.adapt_worker.training import user_plan
     from server.cli.eval_tables import print_tables
     from server.eval_engine import EngineScores

@@ -21,7 +21,7 @@ def models(
 
     Every command that needs one prepares it on first use; this only does so ahead of time.
     """
-    from bank.models import ensure_base_model, ensure_embedder
+    from bank.models.folders import ensure_base_model, ensure_embedder
 
     settings = load_settings()
     cache = cache_dir or settings.cache_dir

@@ -76,10 +76,10 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     """
     from pydantic import SecretStr
 
-    from bank.embedder import Embedder
     from bank.errors import BankError
-    from bank.models import ensure_embedder
-    from bank.serving import ServingBank
+    from bank.lookup.embedder import Embedder
+    from bank.lookup.serving import ServingBank
+    from bank.models.folders import ensure_embedder
     from server.engine_command import prepare_engine
     from server.supervisor.parts import LOOPBACK, engine_part, free_port, gateway_part, valkey_part, worker_part
 

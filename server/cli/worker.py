@@ -38,10 +38,10 @@ def worker(
 async def _run(settings: Settings) -> None:
     """Open the parts, then work until a signal."""
     from adapters.errors import MtaError
-    from bank.embedder import Embedder
-    from bank.models import ensure_base_model, ensure_embedder, model_hash
-    from bank.serving import ServingBank
-    from bank.training import resolve_dtype
+    from bank.build.training import resolve_dtype
+    from bank.lookup.embedder import Embedder
+    from bank.lookup.serving import ServingBank
+    from bank.models.folders import ensure_base_model, ensure_embedder, model_hash
     from server.adapt_worker.signing import SigningLoop
     from server.adapt_worker.training import AdapterTrainer
     from server.adapt_worker.worker import Worker

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from adapters.errors import excerpt, shortened
-from bank.profile import has_surrogate
+from bank.items.profile import has_surrogate
 from server.errors import InvalidRequest
 
 MAX_STRUCTURE_BYTES = 512 << 10

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 
 from adapters.errors import excerpt
 from bank.errors import ProfileError
-from bank.profile import Item, parse_item
+from bank.items.profile import Item, parse_item
 from server.answers import AdapterAnswer, ErasedAnswer, ErrorAnswer, ProfileAnswer, UserAnswer, anchors, iso
 from server.errors import InvalidRequest, NotFound
 from server.http.json_body import JsonRoute

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from bank.profile import Vectors
-from bank.signature import Signature
+from bank.items.profile import Vectors
+from bank.lookup.signature import Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class StoredItem:
 
     Attributes:
         order: its place: larger is newer. Unique within a history, not dense.
-        fields: as in `bank.profile.Item`.
+        fields: as in `bank.items.profile.Item`.
     """
 
     order: int

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 import orjson
 
-from bank.profile import Vectors
-from bank.signature import Signature, empty_signature
+from bank.items.profile import Vectors
+from bank.lookup.signature import Signature, empty_signature
 from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
 
 RECORD_VERSION = 1

@@ -13,8 +13,8 @@ import pytest
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Method, Term
+from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
-from bank.serving import ServingBank
 from server.engine_client import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.health import Health

@@ -12,8 +12,8 @@ import pytest
 from adapters.recipe import FusionRecipe
 from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement
+from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
-from bank.serving import ServingBank
 from server.adapt_worker.training import AdapterTrainer
 from server.adapt_worker.worker import Worker
 from server.store.redis_connection import RedisConnection

@@ -11,11 +11,11 @@ import torch
 
 from adapters.fusion import fuse
 from adapters.recipe import FusionRecipe, Method, Term
-from bank.embedder import Embedder
+from bank.build.resume import WORK_FOLDER
 from bank.errors import BankError
+from bank.lookup.embedder import Embedder
+from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
-from bank.resume import WORK_FOLDER
-from bank.serving import ServingBank
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 from tests.support.people import people, write_people
 
@@ -69,10 +69,10 @@ def test_an_anchor_explains_its_person_better_than_the_common_row_alone(
     bench: Bench, method: Method, tiny_model_folder: Path
 ) -> None:
     """The dense sum of base, common row and anchor, as a recipe of that anchor is served."""
-    from bank.histories import read_histories
-    from bank.prompt import encode_pair
-    from bank.tasks import get_task
-    from bank.training import load_base
+    from bank.build.training import load_base
+    from bank.items.histories import read_histories
+    from bank.items.prompt import encode_pair
+    from bank.items.tasks import get_task
 
     manifest = bench.build(f"better-{method}", anchors=5, method=method, steps=40)
     matrix = bench.matrix(f"better-{method}", manifest)

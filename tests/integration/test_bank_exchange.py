@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method, Term, anchor_id
-from bank.embedder import Embedder
 from bank.errors import BankError
-from bank.exchange import ImportOptions, export_anchor, import_bank
+from bank.lookup.embedder import Embedder
+from bank.lookup.serving import ServingBank
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
-from bank.serving import ServingBank
+from bank.peft.exchange import ImportOptions, export_anchor, import_bank
 from tests.support.people import people, write_people
 from tests.support.tiny import tiny_bank, tiny_model
 
@@ -273,6 +273,6 @@ def test_a_command_without_a_bank_says_how_to_name_one(tmp_path: Path) -> None:
 
 
 def test_two_models_of_one_shape_have_different_hashes(tmp_path: Path) -> None:
-    from bank.models import model_hash
+    from bank.models.folders import model_hash
 
     assert model_hash(tiny_model(tmp_path / "one", seed=0)) != model_hash(tiny_model(tmp_path / "two", seed=1))

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from adapters.recipe import Method
+from bank.build.resume import WORK_FOLDER, workbench
 from bank.errors import BankError
+from bank.lookup.summary import summarise
 from bank.manifest import MANIFEST_FILE, MATRIX_FILE, BankManifest
-from bank.resume import WORK_FOLDER, workbench
-from bank.summary import summarise
 from tests.support.bank_bench import Bench, Recorder
 
 

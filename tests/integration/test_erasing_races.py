@@ -12,7 +12,7 @@ import httpx
 import pytest
 import redis
 
-from bank.profile import Vectors
+from bank.items.profile import Vectors
 from server.errors import Unavailable
 from tests.support.gateway import GatewayThread
 from tests.support.valkey import ValkeyProcess

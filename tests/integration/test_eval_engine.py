@@ -10,11 +10,11 @@ import pytest
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
 from adapters.user_adapter import UserAdapterKind
-from bank.embedder import Embedder
+from bank.build.training import load_base
 from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.voices import OpenBank, Voice
-from bank.prompt import EncodedPair, encode_pair
-from bank.training import load_base
+from bank.items.prompt import EncodedPair, encode_pair
+from bank.lookup.embedder import Embedder
 from server.eval_engine import EngineScores
 from server.store.redis_adapters import adapters_at
 from tests.support.engine import KEY, running_engine

@@ -9,8 +9,9 @@ import pytest
 
 from adapters.training.trainer import initial_lora
 from adapters.training.user_trainer import Judgement
-from bank.baselines import build_baselines
-from bank.embedder import Embedder
+from bank.build.baselines import build_baselines
+from bank.build.options import BuildInputs
+from bank.build.training import load_base
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import DEFAULT, parse_methods
@@ -20,9 +21,8 @@ from bank.evaluation.run import EvalOptions
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evaluate
 from bank.evaluation.voices import OpenBank
+from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
-from bank.options import BuildInputs
-from bank.training import load_base
 from server.adapt_worker.training import user_plan
 from server.store.samples import AdaptConfig
 from tests.support.bank_bench import OPTIONS, Bench, Recorder

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bank.models import DEFAULT_EMBEDDER_NAME
+from bank.models.folders import DEFAULT_EMBEDDER_NAME
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import wait_until_ready

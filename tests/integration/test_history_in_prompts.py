@@ -11,9 +11,9 @@ import httpx
 import pytest
 import redis
 
-from bank.profile import Item
-from bank.retrieval import ItemIndex
-from bank.tasks import Task
+from bank.items.profile import Item
+from bank.items.retrieval import ItemIndex
+from bank.items.tasks import Task
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate

@@ -9,7 +9,7 @@ import torch
 
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.user_trainer import FEW, FOLDS
-from bank.prompt import encode_conversation
+from bank.items.prompt import encode_conversation
 from server import job_budget
 from server.adapt_worker.training import BATCH_SIZE, LOOK_EVERY, AdapterTrainer
 from server.job_budget import tokens_read

@@ -8,7 +8,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from bank.serving import ServingBank
+from bank.lookup.serving import ServingBank
 from server.adapt_worker.training import AdapterTrainer
 from server.adapt_worker.worker import Worker
 from server.store.jobs import JobState

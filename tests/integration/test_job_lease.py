@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from adapters.training.user_trainer import Judgement
-from bank.serving import ServingBank
+from bank.lookup.serving import ServingBank
 from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer
 from server.adapt_worker.worker import Worker

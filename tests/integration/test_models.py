@@ -12,8 +12,8 @@ import pytest
 
 from bank import models
 from bank.errors import BankError
-from bank.models import ensure_base_model, model_hash, model_name
-from bank.prompt import chat_messages
+from bank.items.prompt import chat_messages
+from bank.models.folders import ensure_base_model, model_hash, model_name
 from server.settings import Settings
 
 

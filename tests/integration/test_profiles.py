@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import redis.asyncio as redis
 
-from bank.embedder import Embedder
-from bank.profile import Item, Vectors
-from bank.tasks import get_task
+from bank.items.profile import Item, Vectors
+from bank.items.tasks import get_task
+from bank.lookup.embedder import Embedder
 from server.history import HistoryLimit
 from server.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change

@@ -12,9 +12,9 @@ import httpx
 import pytest
 import torch
 
+from bank.lookup.serving import ServingBank
+from bank.lookup.signature import Signature
 from bank.manifest import read_manifest
-from bank.serving import ServingBank
-from bank.signature import Signature
 from server.adapt_worker.signing import MAX_TRIES, SigningLoop
 from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_no_number_leaves_it_to_the_topics_and_is_not_asked_f
     user_id = new_user()
     put(client, user_id, PAIRS)
     numbers = sign.trainer.manifest.layout.b_numbers
-    monkeypatch.setattr("bank.signing.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
+    monkeypatch.setattr("bank.build.signing.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
     sign()
     assert sign.made == 1
     assert source(client, user_id) == "topic"

@@ -15,7 +15,7 @@ from adapters.training.attached import attached
 from adapters.training.loss import backward, mean_loss, read
 from adapters.training.packing import Row, pack
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
-from bank.prompt import EncodedPair, encode_pair
+from bank.items.prompt import EncodedPair, encode_pair
 
 PLAN = TrainPlan(steps=6, batch_size=4, learning_rate=1e-2, seed=0)
 

@@ -22,7 +22,7 @@ from adapters.training.trainer import TrainPlan, linear_modules, train_lora
 from adapters.training.user_run import Progress, UserPlan
 from adapters.training.user_trainer import FEW, Judgement, train_user
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
-from bank.prompt import EncodedPair, encode_pair
+from bank.items.prompt import EncodedPair, encode_pair
 
 RANK = 4
 KINDS = list(UserAdapterKind)

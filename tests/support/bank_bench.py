@@ -9,9 +9,9 @@ from typing import Any
 
 from adapters.matrix import MetaMatrix
 from adapters.training.trainer import StepReport
-from bank.build import build_bank
+from bank.build.build import build_bank
+from bank.build.options import BuildInputs, BuildOptions
 from bank.manifest import MATRIX_FILE, BankManifest
-from bank.options import BuildInputs, BuildOptions
 from tests.support.people import people, write_people
 
 OPTIONS = BuildOptions(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 import numpy as np
 
-from bank.signature import Signature
+from bank.lookup.signature import Signature
 from server.erasing import Erasing
 from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from adapters.layout import RowLayout
 from adapters.recipe import Method
 from adapters.training.trainer import linear_modules
-from bank.assemble import BankParts, write_bank
-from bank.embedder import Embedder
+from bank.build.assemble import BankParts, write_bank
+from bank.lookup.embedder import Embedder
 from bank.manifest import BaseModelId, EmbedderId, SignatureRule, WeightRule
-from bank.models import model_hash
+from bank.models.folders import model_hash
 
 CHAT_TEMPLATE = (  # strict, as many models' are
     "{% for message in messages %}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bank.calibration import calibrate
-from bank.signature import Signature, predicted_gains
+from bank.build.calibration import calibrate
+from bank.lookup.signature import Signature, predicted_gains
 
 ANCHORS, DRAWS = 5, 40
 

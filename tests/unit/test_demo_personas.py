@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bank.embedder import Embedder
-from bank.profile import item_pair, item_text, parse_item, profile_embedding
-from bank.tasks import get_task
+from bank.items.profile import item_pair, item_text, parse_item, profile_embedding
+from bank.items.tasks import get_task
+from bank.lookup.embedder import Embedder
 from deploy.demo.manners import GARDENER, MANNERS, NIGHT_OWL, PLANNER, SIGN_OFF, Manner
 from deploy.demo.personas import PEOPLE, QUESTIONS, anchors
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bank.evaluation.metrics import evaluate, label_of, rouge, score_of
-from bank.tasks import get_task
+from bank.items.tasks import get_task
 
 TAGS = get_task("movie_tagging")
 FILMS = get_task("movie_rating")

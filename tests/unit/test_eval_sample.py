@@ -13,7 +13,7 @@ from bank.evaluation.methods import parse_method, parse_methods
 from bank.evaluation.records import Record, Records
 from bank.evaluation.run import EvalOptions
 from bank.evaluation.summary import markdown, summarise, tables
-from bank.tasks import Kind, get_task
+from bank.items.tasks import Kind, get_task
 from server.cli.eval_tables import print_tables
 
 METHODS = "base,merged,stacked,merged@k2"

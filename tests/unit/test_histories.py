@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bank.errors import BankError
-from bank.histories import read_excluded, read_histories
-from bank.tasks import get_task
+from bank.items.histories import read_excluded, read_histories
+from bank.items.tasks import get_task
 
 HEADLINE = get_task("news_headline")
 

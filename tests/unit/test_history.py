@@ -8,7 +8,7 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bank.profile import Item
+from bank.items.profile import Item
 from server.history import HistoryLimit, added, difference, replaced
 from server.store.profiles import StoredItem
 

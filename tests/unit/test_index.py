@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bank.errors import BankError
-from bank.index import AnchorIndex
-from bank.profile import Vectors
+from bank.items.profile import Vectors
+from bank.lookup.index import AnchorIndex
 
 
 def unit_rows(count: int, dim: int, seed: int = 0) -> Vectors:

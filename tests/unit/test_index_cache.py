@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from bank.profile import Item
-from bank.retrieval import ItemIndex
-from bank.tasks import get_task
+from bank.items.profile import Item
+from bank.items.retrieval import ItemIndex
+from bank.items.tasks import get_task
 from server.index_cache import IndexCache, Version
 
 ONE: Version = (1, 1, b"one")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.training.packing import pack
-from bank.prompt import EncodedPair
+from bank.items.prompt import EncodedPair
 
 
 def model(**config: Any) -> Any:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank.errors import ProfileError
-from bank.profile import item_pair, item_text, parse_item, profile_embedding
-from bank.tasks import get_task
+from bank.items.profile import item_pair, item_text, parse_item, profile_embedding
+from bank.items.tasks import get_task
 
 HEADLINE = get_task("news_headline")
 RATING = get_task("movie_rating")

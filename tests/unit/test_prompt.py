@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bank.prompt import chat_messages, encode_pair
+from bank.items.prompt import chat_messages, encode_pair
 
 
 class CharTokenizer:

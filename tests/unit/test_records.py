@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bank.signature import Signature
+from bank.lookup.signature import Signature
 from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
 from server.store.records import (
     as_stored,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bank.profile import parse_item
-from bank.retrieval import ItemIndex, remembering, with_history
-from bank.tasks import get_task, tasks
+from bank.items.profile import parse_item
+from bank.items.retrieval import ItemIndex, remembering, with_history
+from bank.items.tasks import get_task, tasks
 
 NEWS = get_task("news_headline")
 TURN = "Generate a headline for the following article: A dog slept through the race."

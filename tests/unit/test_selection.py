@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bank.build.selection import select_anchors, spread
 from bank.errors import BankError
-from bank.profile import Item, Vectors
-from bank.selection import select_anchors, spread
+from bank.items.profile import Item, Vectors
 
 
 def groups(*sizes: int, seed: int = 0) -> Vectors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bank.errors import BankError
-from bank.tasks import get_task, tasks
+from bank.items.tasks import get_task, tasks
 
 
 def test_every_lamp_task_and_free_chat_are_there() -> None:
@@ -47,7 +47,7 @@ def test_a_task_whose_histories_lack_answers_says_that_its_pairs_are_a_stand_in(
 
 @pytest.mark.parametrize("task", tasks().values(), ids=tasks())
 def test_an_item_can_always_be_embedded_by_the_fields_its_pair_needs(task: object) -> None:
-    from bank.tasks import Task
+    from bank.items.tasks import Task
 
     assert isinstance(task, Task)
     assert set(task.text) & set(task.pair_fields)

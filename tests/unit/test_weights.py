@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from adapters.recipe import Method, parse_recipe
 from bank.errors import BankError
-from bank.index import AnchorIndex
+from bank.lookup.index import AnchorIndex
+from bank.lookup.serving import ServingBank
+from bank.lookup.signature import Signature
+from bank.lookup.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
 from bank.manifest import (
     INDEX_FILE,
     AnchorEntry,
@@ -25,9 +28,6 @@ from bank.manifest import (
     file_sha256,
     write_manifest,
 )
-from bank.serving import ServingBank
-from bank.signature import Signature
-from bank.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
 from server.store.profiles import Profile, StoredSignature
 from server.store.records import decode_profile, encode_profile
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bank.errors import BankError
-from bank.profile import Vectors
+from bank.items.profile import Vectors
 
 FLAT_LIMIT = 10_000
 """Above this many anchors the index is approximate."""

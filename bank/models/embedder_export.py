@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bank.embedder import MODEL_FILE, TOKENIZER_FILE
 from bank.errors import BankError
+from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     import onnx

@@ -22,7 +22,7 @@ from adapters.lora import LoraWeights
 from adapters.recipe import Method
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, train_lora
 from bank.errors import BankError
-from bank.prompt import EncodedPair, encode_pair
+from bank.items.prompt import EncodedPair, encode_pair
 
 COMMON = "common"
 

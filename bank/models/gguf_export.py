@@ -1,6 +1,6 @@
 """The packaged GGUF base model as a Hugging Face folder in bf16. Run as a process of its own: it needs torch, once.
 
-python -m bank.gguf_export MODEL.gguf FOLDER
+python -m bank.models.gguf_export MODEL.gguf FOLDER
 """
 
 from __future__ import annotations

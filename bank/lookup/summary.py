@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bank.index import AnchorIndex
+from bank.lookup.index import AnchorIndex
 from bank.manifest import INDEX_FILE, MANIFEST_FILE, read_manifest, verify_files
 
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from adapters.recipe import FusionRecipe
 from bank.errors import BankError
-from bank.index import AnchorIndex
+from bank.items.profile import Vectors
+from bank.items.tasks import Task, get_task
+from bank.lookup.index import AnchorIndex
+from bank.lookup.signature import Signature
+from bank.lookup.weights import AnchorWeight, make_recipe, signature_weights, topic_weights
 from bank.manifest import INDEX_FILE, BankManifest, read_manifest, verify_files
-from bank.profile import Vectors
-from bank.signature import Signature
-from bank.tasks import Task, get_task
-from bank.weights import AnchorWeight, make_recipe, signature_weights, topic_weights
 
 
 @dataclass(frozen=True, slots=True)

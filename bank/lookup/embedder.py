@@ -1,7 +1,7 @@
 """The sentence embedder: one ONNX file and its tokenizer, run by bank build and gateway alike.
 
 Any model serves whose graph takes `input_ids` and `attention_mask` [n, tokens] and gives unit vectors [n, E];
-`bank/embedder_export.py` makes one of a BERT-like sentence-transformers model.
+`bank/models/embedder_export.py` makes one of a BERT-like sentence-transformers model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bank.errors import BankError
+from bank.items.profile import Vectors
 from bank.manifest import file_sha256
-from bank.profile import Vectors
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from adapters.layout import RowLayout, serving_rank
 from adapters.recipe import Method, anchor_id
 from bank.errors import BankError
-from bank.index import AnchorIndex
+from bank.items.profile import Vectors
+from bank.lookup.index import AnchorIndex
 from bank.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -26,7 +27,6 @@ from bank.manifest import (
     fused_rank,
     write_manifest,
 )
-from bank.profile import Vectors
 
 if TYPE_CHECKING:
     import torch

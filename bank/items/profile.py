@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from adapters.errors import excerpt
 from bank.errors import ProfileError
-from bank.tasks import Task
+from bank.items.tasks import Task
 
 MAX_ID_CHARS = 256
 PAIR = ("input", "output")

@@ -2,7 +2,7 @@
 
 Two kinds of evidence. *Topic* is the paper's own (arXiv 2511.20072): the anchors nearest to the profile's text
 embedding, weighted by their similarities. *Signature* asks how well each anchor explains the user's own answers
-(`bank/signature.py`), and lets the topic have a say beside it. Whoever has no signature yet is served by topic.
+(`bank/lookup/signature.py`), and lets the topic have a say beside it. Whoever has no signature yet is served by topic.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapters.recipe import PER_MILLE, FusionRecipe, Term, per_mille
-from bank.index import AnchorIndex
+from bank.items.profile import Vectors
+from bank.lookup.index import AnchorIndex
+from bank.lookup.signature import Signature, predicted_gains
 from bank.manifest import BankManifest, SignatureRule, WeightRule
-from bank.profile import Vectors
-from bank.signature import Signature, predicted_gains
 
 
 @dataclass(slots=True, frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bank.embedder import MODEL_FILE, TOKENIZER_FILE
 from bank.errors import BankError
+from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE
 
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -166,7 +166,7 @@ def _export_base_model(target: Path) -> None:
     source = next(iter(sorted(_package_folder(_GGUF_PACKAGE).glob("*.gguf"))), None)
     if source is None:
         raise BankError(f"the package {_GGUF_PACKAGE} holds no .gguf file: install it again")
-    command = [sys.executable, "-m", "bank.gguf_export", str(source), str(target)]
+    command = [sys.executable, "-m", "bank.models.gguf_export", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
@@ -175,7 +175,7 @@ def _export_base_model(target: Path) -> None:
 
 def _export_embedder(target: Path) -> None:
     try:
-        from bank.embedder_export import export_embedder
+        from bank.models.embedder_export import export_embedder
 
         export_embedder(_package_folder(_EMBEDDER_PACKAGE) / "model", target)
     except ImportError as error:

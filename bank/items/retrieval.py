@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bank.profile import Item, is_pair, item_text
-from bank.tasks import Task, get_task
+from bank.items.profile import Item, is_pair, item_text
+from bank.items.tasks import Task, get_task
 
 JOIN = ", and "
 

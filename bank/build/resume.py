@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bank.errors import BankError
-from bank.profile import Vectors
+from bank.items.profile import Vectors
 
 if TYPE_CHECKING:
     import torch

@@ -14,12 +14,12 @@ from adapters.layout import RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import Method, anchor_id
 from adapters.training.trainer import StepReport, TrainPlan, linear_modules
+from bank.build.options import BuildOptions
+from bank.build.resume import Workbench
+from bank.build.training import COMMON, Pairs, RowJob, RowTrainer, row_job, row_seed
 from bank.errors import BankError
-from bank.histories import History
-from bank.options import BuildOptions
-from bank.resume import Workbench
-from bank.tasks import Task
-from bank.training import COMMON, Pairs, RowJob, RowTrainer, row_job, row_seed
+from bank.items.histories import History
+from bank.items.tasks import Task
 
 
 class RowProgress(Protocol):

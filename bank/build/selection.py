@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bank.embedder import Embedder
 from bank.errors import BankError
-from bank.histories import History
-from bank.profile import Item, Vectors, item_text, profile_embedding
-from bank.tasks import Task
+from bank.items.histories import History
+from bank.items.profile import Item, Vectors, item_text, profile_embedding
+from bank.items.tasks import Task
+from bank.lookup.embedder import Embedder
 
 MIN_ITEMS = 11
 """Fewest trainable items of a candidate: the paper's are of more than ten."""

@@ -1,7 +1,7 @@
 """`mta bank build`: from people's histories to a bank.
 
 Read, embed, choose anchors, train the common row and one meta-LoRA per anchor, write. Every finished piece is kept in
-the work folder (`bank/resume.py`); each depends on the inputs and its own seed alone, so a build that was killed and
+the work folder (`bank/build/resume.py`); each depends on the inputs and its own seed alone, so a build that was killed and
 started again ends with the fingerprint it would have had.
 """
 
@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapters.recipe import Method, anchor_id
-from bank.assemble import BankParts, bank_rank, write_bank
-from bank.embedder import Embedder
+from bank.build.assemble import BankParts, bank_rank, write_bank
+from bank.build.options import BuildInputs, BuildOptions, inputs_key
+from bank.build.resume import workbench
+from bank.build.selection import MIN_ITEMS, person_embedding, select_anchors
 from bank.errors import BankError
-from bank.histories import History, read_excluded, read_histories
+from bank.items.histories import History, read_excluded, read_histories
+from bank.items.profile import Vectors
+from bank.items.tasks import Task, get_task
+from bank.lookup.embedder import Embedder
+from bank.lookup.signature import MAX_ANCHORS
 from bank.manifest import (
     MANIFEST_FILE,
     BankManifest,
@@ -26,16 +32,10 @@ from bank.manifest import (
     read_manifest,
     verify_files,
 )
-from bank.models import ensure_base_model, ensure_embedder, model_hash, model_name
-from bank.options import BuildInputs, BuildOptions, inputs_key
-from bank.profile import Vectors
-from bank.resume import workbench
-from bank.selection import MIN_ITEMS, person_embedding, select_anchors
-from bank.signature import MAX_ANCHORS
-from bank.tasks import Task, get_task
+from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
 
 if TYPE_CHECKING:
-    from bank.rows import RowProgress
+    from bank.build.rows import RowProgress
 
 EMBED_THREADS = 2
 
@@ -49,10 +49,10 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     Raises:
         BankError: when inputs, options or the folder do not allow it.
     """
-    from bank.calibration import MIN_PEOPLE, calibrate_signer
-    from bank.rows import train_rows
-    from bank.signing import Signer
-    from bank.training import load_base, resolve_dtype
+    from bank.build.calibration import MIN_PEOPLE, calibrate_signer
+    from bank.build.rows import train_rows
+    from bank.build.signing import Signer
+    from bank.build.training import load_base, resolve_dtype
 
     task = get_task(options.task)
     signs = _signs(options)

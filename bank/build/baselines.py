@@ -16,16 +16,16 @@ from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method
 from adapters.training.trainer import StepReport, TrainPlan, train_lora
-from bank.assemble import BankParts, write_bank
-from bank.build import read_inputs
+from bank.build.assemble import BankParts, write_bank
+from bank.build.build import read_inputs
+from bank.build.options import BuildInputs, BuildOptions
+from bank.build.rows import RowProgress, anchor_steps
+from bank.build.training import load_base, resolve_dtype, row_job, row_seed
 from bank.errors import BankError
-from bank.index import AnchorIndex
+from bank.items.tasks import get_task
+from bank.lookup.index import AnchorIndex
 from bank.manifest import INDEX_FILE, MANIFEST_FILE, MATRIX_FILE, BankManifest, WeightRule, read_manifest
-from bank.models import ensure_base_model
-from bank.options import BuildInputs, BuildOptions
-from bank.rows import RowProgress, anchor_steps
-from bank.tasks import get_task
-from bank.training import load_base, resolve_dtype, row_job, row_seed
+from bank.models.folders import ensure_base_model
 
 BASELINES = "baselines"
 TASK_ROW = "task"

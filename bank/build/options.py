@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.recipe import Method
-from bank.calibration import Calibration
+from bank.build.calibration import Calibration
 from bank.errors import BankError
-from bank.histories import History
+from bank.items.histories import History
+from bank.items.tasks import Task
 from bank.manifest import SignatureRule, WeightRule
-from bank.tasks import Task
 
 _SIGNATURE = SignatureRule()
 _TOPIC_STRENGTH = 0.5
@@ -38,7 +38,7 @@ class BuildOptions:
     """Everything that shapes a bank, its people aside. The budgets are those of docs/quality.md.
 
     Attributes:
-        task: a name of `bank/tasks.toml`.
+        task: a name of `bank/items/tasks.toml`.
         anchors: N.
         method: how its recipes are fused.
         common: whether it has a common row.

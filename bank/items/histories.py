@@ -10,8 +10,8 @@ from typing import Any
 
 from adapters.errors import excerpt
 from bank.errors import BankError, ProfileError
-from bank.profile import Item, item_pair, parse_item
-from bank.tasks import Task
+from bank.items.profile import Item, item_pair, parse_item
+from bank.items.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)

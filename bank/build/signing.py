@@ -16,8 +16,8 @@ from adapters.training.attached import attached
 from adapters.training.gradient import b_gradient
 from adapters.training.loss import mean_loss
 from adapters.training.packing import Example
-from bank.profile import Vectors
-from bank.signature import Signature, empty_signature
+from bank.items.profile import Vectors
+from bank.lookup.signature import Signature, empty_signature
 
 
 class Signer:

@@ -17,15 +17,15 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, FusionRecipe, Method, Term
-from bank.assemble import BankParts, bank_rank, write_bank
-from bank.embedder import Embedder
+from bank.build.assemble import BankParts, bank_rank, write_bank
+from bank.build.selection import person_embedding
 from bank.errors import BankError
-from bank.histories import History, read_histories
+from bank.items.histories import History, read_histories
+from bank.items.tasks import get_task
+from bank.lookup.embedder import Embedder
 from bank.manifest import MATRIX_FILE, BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest, verify_files
-from bank.models import model_hash
-from bank.peft_adapter import PeftAdapter, read_peft, write_peft
-from bank.selection import person_embedding
-from bank.tasks import get_task
+from bank.models.folders import model_hash
+from bank.peft.peft_adapter import PeftAdapter, read_peft, write_peft
 
 
 def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:

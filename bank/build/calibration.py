@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bank.build.resume import Workbench
 from bank.errors import BankError
-from bank.histories import History
-from bank.profile import Vectors
-from bank.prompt import ChatTokenizer, EncodedPair, encode_pair
-from bank.resume import Workbench
-from bank.tasks import Task
+from bank.items.histories import History
+from bank.items.profile import Vectors
+from bank.items.prompt import ChatTokenizer, EncodedPair, encode_pair
+from bank.items.tasks import Task
 
 if TYPE_CHECKING:
-    from bank.signing import Signer
+    from bank.build.signing import Signer
 
 MAX_DRAWS = 32
 DRAWS_OF_ONE = 4

@@ -1,0 +1,1 @@
+"""`mta bank build`: select anchors, train their rows, calibrate, assemble."""

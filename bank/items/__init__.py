@@ -1,0 +1,1 @@
+"""What people have written: read, checked, turned into pairs to train on and into prompts."""

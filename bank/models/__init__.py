@@ -1,0 +1,1 @@
+"""The base model and the embedder as folders on this machine: found, fetched or made."""

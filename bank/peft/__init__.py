@@ -1,0 +1,1 @@
+"""Meta-LoRAs as PEFT adapters, in and out."""
