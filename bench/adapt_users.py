@@ -26,7 +26,7 @@ from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack
 from bank.build.training import resolve_dtype
-from bank.evaluation.intervals import over_users
+from bank.evaluation.report.intervals import over_users
 from bank.items.histories import History, read_histories
 from bank.items.prompt import encode_pair
 from bank.items.tasks import Task, get_task

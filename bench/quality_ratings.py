@@ -18,10 +18,10 @@ from rich.progress import track
 from bank.build.baselines import BASELINES
 from bank.build.training import load_base, resolve_dtype
 from bank.evaluation.adapters import Adapters
-from bank.evaluation.intervals import over_users
 from bank.evaluation.methods import parse_methods
-from bank.evaluation.metrics import HIGHEST, LOWEST
 from bank.evaluation.people import read_people
+from bank.evaluation.report.intervals import over_users
+from bank.evaluation.report.metrics import HIGHEST, LOWEST
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.voices import OpenBank, Voice
 from bank.items.prompt import encode_pair

@@ -14,14 +14,14 @@ from bank.build.baselines import BASELINES
 from bank.build.training import load_base, resolve_dtype
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
-from bank.evaluation.lamp_files import LAMP_FOLDER, write_lamp_files
 from bank.evaluation.methods import Base, curves
 from bank.evaluation.people import Person, read_people, split_histories
-from bank.evaluation.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_curves, draw_gains, draw_map
 from bank.evaluation.records import Record, Records
+from bank.evaluation.report.lamp_files import LAMP_FOLDER, write_lamp_files
+from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_curves, draw_gains, draw_map
+from bank.evaluation.report.summary import Row, as_json, markdown, summarise, tables
 from bank.evaluation.run import EvalOptions, Evaluation, evaluation_key
 from bank.evaluation.scoring import Scorer, Scores
-from bank.evaluation.summary import Row, as_json, markdown, summarise, tables
 from bank.evaluation.voices import OpenBank
 from bank.items.histories import read_excluded, read_histories
 from bank.items.tasks import Task

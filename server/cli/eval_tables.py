@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bank.evaluation.intervals import Interval
+from bank.evaluation.report.intervals import Interval
+from bank.evaluation.report.summary import Row, columns
 from bank.evaluation.session import TABLE_FILE
-from bank.evaluation.summary import Row, columns
 
 
 def print_tables(found: Mapping[str, Sequence[Row]], console: Console) -> None:

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bank.evaluation.lamp_files import LAMP_FOLDER
-from bank.evaluation.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE
+from bank.evaluation.report.lamp_files import LAMP_FOLDER
+from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
 
 METHODS = {

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bank.evaluation.lamp_files import GOLDS, write_lamp_files
 from bank.evaluation.methods import parse_method, parse_methods
 from bank.evaluation.records import Record, Records
+from bank.evaluation.report.lamp_files import GOLDS, write_lamp_files
+from bank.evaluation.report.summary import markdown, summarise, tables
 from bank.evaluation.run import EvalOptions
-from bank.evaluation.summary import markdown, summarise, tables
 from bank.items.tasks import Kind, get_task
 from server.cli.eval_tables import print_tables
 

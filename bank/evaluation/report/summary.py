@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from bank.evaluation.intervals import Interval, over_users
 from bank.evaluation.methods import parse_method
-from bank.evaluation.metrics import evaluate
 from bank.evaluation.records import Record
+from bank.evaluation.report.intervals import Interval, over_users
+from bank.evaluation.report.metrics import evaluate
 from bank.items.tasks import Task
 
 COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")

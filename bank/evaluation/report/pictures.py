@@ -10,7 +10,7 @@ import numpy as np
 
 from bank.evaluation.methods import Base, parse_method
 from bank.evaluation.records import Record
-from bank.evaluation.summary import user_losses
+from bank.evaluation.report.summary import user_losses
 from bank.items.profile import Vectors
 
 GAINS_FILE, CURVES_FILE, MAP_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "anchors_and_users.png"

@@ -1,0 +1,1 @@
+"""What the records of an evaluation come to: metrics, intervals, tables, pictures, files."""
