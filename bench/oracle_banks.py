@@ -18,7 +18,7 @@ from adapters.user_adapter import UserAdapter, UserAdapterKind
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
 from bench.dense import dense_adapter, stacked_adapter
 from server.store.samples import new_adapter_id
-from server.user_key import UserKeys
+from server.store.user_key import UserKeys
 from tests.support.user_adapters import random_user_adapter
 
 USER_SCALE = 0.05

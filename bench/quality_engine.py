@@ -30,7 +30,7 @@ from bench.report import report
 from server.adapt_worker.training import user_plan
 from server.eval_engine import EngineScores
 from server.settings import Settings
-from server.store.redis_adapters import adapters_at
+from server.store.redis.adapters import adapters_at
 from server.store.samples import AdaptConfig
 from tests.support.engine import KEY, running_engine
 from tests.support.valkey import ValkeyProcess

@@ -13,10 +13,10 @@ from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
 from server.errors import Conflict, InvalidRequest, NotFound
-from server.job_budget import JobBudget
 from server.profiles import Profiles
 from server.sample_checks import SampleChecks
 from server.schemas import MAX_SAMPLES, AdaptOptions, AdaptRequest, SampleRequest
+from server.store.job_budget import JobBudget
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.samples import AdaptConfig, Sample, default_config, encode_config, encode_sample
 

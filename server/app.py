@@ -31,7 +31,6 @@ from server.http.bodies import Bodies
 from server.http.middleware import Places, RequestLog
 from server.http.validation import fault_of
 from server.index_cache import IndexCache
-from server.job_budget import JobBudget
 from server.metrics import Metrics
 from server.parts import Parts
 from server.personalizer import Personalizer
@@ -41,14 +40,15 @@ from server.routes import generate, jobs, operations, users
 from server.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import Durability
-from server.store.redis_adapters import RedisAdapters
-from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
-from server.store.redis_log import LOOK_S, AppendOnlyFile
-from server.store.redis_profiles import RedisProfiles
-from server.store.redis_signing import RedisSigning
+from server.store.job_budget import JobBudget
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.append_only_file import LOOK_S, AppendOnlyFile
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.signing import RedisSigning
+from server.store.user_key import UserKeys
 from server.tokenizer_client import TokenizerClient
-from server.user_key import UserKeys
 from server.watching import forever
 
 log = logging.getLogger("mta.gateway")

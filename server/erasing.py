@@ -14,7 +14,7 @@ from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.profiles import Erasure, ProfileStore
 from server.store.signing import SignQueue
-from server.user_key import UserKeys
+from server.store.user_key import UserKeys
 
 log = logging.getLogger("mta.gateway")
 

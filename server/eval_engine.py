@@ -28,14 +28,14 @@ from bank.evaluation.voices import Voice
 from server.engine_client import BASE_MODEL, bearer, open_session
 from server.store.adapters import StoredAdapter
 from server.store.samples import new_adapter_id
-from server.user_key import UserKeys
+from server.store.user_key import UserKeys
 
 LENT_S = 3600
 SILENCE_S = 300.0
 
 
 class Lends(Protocol):
-    """What is needed of `server.store.redis_adapters.RedisAdapters`."""
+    """What is needed of `server.store.redis.adapters.RedisAdapters`."""
 
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None: ...
 

@@ -16,10 +16,10 @@ from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from server.errors import Unavailable, UserErased
 from server.history import History, HistoryLimit, added, difference, replaced
+from server.store.profile_record import as_stored
 from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
-from server.store.records import as_stored
 from server.store.signing import SignQueue
-from server.user_key import UserKeys
+from server.store.user_key import UserKeys
 
 EMBED_BATCH = 16
 """Texts of one turn on an embedding thread: a long history does not keep a short one waiting."""

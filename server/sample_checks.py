@@ -9,7 +9,7 @@ from typing import TypeVar
 from adapters.errors import excerpt
 from server.errors import InvalidRequest, Unavailable
 from server.health import Health
-from server.job_budget import check_budget, tokens_read
+from server.store.job_budget import check_budget, tokens_read
 from server.store.samples import AdaptConfig, Sample, decode_sample
 from server.tokenizer_client import TokenizerClient
 
@@ -86,7 +86,7 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration grants; see `server.job_budget`.
+        """Refuse a job that would read more tokens than its configuration grants; see `server.store.job_budget`.
 
         Tokens are only counted where bytes, which are more, would be too many.
 

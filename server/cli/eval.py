@@ -60,7 +60,7 @@ def evaluate(
     from server.cli.eval_tables import print_tables
     from server.eval_engine import EngineScores
     from server.settings import load_settings
-    from server.store.redis_adapters import adapters_at
+    from server.store.redis.adapters import adapters_at
     from server.store.samples import AdaptConfig
 
     options = EvalOptions(tuple(parse_methods(methods or DEFAULT)), tuple(range(seeds)), predict, sample)

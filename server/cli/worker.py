@@ -45,10 +45,10 @@ async def _run(settings: Settings) -> None:
     from server.adapt_worker.signing import SigningLoop
     from server.adapt_worker.training import AdapterTrainer
     from server.adapt_worker.worker import Worker
-    from server.store.redis_connection import RedisConnection
-    from server.store.redis_jobs import RedisJobs
-    from server.store.redis_profiles import RedisProfiles
-    from server.store.redis_signing import RedisSigning
+    from server.store.redis.connection import RedisConnection
+    from server.store.redis.jobs import RedisJobs
+    from server.store.redis.profiles import RedisProfiles
+    from server.store.redis.signing import RedisSigning
 
     if settings.bank is None:
         raise MtaError("no bank: set MTA_BANK or --bank to a folder that `mta bank build` made")

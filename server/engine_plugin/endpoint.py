@@ -24,8 +24,8 @@ from server.engine_plugin.names import AdapterNames
 from server.engine_plugin.prepare import HoldNames, Preparer
 from server.engine_plugin.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
 from server.settings import Settings
-from server.store.redis_adapters import RedisAdapters
-from server.store.redis_connection import RedisConnection
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.connection import RedisConnection
 from server.watching import forever
 
 log = logging.getLogger("mta.engine")

@@ -49,7 +49,7 @@ class JobId:
     """`<user key>.<number>`: says where the job's keys are, and nothing about who the user is.
 
     Attributes:
-        user_key: see `server/user_key.py`.
+        user_key: see `server/store/user_key.py`.
         number: from 1, rising with every job of the user.
     """
 

@@ -9,7 +9,7 @@ import pytest
 import redis.asyncio as redis
 from hypothesis import settings
 
-from server.store.redis_jobs import RedisJobs
+from server.store.redis.jobs import RedisJobs
 from tests.support.store_parts import KEYS, StoreParts
 from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
 
@@ -54,4 +54,4 @@ def user() -> str:
 @pytest.fixture
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever was called is due at once."""
-    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
+    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)

@@ -10,8 +10,8 @@ import pytest
 import redis.asyncio as redis
 
 from server.store import redis_log
-from server.store.redis_connection import RedisConnection
-from server.store.redis_log import AppendOnlyFile
+from server.store.redis.append_only_file import AppendOnlyFile
+from server.store.redis.connection import RedisConnection
 from tests.support.valkey import ValkeyProcess
 
 SECRET = b"words that nobody shall find again"

@@ -18,7 +18,7 @@ from bank.manifest import read_manifest
 from server.engine_client import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.health import Health
-from server.store.redis_connection import RedisConnection
+from server.store.redis.connection import RedisConnection
 from server.tokenizer_client import TokenizerClient
 from tests.support.engine import KEY, running_engine
 from tests.support.fake_engine import FakeEngine, Knobs

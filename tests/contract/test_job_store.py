@@ -24,11 +24,11 @@ from server.store.jobs import (
     parse_job_id,
 )
 from server.store.profiles import Change, Profile
-from server.store.redis_adapters import RedisAdapters
-from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
-from server.store.redis_profiles import RedisProfiles
-from server.user_key import UserKeys
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
+from server.store.user_key import UserKeys
 from tests.support.valkey import ValkeyProcess
 
 BANK = "9f2c41d0"
@@ -268,7 +268,7 @@ async def test_nothing_is_promoted_for_a_user_who_was_erased_and_made_again(
 async def test_a_job_that_nobody_was_told_of_is_found(
     jobs: RedisJobs, user: str, server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
+    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)
     job_id = await submitted(jobs, user)
     async with redis.from_url(server.url) as raw:
         await raw.delete(f"mta:{{jobs:{BANK}}}:calls")
@@ -280,7 +280,7 @@ async def test_a_job_that_nobody_was_told_of_is_found(
 async def test_what_is_going_on_or_has_ended_is_not_announced(
     jobs: RedisJobs, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)
+    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)
     await claimed(jobs, await submitted(jobs, user))
     await jobs.next_job(BANK, "w", 1)
     assert await jobs.overdue(BANK) == []

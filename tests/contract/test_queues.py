@@ -9,9 +9,9 @@ import redis.asyncio as redis
 
 from server.errors import Unavailable
 from server.store.jobs import JobId, JobState, Trained
-from server.store.redis_jobs import RedisJobs
-from server.store.redis_queue import RedisQueue
-from server.store.redis_signing import RedisSigning
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.queue import RedisQueue
+from server.store.redis.signing import RedisSigning
 from tests.support.faults import Fault, FaultyConnection
 from tests.support.store_parts import BANK, KEYS, StoreParts, submitted
 from tests.support.valkey import FAKE_TIME, ValkeyProcess
@@ -53,7 +53,7 @@ async def test_a_job_whose_gateway_died_before_it_could_announce_it_is_found(
 async def test_a_job_that_is_made_long_after_it_was_listed_is_refused(
     jobs: RedisJobs, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis_jobs.LISTED_MS", -1000)
+    monkeypatch.setattr("server.store.redis.jobs.LISTED_MS", -1000)
     with pytest.raises(Unavailable, match="too long"):
         await submitted(jobs, user)
     assert await jobs.job(JobId(user, 1)) is None
@@ -94,7 +94,7 @@ async def test_whom_a_request_has_listed_stays_looked_after_until_it_has_made_it
     assert await parts.jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
     await parts.jobs.withdraw(user, BANK)
     assert await parts.jobs.open_jobs(BANK) == 1
-    monkeypatch.setattr("server.store.redis_queue.LISTED_MS", 0)  # it never made one
+    monkeypatch.setattr("server.store.redis.queue.LISTED_MS", 0)  # it never made one
     await raw.zadd(OPEN, {user: 0})
     assert await parts.jobs.overdue(BANK) == []
     assert await parts.jobs.open_jobs(BANK) == 0
@@ -172,7 +172,7 @@ async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while
 async def test_workers_that_are_gone_are_forgotten(
     parts: StoreParts, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis_queue.GONE_MS", -1)
+    monkeypatch.setattr("server.store.redis.queue.GONE_MS", -1)
     queue = RedisQueue(parts.connection, "jobs", BANK)
     for name in ("one", "two"):
         await queue.next(name, 0.01)

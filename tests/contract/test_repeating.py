@@ -9,7 +9,7 @@ import redis.asyncio as redis
 
 from server.errors import Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Trained
-from server.store.redis_jobs import RedisJobs
+from server.store.redis.jobs import RedisJobs
 from tests.support.faults import Fault
 from tests.support.store_parts import StoreParts, submitted
 from tests.support.valkey import ValkeyProcess

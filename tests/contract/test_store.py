@@ -16,9 +16,9 @@ from adapters.errors import MtaError
 from server.errors import Unavailable, UserErased
 from server.store.durability import Durability
 from server.store.profiles import Change, Profile, StoredItem, StoredVector
-from server.store.redis_connection import RedisConnection
-from server.store.redis_profiles import TOMBSTONE_S, RedisProfiles
-from server.user_key import UserKeys
+from server.store.redis.connection import RedisConnection
+from server.store.redis.profiles import TOMBSTONE_S, RedisProfiles
+from server.store.user_key import UserKeys
 from tests.support.valkey import DURABLE, ValkeyProcess
 
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")

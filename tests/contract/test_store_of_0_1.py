@@ -12,7 +12,7 @@ import redis.asyncio as redis
 from server.store.jobs import JobId, JobState, Submission, Trained
 from server.store.profiles import Change
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
-from server.user_key import UserKeys
+from server.store.user_key import UserKeys
 from tests.support.store_parts import BANK, StoreParts
 from tests.support.valkey import ValkeyProcess
 

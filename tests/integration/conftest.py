@@ -16,9 +16,9 @@ from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
 from server.adapt_worker.training import AdapterTrainer
 from server.adapt_worker.worker import Worker
-from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
-from server.store.redis_profiles import RedisProfiles
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
 from server.store.samples import AdaptConfig, Sample
 from tests.support.bank_bench import Bench
 from tests.support.gateway import GatewayThread

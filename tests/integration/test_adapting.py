@@ -15,14 +15,14 @@ import redis
 from bank.manifest import BankManifest
 from server.adapting import training_config
 from server.errors import InvalidRequest
-from server.job_budget import JobBudget
 from server.readapting import Counts, Readapting
 from server.schemas import AdaptOptions
+from server.store.job_budget import JobBudget
 from server.store.profiles import Change
-from server.store.redis_adapters import RedisAdapters
-from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
-from server.store.redis_profiles import RedisProfiles
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
 from server.store.samples import AdaptConfig
 from tests.integration.conftest import Work
 from tests.support.fake_engine import FakeEngine

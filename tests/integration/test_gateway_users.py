@@ -15,7 +15,7 @@ import redis
 
 from bank.manifest import read_manifest
 from server.settings import Settings
-from server.user_key import UserKeys
+from server.store.user_key import UserKeys
 from tests.support.gateway import SECRET, GatewayThread
 from tests.support.tiny import world
 

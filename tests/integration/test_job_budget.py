@@ -12,7 +12,7 @@ from adapters.training.user_trainer import FEW, FOLDS
 from bank.items.prompt import encode_conversation
 from server import job_budget
 from server.adapt_worker.training import BATCH_SIZE, LOOK_EVERY, AdapterTrainer
-from server.job_budget import tokens_read
+from server.store.job_budget import tokens_read
 from server.store.samples import AdaptConfig, Sample
 
 

@@ -18,8 +18,8 @@ from server.adapt_worker.training import AdapterTrainer
 from server.adapt_worker.worker import Worker
 from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
-from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
 from server.store.samples import AdaptConfig, encode_config
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk, desk_at

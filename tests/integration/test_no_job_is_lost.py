@@ -23,10 +23,10 @@ from adapters.recipe import parse_recipe
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import read_manifest
 from server.store.jobs import Job, JobId, parse_job_id
-from server.store.redis_adapters import RedisAdapters
-from server.store.redis_connection import RedisConnection
-from server.store.redis_jobs import RedisJobs
-from server.store.redis_profiles import RedisProfiles
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
 from server.supervisor.parts import free_port
 from tests.support.processes import Background, mta, wait_until
 from tests.support.proxy import LossyProxy

@@ -20,9 +20,9 @@ from bank.lookup.embedder import Embedder
 from server.history import HistoryLimit
 from server.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
-from server.store.redis_connection import RedisConnection
-from server.store.redis_profiles import RedisProfiles
-from server.user_key import UserKeys
+from server.store.redis.connection import RedisConnection
+from server.store.redis.profiles import RedisProfiles
+from server.store.user_key import UserKeys
 from tests.support.valkey import ValkeyProcess
 
 KEYS = UserKeys("a secret for tests only", "profiles")

@@ -20,9 +20,9 @@ from server.adapt_worker.stall import Stalled
 from server.adapt_worker.training import AdapterTrainer
 from server.errors import Unavailable
 from server.settings import Settings
-from server.store.redis_connection import RedisConnection
-from server.store.redis_profiles import RedisProfiles
-from server.store.redis_signing import RedisSigning
+from server.store.redis.connection import RedisConnection
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.signing import RedisSigning
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
 from tests.support.tiny import tiny_bank, world
@@ -189,7 +189,7 @@ def test_items_that_cannot_be_encoded_are_signed_as_none_and_the_next_user_is_si
 def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
     client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis_queue.GRACE_MS", 0)  # what a worker that died had taken is due at once
+    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)  # what a worker that died had taken is due at once
     user_id = new_user()
     put(client, user_id, PAIRS)
 

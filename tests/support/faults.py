@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from server.errors import Unavailable
-from server.store.redis_connection import RedisConnection
+from server.store.redis.connection import RedisConnection
 
 
 class Fault(StrEnum):

@@ -16,12 +16,12 @@ from server.erasing import Erasing
 from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profiles import AdapterNote, Change, Erasure, Profile, Snapshot, StoredItem, StoredSignature
-from server.store.redis_adapters import RedisAdapters
-from server.store.redis_jobs import RedisJobs
-from server.store.redis_log import AppendOnlyFile
-from server.store.redis_profiles import RedisProfiles
-from server.store.redis_signing import RedisSigning
-from server.user_key import UserKeys
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.append_only_file import AppendOnlyFile
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.signing import RedisSigning
+from server.store.user_key import UserKeys
 from tests.support.faults import FaultyConnection
 
 BANK = "9f2c41d0"

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bank.lookup.signature import Signature
-from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
-from server.store.records import (
+from server.store.profile_record import (
     as_stored,
     decode_item,
     decode_profile,
@@ -22,6 +21,7 @@ from server.store.records import (
     encode_profile,
     encode_vector,
 )
+from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
 
 DIM = 384
 EMBEDDERS = st.binary(min_size=8, max_size=8).map(bytes.hex)

@@ -16,8 +16,8 @@ import logging
 from redis.exceptions import ResponseError
 
 from server.store.durability import Asked
-from server.store.redis_connection import RedisConnection
-from server.store.redis_scripts import NOW
+from server.store.redis.connection import RedisConnection
+from server.store.redis.job_scripts import NOW
 
 log = logging.getLogger("mta.store")
 

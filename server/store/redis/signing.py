@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from server.store.redis_connection import RedisConnection
-from server.store.redis_queue import RedisQueue
+from server.store.redis.connection import RedisConnection
+from server.store.redis.queue import RedisQueue
 
 
 class RedisSigning:

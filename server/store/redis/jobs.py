@@ -23,11 +23,11 @@ from server.errors import Unavailable, UserErased
 from server.store import redis_scripts as scripts
 from server.store.adapters import StoredAdapter
 from server.store.jobs import KEPT_JOBS, KEPT_S, MAX_TRIES, Job, JobId, JobState, Lease, Submission, Trained
+from server.store.profile_record import encode_profile
 from server.store.profiles import Profile
-from server.store.records import encode_profile
-from server.store.redis_adapters import RedisAdapters, adapter_name
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
-from server.store.redis_queue import LISTED_MS, RedisQueue
+from server.store.redis.adapters import RedisAdapters, adapter_name
+from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
+from server.store.redis.queue import LISTED_MS, RedisQueue
 
 log = logging.getLogger("mta.store")
 

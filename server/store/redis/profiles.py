@@ -2,7 +2,7 @@
 
 Keys, all of one user in one cluster slot::
 
-    mta:{<user key>}:profile   string   the record (`server/store/records.py`)
+    mta:{<user key>}:profile   string   the record (`server/store/profile_record.py`)
     mta:{<user key>}:items     hash     item id → JSON
     mta:{<user key>}:vectors   hash     item id → embedder id and fp16 embedding
     mta:{<user key>}:epoch     hash     tombstone: the `epoch` that erasing began, and what it removed; goes by itself
@@ -19,8 +19,7 @@ from collections.abc import Mapping
 
 from server.errors import Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS
-from server.store.profiles import Change, Erased, Erasure, Profile, Snapshot, StoredItem
-from server.store.records import (
+from server.store.profile_record import (
     decode_item,
     decode_profile,
     decode_vector,
@@ -28,8 +27,9 @@ from server.store.records import (
     encode_profile,
     encode_vector,
 )
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
-from server.store.redis_scripts import ERASED_SINCE, NOW
+from server.store.profiles import Change, Erased, Erasure, Profile, Snapshot, StoredItem
+from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
+from server.store.redis.job_scripts import ERASED_SINCE, NOW
 
 TOMBSTONE_S = 7 * 24 * 3600
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.store.redis_scripts import NOW
+from server.store.redis.job_scripts import NOW
 
 # KEYS: open, listed. ARGV: user key, after how long to look (ms). Answers when it was listed, never the same twice.
 ENLIST = (

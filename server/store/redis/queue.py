@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
 from server.store import queue_scripts as scripts
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
 
 GROUP = "workers"
 GRACE_MS = 10_000

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from server.store.adapters import StoredAdapter
-from server.store.redis_connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
+from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
 
 BANKS = "mta:adapted"
 _BATCH = 100
