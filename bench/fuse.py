@@ -32,7 +32,7 @@ from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
 from bank.models.folders import ensure_base_model
 from bank.peft.peft_adapter import write_peft
 from bench.report import Spread, report
-from server.engine_command import SERVED_NAME, engine_command
+from server.engine.command import SERVED_NAME, engine_command
 from server.settings import Settings
 from server.supervisor.parts import free_port
 from tests.support.engine import KEY, Engine, running_engine, served

@@ -70,7 +70,7 @@ class Erasing:
         Each step may be repeated: a DELETE that failed half-way is finished by the next, which is answered alike.
 
         Engines are told in the background. One that cannot be reached finds out by itself, or holds nothing: it asks
-        the store for every adapter that it keeps (`server/engine_plugin/user_adapters.py`).
+        the store for every adapter that it keeps (`server/engine/admission/user_adapters.py`).
         """
         erasures = [await self._erase(key) for key in (self._keys.key(user_id), *self._keys.former(user_id))]
         return next((erasure for erasure in erasures if erasure), None)

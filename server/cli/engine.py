@@ -19,7 +19,7 @@ def engine(
 
     All other options are settings (`mta settings`); the key comes from MTA_ENGINE_KEY.
     """
-    from server.engine_command import prepare_engine
+    from server.engine.command import prepare_engine
     from server.settings import load_settings
 
     argv, environment = prepare_engine(load_settings(bank=bank, model=model, engine_host=host, engine_port=port))

@@ -80,7 +80,7 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     from bank.lookup.embedder import Embedder
     from bank.lookup.serving import ServingBank
     from bank.models.folders import ensure_embedder
-    from server.engine_command import prepare_engine
+    from server.engine.command import prepare_engine
     from server.supervisor.parts import LOOPBACK, engine_part, free_port, gateway_part, valkey_part, worker_part
 
     if settings.bank is None:

@@ -75,7 +75,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
 
     Args:
         settings: where it listens, and its key.
-        argv: from `server.engine_command.prepare_engine`, and so is
+        argv: from `server.engine.command.prepare_engine`, and so is
         environment: which is the complete one.
     """
     key = settings.engine_key.get_secret_value() if settings.engine_key else None

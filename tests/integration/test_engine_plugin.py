@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
-from server.engine_plugin.door import WITH_KEY
+from server.engine.admission.door import WITH_KEY
 from tests.support.engine import KEY, Engine, running_engine
 from tests.support.processes import PATIENCE_S, command_line, descendants, standing_still
 from tests.support.tiny import tiny_bank, tiny_model

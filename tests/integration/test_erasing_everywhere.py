@@ -11,7 +11,7 @@ import httpx
 import pytest
 import redis
 
-from server.engine_plugin.user_adapters import SWEEP_S
+from server.engine.admission.user_adapters import SWEEP_S
 from server.settings import Settings
 from server.supervisor.parts import free_port
 from tests.integration.conftest import Work

@@ -13,8 +13,8 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from bank.errors import BankError
-from server.engine_plugin import adapted_rows
-from server.engine_plugin.adapted_rows import AdaptedRows, check_wrapper
+from server.engine.fusing import adapted_rows
+from server.engine.fusing.adapted_rows import AdaptedRows, check_wrapper
 
 HIDDEN, RANK, OUT, SLOTS = 8, 4, (6, 2), 2
 

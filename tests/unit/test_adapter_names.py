@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine_plugin.names import MAX_ID, AdapterNames
+from server.engine.admission.names import MAX_ID, AdapterNames
 
 
 @dataclass(frozen=True)

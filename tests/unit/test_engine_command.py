@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.engine_command import engine_command
+from server.engine.command import engine_command
 from server.settings import Settings
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.engine_plugin.door import OPEN, WITH_KEY, Door
+from server.engine.admission.door import OPEN, WITH_KEY, Door
 
 KEYS = [b"first-key", b"second-key"]
 

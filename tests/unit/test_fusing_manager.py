@@ -13,8 +13,8 @@ from vllm.lora.model_manager import AdapterLRUCache
 from vllm.lora.request import LoRARequest
 
 from adapters.lora import LoraWeights
-from server.engine_plugin.manager import FusingLoRAManager
-from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
+from server.engine.fusing.manager import FusingLoRAManager
+from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 
 SLOTS, CPU_TIER = 2, 4
 

@@ -16,7 +16,7 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionRecipe, Method
 from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
-from server.engine_plugin.user_adapters import UserAdapters
+from server.engine.admission.user_adapters import UserAdapters
 from server.errors import Unavailable
 from server.store.adapters import StoredAdapter
 from tests.support.processes import PATIENCE_S

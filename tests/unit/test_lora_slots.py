@@ -14,7 +14,7 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import AdapterLRUCache
 
 from adapters.lora import LoraWeights
-from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
+from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 
 SLOTS, RANK, ROOM, HIDDEN = 2, 2, 4, 8
 SHARED_A = torch.ones(RANK, HIDDEN)

@@ -71,7 +71,7 @@ def engine_command(
         # The CPU tier must hold the slots and what waits for one, or fusing ahead would evict what runs.
         "max-cpu-loras": max(settings.max_cpu_loras, 2 * settings.max_loras),
         "max-lora-rank": max(manifest.serving_rank for manifest in manifests),
-        "worker-extension-cls": "server.engine_plugin.worker.WorkerExtension",
+        "worker-extension-cls": "server.engine.fusing.extension.WorkerExtension",
         "tensor-parallel-size": settings.tensor_parallel_size,
         "generation-config": "vllm",  # sampling defaults are ours to choose, not the model folder's
         "api-server-count": 1,
@@ -103,7 +103,7 @@ def engine_command(
         if settings.tensor_parallel_size > 1:
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(settings.tensor_parallel_size))
         else:
-            argv += ["--distributed-executor-backend", "server.engine_plugin.executor.InProcessExecutor"]
+            argv += ["--distributed-executor-backend", "server.engine.executor.InProcessExecutor"]
             environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     return argv, environment
 

@@ -17,12 +17,12 @@ from vllm.lora.request import LoRARequest
 
 from adapters.errors import MtaError
 from bank.errors import BankError
-from server.engine_plugin import metrics
-from server.engine_plugin.banks import read_manifests
-from server.engine_plugin.door import Door
-from server.engine_plugin.names import AdapterNames
-from server.engine_plugin.prepare import HoldNames, Preparer
-from server.engine_plugin.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
+from server.engine.admission import metrics
+from server.engine.admission.door import Door
+from server.engine.admission.names import AdapterNames
+from server.engine.admission.prepare import HoldNames, Preparer
+from server.engine.admission.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
+from server.engine.banks import read_manifests
 from server.settings import Settings
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.connection import RedisConnection

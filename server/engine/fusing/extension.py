@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.engine_plugin.manager import FusingLoRAManager
+from server.engine.fusing.manager import FusingLoRAManager
 
 
 class WorkerExtension:

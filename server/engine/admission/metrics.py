@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import REGISTRY, Gauge
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from server.engine_plugin.names import AdapterNames
+from server.engine.admission.names import AdapterNames
 
 
 class AdaptersInUse:

@@ -27,8 +27,8 @@ def register() -> None:
         )
     from vllm.lora import worker_manager
 
-    from server.engine_plugin import adapted_rows
-    from server.engine_plugin.manager import FusingLoRAManager
+    from server.engine.fusing import adapted_rows
+    from server.engine.fusing.manager import FusingLoRAManager
 
     worker_manager.LRUCacheWorkerLoRAManager = FusingLoRAManager
     runner = sys.modules.get("vllm.v1.worker.lora_model_runner_mixin")

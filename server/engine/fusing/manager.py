@@ -24,9 +24,9 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
 from adapters.user_adapter import UserAdapter, decode_user_adapter, stack
 from bank.errors import BankError
-from server.engine_plugin.adapted_rows import check_in_use
-from server.engine_plugin.banks import is_recipe_name, open_matrices
-from server.engine_plugin.slots import FusedLoRAModel, FusedSlots
+from server.engine.banks import is_recipe_name, open_matrices
+from server.engine.fusing.adapted_rows import check_in_use
+from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
 
 

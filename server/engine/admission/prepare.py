@@ -17,9 +17,9 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 
 from adapters.errors import MtaError
-from server.engine_plugin.banks import Manifests, checked_recipe, is_recipe_name
-from server.engine_plugin.names import AdapterNames
-from server.engine_plugin.user_adapters import UserAdapters
+from server.engine.admission.names import AdapterNames
+from server.engine.admission.user_adapters import UserAdapters
+from server.engine.banks import Manifests, checked_recipe, is_recipe_name
 
 _held: ContextVar[list[str] | None] = ContextVar("mta_held_names", default=None)
 """The names the current HTTP request holds; None outside of one."""

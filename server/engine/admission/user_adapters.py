@@ -35,7 +35,7 @@ class AdapterSource(Protocol):
 
 
 class Workers(Protocol):
-    """The workers' side (`server.engine_plugin.worker`), called on all of them, one call after the other."""
+    """The workers' side (`server.engine.fusing.extension`), called on all of them, one call after the other."""
 
     async def hold(self, name: str, raw: bytes) -> None: ...
 
