@@ -30,9 +30,9 @@ from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bench.report import report
-from server.adapt_worker.training import AdapterTrainer
 from server.settings import Settings
 from server.store.samples import AdaptConfig, Sample
+from server.worker.training import AdapterTrainer
 
 MAX_TOKENS = 512
 LATER = 24

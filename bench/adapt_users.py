@@ -33,8 +33,8 @@ from bank.items.tasks import Task, get_task
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
 from bench.report import Spread, report
-from server.adapt_worker.training import AdapterTrainer
 from server.settings import Settings
+from server.worker.training import AdapterTrainer
 
 MAX_TOKENS = 512
 POLL_S = 0.1

@@ -27,11 +27,11 @@ from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bench.quality import METHODS
 from bench.report import report
-from server.adapt_worker.training import user_plan
 from server.eval_engine import EngineScores
 from server.settings import Settings
 from server.store.redis.adapters import adapters_at
 from server.store.samples import AdaptConfig
+from server.worker.training import user_plan
 from tests.support.engine import KEY, running_engine
 from tests.support.valkey import ValkeyProcess
 

@@ -28,9 +28,9 @@ from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bench.report import console, report
-from server.adapt_worker.training import user_plan
 from server.settings import Settings
 from server.store.samples import AdaptConfig
+from server.worker.training import user_plan
 
 MAX_TOKENS = 512
 SCORES = range(int(LOWEST), int(HIGHEST) + 1)

@@ -56,12 +56,12 @@ def evaluate(
     from bank.evaluation.session import evaluate as run
     from bank.lookup.embedder import Embedder
     from bank.models.folders import ensure_base_model, ensure_embedder
-    from server.adapt_worker.training import user_plan
     from server.cli.eval_tables import print_tables
     from server.eval_engine import EngineScores
     from server.settings import load_settings
     from server.store.redis.adapters import adapters_at
     from server.store.samples import AdaptConfig
+    from server.worker.training import user_plan
 
     options = EvalOptions(tuple(parse_methods(methods or DEFAULT)), tuple(range(seeds)), predict, sample)
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)

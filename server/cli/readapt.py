@@ -32,12 +32,12 @@ async def _run(settings: Settings, at_a_time: int) -> None:
 
     from adapters.errors import MtaError
     from bank.manifest import read_manifest
-    from server.readapting import Counts, Readapting
     from server.store.job_budget import JobBudget
     from server.store.redis.adapters import RedisAdapters
     from server.store.redis.connection import RedisConnection
     from server.store.redis.jobs import RedisJobs
     from server.store.redis.profiles import RedisProfiles
+    from server.worker.readapting import Counts, Readapting
 
     if settings.bank is None:
         raise MtaError("no bank: set MTA_BANK or --bank to the folder of the bank that is served now")

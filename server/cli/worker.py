@@ -42,13 +42,13 @@ async def _run(settings: Settings) -> None:
     from bank.lookup.embedder import Embedder
     from bank.lookup.serving import ServingBank
     from bank.models.folders import ensure_base_model, ensure_embedder, model_hash
-    from server.adapt_worker.signing import SigningLoop
-    from server.adapt_worker.training import AdapterTrainer
-    from server.adapt_worker.worker import Worker
     from server.store.redis.connection import RedisConnection
     from server.store.redis.jobs import RedisJobs
     from server.store.redis.profiles import RedisProfiles
     from server.store.redis.signing import RedisSigning
+    from server.worker.job_loop import Worker
+    from server.worker.signing_loop import SigningLoop
+    from server.worker.training import AdapterTrainer
 
     if settings.bank is None:
         raise MtaError("no bank: set MTA_BANK or --bank to a folder that `mta bank build` made")

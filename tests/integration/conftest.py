@@ -14,12 +14,12 @@ from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
-from server.adapt_worker.training import AdapterTrainer
-from server.adapt_worker.worker import Worker
 from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.samples import AdaptConfig, Sample
+from server.worker.job_loop import Worker
+from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.gateway import GatewayThread
 from tests.support.valkey import ValkeyProcess

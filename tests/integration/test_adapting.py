@@ -15,7 +15,6 @@ import redis
 from bank.manifest import BankManifest
 from server.adapting import training_config
 from server.errors import InvalidRequest
-from server.readapting import Counts, Readapting
 from server.schemas import AdaptOptions
 from server.store.job_budget import JobBudget
 from server.store.profiles import Change
@@ -24,6 +23,7 @@ from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.samples import AdaptConfig
+from server.worker.readapting import Counts, Readapting
 from tests.integration.conftest import Work
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate

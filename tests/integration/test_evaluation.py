@@ -23,8 +23,8 @@ from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evalua
 from bank.evaluation.voices import OpenBank
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
-from server.adapt_worker.training import user_plan
 from server.store.samples import AdaptConfig
+from server.worker.training import user_plan
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 from tests.support.people import people, write_people
 

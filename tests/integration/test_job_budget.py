@@ -11,9 +11,9 @@ from adapters.recipe import FusionRecipe, Term
 from adapters.training.user_trainer import FEW, FOLDS
 from bank.items.prompt import encode_conversation
 from server import job_budget
-from server.adapt_worker.training import BATCH_SIZE, LOOK_EVERY, AdapterTrainer
 from server.store.job_budget import tokens_read
 from server.store.samples import AdaptConfig, Sample
+from server.worker.training import BATCH_SIZE, LOOK_EVERY, AdapterTrainer
 
 
 def test_gateway_and_worker_train_by_the_same_numbers() -> None:

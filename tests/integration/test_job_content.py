@@ -9,9 +9,9 @@ import orjson
 import pytest
 
 from bank.lookup.serving import ServingBank
-from server.adapt_worker.training import AdapterTrainer
-from server.adapt_worker.worker import Worker
 from server.store.jobs import JobState
+from server.worker.job_loop import Worker
+from server.worker.training import AdapterTrainer
 from tests.support.desk import CONFIG, SAMPLES, Desk, desk_at
 from tests.support.valkey import ValkeyProcess
 
@@ -147,7 +147,7 @@ async def test_what_the_process_cannot_survive_ends_it_and_is_a_try(
     def broken(*_: object, **__: object) -> None:
         raise trouble
 
-    monkeypatch.setattr(f"server.adapt_worker.training.{where}", broken)
+    monkeypatch.setattr(f"server.worker.training.{where}", broken)
     job_id = await desk.submit()
     with pytest.raises(type(trouble)):
         await worker.work_once(0.1)

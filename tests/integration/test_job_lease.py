@@ -13,14 +13,14 @@ import pytest
 
 from adapters.training.user_trainer import Judgement
 from bank.lookup.serving import ServingBank
-from server.adapt_worker.stall import Stalled
-from server.adapt_worker.training import AdapterTrainer
-from server.adapt_worker.worker import Worker
 from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
 from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.samples import AdaptConfig, encode_config
+from server.worker.job_loop import Worker
+from server.worker.stall import Stalled
+from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk, desk_at
 from tests.support.processes import wait_until
@@ -108,9 +108,9 @@ def jobs(desk: Desk) -> Shaky:
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that runs out in a test's time."""
     for module in ("lease", "worker"):
-        monkeypatch.setattr(f"server.adapt_worker.{module}.LEASE_S", 0.5)
+        monkeypatch.setattr(f"server.worker.{module}.LEASE_S", 0.5)
     for module in ("lease", "holding"):
-        monkeypatch.setattr(f"server.adapt_worker.{module}.RENEW_S", 0.05)
+        monkeypatch.setattr(f"server.worker.{module}.RENEW_S", 0.05)
 
 
 async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_training(
@@ -197,8 +197,8 @@ def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) 
 async def test_a_lost_answer_changes_nothing(
     desk: Desk, worker: Worker, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
 ) -> None:
-    monkeypatch.setattr("server.adapt_worker.lease.RENEW_S", 0.05)
-    monkeypatch.setattr("server.adapt_worker.lease.ANSWER_S", 0.5 if silent else 4.0)
+    monkeypatch.setattr("server.worker.lease.RENEW_S", 0.05)
+    monkeypatch.setattr("server.worker.lease.ANSWER_S", 0.5 if silent else 4.0)
     jobs.lost, jobs.silent = {call}, silent
     job_id = await desk.submit(SAMPLES if call != "end" else [b"{"])
     assert await worker.work_once(1)
@@ -222,8 +222,8 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
 ) -> None:
     job_id, hanging = await desk.submit(), Hanging(trainer)
     with monkeypatch.context() as patched:
-        patched.setattr("server.adapt_worker.stall.STALL_S", 0.2)
-        patched.setattr("server.adapt_worker.holding.RENEW_S", 0.05)
+        patched.setattr("server.worker.stall.STALL_S", 0.2)
+        patched.setattr("server.worker.holding.RENEW_S", 0.05)
         try:
             with pytest.raises(Stalled):
                 await Worker("test", desk.jobs, desk.profiles, bank, hanging).work_once(1)

@@ -15,14 +15,14 @@ import torch
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.manifest import read_manifest
-from server.adapt_worker.signing import MAX_TRIES, SigningLoop
-from server.adapt_worker.stall import Stalled
-from server.adapt_worker.training import AdapterTrainer
 from server.errors import Unavailable
 from server.settings import Settings
 from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.signing import RedisSigning
+from server.worker.signing_loop import MAX_TRIES, SigningLoop
+from server.worker.stall import Stalled
+from server.worker.training import AdapterTrainer
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
 from tests.support.tiny import tiny_bank, world
@@ -210,7 +210,7 @@ def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
 def test_a_store_that_is_away_is_no_try(
     client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.adapt_worker.signing.RETRY_S", 0.01)
+    monkeypatch.setattr("server.worker.signing_loop.RETRY_S", 0.01)
     user_id, commit, failures = new_user(), RedisProfiles.commit, 0
     put(client, user_id, PAIRS)
 
@@ -230,7 +230,7 @@ def test_a_store_that_is_away_is_no_try(
 def test_a_signature_that_never_comes_ends_the_process(
     client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.adapt_worker.signing.STALL_S", 0.1)
+    monkeypatch.setattr("server.worker.signing_loop.STALL_S", 0.1)
     put(client, new_user(), PAIRS)
     with pytest.raises(Stalled):
         sign(lambda: time.sleep(1))

@@ -22,8 +22,8 @@ from tests.support.valkey import ValkeyProcess
 
 HANGS = """
 import time
-import server.adapt_worker.stall as stall
-import server.adapt_worker.training as training
+import server.worker.stall as stall
+import server.worker.training as training
 from server.cli.worker import worker
 
 stall.STALL_S = 1.0

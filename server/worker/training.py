@@ -21,8 +21,8 @@ from bank.build.training import load_base
 from bank.items.prompt import EncodedPair, encode_conversation, encode_pair
 from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
-from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.store.samples import AdaptConfig, Sample
+from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 
 BATCH_SIZE = 4
 MAX_SIGNED_TOKENS = 512

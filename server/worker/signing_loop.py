@@ -12,11 +12,11 @@ from adapters.errors import MtaError
 from bank.items.profile import Item, item_pair
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
-from server.adapt_worker.stall import STALL_S, Stalled
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
 from server.watching import forever
+from server.worker.stall import STALL_S, Stalled
 
 log = logging.getLogger("mta.worker")
 
@@ -29,7 +29,7 @@ MAX_TRIES = 3
 
 
 class Signs(Protocol):
-    """What is needed of `server.adapt_worker.training.AdapterTrainer`."""
+    """What is needed of `server.worker.training.AdapterTrainer`."""
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature: ...
 

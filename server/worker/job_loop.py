@@ -22,15 +22,15 @@ from adapters.recipe import FusionRecipe
 from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement
 from bank.lookup.serving import ServingBank
-from server.adapt_worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
-from server.adapt_worker.holding import train_holding
-from server.adapt_worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 from server.errors import ApiError
 from server.store.adapters import StoredAdapter
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample, new_adapter_id
 from server.watching import forever
+from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
+from server.worker.holding import train_holding
+from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 
 log = logging.getLogger("mta.worker")
 
@@ -39,7 +39,7 @@ PROMOTE_ATTEMPTS = 20
 
 
 class Trains(Protocol):
-    """What is needed of `server.adapt_worker.training.AdapterTrainer`."""
+    """What is needed of `server.worker.training.AdapterTrainer`."""
 
     def train(
         self,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from adapters.errors import TrainingError
 from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement
-from server.adapt_worker.lease import RENEW_S, HeldLease, LeaseLost
-from server.adapt_worker.stall import Pulse
+from server.worker.lease import RENEW_S, HeldLease, LeaseLost
+from server.worker.stall import Pulse
 
 Train = Callable[[Callable[[Progress], None], Callable[[], None]], Judgement]
 """Trains, given what it tells after every step, and what it calls as a sign of life
