@@ -25,7 +25,7 @@ from adapters.training.packing import Example
 from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.scoring import Reading
 from bank.evaluation.voices import Voice
-from server.engine_client import BASE_MODEL, bearer, open_session
+from server.gateway.engines.chat import BASE_MODEL, bearer, open_session
 from server.store.adapters import StoredAdapter
 from server.store.samples import new_adapter_id
 from server.store.user_key import UserKeys

@@ -52,8 +52,8 @@ def gateway(
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     """Open the parts, then serve, until a signal, whenever it comes. What cannot be opened is raised as it is."""
-    from server.app import create_app
-    from server.http.serving import GatewayServer, uvicorn_config
+    from server.gateway.app import create_app
+    from server.gateway.http.serving import GatewayServer, uvicorn_config
 
     app = create_app(settings)
     server = GatewayServer(uvicorn_config(app, settings))

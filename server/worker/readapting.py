@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from adapters.recipe import parse_recipe
 from bank.manifest import BankManifest
 from server.errors import UserErased
-from server.schemas import MAX_SAMPLES
+from server.gateway.http.requests import MAX_SAMPLES
 from server.store.adapters import AdapterStore
 from server.store.job_budget import JobBudget
 from server.store.jobs import JobStore, Submission

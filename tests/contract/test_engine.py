@@ -15,11 +15,11 @@ from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Method, Term
 from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
-from server.engine_client import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.health import Health
+from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
+from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.health import Health
 from server.store.redis.connection import RedisConnection
-from server.tokenizer_client import TokenizerClient
 from tests.support.engine import KEY, running_engine
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.processes import wait_until

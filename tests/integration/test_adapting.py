@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from bank.manifest import BankManifest
-from server.adapting import training_config
 from server.errors import InvalidRequest
-from server.schemas import AdaptOptions
+from server.gateway.http.requests import AdaptOptions
+from server.gateway.users.adapting import training_config
 from server.store.job_budget import JobBudget
 from server.store.profiles import Change
 from server.store.redis.adapters import RedisAdapters

@@ -129,7 +129,8 @@ class TestBrokenEngine:
 
 
 @pytest.mark.parametrize(
-    ("limit", "samples"), [("server.tokenizer_client.TIMEOUT_S", 1), ("server.sample_checks.PATIENCE_S", 20)]
+    ("limit", "samples"),
+    [("server.gateway.engines.tokenizer.TIMEOUT_S", 1), ("server.gateway.users.sample_checks.PATIENCE_S", 20)],
 )
 def test_samples_are_taken_uncounted_when_the_engine_is_silent(
     client: httpx.Client,
@@ -153,7 +154,7 @@ class TestSilence:
 
     @pytest.fixture(autouse=True)
     def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("server.http.streaming.KEEP_ALIVE_S", 0.05)
+        monkeypatch.setattr("server.gateway.http.streaming.KEEP_ALIVE_S", 0.05)
 
     def test_a_stream_says_so_before_its_first_token_and_between_tokens(
         self, client: httpx.Client, ada: str, fake_engine: FakeEngine
@@ -194,7 +195,7 @@ class TestSilence:
     def test_the_events_of_a_job_that_waits_say_so_too(
         self, client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("server.routes.jobs._POLL_S", 0.02)
+        monkeypatch.setattr("server.gateway.routes.jobs._POLL_S", 0.02)
         samples = [{"input": "q", "output": "a"}]
         job = client.post(f"/users/{new_user()}/adapt", json={"samples": samples}).raise_for_status().json()
         with client.stream("GET", f"/jobs/{job['id']}/events") as response:

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.app import create_app
+from server.gateway.app import create_app
 from server.settings import Settings
 from tests.support.gateway import GatewayThread, wait_until_ready
 

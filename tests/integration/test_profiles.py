@@ -17,8 +17,8 @@ import redis.asyncio as redis
 from bank.items.profile import Item, Vectors
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
-from server.history import HistoryLimit
-from server.profiles import EMBED_BATCH, Profiles
+from server.gateway.users.history import HistoryLimit
+from server.gateway.users.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
 from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles

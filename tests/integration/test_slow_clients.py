@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
+from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate

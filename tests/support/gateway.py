@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import uvicorn
 
-from server.app import create_app
-from server.http.serving import uvicorn_config
-from server.parts import Parts
+from server.gateway.app import create_app
+from server.gateway.http.serving import uvicorn_config
+from server.gateway.parts import Parts
 from server.settings import Settings
 from tests.support.processes import wait_until
 from tests.support.valkey import free_port

@@ -23,7 +23,7 @@ class Image(importlib.abc.MetaPathFinder):
 
 missing = set(json.loads(sys.argv[1]))
 sys.meta_path.insert(0, Image())
-from server.app import create_app
+from server.gateway.app import create_app
 from server.settings import Settings
 import server.cli.gateway
 create_app(Settings()).openapi()

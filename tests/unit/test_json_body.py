@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.http.json_text import MAX_FIELDS, MAX_STRUCTURE_BYTES, parse_json, parse_lines
+from server.gateway.http.json_text import MAX_FIELDS, MAX_STRUCTURE_BYTES, parse_json, parse_lines
 
 JSON = st.recursive(
     st.none()

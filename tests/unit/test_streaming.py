@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.streaming import DONE, KEEP_ALIVE, EventSender, event, events
+from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event, events
 
 
 class Pieces:
@@ -49,7 +49,7 @@ def test_nothing_is_read_after_the_end() -> None:
 
 
 async def test_a_sender_begins_once_and_says_nothing_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.http.streaming.KEEP_ALIVE_S", 0.001)
+    monkeypatch.setattr("server.gateway.http.streaming.KEEP_ALIVE_S", 0.001)
     sent: list[MutableMapping[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:

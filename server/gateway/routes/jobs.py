@@ -11,12 +11,12 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import StreamingResponse
 
 from adapters.errors import excerpt
-from server.answers import ErrorAnswer, JobAnswer, job_answer
 from server.errors import ApiError, NotFound
-from server.http import streaming
-from server.http.json_body import SamplesRoute
-from server.parts import Parts, parts_of
-from server.schemas import AdaptRequest, UserIdInPath
+from server.gateway.http import streaming
+from server.gateway.http.json_body import SamplesRoute
+from server.gateway.http.requests import AdaptRequest, UserIdInPath
+from server.gateway.parts import Parts, parts_of
+from server.gateway.routes.answers import ErrorAnswer, JobAnswer, job_answer
 from server.store.jobs import JobId, parse_job_id
 
 router = APIRouter(

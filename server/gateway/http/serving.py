@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from server.http.connection import Connection
+from server.gateway.http.connection import Connection
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -21,7 +21,7 @@ import orjson
 
 from adapters.errors import MtaError, excerpt
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.http.streaming import ByteChunks, events
+from server.gateway.http.streaming import ByteChunks, events
 
 BASE_MODEL = "base"
 """The name under which engines serve the base model."""

@@ -11,17 +11,17 @@ from starlette.requests import ClientDisconnect
 
 from adapters.errors import excerpt
 from server.errors import WrongMediaType
-from server.http.json_text import parse_json, parse_lines
-from server.http.middleware import CLIENT_GONE
-from server.http.validation import fault_of
-from server.parts import parts_of
-from server.schemas import MAX_SAMPLES
+from server.gateway.http.json_text import parse_json, parse_lines
+from server.gateway.http.middleware import CLIENT_GONE
+from server.gateway.http.requests import MAX_SAMPLES
+from server.gateway.http.validation import fault_of
+from server.gateway.parts import parts_of
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 
 
 class JsonRoute(APIRoute):
-    """A FastAPI route whose JSON body has been read by `server/http/bodies.py`.
+    """A FastAPI route whose JSON body has been read by `server/gateway/http/bodies.py`.
 
     Attributes:
         lines: the field that newline-delimited JSON fills, one value a line; None where a body is one value.

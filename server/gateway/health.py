@@ -14,8 +14,8 @@ import aiohttp
 import orjson
 
 from bank.lookup.serving import ServingBank
-from server.engine_client import bearer
 from server.errors import ApiError
+from server.gateway.engines.chat import bearer
 from server.store.durability import CheckedStore, Durability
 from server.watching import forever
 

@@ -9,11 +9,11 @@ from bank.items.profile import Item
 from bank.items.prompt import chat_messages
 from bank.items.retrieval import JOIN, ItemIndex, remembering
 from bank.items.tasks import Task
-from server.index_cache import IndexCache
-from server.profiles import Profiles
-from server.schemas import GenerateRequest
+from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.generation.index_cache import IndexCache
+from server.gateway.http.requests import GenerateRequest
+from server.gateway.users.profiles import Profiles
 from server.store.profiles import Profile
-from server.tokenizer_client import TokenizerClient
 
 Conversation = list[dict[str, str]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters.errors import excerpt, shortened
 from server.errors import InvalidRequest
-from server.schemas import AS_MESSAGES, AS_TEXT
+from server.gateway.http.requests import AS_MESSAGES, AS_TEXT
 
 MAX_SHOWN_CHARS = 120
 _PLACES = ("body", "path", "query", "header")

@@ -20,24 +20,25 @@ from bank.items.retrieval import ItemIndex
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
-from server.adapting import Adapting
-from server.engine_client import EngineClient, open_session
-from server.erasing import Erasing
 from server.errors import ApiError, NotFound, WrongMethod
-from server.generation import Generator
-from server.health import Health
-from server.history import HistoryLimit
-from server.http.bodies import Bodies
-from server.http.middleware import Places, RequestLog
-from server.http.validation import fault_of
-from server.index_cache import IndexCache
-from server.metrics import Metrics
-from server.parts import Parts
-from server.personalizer import Personalizer
-from server.profiles import Profiles
-from server.recall import Recall
-from server.routes import generate, jobs, operations, users
-from server.sample_checks import SampleChecks
+from server.gateway.engines.chat import EngineClient, open_session
+from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.generation.generator import Generator
+from server.gateway.generation.index_cache import IndexCache
+from server.gateway.generation.personalizer import Personalizer
+from server.gateway.generation.recall import Recall
+from server.gateway.health import Health
+from server.gateway.http.bodies import Bodies
+from server.gateway.http.middleware import Places, RequestLog
+from server.gateway.http.validation import fault_of
+from server.gateway.metrics import Metrics
+from server.gateway.parts import Parts
+from server.gateway.routes import generate, jobs, operations, users
+from server.gateway.users.adapting import Adapting
+from server.gateway.users.erasing import Erasing
+from server.gateway.users.history import HistoryLimit
+from server.gateway.users.profiles import Profiles
+from server.gateway.users.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import Durability
 from server.store.job_budget import JobBudget
@@ -48,7 +49,6 @@ from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.signing import RedisSigning
 from server.store.user_key import UserKeys
-from server.tokenizer_client import TokenizerClient
 from server.watching import forever
 
 log = logging.getLogger("mta.gateway")

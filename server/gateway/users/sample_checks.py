@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from adapters.errors import excerpt
 from server.errors import InvalidRequest, Unavailable
-from server.health import Health
+from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.health import Health
 from server.store.job_budget import check_budget, tokens_read
 from server.store.samples import AdaptConfig, Sample, decode_sample
-from server.tokenizer_client import TokenizerClient
 
 AT_A_TIME = 8
 """Questions to the engine at the same time for one request."""

@@ -7,8 +7,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-from server.engine_client import BASE_MODEL, bearer
 from server.errors import Unavailable
+from server.gateway.engines.chat import BASE_MODEL, bearer
 
 TIMEOUT_S = 5.0
 """Longest wait for an answer about one conversation, which costs the engine milliseconds."""

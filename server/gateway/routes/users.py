@@ -13,12 +13,20 @@ from fastapi import APIRouter, Request
 from adapters.errors import excerpt
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
-from server.answers import AdapterAnswer, ErasedAnswer, ErrorAnswer, ProfileAnswer, UserAnswer, anchors, iso
 from server.errors import InvalidRequest, NotFound
-from server.http.json_body import JsonRoute
-from server.parts import Parts, parts_of
-from server.profiles import Changed
-from server.schemas import ItemsRequest, UserIdInPath
+from server.gateway.http.json_body import JsonRoute
+from server.gateway.http.requests import ItemsRequest, UserIdInPath
+from server.gateway.parts import Parts, parts_of
+from server.gateway.routes.answers import (
+    AdapterAnswer,
+    ErasedAnswer,
+    ErrorAnswer,
+    ProfileAnswer,
+    UserAnswer,
+    anchors,
+    iso,
+)
+from server.gateway.users.profiles import Changed
 
 router = APIRouter(
     route_class=JsonRoute,

@@ -13,12 +13,12 @@ from adapters.errors import excerpt
 from adapters.recipe import PER_MILLE, FusionRecipe, Term, anchor_id, parse_recipe
 from bank.lookup.serving import ServingBank
 from bank.lookup.weights import AnchorWeight
-from server.engine_client import BASE_MODEL
 from server.errors import ApiError, NotFound
-from server.profiles import Profiles
-from server.schemas import Personalize
+from server.gateway.engines.chat import BASE_MODEL
+from server.gateway.generation.timings import Timings
+from server.gateway.http.requests import Personalize
+from server.gateway.users.profiles import Profiles
 from server.store.profiles import AdapterNote, Profile
-from server.timings import Timings
 
 log = logging.getLogger("mta.gateway")
 

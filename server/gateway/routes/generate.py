@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from server.answers import Chunks, ErrorAnswer, GenerateAnswer, whole
 from server.errors import ApiError
-from server.generation import Answer, check_limits
-from server.http.disconnect import ClientGone, unless_gone
-from server.http.json_body import JsonRoute
-from server.http.streaming import DONE, EventSender, event
-from server.parts import Parts, parts_of
-from server.schemas import GenerateRequest
-from server.timings import Timings
+from server.gateway.generation.generator import Answer, check_limits
+from server.gateway.generation.timings import Timings
+from server.gateway.http.disconnect import ClientGone, unless_gone
+from server.gateway.http.json_body import JsonRoute
+from server.gateway.http.requests import GenerateRequest
+from server.gateway.http.streaming import DONE, EventSender, event
+from server.gateway.parts import Parts, parts_of
+from server.gateway.routes.answers import Chunks, ErrorAnswer, GenerateAnswer, whole
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

@@ -15,7 +15,7 @@ import numpy as np
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from server.errors import Unavailable, UserErased
-from server.history import History, HistoryLimit, added, difference, replaced
+from server.gateway.users.history import History, HistoryLimit, added, difference, replaced
 from server.store.profile_record import as_stored
 from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
 from server.store.signing import SignQueue

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from server.engine_client import AdapterMissing, EngineClient, EngineRequest, EngineStream
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.metrics import Metrics
-from server.personalizer import Personalization, Personalizer, fallen_back
-from server.recall import Conversation, Recall, conversation, most_tokens
-from server.schemas import GenerateRequest, Personalize
-from server.timings import Timings
+from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, EngineStream
+from server.gateway.generation.personalizer import Personalization, Personalizer, fallen_back
+from server.gateway.generation.recall import Conversation, Recall, conversation, most_tokens
+from server.gateway.generation.timings import Timings
+from server.gateway.http.requests import GenerateRequest, Personalize
+from server.gateway.metrics import Metrics
 
 WHOLE_TOKENS = 1024
 """Longest answer that the engine is asked for in one piece: while one is made, its silence looks like a hang."""

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.health import Readiness, Report
-from server.metrics import CONTENT_TYPE
-from server.parts import Parts, parts_of
+from server.gateway.health import Readiness, Report
+from server.gateway.metrics import CONTENT_TYPE
+from server.gateway.parts import Parts, parts_of
 
 router = APIRouter(tags=["operations"])
 

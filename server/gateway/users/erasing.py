@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from server.engine_client import bearer
+from server.gateway.engines.chat import bearer
 from server.store.adapters import AdapterStore
 from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore

@@ -1,4 +1,4 @@
-"""What a running gateway is made of, as the routes see it. `server/app.py` puts it together."""
+"""What a running gateway is made of, as the routes see it. `server/gateway/app.py` puts it together."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from bank.lookup.serving import ServingBank
-from server.adapting import Adapting
-from server.erasing import Erasing
-from server.generation import Generator
-from server.health import Health
-from server.http.bodies import Bodies
-from server.metrics import Metrics
-from server.personalizer import Personalizer
-from server.profiles import Profiles
+from server.gateway.generation.generator import Generator
+from server.gateway.generation.personalizer import Personalizer
+from server.gateway.health import Health
+from server.gateway.http.bodies import Bodies
+from server.gateway.metrics import Metrics
+from server.gateway.users.adapting import Adapting
+from server.gateway.users.erasing import Erasing
+from server.gateway.users.profiles import Profiles
 from server.settings import Settings
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.engine_client import BASE_MODEL
-from server.generation import Answer
-from server.personalizer import Level, Personalization
+from server.gateway.engines.chat import BASE_MODEL
+from server.gateway.generation.generator import Answer
+from server.gateway.generation.personalizer import Level, Personalization
 from server.store.jobs import Job, JobState
 
 _EXAMPLE: dict[str, Any] = {
