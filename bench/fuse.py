@@ -34,7 +34,7 @@ from bank.peft.peft_adapter import write_peft
 from bench.report import Spread, report
 from server.engine.command import SERVED_NAME, engine_command
 from server.settings import Settings
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 from tests.support.engine import KEY, Engine, running_engine, served
 
 PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."

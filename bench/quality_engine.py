@@ -27,7 +27,7 @@ from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bench.quality import METHODS
 from bench.report import report
-from server.eval_engine import EngineScores
+from server.cli.eval.engine import EngineScores
 from server.settings import Settings
 from server.store.redis.adapters import adapters_at
 from server.store.samples import AdaptConfig

@@ -35,7 +35,7 @@ class Reading:
 
 
 class Scores(Protocol):
-    """Whoever speaks with a voice: a model in process, or a running engine (`server.eval_engine`)."""
+    """Whoever speaks with a voice: a model in process, or a running engine (`server.cli.eval.engine`)."""
 
     def read(self, voice: Voice | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
         """Read examples, and answer their prompts.

@@ -14,7 +14,7 @@ from deploy.demo.children import DemoError, mta
 from deploy.demo.client import Api
 from server.settings import Settings
 from server.supervisor.errors import StartError
-from server.supervisor.parts import LOOPBACK, check_port, free_port
+from server.supervisor.services import LOOPBACK, check_port, free_port
 
 _READY_TIMEOUT_S = 300
 _STOP_GRACE_S = 35  # `mta up` promises 30

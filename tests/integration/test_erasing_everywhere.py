@@ -13,7 +13,7 @@ import redis
 
 from server.engine.admission.user_adapters import SWEEP_S
 from server.settings import Settings
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 from tests.integration.conftest import Work
 from tests.support.engine import KEY, Engine, running_engine
 from tests.support.gateway import SECRET, GatewayThread, generate

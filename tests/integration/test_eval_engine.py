@@ -15,7 +15,7 @@ from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.voices import OpenBank, Voice
 from bank.items.prompt import EncodedPair, encode_pair
 from bank.lookup.embedder import Embedder
-from server.eval_engine import EngineScores
+from server.cli.eval.engine import EngineScores
 from server.store.redis.adapters import adapters_at
 from tests.support.engine import KEY, running_engine
 from tests.support.tiny import tiny_bank

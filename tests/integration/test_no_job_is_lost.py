@@ -27,7 +27,7 @@ from server.store.redis.adapters import RedisAdapters
 from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 from tests.support.processes import Background, mta, wait_until
 from tests.support.proxy import LossyProxy
 from tests.support.valkey import ValkeyProcess

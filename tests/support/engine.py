@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 from tests.support.processes import mta, running, wait_until
 
 KEY = "test-engine-key"

@@ -22,7 +22,7 @@ from aiohttp import web
 from adapters.errors import RecipeError
 from adapters.recipe import Method, parse_recipe
 from bank.manifest import read_manifest
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 
 KEY = "test-engine-key"
 WORDS = ("sea", "board", "rose", "queen", "rye", "steam", "plan", "salt", "wave", "knight", "crumb", "rail")

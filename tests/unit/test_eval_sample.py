@@ -14,7 +14,7 @@ from bank.evaluation.report.lamp_files import GOLDS, write_lamp_files
 from bank.evaluation.report.summary import markdown, summarise, tables
 from bank.evaluation.run import EvalOptions
 from bank.items.tasks import Kind, get_task
-from server.cli.eval_tables import print_tables
+from server.cli.eval.tables import print_tables
 
 METHODS = "base,merged,stacked,merged@k2"
 OPTIONS = EvalOptions(tuple(parse_methods(METHODS)), (0, 1), predict=True, sample=2)

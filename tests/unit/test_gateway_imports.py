@@ -25,7 +25,7 @@ missing = set(json.loads(sys.argv[1]))
 sys.meta_path.insert(0, Image())
 from server.gateway.app import create_app
 from server.settings import Settings
-import server.cli.gateway
+import server.cli.run.gateway
 create_app(Settings()).openapi()
 import faiss, onnxruntime, tokenizers, uvicorn, uvloop  # what it loads once it serves
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))

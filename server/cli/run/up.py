@@ -54,7 +54,7 @@ def up(
 def _run(settings: Settings, console: Console) -> None:
     """Check all that can be checked, then start."""
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.parts import check_port, free_port
+    from server.supervisor.services import check_port, free_port
 
     settings = settings.model_copy(update={"host": "127.0.0.1", "port": settings.port or free_port()})
     check_port(settings.port)
@@ -81,7 +81,7 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     from bank.lookup.serving import ServingBank
     from bank.models.folders import ensure_embedder
     from server.engine.command import prepare_engine
-    from server.supervisor.parts import LOOPBACK, engine_part, free_port, gateway_part, valkey_part, worker_part
+    from server.supervisor.services import LOOPBACK, engine_part, free_port, gateway_part, valkey_part, worker_part
 
     if settings.bank is None:
         raise BankError("no bank: pass --bank DIR or set MTA_BANK; `mta bank build` makes one")

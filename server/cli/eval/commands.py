@@ -56,8 +56,8 @@ def evaluate(
     from bank.evaluation.session import evaluate as run
     from bank.lookup.embedder import Embedder
     from bank.models.folders import ensure_base_model, ensure_embedder
-    from server.cli.eval_tables import print_tables
-    from server.eval_engine import EngineScores
+    from server.cli.eval.engine import EngineScores
+    from server.cli.eval.tables import print_tables
     from server.settings import load_settings
     from server.store.redis.adapters import adapters_at
     from server.store.samples import AdaptConfig

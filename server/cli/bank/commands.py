@@ -87,7 +87,7 @@ def build(
     prepare_to_train()
     from bank.build.baselines import build_baselines
     from bank.build.build import build_bank
-    from server.cli.build_progress import ConsoleProgress
+    from server.cli.bank.progress import ConsoleProgress
 
     options = BuildOptions(
         task=task,
@@ -148,7 +148,7 @@ def info(
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
         return
-    from server.cli.bank_tables import print_summary
+    from server.cli.bank.tables import print_summary
 
     print_summary(summary)
 

@@ -1,0 +1,1 @@
+"""`mta bank`: build a bank, look at it, take adapters in and out."""

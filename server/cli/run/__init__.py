@@ -1,0 +1,1 @@
+"""What runs: `mta up`, and each of its parts by itself."""
