@@ -1,8 +1,8 @@
 """`mta bank build`: from people's histories to a bank.
 
 Read, embed, choose anchors, train the common row and one meta-LoRA per anchor, write. Every finished piece is kept in
-the work folder (`bank/build/resume.py`); each depends on the inputs and its own seed alone, so a build that was killed and
-started again ends with the fingerprint it would have had.
+the work folder (`bank/build/resume.py`); each depends on the inputs and its own seed alone, so a build that was killed
+and started again ends with the fingerprint it would have had.
 """
 
 from __future__ import annotations

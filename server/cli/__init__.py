@@ -1,4 +1,4 @@
-"""The `mta` command. Each module beside this one holds one command; what is heavy is imported when it runs."""
+"""The `mta` command. Each module below holds one command, or one group; what is heavy is imported when it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import sys
 import typer
 
 from adapters.errors import MtaError
-from server.cli import bank, engine, eval, gateway, models, readapt, settings, up, worker
+from server.cli import models, settings
+from server.cli.bank import commands as bank
+from server.cli.eval import commands as eval
+from server.cli.run import engine, gateway, up, worker
+from server.cli.users import readapt
 
 app = typer.Typer(
     name="mta",

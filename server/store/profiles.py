@@ -1,8 +1,8 @@
 """The store's port: what is kept of a user, and the few things that the rest of the gateway may ask for.
 
-Three things are kept under a user's key (`server/store/user_key.py`): the profile record, the items it was made of, and the
-items' embeddings. The record alone serves a request; the other two serve the next change. Embeddings of items can be
-dropped at any time, they are remade from the items.
+Three things are kept under a user's key (`server/store/user_key.py`): the profile record, the items it was made of, and
+the items' embeddings. The record alone serves a request; the other two serve the next change. Embeddings of items can
+be dropped at any time, they are remade from the items.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ Kind = Literal["lora", "core"]
 CORE_STEPS, CORE_LEARNING_RATE = 16, 2e-2
 """A core turns what the fused adapter has, and that is small."""
 
+MAX_SAMPLES = 1000
+"""Most samples that are kept of a user."""
+
 Messages = Sequence[dict[str, str]]
 
 

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from adapters.recipe import parse_recipe
 from bank.manifest import BankManifest
 from server.errors import UserErased
-from server.gateway.http.requests import MAX_SAMPLES
 from server.store.adapters import AdapterStore
 from server.store.job_budget import JobBudget
 from server.store.jobs import JobStore, Submission
 from server.store.profiles import ProfileStore
-from server.store.samples import default_config, encode_config
+from server.store.samples import MAX_SAMPLES, default_config, encode_config
 
 PAUSE_S = 0.5
 

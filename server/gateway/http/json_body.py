@@ -13,9 +13,9 @@ from adapters.errors import excerpt
 from server.errors import WrongMediaType
 from server.gateway.http.json_text import parse_json, parse_lines
 from server.gateway.http.middleware import CLIENT_GONE
-from server.gateway.http.requests import MAX_SAMPLES
 from server.gateway.http.validation import fault_of
 from server.gateway.parts import parts_of
+from server.store.samples import MAX_SAMPLES
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 

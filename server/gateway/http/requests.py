@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from server.store.samples import MAX_SAMPLES
 from server.store.user_key import check_user_id
 
 MAX_STOPS = 4
@@ -28,7 +29,6 @@ MAX_ITEMS = 10_000
 MAX_HISTORY = 16
 AS_TEXT, AS_MESSAGES = "as text", "as messages"
 """Which of its two forms an `input` takes; pydantic writes them into the places of faults."""
-MAX_SAMPLES = 1000
 MAX_USER_RANK = 8
 MAX_STEPS = 500
 SEED_MAX = (1 << 63) - 1

@@ -13,12 +13,12 @@ from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
 from server.errors import Conflict, InvalidRequest, NotFound
-from server.gateway.http.requests import MAX_SAMPLES, AdaptOptions, AdaptRequest, SampleRequest
+from server.gateway.http.requests import AdaptOptions, AdaptRequest, SampleRequest
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
 from server.store.job_budget import JobBudget
 from server.store.jobs import Job, JobId, JobStore, Submission
-from server.store.samples import AdaptConfig, Sample, default_config, encode_config, encode_sample
+from server.store.samples import MAX_SAMPLES, AdaptConfig, Sample, default_config, encode_config, encode_sample
 
 
 class Adapting:

@@ -20,11 +20,11 @@ from typing import Any
 
 from adapters.recipe import parse_recipe
 from server.errors import Unavailable, UserErased
-from server.store import redis_scripts as scripts
 from server.store.adapters import StoredAdapter
 from server.store.jobs import KEPT_JOBS, KEPT_S, MAX_TRIES, Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profile_record import encode_profile
 from server.store.profiles import Profile
+from server.store.redis import job_scripts as scripts
 from server.store.redis.adapters import RedisAdapters, adapter_name
 from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
 from server.store.redis.queue import LISTED_MS, RedisQueue

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator
 from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
-from server.store import queue_scripts as scripts
+from server.store.redis import queue_scripts as scripts
 from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
 
 GROUP = "workers"

@@ -276,7 +276,7 @@ SUPERVISE = textwrap.dedent("""
     import asyncio, pathlib, sys
     from server.supervisor.data_folder import DataFolder
     from server.supervisor.supervisor import Supervisor
-    from tests.unit.test_supervisor import FAMILY, Record, python_part
+    from tests.unit.supervisor.test_supervisor import FAMILY, Record, python_part
 
     folder = pathlib.Path(sys.argv[1])
     supervisor = Supervisor([python_part("family", folder, FAMILY)], DataFolder.open(folder / "data"), Record())
