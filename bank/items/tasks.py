@@ -81,7 +81,7 @@ def _placeholders(template: str) -> tuple[str, ...]:
 @cache
 def tasks() -> Mapping[str, Task]:
     """All tasks by name, in the order of `tasks.toml`."""
-    document = tomllib.loads(resources.files("bank").joinpath("tasks.toml").read_text("utf-8"))
+    document = tomllib.loads(resources.files("bank.items").joinpath("tasks.toml").read_text("utf-8"))
     return {
         name: Task(name, **raw | {"lamp": raw.get("lamp"), "text": tuple(raw["text"])})
         for name, raw in document.items()
