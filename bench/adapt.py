@@ -21,7 +21,6 @@ from adapters.fusion import fuse
 from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapter, UserAdapterKind, decode_user_adapter, stack
-from bank.build.training import resolve_dtype
 from bank.items.histories import read_histories
 from bank.items.profile import item_text, profile_embedding
 from bank.items.prompt import chat_messages, encode_pair
@@ -29,6 +28,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
+from bank.models.load import resolve_dtype
 from bench.report import report
 from server.settings import Settings
 from server.store.samples import AdaptConfig, Sample

@@ -25,13 +25,13 @@ from adapters.recipe import parse_recipe
 from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack
-from bank.build.training import resolve_dtype
 from bank.evaluation.report.intervals import over_users
 from bank.items.histories import History, read_histories
 from bank.items.prompt import encode_pair
 from bank.items.tasks import Task, get_task
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
+from bank.models.load import resolve_dtype
 from bench.report import Spread, report
 from server.settings import Settings
 from server.worker.training import AdapterTrainer

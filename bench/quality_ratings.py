@@ -16,7 +16,6 @@ import typer
 from rich.progress import track
 
 from bank.build.baselines import BASELINES
-from bank.build.training import load_base, resolve_dtype
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import parse_methods
 from bank.evaluation.people import read_people
@@ -27,6 +26,7 @@ from bank.evaluation.voices import OpenBank, Voice
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
+from bank.models.load import load_base, resolve_dtype
 from bench.report import console, report
 from server.settings import Settings
 from server.store.samples import AdaptConfig

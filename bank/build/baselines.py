@@ -20,12 +20,13 @@ from bank.build.assemble import BankParts, write_bank
 from bank.build.build import read_inputs
 from bank.build.options import BuildInputs, BuildOptions
 from bank.build.rows import RowProgress, anchor_steps
-from bank.build.training import load_base, resolve_dtype, row_job, row_seed
+from bank.build.training import row_job, row_seed
 from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex
 from bank.manifest import INDEX_FILE, MANIFEST_FILE, MATRIX_FILE, BankManifest, WeightRule, read_manifest
 from bank.models.folders import ensure_base_model
+from bank.models.load import load_base, resolve_dtype
 
 BASELINES = "baselines"
 TASK_ROW = "task"

@@ -52,7 +52,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     from bank.build.calibration import MIN_PEOPLE, calibrate_signer
     from bank.build.rows import train_rows
     from bank.build.signing import Signer
-    from bank.build.training import load_base, resolve_dtype
+    from bank.models.load import load_base, resolve_dtype
 
     task = get_task(options.task)
     signs = _signs(options)

@@ -11,7 +11,6 @@ import numpy as np
 
 from adapters.training.user_run import UserPlan
 from bank.build.baselines import BASELINES
-from bank.build.training import load_base, resolve_dtype
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, curves
@@ -28,6 +27,7 @@ from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.weights import topic_weights
 from bank.models.folders import model_hash
+from bank.models.load import load_base, resolve_dtype
 
 TABLE_FILE, SUMMARY_FILE = "table.md", "summary.json"
 

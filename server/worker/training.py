@@ -17,10 +17,10 @@ from adapters.training.user_run import Progress, UserPlan
 from adapters.training.user_trainer import Judgement, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.build.signing import Signer
-from bank.build.training import load_base
 from bank.items.prompt import EncodedPair, encode_conversation, encode_pair
 from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
+from bank.models.load import load_base
 from server.store.samples import AdaptConfig, Sample
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 

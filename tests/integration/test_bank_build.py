@@ -69,10 +69,10 @@ def test_an_anchor_explains_its_person_better_than_the_common_row_alone(
     bench: Bench, method: Method, tiny_model_folder: Path
 ) -> None:
     """The dense sum of base, common row and anchor, as a recipe of that anchor is served."""
-    from bank.build.training import load_base
     from bank.items.histories import read_histories
     from bank.items.prompt import encode_pair
     from bank.items.tasks import get_task
+    from bank.models.load import load_base
 
     manifest = bench.build(f"better-{method}", anchors=5, method=method, steps=40)
     matrix = bench.matrix(f"better-{method}", manifest)

@@ -10,11 +10,11 @@ import pytest
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
 from adapters.user_adapter import UserAdapterKind
-from bank.build.training import load_base
 from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.voices import OpenBank, Voice
 from bank.items.prompt import EncodedPair, encode_pair
 from bank.lookup.embedder import Embedder
+from bank.models.load import load_base
 from server.cli.eval.engine import EngineScores
 from server.store.redis.adapters import adapters_at
 from tests.support.engine import KEY, running_engine

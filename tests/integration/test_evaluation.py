@@ -11,7 +11,6 @@ from adapters.training.trainer import initial_lora
 from adapters.training.user_trainer import Judgement
 from bank.build.baselines import build_baselines
 from bank.build.options import BuildInputs
-from bank.build.training import load_base
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import DEFAULT, parse_methods
@@ -23,6 +22,7 @@ from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evalua
 from bank.evaluation.voices import OpenBank
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
+from bank.models.load import load_base
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
 from tests.support.bank_bench import OPTIONS, Bench, Recorder

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from bank.build.training import load_base
 from bank.evaluation.scoring import Scorer
 from bank.items.prompt import EncodedPair, chat_messages, prompt_ids
+from bank.models.load import load_base
 
 TURNS = ("Say 1", "Say something about trains", "And?")
 TOKENS = 4

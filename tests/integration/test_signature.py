@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from bank.build.signing import Signer
-from bank.build.training import load_base
 from bank.items.prompt import EncodedPair, encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import predicted_gains
 from bank.manifest import BankManifest
+from bank.models.load import load_base
 from tests.support.bank_bench import Bench
 from tests.support.people import MANNERS, people, write_people
 from tests.support.tiny import WORLDS

@@ -38,10 +38,10 @@ def worker(
 async def _run(settings: Settings) -> None:
     """Open the parts, then work until a signal."""
     from adapters.errors import MtaError
-    from bank.build.training import resolve_dtype
     from bank.lookup.embedder import Embedder
     from bank.lookup.serving import ServingBank
     from bank.models.folders import ensure_base_model, ensure_embedder, model_hash
+    from bank.models.load import resolve_dtype
     from server.store.redis.connection import RedisConnection
     from server.store.redis.jobs import RedisJobs
     from server.store.redis.profiles import RedisProfiles
