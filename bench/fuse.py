@@ -28,7 +28,8 @@ from rich.progress import track
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Term, per_mille
-from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
+from bank.manifest import BankManifest, read_manifest
+from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model
 from bank.peft.peft_adapter import write_peft
 from bench.report import Spread, report
@@ -50,7 +51,7 @@ def main(
 ) -> None:
     """Time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
     manifest = read_manifest(bank)
-    matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+    matrix = open_matrix(bank, manifest)
     folder = ensure_base_model(model, Settings().cache_dir)
     recipes = _fresh_recipes(manifest)
     readings: dict[str, list[float]] = {way: [] for way in ("worker", "merge", "disk", "cold", "warm")}

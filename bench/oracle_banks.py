@@ -16,6 +16,7 @@ from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionRecipe, Method, Term
 from adapters.user_adapter import UserAdapter, UserAdapterKind
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
+from bank.matrix import open_matrix
 from bench.dense import dense_adapter, stacked_adapter
 from server.store.samples import new_adapter_id
 from server.store.user_key import UserKeys
@@ -39,9 +40,7 @@ class OpenBank:
     def open(cls, folder: Path) -> OpenBank:
         """Read a bank."""
         manifest = read_manifest(folder)
-        anchors = len(manifest.anchors)
-        matrix = MetaMatrix.open(folder / MATRIX_FILE, manifest.layout, anchors, manifest.common)
-        return cls(folder, manifest, matrix)
+        return cls(folder, manifest, open_matrix(folder, manifest))
 
     def cases(self) -> list[Case]:
         """Every plain recipe, and the first with a user adapter of each kind."""

@@ -119,10 +119,24 @@ class Settings(BaseSettings):
             raise ValueError(f"it must hold the largest item at least, which MTA_MAX_ITEM_BYTES sets to {largest}")
         return value
 
+    def bank_folder(self) -> Path:
+        """The folder of the bank, for what cannot do without one.
+
+        Raises:
+            MtaError: when none was named.
+        """
+        if self.bank is None:
+            raise MtaError("no bank was named: give its folder, or set MTA_BANK; `mta bank build` makes one")
+        return self.bank
+
     @property
     def banks(self) -> tuple[Path, ...]:
-        """The folders of the banks an engine serves."""
-        return tuple(folder for folder in (self.bank, self.next_bank) if folder is not None)
+        """The folders of the banks an engine serves.
+
+        Raises:
+            MtaError: when there is no first one.
+        """
+        return (self.bank_folder(), *([self.next_bank] if self.next_bank else []))
 
     @property
     def engines(self) -> tuple[str, ...]:

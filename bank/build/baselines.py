@@ -13,7 +13,6 @@ import torch
 
 from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
-from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method
 from adapters.training.trainer import StepReport, TrainPlan, train_lora
 from bank.build.assemble import BankParts, write_bank
@@ -24,7 +23,8 @@ from bank.build.training import row_job, row_seed
 from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex
-from bank.manifest import INDEX_FILE, MANIFEST_FILE, MATRIX_FILE, BankManifest, WeightRule, read_manifest
+from bank.manifest import INDEX_FILE, MANIFEST_FILE, BankManifest, WeightRule, read_manifest
+from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model
 from bank.models.load import load_base, resolve_dtype
 
@@ -63,8 +63,8 @@ def build_baselines(
     def on_step(report: StepReport) -> None:
         progress.step(TASK_ROW, steps, report)
 
-    matrix = MetaMatrix.open(inputs.out / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
-    start = fuse(matrix, FusionRecipe(manifest.short, manifest.method, True, ()), torch.float32)
+    common = FusionRecipe(manifest.short, manifest.method, True, ())
+    start = fuse(open_matrix(inputs.out, manifest), common, torch.float32)
     trained = train_lora(model, job.examples, plan, start=start, on_step=on_step)
     return write_bank(out, _parts(inputs, manifest, trained, steps))
 

@@ -26,7 +26,7 @@ from bank.items.histories import read_excluded, read_histories
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.weights import topic_weights
-from bank.models.folders import model_hash
+from bank.models.folders import check_base_model
 from bank.models.load import load_base, resolve_dtype
 
 TABLE_FILE, SUMMARY_FILE = "table.md", "summary.json"
@@ -91,9 +91,7 @@ def evaluate(
     task = bank.serving.task
     if inputs.task not in (None, task.name):
         raise BankError(f"the bank at {inputs.bank} is for {task.name}, not for {inputs.task}")
-    if model_hash(inputs.model_folder) != bank.manifest.base_model.hash:
-        name = bank.manifest.base_model.name
-        raise BankError(f"the bank at {inputs.bank} is for {name}, not for the model at {inputs.model_folder}")
+    check_base_model(inputs.model_folder, {inputs.bank: bank.manifest})
     task_bank = _task_bank(inputs, options)
     people = _people(inputs, task)
     if inputs.curves:

@@ -13,7 +13,8 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from adapters.user_adapter import CoreWeights, UserAdapter, stack
 from bank.lookup.serving import ServingBank
-from bank.manifest import MATRIX_FILE, BankManifest, verify_files
+from bank.manifest import BankManifest
+from bank.matrix import open_matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,7 @@ class OpenBank:
             BankError: when it is missing, damaged, or of another embedder.
         """
         serving = ServingBank.open(folder, embedder_id)
-        manifest = serving.manifest
-        verify_files(folder, manifest, (MATRIX_FILE,))
-        matrix = MetaMatrix.open(folder / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
-        return cls(serving, matrix, folder)
+        return cls(serving, open_matrix(folder, serving.manifest), folder)
 
     @property
     def manifest(self) -> BankManifest:

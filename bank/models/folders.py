@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from bank.errors import BankError
 from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE
+from bank.manifest import BankManifest
 
 DEFAULT_MODEL = "default"
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -108,6 +109,26 @@ def model_hash(folder: Path) -> str:
                 file.seek(last * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> None:
+    """Make sure that banks were made for the base model in a folder.
+
+    Args:
+        model_folder: the base model.
+        banks: manifests by the folders they were read from.
+
+    Raises:
+        BankError: when one was made for another model.
+    """
+    found = model_hash(model_folder)
+    for folder, manifest in banks.items():
+        made_for = manifest.base_model
+        if made_for.hash != found:
+            raise BankError(
+                f"the bank at {folder} is for {made_for.name} (hash {made_for.hash[:12]}…), the model at "
+                f"{model_folder} has {found[:12]}…: serve that model, or build a bank for this one"
+            )
 
 
 def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path:

@@ -15,7 +15,6 @@ from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
-from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, FusionRecipe, Method, Term
 from bank.build.assemble import BankParts, bank_rank, write_bank
 from bank.build.selection import person_embedding
@@ -23,7 +22,8 @@ from bank.errors import BankError
 from bank.items.histories import History, read_histories
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
-from bank.manifest import MATRIX_FILE, BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest, verify_files
+from bank.manifest import BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest
+from bank.matrix import open_matrix
 from bank.models.folders import model_hash
 from bank.peft.peft_adapter import PeftAdapter, read_peft, write_peft
 
@@ -41,14 +41,12 @@ def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False)
         BankError: when the bank is damaged or has no such anchor or common row.
     """
     manifest = read_manifest(bank)
-    verify_files(bank, manifest, (MATRIX_FILE,))
     ids = [entry.id for entry in manifest.anchors]
     if anchor not in ids:
         raise BankError(f"the bank at {bank} has no anchor {excerpt(anchor)}; its anchors are {ids[0]} to {ids[-1]}")
     recipe = FusionRecipe(manifest.short, manifest.method, with_common, (Term(ids.index(anchor), PER_MILLE),))
     try:
-        matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(ids), manifest.common)
-        lora = fuse(matrix, recipe, torch.float32)
+        lora = fuse(open_matrix(bank, manifest), recipe, torch.float32)
     except FusionError as error:
         raise BankError(str(error)) from error
     write_peft(out, lora, manifest.base_model.name)

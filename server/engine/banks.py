@@ -8,7 +8,8 @@ from adapters.errors import FusionError, excerpt
 from adapters.fusion import check_recipe
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FORMAT_VERSION, FusionRecipe, parse_recipe
-from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
+from bank.manifest import BankManifest, read_manifest
+from bank.matrix import open_matrix
 from server.settings import Settings
 
 Manifests = Mapping[str, BankManifest]
@@ -34,17 +35,10 @@ def open_matrices(settings: Settings) -> Mapping[str, MetaMatrix]:
     """Verify and map the meta-LoRA matrix of every bank; done once in each worker, before it serves.
 
     Raises:
-        BankError: when a file is missing or differs from its checksum.
-        FusionError: when a matrix has not the shape its manifest gives.
+        BankError: when a file is missing or damaged.
     """
-    matrices = {}
-    for folder in settings.banks:
-        manifest = read_manifest(folder)
-        verify_files(folder, manifest, (MATRIX_FILE,))
-        matrices[manifest.short] = MetaMatrix.open(
-            folder / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common
-        )
-    return matrices
+    manifests = [(folder, read_manifest(folder)) for folder in settings.banks]
+    return {manifest.short: open_matrix(folder, manifest) for folder, manifest in manifests}
 
 
 def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models.folders import ensure_base_model, model_hash
+from bank.models.folders import check_base_model, ensure_base_model
 from server.settings import Settings
 
 SERVED_NAME = "base"
@@ -28,26 +28,20 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
         argv and environment of the vLLM process.
 
     Raises:
-        BankError: when a bank, the model or the installation is not fit to serve, with the reason.
+        MtaError: when a bank, the model or the installation is not fit to serve, with the reason.
     """
-    if settings.bank is None:
-        raise BankError("no bank: pass --bank DIR or set MTA_BANK; `mta bank build` makes one")
+    folders = settings.banks
     if settings.engine_key is None:
         raise BankError("no engine key: set MTA_ENGINE_KEY to a long random text, the same for gateway and engine")
     for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
         if PLUGIN not in {entry.name for entry in entry_points(group=group)}:
             raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` once more")
     model_folder = ensure_base_model(settings.model, settings.cache_dir)
-    manifests = [read_manifest(folder) for folder in settings.banks]
-    found = model_hash(model_folder)
-    for folder, manifest in zip(settings.banks, manifests, strict=True):
+    banks = {folder: read_manifest(folder) for folder in folders}
+    for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
-        if manifest.base_model.hash != found:
-            raise BankError(
-                f"the bank at {folder} is for {manifest.base_model.name} (hash {manifest.base_model.hash[:12]}…), "
-                f"the model at {model_folder} has {found[:12]}…: serve that model, or build a bank for this one"
-            )
-    return engine_command(settings, manifests, model_folder)
+    check_base_model(model_folder, banks)
+    return engine_command(settings, list(banks.values()), model_folder)
 
 
 def engine_command(

@@ -93,11 +93,10 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
     Raises:
         MtaError: naming what is missing or damaged.
     """
-    if settings.bank is None:
-        raise MtaError("no bank: set MTA_BANK or --bank to a folder that `mta bank build` made")
+    bank_folder = settings.bank_folder()
     keys = UserKeys(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
     embedder = await asyncio.to_thread(_open_embedder, settings)
-    bank = await asyncio.to_thread(ServingBank.open, settings.bank, embedder.id)
+    bank = await asyncio.to_thread(ServingBank.open, bank_folder, embedder.id)
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
         connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)

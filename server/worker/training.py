@@ -19,7 +19,8 @@ from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adap
 from bank.build.signing import Signer
 from bank.items.prompt import EncodedPair, encode_conversation, encode_pair
 from bank.lookup.signature import Signature, empty_signature
-from bank.manifest import MATRIX_FILE, BankManifest, verify_files
+from bank.manifest import BankManifest
+from bank.matrix import open_matrix
 from bank.models.load import load_base
 from server.store.samples import AdaptConfig, Sample
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
@@ -71,9 +72,7 @@ class AdapterTrainer:
         Raises:
             BankError: when either is damaged.
         """
-        verify_files(bank, manifest, (MATRIX_FILE,))
-        matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
-        return cls(manifest, matrix, *load_base(model_folder, dtype))
+        return cls(manifest, open_matrix(bank, manifest), *load_base(model_folder, dtype))
 
     def train(
         self,

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adapters.fusion import fuse
-from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method, Term, anchor_id
 from bank.errors import BankError
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
+from bank.matrix import open_matrix
 from bank.peft.exchange import ImportOptions, export_anchor, import_bank
 from tests.support.people import people, write_people
 from tests.support.tiny import tiny_bank, tiny_model
@@ -44,7 +44,7 @@ def peft_delta(model_folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def bank_delta(bank: Path, manifest: BankManifest, anchor: int, common: bool = False) -> dict[str, torch.Tensor]:
-    matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+    matrix = open_matrix(bank, manifest)
     recipe = FusionRecipe(manifest.short, manifest.method, common, (Term(anchor, 1000),))
     lora = fuse(matrix, recipe, torch.float32)
     return {name: lora.delta(name) for name in lora.a}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method, Term
-from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
+from bank.manifest import read_manifest
+from bank.matrix import open_matrix
 from bench.dense import dense_adapter, token_logprobs
 from tests.support.engine import running_engine
 from tests.support.tiny import tiny_bank
@@ -27,11 +27,6 @@ CASES: list[tuple[bool, tuple[Term, ...]]] = [
 ]
 
 TARGETS = {Method.LINEAR: ["q_proj", "k_proj", "up_proj", "down_proj"], Method.SHARED: None, Method.CAT: None}
-
-
-def open_matrix(bank: Path) -> tuple[BankManifest, MetaMatrix]:
-    manifest = read_manifest(bank)
-    return manifest, MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
 
 
 @pytest.mark.parametrize("methods", [(Method.LINEAR, Method.SHARED), (Method.CAT,)], ids=["linear+shared", "cat"])
@@ -65,7 +60,8 @@ def test_engine_and_dense_model_give_the_same_log_probabilities(
         plain = torch.tensor(engine.prompt_logprobs("base", tokens[0]))
         torch.testing.assert_close(plain, token_logprobs(model, tokens[0]), atol=TOLERANCE, rtol=0)
         for bank in banks:
-            manifest, matrix = open_matrix(bank)
+            manifest = read_manifest(bank)
+            matrix = open_matrix(bank, manifest)
             for common, terms in CASES:
                 recipe = FusionRecipe(manifest.short, manifest.method, common, terms)
                 with dense_adapter(model, matrix, recipe):

@@ -19,7 +19,8 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, Method, Term
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
-from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
+from bank.manifest import BankManifest, read_manifest
+from bank.matrix import open_matrix
 from bench.dense import stacked_adapter, token_logprobs
 from tests.support.engine import Engine, running_engine
 from tests.support.processes import descendants, standing_still, wait_until
@@ -67,7 +68,7 @@ def served(
         tmp_path_factory.mktemp("bank"), tiny_model_folder, embedder_folder, method=request.param, scale=0.1
     )
     manifest = read_manifest(bank)
-    matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
+    matrix = open_matrix(bank, manifest)
     with running_engine(bank, tiny_model_folder, dtype="float32", max_loras=1, redis_url=valkey.url) as engine:
         yield Served(engine, manifest, matrix, valkey)
 

@@ -11,7 +11,8 @@ from adapters.matrix import MetaMatrix
 from adapters.training.trainer import StepReport
 from bank.build.build import build_bank
 from bank.build.options import BuildInputs, BuildOptions
-from bank.manifest import MATRIX_FILE, BankManifest
+from bank.manifest import BankManifest
+from bank.matrix import open_matrix
 from tests.support.people import people, write_people
 
 OPTIONS = BuildOptions(
@@ -71,5 +72,4 @@ class Bench:
         return build_bank(dataclasses.replace(where, **(inputs or {})), options, progress or Recorder())
 
     def matrix(self, name: str, manifest: BankManifest) -> MetaMatrix:
-        path = self.folder / name / MATRIX_FILE
-        return MetaMatrix.open(path, manifest.layout, len(manifest.anchors), manifest.common)
+        return open_matrix(self.folder / name, manifest)

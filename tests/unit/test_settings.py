@@ -65,6 +65,18 @@ def test_every_engine_is_asked_by_itself() -> None:
     assert Settings(engine_urls=" http://a:1/, http://b:2 ,").engines == ("http://a:1", "http://b:2")
 
 
+def test_what_cannot_do_without_a_bank_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MTA_BANK", raising=False)
+    one, two = Path("/one"), Path("/two")
+    assert Settings(bank=one).bank_folder() == one
+    assert Settings(bank=one).banks == (one,)
+    assert Settings(bank=one, next_bank=two).banks == (one, two)
+    with pytest.raises(MtaError, match="set MTA_BANK"):
+        Settings().bank_folder()
+    with pytest.raises(MtaError, match="set MTA_BANK"):
+        _ = Settings(next_bank=two).banks
+
+
 def test_the_command_lists_all_settings_and_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTA_SECRET", "unmistakable-secret")
     monkeypatch.setenv("MTA_ENGINE_KEY", "unmistakable-key")

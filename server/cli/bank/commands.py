@@ -144,7 +144,7 @@ def info(
     """Show what a bank holds: anchors, sizes, fingerprint, index, ranks and the room left, rule of weights."""
     from bank.lookup.summary import summarise
 
-    summary = summarise(_bank_folder(bank))
+    summary = summarise(load_settings(bank=bank).bank_folder())
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
         return
@@ -165,7 +165,7 @@ def export(
     """Write an anchor's adapter as a PEFT folder."""
     from bank.peft.exchange import export_anchor
 
-    export_anchor(_bank_folder(bank), anchor, out, with_common)
+    export_anchor(load_settings(bank=bank).bank_folder(), anchor, out, with_common)
     typer.echo(f"{anchor} is a PEFT adapter at {out}")
 
 
@@ -205,10 +205,3 @@ def import_(
         embedder=Embedder.load(ensure_embedder(embedder or settings.embedder, settings.cache_dir)),
     )
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
-
-
-def _bank_folder(bank: Path | None) -> Path:
-    folder = bank or load_settings().bank
-    if folder is None:
-        raise BankError("no bank was named: give its folder, or set MTA_BANK")
-    return folder

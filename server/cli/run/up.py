@@ -72,23 +72,21 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     """What to start, after checking bank, base model and embedder; nothing runs yet.
 
     Raises:
-        BankError: when one of them is missing, damaged, or not made for the others.
+        MtaError: when one of them is missing, damaged, or not made for the others.
     """
     from pydantic import SecretStr
 
-    from bank.errors import BankError
     from bank.lookup.embedder import Embedder
     from bank.lookup.serving import ServingBank
     from bank.models.folders import ensure_embedder
     from server.engine.command import prepare_engine
     from server.supervisor.services import LOOPBACK, engine_part, free_port, gateway_part, valkey_part, worker_part
 
-    if settings.bank is None:
-        raise BankError("no bank: pass --bank DIR or set MTA_BANK; `mta bank build` makes one")
+    bank_folder = settings.bank_folder()
     own_store = "redis_url" not in settings.model_fields_set
     own_engine = not settings.model_fields_set & {"engine_url", "engine_urls"}
     embedder = ensure_embedder(settings.embedder, settings.cache_dir)
-    ServingBank.open(settings.bank, Embedder.load(embedder).id)
+    ServingBank.open(bank_folder, Embedder.load(embedder).id)
     update: dict[str, object] = {"embedder": embedder, "secret": settings.secret or SecretStr(data.secret)}
     parts = []
     if own_store:

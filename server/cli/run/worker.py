@@ -37,10 +37,9 @@ def worker(
 
 async def _run(settings: Settings) -> None:
     """Open the parts, then work until a signal."""
-    from adapters.errors import MtaError
     from bank.lookup.embedder import Embedder
     from bank.lookup.serving import ServingBank
-    from bank.models.folders import ensure_base_model, ensure_embedder, model_hash
+    from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
     from bank.models.load import resolve_dtype
     from server.store.redis.connection import RedisConnection
     from server.store.redis.jobs import RedisJobs
@@ -50,16 +49,12 @@ async def _run(settings: Settings) -> None:
     from server.worker.signing_loop import SigningLoop
     from server.worker.training import AdapterTrainer
 
-    if settings.bank is None:
-        raise MtaError("no bank: set MTA_BANK or --bank to a folder that `mta bank build` made")
+    bank_folder = settings.bank_folder()
     embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
-    bank = ServingBank.open(settings.bank, embedder.id)
+    bank = ServingBank.open(bank_folder, embedder.id)
     folder = ensure_base_model(settings.model, settings.cache_dir)
-    if model_hash(folder) != bank.manifest.base_model.hash:
-        raise MtaError(
-            f"the bank at {settings.bank} is for {bank.manifest.base_model.name}, not for the model at {folder}"
-        )
-    trainer = AdapterTrainer.open(settings.bank, bank.manifest, folder, resolve_dtype("auto"))
+    check_base_model(folder, {bank_folder: bank.manifest})
+    trainer = AdapterTrainer.open(bank_folder, bank.manifest, folder, resolve_dtype("auto"))
     model = asyncio.Lock()
     connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"

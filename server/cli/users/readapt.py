@@ -30,7 +30,6 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    from adapters.errors import MtaError
     from bank.manifest import read_manifest
     from server.store.job_budget import JobBudget
     from server.store.redis.adapters import RedisAdapters
@@ -39,9 +38,7 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     from server.store.redis.profiles import RedisProfiles
     from server.worker.readapting import Counts, Readapting
 
-    if settings.bank is None:
-        raise MtaError("no bank: set MTA_BANK or --bank to the folder of the bank that is served now")
-    manifest = read_manifest(settings.bank)
+    manifest = read_manifest(settings.bank_folder())
     connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
     try:
         await connection.check()
