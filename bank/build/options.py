@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
 from adapters.recipe import Method
 from bank.build.calibration import Calibration
@@ -18,93 +19,122 @@ from bank.manifest import SignatureRule, WeightRule
 
 _SIGNATURE = SignatureRule()
 _TOPIC_STRENGTH = 0.5
-_COUNTS = (
-    "anchors",
-    "rank",
-    "k",
-    "signature_k",
-    "steps",
-    "common_steps",
-    "batch_size",
-    "common_batch_size",
-    "max_tokens",
-)
-WEIGHTS = ("auto", "topic", "signature")
 _BUILD_FORMAT = 4  # part of the key: raise it when the same inputs would give another bank
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What an option's value has to be.
+
+    Attributes:
+        words: how a message says so, e.g. `must be at least 1`.
+        holds: whether a value is that.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is known of a field beside its type and default: the command line and the checks are made of it.
+
+    Attributes:
+        help: what it is, in a sentence.
+        limit: what its value has to be; None is not checked.
+        shown_default: what stands for a default of None.
+    """
+
+    help: str
+    limit: Limit | None = None
+    shown_default: str | None = None
+
+
+COUNT = Limit("must be at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Limit("cannot be negative", lambda value: value >= 0)
+POSITIVE = Limit("must be above 0", lambda value: 0 < value < float("inf"))
+SHARE = Limit("must be above 0 and at most 1", lambda value: 0 < value <= 1)
+RATE = Limit("must be between 0 and 1", lambda value: 0 < value < 1)
+FACTOR = Limit("must be 0 or more", lambda value: 0 <= value < float("inf"))
+
+
+def _one_of(*values: str) -> Limit:
+    return Limit(f"must be one of {', '.join(values)}", lambda value: value in values)
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options of a dataclass whose fields are `Annotated[type, Option(…)]`, by field."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name].__metadata__[0] for field in dataclasses.fields(kind)}
+
+
+def check_limits(options: Any) -> None:
+    """Refuse values that make no sense.
+
+    Args:
+        options: a dataclass as `options_of` reads.
+
+    Raises:
+        BankError: naming the first such option.
+    """
+    for field, option in options_of(type(options)).items():
+        value = getattr(options, field)
+        if option.limit and value is not None and not option.limit.holds(value):
+            raise BankError(f"--{field.replace('_', '-')} {option.limit.words}, got {value!r}")
+
+
+UserRank = Annotated[int, Option("Rank kept free for users' own stacked LoRAs.", NOT_NEGATIVE)]
+Top = Annotated[int, Option("Most anchors in a user's recipe.", COUNT)]
+_USER_RANK, _TOP = 8, 2
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """Everything that shapes a bank, its people aside. The budgets are those of docs/quality.md.
 
-    Attributes:
-        task: a name of `bank/items/tasks.toml`.
-        anchors: N.
-        method: how its recipes are fused.
-        common: whether it has a common row.
-        rank: R of every meta-LoRA.
-        user_rank: room for stacked user adapters.
-        target_modules: last parts of module names; every linear layer when None.
-        weights: what speaks for a user: `topic`, `signature`, or `auto`: signatures where the bank can have them.
-        k: most anchors of a recipe, by topic.
-        strength: what their weights sum to; without a value all of it, or half beside a common row, for topics may
-            mislead.
-        signature_k, signature_strength: the same by signature.
-        tau, kappa: how much evidence counts, and topics beside it.
-        steps, common_steps: optimiser steps of an anchor and of the common row.
-        epochs: passes over the data instead of steps.
-        batch_size, common_batch_size: examples a step.
-        learning_rate, common_learning_rate: peaks.
-        max_tokens: longest example.
-        seed: of selection and training.
-        dtype: of the frozen base while training: `auto`, `bfloat16` or `float32`.
+    `strength` without a value is 1, or half beside a common row: topics may mislead.
     """
 
-    task: str
-    anchors: int = 12
-    method: Method = Method.SHARED
-    common: bool = True
-    rank: int = 8
-    user_rank: int = 8
-    target_modules: tuple[str, ...] | None = None
-    weights: str = "auto"
-    k: int = 2
-    strength: float | None = None
-    signature_k: int = _SIGNATURE.anchors
-    signature_strength: float = _SIGNATURE.strength
-    tau: float = _SIGNATURE.tau
-    kappa: float = _SIGNATURE.kappa
-    steps: int = 8
-    common_steps: int = 160
-    epochs: float | None = None
-    batch_size: int = 8
-    common_batch_size: int = 16
-    learning_rate: float = 1e-3
-    common_learning_rate: float = 1e-3
-    max_tokens: int = 512
-    seed: int = 0
-    dtype: str = "auto"
+    task: Annotated[str, Option("What the items are: news_headline, movie_rating, chat …")]
+    anchors: Annotated[int, Option("How many anchors, exactly.", COUNT)] = 12
+    method: Annotated[Method, Option("How recipes are fused.")] = Method.SHARED
+    common: Annotated[bool, Option("A row that all users share.")] = True
+    rank: Annotated[int, Option("Rank of every meta-LoRA.", COUNT)] = 8
+    user_rank: UserRank = _USER_RANK
+    target_modules: Annotated[
+        tuple[str, ...] | None,
+        Option("Comma-separated, e.g. q_proj,v_proj.", shown_default="all linear layers"),
+    ] = None
+    k: Top = _TOP
+    strength: Annotated[
+        float | None, Option("What the anchors' weights sum to.", SHARE, shown_default="0.5; 1 with --no-common")
+    ] = None
+    weights: Annotated[
+        str,
+        Option(
+            "What speaks for a user: topic, signature, or auto: signatures where possible.",
+            _one_of("auto", "topic", "signature"),
+        ),
+    ] = "auto"
+    signature_k: Annotated[int, Option("As --k, by signature.", COUNT)] = _SIGNATURE.anchors
+    signature_strength: Annotated[float, Option("As --strength, by signature.", SHARE)] = _SIGNATURE.strength
+    tau: Annotated[float, Option("How much a user's evidence counts.", FACTOR)] = _SIGNATURE.tau
+    kappa: Annotated[float, Option("How much similarity of topics counts beside it.", FACTOR)] = _SIGNATURE.kappa
+    steps: Annotated[int, Option("Optimiser steps of each anchor.", COUNT)] = 8
+    common_steps: Annotated[int, Option("Optimiser steps of the common row.", COUNT)] = 160
+    epochs: Annotated[float | None, Option("Passes over the data, instead of steps.", POSITIVE)] = None
+    batch_size: Annotated[int, Option("Examples a step.", COUNT)] = 8
+    common_batch_size: Annotated[int, Option("Examples a step of the common row.", COUNT)] = 16
+    learning_rate: Annotated[float, Option("Peak rate of the anchors.", RATE)] = 1e-3
+    common_learning_rate: Annotated[float, Option("Peak rate of the common row.", RATE)] = 1e-3
+    max_tokens: Annotated[int, Option("Longest training example.", COUNT)] = 512
+    seed: Annotated[int, Option("Same inputs and seed, same bank.", NOT_NEGATIVE)] = 0
+    dtype: Annotated[
+        str, Option("Of the frozen base: auto, bfloat16 or float32.", _one_of("auto", "bfloat16", "float32"))
+    ] = "auto"
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise BankError(f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise BankError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "common_learning_rate"):
-            if not 0 < getattr(self, name) < 1:
-                raise BankError(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("strength", "signature_strength"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise BankError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {value}")
-        for name in ("tau", "kappa"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise BankError(f"--{name} must be 0 or more, got {getattr(self, name)}")
-        if self.epochs is not None and not 0 < self.epochs < float("inf"):
-            raise BankError(f"--epochs must be above 0, got {self.epochs}")
-        if self.user_rank < 0 or self.seed < 0:
-            raise BankError(f"--user-rank and --seed cannot be negative, got {self.user_rank} and {self.seed}")
+        check_limits(self)
 
     def rule(self, calibration: Calibration | None = None) -> WeightRule:
         """The bank's rule of weights, with one for signatures where they are calibrated."""
@@ -129,6 +159,19 @@ class BuildOptions:
         for name, value in dataclasses.asdict(self).items():
             fields[name] = ",".join(value) if isinstance(value, tuple) else str(value) if name == "method" else value
         return {**fields, "people": people, "inputs": key}
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """How imported adapters become a bank. They have no A in common, which rules out `shared`."""
+
+    task: Annotated[str, Option("What the profiles' items are.")] = "chat"
+    method: Annotated[Method, Option("How recipes are fused: cat or linear.")] = Method.CAT
+    user_rank: UserRank = _USER_RANK
+    k: Top = _TOP
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import PER_MILLE, FusionRecipe, Method, Term
 from bank.build.assemble import BankParts, bank_rank, write_bank
+from bank.build.options import ImportOptions
 from bank.build.selection import person_embedding
 from bank.errors import BankError
 from bank.items.histories import History, read_histories
@@ -50,23 +50,6 @@ def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False)
     except FusionError as error:
         raise BankError(str(error)) from error
     write_peft(out, lora, manifest.base_model.name)
-
-
-@dataclass(frozen=True, slots=True)
-class ImportOptions:
-    """How imported adapters become a bank.
-
-    Attributes:
-        task: whose items the profiles are.
-        method: `cat` or `linear`; imported adapters have no A in common.
-        user_rank: room for stacked user adapters.
-        k: most anchors of a recipe.
-    """
-
-    task: str
-    method: Method
-    user_rank: int
-    k: int
 
 
 def import_bank(
