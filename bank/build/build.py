@@ -8,36 +8,62 @@ and started again ends with the fingerprint it would have had.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from adapters.recipe import Method, anchor_id
 from bank.build.assemble import BankParts, bank_rank, write_bank
+from bank.build.calibration import MIN_PEOPLE, Calibration, calibrate_signer
 from bank.build.options import BuildInputs, BuildOptions, inputs_key
-from bank.build.resume import workbench
-from bank.build.selection import MIN_ITEMS, person_embedding, select_anchors
+from bank.build.resume import Workbench, finished_bank, workbench
+from bank.build.rows import RowProgress, TrainedRows, train_rows
+from bank.build.selection import MIN_ITEMS, person_embedding, sampled_embedding, select_anchors
+from bank.build.signing import Signer
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.signature import MAX_ANCHORS
-from bank.manifest import (
-    MANIFEST_FILE,
-    BankManifest,
-    BaseModelId,
-    EmbedderId,
-    read_manifest,
-    verify_files,
-)
+from bank.manifest import BankManifest, BaseModelId, EmbedderId
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
-
-if TYPE_CHECKING:
-    from bank.build.rows import RowProgress
+from bank.models.load import load_base, resolve_dtype
 
 EMBED_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A build that can begin: everything is read and checked.
+
+    Attributes:
+        options: their dtype resolved.
+        people: whose items train the common row.
+        candidates: those of them who may become anchors.
+        key: hash of all that shapes the bank.
+    """
+
+    options: BuildOptions
+    task: Task
+    people: list[History]
+    candidates: list[History]
+    model_folder: Path
+    base: BaseModelId
+    embedder: Embedder
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """The anchors in order, their embeddings [N, E], and the candidates who are none."""
+
+    anchors: list[History]
+    embeddings: Vectors
+    rest: list[History]
 
 
 def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> BankManifest:
@@ -49,14 +75,22 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     Raises:
         BankError: when inputs, options or the folder do not allow it.
     """
-    from bank.build.calibration import MIN_PEOPLE, calibrate_signer
-    from bank.build.rows import train_rows
-    from bank.build.signing import Signer
-    from bank.models.load import load_base, resolve_dtype
+    job = _prepare(inputs, options, progress)
+    if (built := finished_bank(inputs.out, job.key, force=inputs.force)) is not None:
+        progress.say(f"{inputs.out} holds this very bank already")
+        return built
+    with workbench(inputs.out, job.key) as work:
+        build = _Build(job, work, progress)
+        selected = build.select()
+        trained = build.train(selected)
+        calibration = build.calibrate(selected, trained)
+        return write_bank(inputs.out, build.assemble(selected, trained, calibration))
 
+
+def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> _Job:
+    """Read the inputs, and refuse before training what would be refused after."""
     task = get_task(options.task)
-    signs = _signs(options)
-    # Refuse before training, not after.
+    _signs(options)
     bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
     people = read_inputs(inputs, task)
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
@@ -72,57 +106,97 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     options = dataclasses.replace(options, dtype=resolve_dtype(options.dtype))
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
     key = inputs_key(options, task, people, base.hash, embedder.id)
-    if (built := _finished(inputs, key)) is not None:
-        progress.say(f"{inputs.out} holds this very bank already")
-        return built
-    with workbench(inputs.out, key) as work:
-        embeddings = work.vectors("embeddings", lambda: _embed(candidates, task, embedder, progress))
-        lengths = [len(person.pairs(task)) for person in candidates]
-        chosen = select_anchors(embeddings, lengths, options.anchors, options.seed)
-        progress.say("anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen)))
-        progress.say(f"loading the base model ({options.dtype})")
-        model, tokenizer = load_base(model_folder, options.dtype)
-        trained = train_rows(
-            work,
+    return _Job(options, task, people, candidates, model_folder, base, embedder, key)
+
+
+class _Build:
+    """A build under way: its four steps, each of which keeps what it finishes."""
+
+    def __init__(self, job: _Job, work: Workbench, progress: RowProgress) -> None:
+        self._job = job
+        self._work = work
+        self._progress = progress
+
+    def select(self) -> _Selected:
+        """Choose the anchors among the candidates, and embed each as a user's profile is embedded."""
+        job = self._job
+        lengths = [len(person.pairs(job.task)) for person in job.candidates]
+        sampled = self._work.vectors("embeddings", self._sampled)
+        chosen = select_anchors(sampled, lengths, job.options.anchors, job.options.seed)
+        self._progress.say(
+            "anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen))
+        )
+        anchors = [job.candidates[at] for at in chosen]
+
+        def embed() -> Vectors:
+            return np.stack([person_embedding(person, job.task, job.embedder) for person in anchors])
+
+        rest = [person for at, person in enumerate(job.candidates) if at not in chosen]
+        return _Selected(anchors, self._work.vectors("anchors", embed), rest)
+
+    def train(self, selected: _Selected) -> TrainedRows:
+        """Train the common row and the anchors' rows."""
+        model, tokenizer = self._base
+        return train_rows(
+            self._work,
             model=model,
             tokenizer=tokenizer,
-            people=people,
-            anchors=[candidates[at] for at in chosen],
-            task=task,
-            options=options,
-            progress=progress,
+            people=self._job.people,
+            anchors=selected.anchors,
+            task=self._job.task,
+            options=self._job.options,
+            progress=self._progress,
         )
-        rest = [person for at, person in enumerate(candidates) if at not in chosen]
-        training, calibration = options.record(key, len(people)), None
-        if signs and (len(rest) >= MIN_PEOPLE or options.weights == "signature"):
-            progress.say(f"calibrating signatures on {len(rest)} people who are not anchors")
-            calibration = calibrate_signer(
-                Signer(model, trained.matrix(len(chosen))),
-                rest,
-                task,
-                tokenizer,
-                work,
-                max_tokens=options.max_tokens,
-                seed=options.seed,
-                on_draw=lambda done, of: progress.piece("calibrating", done, of),
-            )
+
+    def calibrate(self, selected: _Selected, trained: TrainedRows) -> Calibration | None:
+        """Calibrate signatures; None for a bank where topics alone speak."""
+        options, people = self._job.options, selected.rest
+        if not _signs(options) or (len(people) < MIN_PEOPLE and options.weights != "signature"):
+            return None
+        self._progress.say(f"calibrating signatures on {len(people)} people who are not anchors")
+        model, tokenizer = self._base
+        return calibrate_signer(
+            Signer(model, trained.matrix(len(selected.anchors))),
+            people,
+            self._job.task,
+            tokenizer,
+            self._work,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+            on_draw=lambda done, of: self._progress.piece("calibrating", done, of),
+        )
+
+    def assemble(self, selected: _Selected, trained: TrainedRows, calibration: Calibration | None) -> BankParts:
+        """All that the bank is put together from."""
+        job = self._job
+        training = job.options.record(job.key, len(job.people))
+        if calibration:
             training |= calibration.record()
-        parts = BankParts(
-            task=task.name,
-            base_model=base,
-            embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
-            method=options.method,
-            common=options.common,
-            user_rank=options.user_rank,
-            weights=options.rule(calibration),
+        return BankParts(
+            task=job.task.name,
+            base_model=job.base,
+            embedder=EmbedderId(id=job.embedder.id, dim=job.embedder.dim),
+            method=job.options.method,
+            common=job.options.common,
+            user_rank=job.options.user_rank,
+            weights=job.options.rule(calibration),
             layout=trained.layout,
             rows=trained.rows,
             shared_a=trained.shared_a,
-            embeddings=embeddings[chosen],
-            items=[lengths[at] for at in chosen],
+            embeddings=selected.embeddings,
+            items=[len(person.pairs(job.task)) for person in selected.anchors],
             training=training,
         )
-        return write_bank(inputs.out, parts)
+
+    @cached_property
+    def _base(self) -> tuple[Any, Any]:
+        self._progress.say(f"loading the base model ({self._job.options.dtype})")
+        return load_base(self._job.model_folder, self._job.options.dtype)
+
+    def _sampled(self) -> Vectors:
+        candidates = self._job.candidates
+        self._progress.say(f"embedding the histories of {len(candidates)} people")
+        return np.stack([sampled_embedding(person, self._job.task, self._job.embedder) for person in candidates])
 
 
 def _signs(options: BuildOptions) -> bool:
@@ -148,29 +222,3 @@ def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:
     if not kept:
         raise BankError(f"{inputs.exclude} leaves out everybody in {inputs.users}")
     return kept
-
-
-def _finished(inputs: BuildInputs, key: str) -> BankManifest | None:
-    """The bank in the output folder when it is the one that these inputs make, None when there is none to keep.
-
-    Raises:
-        BankError: when there is another one and `force` is not set.
-    """
-    if not (inputs.out / MANIFEST_FILE).exists():
-        return None
-    try:
-        manifest = read_manifest(inputs.out)
-        if manifest.training.get("inputs") == key:
-            verify_files(inputs.out, manifest)
-            return manifest
-        found = f"another bank, {manifest.short}"
-    except BankError as error:
-        found = f"a bank that cannot be used ({error})"
-    if inputs.force:
-        return None
-    raise BankError(f"{inputs.out} holds {found}: name another --out, or replace it with --force")
-
-
-def _embed(people: Sequence[History], task: Task, embedder: Embedder, progress: RowProgress) -> Vectors:
-    progress.say(f"embedding the histories of {len(people)} people")
-    return np.stack([person_embedding(person, task, embedder) for person in people])

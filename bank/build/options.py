@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from adapters.recipe import Method
 from bank.build.calibration import Calibration
+from bank.build.selection import SAMPLED_ITEMS, SERVED_ITEMS
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.tasks import Task
@@ -201,7 +202,7 @@ class BuildInputs:
 
 def inputs_key(options: BuildOptions, task: Task, people: Sequence[History], model_hash: str, embedder_id: str) -> str:
     """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks."""
-    content = {
+    content: dict[str, object] = {
         "format": _BUILD_FORMAT,
         "options": dataclasses.asdict(options),
         "task": dataclasses.asdict(task),
@@ -209,4 +210,6 @@ def inputs_key(options: BuildOptions, task: Task, people: Sequence[History], mod
         "model": model_hash,
         "embedder": embedder_id,
     }
+    if any(len(person.items) > SAMPLED_ITEMS for person in people):
+        content["served_items"] = SERVED_ITEMS  # only where it matters: all other keys stay as they were
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

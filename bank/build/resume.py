@@ -18,6 +18,7 @@ import numpy as np
 
 from bank.errors import BankError
 from bank.items.profile import Vectors
+from bank.manifest import MANIFEST_FILE, BankManifest, read_manifest, verify_files
 
 if TYPE_CHECKING:
     import torch
@@ -99,3 +100,24 @@ def workbench(out: Path, key: str) -> Iterator[Workbench]:
         shutil.rmtree(root)
     finally:
         os.close(handle)
+
+
+def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
+    """The bank in a folder when it is the one of the build `key`, None when there is none to keep.
+
+    Raises:
+        BankError: when there is another one and `force` is not set.
+    """
+    if not (out / MANIFEST_FILE).exists():
+        return None
+    try:
+        manifest = read_manifest(out)
+        if manifest.training.get("inputs") == key:
+            verify_files(out, manifest)
+            return manifest
+        found = f"another bank, {manifest.short}"
+    except BankError as error:
+        found = f"a bank that cannot be used ({error})"
+    if force:
+        return None
+    raise BankError(f"{out} holds {found}: name another --out, or replace it with --force")

@@ -15,20 +15,36 @@ from bank.lookup.embedder import Embedder
 MIN_ITEMS = 11
 """Fewest trainable items of a candidate: the paper's are of more than ten."""
 
-MAX_EMBEDDED = 64
-"""Items of one person that are embedded: more move the mean little and cost time."""
+SAMPLED_ITEMS = 64
+"""Items of one candidate that are embedded to tell candidates apart; there may be thousands, of hundreds of items."""
+
+SERVED_ITEMS = 512
+"""Items that speak in a user's profile: the newest, as many as a gateway keeps (`MTA_PROFILE_ITEMS`) by default."""
 
 
-def spread(items: Sequence[Item], limit: int = MAX_EMBEDDED) -> list[Item]:
+def spread(items: Sequence[Item], limit: int = SAMPLED_ITEMS) -> list[Item]:
     """At most `limit` items, evenly over the history, the first and the last among them."""
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
+def sampled_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
+    """About the embedding [E] of one person, from a sample of long histories: good enough to cluster people by."""
+    return _mean(spread(history.items), task, embedder)
+
+
 def person_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
-    """The embedding [E] of one person, as a serving profile of the same items would have it."""
-    return profile_embedding(embedder.embed([item_text(item, task) for item in spread(history.items)]))
+    """The embedding [E] of one person, the mean that a gateway makes of a profile of the same items.
+
+    An anchor needs all of them: on headlines a sample of 64 is at a cosine of 0.96 to 0.98 from the mean of 400, and
+    two people are at 0.88 to 0.96 from each other.
+    """
+    return _mean(history.items[-SERVED_ITEMS:], task, embedder)
+
+
+def _mean(items: Sequence[Item], task: Task, embedder: Embedder) -> Vectors:
+    return profile_embedding(embedder.embed([item_text(item, task) for item in items]))
 
 
 def select_anchors(embeddings: Vectors, lengths: Sequence[int], count: int, seed: int) -> list[int]:

@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bank.build.selection import select_anchors, spread
+from bank.build.selection import (
+    SERVED_ITEMS,
+    person_embedding,
+    sampled_embedding,
+    select_anchors,
+    spread,
+)
 from bank.errors import BankError
-from bank.items.profile import Item, Vectors
+from bank.items.histories import History
+from bank.items.profile import Item, Vectors, profile_embedding
+from bank.items.tasks import get_task
+from server.settings import Settings
 
 
 def groups(*sizes: int, seed: int = 0) -> Vectors:
@@ -60,3 +69,39 @@ def test_embedded_items_are_spread_over_the_whole_history() -> None:
     assert (chosen[0], chosen[-1]) == (0, 999)
     assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
     assert spread(items[:10], 64) == items[:10]
+
+
+class Numbers:
+    """Embeds a number as a point on a circle."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def embed(self, texts: list[str]) -> Vectors:
+        self.seen += texts
+        angles = np.array([int(text) for text in texts]) / 600
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def history(items: int) -> History:
+    return History("somebody", tuple(Item(str(i), {"text": str(i)}) for i in range(items)))
+
+
+def test_an_anchor_is_embedded_like_the_profile_that_a_gateway_keeps_of_them() -> None:
+    assert Settings.model_fields["profile_items"].default == SERVED_ITEMS
+    embedder = Numbers()
+    embedding = person_embedding(history(600), get_task("chat"), embedder)  # type: ignore[arg-type]
+    kept = [str(i) for i in range(600 - SERVED_ITEMS, 600)]
+    assert embedder.seen == kept
+    np.testing.assert_array_equal(embedding, profile_embedding(Numbers().embed(kept)))
+
+
+def test_candidates_are_told_apart_by_a_sample_and_whoever_is_within_it_by_all() -> None:
+    task, embedder = get_task("chat"), Numbers()
+    sampled_embedding(history(600), task, embedder)  # type: ignore[arg-type]
+    assert len(embedder.seen) == 64
+    short = history(64)
+    np.testing.assert_array_equal(
+        sampled_embedding(short, task, Numbers()),  # type: ignore[arg-type]
+        person_embedding(short, task, Numbers()),  # type: ignore[arg-type]
+    )
