@@ -59,7 +59,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Selected:
-    """The anchors in order, their embeddings [N, E], and the candidates who are none."""
+    """The anchors in order, their embeddings [N, E], and the candidates who are not."""
 
     anchors: list[History]
     embeddings: Vectors

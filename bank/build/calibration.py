@@ -78,7 +78,7 @@ def calibrate_signer(
         task, tokenizer, max_tokens: how items become examples.
         work: where draws are kept.
         seed: of the draws.
-        on_draw: told after every draw how many are done, and of how many.
+        on_draw: told how many draws are done, and of how many: before the first that is to be made, and after each.
 
     Raises:
         BankError: when there are too few people.
@@ -91,8 +91,10 @@ def calibrate_signer(
     chance = random.Random(seed)
     order = chance.sample(range(len(people)), len(people))
     draws: list[Vectors] = []
-    count = min(MAX_DRAWS, DRAWS_OF_ONE * len(people))
-    for draw in range(count):
+    names = [f"draw-{draw:02d}" for draw in range(min(MAX_DRAWS, DRAWS_OF_ONE * len(people)))]
+    ready = sum(work.has_vectors(name) for name in names)
+    on_draw(ready, len(names))
+    for draw, name in enumerate(names):
         pairs = people[order[draw % len(people)]].pairs(task)
         drawn = random.Random(f"{seed}:{draw}").sample(pairs, min(DRAWN_ITEMS, len(pairs)))
         examples = [encode_pair(tokenizer, *pair, max_tokens) for pair in drawn]
@@ -100,8 +102,9 @@ def calibrate_signer(
         def measure(examples: Sequence[EncodedPair] = examples) -> Vectors:
             return np.stack([signer.products(examples), signer.measured_gains(examples)])
 
-        draws.append(work.vectors(f"draw-{draw:02d}", measure))
-        on_draw(draw + 1, count)
+        draws.append(work.vectors(name, measure))
+        if draw >= ready:
+            on_draw(draw + 1, len(names))
     predicted, measured = np.stack(draws).transpose(1, 0, 2)
     return calibrate(predicted, measured)
 

@@ -35,14 +35,18 @@ class Workbench:
 
     def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
         """The array called `name`, made now if no earlier run did."""
-        path = self._folder / f"{name}.npy"
-        if not path.is_file():
+        path = self._vectors(name)
+        if not self.has_vectors(name):
             draft = path.with_suffix(".tmp")
             with draft.open("wb") as file:
                 np.save(file, make())
             draft.replace(path)
         vectors: Vectors = np.load(path)
         return vectors
+
+    def has_vectors(self, name: str) -> bool:
+        """Whether an earlier run made the array called `name`."""
+        return self._vectors(name).is_file()
 
     def has_row(self, name: str) -> bool:
         """Whether an earlier run finished the row called `name`."""
@@ -64,6 +68,9 @@ class Workbench:
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(self._row(name))
+
+    def _vectors(self, name: str) -> Path:
+        return self._folder / f"{name}.npy"
 
     def _row(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,15 +18,15 @@ RECENT_STEPS = 30  # the estimate follows the machine as it is now, not as it wa
 
 
 class ConsoleProgress:
-    """Prints what is trained, step, loss, and an estimate of what is left. Writes to stderr."""
+    """Prints what is done, step, loss, and an estimate of what is left. Writes to stderr."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, highlight=False)
-        self._total_tokens = 0
-        self._done_tokens = 0
+        self._clock = clock
         self._rows: list[str] = []
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_STEPS)
-        self._line_s = time.monotonic()
+        self._pieces: str | None = None
+        self._line_s = clock()
+        self._work = _Work(0, 0, self._line_s)
         self._live: Progress | None = None
 
     def __enter__(self) -> ConsoleProgress:
@@ -42,49 +42,70 @@ class ConsoleProgress:
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
         """Take note of all that is to be trained; the estimate starts here."""
-        self._rows = list(work_tokens)
-        self._total_tokens = sum(work_tokens.values())
-        self._done_tokens = 0
-        self._line_s = time.monotonic()
-        self._recent.clear()
-        self._recent.append((self._line_s, 0))
-        if self._rows and self._console.is_terminal:
-            self._show(self._total_tokens)
+        self._rows, self._pieces = list(work_tokens), None
+        if self._rows:
+            self._start(0, sum(work_tokens.values()))
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
         """Show one step; without a terminal only the last of a row and one every few seconds."""
-        self._done_tokens += report.tokens
-        now_s = time.monotonic()
-        self._recent.append((now_s, self._done_tokens))
+        self._work.reach(self._work.done + report.tokens, self._clock())
         text = (
             f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
-            f"loss {report.loss:.3f}  {self._left()}"
+            f"loss {report.loss:.3f}  {self._work.per_s:.0f} tokens/s  {self._work.left}"
         )
-        self._tell(text, self._done_tokens, last=report.step == steps)
+        self._tell(text, last=report.step == steps)
 
     def piece(self, what: str, done: int, of: int) -> None:
-        """Show that so many pieces of other work are done."""
-        if done == 1 and self._console.is_terminal:
-            self._show(of)
-        self._tell(f"{what}: {done} of {of}", done, last=done == of)
+        """Show how many pieces of other work are done; the first time tells that it begins, and where."""
+        if what != self._pieces:
+            self._pieces = what
+            self._start(done, of)
+            self._tell(f"{what}: {done} of {of}", last=done == of)
+        else:
+            self._work.reach(done, self._clock())
+            self._tell(f"{what}: {done} of {of}  {self._work.left}", last=done == of)
 
-    def _show(self, total: int) -> None:
-        """A bar for what comes now, below those that are full."""
-        if self._live is None:
-            self._live = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
-            self._live.start()
-        self._live.add_task("", total=total)
+    def _start(self, done: int, total: int) -> None:
+        """New work, on a terminal with a bar below those that are full."""
+        self._line_s = self._clock()
+        self._work = _Work(done, total, self._line_s)
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
+                self._live.start()
+            self._live.add_task("", total=total)
 
-    def _tell(self, text: str, completed: int, *, last: bool) -> None:
-        now_s = time.monotonic()
+    def _tell(self, text: str, *, last: bool) -> None:
+        now_s = self._clock()
         if self._live is not None:
-            self._live.update(self._live.task_ids[-1], completed=completed, description=text)
+            bar = self._live.task_ids[-1]
+            self._live.update(bar, completed=self._work.done, description=text, refresh=True)
         elif last or now_s - self._line_s >= LINE_EVERY_S:
             self._line_s = now_s
             self._console.print(text, soft_wrap=True)
 
-    def _left(self) -> str:
-        (start_s, start_tokens), (now_s, now_tokens) = self._recent[0], self._recent[-1]
-        tokens_per_s = (now_tokens - start_tokens) / max(now_s - start_s, 1e-9)
-        left_s = max(0, self._total_tokens - self._done_tokens) / max(tokens_per_s, 1e-9)
-        return f"{tokens_per_s:.0f} tokens/s  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"
+
+class _Work:
+    """Work of a known size, and how fast it goes."""
+
+    def __init__(self, done: int, total: int, now_s: float) -> None:
+        self._total = total
+        self._recent = deque([(now_s, done)], maxlen=RECENT_STEPS)
+
+    def reach(self, done: int, now_s: float) -> None:
+        """So much is done now."""
+        self._recent.append((now_s, done))
+
+    @property
+    def done(self) -> int:
+        return self._recent[-1][1]
+
+    @property
+    def per_s(self) -> float:
+        (start_s, start), (now_s, now) = self._recent[0], self._recent[-1]
+        return (now - start) / max(now_s - start_s, 1e-9)
+
+    @property
+    def left(self) -> str:
+        left_s = max(0, self._total - self.done) / max(self.per_s, 1e-9)
+        return f"about {int(left_s // 60)}:{int(left_s % 60):02d} min left"

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
-from bank.build.calibration import calibrate
+from bank.build import calibration
+from bank.build.calibration import calibrate, calibrate_signer
+from bank.build.resume import Workbench
+from bank.items.histories import History
+from bank.items.profile import Item, Vectors
+from bank.items.tasks import get_task
 from bank.lookup.signature import Signature, predicted_gains
 
 ANCHORS, DRAWS = 5, 40
@@ -46,3 +54,39 @@ def test_evidence_that_speaks_against_itself_is_none() -> None:
 def test_a_calibrated_gain_is_slope_times_product_less_offset() -> None:
     products, offsets = np.array([1.0, -2.0], np.float32), np.array([0.0, 0.5], np.float32)
     np.testing.assert_allclose(predicted_gains(Signature("00000000", 10, products), 0.5, offsets), [0.5, -1.5])
+
+
+class FailingSigner:
+    """Says something of so many draws, then is killed."""
+
+    def __init__(self, draws: int) -> None:
+        self._left = draws
+
+    def products(self, examples: object) -> Vectors:
+        if not self._left:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return np.arange(ANCHORS, dtype=np.float32)
+
+    measured_gains = staticmethod(lambda examples: np.arange(ANCHORS, dtype=np.float32))
+
+
+def test_draws_of_a_killed_run_are_not_repeated_and_count_as_done_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "encode_pair", lambda *_: None)
+    items = tuple(Item(str(i), {"input": f"say {i}", "output": str(i)}) for i in range(12))
+    people = [History(name, items) for name in ("one", "two")]
+
+    def calibrated(signer: Any, told: list[int]) -> None:
+        calibrate_signer(
+            signer, people, get_task("chat"), None, Workbench(tmp_path),  # type: ignore[arg-type]
+            max_tokens=8, seed=0, on_draw=lambda done, of: told.append(done),
+        )  # fmt: skip
+
+    first: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(FailingSigner(3), first)
+    second: list[int] = []
+    calibrated(FailingSigner(5), second)
+    assert (first, second) == ([0, 1, 2, 3], [3, 4, 5, 6, 7, 8])
