@@ -58,7 +58,7 @@ progress() {
   local unpacking
   if unpacking=$(grep -m 1 '^Installing collected packages: ' "$LOG"); then
     printf 'unpacking: %d of %d packages' \
-      "$(find .venv/lib -path '*/site-packages/*.dist-info' -prune -newer "$LOG.start" -print | wc -l)" \
+      "$(find .venv/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' -newer "$LOG.start" | wc -l)" \
       "$(tr ',' '\n' <<<"$unpacking" | wc -l)"
   else
     awk '/^(Collecting|Processing) / { packages++; name = $2 }
