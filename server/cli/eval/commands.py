@@ -82,8 +82,8 @@ def evaluate(
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    speaking = EngineScores(engine_url, key, lambda: adapters_at(settings.redis_url)) if engine_url else nullcontext()
-    with Progress(*columns, console=console) as progress, speaking as engine:
+    opened = EngineScores(engine_url, key, lambda: adapters_at(settings.redis_url)) if engine_url else nullcontext()
+    with Progress(*columns, console=console) as progress, opened as engine:
 
         def begin(pieces: int) -> Callable[[int], None]:
             bar = progress.add_task("evaluating", total=pieces)

@@ -13,7 +13,7 @@ from bank.evaluation.records import Record, Records
 from bank.evaluation.report.lamp_files import GOLDS, write_lamp_files
 from bank.evaluation.report.summary import markdown, summarise, tables
 from bank.evaluation.run import EvalOptions
-from bank.items.tasks import Kind, get_task
+from bank.items.tasks import AnswerKind, get_task
 from server.cli.eval.tables import print_tables
 
 METHODS = "base,merged,stacked,merged@k2"
@@ -41,7 +41,7 @@ def test_training_and_curves_are_for_the_sample_and_the_rest_for_all() -> None:
     ],
 )
 def test_texts_are_asked_of_the_sample_and_short_answers_of_all(
-    place: int, method: str, kind: Kind, asked: bool
+    place: int, method: str, kind: AnswerKind, asked: bool
 ) -> None:
     assert OPTIONS.predicts(place, parse_method(method), kind) is asked
 
