@@ -20,7 +20,7 @@ from bank.build.training import load_base, resolve_dtype
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import parse_methods
 from bank.evaluation.people import read_people
-from bank.evaluation.report.intervals import over_users
+from bank.evaluation.report.intervals import against_one
 from bank.evaluation.report.metrics import HIGHEST, LOWEST
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.speakers import OpenBank, PersonAdapter
@@ -45,7 +45,10 @@ def main(
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Mean absolute error of the expected score, and each method's less the others', with 95 % intervals."""
+    """Mean absolute error of the expected score, and each method's less the others', with 95 % intervals.
+
+    A star is where a difference is sure, as in `mta eval`.
+    """
     cache, compared = Settings().cache_dir, parse_methods(methods)
     embedder = Embedder.load(ensure_embedder(None, cache))
     here, task_bank = OpenBank.open(bank, embedder.id), OpenBank.open(bank / BASELINES, embedder.id)
@@ -64,12 +67,9 @@ def main(
             errors[method.name].append(float(np.mean(found)))
     scorer.bare()  # as in `bank.evaluation.session`
     rows: list[tuple[str, object]] = [(name, f"{np.mean(each):.4f}") for name, each in errors.items()]
-    for name, each in errors.items():
-        rows += [
-            (f"{name} less {other}", str(over_users(np.subtract(each, errors[other]))))
-            for other in errors
-            if other != name
-        ]
+    for other, theirs in errors.items():
+        differences = {name: np.subtract(each, theirs) for name, each in errors.items() if name != other}
+        rows += [(f"{name} less {other}", str(interval)) for name, interval in against_one(differences).items()]
     report(f"Mean absolute error of the expected score, {len(next(iter(errors.values())))} people", rows, out)
 
 
