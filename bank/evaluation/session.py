@@ -19,7 +19,7 @@ from bank.evaluation.people import Person, read_people, split_histories
 from bank.evaluation.records import Record, Records
 from bank.evaluation.report.lamp_files import LAMP_FOLDER, write_lamp_files
 from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_curves, draw_gains, draw_map
-from bank.evaluation.report.summary import Row, as_json, markdown, summarise, tables
+from bank.evaluation.report.summary import MethodRow, as_json, markdown, summarise, tables
 from bank.evaluation.run import EvalOptions, Evaluation, evaluation_key
 from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.speakers import OpenBank
@@ -71,7 +71,7 @@ def evaluate(
     plan: UserPlan,
     begin: Callable[[int], Callable[[int], None]],
     engine: Scores | None = None,
-) -> dict[str, list[Row]]:
+) -> dict[str, list[MethodRow]]:
     """Run what is not recorded yet, and write table and summary.
 
     Args:

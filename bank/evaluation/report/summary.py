@@ -24,7 +24,7 @@ CAPTION = (
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MethodRow:
     """What one method came to.
 
     Attributes:
@@ -44,7 +44,7 @@ class Row:
     rejected: float
 
 
-def summarise(records: Sequence[Record], task: Task) -> list[Row]:
+def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
     """One row a method, the best loss last."""
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -57,11 +57,11 @@ def summarise(records: Sequence[Record], task: Task) -> list[Row]:
         metrics = evaluate(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {}
         rejected = float(np.mean([record.rejected for record in found]))
         loss = float(np.mean(list(losses[method].values())))
-        rows.append(Row(method, len(losses[method]), loss, metrics, against[method], rejected))
+        rows.append(MethodRow(method, len(losses[method]), loss, metrics, against[method], rejected))
     return sorted(rows, key=lambda row: -row.loss)
 
 
-def tables(rows: Sequence[Row], records: Sequence[Record], task: Task) -> dict[str, list[Row]]:
+def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
     """What to read, by title: the methods that everyone was evaluated with, and where others, or predictions, were for
     some people only, all methods over those; the points of curves are left out.
 
@@ -82,13 +82,13 @@ def tables(rows: Sequence[Row], records: Sequence[Record], task: Task) -> dict[s
     return found
 
 
-def columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
     """What a table of these rows has columns for: the metrics, and those of `COMPARED` that are among them."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     return metrics, [name for name in COMPARED if any(row.method == name for row in rows)]
 
 
-def markdown(found: Mapping[str, Sequence[Row]]) -> str:
+def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
     """Tables by title, in Markdown: with intervals, bold where a difference is sure, and a caption."""
     blocks = [f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()]
     return "\n\n".join([*blocks, CAPTION]) + "\n"
@@ -133,7 +133,7 @@ def _sample(records: Sequence[Record]) -> set[str]:
     return set.intersection(*(answered[method] or found for method, found in users.items()))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[MethodRow]) -> str:
     metrics, compared = columns(rows)
     head = ["method", "loss", *metrics, *(f"loss against {name}" for name in compared)]
     lines = [head, ["---"] * len(head)]
@@ -144,7 +144,7 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
+def as_json(rows: Sequence[MethodRow]) -> list[dict[str, object]]:
     """The same as JSON."""
     return [asdict(row) for row in rows]
 

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bank.evaluation.report.intervals import LEVEL, Interval
-from bank.evaluation.report.summary import Row, columns
+from bank.evaluation.report.summary import MethodRow, columns
 from bank.evaluation.session import TABLE_FILE
 
 
-def print_tables(found: Mapping[str, Sequence[Row]], console: Console) -> None:
+def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
     """Print rows of methods, each table under its title, and how to read them."""
     for title, rows in found.items():
         console.print(_table(title, rows))
@@ -24,7 +24,7 @@ def print_tables(found: Mapping[str, Sequence[Row]], console: Console) -> None:
     )
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
+def _table(title: str, rows: Sequence[MethodRow]) -> Table:
     metrics, compared = columns(rows)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
