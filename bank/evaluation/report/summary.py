@@ -18,8 +18,8 @@ COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")
 """Whose loss a table sets the others' against."""
 
 CAPTION = (
-    "Differences with the 95 % interval of each (BCa bootstrap over people); bold: sure, for a paired sign-flip test, "
-    f"Holm-adjusted for all of its column, gives p below {LEVEL}."
+    "In brackets the 95 % interval of each difference (BCa bootstrap over people). A difference is bold where it is "
+    f"sure: p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in its column."
 )
 
 
@@ -106,16 +106,11 @@ def _compared(losses: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping
             for method, ours in losses.items()
             if method != other and theirs.keys() >= ours.keys()
         }
-        varied = {method for method in (other, *differences) if parse_method(method).varied}
-        column = (
-            {}
-            if other in varied
-            else {
-                method: values
-                for method, values in differences.items()
-                if len(values) == len(theirs) and method not in varied
-            }
-        )
+        column = {
+            method: values
+            for method, values in differences.items()
+            if len(values) == len(theirs) and not (parse_method(method).varied or parse_method(other).varied)
+        }
         tested = against_one(column)
         for method, values in differences.items():
             found[method][other] = tested.get(method) or over_users(values)

@@ -19,8 +19,8 @@ def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> 
         console.print()
     console.print(
         "loss in nats a token, the lower the better; then the task's metrics; then the loss less that of another "
-        "method, with a star where that is sure: a paired sign-flip test over people, Holm-adjusted for all of its "
-        f"column, gives p below {LEVEL}. The 95 % intervals are in {TABLE_FILE}."
+        f"method, with a star where it is sure: p is below {LEVEL} in a paired sign-flip test over people, after "
+        f"Holm's correction for all methods in its column. The 95 % intervals are in {TABLE_FILE}."
     )
 
 
