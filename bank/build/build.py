@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from adapters.recipe import Method, anchor_id
+from adapters.recipe import FusionMethod, anchor_id
 from bank.build.assemble import BankParts, bank_rank, write_bank
 from bank.build.calibration import MIN_PEOPLE, Calibration, calibrate_signer
 from bank.build.options import BuildInputs, BuildOptions, inputs_key
 from bank.build.resume import Workbench, finished_bank, workbench
 from bank.build.rows import RowProgress, TrainedRows, train_rows
 from bank.build.selection import MIN_ITEMS, person_embedding, sampled_embedding, select_anchors
-from bank.build.signing import Signer
+from bank.build.signer import Signer
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
@@ -205,9 +205,9 @@ def _signs(options: BuildOptions) -> bool:
     Raises:
         BankError: when they are asked for and cannot be.
     """
-    if options.weights == "signature" and options.method is not Method.SHARED:
+    if options.weights == "signature" and options.method is not FusionMethod.SHARED:
         raise BankError(f"signatures need --method shared, got {options.method.value}: its anchors have no A in common")
-    return options.weights != "topic" and options.method is Method.SHARED and options.anchors <= MAX_ANCHORS
+    return options.weights != "topic" and options.method is FusionMethod.SHARED and options.anchors <= MAX_ANCHORS
 
 
 def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:

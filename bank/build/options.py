@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from bank.build.calibration import Calibration
 from bank.build.selection import SAMPLED_ITEMS, SERVED_ITEMS
 from bank.errors import BankError
@@ -98,7 +98,7 @@ class BuildOptions:
 
     task: Annotated[str, Option("What the items are: news_headline, movie_rating, chat …")]
     anchors: Annotated[int, Option("How many anchors, exactly.", COUNT)] = 12
-    method: Annotated[Method, Option("How recipes are fused.")] = Method.SHARED
+    method: Annotated[FusionMethod, Option("How recipes are fused.")] = FusionMethod.SHARED
     common: Annotated[bool, Option("A row that all users share.")] = True
     rank: Annotated[int, Option("Rank of every meta-LoRA.", COUNT)] = 8
     user_rank: UserRank = _USER_RANK
@@ -167,7 +167,7 @@ class ImportOptions:
     """How imported adapters become a bank. They have no A in common, which rules out `shared`."""
 
     task: Annotated[str, Option("What the profiles' items are.")] = "chat"
-    method: Annotated[Method, Option("How recipes are fused: cat or linear.")] = Method.CAT
+    method: Annotated[FusionMethod, Option("How recipes are fused: cat or linear.")] = FusionMethod.CAT
     user_rank: UserRank = _USER_RANK
     k: Top = _TOP
 

@@ -14,7 +14,7 @@ from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
-from adapters.recipe import PER_MILLE, FusionRecipe, Method, Term
+from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, Term
 from bank.build.assemble import BankParts, bank_rank, write_bank
 from bank.build.options import ImportOptions
 from bank.build.selection import person_embedding
@@ -76,7 +76,7 @@ def import_bank(
     Raises:
         BankError: when an adapter cannot be read, does not fit the base model, or has no profile.
     """
-    if options.method is Method.SHARED:
+    if options.method is FusionMethod.SHARED:
         raise BankError("imported adapters have no A in common: import them with --method cat or linear")
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]

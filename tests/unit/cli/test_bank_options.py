@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from bank.build.options import COUNT, RATE, BuildOptions, ImportOptions, Option, check_limits, options_of
 from bank.errors import BankError
 from server.cli import app
@@ -25,7 +25,7 @@ class Cake:
     layers: Annotated[int, Option("How many layers.", COUNT)] = 3
     sugar: Annotated[float | None, Option("How much sugar.", RATE, shown_default="as you like")] = None
     toppings: Annotated[tuple[str, ...] | None, Option("What is on it.")] = None
-    method: Annotated[Method, Option("How it is put together.")] = Method.CAT
+    method: Annotated[FusionMethod, Option("How it is put together.")] = FusionMethod.CAT
     warm: Annotated[bool, Option("Out of the oven.")] = True
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ def test_what_is_given_is_in_the_options_and_the_rest_has_its_default() -> None:
     given = bake(
         "--taste", "lemon", "--layers", "2", "--sugar", "0.5", "--method", "linear", "--no-warm", "--oven", "3"
     )
-    assert given == (Cake("lemon", 2, 0.5, None, Method.LINEAR, False), 3)
+    assert given == (Cake("lemon", 2, 0.5, None, FusionMethod.LINEAR, False), 3)
 
 
 def test_names_are_one_text_with_commas() -> None:
