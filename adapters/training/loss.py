@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from adapters.training.packing import Example, Row, pack
+from adapters.training.example import Example, output_tokens
+from adapters.training.packing import Row, pack
 
 
 def backward(model: Any, examples: Sequence[Example]) -> float:
     """Add the gradient of the mean loss per output token to whatever moves; the loss, nats."""
-    outputs, loss = _output_tokens(examples), 0.0
+    outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
         row_loss = _losses(model, row).sum() / outputs
         row_loss.backward()  # type: ignore[no-untyped-call]
@@ -27,7 +28,7 @@ def mean_loss(model: Any, examples: Sequence[Example], on_row: Callable[[], None
     for row in pack(model, examples):
         loss += float(_losses(model, row).sum())
         on_row()
-    return loss / _output_tokens(examples)
+    return loss / output_tokens(examples)
 
 
 @torch.no_grad()
@@ -40,10 +41,6 @@ def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]
         likeliest = [ids.tolist() for ids in torch.split(logits.argmax(-1).cpu(), row.counts)]
         found += zip(losses, likeliest, strict=True)
     return found
-
-
-def _output_tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.ids) - example.loss_from for example in examples)
 
 
 def _losses(model: Any, row: Row) -> torch.Tensor:

@@ -18,8 +18,8 @@ import torch
 from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
+from adapters.training.example import Example
 from adapters.training.loss import backward
-from adapters.training.packing import Example
 
 WARM_UP = 0.1
 CLIP_NORM = 1.0

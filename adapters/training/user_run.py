@@ -15,8 +15,8 @@ import torch
 from adapters.errors import TrainingError, excerpt
 from adapters.lora import LoraWeights
 from adapters.training.attached import Attached
+from adapters.training.example import Example
 from adapters.training.loss import mean_loss
-from adapters.training.packing import Example
 from adapters.training.trainer import StepReport, TrainPlan, optimise
 from adapters.user_adapter import CoreWeights, UserAdapterKind
 

@@ -18,7 +18,7 @@ from typing import Any
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
-from adapters.training.packing import Example
+from adapters.training.example import Example
 from adapters.training.trainer import initial_lora
 from adapters.training.user_run import Patience, Progress, UserPlan, UserRun
 from adapters.user_adapter import CoreWeights, UserAdapterKind

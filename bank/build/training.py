@@ -20,9 +20,10 @@ from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 from adapters.recipe import Method
+from adapters.training.example import Example
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, train_lora
 from bank.errors import BankError
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 
 COMMON = "common"
 
@@ -41,7 +42,7 @@ class RowJob:
     """
 
     name: str
-    examples: tuple[EncodedPair, ...]
+    examples: tuple[Example, ...]
     plan: TrainPlan
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from adapters.recipe import FusionRecipe
+from adapters.training.example import Example, output_tokens
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
 from bank.build.signing import Signer
@@ -16,7 +17,7 @@ from bank.evaluation.people import Person
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.voices import OpenBank, Voice
 from bank.items.profile import Vectors, item_text, profile_embedding
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
@@ -37,7 +38,7 @@ class Evidence:
     """
 
     person: Person
-    pairs: Sequence[EncodedPair]
+    pairs: Sequence[Example]
     embedding: Vectors
     trained: dict[tuple[Method, int], Judgement] = field(default_factory=dict)
     signature: Signature | None = None
@@ -131,7 +132,7 @@ class Adapters:
         if source == "evidence":
             anchors = range(index.anchors)
             cosines, gains = index.vectors(anchors) @ evidence.embedding, self._measured_gains(evidence)
-            tokens = _tokens(self._signed(evidence))
+            tokens = output_tokens(self._signed(evidence))
             return evident_weights(rule.signature or SignatureRule(), anchors, gains, cosines, tokens)
         return serving.personalise(evidence.embedding, self._signature(evidence)).weights
 
@@ -154,17 +155,13 @@ class Adapters:
             evidence.gains = self._sign().measured_gains(self._signed(evidence))
         return evidence.gains
 
-    def _signed(self, evidence: Evidence) -> Sequence[EncodedPair]:
+    def _signed(self, evidence: Evidence) -> Sequence[Example]:
         return evidence.pairs[-MAX_ITEMS:]
 
     def _task(self) -> OpenBank:
         if self._task_bank is None:
             raise BankError("`task` needs the task's row: build the bank with --baselines")
         return self._task_bank
-
-
-def _tokens(pairs: Sequence[EncodedPair]) -> int:
-    return sum(pair.output_tokens for pair in pairs)
 
 
 def _with_k(serving: ServingBank, k: int | None) -> ServingBank:

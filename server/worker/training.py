@@ -13,12 +13,13 @@ from adapters.errors import TrainingError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
+from adapters.training.example import Example
 from adapters.training.user_run import Progress, UserPlan
 from adapters.training.user_trainer import Judgement, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.build.signing import Signer
 from bank.build.training import load_base
-from bank.items.prompt import EncodedPair, encode_conversation, encode_pair
+from bank.items.prompt import encode_conversation, encode_pair
 from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 from server.store.samples import AdaptConfig, Sample
@@ -122,7 +123,7 @@ class AdapterTrainer:
         assert judgement.weights is not None
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
-    def _encoded(self, place: int, sample: Sample) -> EncodedPair:
+    def _encoded(self, place: int, sample: Sample) -> Example:
         with blamed(f"samples.{place}", SAMPLE_REMEDY):
             example = encode_conversation(self.tokenizer, list(sample.messages), sample.output)
         if len(example.ids) > self._context:
@@ -132,7 +133,7 @@ class AdapterTrainer:
         self._check(f"samples.{place}", example)
         return example
 
-    def _check(self, what: str, example: EncodedPair) -> None:
+    def _check(self, what: str, example: Example) -> None:
         """Refuse what would only show itself in the model, where it looks like a broken process."""
         if not 0 < example.loss_from < len(example.ids):
             raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")

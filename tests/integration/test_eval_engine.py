@@ -9,11 +9,12 @@ import pytest
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
+from adapters.training.example import Example
 from adapters.user_adapter import UserAdapterKind
 from bank.build.training import load_base
 from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.voices import OpenBank, Voice
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from server.cli.eval.engine import EngineScores
 from server.store.redis.adapters import adapters_at
@@ -56,18 +57,18 @@ def voices(bank: OpenBank) -> dict[str, Voice | None]:
     return {"base": None, "merged": Voice(bank, recipe), **stacked}
 
 
-def answers(scores: Scores, voice: Voice | None, examples: list[EncodedPair], tokens: int) -> list[str]:
+def answers(scores: Scores, voice: Voice | None, examples: list[Example], tokens: int) -> list[str]:
     """Without a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
     return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(voice, examples, tokens)]
 
 
 @pytest.fixture(scope="module")
-def examples(scorer: Scorer) -> list[EncodedPair]:
+def examples(scorer: Scorer) -> list[Example]:
     return [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
 
 
 def test_losses_are_those_in_process(
-    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair]
+    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[Example]
 ) -> None:
     found = {name: engine.read(voice, examples) for name, voice in voices(bank).items()}
     for name, voice in voices(bank).items():
@@ -79,7 +80,7 @@ def test_losses_are_those_in_process(
 
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_answers_are_those_in_process(
-    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair], tokens: int
+    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[Example], tokens: int
 ) -> None:
     """Of few tokens and of more, which are made in different ways."""
     for voice in voices(bank).values():

@@ -17,12 +17,13 @@ from adapters.flat import lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 from adapters.training.attached import attached
+from adapters.training.example import Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import TrainPlan, linear_modules, train_lora
 from adapters.training.user_run import Progress, UserPlan
 from adapters.training.user_trainer import FEW, Judgement, train_user
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 
 RANK = 4
 KINDS = list(UserAdapterKind)
@@ -61,13 +62,13 @@ def encode(tiny_model_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def samples(encode: Any) -> list[EncodedPair]:
+def samples(encode: Any) -> list[Example]:
     """Ten samples of one manner."""
     return [encode(f"question {n}", f"{n} yes yes yes") for n in range(10)]
 
 
 @pytest.fixture(scope="module")
-def fluent(model: Any, fused: LoraWeights, samples: list[EncodedPair]) -> LoraWeights:
+def fluent(model: Any, fused: LoraWeights, samples: list[Example]) -> LoraWeights:
     """A fused adapter that speaks their manner already."""
     return train_lora(model, samples, TrainPlan(steps=60, batch_size=10, learning_rate=2e-2, seed=0), start=fused)
 
@@ -76,7 +77,7 @@ def plan(kind: UserAdapterKind, **changes: Any) -> UserPlan:
     return replace(PLAN, kind=kind, **changes)
 
 
-def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: Sequence[EncodedPair]) -> float:
+def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: Sequence[Example]) -> float:
     """The samples' loss under the stacked adapter, as it would be served in float32."""
     assert judgement.weights is not None
     stacked = stack(fused, UserAdapter("", judgement.weights), torch.float32)
@@ -86,7 +87,7 @@ def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: S
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair], encode: Any, kind: UserAdapterKind
+    model: Any, fused: LoraWeights, samples: list[Example], encode: Any, kind: UserAdapterKind
 ) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     judgement = train_user(model, fused, samples, plan(kind))
@@ -101,7 +102,7 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_lowers_no_held_out_loss_is_rejected(
-    model: Any, fluent: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
+    model: Any, fluent: LoraWeights, samples: list[Example], kind: UserAdapterKind
 ) -> None:
     """The rate is one that can only spoil what is fluent."""
     judgement = train_user(model, fluent, samples, plan(kind, learning_rate=0.1, every=8))
@@ -152,7 +153,7 @@ def test_training_ends_when_the_held_out_loss_has_stopped_falling(
 
 
 def test_what_a_step_raises_ends_training_there_and_detaches(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+    model: Any, fused: LoraWeights, samples: list[Example]
 ) -> None:
     names, steps = [name for name, _ in model.named_modules()], 0
 
@@ -170,7 +171,7 @@ def test_what_a_step_raises_ends_training_there_and_detaches(
 
 
 def test_a_loss_that_is_no_number_is_an_error_with_the_step(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+    model: Any, fused: LoraWeights, samples: list[Example]
 ) -> None:
     broken = replace(fused, b={name: b * float("inf") for name, b in fused.b.items()})
     with pytest.raises(TrainingError, match="a loss of nan at step 1"):
@@ -179,7 +180,7 @@ def test_a_loss_that_is_no_number_is_an_error_with_the_step(
 
 @pytest.mark.parametrize(("kind", "rate"), [(UserAdapterKind.LORA, 50.0), (UserAdapterKind.CORE, 5.0)])
 def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
-    model: Any, fluent: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind, rate: float
+    model: Any, fluent: LoraWeights, samples: list[Example], kind: UserAdapterKind, rate: float
 ) -> None:
     with pytest.raises(TrainingError, match=r"training exploded: a loss of .* lower the learning rate"):
         train_user(model, fluent, samples, plan(kind, learning_rate=rate))
@@ -196,9 +197,7 @@ def test_reading_held_out_samples_is_a_sign_of_life_between_steps(
     assert "row" in told[told.index("step") :]
 
 
-def test_what_a_sign_of_life_raises_ends_training_there(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
-) -> None:
+def test_what_a_sign_of_life_raises_ends_training_there(model: Any, fused: LoraWeights, samples: list[Example]) -> None:
     class Late(Exception): ...
 
     def late() -> None:
@@ -208,9 +207,7 @@ def test_what_a_sign_of_life_raises_ends_training_there(
         train_user(model, fused, samples, PLAN, alive=late)
 
 
-def test_a_last_step_that_leaves_no_numbers_is_an_error(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
-) -> None:
+def test_a_last_step_that_leaves_no_numbers_is_an_error(model: Any, fused: LoraWeights, samples: list[Example]) -> None:
     """No loss is taken after it: the last run learns from all samples."""
 
     def spoil(progress: Progress) -> None:
@@ -234,7 +231,7 @@ def test_a_plan_that_makes_no_training_is_refused_and_names_the_value(wrong: dic
 
 
 def test_one_sample_is_judged_on_itself_and_none_is_an_error(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+    model: Any, fused: LoraWeights, samples: list[Example]
 ) -> None:
     judgement = train_user(model, fused, samples[:1], PLAN)
     assert judgement.after < judgement.before
