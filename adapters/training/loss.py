@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,19 @@ def backward(model: Any, examples: Sequence[Example]) -> float:
     return loss
 
 
-@torch.no_grad()
-def mean_loss(model: Any, examples: Sequence[Example], on_row: Callable[[], None] = lambda: None) -> float:
-    """Negative log-likelihood per output token, nats; `on_row` is called after each row of examples."""
+def mean_loss(model: Any, examples: Sequence[Example]) -> float:
+    """Negative log-likelihood per output token, nats."""
     loss = 0.0
-    for row in pack(model, examples):
-        loss += float(_losses(model, row).sum())
-        on_row()
+    for row_loss in row_losses(model, examples):
+        loss += row_loss
     return loss / output_tokens(examples)
+
+
+@torch.no_grad()
+def row_losses(model: Any, examples: Sequence[Example]) -> Iterator[float]:
+    """Negative log-likelihood of each row of examples, nats; a row is read when it is asked for."""
+    for row in pack(model, examples):
+        yield float(_losses(model, row).sum())
 
 
 @torch.no_grad()

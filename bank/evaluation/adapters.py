@@ -53,8 +53,8 @@ class Adapters:
         task_bank: of `--baselines`, or None.
         scorer: the base model, for what is trained and measured.
         embedder: of the bank.
-        plan: of few-shot training; kind, rank and steps are stacked's and own's, the strength is stacked's alone, the
-            seed is not used.
+        plan: of few-shot training, of stacked and own; the seed is not used.
+        strength: of the anchors beneath a stacked adapter, as a share of theirs when merged.
         max_tokens: longest example.
     """
 
@@ -66,6 +66,7 @@ class Adapters:
         embedder: Embedder,
         *,
         plan: UserPlan,
+        strength: float,
         max_tokens: int,
     ) -> None:
         self.bank = bank
@@ -73,6 +74,7 @@ class Adapters:
         self._scorer = scorer
         self._embedder = embedder
         self._plan = plan
+        self._strength = strength
         self._max_tokens = max_tokens
         self._signer: Signer | None = None
 
@@ -100,7 +102,7 @@ class Adapters:
         judgement = evidence.trained.get((method.plain, seed))
         if judgement is None:
             plan = replace(self._plan, seed=seed)
-            judgement = train_user(self._scorer.bare(), voice.lora(), evidence.pairs, plan)
+            judgement = train_user(self._scorer.bare(), voice.lora(), evidence.pairs, plan).finish()
             evidence.trained[method.plain, seed] = judgement
         if judgement.weights is None and method.base is Base.STACKED:
             return self.voice(replace(method, base=Base.MERGED), evidence, seed)
@@ -113,7 +115,7 @@ class Adapters:
             if not manifest.common:
                 raise BankError("`own` is trained on the common row, and this bank has none")
             return FusionRecipe(manifest.short, manifest.method, True, ())
-        share = self._plan.strength if method.base is Base.STACKED else 1.0
+        share = self._strength if method.base is Base.STACKED else 1.0
         return make_recipe(manifest, self._weights(method, evidence, seed), share)
 
     def _weights(self, method: Method, evidence: Evidence, seed: int) -> Sequence[AnchorWeight]:

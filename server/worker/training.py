@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from adapters.training.example import Example
-from adapters.training.user_run import Progress, UserPlan
-from adapters.training.user_trainer import Judgement, train_user
+from adapters.training.user_run import UserPlan
+from adapters.training.user_trainer import Judgement, Training, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.build.signing import Signer
 from bank.build.training import load_base
@@ -42,7 +42,6 @@ def user_plan(config: AdaptConfig) -> UserPlan:
         batch_size=BATCH_SIZE,
         learning_rate=config.learning_rate,
         holdout=config.holdout,
-        strength=config.strength,
         every=LOOK_EVERY,
         seed=config.seed,
     )
@@ -76,15 +75,8 @@ class AdapterTrainer:
         matrix = MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
         return cls(manifest, matrix, *load_base(model_folder, dtype))
 
-    def train(
-        self,
-        recipe: FusionRecipe,
-        samples: Sequence[Sample],
-        config: AdaptConfig,
-        on_step: Callable[[Progress], None] = lambda progress: None,
-        alive: Callable[[], None] = lambda: None,
-    ) -> Judgement:
-        """Train and judge a user adapter on top of a recipe; `on_step` and `alive` as in `train_user`.
+    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training:
+        """Train and judge a user adapter on top of a recipe, step by step.
 
         Raises:
             TrainingError: when the samples or the configuration make no training.
@@ -96,7 +88,7 @@ class AdapterTrainer:
         if plan.kind is UserAdapterKind.LORA and plan.rank > room:
             raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves {room} for users")
         examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
-        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step, alive=alive)
+        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         """The signature of a user's items; one that says nothing when there is nothing to learn from them.
