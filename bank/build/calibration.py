@@ -23,7 +23,7 @@ from bank.items.prompt import ChatTokenizer, encode_pair
 from bank.items.tasks import Task
 
 if TYPE_CHECKING:
-    from bank.build.signing import Signer
+    from bank.build.signer import Signer
 
 MAX_DRAWS = 32
 DRAWS_OF_ONE = 4
