@@ -75,7 +75,7 @@ def main(
         for config in configs:
             recipe = lookup.personalise(profile, share=config.strength).recipe
             start_s = time.perf_counter()
-            judgement = trainer.train(recipe, taken, config)
+            judgement = trainer.train(recipe, taken, config).finish()
             reading = {"merged": merged, "stacked": merged, "seconds": time.perf_counter() - start_s, "bytes": 0}
             reading |= {"steps": judgement.steps, "before": judgement.before, "after": judgement.after}
             if judgement.weights is not None:

@@ -69,7 +69,8 @@ def main(
                 progress.update(bar, total=pieces)
                 return lambda done: progress.advance(bar, done)
 
-            evaluate(inputs, options, user_plan(AdaptConfig()), begin, engine)
+            config = AdaptConfig()
+            evaluate(inputs, options, user_plan(config), begin, engine, strength=config.strength)
             lines = (inputs.out / RECORDS_FILE).read_text("utf-8").splitlines()
             return {(r.method, r.user_id, r.query_id): r for r in (Record(**json.loads(line)) for line in lines)}
 

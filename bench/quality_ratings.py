@@ -56,8 +56,9 @@ def main(
     if task.kind != "score":
         raise typer.BadParameter(f"the bank is for {task.name}, whose answers are no scores", param_hint="--bank")
     scorer = Scorer(*load_base(ensure_base_model(model, cache), resolve_dtype("auto")))
-    plan = user_plan(AdaptConfig())
-    adapters = Adapters(here, task_bank, scorer, embedder, plan=plan, max_tokens=MAX_TOKENS)
+    config = AdaptConfig()
+    plan, strength = user_plan(config), config.strength
+    adapters = Adapters(here, task_bank, scorer, embedder, plan=plan, strength=strength, max_tokens=MAX_TOKENS)
     errors: dict[str, list[float]] = defaultdict(list)
     for person in track(read_people(users, task)[:people], "asking", console=console()):
         evidence = adapters.evidence(person)

@@ -11,8 +11,8 @@ from adapters.flat import flat_b
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 from adapters.training.attached import TRAINED, attached
+from adapters.training.example import Example
 from adapters.training.loss import backward
-from adapters.training.packing import Example
 
 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:

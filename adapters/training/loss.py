@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from adapters.training.packing import Example, Row, pack
+from adapters.training.example import Example, output_tokens
+from adapters.training.packing import Row, pack
 
 
 def backward(model: Any, examples: Sequence[Example]) -> float:
     """Add the gradient of the mean loss per output token to whatever moves; the loss, nats."""
-    outputs, loss = _output_tokens(examples), 0.0
+    outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
         row_loss = _losses(model, row).sum() / outputs
         row_loss.backward()  # type: ignore[no-untyped-call]
@@ -20,14 +21,19 @@ def backward(model: Any, examples: Sequence[Example]) -> float:
     return loss
 
 
-@torch.no_grad()
-def mean_loss(model: Any, examples: Sequence[Example], on_row: Callable[[], None] = lambda: None) -> float:
-    """Negative log-likelihood per output token, nats; `on_row` is called after each row of examples."""
+def mean_loss(model: Any, examples: Sequence[Example]) -> float:
+    """Negative log-likelihood per output token, nats."""
     loss = 0.0
+    for row_loss in row_losses(model, examples):
+        loss += row_loss
+    return loss / output_tokens(examples)
+
+
+@torch.no_grad()
+def row_losses(model: Any, examples: Sequence[Example]) -> Iterator[float]:
+    """Negative log-likelihood of each row of examples, nats; a row is read when it is asked for."""
     for row in pack(model, examples):
-        loss += float(_losses(model, row).sum())
-        on_row()
-    return loss / _output_tokens(examples)
+        yield float(_losses(model, row).sum())
 
 
 @torch.no_grad()
@@ -40,10 +46,6 @@ def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]
         likeliest = [ids.tolist() for ids in torch.split(logits.argmax(-1).cpu(), row.counts)]
         found += zip(losses, likeliest, strict=True)
     return found
-
-
-def _output_tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.ids) - example.loss_from for example in examples)
 
 
 def _losses(model: Any, row: Row) -> torch.Tensor:

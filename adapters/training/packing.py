@@ -10,24 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from adapters.training.example import Example
 
 ROW_TOKENS = 512
 """Ids of one row: enough to keep the processor busy, few enough to stay in its caches."""
 
 _BEGINNING = -1
-
-
-class Example(Protocol):
-    """One example: token ids, of which those from `loss_from` on carry loss (`bank.items.prompt.EncodedPair`)."""
-
-    @property
-    def ids(self) -> Sequence[int]: ...
-
-    @property
-    def loss_from(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,5 +108,5 @@ def _row(examples: Sequence[Example], shared: int) -> Row:
         predicted = range(example.loss_from, len(example.ids))
         row.places.extend(moved + place - 1 for place in predicted)
         row.wanted.extend(example.ids[place] for place in predicted)
-        row.counts.append(len(predicted))
+        row.counts.append(example.output_tokens)
     return row

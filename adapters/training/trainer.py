@@ -18,8 +18,8 @@ import torch
 from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
+from adapters.training.example import Example
 from adapters.training.loss import backward
-from adapters.training.packing import Example
 
 WARM_UP = 0.1
 CLIP_NORM = 1.0
@@ -119,7 +119,8 @@ def train_lora(
     if not examples:
         raise FusionError("there is nothing to train on: no example has an output")
     with attached(model, start, frozen) as lora:
-        optimise(lora.model, lora.trainable(train_a=train_a), examples, plan, on_step)
+        for report in optimise(lora.model, lora.trainable(train_a=train_a), examples, plan):
+            on_step(report)
         return lora.weights()
 
 
@@ -128,18 +129,16 @@ def optimise(
     parameters: Sequence[torch.nn.Parameter],
     examples: Sequence[Example],
     plan: TrainPlan,
-    on_step: Callable[[StepReport], None],
     *,
     rate: Callable[[int, int], float] = rate_factor,
-) -> None:
-    """Train parameters in place.
+) -> Iterator[StepReport]:
+    """Train parameters in place, one step each time a report is asked for; who has enough leaves the loop.
 
     Args:
         model: in evaluation mode, everything else frozen.
         parameters: what moves.
         examples: at least one.
         plan: steps, batch, peak rate, seed.
-        on_step: told after every step; what it raises ends training there.
         rate: share of the peak rate at a step from 0, of so many.
     """
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
@@ -152,7 +151,7 @@ def optimise(
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
-        on_step(StepReport(step, loss, sum(len(example.ids) for example in batch)))
+        yield StepReport(step, loss, sum(len(example.ids) for example in batch))
 
 
 def _batches(count: int, plan: TrainPlan) -> Iterator[list[int]]:

@@ -6,8 +6,7 @@ The rate is constant after its warm-up, so that stopping early is what a shorter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,8 @@ import torch
 from adapters.errors import TrainingError, excerpt
 from adapters.lora import LoraWeights
 from adapters.training.attached import Attached
-from adapters.training.loss import mean_loss
-from adapters.training.packing import Example
+from adapters.training.example import Example, output_tokens
+from adapters.training.loss import row_losses
 from adapters.training.trainer import StepReport, TrainPlan, optimise
 from adapters.user_adapter import CoreWeights, UserAdapterKind
 
@@ -40,8 +39,6 @@ class UserPlan:
         batch_size: samples a step.
         learning_rate: after the warm-up.
         holdout: share of the samples kept aside where there are many.
-        strength: of the anchors in the recipe beneath, as a share of theirs without a user adapter; whoever makes that
-            recipe heeds it.
         every: steps between two looks at the held-out loss.
         seed: of the split, the order, and where A starts.
     """
@@ -52,7 +49,6 @@ class UserPlan:
     batch_size: int
     learning_rate: float
     holdout: float
-    strength: float
     every: int
     seed: int
 
@@ -80,10 +76,6 @@ class Progress:
     loss: float
 
 
-class _Enough(Exception):
-    """The held-out loss has not fallen for a while."""
-
-
 class Patience:
     """Waits for a held-out loss to fall again, for so many looks."""
 
@@ -101,23 +93,19 @@ class Patience:
 class UserRun:
     """Runs of one plan on one attached adapter, each from the same start."""
 
-    def __init__(
-        self,
-        here: Attached,
-        start: LoraWeights | None,
-        plan: UserPlan,
-        on_step: Callable[[Progress], None],
-        alive: Callable[[], None],
-    ) -> None:
+    def __init__(self, here: Attached, start: LoraWeights | None, plan: UserPlan) -> None:
         self.plan = plan
-        self._here, self._start, self._on_step, self._alive = here, start, on_step, alive
+        self._here, self._start = here, start
         self._parameters = here.trainable(train_a=True) if start else here.insert_cores()
-        self._done = 0
-        self.of = plan.steps
+        self._now = Progress(0, 0, 0.0)
 
-    def loss(self, examples: Sequence[Example]) -> float:
-        """Loss of the examples under what is attached now."""
-        return mean_loss(self._here.model, examples, self._alive)
+    def loss(self, examples: Sequence[Example]) -> Generator[Progress, None, float]:
+        """Loss of the examples under what is attached now; yields where training is after each row of them."""
+        loss = 0.0
+        for row_loss in row_losses(self._here.model, examples):
+            loss += row_loss
+            yield self._now
+        return loss / output_tokens(examples)
 
     def reset(self) -> None:
         """Back to the start, where the user adapter changes nothing."""
@@ -127,37 +115,38 @@ class UserRun:
         for parameter in self._parameters:
             torch.nn.init.eye_(parameter)
 
-    def train(self, samples: Sequence[Example], steps: int, look: Callable[[int], bool] = lambda step: True) -> int:
-        """One run from the start; `look` is called after every so many steps and after the last: go on?
+    def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
+        """One run from the start, one step each time a report is asked for; who has enough leaves the loop.
 
-        Returns:
-            How many steps it took.
+        Raises:
+            TrainingError: when the loss explodes, or is no number any more.
         """
-        first, done = math.nan, 0
-
-        def on_step(report: StepReport) -> None:
-            nonlocal first, done
-            done, self._done = report.step, self._done + 1
+        self.reset()
+        size = min(self.plan.batch_size, len(samples))
+        plan = TrainPlan(steps, size, self.plan.learning_rate, self.plan.seed)
+        first = math.nan
+        for report in optimise(self._here.model, self._parameters, samples, plan, rate=_constant):
             first = report.loss if report.step == 1 else first
             if not report.loss <= first + EXPLODED:  # what is no number is not below anything
                 raise TrainingError(
                     f"training exploded: a loss of {report.loss:.4g} at step {report.step}, {first:.4g} at the first: "
                     "lower the learning rate"
                 )
-            looked = report.step % self.plan.every == 0 or report.step == steps
-            enough = looked and not look(report.step)
-            if enough:
-                self.of -= steps - report.step
-            self._on_step(Progress(self._done, self.of, report.loss))
-            if enough:
-                raise _Enough
+            yield report
 
-        self.reset()
-        size = min(self.plan.batch_size, len(samples))
-        train_plan = TrainPlan(steps, size, self.plan.learning_rate, self.plan.seed)
-        with suppress(_Enough):
-            optimise(self._here.model, self._parameters, samples, train_plan, on_step, rate=_constant)
-        return done
+    def looks(self, step: int, steps: int) -> bool:
+        """Whether the held-out loss is looked at after a step of a run of so many."""
+        return step % self.plan.every == 0 or step == steps
+
+    def told(self, report: StepReport, of: int) -> Progress:
+        """Count one more step of all runs.
+
+        Args:
+            report: of the step.
+            of: steps of all runs, as far as is known.
+        """
+        self._now = Progress(self._now.step + 1, of, report.loss)
+        return self._now
 
     def taken(self) -> LoraWeights | CoreWeights:
         """What is attached now.

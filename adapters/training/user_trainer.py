@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
-from adapters.training.packing import Example
+from adapters.training.example import Example
 from adapters.training.trainer import initial_lora
 from adapters.training.user_run import Patience, Progress, UserPlan, UserRun
 from adapters.user_adapter import CoreWeights, UserAdapterKind
@@ -45,104 +45,121 @@ class Judgement:
     steps: int
 
 
-def train_user(
-    model: Any,
-    fused: LoraWeights,
-    samples: Sequence[Example],
-    plan: UserPlan,
-    on_step: Callable[[Progress], None] = lambda progress: None,
-    *,
-    alive: Callable[[], None] = lambda: None,
-) -> Judgement:
-    """Train and judge a user adapter; the model is left as it was.
+_Judging = Generator[Progress, None, Judgement]
+
+
+class Training:
+    """Training of a user adapter, which goes on only while it is iterated over: leave the loop to end it.
+
+    Iterating gives where training is, after every step and after each row of samples read between steps. Once the loop
+    has ended, or was left, the model is as it was.
+
+    Attributes:
+        judgement: what training came to; None until its end.
+    """
+
+    def __init__(self, progress: _Judging) -> None:
+        self.judgement: Judgement | None = None
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[Progress]:
+        self.judgement = yield from self._progress
+
+    def finish(self) -> Judgement:
+        """Train to the end."""
+        for _ in self:
+            pass
+        assert self.judgement is not None
+        return self.judgement
+
+
+def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], plan: UserPlan) -> Training:
+    """Train and judge a user adapter, step by step.
 
     Args:
         model: the base model.
         fused: what the user's recipe stands for, float32.
         samples: at least one.
         plan: how.
-        on_step: told after every step; what it raises ends training there.
-        alive: called between steps, after each row of samples that is read; what it raises ends training too.
 
     Raises:
-        TrainingError: when the loss explodes, or is no number any more.
+        TrainingError: when there are no samples; while training, when the loss explodes or is no number any more.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
+    return Training(_training(model, fused, samples, plan))
+
+
+def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], plan: UserPlan) -> _Judging:
     start = None if plan.kind is UserAdapterKind.CORE else _start(fused, plan)
     with attached(model, fused) if start is None else attached(model, start, frozen=fused) as here:
-        run = UserRun(here, start, plan, on_step, alive)
+        run = UserRun(here, start, plan)
         if len(samples) == 1:
-            return _alone(run, samples)
-        return _fold(run, samples) if len(samples) <= FEW else _hold_out(run, samples)
+            return (yield from _alone(run, samples))
+        return (yield from (_fold if len(samples) <= FEW else _hold_out)(run, samples))
 
 
-def _fold(run: UserRun, samples: Sequence[Example]) -> Judgement:
+def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
     """Judge by folds, then train on everything for as long as was best.
 
     The first fold ends when it has been past its best for a while; the others are as long.
     """
     folds = _folds(len(samples), run.plan.seed)
-    run.of = run.plan.steps * (len(folds) + 1)
+    patience = Patience(run.plan.every)
     before, after, steps = 0.0, defaultdict[int, float](float), run.plan.steps
     for place, held in enumerate(folds):
         kept = [samples[i] for i in range(len(samples)) if i not in held]
         aside = [samples[i] for i in sorted(held)]
         share = len(aside) / len(samples)
         run.reset()
-        before += share * run.loss(aside)
-        patience = Patience(run.plan.every) if place == 0 else None
-
-        def look(
-            step: int,
-            aside: Sequence[Example] = aside,
-            share: float = share,
-            patience: Patience | None = patience,
-        ) -> bool:
-            loss = run.loss(aside)
-            after[step] += share * loss
-            return patience is None or patience.holds(step, loss)
-
-        taken = run.train(kept, steps, look)
-        run.of -= (steps - taken) * (len(folds) - place)  # the folds that follow and the last run are no longer
-        steps = taken
+        before += share * (yield from run.loss(aside))
+        for report in run.train(kept, steps):
+            if run.looks(report.step, steps):
+                loss = yield from run.loss(aside)
+                after[report.step] += share * loss
+                if place == 0 and not patience.holds(report.step, loss):
+                    steps = report.step
+            yield run.told(report, of=steps * (len(folds) + 1))
+            if report.step == steps:
+                break
     best = min(after, key=lambda step: (after[step], step))
-    run.of -= steps - best
     if not after[best] < before:
         return Judgement(None, before, after[best], best)
-    run.train(samples, best)
+    for report in run.train(samples, best):
+        yield run.told(report, of=steps * len(folds) + best)
     return Judgement(run.taken(), before, after[best], best)
 
 
-def _alone(run: UserRun, samples: Sequence[Example]) -> Judgement:
+def _alone(run: UserRun, samples: Sequence[Example]) -> _Judging:
     """One sample, for half the steps: nothing says when it is enough."""
-    run.of = steps = max(1, run.plan.steps // 2)
+    steps = max(1, run.plan.steps // 2)
     run.reset()
-    before = run.loss(samples)
-    run.train(samples, steps)
-    after = run.loss(samples)
+    before = yield from run.loss(samples)
+    for report in run.train(samples, steps):
+        yield run.told(report, of=steps)
+    after = yield from run.loss(samples)
     return Judgement(run.taken() if after < before else None, before, after, steps)
 
 
-def _hold_out(run: UserRun, samples: Sequence[Example]) -> Judgement:
+def _hold_out(run: UserRun, samples: Sequence[Example]) -> _Judging:
     """Keep a part aside and the adapter of the best moment."""
     order = random.Random(run.plan.seed).sample(range(len(samples)), len(samples))
     size = max(1, round(run.plan.holdout * len(samples)))
     aside, kept = [samples[i] for i in order[:size]], [samples[i] for i in order[size:]]
+    patience, steps = Patience(run.plan.every), run.plan.steps
     run.reset()
-    before = run.loss(aside)
+    before = yield from run.loss(aside)
     best = Judgement(None, before, math.inf, 0)
-
-    patience = Patience(run.plan.every)
-
-    def look(step: int) -> bool:
-        nonlocal best
-        after = run.loss(aside)
-        if after < best.after:
-            best = Judgement(run.taken() if after < before else None, before, after, step)
-        return patience.holds(step, after)
-
-    run.train(kept, run.plan.steps, look)
+    for report in run.train(kept, steps):
+        if run.looks(report.step, steps):
+            after = yield from run.loss(aside)
+            if after < best.after:
+                best = Judgement(run.taken() if after < before else None, before, after, report.step)
+            if not patience.holds(report.step, after):
+                steps = report.step
+        yield run.told(report, of=steps)
+        if report.step == steps:
+            break
     return best
 
 

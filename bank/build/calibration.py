@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adapters.training.example import Example
 from bank.build.resume import Workbench
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.profile import Vectors
-from bank.items.prompt import ChatTokenizer, EncodedPair, encode_pair
+from bank.items.prompt import ChatTokenizer, encode_pair
 from bank.items.tasks import Task
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def calibrate_signer(
         drawn = random.Random(f"{seed}:{draw}").sample(pairs, min(DRAWN_ITEMS, len(pairs)))
         examples = [encode_pair(tokenizer, *pair, max_tokens) for pair in drawn]
 
-        def measure(examples: Sequence[EncodedPair] = examples) -> Vectors:
+        def measure(examples: Sequence[Example] = examples) -> Vectors:
             return np.stack([signer.products(examples), signer.measured_gains(examples)])
 
         draws.append(work.vectors(name, measure))

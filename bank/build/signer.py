@@ -13,9 +13,9 @@ from adapters.flat import cut_b
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.training.attached import attached
+from adapters.training.example import Example, output_tokens
 from adapters.training.gradient import b_gradient
 from adapters.training.loss import mean_loss
-from adapters.training.packing import Example
 from bank.items.profile import Vectors
 from bank.lookup.signature import Signature, empty_signature
 
@@ -44,8 +44,7 @@ class Signer:
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
         """The signature of some items, for the bank with these 8 hex digits; an empty one when it is no numbers."""
-        tokens = sum(len(example.ids) - example.loss_from for example in examples)
-        made = Signature(bank, tokens, self.products(examples))
+        made = Signature(bank, output_tokens(examples), self.products(examples))
         return made if made.finite else empty_signature(bank, self._matrix.anchors)
 
     def products(self, examples: Sequence[Example]) -> Vectors:

@@ -19,8 +19,9 @@ from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 from adapters.recipe import FusionMethod
+from adapters.training.example import Example
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, train_lora
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 
 COMMON = "common"
 
@@ -39,7 +40,7 @@ class RowJob:
     """
 
     name: str
-    examples: tuple[EncodedPair, ...]
+    examples: tuple[Example, ...]
     plan: TrainPlan
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from adapters.recipe import FusionRecipe
+from adapters.training.example import Example, output_tokens
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
 from bank.build.signer import Signer
@@ -16,7 +17,7 @@ from bank.evaluation.people import Person
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.profile import Vectors, item_text, profile_embedding
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
@@ -37,7 +38,7 @@ class Evidence:
     """
 
     person: Person
-    pairs: Sequence[EncodedPair]
+    pairs: Sequence[Example]
     embedding: Vectors
     trained: dict[tuple[EvalMethod, int], Judgement] = field(default_factory=dict)
     signature: Signature | None = None
@@ -52,8 +53,8 @@ class Adapters:
         task_bank: of `--baselines`, or None.
         scorer: the base model, for what is trained and measured.
         embedder: of the bank.
-        plan: of few-shot training; kind, rank and steps are stacked's and own's, the strength is stacked's alone, the
-            seed is not used.
+        plan: of few-shot training, of stacked and own; the seed is not used.
+        strength: of the anchors beneath a stacked adapter, as a share of theirs when merged.
         max_tokens: longest example.
     """
 
@@ -65,6 +66,7 @@ class Adapters:
         embedder: Embedder,
         *,
         plan: UserPlan,
+        strength: float,
         max_tokens: int,
     ) -> None:
         self.bank = bank
@@ -72,6 +74,7 @@ class Adapters:
         self._scorer = scorer
         self._embedder = embedder
         self._plan = plan
+        self._strength = strength
         self._max_tokens = max_tokens
         self._signer: Signer | None = None
 
@@ -99,7 +102,7 @@ class Adapters:
         judgement = evidence.trained.get((method.plain, seed))
         if judgement is None:
             plan = replace(self._plan, seed=seed)
-            judgement = train_user(self._scorer.bare(), adapter.lora(), evidence.pairs, plan)
+            judgement = train_user(self._scorer.bare(), adapter.lora(), evidence.pairs, plan).finish()
             evidence.trained[method.plain, seed] = judgement
         if judgement.weights is None and method.base is Base.STACKED:
             return self.make(replace(method, base=Base.MERGED), evidence, seed)
@@ -112,7 +115,7 @@ class Adapters:
             if not manifest.common:
                 raise BankError("`own` is trained on the common row, and this bank has none")
             return FusionRecipe(manifest.short, manifest.method, True, ())
-        share = self._plan.strength if method.base is Base.STACKED else 1.0
+        share = self._strength if method.base is Base.STACKED else 1.0
         return make_recipe(manifest, self._weights(method, evidence, seed), share)
 
     def _weights(self, method: EvalMethod, evidence: Evidence, seed: int) -> Sequence[AnchorWeight]:
@@ -131,7 +134,7 @@ class Adapters:
         if source == "evidence":
             anchors = range(index.anchors)
             cosines, gains = index.vectors(anchors) @ evidence.embedding, self._measured_gains(evidence)
-            tokens = _tokens(self._signed(evidence))
+            tokens = output_tokens(self._signed(evidence))
             return evident_weights(rule.signature or SignatureRule(), anchors, gains, cosines, tokens)
         return serving.personalise(evidence.embedding, self._signature(evidence)).weights
 
@@ -154,17 +157,13 @@ class Adapters:
             evidence.gains = self._sign().measured_gains(self._signed(evidence))
         return evidence.gains
 
-    def _signed(self, evidence: Evidence) -> Sequence[EncodedPair]:
+    def _signed(self, evidence: Evidence) -> Sequence[Example]:
         return evidence.pairs[-MAX_ITEMS:]
 
     def _task(self) -> OpenBank:
         if self._task_bank is None:
             raise BankError("`task` needs the task's row: build the bank with --baselines")
         return self._task_bank
-
-
-def _tokens(pairs: Sequence[EncodedPair]) -> int:
-    return sum(pair.output_tokens for pair in pairs)
 
 
 def _with_k(serving: ServingBank, k: int | None) -> ServingBank:

@@ -161,13 +161,13 @@ class Evaluation:
 
 
 def evaluation_key(
-    bank: OpenBank, task_bank: OpenBank | None, plan: UserPlan, people: Sequence[Person], how: str
+    bank: OpenBank, task_bank: OpenBank | None, plan: UserPlan, people: Sequence[Person], how: str, *, strength: float
 ) -> str:
     """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside."""
     content: dict[str, Any] = {
         "bank": bank.manifest.fingerprint,
         "task": task_bank.manifest.fingerprint if task_bank else None,
-        "plan": asdict(replace(plan, seed=0)),
+        "plan": asdict(replace(plan, seed=0)) | {"strength": strength},
         "people": [
             [p.user_id, [dict(i.fields) for i in p.history.items], [asdict(q) for q in p.queries]] for p in people
         ],

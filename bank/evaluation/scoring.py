@@ -12,10 +12,9 @@ import torch
 
 from adapters.lora import LoraWeights
 from adapters.training.attached import Attached, attached
+from adapters.training.example import Example
 from adapters.training.loss import read
-from adapters.training.packing import Example
 from bank.evaluation.speakers import PersonAdapter
-from bank.items.prompt import EncodedPair
 
 _FEW = 4
 """Answers of at most so many tokens are quicker to read off packed rows than to generate with a cache."""
@@ -134,7 +133,7 @@ def _read_off(
     made = [_agreed(example, ids, ends)[:new_tokens] for example, ids in zip(examples, likeliest, strict=True)]
     while waiting := [place for place, ids in enumerate(made) if len(ids) < new_tokens and ids[-1] not in ends]:
         so_far = [(*examples[place].ids[: examples[place].loss_from], *made[place]) for place in waiting]
-        asked = [EncodedPair((*ids, 0), len(ids)) for ids in so_far]  # 0 stands where the next id will
+        asked = [Example((*ids, 0), len(ids)) for ids in so_far]  # 0 stands where the next id will
         for place, (_, (token,)) in zip(waiting, read(model, asked), strict=True):
             made[place].append(token)
     return made

@@ -71,6 +71,8 @@ def evaluate(
     plan: UserPlan,
     begin: Callable[[int], Callable[[int], None]],
     engine: Scores | None = None,
+    *,
+    strength: float,
 ) -> dict[str, list[MethodRow]]:
     """Run what is not recorded yet, and write table and summary.
 
@@ -80,6 +82,7 @@ def evaluate(
         plan: of few-shot training.
         begin: told how many pieces there are; gives what is told of every piece done.
         engine: reads the queries instead of the model in process, which then only signs and trains.
+        strength: of the anchors beneath a stacked adapter, as a share of theirs when merged.
 
     Returns:
         What to read: rows of methods, by the title of their table.
@@ -100,12 +103,14 @@ def evaluate(
         options = replace(options, methods=tuple(dict.fromkeys((*options.methods, *points))))
     dtype = resolve_dtype(inputs.dtype)
     where = "in an engine" if engine else "in process"
-    key = evaluation_key(bank, task_bank, plan, people, f"{where}, {dtype}")
+    key = evaluation_key(bank, task_bank, plan, people, f"{where}, {dtype}", strength=strength)
     records = Records(inputs.out, key)
     on_done = begin(options.pieces(len(people)))
     scorer = Scorer(*load_base(inputs.model_folder, dtype))
 
-    adapters = Adapters(bank, task_bank, scorer, inputs.embedder, plan=plan, max_tokens=options.max_tokens)
+    adapters = Adapters(
+        bank, task_bank, scorer, inputs.embedder, plan=plan, strength=strength, max_tokens=options.max_tokens
+    )
     scores, tokenizer = engine or scorer, scorer.tokenizer
     try:
         Evaluation(adapters, scores, tokenizer, task, records, options=options, key=key).run(people, on_done)

@@ -6,8 +6,9 @@ chat template to it when serving, `encode_pair` applies the same template when t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+from adapters.training.example import Example
 
 
 class ChatTokenizer(Protocol):
@@ -25,30 +26,12 @@ class ChatTokenizer(Protocol):
     def decode(self, token_ids: list[int]) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """One training example.
-
-    Attributes:
-        ids: token ids of the prompt, the output, and the end of the assistant's turn.
-        loss_from: position of the first id that carries loss: the output and the end of turn, never the prompt.
-    """
-
-    ids: tuple[int, ...]
-    loss_from: int
-
-    @property
-    def output_tokens(self) -> int:
-        """How many ids carry loss."""
-        return len(self.ids) - self.loss_from
-
-
 def chat_messages(turn: str) -> list[dict[str, str]]:
     """The conversation that a single user turn stands for."""
     return [{"role": "user", "content": turn}]
 
 
-def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> EncodedPair:
+def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> Example:
     """Tokenise one (turn, output) pair as the model sees it when serving.
 
     Prompt and output are tokenised apart, because serving tokenises the prompt alone. A pair that is too long loses
@@ -67,10 +50,10 @@ def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: in
         turn_ids = tokenizer.encode(turn, add_special_tokens=False)
         shorter = tokenizer.decode(turn_ids[: max(0, len(turn_ids) - overflow)])
         before = prompt_ids(tokenizer, chat_messages(shorter))
-    return EncodedPair(tuple((before + after)[:max_tokens]), min(len(before), max_tokens))
+    return Example(tuple((before + after)[:max_tokens]), min(len(before), max_tokens))
 
 
-def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str) -> EncodedPair:
+def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str) -> Example:
     """Tokenise a conversation that ends with the user's turn and what should have been answered; nothing is cut.
 
     Args:
@@ -81,7 +64,7 @@ def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]]
     prompt = _prompt(tokenizer, messages)
     before = tokenizer.encode(prompt, add_special_tokens=False)
     after = tokenizer.encode(_completion(tokenizer, messages, output, prompt), add_special_tokens=False)
-    return EncodedPair(tuple(before + after), len(before))
+    return Example(tuple(before + after), len(before))
 
 
 def prompt_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:

@@ -9,22 +9,18 @@ from collections.abc import Callable
 
 from adapters.errors import TrainingError
 from adapters.training.user_run import Progress
-from adapters.training.user_trainer import Judgement
-from server.worker.lease import RENEW_S, HeldLease, LeaseLost
+from adapters.training.user_trainer import Judgement, Training
+from server.worker.lease import RENEW_S, HeldLease
 from server.worker.stall import Pulse
 
-Train = Callable[[Callable[[Progress], None], Callable[[], None]], Judgement]
-"""Trains, given what it tells after every step, and what it calls as a sign of life
-(`adapters.training.user_trainer`)."""
 
-
-async def train_holding(held: HeldLease, most_s: float, train: Train) -> Judgement:
+async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Training]) -> Judgement:
     """Train; when the lease is lost, or the time is over, training ends at its next sign of life.
 
     Args:
         held: the lease, renewed meanwhile.
         most_s: how long it may take, seconds.
-        train: what is run on the thread.
+        train: prepares training; called, and iterated over, on the thread.
 
     Raises:
         TrainingError: when it takes longer, too.
@@ -35,20 +31,19 @@ async def train_holding(held: HeldLease, most_s: float, train: Train) -> Judgeme
     lost, pulse, latest = threading.Event(), Pulse(), Progress(0, 0, 0.0)
     end_s = time.monotonic() + most_s
 
-    def alive() -> None:
-        pulse.beat()
-        if lost.is_set():
-            raise LeaseLost
-        if time.monotonic() > end_s:
-            raise TrainingError(
-                f"training took longer than the {most_s:g} s it may, it was at step {latest.step} of {latest.of}: "
-                "send fewer or shorter samples, or ask for fewer steps"
-            )
-
-    def on_step(progress: Progress) -> None:
+    def trained() -> Judgement | None:
         nonlocal latest
-        latest = progress
-        alive()
+        run = train()
+        for latest in run:
+            pulse.beat()
+            if lost.is_set():
+                break
+            if time.monotonic() > end_s:
+                raise TrainingError(
+                    f"training took longer than the {most_s:g} s it may, it was at step {latest.step} of {latest.of}: "
+                    "send fewer or shorter samples, or ask for fewer steps"
+                )
+        return run.judgement
 
     async def done() -> bool:
         await asyncio.wait({training}, timeout=RENEW_S)
@@ -56,12 +51,14 @@ async def train_holding(held: HeldLease, most_s: float, train: Train) -> Judgeme
             pulse.check(str(held.lease.job.id))
         return training.done()
 
-    training = asyncio.create_task(asyncio.to_thread(train, on_step, alive))
+    training = asyncio.create_task(asyncio.to_thread(trained))
     try:
         while not await done():
             await held.renew(latest)
         await held.renew(latest)
-        return training.result()
+        judgement = training.result()
+        assert judgement is not None, "training is left before its end only once the lease is lost"
+        return judgement
     finally:
         lost.set()
         while not await done():

@@ -12,15 +12,14 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
-from adapters.training.user_run import Progress
-from adapters.training.user_trainer import Judgement
+from adapters.training.user_trainer import Judgement, Training
 from bank.lookup.serving import ServingBank
 from server.errors import ApiError
 from server.store.adapters import StoredAdapter
@@ -41,14 +40,7 @@ PROMOTE_ATTEMPTS = 20
 class Trains(Protocol):
     """What is needed of `server.worker.training.AdapterTrainer`."""
 
-    def train(
-        self,
-        recipe: FusionRecipe,
-        samples: Sequence[Sample],
-        config: AdaptConfig,
-        on_step: Callable[[Progress], None],
-        alive: Callable[[], None],
-    ) -> Judgement: ...
+    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training: ...
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from adapters.errors import TrainingError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
-from adapters.training.user_run import Progress, UserPlan
-from adapters.training.user_trainer import Judgement, train_user
+from adapters.training.example import Example
+from adapters.training.user_run import UserPlan
+from adapters.training.user_trainer import Judgement, Training, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.build.signer import Signer
-from bank.items.prompt import EncodedPair, encode_conversation, encode_pair
+from bank.items.prompt import encode_conversation, encode_pair
 from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
@@ -42,7 +43,6 @@ def user_plan(config: AdaptConfig) -> UserPlan:
         batch_size=BATCH_SIZE,
         learning_rate=config.learning_rate,
         holdout=config.holdout,
-        strength=config.strength,
         every=LOOK_EVERY,
         seed=config.seed,
     )
@@ -74,15 +74,8 @@ class AdapterTrainer:
         """
         return cls(manifest, open_matrix(bank, manifest), *load_base(model_folder, dtype))
 
-    def train(
-        self,
-        recipe: FusionRecipe,
-        samples: Sequence[Sample],
-        config: AdaptConfig,
-        on_step: Callable[[Progress], None] = lambda progress: None,
-        alive: Callable[[], None] = lambda: None,
-    ) -> Judgement:
-        """Train and judge a user adapter on top of a recipe; `on_step` and `alive` as in `train_user`.
+    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training:
+        """Train and judge a user adapter on top of a recipe, step by step.
 
         Raises:
             TrainingError: when the samples or the configuration make no training.
@@ -94,7 +87,7 @@ class AdapterTrainer:
         if plan.kind is UserAdapterKind.LORA and plan.rank > room:
             raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves {room} for users")
         examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
-        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan, on_step, alive=alive)
+        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         """The signature of a user's items; one that says nothing when there is nothing to learn from them.
@@ -121,7 +114,7 @@ class AdapterTrainer:
         assert judgement.weights is not None
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
-    def _encoded(self, place: int, sample: Sample) -> EncodedPair:
+    def _encoded(self, place: int, sample: Sample) -> Example:
         with blamed(f"samples.{place}", SAMPLE_REMEDY):
             example = encode_conversation(self.tokenizer, list(sample.messages), sample.output)
         if len(example.ids) > self._context:
@@ -131,7 +124,7 @@ class AdapterTrainer:
         self._check(f"samples.{place}", example)
         return example
 
-    def _check(self, what: str, example: EncodedPair) -> None:
+    def _check(self, what: str, example: Example) -> None:
         """Refuse what would only show itself in the model, where it looks like a broken process."""
         if not 0 < example.loss_from < len(example.ids):
             raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import pytest
 
 from adapters.recipe import FusionRecipe
 from adapters.training.user_run import Progress
-from adapters.training.user_trainer import Judgement
+from adapters.training.user_trainer import Judgement, Training
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
 from server.store.redis.connection import RedisConnection
@@ -88,18 +88,17 @@ class Interrupted:
         self._at_step = at_step
         self.encoded = trainer.encoded
 
-    def train(
-        self,
-        recipe: FusionRecipe,
-        samples: Sequence[Sample],
-        config: AdaptConfig,
-        on_step: Callable[[Progress], None],
-        alive: Callable[[], None],
-    ) -> Judgement:
-        def hooked(progress: Progress) -> None:
-            if progress.step == 1:
-                self._meanwhile()
-            self._at_step(progress.step)
-            on_step(progress)
+    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training:
+        return Training(self._hooked(self._trainer.train(recipe, samples, config)))
 
-        return self._trainer.train(recipe, samples, config, hooked, alive)
+    def _hooked(self, training: Training) -> Generator[Progress, None, Judgement]:
+        step = 0
+        for progress in training:
+            if progress.step > step:
+                step = progress.step
+                if step == 1:
+                    self._meanwhile()
+                self._at_step(step)
+            yield progress
+        assert training.judgement is not None
+        return training.judgement

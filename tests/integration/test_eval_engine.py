@@ -9,10 +9,11 @@ import pytest
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
+from adapters.training.example import Example
 from adapters.user_adapter import UserAdapterKind
 from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.speakers import OpenBank, PersonAdapter
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.load import load_base
 from server.cli.eval.engine import EngineScores
@@ -56,18 +57,18 @@ def adapters(bank: OpenBank) -> dict[str, PersonAdapter | None]:
     return {"base": None, "merged": PersonAdapter(bank, recipe), **stacked}
 
 
-def answers(scores: Scores, adapter: PersonAdapter | None, examples: list[EncodedPair], tokens: int) -> list[str]:
+def answers(scores: Scores, adapter: PersonAdapter | None, examples: list[Example], tokens: int) -> list[str]:
     """Without a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
     return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(adapter, examples, tokens)]
 
 
 @pytest.fixture(scope="module")
-def examples(scorer: Scorer) -> list[EncodedPair]:
+def examples(scorer: Scorer) -> list[Example]:
     return [encode_pair(scorer.tokenizer, turn, f"{turn} indeed", 128) for turn in TURNS]
 
 
 def test_losses_are_those_in_process(
-    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair]
+    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[Example]
 ) -> None:
     found = {name: engine.read(adapter, examples) for name, adapter in adapters(bank).items()}
     for name, adapter in adapters(bank).items():
@@ -79,7 +80,7 @@ def test_losses_are_those_in_process(
 
 @pytest.mark.parametrize("tokens", [3, 8])
 def test_answers_are_those_in_process(
-    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair], tokens: int
+    bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[Example], tokens: int
 ) -> None:
     """Of few tokens and of more, which are made in different ways."""
     for adapter in adapters(bank).values():

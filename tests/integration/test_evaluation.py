@@ -29,7 +29,8 @@ from tests.support.bank_bench import OPTIONS, Bench, Recorder
 from tests.support.people import people, write_people
 
 METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history"
-PLAN = user_plan(AdaptConfig(rank=1, steps=2))
+CONFIG = AdaptConfig(rank=1, steps=2)
+PLAN = user_plan(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[lis
         done += pieces
 
     options = EvalOptions(tuple(parse_methods(methods)), tuple(range(seeds)), predict=True)
-    (rows,) = evaluate(inputs, options, PLAN, lambda pieces: on_done).values()
+    (rows,) = evaluate(inputs, options, PLAN, lambda pieces: on_done, strength=CONFIG.strength).values()
     return [row.method for row in rows], done
 
 
@@ -123,7 +124,7 @@ def test_the_baselines_are_a_bank_of_their_own_that_is_not_trained_twice(inputs:
 def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learnt(inputs: EvalInputs) -> None:
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     scorer = Scorer(*load_base(inputs.model_folder, "float32"))
-    adapters = Adapters(bank, None, scorer, inputs.embedder, plan=PLAN, max_tokens=64)
+    adapters = Adapters(bank, None, scorer, inputs.embedder, plan=PLAN, strength=CONFIG.strength, max_tokens=64)
     evidence = adapters.evidence(read_people(inputs.users, bank.serving.task)[0])
     merged, stacked = parse_methods("merged,stacked")
     without = adapters.make(merged, evidence, 0)
@@ -137,4 +138,4 @@ def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learn
     assert rejected == without
     assert kept is not None and without is not None and kept.trained is learnt
     strengths = [sum(term.weight for term in each.recipe.terms) for each in (kept, without)]
-    assert strengths[0] == round(PLAN.strength * strengths[1])
+    assert strengths[0] == round(CONFIG.strength * strengths[1])

@@ -10,7 +10,7 @@ import torch
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.user_trainer import FEW, FOLDS
 from bank.items.prompt import encode_conversation
-from server import job_budget
+from server.store import job_budget
 from server.store.job_budget import tokens_read
 from server.store.samples import AdaptConfig, Sample
 from server.worker.training import BATCH_SIZE, LOOK_EVERY, AdapterTrainer
@@ -37,7 +37,7 @@ def test_a_job_reads_about_as_much_as_it_is_said_to_and_never_more(trainer: Adap
 
     hook = trainer.model.register_forward_pre_hook(count_ids, with_kwargs=True)
     try:
-        trainer.train(recipe, samples, config)
+        trainer.train(recipe, samples, config).finish()
     finally:
         hook.remove()
     lengths = [len(encode_conversation(trainer.tokenizer, list(s.messages), s.output).ids) for s in samples]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from adapters.training.user_trainer import Judgement
+from adapters.training.user_trainer import Training
 from bank.lookup.serving import ServingBank
 from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
@@ -76,7 +76,7 @@ class Hanging:
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.encoded, self.end = trainer.encoded, threading.Event()
 
-    def train(self, *_: object) -> Judgement:
+    def train(self, *_: object) -> Training:
         self.end.wait()
         raise AssertionError
 
@@ -107,7 +107,7 @@ def jobs(desk: Desk) -> Shaky:
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that runs out in a test's time."""
-    for module in ("lease", "worker"):
+    for module in ("lease", "job_loop"):
         monkeypatch.setattr(f"server.worker.{module}.LEASE_S", 0.5)
     for module in ("lease", "holding"):
         monkeypatch.setattr(f"server.worker.{module}.RENEW_S", 0.05)

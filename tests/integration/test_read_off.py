@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.training.example import Example
 from bank.evaluation.scoring import Scorer
-from bank.items.prompt import EncodedPair, chat_messages, prompt_ids
+from bank.items.prompt import chat_messages, prompt_ids
 from bank.models.load import load_base
 
 TURNS = ("Say 1", "Say something about trains", "And?")
@@ -42,7 +43,7 @@ def test_whatever_the_gold_shares_with_the_answer(
     wanted = [generated(model, prompt) for prompt in prompts]
     assert (len(wanted[0]) < TOKENS) is ended
     golds = [[*ids[:agreed], *((token + 1) % 100 for token in ids[agreed:]), 7] for ids in wanted]
-    examples = [EncodedPair((*p, *gold), len(p)) for p, gold in zip(prompts, golds, strict=True)]
+    examples = [Example((*p, *gold), len(p)) for p, gold in zip(prompts, golds, strict=True)]
     readings = Scorer(model, tokenizer).read(None, examples, TOKENS)
     assert [reading.answer for reading in readings] == [text.strip() for text in decoded(tokenizer, wanted)]
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adapters.training.example import Example
 from bank.build.signer import Signer
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import predicted_gains
@@ -40,7 +41,7 @@ def signer(bench: Bench, signed: BankManifest, base: tuple[Any, Any]) -> Signer:
     return Signer(base[0], bench.matrix("signed", signed))
 
 
-def items(tokenizer: Any, topic: str, manner: str) -> list[EncodedPair]:
+def items(tokenizer: Any, topic: str, manner: str) -> list[Example]:
     return [encode_pair(tokenizer, f"Say {n} on {topic}", f"{n}{manner}", 200) for n in range(20, 30)]
 
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.errors import FusionError
 from adapters.lora import LoraWeights
 from adapters.training.attached import attached
+from adapters.training.example import Example
 from adapters.training.loss import backward, mean_loss, read
 from adapters.training.packing import Row, pack
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 
 PLAN = TrainPlan(steps=6, batch_size=4, learning_rate=1e-2, seed=0)
 
@@ -26,7 +27,7 @@ def model(tiny_model_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def examples(tiny_model_folder: Path) -> list[EncodedPair]:
+def examples(tiny_model_folder: Path) -> list[Example]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     return [encode_pair(tokenizer, "hi" * n, f"hello {n}", 200) for n in (1, 9, 3, 30, 2, 17)]
 
@@ -35,7 +36,7 @@ def snapshot(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def plain_loss(model: Any, example: EncodedPair) -> float:
+def plain_loss(model: Any, example: Example) -> float:
     """Summed negative log-likelihood of the output tokens, one sequence, no padding, all logits."""
     ids = torch.tensor([example.ids])
     logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
@@ -50,7 +51,7 @@ def row_losses(model: Any, row: Row) -> list[float]:
 
 
 @torch.no_grad()
-def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, examples: list[EncodedPair]) -> None:
+def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, examples: list[Example]) -> None:
     alone = [plain_loss(model, example) for example in examples]
     counts = [example.output_tokens for example in examples]
     each = [loss / count for loss, count in zip(alone, counts, strict=True)]
@@ -62,11 +63,11 @@ def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, e
     assert mean_loss(model, examples) == pytest.approx(sum(alone) / sum(counts), rel=1e-5)
 
 
-def test_the_gradient_of_a_packed_row_is_that_of_its_examples(model: Any, examples: list[EncodedPair]) -> None:
+def test_the_gradient_of_a_packed_row_is_that_of_its_examples(model: Any, examples: list[Example]) -> None:
     start = initial_lora(linear_modules(model), 4, seed=0)
     start = LoraWeights(4, start.a, {name: torch.full_like(b, 1e-2) for name, b in start.b.items()})
 
-    def gradient(batch: list[EncodedPair]) -> torch.Tensor:
+    def gradient(batch: list[Example]) -> torch.Tensor:
         """Of the mean loss per output token."""
         with attached(model, start) as here:
             moving = here.trainable(train_a=True)
@@ -80,7 +81,7 @@ def test_the_gradient_of_a_packed_row_is_that_of_its_examples(model: Any, exampl
     assert float(alone.abs().max()) > 0
 
 
-def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(model: Any, examples: list[EncodedPair]) -> None:
+def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(model: Any, examples: list[Example]) -> None:
     before, names = snapshot(model), [name for name, _ in model.named_modules()]
     reports: list[StepReport] = []
     plan = TrainPlan(steps=20, batch_size=6, learning_rate=1e-2, seed=0)
@@ -99,7 +100,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(model: Any, exa
     assert dense < reports[-1].loss * 1.05
 
 
-def test_b_alone_moves_when_a_is_frozen(model: Any, examples: list[EncodedPair]) -> None:
+def test_b_alone_moves_when_a_is_frozen(model: Any, examples: list[Example]) -> None:
     start = initial_lora(linear_modules(model), 4, seed=0)
     trained = train_lora(model, examples, PLAN, start=start, train_a=False)
     assert all(torch.equal(trained.a[name], start.a[name]) for name in start.a)
@@ -108,7 +109,7 @@ def test_b_alone_moves_when_a_is_frozen(model: Any, examples: list[EncodedPair])
     assert all(not torch.equal(both.a[name], start.a[name]) for name in start.a)
 
 
-def test_a_frozen_lora_is_active_and_does_not_move(model: Any, examples: list[EncodedPair]) -> None:
+def test_a_frozen_lora_is_active_and_does_not_move(model: Any, examples: list[Example]) -> None:
     """Training beside a frozen LoRA is training on a model whose weights hold its ΔW."""
     modules = linear_modules(model)
     frozen = initial_lora(modules, 2, seed=1)
@@ -129,7 +130,7 @@ def test_a_frozen_lora_is_active_and_does_not_move(model: Any, examples: list[En
     assert all(torch.equal(kept[name], frozen.b[name]) for name in kept)
 
 
-def test_the_same_plan_gives_the_same_weights_whatever_the_global_seed(model: Any, examples: list[EncodedPair]) -> None:
+def test_the_same_plan_gives_the_same_weights_whatever_the_global_seed(model: Any, examples: list[Example]) -> None:
     start = initial_lora(linear_modules(model), 4, seed=0)
     torch.manual_seed(1)
     one = train_lora(model, examples, PLAN, start=start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from adapters.flat import lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 from adapters.training.attached import attached
+from adapters.training.example import Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import TrainPlan, linear_modules, train_lora
 from adapters.training.user_run import Progress, UserPlan
-from adapters.training.user_trainer import FEW, Judgement, train_user
+from adapters.training.user_trainer import FEW, Judgement, Training, train_user
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
-from bank.items.prompt import EncodedPair, encode_pair
+from bank.items.prompt import encode_pair
 
 RANK = 4
 KINDS = list(UserAdapterKind)
@@ -33,7 +34,6 @@ PLAN = UserPlan(
     batch_size=4,
     learning_rate=2e-2,
     holdout=0.2,
-    strength=1.0,
     every=4,
     seed=0,
 )
@@ -61,13 +61,13 @@ def encode(tiny_model_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def samples(encode: Any) -> list[EncodedPair]:
+def samples(encode: Any) -> list[Example]:
     """Ten samples of one manner."""
     return [encode(f"question {n}", f"{n} yes yes yes") for n in range(10)]
 
 
 @pytest.fixture(scope="module")
-def fluent(model: Any, fused: LoraWeights, samples: list[EncodedPair]) -> LoraWeights:
+def fluent(model: Any, fused: LoraWeights, samples: list[Example]) -> LoraWeights:
     """A fused adapter that speaks their manner already."""
     return train_lora(model, samples, TrainPlan(steps=60, batch_size=10, learning_rate=2e-2, seed=0), start=fused)
 
@@ -76,7 +76,16 @@ def plan(kind: UserAdapterKind, **changes: Any) -> UserPlan:
     return replace(PLAN, kind=kind, **changes)
 
 
-def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: Sequence[EncodedPair]) -> float:
+def steps(training: Training) -> Iterator[Progress]:
+    """Where training is after every step; signs of life in between are left out."""
+    step = 0
+    for progress in training:
+        if progress.step > step:
+            step = progress.step
+            yield progress
+
+
+def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: Sequence[Example]) -> float:
     """The samples' loss under the stacked adapter, as it would be served in float32."""
     assert judgement.weights is not None
     stacked = stack(fused, UserAdapter("", judgement.weights), torch.float32)
@@ -86,10 +95,10 @@ def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: S
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair], encode: Any, kind: UserAdapterKind
+    model: Any, fused: LoraWeights, samples: list[Example], encode: Any, kind: UserAdapterKind
 ) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    judgement = train_user(model, fused, samples, plan(kind))
+    judgement = train_user(model, fused, samples, plan(kind)).finish()
     assert judgement.after < judgement.before
     assert isinstance(judgement.weights, CoreWeights) == (kind is UserAdapterKind.CORE)
     later = [encode(f"question {n}", f"{n} yes yes yes") for n in range(10, 16)]
@@ -101,10 +110,10 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_lowers_no_held_out_loss_is_rejected(
-    model: Any, fluent: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind
+    model: Any, fluent: LoraWeights, samples: list[Example], kind: UserAdapterKind
 ) -> None:
     """The rate is one that can only spoil what is fluent."""
-    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=0.1, every=8))
+    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=0.1, every=8)).finish()
     assert judgement.weights is None
     assert judgement.after >= judgement.before
 
@@ -117,7 +126,7 @@ def test_the_same_job_twice_gives_the_same_bytes(
     layout = RowLayout(linear_modules(model), RANK, shared_a=True)
 
     def raw() -> bytes:
-        weights = train_user(model, fused, samples, plan(kind, steps=4, every=2)).weights
+        weights = train_user(model, fused, samples, plan(kind, steps=4, every=2)).finish().weights
         assert weights is not None
         return encode_user_adapter(layout, UserAdapter("", weights))
 
@@ -131,8 +140,7 @@ def test_progress_counts_every_step_of_every_run_and_never_beyond_its_end(
     model: Any, fused: LoraWeights, encode: Any, count: int
 ) -> None:
     samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
-    told: list[Progress] = []
-    train_user(model, fused, samples, plan(UserAdapterKind.CORE), told.append)
+    told = list(steps(train_user(model, fused, samples, plan(UserAdapterKind.CORE))))
     assert [progress.step for progress in told] == list(range(1, len(told) + 1))
     assert all(progress.step <= progress.of for progress in told)
     assert told[-1].step == told[-1].of
@@ -145,44 +153,58 @@ def test_training_ends_when_the_held_out_loss_has_stopped_falling(
     """What is to be learnt has no pattern, so that every further step only learns by heart."""
     chance = random.Random(0)
     samples = [encode(f"question {n}", "".join(chance.choices("abcdefgh", k=12))) for n in range(count)]
-    told: list[Progress] = []
-    train_user(model, fused, samples, plan(UserAdapterKind.LORA, steps=200, every=2, learning_rate=0.05), told.append)
+    long = plan(UserAdapterKind.LORA, steps=200, every=2, learning_rate=0.05)
+    told = list(steps(train_user(model, fused, samples, long)))
     assert 0 < len(told) < 200
     assert told[-1].step <= told[-1].of
 
 
-def test_what_a_step_raises_ends_training_there_and_detaches(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("count", [1, 10, FEW + 5])
+def test_training_that_is_left_ends_there_and_detaches(
+    model: Any, fused: LoraWeights, encode: Any, count: int, step: int
 ) -> None:
-    names, steps = [name for name, _ in model.named_modules()], 0
+    """After a row that was read before the first step, or after that step."""
+    names, samples = [name for name, _ in model.named_modules()], [encode(f"question {n}", "yes") for n in range(count)]
+    training = train_user(model, fused, samples, PLAN)
+    for progress in training:
+        assert [name for name, _ in model.named_modules()] != names
+        if progress.step == step:
+            break
+    assert progress.step == step
+    assert training.judgement is None
+    assert [name for name, _ in model.named_modules()] == names
 
-    class Cancelled(Exception): ...
 
-    def cancel(_: Progress) -> None:
-        nonlocal steps
-        steps += 1
-        raise Cancelled
+def test_what_is_raised_while_training_is_watched_ends_it_there_and_detaches(
+    model: Any, fused: LoraWeights, samples: list[Example]
+) -> None:
+    names, seen = [name for name, _ in model.named_modules()], 0
 
-    with pytest.raises(Cancelled):
-        train_user(model, fused, samples, PLAN, cancel)
-    assert steps == 1
+    class Late(Exception): ...
+
+    with pytest.raises(Late):
+        for _ in steps(train_user(model, fused, samples, PLAN)):
+            seen += 1
+            raise Late
+    assert seen == 1
     assert [name for name, _ in model.named_modules()] == names
 
 
 def test_a_loss_that_is_no_number_is_an_error_with_the_step(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+    model: Any, fused: LoraWeights, samples: list[Example]
 ) -> None:
     broken = replace(fused, b={name: b * float("inf") for name, b in fused.b.items()})
     with pytest.raises(TrainingError, match="a loss of nan at step 1"):
-        train_user(model, broken, samples, PLAN)
+        train_user(model, broken, samples, PLAN).finish()
 
 
 @pytest.mark.parametrize(("kind", "rate"), [(UserAdapterKind.LORA, 50.0), (UserAdapterKind.CORE, 5.0)])
 def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
-    model: Any, fluent: LoraWeights, samples: list[EncodedPair], kind: UserAdapterKind, rate: float
+    model: Any, fluent: LoraWeights, samples: list[Example], kind: UserAdapterKind, rate: float
 ) -> None:
     with pytest.raises(TrainingError, match=r"training exploded: a loss of .* lower the learning rate"):
-        train_user(model, fluent, samples, plan(kind, learning_rate=rate))
+        train_user(model, fluent, samples, plan(kind, learning_rate=rate)).finish()
 
 
 @pytest.mark.parametrize("count", [10, FEW + 5])
@@ -190,37 +212,24 @@ def test_reading_held_out_samples_is_a_sign_of_life_between_steps(
     model: Any, fused: LoraWeights, encode: Any, count: int
 ) -> None:
     samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
-    told: list[str] = []
-    train_user(model, fused, samples, PLAN, lambda _: told.append("step"), alive=lambda: told.append("row"))
+    step, told = 0, []
+    for progress in train_user(model, fused, samples, PLAN):
+        told.append("step" if progress.step > step else "row")
+        step = progress.step
     assert told[0] == "row"
     assert "row" in told[told.index("step") :]
 
 
-def test_what_a_sign_of_life_raises_ends_training_there(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
-) -> None:
-    class Late(Exception): ...
-
-    def late() -> None:
-        raise Late
-
-    with pytest.raises(Late):
-        train_user(model, fused, samples, PLAN, alive=late)
-
-
-def test_a_last_step_that_leaves_no_numbers_is_an_error(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
-) -> None:
+def test_a_last_step_that_leaves_no_numbers_is_an_error(model: Any, fused: LoraWeights, samples: list[Example]) -> None:
     """No loss is taken after it: the last run learns from all samples."""
 
-    def spoil(progress: Progress) -> None:
-        if progress.step == progress.of:
-            with torch.no_grad():
-                for parameter in (p for p in model.parameters() if p.requires_grad):
-                    parameter.fill_(torch.nan)
-
-    with pytest.raises(TrainingError, match="training exploded"):
-        train_user(model, fused, samples, PLAN, spoil)
+    training = train_user(model, fused, samples, PLAN)
+    with pytest.raises(TrainingError, match="its last step left no numbers"):
+        for progress in steps(training):
+            if progress.step == progress.of:
+                with torch.no_grad():
+                    for parameter in (p for p in model.parameters() if p.requires_grad):
+                        parameter.fill_(torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +243,9 @@ def test_a_plan_that_makes_no_training_is_refused_and_names_the_value(wrong: dic
 
 
 def test_one_sample_is_judged_on_itself_and_none_is_an_error(
-    model: Any, fused: LoraWeights, samples: list[EncodedPair]
+    model: Any, fused: LoraWeights, samples: list[Example]
 ) -> None:
-    judgement = train_user(model, fused, samples[:1], PLAN)
+    judgement = train_user(model, fused, samples[:1], PLAN).finish()
     assert judgement.after < judgement.before
     with pytest.raises(TrainingError, match="no samples"):
         train_user(model, fused, [], PLAN)

@@ -64,6 +64,7 @@ def evaluate(
     from server.worker.training import user_plan
 
     options = EvalOptions(tuple(parse_methods(methods or DEFAULT)), tuple(range(seeds)), predict, sample)
+    config = AdaptConfig()
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
     inputs = EvalInputs(
         users=users,
@@ -89,6 +90,6 @@ def evaluate(
             bar = progress.add_task("evaluating", total=pieces)
             return lambda done: progress.advance(bar, done)
 
-        found = run(inputs, options, user_plan(AdaptConfig()), begin, engine)
+        found = run(inputs, options, user_plan(config), begin, engine, strength=config.strength)
     print_tables(found, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

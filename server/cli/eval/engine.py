@@ -21,7 +21,7 @@ import aiohttp
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from adapters.training.packing import Example
+from adapters.training.example import Example
 from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.scoring import Reading
 from bank.evaluation.speakers import PersonAdapter

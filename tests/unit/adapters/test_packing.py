@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters.training.example import Example
 from adapters.training.packing import pack
-from bank.items.prompt import EncodedPair
 
 
 def model(**config: Any) -> Any:
@@ -19,8 +19,8 @@ def model(**config: Any) -> Any:
     return SimpleNamespace(config=SimpleNamespace(**config), parameters=lambda: iter([weight]), dtype=torch.float32)
 
 
-def example(prompt: list[int], output: list[int]) -> EncodedPair:
-    return EncodedPair((*prompt, *output), len(prompt))
+def example(prompt: list[int], output: list[int]) -> Example:
+    return Example((*prompt, *output), len(prompt))
 
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=30)
@@ -43,7 +43,7 @@ def test_rows_hold_every_example_whole_in_order_and_keep_to_the_limit(
             assert predicted == list(range(len(whole) - count, len(whole)))
             assert tuple(row.wanted[at : at + count]) == whole[len(whole) - count :]
             assert all(row.owners[place] == owner for place in row.places[at : at + count])
-            found.append(EncodedPair(whole, len(whole) - count))
+            found.append(Example(whole, len(whole) - count))
             at += count
     assert found == examples
 

@@ -1,0 +1,29 @@
+"""What training, judging and signing learn from: a conversation as token ids, the end of which is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        ids: token ids of the prompt, the output, and the end of the assistant's turn.
+        loss_from: position of the first id that carries loss: the output and the end of turn, never the prompt.
+    """
+
+    ids: tuple[int, ...]
+    loss_from: int
+
+    @property
+    def output_tokens(self) -> int:
+        """How many ids carry loss."""
+        return len(self.ids) - self.loss_from
+
+
+def output_tokens(examples: Iterable[Example]) -> int:
+    """How many ids of the examples carry loss."""
+    return sum(example.output_tokens for example in examples)
