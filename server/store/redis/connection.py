@@ -32,16 +32,6 @@ _NOT_DURABLE = (
 )
 
 
-def user_prefix(user_key: str) -> str:
-    """How the names of a user's keys begin; the braces keep them in one cluster slot."""
-    return f"mta:{{{user_key}}}:"
-
-
-def epoch_name(user_key: str) -> str:
-    """The key that holds a user's epoch, and their tombstone (`redis_profiles`)."""
-    return f"{user_prefix(user_key)}epoch"
-
-
 @contextmanager
 def readable() -> Iterator[None]:
     """What cannot be decoded is the store's fault, or a later version's.
