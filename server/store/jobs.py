@@ -61,7 +61,7 @@ class JobId:
 
 
 def parse_job_id(text: str) -> JobId | None:
-    """A job id from its text; None when it is none."""
+    """A job id from its text; None for any other text."""
     match = _JOB_ID.fullmatch(text)
     return JobId(match[1], int(match[2])) if match else None
 
