@@ -23,10 +23,10 @@ from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement
 from bank.lookup.serving import ServingBank
 from server.errors import ApiError
-from server.store.adapters import StoredAdapter
+from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
-from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample, new_adapter_id
+from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
 from server.watching import forever
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.worker.holding import train_holding
@@ -62,7 +62,7 @@ class Worker:
         profiles: where users are.
         bank: finds the recipe that a user's adapter is trained on.
         trainer: trains.
-        model: held while the base model is in use, where others use it too.
+        model_lock: held while the base model is in use, where others use it too.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Worker:
         bank: ServingBank,
         trainer: Trains,
         *,
-        model: asyncio.Lock | None = None,
+        model_lock: asyncio.Lock | None = None,
     ) -> None:
         self._name = name
         self._jobs = jobs
         self._profiles = profiles
         self._bank = bank
         self._trainer = trainer
-        self._model = model or asyncio.Lock()
+        self._model_lock = model_lock or asyncio.Lock()
 
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for.
@@ -104,7 +104,7 @@ class Worker:
         job_id = await self._jobs.next_job(self._bank.manifest.short, self._name, wait_s)
         if job_id is None:
             return False
-        async with self._model:
+        async with self._model_lock:
             await self._take(job_id)
         return True
 

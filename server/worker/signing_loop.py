@@ -43,7 +43,7 @@ class SigningLoop:
         profiles: where users are.
         bank: reads their items.
         signer: makes signatures.
-        model: held while the base model is in use: training and signing take turns.
+        model_lock: held while the base model is in use: training and signing take turns.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class SigningLoop:
         bank: ServingBank,
         signer: Signs,
         *,
-        model: asyncio.Lock,
+        model_lock: asyncio.Lock,
     ) -> None:
         self._name = name
         self._queue = queue
         self._profiles = profiles
         self._bank = bank
         self._signer = signer
-        self._model = model
+        self._model_lock = model_lock
 
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for."""
@@ -81,7 +81,7 @@ class SigningLoop:
         user_key = await self._queue.take(self._name, wait_s)
         if user_key is None:
             return False
-        async with self._model:
+        async with self._model_lock:
             await self._sign(user_key)
         await self._queue.done(user_key)
         profile = await self._profiles.load(user_key)
