@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -12,27 +12,13 @@ from bank.lookup.serving import ServingBank
 from server.store.jobs import JobState
 from server.worker.job_loop import Worker
 from server.worker.training import AdapterTrainer
-from tests.support.desk import CONFIG, SAMPLES, Desk, desk_at
-from tests.support.valkey import ValkeyProcess
+from tests.support.desk import CONFIG, SAMPLES, Desk
 
 ALTERNATING = (
     "{% for message in messages %}{% if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
 )
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-async def desk(store: ValkeyProcess, trainer: AdapterTrainer) -> AsyncIterator[Desk]:
-    async with desk_at(store.url, trainer.manifest) as desk:
-        yield desk
 
 
 @pytest.fixture

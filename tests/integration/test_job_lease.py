@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from server.worker.job_loop import Worker
 from server.worker.stall import Stalled
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Interrupted
-from tests.support.desk import SAMPLES, Desk, desk_at
+from tests.support.desk import SAMPLES, Desk
 from tests.support.processes import wait_until
 from tests.support.valkey import ValkeyProcess
 
@@ -79,19 +79,6 @@ class Hanging:
     def train(self, *_: object) -> Judgement:
         self.end.wait()
         raise AssertionError
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-async def desk(store: ValkeyProcess, trainer: AdapterTrainer) -> AsyncIterator[Desk]:
-    async with desk_at(store.url, trainer.manifest) as desk:
-        yield desk
 
 
 @pytest.fixture
