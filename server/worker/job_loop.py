@@ -53,7 +53,7 @@ class Trains(Protocol):
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes: ...
 
 
-class Worker:
+class JobLoop:
     """Trains one job at a time.
 
     Args:

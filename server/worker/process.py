@@ -22,7 +22,7 @@ from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.signing import RedisSigning
-from server.worker.job_loop import Worker
+from server.worker.job_loop import JobLoop
 from server.worker.signing_loop import SigningLoop
 from server.worker.training import AdapterTrainer
 
@@ -67,7 +67,7 @@ def _loops(connection: RedisConnection, bank: ServingBank, trainer: AdapterTrain
     """What this process does for ever: it trains and, where the bank signs, it makes signatures, in turns."""
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     profiles, model_lock = RedisProfiles(connection), asyncio.Lock()
-    loops = [Worker(name, RedisJobs(connection), profiles, bank, trainer, model_lock=model_lock).run()]
+    loops = [JobLoop(name, RedisJobs(connection), profiles, bank, trainer, model_lock=model_lock).run()]
     if bank.signs:
         signing = RedisSigning(connection, bank.manifest.short)
         loops.append(SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock).run())

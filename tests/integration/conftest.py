@@ -18,7 +18,7 @@ from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.samples import AdaptConfig, Sample
-from server.worker.job_loop import Worker
+from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
@@ -66,7 +66,7 @@ def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess)
         await connection.check()
         try:
             interrupted = Interrupted(trainer, meanwhile)
-            worker = Worker("test", RedisJobs(connection), RedisProfiles(connection), bank, interrupted)
+            worker = JobLoop("test", RedisJobs(connection), RedisProfiles(connection), bank, interrupted)
             while await worker.work_once(0.1):
                 pass
         finally:
