@@ -11,6 +11,8 @@ import orjson
 from adapters.errors import excerpt
 
 AdapterKind = Literal["lora", "core"]
+"""`adapters.user_adapter.UserAdapterKind`, for those who cannot import torch."""
+
 CORE_STEPS, CORE_LEARNING_RATE = 16, 2e-2
 """A core turns what the fused adapter has, and that is small."""
 
@@ -97,12 +99,12 @@ def decode_config(text: str) -> AdaptConfig:
     """The inverse of `encode_config`; what a record of an earlier gateway lacks has its default.
 
     Raises:
-        ValueError: when the text is no configuration, or has a field that this version does not know: training without
-            it would not be what was asked for.
+        ValueError: when the text is not a configuration, or has a field that this version does not know: training
+            without it would not be what was asked for.
     """
     value = orjson.loads(text)
     if not isinstance(value, dict):
-        raise ValueError(f"the job's configuration is no object: {excerpt(value)}")
+        raise ValueError(f"the job's configuration is not a JSON object: {excerpt(value)}")
     unknown = sorted(value.keys() - {field.name for field in fields(AdaptConfig)})
     if unknown:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 Whatever is lost on the way, the lease decides: a worker that cannot renew it until it has run out writes nothing any
 more, and another takes the job up. What is wrong with a job's content ends the job, what is wrong with the process ends
-the process and is one of the job's tries, and what is wrong with the store is waited for and is none.
+the process and is one of the job's tries, and what is wrong with the store is waited for and costs no try.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ SWEEP_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
 MAX_TRIES = 3
-"""So many workers may die over one user's items; then they are signed as items that say nothing."""
+"""How many workers may die over one user's items; then these are signed as if they said nothing."""
 
 
 class Signs(Protocol):
@@ -138,7 +138,7 @@ class SigningLoop:
             log.warning("%s: no signature: %s", user_key, type(error.__cause__ or error).__name__)
             return self._empty
         if pairs and not made.tokens:
-            log.warning("%s: no signature: the gradient is no numbers", user_key)
+            log.warning("%s: no signature: the gradient is not finite", user_key)
         return made
 
     @property

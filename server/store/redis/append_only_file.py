@@ -26,7 +26,7 @@ INTERVAL_MS = 3_600_000
 """Shortest time between the beginnings of two rewrites."""
 
 ASKED_MS = 60_000
-"""Within so long after asking, what shall be forgotten must be erased."""
+"""How soon after asking must be erased what the file shall forget."""
 
 LOOK_S = 10.0
 """How often each gateway looks whether one is due."""

@@ -53,7 +53,7 @@ class RedisConnection:
         require_durable: whether a server that keeps no append-only file is refused.
 
     Raises:
-        MtaError: when the URL is none.
+        MtaError: when the URL cannot be read.
     """
 
     def __init__(self, url: str, *, require_durable: bool = True) -> None:
@@ -68,7 +68,7 @@ class RedisConnection:
                 retry=Retry(NoBackoff(), 1),
             )
         except ValueError as error:
-            raise MtaError(f"MTA_REDIS_URL is no Redis URL: {error}") from error
+            raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._redis: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
         self._require_durable = require_durable
         self._durability = Durability.NONE

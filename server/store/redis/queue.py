@@ -18,13 +18,13 @@ from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
 
 GROUP = "workers"
 GRACE_MS = 10_000
-"""After so long without a worker a user is called again, unless their call is still to be read."""
+"""How long a user waits for a worker before they are called again, unless their call is still to be read."""
 
 LISTED_MS = 60_000
-"""Within so long a request must have made what it listed a user for."""
+"""How long a request has to make what it listed a user for."""
 
 GONE_MS = 3_600_000
-"""A worker that has read nothing for so long is not coming back under its name."""
+"""A worker that has read nothing for this long is not coming back under its name."""
 
 _BATCH, _BATCHES = 100, 100
 """How many users are asked for at once, and how often in one sweep."""
