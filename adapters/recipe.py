@@ -57,6 +57,39 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
+class UserAdapterId:
+    """`<user key>.<id>`: says where the store keeps the adapter, and nothing about who the user is.
+
+    Attributes:
+        user_key: see `server/store/user_key.py`.
+        id: random.
+
+    Raises:
+        RecipeError: on construction, when one of them is not 128 bits in base32.
+    """
+
+    user_key: str
+    id: str
+
+    def __post_init__(self) -> None:
+        if not _USER_ADAPTER.fullmatch(str(self)):
+            raise RecipeError(f"user adapter must be <user key>.<id> in base32, got {excerpt(str(self))}")
+
+    def __str__(self) -> str:
+        return f"{self.user_key}.{self.id}"
+
+
+def parse_user_adapter_id(text: str) -> UserAdapterId:
+    """The inverse of `str`.
+
+    Raises:
+        RecipeError: when the text is anything else.
+    """
+    user_key, _, adapter_id = text.partition(".")
+    return UserAdapterId(user_key, adapter_id)
+
+
+@dataclass(frozen=True, slots=True)
 class FusionRecipe:
     """What an adapter is made of. Equal recipes are the same adapter in every process.
 
@@ -65,7 +98,7 @@ class FusionRecipe:
         method: how the terms are merged.
         common: whether the bank's common row takes part, with weight 1.
         terms: anchors with weights, in anchor order.
-        user_adapter: `<user key>.<id>` of the stacked user adapter, or None.
+        user_adapter: the stacked one, or None.
 
     Raises:
         RecipeError: on construction, when the parts make no canonical recipe.
@@ -75,7 +108,7 @@ class FusionRecipe:
     method: FusionMethod
     common: bool
     terms: tuple[Term, ...]
-    user_adapter: str | None = None
+    user_adapter: UserAdapterId | None = None
 
     def __post_init__(self) -> None:
         if not _BANK.fullmatch(self.bank):
@@ -96,8 +129,6 @@ class FusionRecipe:
         if total > PER_MILLE or (total < PER_MILLE and not self.common):
             rule = "at most" if self.common else "exactly"
             raise RecipeError(f"weights must sum to {rule} {PER_MILLE} per mille, got {total}")
-        if self.user_adapter is not None and not _USER_ADAPTER.fullmatch(self.user_adapter):
-            raise RecipeError(f"user adapter must be <user key>.<id> in base32, got {excerpt(self.user_adapter)}")
 
     @property
     def name(self) -> str:
@@ -146,7 +177,7 @@ def parse_recipe(name: str) -> FusionRecipe:
     if len(parts) == 5:
         if not parts[4].startswith("u-"):
             raise RecipeError(f"malformed user adapter {excerpt(parts[4])} in recipe {excerpt(name)}")
-        user_adapter = parts[4][2:]
+        user_adapter = parse_user_adapter_id(parts[4][2:])
     recipe = FusionRecipe(bank, FusionMethod(method), common, tuple(parsed), user_adapter)
     if recipe.name != name:
         raise RecipeError(f"recipe {excerpt(name)} is not canonical, it should read {excerpt(recipe.name)}")

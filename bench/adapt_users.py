@@ -21,7 +21,7 @@ import typer
 from rich.progress import track
 
 from adapters.fusion import fuse
-from adapters.recipe import parse_recipe
+from adapters.recipe import UserAdapterId, parse_recipe
 from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack
@@ -34,6 +34,7 @@ from bank.models.folders import ensure_base_model
 from bank.models.load import resolve_dtype
 from bench.report import Spread, report
 from server.settings import Settings
+from server.store.jobs import parse_job_id
 from server.worker.training import AdapterTrainer
 
 MAX_TOKENS = 512
@@ -51,7 +52,7 @@ class Reading:
         seconds: from POST to the first whole answer after the job's end.
         levels: of the answers to all queries.
         recipe: of the first answer.
-        adapter: stacked on it, `<user key>.<id>`; empty without.
+        adapter: stacked on it, if one was.
         raw: the promoted bytes; empty without.
         merged, stacked: loss of the gold answers, nats per token.
     """
@@ -62,7 +63,7 @@ class Reading:
     seconds: float = 0.0
     levels: list[str] = field(default_factory=list)
     recipe: str = ""
-    adapter: str = ""
+    adapter: UserAdapterId | None = None
     raw: bytes = b""
     merged: float = 0.0
     stacked: float = 0.0
@@ -120,7 +121,9 @@ def _adapted(client: httpx.Client, person: History, task: Task, kind: str) -> Re
         job = client.get(f"/jobs/{job['id']}").raise_for_status().json()
     answer = _generate(client, person.user_id, samples[0]["input"])
     seconds = time.perf_counter() - start_s
-    adapter = f"{job['id'].partition('.')[0]}.{job['adapter']}" if answer["level"] == "stacked" else ""
+    job_id = parse_job_id(job["id"])
+    assert job_id is not None
+    adapter = UserAdapterId(job_id.user_key, job["adapter"]) if answer["level"] == "stacked" else None
     return Reading(person.user_id, kind, job["state"], seconds, recipe=answer["recipe"], adapter=adapter)
 
 
@@ -131,13 +134,12 @@ def _generate(client: httpx.Client, user_id: str, prompt: str) -> dict[str, Any]
     return who
 
 
-def _promoted(store: Any, adapter: str) -> bytes:
-    """The bytes behind a stacked answer's adapter, `<user key>.<id>`; none where there is none."""
-    if not adapter:
+def _promoted(store: Any, adapter: UserAdapterId | None) -> bytes:
+    """The bytes behind a stacked answer's adapter; empty without one."""
+    if adapter is None:
         return b""
-    user_key, _, adapter_id = adapter.partition(".")
-    kept, raw = store.hmget(f"mta:{{{user_key}}}:adapter", ("id", "raw"))
-    if kept.decode() != adapter_id:
+    kept, raw = store.hmget(f"mta:{{{adapter.user_key}}}:adapter", ("id", "raw"))
+    if kept.decode() != adapter.id:
         raise RuntimeError(f"{adapter} was served, {kept.decode()} is kept")
     return bytes(raw)
 

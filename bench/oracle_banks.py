@@ -13,12 +13,12 @@ from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout, serving_rank
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix, write_matrix
-from adapters.recipe import FusionMethod, FusionRecipe, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import UserAdapter, UserAdapterKind
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
 from bank.matrix import open_matrix
 from bench.dense import dense_adapter, stacked_adapter
-from server.store.samples import new_adapter_id
+from server.store.adapters import new_adapter_id
 from server.store.user_key import UserKeys
 from tests.support.user_adapters import random_user_adapter
 
@@ -48,8 +48,8 @@ class OpenBank:
         stacked = []
         for kind in UserAdapterKind:
             user = random_user_adapter(self.manifest, plain[0], kind, scale=USER_SCALE)
-            name = f"{_KEYS.key(f'{method} {kind.value}')}.{new_adapter_id()}"
-            stacked.append(Case(self, f"{method} + {kind.value}", replace(plain[0], user_adapter=name), user))
+            adapter = UserAdapterId(_KEYS.key(f"{method} {kind.value}"), new_adapter_id())
+            stacked.append(Case(self, f"{method} + {kind.value}", replace(plain[0], user_adapter=adapter), user))
         return [*(Case(self, method, recipe) for recipe in plain), *stacked]
 
     def _recipes(self) -> list[FusionRecipe]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
+from base64 import b32encode
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
+
+from adapters.recipe import UserAdapterId
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +16,7 @@ class StoredAdapter:
     """A user adapter as it is kept.
 
     Attributes:
-        id: 26 characters of base32, random.
+        id: as `new_adapter_id` made it.
         recipe: the recipe it was trained on.
         sha256: of `raw`, 64 hex digits.
         raw: what `adapters.user_adapter` encoded.
@@ -24,14 +28,19 @@ class StoredAdapter:
     raw: bytes
 
 
+def new_adapter_id() -> str:
+    """26 characters of base32: 128 random bits, the alphabet and the length that recipe names take."""
+    return b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
+
+
 class AdapterStore(Protocol):
     """Keeps user adapters. Every method raises `Unavailable` when the store cannot be used."""
 
-    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
-        """The user's adapter, if it is still this one."""
+    async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None:
+        """An adapter, if its user still has it."""
 
     async def adapter_id(self, user_key: str) -> str | None:
-        """Id of the adapter that the user has now."""
+        """The `id` of the adapter that a user has now."""
 
     async def adapted(self) -> dict[str, int]:
         """Banks (the 8 hex digits of recipes) that user adapters were trained on, with how many users of each."""

@@ -61,7 +61,7 @@ class JobId:
 
 
 def parse_job_id(text: str) -> JobId | None:
-    """A job id from its text; None when it is none."""
+    """A job id from its text; None for any other text."""
     match = _JOB_ID.fullmatch(text)
     return JobId(match[1], int(match[2])) if match else None
 
@@ -132,7 +132,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker's right to a job: whoever shows another token has none any more."""
+    """A worker's right to a job, for as long as the job's record has the same token."""
 
     job: Job
     token: str
@@ -144,7 +144,7 @@ class Trained:
 
     Attributes:
         state: `succeeded`, `rejected` or `failed`.
-        before, after: held-out losses, None where there are none.
+        before, after: held-out losses; None when it failed.
         error: of a failure.
     """
 
@@ -191,7 +191,7 @@ class JobStore(Protocol):
         Args:
             job_id: of the job.
             lease_s: for how long.
-            token: the lease's, to ask with again where the answer was lost; made when there is none.
+            token: the lease's, to ask with again when the answer was lost; made if empty.
         """
 
     async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:

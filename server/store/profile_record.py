@@ -131,14 +131,14 @@ def _signed(stored: StoredSignature) -> bytes:
 
 def _stored_signature(raw: bytes) -> StoredSignature:
     if len(raw) < _SIGNED.size or (len(raw) - _SIGNED.size) % _HALF_BYTES:
-        raise ValueError(f"profile record has a signature of {len(raw)} bytes, which is none")
+        raise ValueError(f"profile record has a signature of {len(raw)} bytes: it is cut short")
     bank, tokens, made_of_ms, length = _SIGNED.unpack_from(raw)
     products = _single(raw[_SIGNED.size :]) * np.float32(length)
     return StoredSignature(_sound(Signature(bank.hex(), tokens, products)), made_of_ms)
 
 
 def _sound(made: Signature) -> Signature:
-    """One that says nothing instead of one that is no numbers: no recipe can be made of it."""
+    """One that says nothing in place of one that is not finite, which no recipe can be made of."""
     return made if made.finite else empty_signature(made.bank, len(made.products))
 
 

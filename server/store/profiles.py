@@ -87,7 +87,7 @@ class Profile:
     extra: Mapping[int, bytes] = field(default_factory=dict)
 
     def seen_by(self, embedder: str) -> Profile | None:
-        """The profile with the embedding by this embedder; None where it has none of the items as they are now."""
+        """The profile with its embedding by this embedder; None without one of the items as they are now."""
         if self.embedder == embedder:
             return self
         other = self.other

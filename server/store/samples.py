@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-from base64 import b32encode
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
@@ -12,7 +10,9 @@ import orjson
 
 from adapters.errors import excerpt
 
-Kind = Literal["lora", "core"]
+AdapterKind = Literal["lora", "core"]
+"""`adapters.user_adapter.UserAdapterKind`, for those who cannot import torch."""
+
 CORE_STEPS, CORE_LEARNING_RATE = 16, 2e-2
 """A core turns what the fused adapter has, and that is small."""
 
@@ -54,7 +54,7 @@ class AdaptConfig:
         max_seconds: longest time that one worker trains.
     """
 
-    kind: Kind = "lora"
+    kind: AdapterKind = "lora"
     rank: int = 2
     steps: int = 8
     learning_rate: float = 1e-3
@@ -65,7 +65,7 @@ class AdaptConfig:
     max_seconds: int = 3600
 
 
-def default_config(room: int, common: bool, kind: Kind | None = None) -> AdaptConfig:
+def default_config(room: int, common: bool, kind: AdapterKind | None = None) -> AdaptConfig:
     """What a job is trained with where nothing else is asked for.
 
     Args:
@@ -99,12 +99,12 @@ def decode_config(text: str) -> AdaptConfig:
     """The inverse of `encode_config`; what a record of an earlier gateway lacks has its default.
 
     Raises:
-        ValueError: when the text is no configuration, or has a field that this version does not know: training without
-            it would not be what was asked for.
+        ValueError: when the text is not a configuration, or has a field that this version does not know: training
+            without it would not be what was asked for.
     """
     value = orjson.loads(text)
     if not isinstance(value, dict):
-        raise ValueError(f"the job's configuration is no object: {excerpt(value)}")
+        raise ValueError(f"the job's configuration is not a JSON object: {excerpt(value)}")
     unknown = sorted(value.keys() - {field.name for field in fields(AdaptConfig)})
     if unknown:
         raise ValueError(
@@ -112,8 +112,3 @@ def decode_config(text: str) -> AdaptConfig:
             "gateway made it, so update this worker and send the samples again"
         )
     return AdaptConfig(**value)
-
-
-def new_adapter_id() -> str:
-    """26 characters of base32: 128 random bits, the alphabet and the length that recipe names take."""
-    return b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()

@@ -12,7 +12,7 @@ from adapters.errors import MtaError
 MAX_USER_ID_BYTES = 256
 MIN_SECRET_BYTES = 16
 _FORBIDDEN = frozenset("/\\{}")
-_UNDECODABLE = "\ufffd"  # what a percent-encoded byte that is no UTF-8 has become by the time the path is read
+_UNDECODABLE = "\ufffd"  # what a percent-encoded byte that is not UTF-8 has become by the time the path is read
 
 
 def check_user_id(user_id: str) -> str:

@@ -2,7 +2,7 @@
 
 Whatever is lost on the way, the lease decides: a worker that cannot renew it until it has run out writes nothing any
 more, and another takes the job up. What is wrong with a job's content ends the job, what is wrong with the process ends
-the process and is one of the job's tries, and what is wrong with the store is waited for and is none.
+the process and is one of the job's tries, and what is wrong with the store is waited for and costs no try.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from adapters.recipe import FusionRecipe
 from adapters.training.user_trainer import Judgement, Training
 from bank.lookup.serving import ServingBank
 from server.errors import ApiError
-from server.store.adapters import StoredAdapter
+from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
-from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample, new_adapter_id
+from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
 from server.watching import forever
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.worker.holding import train_holding
@@ -45,7 +45,7 @@ class Trains(Protocol):
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes: ...
 
 
-class Worker:
+class JobLoop:
     """Trains one job at a time.
 
     Args:
@@ -54,7 +54,7 @@ class Worker:
         profiles: where users are.
         bank: finds the recipe that a user's adapter is trained on.
         trainer: trains.
-        model: held while the base model is in use, where others use it too.
+        model_lock: held while the base model is in use, where others use it too.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Worker:
         bank: ServingBank,
         trainer: Trains,
         *,
-        model: asyncio.Lock | None = None,
+        model_lock: asyncio.Lock | None = None,
     ) -> None:
         self._name = name
         self._jobs = jobs
         self._profiles = profiles
         self._bank = bank
         self._trainer = trainer
-        self._model = model or asyncio.Lock()
+        self._model_lock = model_lock or asyncio.Lock()
 
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for.
@@ -96,7 +96,7 @@ class Worker:
         job_id = await self._jobs.next_job(self._bank.manifest.short, self._name, wait_s)
         if job_id is None:
             return False
-        async with self._model:
+        async with self._model_lock:
             await self._take(job_id)
         return True
 

@@ -19,7 +19,7 @@ log = logging.getLogger("mta.worker")
 LEASE_S = 15.0
 RENEW_S = 1.0
 ANSWER_S = 4.0
-"""After so long without an answer the store is asked again: a lost answer must not use the lease up."""
+"""How long an answer is waited for before the store is asked again: a lost one must not use the lease up."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,7 +107,7 @@ async def _asked(
 
 
 def _raise_what_is_ours(error: BaseException) -> None:
-    """A connection that cannot be made for want of memory or threads is no fault of the store."""
+    """A connection that cannot be made for want of memory or threads is not the store's fault."""
     cause = error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, MemoryError | RuntimeError) or getattr(cause, "errno", None) == errno.ENOMEM:

@@ -25,7 +25,7 @@ SWEEP_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
 MAX_TRIES = 3
-"""So many workers may die over one user's items; then they are signed as items that say nothing."""
+"""How many workers may die over one user's items; then these are signed as if they said nothing."""
 
 
 class Signs(Protocol):
@@ -43,7 +43,7 @@ class SigningLoop:
         profiles: where users are.
         bank: reads their items.
         signer: makes signatures.
-        model: held while the base model is in use: training and signing take turns.
+        model_lock: held while the base model is in use: training and signing take turns.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class SigningLoop:
         bank: ServingBank,
         signer: Signs,
         *,
-        model: asyncio.Lock,
+        model_lock: asyncio.Lock,
     ) -> None:
         self._name = name
         self._queue = queue
         self._profiles = profiles
         self._bank = bank
         self._signer = signer
-        self._model = model
+        self._model_lock = model_lock
 
     async def run(self) -> None:
         """Work until cancelled; an unreachable store is waited for."""
@@ -81,7 +81,7 @@ class SigningLoop:
         user_key = await self._queue.take(self._name, wait_s)
         if user_key is None:
             return False
-        async with self._model:
+        async with self._model_lock:
             await self._sign(user_key)
         await self._queue.done(user_key)
         profile = await self._profiles.load(user_key)
@@ -138,7 +138,7 @@ class SigningLoop:
             log.warning("%s: no signature: %s", user_key, type(error.__cause__ or error).__name__)
             return self._empty
         if pairs and not made.tokens:
-            log.warning("%s: no signature: the gradient is no numbers", user_key)
+            log.warning("%s: no signature: the gradient is not finite", user_key)
         return made
 
     @property

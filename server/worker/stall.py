@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 STALL_S = 600.0
-"""So long without a step, or an item read between steps, is no slow computation any more: a step of a full context
-takes a slow processor a minute."""
+"""A computation that makes no step, and reads no item between steps, for this long is not just slow: a step of a full
+context takes a slow processor a minute."""
 
 
 class Stalled(Exception):

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from adapters.errors import MtaError
-from adapters.recipe import FusionMethod, FusionRecipe, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
 from server.errors import EngineFailed, InvalidRequest, Unavailable
@@ -188,7 +188,7 @@ async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subj
         {"bank": "00000000"},
         {"terms": (Term(99, 1000),)},
         {"method": FusionMethod.CAT},
-        {"user_adapter": f"{'a' * 26}.{'a' * 26}"},
+        {"user_adapter": UserAdapterId("a" * 26, "a" * 26)},
     ],
 )
 async def test_a_recipe_that_it_cannot_serve_is_a_missing_adapter(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio as redis
 
+from adapters.recipe import UserAdapterId
 from server.store.jobs import JobId, JobState, Submission, Trained
 from server.store.profiles import Change
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
@@ -64,7 +65,7 @@ async def test_a_users_adapter_is_served_as_before(parts: StoreParts) -> None:
     profile = await parts.profiles.load(ADA)
     assert profile is not None
     assert profile.adapter is not None
-    stored = await parts.adapters.adapter(ADA, profile.adapter.id)
+    stored = await parts.adapters.adapter(UserAdapterId(ADA, profile.adapter.id))
     assert stored is not None
     assert (stored.recipe, stored.raw) == (profile.adapter.recipe, b"the bytes of an adapter")
     assert await parts.adapters.adapted() == {BANK: 1}

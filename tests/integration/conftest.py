@@ -1,9 +1,9 @@
-"""Banks that are built here, from scratch, for a module at a time, and a worker that trains on demand."""
+"""Banks that are built here, from scratch, for a module at a time; a worker that trains on demand, and jobs for it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,9 +18,10 @@ from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.samples import AdaptConfig, Sample
-from server.worker.job_loop import Worker
+from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
+from tests.support.desk import Desk, desk_at
 from tests.support.gateway import GatewayThread
 from tests.support.valkey import ValkeyProcess
 from tests.support.watchdog import never_held
@@ -65,13 +66,28 @@ def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess)
         await connection.check()
         try:
             interrupted = Interrupted(trainer, meanwhile)
-            worker = Worker("test", RedisJobs(connection), RedisProfiles(connection), bank, interrupted)
+            worker = JobLoop("test", RedisJobs(connection), RedisProfiles(connection), bank, interrupted)
             while await worker.work_once(0.1):
                 pass
         finally:
             await connection.close()
 
     return lambda meanwhile=lambda: None: asyncio.run(all_of_it(meanwhile))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    """One that a test may stop, start again and empty."""
+    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def desk(store: ValkeyProcess, trainer: AdapterTrainer) -> AsyncIterator[Desk]:
+    """Users and jobs of the tiny bank in that store, which holds nothing else."""
+    async with desk_at(store.url, trainer.manifest) as desk:
+        yield desk
 
 
 class Interrupted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -10,10 +10,9 @@ import pytest
 
 from bank.lookup.serving import ServingBank
 from server.store.jobs import JobState
-from server.worker.job_loop import Worker
+from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
-from tests.support.desk import CONFIG, SAMPLES, Desk, desk_at
-from tests.support.valkey import ValkeyProcess
+from tests.support.desk import CONFIG, SAMPLES, Desk
 
 ALTERNATING = (
     "{% for message in messages %}{% if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"
@@ -22,23 +21,10 @@ ALTERNATING = (
 )
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-async def desk(store: ValkeyProcess, trainer: AdapterTrainer) -> AsyncIterator[Desk]:
-    async with desk_at(store.url, trainer.manifest) as desk:
-        yield desk
-
-
-@pytest.fixture
-def worker(desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path) -> Worker:
+def worker(desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path) -> JobLoop:
     bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-    return Worker("test", desk.jobs, desk.profiles, bank, trainer)
+    return JobLoop("test", desk.jobs, desk.profiles, bank, trainer)
 
 
 def sample(messages: object, output: object = "yes") -> bytes:
@@ -77,7 +63,7 @@ WRONG_CONFIGS = {
 }
 
 
-async def fails(desk: Desk, worker: Worker, samples: Sequence[bytes], config: str) -> str:
+async def fails(desk: Desk, worker: JobLoop, samples: Sequence[bytes], config: str) -> str:
     """The reason for which a job fails, and the worker lives."""
     job_id = await desk.submit(samples, config)
     assert await worker.work_once(1)
@@ -88,7 +74,7 @@ async def fails(desk: Desk, worker: Worker, samples: Sequence[bytes], config: st
 
 @pytest.mark.parametrize("wrong", WRONG_SAMPLES)
 async def test_a_sample_that_cannot_be_encoded_fails_its_job_and_says_which_and_why(
-    desk: Desk, worker: Worker, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, wrong: str
+    desk: Desk, worker: JobLoop, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     raw, reason = WRONG_SAMPLES[wrong]
     monkeypatch.setattr(trainer.tokenizer, "chat_template", ALTERNATING)
@@ -99,7 +85,7 @@ async def test_a_sample_that_cannot_be_encoded_fails_its_job_and_says_which_and_
 
 @pytest.mark.parametrize("wrong", WRONG_CONFIGS)
 async def test_a_configuration_that_cannot_be_read_fails_its_job_and_says_why(
-    desk: Desk, worker: Worker, wrong: str
+    desk: Desk, worker: JobLoop, wrong: str
 ) -> None:
     text, reason = WRONG_CONFIGS[wrong]
     assert reason in await fails(desk, worker, SAMPLES, text)
@@ -108,7 +94,7 @@ async def test_a_configuration_that_cannot_be_read_fails_its_job_and_says_why(
 @pytest.mark.parametrize("wrong", [("<|user|>odd", [10_000], "token 10000"), ("odd", [], "no token")])
 async def test_tokens_that_nothing_can_be_trained_on_fail_their_job(
     desk: Desk,
-    worker: Worker,
+    worker: JobLoop,
     trainer: AdapterTrainer,
     monkeypatch: pytest.MonkeyPatch,
     wrong: tuple[str, list[int], str],
@@ -122,7 +108,7 @@ async def test_tokens_that_nothing_can_be_trained_on_fail_their_job(
     assert reason in error
 
 
-async def test_a_record_that_cannot_be_read_fails_its_job_and_the_next_is_trained(desk: Desk, worker: Worker) -> None:
+async def test_a_record_that_cannot_be_read_fails_its_job_and_the_next_is_trained(desk: Desk, worker: JobLoop) -> None:
     bad, good = await desk.submit(), await desk.submit()
     await desk.connection.run(lambda redis: redis.set(f"mta:{{{bad.user_key}}}:profile", b"\xff"))
     while await worker.work_once(0.1):
@@ -142,7 +128,7 @@ async def test_a_record_that_cannot_be_read_fails_its_job_and_the_next_is_traine
     ],
 )
 async def test_what_the_process_cannot_survive_ends_it_and_is_a_try(
-    desk: Desk, worker: Worker, monkeypatch: pytest.MonkeyPatch, where: str, trouble: Exception
+    desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, where: str, trouble: Exception
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise trouble

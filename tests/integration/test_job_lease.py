@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from server.store.jobs import JobState, Lease
 from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.samples import AdaptConfig, encode_config
-from server.worker.job_loop import Worker
+from server.worker.job_loop import JobLoop
 from server.worker.stall import Stalled
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Interrupted
-from tests.support.desk import SAMPLES, Desk, desk_at
+from tests.support.desk import SAMPLES, Desk
 from tests.support.processes import wait_until
 from tests.support.valkey import ValkeyProcess
 
@@ -81,19 +81,6 @@ class Hanging:
         raise AssertionError
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    server = ValkeyProcess(tmp_path_factory.mktemp("store")).start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-async def desk(store: ValkeyProcess, trainer: AdapterTrainer) -> AsyncIterator[Desk]:
-    async with desk_at(store.url, trainer.manifest) as desk:
-        yield desk
-
-
 @pytest.fixture
 def bank(trainer: AdapterTrainer, tiny_bank_folder: Path) -> ServingBank:
     return ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
@@ -133,7 +120,7 @@ async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_t
     jobs.renew = renew  # type: ignore[method-assign]
     job_id = await desk.submit()
     interrupted = Interrupted(trainer, restart, steps.append)
-    assert await Worker("test", jobs, desk.profiles, bank, interrupted).work_once(1)
+    assert await JobLoop("test", jobs, desk.profiles, bank, interrupted).work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
     assert steps.count(1) == 1
@@ -152,7 +139,7 @@ async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_give
         gone.wait(0.1)  # training that takes longer than the lease
 
     job_id = await desk.submit()
-    worker = Worker("test", jobs, desk.profiles, bank, Interrupted(trainer, go_away, at_step))
+    worker = JobLoop("test", jobs, desk.profiles, bank, Interrupted(trainer, go_away, at_step))
     working = asyncio.create_task(worker.work_once(1))
     while jobs.failures < 15:
         await asyncio.sleep(0.05)
@@ -161,7 +148,7 @@ async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_give
     assert await working
     job = await desk.job(job_id)
     assert (job.state, job.tries, job.step) == (JobState.QUEUED, 0, 0)
-    assert await Worker("test", jobs, desk.profiles, bank, trainer).work_once(1)
+    assert await JobLoop("test", jobs, desk.profiles, bank, trainer).work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
 
@@ -174,7 +161,7 @@ async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
         jobs.away = True
 
     job_id = await desk.submit()
-    worker = Worker(
+    worker = JobLoop(
         "test", jobs, desk.profiles, bank, Interrupted(trainer, go_away, lambda _: threading.Event().wait(0.1))
     )
     working = asyncio.create_task(worker.work_once(1))
@@ -188,14 +175,14 @@ async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
 
 
 @pytest.fixture
-def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) -> Worker:
-    return Worker("test", jobs, desk.profiles, bank, trainer)
+def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) -> JobLoop:
+    return JobLoop("test", jobs, desk.profiles, bank, trainer)
 
 
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("call", ["claim", "samples", "renew", "promote", "end"])
 async def test_a_lost_answer_changes_nothing(
-    desk: Desk, worker: Worker, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
+    desk: Desk, worker: JobLoop, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
 ) -> None:
     monkeypatch.setattr("server.worker.lease.RENEW_S", 0.05)
     monkeypatch.setattr("server.worker.lease.ANSWER_S", 0.5 if silent else 4.0)
@@ -208,7 +195,7 @@ async def test_a_lost_answer_changes_nothing(
     assert (adapter or "") == job.adapter
 
 
-async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(desk: Desk, worker: Worker) -> None:
+async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(desk: Desk, worker: JobLoop) -> None:
     job_id = await desk.submit(config=encode_config(AdaptConfig(max_seconds=0)))
     assert await worker.work_once(1)
     job = await desk.job(job_id)
@@ -226,12 +213,12 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
         patched.setattr("server.worker.holding.RENEW_S", 0.05)
         try:
             with pytest.raises(Stalled):
-                await Worker("test", desk.jobs, desk.profiles, bank, hanging).work_once(1)
+                await JobLoop("test", desk.jobs, desk.profiles, bank, hanging).work_once(1)
         finally:
             hanging.end.set()
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
-    assert await Worker("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
+    assert await JobLoop("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
     assert (await desk.job(job_id)).state is JobState.SUCCEEDED
 
 
@@ -239,7 +226,7 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
     "want", [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory")]
 )
 async def test_a_process_that_can_make_no_connection_for_want_of_memory_ends_and_that_is_a_try(
-    desk: Desk, worker: Worker, jobs: Shaky, want: Exception
+    desk: Desk, worker: JobLoop, jobs: Shaky, want: Exception
 ) -> None:
     async def renew(*_: Any, **__: Any) -> bool:
         try:
@@ -255,7 +242,7 @@ async def test_a_process_that_can_make_no_connection_for_want_of_memory_ends_and
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
 
 
-async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: Worker) -> None:
+async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: JobLoop) -> None:
     job_id = await desk.submit()
     newer = await desk.submit(SAMPLES[:2], user=job_id.user_key, bank="00000000")
     assert not await worker.work_once(0.1)

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters.recipe import parse_recipe
+from adapters.recipe import UserAdapterId, parse_recipe
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import read_manifest
 from server.store.jobs import Job, JobId, parse_job_id
@@ -165,7 +165,7 @@ async def _check_adapters(machine: Machine, ids: list[JobId], bank: Path) -> Non
         assert (kept or "") == job.adapter == (profile.adapter.id if profile.adapter else "")
         assert bool(kept) == (job.state == "succeeded")
         if kept:
-            stored = await adapters.adapter(job_id.user_key, kept)
+            stored = await adapters.adapter(UserAdapterId(job_id.user_key, kept))
             assert stored is not None
             assert hashlib.sha256(stored.raw).hexdigest() == stored.sha256
             adapter = decode_user_adapter(layout, stored.raw)

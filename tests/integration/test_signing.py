@@ -53,7 +53,7 @@ class Sign:
         await connection.check()
         try:
             queue, profiles = RedisSigning(connection, self._bank.manifest.short), RedisProfiles(connection)
-            loop = SigningLoop("test", queue, profiles, self._bank, self, model=asyncio.Lock())
+            loop = SigningLoop("test", queue, profiles, self._bank, self, model_lock=asyncio.Lock())
             await queue.overdue()
             while await loop.work_once(0.2):
                 pass

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionMethod, FusionRecipe, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
@@ -44,7 +44,7 @@ class Served:
 
     def recipe(self, *terms: Term, adapter: str = ADAPTER) -> FusionRecipe:
         terms = terms or (Term(0, 400), Term(3, 300))
-        return FusionRecipe(self.manifest.short, self.manifest.method, True, terms, f"{USER}.{adapter}")
+        return FusionRecipe(self.manifest.short, self.manifest.method, True, terms, UserAdapterId(USER, adapter))
 
     def keep(self, recipe: FusionRecipe, user: UserAdapter, **changes: Any) -> None:
         """Store an adapter as promotion does."""
@@ -166,7 +166,7 @@ def test_what_was_replaced_is_not_served_any_more(stacked: Served) -> None:
     user = user_of(stacked, UserAdapterKind.CORE, recipe)
     stacked.keep(recipe, user)
     stacked.engine.chat(recipe.name).raise_for_status()
-    newer = replace(recipe, user_adapter=f"{USER}.{'d' * 25}e")
+    newer = replace(recipe, user_adapter=UserAdapterId(USER, f"{'d' * 25}e"))
     stacked.keep(newer, user, id=f"{'d' * 25}e")
     assert stacked.engine.chat(recipe.name).status_code == httpx.codes.NOT_FOUND
     stacked.engine.chat(newer.name).raise_for_status()

@@ -67,12 +67,27 @@ class StoreParts:
             return await erasing.erase(user)
 
 
-async def submitted(jobs: RedisJobs, user_key: str, sample: str = "a", **fields: object) -> Job:
-    """A job of one sample, queued; `fields` as of a `Submission`."""
-    given = {"samples": [sample.encode()], "append": False, "config": "{}", "bank": BANK} | fields
+async def submitted(jobs: RedisJobs, user_key: str, *samples: str, **fields: object) -> Job:
+    """A job, queued, of one sample where none is given; `fields` as of a `Submission`."""
+    encoded = [sample.encode() for sample in samples or ("a",)]
+    given = {"samples": encoded, "append": False, "config": "{}", "bank": BANK} | fields
     job = await jobs.submit(user_key, Submission(**given), 100)  # type: ignore[arg-type]
     assert job is not None
     return job
+
+
+async def claimed(jobs: RedisJobs, job_id: JobId, lease_s: float = LEASE_S) -> Lease:
+    """A lease of a job that wants a worker."""
+    lease = await jobs.claim(job_id, lease_s)
+    assert lease is not None
+    return lease
+
+
+async def state(jobs: RedisJobs, job_id: JobId) -> JobState:
+    """Where a job is."""
+    job = await jobs.job(job_id)
+    assert job is not None
+    return job.state
 
 
 def put_of(user: str, text: str, snapshot: Snapshot) -> Change:

@@ -50,9 +50,9 @@ def keep_user_adapter(
         manifest: the bank's.
         changes: fields that are not as they should be.
     """
-    assert recipe.user_adapter is not None
-    user_key, _, adapter_id = recipe.user_adapter.partition(".")
+    adapter = recipe.user_adapter
+    assert adapter is not None
     raw = encode_user_adapter(manifest.layout, user)
-    fields = {"id": adapter_id, "recipe": user.recipe, "sha256": hashlib.sha256(raw).hexdigest(), "raw": raw}
+    fields = {"id": adapter.id, "recipe": user.recipe, "sha256": hashlib.sha256(raw).hexdigest(), "raw": raw}
     with redis.Redis.from_url(redis_url) as client:
-        client.hset(f"mta:{{{user_key}}}:adapter", mapping=fields | changes)
+        client.hset(f"mta:{{{adapter.user_key}}}:adapter", mapping=fields | changes)

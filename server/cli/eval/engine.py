@@ -21,13 +21,13 @@ import aiohttp
 import orjson
 
 from adapters.errors import MtaError, excerpt
+from adapters.recipe import UserAdapterId
 from adapters.training.example import Example
 from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.scoring import Reading
 from bank.evaluation.speakers import PersonAdapter
 from server.gateway.engines.chat import BASE_MODEL, bearer, open_session
-from server.store.adapters import StoredAdapter
-from server.store.samples import new_adapter_id
+from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.user_key import UserKeys
 
 LENT_S = 3600
@@ -108,9 +108,9 @@ class EngineScores:
         raw = encode_user_adapter(adapter.bank.manifest.layout, user)
         digest = hashlib.sha256(raw).hexdigest()
         if digest not in self._lent:
-            key, adapter_id = self._keys.key(digest), new_adapter_id()
-            await self._lender.lend(key, StoredAdapter(adapter_id, user.recipe, digest, raw), LENT_S)
-            self._lent[digest] = replace(adapter.recipe, user_adapter=f"{key}.{adapter_id}").name
+            lent = UserAdapterId(self._keys.key(digest), new_adapter_id())
+            await self._lender.lend(lent.user_key, StoredAdapter(lent.id, user.recipe, digest, raw), LENT_S)
+            self._lent[digest] = replace(adapter.recipe, user_adapter=lent).name
         return self._lent[digest]
 
     async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Set
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from adapters.errors import UserAdapterError
-from adapters.recipe import FusionRecipe
+from adapters.recipe import FusionRecipe, UserAdapterId
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import BankManifest
 from server.errors import ApiError
@@ -29,7 +30,7 @@ SWEEP_S = 30.0
 class AdapterSource(Protocol):
     """What is needed of `server.store.adapters.AdapterStore`."""
 
-    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None: ...
+    async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None: ...
 
     async def adapter_id(self, user_key: str) -> str | None: ...
 
@@ -40,6 +41,14 @@ class Workers(Protocol):
     async def hold(self, name: str, raw: bytes) -> None: ...
 
     def release(self, names: list[str]) -> Coroutine[Any, Any, None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the workers hold under a recipe's name."""
+
+    adapter: UserAdapterId
+    size_bytes: int
 
 
 class UserAdapters:
@@ -70,7 +79,7 @@ class UserAdapters:
         self._max_rank = max_rank
         self._capacity_bytes = capacity_bytes
         self._in_use = in_use
-        self._held: OrderedDict[str, int] = OrderedDict()  # recipe name → bytes, least recently used first
+        self._held: OrderedDict[str, _Held] = OrderedDict()  # by recipe name, least recently used first
         self._sending: dict[str, asyncio.Task[bool]] = {}
         self._releasing: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
 
@@ -90,15 +99,14 @@ class UserAdapters:
             UserAdapterError: when it is not there, damaged, or not for this recipe.
         """
         assert recipe.user_adapter is not None
-        user_key, _, adapter_id = recipe.user_adapter.partition(".")
         plain = f"the plain recipe is {recipe.plain.name}"
         while recipe.name in self._sending:  # for another request, whose failure or leaving is not this one's
             await asyncio.wait([self._sending[recipe.name]])
         try:
             if recipe.name in self._held:
-                there = await self._source.adapter_id(user_key) == adapter_id
+                there = await self._is_current(recipe.user_adapter)
             else:
-                self._sending[recipe.name] = asyncio.create_task(self._send(recipe, user_key, adapter_id))
+                self._sending[recipe.name] = asyncio.create_task(self._send(recipe, recipe.user_adapter))
                 there = await asyncio.shield(self._sending[recipe.name])
         except ApiError as error:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} cannot be fetched: {error}; {plain}") from error
@@ -109,29 +117,29 @@ class UserAdapters:
 
     async def sweep(self) -> None:
         """Let go of every adapter that its user has not any more and that no request uses; an engine does it often."""
-        gone = []
-        for name in list(self._held):
-            user_key, _, adapter_id = name.rpartition(":u-")[2].partition(".")
-            if await self._source.adapter_id(user_key) != adapter_id:
-                gone.append(name)
+        gone = [name for name, held in list(self._held.items()) if not await self._is_current(held.adapter)]
         in_use = self._in_use()
         await self._let_go([name for name in gone if name not in in_use])
 
     async def drop(self, user_key: str) -> int:
         """Let go of all adapters of a user that no request uses; how many are still held."""
-        mine = [name for name in self._held if f":u-{user_key}." in name]
+        mine = [name for name, held in self._held.items() if held.adapter.user_key == user_key]
         in_use = self._in_use()
         await self._let_go([name for name in mine if name not in in_use])
         return sum(name in in_use for name in mine)
 
-    async def _send(self, recipe: FusionRecipe, user_key: str, adapter_id: str) -> bool:
+    async def _is_current(self, adapter: UserAdapterId) -> bool:
+        """Whether an adapter is still the one that its user has."""
+        return await self._source.adapter_id(adapter.user_key) == adapter.id
+
+    async def _send(self, recipe: FusionRecipe, adapter: UserAdapterId) -> bool:
         """Fetch and verify an adapter and give it to all workers; whether it is there."""
         try:
-            stored = await self._source.adapter(user_key, adapter_id)
+            stored = await self._source.adapter(adapter)
             if stored is None:
                 return False
             self._check(recipe, stored)
-            self._held[recipe.name] = len(stored.raw)
+            self._held[recipe.name] = _Held(adapter, len(stored.raw))
             try:
                 await self._workers.hold(recipe.name, stored.raw)
             except Exception:
@@ -161,14 +169,14 @@ class UserAdapters:
             )
 
     async def _make_room(self) -> None:
-        surplus = sum(self._held.values()) - self._capacity_bytes
+        surplus = sum(held.size_bytes for held in self._held.values()) - self._capacity_bytes
         if surplus <= 0:
             return
         in_use, chosen = self._in_use(), []
-        for name, size in self._held.items():
+        for name, held in self._held.items():
             if surplus > 0 and name not in in_use:
                 chosen.append(name)
-                surplus -= size
+                surplus -= held.size_bytes
         await self._let_go(chosen)
 
     async def _let_go(self, names: list[str]) -> None:

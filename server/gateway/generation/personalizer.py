@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from adapters.errors import excerpt
-from adapters.recipe import PER_MILLE, FusionRecipe, Term, anchor_id, parse_recipe
+from adapters.recipe import PER_MILLE, FusionRecipe, Term, UserAdapterId, anchor_id, parse_recipe
 from bank.lookup.serving import ServingBank
 from bank.lookup.weights import AnchorWeight
 from server.errors import ApiError, NotFound
@@ -152,7 +152,7 @@ class Personalizer:
         if stacked and profile.adapter is not None:
             trained_on = parse_recipe(profile.adapter.recipe)
             if trained_on.bank == self._bank.manifest.short:
-                adapter = f"{self._profiles.key(profile.user_id)}.{profile.adapter.id}"
+                adapter = UserAdapterId(self._profiles.key(profile.user_id), profile.adapter.id)
                 level, recipe = Level.STACKED, replace(trained_on, user_adapter=adapter)
         weights = {weight.anchor: weight for weight in merged.weights}
         shares = [_share(term, weights.get(term.anchor)) for term in recipe.terms]

@@ -87,5 +87,7 @@ async def _events(parts: Parts, job_id: JobId, answer: JobAnswer) -> AsyncIterat
 def _parsed(text: str) -> JobId:
     job_id = parse_job_id(text)
     if job_id is None:
-        raise NotFound(f"job_id {excerpt(text)} is none: it is what POST /users/{{id}}/adapt answers", param="job_id")
+        raise NotFound(
+            f"job_id {excerpt(text)} is not a job id: it is what POST /users/{{id}}/adapt answers", param="job_id"
+        )
     return job_id

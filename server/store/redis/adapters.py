@@ -1,22 +1,15 @@
-"""User adapters on Redis.
-
-mta:{<user key>}:adapter   hash     id, recipe, sha256, raw
-
-and two that all users share::
-
-    mta:adapted                set      banks that user adapters were trained on
-    mta:adapted:<bank>         set      keys of the users whose adapter was
-"""
+"""User adapters on Redis: each under a key of its user, and lists of users by bank (`server/store/redis/keys.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from adapters.recipe import UserAdapterId
 from server.store.adapters import StoredAdapter
-from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, user_prefix
+from server.store.redis import keys
+from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
 
-BANKS = "mta:adapted"
 _BATCH = 100
 
 
@@ -30,30 +23,30 @@ class RedisAdapters:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
+    async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None:
         fields = ("id", "recipe", "sha256", "raw")
-        name = adapter_name(user_key)
+        name = keys.adapter(adapter_id.user_key)
         values = await self._connection.run(lambda redis: redis.hmget(name, fields), WRITE_TIMEOUT_S)
-        if values[0] is None or values[0].decode() != adapter_id:
+        if values[0] is None or values[0].decode() != adapter_id.id:
             return None
-        return StoredAdapter(adapter_id, values[1].decode(), values[2].decode(), values[3])
+        return StoredAdapter(adapter_id.id, values[1].decode(), values[2].decode(), values[3])
 
     async def adapter_id(self, user_key: str) -> str | None:
-        value = await self._connection.run(lambda redis: redis.hget(adapter_name(user_key), "id"))
+        value = await self._connection.run(lambda redis: redis.hget(keys.adapter(user_key), "id"))
         return value.decode() if value is not None else None
 
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
         """Put an adapter where engines look for it, without a job and for a while: for an evaluation."""
         fields = {"id": stored.id, "recipe": stored.recipe, "sha256": stored.sha256, "raw": stored.raw}
         async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            pipe.hset(adapter_name(user_key), mapping=fields)
-            pipe.expire(adapter_name(user_key), ttl_s)
+            pipe.hset(keys.adapter(user_key), mapping=fields)
+            pipe.expire(keys.adapter(user_key), ttl_s)
             await pipe.execute()
 
     async def list_adapted(self, user_key: str, bank: str) -> None:
         """Put a user on the list of a bank."""
         async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            await pipe.sadd(BANKS, bank).sadd(_adapted(bank), user_key).execute()
+            await pipe.sadd(keys.ADAPTED, bank).sadd(keys.adapted(bank), user_key).execute()
 
     async def adapted(self) -> dict[str, int]:
         return {bank: await self._count(bank) for bank in await self._banks()}
@@ -71,19 +64,19 @@ class RedisAdapters:
         banks = [bank for bank in await self._banks() if bank != but]
         async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
             for bank in banks:
-                pipe.srem(_adapted(bank), user_key)
+                pipe.srem(keys.adapted(bank), user_key)
             await pipe.execute()
 
     async def _banks(self) -> list[str]:
-        banks = await self._connection.run(lambda redis: redis.smembers(BANKS))
+        banks = await self._connection.run(lambda redis: redis.smembers(keys.ADAPTED))
         return sorted(value.decode() for value in banks)
 
     async def _count(self, bank: str) -> int:
-        return int(await self._connection.run(lambda redis: redis.scard(_adapted(bank))))
+        return int(await self._connection.run(lambda redis: redis.scard(keys.adapted(bank))))
 
     async def _scan(self, bank: str, cursor: int) -> tuple[int, list[bytes]]:
         """Some users on the list of a bank, and where to go on; 0 at its end."""
-        after, members = await self._connection.run(lambda redis: redis.sscan(_adapted(bank), cursor, count=_BATCH))
+        after, members = await self._connection.run(lambda redis: redis.sscan(keys.adapted(bank), cursor, count=_BATCH))
         return int(after), members
 
 
@@ -95,12 +88,3 @@ async def adapters_at(redis_url: str) -> AsyncIterator[RedisAdapters]:
         yield RedisAdapters(connection)
     finally:
         await connection.close()
-
-
-def adapter_name(user_key: str) -> str:
-    """The name of the key that a user's adapter lies under."""
-    return f"{user_prefix(user_key)}adapter"
-
-
-def _adapted(bank: str) -> str:
-    return f"mta:adapted:{bank}"

@@ -1,8 +1,8 @@
 """The append-only file holds what was erased until it is rewritten: asked for at every erasure, done hourly at most.
 
-mta:{rewrite}   hash   `asked`: when a rewrite was last asked for, ms; `due`: when the next is due, ms, absent when all
-                       that was asked for is done; `last`: when the last one that ended well began, ms; and of the
-                       one under way `began`, ms, and the server's run and count of rewrites before it
+The hash `keys.REWRITE` says where things are: `asked`, when a rewrite was last asked for, ms; `due`, when the next is
+due, ms, absent when all that was asked for is done; `last`, when the last one that ended well began, ms; and of the one
+under way `began`, ms, and the server's `run` and `count` of rewrites before it.
 
 A rewrite is asked for *before* a user is erased, so that nobody's death in between leaves the file as it was. The
 erasure follows within `ASKED_MS` or not at all. So a rewrite that began later than that after it was asked for, and
@@ -16,6 +16,7 @@ import logging
 from redis.exceptions import ResponseError
 
 from server.store.durability import Asked
+from server.store.redis import keys
 from server.store.redis.connection import RedisConnection
 from server.store.redis.job_scripts import NOW
 
@@ -25,7 +26,7 @@ INTERVAL_MS = 3_600_000
 """Shortest time between the beginnings of two rewrites."""
 
 ASKED_MS = 60_000
-"""Within so long after asking, what shall be forgotten must be erased."""
+"""How soon after asking must be erased what the file shall forget."""
 
 LOOK_S = 10.0
 """How often each gateway looks whether one is due."""
@@ -90,9 +91,6 @@ return 1
 """
 )
 
-_KEY = "mta:{rewrite}"
-_OLD = "mta:{rewrite}:due"  # of version 0.1
-
 
 class AppendOnlyFile:
     """`server.store.durability.ForgetsOnDisk` on Redis."""
@@ -102,32 +100,32 @@ class AppendOnlyFile:
 
     async def ask_for_rewrite(self) -> Asked:
         """Have the file rewritten after what is about to be erased."""
-        now_ms, due_ms = await self._connection.write(_ASK, (_KEY,), INTERVAL_MS, ASKED_MS)
+        now_ms, due_ms = await self._connection.write(_ASK, (keys.REWRITE,), INTERVAL_MS, ASKED_MS)
         return Asked(now_ms + ASKED_MS, due_ms + round(2 * LOOK_S * 1000) + REWRITE_MS)
 
     async def look(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Of all gateways one does it."""
-        if await self._connection.run(lambda redis: redis.exists(_OLD)):
+        if await self._connection.run(lambda redis: redis.exists(keys.OLD_REWRITE)):
             await self.ask_for_rewrite()
-            await self._connection.run(lambda redis: redis.delete(_OLD))
+            await self._connection.run(lambda redis: redis.delete(keys.OLD_REWRITE))
         server = await self._connection.run(lambda redis: redis.info())
         if server.get("aof_rewrite_in_progress") or server.get("aof_rewrite_scheduled"):
             return
         run, count = str(server["run_id"]), int(server.get("aof_rewrites", 0))
         well = int(server.get("aof_last_bgrewrite_status") == "ok")
         settled = (run, count, well, INTERVAL_MS, ASKED_MS, BEGIN_MS)
-        if not await self._connection.write(_SETTLE, (_KEY,), *settled):
+        if not await self._connection.write(_SETTLE, (keys.REWRITE,), *settled):
             return
-        if await self._connection.write(_TAKE, (_KEY,), run, count, INTERVAL_MS):
+        if await self._connection.write(_TAKE, (keys.REWRITE,), run, count, INTERVAL_MS):
             await self._begin(enabled=bool(server.get("aof_enabled")))
 
     async def _begin(self, *, enabled: bool) -> None:
         if not enabled:  # there is no file
-            await self._connection.run(lambda redis: redis.hdel(_KEY, "began", "run", "count", "due"))
+            await self._connection.run(lambda redis: redis.hdel(keys.REWRITE, "began", "run", "count", "due"))
             return
         async with self._connection.pipeline(transaction=False) as pipe:
             pipe.execute_command("BGREWRITEAOF")
             (answer,) = await pipe.execute(raise_on_error=False)
         if isinstance(answer, ResponseError):  # another is going on, or a managed service does it by itself
             log.warning("the append-only file is not rewritten now: %s", answer)
-            await self._connection.run(lambda redis: redis.hdel(_KEY, "began", "run", "count"))
+            await self._connection.run(lambda redis: redis.hdel(keys.REWRITE, "began", "run", "count"))

@@ -32,16 +32,6 @@ _NOT_DURABLE = (
 )
 
 
-def user_prefix(user_key: str) -> str:
-    """How the names of a user's keys begin; the braces keep them in one cluster slot."""
-    return f"mta:{{{user_key}}}:"
-
-
-def epoch_name(user_key: str) -> str:
-    """The key that holds a user's epoch, and their tombstone (`redis_profiles`)."""
-    return f"{user_prefix(user_key)}epoch"
-
-
 @contextmanager
 def readable() -> Iterator[None]:
     """What cannot be decoded is the store's fault, or a later version's.
@@ -63,7 +53,7 @@ class RedisConnection:
         require_durable: whether a server that keeps no append-only file is refused.
 
     Raises:
-        MtaError: when the URL is none.
+        MtaError: when the URL cannot be read.
     """
 
     def __init__(self, url: str, *, require_durable: bool = True) -> None:
@@ -78,7 +68,7 @@ class RedisConnection:
                 retry=Retry(NoBackoff(), 1),
             )
         except ValueError as error:
-            raise MtaError(f"MTA_REDIS_URL is no Redis URL: {error}") from error
+            raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._redis: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
         self._require_durable = require_durable
         self._durability = Durability.NONE

@@ -1,14 +1,9 @@
-"""Jobs and samples on Redis.
+"""Jobs and samples on Redis (keys: `server/store/redis/keys.py`).
 
-Keys, all of one user in one cluster slot::
-
-    mta:{<user key>}:jobs      hash     `last` → number of the newest job
-    mta:{<user key>}:job:<n>   hash     the record (`_FIELDS`); `lease`, `lease_until` and `lease_ms` while a worker has
-                                        it; the submission's `token`, `key` and `epoch`
-    mta:{<user key>}:samples   list     encoded samples, the oldest first
-
-Workers are woken by a queue for each bank beside them (`redis_queue`), which names users: of a user's jobs only the
-newest is ever open. `overdue` walks what is due there, not the keys.
+A job's hash holds its record (`_FIELDS`), the submission's `token`, `key` and `epoch`, `lease`, `lease_until` and
+`lease_ms` while a worker has it, and what it was `ended_by`. Workers are woken by a queue for each bank beside the jobs
+(`queue.py`), which names users: of a user's jobs only the newest is ever open. `overdue` walks what is due there, not
+the keys.
 """
 
 from __future__ import annotations
@@ -25,8 +20,9 @@ from server.store.jobs import KEPT_JOBS, KEPT_S, MAX_TRIES, Job, JobId, JobState
 from server.store.profile_record import encode_profile
 from server.store.profiles import Profile
 from server.store.redis import job_scripts as scripts
-from server.store.redis.adapters import RedisAdapters, adapter_name
-from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
+from server.store.redis import keys
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, readable
 from server.store.redis.queue import LISTED_MS, RedisQueue
 
 log = logging.getLogger("mta.store")
@@ -55,13 +51,13 @@ class RedisJobs:
         self._queues: dict[str, RedisQueue] = {}
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
-        queue, prefix = self._queue(submission.bank), user_prefix(user_key)
+        queue = self._queue(submission.bank)
         # Before there is a job: one user too many in the queue does no harm, one too few would wait for ever.
         listed_ms = await queue.enlist(user_key)
         number = await self._connection.write(
             scripts.SUBMIT,
-            (f"{prefix}jobs", f"{prefix}samples", epoch_name(user_key)),
-            f"{prefix}job:",
+            (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key)),
+            keys.job_prefix(user_key),
             submission.idempotency_key,
             submission.token,
             submission.epoch,
@@ -86,16 +82,16 @@ class RedisJobs:
         return job
 
     async def job(self, job_id: JobId) -> Job | None:
-        values = await self._connection.run(lambda redis: redis.hmget(_job(job_id), _FIELDS))
+        values = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), _FIELDS))
         with readable():
             return _decoded(job_id, values)
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
-        ended = await self._connection.write(scripts.CANCEL, (_job(job_id),), secrets.token_hex(16), KEPT_S)
+        ended = await self._connection.write(scripts.CANCEL, (keys.job(job_id),), secrets.token_hex(16), KEPT_S)
         return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:
-        name = f"{user_prefix(user_key)}samples"
+        name = keys.samples(user_key)
         return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
     async def next_job(self, bank: str, worker: str, wait_s: float) -> JobId | None:
@@ -110,7 +106,7 @@ class RedisJobs:
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
         token = token or secrets.token_hex(16)
         taken = await self._connection.write(
-            scripts.CLAIM, (_job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _DIED, KEPT_S
+            scripts.CLAIM, (keys.job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _DIED, KEPT_S
         )
         job = await self.job(job_id) if taken == 1 else None
         for queue in self._queues.values():  # from here on the lease says when somebody should look again
@@ -119,11 +115,11 @@ class RedisJobs:
 
     async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:
         arguments = (lease.token, round(lease_s * 1000), step, of, "" if loss is None else repr(loss))
-        return bool(await self._connection.write(scripts.RENEW, (_job(lease.job.id),), *arguments))
+        return bool(await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), *arguments))
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
         arguments = (lease.token, 0 if counts else -1)
-        released = bool(await self._connection.write(scripts.RELEASE, (_job(lease.job.id),), *arguments))
+        released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
         if released:
             await self._queue(lease.job.bank).call(lease.job.id.user_key)
         return released
@@ -131,7 +127,7 @@ class RedisJobs:
     async def end(self, lease: Lease, trained: Trained) -> bool:
         queue, user_key = self._queue(lease.job.bank), lease.job.id.user_key
         appointment = await queue.appointment(user_key)
-        done = await self._connection.write(scripts.END, (_job(lease.job.id),), lease.token, *_outcome(trained, ""))
+        done = await self._connection.write(scripts.END, (keys.job(lease.job.id),), lease.token, *_outcome(trained, ""))
         if done:
             await queue.close(user_key, appointment)
         return bool(done)
@@ -145,7 +141,7 @@ class RedisJobs:
         await self._adapters.list_adapted(user_key, bank)
         done = await self._connection.write(
             scripts.PROMOTE,
-            (_job(lease.job.id), f"{user_prefix(user_key)}profile", adapter_name(user_key), epoch_name(user_key)),
+            (keys.job(lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key)),
             lease.token,
             *_outcome(trained, raw.id),
             version,
@@ -208,26 +204,21 @@ class RedisJobs:
 
     async def _newest(self, user_key: str) -> JobId | None:
         """The user's newest job; None for a user without any."""
-        name = f"{user_prefix(user_key)}jobs"
-        last = await self._connection.run(lambda redis: redis.hget(name, "last"))
+        last = await self._connection.run(lambda redis: redis.hget(keys.jobs(user_key), "last"))
         return JobId(user_key, int(last)) if last is not None else None
 
     async def _is_for(self, job_id: JobId, bank: str) -> bool:
         """Whether a job is for a bank; those of version 0.1 are for any."""
-        found = await self._connection.run(lambda redis: redis.hget(_job(job_id), "bank"))
+        found = await self._connection.run(lambda redis: redis.hget(keys.job(job_id), "bank"))
         return found is None or found.decode() == bank
 
     async def _standing(self, job_id: JobId) -> tuple[JobState | None, int, int]:
         """A job's state, None without a record; when its lease runs out, and how long it is, ms."""
         fields = ("state", "lease_until", "lease_ms")
-        state, until, lease_ms = await self._connection.run(lambda redis: redis.hmget(_job(job_id), fields))
+        state, until, lease_ms = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), fields))
         lease_until = int(until or 0)
         with readable():
             return JobState(state.decode()) if state is not None else None, lease_until, int(lease_ms or lease_until)
-
-
-def _job(job_id: JobId) -> str:
-    return f"{user_prefix(job_id.user_key)}job:{job_id.number}"
 
 
 def _outcome(trained: Trained, adapter: str) -> tuple[object, ...]:

@@ -1,11 +1,4 @@
-"""Profiles on Redis.
-
-Keys, all of one user in one cluster slot::
-
-    mta:{<user key>}:profile   string   the record (`server/store/profile_record.py`)
-    mta:{<user key>}:items     hash     item id → JSON
-    mta:{<user key>}:vectors   hash     item id → embedder id and fp16 embedding
-    mta:{<user key>}:epoch     hash     tombstone: the `epoch` that erasing began, and what it removed; goes by itself
+"""Profiles on Redis: record, items, vectors and epoch of a user (`server/store/redis/keys.py`).
 
 A commit is one Lua script that compares the record with the one that the change was made from and writes only if they
 are the same, so that every change is one atomic step and concurrent writers never overwrite each other. It also
@@ -28,7 +21,8 @@ from server.store.profile_record import (
     encode_vector,
 )
 from server.store.profiles import Change, Erased, Erasure, Profile, Snapshot, StoredItem
-from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, epoch_name, readable, user_prefix
+from server.store.redis import keys
+from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, readable
 from server.store.redis.job_scripts import ERASED_SINCE, NOW
 
 TOMBSTONE_S = 7 * 24 * 3600
@@ -97,14 +91,14 @@ class RedisProfiles:
         self._connection = connection
 
     async def load(self, key: str) -> Profile | None:
-        record = await self._connection.run(lambda redis: redis.get(_names(key)[0]))
+        record = await self._connection.run(lambda redis: redis.get(keys.profile(key)))
         with readable():
             return _decoded(record)
 
     async def read(self, key: str) -> Snapshot:
         profile, items, vectors = _names(key)
         async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            pipe.get(profile).hgetall(items).hgetall(vectors).hget(epoch_name(key), "epoch")
+            pipe.get(profile).hgetall(items).hgetall(vectors).hget(keys.epoch(key), "epoch")
             record, raw_items, raw_vectors, epoch = await pipe.execute()
         with readable():
             return Snapshot(
@@ -116,13 +110,12 @@ class RedisProfiles:
             )
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
-        name = _names(key)[1]
-        raw_items = await self._connection.run(lambda redis: redis.hgetall(name), WRITE_TIMEOUT_S)
+        raw_items = await self._connection.run(lambda redis: redis.hgetall(keys.items(key)), WRITE_TIMEOUT_S)
         with readable():
             return _in_order(raw_items)
 
     async def epoch(self, key: str) -> str:
-        epoch = await self._connection.run(lambda redis: redis.hget(epoch_name(key), "epoch"))
+        epoch = await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch"))
         return (epoch or b"").decode()
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
@@ -132,17 +125,15 @@ class RedisProfiles:
         arguments = [version, encode_profile(change.profile), epoch, len(puts)]
         for name in puts:
             arguments += [name, items.get(name, b""), vectors.get(name, b"")]
-        written = await self._connection.write(_COMMIT, (*_names(key), epoch_name(key)), *arguments, *change.drop)
+        written = await self._connection.write(_COMMIT, (*_names(key), keys.epoch(key)), *arguments, *change.drop)
         if written < 0:
             raise UserErased
         return bool(written)
 
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
-        prefix, epoch = user_prefix(key), secrets.token_hex(8)
-        names = (epoch_name(key), *_names(key), f"{prefix}jobs", f"{prefix}samples", f"{prefix}adapter")
-        answer = await self._connection.write(
-            _ERASE, names, f"{prefix}job:", KEPT_JOBS, TOMBSTONE_S, epoch, deadline_ms, rewritten_by_ms
-        )
+        names = (keys.epoch(key), *_names(key), keys.jobs(key), keys.samples(key), keys.adapter(key))
+        arguments = (KEPT_JOBS, TOMBSTONE_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
+        answer = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
         if not answer:
             raise Unavailable("the store took too long to erase the user: send the request again")
         *counts, rewritten_by, banks = answer
@@ -163,9 +154,8 @@ def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:
 
 
 def _names(key: str) -> tuple[str, str, str]:
-    """The names of a profile's keys."""
-    prefix = user_prefix(key)
-    return f"{prefix}profile", f"{prefix}items", f"{prefix}vectors"
+    """What a profile lies under."""
+    return keys.profile(key), keys.items(key), keys.vectors(key)
 
 
 def _decoded(record: bytes | None) -> Profile | None:

@@ -1,12 +1,4 @@
-"""Queues on Redis: they wake workers, and remember who should be looked after.
-
-Keys that all users share, for each queue in one cluster slot::
-
-    mta:{<queue>}:calls    stream   user keys; read by a consumer group, an entry goes when it is acknowledged
-    mta:{<queue>}:called   hash     user key → its entry in the stream: nobody is called twice at a time
-    mta:{<queue>}:open     zset     user key → when somebody should look whether it is still going on, ms
-    mta:{<queue>}:listed   zset     user key → since when a request is about to make something of theirs, ms
-    mta:{<queue>}:begun    hash     user key → how often a worker has begun
+"""Queues on Redis (keys: `server/store/redis/keys.py`): they wake workers, and remember who should be looked after.
 
 Whoever is called stays in `open` until they were seen to. What a worker that died had read, what never came into the
 stream, and what was lost with the work behind it is called again when its time there comes, however busy workers are.
@@ -19,18 +11,20 @@ from collections.abc import AsyncIterator
 from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
+from server.store.jobs import parse_job_id
+from server.store.redis import keys
 from server.store.redis import queue_scripts as scripts
 from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
 
 GROUP = "workers"
 GRACE_MS = 10_000
-"""After so long without a worker a user is called again, unless their call is still to be read."""
+"""How long a user waits for a worker before they are called again, unless their call is still to be read."""
 
 LISTED_MS = 60_000
-"""Within so long a request must have made what it listed a user for."""
+"""How long a request has to make what it listed a user for."""
 
 GONE_MS = 3_600_000
-"""A worker that has read nothing for so long is not coming back under its name."""
+"""A worker that has read nothing for this long is not coming back under its name."""
 
 _BATCH, _BATCHES = 100, 100
 """How many users are asked for at once, and how often in one sweep."""
@@ -41,16 +35,13 @@ class RedisQueue:
 
     Args:
         connection: shared with what the keys stand for.
-        kind: of work: `jobs` or `sign`.
+        work: what workers are woken for.
         bank: the 8 hex digits of the bank that it is for.
     """
 
-    def __init__(self, connection: RedisConnection, kind: str, bank: str) -> None:
+    def __init__(self, connection: RedisConnection, work: keys.Work, bank: str) -> None:
         self._connection = connection
-        prefix = f"mta:{{{kind}:{bank}}}:"
-        self._calls, self._called, self._open = f"{prefix}calls", f"{prefix}called", f"{prefix}open"
-        self._listed, self._begun = f"{prefix}listed", f"{prefix}begun"
-        self._old = f"mta:{kind}"  # of version 0.1, one for all banks
+        self._keys = keys.queue(work, bank)
         self._taken: dict[str, tuple[bytes, str]] = {}  # by user key: the entry, and the appointment then
         self._has_group = False
 
@@ -60,12 +51,12 @@ class RedisQueue:
         Returns:
             The server's time in ms. Whatever is made must be made by `LISTED_MS` later, and called with it.
         """
-        names = (self._open, self._listed)
+        names = (self._keys.open, self._keys.listed)
         return int(await self._connection.write(scripts.ENLIST, names, user_key, LISTED_MS + GRACE_MS))
 
     async def call(self, user_key: str, listed_ms: int = 0) -> bool:
         """Wake a worker for a user, unless a call is to be read already; whether it was made now."""
-        names = (self._calls, self._called, self._open, self._listed)
+        names = (self._keys.calls, self._keys.called, self._keys.open, self._keys.listed)
         return bool(await self._connection.write(scripts.CALL, names, user_key, GRACE_MS, listed_ms, GROUP))
 
     async def next(self, worker: str, wait_s: float) -> str | None:
@@ -74,7 +65,7 @@ class RedisQueue:
         block_ms = max(1, round(wait_s * 1000))
         try:
             streams = await self._connection.run(
-                lambda redis: redis.xreadgroup(GROUP, worker, {self._calls: ">"}, count=1, block=block_ms),
+                lambda redis: redis.xreadgroup(GROUP, worker, {self._keys.calls: ">"}, count=1, block=block_ms),
                 wait_s + WRITE_TIMEOUT_S,
             )
         except Unavailable:
@@ -91,12 +82,16 @@ class RedisQueue:
         """The call that `next` gave has been answered; the user's appointment when it was given."""
         entry, appointment = self._taken.pop(user_key, (b"", ""))
         if entry:
-            await self._connection.write(scripts.ACKNOWLEDGE, (self._calls, self._called), user_key, GROUP, entry)
+            await self._connection.write(
+                scripts.ACKNOWLEDGE, (self._keys.calls, self._keys.called), user_key, GROUP, entry
+            )
         return appointment
 
     async def begin(self, user_key: str) -> int:
         """Count a beginning; how many there were since `close`."""
-        return int(await self._connection.run(lambda redis: redis.hincrby(self._begun, user_key, 1), WRITE_TIMEOUT_S))
+        return int(
+            await self._connection.run(lambda redis: redis.hincrby(self._keys.begun, user_key, 1), WRITE_TIMEOUT_S)
+        )
 
     async def due(self) -> AsyncIterator[tuple[str, str, int]]:
         """Users who should be looked after by now, each with their appointment and the server's time in ms; whoever is
@@ -105,7 +100,7 @@ class RedisQueue:
         A time too far ahead to have been set by this clock counts as come: the clock was set back.
         """
         for _ in range(_BATCHES):
-            now_ms, found = await self._connection.write(scripts.DUE, (self._open,), LISTED_MS + GRACE_MS, _BATCH)
+            now_ms, found = await self._connection.write(scripts.DUE, (self._keys.open,), LISTED_MS + GRACE_MS, _BATCH)
             texts = [text.decode() for text in found]
             for user_key, appointment in zip(texts[::2], texts[1::2], strict=True):
                 yield user_key, appointment, int(now_ms)
@@ -115,13 +110,13 @@ class RedisQueue:
     async def appointment(self, user_key: str) -> str:
         """When a user is to be looked after, as the server writes it; empty when nobody will. It changes with every
         call and listing, so that `close` knows whether there was one since."""
-        score = await self._connection.run(lambda redis: redis.execute_command("ZSCORE", self._open, user_key))
+        score = await self._connection.run(lambda redis: redis.execute_command("ZSCORE", self._keys.open, user_key))
         return _text(score)
 
     async def look_again(self, user_key: str, after_ms: int) -> None:
         """Look after a user once the grace is over, counted from a time in ms."""
         await self._connection.run(
-            lambda redis: redis.zadd(self._open, {user_key: after_ms + GRACE_MS}), WRITE_TIMEOUT_S
+            lambda redis: redis.zadd(self._keys.open, {user_key: after_ms + GRACE_MS}), WRITE_TIMEOUT_S
         )
 
     async def close(self, user_key: str, appointment: str) -> None:
@@ -131,39 +126,42 @@ class RedisQueue:
             user_key: who was seen to.
             appointment: theirs, from before the caller saw that nothing is to be done.
         """
-        names = (self._calls, self._called, self._open, self._listed, self._begun)
+        names = (self._keys.calls, self._keys.called, self._keys.open, self._keys.listed, self._keys.begun)
         await self._connection.write(scripts.CLOSE, names, user_key, GROUP, appointment, LISTED_MS)
 
     async def open_count(self) -> int:
         """How many users are looked after."""
-        return int(await self._connection.run(lambda redis: redis.zcard(self._open)))
+        return int(await self._connection.run(lambda redis: redis.zcard(self._keys.open)))
 
     async def tidy(self) -> None:
         """Forget workers that are gone, and take over what version 0.1 left in its queue."""
         await self._adopt()
         await self._make_group()
-        for consumer in await self._connection.run(lambda redis: redis.xinfo_consumers(self._calls, GROUP)):
+        for consumer in await self._connection.run(lambda redis: redis.xinfo_consumers(self._keys.calls, GROUP)):
             if consumer["idle"] > GONE_MS and not consumer["pending"]:
                 name = consumer["name"]
                 await self._delete(name)
 
     async def _delete(self, consumer: bytes) -> None:
-        await self._connection.run(lambda redis: redis.xgroup_delconsumer(self._calls, GROUP, consumer))
+        await self._connection.run(lambda redis: redis.xgroup_delconsumer(self._keys.calls, GROUP, consumer))
 
     async def _adopt(self) -> None:
         """Version 0.1 kept a queue for all banks: a stream that entries left when they were read, and a zset."""
-        members = await self._connection.run(lambda redis: redis.zrange(f"{self._old}:open", 0, -1))
+        members = await self._connection.run(lambda redis: redis.zrange(self._keys.old_open, 0, -1))
         for member in members:
-            await self.call(member.decode().partition(".")[0])
+            job_id = parse_job_id(member.decode())  # of signatures: user keys
+            await self.call(job_id.user_key if job_id else member.decode())
         if members:
-            await self._connection.run(lambda redis: redis.zrem(f"{self._old}:open", *members), WRITE_TIMEOUT_S)
-            await self._connection.run(lambda redis: redis.delete(self._old), WRITE_TIMEOUT_S)
+            await self._connection.run(lambda redis: redis.zrem(self._keys.old_open, *members), WRITE_TIMEOUT_S)
+            await self._connection.run(lambda redis: redis.delete(self._keys.old), WRITE_TIMEOUT_S)
 
     async def _make_group(self) -> None:
         if self._has_group:
             return
         try:
-            await self._connection.run(lambda redis: redis.xgroup_create(self._calls, GROUP, id="0", mkstream=True))
+            await self._connection.run(
+                lambda redis: redis.xgroup_create(self._keys.calls, GROUP, id="0", mkstream=True)
+            )
         except Unavailable as error:
             if not (isinstance(error.__cause__, ResponseError) and "BUSYGROUP" in str(error.__cause__)):
                 raise

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import RecipeError
-from adapters.recipe import FusionMethod, FusionRecipe, Term, parse_recipe, per_mille
+from adapters.recipe import (
+    FusionMethod,
+    FusionRecipe,
+    Term,
+    UserAdapterId,
+    parse_recipe,
+    parse_user_adapter_id,
+    per_mille,
+)
 
 BASE32 = string.ascii_lowercase + "234567"
 keys = st.builds(lambda head, tail: head + tail, st.text(BASE32, min_size=25, max_size=25), st.sampled_from("aeimquy4"))
@@ -23,7 +31,7 @@ def recipes(draw: st.DrawFn) -> FusionRecipe:
     terms = tuple(Term(a, w) for a, w in zip(anchors, shares, strict=True) if w)
     if common and terms and draw(st.booleans()):
         terms = terms[:-1]  # beside a common row the weights may fall short of the whole
-    user = draw(st.none() | st.builds(lambda a, b: f"{a}.{b}", keys, keys))
+    user = draw(st.none() | st.builds(UserAdapterId, keys, keys))
     bank = draw(st.text("0123456789abcdef", min_size=8, max_size=8))
     return FusionRecipe(bank, draw(st.sampled_from(FusionMethod)), common, terms, user)
 
@@ -127,3 +135,28 @@ def test_the_largest_remainder_is_rounded_up_first() -> None:
 def test_weights_that_make_no_recipe_are_refused(weights: list[float]) -> None:
     with pytest.raises(RecipeError):
         per_mille(weights)
+
+
+@given(st.builds(UserAdapterId, keys, keys))
+def test_a_user_adapters_id_comes_back_from_its_text(adapter: UserAdapterId) -> None:
+    assert parse_user_adapter_id(str(adapter)) == adapter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ".",
+        "a" * 26,
+        f"{'a' * 26}.",
+        f".{'a' * 26}",
+        f"{'a' * 26}.{'a' * 25}",
+        f"{'a' * 26}.{'A' * 26}",
+        f"{'a' * 26}.{'a' * 26}.{'a' * 26}",
+        f"{'a' * 25}b.{'a' * 26}",  # not the end of 128 bits
+        f"{'a' * 26}.{'a' * 26}\n",
+    ],
+)
+def test_no_other_text_is_a_user_adapters_id(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"<user key>\.<id>"):
+        parse_user_adapter_id(text)

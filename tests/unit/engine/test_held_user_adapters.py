@@ -14,7 +14,7 @@ import torch
 from adapters.errors import UserAdapterError
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
-from adapters.recipe import FusionMethod, FusionRecipe
+from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
 from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
 from server.engine.admission.user_adapters import UserAdapters
 from server.errors import Unavailable
@@ -36,10 +36,10 @@ class Store:
         self.fault: Exception | None = None
         self.faults = 0
 
-    async def adapter(self, user_key: str, adapter_id: str) -> StoredAdapter | None:
+    async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None:
         self.fetched += 1
-        stored = self.kept.get(user_key)
-        return stored if stored and stored.id == adapter_id else None
+        stored = self.kept.get(adapter_id.user_key)
+        return stored if stored and stored.id == adapter_id.id else None
 
     async def adapter_id(self, user_key: str) -> str | None:
         if self.fault:
@@ -104,7 +104,7 @@ class World:
 
 
 def recipe(user: str, adapter: str = "a") -> FusionRecipe:
-    return FusionRecipe(BANK, FusionMethod.SHARED, True, (), f"{user * 25}e.{adapter * 25}e")
+    return FusionRecipe(BANK, FusionMethod.SHARED, True, (), UserAdapterId(f"{user * 25}e", f"{adapter * 25}e"))
 
 
 async def test_an_adapter_is_fetched_once_and_asked_for_every_time() -> None:

@@ -1,0 +1,123 @@
+"""The names of all keys. What stands in braces decides the cluster slot, and a script can only change keys of one slot:
+so all keys of a user lie in one, and all keys of a queue.
+
+Of one user (`server/store/user_key.py`)::
+
+    key                       type    what                                                expiry
+    mta:{<user key>}:profile  string  the record (`server/store/profile_record.py`)       -
+    mta:{<user key>}:items    hash    item id → JSON                                      -
+    mta:{<user key>}:vectors  hash    item id → embedder id and fp16 embedding            -
+    mta:{<user key>}:samples  list    encoded samples, the oldest first                   -
+    mta:{<user key>}:adapter  hash    id, recipe, sha256, raw                             - (if lent: as asked)
+    mta:{<user key>}:jobs     hash    `last` → number of the newest job                   -
+    mta:{<user key>}:job:<n>  hash    a job's record (`server/store/redis/jobs.py`)       7 days after it ended, or 20
+                                                                                          jobs later
+    mta:{<user key>}:epoch    hash    tombstone: the `epoch` that erasing began, what it  7 days after the user
+                                      removed, and `last` as above                        was erased
+
+Of one queue, `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
+
+    mta:{<queue>}:calls       stream  user keys; read by a consumer group, an entry goes when it is acknowledged
+    mta:{<queue>}:called      hash    user key → its entry in the stream: nobody is called twice at a time
+    mta:{<queue>}:open        zset    user key → when somebody should look whether it is still going on, ms
+    mta:{<queue>}:listed      zset    user key → since when a request is about to make something of theirs, ms
+    mta:{<queue>}:begun       hash    user key → how often a worker has begun
+
+Of all users::
+
+    mta:adapted               set     banks that user adapters were trained on
+    mta:adapted:<bank>        set     keys of the users whose adapter was
+    mta:{rewrite}             hash    when the append-only file is rewritten (`append_only_file.py`)
+
+Of version 0.1, until a worker or a gateway takes them over::
+
+    mta:jobs, mta:sign        stream  a queue for all banks
+    mta:jobs:open             zset    job id → when somebody should look, ms
+    mta:sign:open             zset    user key → the same
+    mta:{rewrite}:due         string  when the append-only file is rewritten
+
+Scripts are given these names. Only that of a job's record is put together in Lua, from `job_prefix` and a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from server.store.jobs import JobId
+
+Work = Literal["jobs", "sign"]
+
+ADAPTED = "mta:adapted"
+REWRITE = "mta:{rewrite}"
+OLD_REWRITE = f"{REWRITE}:due"
+
+
+def profile(user_key: str) -> str:
+    return _of_user(user_key, "profile")
+
+
+def items(user_key: str) -> str:
+    return _of_user(user_key, "items")
+
+
+def vectors(user_key: str) -> str:
+    return _of_user(user_key, "vectors")
+
+
+def samples(user_key: str) -> str:
+    return _of_user(user_key, "samples")
+
+
+def adapter(user_key: str) -> str:
+    return _of_user(user_key, "adapter")
+
+
+def jobs(user_key: str) -> str:
+    return _of_user(user_key, "jobs")
+
+
+def job_prefix(user_key: str) -> str:
+    return _of_user(user_key, "job:")
+
+
+def job(job_id: JobId) -> str:
+    return f"{job_prefix(job_id.user_key)}{job_id.number}"
+
+
+def epoch(user_key: str) -> str:
+    return _of_user(user_key, "epoch")
+
+
+def adapted(bank: str) -> str:
+    return f"{ADAPTED}:{bank}"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueKeys:
+    """The keys of one queue; `old` and `old_open` are those that version 0.1 had for the same work."""
+
+    calls: str
+    called: str
+    open: str
+    listed: str
+    begun: str
+    old: str
+    old_open: str
+
+
+def queue(work: Work, bank: str) -> QueueKeys:
+    prefix = f"mta:{{{work}:{bank}}}:"
+    return QueueKeys(
+        calls=f"{prefix}calls",
+        called=f"{prefix}called",
+        open=f"{prefix}open",
+        listed=f"{prefix}listed",
+        begun=f"{prefix}begun",
+        old=f"mta:{work}",
+        old_open=f"mta:{work}:open",
+    )
+
+
+def _of_user(user_key: str, what: str) -> str:
+    return f"mta:{{{user_key}}}:{what}"

@@ -1,0 +1,84 @@
+"""The worker as a process: its parts are built here, and its loops run until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from bank.lookup.embedder import Embedder
+from bank.lookup.serving import ServingBank
+from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
+from bank.models.load import resolve_dtype
+from server.settings import Settings
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.signing import RedisSigning
+from server.worker.job_loop import JobLoop
+from server.worker.signing_loop import SigningLoop
+from server.worker.training import AdapterTrainer
+
+log = logging.getLogger("mta.worker")
+
+
+async def run_worker(settings: Settings) -> None:
+    """Open the parts, then work until a signal.
+
+    Raises:
+        MtaError: when a part cannot be opened, or they are not made for each other.
+    """
+    bank, trainer = _opened(settings)
+    connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
+    try:
+        await connection.check()
+        working = asyncio.gather(*_loops(connection, bank, trainer))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, working.cancel)
+        log.info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
+        with suppress(asyncio.CancelledError):
+            await _until_it_fails(working)
+    finally:
+        await connection.close()
+
+
+def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
+    """The bank, and what trains on top of it."""
+    folder = settings.bank_folder()
+    embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
+    bank = ServingBank.open(folder, embedder.id)
+    model = ensure_base_model(settings.model, settings.cache_dir)
+    check_base_model(model, {folder: bank.manifest})
+    return bank, AdapterTrainer.open(folder, bank.manifest, model, resolve_dtype("auto"))
+
+
+def _loops(connection: RedisConnection, bank: ServingBank, trainer: AdapterTrainer) -> list[Coroutine[Any, Any, None]]:
+    """What this process does for ever: it trains and, where the bank signs, it makes signatures, in turns."""
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    profiles, model_lock = RedisProfiles(connection), asyncio.Lock()
+    loops = [JobLoop(name, RedisJobs(connection), profiles, bank, trainer, model_lock=model_lock).run()]
+    if bank.signs:
+        signing = RedisSigning(connection, bank.manifest.short)
+        loops.append(SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock).run())
+    return loops
+
+
+async def _until_it_fails(working: asyncio.Future[Any]) -> None:
+    """Wait for what goes on for ever; an error ends the process here and now.
+
+    Any other way out waits for a thread that may hang, and starts one, which without memory may never begin.
+    """
+    try:
+        await working
+    except Exception:
+        try:
+            log.critical("the worker ends", exc_info=True)
+            logging.shutdown()
+        finally:
+            os._exit(1)
