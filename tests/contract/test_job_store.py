@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import redis.asyncio as redis
 
+from bench.rig.valkey import ValkeyProcess
 from server.store.adapters import StoredAdapter
 from server.store.jobs import (
     KEPT_JOBS,
@@ -29,7 +30,6 @@ from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.user_key import UserKeys
-from tests.support.valkey import ValkeyProcess
 
 BANK = "9f2c41d0"
 RECIPE = f"mta1:{BANK}:shared:c"

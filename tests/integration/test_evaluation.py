@@ -23,10 +23,10 @@ from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evalua
 from bank.evaluation.voices import OpenBank
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
+from bench.rig.people import people, write_people
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
-from tests.support.people import people, write_people
 
 METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history"
 PLAN = user_plan(AdaptConfig(rank=1, steps=2))

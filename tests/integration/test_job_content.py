@@ -9,11 +9,11 @@ import orjson
 import pytest
 
 from bank.lookup.serving import ServingBank
+from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import JobState
 from server.worker.job_loop import Worker
 from server.worker.training import AdapterTrainer
 from tests.support.desk import CONFIG, SAMPLES, Desk, desk_at
-from tests.support.valkey import ValkeyProcess
 
 ALTERNATING = (
     "{% for message in messages %}{% if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"

@@ -12,7 +12,7 @@ from adapters.training.trainer import StepReport
 from bank.build.build import build_bank
 from bank.build.options import BuildInputs, BuildOptions
 from bank.manifest import MATRIX_FILE, BankManifest
-from tests.support.people import people, write_people
+from bench.rig.people import people, write_people
 
 OPTIONS = BuildOptions(
     task="chat",

@@ -46,7 +46,7 @@ class Knobs:
         status: HTTP status of every answer, instead of generating.
         user_adapters: whether it has whatever user adapter it is asked for.
         counts: whether it says how many tokens a conversation has.
-        strict: whether it has the chat template of `tests.support.tiny`, instead of one that takes everything.
+        strict: whether it has the chat template of `bench.rig.tiny`, instead of one that takes everything.
     """
 
     banks: tuple[str, ...] = ()
@@ -278,7 +278,7 @@ def _error(status: int, message: str, param: str | None = None) -> web.Response:
 
 
 def _template_refusal(messages: list[dict[str, str]]) -> str | None:
-    """What the chat template of `tests.support.tiny` raises."""
+    """What the chat template of `bench.rig.tiny` raises."""
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         return "the system message must come first"

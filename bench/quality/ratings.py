@@ -66,7 +66,7 @@ def main(
     rows: list[tuple[str, object]] = [(name, f"{np.mean(each):.4f}") for name, each in errors.items()]
     for name, each in errors.items():
         rows += [
-            (f"{name} less {other}", str(over_users(np.subtract(each, errors[other]))))
+            (f"{name} less {other}", str(over_users([a - b for a, b in zip(each, errors[other], strict=True)])))
             for other in errors
             if other != name
         ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.processes import Background, command_line, descendants, mta, running
+from bench.rig.processes import Background, command_line, descendants, mta, running
 
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
 START_S = 240.0
