@@ -10,7 +10,7 @@ import pytest
 import redis.asyncio as redis
 
 from bench.rig.valkey import ValkeyProcess
-from server.store import redis_log
+from server.store.redis import append_only_file
 from server.store.redis.append_only_file import AppendOnlyFile
 from server.store.redis.connection import RedisConnection
 
@@ -21,7 +21,7 @@ SECRET = b"words that nobody shall find again"
 async def raw(server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[redis.Redis]:
     """A server that holds a secret, and rewrites that follow quickly on each other."""
     for name, value in {"INTERVAL_MS": 1500, "ASKED_MS": 300, "BEGIN_MS": 500, "LOOK_S": 0.05, "REWRITE_MS": 0}.items():
-        monkeypatch.setattr(redis_log, name, value)
+        monkeypatch.setattr(append_only_file, name, value)
     async with redis.from_url(server.url) as raw:
         await raw.flushall()
         await raw.set("secret", SECRET)
