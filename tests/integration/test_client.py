@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
+from deploy.demo import adapting
+from deploy.demo.asking import ask
 from mta_client import Client, MtaError
 from server.supervisor.services import free_port
+from tests.integration.conftest import Work
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread
 
@@ -109,3 +113,22 @@ def test_a_server_that_is_not_there(api: Client) -> None:
         with pytest.raises(MtaError, match="got no answer") as failure:
             nobody.user("ada")
     assert (failure.value.status, failure.value.code) == (0, "no_answer")
+
+
+def test_the_demo_shows_who_spoke_and_what_was_cut(api: Client, ada: str) -> None:
+    answer = ask(api, ada, "hello", max_tokens=4)
+    assert (answer.text, answer.cut, answer.level) == (answer.text.strip(), True, "merged")
+    assert len(answer.text.split()) == 4
+    assert sum(weight for _, weight in answer.anchors) == pytest.approx(1)
+    assert answer.ttft_ms > 0
+
+
+def test_the_demo_follows_its_training_to_the_end(api: Client, ada: str, work: Work) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(adapting.train, api, ada)
+        while not running.done():
+            work()
+    training = running.result()
+    assert training.job.state in {"succeeded", "rejected"}
+    assert training.losses[-1] == training.job.progress["loss"]
+    assert adapting.outcome(training).startswith(f"{training.job.state} after {training.job.progress['of']} steps")
