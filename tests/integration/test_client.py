@@ -75,9 +75,9 @@ def test_a_closed_stream_ends_the_answer(api: Client, ada: str, fake_engine: Fak
 
 
 def test_a_refusal_says_which_field_is_at_fault(api: Client, ada: str) -> None:
-    for ask in (api.generate, lambda *question, **options: next(api.stream(*question, **options))):
+    for call in (api.generate, lambda *question, **options: next(api.stream(*question, **options))):
         with pytest.raises(MtaError, match="temperature must be") as failure:
-            ask(ada, "hello", temperature=-1)
+            call(ada, "hello", temperature=-1)
         assert (failure.value.status, failure.value.code) == (400, "invalid_value")
         assert failure.value.param == "temperature"
 
