@@ -40,9 +40,10 @@ def test_a_user_from_the_first_item_to_the_last(api: Client, new_user: NewUser) 
     erased = api.forget(user_id)
     assert erased is not None
     assert erased.erased["items"] == 3
-    assert api.forget(user_id, missing_ok=True) is None
+    assert api.forget(user_id) == erased
+    assert api.forget(new_user(), missing_ok=True) is None
     with pytest.raises(MtaError, match="unknown") as failure:
-        api.forget(user_id)
+        api.forget(new_user())
     assert (failure.value.status, failure.value.code, failure.value.param) == (404, "not_found", "user_id")
 
 
