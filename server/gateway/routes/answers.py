@@ -207,8 +207,8 @@ def who_speaks(personalization: Personalization) -> dict[str, Any]:
 def anchors(personalization: Personalization) -> list[dict[str, Any]]:
     """The anchors as clients see them."""
     return [
-        {"id": voice.id, "weight": voice.weight, "similarity": voice.similarity, "gain": voice.gain}
-        for voice in personalization.anchors
+        {"id": share.id, "weight": share.weight, "similarity": share.similarity, "gain": share.gain}
+        for share in personalization.anchors
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Knobs:
 
     banks: tuple[str, ...] = ()
     anchors: int = 6
-    method: Method = Method.SHARED
+    method: FusionMethod = FusionMethod.SHARED
     context: int = 512
     admit_s: float = 0.0
     token_delay_s: float = 0.0
