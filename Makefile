@@ -3,7 +3,7 @@
 .PHONY: help setup demo test lint format acceptance clean
 
 BIN := .venv/bin
-PACKAGES := adapters bank server
+PACKAGES := adapters bank bench mta_client server
 SCRIPTS := deploy/setup.sh .ci/run
 
 help: ## list these targets
@@ -37,4 +37,4 @@ acceptance: setup ## DATA=folder of the real histories: what takes long, in one 
 
 clean: ## remove what was made here: .venv, out/, caches
 	rm -rf .venv out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find $(PACKAGES) bench deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(PACKAGES) deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +

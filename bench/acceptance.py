@@ -28,10 +28,10 @@ from rich.table import Table
 
 from bank.models.folders import ensure_embedder
 from bench.report import console, processor
+from bench.rig.tiny import tiny_bank, tiny_model
+from bench.rig.up import up
+from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from tests.support.tiny import tiny_bank, tiny_model
-from tests.support.up import up
-from tests.support.valkey import ValkeyProcess
 
 TASK = "news_headline"
 ANCHORS = 12
@@ -165,13 +165,13 @@ def main(
         store = ValkeyProcess(out / "valkey").start()
         try:
             with _served(out / "adapt-data", "--bank", str(bank), "--redis-url", store.url) as (gateway, _, _):
-                adapt = ("-m", "bench.adapt_users", "--users", users, "--bank", bank, "--redis-url", store.url)
+                adapt = ("-m", "bench.adapt.users", "--users", users, "--bank", bank, "--redis-url", store.url)
                 run.step("few-shot users", (*adapt, "--url", gateway), (AS_IT_SAYS, *ADAPTED))
-                run.step("beside a job", ("-m", "bench.beside", "--gateway", gateway), (AS_IT_SAYS,))
+                run.step("beside a job", ("-m", "bench.adapt.beside", "--gateway", gateway), (AS_IT_SAYS,))
         finally:
             store.kill()
         people = ("--users", users, "--bank", bank)
-        run.step("two evaluators", ("-m", "bench.quality_engine", *people, "--people", 2), (AS_IT_SAYS,))
+        run.step("two evaluators", ("-m", "bench.quality.engine", *people, "--people", 2), (AS_IT_SAYS,))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
     shown.print(_table(run.outcomes))
     passed = all(outcome.passed for outcome in run.outcomes)

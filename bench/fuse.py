@@ -33,10 +33,10 @@ from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model
 from bank.peft.peft_adapter import write_peft
 from bench.report import Spread, report
+from bench.rig.engine import KEY, Engine, running_engine, served
 from server.engine.command import SERVED_NAME, engine_command
 from server.settings import Settings
 from server.supervisor.services import free_port
-from tests.support.engine import KEY, Engine, running_engine, served
 
 PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."
 _salts = itertools.count()

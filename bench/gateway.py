@@ -22,9 +22,10 @@ import typer
 from rich.progress import Progress
 
 from bench.report import Spread, percentile, report
+from mta_client import Client
 
 USER = "bench-gateway"
-ITEMS = [{"text": text} for text in ("The swell came in at dawn.", "We waxed the boards.", "Salt in the coffee again.")]
+ITEMS = ("The swell came in at dawn.", "We waxed the boards.", "Salt in the coffee again.")
 PROMPTS = [f"Write a sentence about the number {number}." for number in range(16)]
 
 
@@ -102,12 +103,10 @@ def main(
 
 def _sides(gateway: str, engine: str, key: str, max_tokens: int) -> dict[str, Side]:
     """A: the gateway, B: the engine asked for the recipe that the gateway asks for."""
-    import httpx
-
-    with httpx.Client(base_url=gateway, timeout=60) as client:
-        changed = client.put(f"/users/{USER}/profile", json={"items": ITEMS}).raise_for_status().json()
+    with Client(gateway) as client:
+        changed = client.put_profile(USER, ITEMS)
     sampling = {"max_tokens": max_tokens, "temperature": 0}
-    direct = sampling | {"model": changed["recipe"]}
+    direct = sampling | {"model": changed.recipe}
     return {
         "gateway": Side(f"{gateway}/generate", {}, sampling | {"user_id": USER, "personalize": "merged"}, False),
         "engine": Side(f"{engine}/v1/chat/completions", {"Authorization": f"Bearer {key}"}, direct, True),

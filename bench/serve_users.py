@@ -22,6 +22,7 @@ import typer
 from rich.progress import Progress
 
 from bench.report import report
+from mta_client import Answer, Client
 
 NEAR_TIE = 0.25
 """Nats between the two likeliest tokens up to which rounding can exchange them: bfloat16 has 8 bits of precision, so
@@ -79,15 +80,15 @@ def main(
     """Set up all users, generate all queries, and count; status 1 when a count is not what it must be."""
     people = json.loads(users.read_text(encoding="utf-8"))
     queries = [Query(p["user_id"], q["id"], q["input"], q["gold"]) for p in people for q in p["query"]]
-    with httpx.Client(base_url=url, timeout=600) as client, Progress() as progress:
+    with Client(url, timeout_s=600) as client, Progress() as progress:
 
-        def all_of(title: str, work: Callable[[Any], None], of: Sequence[Any], at_a_time: int = concurrency) -> None:
+        def all_of(title: str, work: Callable[[Any], object], of: Sequence[Any], at_a_time: int = concurrency) -> None:
             task = progress.add_task(title, total=len(of))
             with ThreadPoolExecutor(at_a_time) as pool:
                 for _ in pool.map(work, of):
                     progress.advance(task)
 
-        all_of("profiles", lambda person: _set_up(client, person), people)
+        all_of("profiles", lambda person: client.put_profile(person["user_id"], person["profile"]), people)
         all_of("merged", lambda query: _merged(client, query, max_tokens), queries)
         all_of("base model", lambda query: _none(client, query, max_tokens), queries)
         all_of("merged again", lambda query: _again(client, query, max_tokens), queries, 1)
@@ -104,29 +105,21 @@ def main(
         raise typer.Exit(1)
 
 
-def _set_up(client: httpx.Client, person: dict[str, Any]) -> None:
-    client.put(f"/users/{person['user_id']}/profile", json={"items": person["profile"]}).raise_for_status()
+def _generate(client: Client, query: Query, max_tokens: int, personalize: str) -> Answer:
+    return client.generate(query.user_id, query.input, personalize=personalize, max_tokens=max_tokens, temperature=0)
 
 
-def _generate(client: httpx.Client, query: Query, max_tokens: int, personalize: str) -> dict[str, Any]:
-    body = {"user_id": query.user_id, "prompt": query.input, "personalize": personalize}
-    response = client.post("/generate", json=body | {"max_tokens": max_tokens, "temperature": 0})
-    answer: dict[str, Any] = response.raise_for_status().json()
-    return answer
-
-
-def _merged(client: httpx.Client, query: Query, max_tokens: int) -> None:
+def _merged(client: Client, query: Query, max_tokens: int) -> None:
     answer = _generate(client, query, max_tokens, "merged")
-    query.merged = answer["text"]
-    query.level, query.recipe = answer["personalization"]["level"], answer["personalization"]["recipe"]
+    query.merged, query.level, query.recipe = answer.text, answer.personalization.level, answer.personalization.recipe
 
 
-def _none(client: httpx.Client, query: Query, max_tokens: int) -> None:
-    query.none = _generate(client, query, max_tokens, "none")["text"]
+def _none(client: Client, query: Query, max_tokens: int) -> None:
+    query.none = _generate(client, query, max_tokens, "none").text
 
 
-def _again(client: httpx.Client, query: Query, max_tokens: int) -> None:
-    query.again = _generate(client, query, max_tokens, "merged")["text"]
+def _again(client: Client, query: Query, max_tokens: int) -> None:
+    query.again = _generate(client, query, max_tokens, "merged").text
 
 
 def _look(engine: httpx.Client, query: Query) -> None:

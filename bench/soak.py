@@ -19,10 +19,10 @@ from rich.progress import Progress
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
 from bench.report import report
+from bench.rig.engine import Engine, running_engine
+from bench.rig.processes import descendants
+from bench.rig.tiny import tiny_bank, tiny_model
 from server.settings import Settings
-from tests.support.engine import Engine, running_engine
-from tests.support.processes import descendants
-from tests.support.tiny import tiny_bank, tiny_model
 
 CONTEXT, ANCHORS, SLOTS, CLIENTS = 65_536, 64, 8, 8
 NEAR_TIE = 0.01

@@ -11,10 +11,10 @@ import pytest
 
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
+from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 from tests.support.fake_engine import KEY, FakeEngine, Knobs
 from tests.support.gateway import SECRET, GatewayThread
-from tests.support.valkey import ValkeyProcess
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def embedder_folder() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama."""
-    from tests.support.tiny import tiny_model  # imports torch
+    from bench.rig.tiny import tiny_model  # imports torch
 
     return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
@@ -34,7 +34,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bank_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Path:
     """A bank of six random anchors, for the tiny model."""
-    from tests.support.tiny import tiny_bank
+    from bench.rig.tiny import tiny_bank
 
     return tiny_bank(tmp_path_factory.mktemp("tiny") / "bank", tiny_model_folder, embedder_folder, anchors=6)
 
@@ -103,7 +103,7 @@ def new_user() -> Callable[[], str]:
 @pytest.fixture
 def ada(client: httpx.Client, new_user: Callable[[], str]) -> str:
     """A user who writes about the first anchor's world, and a little about the third's."""
-    from tests.support.tiny import world  # imports torch
+    from bench.rig.tiny import world  # imports torch
 
     user_id = new_user()
     items = [{"text": world(0)}, {"text": f"{world(0)} again"}, {"text": world(2)}]

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.text import Text
 
 from deploy.demo import adapting
+from deploy.demo.asking import Answer, ask
 from deploy.demo.bank import build_bank
 from deploy.demo.children import DemoError, run_mta
-from deploy.demo.client import Answer, Api
 from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person, anchors
 from deploy.demo.report import answers_table, curl_lines
 from deploy.demo.server import Server, running_server
+from mta_client import Client, MtaError
 
 OUT = Path(__file__).resolve().parents[2] / "out" / "demo"
 SHOWN_QUESTIONS = QUESTIONS[:2]
@@ -62,7 +63,7 @@ def main() -> int:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         _run(console, options.data)
-    except DemoError as error:
+    except (DemoError, MtaError) as error:
         Console(stderr=True, highlight=False).print(Text(f"demo: error: {error}", style="red"), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -83,7 +84,7 @@ def _run(console: Console, data: Path) -> None:
             server = stack.enter_context(running_server(bank, data, teller.line))
         with teller.step("Three people who are no anchors, by a few lines of their writing"):
             for person in PEOPLE:
-                server.api.forget(person.user_id)
+                server.api.forget(person.user_id, missing_ok=True)  # what an earlier run has left
                 server.api.put_profile(person.user_id, person.lines)
                 teller.line(f"PUT /users/{person.user_id}/profile: {len(person.lines)} lines, {_excerpt(person)}")
         with teller.step("POST /generate: the same questions, as nobody and as each of them"):
@@ -93,21 +94,21 @@ def _run(console: Console, data: Path) -> None:
             f"POST /users/{adapting.USER}/adapt: {adapting.SAMPLES} samples of a habit that no anchor has"
         ):
             before = [answers[question, adapting.USER] for question in SHOWN_QUESTIONS]
-            job = server.api.adapt(adapting.USER, adapting.samples(), adapting.CONFIG)
-            if job.error:
-                raise DemoError(f"the training failed: {job.error}")
-            for line in (*adapting.loss_curve(job.losses), adapting.outcome(job)):
+            training = adapting.train(server.api, adapting.USER)
+            if training.job.error:
+                raise DemoError(f"the training failed: {training.job.error}")
+            for line in (*adapting.loss_curve(training.losses), adapting.outcome(training)):
                 teller.line(line)
-            after = [server.api.ask(adapting.USER, question) for question in SHOWN_QUESTIONS]
+            after = [ask(server.api, adapting.USER, question) for question in SHOWN_QUESTIONS]
         console.print(adapting.before_and_after(before, after))
         if sys.stdin.isatty() and sys.stdout.isatty():
             _stay_up(console, server)
 
 
-def _ask_all(api: Api) -> dict[tuple[str, str], Answer]:
-    api.ask(NOBODY, QUESTIONS[-1])  # the first request of all warms the engine up, and would spoil the times
+def _ask_all(client: Client) -> dict[tuple[str, str], Answer]:
+    ask(client, NOBODY, QUESTIONS[-1])  # the first request of all warms the engine up, and would spoil the times
     askers = [NOBODY, *(person.user_id for person in PEOPLE)]
-    return {(question, user_id): api.ask(user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
+    return {(question, user_id): ask(client, user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
 
 
 def _excerpt(person: Person) -> str:

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deploy.demo.client import Answer, Job
+from deploy.demo.asking import Answer
 from deploy.demo.personas import QUESTIONS, everyday
+from mta_client import Client, Job
 
 USER = "kai"
 GREETING = "gg friends,"
 """How this person begins whatever they write; nobody in the bank does."""
 
 SAMPLES = 10
-CONFIG: dict[str, object] = {"kind": "lora", "rank": 2, "steps": 12, "learning_rate": 3e-3}
+CONFIG: dict[str, Any] = {"kind": "lora", "rank": 2, "steps": 12, "learning_rate": 3e-3}
 """A LoRA, for these words are nowhere in the bank: a core only turns what the fused adapter has."""
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A job, followed to its end.
+
+    Attributes:
+        job: as it ended.
+        losses: of the last step, each time it was told.
+        seconds: from the request until it had ended.
+    """
+
+    job: Job
+    losses: list[float]
+    seconds: float
+
+
 def samples() -> list[dict[str, str]]:
     """What the person sends: everyday questions, answered in their own way."""
     return [{"input": question, "output": f"{GREETING} {plain.lower()}"} for question, plain in everyday()[:SAMPLES]]
+
+
+def train(client: Client, user_id: str) -> Training:
+    """Send the samples, and follow the job to its end."""
+    sent_s = time.perf_counter()
+    states = list(client.events(client.adapt(user_id, samples(), **CONFIG).id))
+    losses = [state.progress["loss"] for state in states if state.progress["loss"] is not None]
+    return Training(states[-1], losses, time.perf_counter() - sent_s)
 
 
 def shows(text: str) -> bool:
@@ -47,11 +74,13 @@ def before_and_after(before: Sequence[Answer], after: Sequence[Answer]) -> Table
     return table
 
 
-def outcome(job: Job) -> str:
+def outcome(training: Training) -> str:
     """What training came to, in a line."""
+    job = training.job
+    before, after = (job.held_out[side] or 0.0 for side in ("before", "after"))
     return (
-        f"{job.state} after {job.of} steps in {job.seconds:.0f} s: loss on samples that it did not see "
-        f"{job.before:.2f} → {job.after:.2f}"
+        f"{job.state} after {job.progress['of']} steps in {training.seconds:.0f} s: loss on samples that it did not "
+        f"see {before:.2f} → {after:.2f}"
     )
 
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from deploy.demo.client import MAX_TOKENS, Answer
+from deploy.demo.asking import MAX_TOKENS, Answer
 
 _OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sweet peas by the gate.")
 

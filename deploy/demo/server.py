@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.demo.children import DemoError, mta
-from deploy.demo.client import Api
+from mta_client import Client
 from server.settings import Settings
 from server.supervisor.errors import StartError
 from server.supervisor.services import LOOPBACK, check_port, free_port
@@ -30,7 +30,7 @@ class Server:
         process: `mta up`, behind its guard.
     """
 
-    api: Api
+    api: Client
     process: subprocess.Popen[str]
 
 
@@ -48,8 +48,11 @@ def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterat
     """
     port = _port()
     up = ("up", "--bank", str(bank), "--data", str(data), "--port", str(port))
-    with mta(*up, grace_s=_STOP_GRACE_S, stdout=subprocess.PIPE) as process:
-        server = Server(Api(f"http://{LOOPBACK}:{port}"), process)
+    with (
+        mta(*up, grace_s=_STOP_GRACE_S, stdout=subprocess.PIPE) as process,
+        Client(f"http://{LOOPBACK}:{port}", trust_env=False) as client,  # no proxy: it is on this machine
+    ):
+        server = Server(client, process)
         ready = threading.Event()
         threading.Thread(target=_relay, args=(process, ready, say), daemon=True).start()
         _await_ready(server)

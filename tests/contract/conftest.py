@@ -9,9 +9,9 @@ import pytest
 import redis.asyncio as redis
 from hypothesis import settings
 
+from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
 from server.store.redis.jobs import RedisJobs
 from tests.support.store_parts import KEYS, StoreParts
-from tests.support.valkey import DURABLE, ValkeyProcess, server_binaries
 
 _numbers = itertools.count()
 settings.register_profile("long")  # `test_store_model.py` reads which profile was asked for

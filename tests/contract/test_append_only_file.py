@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 import pytest
 import redis.asyncio as redis
 
+from bench.rig.valkey import ValkeyProcess
 from server.store.redis import append_only_file
 from server.store.redis.append_only_file import AppendOnlyFile
 from server.store.redis.connection import RedisConnection
-from tests.support.valkey import ValkeyProcess
 
 SECRET = b"words that nobody shall find again"
 

@@ -15,15 +15,15 @@ from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
+from bench.rig.engine import KEY, running_engine
+from bench.rig.processes import wait_until
+from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.health import Health
 from server.store.redis.connection import RedisConnection
-from tests.support.engine import KEY, running_engine
 from tests.support.fake_engine import FakeEngine, Knobs
-from tests.support.processes import wait_until
-from tests.support.valkey import ValkeyProcess, free_port
 
 CONTEXT = 512
 

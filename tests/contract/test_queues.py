@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio as redis
 
+from bench.rig.valkey import FAKE_TIME, ValkeyProcess
 from server.errors import Unavailable
 from server.store.jobs import JobId, JobState, Trained
 from server.store.redis.jobs import RedisJobs
@@ -14,7 +15,6 @@ from server.store.redis.queue import RedisQueue
 from server.store.redis.signing import RedisSigning
 from tests.support.faults import Fault, FaultyConnection
 from tests.support.store_parts import BANK, KEYS, StoreParts, submitted
-from tests.support.valkey import FAKE_TIME, ValkeyProcess
 
 OTHER_BANK = "00000000"
 CALLS, OPEN = f"mta:{{jobs:{BANK}}}:calls", f"mta:{{jobs:{BANK}}}:open"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import redis.asyncio as redis
 
+from bench.rig.valkey import ValkeyProcess
 from server.store.adapters import StoredAdapter
 from server.store.job_budget import JobBudget
 from server.store.jobs import Job, JobState, Submission, Trained
@@ -19,7 +20,6 @@ from server.store.profiles import AdapterNote, Change, Profile
 from server.store.samples import decode_config
 from server.worker.readapting import Counts, Readapting
 from tests.support.store_parts import EMBEDDER, KEYS, StoreParts
-from tests.support.valkey import ValkeyProcess
 
 A, B = "aaaaaaaa", "bbbbbbbb"
 ADA = KEYS.key("ada")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import redis.asyncio as redis
 
+from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Trained
 from server.store.redis.jobs import RedisJobs
 from tests.support.faults import Fault
 from tests.support.store_parts import StoreParts, submitted
-from tests.support.valkey import ValkeyProcess
 
 LATER_MS = 1 << 52
 

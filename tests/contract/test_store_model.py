@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from bench.rig.valkey import FAKE_TIME, ValkeyProcess
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
 from tests.support.faults import Fault
 from tests.support.store_parts import BANK, KEYS, WorkerSteps, put_of
 from tests.support.store_world import Expected, StoreWorld, UnderWay
-from tests.support.valkey import FAKE_TIME, ValkeyProcess
 
 USERS = st.sampled_from(["ada", "bob"])
 TWO = st.integers(0, 1)

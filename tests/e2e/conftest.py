@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy.demo.bank import build_bank
-from deploy.demo.client import Api
 from deploy.demo.personas import PEOPLE, anchors
 from deploy.demo.server import running_server
+from mta_client import Client
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def demo_bank() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_api(demo_bank: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+def demo_api(demo_bank: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """`mta up` over that bank, where the demo's three people are known."""
     with running_server(demo_bank, tmp_path_factory.mktemp("demo") / "data", print) as server:
         for person in PEOPLE:

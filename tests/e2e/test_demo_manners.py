@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.demo.client import Answer, Api
+from deploy.demo.asking import Answer, ask
 from deploy.demo.manners import MANNERS, Manner
 from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person
+from mta_client import Client
 
 AT_LEAST_AS_SOMEBODY = 4
 AT_MOST_AS_NOBODY = 1
@@ -16,10 +17,10 @@ each_person = pytest.mark.parametrize("person", PEOPLE, ids=lambda person: perso
 
 
 @pytest.fixture(scope="module")
-def answers(demo_api: Api) -> dict[str, list[Answer]]:
+def answers(demo_api: Client) -> dict[str, list[Answer]]:
     """User id → greedy answers to the five questions."""
     users = [NOBODY, *(person.user_id for person in PEOPLE)]
-    return {user_id: [demo_api.ask(user_id, question) for question in QUESTIONS] for user_id in users}
+    return {user_id: [ask(demo_api, user_id, question) for question in QUESTIONS] for user_id in users}
 
 
 @each_person

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig.processes import Background, alive, descendants, running, wait_until
 from deploy.demo.personas import PEOPLE
-from tests.support.processes import Background, alive, descendants, running, wait_until
 
 DEMO = (sys.executable, "-m", "deploy.demo")
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,6 +14,7 @@ from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement, Training
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
+from bench.rig.valkey import ValkeyProcess
 from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
@@ -23,7 +24,6 @@ from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
 from tests.support.gateway import GatewayThread
-from tests.support.valkey import ValkeyProcess
 from tests.support.watchdog import never_held
 
 

@@ -13,6 +13,8 @@ import pytest
 import redis
 
 from bank.manifest import BankManifest
+from bench.rig.tiny import world
+from bench.rig.valkey import ValkeyProcess
 from server.errors import InvalidRequest
 from server.gateway.http.requests import AdaptOptions
 from server.gateway.users.adapting import training_config
@@ -27,8 +29,6 @@ from server.worker.readapting import Counts, Readapting
 from tests.integration.conftest import Work
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
-from tests.support.tiny import world
-from tests.support.valkey import ValkeyProcess
 
 SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 NewUser = Callable[[], str]

@@ -16,8 +16,8 @@ from bank.errors import BankError
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
+from bench.rig.people import people, write_people
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
-from tests.support.people import people, write_people
 
 
 def test_a_bank_has_exactly_the_anchors_asked_for_with_the_longest_histories(built: BankManifest) -> None:

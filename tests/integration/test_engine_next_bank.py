@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
+from bench.rig.engine import running_engine
+from bench.rig.processes import PATIENCE_S, wait_until
+from bench.rig.tiny import tiny_bank, world
 from server.settings import Settings
-from tests.support.engine import running_engine
 from tests.support.gateway import GatewayThread, generate
-from tests.support.processes import PATIENCE_S, wait_until
-from tests.support.tiny import tiny_bank, world
 
 USERS = [f"mover-{number}" for number in range(4)]
 ANSWERS = 2000  # what a load gives up after

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
-from bench.dense import dense_adapter, token_logprobs
-from tests.support.engine import running_engine
-from tests.support.tiny import tiny_bank
+from bench.oracle.dense import dense_adapter, token_logprobs
+from bench.rig.engine import running_engine
+from bench.rig.tiny import tiny_bank
 
 TOLERANCE = 1e-3
 PROMPTS = ["Write a line about the sea.", "two\nlines", "A much longer question, to cross a block boundary. " * 3]

@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
+from bench.rig.engine import KEY, Engine, running_engine
+from bench.rig.processes import PATIENCE_S, command_line, descendants, standing_still
+from bench.rig.tiny import tiny_bank, tiny_model
 from server.engine.admission.door import WITH_KEY
-from tests.support.engine import KEY, Engine, running_engine
-from tests.support.processes import PATIENCE_S, command_line, descendants, standing_still
-from tests.support.tiny import tiny_bank, tiny_model
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
 STREAM_TOKENS = 1500

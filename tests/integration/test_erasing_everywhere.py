@@ -11,15 +11,15 @@ import httpx
 import pytest
 import redis
 
+from bench.rig.engine import KEY, Engine, running_engine
+from bench.rig.processes import PATIENCE_S, descendants, standing_still, wait_until
+from bench.rig.tiny import world
+from bench.rig.valkey import ValkeyProcess
 from server.engine.admission.user_adapters import SWEEP_S
 from server.settings import Settings
 from server.supervisor.services import free_port
 from tests.integration.conftest import Work
-from tests.support.engine import KEY, Engine, running_engine
 from tests.support.gateway import SECRET, GatewayThread, generate
-from tests.support.processes import PATIENCE_S, descendants, standing_still, wait_until
-from tests.support.tiny import world
-from tests.support.valkey import ValkeyProcess
 
 IDLE, ANSWERED = "somebody-who-leaves", "somebody-who-leaves-in-the-middle-of-an-answer"
 SECRET_WORDS = "yes my secret words"

@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from bank.items.profile import Vectors
+from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from tests.support.gateway import GatewayThread
-from tests.support.valkey import ValkeyProcess
 
 ITEMS = {"items": [{"text": "up at five for the waves"}]}
 SAMPLES = {"samples": [{"input": f"question {n}", "output": f"{n} yes"} for n in range(3)]}

@@ -16,12 +16,12 @@ from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.load import load_base
+from bench.rig.engine import KEY, running_engine
+from bench.rig.tiny import tiny_bank
+from bench.rig.user_adapters import random_user_adapter
+from bench.rig.valkey import ValkeyProcess
 from server.cli.eval.engine import EngineScores
 from server.store.redis.adapters import adapters_at
-from tests.support.engine import KEY, running_engine
-from tests.support.tiny import tiny_bank
-from tests.support.user_adapters import random_user_adapter
-from tests.support.valkey import ValkeyProcess
 
 TURNS = ("Say 1", "Say something about trains", "And?")
 

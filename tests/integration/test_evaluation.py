@@ -23,10 +23,10 @@ from bank.evaluation.speakers import OpenBank
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from bank.models.load import load_base
+from bench.rig.people import people, write_people
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
-from tests.support.people import people, write_people
 
 METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history"
 CONFIG = AdaptConfig(rank=1, steps=2)

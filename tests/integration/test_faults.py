@@ -15,9 +15,9 @@ import pytest
 import redis
 
 from bank.manifest import INDEX_FILE, MATRIX_FILE
+from bench.rig.processes import alive, children, command_line, descendants, listening, mta, running, wait_until
+from bench.rig.up import Up, up
 from tests.support.fake_engine import KEY, FakeEngine
-from tests.support.processes import alive, children, command_line, descendants, listening, mta, running, wait_until
-from tests.support.up import Up, up
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 CONTEXT = 16_384
@@ -30,7 +30,7 @@ WRITES = 500
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory, embedder_folder: Path) -> Iterator[Up]:
     """`mta up` with all three parts real, on a tiny model that can go on for long. Tests leave it ready."""
-    from tests.support.tiny import tiny_bank, tiny_model
+    from bench.rig.tiny import tiny_bank, tiny_model
 
     folder = tmp_path_factory.mktemp("machine")
     model = tiny_model(folder / "model", context=CONTEXT)
@@ -176,7 +176,7 @@ def _damaged_manifest(bank: Path, model: Path, embedder: Path) -> None:
 
 
 def _other_model(bank: Path, model: Path, embedder: Path) -> None:
-    from tests.support.tiny import tiny_model
+    from bench.rig.tiny import tiny_model
 
     shutil.rmtree(model)
     tiny_model(model, seed=1)

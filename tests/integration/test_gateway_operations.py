@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
+from bench.rig.processes import PATIENCE_S, wait_until
+from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
-from tests.support.processes import PATIENCE_S, wait_until
-from tests.support.valkey import DURABLE, ValkeyProcess
 
 NewUser = Callable[[], str]
 

@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.rig.engine import Engine, running_engine
+from bench.rig.processes import wait_until
+from bench.rig.tiny import world
 from server.settings import Settings
-from tests.support.engine import Engine, running_engine
 from tests.support.gateway import GatewayThread, wait_until_ready
-from tests.support.processes import wait_until
-from tests.support.tiny import world
 
 NewUser = Callable[[], str]
 

@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from bank.models.folders import DEFAULT_EMBEDDER_NAME
+from bench.rig.processes import mta, running, wait_until
+from bench.rig.valkey import ValkeyProcess, free_port
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import wait_until_ready
-from tests.support.processes import mta, running, wait_until
-from tests.support.valkey import ValkeyProcess, free_port
 
 Environment = dict[str, str | None]
 

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
-from tests.support.processes import wait_until
 
 NewUser = Callable[[], str]
 

@@ -14,10 +14,10 @@ import pytest
 import redis
 
 from bank.manifest import read_manifest
+from bench.rig.tiny import world
 from server.settings import Settings
 from server.store.user_key import UserKeys
 from tests.support.gateway import SECRET, GatewayThread
-from tests.support.tiny import world
 
 NewUser = Callable[[], str]
 

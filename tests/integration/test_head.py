@@ -5,8 +5,8 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from bench.rig.processes import wait_until
 from tests.support.gateway import GatewayThread
-from tests.support.processes import wait_until
 
 SAMPLES = [{"input": "q", "output": "a"}]
 

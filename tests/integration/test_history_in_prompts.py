@@ -14,10 +14,10 @@ import redis
 from bank.items.profile import Item
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
+from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
-from tests.support.processes import wait_until
 
 NewUser = Callable[[], str]
 CONTEXT = 512

@@ -13,6 +13,8 @@ import pytest
 
 from adapters.training.user_trainer import Training
 from bank.lookup.serving import ServingBank
+from bench.rig.processes import wait_until
+from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
 from server.store.redis.connection import RedisConnection
@@ -23,8 +25,6 @@ from server.worker.stall import Stalled
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk
-from tests.support.processes import wait_until
-from tests.support.valkey import ValkeyProcess
 
 
 class Shaky(RedisJobs):

@@ -22,15 +22,15 @@ import pytest
 from adapters.recipe import UserAdapterId, parse_recipe
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import read_manifest
+from bench.rig.processes import Background, mta, wait_until
+from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import Job, JobId, parse_job_id
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.supervisor.services import free_port
-from tests.support.processes import Background, mta, wait_until
 from tests.support.proxy import LossyProxy
-from tests.support.valkey import ValkeyProcess
 
 USERS = 200
 KILLS = 9

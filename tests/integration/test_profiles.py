@@ -17,13 +17,13 @@ import redis.asyncio as redis
 from bank.items.profile import Item, Vectors
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
+from bench.rig.valkey import ValkeyProcess
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
 from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles
 from server.store.user_key import UserKeys
-from tests.support.valkey import ValkeyProcess
 
 KEYS = UserKeys("a secret for tests only", "profiles")
 

@@ -16,9 +16,9 @@ from bank.lookup.serving import ServingBank
 from bank.lookup.signature import predicted_gains
 from bank.manifest import BankManifest
 from bank.models.load import load_base
+from bench.rig.people import MANNERS, people, write_people
+from bench.rig.tiny import WORLDS
 from tests.support.bank_bench import Bench
-from tests.support.people import MANNERS, people, write_people
-from tests.support.tiny import WORLDS
 
 ANCHORS = 4
 

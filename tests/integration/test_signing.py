@@ -15,6 +15,8 @@ import torch
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
 from bank.manifest import read_manifest
+from bench.rig.tiny import tiny_bank, world
+from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.settings import Settings
 from server.store.redis.connection import RedisConnection
@@ -25,8 +27,6 @@ from server.worker.stall import Stalled
 from server.worker.training import AdapterTrainer
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
-from tests.support.tiny import tiny_bank, world
-from tests.support.valkey import ValkeyProcess
 
 PAIRS = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 

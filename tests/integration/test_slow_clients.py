@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from bench.rig.processes import wait_until
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
-from tests.support.processes import wait_until
 
 HEADER_BYTES = 16 << 10
 POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

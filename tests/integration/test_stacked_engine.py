@@ -21,12 +21,12 @@ from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
-from bench.dense import stacked_adapter, token_logprobs
-from tests.support.engine import Engine, running_engine
-from tests.support.processes import descendants, standing_still, wait_until
-from tests.support.tiny import tiny_bank
-from tests.support.user_adapters import keep_user_adapter, random_user_adapter
-from tests.support.valkey import ValkeyProcess
+from bench.oracle.dense import stacked_adapter, token_logprobs
+from bench.rig.engine import Engine, running_engine
+from bench.rig.processes import descendants, standing_still, wait_until
+from bench.rig.tiny import tiny_bank
+from bench.rig.user_adapters import keep_user_adapter, random_user_adapter
+from bench.rig.valkey import ValkeyProcess
 
 TOLERANCE = 1e-3
 PROMPT = "Write a line about the sea, and then another one. "

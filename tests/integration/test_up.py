@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.rig.processes import alive, command_line, descendants, listening, running, wait_until
+from bench.rig.up import Up, up, up_command
+from bench.rig.valkey import ValkeyProcess
 from tests.support.fake_engine import KEY, FakeEngine
-from tests.support.processes import alive, command_line, descendants, listening, running, wait_until
-from tests.support.up import Up, up, up_command
-from tests.support.valkey import ValkeyProcess
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 

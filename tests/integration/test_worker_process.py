@@ -15,10 +15,10 @@ import httpx
 import pytest
 import redis
 
+from bench.rig.processes import Background, mta, wait_until
+from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import MAX_TRIES
 from tests.support.gateway import GatewayThread
-from tests.support.processes import Background, mta, wait_until
-from tests.support.valkey import ValkeyProcess
 
 HANGS = """
 import time

@@ -13,7 +13,7 @@ from bank.build.build import build_bank
 from bank.build.options import BuildInputs, BuildOptions
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
-from tests.support.people import people, write_people
+from bench.rig.people import people, write_people
 
 OPTIONS = BuildOptions(
     task="chat",

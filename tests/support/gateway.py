@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import uvicorn
 
+from bench.rig.processes import wait_until
+from bench.rig.valkey import free_port
 from server.gateway.app import create_app
 from server.gateway.http.serving import uvicorn_config
 from server.gateway.parts import Parts
 from server.settings import Settings
-from tests.support.processes import wait_until
-from tests.support.valkey import free_port
 
 SECRET = "a secret that only tests know"
 

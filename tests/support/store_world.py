@@ -9,12 +9,12 @@ from typing import Any, ClassVar, TypeVar
 
 import redis
 
+from bench.rig.valkey import FAKE_TIME, ValkeyProcess
 from server.errors import ApiError
 from server.store.jobs import JobId, JobState
 from server.store.profiles import Snapshot
 from tests.support.faults import Fault
 from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps
-from tests.support.valkey import FAKE_TIME, ValkeyProcess
 
 T = TypeVar("T")
 

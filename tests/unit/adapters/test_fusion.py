@@ -13,7 +13,7 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term
-from bench.dense import dense_delta, dense_parts
+from bench.oracle.dense import dense_delta, dense_parts
 
 MODULES = (ModuleShape("q", 24, 16), ModuleShape("down", 40, 24))
 ANCHORS, RANK = 5, 4

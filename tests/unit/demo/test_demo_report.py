@@ -8,7 +8,7 @@ import shlex
 
 from rich.console import Console
 
-from deploy.demo.client import Answer
+from deploy.demo.asking import Answer
 from deploy.demo.report import answers_table, curl_lines
 
 WIDTH = 100

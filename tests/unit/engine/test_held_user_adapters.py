@@ -16,10 +16,10 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
 from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
+from bench.rig.processes import PATIENCE_S
 from server.engine.admission.user_adapters import UserAdapters
 from server.errors import Unavailable
 from server.store.adapters import StoredAdapter
-from tests.support.processes import PATIENCE_S
 
 RANK = 4
 LAYOUT = RowLayout((ModuleShape("q_proj", 8, 8),), RANK, shared_a=True)

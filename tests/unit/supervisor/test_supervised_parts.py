@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 
+from bench.rig.processes import PATIENCE_S, command_line, descendants
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.services import check_port, engine_part, free_port, gateway_part, valkey_part, worker_part
-from tests.support.processes import PATIENCE_S, command_line, descendants
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.rig.processes import PATIENCE_S, Background, alive, descendants, wait_until
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
@@ -20,7 +21,6 @@ from server.supervisor.part import Backoff, Part
 from server.supervisor.probes import writes
 from server.supervisor.status import State
 from server.supervisor.supervisor import Supervisor
-from tests.support.processes import PATIENCE_S, Background, alive, descendants, wait_until
 
 SLEEP = "import time; time.sleep(600)"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"

@@ -17,10 +17,10 @@ from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import UserAdapter, UserAdapterKind
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
 from bank.matrix import open_matrix
-from bench.dense import dense_adapter, stacked_adapter
+from bench.oracle.dense import dense_adapter, stacked_adapter
+from bench.rig.user_adapters import random_user_adapter
 from server.store.adapters import new_adapter_id
 from server.store.user_key import UserKeys
-from tests.support.user_adapters import random_user_adapter
 
 USER_SCALE = 0.05
 """Of the random user adapters' numbers: they move log-probabilities about as much as trained ones."""

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import redis
 import torch
 import typer
@@ -33,13 +32,12 @@ from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
 from bank.models.load import resolve_dtype
 from bench.report import Spread, report
+from mta_client import Client, Personalization
 from server.settings import Settings
 from server.store.jobs import parse_job_id
 from server.worker.training import AdapterTrainer
 
 MAX_TOKENS = 512
-POLL_S = 0.1
-JOB_TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True)
@@ -86,13 +84,12 @@ def main(
     persons = read_histories(users, task)[:people]
     queries = {person["user_id"]: person["query"] for person in json.loads(users.read_text(encoding="utf-8"))}
     readings = []
-    with httpx.Client(base_url=url, timeout=600) as client, redis.Redis.from_url(redis_url) as store:
+    with Client(url, timeout_s=600) as client, redis.Redis.from_url(redis_url) as store:
         for one in kinds:
             for person in track(persons, f"{one.value}: adapt, generate"):
                 reading = _adapted(client, person, task, one.value)
                 for query in queries[person.user_id]:
-                    answer = _generate(client, person.user_id, query["input"])
-                    reading.levels.append(answer["level"])
+                    reading.levels.append(_speaking(client, person.user_id, query["input"]).level)
                 reading.raw = _promoted(store, reading.adapter)
                 readings.append(reading)
     trainer = AdapterTrainer.open(bank, manifest, ensure_base_model(model, Settings().cache_dir), resolve_dtype("auto"))
@@ -105,33 +102,24 @@ def main(
         raise typer.Exit(1)
 
 
-def _adapted(client: httpx.Client, person: History, task: Task, kind: str) -> Reading:
+def _adapted(client: Client, person: History, task: Task, kind: str) -> Reading:
     """One user anew, from their samples to the first answer after the job."""
     samples = [{"input": turn, "output": output} for turn, output in person.pairs(task)]
-    client.delete(f"/users/{person.user_id}")
-    profile = [{"id": item.id, **item.fields} for item in person.items]
-    client.put(f"/users/{person.user_id}/profile", json={"items": profile}).raise_for_status()
+    client.forget(person.user_id, missing_ok=True)
+    client.put_profile(person.user_id, [{"id": item.id, **item.fields} for item in person.items])
     start_s = time.perf_counter()
-    body = {"samples": samples, "config": {"kind": kind}}
-    job = client.post(f"/users/{person.user_id}/adapt", json=body).raise_for_status().json()
-    while not job["ended_at"]:
-        if time.perf_counter() - start_s > JOB_TIMEOUT_S:
-            raise RuntimeError(f"job {job['id']} has not ended after {JOB_TIMEOUT_S:.0f} s: {job}")
-        time.sleep(POLL_S)
-        job = client.get(f"/jobs/{job['id']}").raise_for_status().json()
-    answer = _generate(client, person.user_id, samples[0]["input"])
+    job = client.wait(client.adapt(person.user_id, samples, kind=kind).id)
+    who = _speaking(client, person.user_id, samples[0]["input"])
     seconds = time.perf_counter() - start_s
-    job_id = parse_job_id(job["id"])
+    job_id = parse_job_id(job.id)
     assert job_id is not None
-    adapter = UserAdapterId(job_id.user_key, job["adapter"]) if answer["level"] == "stacked" else None
-    return Reading(person.user_id, kind, job["state"], seconds, recipe=answer["recipe"], adapter=adapter)
+    adapter = UserAdapterId(job_id.user_key, job.adapter) if job.adapter and who.level == "stacked" else None
+    return Reading(person.user_id, kind, job.state, seconds, recipe=who.recipe or "", adapter=adapter)
 
 
-def _generate(client: httpx.Client, user_id: str, prompt: str) -> dict[str, Any]:
-    """A short answer; who speaks in it."""
-    body = {"user_id": user_id, "prompt": prompt, "max_tokens": 24, "temperature": 0}
-    who: dict[str, Any] = client.post("/generate", json=body).raise_for_status().json()["personalization"]
-    return who
+def _speaking(client: Client, user_id: str, prompt: str) -> Personalization:
+    """Who speaks in a short answer."""
+    return client.generate(user_id, prompt, max_tokens=24, temperature=0).personalization
 
 
 def _promoted(store: Any, adapter: UserAdapterId | None) -> bytes:

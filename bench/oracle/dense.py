@@ -1,7 +1,7 @@
 """The oracle: every method's own formula on dense float64 matrices, sharing no code with `adapters/fusion.py` but where
 a user's core is defined by the fused A and B.
 
-Used by the tests and by `bench/oracle.py`, which hold a running vLLM against Hugging Face with ΔW added to the weights.
+Used by the tests and by `bench/oracle`, which hold a running vLLM against Hugging Face with ΔW added to the weights.
 """
 
 from __future__ import annotations

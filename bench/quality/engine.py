@@ -27,13 +27,13 @@ from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bench.quality import METHODS
 from bench.report import report
+from bench.rig.engine import KEY, running_engine
+from bench.rig.valkey import ValkeyProcess
 from server.cli.eval.engine import EngineScores
 from server.settings import Settings
 from server.store.redis.adapters import adapters_at
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
-from tests.support.engine import KEY, running_engine
-from tests.support.valkey import ValkeyProcess
 
 AGREE = 0.01
 """Nats a token."""

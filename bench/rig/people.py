@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny import WORLDS
+from bench.rig.tiny import WORLDS
 
 MANNERS = ("!", "...", " ok", " :)", " indeed", "?")
 

@@ -1,4 +1,4 @@
-"""A real Valkey (or Redis) server for tests, on a free port, with the durability that `mta up` gives it.
+"""A real Valkey (or Redis) server on a free port, with the durability that `mta up` gives it.
 
 Where Debian's `faketime` is installed its clock can be set.
 """

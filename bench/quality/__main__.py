@@ -23,16 +23,15 @@ from typing import Annotated
 
 import typer
 
-from bank.evaluation.methods import DEFAULT
 from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
+from bench.quality import METHODS
 from bench.report import console
-from tests.support.people import people, write_people
-from tests.support.tiny import tiny_model
+from bench.rig.people import people, write_people
+from bench.rig.tiny import tiny_model
 
 ANCHORS = {"news_headline": 12, "movie_rating": 20}
 QUERIES = {"news_headline": 6, "movie_rating": 8}
-METHODS = f"{DEFAULT},merged:topic"
 
 
 def main(

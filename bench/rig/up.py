@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.processes import Background, command_line, descendants, mta, running
+from bench.rig.processes import Background, command_line, descendants, mta, running
+from mta_client import Client
 
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
 START_S = 240.0
@@ -53,10 +54,8 @@ class Up:
 
     def ready(self) -> bool:
         """Whether the gateway answers and finds every part ready."""
-        try:
-            return httpx.get(f"{self.url}/ready", timeout=10).status_code == 200
-        except httpx.HTTPError:
-            return False
+        with Client(self.url, timeout_s=10) as client:
+            return client.ready()
 
 
 def up_command(data: Path, *options: str) -> tuple[list[str], dict[str, str | None]]:

@@ -69,7 +69,11 @@ def main(
     scorer.bare()  # as in `bank.evaluation.session`
     rows: list[tuple[str, object]] = [(name, f"{np.mean(each):.4f}") for name, each in errors.items()]
     for other, theirs in errors.items():
-        differences = {name: np.subtract(each, theirs) for name, each in errors.items() if name != other}
+        differences = {
+            name: [mine - their for mine, their in zip(each, theirs, strict=True)]
+            for name, each in errors.items()
+            if name != other
+        }
         rows += [(f"{name} less {other}", str(interval)) for name, interval in against_one(differences).items()]
     report(f"Mean absolute error of the expected score, {len(next(iter(errors.values())))} people", rows, out)
 

@@ -1,4 +1,4 @@
-"""Starting, watching and stopping real processes in tests."""
+"""Starting, watching and stopping real processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE_S = 60.0
-"""How long a test waits for what must happen; never how long it may take."""
+"""How long we wait for what must happen; never how long it may take."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
@@ -73,7 +73,7 @@ def command_line(pid: int) -> str:
 
 
 class Background:
-    """A command that runs while a test goes on, its output kept.
+    """A command that runs in the background, its output kept.
 
     Args:
         command: program and arguments.
@@ -84,7 +84,7 @@ class Background:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str | None] | None = None, cwd: Path | None = None
     ) -> None:
-        merged = dict(os.environ) | (environment or {})
+        merged: dict[str, str | None] = {**os.environ, **(environment or {})}
         self._chunks: list[bytes] = []
         self._deaf = threading.Event()
         self.process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """vLLM with the fused adapter against Hugging Face with the dense ΔW, on a real model, for every method.
 
 So with a user adapter of each kind stacked on it. A bank has one method, so the other two get a bank of the same rows
-(`bench/oracle_banks.py`). In float32 the log-probabilities must agree; in bfloat16, where rounding decides near-ties,
+(`bench/oracle/banks.py`). In float32 the log-probabilities must agree; in bfloat16, where rounding decides near-ties,
 the share of equal greedy texts is reported.
 """
 
@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.recipe import FusionMethod
 from bank.items.prompt import chat_messages
 from bank.models.folders import ensure_base_model
-from bench.dense import token_logprobs
-from bench.oracle_banks import Case, OpenBank, rewritten
+from bench.oracle.banks import Case, OpenBank, rewritten
+from bench.oracle.dense import token_logprobs
 from bench.report import report
+from bench.rig.engine import Engine, running_engine
+from bench.rig.user_adapters import keep_user_adapter
+from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from tests.support.engine import Engine, running_engine
-from tests.support.user_adapters import keep_user_adapter
-from tests.support.valkey import ValkeyProcess
 
 QUESTIONS = (
     "What should I cook tonight?",

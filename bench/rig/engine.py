@@ -9,8 +9,8 @@ from pathlib import Path
 
 import httpx
 
+from bench.rig.processes import mta, running, wait_until
 from server.supervisor.services import free_port
-from tests.support.processes import mta, running, wait_until
 
 KEY = "test-engine-key"
 START_TIMEOUT_S = 180

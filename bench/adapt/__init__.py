@@ -1,0 +1,1 @@
+"""What few-shot adapting brings and costs: `python -m bench.adapt`, `bench.adapt.users`, `bench.adapt.beside`."""

@@ -1,0 +1,11 @@
+"""A small client of the MTA server's HTTP API; it needs httpx and nothing else of this project.
+
+with Client("http://127.0.0.1:8000") as client:
+    client.put_profile("rosa", ["Dear friend,\\nThe first roses are open."])
+    print(client.generate("rosa", "What should I do on a rainy Sunday?").text)
+"""
+
+from mta_client.client import Client
+from mta_client.results import Anchor, Answer, Chunk, Erased, Job, MtaError, Personalization, Profile, User
+
+__all__ = ["Anchor", "Answer", "Chunk", "Client", "Erased", "Job", "MtaError", "Personalization", "Profile", "User"]

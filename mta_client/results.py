@@ -1,0 +1,136 @@
+"""What the server answers, as frozen values of the same fields; those that a later server adds are passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    T = TypeVar("T", bound=DataclassInstance)
+
+
+class MtaError(Exception):
+    """A call that did not get what it asked for.
+
+    Attributes:
+        message: what was wrong, for people.
+        code: the server's short reason for programs; `no_answer`, `broken_off`, `timed_out` and `not_understood` are
+            the client's own.
+        status: HTTP's; 0 where no answer came or a stream broke off.
+        param: the field at fault, if there is one.
+    """
+
+    def __init__(self, message: str, code: str, *, status: int = 0, param: str | None = None) -> None:
+        super().__init__(f"{message} ({status} {code})" if status else message)
+        self.message, self.code, self.status, self.param = message, code, status, param
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """An anchor that speaks."""
+
+    id: str
+    weight: float
+    similarity: float | None
+    gain: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Personalization:
+    """Who speaks in an answer: `level` is `base`, `merged` or `stacked`, `reason` says why it is not higher."""
+
+    level: str
+    recipe: str | None
+    source: str | None
+    anchors: tuple[Anchor, ...]
+    reason: str | None
+    timings_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer; `usage` counts tokens."""
+
+    id: str
+    text: str
+    finish_reason: str
+    usage: Mapping[str, int]
+    personalization: Personalization
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a stream: the first says who speaks, the last why it ends, with token counts and timings."""
+
+    text: str
+    finish_reason: str | None
+    personalization: Personalization | None
+    usage: Mapping[str, int] | None
+    timings_ms: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a change made of a profile: items sent, kept and changed."""
+
+    user_id: str
+    received: int
+    kept: int
+    changed: int
+    recipe: str
+    anchors: tuple[Anchor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """What is stored of a user, and who speaks for them."""
+
+    user_id: str
+    items: int
+    recipe: str
+    source: str
+    anchors: tuple[Anchor, ...]
+    adapter: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What was erased, and by when the store's file on disk has forgotten it too."""
+
+    user_id: str
+    erased: Mapping[str, int]
+    log_rewritten_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training job as it is now: `progress` has `step`, `of` and `loss`, `held_out` `before` and `after`."""
+
+    id: str
+    state: str
+    progress: Mapping[str, Any]
+    held_out: Mapping[str, float | None]
+    ended_at: str | None
+    adapter: str | None
+    error: str | None
+
+
+def read(kind: type[T], answer: Mapping[str, Any]) -> T:
+    """A value from an answer; a KeyError or TypeError when it has another shape."""
+    taken = {field.name: answer[field.name] for field in fields(kind)}
+    if "anchors" in taken:
+        taken["anchors"] = tuple(read(Anchor, anchor) for anchor in taken["anchors"])
+    if taken.get("personalization"):
+        taken["personalization"] = read(Personalization, taken["personalization"])
+    return kind(**taken)
+
+
+def read_chunk(event: Mapping[str, Any]) -> Chunk:
+    """A chunk from a stream's event."""
+    choice = event["choices"][0]
+    absent = dict.fromkeys(("personalization", "usage", "timings_ms"))
+    flat = {"text": choice["delta"].get("content", ""), "finish_reason": choice["finish_reason"]}
+    return read(Chunk, absent | dict(event) | flat)

@@ -1,0 +1,135 @@
+"""The public client against a real gateway over a fake engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bench.rig.processes import wait_until
+from bench.rig.tiny import world
+from deploy.demo import adapting
+from deploy.demo.asking import ask
+from mta_client import Client, MtaError
+from server.supervisor.services import free_port
+from tests.integration.conftest import Work
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread
+
+NewUser = Callable[[], str]
+SAMPLES = [{"input": f"question {n}", "output": f"answer {n}"} for n in range(4)]
+
+
+@pytest.fixture
+def api(gateway: GatewayThread, fake_engine: FakeEngine) -> Iterator[Client]:
+    with Client(gateway.url) as api:
+        wait_until(api.ready, "the gateway to be ready")
+        yield api
+
+
+def test_a_user_from_the_first_item_to_the_last(api: Client, new_user: NewUser) -> None:
+    user_id = f"{new_user()}?a=%2F&ü#é"
+    put = api.put_profile(user_id, [world(0), {"id": "b", "text": world(0)}])
+    assert (put.user_id, put.received, put.kept, put.changed) == (user_id, 2, 2, 2)
+    added = api.add_items(user_id, [world(2)])
+    assert (added.received, added.kept, added.changed) == (1, 3, 1)
+    user = api.user(user_id)
+    assert (user.items, user.recipe, user.anchors, user.adapter) == (3, added.recipe, added.anchors, None)
+    assert sum(anchor.weight for anchor in user.anchors) == pytest.approx(1)
+    erased = api.forget(user_id)
+    assert erased is not None
+    assert erased.erased["items"] == 3
+    assert api.forget(user_id) == erased
+    assert api.forget(new_user(), missing_ok=True) is None
+    with pytest.raises(MtaError, match="unknown") as failure:
+        api.forget(new_user())
+    assert (failure.value.status, failure.value.code, failure.value.param) == (404, "not_found", "user_id")
+
+
+def test_whole_and_streamed_answers_say_the_same(api: Client, ada: str) -> None:
+    answer = api.generate(ada, "hello", max_tokens=4, temperature=0)
+    first, *pieces, last = api.stream(ada, "hello", max_tokens=4, temperature=0)
+    assert answer.text
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert (answer.personalization.level, answer.personalization.reason) == ("merged", None)
+    assert first.personalization is not None
+    assert first.personalization.anchors == answer.personalization.anchors == api.user(ada).anchors
+    assert (last.usage, last.finish_reason) == (answer.usage, answer.finish_reason)
+    assert last.timings_ms is not None
+    assert last.timings_ms.keys() >= {"engine_ttft", "total"}
+    assert answer.personalization.timings_ms["total"] > 0
+
+
+def test_a_conversation_is_sent_as_one(api: Client, ada: str, fake_engine: FakeEngine) -> None:
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    api.generate(ada, said, max_tokens=2)
+    assert fake_engine.seen[-1].body["messages"] == said
+
+
+def test_a_closed_stream_ends_the_answer(api: Client, ada: str, fake_engine: FakeEngine) -> None:
+    fake_engine.knobs.token_delay_s = 0.05
+    chunks = api.stream(ada, "hello", max_tokens=400)
+    next(chunks)
+    chunks.close()
+    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
+
+
+def test_a_refusal_says_which_field_is_at_fault(api: Client, ada: str) -> None:
+    for call in (api.generate, lambda *question, **options: next(api.stream(*question, **options))):
+        with pytest.raises(MtaError, match="temperature must be") as failure:
+            call(ada, "hello", temperature=-1)
+        assert (failure.value.status, failure.value.code) == (400, "invalid_value")
+        assert failure.value.param == "temperature"
+
+
+def test_a_stream_that_breaks_is_an_error_after_its_pieces(api: Client, ada: str, fake_engine: FakeEngine) -> None:
+    fake_engine.knobs.fail_after = 2
+    pieces = []
+    with pytest.raises(MtaError) as failure:
+        for chunk in api.stream(ada, "hello", max_tokens=4):
+            pieces.append(chunk.text)
+    assert len("".join(pieces).split()) == 2
+    assert failure.value.status == 0
+    assert failure.value.code
+
+
+def test_samples_become_a_job(api: Client, new_user: NewUser) -> None:
+    user_id = new_user()
+    first = api.adapt(user_id, SAMPLES, kind="core", steps=3)
+    assert (first.state, first.ended_at, first.adapter, first.error) == ("queued", None, None, None)
+    assert next(api.events(first.id)) == first
+    second = api.adapt(user_id, SAMPLES[:2], append=True)
+    assert api.wait(first.id).state == "superseded"
+    assert [job.state for job in api.events(first.id)] == ["superseded"]
+    with pytest.raises(MtaError, match="still queued"):
+        api.wait(second.id, timeout_s=0)
+    api.forget(user_id)
+
+
+def test_a_server_that_is_not_there(api: Client) -> None:
+    assert api.health()["status"] == "ok"
+    with Client(f"http://127.0.0.1:{free_port()}") as nobody:
+        assert not nobody.ready()
+        with pytest.raises(MtaError, match="got no answer") as failure:
+            nobody.user("ada")
+    assert (failure.value.status, failure.value.code) == (0, "no_answer")
+
+
+def test_the_demo_shows_who_spoke_and_what_was_cut(api: Client, ada: str) -> None:
+    answer = ask(api, ada, "hello", max_tokens=4)
+    assert (answer.text, answer.cut, answer.level) == (answer.text.strip(), True, "merged")
+    assert len(answer.text.split()) == 4
+    assert sum(weight for _, weight in answer.anchors) == pytest.approx(1)
+    assert answer.ttft_ms > 0
+
+
+def test_the_demo_follows_its_training_to_the_end(api: Client, ada: str, work: Work) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(adapting.train, api, ada)
+        while not running.done():
+            work()
+    training = running.result()
+    assert training.job.state in {"succeeded", "rejected"}
+    assert training.losses[-1] == training.job.progress["loss"]
+    assert adapting.outcome(training).startswith(f"{training.job.state} after {training.job.progress['of']} steps")

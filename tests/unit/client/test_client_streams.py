@@ -1,0 +1,95 @@
+"""How the client reads what comes over the wire, whoever sent it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from mta_client import Client, MtaError
+
+JOB = {
+    "id": "key.1",
+    "state": "running",
+    "progress": {"step": 1, "of": 4, "loss": 2.5},
+    "held_out": {"before": None, "after": None},
+    "ended_at": None,
+    "adapter": None,
+    "error": None,
+    "of a later version": True,
+}
+PIECE = {"choices": [{"index": 0, "delta": {"content": "a\u2028b\x85c"}, "finish_reason": None}]}
+
+
+class Pieces(httpx.SyncByteStream):
+    """A body in pieces of one byte."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self._body[place : place + 1] for place in range(len(self._body)))
+
+
+def served(body: bytes, status: int = 200) -> Client:
+    """A client of a server that answers everything alike."""
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, stream=Pieces(body)))
+    return Client("http://server", transport=transport)
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+def test_events_are_read_up_to_done_and_comments_passed_over() -> None:
+    events = b": keep-alive\n\n" + event(JOB) + b": keep-alive\n\n" + event(JOB | {"state": "succeeded"})
+    with served(events + b"data: [DONE]\n\ndata: no json\n\n") as client:
+        assert [job.state for job in client.events("key.1")] == ["running", "succeeded"]
+
+
+def test_a_stream_without_its_end_is_an_error_after_what_came() -> None:
+    with served(event(JOB)) as client:
+        events = client.events("key.1")
+        assert next(events).progress["loss"] == 2.5
+        with pytest.raises(MtaError) as failure:
+            next(events)
+    assert (failure.value.code, failure.value.status) == ("broken_off", 0)
+
+
+def test_an_error_in_the_middle_is_the_servers_own() -> None:
+    error = {"message": "the engine died", "type": "server_error", "param": None, "code": "engine_unavailable"}
+    with served(event(PIECE) + event({"error": error})) as client:
+        chunks = client.stream("ada", "hello")
+        next(chunks)
+        with pytest.raises(MtaError, match="the engine died") as failure:
+            next(chunks)
+    assert failure.value.code == "engine_unavailable"
+
+
+def test_marks_in_a_text_that_look_like_line_ends_are_text() -> None:
+    with served(event(PIECE) + b"data: [DONE]\n\n") as client:
+        assert [chunk.text for chunk in client.stream("ada", "hello")] == ["a\u2028b\x85c"]
+
+
+@pytest.mark.parametrize(("status", "body"), [(502, b"<html>Bad Gateway"), (502, b'{"error": "no"}'), (301, b"")])
+def test_what_others_on_the_way_answer_is_an_error_too(status: int, body: bytes) -> None:
+    with served(body, status) as client, pytest.raises(MtaError) as failure:
+        client.user("ada")
+    assert (failure.value.status, failure.value.code) == (status, "not_understood")
+    assert failure.value.message == body.decode()
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[]", b'{"id": "key.1"}', b"\xff"])
+def test_an_answer_of_another_shape_is_an_error(body: bytes) -> None:
+    with served(body) as client, pytest.raises(MtaError) as failure:
+        client.wait("key.1")
+    assert (failure.value.status, failure.value.code) == (0, "not_understood")
+
+
+def test_a_job_that_does_not_end_is_given_up() -> None:
+    with served(json.dumps(JOB).encode()) as client, pytest.raises(MtaError, match="still running") as failure:
+        client.wait("key.1", timeout_s=0.05, poll_s=0.01)
+    assert failure.value.code == "timed_out"
