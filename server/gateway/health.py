@@ -14,8 +14,8 @@ import aiohttp
 import orjson
 
 from bank.lookup.serving import ServingBank
+from server.engine_protocol import key_header
 from server.errors import ApiError
-from server.gateway.engines.chat import bearer
 from server.store.durability import CheckedStore, Durability
 from server.watching import forever
 
@@ -134,7 +134,7 @@ class Health:
         self._session = session
         self._generating = generating.rstrip("/")
         self._urls = tuple(urls)
-        self._headers = bearer(key)
+        self._headers = key_header(key)
         self._fingerprint = bank.manifest.fingerprint
         self.last: Report | None = None
         self.context: int | None = None

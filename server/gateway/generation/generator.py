@@ -9,7 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, EngineStream
+from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
+from server.gateway.engines.stream import EngineStream
 from server.gateway.generation.personalizer import Personalization, Personalizer, fallen_back
 from server.gateway.generation.recall import Conversation, Recall, conversation, most_tokens
 from server.gateway.generation.timings import Timings

@@ -13,8 +13,8 @@ from adapters.errors import excerpt
 from adapters.recipe import PER_MILLE, FusionRecipe, Term, anchor_id, parse_recipe
 from bank.lookup.serving import ServingBank
 from bank.lookup.weights import AnchorWeight
+from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, NotFound
-from server.gateway.engines.chat import BASE_MODEL
 from server.gateway.generation.timings import Timings
 from server.gateway.http.requests import Personalize
 from server.gateway.users.profiles import Profiles

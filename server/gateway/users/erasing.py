@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from server.gateway.engines.chat import bearer
+from server.engine_protocol import key_header
 from server.store.adapters import AdapterStore
 from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
@@ -61,7 +61,7 @@ class Erasing:
         self._log_file = log_file
         self._session = session
         self._urls = tuple(urls)
-        self._headers = bearer(engine_key)
+        self._headers = key_header(engine_key)
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def erase(self, user_id: str) -> Erasure | None:
