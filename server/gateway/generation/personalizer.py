@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -170,20 +171,23 @@ def _voice(term: Term, share: AnchorWeight | None) -> Voice:
     return Voice(anchor_id(term.anchor), term.weight / PER_MILLE, similarity, gain)
 
 
-def fallen_back(personalization: Personalization) -> Personalization:
-    """What stands in for a recipe that the engine cannot serve: its plain fusion, then the base model."""
+def may_speak(personalization: Personalization, wanted: Personalize) -> Iterator[Personalization]:
+    """Who may speak, from the most of the user to the least; the first that the engine can serve does.
+
+    A stacked adapter's plain fusion comes after it, and the base model last, unless the request insists on the user's
+    recipe.
+    """
+    yield personalization
+    if wanted is Personalize.MERGED:
+        return
     if personalization.level is Level.STACKED and personalization.recipe is not None:
-        return replace(
+        personalization = replace(
             personalization,
             level=Level.MERGED,
             recipe=personalization.recipe.plain,
             reason="the engine cannot serve this user's adapter",
         )
-    return replace(
-        personalization,
-        level=Level.BASE,
-        recipe=None,
-        source=None,
-        anchors=(),
-        reason="the engine cannot serve this user's recipe",
-    )
+        yield personalization
+    if personalization.level is Level.MERGED:
+        reason = "the engine cannot serve this user's recipe"
+        yield Personalization(Level.BASE, reason=reason, profile=personalization.profile)
