@@ -34,7 +34,8 @@ from bank.models.folders import ensure_base_model
 from bank.peft.peft_adapter import write_peft
 from bench.report import Spread, report
 from bench.rig.engine import KEY, Engine, running_engine, served
-from server.engine.command import SERVED_NAME, engine_command
+from server.engine.command import engine_command
+from server.engine_protocol import BASE_MODEL
 from server.settings import Settings
 from server.supervisor.services import free_port
 
@@ -140,7 +141,7 @@ def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:
 def _wake(engine: Engine) -> None:
     """The other engine was asked last: have this one's caches warm, for either way of making an adapter."""
     for _ in range(2):
-        _first_token_ms(engine, SERVED_NAME)
+        _first_token_ms(engine, BASE_MODEL)
 
 
 def _until_usable_ms(engine: Engine, model: str) -> float:

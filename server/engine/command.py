@@ -13,12 +13,8 @@ from pydantic import SecretStr
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model
+from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
-
-SERVED_NAME = "base"
-"""What the base model is called in requests to the engine."""
-
-PLUGIN = "mta"
 
 
 def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
@@ -56,7 +52,7 @@ def engine_command(
     """
     options: dict[str, object] = {
         "model": model_folder,
-        "served-model-name": SERVED_NAME,
+        "served-model-name": BASE_MODEL,
         "host": settings.engine_host,
         "port": settings.engine_port,
         "dtype": settings.dtype,

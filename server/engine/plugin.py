@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 from bank.errors import BankError
-
-PLUGIN_NAME = "mta"
+from server.engine_protocol import PLUGIN
 
 
 def register() -> None:
@@ -20,9 +19,9 @@ def register() -> None:
     """
     if not os.environ.get("MTA_BANK"):
         return
-    if PLUGIN_NAME not in os.environ.get("VLLM_PLUGINS", "").split(","):
+    if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
         raise BankError(
-            f"MTA_BANK is set but VLLM_PLUGINS is {os.environ.get('VLLM_PLUGINS')!r}: set VLLM_PLUGINS={PLUGIN_NAME}, "
+            f"MTA_BANK is set but VLLM_PLUGINS is {os.environ.get('VLLM_PLUGINS')!r}: set VLLM_PLUGINS={PLUGIN}, "
             "or start the engine with `mta engine`"
         )
     from vllm.lora import worker_manager

@@ -21,6 +21,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, NotFound, WrongMethod
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.generator import Generator
@@ -123,19 +124,22 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         personalizer = Personalizer(bank, profiles)
         engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
         tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
-        health = Health(connection, session, settings.engines, engine_key, bank, generating=settings.engine_url)
+        engines = Engines(session, settings.engines, engine_key)
+        health = Health(connection, engines, bank.manifest.fingerprint, generating=settings.engine_url)
         log_file = AppendOnlyFile(connection)
         for watching in (health.watch(), forever(LOOK_S, log_file.look, log)):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
         await asyncio.to_thread(ItemIndex, bank.task, ())  # loads what searches, so that no request waits for it
         indexes = IndexCache(settings.history_cache_mib << 20)
-        recall = Recall(profiles, bank.task, tokenizer, indexes, settings.max_prompt_chars)
-        generator = Generator(personalizer, recall, engine, metrics)
+        recall = Recall(profiles, bank.task, tokenizer, indexes)
+        generator = Generator(
+            personalizer, recall, engine, engines, max_prompt_chars=settings.max_prompt_chars, metrics=metrics
+        )
         adapting = Adapting(
             jobs_store,
             profiles,
-            checks=SampleChecks(tokenizer, health),
+            checks=SampleChecks(tokenizer, engines),
             manifest=bank.manifest,
             task=bank.task,
             max_sample_bytes=settings.max_item_bytes,
@@ -149,9 +153,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             signing=signing,
             bank=bank.manifest.short,
             log_file=log_file,
-            session=session,
-            urls=settings.engines,
-            engine_key=engine_key,
+            engines=engines,
         )
         body_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bodies"))
         bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)

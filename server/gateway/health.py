@@ -6,29 +6,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
-import aiohttp
-import orjson
-
-from bank.lookup.serving import ServingBank
 from server.errors import ApiError
-from server.gateway.engines.chat import bearer
+from server.gateway.engines.admin import AddressState, Engines, EngineState
 from server.store.durability import CheckedStore, Durability
 from server.watching import forever
 
 log = logging.getLogger("mta.gateway")
 
-STATUS_PATH = "/mta/v1/status"
-ROUTER_PATH = "/health"
 PROBE_INTERVAL_S = 2.0
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 15.0
 """A round of probes takes 4 s at most: what is older was left behind by a watch that hangs or is dead."""
-
-_SILENT = f"no answer within {PROBE_TIMEOUT_S:g} s"
 
 
 class Readiness(StrEnum):
@@ -41,36 +32,8 @@ class Readiness(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineState:
-    """What one engine says of itself.
-
-    Attributes:
-        url: which engine.
-        status: `ok`, or what is wrong, in a word.
-        detail: what is wrong, in a sentence; None when nothing is.
-        max_model_len: its context in tokens, where known.
-        banks: fingerprints (64 hex digits) of the banks that it serves.
-    """
-
-    url: str
-    status: str
-    detail: str | None = None
-    max_model_len: int | None = None
-    banks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class AddressState:
-    """How the address that generates is: an engine, or the router before many. Attributes as above."""
-
-    url: str
-    status: str
-    detail: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class StoreState:
-    """How the store is; `detail` as above."""
+    """How the store is; `detail` is what is wrong with it, in a sentence."""
 
     status: str
     durability: Durability
@@ -113,32 +76,17 @@ class Health:
 
     Args:
         store: the store.
-        session: the HTTP session.
-        urls: every engine by itself.
-        key: what engines ask for.
-        bank: whose fingerprint they must serve.
-        generating: the address that generates: one of `urls`, or a router's.
+        engines: all of them.
+        fingerprint: of the bank that they must serve.
+        generating: the address that generates: that of an engine, or a router's.
     """
 
-    def __init__(
-        self,
-        store: CheckedStore,
-        session: aiohttp.ClientSession,
-        urls: Sequence[str],
-        key: str | None,
-        bank: ServingBank,
-        *,
-        generating: str,
-    ) -> None:
+    def __init__(self, store: CheckedStore, engines: Engines, fingerprint: str, *, generating: str) -> None:
         self._store = store
-        self._session = session
+        self._engines = engines
+        self._fingerprint = fingerprint
         self._generating = generating.rstrip("/")
-        self._urls = tuple(urls)
-        self._headers = bearer(key)
-        self._fingerprint = bank.manifest.fingerprint
         self.last: Report | None = None
-        self.context: int | None = None
-        """The shortest context among the engines, in tokens; stays known while they are down."""
 
     @property
     def readiness(self) -> Readiness:
@@ -147,36 +95,13 @@ class Health:
 
     async def probe(self) -> Report:
         """Ask every part now."""
-        asking = asyncio.gather(*map(self._ask_engine, self._urls))
-        store, engines, router = await asyncio.gather(self._ask_store(), asking, self._ask_router())
-        self.last = Report(store, router or self._as_address(engines), tuple(engines), time.monotonic())
-        contexts = [engine.max_model_len for engine in engines if engine.max_model_len]
-        self.context = min(contexts) if contexts else self.context
+        store, engines, router = await asyncio.gather(self._ask_store(), self._ask_engines(), self._ask_router())
+        self.last = Report(store, router or self._as_address(engines), engines, time.monotonic())
         return self.last
 
     async def watch(self) -> None:
         """Probe for ever."""
         await forever(PROBE_INTERVAL_S, self.probe, log)
-
-    def _as_address(self, engines: Sequence[EngineState]) -> AddressState:
-        """The engine that generates, which has said all about itself."""
-        state = engines[self._urls.index(self._generating)]
-        return AddressState(state.url, state.status, state.detail)
-
-    async def _ask_router(self) -> AddressState | None:
-        """How the router is; None where an engine of its own generates."""
-        url = self._generating
-        if url in self._urls:
-            return None
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S), self._session.get(f"{url}{ROUTER_PATH}") as response:
-                if response.status == 200:
-                    return AddressState(url, "ok")
-                return AddressState(url, "unavailable", f"it answered {response.status} to {ROUTER_PATH}")
-        except TimeoutError:
-            return AddressState(url, "unavailable", _SILENT)
-        except (aiohttp.ClientError, OSError) as error:
-            return AddressState(url, "unavailable", str(error))
 
     async def _ask_store(self) -> StoreState:
         try:
@@ -187,33 +112,24 @@ class Health:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
         return StoreState("ok", durability)
 
-    async def _ask_engine(self, url: str) -> EngineState:
-        try:
-            async with (
-                asyncio.timeout(PROBE_TIMEOUT_S),
-                self._session.get(f"{url}{STATUS_PATH}", headers=self._headers) as response,
-            ):
-                if response.status != 200:
-                    return _refused(url, response.status)
-                return self._judged(url, orjson.loads(await response.read()))
-        except TimeoutError:
-            return EngineState(url, "unavailable", _SILENT)
-        except (aiohttp.ClientError, OSError) as error:
-            return EngineState(url, "unavailable", str(error))
-        except (ValueError, TypeError, KeyError) as error:
-            return EngineState(url, "not_an_mta_engine", f"its status makes no sense: {error}")
+    async def _ask_engines(self) -> tuple[EngineState, ...]:
+        return tuple(map(self._judged, await self._engines.states(PROBE_TIMEOUT_S)))
 
-    def _judged(self, url: str, status: dict[str, Any]) -> EngineState:
-        banks, context = tuple(map(str, status["banks"])), int(status["max_model_len"])
-        if self._fingerprint in banks:
-            return EngineState(url, "ok", None, context, banks)
-        detail = f"it serves the banks {[bank[:8] for bank in banks]}, this gateway {self._fingerprint[:8]}"
-        return EngineState(url, "other_bank", detail, context, banks)
+    def _judged(self, state: EngineState) -> EngineState:
+        """As the engine said, unless it is well but lacks the bank."""
+        if state.status != "ok" or self._fingerprint in state.banks:
+            return state
+        served = [bank[:8] for bank in state.banks]
+        detail = f"it serves the banks {served}, this gateway {self._fingerprint[:8]}"
+        return replace(state, status="other_bank", detail=detail)
 
+    async def _ask_router(self) -> AddressState | None:
+        """How the router is; None where an engine of its own generates."""
+        if self._generating in self._engines.urls:
+            return None
+        return await self._engines.router_state(self._generating, PROBE_TIMEOUT_S)
 
-def _refused(url: str, status: int) -> EngineState:
-    if status in (401, 403):
-        return EngineState(url, "wrong_key", "it refused the gateway's key: MTA_ENGINE_KEY differs")
-    if status == 404:
-        return EngineState(url, "not_an_mta_engine", f"it has no {STATUS_PATH}: the plugin is not loaded")
-    return EngineState(url, "unavailable", f"it answered {status}")
+    def _as_address(self, engines: Sequence[EngineState]) -> AddressState:
+        """The engine that generates, which has said all about itself."""
+        state = engines[self._engines.urls.index(self._generating)]
+        return AddressState(state.url, state.status, state.detail)

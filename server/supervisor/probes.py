@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 
+from server.engine_protocol import key_header
 from server.supervisor.guarded import newest_run
 from server.supervisor.part import Probe
 
@@ -19,9 +20,9 @@ def answers_http(url: str, key: str | None = None) -> Probe:
 
     Args:
         url: asked as it is.
-        key: sent as a bearer token.
+        key: an engine's.
     """
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = key_header(key)
 
     async def ready() -> bool:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)

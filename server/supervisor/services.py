@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from server.engine_protocol import STATUS
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
@@ -83,7 +84,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
         name="engine",
         command=tuple(argv),
         environment=dict(environment) | _LOOPBACK_VLLM,
-        ready=answers_http(f"{settings.engine_url}/mta/v1/status", key),
+        ready=answers_http(f"{settings.engine_url}{STATUS}", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
         start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
         stop_timeout_s=ENGINE_STOP_S,

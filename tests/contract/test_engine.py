@@ -13,12 +13,12 @@ import pytest
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
-from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
 from bench.rig.engine import KEY, running_engine
-from bench.rig.processes import wait_until
+from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.health import Health
@@ -279,13 +279,37 @@ async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> No
 async def test_its_status_is_understood(
     subject: Subject, session: aiohttp.ClientSession, valkey: ValkeyProcess
 ) -> None:
-    bank = ServingBank.open(subject.bank, read_manifest(subject.bank).embedder.id)
+    manifest = read_manifest(subject.bank)
     store = RedisConnection(valkey.url)
     states = {}
     for key in (KEY, "wrong"):
-        health = Health(store, session, [subject.url], key, bank, generating=subject.url)
+        engines = Engines(session, [subject.url], key)
+        health = Health(store, engines, manifest.fingerprint, generating=subject.url)
         states[key] = (await health.probe()).engines[0]
-        assert health.context == (CONTEXT if key == KEY else None)
-    assert (states[KEY].status, states[KEY].banks) == ("ok", (bank.manifest.fingerprint,))
+        assert engines.context == (CONTEXT if key == KEY else None)
+    assert (states[KEY].status, states[KEY].banks) == ("ok", (manifest.fingerprint,))
     assert states["wrong"].status == "wrong_key"
     await store.close()
+
+
+async def test_its_context_stays_known_while_it_is_away(session: aiohttp.ClientSession) -> None:
+    fakes = [FakeEngine(Knobs(context=context)).start() for context in (1024, CONTEXT)]
+    engines = Engines(session, [fake.url for fake in fakes], KEY)
+    known = []
+    for fake in reversed(fakes):
+        await engines.states(PATIENCE_S)
+        known.append(engines.context)
+        fake.stop()
+    states = await engines.states(0.5)
+    assert [state.status for state in states] == ["unavailable", "unavailable"]
+    assert [*known, engines.context] == [CONTEXT, 1024, 1024]
+
+
+@pytest.mark.parametrize(("key", "told"), [(KEY, True), ("wrong", False)])
+async def test_it_takes_a_drop_and_one_that_does_not_is_logged(
+    subject: Subject, session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture, key: str, told: bool
+) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    await Engines(session, [nobody, subject.url], key).drop("a" * 26)
+    warned = {url for url in (nobody, subject.url) if f"the engine at {url} could not be told" in caplog.text}
+    assert warned == ({nobody} if told else {nobody, subject.url})

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from bank.manifest import BankManifest
+from bench.rig.processes import wait_until
 from bench.rig.tiny import world
 from bench.rig.valkey import ValkeyProcess
 from server.errors import InvalidRequest
@@ -205,7 +206,7 @@ def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: 
 
 
 def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
-    client: httpx.Client, ada: str, work: Work, valkey: ValkeyProcess, gateway: Any
+    client: httpx.Client, ada: str, work: Work, valkey: ValkeyProcess, *, gateway: Any, fake_engine: FakeEngine
 ) -> None:
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
     work()
@@ -221,6 +222,7 @@ def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
     assert client.get(f"/jobs/{job['id']}").status_code == 404
     key = gateway.parts.profiles.key(ada)
     assert keys_of(valkey, key) == [f"mta:{{{key}}}:epoch".encode()]
+    wait_until(lambda: fake_engine.dropped == [key], "the engine to be told")
     assert generate(client, ada).json()["personalization"]["level"] == "base"
 
 

@@ -131,7 +131,7 @@ def test_of_all_routes_of_vllm_those_of_the_product_answer_and_with_the_key_alon
         ("GET", "/docs"),
         ("POST", "/tokenize"),
     } < routes
-    ours = {("GET", "/mta/v1/status"), ("GET", "/mta/v1/resident"), ("POST", "/mta/v1/hint"), ("POST", "/mta/v1/drop")}
+    ours = {("GET", "/mta/v1/status"), ("GET", "/mta/v1/resident"), ("POST", "/mta/v1/drop")}
     for method, path in routes | ours:
         known = (method, path) in WITH_KEY
         for key in (None, "Bearer wrong", f"Bearer {KEY}x", f"Basic {KEY}", KEY):
@@ -212,15 +212,6 @@ def test_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:
     for pid in (engine.pid, *descendants(engine.pid)):
         assert SECRET.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
         assert SECRET not in command_line(pid)
-
-
-def test_a_hint_fuses_ahead_into_the_cpu_tier(engine: Engine, prefix: str) -> None:
-    recipe = f"{prefix}:c+a05*111"
-    assert recipe not in engine.resident()["resident"]
-    assert engine.client.post("/mta/v1/hint", json={"recipe": recipe}).json() == {"made": True}
-    assert recipe in engine.resident()["resident"]
-    assert engine.client.post("/mta/v1/hint", json={"recipe": recipe}).json() == {"made": False}
-    assert engine.client.post("/mta/v1/hint", json={"recipe": f"{prefix}:c+a77*1"}).status_code == httpx.codes.NOT_FOUND
 
 
 def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Engine, prefix: str) -> None:

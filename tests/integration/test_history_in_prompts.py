@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -16,8 +18,11 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
 from bench.rig.processes import wait_until
 from server.settings import Settings
+from server.store.profiles import AdapterNote, Change
+from server.store.redis.connection import RedisConnection
+from server.store.redis.profiles import RedisProfiles
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, generate
+from tests.support.gateway import GatewayThread, generate, wait_until_ready
 
 NewUser = Callable[[], str]
 CONTEXT = 512
@@ -48,8 +53,8 @@ def asked(fake_engine: FakeEngine) -> str:
 
 
 @pytest.fixture(autouse=True)
-def known_context(gateway: GatewayThread, fake_engine: FakeEngine) -> None:
-    wait_until(lambda: gateway.parts.health.context == CONTEXT, "the gateway to know the engine's context")
+def known_context(client: httpx.Client) -> None:
+    wait_until_ready(client)
 
 
 @pytest.fixture
@@ -126,7 +131,7 @@ def test_the_longest_prompt_holds_for_what_is_built_too(
         GatewayThread(gateway_settings.model_copy(update={"max_prompt_chars": 100})) as short,
         short.client() as client,
     ):
-        wait_until(lambda: short.parts.health.context == CONTEXT, "the gateway to know the engine's context")
+        wait_until_ready(client)
         put(client, user_id, ITEMS)
         generate(client, user_id, prompt=TURN, history=3).raise_for_status()
     assert "behind the mill" in asked(fake_engine)
@@ -148,6 +153,44 @@ def test_a_second_request_of_the_same_profile_neither_reads_nor_indexes_the_item
         generate(client, user_id, prompt=turn, history=1).raise_for_status()
     assert "crusty" in asked(fake_engine)
     assert (reads(gateway_settings) - before, len(indexed)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "levels"),
+    [
+        (lambda model: ":u-" in model, ["stacked", "merged"]),
+        (lambda model: model != "base", ["stacked", "merged", "base"]),
+    ],
+)
+def test_whoever_speaks_in_the_end_the_history_is_read_searched_and_rendered_once(
+    client: httpx.Client,
+    new_user: NewUser,
+    fake_engine: FakeEngine,
+    gateway: GatewayThread,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    lacks: Callable[[str], bool],
+    levels: list[str],
+) -> None:
+    user_id, searched = new_user(), []
+    put(client, user_id, ITEMS)
+    asyncio.run(give_adapter(gateway, user_id))
+    search = ItemIndex.memories
+
+    def searching(self: ItemIndex, *arguments: Any) -> list[str]:
+        searched.append(arguments)
+        return search(self, *arguments)
+
+    monkeypatch.setattr(ItemIndex, "memories", searching)
+    fake_engine.knobs.user_adapters, fake_engine.knobs.lacks = True, lacks
+    before = reads(gateway.parts.settings)
+    answer = generate(client, user_id, prompt=TURN, history=1).raise_for_status().json()
+    assert answer["personalization"]["level"] == levels[-1]
+    assert [level_of(seen.body["model"]) for seen in fake_engine.seen] == levels
+    assert {seen.body["messages"][-1]["content"] for seen in fake_engine.seen} == {
+        f'"behind the mill" is the answer to "where is the harbour?". {TURN}'
+    }
+    assert (reads(gateway.parts.settings) - before, len(searched)) == (1, 1)
 
 
 def test_requests_that_come_while_a_history_is_indexed_share_the_work_and_hold_up_nobody(
@@ -206,6 +249,24 @@ def test_only_the_newest_items_that_fit_into_the_bytes_of_a_user_are_kept(
         added = client.post(f"/users/{user_id}/profile/items", json={"items": items[5:]}).json()
         assert (added["received"], added["kept"], added["changed"]) == (1, 3, 2)
         assert list(kept(gateway, user_id)) == ["n3", "n4", "n5"]
+
+
+async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
+    """Note in a profile that there is a user adapter, as promotion does."""
+    connection = RedisConnection(gateway.parts.settings.redis_url)
+    await connection.check()
+    store, key = RedisProfiles(connection), gateway.parts.profiles.key(user_id)
+    snapshot = await store.read(key)
+    assert snapshot.profile
+    note = AdapterNote("a" * 26, f"mta1:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)
+    change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
+    await store.commit(key, snapshot.version, change, snapshot.epoch)
+    await connection.close()
+
+
+def level_of(model: str) -> str:
+    """The level of an answer, by the name that the engine was asked for."""
+    return "stacked" if ":u-" in model else "base" if model == "base" else "merged"
 
 
 def kept(gateway: GatewayThread, user_id: str) -> list[str]:

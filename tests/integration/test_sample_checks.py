@@ -8,10 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread
+from tests.support.gateway import GatewayThread, wait_until_ready
 
 NewUser = Callable[[], str]
 GOOD = {"input": "q", "output": "a"}
@@ -31,7 +30,7 @@ def strict(gateway_settings: Settings, fake_engine: FakeEngine) -> Iterator[http
     fake_engine.knobs.strict = True
     small = gateway_settings.model_copy(update={"job_tokens": 20_000, "job_seconds": 60})
     with GatewayThread(small) as gateway, gateway.client() as client:
-        wait_until(lambda: gateway.parts.health.context == 512, "the gateway to know the engine's context")
+        wait_until_ready(client)  # it knows the context
         yield client
 
 

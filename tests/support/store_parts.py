@@ -12,6 +12,7 @@ import aiohttp
 import numpy as np
 
 from bank.lookup.signature import Signature
+from server.gateway.engines.admin import Engines
 from server.gateway.users.erasing import Erasing
 from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
@@ -60,9 +61,7 @@ class StoreParts:
                 signing=self.signing,
                 bank=BANK,
                 log_file=AppendOnlyFile(self.connection),
-                session=session,
-                urls=(),
-                engine_key=None,
+                engines=Engines(session, (), None),
             )
             return await erasing.erase(user)
 

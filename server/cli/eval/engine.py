@@ -26,7 +26,8 @@ from adapters.training.example import Example
 from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.scoring import Reading
 from bank.evaluation.speakers import PersonAdapter
-from server.gateway.engines.chat import BASE_MODEL, bearer, open_session
+from server.engine_protocol import BASE_MODEL, key_header
+from server.gateway.engines.chat import open_session
 from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.user_key import UserKeys
 
@@ -51,7 +52,7 @@ class EngineScores:
 
     def __init__(self, url: str, key: str | None, store: Callable[[], AbstractAsyncContextManager[Lends]]) -> None:
         self._url = f"{url.rstrip('/')}/v1/completions"
-        self._headers = {"Content-Type": "application/json"} | bearer(key)
+        self._headers = {"Content-Type": "application/json"} | key_header(key)
         self._store = store
         self._keys = UserKeys(secrets.token_hex(32), "evaluation")
         self._lent: dict[str, str] = {}  # SHA-256 of the bytes → the name that serves them

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.engine_protocol import DROP, RESIDENT, STATUS
+
 OPEN = frozenset({("GET", "/health")})
 """Method and path of what needs no key."""
 
@@ -23,10 +25,9 @@ WITH_KEY = frozenset(
         ("POST", "/tokenize"),
         ("GET", "/v1/models"),
         ("GET", "/metrics"),
-        ("GET", "/mta/v1/status"),
-        ("GET", "/mta/v1/resident"),
-        ("POST", "/mta/v1/hint"),
-        ("POST", "/mta/v1/drop"),
+        ("GET", STATUS),
+        ("GET", RESIDENT),
+        ("POST", DROP),
     }
 )
 """Method and path of what needs one of the engine's keys."""

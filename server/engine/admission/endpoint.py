@@ -9,13 +9,12 @@ from argparse import Namespace
 from collections.abc import Set
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.lora.request import LoRARequest
 
-from adapters.errors import MtaError
 from bank.errors import BankError
 from server.engine.admission import metrics
 from server.engine.admission.door import Door
@@ -23,6 +22,7 @@ from server.engine.admission.names import AdapterNames
 from server.engine.admission.prepare import HoldNames, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
 from server.engine.banks import read_manifests
+from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.connection import RedisConnection
@@ -31,14 +31,8 @@ from server.watching import forever
 log = logging.getLogger("mta.engine")
 
 
-class Hint(BaseModel):
-    """Body of `POST /mta/v1/hint`."""
-
-    recipe: str
-
-
 class Drop(BaseModel):
-    """Body of `POST /mta/v1/drop`."""
+    """Body of a drop."""
 
     user_key: str
 
@@ -46,7 +40,7 @@ class Drop(BaseModel):
 class MtaEndpointPlugin:
     """vLLM's `EndpointPlugin` protocol: routes first, then the state behind them."""
 
-    name = "mta"
+    name = PLUGIN
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
@@ -133,9 +127,9 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
 
 def _router() -> APIRouter:
     """The private routes, behind `Door`; the gateway calls them on each engine, never through a router."""
-    router = APIRouter(prefix="/mta/v1")
+    router = APIRouter()
 
-    @router.get("/status")
+    @router.get(STATUS)
     async def status(request: Request) -> dict[str, Any]:
         """What this engine serves; known here, so that the answer waits for no step of the model."""
         engine, mta = request.app.state.engine_client, request.app.state.mta
@@ -151,23 +145,14 @@ def _router() -> APIRouter:
             "user_adapters": len(preparer.users),
         }
 
-    @router.get("/resident")
+    @router.get(RESIDENT)
     async def resident(request: Request) -> dict[str, list[str]]:
         """What the workers hold, asked of them: fused recipes, and stacked ones with anything of a user adapter."""
         rpc = request.app.state.engine_client.collective_rpc
         fused, held = await asyncio.gather(rpc("mta_resident"), rpc("mta_held"))
         return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
 
-    @router.post("/hint", status_code=202)
-    async def hint(request: Request, body: Hint) -> dict[str, bool]:
-        """Fuse a recipe ahead of its first request."""
-        try:
-            entry = await request.app.state.mta["preparer"].prepare(body.recipe)
-        except MtaError as error:
-            raise HTTPException(404, str(error)) from error
-        return {"made": await request.app.state.engine_client.add_lora(entry)}
-
-    @router.post("/drop")
+    @router.post(DROP)
     async def drop(request: Request, body: Drop) -> dict[str, int]:
         """Let go of a user's adapters; says how many are still held, by requests that are not over."""
         return {"held": await request.app.state.mta["preparer"].users.drop(body.user_key)}

@@ -1,17 +1,14 @@
-"""The way to the engine: OpenAI's chat completions over HTTP, streamed or whole.
+"""The way to the engine: OpenAI's chat completions over HTTP.
 
-Streamed, usage in every chunk tells the prompt's length before anything is passed on. Whole, it is known at the end
-only, but neither side spends time on chunks, which for a small model is much of an answer's time. Closing the
-connection tells vLLM to abort either way. Every failure becomes one of our errors here and nowhere else.
+Closing the connection tells vLLM to abort. Every failure becomes one of our errors here, or in the stream that is read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +16,14 @@ from typing import Any
 import aiohttp
 import orjson
 
-from adapters.errors import MtaError, excerpt
+from adapters.errors import MtaError
+from server.engine_protocol import key_header
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.gateway.http.streaming import ByteChunks, events
-
-BASE_MODEL = "base"
-"""The name under which engines serve the base model."""
+from server.gateway.engines.stream import EngineStream, for_clients
 
 _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never taken up while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
-_USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 
 
@@ -58,84 +52,6 @@ class EngineRequest:
     stream: bool = True
 
 
-class EngineStream:
-    """An answer under way. Its first piece is there; iterate `texts`, and the rest is known when that ends.
-
-    Attributes:
-        sent_s: when the request left, by the performance counter.
-        first_token_s: when the first token came; None when the answer came whole.
-        prompt_tokens: length of the prompt; None when the engine does not tell before the end.
-        finish_reason: OpenAI's, None before the end.
-        usage: token counts as the engine gave them.
-        complete: whether the engine has said all it had to say.
-    """
-
-    def __init__(self, chunks: ByteChunks, sent_s: float, *, streamed: bool = True) -> None:
-        self.sent_s = sent_s
-        self.first_token_s: float | None = None
-        self.prompt_tokens: int | None = None
-        self.finish_reason: str | None = None
-        self.usage: dict[str, int] = {}
-        self.complete = False
-        self._streamed = streamed
-        self._pieces = self._read(chunks)
-        self._first = ""
-
-    async def begin(self) -> None:
-        """Wait for the first piece.
-
-        Raises:
-            EngineFailed: when the engine breaks off before, or sends what is no answer.
-        """
-        self._first = await anext(self._pieces, "")
-        if self._streamed:
-            self.first_token_s = time.perf_counter()
-        self.prompt_tokens = self.usage.get("prompt_tokens")
-
-    async def texts(self) -> AsyncIterator[str]:
-        """The pieces of text, none empty.
-
-        Raises:
-            EngineFailed: when the engine breaks off or sends what is no answer.
-        """
-        if self._first:
-            yield self._first
-        async for text in self._pieces:
-            if text:
-                yield text
-
-    async def _read(self, chunks: ByteChunks) -> AsyncGenerator[str, None]:
-        """The text of every chunk, often empty, or of the whole answer."""
-        try:
-            if self._streamed:
-                async for chunk in events(chunks):
-                    yield self._take(chunk, "delta")
-            else:
-                yield self._take(orjson.loads(await chunks.read()), "message")
-        except aiohttp.SocketTimeoutError as error:
-            raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
-        except (aiohttp.ClientError, OSError, EOFError) as error:
-            raise EngineFailed("the engine broke off in the middle of the answer: send the request again") from error
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise EngineFailed("the engine sent something that is no chat completion") from error
-        if self.finish_reason is None:
-            raise EngineFailed("the engine ended the answer without a finish reason")
-        self.complete = True
-
-    def _take(self, chunk: dict[str, Any], part: str) -> str:
-        if "error" in chunk:
-            message = _for_clients(excerpt(chunk["error"], 300))
-            raise EngineFailed(f"the engine failed in the middle of the answer: {message}")
-        usage = chunk.get("usage")
-        if usage:
-            self.usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-        if not chunk["choices"]:
-            return ""
-        choice = chunk["choices"][0]
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        return choice[part].get("content") or ""
-
-
 class EngineClient:
     """Speaks to one OpenAI server: vLLM, or the router before many.
 
@@ -149,7 +65,7 @@ class EngineClient:
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None, cache_salt: str) -> None:
         self._session = session
         self._url = f"{url.rstrip('/')}/v1/chat/completions"
-        self._headers = {"Content-Type": "application/json"} | bearer(key)
+        self._headers = {"Content-Type": "application/json"} | key_header(key)
         self._cache_salt = cache_salt
 
     @asynccontextmanager
@@ -209,11 +125,6 @@ def open_session(timeout_s: float) -> aiohttp.ClientSession:
     )
 
 
-def bearer(key: str | None) -> dict[str, str]:
-    """The header that carries an engine's key."""
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
 async def _drain(response: aiohttp.ClientResponse) -> None:
     """Read the few bytes that end the HTTP body, so that the connection can be used again."""
     with contextlib.suppress(aiohttp.ClientError, OSError):
@@ -221,16 +132,11 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
             await response.content.read()
 
 
-def _for_clients(message: str) -> str:
-    """What an engine says, without the user adapters in the names of recipes."""
-    return _USER_ADAPTER.sub("", message)
-
-
 async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
     """What an answer other than 200 means."""
     try:
         error = orjson.loads(await response.read())["error"]
-        message, param = _for_clients(str(error["message"])), error.get("param")
+        message, param = for_clients(str(error["message"])), error.get("param")
     except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
         message, param = f"HTTP {response.status} without a reason", None
     status = response.status

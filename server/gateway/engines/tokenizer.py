@@ -7,8 +7,8 @@ from typing import Any
 import aiohttp
 import orjson
 
+from server.engine_protocol import BASE_MODEL, key_header
 from server.errors import Unavailable
-from server.gateway.engines.chat import BASE_MODEL, bearer
 
 TIMEOUT_S = 5.0
 """Longest wait for an answer about one conversation, which costs the engine milliseconds."""
@@ -26,7 +26,7 @@ class TokenizerClient:
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
         self._session = session
         self._url = f"{url.rstrip('/')}/tokenize"
-        self._headers = {"Content-Type": "application/json"} | bearer(key)
+        self._headers = {"Content-Type": "application/json"} | key_header(key)
 
     async def count(self, messages: list[dict[str, str]]) -> int | None:
         """Length of a conversation in tokens; None where the engine cannot say, or not soon."""

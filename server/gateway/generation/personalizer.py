@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -13,8 +14,8 @@ from adapters.errors import excerpt
 from adapters.recipe import PER_MILLE, FusionRecipe, Term, UserAdapterId, anchor_id, parse_recipe
 from bank.lookup.serving import ServingBank
 from bank.lookup.weights import AnchorWeight
+from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, NotFound
-from server.gateway.engines.chat import BASE_MODEL
 from server.gateway.generation.timings import Timings
 from server.gateway.http.requests import Personalize
 from server.gateway.users.profiles import Profiles
@@ -170,20 +171,23 @@ def _share(term: Term, weight: AnchorWeight | None) -> AnchorShare:
     return AnchorShare(anchor_id(term.anchor), term.weight / PER_MILLE, similarity, gain)
 
 
-def fallen_back(personalization: Personalization) -> Personalization:
-    """What stands in for a recipe that the engine cannot serve: its plain fusion, then the base model."""
+def may_speak(personalization: Personalization, wanted: Personalize) -> Iterator[Personalization]:
+    """Who may speak, from the most of the user to the least; the first that the engine can serve does.
+
+    A stacked adapter's plain fusion comes after it, and the base model last, unless the request insists on the user's
+    recipe.
+    """
+    yield personalization
+    if wanted is Personalize.MERGED:
+        return
     if personalization.level is Level.STACKED and personalization.recipe is not None:
-        return replace(
+        personalization = replace(
             personalization,
             level=Level.MERGED,
             recipe=personalization.recipe.plain,
             reason="the engine cannot serve this user's adapter",
         )
-    return replace(
-        personalization,
-        level=Level.BASE,
-        recipe=None,
-        source=None,
-        anchors=(),
-        reason="the engine cannot serve this user's recipe",
-    )
+        yield personalization
+    if personalization.level is Level.MERGED:
+        reason = "the engine cannot serve this user's recipe"
+        yield Personalization(Level.BASE, reason=reason, profile=personalization.profile)

@@ -11,14 +11,10 @@ from bank.items.retrieval import JOIN, ItemIndex, remembering
 from bank.items.tasks import Task
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.index_cache import IndexCache
+from server.gateway.generation.limits import Conversation, Limits, chars_of, conversation, most_tokens, size_bytes
 from server.gateway.http.requests import GenerateRequest
 from server.gateway.users.profiles import Profiles
 from server.store.profiles import Profile
-
-Conversation = list[dict[str, str]]
-
-_TEMPLATE_TOKENS = 256
-"""More than a chat template puts around a conversation of a few messages."""
 
 _ANSWER_MARK_TOKENS = 64
 """More than a chat template puts before the answer, which the engine's count is without."""
@@ -35,36 +31,32 @@ class Recall:
         task: renders it.
         tokenizer: the engine's, which counts tokens.
         cache: what is asked for again.
-        max_prompt_chars: longest conversation, history included.
     """
 
-    def __init__(
-        self, profiles: Profiles, task: Task, tokenizer: TokenizerClient, cache: IndexCache, max_prompt_chars: int
-    ) -> None:
+    def __init__(self, profiles: Profiles, task: Task, tokenizer: TokenizerClient, cache: IndexCache) -> None:
         self._profiles = profiles
         self._task = task
         self._tokenizer = tokenizer
         self._cache = cache
-        self._max_chars = max_prompt_chars
         self._building = asyncio.Lock()
 
-    async def messages(self, request: GenerateRequest, profile: Profile | None, context: int | None) -> Conversation:
+    async def messages(self, request: GenerateRequest, profile: Profile | None, limits: Limits) -> Conversation:
         """The conversation for the engine, with as much history as it asks for and surely fits beside it.
 
         Args:
             request: within the limits that hold without a history.
             profile: the user's, as it was found for this request; None for nobody's.
-            context: the engine's, in tokens; nothing is sure to fit while no engine has told.
+            limits: of the request; nothing is sure to fit while the context is not known.
 
         Raises:
             Unavailable: when a history is wanted and the store is down.
         """
         messages = conversation(request)
-        if not request.history or profile is None or context is None or messages[-1]["role"] != "user":
+        if not request.history or profile is None or limits.context is None or messages[-1]["role"] != "user":
             return messages
         index = await self._index(profile)
         memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
-        return await self._fitted(messages, memories, context - request.max_tokens)
+        return await self._fitted(messages, memories, limits.context - request.max_tokens, limits.prompt_chars)
 
     async def _index(self, profile: Profile) -> ItemIndex:
         """A user's items, ready to be searched; histories are indexed one at a time, others are served beside it."""
@@ -81,7 +73,9 @@ class Recall:
             self._cache.put(key, version, index)
         return index
 
-    async def _fitted(self, messages: Conversation, memories: Sequence[str], room: int) -> Conversation:
+    async def _fitted(
+        self, messages: Conversation, memories: Sequence[str], room: int, most_chars: int
+    ) -> Conversation:
         """The conversation with the most relevant memories that fit into `room` tokens, as far as anybody can say.
 
         A token is at least a byte, which is sure, but far from what text takes; so more are tried first, and the
@@ -89,7 +83,7 @@ class Recall:
         """
         tokens_a_byte = _FEWEST_TOKENS
         while True:
-            chosen = self._chosen(messages, memories, room / tokens_a_byte)
+            chosen = self._chosen(messages, memories, room / tokens_a_byte, most_chars)
             if not chosen:
                 return messages
             built = self._with(messages, chosen)
@@ -103,35 +97,19 @@ class Recall:
             else:
                 tokens_a_byte = min(1.0, max(1.25 * tokens_a_byte, 1.05 * tokens / most_tokens(built)))
 
-    def _chosen(self, messages: Conversation, memories: Sequence[str], room_bytes: float) -> list[str]:
+    def _chosen(self, messages: Conversation, memories: Sequence[str], room_bytes: float, most_chars: int) -> list[str]:
         """The memories that fit, the best first; one that does not leaves its place to the next."""
         frame = self._with(messages, [""])
         room_bytes -= most_tokens(frame)
-        room_chars = self._max_chars - sum(len(message["content"]) for message in frame)
+        room_chars = most_chars - chars_of(frame)
         chosen = []
         for memory in memories:
-            size_bytes, size_chars = _bytes(memory) + len(JOIN), len(memory) + len(JOIN)
-            if size_bytes <= room_bytes and size_chars <= room_chars:
+            memory_bytes, memory_chars = size_bytes(memory) + len(JOIN), len(memory) + len(JOIN)
+            if memory_bytes <= room_bytes and memory_chars <= room_chars:
                 chosen.append(memory)
-                room_bytes, room_chars = room_bytes - size_bytes, room_chars - size_chars
+                room_bytes, room_chars = room_bytes - memory_bytes, room_chars - memory_chars
         return chosen
 
     def _with(self, messages: Conversation, memories: Sequence[str]) -> Conversation:
         turn = remembering(self._task, messages[-1]["content"], memories)
         return [*messages[:-1], *chat_messages(turn)]
-
-
-def conversation(request: GenerateRequest) -> Conversation:
-    """The conversation as it came."""
-    if request.prompt is not None:
-        return chat_messages(request.prompt)
-    return [message.model_dump() for message in request.messages or ()]
-
-
-def most_tokens(messages: Conversation) -> int:
-    """What a conversation takes at most, however it is tokenised: a token is at least a byte of text."""
-    return sum(_bytes(message["content"]) for message in messages) + 16 * len(messages) + _TEMPLATE_TOKENS
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8", "replace"))

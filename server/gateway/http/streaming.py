@@ -1,12 +1,12 @@
-"""Server-sent events, both ways: read from the engine, written to the client."""
+"""Server-sent events, as clients get them."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 import orjson
 from starlette.responses import Response
@@ -23,16 +23,6 @@ KEEP_ALIVE_S = 15.0
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
-_DATA = b"data:"
-_END = b"[DONE]"
-
-
-class ByteChunks(Protocol):
-    """What arrives from the network, in pieces of any size."""
-
-    def iter_any(self) -> AsyncIterator[bytes]: ...
-
-    async def read(self) -> bytes: ...
 
 
 def event(value: object) -> bytes:
@@ -97,23 +87,3 @@ class EventSender:
                 await asyncio.sleep(left_s)
             else:
                 await self.write(KEEP_ALIVE)
-
-
-async def events(chunks: ByteChunks) -> AsyncIterator[Any]:
-    """The JSON values of a stream of events, up to `[DONE]`; comments and empty lines are passed over.
-
-    Raises:
-        ValueError: when an event is no JSON.
-        EOFError: when the stream ends without `[DONE]`.
-    """
-    rest = b""
-    async for chunk in chunks.iter_any():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if not line.startswith(_DATA):
-                continue
-            data = line[len(_DATA) :].strip()
-            if data == _END:
-                return
-            yield orjson.loads(data)
-    raise EOFError("the stream ended without [DONE]")

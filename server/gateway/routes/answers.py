@@ -9,7 +9,7 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.gateway.engines.chat import BASE_MODEL
+from server.engine_protocol import BASE_MODEL
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level, Personalization
 from server.store.jobs import Job, JobState

@@ -10,7 +10,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from server.errors import ApiError
-from server.gateway.generation.generator import Answer, check_limits
+from server.gateway.generation.generator import Answer
 from server.gateway.generation.timings import Timings
 from server.gateway.http.disconnect import ClientGone, unless_gone
 from server.gateway.http.json_body import JsonRoute
@@ -46,9 +46,7 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     The first one is sent with status 200 even where no text has begun: an error after it is an event too, before it an
     answer with a status of its own.
     """
-    parts = parts_of(request)
-    check_limits(body, parts.settings.max_prompt_chars, parts.health.context)
-    return _Generation(parts, body)
+    return _Generation(parts_of(request), body)
 
 
 class _Generation(Response):
@@ -68,7 +66,7 @@ class _Generation(Response):
             self._parts.metrics.disconnects.inc()
 
     def _started(self, timings: Timings) -> AbstractAsyncContextManager[Answer]:
-        return self._parts.generator.answer(self._request, timings, self._parts.health.context)
+        return self._parts.generator.answer(self._request, timings)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         timings = Timings(scope["state"]["started_s"])

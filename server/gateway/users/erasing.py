@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Sequence
 
-import aiohttp
-
-from server.gateway.engines.chat import bearer
+from server.gateway.engines.admin import Engines
 from server.store.adapters import AdapterStore
 from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.profiles import Erasure, ProfileStore
 from server.store.signing import SignQueue
 from server.store.user_key import UserKeys
-
-log = logging.getLogger("mta.gateway")
-
-DROP_PATH = "/mta/v1/drop"
-_TIMEOUT_S = 5.0
 
 
 class Erasing:
@@ -33,9 +24,7 @@ class Erasing:
         signing: so may this one, where there is one.
         bank: the 8 hex digits of the bank that is served.
         log_file: what still holds them on disk.
-        session: the process's HTTP session.
-        urls: every engine by itself.
-        engine_key: what engines ask for, or None.
+        engines: all of them.
     """
 
     def __init__(
@@ -48,9 +37,7 @@ class Erasing:
         signing: SignQueue | None,
         bank: str,
         log_file: ForgetsOnDisk,
-        session: aiohttp.ClientSession,
-        urls: Sequence[str],
-        engine_key: str | None,
+        engines: Engines,
     ) -> None:
         self._profiles = profiles
         self._keys = keys
@@ -59,9 +46,7 @@ class Erasing:
         self._signing = signing
         self._bank = bank
         self._log_file = log_file
-        self._session = session
-        self._urls = tuple(urls)
-        self._headers = bearer(engine_key)
+        self._engines = engines
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def erase(self, user_id: str) -> Erasure | None:
@@ -84,20 +69,7 @@ class Erasing:
         if self._signing is not None:
             await self._signing.withdraw(key)
         if erasure and erasure.erased.adapters:
-            for url in self._urls:
-                task = asyncio.create_task(self._drop(url, key))
-                self._dropping.add(task)
-                task.add_done_callback(self._dropping.discard)
+            task = asyncio.create_task(self._engines.drop(key))
+            self._dropping.add(task)
+            task.add_done_callback(self._dropping.discard)
         return erasure
-
-    async def _drop(self, url: str, user_key: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-        body = {"user_key": user_key}
-        try:
-            async with self._session.post(
-                f"{url}{DROP_PATH}", json=body, headers=self._headers, timeout=timeout
-            ) as response:
-                if response.status != 200:
-                    log.warning("the engine at %s answered %d to a drop", url, response.status)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            log.warning("the engine at %s could not be told to drop an adapter: %s", url, error)

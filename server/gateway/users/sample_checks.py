@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from adapters.errors import excerpt
 from server.errors import InvalidRequest, Unavailable
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.tokenizer import TokenizerClient
-from server.gateway.health import Health
 from server.store.job_budget import check_budget, tokens_read
 from server.store.samples import AdaptConfig, Sample, decode_sample
 
@@ -31,12 +31,12 @@ class SampleChecks:
 
     Args:
         tokenizer: the engine's.
-        health: knows the context.
+        engines: they know the model's context.
     """
 
-    def __init__(self, tokenizer: TokenizerClient, health: Health) -> None:
+    def __init__(self, tokenizer: TokenizerClient, engines: Engines) -> None:
         self._tokenizer = tokenizer
-        self._health = health
+        self._engines = engines
         self._taken: set[str] = set()
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
@@ -73,7 +73,7 @@ class SampleChecks:
         Raises:
             InvalidRequest: naming the sample.
         """
-        context = self._health.context
+        context = self._engines.context
         if context is None:
             return
         doubtful = [place for place, raw in enumerate(raw_samples) if len(raw) > context]
@@ -93,7 +93,7 @@ class SampleChecks:
         Raises:
             InvalidRequest: naming what to lower.
         """
-        lengths = [min(len(raw), self._health.context or len(raw)) for raw in raw_samples]
+        lengths = [min(len(raw), self._engines.context or len(raw)) for raw in raw_samples]
         if tokens_read(config, lengths) > config.max_tokens:
             places = range(len(raw_samples))
             async for place, tokens in _asked(lambda place: self._count(raw_samples[place]), places):

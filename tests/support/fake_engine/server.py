@@ -33,6 +33,7 @@ class FakeEngine:
         knobs: turn them at any time.
         seen: generation requests, in order.
         looks: how often its status was asked for.
+        dropped: the users whose adapters it was told to let go of, in order.
         tokenized: the conversations whose tokens it was asked to count, in order.
         port: where it listens; the same after a restart.
     """
@@ -40,6 +41,7 @@ class FakeEngine:
     knobs: Knobs = field(default_factory=Knobs)
     seen: list[Seen] = field(default_factory=list)
     looks: int = 0
+    dropped: list[str] = field(default_factory=list)
     tokenized: list[list[dict[str, str]]] = field(default_factory=list)
     port: int = field(default_factory=free_port)
     _loop: asyncio.AbstractEventLoop | None = None
@@ -69,6 +71,7 @@ class FakeEngine:
         """All knobs but the bank's back at rest, nothing seen."""
         self.knobs = Knobs(self.knobs.banks, self.knobs.anchors, self.knobs.method)
         self.seen.clear()
+        self.dropped.clear()
         self.tokenized.clear()
 
     def application(self) -> web.Application:
@@ -77,6 +80,7 @@ class FakeEngine:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/mta/v1/status", self._status)
+        app.router.add_post("/mta/v1/drop", self._drop)
         app.router.add_get("/health", self._health)
         return app
 
@@ -126,6 +130,12 @@ class FakeEngine:
                 "names": 0,
             }
         )
+
+    async def _drop(self, request: web.Request) -> web.Response:
+        if not authorised(request):
+            return error_answer(401, "missing or wrong engine key")
+        self.dropped.append(json.loads(await request.read())["user_key"])
+        return web.json_response({"held": 0})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         if not authorised(request):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event, events
+from server.gateway.engines.sse import events
+from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event
 
 
 class Pieces:

@@ -1,0 +1,29 @@
+"""What the two sides of an engine's door agree on: names, the key, and the private routes.
+
+Gateway and supervisor ask, the engine answers, and neither side imports the other. Beside the private routes, which are
+asked on each engine itself and never through a router, they speak OpenAI's protocol with a recipe's name as the model.
+"""
+
+from __future__ import annotations
+
+PLUGIN = "mta"
+"""The name of both of vLLM's entry points that we fill, and the value of `VLLM_PLUGINS`."""
+
+BASE_MODEL = "base"
+"""The name under which engines serve the base model."""
+
+PRIVATE = "/mta/v1"
+
+STATUS = f"{PRIVATE}/status"
+"""GET: what the engine serves. The gateway reads `banks`, their fingerprints, and `max_model_len`, in tokens."""
+
+RESIDENT = f"{PRIVATE}/resident"
+"""GET: what the workers hold; for operators."""
+
+DROP = f"{PRIVATE}/drop"
+"""POST `{"user_key"}`: let go of a user's adapters."""
+
+
+def key_header(key: str | None) -> dict[str, str]:
+    """The header that carries an engine's key; none without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}

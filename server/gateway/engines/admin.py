@@ -1,0 +1,162 @@
+"""The private routes of every engine, asked directly and never through the router before them.
+
+What goes wrong on the way becomes an `EngineFault` here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+import orjson
+
+from adapters.errors import MtaError
+from server.engine_protocol import DROP, STATUS, key_header
+
+log = logging.getLogger("mta.gateway")
+
+ROUTER_PATH = "/health"
+"""All that a router can be asked; engines answer it too."""
+
+DROP_TIMEOUT_S = 5.0
+
+
+class EngineFault(MtaError):
+    """Why an address did not answer as it should.
+
+    Args:
+        status: what is wrong, in a word: `unavailable`, `wrong_key` or `not_an_mta_engine`.
+        detail: the same, in a sentence.
+    """
+
+    def __init__(self, status: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What one engine says of itself.
+
+    Attributes:
+        url: which engine.
+        status: `ok`, or what is wrong, in a word.
+        detail: what is wrong, in a sentence; None when nothing is.
+        max_model_len: its context in tokens, where known.
+        banks: fingerprints (64 hex digits) of the banks that it serves.
+    """
+
+    url: str
+    status: str
+    detail: str | None = None
+    max_model_len: int | None = None
+    banks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AddressState:
+    """How the address that generates is: an engine, or the router before many. Attributes as above."""
+
+    url: str
+    status: str
+    detail: str | None = None
+
+
+class Engines:
+    """All engines that the gateway knows.
+
+    Args:
+        session: the process's one HTTP session.
+        urls: every engine by itself.
+        key: what they ask for, or None.
+
+    Attributes:
+        urls: as given.
+        context: the model's context in tokens, the shortest among the engines that last told theirs; None until one
+            has.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], key: str | None) -> None:
+        self._session = session
+        self._headers = key_header(key)
+        self.urls = tuple(urls)
+        self.context: int | None = None
+
+    async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
+        """What each engine says of itself, in the order of `urls`; the context is known from then on."""
+        states = await asyncio.gather(*(self._state(url, timeout_s) for url in self.urls))
+        told = [state.max_model_len for state in states if state.max_model_len]
+        self.context = min(told, default=self.context)
+        return tuple(states)
+
+    async def router_state(self, url: str, timeout_s: float) -> AddressState:
+        """How a router is."""
+        try:
+            status, _ = await self._answer("GET", url + ROUTER_PATH, timeout_s)
+        except EngineFault as fault:
+            return AddressState(url, fault.status, str(fault))
+        if status != 200:
+            return AddressState(url, "unavailable", f"it answered {status} to {ROUTER_PATH}")
+        return AddressState(url, "ok")
+
+    async def drop(self, user_key: str) -> None:
+        """Have every engine let go of a user's adapters. Those that cannot be told are logged."""
+        await asyncio.gather(*(self._drop(url, user_key) for url in self.urls))
+
+    async def _state(self, url: str, timeout_s: float) -> EngineState:
+        try:
+            answer = orjson.loads(await self._ask("GET", url, STATUS, timeout_s))
+            banks, context = tuple(map(str, answer["banks"])), int(answer["max_model_len"])
+        except EngineFault as fault:
+            return EngineState(url, fault.status, str(fault))
+        except (ValueError, TypeError, KeyError) as error:
+            return EngineState(url, "not_an_mta_engine", f"its status makes no sense: {error}")
+        return EngineState(url, "ok", None, context, banks)
+
+    async def _drop(self, url: str, user_key: str) -> None:
+        try:
+            await self._ask("POST", url, DROP, DROP_TIMEOUT_S, {"user_key": user_key})
+        except EngineFault as fault:
+            log.warning("the engine at %s could not be told to drop an adapter: %s", url, fault)
+
+    async def _ask(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
+        """The body of what a private route answers.
+
+        Raises:
+            EngineFault: when it does not answer 200.
+        """
+        status, raw = await self._answer(method, url + route, timeout_s, body, self._headers)
+        if status in (401, 403):
+            raise EngineFault("wrong_key", "it refused the gateway's key: MTA_ENGINE_KEY differs")
+        if status == 404:
+            raise EngineFault("not_an_mta_engine", f"it has no {route}: the plugin is not loaded")
+        if status != 200:
+            raise EngineFault("unavailable", f"it answered {status}")
+        return raw
+
+    async def _answer(
+        self,
+        method: str,
+        url: str,
+        timeout_s: float,
+        body: object = None,
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, bytes]:
+        """Status and body of an answer.
+
+        Raises:
+            EngineFault: when there is none.
+        """
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(method, url, json=body, headers=headers) as response,
+            ):
+                return response.status, await response.read()
+        except TimeoutError as error:
+            raise EngineFault("unavailable", f"no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineFault("unavailable", str(error)) from error

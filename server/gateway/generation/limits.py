@@ -1,0 +1,101 @@
+"""How long a prompt and its answer may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bank.items.prompt import chat_messages
+from server.errors import InvalidRequest
+from server.gateway.http.requests import GenerateRequest
+
+Conversation = list[dict[str, str]]
+
+WHOLE_TOKENS = 1024
+"""Longest answer that the engine is asked for in one piece: while one is made, its silence looks like a hang."""
+
+_TEMPLATE_TOKENS = 256
+"""More than a chat template puts around a conversation of a few messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What holds for one request.
+
+    Attributes:
+        prompt_chars: longest conversation, in characters, history included.
+        context: the model's, in tokens; None while no engine has told.
+    """
+
+    prompt_chars: int
+    context: int | None
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what is known to be too much before anybody is asked.
+
+        Raises:
+            InvalidRequest: naming the field.
+        """
+        chars, param = chars_of(conversation(request)), request.conversation_param
+        if chars > self.prompt_chars:
+            raise InvalidRequest(
+                f"{param} has {chars} characters, at most {self.prompt_chars} are taken",
+                param=param,
+                code="prompt_too_long",
+            )
+        if self.context is not None and request.max_tokens >= self.context:
+            raise InvalidRequest(
+                f"max_tokens {request.max_tokens} leaves no room for a prompt: the model's context is {self.context} "
+                "tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
+    def check_answer(self, request: GenerateRequest, prompt_tokens: int | None) -> None:
+        """Refuse `max_tokens` beyond what the prompt leaves; vLLM would silently generate fewer.
+
+        Args:
+            request: as checked before.
+            prompt_tokens: what the engine counted, if it has told.
+
+        Raises:
+            InvalidRequest: naming what would fit.
+        """
+        if prompt_tokens is None or self.context is None or prompt_tokens + request.max_tokens <= self.context:
+            return
+        raise InvalidRequest(
+            f"max_tokens {request.max_tokens} is beyond what the prompt leaves: it has {prompt_tokens} tokens and the "
+            f"model's context {self.context}. Ask for {self.context - prompt_tokens} at most",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+
+    def allow_whole(self, messages: Conversation, max_tokens: int) -> bool:
+        """Whether an answer can be made in one piece: short, and with room for it however the prompt is tokenised.
+
+        Where that leaves doubt the answer is streamed, and refused at its first token.
+        """
+        if self.context is None or max_tokens > WHOLE_TOKENS:
+            return False
+        return most_tokens(messages) + max_tokens <= self.context
+
+
+def conversation(request: GenerateRequest) -> Conversation:
+    """The conversation as it came."""
+    if request.prompt is not None:
+        return chat_messages(request.prompt)
+    return [message.model_dump() for message in request.messages or ()]
+
+
+def chars_of(messages: Conversation) -> int:
+    """Length of a conversation in characters."""
+    return sum(len(message["content"]) for message in messages)
+
+
+def most_tokens(messages: Conversation) -> int:
+    """What a conversation takes at most, however it is tokenised: a token is at least a byte of text."""
+    return sum(size_bytes(message["content"]) for message in messages) + 16 * len(messages) + _TEMPLATE_TOKENS
+
+
+def size_bytes(text: str) -> int:
+    """Length of a text in UTF-8."""
+    return len(text.encode("utf-8", "replace"))

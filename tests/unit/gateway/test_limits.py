@@ -1,0 +1,64 @@
+"""How long a prompt and its answer may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.errors import InvalidRequest
+from server.gateway.generation.limits import WHOLE_TOKENS, Limits, conversation, most_tokens
+from server.gateway.http.requests import GenerateRequest
+
+LIMITS = Limits(prompt_chars=10, context=512)
+
+
+def ask(**fields: Any) -> GenerateRequest:
+    return GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
+
+
+def in_messages(*texts: str) -> dict[str, Any]:
+    return {"prompt": None, "messages": [{"role": "user", "content": text} for text in texts]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"prompt": "x" * 11}, "prompt", "prompt_too_long"),
+        (in_messages("x" * 6, "x" * 5), "messages", "prompt_too_long"),
+        ({"max_tokens": 512}, "max_tokens", "context_length_exceeded"),
+    ],
+)
+def test_what_is_known_to_be_too_much_is_refused(fields: dict[str, Any], param: str, code: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        LIMITS.check(ask(**fields))
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "ä" * 10}, in_messages("x" * 5, "x" * 5), {"max_tokens": 511}])
+def test_what_is_just_within_is_taken(fields: dict[str, Any]) -> None:
+    LIMITS.check(ask(**fields))
+
+
+def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit() -> None:
+    LIMITS.check_answer(ask(max_tokens=12), 500)
+    with pytest.raises(InvalidRequest, match="Ask for 12 at most"):
+        LIMITS.check_answer(ask(max_tokens=13), 500)
+    LIMITS.check_answer(ask(max_tokens=500), None)
+
+
+def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
+    unknown = Limits(prompt_chars=10, context=None)
+    unknown.check(ask(max_tokens=10_000))
+    unknown.check_answer(ask(max_tokens=10_000), 500)
+    assert not unknown.allow_whole(conversation(ask()), 1)
+
+
+def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
+    messages = conversation(ask(prompt="ä" * 20))
+    room = 4096 - most_tokens(messages)
+    assert most_tokens(messages) > 40
+    assert Limits(100, 4096).allow_whole(messages, WHOLE_TOKENS)
+    assert not Limits(100, 4096).allow_whole(messages, WHOLE_TOKENS + 1)
+    assert Limits(100, 4096 - room + 8).allow_whole(messages, 8)
+    assert not Limits(100, 4096 - room + 7).allow_whole(messages, 8)
