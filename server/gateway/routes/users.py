@@ -14,13 +14,13 @@ from adapters.errors import excerpt
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
+from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import ItemsRequest, UserIdInPath
 from server.gateway.parts import Parts, parts_of
 from server.gateway.routes.answers import (
     AdapterAnswer,
     ErasedAnswer,
-    ErrorAnswer,
     ProfileAnswer,
     UserAnswer,
     anchors,
