@@ -20,6 +20,7 @@ from server.gateway.http.streaming import DONE, EventSender, event
 from server.gateway.parts import Parts, parts_of
 from server.gateway.routes.answers import GenerateAnswer, generate_answer
 from server.gateway.routes.chunks import Chunks
+from server.gateway.routes.examples import GENERATED, STREAMED
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -27,14 +28,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("mta.gateway")
 router = APIRouter(route_class=JsonRoute, tags=["generate"])
 
-_STREAM = {"example": 'data: {"choices": [{"index": 0, "delta": {"content": "Surf"}, "finish_reason": null}]}\n\n'}
-
 
 @router.post(
     "/generate",
     response_model=GenerateAnswer,
     responses={
-        200: {"content": {"text/event-stream": _STREAM}},
+        200: {
+            "content": {
+                "application/json": {"example": GENERATED.model_dump(mode="json")},
+                "text/event-stream": {"example": STREAMED},
+            }
+        },
         "4XX": {"model": ErrorAnswer},
         "5XX": {"model": ErrorAnswer},
     },

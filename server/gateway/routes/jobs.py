@@ -17,6 +17,7 @@ from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, EventSender, event
 from server.gateway.parts import parts_of
 from server.gateway.routes.answers import JobAnswer, job_answer
+from server.gateway.routes.examples import FOLLOWED
 from server.gateway.users.adapting import Adapting
 from server.store.jobs import Job, JobId, parse_job_id
 
@@ -29,7 +30,6 @@ router = APIRouter(
 JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` gave it.", max_length=64)]
 
 _POLL_S = 0.5
-_STREAM = {"example": 'data: {"id": "…", "state": "running", "progress": {"step": 4, "of": 64, "loss": 1.93}}\n\n'}
 
 
 @router.post("/users/{user_id}/adapt", status_code=202)
@@ -57,7 +57,7 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     return job_answer(await parts_of(request).adapting.cancel(_parsed(job_id)))
 
 
-@router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": _STREAM}}})
+@router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": {"example": FOLLOWED}}}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     """The job as server-sent events: whenever it has changed, until it has ended, then `data: [DONE]`.
 
@@ -93,7 +93,7 @@ class _Following(Response):
         while not job.state.ended:
             await asyncio.sleep(_POLL_S)
             before, job = job, await self._adapting.job(job.id)
-            if job_answer(job) != job_answer(before):
+            if job != before:
                 await sender.write(event(job_answer(job)))
         await sender.write(DONE)
 
