@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 from pydantic import BaseModel, Field
@@ -13,6 +13,7 @@ from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level, Personalization
 from server.gateway.generation.timings import Timings
 from server.store.jobs import Job, JobState
+from server.store.profiles import Erased
 
 
 class AnchorAnswer(BaseModel, frozen=True):
@@ -98,18 +99,29 @@ class UserAnswer(BaseModel, frozen=True):
     adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
 
 
+class Progress(BaseModel, frozen=True):
+    """How far a job is, over all its training runs."""
+
+    step: int
+    of: int
+    loss: float | None = Field(description="Of the last step, nats per output token.")
+
+
+class HeldOut(BaseModel, frozen=True):
+    """Loss on samples that were not trained on, nats per output token; null until it is known."""
+
+    before: float | None = Field(description="Of the fused adapter alone.")
+    after: float | None = Field(description="With the user adapter.")
+
+
 class JobAnswer(BaseModel, frozen=True):
     """A job, as it is now."""
 
     id: str
     state: JobState = Field(description="The last five have ended for good. `rejected`: trained, but no better.")
     config: dict[str, Any]
-    progress: dict[Literal["step", "of", "loss"], float | int | None] = Field(
-        description="Steps of all training runs of the job, and the loss of the last, nats per output token."
-    )
-    held_out: dict[Literal["before", "after"], float | None] = Field(
-        description="Loss on samples that were not trained on: of the fused adapter alone, and with the user adapter."
-    )
+    progress: Progress
+    held_out: HeldOut
     created_at: str
     started_at: str | None
     ended_at: str | None
@@ -122,7 +134,7 @@ class ErasedAnswer(BaseModel, frozen=True):
     """What was erased."""
 
     user_id: str
-    erased: dict[Literal["items", "samples", "jobs", "adapters", "keys"], int]
+    erased: Erased
     log_rewritten_by: str = Field(description="By when the store's file on disk has forgotten it too. UTC, ISO 8601.")
 
 
@@ -132,8 +144,8 @@ def job_answer(job: Job) -> JobAnswer:
         id=str(job.id),
         state=job.state,
         config=orjson.loads(job.config),
-        progress={"step": job.step, "of": job.of, "loss": job.loss},
-        held_out={"before": job.before, "after": job.after},
+        progress=Progress(step=job.step, of=job.of, loss=job.loss),
+        held_out=HeldOut(before=job.before, after=job.after),
         created_at=iso(job.created_ms),
         started_at=iso(job.started_ms) if job.started_ms else None,
         ended_at=iso(job.ended_ms) if job.ended_ms else None,

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from server.gateway.generation.personalizer import Level
 from server.gateway.http.streaming import DONE, event
-from server.gateway.routes.answers import AnchorAnswer, GenerateAnswer, JobAnswer, PersonalizationAnswer, Usage
+from server.gateway.routes.answers import (
+    AnchorAnswer,
+    GenerateAnswer,
+    HeldOut,
+    JobAnswer,
+    PersonalizationAnswer,
+    Progress,
+    Usage,
+)
 from server.gateway.routes.chunks import Chunk
 from server.store.jobs import JobState
 
@@ -50,8 +58,8 @@ _JOB = JobAnswer(
     id="q5kxv7d2m4zr3yh6wncb2tpaei.1",
     state=JobState.RUNNING,
     config={"kind": "lora", "rank": 2, "steps": 16, "learning_rate": 0.001, "holdout": 0.2, "strength": 0.5},
-    progress={"step": 4, "of": 32, "loss": 1.93},
-    held_out={"before": None, "after": None},
+    progress=Progress(step=4, of=32, loss=1.93),
+    held_out=HeldOut(before=None, after=None),
     created_at="2026-11-27T08:03:41.208+00:00",
     started_at="2026-11-27T08:03:41.733+00:00",
     ended_at=None,

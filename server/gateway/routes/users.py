@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -85,7 +84,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     erasure = await parts_of(request).erasing.erase(user_id)
     if erasure is None:
         raise _unknown(user_id)
-    return ErasedAnswer(user_id=user_id, erased=asdict(erasure.erased), log_rewritten_by=iso(erasure.rewritten_by_ms))
+    return ErasedAnswer(user_id=user_id, erased=erasure.erased, log_rewritten_by=iso(erasure.rewritten_by_ms))
 
 
 async def _change(
