@@ -20,13 +20,13 @@ from adapters.errors import FusionError
 from adapters.flat import cut_b
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PER_MILLE, FusionRecipe, Method, anchor_id
+from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, anchor_id
 
 PIECE = 131_072
 """Numbers summed at a time: work for four threads at PyTorch's grain, and half a MiB of float32."""
 
 
-def check_recipe(recipe: FusionRecipe, *, method: Method, anchors: int, max_anchors: int, common: bool) -> None:
+def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool) -> None:
     """Say whether a bank can fuse a recipe, without touching its weights.
 
     Args:
@@ -70,9 +70,9 @@ def fuse(
     rows = [matrix.common_row] if recipe.common else []
     rows += [matrix.row(term.anchor) for term in recipe.terms]
     weights = [1.0] * recipe.common + [term.weight / PER_MILLE for term in recipe.terms]
-    if recipe.method is Method.SHARED:
+    if recipe.method is FusionMethod.SHARED:
         return _fuse_shared(matrix, rows, weights, dtype, pin_memory)
-    if recipe.method is Method.CAT:
+    if recipe.method is FusionMethod.CAT:
         return _fuse_cat(matrix, rows, weights, dtype)
     return _fuse_linear(matrix, rows, weights, recipe.common, dtype)
 

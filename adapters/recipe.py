@@ -35,7 +35,7 @@ _USER_ADAPTER = re.compile(rf"{_BASE32_128}\.{_BASE32_128}")
 _TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*([1-9]\d{0,2}|1000)", re.ASCII)
 
 
-class Method(StrEnum):
+class FusionMethod(StrEnum):
     """How the terms of a recipe become one adapter (formulas in `adapters/fusion.py`)."""
 
     LINEAR = "linear"
@@ -72,7 +72,7 @@ class FusionRecipe:
     """
 
     bank: str
-    method: Method
+    method: FusionMethod
     common: bool
     terms: tuple[Term, ...]
     user_adapter: str | None = None
@@ -80,8 +80,8 @@ class FusionRecipe:
     def __post_init__(self) -> None:
         if not _BANK.fullmatch(self.bank):
             raise RecipeError(f"bank must be 8 lower-case hex digits, got {excerpt(self.bank)}")
-        if not isinstance(self.method, Method):
-            raise RecipeError(f"method must be one of {[m.value for m in Method]}, got {excerpt(self.method)}")
+        if not isinstance(self.method, FusionMethod):
+            raise RecipeError(f"method must be one of {[m.value for m in FusionMethod]}, got {excerpt(self.method)}")
         if not self.terms and not self.common:
             raise RecipeError("a recipe needs the common row or at least one anchor")
         anchors = [term.anchor for term in self.terms]
@@ -132,7 +132,7 @@ def parse_recipe(name: str) -> FusionRecipe:
     if len(parts) not in (4, 5) or parts[0] != FORMAT_VERSION:
         raise RecipeError(f"not a recipe name (mta1:bank:method:terms[:u-user]): {excerpt(name)}")
     _, bank, method, terms = parts[:4]
-    if method not in list(Method):
+    if method not in list(FusionMethod):
         raise RecipeError(f"unknown method {excerpt(method)} in recipe {excerpt(name)}")
     texts = terms.split("+")
     common = texts[0] == "c"
@@ -147,7 +147,7 @@ def parse_recipe(name: str) -> FusionRecipe:
         if not parts[4].startswith("u-"):
             raise RecipeError(f"malformed user adapter {excerpt(parts[4])} in recipe {excerpt(name)}")
         user_adapter = parts[4][2:]
-    recipe = FusionRecipe(bank, Method(method), common, tuple(parsed), user_adapter)
+    recipe = FusionRecipe(bank, FusionMethod(method), common, tuple(parsed), user_adapter)
     if recipe.name != name:
         raise RecipeError(f"recipe {excerpt(name)} is not canonical, it should read {excerpt(recipe.name)}")
     return recipe

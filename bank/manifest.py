@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
-from adapters.recipe import FusionRecipe, Method
+from adapters.recipe import FusionMethod, FusionRecipe
 from bank.errors import BankError
 
 MANIFEST_FILE = "bank.json"
@@ -107,7 +107,7 @@ class BankManifest(_Frozen):
     task: str
     base_model: BaseModelId
     embedder: EmbedderId
-    method: Method
+    method: FusionMethod
     common: bool
     rank: int = Field(gt=0)
     user_rank: int = Field(ge=0)
@@ -129,7 +129,7 @@ class BankManifest(_Frozen):
     def layout(self) -> RowLayout:
         """The cut of a row of `meta_loras.safetensors`."""
         modules = tuple(ModuleShape(m.name, m.h_in, m.h_out) for m in self.modules)
-        return RowLayout(modules, self.rank, self.method is Method.SHARED)
+        return RowLayout(modules, self.rank, self.method is FusionMethod.SHARED)
 
     @property
     def fused_rank(self) -> int:
@@ -139,7 +139,7 @@ class BankManifest(_Frozen):
     @property
     def max_anchors(self) -> int:
         """Most terms of a recipe: in a `shared` bank they add no rank."""
-        return len(self.anchors) if self.method is Method.SHARED else self.weights.anchors
+        return len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
 
     @property
     def room(self) -> int:
@@ -156,11 +156,11 @@ class BankManifest(_Frozen):
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def fused_rank(method: Method, rank: int, anchors: int, common: bool) -> int:
+def fused_rank(method: FusionMethod, rank: int, anchors: int, common: bool) -> int:
     """The rank of a fusion of `anchors` meta-LoRAs of rank `rank`, with or without the common row."""
-    if method is Method.SHARED:
+    if method is FusionMethod.SHARED:
         return rank
-    return (anchors if method is Method.CAT else min(anchors, 1)) * rank + (rank if common else 0)
+    return (anchors if method is FusionMethod.CAT else min(anchors, 1)) * rank + (rank if common else 0)
 
 
 def read_manifest(folder: Path) -> BankManifest:

@@ -16,7 +16,7 @@ import torch
 from adapters.fusion import fuse
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionRecipe, Method
+from adapters.recipe import FusionMethod, FusionRecipe
 from adapters.user_adapter import CoreWeights, UserAdapter
 
 
@@ -42,7 +42,7 @@ def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -
         a, b = dense_parts(matrix, matrix.rows[matrix.anchors], module)
         delta += b @ a
     parts = [(term.weight / 1000, *dense_parts(matrix, matrix.rows[term.anchor], module)) for term in recipe.terms]
-    if recipe.method is Method.LINEAR:
+    if recipe.method is FusionMethod.LINEAR:
         for weight_b, _, b in parts:
             for weight_a, a, _ in parts:
                 delta += weight_b * weight_a * (b @ a)

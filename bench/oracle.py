@@ -20,7 +20,7 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from bank.items.prompt import chat_messages
 from bank.models.folders import ensure_base_model
 from bench.dense import token_logprobs
@@ -53,7 +53,10 @@ def main(
     texts = _prompts(users, prompts)
     with tempfile.TemporaryDirectory() as scratch:
         shared = OpenBank.open(bank)
-        banks = [shared, *(rewritten(shared, method, Path(scratch)) for method in (Method.CAT, Method.LINEAR))]
+        banks = [
+            shared,
+            *(rewritten(shared, method, Path(scratch)) for method in (FusionMethod.CAT, FusionMethod.LINEAR)),
+        ]
         gaps: dict[str, list[float]] = defaultdict(list)
         equal: dict[str, list[bool]] = defaultdict(list)
         valkey = ValkeyProcess(Path(scratch) / "valkey").start()

@@ -13,7 +13,7 @@ from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout, serving_rank
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix, write_matrix
-from adapters.recipe import FusionRecipe, Method, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term
 from adapters.user_adapter import UserAdapter, UserAdapterKind
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
 from bench.dense import dense_adapter, stacked_adapter
@@ -81,7 +81,7 @@ class Case:
         return stacked_adapter(model, self.bank.matrix, self.recipe, self.user)
 
 
-def rewritten(shared: OpenBank, method: Method, scratch: Path) -> OpenBank:
+def rewritten(shared: OpenBank, method: FusionMethod, scratch: Path) -> OpenBank:
     """The same rows as a bank of another method, every row with an A of its own.
 
     Row i is turned inside its rank by an orthogonal Q: (B Qᵀ)(Q A) is the same ΔW, and what `linear` does across rows,

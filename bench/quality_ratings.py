@@ -20,10 +20,10 @@ from bank.build.training import load_base, resolve_dtype
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import parse_methods
 from bank.evaluation.people import read_people
-from bank.evaluation.report.intervals import over_users
+from bank.evaluation.report.intervals import against_one
 from bank.evaluation.report.metrics import HIGHEST, LOWEST
 from bank.evaluation.scoring import Scorer
-from bank.evaluation.voices import OpenBank, Voice
+from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
@@ -45,7 +45,10 @@ def main(
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Mean absolute error of the expected score, and each method's less the others', with 95 % intervals."""
+    """Mean absolute error of the expected score, and each method's less the others', with 95 % intervals.
+
+    A star is where a difference is sure, as in `mta eval`.
+    """
     cache, compared = Settings().cache_dir, parse_methods(methods)
     embedder = Embedder.load(ensure_embedder(None, cache))
     here, task_bank = OpenBank.open(bank, embedder.id), OpenBank.open(bank / BASELINES, embedder.id)
@@ -59,24 +62,21 @@ def main(
     for person in track(read_people(users, task)[:people], "asking", console=console()):
         evidence = adapters.evidence(person)
         for method in compared:
-            voice = adapters.voice(method, evidence, seed=0)
-            found = [abs(_expected(scorer, voice, query.input) - float(query.gold)) for query in person.queries]
+            adapter = adapters.make(method, evidence, seed=0)
+            found = [abs(_expected(scorer, adapter, query.input) - float(query.gold)) for query in person.queries]
             errors[method.name].append(float(np.mean(found)))
     scorer.bare()  # as in `bank.evaluation.session`
     rows: list[tuple[str, object]] = [(name, f"{np.mean(each):.4f}") for name, each in errors.items()]
-    for name, each in errors.items():
-        rows += [
-            (f"{name} less {other}", str(over_users(np.subtract(each, errors[other]))))
-            for other in errors
-            if other != name
-        ]
+    for other, theirs in errors.items():
+        differences = {name: np.subtract(each, theirs) for name, each in errors.items() if name != other}
+        rows += [(f"{name} less {other}", str(interval)) for name, interval in against_one(differences).items()]
     report(f"Mean absolute error of the expected score, {len(next(iter(errors.values())))} people", rows, out)
 
 
-def _expected(scorer: Scorer, voice: Voice | None, turn: str) -> float:
+def _expected(scorer: Scorer, adapter: PersonAdapter | None, turn: str) -> float:
     """The mean of the scores, each as likely as its answer is."""
     examples = [encode_pair(scorer.tokenizer, turn, str(score), MAX_TOKENS) for score in SCORES]
-    readings = scorer.read(voice, examples)
+    readings = scorer.read(adapter, examples)
     chances = [math.exp(-reading.loss * e.output_tokens) for reading, e in zip(readings, examples, strict=True)]
     return sum(score * chance for score, chance in zip(SCORES, chances, strict=True)) / sum(chances)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.layout import RowLayout, serving_rank
-from adapters.recipe import Method, anchor_id
+from adapters.recipe import FusionMethod, anchor_id
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.lookup.index import AnchorIndex
@@ -48,7 +48,7 @@ class BankParts:
     task: str
     base_model: BaseModelId
     embedder: EmbedderId
-    method: Method
+    method: FusionMethod
     common: bool
     user_rank: int
     weights: WeightRule
@@ -60,7 +60,7 @@ class BankParts:
     training: dict[str, int | float | str | bool | None]
 
 
-def bank_rank(method: Method, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
+def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
     """The rank that vLLM's slots are sized for: the largest fusion and the room for user adapters.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionRecipe, Method
+from adapters.recipe import FusionMethod, FusionRecipe
 from adapters.training.trainer import StepReport, TrainPlan, train_lora
 from bank.build.assemble import BankParts, write_bank
 from bank.build.build import read_inputs
@@ -71,7 +71,7 @@ def build_baselines(
 def _parts(inputs: BuildInputs, manifest: BankManifest, trained: Any, steps: int) -> BankParts:
     layout = manifest.layout
     a, b = flat_a(layout, trained), flat_b(layout, trained)
-    row = b if manifest.method is Method.SHARED else torch.cat([a, b])
+    row = b if manifest.method is FusionMethod.SHARED else torch.cat([a, b])
     return BankParts(
         task=manifest.task,
         base_model=manifest.base_model,
@@ -82,7 +82,7 @@ def _parts(inputs: BuildInputs, manifest: BankManifest, trained: Any, steps: int
         weights=WeightRule(anchors=1),
         layout=layout,
         rows=[torch.zeros_like(row), row],
-        shared_a=a if manifest.method is Method.SHARED else None,
+        shared_a=a if manifest.method is FusionMethod.SHARED else None,
         embeddings=AnchorIndex.load(inputs.out / INDEX_FILE).vectors([0]),
         items=[0],
         training={"of": manifest.fingerprint, "steps": steps},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapters.recipe import Method, anchor_id
+from adapters.recipe import FusionMethod, anchor_id
 from bank.build.assemble import BankParts, bank_rank, write_bank
 from bank.build.options import BuildInputs, BuildOptions, inputs_key
 from bank.build.resume import workbench
@@ -51,7 +51,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
     """
     from bank.build.calibration import MIN_PEOPLE, calibrate_signer
     from bank.build.rows import train_rows
-    from bank.build.signing import Signer
+    from bank.build.signer import Signer
     from bank.build.training import load_base, resolve_dtype
 
     task = get_task(options.task)
@@ -131,9 +131,9 @@ def _signs(options: BuildOptions) -> bool:
     Raises:
         BankError: when they are asked for and cannot be.
     """
-    if options.weights == "signature" and options.method is not Method.SHARED:
+    if options.weights == "signature" and options.method is not FusionMethod.SHARED:
         raise BankError(f"signatures need --method shared, got {options.method.value}: its anchors have no A in common")
-    return options.weights != "topic" and options.method is Method.SHARED and options.anchors <= MAX_ANCHORS
+    return options.weights != "topic" and options.method is FusionMethod.SHARED and options.anchors <= MAX_ANCHORS
 
 
 def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:

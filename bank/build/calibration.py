@@ -22,7 +22,7 @@ from bank.items.prompt import ChatTokenizer, EncodedPair, encode_pair
 from bank.items.tasks import Task
 
 if TYPE_CHECKING:
-    from bank.build.signing import Signer
+    from bank.build.signer import Signer
 
 MAX_DRAWS = 32
 DRAWS_OF_ONE = 4

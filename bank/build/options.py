@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from bank.build.calibration import Calibration
 from bank.errors import BankError
 from bank.items.histories import History
@@ -62,7 +62,7 @@ class BuildOptions:
 
     task: str
     anchors: int = 12
-    method: Method = Method.SHARED
+    method: FusionMethod = FusionMethod.SHARED
     common: bool = True
     rank: int = 8
     user_rank: int = 8

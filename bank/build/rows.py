@@ -12,7 +12,7 @@ import torch
 from adapters.errors import FusionError
 from adapters.layout import RowLayout
 from adapters.matrix import MetaMatrix
-from adapters.recipe import Method, anchor_id
+from adapters.recipe import FusionMethod, anchor_id
 from adapters.training.trainer import StepReport, TrainPlan, linear_modules
 from bank.build.options import BuildOptions
 from bank.build.resume import Workbench
@@ -79,7 +79,7 @@ def train_rows(
         modules = linear_modules(model, options.target_modules)
     except FusionError as error:
         raise BankError(f"--target-modules: {error}") from error
-    layout = RowLayout(modules, options.rank, options.method is Method.SHARED)
+    layout = RowLayout(modules, options.rank, options.method is FusionMethod.SHARED)
     trainer = RowTrainer(model, layout, options.method, options.seed)
     jobs = _jobs(tokenizer, people, anchors, task, options)
     waiting = [job for job in jobs if not work.has_row(job.name)]

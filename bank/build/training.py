@@ -19,7 +19,7 @@ import torch
 from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, train_lora
 from bank.errors import BankError
 from bank.items.prompt import EncodedPair, encode_pair
@@ -61,7 +61,7 @@ class RowTrainer:
         seed: of the bank; where A starts.
     """
 
-    def __init__(self, model: Any, layout: RowLayout, method: Method, seed: int) -> None:
+    def __init__(self, model: Any, layout: RowLayout, method: FusionMethod, seed: int) -> None:
         self._model = model
         self._layout = layout
         self._method = method
@@ -80,7 +80,7 @@ class RowTrainer:
 
     def train_anchor(self, job: RowJob, on_step: OnStep) -> dict[str, torch.Tensor]:
         """An anchor's row as `{"b"}` in a `shared` bank, `{"a", "b"}` in others, flat."""
-        if self._method is not Method.SHARED:
+        if self._method is not FusionMethod.SHARED:
             lora = train_lora(
                 self._model, job.examples, job.plan, start=self._start, frozen=self._common, on_step=on_step
             )
@@ -92,7 +92,7 @@ class RowTrainer:
     @property
     def shared_a(self) -> torch.Tensor | None:
         """The one A of a `shared` bank, flat."""
-        return flat_a(self._layout, self._common or self._start) if self._method is Method.SHARED else None
+        return flat_a(self._layout, self._common or self._start) if self._method is FusionMethod.SHARED else None
 
 
 def stored(numbers: torch.Tensor) -> torch.Tensor:

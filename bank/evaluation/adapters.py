@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from adapters.recipe import FusionRecipe
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
-from bank.build.signing import Signer
+from bank.build.signer import Signer
 from bank.errors import BankError
-from bank.evaluation.methods import Base, Method
+from bank.evaluation.methods import Base, EvalMethod
 from bank.evaluation.people import Person
 from bank.evaluation.scoring import Scorer
-from bank.evaluation.voices import OpenBank, Voice
+from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.profile import Vectors, item_text, profile_embedding
 from bank.items.prompt import EncodedPair, encode_pair
 from bank.lookup.embedder import Embedder
@@ -39,7 +39,7 @@ class Evidence:
     person: Person
     pairs: Sequence[EncodedPair]
     embedding: Vectors
-    trained: dict[tuple[Method, int], Judgement] = field(default_factory=dict)
+    trained: dict[tuple[EvalMethod, int], Judgement] = field(default_factory=dict)
     signature: Signature | None = None
     gains: Vectors | None = None
 
@@ -82,8 +82,8 @@ class Adapters:
         pairs = [encode_pair(self._scorer.tokenizer, *pair, self._max_tokens) for pair in person.history.pairs(task)]
         return Evidence(person, pairs, profile_embedding(self._embedder.embed(texts)))
 
-    def voice(self, method: Method, evidence: Evidence, seed: int) -> Voice | None:
-        """What speaks for the person; None for the base model. The seed is that of random anchors and of training.
+    def make(self, method: EvalMethod, evidence: Evidence, seed: int) -> PersonAdapter | None:
+        """A method's adapter for the person; None for the base model. The seed is for random anchors and training.
 
         Raises:
             BankError: when the method needs what the bank lacks.
@@ -92,20 +92,20 @@ class Adapters:
             return None
         if method.base is Base.TASK:
             bank = self._task()
-            return Voice(bank, FusionRecipe(bank.manifest.short, bank.manifest.method, True, ()))
-        voice = Voice(self.bank, self._recipe(method, evidence, seed))
+            return PersonAdapter(bank, FusionRecipe(bank.manifest.short, bank.manifest.method, True, ()))
+        adapter = PersonAdapter(self.bank, self._recipe(method, evidence, seed))
         if not method.trained:
-            return voice
+            return adapter
         judgement = evidence.trained.get((method.plain, seed))
         if judgement is None:
             plan = replace(self._plan, seed=seed)
-            judgement = train_user(self._scorer.bare(), voice.lora(), evidence.pairs, plan)
+            judgement = train_user(self._scorer.bare(), adapter.lora(), evidence.pairs, plan)
             evidence.trained[method.plain, seed] = judgement
         if judgement.weights is None and method.base is Base.STACKED:
-            return self.voice(replace(method, base=Base.MERGED), evidence, seed)
-        return replace(voice, trained=judgement.weights)
+            return self.make(replace(method, base=Base.MERGED), evidence, seed)
+        return replace(adapter, trained=judgement.weights)
 
-    def _recipe(self, method: Method, evidence: Evidence, seed: int) -> FusionRecipe:
+    def _recipe(self, method: EvalMethod, evidence: Evidence, seed: int) -> FusionRecipe:
         """The recipe of a method that fuses; what is trained on top of it aside."""
         manifest = self.bank.manifest
         if method.base is Base.OWN:
@@ -115,7 +115,7 @@ class Adapters:
         share = self._plan.strength if method.base is Base.STACKED else 1.0
         return make_recipe(manifest, self._weights(method, evidence, seed), share)
 
-    def _weights(self, method: Method, evidence: Evidence, seed: int) -> Sequence[AnchorWeight]:
+    def _weights(self, method: EvalMethod, evidence: Evidence, seed: int) -> Sequence[AnchorWeight]:
         serving = _with_k(self.bank.serving, method.k)
         rule, index = serving.manifest.weights, serving.index
         merged = rule.signature or rule

@@ -1,4 +1,4 @@
-"""The methods that are compared, by name: which adapter speaks, and whether past items stand in the prompt."""
+"""The methods that are compared, by name: which adapter is used, and whether past items stand in the prompt."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _WRITTEN = re.compile(r"(?P<base>[a-z]+)(?::(?P<source>[a-z]+))?(?:@(?P<what>[kn
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class EvalMethod:
     """One method.
 
     Attributes:
         base: its adapter.
         source: where merged weights come from; None for the bank's rule.
-        k: most anchors that speak, written `@k4`; None for the rule's.
+        k: most anchors that are fused, written `@k4`; None for the rule's.
         items: how many of the profile's last items are known, written `@n5`; None for all.
         history: whether the user's most relevant past items stand in the prompt.
     """
@@ -62,7 +62,7 @@ class Method:
         return f"{self.base.value}{source}{varied}{HISTORY if self.history else ''}"
 
     @property
-    def plain(self) -> Method:
+    def plain(self) -> EvalMethod:
         """The same without history: it has the same adapter."""
         return replace(self, history=False)
 
@@ -77,7 +77,7 @@ class Method:
         return self.base in (Base.STACKED, Base.OWN)
 
 
-def parse_method(name: str) -> Method:
+def parse_method(name: str) -> EvalMethod:
     """A method from its name.
 
     Raises:
@@ -89,7 +89,7 @@ def parse_method(name: str) -> Method:
         merges = base in (Base.MERGED, Base.STACKED)
         if source in (None, *SOURCES) and (merges or not (source or count)):
             k, items = (int(count) if count and written["what"] == what else None for what in "kn")
-            return Method(base, source, k, items, name.endswith(HISTORY))
+            return EvalMethod(base, source, k, items, name.endswith(HISTORY))
     raise BankError(
         f"{name!r} is no method: there are {', '.join(Base)}; merged and stacked with "
         f"{', '.join(':' + known for known in SOURCES)}, and with @k4 (of the best 4 anchors) or @n5 (from the last "
@@ -97,7 +97,7 @@ def parse_method(name: str) -> Method:
     )
 
 
-def parse_methods(text: str) -> list[Method]:
+def parse_methods(text: str) -> list[EvalMethod]:
     """Methods from their names, joined by commas; each once.
 
     Raises:
@@ -106,8 +106,8 @@ def parse_methods(text: str) -> list[Method]:
     return list(dict.fromkeys(parse_method(name.strip()) for name in text.split(",")))
 
 
-def curves(anchors: int, items: int) -> list[Method]:
-    """Points of two curves: merged by how many anchors speak, and by how many items are known.
+def curves(anchors: int, items: int) -> list[EvalMethod]:
+    """Points of two curves: merged by how many anchors are fused, and by how many items are known.
 
     Args:
         anchors: of the bank.
@@ -115,4 +115,4 @@ def curves(anchors: int, items: int) -> list[Method]:
     """
     ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {anchors})
     ns = [n for n in (1, 2, 5, 10, 20) if n < items]
-    return [Method(Base.MERGED, k=k) for k in ks] + [Method(Base.MERGED, items=n) for n in ns]
+    return [EvalMethod(Base.MERGED, k=k) for k in ks] + [EvalMethod(Base.MERGED, items=n) for n in ns]

@@ -10,14 +10,14 @@ from typing import Any
 
 from adapters.training.user_run import UserPlan
 from bank.evaluation.adapters import Adapters, Evidence
-from bank.evaluation.methods import Base, Method
+from bank.evaluation.methods import Base, EvalMethod
 from bank.evaluation.people import Person
 from bank.evaluation.records import Record, Records
 from bank.evaluation.scoring import Scores
-from bank.evaluation.voices import OpenBank, Voice
+from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.prompt import ChatTokenizer, encode_pair
 from bank.items.retrieval import with_history
-from bank.items.tasks import Kind, Task
+from bank.items.tasks import AnswerKind, Task
 
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
@@ -36,18 +36,18 @@ class EvalOptions:
         max_tokens: longest example, its answer included; of a longer one the end of the user's turn is cut.
     """
 
-    methods: tuple[Method, ...]
+    methods: tuple[EvalMethod, ...]
     seeds: tuple[int, ...]
     predict: bool
     sample: int | None = None
     history: int = 1
     max_tokens: int = 512
 
-    def methods_of(self, place: int) -> tuple[Method, ...]:
+    def methods_of(self, place: int) -> tuple[EvalMethod, ...]:
         """The methods of the person at this place."""
         return tuple(m for m in self.methods if self._sampled(place) or not (m.trained or m.varied))
 
-    def predicts(self, place: int, method: Method, kind: Kind) -> bool:
+    def predicts(self, place: int, method: EvalMethod, kind: AnswerKind) -> bool:
         """Whether the person at this place is answered by this method, in a task of this kind."""
         return self.predict and not method.varied and (self._sampled(place) or kind != "text")
 
@@ -64,7 +64,7 @@ class Evaluation:
 
     Args:
         adapters: makes the adapters.
-        scores: who speaks.
+        scores: what reads the queries: the model in process or an engine.
         tokenizer: the base model's.
         task: of the bank.
         records: what is there, and where more goes.
@@ -121,15 +121,15 @@ class Evaluation:
         known = {m: m.items for m in waiting if m not in repeated}
         for items in set(known.values()) - evidences.keys():
             evidences[items] = self._adapters.evidence(person.knowing(items))
-        voices = {m: self._adapters.voice(m, evidences[items], seed) for m, items in known.items() if not m.trained}
+        made = {m: self._adapters.make(m, evidences[items], seed) for m, items in known.items() if not m.trained}
         for method, items in known.items():
             evidence = evidences[items]
-            voice = voices[method] if method in voices else self._adapters.voice(method, evidence, seed)
-            self._records.add(self._evaluated(voice, evidence, method, seed, predicts[method]))
+            adapter = made[method] if method in made else self._adapters.make(method, evidence, seed)
+            self._records.add(self._evaluated(adapter, evidence, method, seed, predicts[method]))
             on_done(1)
 
     def _evaluated(
-        self, voice: Voice | None, evidence: Evidence, method: Method, seed: int, predict: bool
+        self, adapter: PersonAdapter | None, evidence: Evidence, method: EvalMethod, seed: int, predict: bool
     ) -> list[Record]:
         person = evidence.person
         turns = [self._turn(method, person, query.input) for query in person.queries]
@@ -137,7 +137,7 @@ class Evaluation:
         examples = [
             encode_pair(tokenizer, turn, query.gold, length) for turn, query in zip(turns, person.queries, strict=True)
         ]
-        readings = self._scores.read(voice, examples, NEW_TOKENS[self._task.kind] if predict else 0)
+        readings = self._scores.read(adapter, examples, NEW_TOKENS[self._task.kind] if predict else 0)
         judgement = evidence.trained.get((method.plain, seed))
         rejected = judgement is not None and judgement.weights is None
         return [
@@ -147,16 +147,16 @@ class Evaluation:
             for query, found in zip(person.queries, readings, strict=True)
         ]
 
-    def _turn(self, method: Method, person: Person, turn: str) -> str:
+    def _turn(self, method: EvalMethod, person: Person, turn: str) -> str:
         if not method.history:
             return turn
         return with_history(self._task, turn, person.history.items, self._options.history)
 
-    def _repeats(self, method: Method, seed: int) -> bool:
+    def _repeats(self, method: EvalMethod, seed: int) -> bool:
         """Whether a method is what it was for the first seed: nothing random enters it."""
         return seed != self._options.seeds[0] and not method.trained and method.base is not Base.RANDOM
 
-    def _has(self, person: Person, method: Method, seed: int, predicted: bool) -> bool:
+    def _has(self, person: Person, method: EvalMethod, seed: int, predicted: bool) -> bool:
         return self._records.has(person.user_id, method.name, seed, len(person.queries), predicted=predicted)
 
 

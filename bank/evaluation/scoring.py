@@ -14,7 +14,7 @@ from adapters.lora import LoraWeights
 from adapters.training.attached import Attached, attached
 from adapters.training.loss import read
 from adapters.training.packing import Example
-from bank.evaluation.voices import Voice
+from bank.evaluation.speakers import PersonAdapter
 from bank.items.prompt import EncodedPair
 
 _FEW = 4
@@ -35,13 +35,13 @@ class Reading:
 
 
 class Scores(Protocol):
-    """Whoever speaks with a voice: a model in process, or a running engine (`server.cli.eval.engine`)."""
+    """What reads examples under an adapter: a model in process, or a running engine (`server.cli.eval.engine`)."""
 
-    def read(self, voice: Voice | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
+    def read(self, adapter: PersonAdapter | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
         """Read examples, and answer their prompts.
 
         Args:
-            voice: whose; the base model's without one.
+            adapter: the one that the model is under; None for the base model alone.
             examples: prompt and gold.
             new_tokens: longest answer; none are given when 0.
         """
@@ -70,9 +70,9 @@ class Scorer:
         self._here = None
         return self._model
 
-    def read(self, voice: Voice | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
+    def read(self, adapter: PersonAdapter | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
         """As in `Scores`."""
-        with self._under(voice) as model:
+        with self._under(adapter) as model:
             readings = read(model, examples)
             losses = [loss for loss, _ in readings]
             if not new_tokens:
@@ -101,9 +101,9 @@ class Scorer:
         return made[:, width:]
 
     @contextmanager
-    def _under(self, voice: Voice | None) -> Iterator[Any]:
-        if voice is not None:
-            yield self._with(voice.lora()).model
+    def _under(self, adapter: PersonAdapter | None) -> Iterator[Any]:
+        if adapter is not None:
+            yield self._with(adapter.lora()).model
         elif self._here is None:
             yield self._model
         else:

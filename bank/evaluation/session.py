@@ -19,10 +19,10 @@ from bank.evaluation.people import Person, read_people, split_histories
 from bank.evaluation.records import Record, Records
 from bank.evaluation.report.lamp_files import LAMP_FOLDER, write_lamp_files
 from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_curves, draw_gains, draw_map
-from bank.evaluation.report.summary import Row, as_json, markdown, summarise, tables
+from bank.evaluation.report.summary import MethodRow, as_json, markdown, summarise, tables
 from bank.evaluation.run import EvalOptions, Evaluation, evaluation_key
 from bank.evaluation.scoring import Scorer, Scores
-from bank.evaluation.voices import OpenBank
+from bank.evaluation.speakers import OpenBank
 from bank.items.histories import read_excluded, read_histories
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
@@ -71,7 +71,7 @@ def evaluate(
     plan: UserPlan,
     begin: Callable[[int], Callable[[int], None]],
     engine: Scores | None = None,
-) -> dict[str, list[Row]]:
+) -> dict[str, list[MethodRow]]:
     """Run what is not recorded yet, and write table and summary.
 
     Args:
@@ -79,7 +79,7 @@ def evaluate(
         options: how.
         plan: of few-shot training.
         begin: told how many pieces there are; gives what is told of every piece done.
-        engine: who speaks instead of the model in process, which then only signs and trains.
+        engine: reads the queries instead of the model in process, which then only signs and trains.
 
     Returns:
         What to read: rows of methods, by the title of their table.
@@ -108,9 +108,9 @@ def evaluate(
     scorer = Scorer(*load_base(inputs.model_folder, dtype))
 
     adapters = Adapters(bank, task_bank, scorer, inputs.embedder, plan=plan, max_tokens=options.max_tokens)
-    speaks, tokenizer = engine or scorer, scorer.tokenizer
+    scores, tokenizer = engine or scorer, scorer.tokenizer
     try:
-        Evaluation(adapters, speaks, tokenizer, task, records, options=options, key=key).run(people, on_done)
+        Evaluation(adapters, scores, tokenizer, task, records, options=options, key=key).run(people, on_done)
     finally:
         scorer.bare()  # PEFT takes its layers off with a progress bar, whose thread cannot start while Python ends
     names = {method.name for method in options.methods}

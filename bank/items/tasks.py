@@ -17,7 +17,7 @@ from typing import Literal
 from adapters.errors import excerpt
 from bank.errors import BankError
 
-Kind = Literal["labels", "score", "text"]
+AnswerKind = Literal["labels", "score", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Task:
     text: tuple[str, ...]
     memory: str
     remembering: str = "{memories}. {input}"
-    kind: Kind = "text"
+    kind: AnswerKind = "text"
     proxy: bool = False
 
     @property

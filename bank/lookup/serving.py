@@ -18,8 +18,8 @@ from bank.manifest import INDEX_FILE, BankManifest, read_manifest, verify_files
 
 
 @dataclass(frozen=True, slots=True)
-class Spoken:
-    """Who speaks for a user.
+class UserRecipe:
+    """A user's recipe, and where it comes from.
 
     Attributes:
         recipe: what is fused.
@@ -71,7 +71,7 @@ class ServingBank:
         """Whether signatures speak for users of this bank."""
         return self.manifest.weights.signature is not None
 
-    def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> Spoken:
+    def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """The recipe for a user, and the anchors behind it, the weightiest evidence first.
 
         Args:
@@ -82,9 +82,9 @@ class ServingBank:
         rule = self.manifest.weights
         if rule.signature and signature and _says_something(signature, self.manifest.short):
             weights = signature_weights(self.index, rule.signature, embedding, signature)
-            return Spoken(make_recipe(self.manifest, weights, share), weights, "signature")
+            return UserRecipe(make_recipe(self.manifest, weights, share), weights, "signature")
         weights = topic_weights(self.index, rule, embedding)
-        return Spoken(make_recipe(self.manifest, weights, share), weights, "topic")
+        return UserRecipe(make_recipe(self.manifest, weights, share), weights, "topic")
 
 
 def _says_something(signature: Signature, bank: str) -> bool:

@@ -6,7 +6,7 @@ over the items speaks about all anchors at once. What is kept of the gradient is
 all that is ever asked of it, a few numbers instead of a million, and nothing is lost. a and cᵢ are calibrated
 at build (`bank/build/calibration.py`).
 
-Plain numpy: the gateway reads signatures, only the build and the worker make them (`bank/build/signing.py`).
+Plain numpy: the gateway reads signatures, only the build and the worker make them (`bank/build/signer.py`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from adapters.fusion import fuse
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PER_MILLE, FusionRecipe, Method, Term
+from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, Term
 from bank.build.assemble import BankParts, bank_rank, write_bank
 from bank.build.selection import person_embedding
 from bank.errors import BankError
@@ -66,7 +66,7 @@ class ImportOptions:
     """
 
     task: str
-    method: Method
+    method: FusionMethod
     user_rank: int
     k: int
 
@@ -95,7 +95,7 @@ def import_bank(
     Raises:
         BankError: when an adapter cannot be read, does not fit the base model, or has no profile.
     """
-    if options.method is Method.SHARED:
+    if options.method is FusionMethod.SHARED:
         raise BankError("imported adapters have no A in common: import them with --method cat or linear")
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]

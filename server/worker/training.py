@@ -16,7 +16,7 @@ from adapters.recipe import FusionRecipe
 from adapters.training.user_run import Progress, UserPlan
 from adapters.training.user_trainer import Judgement, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
-from bank.build.signing import Signer
+from bank.build.signer import Signer
 from bank.build.training import load_base
 from bank.items.prompt import EncodedPair, encode_conversation, encode_pair
 from bank.lookup.signature import Signature, empty_signature

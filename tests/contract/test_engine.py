@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from adapters.errors import MtaError
-from adapters.recipe import FusionRecipe, Method, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
 from server.errors import EngineFailed, InvalidRequest, Unavailable
@@ -46,7 +46,7 @@ class Subject:
 
     def recipe(self, **changes: Any) -> FusionRecipe:
         """A recipe that it can serve, unless changes make it another."""
-        recipe = FusionRecipe(read_manifest(self.bank).short, Method.SHARED, True, (Term(0, 600), Term(3, 400)))
+        recipe = FusionRecipe(read_manifest(self.bank).short, FusionMethod.SHARED, True, (Term(0, 600), Term(3, 400)))
         return replace(recipe, **changes)
 
 
@@ -187,7 +187,7 @@ async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subj
     [
         {"bank": "00000000"},
         {"terms": (Term(99, 1000),)},
-        {"method": Method.CAT},
+        {"method": FusionMethod.CAT},
         {"user_adapter": f"{'a' * 26}.{'a' * 26}"},
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapters.fusion import fuse
-from adapters.recipe import FusionRecipe, Method, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bank.build.resume import WORK_FOLDER
 from bank.errors import BankError
 from bank.lookup.embedder import Embedder
@@ -58,15 +58,15 @@ def test_a_shared_bank_has_one_a_and_rows_that_are_b_alone(bench: Bench, built: 
     assert matrix.shared_a is not None
     assert matrix.rows.shape == (4, built.layout.b_numbers)
     assert all(matrix.rows[i].abs().sum() > 0 for i in range(4))
-    anchor = fuse(matrix, FusionRecipe(built.short, Method.SHARED, False, (Term(0, 1000),)))
-    both = fuse(matrix, FusionRecipe(built.short, Method.SHARED, True, (Term(0, 1000),)))
+    anchor = fuse(matrix, FusionRecipe(built.short, FusionMethod.SHARED, False, (Term(0, 1000),)))
+    both = fuse(matrix, FusionRecipe(built.short, FusionMethod.SHARED, True, (Term(0, 1000),)))
     for name in anchor.a:
         assert torch.equal(anchor.a[name], both.a[name])
 
 
-@pytest.mark.parametrize("method", [Method.SHARED, Method.CAT])
+@pytest.mark.parametrize("method", [FusionMethod.SHARED, FusionMethod.CAT])
 def test_an_anchor_explains_its_person_better_than_the_common_row_alone(
-    bench: Bench, method: Method, tiny_model_folder: Path
+    bench: Bench, method: FusionMethod, tiny_model_folder: Path
 ) -> None:
     """The dense sum of base, common row and anchor, as a recipe of that anchor is served."""
     from bank.build.training import load_base
@@ -98,15 +98,15 @@ def test_an_anchor_explains_its_person_better_than_the_common_row_alone(
         assert loss((Term(index, 1000),), index) < 0.9 * loss((), index)
 
 
-@pytest.mark.parametrize(("method", "serving"), [(Method.CAT, 16), (Method.LINEAR, 16)])
-def test_banks_of_other_methods_keep_an_a_for_every_anchor(bench: Bench, method: Method, serving: int) -> None:
+@pytest.mark.parametrize(("method", "serving"), [(FusionMethod.CAT, 16), (FusionMethod.LINEAR, 16)])
+def test_banks_of_other_methods_keep_an_a_for_every_anchor(bench: Bench, method: FusionMethod, serving: int) -> None:
     manifest = bench.build(method.value, method=method)
     assert manifest.serving_rank == serving
     assert bench.matrix(method.value, manifest).rows.shape == (4, manifest.layout.a_numbers + manifest.layout.b_numbers)
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_a_bank_without_a_common_row_says_so_and_has_none(bench: Bench, method: Method) -> None:
+@pytest.mark.parametrize("method", list(FusionMethod))
+def test_a_bank_without_a_common_row_says_so_and_has_none(bench: Bench, method: FusionMethod) -> None:
     progress = Recorder()
     manifest = bench.build(f"lone-{method}", progress, method=method, common=False)
     assert progress.begun == ["a00", "a01", "a02"]
@@ -153,8 +153,8 @@ def test_a_user_is_led_to_the_anchor_who_talks_of_the_same(
     embedder = Embedder.load(embedder_folder)
     bank = ServingBank.open(bench.folder / "plain", embedder.id)
     profile = embedder.embed(["Say 99 on baking bread"])[0]
-    spoken = bank.personalise(profile)
-    recipe, weights = spoken.recipe, spoken.weights
+    found = bank.personalise(profile)
+    recipe, weights = found.recipe, found.weights
     assert weights[0].similarity == max(w.similarity for w in weights) > 0.5
     assert recipe.common
     assert sum(term.weight for term in recipe.terms) == 500

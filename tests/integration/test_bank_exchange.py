@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionRecipe, Method, Term, anchor_id
+from adapters.recipe import FusionMethod, FusionRecipe, Term, anchor_id
 from bank.errors import BankError
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
@@ -25,7 +25,7 @@ from bank.peft.exchange import ImportOptions, export_anchor, import_bank
 from tests.support.people import people, write_people
 from tests.support.tiny import tiny_bank, tiny_model
 
-OPTIONS = ImportOptions(task="chat", method=Method.CAT, user_rank=4, k=2)
+OPTIONS = ImportOptions(task="chat", method=FusionMethod.CAT, user_rank=4, k=2)
 
 
 def base(folder: Path) -> Any:
@@ -57,9 +57,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], a
 
 
 @pytest.mark.parametrize("with_common", [False, True])
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("method", list(FusionMethod))
 def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
-    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, method: Method, with_common: bool
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, method: FusionMethod, with_common: bool
 ) -> None:
     bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, method=method)
     export_anchor(bank, "a02", tmp_path / "out", with_common)
@@ -150,8 +150,8 @@ def inbox(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, emb
     return Inbox(tmp_path_factory.mktemp("inbox"), tiny_model_folder, embedder_folder)
 
 
-@pytest.mark.parametrize("method", [Method.CAT, Method.LINEAR])
-def test_imported_adapters_are_anchors_with_peft_own_delta(inbox: Inbox, method: Method) -> None:
+@pytest.mark.parametrize("method", [FusionMethod.CAT, FusionMethod.LINEAR])
+def test_imported_adapters_are_anchors_with_peft_own_delta(inbox: Inbox, method: FusionMethod) -> None:
     """Rank and alpha patterns, rank-stabilised scaling, unequal ranks, unequal modules."""
     options = ImportOptions(task="chat", method=method, user_rank=4, k=2)
     manifest = inbox.bring_in(f"bank-{method}", options=options)
@@ -172,7 +172,7 @@ def test_an_imported_bank_serves_by_its_profiles(inbox: Inbox) -> None:
 
 
 def test_a_bank_survives_the_way_out_and_in(inbox: Inbox, tmp_path: Path, embedder_folder: Path) -> None:
-    bank = tiny_bank(tmp_path / "bank", inbox.model, embedder_folder, method=Method.CAT, common=False, anchors=3)
+    bank = tiny_bank(tmp_path / "bank", inbox.model, embedder_folder, method=FusionMethod.CAT, common=False, anchors=3)
     adapters = [tmp_path / anchor_id(i) for i in range(3)]
     for adapter in adapters:
         export_anchor(bank, adapter.name, adapter)
@@ -184,7 +184,7 @@ def test_a_bank_survives_the_way_out_and_in(inbox: Inbox, tmp_path: Path, embedd
 
 def test_imports_that_make_no_bank_are_refused(inbox: Inbox, tmp_path: Path) -> None:
     with pytest.raises(BankError, match="--method cat or linear"):
-        inbox.bring_in("no", options=ImportOptions(task="chat", method=Method.SHARED, user_rank=4, k=2))
+        inbox.bring_in("no", options=ImportOptions(task="chat", method=FusionMethod.SHARED, user_rank=4, k=2))
     with pytest.raises(BankError, match=r"no profile for \['stabilised'\]"):
         inbox.bring_in("no", profiles=inbox.profiles_of("plain", "patterned"))
     with pytest.raises(BankError, match=r"these repeat: \['plain'\]"):

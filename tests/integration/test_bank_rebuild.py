@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from bank.build.resume import WORK_FOLDER, workbench
 from bank.errors import BankError
 from bank.lookup.summary import summarise
@@ -61,7 +61,7 @@ def test_two_builds_in_one_folder_are_refused(bench: Bench) -> None:
         ({"task": "poems"}, "unknown task 'poems'"),
         ({"common": False, "strength": 0.5}, "drop --strength or --no-common"),
         ({"rank": 512}, "above vLLM's largest"),
-        ({"method": Method.CAT, "k": 200, "anchors": 200}, "above vLLM's largest"),
+        ({"method": FusionMethod.CAT, "k": 200, "anchors": 200}, "above vLLM's largest"),
         ({"anchors": 0}, "--anchors must be at least 1"),
         ({"steps": -1}, "--steps must be at least 1"),
         ({"learning_rate": 0.0}, "--learning-rate must be between"),

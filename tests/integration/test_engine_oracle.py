@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionRecipe, Method, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
 from bench.dense import dense_adapter, token_logprobs
 from tests.support.engine import running_engine
@@ -26,7 +26,11 @@ CASES: list[tuple[bool, tuple[Term, ...]]] = [
     (True, (Term(0, 100), Term(3, 900))),
 ]
 
-TARGETS = {Method.LINEAR: ["q_proj", "k_proj", "up_proj", "down_proj"], Method.SHARED: None, Method.CAT: None}
+TARGETS = {
+    FusionMethod.LINEAR: ["q_proj", "k_proj", "up_proj", "down_proj"],
+    FusionMethod.SHARED: None,
+    FusionMethod.CAT: None,
+}
 
 
 def open_matrix(bank: Path) -> tuple[BankManifest, MetaMatrix]:
@@ -34,13 +38,15 @@ def open_matrix(bank: Path) -> tuple[BankManifest, MetaMatrix]:
     return manifest, MetaMatrix.open(bank / MATRIX_FILE, manifest.layout, len(manifest.anchors), manifest.common)
 
 
-@pytest.mark.parametrize("methods", [(Method.LINEAR, Method.SHARED), (Method.CAT,)], ids=["linear+shared", "cat"])
+@pytest.mark.parametrize(
+    "methods", [(FusionMethod.LINEAR, FusionMethod.SHARED), (FusionMethod.CAT,)], ids=["linear+shared", "cat"]
+)
 @pytest.mark.parametrize("tensor_parallel", [1, 2], ids=["tp1", "tp2"])
 def test_engine_and_dense_model_give_the_same_log_probabilities(
     tmp_path: Path,
     tiny_model_folder: Path,
     embedder_folder: Path,
-    methods: tuple[Method, ...],
+    methods: tuple[FusionMethod, ...],
     tensor_parallel: int,
 ) -> None:
     """Two banks at once where there are two methods, of other modules: an engine serves both while a fleet moves."""

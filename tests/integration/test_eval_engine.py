@@ -12,7 +12,7 @@ from adapters.recipe import FusionRecipe, Term
 from adapters.user_adapter import UserAdapterKind
 from bank.build.training import load_base
 from bank.evaluation.scoring import Scorer, Scores
-from bank.evaluation.voices import OpenBank, Voice
+from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.prompt import EncodedPair, encode_pair
 from bank.lookup.embedder import Embedder
 from server.cli.eval.engine import EngineScores
@@ -48,17 +48,17 @@ def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> It
         yield scores
 
 
-def voices(bank: OpenBank) -> dict[str, Voice | None]:
+def adapters(bank: OpenBank) -> dict[str, PersonAdapter | None]:
     """The base model, a recipe, and user adapters of both kinds stacked on it."""
     recipe = FusionRecipe(bank.manifest.short, bank.manifest.method, True, (Term(0, 400), Term(3, 300)))
     trained = {kind.value: random_user_adapter(bank.manifest, recipe, kind).weights for kind in UserAdapterKind}
-    stacked = {name: Voice(bank, recipe, weights) for name, weights in trained.items()}
-    return {"base": None, "merged": Voice(bank, recipe), **stacked}
+    stacked = {name: PersonAdapter(bank, recipe, weights) for name, weights in trained.items()}
+    return {"base": None, "merged": PersonAdapter(bank, recipe), **stacked}
 
 
-def answers(scores: Scores, voice: Voice | None, examples: list[EncodedPair], tokens: int) -> list[str]:
+def answers(scores: Scores, adapter: PersonAdapter | None, examples: list[EncodedPair], tokens: int) -> list[str]:
     """Without a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
-    return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(voice, examples, tokens)]
+    return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(adapter, examples, tokens)]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def examples(scorer: Scorer) -> list[EncodedPair]:
 def test_losses_are_those_in_process(
     bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair]
 ) -> None:
-    found = {name: engine.read(voice, examples) for name, voice in voices(bank).items()}
-    for name, voice in voices(bank).items():
-        losses = [reading.loss for reading in scorer.read(voice, examples)]
+    found = {name: engine.read(adapter, examples) for name, adapter in adapters(bank).items()}
+    for name, adapter in adapters(bank).items():
+        losses = [reading.loss for reading in scorer.read(adapter, examples)]
         assert [reading.loss for reading in found[name]] == pytest.approx(losses, abs=1e-3), name
     assert len({round(readings[0].loss, 3) for readings in found.values()}) == len(found)
     assert all(reading.answer is None for readings in found.values() for reading in readings)
@@ -82,11 +82,11 @@ def test_answers_are_those_in_process(
     bank: OpenBank, scorer: Scorer, engine: EngineScores, examples: list[EncodedPair], tokens: int
 ) -> None:
     """Of few tokens and of more, which are made in different ways."""
-    for voice in voices(bank).values():
-        assert answers(engine, voice, examples, tokens) == answers(scorer, voice, examples, tokens)
+    for adapter in adapters(bank).values():
+        assert answers(engine, adapter, examples, tokens) == answers(scorer, adapter, examples, tokens)
 
 
 def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
-    elsewhere = Voice(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
+    elsewhere = PersonAdapter(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
     with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):
         engine.read(elsewhere, [encode_pair(scorer.tokenizer, "Say 1", "1", 128)])

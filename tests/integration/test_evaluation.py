@@ -20,7 +20,7 @@ from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.run import EvalOptions
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evaluate
-from bank.evaluation.voices import OpenBank
+from bank.evaluation.speakers import OpenBank
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from server.store.samples import AdaptConfig
@@ -126,15 +126,15 @@ def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learn
     adapters = Adapters(bank, None, scorer, inputs.embedder, plan=PLAN, max_tokens=64)
     evidence = adapters.evidence(read_people(inputs.users, bank.serving.task)[0])
     merged, stacked = parse_methods("merged,stacked")
-    without = adapters.voice(merged, evidence, 0)
+    without = adapters.make(merged, evidence, 0)
     learnt = initial_lora(bank.manifest.layout.modules, 1, seed=0)
     found = []
     for weights in (learnt, None):
         evidence.trained[stacked, 0] = Judgement(weights, 1.0, 0.9, 2)
-        found.append(adapters.voice(stacked, evidence, 0))
+        found.append(adapters.make(stacked, evidence, 0))
     scorer.bare()
-    voice, rejected = found
+    kept, rejected = found
     assert rejected == without
-    assert voice is not None and without is not None and voice.trained is learnt
-    strengths = [sum(term.weight for term in each.recipe.terms) for each in (voice, without)]
+    assert kept is not None and without is not None and kept.trained is learnt
+    strengths = [sum(term.weight for term in each.recipe.terms) for each in (kept, without)]
     assert strengths[0] == round(PLAN.strength * strengths[1])

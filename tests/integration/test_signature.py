@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bank.build.signing import Signer
+from bank.build.signer import Signer
 from bank.build.training import load_base
 from bank.items.prompt import EncodedPair, encode_pair
 from bank.lookup.embedder import Embedder
@@ -79,11 +79,11 @@ def test_who_writes_like_one_anchor_about_the_topic_of_another_gets_the_one(
     for manner in MANNERS:
         signature = signer.signature(signed.short, items(base[1], WORLDS[0], manner))
         embedding = embedder.embed([f"Say 1 on {WORLDS[0]}\n1{manner}"])[0]
-        spoken = bank.personalise(embedding, signature)
-        assert spoken.source == "signature"
-        best = max(spoken.weights, key=lambda weight: weight.weight)
+        found = bank.personalise(embedding, signature)
+        assert found.source == "signature"
+        best = max(found.weights, key=lambda weight: weight.weight)
         manners[manner] = best.anchor
-        assert best.gain == max(weight.gain or 0 for weight in spoken.weights)
+        assert best.gain == max(weight.gain or 0 for weight in found.weights)
         assert bank.personalise(embedding).source == "topic"
     assert len(set(manners.values())) > 1  # one topic, several anchors
 

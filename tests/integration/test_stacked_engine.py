@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionRecipe, Method, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term
 from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
 from bench.dense import stacked_adapter, token_logprobs
@@ -55,7 +55,7 @@ class Served:
         self.engine.client.post("/mta/v1/drop", json={"user_key": USER}).raise_for_status()
 
 
-@pytest.fixture(scope="module", params=[Method.SHARED, Method.CAT])
+@pytest.fixture(scope="module", params=[FusionMethod.SHARED, FusionMethod.CAT])
 def served(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

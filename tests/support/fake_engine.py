@@ -20,7 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from adapters.errors import RecipeError
-from adapters.recipe import Method, parse_recipe
+from adapters.recipe import FusionMethod, parse_recipe
 from bank.manifest import read_manifest
 from server.supervisor.services import free_port
 
@@ -51,7 +51,7 @@ class Knobs:
 
     banks: tuple[str, ...] = ()
     anchors: int = 6
-    method: Method = Method.SHARED
+    method: FusionMethod = FusionMethod.SHARED
     context: int = 512
     admit_s: float = 0.0
     token_delay_s: float = 0.0

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.layout import RowLayout
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from adapters.training.trainer import linear_modules
 from bank.build.assemble import BankParts, write_bank
 from bank.lookup.embedder import Embedder
@@ -66,7 +66,7 @@ def tiny_bank(
     embedder_folder: Path,
     *,
     anchors: int = 4,
-    method: Method = Method.SHARED,
+    method: FusionMethod = FusionMethod.SHARED,
     common: bool = True,
     rank: int = 4,
     user_rank: int = 4,
@@ -90,7 +90,7 @@ def tiny_bank(
         seed: of the rows.
     """
     modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder), targets)
-    layout = RowLayout(modules, rank, method is Method.SHARED)
+    layout = RowLayout(modules, rank, method is FusionMethod.SHARED)
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None

@@ -1,36 +1,104 @@
-"""How sure a mean over users is: bootstrap intervals."""
+"""How sure a mean over users is: bootstrap intervals, and tests of several methods against one.
+
+BCa intervals allow for skew, not for how few users there are: over 10 users with normal differences about 90 of 100
+hold the true mean, over 20 users 93. So whether a difference is sure is for a test to say, not for the interval: if
+there were no difference, the sign of each user's could as well be the other one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
 
-DRAWS = 10_000
+DRAWS = 9_999
+"""Resamples of an interval, and random sign flips of a test; up to 13 users it takes all flips and is exact."""
+
+LEVEL = 0.05
+_BATCH = 1_000  # resamples in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its 95 % interval, over `n` users."""
+    """A mean with its 95 % interval, over `n` users.
+
+    Attributes:
+        mean, low, high, n: of one difference a user.
+        p: p-value of the test that there is no difference, Holm-adjusted for all methods that were compared with the
+            same one; None where nothing was tested.
+    """
 
     mean: float
     low: float
     high: float
     n: int
+    p: float | None = None
 
     @property
-    def counts(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+    def sure(self) -> bool:
+        """Whether the test rejects that there is no difference."""
+        return self.p is not None and self.p < LEVEL
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f}, {self.n} users)"
+        star = "*" if self.sure else ""
+        return f"{self.mean:+.4f}{star} ({self.low:+.4f} to {self.high:+.4f}, {self.n} users)"
 
 
 def over_users(differences: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of one difference a user, and the middle 95 % of the means of users drawn with replacement."""
-    values = np.asarray(differences, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    """The mean of one difference a user, and its bias-corrected and accelerated (BCa) bootstrap interval.
+
+    One user, or users who all differ by the same, have nothing to resample: the interval is the mean itself.
+    """
+    values = np.asarray(differences, np.float64)
+    mean, n = float(values.mean()), len(values)
+    if n < 2 or np.allclose(values, mean, rtol=1e-9, atol=1e-12):
+        return Interval(mean, mean, mean, n)
+    drawn = stats.bootstrap(
+        (values,), np.mean, n_resamples=DRAWS, batch=_BATCH, method="BCa", rng=np.random.default_rng(seed)
+    )
+    low, high = drawn.confidence_interval
+    return Interval(mean, float(low), float(high), n)
+
+
+def against_one(differences: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, Interval]:
+    """Several methods compared with one over the same users: an interval for each, tested and Holm-adjusted together.
+
+    Args:
+        differences: by method, one difference a user.
+        seed: of what is drawn.
+    """
+    if not differences:
+        return {}
+    adjusted = holm(sign_flip_p(list(differences.values()), seed))
+    return {
+        name: replace(over_users(values, seed), p=p)
+        for (name, values), p in zip(differences.items(), adjusted, strict=True)
+    }
+
+
+def sign_flip_p(differences: Sequence[Sequence[float]], seed: int = 0) -> list[float]:
+    """Two-sided p-values of paired sign-flip permutation tests, one for each row of differences [M, users]."""
+    values = np.asarray(differences, np.float64)
+    if values.shape[1] < 2:
+        return [1.0] * len(values)
+    found = stats.permutation_test(
+        (values,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=DRAWS,
+        batch=_BATCH,
+        axis=-1,
+        rng=np.random.default_rng(seed),
+    )
+    return [float(p) for p in found.pvalue]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: the chance of one false finding among all stays below the level (Holm, 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted

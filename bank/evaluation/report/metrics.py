@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from bank.items.tasks import Kind, Task
+from bank.items.tasks import AnswerKind, Task
 
 LOWEST, HIGHEST = 1.0, 5.0
 
@@ -83,7 +83,7 @@ def _texts(task: Task, predictions: Sequence[str], golds: Sequence[str]) -> dict
     return {"rouge1": sum(a for a, _ in pairs) / len(pairs), "rougeL": sum(b for _, b in pairs) / len(pairs)}
 
 
-_METRICS: Mapping[Kind, Callable[[Task, Sequence[str], Sequence[str]], dict[str, float]]] = {
+_METRICS: Mapping[AnswerKind, Callable[[Task, Sequence[str], Sequence[str]], dict[str, float]]] = {
     "labels": _labels,
     "score": _scores,
     "text": _texts,

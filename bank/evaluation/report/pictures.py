@@ -42,7 +42,7 @@ def draw_gains(records: Sequence[Record], path: Path, *, against: str, methods: 
 
 
 def draw_map(anchors: Vectors, people: Vectors, nearest: Sequence[Sequence[int]], path: Path) -> None:
-    """Anchors and users on the two main axes of the anchors' embeddings, each user tied to the anchors that speak.
+    """Anchors and users on the two main axes of the anchors' embeddings, each user tied to the anchors of their recipe.
 
     Args:
         anchors: [N, E].
@@ -70,7 +70,7 @@ def draw_map(anchors: Vectors, people: Vectors, nearest: Sequence[Sequence[int]]
 
 
 def draw_curves(records: Sequence[Record], path: Path) -> bool:
-    """Loss of `merged` against how many anchors speak, and against how many items are known.
+    """Loss of `merged` against how many anchors are fused, and against how many items are known.
 
     The dashed line is the bank's own rule with everything known, for the same users. Returns False where there are no
     such records.

@@ -10,16 +10,21 @@ import numpy as np
 
 from bank.evaluation.methods import parse_method
 from bank.evaluation.records import Record
-from bank.evaluation.report.intervals import Interval, over_users
+from bank.evaluation.report.intervals import LEVEL, Interval, against_one, over_users
 from bank.evaluation.report.metrics import evaluate
 from bank.items.tasks import Task
 
 COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")
 """Whose loss a table sets the others' against."""
 
+CAPTION = (
+    "In brackets the 95 % interval of each difference (BCa bootstrap over people). A difference is bold where it is "
+    f"sure: p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in its column."
+)
+
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MethodRow:
     """What one method came to.
 
     Attributes:
@@ -39,28 +44,24 @@ class Row:
     rejected: float
 
 
-def summarise(records: Sequence[Record], task: Task) -> list[Row]:
+def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
     """One row a method, the best loss last."""
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_method[record.method].append(record)
     losses = user_losses(records)
+    against = _compared(losses)
     rows = []
     for method, found in by_method.items():
-        others = {
-            other: over_users([losses[method][user] - losses[other][user] for user in losses[method]])
-            for other in by_method
-            if other != method and losses[other].keys() >= losses[method].keys()
-        }
         answers = [record.prediction for record in found if record.prediction is not None]
         metrics = evaluate(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {}
         rejected = float(np.mean([record.rejected for record in found]))
         loss = float(np.mean(list(losses[method].values())))
-        rows.append(Row(method, len(losses[method]), loss, metrics, others, rejected))
+        rows.append(MethodRow(method, len(losses[method]), loss, metrics, against[method], rejected))
     return sorted(rows, key=lambda row: -row.loss)
 
 
-def tables(rows: Sequence[Row], records: Sequence[Record], task: Task) -> dict[str, list[Row]]:
+def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
     """What to read, by title: the methods that everyone was evaluated with, and where others, or predictions, were for
     some people only, all methods over those; the points of curves are left out.
 
@@ -81,15 +82,39 @@ def tables(rows: Sequence[Row], records: Sequence[Record], task: Task) -> dict[s
     return found
 
 
-def columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
     """What a table of these rows has columns for: the metrics, and those of `COMPARED` that are among them."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     return metrics, [name for name in COMPARED if any(row.method == name for row in rows)]
 
 
-def markdown(found: Mapping[str, Sequence[Row]]) -> str:
-    """Tables by title, in Markdown: with intervals, bold where they exclude zero."""
-    return "\n\n".join(f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()) + "\n"
+def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
+    """Tables by title, in Markdown: with intervals, bold where a difference is sure, and a caption."""
+    blocks = [f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()]
+    return "\n\n".join([*blocks, CAPTION]) + "\n"
+
+
+def _compared(losses: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, Interval]]:
+    """By method, its loss less each other method's: those over whose users it was evaluated, in the order of `losses`.
+
+    What stands in one column of a table is tested together: all over the same users, but for the points of curves.
+    """
+    found: dict[str, dict[str, Interval]] = {method: {} for method in losses}
+    for other, theirs in losses.items():
+        differences = {
+            method: [loss - theirs[user] for user, loss in ours.items()]
+            for method, ours in losses.items()
+            if method != other and theirs.keys() >= ours.keys()
+        }
+        column = {
+            method: values
+            for method, values in differences.items()
+            if len(values) == len(theirs) and not (parse_method(method).varied or parse_method(other).varied)
+        }
+        tested = against_one(column)
+        for method, values in differences.items():
+            found[method][other] = tested.get(method) or over_users(values)
+    return found
 
 
 def _sample(records: Sequence[Record]) -> set[str]:
@@ -103,7 +128,7 @@ def _sample(records: Sequence[Record]) -> set[str]:
     return set.intersection(*(answered[method] or found for method, found in users.items()))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[MethodRow]) -> str:
     metrics, compared = columns(rows)
     head = ["method", "loss", *metrics, *(f"loss against {name}" for name in compared)]
     lines = [head, ["---"] * len(head)]
@@ -114,7 +139,7 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
+def as_json(rows: Sequence[MethodRow]) -> list[dict[str, object]]:
     """The same as JSON."""
     return [asdict(row) for row in rows]
 
@@ -123,7 +148,7 @@ def _cell(interval: Interval | None) -> str:
     if interval is None:
         return ""
     text = f"{interval.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
-    return f"**{text}**" if interval.counts else text
+    return f"**{text}**" if interval.sure else text
 
 
 def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from adapters.recipe import Method
+from adapters.recipe import FusionMethod
 from bank.build.options import BuildInputs, BuildOptions
 from bank.errors import BankError
 from server.cli.process import prepare_to_train
@@ -38,7 +38,7 @@ def build(
     outputs: Annotated[Path | None, typer.Option(help="LaMP's outputs file, beside its questions.")] = None,
     exclude: Annotated[Path | None, typer.Option(help="People to leave out: the same layout, or ids.")] = None,
     anchors: Annotated[int, typer.Option(help="How many anchors, exactly.")] = DEFAULTS.anchors,
-    method: Annotated[Method, typer.Option(help="How recipes are fused.")] = DEFAULTS.method,
+    method: Annotated[FusionMethod, typer.Option(help="How recipes are fused.")] = DEFAULTS.method,
     common: Annotated[bool, typer.Option("--common/--no-common", help="A row that all users share.")] = True,
     rank: Annotated[int, typer.Option(help="Rank of every meta-LoRA.")] = DEFAULTS.rank,
     user_rank: UserRankOption = DEFAULTS.user_rank,
@@ -177,7 +177,7 @@ def import_(
     ],
     out: OutOption,
     task: Annotated[str, typer.Option(help="What the profiles' items are.")] = "chat",
-    method: Annotated[Method, typer.Option(help="How recipes are fused: cat or linear.")] = Method.CAT,
+    method: Annotated[FusionMethod, typer.Option(help="How recipes are fused: cat or linear.")] = FusionMethod.CAT,
     user_rank: UserRankOption = DEFAULTS.user_rank,
     k: TopOption = DEFAULTS.k,
     model: ModelOption = None,

@@ -11,11 +11,11 @@ import typer
 
 from server.cli.process import prepare_to_train
 
-Task = Annotated[str | None, typer.Option(help="Must be the bank's.", show_default="the bank's")]
+TaskName = Annotated[str | None, typer.Option(help="Must be the bank's.", show_default="the bank's")]
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/quality.md.", show_default="all")]
 Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate answers, for LaMP's metrics.")]
 Curves = Annotated[bool, typer.Option("--curves/--no-curves", help="Merged with other k and fewer items too.")]
-Sample = Annotated[
+SampleSize = Annotated[
     int,
     typer.Option(help="What is costly (few-shot adapters, curves, texts) for the first so many people only.", min=2),
 ]
@@ -29,11 +29,11 @@ def evaluate(
     users: Annotated[Path, typer.Option(help="People with profile and queries: LaMP's per-user layout.")],
     bank: Annotated[Path, typer.Option(help="The bank to evaluate.")],
     out: Annotated[Path, typer.Option(help="Folder of records, table and pictures; a killed run goes on there.")],
-    task: Task = None,
+    task: TaskName = None,
     methods: Methods = None,
     seeds: Annotated[int, typer.Option(help="Runs that differ in what is random or trained.", min=1)] = 1,
     people: Annotated[int | None, typer.Option(help="Only the first so many.", min=2, show_default="all")] = None,
-    sample: Sample = 10,
+    sample: SampleSize = 10,
     predict: Predict = True,
     curves: Curves = True,
     last: Last = 0,
@@ -82,8 +82,8 @@ def evaluate(
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    speaking = EngineScores(engine_url, key, lambda: adapters_at(settings.redis_url)) if engine_url else nullcontext()
-    with Progress(*columns, console=console) as progress, speaking as engine:
+    opened = EngineScores(engine_url, key, lambda: adapters_at(settings.redis_url)) if engine_url else nullcontext()
+    with Progress(*columns, console=console) as progress, opened as engine:
 
         def begin(pieces: int) -> Callable[[int], None]:
             bar = progress.add_task("evaluating", total=pieces)

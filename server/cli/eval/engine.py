@@ -1,6 +1,6 @@
 """Evaluating through a running engine: the same losses and answers, from what serves them.
 
-The loss of a gold answer is read from vLLM's `prompt_logprobs` under the voice's recipe name. What was trained for a
+The loss of a gold answer is read from vLLM's `prompt_logprobs` under the adapter's recipe name. What was trained for a
 user is lent to the engine's store under a made-up user's key.
 """
 
@@ -24,7 +24,7 @@ from adapters.errors import MtaError, excerpt
 from adapters.training.packing import Example
 from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.scoring import Reading
-from bank.evaluation.voices import Voice
+from bank.evaluation.speakers import PersonAdapter
 from server.gateway.engines.chat import BASE_MODEL, bearer, open_session
 from server.store.adapters import StoredAdapter
 from server.store.samples import new_adapter_id
@@ -41,7 +41,7 @@ class Lends(Protocol):
 
 
 class EngineScores:
-    """A running engine that speaks; to be used as a context.
+    """A running engine that reads the queries; to be used as a context.
 
     Args:
         url: the engine's own, not a gateway's.
@@ -68,20 +68,20 @@ class EngineScores:
         self._runner.run(self._opened.aclose())
         self._runner.close()
 
-    def read(self, voice: Voice | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
+    def read(self, adapter: PersonAdapter | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
         """As in `bank.evaluation.scoring.Scores`.
 
         Raises:
-            MtaError: when the engine cannot be reached, or does not serve this voice.
+            MtaError: when the engine cannot be reached, or does not serve this adapter.
         """
         asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answers = self._answers(voice, [asked | {"prompt": list(example.ids)} for example in examples])
+        answers = self._answers(adapter, [asked | {"prompt": list(example.ids)} for example in examples])
         losses = [_loss(answer, example) for answer, example in zip(answers, examples, strict=True)]
         if not new_tokens:
             return [Reading(loss, None) for loss in losses]
         asked = {"max_tokens": new_tokens, "temperature": 0}
         prompts = [list(example.ids[: example.loss_from]) for example in examples]
-        answers = self._answers(voice, [asked | {"prompt": prompt} for prompt in prompts])
+        answers = self._answers(adapter, [asked | {"prompt": prompt} for prompt in prompts])
         texts = [answer["choices"][0]["text"].strip() for answer in answers]
         return [Reading(loss, text) for loss, text in zip(losses, texts, strict=True)]
 
@@ -89,28 +89,28 @@ class EngineScores:
         self._session = await self._opened.enter_async_context(open_session(SILENCE_S))
         self._lender = await self._opened.enter_async_context(self._store())
 
-    def _answers(self, voice: Voice | None, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _answers(self, adapter: PersonAdapter | None, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """One completion for each body, all at the same time."""
 
         async def ask() -> list[dict[str, Any]]:
-            model = await self._name(voice)
+            model = await self._name(adapter)
             return await asyncio.gather(*(self._complete({"model": model} | body) for body in bodies))
 
         return self._runner.run(ask())
 
-    async def _name(self, voice: Voice | None) -> str:
-        """The name under which the engine serves a voice; what was trained is lent to its store once."""
-        if voice is None:
+    async def _name(self, adapter: PersonAdapter | None) -> str:
+        """The name under which the engine serves an adapter; what was trained is lent to its store once."""
+        if adapter is None:
             return BASE_MODEL
-        user = voice.user_adapter
+        user = adapter.user_adapter
         if user is None:
-            return voice.recipe.name
-        raw = encode_user_adapter(voice.bank.manifest.layout, user)
+            return adapter.recipe.name
+        raw = encode_user_adapter(adapter.bank.manifest.layout, user)
         digest = hashlib.sha256(raw).hexdigest()
         if digest not in self._lent:
             key, adapter_id = self._keys.key(digest), new_adapter_id()
             await self._lender.lend(key, StoredAdapter(adapter_id, user.recipe, digest, raw), LENT_S)
-            self._lent[digest] = replace(voice.recipe, user_adapter=f"{key}.{adapter_id}").name
+            self._lent[digest] = replace(adapter.recipe, user_adapter=f"{key}.{adapter_id}").name
         return self._lent[digest]
 
     async def _complete(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -7,23 +7,24 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bank.evaluation.report.intervals import Interval
-from bank.evaluation.report.summary import Row, columns
+from bank.evaluation.report.intervals import LEVEL, Interval
+from bank.evaluation.report.summary import MethodRow, columns
 from bank.evaluation.session import TABLE_FILE
 
 
-def print_tables(found: Mapping[str, Sequence[Row]], console: Console) -> None:
+def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
     """Print rows of methods, each table under its title, and how to read them."""
     for title, rows in found.items():
         console.print(_table(title, rows))
         console.print()
     console.print(
         "loss in nats a token, the lower the better; then the task's metrics; then the loss less that of another "
-        f"method, with a star where the 95 % interval over people excludes zero. All intervals are in {TABLE_FILE}."
+        f"method, with a star where it is sure: p is below {LEVEL} in a paired sign-flip test over people, after "
+        f"Holm's correction for all methods in its column. The 95 % intervals are in {TABLE_FILE}."
     )
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
+def _table(title: str, rows: Sequence[MethodRow]) -> Table:
     metrics, compared = columns(rows)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
@@ -38,4 +39,4 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 def _gain(interval: Interval | None) -> str:
     if interval is None:
         return ""
-    return f"[bold]{interval.mean:+.3f}*[/bold]" if interval.counts else f"{interval.mean:+.3f} "
+    return f"[bold]{interval.mean:+.3f}*[/bold]" if interval.sure else f"{interval.mean:+.3f} "

@@ -37,8 +37,8 @@ class Level(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Voice:
-    """One anchor that speaks for a user.
+class AnchorShare:
+    """One anchor's share in a user's recipe, as an answer tells it.
 
     Attributes:
         id: its public id, e.g. `a03`.
@@ -69,7 +69,7 @@ class Personalization:
     level: Level
     recipe: FusionRecipe | None = None
     source: str | None = None
-    anchors: tuple[Voice, ...] = ()
+    anchors: tuple[AnchorShare, ...] = ()
     reason: str | None = None
     profile: Profile | None = field(default=None, compare=False, repr=False)
 
@@ -147,27 +147,27 @@ class Personalizer:
         Runs on the event loop: on one core the whole of it takes 30 µs over 12 anchors and 0.6 ms over 10,000 (the
         most that are searched exhaustively), which is what handing it to a thread and back would cost.
         """
-        spoken = self._bank.personalise(profile.embedding, profile.evidence)
-        level, recipe = Level.MERGED, spoken.recipe
+        merged = self._bank.personalise(profile.embedding, profile.evidence)
+        level, recipe = Level.MERGED, merged.recipe
         if stacked and profile.adapter is not None:
             trained_on = parse_recipe(profile.adapter.recipe)
             if trained_on.bank == self._bank.manifest.short:
                 adapter = f"{self._profiles.key(profile.user_id)}.{profile.adapter.id}"
                 level, recipe = Level.STACKED, replace(trained_on, user_adapter=adapter)
-        found = {share.anchor: share for share in spoken.weights}
-        voices = [_voice(term, found.get(term.anchor)) for term in recipe.terms]
-        voices.sort(key=lambda voice: (-voice.weight, voice.id))
-        return Personalization(level, recipe, spoken.source, tuple(voices), profile=profile)
+        weights = {weight.anchor: weight for weight in merged.weights}
+        shares = [_share(term, weights.get(term.anchor)) for term in recipe.terms]
+        shares.sort(key=lambda share: (-share.weight, share.id))
+        return Personalization(level, recipe, merged.source, tuple(shares), profile=profile)
 
     def is_stale(self, adapter: AdapterNote) -> bool:
         """Whether a user adapter is of another bank: it is never served with this one."""
         return parse_recipe(adapter.recipe).bank != self._bank.manifest.short
 
 
-def _voice(term: Term, share: AnchorWeight | None) -> Voice:
-    similarity = round(share.similarity, 4) if share else None
-    gain = round(share.gain, 4) if share and share.gain is not None else None
-    return Voice(anchor_id(term.anchor), term.weight / PER_MILLE, similarity, gain)
+def _share(term: Term, weight: AnchorWeight | None) -> AnchorShare:
+    similarity = round(weight.similarity, 4) if weight else None
+    gain = round(weight.gain, 4) if weight and weight.gain is not None else None
+    return AnchorShare(anchor_id(term.anchor), term.weight / PER_MILLE, similarity, gain)
 
 
 def fallen_back(personalization: Personalization) -> Personalization:

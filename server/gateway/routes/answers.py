@@ -175,8 +175,8 @@ def personalization_answer(personalization: Personalization, timings: Timings) -
 def anchors(personalization: Personalization) -> list[AnchorAnswer]:
     """The anchors as clients see them."""
     return [
-        AnchorAnswer(id=voice.id, weight=voice.weight, similarity=voice.similarity, gain=voice.gain)
-        for voice in personalization.anchors
+        AnchorAnswer(id=share.id, weight=share.weight, similarity=share.similarity, gain=share.gain)
+        for share in personalization.anchors
     ]
 
 

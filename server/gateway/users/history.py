@@ -14,7 +14,7 @@ import orjson
 from bank.items.profile import Item
 from server.store.profiles import StoredItem
 
-History = Mapping[str, StoredItem]
+StoredItems = Mapping[str, StoredItem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Difference:
     changed: int
 
 
-def replaced(current: History, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
+def replaced(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
     """The history that holds the given items alone, the newest within the limit, in the order given."""
     fresh = _newest(_distinct(given), limit)
     if list(fresh) == list(current):  # the same items in the same order: their places stay as they are
@@ -53,7 +53,7 @@ def replaced(current: History, given: Sequence[Item], limit: HistoryLimit) -> di
     return {name: StoredItem(order, fields) for order, (name, fields) in enumerate(fresh.items())}
 
 
-def added(current: History, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
+def added(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
     """The history with the given items added, cut to the limit: the oldest that were not given go first."""
     distinct = _distinct(given)
     untouched = {name: item.fields for name, item in current.items() if name not in distinct}
@@ -64,7 +64,7 @@ def added(current: History, given: Sequence[Item], limit: HistoryLimit) -> dict[
     return merged | {name: StoredItem(order, kept[name]) for order, name in enumerate(new, order)}
 
 
-def difference(before: History, after: History) -> Difference:
+def difference(before: StoredItems, after: StoredItems) -> Difference:
     """What must be written to turn one history into the other."""
     put = {name: item for name, item in after.items() if before.get(name) != item}
     drop = tuple(name for name in before if name not in after)

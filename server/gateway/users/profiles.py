@@ -15,7 +15,7 @@ import numpy as np
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from server.errors import Unavailable, UserErased
-from server.gateway.users.history import History, HistoryLimit, added, difference, replaced
+from server.gateway.users.history import HistoryLimit, StoredItems, added, difference, replaced
 from server.store.profile_record import as_stored
 from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
 from server.store.signing import SignQueue
@@ -146,7 +146,9 @@ class Profiles:
         except (_NoItems, UserErased):
             return None
 
-    async def _change(self, user_id: str, apply: Callable[[History], History], epoch: str | None = None) -> Changed:
+    async def _change(
+        self, user_id: str, apply: Callable[[StoredItems], StoredItems], epoch: str | None = None
+    ) -> Changed:
         """Read, apply, embed what has no embedding yet, and commit; from the start when somebody else was faster."""
         key = self._keys.key(user_id)
         made: dict[tuple[str, str], Vectors] = {}  # by id and text: survives a lost race
@@ -175,7 +177,7 @@ class Profiles:
         )
 
     async def _vectors(
-        self, snapshot: Snapshot, history: History, made: dict[tuple[str, str], Vectors]
+        self, snapshot: Snapshot, history: StoredItems, made: dict[tuple[str, str], Vectors]
     ) -> tuple[dict[str, Vectors], dict[str, StoredVector]]:
         """The embedding of every item [E], and those of them that the store lacks."""
         texts = {name: self._text(name, item) for name, item in history.items()}

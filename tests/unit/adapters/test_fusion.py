@@ -12,16 +12,16 @@ from adapters.fusion import check_recipe, fuse
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix, write_matrix
-from adapters.recipe import FusionRecipe, Method, Term
+from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bench.dense import dense_delta, dense_parts
 
 MODULES = (ModuleShape("q", 24, 16), ModuleShape("down", 40, 24))
 ANCHORS, RANK = 5, 4
 
 
-def make_matrix(folder: Path, method: Method, common: bool) -> MetaMatrix:
+def make_matrix(folder: Path, method: FusionMethod, common: bool) -> MetaMatrix:
     """A matrix of random rows, written and opened again."""
-    layout = RowLayout(MODULES, RANK, method is Method.SHARED)
+    layout = RowLayout(MODULES, RANK, method is FusionMethod.SHARED)
     generator = torch.Generator().manual_seed(7)
     rows = [torch.randn(layout.row_numbers, generator=generator) for _ in range(ANCHORS + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) if layout.shared_a else None
@@ -30,11 +30,11 @@ def make_matrix(folder: Path, method: Method, common: bool) -> MetaMatrix:
     return MetaMatrix.open(path, layout, ANCHORS, common)
 
 
-def recipe(method: Method, common: bool, *terms: tuple[int, int]) -> FusionRecipe:
+def recipe(method: FusionMethod, common: bool, *terms: tuple[int, int]) -> FusionRecipe:
     return FusionRecipe("0" * 8, method, common, tuple(Term(a, w) for a, w in terms))
 
 
-@pytest.mark.parametrize("method", list(Method))
+@pytest.mark.parametrize("method", list(FusionMethod))
 @pytest.mark.parametrize(
     ("common", "terms"),
     [
@@ -47,7 +47,7 @@ def recipe(method: Method, common: bool, *terms: tuple[int, int]) -> FusionRecip
     ],
 )
 def test_the_fused_delta_is_the_methods_own_formula(
-    tmp_path: Path, method: Method, common: bool, terms: list[tuple[int, int]]
+    tmp_path: Path, method: FusionMethod, common: bool, terms: list[tuple[int, int]]
 ) -> None:
     matrix = make_matrix(tmp_path, method, common)
     wanted = recipe(method, common, *terms)
@@ -60,8 +60,8 @@ def test_the_fused_delta_is_the_methods_own_formula(
         )
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_one_anchor_alone_is_that_anchors_own_lora(tmp_path: Path, method: Method) -> None:
+@pytest.mark.parametrize("method", list(FusionMethod))
+def test_one_anchor_alone_is_that_anchors_own_lora(tmp_path: Path, method: FusionMethod) -> None:
     matrix = make_matrix(tmp_path, method, common=False)
     fused = fuse(matrix, recipe(method, False, (3, 1000)), torch.float32)
     assert fused.rank == RANK
@@ -71,8 +71,8 @@ def test_one_anchor_alone_is_that_anchors_own_lora(tmp_path: Path, method: Metho
         torch.testing.assert_close(fused.b[module.name], b.float())
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_renumbering_the_anchors_changes_nothing(tmp_path: Path, method: Method) -> None:
+@pytest.mark.parametrize("method", list(FusionMethod))
+def test_renumbering_the_anchors_changes_nothing(tmp_path: Path, method: FusionMethod) -> None:
     matrix = make_matrix(tmp_path, method, common=False)
     order = [4, 2, 0, 1, 3]
     shuffled = MetaMatrix(matrix.layout, matrix.rows[order], ANCHORS, False, matrix.shared_a)
@@ -84,16 +84,16 @@ def test_renumbering_the_anchors_changes_nothing(tmp_path: Path, method: Method)
 
 def test_linear_weighs_by_the_square_and_so_differs_from_cat(tmp_path: Path) -> None:
     terms = [(0, 500), (1, 500)]
-    matrix = make_matrix(tmp_path, Method.LINEAR, common=False)
-    linear = fuse(matrix, recipe(Method.LINEAR, False, *terms), torch.float32).delta("q")
-    cat = fuse(matrix, recipe(Method.CAT, False, *terms), torch.float32).delta("q")
+    matrix = make_matrix(tmp_path, FusionMethod.LINEAR, common=False)
+    linear = fuse(matrix, recipe(FusionMethod.LINEAR, False, *terms), torch.float32).delta("q")
+    cat = fuse(matrix, recipe(FusionMethod.CAT, False, *terms), torch.float32).delta("q")
     (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.row(i), MODULES[0]) for i in (0, 1))
     cross = (b0 @ a1 + b1 @ a0).float() / 4
     torch.testing.assert_close(linear, cat / 2 + cross, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [Method.CAT, Method.SHARED])
-def test_unequal_weights_stay_with_their_anchors(tmp_path: Path, method: Method) -> None:
+@pytest.mark.parametrize("method", [FusionMethod.CAT, FusionMethod.SHARED])
+def test_unequal_weights_stay_with_their_anchors(tmp_path: Path, method: FusionMethod) -> None:
     """The released merger hands each anchor the other one's weight."""
     matrix = make_matrix(tmp_path, method, common=False)
     fused = fuse(matrix, recipe(method, False, (0, 900), (1, 100)), torch.float32)
@@ -104,8 +104,8 @@ def test_unequal_weights_stay_with_their_anchors(tmp_path: Path, method: Method)
 
 
 def test_shared_fusion_keeps_one_a_for_all(tmp_path: Path) -> None:
-    matrix = make_matrix(tmp_path, Method.SHARED, common=True)
-    fused = fuse(matrix, recipe(Method.SHARED, True, (0, 400), (2, 100)))
+    matrix = make_matrix(tmp_path, FusionMethod.SHARED, common=True)
+    fused = fuse(matrix, recipe(FusionMethod.SHARED, True, (0, 400), (2, 100)))
     assert matrix.shared_a is not None
     assert fused.a["q"].untyped_storage().data_ptr() == matrix.shared_a.untyped_storage().data_ptr()
 
@@ -113,18 +113,18 @@ def test_shared_fusion_keeps_one_a_for_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (recipe(Method.CAT, False, (0, 1000)), "fuses by `shared`"),
-        (recipe(Method.SHARED, True, (0, 1000)), "no common row"),
-        (recipe(Method.SHARED, False, (0, 400), (1, 300), (2, 300)), "at most 2 anchors"),
-        (recipe(Method.SHARED, False, (9, 1000)), "anchors a00 to a04"),
+        (recipe(FusionMethod.CAT, False, (0, 1000)), "fuses by `shared`"),
+        (recipe(FusionMethod.SHARED, True, (0, 1000)), "no common row"),
+        (recipe(FusionMethod.SHARED, False, (0, 400), (1, 300), (2, 300)), "at most 2 anchors"),
+        (recipe(FusionMethod.SHARED, False, (9, 1000)), "anchors a00 to a04"),
     ],
 )
 def test_a_recipe_the_bank_cannot_fuse_is_refused_with_the_reason(wanted: FusionRecipe, message: str) -> None:
     with pytest.raises(FusionError, match=message):
-        check_recipe(wanted, method=Method.SHARED, anchors=ANCHORS, max_anchors=2, common=False)
+        check_recipe(wanted, method=FusionMethod.SHARED, anchors=ANCHORS, max_anchors=2, common=False)
 
 
 def test_a_matrix_of_another_shape_is_refused(tmp_path: Path) -> None:
-    make_matrix(tmp_path, Method.CAT, common=False)
+    make_matrix(tmp_path, FusionMethod.CAT, common=False)
     with pytest.raises(FusionError, match="the manifest says"):
         MetaMatrix.open(tmp_path / "meta_loras.safetensors", RowLayout(MODULES, RANK, False), ANCHORS + 1, False)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import RecipeError
-from adapters.recipe import FusionRecipe, Method, Term, parse_recipe, per_mille
+from adapters.recipe import FusionMethod, FusionRecipe, Term, parse_recipe, per_mille
 
 BASE32 = string.ascii_lowercase + "234567"
 keys = st.builds(lambda head, tail: head + tail, st.text(BASE32, min_size=25, max_size=25), st.sampled_from("aeimquy4"))
@@ -25,7 +25,7 @@ def recipes(draw: st.DrawFn) -> FusionRecipe:
         terms = terms[:-1]  # beside a common row the weights may fall short of the whole
     user = draw(st.none() | st.builds(lambda a, b: f"{a}.{b}", keys, keys))
     bank = draw(st.text("0123456789abcdef", min_size=8, max_size=8))
-    return FusionRecipe(bank, draw(st.sampled_from(Method)), common, terms, user)
+    return FusionRecipe(bank, draw(st.sampled_from(FusionMethod)), common, terms, user)
 
 
 @given(recipes())

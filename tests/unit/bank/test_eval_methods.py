@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bank.errors import BankError
-from bank.evaluation.methods import Base, Method, curves, parse_method, parse_methods
+from bank.evaluation.methods import Base, EvalMethod, curves, parse_method, parse_methods
 
 NAMES = [
     "base",
@@ -24,8 +24,8 @@ def test_a_name_is_read_as_it_is_written(name: str) -> None:
 
 
 def test_a_name_says_what_varies() -> None:
-    assert parse_method("merged@k4") == Method(Base.MERGED, k=4)
-    assert parse_method("stacked:topic@n5+history") == Method(Base.STACKED, "topic", items=5, history=True)
+    assert parse_method("merged@k4") == EvalMethod(Base.MERGED, k=4)
+    assert parse_method("stacked:topic@n5+history") == EvalMethod(Base.STACKED, "topic", items=5, history=True)
     assert [parse_method(name).varied for name in ("merged", "merged@k4", "merged@n5")] == [False, True, True]
 
 

@@ -13,7 +13,7 @@ from bank.evaluation.records import Record, Records
 from bank.evaluation.report.lamp_files import GOLDS, write_lamp_files
 from bank.evaluation.report.summary import markdown, summarise, tables
 from bank.evaluation.run import EvalOptions
-from bank.items.tasks import Kind, get_task
+from bank.items.tasks import AnswerKind, get_task
 from server.cli.eval.tables import print_tables
 
 METHODS = "base,merged,stacked,merged@k2"
@@ -41,7 +41,7 @@ def test_training_and_curves_are_for_the_sample_and_the_rest_for_all() -> None:
     ],
 )
 def test_texts_are_asked_of_the_sample_and_short_answers_of_all(
-    place: int, method: str, kind: Kind, asked: bool
+    place: int, method: str, kind: AnswerKind, asked: bool
 ) -> None:
     assert OPTIONS.predicts(place, parse_method(method), kind) is asked
 
@@ -57,10 +57,10 @@ def test_a_record_without_the_wanted_prediction_is_made_again_and_the_later_one_
 
 
 def shown(records: Sequence[Record]) -> list[list[str]]:
-    """Headings and tables in turn, as lines."""
+    """Headings and tables in turn, as lines; the caption aside."""
     task = get_task("movie_rating")
     table = markdown(tables(summarise(records, task), records, task))
-    return [block.splitlines() for block in table.strip().split("\n\n")]
+    return [block.splitlines() for block in table.strip().split("\n\n")[:-1]]
 
 
 def test_a_second_table_has_all_methods_over_the_sample() -> None:
@@ -82,17 +82,17 @@ def test_metrics_are_shown_where_everybody_of_the_table_was_answered() -> None:
 
 def test_a_terminal_shows_all_columns_in_eighty_and_stars_what_counts() -> None:
     methods = ("base", "task", "mean", "random", "merged:topic", "merged", "stacked", "own")
-    losses = [(user, method, place + ord(user) / 100) for place, method in enumerate(methods) for user in "abc"]
+    losses = [(user, method, place + ord(user) / 100) for place, method in enumerate(methods) for user in "abcdefghi"]
     task = get_task("movie_rating")
     records = [record(user, method, loss, "3") for user, method, loss in losses]
     console = Console(width=80)
     with console.capture() as captured:
         print_tables(tables(summarise(records, task), records, task), console)
     lines = captured.get().splitlines()
-    assert lines[0].strip() == "3 people"
+    assert lines[0].strip() == "9 people"
     assert "…" not in captured.get()
     merged = next(line for line in lines if line.startswith("merged "))
-    assert merged.split()[1:] == ["5.980", "0.000", "0.000", "+4.000*", "+3.000*", "+2.000*", "+1.000*", "-2.000*"]
+    assert merged.split()[1:] == ["6.010", "0.000", "0.000", "+4.000*", "+3.000*", "+2.000*", "+1.000*", "-2.000*"]
 
 
 def test_the_leaderboard_gets_empty_answers_and_none_that_were_not_asked_for(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.recipe import Method, parse_recipe
+from adapters.recipe import FusionMethod, parse_recipe
 from bank.errors import BankError
 from bank.lookup.index import AnchorIndex
 from bank.lookup.serving import ServingBank
@@ -37,7 +37,7 @@ def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: i
         task="chat",
         base_model=BaseModelId(name="tiny", hash="0" * 64),
         embedder=EmbedderId(id="e" * 16, dim=4),
-        method=Method.CAT,
+        method=FusionMethod.CAT,
         common=common,
         rank=2,
         user_rank=2,
@@ -126,24 +126,24 @@ def saved_bank(folder: Path, **changes: object) -> BankManifest:
 def test_evidence_is_a_softmax_of_gains_by_the_root_of_the_tokens_and_of_topics() -> None:
     rule = SignatureRule(anchors=3, strength=0.5, tau=2.0, kappa=1.5)
     gains, cosines = np.array([0.1, -0.2, 0.05, 0.0]), np.array([0.0, 0.9, 0.4, -0.1])
-    spoken = evident_weights(rule, range(4), gains, cosines, tokens=100)
+    found = evident_weights(rule, range(4), gains, cosines, tokens=100)
     scores = np.exp(2.0 * 10.0 * gains + 1.5 * cosines)
     best = [0, 2, 3]
-    assert [w.anchor for w in spoken] == best
-    assert [w.weight for w in spoken] == pytest.approx([0.5 * scores[i] / scores[best].sum() for i in best])
-    assert [(w.similarity, w.gain) for w in spoken] == [(cosines[i], gains[i]) for i in best]
+    assert [w.anchor for w in found] == best
+    assert [w.weight for w in found] == pytest.approx([0.5 * scores[i] / scores[best].sum() for i in best])
+    assert [(w.similarity, w.gain) for w in found] == [(cosines[i], gains[i]) for i in best]
 
 
 def test_without_any_tokens_of_evidence_all_anchors_weigh_alike() -> None:
-    spoken = evident_weights(SignatureRule(anchors=4, kappa=0.0), range(4), np.array([3.0, 0, 0, 0]), np.ones(4), 0)
-    assert [w.weight for w in spoken] == [0.25] * 4
+    found = evident_weights(SignatureRule(anchors=4, kappa=0.0), range(4), np.array([3.0, 0, 0, 0]), np.ones(4), 0)
+    assert [w.weight for w in found] == [0.25] * 4
 
 
 def test_a_serving_bank_leads_from_an_embedding_to_a_recipe(tmp_path: Path) -> None:
     written = saved_bank(tmp_path)
     bank = ServingBank.open(tmp_path, "e" * 16)
-    spoken = bank.personalise(np.array([1, 0, 0, 0], dtype=np.float32))
-    recipe, weights = spoken.recipe, spoken.weights
+    found = bank.personalise(np.array([1, 0, 0, 0], dtype=np.float32))
+    recipe, weights = found.recipe, found.weights
     assert recipe.name == f"mta1:{written.short}:cat:a00*750+a01*250"
     assert [w.anchor for w in weights] == [0, 1]
     assert bank.task.name == "chat"

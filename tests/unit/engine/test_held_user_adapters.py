@@ -14,7 +14,7 @@ import torch
 from adapters.errors import UserAdapterError
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
-from adapters.recipe import FusionRecipe, Method
+from adapters.recipe import FusionMethod, FusionRecipe
 from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
 from server.engine.admission.user_adapters import UserAdapters
 from server.errors import Unavailable
@@ -104,7 +104,7 @@ class World:
 
 
 def recipe(user: str, adapter: str = "a") -> FusionRecipe:
-    return FusionRecipe(BANK, Method.SHARED, True, (), f"{user * 25}e.{adapter * 25}e")
+    return FusionRecipe(BANK, FusionMethod.SHARED, True, (), f"{user * 25}e.{adapter * 25}e")
 
 
 async def test_an_adapter_is_fetched_once_and_asked_for_every_time() -> None:

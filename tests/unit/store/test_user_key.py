@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.errors import MtaError
-from adapters.recipe import FusionRecipe, Method, parse_recipe
+from adapters.recipe import FusionMethod, FusionRecipe, parse_recipe
 from server.store.user_key import MAX_USER_ID_BYTES, UserKeys, check_user_id
 
 SECRET = "0123456789abcdef"
@@ -47,7 +47,7 @@ def test_no_accepted_id_can_leave_its_place_in_a_path_or_a_key(user_id: str) -> 
 def test_keys_fit_the_grammar_of_recipes_and_separate_users(one: str, other: str) -> None:
     keys = UserKeys(SECRET, "default")
     key = keys.key(one)
-    recipe = FusionRecipe("00000000", Method.SHARED, True, (), f"{key}.{key}")
+    recipe = FusionRecipe("00000000", FusionMethod.SHARED, True, (), f"{key}.{key}")
     assert parse_recipe(recipe.name) == recipe
     assert (key == keys.key(other)) == (normalize("NFC", one) == normalize("NFC", other))
 

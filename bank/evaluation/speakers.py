@@ -1,4 +1,4 @@
-"""What speaks for a person under a method: a recipe of an open bank, and what was trained on top of it."""
+"""The adapter that a method uses for a person: a recipe of an open bank, and what was trained on top of it."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class OpenBank:
 
 
 @dataclass(frozen=True, slots=True)
-class Voice:
-    """One person's adapter, as names and numbers.
+class PersonAdapter:
+    """The adapter that one person is evaluated under.
 
     Attributes:
         bank: whose recipe it is.
