@@ -50,10 +50,6 @@ class ApiError(MtaError):
         """The message with what caused it: for logs and operators, since causes name inner addresses."""
         return f"{self.message} ({self.__cause__})" if self.__cause__ else self.message
 
-    def body(self) -> dict[str, dict[str, str | None]]:
-        """The OpenAI error object."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
 
 class InvalidRequest(ApiError):
     """A field of the request is wrong."""

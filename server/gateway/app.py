@@ -1,4 +1,4 @@
-"""The gateway: puts the parts together and answers in OpenAI's error shape whatever goes wrong."""
+"""The gateway: puts the parts together, and the application around them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
-from adapters.errors import MtaError, excerpt
+from adapters.errors import MtaError
 from bank.items.retrieval import ItemIndex
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
-from server.errors import ApiError, NotFound, WrongMethod
+from server.errors import ApiError
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
@@ -30,8 +27,8 @@ from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.recall import Recall
 from server.gateway.health import Health
 from server.gateway.http.bodies import Bodies
+from server.gateway.http.errors import add_error_handlers
 from server.gateway.http.middleware import Places, RequestLog
-from server.gateway.http.validation import fault_of
 from server.gateway.metrics import Metrics
 from server.gateway.parts import Parts
 from server.gateway.routes import generate, jobs, operations, users
@@ -66,8 +63,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _opened(settings, metrics) as app.state.parts:
-            yield
+        with ThreadPoolExecutor(1, thread_name_prefix="bodies") as body_thread:
+            app.state.bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
+            async with _opened(settings, metrics) as app.state.parts:
+                yield
 
     app = FastAPI(
         title="MTA server",
@@ -77,13 +76,10 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(Places, most=settings.max_requests)
-    app.add_middleware(RequestLog, metrics=metrics)  # the last one added is the outermost
+    app.add_middleware(RequestLog, counter=metrics.requests)  # the last one added is the outermost
     for router in (generate.router, users.router, jobs.router, operations.router):
         app.include_router(router)
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_bug)
+    add_error_handlers(app)
     return app
 
 
@@ -155,9 +151,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             log_file=log_file,
             engines=engines,
         )
-        body_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bodies"))
-        bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
-        yield Parts(settings, bank, bodies, profiles, adapting, erasing, personalizer, generator, health, metrics)
+        yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
 
 
 def _open_embedder(settings: Settings) -> Embedder:
@@ -168,32 +162,3 @@ async def _stopped(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-
-
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    if error.status >= 500:
-        log.warning("%s", error.explained)
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return await _on_api_error(request, fault_of(error.errors()))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: unknown routes and wrong methods."""
-    assert isinstance(error, HTTPException)
-    place = f"{request.method} {excerpt(request.url.path)}"
-    if error.status_code == 405:
-        response = await _on_api_error(request, WrongMethod(f"{place}: this route takes other methods"))
-    else:
-        response = await _on_api_error(request, NotFound(f"{place}: there is no such route; /docs lists them"))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    """A fault of ours; Starlette raises it again for the log once this is sent."""
-    return await _on_api_error(request, ApiError("the gateway failed: its log says why"))

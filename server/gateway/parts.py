@@ -10,7 +10,6 @@ from bank.lookup.serving import ServingBank
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.health import Health
-from server.gateway.http.bodies import Bodies
 from server.gateway.metrics import Metrics
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
@@ -24,7 +23,6 @@ class Parts:
 
     settings: Settings
     bank: ServingBank
-    bodies: Bodies
     profiles: Profiles
     adapting: Adapting
     erasing: Erasing

@@ -7,6 +7,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Set
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -92,7 +93,7 @@ class MtaEndpointPlugin:
         preparer = Preparer(manifests, names, users)
         preparer.install()
         metrics.install(engine_client, self._names)
-        state.mta = {"preparer": preparer, "lora": args.max_lora_rank, "slots": args.max_loras}
+        state.mta = _Behind(preparer, max_lora_rank=args.max_lora_rank, slots=args.max_loras)
 
     def _require_names(self) -> AdapterNames[LoRARequest]:
         if self._names is None:
@@ -125,6 +126,20 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
         raise BankError(f"--max-lora-rank is {args.max_lora_rank}, the bank is served at rank {needed}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """What the private routes answer from."""
+
+    preparer: Preparer
+    max_lora_rank: int
+    slots: int
+
+
+def _behind(request: Request) -> _Behind:
+    behind: _Behind = request.app.state.mta
+    return behind
+
+
 def _router() -> APIRouter:
     """The private routes, behind `Door`; the gateway calls them on each engine, never through a router."""
     router = APIRouter()
@@ -132,15 +147,15 @@ def _router() -> APIRouter:
     @router.get(STATUS)
     async def status(request: Request) -> dict[str, Any]:
         """What this engine serves; known here, so that the answer waits for no step of the model."""
-        engine, mta = request.app.state.engine_client, request.app.state.mta
-        preparer: Preparer = mta["preparer"]
+        engine, behind = request.app.state.engine_client, _behind(request)
+        preparer = behind.preparer
         return {
             "status": "ok",
             "model": engine.model_config.model,
             "max_model_len": engine.model_config.max_model_len,
             "banks": [manifest.fingerprint for manifest in preparer.manifests.values()],
-            "max_lora_rank": mta["lora"],
-            "slots": mta["slots"],
+            "max_lora_rank": behind.max_lora_rank,
+            "slots": behind.slots,
             "names": len(preparer.names),
             "user_adapters": len(preparer.users),
         }
@@ -155,6 +170,6 @@ def _router() -> APIRouter:
     @router.post(DROP)
     async def drop(request: Request, body: Drop) -> dict[str, int]:
         """Let go of a user's adapters; says how many are still held, by requests that are not over."""
-        return {"held": await request.app.state.mta["preparer"].users.drop(body.user_key)}
+        return {"held": await _behind(request).preparer.users.drop(body.user_key)}
 
     return router

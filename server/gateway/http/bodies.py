@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Bodies:
-    """Reads bodies.
+    """Reads bodies; `app.state.bodies` is the one of an application.
 
     Args:
         thread: works through large ones. One thread: it shares the interpreter with the event loop.
@@ -76,3 +76,9 @@ class Bodies:
                 f"the body did not arrive within {self._timeout_s:g} s, only {size} bytes of it", param="body"
             ) from None
         return b"".join(chunks)
+
+
+def bodies_of(request: Request) -> Bodies:
+    """What reads the body of a request."""
+    bodies: Bodies = request.app.state.bodies
+    return bodies

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
+from server.gateway.http.errors import ErrorAnswer
 
 MAX_PIPELINED = 8
 """Requests that wait in a connection for the answers before them; no client that is known sends a second."""
@@ -100,7 +100,7 @@ class Connection(HttpToolsProtocol):
         if self._is_answering() or self.transport.is_closing():
             self.transport.close()
             return
-        content = orjson.dumps(error.body())
+        content = ErrorAnswer.of(error).model_dump_json().encode()
         lines = (
             STATUS_LINE[error.status].rstrip(),
             b"content-type: application/json",

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from starlette.types import Receive
 
+CLIENT_GONE = 499
+"""What is counted when the client left before the answer; nobody receives it."""
+
 T = TypeVar("T")
 
 

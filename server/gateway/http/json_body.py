@@ -11,10 +11,10 @@ from starlette.requests import ClientDisconnect
 
 from adapters.errors import excerpt
 from server.errors import WrongMediaType
+from server.gateway.http.bodies import bodies_of
+from server.gateway.http.disconnect import CLIENT_GONE
+from server.gateway.http.errors import fault_of
 from server.gateway.http.json_text import parse_json, parse_lines
-from server.gateway.http.middleware import CLIENT_GONE
-from server.gateway.http.validation import fault_of
-from server.gateway.parts import parts_of
 from server.store.samples import MAX_SAMPLES
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
@@ -55,9 +55,8 @@ class JsonRoute(APIRoute):
             if not in_lines:
                 _check_media_type(request, self.lines is not None)
             try:
-                body = await parts_of(request).bodies.read(request, of_lines if in_lines else of_json)
+                body = await bodies_of(request).read(request, of_lines if in_lines else of_json)
             except ClientDisconnect:
-                request.scope["state"]["gone"] = True
                 return Response(status_code=CLIENT_GONE)
             return await handle(_ReadRequest(request, body))
 

@@ -4,42 +4,67 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from starlette.responses import JSONResponse
-
 from server.errors import Unavailable
-from server.gateway.metrics import Metrics
+from server.gateway.http.disconnect import CLIENT_GONE
+from server.gateway.http.errors import error_response
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("mta.gateway")
 
 _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
-CLIENT_GONE = 499
-"""What is counted when the client left before the answer; nobody receives it."""
+
+
+@dataclass(slots=True)
+class RequestNotes:
+    """What the log and the count say of a request beside its route; whoever answers it writes down what they know.
+
+    Attributes:
+        started_s: when it came in, by the performance counter.
+        request_id: of a generation, in the engine's logs too.
+        level: how personal a generation is.
+        gone: whether the client left before the answer.
+    """
+
+    started_s: float
+    request_id: str = ""
+    level: str = ""
+    gone: bool = False
+
+
+def notes_of(scope: Scope) -> RequestNotes:
+    """The notes on a request that `RequestLog` let in."""
+    notes: RequestNotes = scope["state"]["notes"]
+    return notes
 
 
 class RequestLog:
-    """Stamps the start time into `scope["state"]`, then logs and counts the answer.
+    """Begins the notes on a request, then logs and counts the answer.
 
     HEAD is answered as GET is, without the body: the app below sees a GET.
 
     Neither the path nor a body is logged: both name people. What is logged of a request is its route.
+
+    Args:
+        app: what answers.
+        counter: by route, method, status and level.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, counter: Counter) -> None:
         self._app = app
-        self._metrics = metrics
+        self._counter = counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started_s = time.perf_counter()
-        state = scope.setdefault("state", {})
-        state["started_s"] = started_s
+        notes = RequestNotes(time.perf_counter())
+        scope.setdefault("state", {})["notes"] = notes
         status, headed = 500, False
         is_head = scope["method"] == "HEAD"
         inner = {**scope, "method": "GET"} if is_head else scope
@@ -59,17 +84,16 @@ class RequestLog:
         finally:
             route = getattr(inner.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-            level = state.get("level", "")
-            status = CLIENT_GONE if state.get("gone") else status
-            self._metrics.requests.labels(route, method, status, level).inc()
+            status = CLIENT_GONE if notes.gone else status
+            self._counter.labels(route, method, status, notes.level).inc()
             log.info(
                 "%s %s %d %.1f ms%s%s",
                 method,
                 route,
                 status,
-                (time.perf_counter() - started_s) * 1000,
-                f" {state['request_id']}" if "request_id" in state else "",
-                f" {level}" if level else "",
+                (time.perf_counter() - notes.started_s) * 1000,
+                f" {notes.request_id}" if notes.request_id else "",
+                f" {notes.level}" if notes.level else "",
             )
 
 
@@ -98,7 +122,7 @@ class Places:
                 code="overloaded",
                 retry_after_s=1,
             )
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         self._taken += 1
         try:

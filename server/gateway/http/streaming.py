@@ -6,16 +6,16 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import orjson
+from pydantic import BaseModel
 from starlette.responses import Response
 
 if TYPE_CHECKING:
     from starlette.types import Send
 
-MEDIA_TYPE = "text/event-stream"
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """What streams of events are sent with: no proxy shall keep them, or hold them back until they are complete."""
 
 KEEP_ALIVE_S = 15.0
@@ -26,8 +26,14 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(value: object) -> bytes:
-    """One event that carries `value` as JSON."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+    """One event that carries `value` as JSON; a model may stand anywhere in it."""
+    return b"data: " + orjson.dumps(value, default=_dumped) + b"\n\n"
+
+
+def _dumped(value: object) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError
 
 
 class EventSender:
@@ -37,7 +43,7 @@ class EventSender:
 
     Args:
         send: ASGI's.
-        headers: asked for when the head is sent; they come beside `HEADERS`.
+        headers: asked for when the head is sent; they come beside those of every stream.
 
     Attributes:
         begun: whether the head is sent: the status is 200 from then on, and an error can only be an event.
@@ -67,7 +73,7 @@ class EventSender:
         async with self._turn:
             if not self.begun:
                 self.begun = True
-                head = Response(headers=HEADERS | dict(self._headers()), media_type=MEDIA_TYPE).raw_headers
+                head = Response(headers=_HEADERS | dict(self._headers()), media_type="text/event-stream").raw_headers
                 head = [(name, value) for name, value in head if name != b"content-length"]
                 await self._send({"type": "http.response.start", "status": 200, "headers": head})
             await self._send({"type": "http.response.body", "body": data, "more_body": True})

@@ -1,58 +1,22 @@
-"""What clients get: the shapes of answers, in JSON and in chunks."""
+"""What clients get: the shapes of JSON answers, and how they are made of what the gateway knows."""
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from server.engine_protocol import BASE_MODEL
+from server.gateway.engines.stream import EngineStream
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level, Personalization
+from server.gateway.generation.timings import Timings
 from server.store.jobs import Job, JobState
-
-_EXAMPLE: dict[str, Any] = {
-    "id": "gen-1b0330fa255959863cff0464",
-    "text": "up early, straight to the water",
-    "finish_reason": "stop",
-    "usage": {"prompt_tokens": 17, "completion_tokens": 9, "total_tokens": 26},
-    "personalization": {
-        "level": "merged",
-        "recipe": "mta1:9f2c41d0:shared:c+a03*803+a17*197",
-        "source": "topic",
-        "anchors": [
-            {"id": "a03", "weight": 0.803, "similarity": 0.9142},
-            {"id": "a17", "weight": 0.197, "similarity": 0.2245},
-        ],
-        "reason": None,
-        "timings_ms": {"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
-    },
-}
+from server.store.profiles import Erased
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class ErrorDetail(_Answer):
-    """What went wrong."""
-
-    message: str = Field(description="What was wrong, the offending value, what to do.")
-    type: str
-    param: str | None = Field(description="The field at fault, in dots, e.g. `items.3.text`.")
-    code: str = Field(description="A short reason for programs.")
-
-
-class ErrorAnswer(_Answer):
-    """OpenAI's error shape: what every answer of status 4xx and 5xx is."""
-
-    error: ErrorDetail
-
-
-class AnchorAnswer(_Answer):
+class AnchorAnswer(BaseModel, frozen=True):
     """One anchor that speaks."""
 
     id: str = Field(examples=["a03"])
@@ -61,14 +25,13 @@ class AnchorAnswer(_Answer):
         description="How near it is to the user's profile, -1 to 1; null when others are nearer by now."
     )
     gain: float | None = Field(
-        None,
         description="By how many nats a token it is predicted to lower the loss of the user's own items; null where "
-        "topics speak.",
+        "topics speak."
     )
 
 
-class WhoSpeaks(_Answer):
-    """How far an answer is personal, and by whom."""
+class PersonalizationAnswer(BaseModel, frozen=True):
+    """How far an answer is personal, by whom, and where the milliseconds went."""
 
     level: Level
     recipe: str | None = Field(
@@ -77,18 +40,13 @@ class WhoSpeaks(_Answer):
     source: str | None = Field(description="The evidence behind the weights; null for the base model.")
     anchors: list[AnchorAnswer] = Field(description="Nearest first.")
     reason: str | None = Field(description="Why the level is not higher, if there is something to say.")
-
-
-class PersonalizationAnswer(WhoSpeaks):
-    """The same, with where the milliseconds went."""
-
     timings_ms: dict[str, float] = Field(
         description="`profile`: store. `recipe`: index and weights. `history`: past items. `engine_ttft`: engine, "
         "until the first token that it streams. `engine`: engine in all. `total`: from the request's arrival."
     )
 
 
-class Usage(_Answer):
+class Usage(BaseModel, frozen=True):
     """Token counts."""
 
     prompt_tokens: int
@@ -96,19 +54,17 @@ class Usage(_Answer):
     total_tokens: int
 
 
-class GenerateAnswer(_Answer):
+class GenerateAnswer(BaseModel, frozen=True):
     """The text and who speaks in it."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     id: str
     text: str
     finish_reason: str
-    usage: Usage
+    usage: Usage | None = Field(description="Null where the engine does not tell.")
     personalization: PersonalizationAnswer
 
 
-class ProfileAnswer(_Answer):
+class ProfileAnswer(BaseModel, frozen=True):
     """What a change made of the profile."""
 
     user_id: str
@@ -119,7 +75,7 @@ class ProfileAnswer(_Answer):
     anchors: list[AnchorAnswer]
 
 
-class AdapterAnswer(_Answer):
+class AdapterAnswer(BaseModel, frozen=True):
     """A user adapter."""
 
     id: str
@@ -129,7 +85,7 @@ class AdapterAnswer(_Answer):
     stale: bool = Field(description="Whether it is of another bank, and so not served.")
 
 
-class UserAnswer(_Answer):
+class UserAnswer(BaseModel, frozen=True):
     """What is stored of a user and who speaks for them."""
 
     user_id: str
@@ -143,18 +99,29 @@ class UserAnswer(_Answer):
     adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
 
 
-class JobAnswer(_Answer):
+class Progress(BaseModel, frozen=True):
+    """How far a job is, over all its training runs."""
+
+    step: int
+    of: int
+    loss: float | None = Field(description="Of the last step, nats per output token.")
+
+
+class HeldOut(BaseModel, frozen=True):
+    """Loss on samples that were not trained on, nats per output token; null until it is known."""
+
+    before: float | None = Field(description="Of the fused adapter alone.")
+    after: float | None = Field(description="With the user adapter.")
+
+
+class JobAnswer(BaseModel, frozen=True):
     """A job, as it is now."""
 
     id: str
     state: JobState = Field(description="The last five have ended for good. `rejected`: trained, but no better.")
     config: dict[str, Any]
-    progress: dict[Literal["step", "of", "loss"], float | int | None] = Field(
-        description="Steps of all training runs of the job, and the loss of the last, nats per output token."
-    )
-    held_out: dict[Literal["before", "after"], float | None] = Field(
-        description="Loss on samples that were not trained on: of the fused adapter alone, and with the user adapter."
-    )
+    progress: Progress
+    held_out: HeldOut
     created_at: str
     started_at: str | None
     ended_at: str | None
@@ -163,11 +130,11 @@ class JobAnswer(_Answer):
     error: str | None = Field(description="Why it failed, and what to do.")
 
 
-class ErasedAnswer(_Answer):
+class ErasedAnswer(BaseModel, frozen=True):
     """What was erased."""
 
     user_id: str
-    erased: dict[Literal["items", "samples", "jobs", "adapters", "keys"], int]
+    erased: Erased
     log_rewritten_by: str = Field(description="By when the store's file on disk has forgotten it too. UTC, ISO 8601.")
 
 
@@ -177,8 +144,8 @@ def job_answer(job: Job) -> JobAnswer:
         id=str(job.id),
         state=job.state,
         config=orjson.loads(job.config),
-        progress={"step": job.step, "of": job.of, "loss": job.loss},
-        held_out={"before": job.before, "after": job.after},
+        progress=Progress(step=job.step, of=job.of, loss=job.loss),
+        held_out=HeldOut(before=job.before, after=job.after),
         created_at=iso(job.created_ms),
         started_at=iso(job.started_ms) if job.started_ms else None,
         ended_at=iso(job.ended_ms) if job.ended_ms else None,
@@ -193,62 +160,38 @@ def iso(unix_ms: int) -> str:
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
-def who_speaks(personalization: Personalization) -> dict[str, Any]:
-    """The `personalization` block, timings aside."""
-    return {
-        "level": personalization.level.value,
-        "recipe": personalization.shown,
-        "source": personalization.source,
-        "anchors": anchors(personalization),
-        "reason": personalization.reason,
-    }
+def personalization_answer(personalization: Personalization, timings: Timings) -> PersonalizationAnswer:
+    """Who speaks, and where the time went, as far as it is known."""
+    return PersonalizationAnswer(
+        level=personalization.level,
+        recipe=personalization.shown,
+        source=personalization.source,
+        anchors=anchors(personalization),
+        reason=personalization.reason,
+        timings_ms=timings.ms,
+    )
 
 
-def anchors(personalization: Personalization) -> list[dict[str, Any]]:
+def anchors(personalization: Personalization) -> list[AnchorAnswer]:
     """The anchors as clients see them."""
     return [
-        {"id": share.id, "weight": share.weight, "similarity": share.similarity, "gain": share.gain}
+        AnchorAnswer(id=share.id, weight=share.weight, similarity=share.similarity, gain=share.gain)
         for share in personalization.anchors
     ]
 
 
-def whole(answer: Answer, text: str) -> dict[str, Any]:
+def usage_answer(stream: EngineStream) -> Usage | None:
+    """The token counts of an answer that is over."""
+    return Usage(**stream.usage) if stream.usage else None
+
+
+def generate_answer(answer: Answer, text: str) -> GenerateAnswer:
     """The JSON answer, once the text is complete."""
-    return {
-        "id": answer.id,
-        "text": text,
-        "finish_reason": answer.stream.finish_reason,
-        "usage": answer.stream.usage,
-        "personalization": who_speaks(answer.personalization) | {"timings_ms": answer.timings.ms},
-    }
-
-
-class Chunks:
-    """The chunks of one stream, in OpenAI's shape."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self._head = {
-            "id": answer.id,
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": answer.personalization.shown or BASE_MODEL,
-        }
-
-    def first(self) -> dict[str, Any]:
-        """Says who speaks, before the first text."""
-        block = who_speaks(self._answer.personalization) | {"timings_ms": self._answer.timings.ms}
-        return self._chunk({"role": "assistant", "content": ""}) | {"personalization": block}
-
-    def text(self, text: str) -> dict[str, Any]:
-        """A piece of text."""
-        return self._chunk({"content": text})
-
-    def last(self) -> dict[str, Any]:
-        """Ends the answer: reason, usage, and all timings."""
-        stream = self._answer.stream
-        ending = {"usage": stream.usage, "timings_ms": self._answer.timings.ms}
-        return self._chunk({}, stream.finish_reason) | ending
-
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        return self._head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+    assert answer.stream.finish_reason
+    return GenerateAnswer(
+        id=answer.id,
+        text=text,
+        finish_reason=answer.stream.finish_reason,
+        usage=usage_answer(answer.stream),
+        personalization=personalization_answer(answer.personalization, answer.timings),
+    )

@@ -6,18 +6,21 @@ import logging
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from server.errors import ApiError
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.timings import Timings
 from server.gateway.http.disconnect import ClientGone, unless_gone
+from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
+from server.gateway.http.middleware import notes_of
 from server.gateway.http.requests import GenerateRequest
 from server.gateway.http.streaming import DONE, EventSender, event
 from server.gateway.parts import Parts, parts_of
-from server.gateway.routes.answers import Chunks, ErrorAnswer, GenerateAnswer, whole
+from server.gateway.routes.answers import GenerateAnswer, generate_answer
+from server.gateway.routes.chunks import Chunks
+from server.gateway.routes.examples import GENERATED, STREAMED
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -25,14 +28,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("mta.gateway")
 router = APIRouter(route_class=JsonRoute, tags=["generate"])
 
-_STREAM = {"example": 'data: {"choices": [{"index": 0, "delta": {"content": "Surf"}, "finish_reason": null}]}\n\n'}
-
 
 @router.post(
     "/generate",
     response_model=GenerateAnswer,
     responses={
-        200: {"content": {"text/event-stream": _STREAM}},
+        200: {
+            "content": {
+                "application/json": {"example": GENERATED.model_dump(mode="json")},
+                "text/event-stream": {"example": STREAMED},
+            }
+        },
         "4XX": {"model": ErrorAnswer},
         "5XX": {"model": ErrorAnswer},
     },
@@ -62,24 +68,24 @@ class _Generation(Response):
         try:
             await unless_gone(receive, write(scope, receive, send))
         except ClientGone:
-            scope["state"]["gone"] = True
+            notes_of(scope).gone = True
             self._parts.metrics.disconnects.inc()
 
     def _started(self, timings: Timings) -> AbstractAsyncContextManager[Answer]:
         return self._parts.generator.answer(self._request, timings)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timings = Timings(scope["state"]["started_s"])
+        timings = Timings(notes_of(scope).started_s)
         async with self._started(timings) as answer:
             _note(scope, answer)
             text = "".join([piece async for piece in answer.texts()])
             self._parts.metrics.observe(timings.ms)
-            content = orjson.dumps(whole(answer, text))
+            content = generate_answer(answer, text).model_dump_json()
             headers = {"Server-Timing": timings.header()}
             await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timings = Timings(scope["state"]["started_s"])
+        timings = Timings(notes_of(scope).started_s)
         async with EventSender(send, lambda: {"Server-Timing": timings.header()}) as sender:
             try:
                 async with self._started(timings) as answer:
@@ -92,7 +98,7 @@ class _Generation(Response):
             except Exception:
                 if not sender.begun:
                     raise
-                log.exception("%s broke", scope["state"].get("request_id", "a stream"))
+                log.exception("%s broke", notes_of(scope).request_id or "a stream")
                 await self._break_off(ApiError("the gateway failed in the middle of the answer"), sender)
             await sender.end()
 
@@ -107,10 +113,10 @@ class _Generation(Response):
     async def _break_off(self, error: ApiError, sender: EventSender) -> None:
         log.warning("%s", error.explained)
         self._parts.metrics.broken_streams.labels(error.code).inc()
-        await sender.write(event(error.body()))
+        await sender.write(event(ErrorAnswer.of(error)))
 
 
 def _note(scope: Scope, answer: Answer) -> None:
     """Leave for the log and the count what only this route knows."""
-    scope["state"]["request_id"] = answer.id
-    scope["state"]["level"] = answer.personalization.level.value
+    notes = notes_of(scope)
+    notes.request_id, notes.level = answer.id, answer.personalization.level.value

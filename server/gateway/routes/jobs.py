@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
-from typing import Annotated
+import contextlib
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import StreamingResponse
 
 from adapters.errors import excerpt
 from server.errors import ApiError, NotFound
-from server.gateway.http import streaming
+from server.gateway.http.disconnect import ClientGone, unless_gone
+from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import SamplesRoute
 from server.gateway.http.requests import AdaptRequest, UserIdInPath
-from server.gateway.parts import Parts, parts_of
-from server.gateway.routes.answers import ErrorAnswer, JobAnswer, job_answer
-from server.store.jobs import JobId, parse_job_id
+from server.gateway.http.streaming import DONE, EventSender, event
+from server.gateway.parts import parts_of
+from server.gateway.routes.answers import JobAnswer, job_answer
+from server.gateway.routes.examples import FOLLOWED
+from server.gateway.users.adapting import Adapting
+from server.store.jobs import Job, JobId, parse_job_id
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
 
 router = APIRouter(
     route_class=SamplesRoute, tags=["adapt"], responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
@@ -25,7 +30,6 @@ router = APIRouter(
 JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` gave it.", max_length=64)]
 
 _POLL_S = 0.5
-_STREAM = {"example": 'data: {"id": "…", "state": "running", "progress": {"step": 4, "of": 64, "loss": 1.93}}\n\n'}
 
 
 @router.post("/users/{user_id}/adapt", status_code=202)
@@ -53,35 +57,45 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     return job_answer(await parts_of(request).adapting.cancel(_parsed(job_id)))
 
 
-@router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": _STREAM}}})
-async def follow_job(request: Request, job_id: JobIdInPath) -> StreamingResponse:
+@router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": {"example": FOLLOWED}}}})
+async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     """The job as server-sent events: whenever it has changed, until it has ended, then `data: [DONE]`.
 
     While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
     """
-    parts, parsed = parts_of(request), _parsed(job_id)
-    first = job_answer(await parts.adapting.job(parsed))
-    return StreamingResponse(_events(parts, parsed, first), media_type=streaming.MEDIA_TYPE, headers=streaming.HEADERS)
+    adapting = parts_of(request).adapting
+    return _Following(adapting, await adapting.job(_parsed(job_id)))
 
 
-async def _events(parts: Parts, job_id: JobId, answer: JobAnswer) -> AsyncIterator[bytes]:
-    told, told_s = None, 0.0
-    while True:
-        if answer != told:
-            yield streaming.event(answer.model_dump(mode="json"))
-            told, told_s = answer, time.monotonic()
-        elif time.monotonic() - told_s >= streaming.KEEP_ALIVE_S:
-            yield streaming.KEEP_ALIVE
-            told_s = time.monotonic()
-        if answer.state.ended:
-            yield streaming.DONE
-            return
-        await asyncio.sleep(_POLL_S)
-        try:
-            answer = job_answer(await parts.adapting.job(job_id))
-        except ApiError as error:
-            yield streaming.event(error.body())
-            return
+class _Following(Response):
+    """Looks at a job again and again while it is being sent, until the job ends or the client leaves."""
+
+    def __init__(self, adapting: Adapting, job: Job) -> None:
+        super().__init__()
+        self._adapting = adapting
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ClientGone):
+            await unless_gone(receive, self._follow(send))
+
+    async def _follow(self, send: Send) -> None:
+        async with EventSender(send, dict) as sender:
+            try:
+                await self._tell(sender)
+            except ApiError as error:
+                await sender.write(event(ErrorAnswer.of(error)))
+            await sender.end()
+
+    async def _tell(self, sender: EventSender) -> None:
+        job = self._job
+        await sender.write(event(job_answer(job)))
+        while not job.state.ended:
+            await asyncio.sleep(_POLL_S)
+            before, job = job, await self._adapting.job(job.id)
+            if job != before:
+                await sender.write(event(job_answer(job)))
+        await sender.write(DONE)
 
 
 def _parsed(text: str) -> JobId:

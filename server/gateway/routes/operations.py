@@ -2,28 +2,79 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 
-from server.gateway.health import Readiness, Report
+from server.gateway.engines.admin import AddressState, EngineState
+from server.gateway.health import Readiness, Report, StoreState
 from server.gateway.metrics import CONTENT_TYPE
 from server.gateway.parts import Parts, parts_of
 
 router = APIRouter(tags=["operations"])
 
 
+class BankPart(BaseModel, frozen=True):
+    """The bank that is served; it was checked at start."""
+
+    status: Literal["ok"] = "ok"
+    fingerprint: str = Field(description="64 hex digits; recipes begin with the first eight.")
+    task: str
+    anchors: int
+
+
+class EmbedderPart(BaseModel, frozen=True):
+    """The embedder; it was checked at start."""
+
+    status: Literal["ok"] = "ok"
+    id: str
+    dim: int
+
+
+class Unseen(BaseModel, frozen=True):
+    """A part before the first look at it."""
+
+    status: Literal[Readiness.NOT_YET_SEEN] = Readiness.NOT_YET_SEEN
+
+
+class PartsAnswer(BaseModel, frozen=True):
+    """Every part, as it was last seen."""
+
+    bank: BankPart
+    embedder: EmbedderPart
+    redis: StoreState | Unseen
+    engine_url: AddressState | Unseen
+    engines: tuple[EngineState, ...]
+
+
+class HealthAnswer(BaseModel, frozen=True):
+    """That the process lives."""
+
+    status: Literal["ok"] = "ok"
+    parts: PartsAnswer
+
+
+class ReadyAnswer(BaseModel, frozen=True):
+    """Whether requests can be answered."""
+
+    status: Readiness
+    detail: str | None = Field(description="What to do, where the state of the parts does not say.")
+    seen_s_ago: float | None = Field(description="How old the last look is.")
+    parts: PartsAnswer
+
+
 @router.get("/health")
-async def health(request: Request) -> dict[str, Any]:
+async def health(request: Request) -> HealthAnswer:
     """Whether this process lives: 200 when it answers. The parts are as they were last seen; nothing is asked."""
     parts = parts_of(request)
-    return {"status": "ok", "parts": _parts(parts, parts.health.last)}
+    return HealthAnswer(parts=_parts(parts, parts.health.last))
 
 
-@router.get("/ready", responses={503: {"description": "A part that every request needs is not ready."}})
-async def ready(request: Request) -> JSONResponse:
+@router.get(
+    "/ready", responses={503: {"model": ReadyAnswer, "description": "A part that every request needs is not ready."}}
+)
+async def ready(request: Request, response: Response) -> ReadyAnswer:
     """Whether requests can be answered as they should be: 503 when not.
 
     Ready means that the store can be used, the address that generates can be reached, and so can one engine that has
@@ -32,15 +83,14 @@ async def ready(request: Request) -> JSONResponse:
     """
     parts = parts_of(request)
     report, readiness = parts.health.last, parts.health.readiness
-    content = {
-        "status": readiness.value,
-        "detail": None,
-        "seen_s_ago": round(report.age_s, 1) if report else None,
-        "parts": _parts(parts, report),
-    }
-    if readiness is Readiness.STALE:
-        content["detail"] = "the gateway's watch over its parts hangs or has ended: its log may say why; restart it"
-    return JSONResponse(content, status_code=200 if readiness is Readiness.READY else 503)
+    response.status_code = 200 if readiness is Readiness.READY else 503
+    stale = "the gateway's watch over its parts hangs or has ended: its log may say why; restart it"
+    return ReadyAnswer(
+        status=readiness,
+        detail=stale if readiness is Readiness.STALE else None,
+        seen_s_ago=round(report.age_s, 1) if report else None,
+        parts=_parts(parts, report),
+    )
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -49,17 +99,12 @@ async def metrics(request: Request) -> Response:
     return Response(parts_of(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def _parts(parts: Parts, report: Report | None) -> dict[str, Any]:
+def _parts(parts: Parts, report: Report | None) -> PartsAnswer:
     manifest = parts.bank.manifest
-    return {
-        "bank": {
-            "status": "ok",
-            "fingerprint": manifest.fingerprint,
-            "task": manifest.task,
-            "anchors": len(manifest.anchors),
-        },
-        "embedder": {"status": "ok", "id": manifest.embedder.id, "dim": manifest.embedder.dim},
-        "redis": asdict(report.store) if report else {"status": Readiness.NOT_YET_SEEN.value},
-        "engine_url": asdict(report.generating) if report else {"status": Readiness.NOT_YET_SEEN.value},
-        "engines": [asdict(engine) for engine in report.engines] if report else [],
-    }
+    return PartsAnswer(
+        bank=BankPart(fingerprint=manifest.fingerprint, task=manifest.task, anchors=len(manifest.anchors)),
+        embedder=EmbedderPart(id=manifest.embedder.id, dim=manifest.embedder.dim),
+        redis=report.store if report else Unseen(),
+        engine_url=report.generating if report else Unseen(),
+        engines=report.engines if report else (),
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -14,13 +13,13 @@ from adapters.errors import excerpt
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
+from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import ItemsRequest, UserIdInPath
 from server.gateway.parts import Parts, parts_of
 from server.gateway.routes.answers import (
     AdapterAnswer,
     ErasedAnswer,
-    ErrorAnswer,
     ProfileAnswer,
     UserAnswer,
     anchors,
@@ -85,7 +84,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     erasure = await parts_of(request).erasing.erase(user_id)
     if erasure is None:
         raise _unknown(user_id)
-    return ErasedAnswer(user_id=user_id, erased=asdict(erasure.erased), log_rewritten_by=iso(erasure.rewritten_by_ms))
+    return ErasedAnswer(user_id=user_id, erased=erasure.erased, log_rewritten_by=iso(erasure.rewritten_by_ms))
 
 
 async def _change(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
 from server.gateway.http.requests import GenerateRequest, ItemsRequest, Personalize
-from server.gateway.http.validation import MAX_SHOWN_CHARS, fault_of
 
 LEAST = {"user_id": "ada", "prompt": "hi"}
 
