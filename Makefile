@@ -5,6 +5,7 @@
 BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
 SCRIPTS := deploy/setup.sh .ci/run
+WORKERS := logical --maxprocesses 4
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -16,7 +17,7 @@ demo: setup ## from nothing to personalised answers, in a table
 	@$(BIN)/python -m deploy.demo
 
 test: lint ## lint, then every test, on data that the tests make themselves
-	$(BIN)/python -m pytest tests --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=15
 
 lint: ## formatting, style, types, layers, shell
 	@deploy/setup.sh tools

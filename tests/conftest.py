@@ -11,10 +11,52 @@ import pytest
 
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
+from bench.rig.engine import Engine, running_engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 from tests.support.fake_engine import KEY, FakeEngine, Knobs
 from tests.support.gateway import SECRET, GatewayThread
+
+HERE = Path(__file__).parent
+DEAR_FIRST = (
+    "e2e/test_demo_manners.py",  # makes the demo's bank, for which test_demo_run would wait
+    "integration/test_stacked_engine.py",
+    "integration/test_faults.py",
+    "integration/test_adapting.py",
+    "integration/test_engine_oracle.py",
+    "contract/test_engine.py",
+    "integration/test_engine_plugin.py",
+    "integration/test_erasing_everywhere.py",
+    "integration/test_engine_next_bank.py",
+    "integration/test_bank_exchange.py",
+    "integration/test_no_job_is_lost.py",
+    "e2e/test_demo_run.py",
+    "integration/test_worker_process.py",
+    "integration/test_compose.py",
+    "contract/test_store_model.py",
+    "integration/test_bank_rebuild.py",
+    "integration/test_eval_engine.py",
+    "integration/test_quality_quick.py",
+    "integration/test_up.py",
+)
+"""What takes longest, so that no core waits for it at the end."""
+TOGETHER = {
+    "e2e/test_demo_adapting.py": "e2e/test_demo_manners.py",
+    "integration/test_gateway_over_vllm.py": "contract/test_engine.py",
+}
+"""Files that share a server with another one, and so a process of pytest-xdist. All others are files by themselves."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort files by what they cost, and keep the tests of one file on one process."""
+    places = {file: place for place, file in enumerate(DEAR_FIRST)}
+    groups = {}
+    for item in items:
+        file = item.path.relative_to(HERE).as_posix()
+        groups[item] = TOGETHER.get(file, file)
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: places.get(groups[item], len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +79,13 @@ def tiny_bank_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder
     from bench.rig.tiny import tiny_bank
 
     return tiny_bank(tmp_path_factory.mktemp("tiny") / "bank", tiny_model_folder, embedder_folder, anchors=6)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Engine]:
+    """A real engine with the tiny bank."""
+    with running_engine(tiny_bank_folder, tiny_model_folder) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from bank.manifest import read_manifest
-from bench.rig.engine import KEY, running_engine
+from bench.rig.engine import KEY, Engine
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
@@ -51,7 +51,7 @@ class Subject:
 
 
 @pytest.fixture(scope="module", params=["fake", "vllm"])
-def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Subject]:
+def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path) -> Iterator[Subject]:
     if request.param == "fake":
         banks = (read_manifest(tiny_bank_folder).fingerprint,)
         fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
@@ -63,13 +63,13 @@ def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path, tiny_model_f
         )
         fake.stop()
         return
-    with running_engine(tiny_bank_folder, tiny_model_folder) as engine:
-        yield Subject(
-            engine.url,
-            tiny_bank_folder,
-            generated=lambda: engine.metric("vllm:generation_tokens_total"),
-            idle=lambda: engine.metric("vllm:num_requests_running") == 0,
-        )
+    engine: Engine = request.getfixturevalue("tiny_engine")
+    yield Subject(
+        engine.url,
+        tiny_bank_folder,
+        generated=lambda: engine.metric("vllm:generation_tokens_total"),
+        idle=lambda: engine.metric("vllm:num_requests_running") == 0,
+    )
 
 
 @pytest.fixture

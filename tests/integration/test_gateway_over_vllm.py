@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from bench.rig.engine import Engine, running_engine
+from bench.rig.engine import Engine
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
 from server.settings import Settings
@@ -19,14 +18,8 @@ NewUser = Callable[[], str]
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_bank_folder: Path, tiny_model_folder: Path) -> Iterator[Engine]:
-    with running_engine(tiny_bank_folder, tiny_model_folder) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def client(gateway_settings: Settings, engine: Engine) -> Iterator[httpx.Client]:
-    settings = gateway_settings.model_copy(update={"engine_url": engine.url})
+def client(gateway_settings: Settings, tiny_engine: Engine) -> Iterator[httpx.Client]:
+    settings = gateway_settings.model_copy(update={"engine_url": tiny_engine.url})
     with GatewayThread(settings) as gateway, gateway.client() as client:
         wait_until_ready(client)
         yield client
@@ -81,9 +74,9 @@ def test_the_context_is_known_before_and_kept_by_the_engine(client: httpx.Client
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_is_aborted_in_the_engine(
-    client: httpx.Client, engine: Engine, ada: str, stream: bool
+    client: httpx.Client, tiny_engine: Engine, ada: str, stream: bool
 ) -> None:
-    before = _metric(engine, "vllm:generation_tokens_total")
+    before = _metric(tiny_engine, "vllm:generation_tokens_total")
     body = {"user_id": ada, "prompt": "x", "max_tokens": 450, "temperature": 1, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
         if stream:
@@ -91,8 +84,8 @@ def test_a_client_that_leaves_is_aborted_in_the_engine(
                 next(response.iter_lines())
                 raise httpx.ReadTimeout("enough heard")
         client.post("/generate", json=body, timeout=httpx.Timeout(30, read=0.2))
-    wait_until(lambda: _metric(engine, "vllm:num_requests_running") == 0, "the engine to stop")
-    assert 0 < _metric(engine, "vllm:generation_tokens_total") - before < 450
+    wait_until(lambda: _metric(tiny_engine, "vllm:num_requests_running") == 0, "the engine to stop")
+    assert 0 < _metric(tiny_engine, "vllm:generation_tokens_total") - before < 450
 
 
 def _metric(engine: Engine, name: str) -> float:
