@@ -10,7 +10,7 @@ from adapters.recipe import FusionRecipe
 from adapters.training.example import Example, output_tokens
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
-from bank.build.signer import Signer
+from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.evaluation.methods import Base, EvalMethod
 from bank.evaluation.people import Person

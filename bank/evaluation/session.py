@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from adapters.training.user_run import UserPlan
-from bank.build.baselines import BASELINES
+from bank.building.baselines import BASELINES
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, curves

@@ -4,9 +4,9 @@ To first order an anchor changes the loss of a user's items by an inner product,
 gradient of that loss with respect to B at the bank's centre (the common row and the mean of all anchors). So one pass
 over the items speaks about all anchors at once. What is kept of the gradient is its inner product with each anchor:
 all that is ever asked of it, a few numbers instead of a million, and nothing is lost. a and cᵢ are calibrated
-at build (`bank/build/calibration.py`).
+at build (`bank/building/calibration.py`).
 
-Plain numpy: the gateway reads signatures, only the build and the worker make them (`bank/build/signer.py`).
+Plain numpy: the gateway reads signatures, only the build and the worker make them (`bank/building/signer.py`).
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from adapters.fusion import fuse
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, Term
-from bank.build.assemble import BankParts, bank_rank, write_bank
-from bank.build.options import ImportOptions
-from bank.build.selection import person_embedding
+from bank.building.assemble import BankParts, bank_rank, write_bank
+from bank.building.options import ImportOptions
+from bank.building.selection import person_embedding
 from bank.errors import BankError
 from bank.items.histories import History, read_histories
 from bank.items.tasks import get_task

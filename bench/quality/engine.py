@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from bank.build.baselines import BASELINES
+from bank.building.baselines import BASELINES
 from bank.evaluation.methods import parse_methods
 from bank.evaluation.records import RECORDS_FILE, Record
 from bank.evaluation.run import EvalOptions

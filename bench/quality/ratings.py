@@ -15,7 +15,7 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from bank.build.baselines import BASELINES
+from bank.building.baselines import BASELINES
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import parse_methods
 from bank.evaluation.people import read_people

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from adapters.layout import RowLayout
 from adapters.recipe import FusionMethod
 from adapters.training.trainer import linear_modules
-from bank.build.assemble import BankParts, write_bank
+from bank.building.assemble import BankParts, write_bank
 from bank.lookup.embedder import Embedder
 from bank.manifest import BaseModelId, EmbedderId, SignatureRule, WeightRule
 from bank.models.folders import model_hash

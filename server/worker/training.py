@@ -17,7 +17,7 @@ from adapters.training.example import Example
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, Training, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
-from bank.build.signer import Signer
+from bank.building.signer import Signer
 from bank.items.prompt import encode_conversation, encode_pair
 from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import BankManifest

@@ -11,7 +11,7 @@ import torch
 
 from adapters.fusion import fuse
 from adapters.recipe import FusionMethod, FusionRecipe, Term
-from bank.build.resume import WORK_FOLDER
+from bank.building.resume import WORK_FOLDER
 from bank.errors import BankError
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank

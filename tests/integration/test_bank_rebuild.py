@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from adapters.recipe import FusionMethod
-from bank.build.resume import WORK_FOLDER, workbench
+from bank.building.resume import WORK_FOLDER, workbench
 from bank.errors import BankError
 from bank.lookup.summary import summarise
 from bank.manifest import MANIFEST_FILE, MATRIX_FILE, BankManifest

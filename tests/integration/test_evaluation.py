@@ -9,8 +9,8 @@ import pytest
 
 from adapters.training.trainer import initial_lora
 from adapters.training.user_trainer import Judgement
-from bank.build.baselines import build_baselines
-from bank.build.options import BuildInputs
+from bank.building.baselines import build_baselines
+from bank.building.options import BuildInputs
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import DEFAULT, parse_methods

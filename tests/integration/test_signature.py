@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adapters.training.example import Example
-from bank.build.signer import Signer
+from bank.building.signer import Signer
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank

@@ -161,7 +161,7 @@ def test_a_gradient_that_is_no_number_leaves_it_to_the_topics_and_is_not_asked_f
     user_id = new_user()
     put(client, user_id, PAIRS)
     numbers = sign.trainer.manifest.layout.b_numbers
-    monkeypatch.setattr("bank.build.signer.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
+    monkeypatch.setattr("bank.building.signer.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
     sign()
     assert sign.made == 1
     assert source(client, user_id) == "topic"

@@ -9,8 +9,8 @@ from typing import Any
 
 from adapters.matrix import MetaMatrix
 from adapters.training.trainer import StepReport
-from bank.build.build import build_bank
-from bank.build.options import BuildInputs, BuildOptions
+from bank.building.build import build_bank
+from bank.building.options import BuildInputs, BuildOptions
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bench.rig.people import people, write_people

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bank.build.options import BuildInputs, BuildOptions, ImportOptions
+from bank.building.options import BuildInputs, BuildOptions, ImportOptions
 from bank.errors import BankError
 from server.cli.bank.options import with_options
 from server.cli.process import prepare_to_train
@@ -48,8 +48,8 @@ def build(
     """
     settings = load_settings()
     prepare_to_train()
-    from bank.build.baselines import build_baselines
-    from bank.build.build import build_bank
+    from bank.building.baselines import build_baselines
+    from bank.building.build import build_bank
     from server.cli.bank.progress import ConsoleProgress
 
     inputs = BuildInputs(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from bank.build.options import options_of
+from bank.building.options import options_of
 
 _OPTIONS = "options"
 _NAMES = tuple[str, ...] | None
@@ -22,7 +22,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     Args:
         command: what Typer would make a command of, were it not for the parameter `options`. Its type is a dataclass
-            as `bank.build.options.options_of` reads.
+            as `bank.building.options.options_of` reads.
 
     Returns:
         The same with an option for each field, where `options` stands; required ones come first.

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bank.build import calibration
-from bank.build.calibration import calibrate, calibrate_signer
-from bank.build.resume import Workbench
+from bank.building import calibration
+from bank.building.calibration import calibrate, calibrate_signer
+from bank.building.resume import Workbench
 from bank.items.histories import History
 from bank.items.profile import Item, Vectors
 from bank.items.tasks import get_task

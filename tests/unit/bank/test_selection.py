@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bank.build.selection import (
+from bank.building.selection import (
     SERVED_ITEMS,
     person_embedding,
     sampled_embedding,

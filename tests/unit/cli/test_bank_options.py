@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from adapters.recipe import FusionMethod
-from bank.build.options import COUNT, RATE, BuildOptions, ImportOptions, Option, check_limits, options_of
+from bank.building.options import COUNT, RATE, BuildOptions, ImportOptions, Option, check_limits, options_of
 from bank.errors import BankError
 from server.cli import app
 from server.cli.bank.options import with_options

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from adapters.recipe import FusionMethod
-from bank.build.calibration import Calibration
-from bank.build.selection import SAMPLED_ITEMS, SERVED_ITEMS
+from bank.building.calibration import Calibration
+from bank.building.selection import SAMPLED_ITEMS, SERVED_ITEMS
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.tasks import Task

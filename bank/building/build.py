@@ -1,8 +1,8 @@
 """`mta bank build`: from people's histories to a bank.
 
 Read, embed, choose anchors, train the common row and one meta-LoRA per anchor, write. Every finished piece is kept in
-the work folder (`bank/build/resume.py`); each depends on the inputs and its own seed alone, so a build that was killed
-and started again ends with the fingerprint it would have had.
+the work folder (`bank/building/resume.py`); each depends on the inputs and its own seed alone, so a build that was
+killed and started again ends with the fingerprint it would have had.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from adapters.recipe import FusionMethod, anchor_id
-from bank.build.assemble import BankParts, bank_rank, write_bank
-from bank.build.calibration import MIN_PEOPLE, Calibration, calibrate_signer
-from bank.build.options import BuildInputs, BuildOptions, inputs_key
-from bank.build.resume import Workbench, finished_bank, workbench
-from bank.build.rows import RowProgress, TrainedRows, train_rows
-from bank.build.selection import MIN_ITEMS, person_embedding, sampled_embedding, select_anchors
-from bank.build.signer import Signer
+from bank.building.assemble import BankParts, bank_rank, write_bank
+from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer
+from bank.building.options import BuildInputs, BuildOptions, inputs_key
+from bank.building.resume import Workbench, finished_bank, workbench
+from bank.building.rows import RowProgress, TrainedRows, train_rows
+from bank.building.selection import MIN_ITEMS, person_embedding, sampled_embedding, select_anchors
+from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors

@@ -15,11 +15,11 @@ from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
 from adapters.recipe import FusionMethod, FusionRecipe
 from adapters.training.trainer import StepReport, TrainPlan, train_lora
-from bank.build.assemble import BankParts, write_bank
-from bank.build.build import read_inputs
-from bank.build.options import BuildInputs, BuildOptions
-from bank.build.rows import RowProgress, anchor_steps
-from bank.build.training import row_job, row_seed
+from bank.building.assemble import BankParts, write_bank
+from bank.building.build import read_inputs
+from bank.building.options import BuildInputs, BuildOptions
+from bank.building.rows import RowProgress, anchor_steps
+from bank.building.training import row_job, row_seed
 from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex

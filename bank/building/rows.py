@@ -14,9 +14,9 @@ from adapters.layout import RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionMethod, anchor_id
 from adapters.training.trainer import StepReport, TrainPlan, linear_modules
-from bank.build.options import BuildOptions
-from bank.build.resume import Workbench
-from bank.build.training import COMMON, Pairs, RowJob, RowTrainer, row_job, row_seed
+from bank.building.options import BuildOptions
+from bank.building.resume import Workbench
+from bank.building.training import COMMON, Pairs, RowJob, RowTrainer, row_job, row_seed
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.tasks import Task

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapters.training.example import Example
-from bank.build.resume import Workbench
+from bank.building.resume import Workbench
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.profile import Vectors
@@ -23,7 +23,7 @@ from bank.items.prompt import ChatTokenizer, encode_pair
 from bank.items.tasks import Task
 
 if TYPE_CHECKING:
-    from bank.build.signer import Signer
+    from bank.building.signer import Signer
 
 MAX_DRAWS = 32
 DRAWS_OF_ONE = 4
