@@ -17,7 +17,7 @@ demo: setup ## from nothing to personalised answers, in a table
 	@$(BIN)/python -m deploy.demo
 
 test: lint ## lint, then every test, on data that the tests make themselves
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: ## formatting, style, types, layers, shell
 	@deploy/setup.sh tools

@@ -19,7 +19,7 @@ from tests.support.gateway import SECRET, GatewayThread
 
 HERE = Path(__file__).parent
 DEAR_FIRST = (
-    "e2e/test_demo_manners.py",  # makes the demo's bank, for which test_demo_run would wait
+    "e2e/test_demo_answers.py",  # makes the demo's bank, for which test_demo_run would wait
     "integration/test_stacked_engine.py",
     "integration/test_faults.py",
     "integration/test_adapting.py",
@@ -40,23 +40,12 @@ DEAR_FIRST = (
     "integration/test_up.py",
 )
 """What takes longest, so that no core waits for it at the end."""
-TOGETHER = {
-    "e2e/test_demo_adapting.py": "e2e/test_demo_manners.py",
-    "integration/test_gateway_over_vllm.py": "contract/test_engine.py",
-}
-"""Files that share a server with another one, and so a process of pytest-xdist. All others are files by themselves."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort files by what they cost, and keep the tests of one file on one process."""
-    places = {file: place for place, file in enumerate(DEAR_FIRST)}
-    groups = {}
-    for item in items:
-        file = item.path.relative_to(HERE).as_posix()
-        groups[item] = TOGETHER.get(file, file)
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: places.get(groups[item], len(places)))
+    """Sort files by what they cost."""
+    places = {HERE / file: place for place, file in enumerate(DEAR_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

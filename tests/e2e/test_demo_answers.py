@@ -1,9 +1,11 @@
-"""The manners of the demo show in what its server answers: the real model, bank and processes."""
+"""What the demo promises shows in what its server answers: the manners of its anchors, and a habit that no anchor has
+once somebody has sent a few samples of it. The real model, bank and processes."""
 
 from __future__ import annotations
 
 import pytest
 
+from deploy.demo import adapting
 from deploy.demo.asking import Answer, ask
 from deploy.demo.manners import MANNERS, Manner
 from deploy.demo.personas import NOBODY, PEOPLE, QUESTIONS, Person
@@ -11,6 +13,7 @@ from mta_client import Client
 
 AT_LEAST_AS_SOMEBODY = 4
 AT_MOST_AS_NOBODY = 1
+AT_LEAST_AFTER_ADAPTING = 3
 
 pytestmark = pytest.mark.timeout(1200)  # the first test here may have to build the bank
 each_person = pytest.mark.parametrize("person", PEOPLE, ids=lambda person: person.user_id)
@@ -50,3 +53,19 @@ def test_people_of_different_manners_share_no_anchor(answers: dict[str, list[Ans
 
 def test_nobody_is_answered_by_the_base_model(answers: dict[str, list[Answer]]) -> None:
     assert {(answer.level, answer.anchors) for answer in answers[NOBODY]} == {("base", ())}
+
+
+def test_a_habit_shows_after_adapting_and_not_before(demo_api: Client) -> None:
+    user_id = f"{adapting.USER}-who-adapts"
+    (person,) = (person for person in PEOPLE if person.user_id == adapting.USER)
+    demo_api.put_profile(user_id, person.lines)
+    before = [ask(demo_api, user_id, question) for question in QUESTIONS]
+    job = adapting.train(demo_api, user_id).job
+    after = [ask(demo_api, user_id, question) for question in QUESTIONS]
+    assert (job.state, job.error) == ("succeeded", None)
+    assert job.held_out["after"] < job.held_out["before"]
+    assert {answer.level for answer in before} == {"merged"}
+    assert {answer.level for answer in after} == {"stacked"}
+    assert not any(adapting.shows(answer.text) for answer in before)
+    texts = [answer.text for answer in after]
+    assert sum(map(adapting.shows, texts)) >= AT_LEAST_AFTER_ADAPTING, texts
