@@ -1,4 +1,4 @@
-"""A small client of the MTA server's HTTP API; it needs httpx and nothing else of this project.
+"""A small client for the MTA server's HTTP API; it needs httpx and no other package of this project.
 
 with Client("http://127.0.0.1:8000") as client:
     client.put_profile("rosa", ["Dear friend,\\nThe first roses are open."])

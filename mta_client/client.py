@@ -1,4 +1,4 @@
-"""The calls of the HTTP API, one method each."""
+"""The HTTP API, one method per call."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Prompt = str | Sequence[Mapping[str, str]]
 """One user turn, or a conversation of messages."""
 
 CONNECT_S = 5.0
-KEEP_ALIVE_S = 2.0  # idle connections are given up before the server closes them, after 5 s
+KEEP_ALIVE_S = 2.0  # idle connections are dropped before the server closes them (after 5 s)
 
 
 class Client:
-    """A server, by its HTTP API. Every method raises `MtaError` and nothing else; threads may share a client.
+    """A client for one server. Methods raise only `MtaError`; threads may share a client.
 
     Args:
-        url: of the gateway.
-        timeout_s: longest silence of an answer; a stream is not silent for longer than 15 s while all is well.
-        options: of `httpx.Client`, for example `headers`, `verify` or `trust_env`.
+        url: the gateway's.
+        timeout_s: longest silence within an answer; a healthy stream is never silent for longer than 15 s.
+        options: passed on to `httpx.Client`, for example `headers`, `verify` or `trust_env`.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 120.0, **options: Any) -> None:
@@ -47,7 +47,7 @@ class Client:
         self._http.close()
 
     def ready(self) -> bool:
-        """Whether requests can be answered as they should be."""
+        """Whether requests can be fully served (`GET /ready`)."""
         try:
             self._json("GET", "/ready")
         except MtaError:
@@ -55,23 +55,23 @@ class Client:
         return True
 
     def health(self) -> Mapping[str, Any]:
-        """The gateway's parts as it last saw them."""
+        """The gateway's parts, as it last saw them (`GET /health`)."""
         return self._json("GET", "/health")
 
     def put_profile(self, user_id: str, items: Items) -> Profile:
-        """Let a user's history be these items alone."""
+        """Replace a user's history with these items."""
         return self._call(Profile, "PUT", f"{_path(user_id)}/profile", {"items": _items(items)})
 
     def add_items(self, user_id: str, items: Items) -> Profile:
-        """Add items to a user's history; one whose `id` is there already is replaced."""
+        """Add items to a user's history; an item whose `id` is already there is replaced."""
         return self._call(Profile, "POST", f"{_path(user_id)}/profile/items", {"items": _items(items)})
 
     def user(self, user_id: str) -> User:
-        """What is stored of a user, and who speaks for them."""
+        """What is stored about a user, and which anchors speak for them."""
         return self._call(User, "GET", _path(user_id))
 
     def forget(self, user_id: str, *, missing_ok: bool = False) -> Erased | None:
-        """Erase a user; with `missing_ok`, None where nothing was stored of them."""
+        """Erase a user; with `missing_ok`, returns None if nothing was stored about them."""
         try:
             return self._call(Erased, "DELETE", _path(user_id))
         except MtaError as error:
@@ -80,36 +80,36 @@ class Client:
             raise
 
     def generate(self, user_id: str, prompt: Prompt, **options: Any) -> Answer:
-        """A whole answer; `options` are the other fields of `POST /generate`, for example `max_tokens`."""
+        """Generate a whole answer; `options` are the other fields of `POST /generate`, for example `max_tokens`."""
         return self._call(Answer, "POST", "/generate", _question(user_id, prompt) | options)
 
     def stream(self, user_id: str, prompt: Prompt, **options: Any) -> Generator[Chunk, None, None]:
-        """The same as it is made; closing the generator ends the answer."""
+        """Generate an answer piece by piece; closing the generator stops it."""
         body = _question(user_id, prompt) | options | {"stream": True}
         with self._response("POST", "/generate", body) as response:
             for event in _events(response):
                 yield read_chunk(event)
 
     def adapt(self, user_id: str, samples: Sequence[Mapping[str, Any]], *, append: bool = False, **config: Any) -> Job:
-        """Begin to train a user's adapter on samples of `input` and `output`, which replace the last ones.
+        """Start training a user's adapter on samples of `input` and `output`, which replace the previous ones.
 
         Args:
-            user_id: whose.
-            samples: at least two.
-            append: whether they are added to the last ones instead.
-            config: of the training, for example `kind` or `steps`.
+            user_id: whose adapter.
+            samples: at least one.
+            append: whether they are added to the previous ones instead.
+            config: how to train, for example `kind` or `steps`.
         """
         body = {"samples": [dict(sample) for sample in samples], "append": append, "config": config}
         return self._call(Job, "POST", f"{_path(user_id)}/adapt", body)
 
     def events(self, job_id: str) -> Generator[Job, None, None]:
-        """A job whenever it has changed, until it has ended."""
+        """Yield a job now and whenever it changes, until it has ended."""
         with self._response("GET", f"/jobs/{job_id}/events") as response:
             for event in _events(response):
                 yield read(Job, event)
 
     def wait(self, job_id: str, *, timeout_s: float = 600.0, poll_s: float = 0.1) -> Job:
-        """A job once it has ended, looked at every `poll_s`."""
+        """Wait until a job has ended, polling it every `poll_s`."""
         deadline_s = time.monotonic() + timeout_s
         while (job := self._call(Job, "GET", f"/jobs/{job_id}")).ended_at is None:
             if time.monotonic() > deadline_s:
@@ -127,7 +127,7 @@ class Client:
 
     @contextmanager
     def _response(self, method: str, path: str, body: object = None) -> Iterator[httpx.Response]:
-        """A response of status 2xx while the block reads it; what goes wrong meanwhile becomes an `MtaError`."""
+        """A 2xx response, open while the block reads it; any failure becomes an `MtaError`."""
         request = self._http.build_request(method, path, json=body)
         try:
             response = self._http.send(request, stream=True)
@@ -141,11 +141,11 @@ class Client:
         except httpx.HTTPError as error:
             raise MtaError(f"{method} {path} got no answer from {self.url}: {error}", "no_answer") from error
         except (ValueError, LookupError, TypeError) as error:
-            raise MtaError(f"{method} {path} got an answer of another shape: {error!r}", "not_understood") from error
+            raise MtaError(f"{method} {path} got an answer that this client cannot read: {error!r}", "not_understood") from error
 
 
 def _refusal(response: httpx.Response) -> MtaError:
-    """What an answer of status 4xx or 5xx says, whoever between us and the server gave it."""
+    """The error in a 4xx or 5xx answer, which may also come from a proxy."""
     try:
         error = response.json()["error"]
         return MtaError(error["message"], error["code"], status=response.status_code, param=error["param"])
@@ -167,7 +167,7 @@ def _question(user_id: str, prompt: Prompt) -> dict[str, Any]:
 
 
 def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
-    """The JSON of each server-sent event, up to `[DONE]`; comments and empty lines are passed over."""
+    """The JSON of each server-sent event, up to `[DONE]`; comments and empty lines are skipped."""
     for line in _lines(response):
         if line.startswith(b"data: [DONE]"):
             return
@@ -180,7 +180,7 @@ def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Lines as server-sent events have them; `Response.iter_lines` also cuts at marks that may stand in a text."""
+    """Lines, split at newlines only; `Response.iter_lines` also splits at characters that may occur in a text."""
     rest = b""
     for piece in response.iter_bytes():
         *lines, rest = (rest + piece).split(b"\n")

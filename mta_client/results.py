@@ -1,4 +1,4 @@
-"""What the server answers, as frozen values of the same fields; those that a later server adds are passed over."""
+"""The server's answers as frozen values with the same fields; fields that a later server adds are ignored."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class MtaError(Exception):
-    """A call that did not get what it asked for.
+    """A call that failed.
 
     Attributes:
         message: what was wrong, for people.
-        code: the server's short reason for programs; `no_answer`, `broken_off`, `timed_out` and `not_understood` are
+        code: the server's machine-readable reason; `no_answer`, `broken_off`, `timed_out` and `not_understood` are
             the client's own.
-        status: HTTP's; 0 where no answer came or a stream broke off.
+        status: the HTTP status; 0 when no answer came or a stream broke off.
         param: the field at fault, if there is one.
     """
 
@@ -30,7 +30,7 @@ class MtaError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """An anchor that speaks."""
+    """An anchor that speaks for a user."""
 
     id: str
     weight: float
@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a stream: the first says who speaks, the last why it ends, with token counts and timings."""
+    """A piece of a stream: the first says who speaks; the last has the finish reason, token counts and timings."""
 
     text: str
     finish_reason: str | None
@@ -74,7 +74,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a change made of a profile: items sent, kept and changed."""
+    """The result of a profile change: how many items were received, are kept, and were changed."""
 
     user_id: str
     received: int
@@ -86,7 +86,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """What is stored of a user, and who speaks for them."""
+    """What is stored about a user, and which anchors speak for them."""
 
     user_id: str
     items: int
@@ -98,7 +98,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What was erased, and by when the store's file on disk has forgotten it too."""
+    """What was erased, and by when it is gone from the store's file on disk too."""
 
     user_id: str
     erased: Mapping[str, int]
@@ -107,7 +107,7 @@ class Erased:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A training job as it is now: `progress` has `step`, `of` and `loss`, `held_out` `before` and `after`."""
+    """A training job's current state: `progress` has `step`, `of` and `loss`; `held_out` has `before` and `after`."""
 
     id: str
     state: str
@@ -119,7 +119,7 @@ class Job:
 
 
 def read(kind: type[T], answer: Mapping[str, Any]) -> T:
-    """A value from an answer; a KeyError or TypeError when it has another shape."""
+    """Build a value from an answer; raises KeyError or TypeError if the answer has a different shape."""
     taken = {field.name: answer[field.name] for field in fields(kind)}
     if "anchors" in taken:
         taken["anchors"] = tuple(read(Anchor, anchor) for anchor in taken["anchors"])
@@ -129,7 +129,7 @@ def read(kind: type[T], answer: Mapping[str, Any]) -> T:
 
 
 def read_chunk(event: Mapping[str, Any]) -> Chunk:
-    """A chunk from a stream's event."""
+    """Build a chunk from a stream's event."""
     choice = event["choices"][0]
     absent = dict.fromkeys(("personalization", "usage", "timings_ms"))
     flat = {"text": choice["delta"].get("content", ""), "finish_reason": choice["finish_reason"]}

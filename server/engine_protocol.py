@@ -1,13 +1,14 @@
-"""What the two sides of an engine's door agree on: names, the key, and the private routes.
+"""What an engine and its clients agree on: names, the key, and the private routes.
 
-Gateway and supervisor ask, the engine answers, and neither side imports the other. Beside the private routes, which are
-asked on each engine itself and never through a router, they speak OpenAI's protocol with a recipe's name as the model.
+Gateway and supervisor ask, the engine answers, and neither side imports the other. Apart from the private routes, which
+are called on each engine directly and never through a router, they speak OpenAI's protocol with a recipe's name as the
+model.
 """
 
 from __future__ import annotations
 
 PLUGIN = "mta"
-"""The name of both of vLLM's entry points that we fill, and the value of `VLLM_PLUGINS`."""
+"""The name under which both of our vLLM entry points are registered, and the value of `VLLM_PLUGINS`."""
 
 BASE_MODEL = "base"
 """The name under which engines serve the base model."""
@@ -21,9 +22,9 @@ RESIDENT = f"{PRIVATE}/resident"
 """GET: what the workers hold; for operators."""
 
 DROP = f"{PRIVATE}/drop"
-"""POST `{"user_key"}`: let go of a user's adapters."""
+"""POST `{"user_key"}`: drop a user's adapters."""
 
 
 def key_header(key: str | None) -> dict[str, str]:
-    """The header that carries an engine's key; none without one."""
+    """The header that carries an engine's key; empty without a key."""
     return {"Authorization": f"Bearer {key}"} if key else {}

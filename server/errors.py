@@ -5,12 +5,12 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── NotFound 404         no such user, route, recipe
 ├── WrongMethod 405
 ├── TooSlow 408          the request did not arrive in time
-├── Conflict 409         what is asked for is over already
-│   └── UserErased       the user was erased while the request was under way
+├── Conflict 409         what the request acts on has already ended
+│   └── UserErased       the user was erased while the request was in progress
 ├── TooLarge 413         a body above the limit
 ├── WrongMediaType 415
 ├── HeadersTooLarge 431
-├── EngineFailed 502     the engine answered something it must not
+├── EngineFailed 502     the engine's answer makes no sense, or broke off
 └── Unavailable 503      a part is down; carries Retry-After
 """
 
@@ -47,7 +47,7 @@ class ApiError(MtaError):
 
     @property
     def explained(self) -> str:
-        """The message with what caused it: for logs and operators, since causes name inner addresses."""
+        """The message and its cause: for logs and operators only, since causes name internal addresses."""
         return f"{self.message} ({self.__cause__})" if self.__cause__ else self.message
 
 
@@ -82,14 +82,14 @@ class Conflict(ApiError):
 
 
 class UserErased(Conflict):
-    """A write lost against an erasure: nothing of it is stored."""
+    """A write that lost to an erasure: nothing of it is stored."""
 
     default_code = "user_erased"
 
     def __init__(self) -> None:
         super().__init__(
-            "the user was erased while this request was under way: nothing of it is stored. Send it again to store "
-            "them anew",
+            "the user was erased while this request was in progress, and nothing of it is stored: send it again to "
+            "store the user again",
             param="user_id",
         )
 

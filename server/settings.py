@@ -21,14 +21,14 @@ def _user_folder(variable: str, fallback: str) -> Path:
 
 
 class Settings(BaseSettings):
-    """All settings; each field's variable is `MTA_` and its name in capitals."""
+    """All settings; each field's variable is `MTA_` plus its name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix="MTA_", frozen=True, extra="ignore")
 
     # What is served
     bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
     next_bank: Path | None = Field(
-        None, description="A second bank that engines serve beside it, while a fleet moves from one to the other."
+        None, description="A second bank that engines also serve, while a fleet moves from one to the other."
     )
     model: str = Field(
         "default",
@@ -36,11 +36,11 @@ class Settings(BaseSettings):
     )
     embedder: Path | None = Field(
         None,
-        description="Folder of the embedder (model.onnx, tokenizer.json); the default MiniLM without one.",
+        description="Folder of the embedder (model.onnx, tokenizer.json); MiniLM by default.",
     )
     cache_dir: Path = Field(
         default_factory=lambda: _user_folder("XDG_CACHE_HOME", ".cache"),
-        description="Where prepared default models lie; can be deleted at any time.",
+        description="Where prepared default models are kept; can be deleted at any time.",
     )
     data_dir: Path = Field(
         default_factory=lambda: _user_folder("XDG_DATA_HOME", ".local/share"),
@@ -52,25 +52,25 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis 7.2+ or Valkey 8+.")
     require_durable_store: bool = Field(
-        True, description="Refuse a Redis that keeps no append-only file; false: warn, and say so in /ready."
+        True, description="Refuse a Redis whose writes are not durable; false: only warn, and say so in /ready."
     )
     secret: SecretStr | None = Field(
         None,
-        description="Keys the hash of user ids; the same for all gateways and for ever. `mta up` makes one.",
+        description="Keys the hash of user ids; the same for all gateways, never changed. `mta up` makes one.",
     )
     tenant: str = Field("default", description="Tenant that all users belong to.")
     engine_url: str = Field(
-        "http://127.0.0.1:8001", description="OpenAI server that generates: vLLM, or the router before many."
+        "http://127.0.0.1:8001", description="OpenAI server that generates: vLLM, or the router in front of several."
     )
     engine_urls: str = Field(
-        "", description="Every engine by itself, comma-separated, for status calls; engine_url when empty."
+        "", description="Every engine's own URL, comma-separated, for status calls; engine_url if empty."
     )
-    engine_key: SecretStr | None = Field(None, description="Key the engine asks for. `mta up` makes one.")
+    engine_key: SecretStr | None = Field(None, description="Key that engines require. `mta up` makes one.")
     engine_timeout_s: float = Field(600, gt=0, description="Longest silence of the engine within one answer.")
     max_requests: int = Field(
-        512, gt=0, description="Most requests under way at once; more are told to come back. Operations' own excepted."
+        512, gt=0, description="Most requests in progress at once; others get 503. /health, /ready, /metrics are exempt."
     )
-    max_header_bytes: int = Field(32 << 10, ge=1024, description="Largest request line with headers.")
+    max_header_bytes: int = Field(32 << 10, ge=1024, description="Most bytes of a request's line and headers.")
     header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
     body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
@@ -81,14 +81,14 @@ class Settings(BaseSettings):
         2 << 20, gt=0, description="Most bytes kept of a user's items, as JSON: the newest that fit."
     )
     history_cache_mib: int = Field(
-        64, ge=0, description="Histories that a gateway keeps ready for prompts, MiB; 0 reads them for every request."
+        64, ge=0, description="Histories that a gateway keeps ready for prompts, MiB; 0 reads them on every request."
     )
     job_tokens: int = Field(
         2_000_000,
         gt=0,
-        description="Most tokens that one adapt job may read, in training and in judging; on two cores about an hour.",
+        description="Most tokens that one adapt job may read, held-out samples included; about an hour on two cores.",
     )
-    job_seconds: int = Field(3600, gt=0, description="Longest time that one worker trains an adapt job.")
+    job_seconds: int = Field(3600, gt=0, description="Longest time that a worker trains one adapt job.")
     embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
 
     # Engine
@@ -97,9 +97,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights and KV cache.")
     max_loras: int = Field(8, ge=1, description="Adapter slots: recipes that one batch can mix.")
     max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
-    max_adapter_names: int = Field(1024, ge=1, description="Recipes whose ids the engine remembers when idle.")
+    max_adapter_names: int = Field(1024, ge=1, description="Idle recipes whose ids the engine remembers.")
     user_adapter_mib: int = Field(256, ge=1, description="User adapters an engine keeps beyond those in use, MiB.")
-    max_model_len: int | None = Field(None, gt=0, description="Context in tokens; the model's own without it.")
+    max_model_len: int | None = Field(None, gt=0, description="Context in tokens; the model's own by default.")
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     worker_threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,
-        description="Threads that train user adapters; every core by default.",
+        description="Threads that train user adapters; all cores by default.",
     )
 
     @field_validator("profile_bytes")
@@ -116,14 +116,14 @@ class Settings(BaseSettings):
     def _holds_an_item(cls, value: int, info: ValidationInfo) -> int:
         largest = info.data.get("max_item_bytes", 0)
         if value < largest:
-            raise ValueError(f"it must hold the largest item at least, which MTA_MAX_ITEM_BYTES sets to {largest}")
+            raise ValueError(f"must be at least MTA_MAX_ITEM_BYTES, {largest}, so that one item fits")
         return value
 
     def bank_folder(self) -> Path:
-        """The folder of the bank, for what cannot do without one.
+        """The bank's folder, for callers that need one.
 
         Raises:
-            MtaError: when none was named.
+            MtaError: when no bank was named.
         """
         if self.bank is None:
             raise MtaError("no bank was named: give its folder, or set MTA_BANK; `mta bank build` makes one")
@@ -134,19 +134,19 @@ class Settings(BaseSettings):
         """The folders of the banks an engine serves.
 
         Raises:
-            MtaError: when there is no first one.
+            MtaError: when no first bank was named.
         """
         return (self.bank_folder(), *([self.next_bank] if self.next_bank else []))
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """The URL of every engine by itself."""
+        """Every engine's own URL."""
         urls = tuple(url.strip().rstrip("/") for url in self.engine_urls.split(",") if url.strip())
         return urls or (self.engine_url.rstrip("/"),)
 
 
 def load_settings(**given: object) -> Settings:
-    """Settings from the environment, overridden by those given; None means not given.
+    """Settings from the environment, overridden by `given`, where None means not given.
 
     Raises:
         MtaError: naming the variable whose value makes no sense.

@@ -1,4 +1,4 @@
-"""Work that a process does again and again for as long as it runs."""
+"""Work that a process repeats for as long as it runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from server.errors import ApiError
 
 
 async def forever(every_s: float, step: Callable[[], Awaitable[object]], log: logging.Logger) -> NoReturn:
-    """Run a step at once, and again some time after it has ended; only cancellation ends it, whatever the step raises.
+    """Run a step now, and again a pause after each run; only cancellation ends this, whatever the step raises.
 
     Args:
         every_s: the pause after each run of the step.
-        step: what to do. An `ApiError`, such as a store that is away, is a warning; anything else is a fault of ours.
-        log: where either is told.
+        step: what to do. An `ApiError`, such as a store that is down, is logged as a warning; anything else as a bug.
+        log: where both are logged.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The gateway: puts the parts together, and the application around them."""
+"""The gateway put together: its parts, and the application around them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
-    """Open every part, refusing what cannot serve; close them in turn.
+    """Open every part, refuse to start if one cannot serve, and close them in turn.
 
     Raises:
         MtaError: naming what is missing or damaged.
@@ -103,7 +103,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         if durability is Durability.NONE:
-            log.warning("Redis does not promise to keep what it acknowledges: profiles can be lost")
+            log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, thread_name_prefix="embed"))
         store, jobs_store = RedisProfiles(connection), RedisJobs(connection)
@@ -126,7 +126,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         for watching in (health.watch(), forever(LOOK_S, log_file.look, log)):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
-        await asyncio.to_thread(ItemIndex, bank.task, ())  # loads what searches, so that no request waits for it
+        await asyncio.to_thread(ItemIndex, bank.task, ())  # loads the search library, so that no request waits
         indexes = IndexCache(settings.history_cache_mib << 20)
         recall = Recall(profiles, bank.task, tokenizer, indexes)
         generator = Generator(

@@ -1,4 +1,4 @@
-"""How each part is: asked every few seconds in the background, and never by whoever wants to know."""
+"""The state of each part: probed every few seconds in the background, and never on request."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger("mta.gateway")
 PROBE_INTERVAL_S = 2.0
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 15.0
-"""A round of probes takes 4 s at most: what is older was left behind by a watch that hangs or is dead."""
+"""A round of probes takes 4 s at most, so an older report means that the watch hangs or has died."""
 
 
 class Readiness(StrEnum):
-    """Whether requests can be answered as they should be."""
+    """Whether requests can be fully served."""
 
     READY = "ready"
     NOT_READY = "not_ready"
@@ -33,7 +33,7 @@ class Readiness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """How the store is; `detail` is what is wrong with it, in a sentence."""
+    """The store's state; `detail` says in a sentence what is wrong with it."""
 
     status: str
     durability: Durability
@@ -42,12 +42,11 @@ class StoreState:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One look at every part that can fail while the gateway runs. Bank and embedder were checked at start.
+    """One look at every part that can fail while the gateway runs. Bank and embedder were checked at startup.
 
     Attributes:
-        store: where users are.
         generating: the address that generations are sent to.
-        engines: every engine by itself.
+        engines: every engine on its own.
         seen_s: when the look ended, by the monotonic clock.
     """
 
@@ -58,12 +57,12 @@ class Report:
 
     @property
     def age_s(self) -> float:
-        """How long ago that was."""
+        """How long ago the look ended."""
         return time.monotonic() - self.seen_s
 
     @property
     def readiness(self) -> Readiness:
-        """Whether a request can be answered as it should be; one engine that has the bank will do."""
+        """Whether requests can be fully served; one engine that has the bank is enough."""
         if self.age_s > STALE_AFTER_S:
             return Readiness.STALE
         reached = self.store.status == self.generating.status == "ok"
@@ -72,13 +71,13 @@ class Report:
 
 
 class Health:
-    """Looks after the parts.
+    """Watches the parts.
 
     Args:
-        store: the store.
-        engines: all of them.
+        store: where users are kept.
+        engines: all engines.
         fingerprint: of the bank that they must serve.
-        generating: the address that generates: that of an engine, or a router's.
+        generating: the address that generates: an engine's or a router's.
     """
 
     def __init__(self, store: CheckedStore, engines: Engines, fingerprint: str, *, generating: str) -> None:
@@ -90,11 +89,11 @@ class Health:
 
     @property
     def readiness(self) -> Readiness:
-        """Whether requests can be answered as they should be, as far as is known now; nothing is asked."""
+        """Whether requests could be fully served at the last look; nothing is probed."""
         return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
 
     async def probe(self) -> Report:
-        """Ask every part now."""
+        """Probe every part now."""
         store, engines, router = await asyncio.gather(self._ask_store(), self._ask_engines(), self._ask_router())
         self.last = Report(store, router or self._as_address(engines), engines, time.monotonic())
         return self.last
@@ -116,20 +115,20 @@ class Health:
         return tuple(map(self._judged, await self._engines.states(PROBE_TIMEOUT_S)))
 
     def _judged(self, state: EngineState) -> EngineState:
-        """As the engine said, unless it is well but lacks the bank."""
+        """The engine's own state, unless it is `ok` but lacks the bank."""
         if state.status != "ok" or self._fingerprint in state.banks:
             return state
         served = [bank[:8] for bank in state.banks]
-        detail = f"it serves the banks {served}, this gateway {self._fingerprint[:8]}"
+        detail = f"it serves the banks {served}, but this gateway uses {self._fingerprint[:8]}"
         return replace(state, status="other_bank", detail=detail)
 
     async def _ask_router(self) -> AddressState | None:
-        """How the router is; None where an engine of its own generates."""
+        """The router's state; None if generations go straight to an engine."""
         if self._generating in self._engines.urls:
             return None
         return await self._engines.router_state(self._generating, PROBE_TIMEOUT_S)
 
     def _as_address(self, engines: Sequence[EngineState]) -> AddressState:
-        """The engine that generates, which has said all about itself."""
+        """The state of the engine that generates, which has been probed already."""
         state = engines[self._engines.urls.index(self._generating)]
         return AddressState(state.url, state.status, state.detail)

@@ -15,13 +15,13 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "mta_requests",
-            "Requests answered; level is that of generations.",
+            "Requests answered; level is set for generations.",
             ("route", "method", "status", "level"),
             registry=self._registry,
         )
         self.stages = Histogram(
             "mta_stage_seconds",
-            "Where the time of generations went.",
+            "Where generations spent their time.",
             ("stage",),
             buckets=_BUCKETS_S,
             registry=self._registry,
@@ -38,13 +38,13 @@ class Metrics:
             "mta_disconnects", "Generations whose client left before the end.", registry=self._registry
         )
         self.profile_changes = Counter(
-            "mta_profile_changes", "Profile items that came, went or were replaced.", registry=self._registry
+            "mta_profile_changes", "Profile items added, removed or replaced.", registry=self._registry
         )
         self.bank = Gauge("mta_bank_info", "The bank served.", ("bank",), registry=self._registry)
         ProcessCollector(registry=self._registry)
 
     def observe(self, timings_ms: dict[str, float]) -> None:
-        """Take up the stages of one generation."""
+        """Count the stages of one generation."""
         for stage, milliseconds in timings_ms.items():
             self.stages.labels(stage).observe(milliseconds / 1000)
 

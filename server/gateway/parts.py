@@ -33,6 +33,6 @@ class Parts:
 
 
 def parts_of(request: Request) -> Parts:
-    """The parts of the gateway that a request came to."""
+    """The parts of the gateway that received a request."""
     parts: Parts = request.app.state.parts
     return parts

@@ -1,1 +1,1 @@
-"""What is kept, behind ports: each with its port, its values as bytes, and its way to Redis."""
+"""What is kept: a port for each kind of data, its values as bytes, and its implementation on Redis."""

@@ -1,4 +1,4 @@
-"""The store's port for user adapters: what training made, and whose adapter is of which bank."""
+"""The store's port for user adapters: what training made, and which bank each user's adapter belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StoredAdapter:
     """A user adapter as it is kept.
 
     Attributes:
-        id: as `new_adapter_id` made it.
+        id: from `new_adapter_id`.
         recipe: the recipe it was trained on.
         sha256: of `raw`, 64 hex digits.
         raw: what `adapters.user_adapter` encoded.
@@ -29,7 +29,7 @@ class StoredAdapter:
 
 
 def new_adapter_id() -> str:
-    """26 characters of base32: 128 random bits, the alphabet and the length that recipe names take."""
+    """26 characters of base32: 128 random bits, in the alphabet and length that recipe names take."""
     return b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
 
 
@@ -43,10 +43,10 @@ class AdapterStore(Protocol):
         """The `id` of the adapter that a user has now."""
 
     async def adapted(self) -> dict[str, int]:
-        """Banks (the 8 hex digits of recipes) that user adapters were trained on, with how many users of each."""
+        """The banks (8 hex digits) that user adapters were trained on, with the number of users of each."""
 
     def adapted_users(self, bank: str) -> AsyncIterator[str]:
-        """The keys of users whose adapter was trained on a bank; some may have another, or none, by now."""
+        """The keys of users whose adapter was trained on a bank; by now some may have another, or none."""
 
     async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
-        """Take a user off the lists of all banks but one."""
+        """Take a user off every bank's list, except that of `but`."""

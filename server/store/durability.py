@@ -1,4 +1,4 @@
-"""How durable a store's writes are, how that is found out, and how what was erased leaves the disk."""
+"""How durable a store's writes are, how to find out, and how erased data leaves the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Durability(StrEnum):
 
 
 class CheckedStore(Protocol):
-    """A store whose state can be asked for."""
+    """A store whose state can be checked."""
 
     @property
     def durability(self) -> Durability:
@@ -26,17 +26,17 @@ class CheckedStore(Protocol):
         """Reach the store and find out how its writes become durable.
 
         Raises:
-            Unavailable: when it cannot be reached, or is not durable where that is required.
+            Unavailable: when it cannot be reached, or is not durable although that is required.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A rewrite of the store's file that was asked for.
+    """A requested rewrite of the store's file.
 
     Attributes:
-        erase_by_ms: what it shall leave out must be erased by then, by the store's clock; Unix time in milliseconds.
-        rewritten_by_ms: by when the file has forgotten it.
+        erase_by_ms: by when to erase what the rewrite must leave out, by the store's clock; Unix time in milliseconds.
+        rewritten_by_ms: by when it is gone from the file.
     """
 
     erase_by_ms: int
@@ -44,11 +44,11 @@ class Asked:
 
 
 class ForgetsOnDisk(Protocol):
-    """The store's file, which holds what was erased until it is rewritten."""
+    """The store's file, which holds erased data until it is rewritten."""
 
     async def ask_for_rewrite(self) -> Asked:
-        """Have the file rewritten after what is about to be erased.
+        """Request a rewrite of the file that leaves out what is about to be erased.
 
         Raises:
-            Unavailable: when the store cannot be used; then nothing should be erased yet.
+            Unavailable: when the store cannot be used; then the caller should erase nothing yet.
         """

@@ -1,4 +1,4 @@
-"""How many tokens an adapt job reads, known before it is one: a job's time must have an end."""
+"""How many tokens an adapt job would read, estimated before it is created: a job's time must be bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import ceil
 from server.errors import InvalidRequest
 from server.store.samples import AdaptConfig
 
-# As `adapters/training/user_trainer.py` and the worker have it, which need torch; a test holds the two together.
+# The values of `adapters/training/user_trainer.py` and the worker, which need torch; a test keeps them equal.
 BATCH_SIZE = 4
 LOOK_EVERY = 2
 FOLDS = 2
@@ -18,18 +18,18 @@ FEW = 20
 
 @dataclass(frozen=True, slots=True)
 class JobBudget:
-    """What one job is granted; the fields of `AdaptConfig`."""
+    """The most that one job may use; the fields are those of `AdaptConfig`."""
 
     max_tokens: int
     max_seconds: int
 
 
 def tokens_read(config: AdaptConfig, lengths: Sequence[int]) -> int:
-    """About how many tokens the runs of a job read at most, in training and in judging.
+    """Roughly the most tokens that the runs of a job read, in training and on held-out samples.
 
     Args:
         config: how it trains.
-        lengths: of its samples, in tokens; at least one.
+        lengths: of its samples, in tokens; at least one sample.
     """
     count, steps = len(lengths), config.steps
     looks = 1 + ceil(steps / LOOK_EVERY)
@@ -45,10 +45,10 @@ def tokens_read(config: AdaptConfig, lengths: Sequence[int]) -> int:
 
 
 def check_budget(config: AdaptConfig, lengths: Sequence[int]) -> None:
-    """Refuse a job that would read more than its configuration grants.
+    """Refuse a job that would read more than its configuration allows.
 
     Raises:
-        InvalidRequest: naming `config.steps`, or `samples` where no number of steps would do.
+        InvalidRequest: naming `config.steps`, or `samples` if no number of steps would fit.
     """
     tokens, budget = tokens_read(config, lengths), config.max_tokens
     if tokens <= budget:
@@ -57,14 +57,14 @@ def check_budget(config: AdaptConfig, lengths: Sequence[int]) -> None:
     steps = next(fitting, None)
     if steps is None:
         raise InvalidRequest(
-            f"samples: {len(lengths)} of {sum(lengths)} tokens together make a job that reads about "
-            f"{_of(config, 1, lengths)} tokens in a single step, at most {budget} are granted: send fewer",
+            f"samples: {len(lengths)} samples with {sum(lengths)} tokens in all make a job that reads about "
+            f"{_of(config, 1, lengths)} tokens even in a single step, but at most {budget} are allowed: send fewer",
             param="samples",
             code="job_too_large",
         )
     raise InvalidRequest(
-        f"config.steps {config.steps} makes a job that reads about {tokens} tokens over its {len(lengths)} samples, at "
-        f"most {budget} are granted: with {steps} steps it fits",
+        f"config.steps {config.steps} makes a job that reads about {tokens} tokens over its {len(lengths)} samples, "
+        f"but at most {budget} are allowed: {steps} steps would fit",
         param="config.steps",
         code="job_too_large",
     )

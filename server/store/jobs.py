@@ -1,8 +1,8 @@
 """The store's port for adapt jobs: their records, and the samples they train on.
 
-The record is the truth about a job. A queue beside it, one for each bank, only wakes workers: it may lose an entry or
-hold one twice, and `overdue` finds what it lost. Each call that changes a job is one atomic step on the keys of its
-user, and may be repeated when its answer was lost.
+The record is the truth about a job. A separate queue, one per bank, only wakes workers: it may lose an entry or hold
+one twice, and `overdue` finds what it lost. Each call that changes a job is one atomic step on its user's keys, and may
+be repeated if its answer was lost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from server.store.adapters import StoredAdapter
 from server.store.profiles import Profile
 
 KEPT_JOBS = 20
-"""Newest jobs of a user that are remembered."""
+"""How many of a user's newest jobs are remembered."""
 
 KEPT_S = 7 * 24 * 3600
 """How long an ended job is remembered."""
@@ -28,7 +28,7 @@ _JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
 
 
 class JobState(StrEnum):
-    """Where a job is; from the third on it has ended and never changes again."""
+    """A job's state; all but the first two are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -46,11 +46,11 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobId:
-    """`<user key>.<number>`: says where the job's keys are, and nothing about who the user is.
+    """`<user key>.<number>`: locates the job's keys, and says nothing about who the user is.
 
     Attributes:
         user_key: see `server/store/user_key.py`.
-        number: from 1, rising with every job of the user.
+        number: from 1, increasing with each of the user's jobs.
     """
 
     user_key: str
@@ -61,7 +61,7 @@ class JobId:
 
 
 def parse_job_id(text: str) -> JobId | None:
-    """A job id from its text; None for any other text."""
+    """Parse a job id; None if the text is not one."""
     match = _JOB_ID.fullmatch(text)
     return JobId(match[1], int(match[2])) if match else None
 
@@ -71,17 +71,15 @@ class Job:
     """A job's record.
 
     Attributes:
-        id: of the job.
-        state: where it is.
-        config: what was asked for, as JSON.
+        config: how to train, as JSON.
         bank: the bank (8 hex digits) that it trains for; empty in the records of version 0.1.
-        created_ms, started_ms, ended_ms: Unix time in milliseconds; 0 for what has not happened.
-        tries: how many workers have taken it up.
-        step, of: how far training is, over all its runs.
+        created_ms, started_ms, ended_ms: Unix time in milliseconds; 0 until it happens.
+        tries: how often a worker has taken it.
+        step, of: training progress, over all its runs.
         loss: of the last step, nats per output token; None before the first.
-        before, after: held-out loss of the fused adapter alone, and with what was trained.
+        before, after: held-out loss of the fused adapter alone, and with the trained adapter.
         adapter: id of the promoted user adapter; empty without one.
-        error: why it failed, for a person; empty otherwise.
+        error: why it failed, for people; empty otherwise.
     """
 
     id: JobId
@@ -106,12 +104,12 @@ class Submission:
     """A request for a job.
 
     Attributes:
-        samples: encoded, each on its own; equal ones are kept once.
-        append: whether they join the kept ones or replace them.
+        samples: each encoded on its own; duplicates are kept once.
+        append: whether they are added to the kept ones or replace them.
         config: as JSON.
         bank: the bank (8 hex digits) to train for.
-        epoch: the user's, when the request began (`server/store/profiles.py`).
-        idempotency_key: the same key gives the same job, for as long as that is remembered; empty for none.
+        epoch: the user's when the request began (`server/store/profiles.py`).
+        idempotency_key: the same key gives the same job, while that is remembered; empty for none.
     """
 
     samples: Sequence[bytes]
@@ -123,7 +121,8 @@ class Submission:
 
     @property
     def token(self) -> str:
-        """What tells a repetition: while the job it made is the newest and goes well, the same token gives that job."""
+        """Identifies a repeated submission: it gets the user's newest job if that has this token and has not ended
+        without success."""
         digest = hashlib.sha256(f"{self.bank}\0{int(self.append)}\0{self.config}".encode())
         for sample in self.samples:
             digest.update(hashlib.sha256(sample).digest())
@@ -132,7 +131,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker's right to a job, for as long as the job's record has the same token."""
+    """A worker's right to a job, for as long as the job's record holds the same token."""
 
     job: Job
     token: str
@@ -145,7 +144,7 @@ class Trained:
     Attributes:
         state: `succeeded`, `rejected` or `failed`.
         before, after: held-out losses; None when it failed.
-        error: of a failure.
+        error: why it failed, for people; empty otherwise.
     """
 
     state: JobState
@@ -158,81 +157,81 @@ class JobStore(Protocol):
     """Keeps jobs and samples. Every method raises `Unavailable` when the store cannot be used."""
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
-        """Keep samples and make the job that trains on them; older jobs of the user end as superseded.
+        """Store samples and create the job that trains on them; older jobs of the user end as superseded.
 
         Returns:
-            The job, on disk, and announced to workers; the one that is there already, when this is a repetition; None
-            when there would be more than `max_samples`.
+            The job, on disk and announced to workers; the existing one for a repeated submission; None if there would
+            be more than `max_samples`.
 
         Raises:
-            UserErased: when the user was erased since the request began.
+            UserErased: when the user has been erased since the request began.
         """
 
     async def job(self, job_id: JobId) -> Job | None:
-        """One job."""
+        """A job's record, if it is remembered."""
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
-        """End a job as cancelled; the job as it is now, and whether this call ended it."""
+        """Cancel a job; returns the job as it is now, and whether this call ended it."""
 
     async def samples(self, user_key: str) -> list[bytes]:
-        """The samples that are kept of a user, the oldest first."""
+        """The samples kept for a user, oldest first."""
 
     async def next_job(self, bank: str, worker: str, wait_s: float) -> JobId | None:
-        """Wait for a job of a bank that wants a worker; it may be taken already, or gone.
+        """Wait for a job of a bank that needs a worker; it may already be taken, or gone.
 
         A worker that does not `claim` it soon loses it to another.
         """
 
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
-        """Take a job that is queued, or whose worker let its lease run out; None when there is nothing to do.
+        """Take a job that is queued, or whose lease has run out; None if there is nothing to do.
 
         A job that has been tried `MAX_TRIES` times ends as failed.
 
         Args:
-            job_id: of the job.
-            lease_s: for how long.
-            token: the lease's, to ask with again when the answer was lost; made if empty.
+            job_id: which job.
+            lease_s: how long the lease holds.
+            token: the lease's; pass the same one again if the answer was lost. Generated if empty.
         """
 
     async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:
-        """Hold a lease for longer and note how far training is; False when it does not hold any more."""
+        """Extend a lease and note how far training is; False if it no longer holds."""
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
-        """Give a job back that the worker cannot finish, for another to take up.
+        """Put a job that the worker cannot finish back into the queue.
 
         Args:
             lease: of the job.
-            counts: whether it was one of the job's tries.
+            counts: whether this was one of the job's tries.
 
         Returns:
-            False when the lease does not hold any more.
+            False if the lease no longer holds.
         """
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
-        """End a job without an adapter; False when the lease does not hold any more."""
+        """End a job without an adapter; False if the lease no longer holds."""
 
     async def promote(
         self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
     ) -> bool:
-        """End a job with an adapter, which takes the place of the user's last one, all in one step.
+        """End a job with an adapter, which replaces the user's previous one, all in one step.
 
         Args:
             lease: of the job.
             trained: its outcome.
             profile: the user's record with the adapter noted in it.
-            version: of the record that `profile` was made from.
+            version: the record that `profile` was made from.
             raw: the adapter.
 
         Returns:
-            False when the lease does not hold any more, the user's record has changed meanwhile, the user was erased
-            since the job was asked for, or the job is for another bank.
+            False if the lease no longer holds, the user's record has changed meanwhile, the user has been erased since
+            the job was requested, or the job is for another bank.
         """
 
     async def open_jobs(self, bank: str) -> int:
         """About how many jobs of a bank have not ended."""
 
     async def overdue(self, bank: str) -> list[JobId]:
-        """Announce again every job that should have been taken up or finished by now; the ones announced."""
+        """Announce again, and return, every job that should have been taken or finished by now."""
 
     async def withdraw(self, user_key: str, bank: str) -> None:
-        """Take a user who was erased out of the queue of a bank."""
+        """Remove an erased user from a bank's queue."""

@@ -1,8 +1,8 @@
 """The profile record as bytes, and the small encodings beside it.
 
 A record is `version u8`, then parts of `tag u8 · length u16 · bytes`, all little-endian, in tag order. A reader keeps
-the parts it does not know, so later kinds of evidence about a user join the record without a migration. With 384
-numbers of fp16 it stays under 1 KiB, which a Redis hash of the same content would not.
+the parts it does not know, so the record can take up new kinds of evidence about a user without a migration. With 384
+fp16 numbers it stays under 1 KiB, which a Redis hash of the same content would not.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ def decode_profile(record: bytes) -> Profile:
     """Read a record.
 
     Raises:
-        ValueError: when the bytes are no record of this version.
+        ValueError: when the bytes are not a record of this version.
     """
     if not record or record[0] != RECORD_VERSION:
-        raise ValueError(f"profile record of version {record[:1].hex() or 'none'}, this gateway reads {RECORD_VERSION}")
+        version = record[:1].hex() or "none"
+        raise ValueError(f"profile record has version {version}, this gateway reads {RECORD_VERSION}")
     parts = dict(_parts(record))
     if not parts.keys() >= _REQUIRED:
         raise ValueError(f"profile record lacks the parts {sorted(_REQUIRED - parts.keys())}")
@@ -78,7 +79,7 @@ def decode_profile(record: bytes) -> Profile:
 
 
 def encode_item(item: StoredItem) -> bytes:
-    """An item as JSON, its order beside its fields."""
+    """An item as JSON: its order and its fields."""
     return orjson.dumps({"order": item.order, "fields": dict(item.fields)})
 
 
@@ -99,7 +100,7 @@ def decode_vector(raw: bytes) -> StoredVector:
 
 
 def as_stored(vector: Vectors) -> Vectors:
-    """A vector [E] as it will be read back: rounded to fp16. Sums over it do not depend on what was read or made."""
+    """A vector [E] as it will be read back: rounded to fp16. So sums do not depend on which vectors were stored."""
     return _single(_half(vector))
 
 
@@ -122,7 +123,7 @@ def _note(raw: bytes) -> AdapterNote:
 
 
 def _signed(stored: StoredSignature) -> bytes:
-    """The products at unit length in fp16, its length beside it: gradients are small numbers."""
+    """The products scaled to unit length in fp16, and their length: gradients are small numbers."""
     made = _sound(stored.signature)
     length = made.length
     head = _SIGNED.pack(bytes.fromhex(made.bank), made.tokens, stored.made_of_ms, length)
@@ -138,7 +139,7 @@ def _stored_signature(raw: bytes) -> StoredSignature:
 
 
 def _sound(made: Signature) -> Signature:
-    """One that says nothing in place of one that is not finite, which no recipe can be made of."""
+    """The signature, or an empty one if it is not finite, since no recipe can be made from that."""
     return made if made.finite else empty_signature(made.bank, len(made.products))
 
 

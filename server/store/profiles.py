@@ -1,8 +1,8 @@
-"""The store's port: what is kept of a user, and the few things that the rest of the gateway may ask for.
+"""The store's port for profiles: what is kept about a user, and what the rest of the gateway may ask for.
 
-Three things are kept under a user's key (`server/store/user_key.py`): the profile record, the items it was made of, and
-the items' embeddings. The record alone serves a request; the other two serve the next change. Embeddings of items can
-be dropped at any time, they are remade from the items.
+Three things are kept under a user's key (`server/store/user_key.py`): the profile record, the items it was made from,
+and the items' embeddings. The record alone serves a request; the other two serve the next change. Item embeddings can
+be dropped at any time: they are remade from the items.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from bank.lookup.signature import Signature
 
 @dataclass(frozen=True, slots=True)
 class AdapterNote:
-    """Which user adapter a user has: the record says it, so that a request reads nothing else.
+    """Which user adapter a user has, noted in the record so that a request reads nothing else.
 
     Attributes:
         id: of the adapter.
         recipe: name of the recipe it was trained on, which it is always served with.
-        size_bytes: of what is kept.
+        size_bytes: of the stored adapter.
         created_ms: when it was promoted, Unix time in milliseconds.
     """
 
@@ -34,10 +34,10 @@ class AdapterNote:
 
 @dataclass(frozen=True, slots=True)
 class StoredSignature:
-    """A user's signature, and the profile that it was made of.
+    """A user's signature, and the profile that it was made from.
 
     Attributes:
-        signature: with 0 tokens when there was nothing to make one of.
+        signature: with 0 tokens if there was nothing to make one from.
         made_of_ms: `updated_ms` of that profile.
     """
 
@@ -52,7 +52,7 @@ class OtherEmbedding:
     Attributes:
         embedder: id of the embedder that made it.
         embedding: [E] float32 at unit length, kept as fp16.
-        made_of_ms: `updated_ms` of the profile that it was made of; of another profile it says nothing.
+        made_of_ms: `updated_ms` of the profile that it was made from; it is void for any other.
     """
 
     embedder: str
@@ -65,15 +65,15 @@ class Profile:
     """The profile record.
 
     Attributes:
-        user_id: as the app gave it; it stands nowhere else.
+        user_id: as the app gave it; stored nowhere else.
         items: how many items are kept.
-        updated_ms: when its items last changed, Unix time in milliseconds; rises with every change.
+        updated_ms: when its items last changed, Unix time in milliseconds; increases with every change.
         embedder: id of the embedder that made the embedding; an embedding is never compared across embedders.
         embedding: [E] float32 at unit length, kept as fp16.
         adapter: the user adapter, if there is one.
-        signature: if one was made; it may be of an earlier profile, or of another bank.
+        signature: if one was made; it may be for an earlier profile, or for another bank.
         other: the embedding by another embedder, if there is one.
-        extra: parts of the record that this version does not know, by tag: they are carried along untouched.
+        extra: parts of the record that this version does not know, by tag; kept untouched.
     """
 
     user_id: str
@@ -87,7 +87,7 @@ class Profile:
     extra: Mapping[int, bytes] = field(default_factory=dict)
 
     def seen_by(self, embedder: str) -> Profile | None:
-        """The profile with its embedding by this embedder; None without one of the items as they are now."""
+        """The profile with its embedding by this embedder; None if there is none of the current items."""
         if self.embedder == embedder:
             return self
         other = self.other
@@ -102,17 +102,17 @@ class Profile:
         return self.signature.signature if self.signature else None
 
     def is_signed(self, bank: str) -> bool:
-        """Whether there is a signature for a bank (its 8 hex digits), of the items as they are now."""
+        """Whether there is a signature of the current items for a bank (8 hex digits)."""
         signed = self.signature
         return signed is not None and (signed.signature.bank, signed.made_of_ms) == (bank, self.updated_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredItem:
-    """One item in its history.
+    """One item in a history.
 
     Attributes:
-        order: its place: larger is newer. Unique within a history, not dense.
+        order: its place; larger is newer. Unique within a history, not dense.
         fields: as in `bank.items.profile.Item`.
     """
 
@@ -135,13 +135,13 @@ class StoredVector:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything kept of a user, as it was at one moment.
+    """A user's profile with its items and vectors, as they were at one moment.
 
     Attributes:
         version: what `commit` compares; empty when the user is unknown.
-        epoch: which erasure of the user came last; empty when none is remembered.
+        epoch: identifies the user's last erasure; empty when none is remembered.
         profile: None when the user is unknown.
-        items: by id, the oldest first.
+        items: by id, oldest first.
         vectors: by item id; some or all may be missing.
     """
 
@@ -160,7 +160,7 @@ class Change:
         profile: the new record.
         put_items: items that are new or differ, by id.
         put_vectors: embeddings that are new or differ, by item id.
-        drop: ids of items that go, with their embeddings.
+        drop: ids of items to remove, with their embeddings.
     """
 
     profile: Profile
@@ -171,7 +171,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What an erasure removed: items, samples, jobs and user adapters, and keys of the store in all."""
+    """What an erasure removed: items, samples, jobs and user adapters, and store keys in all."""
 
     items: int
     samples: int
@@ -186,7 +186,7 @@ class Erasure:
 
     Attributes:
         erased: what it removed.
-        rewritten_by_ms: by when the store's file on disk has forgotten it too, Unix time in milliseconds.
+        rewritten_by_ms: by when it is gone from the store's file on disk too, Unix time in milliseconds.
         banks: the banks (8 hex digits) of the jobs that it removed.
     """
 
@@ -198,52 +198,52 @@ class Erasure:
 class ProfileStore(Protocol):
     """Keeps profiles. Every method raises `Unavailable` when the store cannot be reached or refuses.
 
-    Erasing a user raises the user's *epoch*. A write names the epoch that it saw when it began, and is refused when
-    another has begun since: whatever was under way when a user was erased stores nothing of them.
+    Erasing a user starts a new *epoch*. A write names the epoch that it saw when it began, and is refused when another
+    has begun since: a write in progress when a user is erased stores nothing of them.
     """
 
     async def load(self, key: str) -> Profile | None:
-        """The record alone: what a request needs."""
+        """The record alone: all that a request needs."""
 
     async def read(self, key: str) -> Snapshot:
-        """Everything, consistent in itself: what a change starts from."""
+        """A consistent snapshot: what a change starts from."""
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
-        """The items alone, by id, the oldest first; empty for an unknown user."""
+        """The items alone, by id, oldest first; empty for an unknown user."""
 
     async def epoch(self, key: str) -> str:
-        """Which erasure of the user came last; empty when none is remembered."""
+        """Identifies the user's last erasure; empty when none is remembered."""
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
-        """Write a change made from the snapshot of `version`, whole or not at all.
+        """Write a change made from the snapshot of `version`, all or nothing.
 
         Args:
             key: the user's.
             version: of the snapshot.
             change: what is written.
-            epoch: the user's, when the work on the change began.
+            epoch: the user's when work on the change began.
 
         Returns:
-            True when it is written and on disk; False when somebody else changed the user meanwhile.
+            True when it is written and on disk; False when someone else changed the user meanwhile.
 
         Raises:
-            UserErased: when the user was erased since.
+            UserErased: when the user has been erased since.
         """
 
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
-        """Remove all of a user, on disk before it returns.
+        """Remove everything stored about a user, on disk before it returns.
 
         Args:
             key: the user's.
-            deadline_ms: nothing is done by a store whose clock is beyond it, Unix time in milliseconds.
-            rewritten_by_ms: remembered with it.
+            deadline_ms: the store does nothing once its clock is past this, Unix time in milliseconds.
+            rewritten_by_ms: remembered with the erasure.
 
         Returns:
-            The erasure; when there was nothing, the last one, if it is remembered; None for an unknown user.
+            The erasure; if nothing was stored, the last one that is remembered; None for an unknown user.
 
         Raises:
-            Unavailable: also when it came too late.
+            Unavailable: also when the deadline has passed.
         """
 
     async def stored_bytes(self, key: str) -> int:
-        """Memory that the user takes in the store."""
+        """Memory that the user's profile, items and vectors take in the store."""

@@ -1,4 +1,4 @@
-"""What gateway and worker agree on about adapting: samples and configuration, as values and as bytes."""
+"""What gateway and worker share about adapting: samples and configuration, as values and as bytes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import orjson
 from adapters.errors import excerpt
 
 AdapterKind = Literal["lora", "core"]
-"""`adapters.user_adapter.UserAdapterKind`, for those who cannot import torch."""
+"""`adapters.user_adapter.UserAdapterKind`, for code that cannot import torch."""
 
 CORE_STEPS, CORE_LEARNING_RATE = 16, 2e-2
-"""A core turns what the fused adapter has, and that is small."""
+"""A core only transforms the fused adapter's small weights, so it takes more and larger steps."""
 
 MAX_SAMPLES = 1000
-"""Most samples that are kept of a user."""
+"""Most samples kept for a user."""
 
 Messages = Sequence[dict[str, str]]
 
@@ -39,18 +39,18 @@ class Sample:
 class AdaptConfig:
     """How a user adapter is trained; recorded with the job, so that the same job gives the same bytes.
 
-    The numbers are those with which ten samples of people outside a bank helped their later items most, on two tasks
-    together (docs/quality.md).
+    The defaults are those with which ten samples of people outside the bank helped most on their later items, over two
+    tasks (docs/quality.md).
 
     Attributes:
         kind: what is trained (`adapters/user_adapter.py`).
         rank: of a `lora`; a `core` has the fused adapter's.
-        steps: most optimiser steps of one run; it ends before when nothing more is learnt.
+        steps: most optimiser steps of one run; it ends earlier once nothing more is learnt.
         learning_rate: after the warm-up.
-        holdout: share of the samples that is kept aside where there are many.
-        strength: of the anchors beneath it, as a share of theirs when merged; below 1 only beside a common row.
+        holdout: share of the samples that is held out if there are many.
+        strength: weight of the anchors beneath it, relative to when merged; below 1 only with a common row.
         seed: of everything random.
-        max_tokens: most tokens that all runs together may read, in training and in judging.
+        max_tokens: most tokens that all runs together may read, held-out samples included.
         max_seconds: longest time that one worker trains.
     """
 
@@ -66,12 +66,12 @@ class AdaptConfig:
 
 
 def default_config(room: int, common: bool, kind: AdapterKind | None = None) -> AdaptConfig:
-    """What a job is trained with where nothing else is asked for.
+    """How a job trains by default.
 
     Args:
-        room: the rank that the bank leaves for users; without any, only a core can be served.
+        room: the rank that the bank leaves for users; if 0, only a core can be served.
         common: whether the bank has a common row.
-        kind: if one is asked for.
+        kind: the requested kind, if any.
     """
     if (kind or ("lora" if room else "core")) == "core":
         return AdaptConfig(kind="core", steps=CORE_STEPS, learning_rate=CORE_LEARNING_RATE, strength=1.0)
@@ -96,11 +96,11 @@ def encode_config(config: AdaptConfig) -> str:
 
 
 def decode_config(text: str) -> AdaptConfig:
-    """The inverse of `encode_config`; what a record of an earlier gateway lacks has its default.
+    """The inverse of `encode_config`; fields missing from an earlier gateway's record get their defaults.
 
     Raises:
-        ValueError: when the text is not a configuration, or has a field that this version does not know: training
-            without it would not be what was asked for.
+        ValueError: when the text is not a configuration, or has a field that this version does not know: ignoring it
+            would not train what was asked for.
     """
     value = orjson.loads(text)
     if not isinstance(value, dict):

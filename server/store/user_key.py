@@ -16,7 +16,7 @@ _UNDECODABLE = "\ufffd"  # what a percent-encoded byte that is not UTF-8 has bec
 
 
 def check_user_id(user_id: str) -> str:
-    """Return `user_id` when it may name a user.
+    """Return `user_id` if it is valid.
 
     Raises:
         ValueError: saying which rule it breaks; the caller adds the value.
@@ -37,7 +37,7 @@ class UserKeys:
     """The keyed hashes of one tenant's users.
 
     Args:
-        secret: the same for all gateways and for ever: without it no user is found again.
+        secret: the same for all gateways, never changed: without it no user can be found again.
         tenant: whose users these are.
 
     Raises:
@@ -49,7 +49,7 @@ class UserKeys:
             given = "not set" if secret is None else f"shorter than {MIN_SECRET_BYTES} bytes"
             raise MtaError(
                 f"MTA_SECRET is {given}: it keys the hash of user ids. Set it to the same long random text for all "
-                "gateways, e.g. of `openssl rand -hex 32`, and keep it"
+                "gateways, e.g. from `openssl rand -hex 32`, and keep it"
             )
         if "\0" in tenant or not tenant:
             raise MtaError(f"MTA_TENANT must be a name without NUL, got {tenant!r}")
@@ -61,15 +61,15 @@ class UserKeys:
     def key(self, user_id: str) -> str:
         """The user's key: 26 characters of base32 (128 bits), the alphabet of recipe names.
 
-        It is made of the id in Unicode's normal form C: `é` is one letter, whether an app sends it as one character or
-        as two.
+        It is made from the id in Unicode normal form C: `é` is one letter, whether an app sends it as one character or
+        two.
         """
         return self._digest(f"{self._tenant}\0{unicodedata.normalize('NFC', user_id)}")
 
     def former(self, user_id: str) -> list[str]:
-        """Keys that version 0.1 may have stored the user under, which took every form for a user of its own.
+        """Keys under which version 0.1, which took each normal form for a separate user, may have stored the user.
 
-        They are of use to erase what is there, and empty for whatever has one form, such as ASCII.
+        They are needed for erasing. Empty for an id that has only one form, such as ASCII.
         """
         forms = {user_id, unicodedata.normalize("NFD", user_id)} - {unicodedata.normalize("NFC", user_id)}
         return [self._digest(f"{self._tenant}\0{form}") for form in sorted(forms)]

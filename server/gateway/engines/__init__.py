@@ -1,1 +1,1 @@
-"""The clients of the engines."""
+"""Clients of the engines."""

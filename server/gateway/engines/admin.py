@@ -1,6 +1,6 @@
-"""The private routes of every engine, asked directly and never through the router before them.
+"""The private routes of every engine, called directly and never through a router.
 
-What goes wrong on the way becomes an `EngineFault` here and nowhere else.
+Every failure becomes an `EngineFault` here and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from server.engine_protocol import DROP, STATUS, key_header
 log = logging.getLogger("mta.gateway")
 
 ROUTER_PATH = "/health"
-"""All that a router can be asked; engines answer it too."""
+"""The only status route that a router has; engines answer it too."""
 
 DROP_TIMEOUT_S = 5.0
 
@@ -39,12 +39,12 @@ class EngineFault(MtaError):
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What one engine says of itself.
+    """What one engine says about itself.
 
     Attributes:
-        url: which engine.
+        url: the engine's own.
         status: `ok`, or what is wrong, in a word.
-        detail: what is wrong, in a sentence; None when nothing is.
+        detail: what is wrong, in a sentence; None if nothing is.
         max_model_len: its context in tokens, where known.
         banks: fingerprints (64 hex digits) of the banks that it serves.
     """
@@ -58,7 +58,7 @@ class EngineState:
 
 @dataclass(frozen=True, slots=True)
 class AddressState:
-    """How the address that generates is: an engine, or the router before many. Attributes as above."""
+    """The state of the address that generates: an engine, or the router in front of several."""
 
     url: str
     status: str
@@ -70,13 +70,11 @@ class Engines:
 
     Args:
         session: the process's one HTTP session.
-        urls: every engine by itself.
-        key: what they ask for, or None.
+        urls: every engine's own.
+        key: the key they require, or None.
 
     Attributes:
-        urls: as given.
-        context: the model's context in tokens, the shortest among the engines that last told theirs; None until one
-            has.
+        context: the model's context in tokens, the shortest that engines last reported; None until one has.
     """
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], key: str | None) -> None:
@@ -86,14 +84,14 @@ class Engines:
         self.context: int | None = None
 
     async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
-        """What each engine says of itself, in the order of `urls`; the context is known from then on."""
+        """What each engine says about itself, in the order of `urls`; updates `context`."""
         states = await asyncio.gather(*(self._state(url, timeout_s) for url in self.urls))
         told = [state.max_model_len for state in states if state.max_model_len]
         self.context = min(told, default=self.context)
         return tuple(states)
 
     async def router_state(self, url: str, timeout_s: float) -> AddressState:
-        """How a router is."""
+        """The state of a router."""
         try:
             status, _ = await self._answer("GET", url + ROUTER_PATH, timeout_s)
         except EngineFault as fault:
@@ -103,7 +101,7 @@ class Engines:
         return AddressState(url, "ok")
 
     async def drop(self, user_key: str) -> None:
-        """Have every engine let go of a user's adapters. Those that cannot be told are logged."""
+        """Have every engine drop a user's adapters; failures are logged."""
         await asyncio.gather(*(self._drop(url, user_key) for url in self.urls))
 
     async def _state(self, url: str, timeout_s: float) -> EngineState:
@@ -123,10 +121,10 @@ class Engines:
             log.warning("the engine at %s could not be told to drop an adapter: %s", url, fault)
 
     async def _ask(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
-        """The body of what a private route answers.
+        """The body of a private route's answer.
 
         Raises:
-            EngineFault: when it does not answer 200.
+            EngineFault: when the status is not 200.
         """
         status, raw = await self._answer(method, url + route, timeout_s, body, self._headers)
         if status in (401, 403):
@@ -148,7 +146,7 @@ class Engines:
         """Status and body of an answer.
 
         Raises:
-            EngineFault: when there is none.
+            EngineFault: when no answer comes.
         """
         try:
             async with (

@@ -1,6 +1,6 @@
-"""The way to the engine: OpenAI's chat completions over HTTP.
+"""The client for generations: OpenAI's chat completions over HTTP.
 
-Closing the connection tells vLLM to abort. Every failure becomes one of our errors here, or in the stream that is read.
+Closing the connection tells vLLM to abort. Every failure becomes one of our errors, here or in the stream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from server.engine_protocol import key_header
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.stream import EngineStream, for_clients
 
-_KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never taken up while the engine closes it
+_KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never reused while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
@@ -41,7 +41,7 @@ class EngineRequest:
         messages: the conversation in OpenAI's shape.
         sampling: fields passed on as they are: max_tokens, temperature, top_p, stop, seed.
         prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
-        stream: whether the answer is to come in pieces.
+        stream: whether the answer comes in pieces.
     """
 
     request_id: str
@@ -53,13 +53,13 @@ class EngineRequest:
 
 
 class EngineClient:
-    """Speaks to one OpenAI server: vLLM, or the router before many.
+    """Speaks to one OpenAI server: vLLM, or the router in front of several.
 
     Args:
         session: the process's one HTTP session (see `open_session`).
         url: base URL.
-        key: what the engine asks for, or None.
-        cache_salt: of the tenant.
+        key: the key the engine requires, or None.
+        cache_salt: the tenant's.
     """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None, cache_salt: str) -> None:
@@ -70,13 +70,13 @@ class EngineClient:
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
-        """Start a generation and wait for its first piece; leaving the context before its end aborts it in the engine.
+        """Start a generation and wait for its first piece; leaving the context early aborts it in the engine.
 
         Raises:
             AdapterMissing: when the engine has no such model.
             InvalidRequest: when the engine refuses the request, e.g. a prompt longer than the context.
             Unavailable: when no engine can be reached.
-            EngineFailed: when it answers what makes no sense.
+            EngineFailed: when its answer makes no sense.
         """
         sent_s = time.perf_counter()
         response = await self._post(request)
@@ -89,7 +89,7 @@ class EngineClient:
             if stream.complete:
                 await _drain(response)
         finally:
-            response.close()  # at its end the connection is back in the pool already and this does nothing
+            response.close()  # after a whole answer the connection is back in the pool, and this does nothing
 
     async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
         body = {
@@ -104,7 +104,7 @@ class EngineClient:
         try:
             return await self._session.post(self._url, data=orjson.dumps(body), headers=headers)
         except aiohttp.SocketTimeoutError as error:
-            raise EngineFailed("the engine gave no answer in time", code="engine_timeout") from error
+            raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
             message = "the engine cannot be reached now: send the request again"
             raise Unavailable(message, code="engine_unavailable") from error
@@ -133,7 +133,7 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
 
 
 async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
-    """What an answer other than 200 means."""
+    """The error that a status other than 200 means."""
     try:
         error = orjson.loads(await response.read())["error"]
         message, param = for_clients(str(error["message"])), error.get("param")
@@ -146,7 +146,7 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         too_long = param in _PROMPT_PARAMS
         return InvalidRequest(
             message,
-            param=request.prompt_param if too_long or param is None else param,  # a chat template refuses without one
+            param=request.prompt_param if too_long or param is None else param,  # a chat template's refusal has none
             code="context_length_exceeded" if too_long else None,
         )
     if status in (401, 403):

@@ -20,7 +20,7 @@ class ByteChunks(Protocol):
 
 
 async def events(chunks: ByteChunks) -> AsyncIterator[Any]:
-    """The JSON values of a stream of events, up to `[DONE]`; comments and empty lines are passed over.
+    """The JSON values of a stream of events, up to `[DONE]`; comments and empty lines are skipped.
 
     Raises:
         ValueError: when an event is not JSON.

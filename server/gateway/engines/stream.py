@@ -1,7 +1,7 @@
-"""An answer under way, streamed or whole, as the engine's chat completions bring it.
+"""An answer in progress, streamed or whole, read from the engine's chat completions.
 
-Streamed, usage in every chunk tells the prompt's length before anything is passed on. Whole, it is known at the end
-only, but neither side spends time on chunks, which for a small model is much of an answer's time.
+When streamed, the usage in every chunk gives the prompt's length before anything is passed on. When whole, it is known
+only at the end, but neither side spends time on chunks, which for a small model is much of an answer's time.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 
 
 class EngineStream:
-    """An answer under way. Its first piece is there; iterate `texts`, and the rest is known when that ends.
+    """An answer in progress: call `begin`, then iterate `texts`; everything is known when that ends.
 
     Attributes:
-        sent_s: when the request left, by the performance counter.
+        sent_s: when the request was sent, by the performance counter.
         first_token_s: when the first token came; None when the answer came whole.
-        prompt_tokens: length of the prompt; None when the engine does not tell before the end.
+        prompt_tokens: length of the prompt; None if the engine does not report it with the first piece.
         finish_reason: OpenAI's, None before the end.
-        usage: token counts as the engine gave them.
-        complete: whether the engine has said all it had to say.
+        usage: token counts as the engine reported them.
+        complete: whether the whole answer has been read.
     """
 
     def __init__(self, chunks: ByteChunks, sent_s: float, *, streamed: bool = True) -> None:
@@ -48,7 +48,7 @@ class EngineStream:
         """Wait for the first piece.
 
         Raises:
-            EngineFailed: when the engine breaks off before, or sends what is no answer.
+            EngineFailed: when the engine breaks off first, or sends something that is not an answer.
         """
         self._first = await anext(self._pieces, "")
         if self._streamed:
@@ -59,7 +59,7 @@ class EngineStream:
         """The pieces of text, none empty.
 
         Raises:
-            EngineFailed: when the engine breaks off or sends what is no answer.
+            EngineFailed: when the engine breaks off, or sends something that is not an answer.
         """
         if self._first:
             yield self._first
@@ -80,7 +80,7 @@ class EngineStream:
         except (aiohttp.ClientError, OSError, EOFError) as error:
             raise EngineFailed("the engine broke off in the middle of the answer: send the request again") from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise EngineFailed("the engine sent something that is no chat completion") from error
+            raise EngineFailed("the engine sent something that is not a chat completion") from error
         if self.finish_reason is None:
             raise EngineFailed("the engine ended the answer without a finish reason")
         self.complete = True
@@ -100,5 +100,5 @@ class EngineStream:
 
 
 def for_clients(message: str) -> str:
-    """What an engine says, without the user adapters in the names of recipes."""
+    """An engine's message, without the user adapters in recipe names."""
     return _USER_ADAPTER.sub("", message)

@@ -1,4 +1,4 @@
-"""What the engine says of a conversation: how many tokens it has, and whether the model's chat template takes it."""
+"""What the engine says about a conversation: its length in tokens, and whether the model's chat template accepts it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TIMEOUT_S = 5.0
 
 
 class TokenizerClient:
-    """Asks one OpenAI server of vLLM's kind.
+    """Asks one OpenAI server with vLLM's `/tokenize`.
 
     Args:
         session: the process's one HTTP session.
         url: base URL.
-        key: what the engine asks for, or None.
+        key: the key the engine requires, or None.
     """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
@@ -29,7 +29,7 @@ class TokenizerClient:
         self._headers = {"Content-Type": "application/json"} | key_header(key)
 
     async def count(self, messages: list[dict[str, str]]) -> int | None:
-        """Length of a conversation in tokens; None where the engine cannot say, or not soon."""
+        """Length of a conversation in tokens; None if the engine cannot say, or not in time."""
         try:
             status, answer = await self._ask(messages)
             return int(answer["count"]) if status == 200 else None
@@ -37,20 +37,20 @@ class TokenizerClient:
             return None
 
     async def refusal(self, messages: list[dict[str, str]]) -> str | None:
-        """Why the model's chat template refuses a conversation; None where it takes it.
+        """Why the model's chat template refuses a conversation; None if it accepts it.
 
         Args:
-            messages: with the answer at their end, as training renders them.
+            messages: ending with the answer, as training renders them.
 
         Raises:
-            Unavailable: when the engine cannot say, or not soon.
+            Unavailable: when the engine cannot say, or not in time.
         """
         status, answer = await self._ask(messages)
         if status == 400:
             try:
                 return str(answer["error"]["message"])
             except (KeyError, TypeError) as error:
-                raise Unavailable("the engine refuses without a reason", code="engine_unavailable") from error
+                raise Unavailable("the engine refused the messages without a reason", code="engine_unavailable") from error
         if status == 200:
             return None
         raise Unavailable(f"the engine answered {status} to /tokenize", code="engine_unavailable")
@@ -63,4 +63,4 @@ class TokenizerClient:
             async with self._session.post(self._url, data=body, headers=self._headers, timeout=timeout) as response:
                 return response.status, orjson.loads(await response.read())
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise Unavailable("the engine cannot be asked now", code="engine_unavailable") from error
+            raise Unavailable("the engine cannot be reached now", code="engine_unavailable") from error

@@ -36,7 +36,7 @@ class RedisAdapters:
         return value.decode() if value is not None else None
 
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
-        """Put an adapter where engines look for it, without a job and for a while: for an evaluation."""
+        """Put an adapter where engines look for it, without a job and for a limited time: for an evaluation."""
         fields = {"id": stored.id, "recipe": stored.recipe, "sha256": stored.sha256, "raw": stored.raw}
         async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
             pipe.hset(keys.adapter(user_key), mapping=fields)
@@ -44,7 +44,7 @@ class RedisAdapters:
             await pipe.execute()
 
     async def list_adapted(self, user_key: str, bank: str) -> None:
-        """Put a user on the list of a bank."""
+        """Put a user on a bank's list."""
         async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
             await pipe.sadd(keys.ADAPTED, bank).sadd(keys.adapted(bank), user_key).execute()
 
@@ -75,14 +75,14 @@ class RedisAdapters:
         return int(await self._connection.run(lambda redis: redis.scard(keys.adapted(bank))))
 
     async def _scan(self, bank: str, cursor: int) -> tuple[int, list[bytes]]:
-        """Some users on the list of a bank, and where to go on; 0 at its end."""
+        """Some users on a bank's list, and the cursor to go on from; 0 at the end."""
         after, members = await self._connection.run(lambda redis: redis.sscan(keys.adapted(bank), cursor, count=_BATCH))
         return int(after), members
 
 
 @asynccontextmanager
 async def adapters_at(redis_url: str) -> AsyncIterator[RedisAdapters]:
-    """The user adapters of a store, durable or not, for as long as a block runs."""
+    """The user adapters of a store, durable or not, for the duration of a `with` block."""
     connection = RedisConnection(redis_url, require_durable=False)
     try:
         yield RedisAdapters(connection)

@@ -1,12 +1,12 @@
-"""The append-only file holds what was erased until it is rewritten: asked for at every erasure, done hourly at most.
+"""The append-only file holds erased data until it is rewritten: requested at every erasure, done at most hourly.
 
-The hash `keys.REWRITE` says where things are: `asked`, when a rewrite was last asked for, ms; `due`, when the next is
-due, ms, absent when all that was asked for is done; `last`, when the last one that ended well began, ms; and of the one
-under way `began`, ms, and the server's `run` and `count` of rewrites before it.
+The hash `keys.REWRITE` holds the state, with times in ms: `asked`, when a rewrite was last requested; `due`, when the
+next is due, absent when all requests are done; `last`, when the last successful one began; and for the one in progress,
+when it `began`, the server's `run`, and its `count` of rewrites before.
 
-A rewrite is asked for *before* a user is erased, so that nobody's death in between leaves the file as it was. The
-erasure follows within `ASKED_MS` or not at all. So a rewrite that began later than that after it was asked for, and
-that ended well, has left out what was erased; only that settles what is due.
+A rewrite is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The
+erasure follows within `ASKED_MS` or not at all. So a successful rewrite that began later than that after the request
+has left out what was erased; only such a rewrite settles what is due.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from server.store.redis.job_scripts import NOW
 log = logging.getLogger("mta.store")
 
 INTERVAL_MS = 3_600_000
-"""Shortest time between the beginnings of two rewrites."""
+"""Shortest time between the starts of two rewrites."""
 
 ASKED_MS = 60_000
-"""How soon after asking must be erased what the file shall forget."""
+"""How soon after the request the erasure must happen."""
 
 LOOK_S = 10.0
-"""How often each gateway looks whether one is due."""
+"""How often each gateway checks whether one is due."""
 
 BEGIN_MS = 30_000
-"""A gateway that has taken it upon itself to begin a rewrite and has not by then never will."""
+"""A gateway that has claimed a rewrite and not begun it within this time never will."""
 
 REWRITE_MS = 600_000
-"""What a rewrite may take, in the time that is promised."""
+"""How long a rewrite is assumed to take in the promised time."""
 
-# KEYS: rewrite. ARGV: interval, time to erase (ms). Answers the time, and when a rewrite is due that will have begun
-# after what is asked for now: the one that is due already may begin too early for that.
+# KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the time, and when a rewrite is due that is sure to begin
+# after the erasure: the one that is already due may begin too early.
 _ASK = (
     NOW
     + """
@@ -56,8 +56,8 @@ return {now, due}
 """
 )
 
-# KEYS: rewrite. ARGV: the server's run, its count of rewrites, interval. Answers whether the caller shall begin one
-# now. A time too far ahead to have been set by this clock counts as come.
+# KEYS: rewrite. ARGV: the server's run, its count of rewrites, interval. Returns whether the caller should begin
+# one now. A time too far ahead to have been set by this clock counts as reached.
 _TAKE = (
     NOW
     + """
@@ -68,8 +68,8 @@ return 1
 """
 )
 
-# KEYS: rewrite. ARGV: the server's run, its count of rewrites, whether the last ended well, interval, time to erase,
-# time to begin (ms). Answers whether the caller may go on to begin one: not while another is just about to.
+# KEYS: rewrite. ARGV: the server's run, its count of rewrites, whether the last succeeded, interval, time to erase,
+# time to begin (ms). Returns whether the caller may begin one: not while another is about to.
 _SETTLE = (
     NOW
     + """
@@ -99,12 +99,12 @@ class AppendOnlyFile:
         self._connection = connection
 
     async def ask_for_rewrite(self) -> Asked:
-        """Have the file rewritten after what is about to be erased."""
+        """Request a rewrite of the file that leaves out what is about to be erased."""
         now_ms, due_ms = await self._connection.write(_ASK, (keys.REWRITE,), INTERVAL_MS, ASKED_MS)
         return Asked(now_ms + ASKED_MS, due_ms + round(2 * LOOK_S * 1000) + REWRITE_MS)
 
     async def look(self) -> None:
-        """Settle a rewrite that has ended and begin one that is due. Of all gateways one does it."""
+        """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
         if await self._connection.run(lambda redis: redis.exists(keys.OLD_REWRITE)):
             await self.ask_for_rewrite()
             await self._connection.run(lambda redis: redis.delete(keys.OLD_REWRITE))
@@ -126,6 +126,6 @@ class AppendOnlyFile:
         async with self._connection.pipeline(transaction=False) as pipe:
             pipe.execute_command("BGREWRITEAOF")
             (answer,) = await pipe.execute(raise_on_error=False)
-        if isinstance(answer, ResponseError):  # another is going on, or a managed service does it by itself
+        if isinstance(answer, ResponseError):  # another is running, or a managed service does it on its own
             log.warning("the append-only file is not rewritten now: %s", answer)
             await self._connection.run(lambda redis: redis.hdel(keys.REWRITE, "began", "run", "count"))

@@ -1,7 +1,7 @@
 """The connection to Redis 7.2+ or Valkey 8+ that the stores share, and what makes an acknowledged write durable.
 
-Every change is one Lua script on the keys of one user, so that it is one atomic step on a cluster too. Script and,
-where the server does not fsync at once by itself, `WAITAOF` travel in one round trip on one connection.
+Every change is one Lua script on one user's keys, so it is atomic on a cluster too. The script and, unless the server
+fsyncs every write itself, `WAITAOF` travel in one round trip on one connection.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ WAITAOF_TIMEOUT_MS = 10_000
 WRITE_TIMEOUT_S = 15.0
 
 _NOT_DURABLE = (
-    "Redis does not promise to keep what it acknowledges: set `appendonly yes` and `appendfsync always` (or "
+    "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
     "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept losses"
 )
 
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """What cannot be decoded is the store's fault, or a later version's.
+    """Translate decoding errors: the store is corrupt, or a later version wrote to it.
 
     Raises:
         Unavailable: with code `store_corrupt`.
@@ -50,7 +50,7 @@ class RedisConnection:
 
     Args:
         url: as in redis-py: `redis://`, `rediss://` or `unix://`.
-        require_durable: whether a server that keeps no append-only file is refused.
+        require_durable: whether a server whose writes are not durable is refused.
 
     Raises:
         MtaError: when the URL cannot be read.
@@ -82,7 +82,7 @@ class RedisConnection:
         """Reach the server and find out how its writes become durable.
 
         Raises:
-            Unavailable: when it cannot be reached, or keeps no append-only file where one is required.
+            Unavailable: when it cannot be reached, or is not durable although that is required.
         """
         async with _translated(READ_TIMEOUT_S):
             self._durability = await self._find_durability()
@@ -91,12 +91,12 @@ class RedisConnection:
 
     @asynccontextmanager
     async def pipeline(self, *, transaction: bool, timeout_s: float = READ_TIMEOUT_S) -> AsyncIterator[Any]:
-        """Commands in one round trip; Redis's errors come out as `Unavailable`."""
+        """Commands in one round trip; Redis's errors become `Unavailable`."""
         async with _translated(timeout_s), self._redis.pipeline(transaction=transaction) as pipe:
             yield pipe
 
     async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
-        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors come out as `Unavailable`."""
+        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
         async with _translated(timeout_s):
             return await command(self._redis)
 
@@ -110,13 +110,13 @@ class RedisConnection:
             answer, *fsynced = await pipe.execute()
         if fsynced and fsynced[0][0] < 1:
             raise Unavailable(
-                f"Redis did not confirm within {WAITAOF_TIMEOUT_MS // 1000} s that the write is on disk: repeat it",
+                f"Redis did not confirm within {WAITAOF_TIMEOUT_MS // 1000} s that the write is on disk: send it again",
                 code="store_not_durable",
             )
         return answer
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close all connections."""
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
@@ -135,7 +135,7 @@ class RedisConnection:
         return Durability.ALWAYS if found.get("appendfsync") == "always" else await self._try_waitaof()
 
     async def _try_waitaof(self) -> Durability:
-        """WAITAOF of a connection that wrote nothing answers at once: an error where there is no file to wait for."""
+        """On a connection that wrote nothing WAITAOF answers at once: with an error if there is no file to wait for."""
         try:
             await self._redis.execute_command("WAITAOF", 1, 0, 1)
         except ResponseError:
@@ -149,12 +149,12 @@ def _text(value: bytes | str) -> str:
 
 @asynccontextmanager
 async def _translated(timeout_s: float) -> AsyncIterator[None]:
-    """The one place where Redis's errors become ours, and where its silence ends."""
+    """The one place where Redis's errors become ours, and where we stop waiting for it."""
     try:
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
-        message = f"the store gave no answer within {timeout_s:g} s: send the request again"
+        message = f"the store did not answer within {timeout_s:g} s: send the request again"
         raise Unavailable(message, code="store_unavailable") from error
     except (RedisError, OSError) as error:
         raise Unavailable("the store cannot be used now: send the request again", code="store_unavailable") from error

@@ -1,7 +1,7 @@
-"""The Lua scripts of jobs: each changes one user's keys in one step. The server's clock is the only one.
+"""The Lua scripts of jobs: each changes one user's keys in one step. The server's clock is the only one used.
 
-A job's name is made from its number inside the scripts; it lies in the slot of the keys that are declared. Each script
-may run twice, for an answer can be lost on its way: the second time it changes nothing and answers the same.
+The scripts make a job's name from its number; it is in the same slot as the declared keys. Each script may run twice,
+since its answer can be lost on the way: the second run changes nothing and returns the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ local function erased_since(key, seen)
   return epoch and epoch ~= seen
 end
 """
-"""Whether a user was erased since somebody saw their epoch; none is remembered once its tombstone has gone."""
+"""Whether a user was erased since their epoch was seen; this is forgotten once the tombstone expires."""
 
 _END = """
 local function ended(job, state, ttl)
@@ -31,9 +31,9 @@ local function open(job)
 end
 """
 
-# KEYS: jobs, samples, epoch. ARGV: prefix of job names, idempotency key, token, the epoch seen, until when this may be
-# done (ms), bank, config, whether to append, most samples, jobs kept, how long an ended one is kept (s), then samples.
-# Answers the job's number, 0 when there would be too many samples, -1 when the user was erased, -2 when it is too late.
+# KEYS: jobs, samples, epoch. ARGV: prefix of job names, idempotency key, token, the epoch seen, deadline (ms), bank,
+# config, whether to append, most samples, jobs kept, how long an ended one is kept (s), then samples. Returns the job's
+# number, 0 if there would be too many samples, -1 if the user was erased, -2 if the deadline has passed.
 SUBMIT = (
     NOW
     + ERASED_SINCE
@@ -80,7 +80,7 @@ return number
 """
 )
 
-# KEYS: job. ARGV: token, how long it is kept (s). Answers 1 when this ended it.
+# KEYS: job. ARGV: token, how long it is kept (s). Returns 1 if this call ended it.
 CANCEL = (
     NOW
     + _END
@@ -93,9 +93,9 @@ return 1
 """
 )
 
-# KEYS: job. ARGV: token, lease (ms), most tries, error after the last, how long it is kept (s). Answers 1 when it is
-# the caller's now, 0 when another has it, -1 when there is nothing to do any more. A lease that ends later than it was
-# long was given before the clock was set back, and counts as lost.
+# KEYS: job. ARGV: token, lease (ms), most tries, error after the last, how long it is kept (s). Returns 1 if the
+# caller has it now, 0 if another has it, -1 if there is nothing left to do. A lease with more time left than its whole
+# length was given before the clock was set back, and counts as lost.
 CLAIM = (
     NOW
     + _END
@@ -115,7 +115,7 @@ return 1
 """
 )
 
-# KEYS: job. ARGV: token, lease (ms), step, of, loss. Answers whether the lease holds.
+# KEYS: job. ARGV: token, lease (ms), step, of, loss. Returns whether the lease holds.
 RENEW = (
     NOW
     + """
@@ -126,7 +126,7 @@ return 1
 """
 )
 
-# KEYS: job. ARGV: token, what to add to its tries. Answers whether it is queued again.
+# KEYS: job. ARGV: token, what to add to its tries. Returns whether it is queued again.
 RELEASE = """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'queued')
@@ -146,7 +146,7 @@ redis.call('HSET', KEYS[1], 'ended_by', ARGV[1], 'before', ARGV[3], 'after', ARG
 ended(KEYS[1], ARGV[2], ARGV[7])
 """
 
-# KEYS: job. ARGV: token, state, before, after, error, adapter, how long it is kept (s). Answers whether it was written.
+# KEYS: job. ARGV: token, state, before, after, error, adapter, how long it is kept (s). Returns whether it was written.
 END = (
     NOW
     + _END
@@ -158,7 +158,7 @@ return 1
 )
 
 # KEYS: job, record, adapter, epoch. ARGV: as END, then the record expected, the new one, the adapter's bank, recipe,
-# checksum and bytes. Answers whether all of it was written.
+# checksum and bytes. Returns whether all of it was written.
 PROMOTE = (
     NOW
     + ERASED_SINCE

@@ -1,9 +1,9 @@
 """Jobs and samples on Redis (keys: `server/store/redis/keys.py`).
 
-A job's hash holds its record (`_FIELDS`), the submission's `token`, `key` and `epoch`, `lease`, `lease_until` and
-`lease_ms` while a worker has it, and what it was `ended_by`. Workers are woken by a queue for each bank beside the jobs
-(`queue.py`), which names users: of a user's jobs only the newest is ever open. `overdue` walks what is due there, not
-the keys.
+A job's hash holds its record (`_FIELDS`); the submission's `token`, `key` and `epoch`; `lease`, `lease_until` and
+`lease_ms` while a worker has it; and the token that it was `ended_by`. Workers are woken by a separate queue per bank
+(`queue.py`), which holds user keys: only a user's newest job is ever open. `overdue` walks what is due there, not the
+jobs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ log = logging.getLogger("mta.store")
 
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
 _DIED = (
-    f"the worker died {MAX_TRIES} times while it trained this job, most likely for want of memory: send fewer or "
-    "shorter samples, or give the worker more; its log says what it died of"
+    f"the worker died {MAX_TRIES} times while training this job, most likely for lack of memory: send fewer or "
+    "shorter samples, or give the worker more memory; its log says why it died"
 )
 _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
@@ -52,7 +52,7 @@ class RedisJobs:
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         queue = self._queue(submission.bank)
-        # Before there is a job: one user too many in the queue does no harm, one too few would wait for ever.
+        # Before there is a job: an extra user in the queue does no harm, a missing one would wait for ever.
         listed_ms = await queue.enlist(user_key)
         number = await self._connection.write(
             scripts.SUBMIT,
@@ -75,7 +75,7 @@ class RedisJobs:
         if number == _ERASED:
             raise UserErased
         if number == _LATE:
-            raise Unavailable("the store took too long to take the samples: send the request again")
+            raise Unavailable("the store took too long to accept the samples: send the request again")
         job = await self.job(JobId(user_key, int(number)))
         if job is not None and not job.state.ended:
             await queue.call(user_key, listed_ms)
@@ -100,7 +100,7 @@ class RedisJobs:
             newest = await self._newest(user_key)
             if newest is not None and await self._is_for(newest, bank):
                 return newest
-            await queue.acknowledge(user_key)  # they were erased, or have asked for a job of another bank since
+            await queue.acknowledge(user_key)  # erased, or has requested a job of another bank since
         return None
 
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
@@ -109,7 +109,7 @@ class RedisJobs:
             scripts.CLAIM, (keys.job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _DIED, KEPT_S
         )
         job = await self.job(job_id) if taken == 1 else None
-        for queue in self._queues.values():  # from here on the lease says when somebody should look again
+        for queue in self._queues.values():  # from here on the lease says when to check again
             await queue.acknowledge(job_id.user_key)
         return Lease(job, token) if job is not None else None
 
@@ -137,7 +137,7 @@ class RedisJobs:
     ) -> bool:
         queue, user_key = self._queue(lease.job.bank), lease.job.id.user_key
         bank, appointment = parse_recipe(raw.recipe).bank, await queue.appointment(user_key)
-        # Before the promotion: a user too many on the list does no harm, one too few would never be adapted again.
+        # Before the promotion: an extra user on the list does no harm, a missing one would never be adapted again.
         await self._adapters.list_adapted(user_key, bank)
         done = await self._connection.write(
             scripts.PROMOTE,
@@ -177,7 +177,7 @@ class RedisJobs:
                 if error.code != "store_corrupt":
                     raise
                 log.error("%s: %s", user_key, error.explained)
-                await queue.look_again(user_key, now_ms)  # nobody else shall wait for it
+                await queue.look_again(user_key, now_ms)  # so that nobody else waits for it
         return announced
 
     async def withdraw(self, user_key: str, bank: str) -> None:
@@ -187,14 +187,14 @@ class RedisJobs:
             await queue.close(user_key, appointment)
 
     async def _open_job(self, user_key: str, bank: str, now_ms: int) -> JobId | int | None:
-        """A user's job of a bank that wants a worker; when its lease runs out (ms) where one has it; None without."""
+        """A user's job of a bank if it needs a worker; if one has it, when its lease runs out (ms); None without."""
         newest = await self._newest(user_key)
         if newest is None or not await self._is_for(newest, bank):
             return None
         state, lease_until, lease_ms = await self._standing(newest)
         if state is None or state.ended:
             return None
-        # A lease that ends later than it is long was given before the clock was set back.
+        # A lease with more time left than its whole length was given before the clock was set back.
         return lease_until if now_ms < lease_until <= now_ms + lease_ms else newest
 
     def _queue(self, bank: str) -> RedisQueue:
@@ -213,7 +213,7 @@ class RedisJobs:
         return found is None or found.decode() == bank
 
     async def _standing(self, job_id: JobId) -> tuple[JobState | None, int, int]:
-        """A job's state, None without a record; when its lease runs out, and how long it is, ms."""
+        """A job's state (None without a record), when its lease runs out, and how long the lease is, ms."""
         fields = ("state", "lease_until", "lease_ms")
         state, until, lease_ms = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), fields))
         lease_until = int(until or 0)

@@ -1,5 +1,5 @@
-"""The names of all keys. What stands in braces decides the cluster slot, and a script can only change keys of one slot:
-so all keys of a user lie in one, and all keys of a queue.
+"""The names of all keys. The part in braces decides the cluster slot, and a script can only change keys of one slot:
+so all keys of a user share a slot, and so do all keys of a queue.
 
 Of one user (`server/store/user_key.py`)::
 
@@ -12,15 +12,15 @@ Of one user (`server/store/user_key.py`)::
     mta:{<user key>}:jobs     hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>  hash    a job's record (`server/store/redis/jobs.py`)       7 days after it ended, or 20
                                                                                           jobs later
-    mta:{<user key>}:epoch    hash    tombstone: the `epoch` that erasing began, what it  7 days after the user
+    mta:{<user key>}:epoch    hash    tombstone: the `epoch` it began, what the erasure   7 days after the user
                                       removed, and `last` as above                        was erased
 
 Of one queue, `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
 
-    mta:{<queue>}:calls       stream  user keys; read by a consumer group, an entry goes when it is acknowledged
-    mta:{<queue>}:called      hash    user key → its entry in the stream: nobody is called twice at a time
-    mta:{<queue>}:open        zset    user key → when somebody should look whether it is still going on, ms
-    mta:{<queue>}:listed      zset    user key → since when a request is about to make something of theirs, ms
+    mta:{<queue>}:calls       stream  user keys; read by a consumer group, entries go when acknowledged
+    mta:{<queue>}:called      hash    user key → its entry in the stream: one call per user at a time
+    mta:{<queue>}:open        zset    user key → when to check whether it is still going on, ms
+    mta:{<queue>}:listed      zset    user key → when a request last announced work for them, ms
     mta:{<queue>}:begun       hash    user key → how often a worker has begun
 
 Of all users::
@@ -29,14 +29,14 @@ Of all users::
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the append-only file is rewritten (`append_only_file.py`)
 
-Of version 0.1, until a worker or a gateway takes them over::
+From version 0.1, until a worker or a gateway takes them over::
 
     mta:jobs, mta:sign        stream  a queue for all banks
-    mta:jobs:open             zset    job id → when somebody should look, ms
+    mta:jobs:open             zset    job id → when to check, ms
     mta:sign:open             zset    user key → the same
     mta:{rewrite}:due         string  when the append-only file is rewritten
 
-Scripts are given these names. Only that of a job's record is put together in Lua, from `job_prefix` and a number.
+Scripts are passed these names. Only a job record's is built in Lua, from `job_prefix` and a number.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def adapted(bank: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class QueueKeys:
-    """The keys of one queue; `old` and `old_open` are those that version 0.1 had for the same work."""
+    """The keys of one queue; `old` and `old_open` are version 0.1's for the same work."""
 
     calls: str
     called: str

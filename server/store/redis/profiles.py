@@ -2,7 +2,7 @@
 
 A commit is one Lua script that compares the record with the one that the change was made from and writes only if they
 are the same, so that every change is one atomic step and concurrent writers never overwrite each other. It also
-compares epochs: a write that was under way when its user was erased comes too late, even on an empty record.
+compares epochs: a write that was in progress when its user was erased is refused, even on an empty record.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from server.store.redis.job_scripts import ERASED_SINCE, NOW
 
 TOMBSTONE_S = 7 * 24 * 3600
 
-# KEYS: record, items, vectors, epoch. ARGV: the record expected, the new record, the epoch seen, how many puts, then
-# (id, item, vector) for each, an empty item or vector meaning "as it is", then the ids to drop. Answers 1 when it is
-# written, 0 when the record is another one, -1 when the user was erased.
+# KEYS: record, items, vectors, epoch. ARGV: the expected record, the new record, the epoch seen, how many puts, then
+# (id, item, vector) for each, an empty item or vector meaning "unchanged", then the ids to drop. Returns 1 if it is
+# written, 0 if the record is a different one, -1 if the user was erased.
 _COMMIT = (
     ERASED_SINCE
     + """
@@ -52,9 +52,9 @@ return 1
 )
 
 # KEYS: epoch, record, items, vectors, jobs, samples, adapter. ARGV: prefix of job names, how many jobs are kept, how
-# long the tombstone stays (s), the new epoch, until when this may be done (ms), by when the file is rewritten (ms).
-# Answers what the tombstone says then, the new epoch aside; nothing when it is too late. A tombstone without counts is
-# that of a user who was never there. The number of the last job stays, so that none is ever given twice.
+# long the tombstone stays (s), the new epoch, deadline (ms), by when the file is rewritten (ms). Returns what the
+# tombstone then says, except the new epoch; nothing if the deadline has passed. A tombstone without counts is that of
+# a user who never existed. The number of the last job stays, so that no number is ever used twice.
 _ERASE = (
     NOW
     + """
@@ -154,7 +154,7 @@ def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:
 
 
 def _names(key: str) -> tuple[str, str, str]:
-    """What a profile lies under."""
+    """The keys that a profile is stored under."""
     return keys.profile(key), keys.items(key), keys.vectors(key)
 
 

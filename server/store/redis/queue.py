@@ -1,7 +1,7 @@
-"""Queues on Redis (keys: `server/store/redis/keys.py`): they wake workers, and remember who should be looked after.
+"""Queues on Redis (keys: `server/store/redis/keys.py`): they wake workers, and remember which users to check on.
 
-Whoever is called stays in `open` until they were seen to. What a worker that died had read, what never came into the
-stream, and what was lost with the work behind it is called again when its time there comes, however busy workers are.
+A user who is called stays in `open` until their work is done. Calls that a worker had read when it died, that never
+reached the stream, or that were lost are made again when the user's time in `open` comes, however busy workers are.
 """
 
 from __future__ import annotations
@@ -18,44 +18,45 @@ from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
 
 GROUP = "workers"
 GRACE_MS = 10_000
-"""How long a user waits for a worker before they are called again, unless their call is still to be read."""
+"""How long a user waits for a worker before they are called again, unless their call is still unread."""
 
 LISTED_MS = 60_000
-"""How long a request has to make what it listed a user for."""
+"""How long a request has to create the work that it listed a user for."""
 
 GONE_MS = 3_600_000
 """A worker that has read nothing for this long is not coming back under its name."""
 
 _BATCH, _BATCHES = 100, 100
-"""How many users are asked for at once, and how often in one sweep."""
+"""How many users one query returns, and how many queries one sweep makes."""
 
 
 class RedisQueue:
     """User keys on their way to workers.
 
     Args:
-        connection: shared with what the keys stand for.
+        connection: shared with the store that holds the work.
         work: what workers are woken for.
-        bank: the 8 hex digits of the bank that it is for.
+        bank: the 8 hex digits of the bank that the work is for.
     """
 
     def __init__(self, connection: RedisConnection, work: keys.Work, bank: str) -> None:
         self._connection = connection
         self._keys = keys.queue(work, bank)
-        self._taken: dict[str, tuple[bytes, str]] = {}  # by user key: the entry, and the appointment then
+        self._taken: dict[str, tuple[bytes, str]] = {}  # by user key: entry, and appointment then
         self._has_group = False
 
     async def enlist(self, user_key: str) -> int:
-        """Have somebody look after a user from now on, before what is to be looked after is made.
+        """Begin to check on a user, before the work to be checked on is created.
 
         Returns:
-            The server's time in ms. Whatever is made must be made by `LISTED_MS` later, and called with it.
+            The time of the listing, in ms by the server's clock: pass it to `call` once the work is created, which must
+            be within `LISTED_MS`.
         """
         names = (self._keys.open, self._keys.listed)
         return int(await self._connection.write(scripts.ENLIST, names, user_key, LISTED_MS + GRACE_MS))
 
     async def call(self, user_key: str, listed_ms: int = 0) -> bool:
-        """Wake a worker for a user, unless a call is to be read already; whether it was made now."""
+        """Wake a worker for a user, unless a call is still unread; returns whether one was made."""
         names = (self._keys.calls, self._keys.called, self._keys.open, self._keys.listed)
         return bool(await self._connection.write(scripts.CALL, names, user_key, GRACE_MS, listed_ms, GROUP))
 
@@ -69,7 +70,7 @@ class RedisQueue:
                 wait_s + WRITE_TIMEOUT_S,
             )
         except Unavailable:
-            self._has_group = False  # whatever comes back may be another server
+            self._has_group = False  # the server that comes back may be another one
             raise
         if not streams:
             return None
@@ -79,7 +80,7 @@ class RedisQueue:
         return user_key
 
     async def acknowledge(self, user_key: str) -> str:
-        """The call that `next` gave has been answered; the user's appointment when it was given."""
+        """Acknowledge the call that `next` returned; returns the user's appointment at that time."""
         entry, appointment = self._taken.pop(user_key, (b"", ""))
         if entry:
             await self._connection.write(
@@ -88,16 +89,16 @@ class RedisQueue:
         return appointment
 
     async def begin(self, user_key: str) -> int:
-        """Count a beginning; how many there were since `close`."""
+        """Count an attempt; returns how many there have been since `close`."""
         return int(
             await self._connection.run(lambda redis: redis.hincrby(self._keys.begun, user_key, 1), WRITE_TIMEOUT_S)
         )
 
     async def due(self) -> AsyncIterator[tuple[str, str, int]]:
-        """Users who should be looked after by now, each with their appointment and the server's time in ms; whoever is
-        given is to be called, looked at again, or closed.
+        """Users who are due for a check, each with their appointment and the server's time in ms; the caller is to
+        `call`, `look_again` or `close` each of them.
 
-        A time too far ahead to have been set by this clock counts as come: the clock was set back.
+        A time too far ahead to have been set by this clock counts as reached: the clock was set back.
         """
         for _ in range(_BATCHES):
             now_ms, found = await self._connection.write(scripts.DUE, (self._keys.open,), LISTED_MS + GRACE_MS, _BATCH)
@@ -108,29 +109,29 @@ class RedisQueue:
                 return
 
     async def appointment(self, user_key: str) -> str:
-        """When a user is to be looked after, as the server writes it; empty when nobody will. It changes with every
-        call and listing, so that `close` knows whether there was one since."""
+        """When a user is to be checked on, as the server writes it; empty if never. It changes with every call and
+        listing, so that `close` can tell whether there was one since."""
         score = await self._connection.run(lambda redis: redis.execute_command("ZSCORE", self._keys.open, user_key))
         return _text(score)
 
     async def look_again(self, user_key: str, after_ms: int) -> None:
-        """Look after a user once the grace is over, counted from a time in ms."""
+        """Check on a user again `GRACE_MS` after a time in ms."""
         await self._connection.run(
             lambda redis: redis.zadd(self._keys.open, {user_key: after_ms + GRACE_MS}), WRITE_TIMEOUT_S
         )
 
     async def close(self, user_key: str, appointment: str) -> None:
-        """Look after a user no more, and take back what call there is, unless they were called or listed since.
+        """Stop checking on a user, and take back any call, unless they were called or listed since.
 
         Args:
-            user_key: who was seen to.
-            appointment: theirs, from before the caller saw that nothing is to be done.
+            user_key: which user.
+            appointment: the user's, read before the caller found that nothing is left to do.
         """
         names = (self._keys.calls, self._keys.called, self._keys.open, self._keys.listed, self._keys.begun)
         await self._connection.write(scripts.CLOSE, names, user_key, GROUP, appointment, LISTED_MS)
 
     async def open_count(self) -> int:
-        """How many users are looked after."""
+        """How many users are checked on."""
         return int(await self._connection.run(lambda redis: redis.zcard(self._keys.open)))
 
     async def tidy(self) -> None:
@@ -146,10 +147,10 @@ class RedisQueue:
         await self._connection.run(lambda redis: redis.xgroup_delconsumer(self._keys.calls, GROUP, consumer))
 
     async def _adopt(self) -> None:
-        """Version 0.1 kept a queue for all banks: a stream that entries left when they were read, and a zset."""
+        """Version 0.1 kept one queue for all banks: a stream whose entries went when they were read, and a zset."""
         members = await self._connection.run(lambda redis: redis.zrange(self._keys.old_open, 0, -1))
         for member in members:
-            job_id = parse_job_id(member.decode())  # of signatures: user keys
+            job_id = parse_job_id(member.decode())  # for signatures, user keys
             await self.call(job_id.user_key if job_id else member.decode())
         if members:
             await self._connection.run(lambda redis: redis.zrem(self._keys.old_open, *members), WRITE_TIMEOUT_S)
@@ -169,7 +170,7 @@ class RedisQueue:
 
 
 def _text(score: object) -> str:
-    """A score as Lua sees it: RESP3 gives a number, RESP2 a text."""
+    """A score as Lua sees it: RESP3 gives a number, RESP2 a string."""
     if score is None:
         return ""
     return score.decode() if isinstance(score, bytes) else f"{score:.17g}"

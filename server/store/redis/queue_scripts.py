@@ -1,10 +1,10 @@
-"""The Lua scripts of queues, each on the keys of one queue (`redis_queue`). The server's clock is the only one."""
+"""The Lua scripts of queues (`queue.py`), each on the keys of one queue. The server's clock is the only one used."""
 
 from __future__ import annotations
 
 from server.store.redis.job_scripts import NOW
 
-# KEYS: open, listed. ARGV: user key, after how long to look (ms). Answers when it was listed, never the same twice.
+# KEYS: open, listed. ARGV: user key, time until the check (ms). Returns when it was listed, never the same twice.
 ENLIST = (
     NOW
     + """
@@ -15,8 +15,8 @@ return listed
 """
 )
 
-# KEYS: calls, called, open, listed. ARGV: user key, grace (ms), when it was listed by the caller, group. Answers
-# whether a call was made: not while one waits to be read. One that was read and not acknowledged is taken back.
+# KEYS: calls, called, open, listed. ARGV: user key, grace (ms), when it was listed by the caller, group. Returns
+# whether a call was made: not while one is unread. One that was read and not acknowledged is replaced.
 CALL = (
     NOW
     + """
@@ -45,7 +45,7 @@ if redis.call('HGET', KEYS[2], ARGV[1]) == ARGV[3] then redis.call('HDEL', KEYS[
 return 1
 """
 
-# KEYS: open. ARGV: farthest time ahead that is ever set (ms), most answers. Answers the time, then who is due and when.
+# KEYS: open. ARGV: furthest time ahead that is ever set (ms), most results. Returns the time, then who is due and when.
 DUE = (
     NOW
     + """
@@ -56,8 +56,8 @@ return {now, due}
 """
 )
 
-# KEYS: calls, called, open, listed, begun. ARGV: user key, group, when they were to be looked after, as the caller saw
-# it; for how long a listing holds (ms). Whoever was called or listed since has another appointment, and keeps it.
+# KEYS: calls, called, open, listed, begun. ARGV: user key, group, the appointment that the caller saw, how long a
+# listing holds (ms). A user who was called or listed since has another appointment, and keeps it.
 CLOSE = (
     NOW
     + """

@@ -1,4 +1,4 @@
-"""Who wants a signature, on Redis: a queue of user keys for each bank."""
+"""Which users need a signature, on Redis: one queue of user keys per bank."""
 
 from __future__ import annotations
 
