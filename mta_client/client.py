@@ -141,7 +141,9 @@ class Client:
         except httpx.HTTPError as error:
             raise MtaError(f"{method} {path} got no answer from {self.url}: {error}", "no_answer") from error
         except (ValueError, LookupError, TypeError) as error:
-            raise MtaError(f"{method} {path} got an answer that this client cannot read: {error!r}", "not_understood") from error
+            raise MtaError(
+                f"{method} {path} got an answer that this client cannot read: {error!r}", "not_understood"
+            ) from error
 
 
 def _refusal(response: httpx.Response) -> MtaError:

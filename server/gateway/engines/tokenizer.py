@@ -50,7 +50,7 @@ class TokenizerClient:
             try:
                 return str(answer["error"]["message"])
             except (KeyError, TypeError) as error:
-                raise Unavailable("the engine refused the messages without a reason", code="engine_unavailable") from error
+                raise Unavailable("the engine refused without a reason", code="engine_unavailable") from error
         if status == 200:
             return None
         raise Unavailable(f"the engine answered {status} to /tokenize", code="engine_unavailable")

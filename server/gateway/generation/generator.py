@@ -1,4 +1,4 @@
-"""One answer, from request to last token: who speaks, what the engine says, and what if it lacks the adapter."""
+"""One answer, from request to last token: who speaks, what the engine says, and what to do if it lacks the adapter."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
 @dataclass(slots=True)
 class Answer:
-    """An answer under way.
+    """An answer in progress.
 
     Attributes:
-        id: of the request, in the engine's logs too.
+        id: of the request; it is in the engine's logs too.
         personalization: who speaks.
         stream: the engine's.
         timings: complete once `texts` has ended.
@@ -54,7 +54,7 @@ class Generator:
         personalizer: says who may speak.
         recall: renders the prompt.
         engine: answers it.
-        engines: they know the model's context.
+        engines: know the model's context.
         max_prompt_chars: longest conversation, history included.
         metrics: counts fallbacks.
     """
@@ -78,7 +78,7 @@ class Generator:
 
     @asynccontextmanager
     async def answer(self, request: GenerateRequest, timings: Timings) -> AsyncIterator[Answer]:
-        """Start an answer and wait for its first piece; leaving before its end aborts it in the engine.
+        """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
 
         Args:
             request: well-formed.
@@ -113,7 +113,7 @@ class Generator:
     async def _first_served(
         self, stack: AsyncExitStack, wanted: EngineRequest, candidates: Iterable[Personalization]
     ) -> tuple[Personalization, EngineStream]:
-        """The first candidate that the engine can serve, and its answer to the one prompt that is for all of them."""
+        """The first candidate that the engine can serve, and its answer; the prompt is the same for all of them."""
         lacking: AdapterMissing | None = None
         for personalization in candidates:
             if lacking:

@@ -1,4 +1,4 @@
-"""Histories that were made ready for prompts, kept while they are the same and asked for again."""
+"""Histories indexed for prompts, kept while they are unchanged and in use."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class _Kept:
 
 
 class IndexCache:
-    """One index for each user, the least recently used ones going first. Belongs to one event loop.
+    """One index per user; the least recently used go first. Belongs to one event loop.
 
     Args:
-        max_bytes: most memory of all of them.
+        max_bytes: most memory for all of them.
         kept_s: how long each stays after its last use.
     """
 
@@ -34,10 +34,10 @@ class IndexCache:
         self._kept_s = kept_s
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self.size_bytes = 0
-        """What is taken now."""
+        """Memory in use."""
 
     def get(self, user_key: str, version: Version) -> ItemIndex | None:
-        """The index of a user's history in this version; one of another version is dropped."""
+        """The index of this version of a user's history; one of any other version is dropped."""
         kept = self._kept.get(user_key)
         if kept is None:
             return None
@@ -50,7 +50,7 @@ class IndexCache:
         return kept.index
 
     def put(self, user_key: str, version: Version, index: ItemIndex) -> None:
-        """Keep an index, unless it is larger than all may be together."""
+        """Keep an index, unless it alone exceeds `max_bytes`."""
         self.drop(user_key)
         if index.size_bytes > self._max_bytes:
             return

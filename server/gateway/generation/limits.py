@@ -11,26 +11,26 @@ from server.gateway.http.requests import GenerateRequest
 Conversation = list[dict[str, str]]
 
 WHOLE_TOKENS = 1024
-"""Longest answer that the engine is asked for in one piece: while one is made, its silence looks like a hang."""
+"""Longest answer that is requested in one piece: while it is generated, the engine's silence looks like a hang."""
 
 _TEMPLATE_TOKENS = 256
-"""More than a chat template puts around a conversation of a few messages."""
+"""More than a chat template adds to a conversation of a few messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What holds for one request.
+    """The limits for one request.
 
     Attributes:
         prompt_chars: longest conversation, in characters, history included.
-        context: the model's, in tokens; None while no engine has told.
+        context: the model's, in tokens; None until an engine has reported it.
     """
 
     prompt_chars: int
     context: int | None
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuse what is known to be too much before anybody is asked.
+        """Refuse what is known to be too long before store and engine are asked.
 
         Raises:
             InvalidRequest: naming the field.
@@ -38,7 +38,7 @@ class Limits:
         chars, param = chars_of(conversation(request)), request.conversation_param
         if chars > self.prompt_chars:
             raise InvalidRequest(
-                f"{param} has {chars} characters, at most {self.prompt_chars} are taken",
+                f"{param} has {chars} characters, at most {self.prompt_chars} are allowed",
                 param=param,
                 code="prompt_too_long",
             )
@@ -55,7 +55,7 @@ class Limits:
 
         Args:
             request: as checked before.
-            prompt_tokens: what the engine counted, if it has told.
+            prompt_tokens: the engine's count, if it has reported one.
 
         Raises:
             InvalidRequest: naming what would fit.
@@ -63,16 +63,16 @@ class Limits:
         if prompt_tokens is None or self.context is None or prompt_tokens + request.max_tokens <= self.context:
             return
         raise InvalidRequest(
-            f"max_tokens {request.max_tokens} is beyond what the prompt leaves: it has {prompt_tokens} tokens and the "
-            f"model's context {self.context}. Ask for {self.context - prompt_tokens} at most",
+            f"max_tokens {request.max_tokens} is more than the prompt leaves: it has {prompt_tokens} tokens and the "
+            f"model's context is {self.context}. Ask for at most {self.context - prompt_tokens}",
             param="max_tokens",
             code="context_length_exceeded",
         )
 
     def allow_whole(self, messages: Conversation, max_tokens: int) -> bool:
-        """Whether an answer can be made in one piece: short, and with room for it however the prompt is tokenised.
+        """Whether an answer can be requested in one piece: it is short, and fits however the prompt is tokenised.
 
-        Where that leaves doubt the answer is streamed, and refused at its first token.
+        In doubt the answer is streamed, and refused at its first token if it does not fit.
         """
         if self.context is None or max_tokens > WHOLE_TOKENS:
             return False
@@ -80,7 +80,7 @@ class Limits:
 
 
 def conversation(request: GenerateRequest) -> Conversation:
-    """The conversation as it came."""
+    """The request's conversation, as messages."""
     if request.prompt is not None:
         return chat_messages(request.prompt)
     return [message.model_dump() for message in request.messages or ()]
@@ -92,7 +92,7 @@ def chars_of(messages: Conversation) -> int:
 
 
 def most_tokens(messages: Conversation) -> int:
-    """What a conversation takes at most, however it is tokenised: a token is at least a byte of text."""
+    """The most tokens that a conversation can take: a token is at least a byte of text."""
     return sum(size_bytes(message["content"]) for message in messages) + 16 * len(messages) + _TEMPLATE_TOKENS
 
 

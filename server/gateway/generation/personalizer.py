@@ -1,4 +1,4 @@
-"""From a user id to the recipe that speaks for the user: what every request asks first."""
+"""From a user id to the recipe that speaks for the user: the first step of every request."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from server.store.profiles import AdapterNote, Profile
 log = logging.getLogger("mta.gateway")
 
 ASK_EVERY_S = 60.0
-"""A user's missing signature is asked for at most so often by one gateway."""
+"""How long a gateway waits before it requests a user's missing signature again."""
 
 MOST_ASKED = 10_000
 
 
 class Level(StrEnum):
-    """How much of the user an answer holds."""
+    """How personal an answer is."""
 
     BASE = "base"
     MERGED = "merged"
@@ -39,13 +39,13 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AnchorShare:
-    """One anchor's share in a user's recipe, as an answer tells it.
+    """One anchor's share in a user's recipe, as answers show it.
 
     Attributes:
         id: its public id, e.g. `a03`.
         weight: its weight in the recipe, 0 to 1.
-        similarity: how near it is to the user's profile; None when others are nearer by now.
-        gain: by how much it is predicted to lower the loss of the user's items, nats a token; None without a signature.
+        similarity: how near it is to the user's profile; None if others are nearer by now.
+        gain: predicted reduction of the loss on the user's items, nats per token; None without a signature.
     """
 
     id: str
@@ -59,12 +59,12 @@ class Personalization:
     """Who speaks in an answer.
 
     Attributes:
-        level: how much of the user it holds.
+        level: how personal it is.
         recipe: what the engine fuses; None for the base model.
         source: which evidence the weights come from; None for the base model.
-        anchors: the weightiest first.
+        anchors: largest weight first.
         reason: why the level is not higher, or None.
-        profile: the record that it was made from; None where nobody was looked up, or found.
+        profile: the record that it was made from; None if no user was looked up, or found.
     """
 
     level: Level
@@ -76,17 +76,17 @@ class Personalization:
 
     @property
     def model(self) -> str:
-        """The name under which the engine serves it; it holds the user's key: nothing for clients."""
+        """The name under which the engine serves it; not for clients, since it may hold the user's key."""
         return self.recipe.name if self.recipe else BASE_MODEL
 
     @property
     def shown(self) -> str | None:
-        """The recipe's name as clients see it, its user adapter left out; None for the base model."""
+        """The recipe's name as clients see it, without the user adapter; None for the base model."""
         return self.recipe.plain.name if self.recipe else None
 
 
 class Personalizer:
-    """Finds recipes. All that it knows of a user is in the profile."""
+    """Finds recipes. All that it knows about a user is in the profile."""
 
     def __init__(self, bank: ServingBank, profiles: Profiles) -> None:
         self._bank = bank
@@ -95,7 +95,7 @@ class Personalizer:
         self._asking: set[asyncio.Task[None]] = set()
 
     async def resolve(self, user_id: str, wanted: Personalize, timings: Timings) -> Personalization:
-        """Who shall speak for a user.
+        """Find out who speaks for a user.
 
         Args:
             user_id: already checked.
@@ -125,7 +125,7 @@ class Personalizer:
         return personalization
 
     def _want_signature(self, user_id: str) -> None:
-        """Ask for a signature that another bank, or an earlier profile, lacks; once in a while for each user."""
+        """Request a signature for this bank and profile, at most every `ASK_EVERY_S` for each user."""
         now_s = time.monotonic()
         if now_s < self._asked.get(user_id, -math.inf) + ASK_EVERY_S:
             return
@@ -140,13 +140,13 @@ class Personalizer:
         try:
             await self._profiles.want_signature(user_id)
         except ApiError as error:
-            log.warning("a signature could not be asked for: %s", error.explained)
+            log.warning("a signature could not be requested: %s", error.explained)
 
     def speaking_for(self, profile: Profile, *, stacked: bool = False) -> Personalization:
         """The recipe of a profile whose embedding is current, or the one that its user adapter was trained on.
 
         Runs on the event loop: on one core the whole of it takes 30 µs over 12 anchors and 0.6 ms over 10,000 (the
-        most that are searched exhaustively), which is what handing it to a thread and back would cost.
+        most that are searched exhaustively), about what handing it to a thread and back would cost.
         """
         merged = self._bank.personalise(profile.embedding, profile.evidence)
         level, recipe = Level.MERGED, merged.recipe
@@ -161,7 +161,7 @@ class Personalizer:
         return Personalization(level, recipe, merged.source, tuple(shares), profile=profile)
 
     def is_stale(self, adapter: AdapterNote) -> bool:
-        """Whether a user adapter is of another bank: it is never served with this one."""
+        """Whether a user adapter belongs to another bank: it is never served with this one."""
         return parse_recipe(adapter.recipe).bank != self._bank.manifest.short
 
 
@@ -172,7 +172,7 @@ def _share(term: Term, weight: AnchorWeight | None) -> AnchorShare:
 
 
 def may_speak(personalization: Personalization, wanted: Personalize) -> Iterator[Personalization]:
-    """Who may speak, from the most of the user to the least; the first that the engine can serve does.
+    """Who may speak, most personal first; the first that the engine can serve does.
 
     A stacked adapter's plain fusion comes after it, and the base model last, unless the request insists on the user's
     recipe.

@@ -1,4 +1,4 @@
-"""What the model is asked for a user: the conversation as it came, with past items before its last turn."""
+"""The prompt for a user: the conversation as sent, with past items before its last turn."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from server.gateway.users.profiles import Profiles
 from server.store.profiles import Profile
 
 _ANSWER_MARK_TOKENS = 64
-"""More than a chat template puts before the answer, which the engine's count is without."""
+"""More than a chat template adds before the answer, which the engine's count leaves out."""
 
 _FEWEST_TOKENS = 1 / 8
-"""No text has fewer tokens a byte; where one has, fewer items are put in than would fit."""
+"""The fewest tokens per byte that a text is assumed to have; if one has fewer, it gets fewer items than would fit."""
 
 
 class Recall:
     """Puts a user's history into their prompts.
 
     Args:
-        profiles: where it is.
+        profiles: where it is kept.
         task: renders it.
-        tokenizer: the engine's, which counts tokens.
-        cache: what is asked for again.
+        tokenizer: counts tokens, on the engine.
+        cache: keeps it indexed.
     """
 
     def __init__(self, profiles: Profiles, task: Task, tokenizer: TokenizerClient, cache: IndexCache) -> None:
@@ -41,12 +41,12 @@ class Recall:
         self._building = asyncio.Lock()
 
     async def messages(self, request: GenerateRequest, profile: Profile | None, limits: Limits) -> Conversation:
-        """The conversation for the engine, with as much history as it asks for and surely fits beside it.
+        """The conversation for the engine, with as much history as the request asks for and is sure to fit.
 
         Args:
             request: within the limits that hold without a history.
-            profile: the user's, as it was found for this request; None for nobody's.
-            limits: of the request; nothing is sure to fit while the context is not known.
+            profile: the user's, as found for this request; None without one.
+            limits: of the request; nothing is sure to fit while the context is unknown.
 
         Raises:
             Unavailable: when a history is wanted and the store is down.
@@ -59,7 +59,7 @@ class Recall:
         return await self._fitted(messages, memories, limits.context - request.max_tokens, limits.prompt_chars)
 
     async def _index(self, profile: Profile) -> ItemIndex:
-        """A user's items, ready to be searched; histories are indexed one at a time, others are served beside it."""
+        """A user's items, ready to be searched; only one history is indexed at a time, while other requests go on."""
         key = self._profiles.key(profile.user_id)
         version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
         if (kept := self._cache.get(key, version)) is not None:
@@ -76,9 +76,9 @@ class Recall:
     async def _fitted(
         self, messages: Conversation, memories: Sequence[str], room: int, most_chars: int
     ) -> Conversation:
-        """The conversation with the most relevant memories that fit into `room` tokens, as far as anybody can say.
+        """The conversation with the most relevant memories that fit into `room` tokens.
 
-        A token is at least a byte, which is sure, but far from what text takes; so more are tried first, and the
+        One token per byte is a safe bound, but far more than text takes; so more memories are tried first, and the
         engine counts.
         """
         tokens_a_byte = _FEWEST_TOKENS
@@ -98,7 +98,7 @@ class Recall:
                 tokens_a_byte = min(1.0, max(1.25 * tokens_a_byte, 1.05 * tokens / most_tokens(built)))
 
     def _chosen(self, messages: Conversation, memories: Sequence[str], room_bytes: float, most_chars: int) -> list[str]:
-        """The memories that fit, the best first; one that does not leaves its place to the next."""
+        """The memories that fit, best first; one that does not fit makes way for the next."""
         frame = self._with(messages, [""])
         room_bytes -= most_tokens(frame)
         room_chars = most_chars - chars_of(frame)

@@ -9,7 +9,7 @@ class Timings:
     """Named durations of one request, in ms, in the order in which they became known.
 
     Args:
-        started_s: when the request came in, by the performance counter.
+        started_s: when the request arrived, by the performance counter.
     """
 
     def __init__(self, started_s: float) -> None:
@@ -17,7 +17,7 @@ class Timings:
         self.ms: dict[str, float] = {}
 
     def record(self, name: str, since_s: float, until_s: float | None = None) -> None:
-        """Set `name` to the time from `since_s` to `until_s` (now without it)."""
+        """Set `name` to the time from `since_s` to `until_s` (default: now)."""
         until_s = time.perf_counter() if until_s is None else until_s
         self.ms[name] = round((until_s - since_s) * 1000, 3)
 

@@ -1,4 +1,4 @@
-"""Request bodies: read up to a limit and within a time, and worked through off the event loop where they are large."""
+"""Request bodies: read within limits of size and time, and parsed off the event loop if they are large."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastapi import Request
 from server.errors import TooLarge, TooSlow, Unavailable
 
 SMALL_BYTES = 64 << 10
-"""Up to here a body is worked through where it arrives: a millisecond or two."""
+"""Bodies up to this size are parsed on the event loop: it takes a millisecond or two."""
 LARGE_AT_ONCE = 16
-"""Larger bodies that are held in memory; uvicorn stops reading the others where they stop being small."""
+"""Most larger bodies held in memory; uvicorn stops reading the others once they are no longer small."""
 
 T = TypeVar("T")
 
 
 class Bodies:
-    """Reads bodies; `app.state.bodies` is the one of an application.
+    """Reads bodies; each application has one, in `app.state.bodies`.
 
     Args:
-        thread: works through large ones. One thread: it shares the interpreter with the event loop.
+        thread: parses large ones. Only one thread: it shares the interpreter with the event loop.
         max_bytes: largest body.
         timeout_s: longest time for one to arrive.
     """
@@ -36,13 +36,13 @@ class Bodies:
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
 
     async def read(self, request: Request, work: Callable[[bytes], T]) -> T:
-        """What `work` makes of the body.
+        """Read the body and return what `work` makes of it.
 
         Raises:
-            TooLarge: as soon as it is known.
+            TooLarge: as soon as this is known.
             TooSlow: when the client takes too long.
-            Unavailable: when too many large bodies are on their way.
-            ClientDisconnect: when it breaks off.
+            Unavailable: when too many large bodies are being received.
+            ClientDisconnect: when the client breaks off.
         """
         async with AsyncExitStack() as held:
             body = await self._read(request, held)
@@ -53,7 +53,7 @@ class Bodies:
     async def _read(self, request: Request, held: AsyncExitStack) -> bytes:
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self._max_bytes:
-            raise TooLarge(f"the body has {length} bytes, at most {self._max_bytes} are taken", param="body")
+            raise TooLarge(f"the body has {length} bytes, at most {self._max_bytes} are allowed", param="body")
         chunks, size, waiting = [], 0, False
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -61,7 +61,7 @@ class Bodies:
                     small, size = size <= SMALL_BYTES, size + len(chunk)
                     if size > self._max_bytes:
                         raise TooLarge(
-                            f"the body has more than {self._max_bytes} bytes, which is the most that are taken",
+                            f"the body has more than {self._max_bytes} bytes, the most that are allowed",
                             param="body",
                         )
                     if small and size > SMALL_BYTES:
@@ -71,14 +71,16 @@ class Bodies:
                     chunks.append(chunk)
         except TimeoutError:
             if waiting:
-                raise Unavailable("too many large bodies are on their way", code="overloaded") from None
+                raise Unavailable(
+                    "too many large bodies are being received: try again in a moment", code="overloaded"
+                ) from None
             raise TooSlow(
-                f"the body did not arrive within {self._timeout_s:g} s, only {size} bytes of it", param="body"
+                f"the body did not arrive within {self._timeout_s:g} s: only {size} bytes of it did", param="body"
             ) from None
         return b"".join(chunks)
 
 
 def bodies_of(request: Request) -> Bodies:
-    """What reads the body of a request."""
+    """The reader of a request's body."""
     bodies: Bodies = request.app.state.bodies
     return bodies

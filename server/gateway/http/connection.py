@@ -1,4 +1,4 @@
-"""One client's connection: uvicorn's, which by itself takes headers of any size and waits for them for ever."""
+"""One client's connection: on its own, uvicorn accepts headers of any size and waits for them for ever."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
 from server.gateway.http.errors import ErrorAnswer
 
 MAX_PIPELINED = 8
-"""Requests that wait in a connection for the answers before them; no client that is known sends a second."""
+"""Most requests that wait on one connection for earlier answers; no known client sends even a second."""
 LINGER_S = 2.0
-"""How long what a refused client still sends is read and dropped: closing at once would take the answer from it."""
+"""How long we read and drop what a refused client still sends: closing at once would lose the answer."""
 
 
 class Connection(HttpToolsProtocol):
-    """Bounds what a client sends around bodies, and the time that it takes; bodies are bounded where they are read.
+    """Bounds the size and time of all that a client sends except bodies, which are bounded where they are read.
 
-    A timer runs while nothing is answered and no body is awaited: until the first byte, through the headers, and when a
-    body goes on after its answer.
+    A timer runs while no answer is in progress and no body is awaited: until the first byte, through the headers, and
+    when a body goes on after its answer.
 
     Args:
-        max_header_bytes: most bytes in one piece that are no body: request line and headers, or trailers.
+        max_header_bytes: most bytes in a row that are not body: request line and headers, or trailers.
         header_timeout_s: how long the timer runs.
-        uvicorn: what uvicorn gives its protocols.
+        uvicorn: passed on to uvicorn's protocol.
     """
 
     def __init__(self, *, max_header_bytes: int, header_timeout_s: float, **uvicorn: Any) -> None:
@@ -63,8 +63,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too many requests wait")  # the parser makes it a faulty request
-        self._header_bytes = max(1, self._header_bytes)  # one that began behind the end of the last was not counted
+            raise ValueError("too many requests wait")  # the parser turns it into an invalid request
+        self._header_bytes = max(1, self._header_bytes)  # one that began right after the last one was not counted
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -93,10 +93,10 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Uvicorn's answer to what it cannot parse."""
-        self._refuse(InvalidRequest("the request is no HTTP/1.1 that this server understands", code="invalid_http"))
+        self._refuse(InvalidRequest("the request is not HTTP/1.1 that this server understands", code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer, and hang up; where another answer is under way, only hang up."""
+        """Answer and hang up; only hang up if another answer is in progress."""
         if self._is_answering() or self.transport.is_closing():
             self.transport.close()
             return

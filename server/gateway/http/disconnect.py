@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive
 
 CLIENT_GONE = 499
-"""What is counted when the client left before the answer; nobody receives it."""
+"""The status that is counted when the client left before the answer; it is never sent."""
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Run `work` to its end, or cancel it as soon as the client is gone.
 
     Args:
-        receive: the request's, its body already read.
+        receive: the request's, after its body has been read.
         work: cleans up after itself when cancelled.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Whatever goes wrong, in OpenAI's error shape: our errors, pydantic's findings, and what Starlette itself refuses."""
+"""All errors in OpenAI's shape: ours, pydantic's, and Starlette's own."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class ErrorDetail(BaseModel, frozen=True):
     message: str = Field(description="What was wrong, the offending value, what to do.")
     type: str
     param: str | None = Field(description="The field at fault, in dots, e.g. `items.3.text`.")
-    code: str = Field(description="A short reason for programs.")
+    code: str = Field(description="A short machine-readable reason.")
 
 
 class ErrorAnswer(BaseModel, frozen=True):
-    """OpenAI's error shape: what every answer of status 4xx and 5xx is."""
+    """OpenAI's error shape, which every 4xx and 5xx answer has."""
 
     error: ErrorDetail
 
     @classmethod
     def of(cls, error: ApiError) -> ErrorAnswer:
-        """What a client is told of an error."""
+        """What a client is told about an error."""
         return cls(error=ErrorDetail(message=error.message, type=error.kind, param=error.param, code=error.code))
 
 
@@ -50,7 +50,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Have an application answer in our shape whatever is raised."""
+    """Have an application answer in our shape, whatever is raised."""
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -58,10 +58,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def fault_of(errors: Sequence[Any]) -> InvalidRequest:
-    """Pydantic's findings in our words: the first fault, its field, and the value that is wrong.
+    """Pydantic's first error in our words, with its field and the offending value.
 
     Args:
-        errors: as of `RequestValidationError.errors()`, at least one.
+        errors: as from `RequestValidationError.errors()`, at least one.
     """
     first = errors[0]
     path = first["loc"][1:] if first["loc"] and first["loc"][0] in _PLACES else first["loc"]
@@ -97,13 +97,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     place = f"{request.method} {excerpt(request.url.path)}"
     if error.status_code == 405:
-        response = error_response(WrongMethod(f"{place}: this route takes other methods"))
+        response = error_response(WrongMethod(f"{place}: method not allowed on this route; /docs lists all routes"))
     else:
-        response = error_response(NotFound(f"{place}: there is no such route; /docs lists them"))
+        response = error_response(NotFound(f"{place}: no such route; /docs lists all routes"))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """A fault of ours; Starlette raises it again for the log once this is sent."""
+    """A bug of ours; Starlette raises it again for the log once this has been sent."""
     return await _on_api_error(request, ApiError("the gateway failed: its log says why"))

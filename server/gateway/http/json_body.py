@@ -21,11 +21,11 @@ _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/js
 
 
 class JsonRoute(APIRoute):
-    """A FastAPI route whose JSON body has been read by `server/gateway/http/bodies.py`.
+    """A FastAPI route whose JSON body is read by `server/gateway/http/bodies.py`.
 
     Attributes:
-        lines: the field that newline-delimited JSON fills, one value a line; None where a body is one value.
-        most_lines: how many of them are taken.
+        lines: the field that newline-delimited JSON fills, one value per line; None if a body must be one value.
+        most_lines: most lines that are accepted.
     """
 
     lines: str | None = None
@@ -64,23 +64,23 @@ class JsonRoute(APIRoute):
 
 
 class SamplesRoute(JsonRoute):
-    """The same, for bodies of samples."""
+    """The same, for bodies with samples."""
 
     lines = "samples"
     most_lines = MAX_SAMPLES
 
 
 class _ReadRequest(Request):
-    """A request that hands FastAPI the body as it was validated here; FastAPI lets a model pass as it is."""
+    """A request that hands FastAPI the body as validated here; FastAPI passes a model on unchanged."""
 
     def __init__(self, request: Request, body: Any) -> None:
         headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
-        headers.append((b"content-type", b"application/json"))  # FastAPI takes a parsed body of this type alone
+        headers.append((b"content-type", b"application/json"))  # FastAPI accepts a parsed body only of this type
         super().__init__({**request.scope, "headers": headers}, request.receive)
         self._read = body
 
     async def body(self) -> bytes:
-        return b"{}"  # read already, but there was one
+        return b"{}"  # already read, but not empty
 
     async def json(self) -> Any:
         return self._read

@@ -1,8 +1,8 @@
-"""JSON texts: read strictly, so that what is refused can be named, and within bounds, so that none is costly.
+"""JSON parsing: strict, so that what is refused can be named, and bounded, so that no text is costly.
 
-JSON has no NaN and no Infinity, and text has no NUL and no lone surrogates; Python's reader lets all four through. What
-a reading costs is the number of values more than that of bytes, so values are bounded before they are made: each of the
-steps here takes tens of milliseconds at most, whatever the text is.
+JSON has no NaN and no Infinity, and text has no NUL and no lone surrogates; Python's parser lets all four through. The
+cost of parsing grows with the number of values more than with that of bytes, so values are bounded before they are
+created: each step here takes tens of milliseconds at most, whatever the text is.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from bank.items.profile import has_surrogate
 from server.errors import InvalidRequest
 
 MAX_STRUCTURE_BYTES = 512 << 10
-"""Most bytes that are quotes or stand outside of quotes, white space aside: a value is at least one of them."""
+"""Most bytes that are quotes or outside quotes, except white space: every value has at least one of them."""
 MAX_FIELDS = 1000
-"""Most fields of one object: each unknown one is a finding of its own."""
+"""Most fields of one object: each unknown one is an error of its own."""
 
 _ESCAPED_BACKSLASH = rb"\\"
 _NUL = rb"\u0000"
@@ -29,13 +29,13 @@ _TOO_DEEP = "recursion limit"
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON text, nested at most 200 deep.
+    """The value of a JSON text, nested at most 200 levels deep.
 
     Raises:
-        InvalidRequest: when it is none, is too much, or holds what no field takes; `param` names the place where it is
-            known.
+        InvalidRequest: when it is not JSON, is too much, or holds what no field accepts; `param` names the place if it
+            is known.
     """
-    bare = body.replace(_ESCAPED_BACKSLASH, b"")  # a backslash that is left escapes what follows it
+    bare = body.replace(_ESCAPED_BACKSLASH, b"")  # any backslash left escapes what follows it
     _check_structure(bare)
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="none")
@@ -44,17 +44,17 @@ def parse_json(body: bytes) -> Any:
     _check_fields(value)
     if _NUL in bare:
         _refuse_impossible(value)
-        raise InvalidRequest("the body holds NUL, which no text has", param="body")
+        raise InvalidRequest("the body holds NUL, which no text may contain", param="body")
     return value
 
 
 def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
-    """The values of newline-delimited JSON; empty lines are passed over.
+    """The values of newline-delimited JSON; empty lines are skipped.
 
     Args:
         body: the text.
-        field: what the lines fill.
-        most: lines that are taken; they are counted before the first is parsed.
+        field: which field the lines fill.
+        most: most lines that are accepted, counted before the first is parsed.
 
     Raises:
         InvalidRequest: naming the line's place in `field`.
@@ -64,7 +64,9 @@ def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
         lines = [line for line in body.split(b"\n") if line.strip()]
         count = len(lines)
     if count > most:
-        raise InvalidRequest(f"{field} has {count} lines, at most {most} are taken", param=field, code="too_many_lines")
+        raise InvalidRequest(
+            f"{field} has {count} lines, at most {most} are allowed", param=field, code="too_many_lines"
+        )
     _check_structure(body.replace(_ESCAPED_BACKSLASH, b""))
     values = []
     for place, line in enumerate(lines):
@@ -79,7 +81,7 @@ def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
 
 
 def _check_structure(bare: bytes) -> None:
-    """Refuse a text of too many values.
+    """Refuse a text with too many values.
 
     Args:
         bare: the text without its escaped backslashes.
@@ -93,8 +95,8 @@ def _check_structure(bare: bytes) -> None:
         structure += len(outside.translate(None, b" \t\r\n"))
     if structure > MAX_STRUCTURE_BYTES:
         raise InvalidRequest(
-            f"the body has more than {MAX_STRUCTURE_BYTES} bytes of quotes, numbers and punctuation, which is the most "
-            "that are taken beside text: send it in parts",
+            f"the body has more than {MAX_STRUCTURE_BYTES} bytes of quotes, numbers and punctuation, the most that are "
+            "allowed besides text: send it in parts",
             param="body",
             code="too_many_values",
         )
@@ -107,7 +109,7 @@ def _check_fields(value: Any) -> None:
         if isinstance(value, dict):
             if len(value) > MAX_FIELDS:
                 raise InvalidRequest(
-                    f"an object of the body has {len(value)} fields, at most {MAX_FIELDS} are taken: {excerpt(value)}",
+                    f"an object has {len(value)} fields, at most {MAX_FIELDS} are allowed: {excerpt(value)}",
                     param="body",
                     code="too_many_fields",
                 )
@@ -116,7 +118,7 @@ def _check_fields(value: Any) -> None:
 
 
 def _fault(body: bytes, reason: str) -> InvalidRequest:
-    """Why a text was refused, by a second, slower reading that tells where."""
+    """Why a text was refused, from a second, slower parse that finds the place."""
     if not body.strip():
         return InvalidRequest("the body is empty: send a JSON object", param="body", code="invalid_json")
     try:
@@ -125,21 +127,21 @@ def _fault(body: bytes, reason: str) -> InvalidRequest:
     except InvalidRequest as fault:
         return fault
     except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is no UTF-8"
+        reason = f"byte {error.start} is not UTF-8"
     except (ValueError, RecursionError):
-        pass  # the first reading's reason stands
-    return InvalidRequest(f"the body is no JSON: {reason}, got {excerpt(body)}", param="body", code="invalid_json")
+        pass  # the first parse's reason stands
+    return InvalidRequest(f"the body is not JSON: {reason}, got {excerpt(body)}", param="body", code="invalid_json")
 
 
 def _refuse_impossible(value: Any) -> None:
-    """Find what the first reading refused, and name its place."""
+    """Find what the first parse refused, and name its place."""
     for path, leaf in _leaves(value):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             fault = f"must be a finite number, got {leaf}"
         elif isinstance(leaf, str) and "\0" in leaf:
-            fault = f"holds NUL, which no text has: {excerpt(leaf)}"
+            fault = f"holds NUL, which no text may contain: {excerpt(leaf)}"
         elif isinstance(leaf, str) and has_surrogate(leaf):
-            fault = f"holds a lone surrogate, which is no character: {excerpt(leaf)}"
+            fault = f"holds a lone surrogate, which is not a character: {excerpt(leaf)}"
         else:
             continue
         param = shortened(".".join(path)) or "body"
@@ -147,9 +149,9 @@ def _refuse_impossible(value: Any) -> None:
 
 
 def _leaves(value: Any) -> Iterator[tuple[list[str], Any]]:
-    """Every scalar with its place; a key comes before what it leads to, at the place of its object.
+    """Every scalar with its place; a key comes before its value, at its object's place.
 
-    The place is one list that changes as the walk goes on.
+    The place is one list, which changes during the walk.
     """
     if not isinstance(value, (dict, list)):
         yield [], value

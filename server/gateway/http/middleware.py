@@ -1,4 +1,4 @@
-"""Around every request: when it began, one log line, one count, a place. Pure ASGI: streams pass through untouched."""
+"""Around every request: its start time, a log line, a count and a place. Pure ASGI: streams pass through untouched."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"
 
 @dataclass(slots=True)
 class RequestNotes:
-    """What the log and the count say of a request beside its route; whoever answers it writes down what they know.
+    """What the log and the count say about a request besides its route; what answers it fills them in.
 
     Attributes:
-        started_s: when it came in, by the performance counter.
-        request_id: of a generation, in the engine's logs too.
+        started_s: when it arrived, by the performance counter.
+        request_id: of a generation; it is in the engine's logs too.
         level: how personal a generation is.
         gone: whether the client left before the answer.
     """
@@ -48,7 +48,7 @@ class RequestLog:
 
     HEAD is answered as GET is, without the body: the app below sees a GET.
 
-    Neither the path nor a body is logged: both name people. What is logged of a request is its route.
+    Neither path nor body is logged: both name people. Only the route is.
 
     Args:
         app: what answers.
@@ -98,11 +98,11 @@ class RequestLog:
 
 
 class Places:
-    """Serves so many requests at once and tells the others to come back; operations' own are always served.
+    """Limits how many requests are served at once and tells the rest to come back; operations' own are always served.
 
     Args:
         app: what serves.
-        most: requests under way, from their headers to the end of their answers.
+        most: most requests in progress, from their headers to the end of their answers.
     """
 
     ALWAYS = frozenset(("/health", "/ready", "/metrics"))
@@ -118,7 +118,7 @@ class Places:
             return
         if self._taken >= self._most:
             error = Unavailable(
-                f"{self._most} requests are under way, which is the most at once: try again in a moment",
+                f"{self._most} requests are in progress, the most at once: try again in a moment",
                 code="overloaded",
                 retry_after_s=1,
             )

@@ -1,4 +1,4 @@
-"""What clients send. Strict: no value is converted into another type, no unknown field is let through."""
+"""What clients send. Strict: no value is converted to another type, no unknown field is accepted."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MAX_MESSAGES = 1024
 MAX_ITEMS = 10_000
 MAX_HISTORY = 16
 AS_TEXT, AS_MESSAGES = "as text", "as messages"
-"""Which of its two forms an `input` takes; pydantic writes them into the places of faults."""
+"""The two forms of an `input`; pydantic writes them into the locations of errors."""
 MAX_USER_RANK = 8
 MAX_STEPS = 500
 SEED_MAX = (1 << 63) - 1
 
 _USER_ID = (
-    "1 to 256 bytes of printable UTF-8 without spaces, `/`, `\\`, `{` or `}`; not `.` or `..`. Compared in Unicode's "
+    "1 to 256 bytes of printable UTF-8 without spaces, `/`, `\\`, `{` or `}`; not `.` or `..`. Compared in Unicode "
     "normal form C."
 )
 _USER_ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": r"^[^\s/\\{}]+$"}
@@ -85,11 +85,13 @@ class GenerateRequest(_Request):
     messages: list[Message] | None = Field(
         None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="A conversation, instead of a prompt."
     )
-    max_tokens: int = Field(128, ge=1, description="Most tokens of the answer; beyond the context is refused.")
+    max_tokens: int = Field(
+        128, ge=1, description="Most tokens of the answer; refused if the context has no room for them."
+    )
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability that is sampled from.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability to sample from.")
     stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None = Field(
-        None, min_length=1, max_length=MAX_STOPS, description="Texts that end the answer; one text alone will do."
+        None, min_length=1, max_length=MAX_STOPS, description="Texts that end the answer; a single string is accepted."
     )
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
@@ -97,12 +99,12 @@ class GenerateRequest(_Request):
         0,
         ge=0,
         le=MAX_HISTORY,
-        description="How many of the user's most relevant past items stand in the prompt; fewer where it has no room.",
+        description="How many of the user's most relevant past items go into the prompt; fewer if it has no room.",
     )
     personalize: Personalize = Field(
         Personalize.AUTO,
-        strict=False,  # a JSON string is how an enum's value comes
-        description="`auto`: as much as is known of the user. `merged`: a recipe or an error. `none`: the base model.",
+        strict=False,  # enum values arrive as JSON strings
+        description="`auto`: all that is known about the user. `merged`: a recipe or an error. `none`: the base model.",
     )
 
     @field_validator("stop", mode="before")
@@ -124,7 +126,7 @@ class GenerateRequest(_Request):
 
 
 class ItemsRequest(_Request):
-    """Items of a user's history, the oldest first."""
+    """Items of a user's history, oldest first."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -136,11 +138,11 @@ class ItemsRequest(_Request):
     )
 
     items: list[dict[str, Any]] = Field(
-        fail_fast=True,  # four million wrong items would be four million findings
+        fail_fast=True,  # four million wrong items would be four million errors
         min_length=1,
         max_length=MAX_ITEMS,
         description="Items of the bank's task, `{input, output}` pairs, or plain `{text}`. Without an `id` the hash of "
-        "the content is taken. Fields that mean nothing to the task are ignored.",
+        "the content is used. Fields that the task does not use are ignored.",
     )
 
 
@@ -156,25 +158,27 @@ class SampleRequest(_Request):
 
 
 class AdaptOptions(_Request):
-    """How to train; what is not given is the server's choice."""
+    """How to train; the server chooses what is not given."""
 
     kind: Literal["lora", "core"] | None = Field(
         None,
-        description="`lora`: a LoRA of `rank`, a megabyte for a small model. `core`: one small matrix a module between "
-        "the merged A and B, a few kilobytes; it learns less of what the bank does not know.",
+        description="`lora`: a LoRA of `rank`, a megabyte for a small model. `core`: one small matrix per module "
+        "between the merged A and B, a few kilobytes; it learns less of what the bank does not know.",
     )
-    rank: int | None = Field(None, ge=1, le=MAX_USER_RANK, description="Of a `lora`, within the room the bank leaves.")
+    rank: int | None = Field(
+        None, ge=1, le=MAX_USER_RANK, description="Rank of a `lora`, within what the bank leaves for users."
+    )
     steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Most optimiser steps of one run.")
     learning_rate: float | None = Field(None, gt=0, le=1)
     holdout: float | None = Field(
-        None, ge=0.05, le=0.5, description="Share of the samples kept aside, where there are many."
+        None, ge=0.05, le=0.5, description="Share of the samples held out, if there are many."
     )
     strength: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Weight of the anchors beneath, as a share of theirs in the merged adapter: 1 trains on top of "
-        "that, 0 on what all users share. Half is usual, 1 for a `core`.",
+        description="Weight of the anchors beneath, relative to the merged adapter: 1 trains on top of that, 0 on what "
+        "all users share. By default 0.5; 1 for a `core`, or if the bank has no common row.",
     )
 
 

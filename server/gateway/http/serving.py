@@ -20,7 +20,7 @@ GRACE_S = 5
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Uvicorn's configuration; sockets are given to it when it serves."""
+    """Uvicorn's configuration; sockets are passed to it when it serves."""
     protocol: Any = partial(
         Connection, max_header_bytes=settings.max_header_bytes, header_timeout_s=settings.header_timeout_s
     )
@@ -28,7 +28,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         http=protocol,
         ws="none",
-        lifespan="off",  # it is run around the server: uvicorn would turn its errors into a traceback in the log
+        lifespan="off",  # run around the server: uvicorn would turn its errors into a traceback in the log
         log_config=None,
         access_log=False,  # paths hold user ids
         server_header=False,
@@ -38,7 +38,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 class GatewayServer(uvicorn.Server):
-    """Uvicorn's server, told of signals by whoever runs it: its own handlers come only when everything is open."""
+    """Uvicorn's server without its signal handlers, which come only when all is open: the caller handles signals."""
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()

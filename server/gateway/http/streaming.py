@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from starlette.types import Send
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""What streams of events are sent with: no proxy shall keep them, or hold them back until they are complete."""
+"""Headers of event streams: no proxy may cache them, or hold them back until they are complete."""
 
 KEEP_ALIVE_S = 15.0
-"""Longest silence of a stream: proxies take one that lasts much longer for its end."""
+"""Longest silence of a stream: proxies take a much longer one for its end."""
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
 def event(value: object) -> bytes:
-    """One event that carries `value` as JSON; a model may stand anywhere in it."""
+    """One event that carries `value` as JSON; it may contain models at any depth."""
     return b"data: " + orjson.dumps(value, default=_dumped) + b"\n\n"
 
 
@@ -37,16 +37,16 @@ def _dumped(value: object) -> Any:
 
 
 class EventSender:
-    """Sends a stream of events; while there is none for `KEEP_ALIVE_S`, a comment, which clients pass over.
+    """Sends a stream of events, and after `KEEP_ALIVE_S` without one a comment, which clients ignore.
 
-    The head of the response goes with whichever comes first. A context manager around all that is sent.
+    The head of the response goes out with whichever comes first. A context manager around all that is sent.
 
     Args:
         send: ASGI's.
-        headers: asked for when the head is sent; they come beside those of every stream.
+        headers: called when the head is sent; added to those of every stream.
 
     Attributes:
-        begun: whether the head is sent: the status is 200 from then on, and an error can only be an event.
+        begun: whether the head has been sent: from then on the status is 200, and an error can only be an event.
     """
 
     def __init__(self, send: Send, headers: Callable[[], Mapping[str, str]]) -> None:

@@ -1,1 +1,1 @@
-"""The HTTP interface, a file for each kind of call."""
+"""The HTTP interface, one file per kind of call."""

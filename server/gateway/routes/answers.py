@@ -1,4 +1,4 @@
-"""What clients get: the shapes of JSON answers, and how they are made of what the gateway knows."""
+"""What clients get: the shapes of JSON answers, and how they are built from what the gateway knows."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from server.store.profiles import Erased
 
 
 class AnchorAnswer(BaseModel, frozen=True):
-    """One anchor that speaks."""
+    """One anchor that speaks for the user."""
 
     id: str = Field(examples=["a03"])
     weight: float = Field(description="Its weight in the recipe, 0 to 1.")
     similarity: float | None = Field(
-        description="How near it is to the user's profile, -1 to 1; null when others are nearer by now."
+        description="How near it is to the user's profile, -1 to 1; null if others are nearer by now."
     )
     gain: float | None = Field(
-        description="By how many nats a token it is predicted to lower the loss of the user's own items; null where "
-        "topics speak."
+        description="Predicted reduction of the loss on the user's own items, nats per token; null where the weights "
+        "come from topics."
     )
 
 
 class PersonalizationAnswer(BaseModel, frozen=True):
-    """How far an answer is personal, by whom, and where the milliseconds went."""
+    """How personal an answer is, which anchors speak in it, and where the milliseconds went."""
 
     level: Level
     recipe: str | None = Field(
         description="The fused adapter's name, without the user adapter that `stacked` adds; null for the base model."
     )
     source: str | None = Field(description="The evidence behind the weights; null for the base model.")
-    anchors: list[AnchorAnswer] = Field(description="Nearest first.")
-    reason: str | None = Field(description="Why the level is not higher, if there is something to say.")
+    anchors: list[AnchorAnswer] = Field(description="Largest weight first.")
+    reason: str | None = Field(description="Why the level is not higher, if there is a reason to give.")
     timings_ms: dict[str, float] = Field(
         description="`profile`: store. `recipe`: index and weights. `history`: past items. `engine_ttft`: engine, "
-        "until the first token that it streams. `engine`: engine in all. `total`: from the request's arrival."
+        "until the first token that it streams. `engine`: engine in total. `total`: from the request's arrival."
     )
 
 
@@ -60,17 +60,17 @@ class GenerateAnswer(BaseModel, frozen=True):
     id: str
     text: str
     finish_reason: str
-    usage: Usage | None = Field(description="Null where the engine does not tell.")
+    usage: Usage | None = Field(description="Null if the engine does not report it.")
     personalization: PersonalizationAnswer
 
 
 class ProfileAnswer(BaseModel, frozen=True):
-    """What a change made of the profile."""
+    """The result of a profile change."""
 
     user_id: str
     received: int = Field(description="Items in the request.")
     kept: int = Field(description="Items in the profile now.")
-    changed: int = Field(description="Items that came, went, or have new content; 0 for a repeated request.")
+    changed: int = Field(description="Items added, removed, or with new content; 0 for a repeated request.")
     recipe: str
     anchors: list[AnchorAnswer]
 
@@ -80,17 +80,17 @@ class AdapterAnswer(BaseModel, frozen=True):
 
     id: str
     recipe: str = Field(description="The recipe that it was trained on, and is always served with.")
-    bytes: int = Field(description="Size of what is kept.")
+    bytes: int = Field(description="Stored size.")
     created_at: str = Field(description="UTC, ISO 8601.")
-    stale: bool = Field(description="Whether it is of another bank, and so not served.")
+    stale: bool = Field(description="Whether it belongs to another bank, and so is not served.")
 
 
 class UserAnswer(BaseModel, frozen=True):
-    """What is stored of a user and who speaks for them."""
+    """What is stored about a user, and which anchors speak for them."""
 
     user_id: str
     items: int
-    bytes: int = Field(description="Memory that the user takes in the store.")
+    bytes: int = Field(description="Memory that the profile and its items take in the store.")
     embedder: str
     updated_at: str = Field(description="UTC, ISO 8601.")
     recipe: str
@@ -100,7 +100,7 @@ class UserAnswer(BaseModel, frozen=True):
 
 
 class Progress(BaseModel, frozen=True):
-    """How far a job is, over all its training runs."""
+    """A job's progress, over all its training runs."""
 
     step: int
     of: int
@@ -115,17 +115,17 @@ class HeldOut(BaseModel, frozen=True):
 
 
 class JobAnswer(BaseModel, frozen=True):
-    """A job, as it is now."""
+    """A job's current state."""
 
     id: str
-    state: JobState = Field(description="The last five have ended for good. `rejected`: trained, but no better.")
+    state: JobState = Field(description="All but the first two are final. `rejected`: trained, but no better.")
     config: dict[str, Any]
     progress: Progress
     held_out: HeldOut
     created_at: str
     started_at: str | None
     ended_at: str | None
-    tries: int = Field(description="Workers that have taken it up.")
+    tries: int = Field(description="How often a worker has taken it.")
     adapter: str | None = Field(description="Id of the user adapter that it made.")
     error: str | None = Field(description="Why it failed, and what to do.")
 
@@ -135,7 +135,7 @@ class ErasedAnswer(BaseModel, frozen=True):
 
     user_id: str
     erased: Erased
-    log_rewritten_by: str = Field(description="By when the store's file on disk has forgotten it too. UTC, ISO 8601.")
+    log_rewritten_by: str = Field(description="By when it is gone from the store's file on disk too. UTC, ISO 8601.")
 
 
 def job_answer(job: Job) -> JobAnswer:
@@ -161,7 +161,7 @@ def iso(unix_ms: int) -> str:
 
 
 def personalization_answer(personalization: Personalization, timings: Timings) -> PersonalizationAnswer:
-    """Who speaks, and where the time went, as far as it is known."""
+    """Who speaks, and where the time went so far."""
     return PersonalizationAnswer(
         level=personalization.level,
         recipe=personalization.shown,
@@ -181,7 +181,7 @@ def anchors(personalization: Personalization) -> list[AnchorAnswer]:
 
 
 def usage_answer(stream: EngineStream) -> Usage | None:
-    """The token counts of an answer that is over."""
+    """The token counts of a finished answer."""
     return Usage(**stream.usage) if stream.usage else None
 
 

@@ -20,7 +20,7 @@ class Delta(TypedDict, total=False):
 
 
 class Choice(TypedDict):
-    """The one choice that there is."""
+    """The only choice."""
 
     index: int
     delta: Delta

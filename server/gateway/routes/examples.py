@@ -1,4 +1,4 @@
-"""The examples of the API's document. Nothing in `GENERATED` is null: FastAPI leaves out what is."""
+"""The examples in the API's schema. Nothing in `GENERATED` is null: FastAPI leaves null fields out."""
 
 from __future__ import annotations
 

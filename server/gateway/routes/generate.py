@@ -48,9 +48,9 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
 
     With `stream` the answer comes as server-sent events in the shape of OpenAI's chunks: the first carries
     `personalization`, the last `usage` and `timings_ms`, then `data: [DONE]`. An error midway is an event
-    `{"error": …}`, without `[DONE]`. While there is nothing to say, a comment (`: keep-alive`) comes every 15 seconds.
-    The first one is sent with status 200 even where no text has begun: an error after it is an event too, before it an
-    answer with a status of its own.
+    `{"error": …}`, without `[DONE]`. While there is nothing to send, a comment (`: keep-alive`) comes every 15 seconds.
+    The first event or comment sets the status to 200, even if no text has begun: a later error is an event, an earlier
+    one an answer with a status of its own.
     """
     return _Generation(parts_of(request), body)
 
@@ -117,6 +117,6 @@ class _Generation(Response):
 
 
 def _note(scope: Scope, answer: Answer) -> None:
-    """Leave for the log and the count what only this route knows."""
+    """Note for the log and the count what only this route knows."""
     notes = notes_of(scope)
     notes.request_id, notes.level = answer.id, answer.personalization.level.value

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 router = APIRouter(
     route_class=SamplesRoute, tags=["adapt"], responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 )
-JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` gave it.", max_length=64)]
+JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` returned it.", max_length=64)]
 
 _POLL_S = 0.5
 
 
 @router.post("/users/{user_id}/adapt", status_code=202)
 async def adapt(request: Request, response: Response, user_id: UserIdInPath, body: AdaptRequest) -> JobAnswer:
-    """Train a small adapter of the user's own on samples of how they want to be answered.
+    """Train a small adapter for the user on samples of how they want to be answered.
 
-    The samples take the place of the last ones, and the job that of the user's earlier jobs. A user without a profile
-    gets one of the samples. The adapter is served once it has lowered the loss on samples it was not trained on.
-    Samples also come as newline-delimited JSON (`application/x-ndjson`), one a line.
+    The samples replace the previous ones, and the job supersedes the user's earlier jobs. A user without a profile gets
+    one made from the samples. The adapter is served once it has lowered the loss on samples it was not trained on.
+    Samples can also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
     """
     job = await parts_of(request).adapting.submit(user_id, body)
     response.headers["Location"] = f"/jobs/{job.id}"
@@ -47,7 +47,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
 
 @router.get("/jobs/{job_id}")
 async def read_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
-    """Where a job is."""
+    """The job's current state."""
     return job_answer(await parts_of(request).adapting.job(_parsed(job_id)))
 
 
@@ -59,7 +59,7 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
 
 @router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": {"example": FOLLOWED}}}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
-    """The job as server-sent events: whenever it has changed, until it has ended, then `data: [DONE]`.
+    """The job as server-sent events: now and whenever it changes, until it has ended, then `data: [DONE]`.
 
     While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
     """
@@ -68,7 +68,7 @@ async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
 
 
 class _Following(Response):
-    """Looks at a job again and again while it is being sent, until the job ends or the client leaves."""
+    """Polls a job while it is being sent, until the job ends or the client leaves."""
 
     def __init__(self, adapting: Adapting, job: Job) -> None:
         super().__init__()
@@ -102,6 +102,6 @@ def _parsed(text: str) -> JobId:
     job_id = parse_job_id(text)
     if job_id is None:
         raise NotFound(
-            f"job_id {excerpt(text)} is not a job id: it is what POST /users/{{id}}/adapt answers", param="job_id"
+            f"job_id {excerpt(text)} is not a job id: use the id that POST /users/{{id}}/adapt returned", param="job_id"
         )
     return job_id

@@ -16,7 +16,7 @@ router = APIRouter(tags=["operations"])
 
 
 class BankPart(BaseModel, frozen=True):
-    """The bank that is served; it was checked at start."""
+    """The bank that is served; it was checked at startup."""
 
     status: Literal["ok"] = "ok"
     fingerprint: str = Field(description="64 hex digits; recipes begin with the first eight.")
@@ -25,7 +25,7 @@ class BankPart(BaseModel, frozen=True):
 
 
 class EmbedderPart(BaseModel, frozen=True):
-    """The embedder; it was checked at start."""
+    """The embedder; it was checked at startup."""
 
     status: Literal["ok"] = "ok"
     id: str
@@ -33,7 +33,7 @@ class EmbedderPart(BaseModel, frozen=True):
 
 
 class Unseen(BaseModel, frozen=True):
-    """A part before the first look at it."""
+    """A part that has not been looked at yet."""
 
     status: Literal[Readiness.NOT_YET_SEEN] = Readiness.NOT_YET_SEEN
 
@@ -49,7 +49,7 @@ class PartsAnswer(BaseModel, frozen=True):
 
 
 class HealthAnswer(BaseModel, frozen=True):
-    """That the process lives."""
+    """The process is alive."""
 
     status: Literal["ok"] = "ok"
     parts: PartsAnswer
@@ -60,13 +60,13 @@ class ReadyAnswer(BaseModel, frozen=True):
 
     status: Readiness
     detail: str | None = Field(description="What to do, where the state of the parts does not say.")
-    seen_s_ago: float | None = Field(description="How old the last look is.")
+    seen_s_ago: float | None = Field(description="How old the last look is, in seconds.")
     parts: PartsAnswer
 
 
 @router.get("/health")
 async def health(request: Request) -> HealthAnswer:
-    """Whether this process lives: 200 when it answers. The parts are as they were last seen; nothing is asked."""
+    """Whether this process is alive: 200 if it answers. The parts are as they were last seen; nothing is probed."""
     parts = parts_of(request)
     return HealthAnswer(parts=_parts(parts, parts.health.last))
 
@@ -75,16 +75,16 @@ async def health(request: Request) -> HealthAnswer:
     "/ready", responses={503: {"model": ReadyAnswer, "description": "A part that every request needs is not ready."}}
 )
 async def ready(request: Request, response: Response) -> ReadyAnswer:
-    """Whether requests can be answered as they should be: 503 when not.
+    """Whether requests can be fully served: 503 if not.
 
-    Ready means that the store can be used, the address that generates can be reached, and so can one engine that has
-    the bank. It is what was last seen, a few seconds ago at most; nothing is asked. Before the first look `status` is
-    `not_yet_seen`, and `stale` when the last one is too old to say anything.
+    Ready means that the store can be used, and that the address that generates and at least one engine with the bank
+    can be reached. This is what was last seen, at most a few seconds ago; nothing is probed. Before the first look
+    `status` is `not_yet_seen`; when the last one is too old to rely on, it is `stale`.
     """
     parts = parts_of(request)
     report, readiness = parts.health.last, parts.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
-    stale = "the gateway's watch over its parts hangs or has ended: its log may say why; restart it"
+    stale = "the gateway's watch over its parts hangs or has ended: restart the gateway; its log may say why"
     return ReadyAnswer(
         status=readiness,
         detail=stale if readiness is Readiness.STALE else None,
@@ -95,7 +95,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    """Prometheus."""
+    """Metrics in Prometheus's text format."""
     return Response(parts_of(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 

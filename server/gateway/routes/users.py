@@ -1,4 +1,4 @@
-"""`/users/{user_id}`: profiles, what is stored, and the way out."""
+"""`/users/{user_id}`: profiles, what is stored, and erasing it."""
 
 from __future__ import annotations
 
@@ -37,21 +37,27 @@ router = APIRouter(
 
 @router.put("/profile")
 async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
-    """Let the user's history be these items alone. The newest 512 within 2 MiB are kept; repeating changes nothing."""
+    """Replace the user's history with these items.
+
+    By default the newest 512 within 2 MiB are kept. Repeating the request changes nothing.
+    """
     parts = parts_of(request)
     return await _change(parts, user_id, body, parts.profiles.replace)
 
 
 @router.post("/profile/items")
 async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
-    """Add items to the user's history; one whose `id` is there already is replaced. Repeating it changes nothing."""
+    """Add items to the user's history; an item whose `id` is already there is replaced.
+
+    Repeating the request changes nothing.
+    """
     parts = parts_of(request)
     return await _change(parts, user_id, body, parts.profiles.add)
 
 
 @router.get("")
 async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
-    """What is stored of the user, and which anchors speak for them."""
+    """What is stored about the user, and which anchors speak for them."""
     parts = parts_of(request)
     profile = await parts.profiles.current(user_id)
     if profile is None:
@@ -80,7 +86,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
 
 @router.delete("")
 async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
-    """Erase everything stored of the user. Engines let go of the user's adapter within 30 seconds."""
+    """Erase everything stored about the user. Engines drop the user's adapter within 30 seconds."""
     erasure = await parts_of(request).erasing.erase(user_id)
     if erasure is None:
         raise _unknown(user_id)
@@ -106,7 +112,7 @@ async def _change(
 
 
 def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
-    """Read the items, all of them before anything is changed."""
+    """Parse the items, all of them before anything is changed."""
     limit = parts.settings.max_item_bytes
     items = []
     for position, raw in enumerate(raw_items):
@@ -117,7 +123,7 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
         size = len(orjson.dumps(dict(item.fields)))
         if size > limit:
             raise InvalidRequest(
-                f"items.{position} has {size} bytes as JSON, at most {limit} are taken: {excerpt(dict(item.fields))}",
+                f"items.{position} has {size} bytes as JSON, at most {limit} are allowed: {excerpt(dict(item.fields))}",
                 param=f"items.{position}",
                 code="item_too_large",
             )
@@ -126,4 +132,4 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
 
 
 def _unknown(user_id: str) -> NotFound:
-    return NotFound(f"user_id {excerpt(user_id)} is unknown: nothing is stored of them", param="user_id")
+    return NotFound(f"user_id {excerpt(user_id)} is unknown: nothing is stored about them", param="user_id")

@@ -1,4 +1,4 @@
-"""The gateway's side of adapting: from a request to a job, and from a job to what became of it."""
+"""The gateway's side of adapting: from a request to a job, and from a job to its outcome."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from server.store.samples import MAX_SAMPLES, AdaptConfig, Sample, default_confi
 
 
 class Adapting:
-    """Takes samples, makes jobs, and finds them again.
+    """Accepts samples, creates jobs, and looks them up.
 
     Args:
         jobs: where they are kept.
-        profiles: a user without one gets one of the samples.
+        profiles: a user without one gets one made from the samples.
         checks: asks the engine about samples.
-        manifest: of the bank: how much rank it leaves.
-        task: how it reads items.
+        manifest: the bank's, which says how much rank is left for users.
+        task: the bank's, which parses items.
         max_sample_bytes: largest sample.
-        budget: what each job is granted.
+        budget: the most that each job may use.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Adapting:
         self._budget = budget
 
     async def submit(self, user_id: str, request: AdaptRequest) -> Job:
-        """Keep the samples and make a job of them.
+        """Store the samples and create the job that trains on them.
 
         Raises:
-            InvalidRequest: naming the sample or the option that is wrong; nothing is changed then.
-            UserErased: when the user is erased meanwhile; nothing of them is stored then.
+            InvalidRequest: naming the sample or the option that is wrong; nothing is changed.
+            UserErased: when the user is erased meanwhile; nothing of them is stored.
         """
         epoch = await self._profiles.epoch(user_id)
         # Megabytes of samples take a large part of a second to read: not on the event loop.
@@ -85,7 +85,7 @@ class Adapting:
         job = await self._jobs.submit(self._profiles.key(user_id), submission, MAX_SAMPLES)
         if job is None:
             raise InvalidRequest(
-                f"samples: with those that are kept there would be more than {MAX_SAMPLES}; send them without `append`",
+                f"samples: with those already kept there would be more than {MAX_SAMPLES}: send them without `append`",
                 param="samples",
                 code="too_many_samples",
             )
@@ -95,7 +95,7 @@ class Adapting:
         """A job by its id.
 
         Raises:
-            NotFound: when there is none, any more or ever.
+            NotFound: when there is none, or no longer.
         """
         job = await self._jobs.job(job_id)
         if job is None:
@@ -103,24 +103,24 @@ class Adapting:
         return job
 
     async def cancel(self, job_id: JobId) -> Job:
-        """Cancel a job; a worker that trains it stops at its next step.
+        """Cancel a job; a worker that is training it stops at its next step.
 
         Raises:
             NotFound: when there is none.
-            Conflict: when it has ended already.
+            Conflict: when it has already ended.
         """
         job, ended = await self._jobs.cancel(job_id)
         if job is None:
             raise _unknown(job_id)
         if not ended:
-            raise Conflict(f"job {job_id} has ended already: it is {job.state.value}", param="job_id", code="job_ended")
+            raise Conflict(f"job {job_id} has already ended: it is {job.state.value}", param="job_id", code="job_ended")
         return job
 
     def _encoded(self, place: int, sample: Sample) -> bytes:
         raw = encode_sample(sample)
         if len(raw) > self._max_sample_bytes:
             raise InvalidRequest(
-                f"samples.{place} has {len(raw)} bytes as JSON, at most {self._max_sample_bytes} are taken: "
+                f"samples.{place} has {len(raw)} bytes as JSON, at most {self._max_sample_bytes} are allowed: "
                 f"{excerpt(sample.output)}",
                 param=f"samples.{place}",
                 code="sample_too_large",
@@ -148,31 +148,32 @@ class Adapting:
                 items.append(parse_item(pair, self._task, place))
             except ProfileError as error:
                 raise InvalidRequest(
-                    f"samples.{place} makes no item of a profile: {error}", param=f"samples.{place}"
+                    f"samples.{place} cannot become a profile item: {error}", param=f"samples.{place}"
                 ) from error
         return items
 
 
 def training_config(manifest: BankManifest, options: AdaptOptions) -> AdaptConfig:
-    """How a job trains: what was asked for, and the server's choice for the rest.
+    """How a job trains: as requested, with the server's defaults for the rest.
 
     Raises:
-        InvalidRequest: when the bank cannot serve what comes of it.
+        InvalidRequest: when the bank cannot serve the result.
     """
     given = {name: value for name, value in options.model_dump().items() if value is not None}
     room = manifest.room
     config = replace(default_config(room, manifest.common, options.kind), **given)
     if config.kind == "lora" and config.rank > room:
         raise InvalidRequest(
-            f"config.rank {config.rank} does not fit: this bank leaves {room} for users", param="config.rank"
+            f"config.rank {config.rank} does not fit: this bank leaves a rank of {room} for users", param="config.rank"
         )
     if config.kind == "core" and options.rank is not None:
         raise InvalidRequest(
-            f"config.rank {options.rank} makes no sense for a core: it has the fused rank", param="config.rank"
+            f"config.rank {options.rank} makes no sense for a core, which has the fused rank: leave it out",
+            param="config.rank",
         )
     if config.strength < 1 and not manifest.common:
         raise InvalidRequest(
-            f"config.strength {config.strength:g} leaves a rest to the common row, which this bank lacks: leave it out",
+            f"config.strength {config.strength:g} needs a common row for the rest, which this bank lacks: leave it out",
             param="config.strength",
         )
     return config

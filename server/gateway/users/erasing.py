@@ -17,14 +17,14 @@ class Erasing:
     """Erases users.
 
     Args:
-        profiles: where they are.
+        profiles: where they are kept.
         keys: how they are named there.
-        adapters: lists whose adapter is of which bank.
-        jobs: whose queues may hold them.
-        signing: so may this one, where there is one.
+        adapters: lists which bank each user's adapter belongs to.
+        jobs: its queues may hold them.
+        signing: so may this queue; None where the bank has no signatures.
         bank: the 8 hex digits of the bank that is served.
-        log_file: what still holds them on disk.
-        engines: all of them.
+        log_file: the file that still holds them on disk.
+        engines: hold their adapters in memory.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Erasing:
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def erase(self, user_id: str) -> Erasure | None:
-        """Erase a user; None when nothing of them was ever there, or nobody remembers.
+        """Erase a user; None if nothing was ever stored about them, or that is no longer remembered.
 
-        Each step may be repeated: a DELETE that failed half-way is finished by the next, which is answered alike.
+        Each step may be repeated: a DELETE that failed half-way is finished by the next, which gets the same answer.
 
-        Engines are told in the background. One that cannot be reached finds out by itself, or holds nothing: it asks
-        the store for every adapter that it keeps (`server/engine/admission/user_adapters.py`).
+        Engines are told in the background. One that cannot be reached finds out on its own, or holds nothing: it asks
+        the store about every adapter that it keeps (`server/engine/admission/user_adapters.py`).
         """
         erasures = [await self._erase(key) for key in (self._keys.key(user_id), *self._keys.former(user_id))]
         return next((erasure for erasure in erasures if erasure), None)

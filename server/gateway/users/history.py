@@ -1,7 +1,7 @@
 """How a history changes: pure functions over its items, oldest first.
 
-Repeating a change changes nothing: an item that is there with the same content keeps its place, and when the history
-is full it is older items than the ones just given that go.
+Repeating a change changes nothing: an item that is already there with the same content keeps its place, and a full
+history loses older items than those just given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ StoredItems = Mapping[str, StoredItem]
 
 @dataclass(frozen=True, slots=True)
 class HistoryLimit:
-    """How much of a history is kept: the newest items, as long as they are within both.
+    """How much of a history is kept: the newest items that are within both limits.
 
     Attributes:
         items: most items.
@@ -37,7 +37,7 @@ class Difference:
     Attributes:
         put: items to write: new, replaced, or moved.
         drop: ids of items to remove.
-        changed: how many items came, went, or have other content; moving alone is no change.
+        changed: how many items were added, removed, or have new content; a move alone does not count.
     """
 
     put: dict[str, StoredItem]
@@ -46,7 +46,7 @@ class Difference:
 
 
 def replaced(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
-    """The history that holds the given items alone, the newest within the limit, in the order given."""
+    """The history that holds only the given items, the newest within the limit, in the order given."""
     fresh = _newest(_distinct(given), limit)
     if list(fresh) == list(current):  # the same items in the same order: their places stay as they are
         return {name: StoredItem(current[name].order, fields) for name, fields in fresh.items()}
@@ -73,7 +73,7 @@ def difference(before: StoredItems, after: StoredItems) -> Difference:
 
 
 def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:
-    """The fields of items by id; of items with one id the last counts, and its place."""
+    """The fields of items by id; of items with the same id the last one counts, at its place."""
     distinct: dict[str, Mapping[str, str]] = {}
     for item in given:
         distinct.pop(item.id, None)
@@ -82,7 +82,7 @@ def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:
 
 
 def _newest(items: Mapping[str, Mapping[str, str]], limit: HistoryLimit) -> dict[str, Mapping[str, str]]:
-    """The last items, as many as are within the limit."""
+    """The last items, as many as the limit allows."""
     kept: list[str] = []
     room_bytes = limit.size_bytes
     for name in reversed(list(items)[-limit.items :]):

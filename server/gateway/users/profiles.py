@@ -22,14 +22,14 @@ from server.store.signing import SignQueue
 from server.store.user_key import UserKeys
 
 EMBED_BATCH = 16
-"""Texts of one turn on an embedding thread: a long history does not keep a short one waiting."""
+"""Texts per turn on an embedding thread: a long history does not keep a short one waiting."""
 
 MAX_ATTEMPTS = 64
 _MAX_PAUSE_S = 0.05
 
 
 class Embeds(Protocol):
-    """What is needed of `bank.lookup.embedder.Embedder`."""
+    """The part of `bank.lookup.embedder.Embedder` that is needed."""
 
     id: str
 
@@ -42,7 +42,7 @@ class Changed:
 
     Attributes:
         profile: as it is now.
-        changed: how many items came, went, or have other content.
+        changed: how many items were added, removed, or have new content.
     """
 
     profile: Profile
@@ -83,11 +83,11 @@ class Profiles:
         self._refreshing: dict[str, asyncio.Task[Profile | None]] = {}
 
     def key(self, user_id: str) -> str:
-        """What a user is called in the store, and in recipe names."""
+        """The user's key in the store and in recipe names."""
         return self._keys.key(user_id)
 
     async def current(self, user_id: str) -> Profile | None:
-        """The profile with an embedding of today's embedder, or None for an unknown user."""
+        """The profile with an embedding by the current embedder, or None for an unknown user."""
         key = self._keys.key(user_id)
         profile = await self._store.load(key)
         if profile is None:
@@ -95,45 +95,45 @@ class Profiles:
         return profile.seen_by(self._embedder.id) or await self._refreshed(key, user_id)
 
     async def epoch(self, user_id: str) -> str:
-        """What a write that takes several steps remembers of the user when it begins."""
+        """The user's epoch, which a write of several steps reads when it begins."""
         return await self._store.epoch(self._keys.key(user_id))
 
     async def replace(self, user_id: str, items: Sequence[Item]) -> Changed:
-        """Let the history be these items alone.
+        """Replace the history with these items.
 
         Raises:
-            UserErased: when the user is erased before the change is written; nothing is, then.
+            UserErased: when the user is erased before the change is written; then nothing is written.
         """
         return await self._change(user_id, lambda history: replaced(history, items, self._limit))
 
     async def add(self, user_id: str, items: Sequence[Item], epoch: str | None = None) -> Changed:
-        """Add items to the history; an item whose id is there already is replaced.
+        """Add items to the history; an item whose id is already there is replaced.
 
         Args:
             user_id: already checked.
-            items: the oldest first.
-            epoch: the user's, if the request saw it before.
+            items: oldest first.
+            epoch: the user's, if the request has already read it.
 
         Raises:
-            UserErased: when the user is erased before the change is written; nothing is, then.
+            UserErased: when the user is erased before the change is written; then nothing is written.
         """
         return await self._change(user_id, lambda history: added(history, items, self._limit), epoch)
 
     async def items(self, user_id: str) -> Mapping[str, StoredItem]:
-        """A user's history by item id, the oldest first; empty for an unknown user."""
+        """A user's history by item id, oldest first; empty for an unknown user."""
         return await self._store.items(self._keys.key(user_id))
 
     async def want_signature(self, user_id: str) -> None:
-        """Have a user's signature made; nothing happens where it is asked for already."""
+        """Request a user's signature; does nothing if it has already been requested."""
         if self._signing is not None:
             await self._signing.ask(self._keys.key(user_id))
 
     async def stored_bytes(self, user_id: str) -> int:
-        """Memory that the user takes in the store."""
+        """Memory that the user's profile, items and vectors take in the store."""
         return await self._store.stored_bytes(self._keys.key(user_id))
 
     async def _refreshed(self, key: str, user_id: str) -> Profile | None:
-        """Remake an embedding that another embedder made; requests that come meanwhile wait for the same work."""
+        """Remake an embedding that another embedder made; concurrent requests wait for the same work."""
         task = self._refreshing.get(key)
         if task is None:
             task = self._refreshing[key] = asyncio.create_task(self._refresh(user_id))
@@ -149,7 +149,7 @@ class Profiles:
     async def _change(
         self, user_id: str, apply: Callable[[StoredItems], StoredItems], epoch: str | None = None
     ) -> Changed:
-        """Read, apply, embed what has no embedding yet, and commit; from the start when somebody else was faster."""
+        """Read, apply, embed what has no embedding yet, and commit; start over if someone else was faster."""
         key = self._keys.key(user_id)
         made: dict[tuple[str, str], Vectors] = {}  # by id and text: survives a lost race
         for attempt in range(MAX_ATTEMPTS):
@@ -173,7 +173,8 @@ class Profiles:
                 return Changed(profile, step.changed)
             await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
-            f"the profile is being changed by too many others: {MAX_ATTEMPTS} attempts", code="contention"
+            f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
+            code="contention",
         )
 
     async def _vectors(
@@ -205,7 +206,7 @@ class Profiles:
 
 
 class _NoItems(Exception):
-    """There is nothing to make an embedding of."""
+    """There is nothing to make an embedding from."""
 
 
 def _same_content(before: StoredItem | None, after: StoredItem | None) -> bool:
@@ -213,8 +214,8 @@ def _same_content(before: StoredItem | None, after: StoredItem | None) -> bool:
 
 
 def _following(before: Profile | None, profile: Profile, *, same_items: bool) -> Profile:
-    """The record that follows another: what it knew beside the items stays, and the embedding by another embedder too
-    while it is of the same items."""
+    """The record that replaces another: all that it held besides the items stays, and so does its embedding by another
+    embedder while the items are the same."""
     now_ms = time.time_ns() // 1_000_000
     if before is None:
         return replace(profile, updated_ms=now_ms)

@@ -1,4 +1,4 @@
-"""What only the engine can say about samples: whether the model's chat template takes them, and how long they are."""
+"""What only the engine can say about samples: whether the model's chat template accepts them, and how long they are."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from server.store.job_budget import check_budget, tokens_read
 from server.store.samples import AdaptConfig, Sample, decode_sample
 
 AT_A_TIME = 8
-"""Questions to the engine at the same time for one request."""
+"""Concurrent questions to the engine for one request."""
 
 PATIENCE_S = 10.0
 """How long a request goes on asking."""
 
 MOST_SHAPES = 4096
-"""Sequences of roles that are remembered."""
+"""Most sequences of roles that are remembered."""
 
 T = TypeVar("T")
 A = TypeVar("A")
 
 
 class SampleChecks:
-    """Asks the engine about samples. Where it cannot say, they are taken as they are: the worker looks again.
+    """Asks the engine about samples. If it cannot say, they are accepted: the worker checks again.
 
     Args:
         tokenizer: the engine's.
-        engines: they know the model's context.
+        engines: know the model's context.
     """
 
     def __init__(self, tokenizer: TokenizerClient, engines: Engines) -> None:
@@ -40,9 +40,9 @@ class SampleChecks:
         self._taken: set[str] = set()
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
-        """Refuse what the chat template does not take.
+        """Refuse samples that the chat template does not accept.
 
-        It refuses by the roles and their order, so each sequence of them is asked about once; what it took before is
+        It goes by the roles and their order, so each sequence of them is asked about once; accepted ones are
         remembered.
 
         Raises:
@@ -68,7 +68,7 @@ class SampleChecks:
             return
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
-        """Refuse what is longer than the context; a token is at least a byte, so most need no counting.
+        """Refuse samples longer than the context; a token is at least a byte, so most need no counting.
 
         Raises:
             InvalidRequest: naming the sample.
@@ -86,9 +86,9 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration grants; see `server.store.job_budget`.
+        """Refuse a job that would read more tokens than its configuration allows; see `server.store.job_budget`.
 
-        Tokens are only counted where bytes, which are more, would be too many.
+        Tokens are counted only if the bytes, which are more, would be too many.
 
         Raises:
             InvalidRequest: naming what to lower.
@@ -105,7 +105,7 @@ class SampleChecks:
 
 
 async def _asked(ask: Callable[[T], Awaitable[A]], things: Sequence[T]) -> AsyncIterator[tuple[T, A]]:
-    """Each thing with the answer to it, in order, a few asked at a time; it ends early when patience does."""
+    """Each thing with the answer to it, in order, a few asked at a time; ends early after `PATIENCE_S`."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + PATIENCE_S
     for start in range(0, len(things), AT_A_TIME):
@@ -122,5 +122,5 @@ def _answered(sample: Sample) -> list[dict[str, str]]:
 
 
 def _roles(sample: Sample) -> str:
-    """The roles of a sample's messages in order, a letter each."""
+    """The roles of a sample's messages in order, one letter each."""
     return "".join(message["role"][0] for message in sample.messages)
