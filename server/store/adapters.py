@@ -42,6 +42,9 @@ class AdapterStore(Protocol):
     async def adapter_id(self, user_key: str) -> str | None:
         """The `id` of the adapter that a user has now."""
 
+    async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
+        """Keep an adapter that belongs to nobody for `ttl_s`, so that engines can serve it."""
+
     async def adapted(self) -> dict[str, int]:
         """The banks (8 hex digits) that user adapters were trained on, with the number of users of each."""
 

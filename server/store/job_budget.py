@@ -64,7 +64,7 @@ def check_budget(config: AdaptConfig, lengths: Sequence[int]) -> None:
         )
     raise InvalidRequest(
         f"config.steps {config.steps} makes a job that reads about {tokens} tokens over its {len(lengths)} samples, "
-        f"but at most {budget} are allowed: {steps} steps would fit",
+        f"but at most {budget} are allowed: with {steps} steps it would fit",
         param="config.steps",
         code="job_too_large",
     )

@@ -88,7 +88,7 @@ def test_beneath_a_users_adapter_the_anchors_have_a_share_of_their_strength(
 def test_without_a_common_row_anchors_keep_their_strength_and_less_is_refused(gateway: GatewayThread) -> None:
     lone = gateway.parts.bank.manifest.model_copy(update={"common": False})
     assert training_config(lone, AdaptOptions()).strength == 1
-    with pytest.raises(InvalidRequest, match=r"strength 0\.5 leaves"):
+    with pytest.raises(InvalidRequest, match=r"strength 0\.5 needs a common row"):
         training_config(lone, AdaptOptions(strength=0.5))
 
 

@@ -66,7 +66,7 @@ CASES = [
     samples("sample beyond the context", "601 tokens", "samples.0", {"input": "x" * 600, "output": "y"}),
     samples("sample of 100 KB", "100", "samples.0", {"input": "q", "output": "x" * 100_000}),
     Case("body of 10 MB", "10", "body", {"samples": [{"input": "q", "output": "x" * 10_000_000}]}, status=413),
-    Case("binary", "no UTF-8", "body", raw=bytes(range(256))),
+    Case("binary", "not UTF-8", "body", raw=bytes(range(256))),
     Case("sample with NUL", r"a\x00", "samples.0.output", raw=b'{"samples": [{"input": "q", "output": "a\\u0000"}]}'),
     Case("wrong content type", "text/plain", "content-type", raw=b"x", status=415, media="text/plain"),
     samples("unknown field", "'epochs'", "epochs", GOOD, epochs=3),

@@ -108,7 +108,7 @@ def test_more_steps_than_the_budget_has_are_refused_with_how_many_fit(strict: ht
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["code"]) == (400, "config.steps", "job_too_large")
     assert "851000 tokens" in error["message"]  # 3 runs of 500 steps of 4 samples, 251 looks at 10 of them, 100 each
-    assert "20000 are granted" in error["message"]
+    assert "20000 are allowed" in error["message"]
     fitting = int(error["message"].rpartition("with ")[2].partition(" steps")[0])
     assert adapt(strict, user_id, *samples, config={"steps": fitting + 1}).status_code == 400
     adapt(strict, user_id, *samples, config={"steps": fitting}).raise_for_status()

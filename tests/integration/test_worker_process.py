@@ -110,7 +110,7 @@ def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try
         assert client.get("/ready").status_code == httpx.codes.OK
     with worker():
         wait_until(lambda: job()["state"] == "failed", "the job to be given up")
-    assert "want of memory" in job()["error"]
+    assert "lack of memory" in job()["error"]
 
 
 def test_a_worker_whose_training_hangs_gives_the_job_back_and_ends(

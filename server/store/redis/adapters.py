@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from adapters.recipe import UserAdapterId
 from server.store.adapters import StoredAdapter
@@ -78,13 +77,3 @@ class RedisAdapters:
         """Some users on a bank's list, and the cursor to go on from; 0 at the end."""
         after, members = await self._connection.run(lambda redis: redis.sscan(keys.adapted(bank), cursor, count=_BATCH))
         return int(after), members
-
-
-@asynccontextmanager
-async def adapters_at(redis_url: str) -> AsyncIterator[RedisAdapters]:
-    """The user adapters of a store, durable or not, for the duration of a `with` block."""
-    connection = RedisConnection(redis_url, require_durable=False)
-    try:
-        yield RedisAdapters(connection)
-    finally:
-        await connection.close()

@@ -15,7 +15,7 @@ import logging
 
 from redis.exceptions import ResponseError
 
-from server.store.durability import Asked
+from server.store.durability import LOOK_S, Asked
 from server.store.redis import keys
 from server.store.redis.connection import RedisConnection
 from server.store.redis.job_scripts import NOW
@@ -27,9 +27,6 @@ INTERVAL_MS = 3_600_000
 
 ASKED_MS = 60_000
 """How soon after the request the erasure must happen."""
-
-LOOK_S = 10.0
-"""How often each gateway checks whether one is due."""
 
 BEGIN_MS = 30_000
 """A gateway that has claimed a rewrite and not begun it within this time never will."""

@@ -42,7 +42,7 @@ def test_what_is_just_within_is_taken(fields: dict[str, Any]) -> None:
 
 def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit() -> None:
     LIMITS.check_answer(ask(max_tokens=12), 500)
-    with pytest.raises(InvalidRequest, match="Ask for 12 at most"):
+    with pytest.raises(InvalidRequest, match="Ask for at most 12"):
         LIMITS.check_answer(ask(max_tokens=13), 500)
     LIMITS.check_answer(ask(max_tokens=500), None)
 
