@@ -1,6 +1,6 @@
 """The meta-LoRA matrix: one bf16 row per anchor, contiguous, memory-mapped, shared by all processes on a host.
 
-On disk it is a safetensors file with `rows` [N, D] (one more where the bank has a common row, which is the last) and,
+On disk it is a safetensors file with `rows` [N, D] (N + 1 where the bank has a common row, the last one) and,
 for method `shared`, `shared_a` [R·ΣH_in]. Opening it maps the file: a row's bytes are read when a recipe first asks for
 them, and the page cache holds them once however many workers run.
 """

@@ -2,7 +2,7 @@
 
 The manifest is written last, by rename: a folder without one is not a bank. Its fingerprint is the SHA-256 of its own
 canonical JSON, file checksums included, so equal fingerprints mean equal banks, and a recipe's first field is the
-fingerprint's start. It holds no user ids, texts or times.
+fingerprint's start. The manifest holds no user ids, texts or times.
 """
 
 from __future__ import annotations

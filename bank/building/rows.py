@@ -35,7 +35,7 @@ class RowProgress(Protocol):
         """One step of a row is done."""
 
     def piece(self, what: str, done: int, of: int) -> None:
-        """`done` pieces `of` other long work are done; told first when it begins, then after each piece."""
+        """Other long work is at piece `done` of `of`; told first when it begins, then after each piece."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,9 +82,7 @@ class Embedder:
             [n, E] float32, each row at unit length.
         """
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
-        by_length = sorted(
-            range(len(texts)), key=lambda i: (len(texts[i]), i)
-        )  # similar lengths together: less padding
+        by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # alike in length: less padding
         for start in range(0, len(by_length), BATCH):
             rows = by_length[start : start + BATCH]
             encoded = self._tokenizer.encode_batch([texts[row][:MAX_CHARS] for row in rows])
