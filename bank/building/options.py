@@ -117,10 +117,8 @@ class BuildOptions:
             _one_of("auto", "topic", "signature"),
         ),
     ] = "auto"
-    signature_k: Annotated[int, Option("Like --k, for weights by signature.", COUNT)] = _SIGNATURE.anchors
-    signature_strength: Annotated[float, Option("Like --strength, for weights by signature.", SHARE)] = (
-        _SIGNATURE.strength
-    )
+    signature_k: Annotated[int, Option("Like --k, by signature.", COUNT)] = _SIGNATURE.anchors
+    signature_strength: Annotated[float, Option("Like --strength, by signature.", SHARE)] = _SIGNATURE.strength
     tau: Annotated[float, Option("How much a user's evidence counts.", FACTOR)] = _SIGNATURE.tau
     kappa: Annotated[float, Option("How much topic similarity counts beside it.", FACTOR)] = _SIGNATURE.kappa
     steps: Annotated[int, Option("Optimiser steps per anchor.", COUNT)] = 8
