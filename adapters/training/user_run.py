@@ -13,8 +13,8 @@ import torch
 
 from adapters.errors import TrainingError, excerpt
 from adapters.lora import LoraWeights
-from adapters.training.attached import Attached
 from adapters.training.example import Example, output_tokens
+from adapters.training.kinds import InTraining
 from adapters.training.loss import row_losses
 from adapters.training.trainer import StepReport, TrainPlan, optimise
 from adapters.user_adapter import CoreWeights, UserAdapterKind
@@ -93,27 +93,22 @@ class Patience:
 class UserRun:
     """Runs of one plan on one attached adapter, each from the same start."""
 
-    def __init__(self, here: Attached, start: LoraWeights | None, plan: UserPlan) -> None:
+    def __init__(self, adapter: InTraining, plan: UserPlan) -> None:
         self.plan = plan
-        self._here, self._start = here, start
-        self._parameters = here.trainable(train_a=True) if start else here.insert_cores()
+        self._adapter = adapter
         self._now = Progress(0, 0, 0.0)
 
     def loss(self, examples: Sequence[Example]) -> Generator[Progress, None, float]:
         """Mean loss of the examples under the adapter as it is now; yields the progress after each row of them."""
         loss = 0.0
-        for row_loss in row_losses(self._here.model, examples):
+        for row_loss in row_losses(self._adapter.model, examples):
             loss += row_loss
             yield self._now
         return loss / output_tokens(examples)
 
     def reset(self) -> None:
         """Back to the start, where the user adapter changes nothing."""
-        if self._start is not None:
-            self._here.put(self._start)
-            return
-        for parameter in self._parameters:
-            torch.nn.init.eye_(parameter)
+        self._adapter.reset()
 
     def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
         """One run from the start, one step for each report that is asked for; leave the loop to stop.
@@ -125,7 +120,7 @@ class UserRun:
         size = min(self.plan.batch_size, len(samples))
         plan = TrainPlan(steps, size, self.plan.learning_rate, self.plan.seed)
         first = math.nan
-        for report in optimise(self._here.model, self._parameters, samples, plan, rate=_constant):
+        for report in optimise(self._adapter.model, self._adapter.parameters, samples, plan, rate=_constant):
             first = report.loss if report.step == 1 else first
             if not report.loss <= first + EXPLODED:  # NaN is not below anything
                 raise TrainingError(
@@ -154,14 +149,11 @@ class UserRun:
         Raises:
             TrainingError: when they are not finite: no loss was taken since the last step.
         """
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._adapter.parameters):
             raise TrainingError(
                 "training exploded: its last step left weights that are not finite: lower the learning rate"
             )
-        if self._start is not None:
-            return self._here.weights()
-        cores = self._here.cores()
-        return CoreWeights(next(iter(cores.values())).shape[0], cores)
+        return self._adapter.weights()
 
 
 def _demand(holds: bool, name: str, value: object, wanted: str) -> None:

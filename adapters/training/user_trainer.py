@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import TrainingError
-from adapters.lora import LoraWeights, ModuleShape
-from adapters.training.attached import attached
+from adapters.lora import LoraWeights
 from adapters.training.example import Example
-from adapters.training.trainer import initial_lora
+from adapters.training.kinds import in_training
 from adapters.training.user_run import Patience, Progress, UserPlan, UserRun
-from adapters.user_adapter import CoreWeights, UserAdapterKind
+from adapters.user_adapter import CoreWeights
 
 FOLDS = 2
 FEW = 20
@@ -91,9 +90,8 @@ def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], plan:
 
 
 def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], plan: UserPlan) -> _Judging:
-    start = None if plan.kind is UserAdapterKind.CORE else _start(fused, plan)
-    with attached(model, fused) if start is None else attached(model, start, frozen=fused) as here:
-        run = UserRun(here, start, plan)
+    with in_training(model, fused, plan.kind, plan.rank, plan.seed) as adapter:
+        run = UserRun(adapter, plan)
         if len(samples) == 1:
             return (yield from _alone(run, samples))
         return (yield from (_fold if len(samples) <= FEW else _hold_out)(run, samples))
@@ -161,12 +159,6 @@ def _hold_out(run: UserRun, samples: Sequence[Example]) -> _Judging:
         if report.step == steps:
             break
     return best
-
-
-def _start(fused: LoraWeights, plan: UserPlan) -> LoraWeights:
-    """Where a `lora` starts: A random, B zero."""
-    modules = [ModuleShape(name, a.shape[1], fused.b[name].shape[0]) for name, a in fused.a.items()]
-    return initial_lora(modules, plan.rank, plan.seed)
 
 
 def _folds(count: int, seed: int) -> list[set[int]]:
