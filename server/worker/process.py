@@ -32,7 +32,7 @@ async def run_worker(settings: Settings) -> None:
     """Open the parts, then work until a signal.
 
     Raises:
-        MtaError: when a part cannot be opened, or they are not made for each other.
+        MtaError: when a part cannot be opened, or the parts do not match.
     """
     bank, trainer = _opened(settings)
     connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
@@ -59,7 +59,7 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
 
 
 def _loops(connection: RedisConnection, bank: ServingBank, trainer: AdapterTrainer) -> list[Coroutine[Any, Any, None]]:
-    """What this process does for ever: it trains and, where the bank signs, it makes signatures, in turns."""
+    """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     profiles, model_lock = RedisProfiles(connection), asyncio.Lock()
     loops = [JobLoop(name, RedisJobs(connection), profiles, bank, trainer, model_lock=model_lock).run()]
@@ -70,9 +70,9 @@ def _loops(connection: RedisConnection, bank: ServingBank, trainer: AdapterTrain
 
 
 async def _until_it_fails(working: asyncio.Future[Any]) -> None:
-    """Wait for what goes on for ever; an error ends the process here and now.
+    """Wait for loops that never end; an error ends the process here and now.
 
-    Any other way out waits for a thread that may hang, and starts one, which without memory may never begin.
+    Any other way out would wait for a thread that may hang, and start one, which may never begin for lack of memory.
     """
     try:
         await working
