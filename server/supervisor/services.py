@@ -154,5 +154,5 @@ def check_port(port: int) -> None:
             probe.bind((LOOPBACK, port))
         except OSError as error:
             raise StartError(
-                f"cannot listen on {LOOPBACK}:{port}: {error.strerror}. Choose a port with --port N"
+                f"cannot listen on {LOOPBACK}:{port}: {error.strerror}. Choose another port with --port N"
             ) from error
