@@ -54,7 +54,7 @@ def console() -> Console:
 
 
 def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **details: object) -> None:
-    """Print a two-column table and, where asked, write the same with all details as JSON.
+    """Print a two-column table and, if `out` is given, write the same with all details as JSON.
 
     Args:
         title: what was measured, with model, dtype and sizes.
