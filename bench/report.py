@@ -49,7 +49,7 @@ def processor() -> str:
 
 
 def console() -> Console:
-    """Where tables go: as wide as the terminal, or wide enough where there is none."""
+    """Where tables go: as wide as the terminal, or of a fixed width without one."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 

@@ -75,7 +75,7 @@ class LiveReport:
         self._live.refresh()
 
     def close(self) -> None:
-        """Leave the table as it is, and go on in plain lines."""
+        """Leave the table as it is, and continue in plain lines."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -115,7 +115,7 @@ class JobLoop:
             log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)
             # Another worker may have taken it by the time the store answers: then it still counts as a try.
             if await answered(self._jobs.release, lease, counts=False):
-                log.info("%s: given back", lease.job.id)
+                log.info("%s: returned to the queue", lease.job.id)
         except asyncio.CancelledError:
             await self._give_back(lease, counts=False)
             raise
@@ -127,9 +127,9 @@ class JobLoop:
         """The worker is ending: let another take the job at once. Without a store, its lease runs out."""
         try:
             if await self._jobs.release(lease, counts=counts):
-                log.info("%s: given back", lease.job.id)
+                log.info("%s: returned to the queue", lease.job.id)
         except ApiError as error:
-            log.warning("%s: not given back: %s", lease.job.id, error.explained)
+            log.warning("%s: not returned to the queue: %s", lease.job.id, error.explained)
 
     async def _work(self, held: HeldLease) -> None:
         """Train a job and write its outcome; a fault of its content is an outcome too."""

@@ -236,7 +236,7 @@ async def test_a_process_that_can_make_no_connection_for_want_of_memory_ends_and
 
     jobs.renew = renew  # type: ignore[method-assign]
     job_id = await desk.submit()
-    with pytest.raises(RuntimeError, match="cannot reach the store"):
+    with pytest.raises(RuntimeError, match="can no longer reach the store"):
         await worker.work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
