@@ -1,12 +1,12 @@
 """The root of the project's error tree.
 
     MtaError
-    ├── RecipeError       a name that is no canonical recipe, or weights that make none
+    ├── RecipeError       a name that is not a canonical recipe, or weights that cannot make one
     ├── FusionError       a recipe that this bank cannot fuse
-    ├── UserAdapterError  bytes that are no user adapter, or none for this bank
-    ├── TrainingError     samples or a rate that nothing can be trained with
+    ├── UserAdapterError  bytes that are not a user adapter, or not one for this bank
+    ├── TrainingError     samples or a rate that cannot be trained with
     ├── BankError         a bank that cannot be read, or must not be used        (bank/errors.py)
-    │   └── ProfileError  items that no profile can be made of
+    │   └── ProfileError  items that cannot make a profile
     ├── ApiError          what a client is told, with its HTTP status            (server/errors.py)
     └── StartError        a part that `mta up` cannot start                      (server/supervisor/errors.py)
 
@@ -30,11 +30,11 @@ class RecipeError(MtaError, ValueError):
 
 
 class FusionError(MtaError, ValueError):
-    """A well-formed recipe asks for something that the bank at hand cannot give."""
+    """A well-formed recipe asks for something that this bank cannot provide."""
 
 
 class UserAdapterError(MtaError, ValueError):
-    """Bytes that are no user adapter, or one that this bank cannot serve."""
+    """Bytes that are not a user adapter, or one that this bank cannot serve."""
 
 
 class TrainingError(MtaError, ValueError):
@@ -42,7 +42,7 @@ class TrainingError(MtaError, ValueError):
 
 
 class _Beginning(reprlib.Repr):
-    """`repr` that looks at the beginning of a value only, however large or deep it is."""
+    """`repr` that looks only at the beginning of a value, however large or deep it is."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _Beginning(reprlib.Repr):
             f"{self.repr1(key, level - 1)}: {self.repr1(inner, level - 1)}"
             for key, inner in itertools.islice(value.items(), self.maxdict)
         ]
-        return "{" + ", ".join(pairs + ["..."] * (len(value) > self.maxdict)) + "}"  # reprlib's own sorts all keys
+        return "{" + ", ".join(pairs + ["..."] * (len(value) > self.maxdict)) + "}"  # reprlib's version sorts all keys
 
 
 def excerpt(value: object, limit: int = 80) -> str:

@@ -31,5 +31,5 @@ def cut_b(layout: RowLayout, flat: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def lora_of(layout: RowLayout, a: torch.Tensor, b: torch.Tensor) -> LoraWeights:
-    """The LoRA whose flat numbers these are; its tensors are views of them."""
+    """The LoRA that these flat numbers hold; its tensors are views of them."""
     return LoraWeights(layout.rank, cut_a(layout, a), cut_b(layout, b))

@@ -6,8 +6,8 @@ With weights w, the rows' A and B (scaling folded into B) and, where it takes pa
     shared   ΔW = (B_c + Σ wᵢ Bᵢ) A              all rows share one frozen A             rank R, exact
     linear   ΔW = B_c A_c + (Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ)   what the paper's released merger does   rank R [+ R]
 
-`linear` has cross terms Bᵢ Aⱼ and weighs each anchor by wᵢ²; it stands for comparison. Sums run in float32 over the
-mapped bf16 rows and are rounded once, to the dtype that serves.
+`linear` has cross terms Bᵢ Aⱼ and weighs each anchor by wᵢ²; it is kept for comparison. Sums run in float32 over the
+mapped bf16 rows and are rounded once, to the serving dtype.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, anchor_id
 
 PIECE = 131_072
-"""Numbers summed at a time: work for four threads at PyTorch's grain, and half a MiB of float32."""
+"""Numbers summed at a time: enough work for four threads at PyTorch's grain size, and half a MiB of float32."""
 
 
 def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool) -> None:
-    """Say whether a bank can fuse a recipe, without touching its weights.
+    """Check that a bank can fuse a recipe, without touching its weights.
 
     Args:
         recipe: the recipe, of this bank.
@@ -40,23 +40,27 @@ def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, ma
         FusionError: naming what the bank lacks.
     """
     if recipe.method is not method:
-        raise FusionError(f"bank {recipe.bank} fuses by `{method.value}`, the recipe asks for `{recipe.method.value}`")
+        raise FusionError(
+            f"bank {recipe.bank} fuses by `{method.value}`, but the recipe asks for `{recipe.method.value}`"
+        )
     if recipe.common and not common:
-        raise FusionError(f"bank {recipe.bank} has no common row, the recipe {recipe.name} asks for one")
+        raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
     if len(recipe.terms) > max_anchors:
-        raise FusionError(f"bank {recipe.bank} fuses at most {max_anchors} anchors, the recipe has {len(recipe.terms)}")
+        raise FusionError(
+            f"bank {recipe.bank} fuses at most {max_anchors} anchors, but the recipe has {len(recipe.terms)}"
+        )
     for term in recipe.terms:
         if term.anchor >= anchors:
             last = anchor_id(anchors - 1)
             raise FusionError(
-                f"bank {recipe.bank} has anchors a00 to {last}, the recipe asks for {anchor_id(term.anchor)}"
+                f"bank {recipe.bank} has anchors a00 to {last}, but the recipe asks for {anchor_id(term.anchor)}"
             )
 
 
 def fuse(
     matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16, *, pin_memory: bool = False
 ) -> LoraWeights:
-    """Build the adapter a recipe stands for, its user adapter aside.
+    """Build the adapter that a recipe stands for, without its user adapter.
 
     Args:
         matrix: the bank's rows.
@@ -80,7 +84,7 @@ def fuse(
 def _fuse_shared(
     matrix: MetaMatrix, rows: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype, pin_memory: bool
 ) -> LoraWeights:
-    """One weighted sum over whole rows; every B is a view of its result, every A one of the frozen A."""
+    """One weighted sum over whole rows; every B is a view of its result, every A a view of the frozen A."""
     flat_b = _weighted_sum(rows, weights, dtype, pin_memory)
     a = {name: a.to(dtype) for name, a in matrix.frozen_a.items()}
     return LoraWeights(matrix.layout.rank, a, cut_b(matrix.layout, flat_b))
@@ -107,7 +111,7 @@ def _fuse_cat(
 def _fuse_linear(
     matrix: MetaMatrix, rows: Sequence[torch.Tensor], weights: Sequence[float], common: bool, dtype: torch.dtype
 ) -> LoraWeights:
-    """Average A and B of the anchors apart; the common row, if any, is stacked beside that one LoRA."""
+    """Average the anchors' A and B separately; the common row, if any, is stacked beside the result."""
     layout, split = matrix.layout, matrix.layout.a_numbers
     blocks = [rows[0].float()] if common else []
     if len(rows) > common:
@@ -128,7 +132,7 @@ def _weighted_sum(
 ) -> torch.Tensor:
     """Σ wᵢ rowᵢ [D], summed in float32 and rounded once to `dtype`.
 
-    A piece at a time, so that the float32 sum never leaves the cache.
+    It works a piece at a time, so that the float32 sum never leaves the cache.
     """
     total = torch.empty(rows[0].shape[0], dtype=dtype, pin_memory=pin_memory)
     buffer = torch.empty(PIECE, dtype=torch.float32)

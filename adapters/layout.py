@@ -1,7 +1,7 @@
 """How one row of the meta-LoRA matrix is cut into per-module A and B. Plain Python: the gateway reads it too.
 
-A row is `[A₀ … A_L | B₀ … B_L]`, each matrix flattened row by row, modules in the order of the layout. In a bank of
-method `shared` all rows have one frozen A, kept once beside the matrix, and a row is `[B₀ … B_L]`.
+A row is `[A₀ … A_L | B₀ … B_L]`, each matrix flattened row by row, modules in the order of the layout. In a
+`shared` bank all rows have one frozen A, kept once beside the matrix, and a row is `[B₀ … B_L]`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from adapters.lora import ModuleShape
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values vLLM accepts for `--max-lora-rank`; every adapter slot is sized for it."""
+"""The values vLLM accepts for `--max-lora-rank`; every adapter slot is sized for the chosen one."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """The cut of a row.
+    """How a row is cut.
 
     Attributes:
         modules: in the order in which they lie in the row.
@@ -31,12 +31,12 @@ class RowLayout:
 
     @property
     def a_numbers(self) -> int:
-        """Numbers in all A of one LoRA."""
+        """Numbers in all A matrices of one LoRA."""
         return sum(self.rank * m.h_in for m in self.modules)
 
     @property
     def b_numbers(self) -> int:
-        """Numbers in all B of one LoRA."""
+        """Numbers in all B matrices of one LoRA."""
         return sum(self.rank * m.h_out for m in self.modules)
 
     @property
@@ -45,7 +45,7 @@ class RowLayout:
         return self.b_numbers + (0 if self.shared_a else self.a_numbers)
 
     def a_slices(self) -> Iterator[tuple[ModuleShape, slice]]:
-        """Each module with the place of its A in the flat `[A₀ … A_L]`."""
+        """Each module with the slice of its A in the flat `[A₀ … A_L]`."""
         start = 0
         for module in self.modules:
             stop = start + self.rank * module.h_in
@@ -53,7 +53,7 @@ class RowLayout:
             start = stop
 
     def b_slices(self) -> Iterator[tuple[ModuleShape, slice]]:
-        """Each module with the place of its B in the flat `[B₀ … B_L]`."""
+        """Each module with the slice of its B in the flat `[B₀ … B_L]`."""
         start = 0
         for module in self.modules:
             stop = start + self.rank * module.h_out
@@ -65,7 +65,7 @@ def serving_rank(rank: int) -> int:
     """The smallest rank vLLM can size its slots for that holds `rank`.
 
     Raises:
-        ValueError: when vLLM has none so large.
+        ValueError: when `rank` is above vLLM's largest.
     """
     for size in VLLM_RANKS:
         if rank <= size:

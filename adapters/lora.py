@@ -1,4 +1,4 @@
-"""LoRA values and the letters that every tensor shape in this project is written with.
+"""LoRA values, and the letters used for every tensor shape in this project.
 
     R       rank of a LoRA
     H_in    a module's input width           H_out   its output width
@@ -6,7 +6,7 @@
     D       numbers in a meta-LoRA row       E       numbers in an embedding
 
 A LoRA changes a module's weight by ΔW [H_out, H_in] = B A with A [R, H_in] and B [H_out, R]. The usual factor
-alpha / R is always folded into B here, so scaling is 1 everywhere behind this package's door.
+alpha / R is always folded into B, so inside this package scaling is 1 everywhere.
 """
 
 from __future__ import annotations

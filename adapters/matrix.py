@@ -1,8 +1,8 @@
-"""The meta-LoRA matrix: one bf16 row per anchor, contiguous, memory-mapped, shared by all processes of a host.
+"""The meta-LoRA matrix: one bf16 row per anchor, contiguous, memory-mapped, shared by all processes on a host.
 
-On disk a safetensors file with `rows` [N, D] (one more row, the last, where the bank has a common row) and, for method
-`shared`, `shared_a` [R·ΣH_in]. Opening it maps the file: a row's bytes are read when a recipe first asks for them,
-and the page cache holds them once however many workers run.
+On disk it is a safetensors file with `rows` [N, D] (N + 1 where the bank has a common row, the last one) and,
+for method `shared`, `shared_a` [R·ΣH_in]. Opening it maps the file: a row's bytes are read when a recipe first asks for
+them, and the page cache holds them once however many workers run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adapters.flat import cut_a
 from adapters.layout import RowLayout
 
 
-@dataclass(frozen=True)  # no slots: `frozen_a` is kept once made
+@dataclass(frozen=True)  # no slots: `frozen_a` is cached
 class MetaMatrix:
     """An open matrix.
 
@@ -41,10 +41,10 @@ class MetaMatrix:
 
     @classmethod
     def open(cls, path: Path, layout: RowLayout, anchors: int, common: bool) -> MetaMatrix:
-        """Map a matrix file and check its shape against what the manifest says.
+        """Map a matrix file and check its shape against the manifest's.
 
         Raises:
-            FusionError: when the file is not there, no safetensors file, or of another shape.
+            FusionError: when the file is missing, not a safetensors file, or of another shape.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -56,10 +56,12 @@ class MetaMatrix:
         if tuple(rows.shape) != expected or rows.dtype != torch.bfloat16:
             raise FusionError(
                 f"{path} holds rows of shape {tuple(rows.shape)} and type {rows.dtype}, "
-                f"the manifest says {expected} in bfloat16"
+                f"but the manifest says {expected} in bfloat16"
             )
         if shared_a is not None and shared_a.numel() != layout.a_numbers:
-            raise FusionError(f"{path}: shared_a has {shared_a.numel()} numbers, the layout says {layout.a_numbers}")
+            raise FusionError(
+                f"{path}: shared_a has {shared_a.numel()} numbers, but the layout says {layout.a_numbers}"
+            )
         return cls(layout, rows, anchors, common, shared_a)
 
     @cached_property
@@ -74,7 +76,7 @@ class MetaMatrix:
         return cut_a(self.layout, self.shared_a)
 
     def prepared(self, dtype: torch.dtype, *, pin_memory: bool = False) -> MetaMatrix:
-        """The same matrix for many fusions to `dtype`: the frozen A, part of each, is converted here once."""
+        """The same matrix, ready for many fusions to `dtype`: the frozen A, part of each, is converted once, here."""
         if self.shared_a is None:
             return self
         shared_a = self.shared_a.to(dtype)
@@ -92,7 +94,7 @@ class MetaMatrix:
             FusionError: when the bank has none.
         """
         if not self.common:
-            raise FusionError("the recipe asks for the common row (`c`), and this bank was built without one")
+            raise FusionError("the recipe asks for the common row (`c`), but this bank was built without one")
         return self.rows[self.anchors]
 
 
@@ -102,14 +104,14 @@ def write_matrix(
     """Write a matrix file.
 
     Args:
-        path: where.
+        path: the file to write.
         layout: how a row is cut.
         rows: flat rows [D], anchors in index order, then the common row if there is one. Rounded to bf16.
         shared_a: the frozen A [R·ΣH_in] of a `shared` layout.
     """
     matrix = torch.stack([row.reshape(-1).to(torch.bfloat16) for row in rows])
     if matrix.shape[1] != layout.row_numbers:
-        raise FusionError(f"rows have {matrix.shape[1]} numbers, the layout cuts {layout.row_numbers}")
+        raise FusionError(f"rows have {matrix.shape[1]} numbers, but the layout needs {layout.row_numbers}")
     tensors = {"rows": matrix.contiguous()}
     if layout.shared_a:
         if shared_a is None or shared_a.numel() != layout.a_numbers:

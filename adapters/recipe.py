@@ -62,7 +62,7 @@ class UserAdapterId:
 
     Attributes:
         user_key: see `server/store/user_key.py`.
-        id: random.
+        id: 128 random bits in base32.
 
     Raises:
         RecipeError: on construction, when one of them is not 128 bits in base32.
@@ -80,10 +80,10 @@ class UserAdapterId:
 
 
 def parse_user_adapter_id(text: str) -> UserAdapterId:
-    """The inverse of `str`.
+    """Read a user adapter id; the inverse of `str`.
 
     Raises:
-        RecipeError: when the text is anything else.
+        RecipeError: when the text is not one.
     """
     user_key, _, adapter_id = text.partition(".")
     return UserAdapterId(user_key, adapter_id)
@@ -98,10 +98,10 @@ class FusionRecipe:
         method: how the terms are merged.
         common: whether the bank's common row takes part, with weight 1.
         terms: anchors with weights, in anchor order.
-        user_adapter: the stacked one, or None.
+        user_adapter: what is stacked on top, or None.
 
     Raises:
-        RecipeError: on construction, when the parts make no canonical recipe.
+        RecipeError: on construction, when the parts do not make a canonical recipe.
     """
 
     bank: str
@@ -158,7 +158,7 @@ def parse_recipe(name: str) -> FusionRecipe:
         RecipeError: when the text is not the canonical name of a recipe.
     """
     if len(name) > MAX_NAME_CHARS:
-        raise RecipeError(f"recipe name has {len(name)} characters, at most {MAX_NAME_CHARS} are read")
+        raise RecipeError(f"recipe name has {len(name)} characters, but at most {MAX_NAME_CHARS} are allowed")
     parts = name.split(":")
     if len(parts) not in (4, 5) or parts[0] != FORMAT_VERSION:
         raise RecipeError(f"not a recipe name (mta1:bank:method:terms[:u-user]): {excerpt(name)}")
@@ -180,7 +180,7 @@ def parse_recipe(name: str) -> FusionRecipe:
         user_adapter = parse_user_adapter_id(parts[4][2:])
     recipe = FusionRecipe(bank, FusionMethod(method), common, tuple(parsed), user_adapter)
     if recipe.name != name:
-        raise RecipeError(f"recipe {excerpt(name)} is not canonical, it should read {excerpt(recipe.name)}")
+        raise RecipeError(f"recipe {excerpt(name)} is not canonical: it should read {excerpt(recipe.name)}")
     return recipe
 
 

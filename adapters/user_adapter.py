@@ -1,6 +1,6 @@
 """User adapters: what few-shot training adds to one user's fused adapter, as a value and as bytes.
 
-Two kinds, over the fused A [R, H_in] and B [H_out, R] of the recipe it was trained on::
+Two kinds, over the fused A [R, H_in] and B [H_out, R] of the recipe they were trained on::
 
     lora   ΔW_user = B_u A_u, rank R_u     stacked beside the fused A and B              rank R + R_u
     core   ΔW_user = B C A, C [R, R]       folded into B: B (1 + C), as in LoRA-XS       rank R
@@ -39,7 +39,7 @@ class UserAdapterKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CoreWeights:
-    """One R×R matrix a module between the frozen fused A and B.
+    """One R×R matrix per module, between the frozen fused A and B.
 
     Attributes:
         rank: R of the fused adapter.
@@ -64,7 +64,7 @@ class UserAdapter:
 
     @property
     def kind(self) -> UserAdapterKind:
-        """Which of the two it is."""
+        """What its weights are: a LoRA or cores."""
         return UserAdapterKind.CORE if isinstance(self.weights, CoreWeights) else UserAdapterKind.LORA
 
     @property
@@ -74,10 +74,10 @@ class UserAdapter:
 
 
 def stack(fused: LoraWeights, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """The adapter that serves the user: the fused one and theirs, rounded once.
+    """The adapter that serves the user: the fused one and theirs together, rounded once.
 
     Args:
-        fused: what the recipe stands for, in float32 so that it is rounded here alone.
+        fused: what the recipe stands for, in float32 so that it is rounded only here.
         user: trained on that recipe.
         dtype: of the result.
     """
@@ -97,14 +97,14 @@ def stack(fused: LoraWeights, user: UserAdapter, dtype: torch.dtype = torch.bflo
 
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
-    """The bytes that are kept; weights are rounded to bf16."""
+    """The bytes that the store keeps; weights are rounded to bf16."""
     weights = user.weights
     if isinstance(weights, CoreWeights):
         tensors = {"c": torch.cat([weights.c[m.name].float().reshape(-1) for m in layout.modules])}
     else:
         tensors = {"a": flat_a(layout, weights), "b": flat_b(layout, weights)}
     header = {"kind": user.kind.value, "rank": weights.rank, "recipe": user.recipe}
-    # One entry: safetensors writes several in an order that changes, and equal adapters must have equal bytes.
+    # One entry only: safetensors writes several in varying order, and equal adapters must have equal bytes.
     raw: bytes = save({name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {FORMAT: json.dumps(header)})
     return raw
 
@@ -131,7 +131,7 @@ def decode_user_adapter(layout: RowLayout, raw: bytes) -> UserAdapter:
     found = {name: tensor.numel() for name, tensor in tensors.items()}
     if found != expected or rank < 1:
         raise UserAdapterError(
-            f"user adapter ({kind.value}, rank {rank}) holds {found} numbers, for this bank it must be {expected}"
+            f"user adapter ({kind.value}, rank {rank}) holds {found} numbers, but this bank needs {expected}"
         )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise UserAdapterError(f"user adapter ({kind.value}, rank {rank}) holds numbers that are not finite")
@@ -147,5 +147,5 @@ def _header(raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(json.loads(raw[_LENGTH_BYTES : _LENGTH_BYTES + size])["__metadata__"][FORMAT])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserAdapterError(f"user adapter of {len(raw)} bytes has no readable header of {FORMAT}") from error
+        raise UserAdapterError(f"user adapter of {len(raw)} bytes has no readable header ({FORMAT})") from error
     return header if isinstance(header, dict) else {}

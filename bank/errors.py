@@ -10,10 +10,10 @@ class BankError(MtaError):
 
 
 class ProfileError(BankError, ValueError):
-    """Items that cannot stand in a profile: the message names the item and what it lacks.
+    """Items that cannot be part of a profile: the message names the item and what it lacks.
 
     Attributes:
-        param: where the fault lies in the request, e.g. `items.3.text`.
+        param: where the fault is in the request, e.g. `items.3.text`.
     """
 
     def __init__(self, message: str, param: str = "items") -> None:

@@ -1,8 +1,8 @@
-"""`bank.json`: what a bank is, for whom it was made, and the checksums that prove it is whole.
+"""`bank.json`: what a bank is, what it was made for, and the checksums that prove it is intact.
 
-The manifest is written last, by rename: a folder without one is no bank. Its fingerprint is the SHA-256 of its own
+The manifest is written last, by rename: a folder without one is not a bank. Its fingerprint is the SHA-256 of its own
 canonical JSON, file checksums included, so equal fingerprints mean equal banks, and a recipe's first field is the
-fingerprint's start. No user id, no text and no time stands in it.
+fingerprint's start. The manifest holds no user ids, texts or times.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class EmbedderId(_Frozen):
 class SignatureRule(_Frozen):
     """How a signature becomes weights: strength × softmax(τ·√n·gain + κ·cosine) over the best K.
 
-    A mean over n tokens is as sure as the root of n, so τ counts gains by how far they are from chance; with n itself a
-    few long items would choose a single anchor.
+    The certainty of a mean over n tokens grows with √n, so τ counts gains by how far they are from chance; with n
+    itself a few long items would choose a single anchor.
 
     Attributes:
         anchors: K, how many anchors take part.
         strength: what their weights sum to; below 1 only beside a common row.
         tau: τ, how much evidence counts.
         kappa: κ, how much similarity of topics counts beside it.
-        slope: a, by how much predicted gains are too large.
-        offsets: c, one for each anchor (`bank/lookup/signature.py`).
+        slope: a, what predicted gains are multiplied by.
+        offsets: c, one per anchor (`bank/lookup/signature.py`).
     """
 
     anchors: int = Field(default=16, ge=1)
@@ -70,9 +70,9 @@ class WeightRule(_Frozen):
     """How a profile becomes weights (`bank/lookup/weights.py`).
 
     Attributes:
-        anchors: K, how many anchors take part when topics speak.
+        anchors: K, how many anchors take part when weights come from topics.
         strength: what their weights sum to; below 1 only beside a common row.
-        signature: how they are found from a user's signature; None in banks without.
+        signature: how weights are found from a user's signature; None in banks without signatures.
     """
 
     anchors: int = Field(default=2, ge=1)
@@ -81,7 +81,7 @@ class WeightRule(_Frozen):
 
     @property
     def source(self) -> Literal["topic", "signature"]:
-        """Which evidence speaks first."""
+        """Which evidence comes first."""
         return "signature" if self.signature else "topic"
 
 
@@ -127,13 +127,13 @@ class BankManifest(_Frozen):
 
     @property
     def layout(self) -> RowLayout:
-        """The cut of a row of `meta_loras.safetensors`."""
+        """How a row of `meta_loras.safetensors` is cut."""
         modules = tuple(ModuleShape(m.name, m.h_in, m.h_out) for m in self.modules)
         return RowLayout(modules, self.rank, self.method is FusionMethod.SHARED)
 
     @property
     def fused_rank(self) -> int:
-        """The rank of the largest fusion this bank's rule makes, user adapters aside."""
+        """The rank of the largest fusion this bank's rule makes, without user adapters."""
         return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
 
     @property
@@ -147,7 +147,7 @@ class BankManifest(_Frozen):
         return self.serving_rank - self.fused_rank
 
     def rank_of(self, recipe: FusionRecipe) -> int:
-        """The rank of what a recipe of this bank fuses to, its user adapter aside."""
+        """The rank of what a recipe of this bank fuses to, without its user adapter."""
         return fused_rank(self.method, self.rank, len(recipe.terms), recipe.common)
 
     def compute_fingerprint(self) -> str:
@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> BankManifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise BankError(f"{path} is no bank manifest: {where}: {first['msg']}") from error
+        raise BankError(f"{path} is not a bank manifest: {where}: {first['msg']}") from error
     if manifest.compute_fingerprint() != manifest.fingerprint:
         raise BankError(
             f"{path} does not match its fingerprint {manifest.fingerprint[:8]}…: it was changed after it was "
@@ -226,7 +226,7 @@ def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | 
             raise BankError(f"the bank at {folder} lacks {name}: copy it again or build the bank again") from None
         if found != manifest.files.get(name):
             raise BankError(
-                f"{path} is damaged: its SHA-256 is {found[:12]}…, the manifest says "
+                f"{path} is damaged: its SHA-256 is {found[:12]}…, but the manifest says "
                 f"{str(manifest.files.get(name))[:12]}…. Copy the bank again or build it again"
             )
 

@@ -1,4 +1,4 @@
-"""A bank's rows, opened for fusing; apart from the manifest because it needs torch, which a gateway does not have."""
+"""A bank's rows, opened for fusing; apart from the manifest because they need torch, which a gateway does not have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def open_matrix(folder: Path, manifest: BankManifest) -> MetaMatrix:
         manifest: its manifest.
 
     Raises:
-        BankError: when the file is missing or damaged, or has another shape than the manifest says.
+        BankError: when the file is missing or damaged, or its shape is not the manifest's.
     """
     verify_files(folder, manifest, (MATRIX_FILE,))
     try:

@@ -1,4 +1,4 @@
-"""LoRAs attached to a base model for training, by PEFT's layers, and detached again."""
+"""Attaching LoRAs to a base model for training, with PEFT's layers, and detaching them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from adapters.lora import LoraWeights
 
 TRAINED = "trained"
-"""Name of the one adapter that PEFT sees."""
+"""Name of the only adapter that PEFT sees."""
 
 
 class Attached:
     """A base model that carries a LoRA to train, and maybe a frozen one beside it.
 
-    PEFT sees one adapter of both ranks, the frozen part first: two adapters would make a step an eighth longer.
+    PEFT sees one adapter that holds both, the frozen part first: with two, a step would take an eighth longer.
 
     Attributes:
         model: PEFT's wrapper around the base model.
@@ -49,9 +49,9 @@ class Attached:
                 layer.lora_B[TRAINED].weight[:, part].copy_(lora.b[name])
 
     def trainable(self, *, train_a: bool) -> list[torch.nn.Parameter]:
-        """Freeze everything but the trained LoRA's B, and its A where that moves too; give what moves.
+        """Freeze all but the trained LoRA's B (and its A with `train_a`), and return the parameters that move.
 
-        The frozen part of what moves has a gradient of zero, so that an optimiser without weight decay leaves it.
+        The gradient of their frozen part is zeroed, so that an optimiser without weight decay leaves it alone.
         """
         moving: list[tuple[torch.nn.Parameter, int]] = []
         for layer in self.layers().values():
@@ -74,7 +74,7 @@ class Attached:
         return chosen
 
     def insert_cores(self) -> list[torch.nn.Parameter]:
-        """Put 1 + C, with C zero, between A and B of the trained LoRA, freeze everything else, and give what moves."""
+        """Put 1 + C, with C zero, between A and B of the trained LoRA, freeze all else, and return what moves."""
         chosen: list[torch.nn.Parameter] = []
         for layer in self.layers().values():
             b = layer.lora_B[TRAINED]
@@ -99,12 +99,12 @@ class Attached:
 
 @contextmanager
 def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None) -> Iterator[Attached]:
-    """Attach a LoRA to train, and another that is active meanwhile; the model is left as it was.
+    """Attach a LoRA to train and, if given, a frozen one beside it; afterwards the model is as it was.
 
     Args:
         model: a Hugging Face causal language model.
         trained: where training starts, and which modules it adapts.
-        frozen: the other one, or None.
+        frozen: a LoRA that is active but does not move, or None.
     """
     from peft import get_peft_model
 
@@ -117,14 +117,14 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
 
 
 def _config(rank: int, modules: list[str]) -> Any:
-    """PEFT's configuration for LoRAs whose scaling is folded: alpha equals the rank."""
+    """PEFT's configuration for LoRAs whose scaling is folded into B: alpha equals the rank."""
     from peft import LoraConfig
 
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False)
 
 
 def _still(parameter: torch.Tensor, ranks: int, frozen_rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A hook that takes the gradient from the first so many places of the dimension that counts ranks."""
+    """A hook that zeroes the gradient of the first `frozen_rank` places along the dimension `ranks`."""
     shape = [1, 1]
     shape[ranks] = parameter.shape[ranks]
     moves = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)

@@ -1,4 +1,4 @@
-"""What training, judging and signing learn from: a conversation as token ids, the end of which is the answer."""
+"""A conversation as token ids that ends with the answer: what training, judging and signing learn from."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from adapters.training.loss import backward
 
 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:
-    """∂L/∂B at a LoRA, L the examples' mean loss per output token.
+    """∂L/∂B at a LoRA, where L is the examples' mean loss per output token.
 
-    One pass forward and back. For a B that differs by Δ, the loss differs by ⟨∂L/∂B, Δ⟩ to first order.
+    It takes a forward and a backward pass. For a B that differs by Δ, the loss differs by ⟨∂L/∂B, Δ⟩ to first order.
 
     Args:
         model: the base model; left as it was.

@@ -12,7 +12,7 @@ from adapters.training.packing import Row, pack
 
 
 def backward(model: Any, examples: Sequence[Example]) -> float:
-    """Add the gradient of the mean loss per output token to whatever moves; the loss, nats."""
+    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats."""
     outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
         row_loss = _losses(model, row).sum() / outputs
@@ -31,14 +31,14 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 
 @torch.no_grad()
 def row_losses(model: Any, examples: Sequence[Example]) -> Iterator[float]:
-    """Negative log-likelihood of each row of examples, nats; a row is read when it is asked for."""
+    """Negative log-likelihood of each row of examples, nats; a row is read only when it is asked for."""
     for row in pack(model, examples):
         yield float(_losses(model, row).sum())
 
 
 @torch.no_grad()
 def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]]]:
-    """Each example's loss by itself, and the likeliest id in the place of each of its output tokens."""
+    """Each example's own mean loss per output token, and the likeliest id at each of its output positions."""
     found: list[tuple[float, list[int]]] = []
     for row in pack(model, examples):
         logits = _logits(model, row)
@@ -49,7 +49,7 @@ def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]
 
 
 def _losses(model: Any, row: Row) -> torch.Tensor:
-    """Of each output token of the row, one example after the other."""
+    """The loss of each output token of the row, one example after the other."""
     return _losses_of(_logits(model, row), row)
 
 

@@ -1,8 +1,8 @@
-"""Examples in one row: what they begin with in common is read once, and nothing is padded.
+"""Several examples in one row: their common beginning is read once, and nothing is padded.
 
 Prompts of one task begin alike, with the chat template's opening and the task's instruction. A row is that beginning
-and then each example's own rest. A rest sees the beginning and itself, at the positions it has in its own example, so
-every number is what the example gives by itself.
+followed by the rest of each example. A rest sees the beginning and itself, at the positions it has in its own example,
+so every result is the same as for the example alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from adapters.training.example import Example
 
 ROW_TOKENS = 512
-"""Ids of one row: enough to keep the processor busy, few enough to stay in its caches."""
+"""Most ids in a row: enough to keep the processor busy, few enough to stay in its caches."""
 
 _BEGINNING = -1
 
@@ -43,7 +43,7 @@ class Row:
     counts: list[int]
 
     def inputs(self, model: Any) -> dict[str, torch.Tensor]:
-        """What the model is called with; logits are made where an output token is predicted and nowhere else."""
+        """The model's keyword arguments; logits are computed only where an output token is predicted."""
         device = next(model.parameters()).device
         inputs = {"input_ids": torch.tensor([self.ids]), "logits_to_keep": torch.tensor(self.places)}
         if len(self.counts) > 1:
@@ -52,7 +52,7 @@ class Row:
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def _mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """[1, 1, T, T], added to attention scores: 0 where row's id may see column's, else as good as -∞."""
+        """[1, 1, T, T], added to attention scores: 0 where the row's id may see the column's, else as good as -∞."""
         owners = torch.tensor(self.owners)
         seen = ((owners == _BEGINNING) | (owners == owners[:, None])).tril()
         return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
@@ -61,13 +61,13 @@ class Row:
 def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> list[Row]:
     """Rows that hold the examples in their order, each row at most `limit` ids or a single example.
 
-    An example stands alone where a mask of ours would not say all that the model's own says: in models that carry a
-    state from id to id, and where it is longer than the window that attention slides over.
+    Every example gets a row of its own where our mask could not replace the model's own: in models that carry state
+    from id to id, and where an example is longer than the window of sliding attention.
 
     Args:
-        model: who will read them.
+        model: the one that will read them.
         examples: each with at least one id before the first that carries loss.
-        limit: most ids of a row.
+        limit: most ids in a row.
     """
     shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
     parts: list[list[Example]] = []
@@ -90,7 +90,7 @@ def _packs(model: Any, examples: Sequence[Example]) -> bool:
 
 
 def _shared(examples: Sequence[Example]) -> int:
-    """How many ids all examples begin with, the id before the first output token never among them."""
+    """How many leading ids all examples share, the id before the first output token never counted."""
     if not examples:
         return 0
     same = takewhile(lambda column: len(set(column)) == 1, zip(*(example.ids for example in examples), strict=False))

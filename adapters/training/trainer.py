@@ -1,8 +1,8 @@
-"""Training one LoRA on a frozen base model: PEFT's layers, a short loop of our own.
+"""Training one LoRA on a frozen base model: with PEFT's layers and a short loop of our own.
 
 Only output tokens carry loss. AdamW without weight decay, cosine rate after a warm-up, gradients clipped. Everything
 random comes from the plan's seed and nothing from global state, so the same call gives the same weights. On CPU the
-base runs in bf16 where the processor multiplies it, the LoRA itself always in fp32.
+base runs in bf16 where the processor supports it, the LoRA itself always in fp32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TrainPlan:
         steps: optimiser steps.
         batch_size: examples a step.
         learning_rate: the peak.
-        seed: of the order of the examples.
+        seed: for the order of the examples.
     """
 
     steps: int
@@ -85,7 +85,7 @@ def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWe
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """The share of the peak rate at a step from 0: linear warm-up over a tenth, then a half cosine down to 0."""
+    """The share of the peak rate at a step (from 0): linear warm-up over a tenth, then a half cosine down to 0."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -132,14 +132,14 @@ def optimise(
     *,
     rate: Callable[[int, int], float] = rate_factor,
 ) -> Iterator[StepReport]:
-    """Train parameters in place, one step each time a report is asked for; who has enough leaves the loop.
+    """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
 
     Args:
         model: in evaluation mode, everything else frozen.
         parameters: what moves.
         examples: at least one.
         plan: steps, batch, peak rate, seed.
-        rate: share of the peak rate at a step from 0, of so many.
+        rate: share of the peak rate, given the step (from 0) and the number of steps.
     """
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
@@ -155,7 +155,7 @@ def optimise(
 
 
 def _batches(count: int, plan: TrainPlan) -> Iterator[list[int]]:
-    """Batches without end: one shuffled pass over the examples after another."""
+    """Endless batches: one shuffled pass over the examples after another."""
     order = random.Random(plan.seed)
     queue: list[int] = []
     while True:

@@ -1,6 +1,6 @@
-"""One run of few-shot training: a user adapter from its start, on a frozen fused one, until it is enough.
+"""One run of few-shot training: a user adapter on a frozen fused one, from its start until it stops improving.
 
-The rate is constant after its warm-up, so that stopping early is what a shorter run would have been.
+The rate is constant after its warm-up, so that a run stopped early equals a shorter run.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from adapters.errors import TrainingError, excerpt
 from adapters.lora import LoraWeights
-from adapters.training.attached import Attached
 from adapters.training.example import Example, output_tokens
+from adapters.training.kinds import InTraining
 from adapters.training.loss import row_losses
 from adapters.training.trainer import StepReport, TrainPlan, optimise
 from adapters.user_adapter import CoreWeights, UserAdapterKind
@@ -22,10 +22,10 @@ from adapters.user_adapter import CoreWeights, UserAdapterKind
 WARM_UP_STEPS = 2
 
 PATIENCE = 2
-"""Looks at a held-out loss that does not fall any more before a run is ended."""
+"""How many looks at the held-out loss without a new low end a run."""
 
 EXPLODED = 5.0
-"""Training fails when a step's loss is so many nats a token above the first one's: it will not come back."""
+"""Training fails when a step's loss is this many nats a token above the first one's: it will not come back down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class UserPlan:
     Attributes:
         kind: what is trained.
         rank: R_u of a `lora`; a `core` has the fused adapter's.
-        steps: most optimiser steps of one run; it ends before when the held-out loss has stopped falling.
+        steps: most optimiser steps of one run; it ends sooner when the held-out loss has stopped falling.
         batch_size: samples a step.
         learning_rate: after the warm-up.
         holdout: share of the samples kept aside where there are many.
         every: steps between two looks at the held-out loss.
-        seed: of the split, the order, and where A starts.
+        seed: for the split, the order, and where A starts.
     """
 
     kind: UserAdapterKind
@@ -53,7 +53,7 @@ class UserPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse what makes no training, before there is any.
+        """Refuse values that cannot be trained with, before training.
 
         Raises:
             TrainingError: naming the value that is wrong.
@@ -69,7 +69,7 @@ class UserPlan:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training is: step `step` of `of` in all its runs, with the loss of the last one."""
+    """How far training is: step `step` of `of` over all its runs, with the loss of the last step."""
 
     step: int
     of: int
@@ -77,7 +77,7 @@ class Progress:
 
 
 class Patience:
-    """Waits for a held-out loss to fall again, for so many looks."""
+    """Waits up to `PATIENCE` looks for a held-out loss to reach a new low."""
 
     def __init__(self, every: int) -> None:
         self._wait = PATIENCE * every
@@ -93,78 +93,72 @@ class Patience:
 class UserRun:
     """Runs of one plan on one attached adapter, each from the same start."""
 
-    def __init__(self, here: Attached, start: LoraWeights | None, plan: UserPlan) -> None:
+    def __init__(self, adapter: InTraining, plan: UserPlan) -> None:
         self.plan = plan
-        self._here, self._start = here, start
-        self._parameters = here.trainable(train_a=True) if start else here.insert_cores()
+        self._adapter = adapter
         self._now = Progress(0, 0, 0.0)
 
     def loss(self, examples: Sequence[Example]) -> Generator[Progress, None, float]:
-        """Loss of the examples under what is attached now; yields where training is after each row of them."""
+        """Mean loss of the examples under the adapter as it is now; yields the progress after each row of them."""
         loss = 0.0
-        for row_loss in row_losses(self._here.model, examples):
+        for row_loss in row_losses(self._adapter.model, examples):
             loss += row_loss
             yield self._now
         return loss / output_tokens(examples)
 
     def reset(self) -> None:
         """Back to the start, where the user adapter changes nothing."""
-        if self._start is not None:
-            self._here.put(self._start)
-            return
-        for parameter in self._parameters:
-            torch.nn.init.eye_(parameter)
+        self._adapter.reset()
 
     def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
-        """One run from the start, one step each time a report is asked for; who has enough leaves the loop.
+        """One run from the start, one step for each report that is asked for; leave the loop to stop.
 
         Raises:
-            TrainingError: when the loss explodes, or is no number any more.
+            TrainingError: when the loss explodes or is no longer a number.
         """
         self.reset()
         size = min(self.plan.batch_size, len(samples))
         plan = TrainPlan(steps, size, self.plan.learning_rate, self.plan.seed)
         first = math.nan
-        for report in optimise(self._here.model, self._parameters, samples, plan, rate=_constant):
+        for report in optimise(self._adapter.model, self._adapter.parameters, samples, plan, rate=_constant):
             first = report.loss if report.step == 1 else first
-            if not report.loss <= first + EXPLODED:  # what is no number is not below anything
+            if not report.loss <= first + EXPLODED:  # NaN is not below anything
                 raise TrainingError(
-                    f"training exploded: a loss of {report.loss:.4g} at step {report.step}, {first:.4g} at the first: "
-                    "lower the learning rate"
+                    f"training exploded: a loss of {report.loss:.4g} at step {report.step}, {first:.4g} at the first "
+                    "step: lower the learning rate"
                 )
             yield report
 
     def looks(self, step: int, steps: int) -> bool:
-        """Whether the held-out loss is looked at after a step of a run of so many."""
+        """Whether the held-out loss is looked at after this step of a run of `steps`."""
         return step % self.plan.every == 0 or step == steps
 
     def told(self, report: StepReport, of: int) -> Progress:
         """Count one more step of all runs.
 
         Args:
-            report: of the step.
-            of: steps of all runs, as far as is known.
+            report: the step's.
+            of: steps of all runs, as far as known.
         """
         self._now = Progress(self._now.step + 1, of, report.loss)
         return self._now
 
     def taken(self) -> LoraWeights | CoreWeights:
-        """What is attached now.
+        """The weights of the adapter as it is now.
 
         Raises:
-            TrainingError: when the last step made it no numbers: no loss was taken since.
+            TrainingError: when they are not finite: no loss was taken since the last step.
         """
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
-            raise TrainingError("training exploded: its last step left no numbers: lower the learning rate")
-        if self._start is not None:
-            return self._here.weights()
-        cores = self._here.cores()
-        return CoreWeights(next(iter(cores.values())).shape[0], cores)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._adapter.parameters):
+            raise TrainingError(
+                "training exploded: its last step left weights that are not finite: lower the learning rate"
+            )
+        return self._adapter.weights()
 
 
 def _demand(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise TrainingError(f"{name} {excerpt(value)} makes no training: it must be {wanted}")
+        raise TrainingError(f"{name} {excerpt(value)} cannot be trained with: it must be {wanted}")
 
 
 def _constant(step: int, steps: int) -> float:

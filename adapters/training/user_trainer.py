@@ -1,9 +1,9 @@
 """Few-shot training of a user adapter on a frozen fused one, judged on samples that it did not see.
 
-With few samples every one of them is both: k folds are trained, each judged on the part it left out, and the number
-of steps with the lowest mean loss there is what all samples together are then trained for. With many, a part is kept
-aside, and the adapter is the one of the best moment. Either way an adapter is only worth keeping when it lowers the
-loss of the fused adapter alone. A single sample can only be judged on itself.
+With few samples each serves for both: k folds are trained, each judged on the part it left out, and then all samples
+together are trained for the number of steps with the lowest mean loss there. With many, a part is kept aside, and the
+adapter is kept as it was at its best. Either way it is worth keeping only if its loss is below the fused adapter's own.
+A single sample can only be judged on itself.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import TrainingError
-from adapters.lora import LoraWeights, ModuleShape
-from adapters.training.attached import attached
+from adapters.lora import LoraWeights
 from adapters.training.example import Example
-from adapters.training.trainer import initial_lora
+from adapters.training.kinds import in_training
 from adapters.training.user_run import Patience, Progress, UserPlan, UserRun
-from adapters.user_adapter import CoreWeights, UserAdapterKind
+from adapters.user_adapter import CoreWeights
 
 FOLDS = 2
 FEW = 20
-"""Up to so many samples are folded; of more, a part is kept aside."""
+"""Up to this many samples are folded; of more, a part is kept aside."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What training came to.
+    """The outcome of training.
 
     Attributes:
         weights: what was trained; None when nothing lowered the held-out loss.
         before: held-out loss of the fused adapter alone, nats per output token.
         after: the same with the user adapter.
-        steps: how long it was trained.
+        steps: how many steps it was trained for.
     """
 
     weights: LoraWeights | CoreWeights | None
@@ -51,11 +50,11 @@ _Judging = Generator[Progress, None, Judgement]
 class Training:
     """Training of a user adapter, which goes on only while it is iterated over: leave the loop to end it.
 
-    Iterating gives where training is, after every step and after each row of samples read between steps. Once the loop
-    has ended, or was left, the model is as it was.
+    Iterating yields the progress after every step and after each row of samples read between steps. Once the loop has
+    ended or been left, the model is as it was.
 
     Attributes:
-        judgement: what training came to; None until its end.
+        judgement: the outcome; None until training has ended.
     """
 
     def __init__(self, progress: _Judging) -> None:
@@ -83,7 +82,7 @@ def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], plan:
         plan: how.
 
     Raises:
-        TrainingError: when there are no samples; while training, when the loss explodes or is no number any more.
+        TrainingError: when there are no samples; while training, when the loss explodes or is no longer a number.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
@@ -91,18 +90,17 @@ def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], plan:
 
 
 def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], plan: UserPlan) -> _Judging:
-    start = None if plan.kind is UserAdapterKind.CORE else _start(fused, plan)
-    with attached(model, fused) if start is None else attached(model, start, frozen=fused) as here:
-        run = UserRun(here, start, plan)
+    with in_training(model, fused, plan.kind, plan.rank, plan.seed) as adapter:
+        run = UserRun(adapter, plan)
         if len(samples) == 1:
             return (yield from _alone(run, samples))
         return (yield from (_fold if len(samples) <= FEW else _hold_out)(run, samples))
 
 
 def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
-    """Judge by folds, then train on everything for as long as was best.
+    """Judge by folds, then train on everything for the number of steps that was best.
 
-    The first fold ends when it has been past its best for a while; the others are as long.
+    The first fold ends when its loss has stopped falling; the others run for as many steps.
     """
     folds = _folds(len(samples), run.plan.seed)
     patience = Patience(run.plan.every)
@@ -131,7 +129,7 @@ def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
 
 
 def _alone(run: UserRun, samples: Sequence[Example]) -> _Judging:
-    """One sample, for half the steps: nothing says when it is enough."""
+    """One sample, for half the steps: nothing says when to stop."""
     steps = max(1, run.plan.steps // 2)
     run.reset()
     before = yield from run.loss(samples)
@@ -142,7 +140,7 @@ def _alone(run: UserRun, samples: Sequence[Example]) -> _Judging:
 
 
 def _hold_out(run: UserRun, samples: Sequence[Example]) -> _Judging:
-    """Keep a part aside and the adapter of the best moment."""
+    """Keep a part aside, and keep the adapter as it was at its best there."""
     order = random.Random(run.plan.seed).sample(range(len(samples)), len(samples))
     size = max(1, round(run.plan.holdout * len(samples)))
     aside, kept = [samples[i] for i in order[:size]], [samples[i] for i in order[size:]]
@@ -163,14 +161,8 @@ def _hold_out(run: UserRun, samples: Sequence[Example]) -> _Judging:
     return best
 
 
-def _start(fused: LoraWeights, plan: UserPlan) -> LoraWeights:
-    """Where a `lora` starts: A random, B zero."""
-    modules = [ModuleShape(name, a.shape[1], fused.b[name].shape[0]) for name, a in fused.a.items()]
-    return initial_lora(modules, plan.rank, plan.seed)
-
-
 def _folds(count: int, seed: int) -> list[set[int]]:
-    """Parts of like size that leave out each sample once."""
+    """Parts of similar size; each sample is in exactly one."""
     order = random.Random(seed).sample(range(count), count)
     folds = min(FOLDS, count)
     return [set(order[fold::folds]) for fold in range(folds)]

@@ -1,4 +1,4 @@
-"""The last step of every way to a bank: matrix, index and, when both are in place, the manifest."""
+"""The last step in making any bank: write matrix, index and, once both are in place, the manifest."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ class BankParts:
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
-    """The rank that vLLM's slots are sized for: the largest fusion and the room for user adapters.
+    """The rank that vLLM's slots are sized for: the largest fusion plus the room for user adapters.
 
     Raises:
-        BankError: when vLLM has no slots so large, or the rule's strength needs a common row that is not there.
+        BankError: when vLLM has no slots that large, or the rule's strength needs a common row that the bank lacks.
     """
     strength = min(rule.strength, rule.signature.strength if rule.signature else 1.0)
     if strength < 1 and not common:
         raise BankError(
-            f"a strength of {strength} leaves a rest to the common row, and the bank has none: "
+            f"a strength of {strength} leaves the rest to the common row, but the bank has none: "
             "drop --strength or --no-common"
         )
     try:
@@ -79,7 +79,7 @@ def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, u
 
 
 def write_bank(out: Path, parts: BankParts) -> BankManifest:
-    """Write the artifact; the manifest last, so that a folder with one is whole.
+    """Write the artifact, the manifest last, so that a folder with a manifest is complete.
 
     Returns:
         The manifest with its fingerprint.
@@ -92,7 +92,7 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
     rank = bank_rank(parts.method, parts.layout.rank, parts.weights, parts.common, parts.user_rank)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / MANIFEST_FILE).unlink(missing_ok=True)  # from here on an old bank is no bank
+        (out / MANIFEST_FILE).unlink(missing_ok=True)  # from here on the folder is not a bank
         with _replacing(out / MATRIX_FILE) as draft:
             write_matrix(draft, parts.layout, parts.rows, parts.shared_a)
         with _replacing(out / INDEX_FILE) as draft:
@@ -120,8 +120,8 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A draft that is renamed to `path`: an engine that has the old file mapped keeps it whole."""
+    """A draft that is renamed to `path`: an engine that has the old file mapped keeps it intact."""
     draft = path.with_name(f"{path.name}.tmp")
     yield draft
-    draft.chmod(0o644)  # safetensors writes for its owner alone
+    draft.chmod(0o644)  # safetensors lets only the owner read
     draft.replace(path)

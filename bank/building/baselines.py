@@ -1,7 +1,7 @@
-"""The task's row, for evaluation: the common row, trained on with everybody's data for as long as all anchors took.
+"""The task's row, for evaluation: the common row, trained further on everybody's data for as long as all anchors took.
 
 A bank's anchors also teach the task; what they bring beyond that is measured against this row. It is kept in a folder
-beside the bank, as a bank whose common row it is and whose one anchor changes nothing, so that an engine can serve it.
+inside the bank's, as a bank with this common row and one anchor that changes nothing, so that an engine can serve it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TASK_ROW = "task"
 def build_baselines(
     inputs: BuildInputs, options: BuildOptions, manifest: BankManifest, progress: RowProgress
 ) -> BankManifest:
-    """Train the task's row of a finished bank, unless it is there.
+    """Train the task's row of a finished bank, unless it is already there.
 
     Args:
         inputs, options: those of the bank.
@@ -43,13 +43,13 @@ def build_baselines(
         progress: told of every step.
 
     Raises:
-        BankError: when the bank has no common row to go on from.
+        BankError: when the bank has no common row to continue from.
     """
     out = inputs.out / BASELINES
     if (out / MANIFEST_FILE).exists() and read_manifest(out).training.get("of") == manifest.fingerprint:
         return read_manifest(out)
     if not manifest.common:
-        raise BankError("--baselines trains the common row on, and this bank has none: drop --no-common")
+        raise BankError("--baselines trains the common row further, but this bank has none: drop --no-common")
     task = get_task(options.task)
     pairs = [pair for person in read_inputs(inputs, task) for pair in person.pairs(task)]
     options = dataclasses.replace(options, dtype=resolve_dtype(options.dtype))
@@ -57,7 +57,7 @@ def build_baselines(
     steps = sum(anchor_steps(options, anchor.items) for anchor in manifest.anchors)
     plan = TrainPlan(steps, options.batch_size, options.common_learning_rate, row_seed(options.seed, TASK_ROW))
     job = row_job(TASK_ROW, pairs, plan, tokenizer, options.max_tokens)
-    progress.say(f"baseline: the common row goes on for {steps} steps, as long as all anchors together")
+    progress.say(f"baseline: training the common row for {steps} more steps, as long as all anchors together")
     progress.begin({TASK_ROW: job.work_tokens})
 
     def on_step(report: StepReport) -> None:

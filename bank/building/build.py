@@ -38,10 +38,10 @@ EMBED_THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A build that can begin: everything is read and checked.
+    """A build that is ready to begin: everything is read and checked.
 
     Attributes:
-        options: their dtype resolved.
+        options: with their dtype resolved.
         people: whose items train the common row.
         candidates: those of them who may become anchors.
         key: hash of all that shapes the bank.
@@ -67,10 +67,10 @@ class _Selected:
 
 
 def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> BankManifest:
-    """Build a bank, or go on with one that was begun.
+    """Build a bank, or continue one that was begun.
 
     Returns:
-        The manifest; the one that is there when the folder holds this very bank already.
+        The manifest: the existing one when the folder already holds this very bank.
 
     Raises:
         BankError: when inputs, options or the folder do not allow it.
@@ -88,7 +88,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
 
 
 def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> _Job:
-    """Read the inputs, and refuse before training what would be refused after."""
+    """Read the inputs, and refuse before training whatever would be refused after it."""
     task = get_task(options.task)
     _signs(options)
     bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
@@ -97,8 +97,8 @@ def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) 
     progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
     if len(candidates) < options.anchors:
         raise BankError(
-            f"{options.anchors} anchors were asked for and {len(candidates)} people have at least {MIN_ITEMS} items "
-            "to train on: ask for fewer with --anchors, or give more people"
+            f"{options.anchors} anchors were asked for, but only {len(candidates)} people have at least {MIN_ITEMS} "
+            "items to train on: ask for fewer with --anchors, or give more people"
         )
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
@@ -200,10 +200,10 @@ class _Build:
 
 
 def _signs(options: BuildOptions) -> bool:
-    """Whether the bank shall have signatures, if there are people to calibrate them on.
+    """Whether the bank is to have signatures, given people to calibrate them on.
 
     Raises:
-        BankError: when they are asked for and cannot be.
+        BankError: when they are asked for but impossible.
     """
     if options.weights == "signature" and options.method is not FusionMethod.SHARED:
         raise BankError(f"signatures need --method shared, got {options.method.value}: its anchors have no A in common")

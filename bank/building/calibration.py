@@ -1,8 +1,8 @@
 """Calibrating predicted gains against measured ones, on people who are not anchors.
 
-A gradient is right about small steps, and an anchor is a large one: it is predicted to help, or to harm, too much, and
-an anchor far from the mean harms nearly everybody. One slope for all and an offset for each put that right; without the
-offsets the most extreme anchors win.
+A gradient is right about small steps, but an anchor is a large one: its help or harm is predicted too large, and an
+anchor far from the mean harms nearly everybody. One slope for all anchors and one offset per anchor correct that;
+without the offsets the most extreme anchors win.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_DRAWS = 32
 DRAWS_OF_ONE = 4
-"""Draws of one person's items."""
+"""Draws from one person's items."""
 
 DRAWN_ITEMS = 10
 """Items of one draw: about what a new user brings."""
@@ -37,7 +37,7 @@ MIN_PEOPLE = 2
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """gainᵢ ≈ a·x - cᵢ, x the inner product, gains in nats a token against the centre.
+    """gainᵢ ≈ a·x - cᵢ, where x is the inner product; gains are in nats a token against the centre.
 
     Attributes:
         slope: a.
@@ -52,7 +52,7 @@ class Calibration:
     draws: int
 
     def record(self) -> dict[str, float | int]:
-        """For the manifest."""
+        """Its entries in the manifest's `training`."""
         return {
             "signature_slope": self.slope,
             "signature_correlation": self.correlation,
@@ -74,19 +74,19 @@ def calibrate_signer(
     """Predict and measure each anchor's gain on several draws of items; finished draws are not repeated.
 
     Args:
-        signer: of the bank.
+        signer: the bank's.
         people: candidates who are not anchors, at least `MIN_PEOPLE`.
         task, tokenizer, max_tokens: how items become examples.
         work: where draws are kept.
         seed: of the draws.
-        on_draw: told how many draws are done, and of how many: before the first that is to be made, and after each.
+        on_draw: told how many draws are done and how many there are, before the first new one and after each.
 
     Raises:
         BankError: when there are too few people.
     """
     if len(people) < MIN_PEOPLE:
         raise BankError(
-            f"signatures are calibrated on {MIN_PEOPLE} people or more who are not anchors, there are {len(people)}: "
+            f"signatures need {MIN_PEOPLE} people or more who are not anchors to be calibrated on, got {len(people)}: "
             "ask for fewer --anchors, give more people, or build with --weights topic"
         )
     chance = random.Random(seed)
@@ -121,7 +121,7 @@ def calibrate(predicted: Vectors, measured: Vectors) -> Calibration:
     x_mean, y_mean = x.mean(0), y.mean(0)
     spread = ((x - x_mean) ** 2).sum()
     slope = float(((x - x_mean) * (y - y_mean)).sum() / spread) if spread > 0 else 0.0
-    slope = max(slope, 0.0)  # evidence that speaks against itself is none
+    slope = max(slope, 0.0)  # evidence that contradicts itself counts for nothing
     offsets = slope * x_mean - y_mean
     fitted = slope * x - offsets
     correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(fitted, y, strict=True) if a.std() > 0 and b.std() > 0]

@@ -1,4 +1,4 @@
-"""What a bank is built from and how: the options, their record in the manifest, and the key that both make."""
+"""What a bank is built from and how: inputs, options, their record in the manifest, and the key made from both."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _BUILD_FORMAT = 4  # part of the key: raise it when the same inputs would give a
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What an option's value has to be.
+    """What an option's value must satisfy.
 
     Attributes:
         words: how a message says so, e.g. `must be at least 1`.
-        holds: whether a value is that.
+        holds: whether a value satisfies it.
     """
 
     words: str
@@ -38,12 +38,12 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What is known of a field beside its type and default: the command line and the checks are made of it.
+    """What a field has besides type and default; the command line and the checks are made from it.
 
     Attributes:
         help: what it is, in a sentence.
-        limit: what its value has to be; None is not checked.
-        shown_default: what stands for a default of None.
+        limit: what its value must satisfy; None allows any.
+        shown_default: what help shows for a default of None.
     """
 
     help: str
@@ -73,7 +73,7 @@ def check_limits(options: Any) -> None:
     """Refuse values that make no sense.
 
     Args:
-        options: a dataclass as `options_of` reads.
+        options: a dataclass of the kind that `options_of` reads.
 
     Raises:
         BankError: naming the first such option.
@@ -91,13 +91,13 @@ _USER_RANK, _TOP = 8, 2
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Everything that shapes a bank, its people aside. The budgets are those of docs/quality.md.
+    """Everything that shapes a bank, apart from its people. The budgets are those of docs/quality.md.
 
-    `strength` without a value is 1, or half beside a common row: topics may mislead.
+    `strength` is by default 1, or a half beside a common row: topics may mislead.
     """
 
     task: Annotated[str, Option("What the items are: news_headline, movie_rating, chat …")]
-    anchors: Annotated[int, Option("How many anchors, exactly.", COUNT)] = 12
+    anchors: Annotated[int, Option("Exact number of anchors.", COUNT)] = 12
     method: Annotated[FusionMethod, Option("How recipes are fused.")] = FusionMethod.SHARED
     common: Annotated[bool, Option("A row that all users share.")] = True
     rank: Annotated[int, Option("Rank of every meta-LoRA.", COUNT)] = 8
@@ -113,25 +113,25 @@ class BuildOptions:
     weights: Annotated[
         str,
         Option(
-            "What speaks for a user: topic, signature, or auto: signatures where possible.",
+            "What users' weights come from: topic, signature, or auto (signature where possible).",
             _one_of("auto", "topic", "signature"),
         ),
     ] = "auto"
-    signature_k: Annotated[int, Option("As --k, by signature.", COUNT)] = _SIGNATURE.anchors
-    signature_strength: Annotated[float, Option("As --strength, by signature.", SHARE)] = _SIGNATURE.strength
+    signature_k: Annotated[int, Option("Like --k, by signature.", COUNT)] = _SIGNATURE.anchors
+    signature_strength: Annotated[float, Option("Like --strength, by signature.", SHARE)] = _SIGNATURE.strength
     tau: Annotated[float, Option("How much a user's evidence counts.", FACTOR)] = _SIGNATURE.tau
-    kappa: Annotated[float, Option("How much similarity of topics counts beside it.", FACTOR)] = _SIGNATURE.kappa
-    steps: Annotated[int, Option("Optimiser steps of each anchor.", COUNT)] = 8
+    kappa: Annotated[float, Option("How much topic similarity counts beside it.", FACTOR)] = _SIGNATURE.kappa
+    steps: Annotated[int, Option("Optimiser steps per anchor.", COUNT)] = 8
     common_steps: Annotated[int, Option("Optimiser steps of the common row.", COUNT)] = 160
-    epochs: Annotated[float | None, Option("Passes over the data, instead of steps.", POSITIVE)] = None
-    batch_size: Annotated[int, Option("Examples a step.", COUNT)] = 8
-    common_batch_size: Annotated[int, Option("Examples a step of the common row.", COUNT)] = 16
-    learning_rate: Annotated[float, Option("Peak rate of the anchors.", RATE)] = 1e-3
-    common_learning_rate: Annotated[float, Option("Peak rate of the common row.", RATE)] = 1e-3
+    epochs: Annotated[float | None, Option("Passes over the data, instead of numbers of steps.", POSITIVE)] = None
+    batch_size: Annotated[int, Option("Examples per step of an anchor.", COUNT)] = 8
+    common_batch_size: Annotated[int, Option("Examples per step of the common row.", COUNT)] = 16
+    learning_rate: Annotated[float, Option("Peak learning rate of the anchors.", RATE)] = 1e-3
+    common_learning_rate: Annotated[float, Option("Peak learning rate of the common row.", RATE)] = 1e-3
     max_tokens: Annotated[int, Option("Longest training example.", COUNT)] = 512
     seed: Annotated[int, Option("Same inputs and seed, same bank.", NOT_NEGATIVE)] = 0
     dtype: Annotated[
-        str, Option("Of the frozen base: auto, bfloat16 or float32.", _one_of("auto", "bfloat16", "float32"))
+        str, Option("Of the frozen base model: auto, bfloat16 or float32.", _one_of("auto", "bfloat16", "float32"))
     ] = "auto"
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class BuildOptions:
         return topic.model_copy(update={"signature": signature})
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
-        """The manifest's `training`: every option, how many people there were, and the key of them all."""
+        """The manifest's `training`: every option, how many people there were, and the key of all inputs."""
         fields: dict[str, int | float | str | bool | None] = {}
         for name, value in dataclasses.asdict(self).items():
             fields[name] = ",".join(value) if isinstance(value, tuple) else str(value) if name == "method" else value
@@ -184,7 +184,7 @@ class BuildInputs:
         out: the bank's folder.
         model: the base model's name, as in the settings.
         cache_dir: where default models are prepared.
-        outputs: LaMP's outputs, beside LaMP's own questions.
+        outputs: LaMP's outputs file, when `users` holds LaMP's own questions.
         exclude: people to leave out.
         embedder: the embedder's folder, or None for the default.
         force: whether a finished bank may be replaced.

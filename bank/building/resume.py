@@ -1,7 +1,7 @@
-"""The work folder of a build: what is finished survives a kill, and the next run of the same build goes on from it.
+"""The work folder of a build: what is finished survives a kill, and the next run of the same build continues from it.
 
 It lies in `.build` inside the bank's folder, in a subfolder named by the hash of all inputs and options: pieces of
-another build are never taken over. Each piece is put in place by rename, so what is there is whole.
+another build are never used. Each piece is put in place by rename, so what is there is complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Workbench:
         self._folder = folder
 
     def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
-        """The array called `name`, made now if no earlier run did."""
+        """The array called `name`, made now if no earlier run made it."""
         path = self._vectors(name)
         if not self.has_vectors(name):
             draft = path.with_suffix(".tmp")
@@ -78,7 +78,7 @@ class Workbench:
 
 @contextmanager
 def workbench(out: Path, key: str) -> Iterator[Workbench]:
-    """The work folder of the build `key`, held by one process; gone when the block ends without an error.
+    """The work folder of the build `key`, held by one process; removed when the block ends without an error.
 
     Args:
         out: the bank's folder.
@@ -110,7 +110,7 @@ def workbench(out: Path, key: str) -> Iterator[Workbench]:
 
 
 def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
-    """The bank in a folder when it is the one of the build `key`, None when there is none to keep.
+    """The folder's bank if the build `key` made it; None when there is no bank to keep.
 
     Raises:
         BankError: when there is another one and `force` is not set.

@@ -23,10 +23,10 @@ from bank.items.tasks import Task
 
 
 class RowProgress(Protocol):
-    """Who is told how far training has come."""
+    """Is told how far training has come."""
 
     def say(self, text: str) -> None:
-        """What happens now, or has happened."""
+        """Something is happening, or has happened."""
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
         """Rows still to be trained, in order, with about how many ids each will read."""
@@ -35,15 +35,15 @@ class RowProgress(Protocol):
         """One step of a row is done."""
 
     def piece(self, what: str, done: int, of: int) -> None:
-        """So many pieces of other long work are done; told first when it begins, then after each piece."""
+        """Other long work is at piece `done` of `of`; told first when it begins, then after each piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedRows:
-    """What training gives.
+    """The rows that training made.
 
     Attributes:
-        layout: the cut of a row.
+        layout: how a row is cut.
         rows: flat, in anchor order, then the common row if there is one.
         shared_a: the one A of a `shared` bank, flat.
     """
@@ -53,7 +53,7 @@ class TrainedRows:
     shared_a: torch.Tensor | None
 
     def matrix(self, anchors: int) -> MetaMatrix:
-        """The same as it will be served: rounded to bf16."""
+        """The rows as they will be served: rounded to bf16."""
         rows = torch.stack([row.to(torch.bfloat16) for row in self.rows])
         shared_a = self.shared_a.to(torch.bfloat16) if self.shared_a is not None else None
         return MetaMatrix(self.layout, rows, anchors, len(rows) > anchors, shared_a)
@@ -125,7 +125,7 @@ def _plan(name: str, pairs: Pairs, options: BuildOptions) -> TrainPlan:
 
 
 def anchor_steps(options: BuildOptions, items: int) -> int:
-    """How many steps an anchor of so many items is trained for."""
+    """How many steps an anchor with `items` items is trained for."""
     return _steps(options, options.steps, options.batch_size, items)
 
 

@@ -13,13 +13,13 @@ from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 
 MIN_ITEMS = 11
-"""Fewest trainable items of a candidate: the paper's are of more than ten."""
+"""Fewest trainable items of a candidate: the paper's have more than ten."""
 
 SAMPLED_ITEMS = 64
-"""Items of one candidate that are embedded to tell candidates apart; there may be thousands, of hundreds of items."""
+"""Items of one candidate that are embedded to tell candidates apart; there may be thousands, with hundreds each."""
 
 SERVED_ITEMS = 512
-"""Items that speak in a user's profile: the newest, as many as a gateway keeps (`MTA_PROFILE_ITEMS`) by default."""
+"""Items that count in a user's profile: the newest, as many as a gateway keeps by default (`MTA_PROFILE_ITEMS`)."""
 
 
 def spread(items: Sequence[Item], limit: int = SAMPLED_ITEMS) -> list[Item]:
@@ -30,15 +30,15 @@ def spread(items: Sequence[Item], limit: int = SAMPLED_ITEMS) -> list[Item]:
 
 
 def sampled_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
-    """About the embedding [E] of one person, from a sample of long histories: good enough to cluster people by."""
+    """Roughly the embedding [E] of one person, from a sample of a long history: good enough to cluster people by."""
     return _mean(spread(history.items), task, embedder)
 
 
 def person_embedding(history: History, task: Task, embedder: Embedder) -> Vectors:
     """The embedding [E] of one person, the mean that a gateway makes of a profile of the same items.
 
-    An anchor needs all of them: on headlines a sample of 64 is at a cosine of 0.96 to 0.98 from the mean of 400, and
-    two people are at 0.88 to 0.96 from each other.
+    An anchor needs all of them: on headlines a sample of 64 has a cosine of 0.96 to 0.98 with the mean of 400, and two
+    people have 0.88 to 0.96 with each other.
     """
     return _mean(history.items[-SERVED_ITEMS:], task, embedder)
 
@@ -51,22 +51,22 @@ def select_anchors(embeddings: Vectors, lengths: Sequence[int], count: int, seed
     """Choose exactly `count` people who are unlike each other and have long histories.
 
     Args:
-        embeddings: [P, E], one row a candidate, at unit length.
+        embeddings: [P, E], one row per candidate, at unit length.
         lengths: trainable items of each candidate.
         count: how many anchors.
         seed: of k-means.
 
     Returns:
         Their positions in ascending order. A cluster that stays empty (people with equal embeddings) gives its place
-        to the longest history not yet chosen; of equal lengths the earlier candidate is taken.
+        to the longest history not yet chosen; among equal lengths the earlier candidate is taken.
 
     Raises:
         BankError: when there are fewer candidates than anchors.
     """
     if count < 1 or len(lengths) < count:
         raise BankError(
-            f"{count} anchors were asked for and {len(lengths)} people have at least {MIN_ITEMS} trainable items: "
-            f"ask for 1 to {len(lengths)} with --anchors, or give more people"
+            f"{count} anchors were asked for, but only {len(lengths)} people have at least {MIN_ITEMS} trainable "
+            f"items: ask for 1 to {len(lengths)} with --anchors, or give more people"
         )
     clusters = _cluster(embeddings, count, seed)
     by_length = sorted(range(len(lengths)), key=lambda person: (-lengths[person], person))
@@ -84,7 +84,7 @@ def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # One thread: sums of several come in any order, and the same seed must give the same clusters.
+    # One thread: several add up in any order, and the same seed must give the same clusters.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct people than clusters: handled above
         labels = KMeans(count, n_init=10, random_state=seed).fit(np.asarray(embeddings, np.float64)).labels_

@@ -43,19 +43,19 @@ class Signer:
         self.centre = self._lora(self._common + self._mean)
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
-        """The signature of some items, for the bank with these 8 hex digits; an empty one when it is no numbers."""
+        """The signature of some items, for the bank with these 8 hex digits; an empty one when it is not finite."""
         made = Signature(bank, output_tokens(examples), self.products(examples))
         return made if made.finite else empty_signature(bank, self._matrix.anchors)
 
     def products(self, examples: Sequence[Example]) -> Vectors:
-        """To first order, by how many nats a token each anchor lowers the examples' loss, [N]."""
+        """By how many nats a token each anchor lowers the examples' loss, to first order, [N]."""
         gradient = b_gradient(self._model, self._layout, self.centre, examples)
         mean = torch.dot(gradient, self._mean)
         rows = (torch.dot(gradient, self._matrix.row(i).float()) for i in range(self._matrix.anchors))
         return np.array([float(mean - row) for row in rows], np.float32)
 
     def measured_gains(self, examples: Sequence[Example]) -> Vectors:
-        """By how many nats a token each anchor lowers the examples' loss, against the centre: a pass for each, [N]."""
+        """By how many nats a token each anchor lowers the examples' loss, against the centre: one pass each, [N]."""
         with attached(self._model, self.centre) as here:
             centre, losses = mean_loss(here.model, examples), []
             for anchor in range(self._matrix.anchors):

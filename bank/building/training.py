@@ -1,7 +1,7 @@
 """Training a bank's rows: the common row on everybody's pooled data, then each anchor on top of it.
 
-In a `shared` bank all rows have one A: the common row's, or a random one where there is no common row. An anchor then
-starts at the common B and moves B alone, and its row is what it moved by. In the other banks an anchor is a LoRA of
+In a `shared` bank all rows have one A: the common row's, or a random one if there is no common row. An anchor then
+starts at the common B and trains B alone, and its row is the change in B. In the other banks an anchor is a LoRA of
 its own, trained beside the frozen common row. Rows build on the common row as it is stored, rounded to bf16.
 """
 
@@ -56,8 +56,8 @@ class RowTrainer:
     Args:
         model: the base model.
         layout: modules and rank, and whether A is shared.
-        method: of the bank.
-        seed: of the bank; where A starts.
+        method: the bank's.
+        seed: the bank's; it decides where A starts.
     """
 
     def __init__(self, model: Any, layout: RowLayout, method: FusionMethod, seed: int) -> None:
@@ -95,12 +95,12 @@ class RowTrainer:
 
 
 def stored(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers as the bank keeps them: float32 of bf16 precision."""
+    """Numbers as the bank keeps them: float32 with bf16 precision."""
     return numbers.to(torch.bfloat16).float()
 
 
 def row_seed(seed: int, name: str) -> int:
-    """A seed of its own for each row, so that a row never depends on which rows were trained in the same run."""
+    """A seed of its own for each row, so that a row never depends on which others were trained in the same run."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
 
 

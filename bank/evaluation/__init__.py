@@ -1,1 +1,1 @@
-"""The measuring instrument: methods, people, losses, predictions and metrics, and what they come to over users."""
+"""Evaluation: methods, people, losses, predictions and metrics, and their summary over users."""

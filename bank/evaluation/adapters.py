@@ -1,4 +1,4 @@
-"""Which adapter a method puts on the model for one person: the same parts that serve, and the baselines."""
+"""The adapter that a method puts on the model for one person, made by the code that serves; and the baselines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from bank.manifest import SignatureRule
 
 @dataclass(slots=True)
 class Evidence:
-    """What is known of a person before any query; made once, whatever methods and seeds ask for it.
+    """What is known of a person before any query; made once, however many methods and seeds need it.
 
     Attributes:
-        person: whose.
+        person: whose it is.
         pairs: encoded profile items, the oldest first.
-        embedding: of the profile.
-        trained: what few-shot training came to, by method and seed.
-        signature, gains: what the items say about the anchors, predicted and measured, once it was asked for.
+        embedding: of the profile, [E].
+        trained: outcomes of few-shot training, by method and seed.
+        signature, gains: what the items say about the anchors, predicted and measured; None until asked for.
     """
 
     person: Person
@@ -50,10 +50,10 @@ class Adapters:
 
     Args:
         bank: under evaluation.
-        task_bank: of `--baselines`, or None.
+        task_bank: the one that `--baselines` made, or None.
         scorer: the base model, for what is trained and measured.
-        embedder: of the bank.
-        plan: of few-shot training, of stacked and own; the seed is not used.
+        embedder: the bank's.
+        plan: of few-shot training, for `stacked` and `own`; its seed is not used.
         strength: of the anchors beneath a stacked adapter, as a share of theirs when merged.
         max_tokens: longest example.
     """
@@ -79,7 +79,7 @@ class Adapters:
         self._signer: Signer | None = None
 
     def evidence(self, person: Person) -> Evidence:
-        """What a method starts from."""
+        """What methods start from."""
         task = self.bank.serving.task
         texts = [item_text(item, task) for item in person.history.items]
         pairs = [encode_pair(self._scorer.tokenizer, *pair, self._max_tokens) for pair in person.history.pairs(task)]
@@ -109,11 +109,11 @@ class Adapters:
         return replace(adapter, trained=judgement.weights)
 
     def _recipe(self, method: EvalMethod, evidence: Evidence, seed: int) -> FusionRecipe:
-        """The recipe of a method that fuses; what is trained on top of it aside."""
+        """The recipe of a method that fuses, without what is trained on top of it."""
         manifest = self.bank.manifest
         if method.base is Base.OWN:
             if not manifest.common:
-                raise BankError("`own` is trained on the common row, and this bank has none")
+                raise BankError("`own` is trained on the common row, but this bank has none")
             return FusionRecipe(manifest.short, manifest.method, True, ())
         share = self._strength if method.base is Base.STACKED else 1.0
         return make_recipe(manifest, self._weights(method, evidence, seed), share)
@@ -152,7 +152,7 @@ class Adapters:
         return self._signer
 
     def _measured_gains(self, evidence: Evidence) -> Vectors:
-        """What each anchor lowers the loss of the items by, against the centre: one pass for each."""
+        """By how much each anchor lowers the loss of the items, against the centre: one pass each."""
         if evidence.gains is None:
             evidence.gains = self._sign().measured_gains(self._signed(evidence))
         return evidence.gains

@@ -14,9 +14,9 @@ HISTORY = "+history"
 class Base(StrEnum):
     """What adapter a method uses.
 
-    base: none. task: the common row trained on for as long as all anchors took together. mean: all anchors, equal
+    base: none. task: the common row trained further, for as long as all anchors took together. mean: all anchors, equal
     weights. random: as many random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked:
-    merged, and the user's few-shot adapter. own: the common row and such an adapter, no anchors.
+    merged, and the user's few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
     """
 
     BASE = "base"
@@ -56,19 +56,19 @@ class EvalMethod:
 
     @property
     def name(self) -> str:
-        """As it is written."""
+        """The name as users write it."""
         source = f":{self.source}" if self.source else ""
         varied = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
         return f"{self.base.value}{source}{varied}{HISTORY if self.history else ''}"
 
     @property
     def plain(self) -> EvalMethod:
-        """The same without history: it has the same adapter."""
+        """The same method without history: its adapter is the same."""
         return replace(self, history=False)
 
     @property
     def varied(self) -> bool:
-        """Whether it is a point of a curve: another k, or fewer items, than the method that it is of."""
+        """Whether it is a point on a curve: a method with its own k or number of items."""
         return self.k is not None or self.items is not None
 
     @property
@@ -81,7 +81,7 @@ def parse_method(name: str) -> EvalMethod:
     """A method from its name.
 
     Raises:
-        BankError: when it is none.
+        BankError: when it is not a method, listing those there are.
     """
     written = _WRITTEN.fullmatch(name.removesuffix(HISTORY))
     if written and written["base"] in list(Base):
@@ -91,9 +91,9 @@ def parse_method(name: str) -> EvalMethod:
             k, items = (int(count) if count and written["what"] == what else None for what in "kn")
             return EvalMethod(base, source, k, items, name.endswith(HISTORY))
     raise BankError(
-        f"{name!r} is no method: there are {', '.join(Base)}; merged and stacked with "
-        f"{', '.join(':' + known for known in SOURCES)}, and with @k4 (of the best 4 anchors) or @n5 (from the last "
-        f"5 items); and each with {HISTORY}"
+        f"{name!r} is not a method. Methods are {', '.join(Base)}; merged and stacked take "
+        f"{', '.join(':' + known for known in SOURCES)}, and @k4 (the best 4 anchors) or @n5 (the last 5 items); "
+        f"each takes {HISTORY}"
     )
 
 
@@ -101,17 +101,17 @@ def parse_methods(text: str) -> list[EvalMethod]:
     """Methods from their names, joined by commas; each once.
 
     Raises:
-        BankError: naming what is none.
+        BankError: naming the first that is not a method.
     """
     return list(dict.fromkeys(parse_method(name.strip()) for name in text.split(",")))
 
 
 def curves(anchors: int, items: int) -> list[EvalMethod]:
-    """Points of two curves: merged by how many anchors are fused, and by how many items are known.
+    """Points of two curves: `merged` by how many anchors are fused, and by how many items are known.
 
     Args:
-        anchors: of the bank.
-        items: of a profile.
+        anchors: how many the bank has.
+        items: how many the longest profile has.
     """
     ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {anchors})
     ns = [n for n in (1, 2, 5, 10, 20) if n < items]

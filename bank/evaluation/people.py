@@ -1,4 +1,4 @@
-"""People to evaluate on: a profile, and queries later than all of it."""
+"""People to evaluate on, each with a profile, and with queries later than all of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Person:
         return self.history.user_id
 
     def knowing(self, items: int | None) -> Person:
-        """The same person when only their last so many items are known."""
+        """The same person with only their last `items` items known; all of them when None."""
         return (
             self if items is None else replace(self, history=replace(self.history, items=self.history.items[-items:]))
         )
@@ -51,7 +51,7 @@ def read_people(path: Path, task: Task) -> list[Person]:
     """Read people with their queries, in the LaMP per-user layout.
 
     Raises:
-        BankError: naming who lacks queries, or whose query lacks what.
+        BankError: naming the person without queries, or with a malformed one.
     """
     histories = {history.user_id: history for history in read_histories(path, task)}
     people = []
@@ -60,21 +60,21 @@ def read_people(path: Path, task: Task) -> list[Person]:
         queries = tuple(_query(path, user_id, place, entry) for place, entry in enumerate(raw.get("query") or ()))
         if not queries:
             raise BankError(
-                f"{path}: person {excerpt(user_id)} has no queries to evaluate on: give `query`, or make them of the "
-                "last items with `mta eval --last N`"
+                f"{path}: person {excerpt(user_id)} has no queries to evaluate on: give `query`, or make queries of "
+                "the last items with `mta eval --last N`"
             )
         people.append(Person(histories[user_id], queries))
     return people
 
 
 def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[Person]:
-    """People of whole histories, their last items made queries and the ones before them the profile.
+    """People from whole histories: their last items become queries, the ones before them the profile.
 
     Args:
         histories: in time order.
         task: whose items they are.
         queries: items that become queries.
-        profile: items before them that stay.
+        profile: items before them that are the profile.
 
     Returns:
         Those whose history is long enough.

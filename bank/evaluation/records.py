@@ -1,4 +1,4 @@
-"""Records of an evaluation, a line for each query: appended as they are made, so that a killed run goes on."""
+"""Records of an evaluation, one line per query: appended as they are made, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Record:
     """What one method made of one query.
 
     Attributes:
-        key: hash of bank, settings and data: records of others are not reused.
-        user_id, query_id, method, seed: which.
+        key: hash of bank, settings and data: records with another key are not used.
+        user_id, query_id, method, seed: what it is a record of.
         loss: mean loss per gold token, nats.
-        prediction: greedy; None when none was asked for.
+        prediction: the greedy answer; None when none was asked for.
         gold: the person's own answer.
-        rejected: whether few-shot training was rejected, so that the method fell back to what it stands on.
+        rejected: whether few-shot training was rejected, so that the method fell back to what lies beneath.
     """
 
     key: str
@@ -43,7 +43,7 @@ class Records:
 
     Args:
         folder: where they are; made if needed.
-        key: of this evaluation.
+        key: this evaluation's.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -54,7 +54,7 @@ class Records:
         self._remember(self._read())
 
     def has(self, user_id: str, method: str, seed: int, queries: int, *, predicted: bool) -> bool:
-        """Whether all queries of a person are there, and predictions too where they are wanted."""
+        """Whether all queries of a person are recorded, with predictions where they are wanted."""
         found = self.of(user_id, method, seed)
         return len(found) == queries and not (predicted and any(record.prediction is None for record in found))
 
@@ -63,7 +63,7 @@ class Records:
         return list(self._found.get((user_id, method, seed), {}).values())
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append the records of one person and method, whole or not at all; they stand for earlier ones."""
+        """Append the records of one person and method, whole or not at all; they replace earlier ones."""
         records = list(records)
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
@@ -87,6 +87,6 @@ class Records:
             try:
                 record = Record(**json.loads(line))
             except (ValueError, TypeError) as error:
-                raise BankError(f"{self._path}, line {number} is no record: {excerpt(line)}") from error
+                raise BankError(f"{self._path}, line {number} is not a record: {excerpt(line)}") from error
             if record.key == self._key:
                 yield record

@@ -1,4 +1,4 @@
-"""An evaluation: every method over every person, for every seed, as far as it is not recorded yet."""
+"""An evaluation: every method over every person, for every seed, unless it is already recorded."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class EvalOptions:
         methods: in the order in which they run.
         seeds: one run each; only what is random or trained differs between them.
         predict: whether answers are generated, for the task's metrics.
-        sample: what is costly, few-shot training, points of curves and generated texts, is for the first so many
-            people only; for all when None.
+        sample: how many people, from the first, get what is costly: few-shot training, points of curves and generated
+            texts; all when None.
         history: past items in the prompt of methods with history.
-        max_tokens: longest example, its answer included; of a longer one the end of the user's turn is cut.
+        max_tokens: longest example, its answer included; a longer one loses the end of the user's turn.
     """
 
     methods: tuple[EvalMethod, ...]
@@ -44,11 +44,11 @@ class EvalOptions:
     max_tokens: int = 512
 
     def methods_of(self, place: int) -> tuple[EvalMethod, ...]:
-        """The methods of the person at this place."""
+        """The methods for the person at this place."""
         return tuple(m for m in self.methods if self._sampled(place) or not (m.trained or m.varied))
 
     def predicts(self, place: int, method: EvalMethod, kind: AnswerKind) -> bool:
-        """Whether the person at this place is answered by this method, in a task of this kind."""
+        """Whether this method answers for the person at this place, in a task of this kind."""
         return self.predict and not method.varied and (self._sampled(place) or kind != "text")
 
     def pieces(self, people: int) -> int:
@@ -66,10 +66,10 @@ class Evaluation:
         adapters: makes the adapters.
         scores: what reads the queries: the model in process or an engine.
         tokenizer: the base model's.
-        task: of the bank.
-        records: what is there, and where more goes.
-        options: how.
-        key: of the records.
+        task: the bank's.
+        records: those there are, and where new ones go.
+        options: how to evaluate.
+        key: the records'.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Evaluation:
         self._key = key
 
     def run(self, people: Sequence[Person], on_done: Callable[[int], None]) -> None:
-        """Evaluate all people; `on_done` is told how many (person, method, seed) are through."""
+        """Evaluate all people; `on_done` is told how many more (person, method, seed) are done."""
         for place, person in enumerate(people):
             evidences: dict[int | None, Evidence] = {}
             for seed in self._options.seeds:
@@ -153,7 +153,7 @@ class Evaluation:
         return with_history(self._task, turn, person.history.items, self._options.history)
 
     def _repeats(self, method: EvalMethod, seed: int) -> bool:
-        """Whether a method is what it was for the first seed: nothing random enters it."""
+        """Whether a method does what it did for the first seed: nothing in it is random."""
         return seed != self._options.seeds[0] and not method.trained and method.base is not Base.RANDOM
 
     def _has(self, person: Person, method: EvalMethod, seed: int, predicted: bool) -> bool:

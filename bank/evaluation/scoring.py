@@ -1,4 +1,4 @@
-"""What a model under an adapter makes of examples: what is asked of whoever has one, and the way in process."""
+"""Reading examples with a model under an adapter: the protocol, and the implementation in process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from adapters.training.loss import read
 from bank.evaluation.speakers import PersonAdapter
 
 _FEW = 4
-"""Answers of at most so many tokens are quicker to read off packed rows than to generate with a cache."""
+"""Answers of at most this many tokens are quicker to read off packed rows than to generate with a cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of one example.
+    """What a model makes of one example.
 
     Attributes:
-        loss: mean of its output tokens, nats a token.
-        answer: the greedy one to its prompt, without special tokens; None where none was asked for.
+        loss: mean over its output tokens, nats a token.
+        answer: the greedy answer to its prompt, without special tokens; None when none was asked for.
     """
 
     loss: float
@@ -40,17 +40,17 @@ class Scores(Protocol):
         """Read examples, and answer their prompts.
 
         Args:
-            adapter: the one that the model is under; None for the base model alone.
+            adapter: the one on the model; None for the base model alone.
             examples: prompt and gold.
-            new_tokens: longest answer; none are given when 0.
+            new_tokens: longest answer; 0 for no answers.
         """
 
 
 class Scorer:
     """A base model that adapters are put on, one after the other.
 
-    Attaching costs more than a pass over a few examples, so an attached adapter stays, and gets other numbers, until
-    one of another rank comes or the bare model is wanted.
+    Attaching costs more than a pass over a few examples, so an attached adapter stays and gets new numbers, until
+    another rank or the bare model is needed.
 
     Args:
         model, tokenizer: the base model's.
@@ -64,7 +64,7 @@ class Scorer:
         self._attached = ExitStack()
 
     def bare(self) -> Any:
-        """The base model without anything on it, for who attaches something of their own."""
+        """The base model with nothing attached, for a caller that attaches something itself."""
         self._attached.close()
         self._here = None
         return self._model
@@ -120,12 +120,12 @@ class Scorer:
 def _read_off(
     model: Any, examples: Sequence[Example], likeliest: Sequence[Sequence[int]], new_tokens: int
 ) -> list[list[int]]:
-    """Greedy answers of a few tokens; one is known already for as long as the gold says the same, and one id more.
+    """Greedy answers of a few tokens; each is already known for as far as the gold agrees, and one id more.
 
     Args:
-        model: who answers.
+        model: the one that answers.
         examples: prompt and gold.
-        likeliest: what it would say in the place of each id of the gold.
+        likeliest: its likeliest id in the place of each id of the gold.
         new_tokens: longest answer.
     """
     ends = model.generation_config.eos_token_id
@@ -133,14 +133,14 @@ def _read_off(
     made = [_agreed(example, ids, ends)[:new_tokens] for example, ids in zip(examples, likeliest, strict=True)]
     while waiting := [place for place, ids in enumerate(made) if len(ids) < new_tokens and ids[-1] not in ends]:
         so_far = [(*examples[place].ids[: examples[place].loss_from], *made[place]) for place in waiting]
-        asked = [Example((*ids, 0), len(ids)) for ids in so_far]  # 0 stands where the next id will
+        asked = [Example((*ids, 0), len(ids)) for ids in so_far]  # 0 is a placeholder for the next id
         for place, (_, (token,)) in zip(waiting, read(model, asked), strict=True):
             made[place].append(token)
     return made
 
 
 def _agreed(example: Example, likeliest: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """Of what is likeliest in the gold's places, as much as is the model's own answer."""
+    """The likeliest ids that are the model's own answer: to the first that differs from the gold or ends the turn."""
     gold = example.ids[example.loss_from :]
     pairs = zip(gold, likeliest, strict=True)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and pair[1] not in ends, pairs))

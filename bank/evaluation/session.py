@@ -1,4 +1,4 @@
-"""From files to a table: opens what an evaluation needs, checks that it fits together, runs it and writes it down."""
+"""From files to a table: opens what an evaluation needs, checks that it fits together, runs it, writes the results."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class EvalInputs:
         out: folder of records and results.
         model_folder: the base model.
         embedder: the bank's.
-        task: must be the bank's; None takes it.
-        people: only the first so many.
-        only: file of ids: only these.
-        last: for files without queries, how many of each one's last items become some.
+        task: must be the bank's; None takes the bank's.
+        people: how many of the first are evaluated; all when None.
+        only: file of the ids that are evaluated; all when None.
+        last: for files without queries, how many of each person's last items become queries.
         profile: with `last`, items before them that are the profile.
         dtype: of the base model.
         curves: whether `merged` is evaluated with other k and with fewer items too, for the picture.
@@ -80,12 +80,12 @@ def evaluate(
         inputs: what is evaluated.
         options: how.
         plan: of few-shot training.
-        begin: told how many pieces there are; gives what is told of every piece done.
+        begin: called with how many pieces there are; returns what is called with how many more are done.
         engine: reads the queries instead of the model in process, which then only signs and trains.
         strength: of the anchors beneath a stacked adapter, as a share of theirs when merged.
 
     Returns:
-        What to read: rows of methods, by the title of their table.
+        Rows of methods, by the title of their table.
 
     Raises:
         BankError: when bank, people, model and methods do not fit together.
@@ -115,7 +115,7 @@ def evaluate(
     try:
         Evaluation(adapters, scores, tokenizer, task, records, options=options, key=key).run(people, on_done)
     finally:
-        scorer.bare()  # PEFT takes its layers off with a progress bar, whose thread cannot start while Python ends
+        scorer.bare()  # PEFT removes its layers with a progress bar, whose thread cannot start while Python exits
     names = {method.name for method in options.methods}
     made = [record for record in records.all() if record.method in names]
     rows = summarise(made, task)
@@ -134,7 +134,7 @@ def evaluate(
 
 
 def _draw(inputs: EvalInputs, bank: OpenBank, adapters: Adapters, people: list[Person], records: list[Record]) -> None:
-    """The pictures that the methods at hand allow."""
+    """Draw the pictures that the evaluated methods allow."""
     methods = {record.method for record in records}
     against = next((name for name in (Base.TASK.value, Base.BASE.value) if name in methods), None)
     shown = [name for name in ("merged", "stacked", "own") if name in methods]
@@ -166,6 +166,6 @@ def _people(inputs: EvalInputs, task: Task) -> list[Person]:
     people = [person for person in people if kept is None or person.user_id in kept][: inputs.people]
     if not people:
         raise BankError(
-            f"nobody in {inputs.users} can be evaluated on: with --last N, a history needs N and --profile items"
+            f"nobody in {inputs.users} can be evaluated: with --last N, a history needs N and --profile items"
         )
     return people

@@ -33,17 +33,17 @@ class OpenBank:
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> OpenBank:
-        """Open a bank whole.
+        """Open a bank, rows and all.
 
         Raises:
-            BankError: when it is missing, damaged, or of another embedder.
+            BankError: when it is missing, damaged, or made with another embedder.
         """
         serving = ServingBank.open(folder, embedder_id)
         return cls(serving, open_matrix(folder, serving.manifest), folder)
 
     @property
     def manifest(self) -> BankManifest:
-        """Of the bank."""
+        """The bank's manifest."""
         return self.serving.manifest
 
     def fused(self, recipe: FusionRecipe) -> LoraWeights:
@@ -56,9 +56,9 @@ class PersonAdapter:
     """The adapter that one person is evaluated under.
 
     Attributes:
-        bank: whose recipe it is.
-        recipe: of the bank.
-        trained: few-shot training's weights, stacked on it; None without any.
+        bank: the one that the recipe is for.
+        recipe: what is fused.
+        trained: weights from few-shot training, stacked on it, or None.
     """
 
     bank: OpenBank
@@ -71,6 +71,6 @@ class PersonAdapter:
         return UserAdapter(self.recipe.name, self.trained) if self.trained else None
 
     def lora(self) -> LoraWeights:
-        """The two together, float32."""
+        """Recipe and trained weights together, float32."""
         fused, user = self.bank.fused(self.recipe), self.user_adapter
         return stack(fused, user, torch.float32) if user else fused

@@ -27,15 +27,15 @@ class History:
     items: tuple[Item, ...]
 
     def pairs(self, task: Task) -> list[tuple[str, str]]:
-        """The (input, output) pairs to train on; items that are text alone give none."""
+        """The (input, output) pairs to train on; items of plain text give none."""
         return [pair for item in self.items if (pair := item_pair(item, task)) is not None]
 
 
 def read_histories(path: Path, task: Task, outputs: Path | None = None) -> list[History]:
     """Read people's histories.
 
-    Two layouts are known. Per user: a list of `{"user_id", "profile": [item…]}`; queries beside the profile are not
-    read, they are for evaluation. LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with
+    There are two layouts. Per user: a list of `{"user_id", "profile": [item…]}`; queries beside the profile are not
+    read: they are for evaluation. LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with
     `outputs`, each question and its gold answer are one more item of that person.
 
     Args:
@@ -62,7 +62,7 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None) -> list[
         if not items:
             raise BankError(f"{path}: person {excerpt(user_id)} has an empty profile: leave them out")
     if not people:
-        raise BankError(f"{path} holds nobody")
+        raise BankError(f"{path} lists no people")
     return [History(user_id, tuple(items.values())) for user_id, items in people.items()]
 
 

@@ -65,7 +65,7 @@ def parse_item(raw: object, task: Task, position: int) -> Item:
 
 
 def item_text(item: Item, task: Task) -> str:
-    """The text that stands for the item in the profile's embedding."""
+    """The text that represents the item in the profile's embedding."""
     if is_pair(item.fields):
         turn, output = (item.fields[name] for name in PAIR)
         return f"{turn.removeprefix(task.instruction)}\n{output}"
@@ -74,7 +74,7 @@ def item_text(item: Item, task: Task) -> str:
 
 
 def item_pair(item: Item, task: Task) -> tuple[str, str] | None:
-    """The (input, output) pair to train on, or None for an item that is text alone."""
+    """The (input, output) pair to train on, or None for an item of plain text."""
     if is_pair(item.fields):
         return item.fields["input"], item.fields["output"]
     if all(name in item.fields for name in task.pair_fields):
@@ -94,7 +94,7 @@ def profile_embedding(vectors: Vectors) -> Vectors:
         vectors: item embeddings [n, E], n at least 1.
 
     Returns:
-        [E] float32; all zeros in the one case that the items cancel out exactly.
+        [E] float32; all zeros in the one case where the items cancel out exactly.
 
     Raises:
         ProfileError: when there are no items.
@@ -118,12 +118,12 @@ def _text(value: object, param: str) -> str:
         return f"{value:g}"
     text = str(value)
     if "\0" in text or has_surrogate(text):
-        raise ProfileError(f"{param} holds a NUL or a lone surrogate, which no text has: {excerpt(text)}", param)
+        raise ProfileError(f"{param} holds a NUL or a lone surrogate, which are not valid text: {excerpt(text)}", param)
     return text
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether a text holds a lone surrogate: half of a character, which no UTF-8 has."""
+    """Whether a text holds a lone surrogate: half a character, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -12,7 +12,7 @@ from adapters.training.example import Example
 
 
 class ChatTokenizer(Protocol):
-    """What this module needs of a Hugging Face tokenizer."""
+    """What this module needs from a Hugging Face tokenizer."""
 
     @property
     def eos_token(self) -> str | None: ...
@@ -34,8 +34,8 @@ def chat_messages(turn: str) -> list[dict[str, str]]:
 def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> Example:
     """Tokenise one (turn, output) pair as the model sees it when serving.
 
-    Prompt and output are tokenised apart, because serving tokenises the prompt alone. A pair that is too long loses
-    the end of the user's turn, never the chat template around it; only when the output alone is too long it is cut.
+    Prompt and output are tokenised separately, because serving tokenises the prompt alone. A pair that is too long
+    loses the end of the user's turn, never the chat template around it; the output is cut only if it alone is too long.
 
     Args:
         tokenizer: the base model's, with a chat template.
@@ -68,7 +68,7 @@ def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]]
 
 
 def prompt_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation as the model sees it when it is to answer."""
+    """Token ids of a conversation as the model sees it when asked to answer."""
     return tokenizer.encode(_prompt(tokenizer, messages), add_special_tokens=False)
 
 

@@ -1,6 +1,6 @@
 """Past items in the prompt: the most relevant ones by BM25, rendered by the task's template before the user's turn.
 
-The one way for serving and evaluation. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts), so
+Serving and evaluation both use it. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts), so
 that a model sees a history as LaMP's models do.
 """
 
@@ -15,14 +15,14 @@ from bank.items.tasks import Task, get_task
 JOIN = ", and "
 
 _POSTING_BYTES = 8
-"""A word in a text: its score and the text's place."""
+"""A word in a text: its score and the text's number."""
 
 _WORD_BYTES = 128
 """A word of the vocabulary, beyond its letters: its number, and its place in a dictionary and a set."""
 
 
 class ItemIndex:
-    """A history made ready to be searched.
+    """A history, ready to be searched.
 
     Args:
         task: whose items they are.
@@ -46,7 +46,7 @@ class ItemIndex:
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
     def memories(self, turn: str, count: int) -> list[str]:
-        """The items of highest BM25 score as prompts quote them, the best first, of equal ones the newest.
+        """The items with the highest BM25 scores as prompts quote them, best first, newest first among equals.
 
         Args:
             turn: the complete user turn.
@@ -64,7 +64,7 @@ class ItemIndex:
 
 
 def remembering(task: Task, turn: str, memories: Sequence[str]) -> str:
-    """A user turn with past items before it; the turn alone without any."""
+    """A user turn with past items before it; the turn alone when there are none."""
     if not memories:
         return turn
     return task.remembering.format_map({"memories": JOIN.join(memories), "input": turn})

@@ -1,6 +1,6 @@
 """Tasks: the templates that turn a history's items into text to embed and pairs to train on.
 
-The templates are data (`tasks.toml`). They never touch a request: a prompt is a complete user turn already.
+The templates are data (`tasks.toml`). They are never applied to a request: a prompt is already a complete user turn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Task:
         text: the fields that are embedded.
         memory: template of a past item in a later prompt.
         remembering: template of a turn with such memories before it.
-        kind: what its answers are, and so what they are measured by: one of a list of labels, a score, or text.
+        kind: what its answers are, and so how they are measured: one of a list of labels, a score, or text.
         proxy: whether histories lack the task's own answers, so that input and output are a stand-in.
     """
 
@@ -63,12 +63,12 @@ class Task:
 
     @property
     def instruction(self) -> str:
-        """The words of the turn before its first field: the same for everybody, so they are never embedded."""
+        """The words of the turn before its first field: the same for everybody, so never embedded."""
         return self.input.partition("{")[0]
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The answers there are, which the instruction lists in brackets; none unless they are labels."""
+        """The possible answers, which the instruction lists in brackets; empty unless `kind` is labels."""
         found = re.search(r"\[([^\]]+)\]", self.instruction) if self.kind == "labels" else None
         return tuple(label.strip() for label in found[1].split(",")) if found else ()
 

@@ -1,1 +1,1 @@
-"""What a gateway needs of a bank: who is near whom, and with which weights anchors speak for a user."""
+"""What a gateway needs from a bank: which anchors are near a user, and with which weights they speak for them."""

@@ -1,7 +1,7 @@
 """The sentence embedder: one ONNX file and its tokenizer, run by bank build and gateway alike.
 
-Any model serves whose graph takes `input_ids` and `attention_mask` [n, tokens] and gives unit vectors [n, E];
-`bank/models/embedder_export.py` makes one of a BERT-like sentence-transformers model.
+Any model will do whose graph takes `input_ids` and `attention_mask` [n, tokens] and returns unit vectors [n, E];
+`bank/models/embedder_export.py` makes one from a BERT-like sentence-transformers model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Embedder:
             threads: how many threads one call may use.
 
         Raises:
-            BankError: when a file is missing or is no embedder.
+            BankError: when a file is missing or not an embedder's.
         """
         import onnxruntime
         import tokenizers
@@ -59,7 +59,7 @@ class Embedder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are the engine's too
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the engine needs the cores too
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(
@@ -82,7 +82,7 @@ class Embedder:
             [n, E] float32, each row at unit length.
         """
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
-        by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # like lengths together: less padding
+        by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # alike in length: less padding
         for start in range(0, len(by_length), BATCH):
             rows = by_length[start : start + BATCH]
             encoded = self._tokenizer.encode_batch([texts[row][:MAX_CHARS] for row in rows])

@@ -31,7 +31,7 @@ class AnchorIndex:
         """Index the anchors' embeddings [N, E], in anchor order. The same input gives the same file.
 
         Raises:
-            BankError: when there are none.
+            BankError: when there are no anchors.
         """
         import faiss
 
@@ -58,14 +58,14 @@ class AnchorIndex:
         """Read an index that `save` wrote.
 
         Raises:
-            BankError: when the file is no index.
+            BankError: when the file is not an index.
         """
         import faiss
 
         try:
             return cls(faiss.read_index(str(path)))
         except RuntimeError as error:
-            raise BankError(f"{path} is no FAISS index: copy the bank again or build it again") from error
+            raise BankError(f"{path} is not a FAISS index: copy the bank again or build it again") from error
 
     def save(self, path: Path) -> None:
         """Write the index."""
@@ -75,26 +75,26 @@ class AnchorIndex:
 
     @property
     def anchors(self) -> int:
-        """N."""
+        """N, how many anchors there are."""
         return int(self._index.ntotal)
 
     @property
     def dim(self) -> int:
-        """E."""
+        """E, the numbers in an embedding."""
         return int(self._index.d)
 
     @property
     def kind(self) -> str:
-        """The FAISS class, for people."""
+        """The FAISS class, for display."""
         return type(self._index).__name__
 
     def vectors(self, anchors: Sequence[int]) -> Vectors:
-        """What the index holds of some anchors, [n, E]."""
+        """The embeddings of some anchors, [n, E]."""
         held: Vectors = self._index.reconstruct_batch(np.asarray(anchors, np.int64))
         return held
 
     def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
-        """The `k` anchors (all, when there are fewer) of largest inner product, best first, ties in anchor order.
+        """The `k` anchors (all, when there are fewer) with the largest inner product, best first, ties in anchor order.
 
         Args:
             embedding: [E].

@@ -1,4 +1,4 @@
-"""All that the gateway needs of a bank: its manifest, its index, and the way from an embedding to a recipe."""
+"""All that the gateway needs from a bank: its manifest, its index, and the way from an embedding to a recipe."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class ServingBank:
         verify_files(folder, manifest, (INDEX_FILE,))
         if manifest.embedder.id != embedder_id:
             raise BankError(
-                f"the bank at {folder} was made with embedder {manifest.embedder.id}, this one is {embedder_id}: "
+                f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "
                 "their vectors cannot be compared. Set MTA_EMBEDDER to the bank's embedder or build the bank again"
             )
         index = AnchorIndex.load(folder / INDEX_FILE)
         if (index.anchors, index.dim) != (len(manifest.anchors), manifest.embedder.dim):
             raise BankError(
-                f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} numbers, its "
-                f"manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
+                f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} numbers, but "
+                f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
         return cls(manifest, index)
 
@@ -72,12 +72,12 @@ class ServingBank:
         return self.manifest.weights.signature is not None
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
-        """The recipe for a user, and the anchors behind it, the weightiest evidence first.
+        """The recipe for a user, and the anchors behind it, the strongest evidence first.
 
         Args:
             embedding: the profile's [E], at unit length.
-            signature: the user's; one of another bank, or with anything in it that is no finite number, says nothing.
-            share: of the rule's strength that the recipe's anchors have, as in `make_recipe`.
+            signature: the user's; one of another bank, or with a number that is not finite, says nothing.
+            share: how much of the rule's strength the recipe's anchors get, as in `make_recipe`.
         """
         rule = self.manifest.weights
         if rule.signature and signature and _says_something(signature, self.manifest.short):

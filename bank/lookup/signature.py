@@ -2,11 +2,11 @@
 
 To first order an anchor changes the loss of a user's items by an inner product, NLLᵢ ≈ a⟨g, Bᵢ - mean⟩ + cᵢ, with g the
 gradient of that loss with respect to B at the bank's centre (the common row and the mean of all anchors). So one pass
-over the items speaks about all anchors at once. What is kept of the gradient is its inner product with each anchor:
-all that is ever asked of it, a few numbers instead of a million, and nothing is lost. a and cᵢ are calibrated
+over the items speaks about all anchors at once. Only the gradient's inner product with each anchor is kept:
+a few numbers instead of a million, and nothing is lost, for nothing else is ever asked of it. a and cᵢ are calibrated
 at build (`bank/building/calibration.py`).
 
-Plain numpy: the gateway reads signatures, only the build and the worker make them (`bank/building/signer.py`).
+Plain numpy: the gateway reads signatures; only the build and the worker make them (`bank/building/signer.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from bank.items.profile import Vectors
 
 MAX_ITEMS = 32
-"""Newest items of a user that a signature is made of."""
+"""How many of a user's newest items a signature is made from."""
 
 MAX_ANCHORS = 1024
-"""A signature has a number for each anchor; a user shall stay small."""
+"""Most anchors of a bank with signatures: each costs a number per user, and users must stay small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Signature:
 
     Attributes:
         bank: the 8 hex digits of the bank it belongs to.
-        tokens: n, the items' output tokens: how much evidence it is; 0 when there was none.
+        tokens: n, the items' output tokens: how much evidence there is; 0 when there was none.
         products: -⟨g, Bᵢ - mean⟩, [N] float32: to first order, by how much each anchor lowers the loss of the items.
     """
 
@@ -40,17 +40,17 @@ class Signature:
 
     @property
     def finite(self) -> bool:
-        """Whether its numbers and their length are numbers that float32 has."""
+        """Whether its products and their length are finite in float32."""
         return self.length <= float(np.finfo(np.float32).max)
 
     @property
     def length(self) -> float:
-        """Of the products as a vector."""
+        """The length of the products as a vector."""
         return float(np.linalg.norm(self.products.astype(np.float64)))
 
 
 def empty_signature(bank: str, anchors: int) -> Signature:
-    """One that says nothing: what there is when items teach nothing.
+    """A signature that says nothing, for items that teach nothing.
 
     Args:
         bank: the 8 hex digits of the bank it belongs to.

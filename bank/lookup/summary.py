@@ -1,4 +1,4 @@
-"""What `mta bank info` tells of a bank."""
+"""What `mta bank info` shows of a bank."""
 
 from __future__ import annotations
 

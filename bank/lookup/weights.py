@@ -2,7 +2,7 @@
 
 Two kinds of evidence. *Topic* is the paper's own (arXiv 2511.20072): the anchors nearest to the profile's text
 embedding, weighted by their similarities. *Signature* asks how well each anchor explains the user's own answers
-(`bank/lookup/signature.py`), and lets the topic have a say beside it. Whoever has no signature yet is served by topic.
+(`bank/lookup/signature.py`), and lets the topic have a say beside it. A user without a signature is served by topic.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> t
 def signature_weights(
     index: AnchorIndex, rule: SignatureRule, embedding: Vectors, signature: Signature
 ) -> tuple[AnchorWeight, ...]:
-    """Evidence of the user's own items, the most convincing anchors first.
+    """Evidence from the user's own items, the most convincing anchors first.
 
     Args:
         index: of the anchors' embeddings.
@@ -105,8 +105,8 @@ def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight], share: 
     Args:
         manifest: the bank.
         weights: non-negative, each anchor once; what they sum to is their strength beside the common row.
-        share: of that strength, 0 to 1; without a common row there is nothing that could have the rest, and they have
-            it whole.
+        share: how much of that strength they get, 0 to 1; without a common row, which would take the rest, they get all
+            of it.
     """
     total = round(share * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
     ordered = sorted(weights, key=lambda w: w.anchor)

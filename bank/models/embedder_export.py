@@ -1,7 +1,7 @@
 """A BERT-like sentence embedder as one ONNX file: token embeddings, encoder, mean pooling, unit length.
 
 The graph is written operator by operator, not traced: its bytes, and so the embedder's id that banks and stored
-profiles are bound to, then depend on the weights alone and not on the version of an exporter.
+profiles are bound to, then depend on the weights alone and not on an exporter's version.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def export_embedder(source: Path, target: Path) -> None:
     found = tuple(config.get(key) for key in ("model_type", "hidden_act", "position_embedding_type"))
     if found[:2] != ("bert", "gelu") or found[2] not in ("absolute", None):
         raise BankError(
-            f"cannot export the embedder at {source}: only BERT encoders with gelu and absolute positions are known, "
-            f"this is {found}. Put a folder with {MODEL_FILE} and {TOKENIZER_FILE} into MTA_EMBEDDER instead"
+            f"cannot export the embedder at {source}: only BERT encoders with gelu and absolute positions are "
+            f"supported, this is {found}. Set MTA_EMBEDDER to a folder with {MODEL_FILE} and {TOKENIZER_FILE} instead"
         )
     onnx.save(encoder_model(config, load_file(source / "model.safetensors")), target / MODEL_FILE)
     shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)
@@ -75,7 +75,7 @@ def encoder_model(config: Mapping[str, Any], weights: Weights) -> onnx.ModelProt
 
 
 class _Graph:
-    """Nodes and initializers in the making; `op` returns the name of what the node gives."""
+    """Nodes and initializers in the making; `op` returns the name of the node's output."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -151,7 +151,7 @@ def _layer(graph: _Graph, config: Mapping[str, Any], module: str, hidden: str, b
 
 
 def _pool(graph: _Graph, hidden: str) -> None:
-    """Mean over the tokens that are no padding, then unit length."""
+    """Mean over the tokens that are not padding, then unit length."""
     tokens, last = graph.constant([1], np.int64), graph.constant([-1], np.int64)
     mask = graph.op("Cast", graph.op("Unsqueeze", "attention_mask", last), to=1)
     total = graph.op("ReduceSum", graph.op("Mul", hidden, mask), tokens, keepdims=0)

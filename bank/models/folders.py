@@ -1,4 +1,4 @@
-"""Where the base model and the embedder lie: the defaults are prepared in the cache folder on first use."""
+"""Where the base model and the embedder are: the defaults are prepared in the cache folder on first use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SAMPLE_BYTES = 64 << 10
 
 
 def ensure_base_model(name: str, cache_dir: Path) -> Path:
-    """The folder of a base model, made or downloaded when it is not there yet.
+    """The folder of a base model, made or downloaded if it is not there yet.
 
     Args:
         name: `default`, a local folder, or a Hugging Face id.
@@ -56,12 +56,12 @@ def ensure_base_model(name: str, cache_dir: Path) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*.gguf", "*.onnx", "*.pth", "original/*"]))
     except Exception as error:  # the hub's client raises a dozen kinds, httpx's among them
         raise BankError(
-            f"base model {name!r} is no local folder and could not be fetched from the Hugging Face hub: {error}"
+            f"base model {name!r} is not a local folder and could not be fetched from the Hugging Face hub: {error}"
         ) from error
 
 
 def ensure_embedder(folder: Path | None, cache_dir: Path) -> Path:
-    """The embedder's folder: `folder` as it is, or the default one, made when it is not there yet.
+    """The embedder's folder: `folder` as it is, or the default one, made if it is not there yet.
 
     Raises:
         BankError: when `folder` holds no embedder, or the default cannot be made.
@@ -82,7 +82,7 @@ def model_name(name: str, folder: Path) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 (64 hex digits) that tells base models apart, in bounded time for any size.
+    """SHA-256 (64 hex digits) that tells base models apart, in bounded time whatever their size.
 
     It covers the configuration and, of each weight file, its size and 64 blocks of 64 KiB spread evenly from the
     first byte (the header with names and shapes) to the last: another checkpoint differs everywhere, a truncated
@@ -126,7 +126,7 @@ def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> 
         made_for = manifest.base_model
         if made_for.hash != found:
             raise BankError(
-                f"the bank at {folder} is for {made_for.name} (hash {made_for.hash[:12]}…), the model at "
+                f"the bank at {folder} is for {made_for.name} (hash {made_for.hash[:12]}…), but the model at "
                 f"{model_folder} has {found[:12]}…: serve that model, or build a bank for this one"
             )
 
@@ -154,7 +154,7 @@ def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path
 
 
 def _readable(folder: Path) -> None:
-    """Readable by all, as a cache that containers mount should be: temporary folders and safetensors are private."""
+    """Let everybody read a cache that containers mount: temporary folders and safetensors files are private."""
     folder.chmod(0o755)
     for path in folder.iterdir():
         path.chmod(0o644)
@@ -162,7 +162,7 @@ def _readable(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """An exclusive lock between processes; the kernel lets go of it when its holder dies."""
+    """An exclusive lock between processes; the kernel releases it when its holder dies."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -202,5 +202,5 @@ def _export_embedder(target: Path) -> None:
     except ImportError as error:
         raise BankError(
             f"cannot make the default embedder here: {error}. Run `mta models` where banks are trained (the extra "
-            "`train`) and let MTA_EMBEDDER name the folder it prints"
+            "`train`) and set MTA_EMBEDDER to the folder it prints"
         ) from error

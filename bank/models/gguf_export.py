@@ -1,4 +1,4 @@
-"""The packaged GGUF base model as a Hugging Face folder in bf16. Run as a process of its own: it needs torch, once.
+"""The packaged GGUF base model as a Hugging Face folder in bf16, made in a process of its own: only this needs torch.
 
 python -m bank.models.gguf_export MODEL.gguf FOLDER
 """
@@ -24,7 +24,7 @@ def export_gguf(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=file,
-        quantization_config=GgufConfig(dequantize=True),  # or the weights stay packed
+        quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed
         dtype=torch.float32,
     )
     # `save_pretrained` would otherwise write the plain weights under a config that calls them GGUF.

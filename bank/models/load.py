@@ -26,7 +26,7 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # On CPU PyTorch's fused attention is slow backwards: a fifth of a step, more than the plain one takes.
+    # On CPU the backward pass of PyTorch's fused attention is slow: a fifth of a step, more than the plain one's.
     attention = "sdpa" if device == "cuda" else "eager"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -44,7 +44,7 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """`auto` as bfloat16 where the machine multiplies it fast, else float32; anything else as it is."""
+    """`auto` as bfloat16 where the machine multiplies it fast, else float32; anything else unchanged."""
     if dtype != "auto":
         return dtype
     fast = torch.cuda.is_available() or _cpu_has_bf16()

@@ -1,4 +1,4 @@
-"""Banks and PEFT: an anchor leaves as a PEFT adapter, PEFT adapters with their profiles become anchors."""
+"""Banks and PEFT: anchors leave as PEFT adapters, and PEFT adapters with profiles become anchors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False)
         bank: the bank's folder.
         anchor: its id, e.g. `a03`.
         out: the folder to write.
-        with_common: the common row and the anchor in one adapter, instead of the anchor's own part.
+        with_common: the common row and the anchor in one adapter, instead of the anchor's part alone.
 
     Raises:
         BankError: when the bank is damaged or has no such anchor or common row.
@@ -62,7 +62,7 @@ def import_bank(
     base_model: str,
     embedder: Embedder,
 ) -> BankManifest:
-    """Make a bank of PEFT adapters.
+    """Make a bank from PEFT adapters.
 
     Args:
         adapters: PEFT folders, in anchor order; adapters of smaller rank are padded to the largest.
@@ -108,7 +108,7 @@ def import_bank(
 def _profiles_of(read: Sequence[PeftAdapter], profiles: dict[str, History], path: Path) -> list[History]:
     names = [adapter.name for adapter in read]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise BankError(f"adapter folders must have names of their own, these repeat: {excerpt(repeated)}")
+        raise BankError(f"adapter folders must have distinct names; these repeat: {excerpt(repeated)}")
     if missing := [name for name in names if name not in profiles]:
         raise BankError(f"{path} has no profile for {excerpt(missing)}: user_id must be the adapter folder's name")
     return [profiles[name] for name in names]
@@ -136,7 +136,7 @@ def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
     shapes = {}
     for path in sorted(model_folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 - the handle is no mapping
+            for key in file.keys():  # noqa: SIM118 - the handle is not a mapping
                 shape = file.get_slice(key).get_shape()
                 if key.endswith(".weight") and len(shape) == 2:
                     shapes[key.removesuffix(".weight")] = (shape[0], shape[1])

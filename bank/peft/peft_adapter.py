@@ -18,7 +18,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# Settings that make a PEFT LoRA more than ΔW = scaling · B A, with the value that does not.
+# Settings that make a PEFT LoRA more than ΔW = scaling · B A, with the value at which they do not.
 _PLAIN = {
     "bias": "none",
     "use_dora": False,
@@ -50,7 +50,7 @@ class PeftAdapter:
         return max(a.shape[0] for a in self.a.values())
 
     def padded(self, modules: Mapping[str, tuple[int, int]], rank: int) -> LoraWeights:
-        """The same ΔW at one rank over a given set of modules, filled up with zeros.
+        """The same ΔW at one rank over a given set of modules, padded with zeros.
 
         Args:
             modules: name → (H_in, H_out), its own among them.
@@ -108,7 +108,7 @@ def write_peft(folder: Path, lora: LoraWeights, base_model: str) -> None:
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank,
-        target_modules=sorted(lora.a),  # in full: the last parts alone could match more
+        target_modules=sorted(lora.a),  # in full: the last parts alone could match other modules
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -130,11 +130,11 @@ def _matrices(
     for key, value in tensors.items():
         name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         if not key.startswith(_PREFIX) or part not in found or value.ndim != 2:
-            raise BankError(f"{folder}: {excerpt(key)} is no LoRA of a linear layer: a bank cannot hold it")
+            raise BankError(f"{folder}: {excerpt(key)} is not a LoRA of a linear layer: a bank cannot hold it")
         found[part][name] = value.float()
     if not found["lora_A"] or found["lora_A"].keys() != found["lora_B"].keys():
         unpaired = sorted(found["lora_A"].keys() ^ found["lora_B"].keys())
-        raise BankError(f"{folder}: every module needs one A and one B, these have not: {excerpt(unpaired)}")
+        raise BankError(f"{folder}: every module needs one A and one B; these do not have both: {excerpt(unpaired)}")
     return found["lora_A"], found["lora_B"]
 
 
@@ -145,7 +145,7 @@ def _scaling(folder: Path, config: Mapping[str, Any], module: str, rank: int) ->
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     declared = ranks.get(get_pattern_key(ranks.keys(), module), config.get("r"))
     if declared != rank:
-        raise BankError(f"{folder}: {module} has rank {rank}, its configuration says {excerpt(declared)}")
+        raise BankError(f"{folder}: {module} has rank {rank}, but its configuration says {excerpt(declared)}")
     alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise BankError(f"{folder}: lora_alpha must be a number, got {excerpt(alpha)}")

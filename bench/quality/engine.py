@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
@@ -31,7 +32,7 @@ from bench.rig.engine import KEY, running_engine
 from bench.rig.valkey import ValkeyProcess
 from server.cli.eval.engine import EngineScores
 from server.settings import Settings
-from server.store.redis.adapters import adapters_at
+from server.store.opening import open_stores
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
 
@@ -77,10 +78,11 @@ def main(
         here = run("in process")
         valkey = ValkeyProcess(Path(scratch)).start()
         try:
+            stores = partial(open_stores, Settings(redis_url=valkey.url), checked=False)
             serving = {"dtype": "float32", "next_bank": bank / BASELINES, "redis_url": valkey.url}
             with (
                 running_engine(bank, folder, **serving) as engine,
-                EngineScores(engine.url, KEY, lambda: adapters_at(valkey.url)) as scores,
+                EngineScores(engine.url, KEY, stores) as scores,
             ):
                 there = run("in the engine", scores)
         finally:

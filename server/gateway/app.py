@@ -38,14 +38,9 @@ from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
 from server.settings import Settings
-from server.store.durability import Durability
+from server.store.durability import LOOK_S, Durability
 from server.store.job_budget import JobBudget
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.append_only_file import LOOK_S, AppendOnlyFile
-from server.store.redis.connection import RedisConnection
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.signing import RedisSigning
+from server.store.opening import open_stores
 from server.store.user_key import UserKeys
 from server.watching import forever
 
@@ -96,20 +91,17 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
     bank = await asyncio.to_thread(ServingBank.open, bank_folder, embedder.id)
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
-        connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
-        stack.push_async_callback(connection.close)
         try:
-            durability = await connection.check()
+            stores = await stack.enter_async_context(open_stores(settings))
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
-        if durability is Durability.NONE:
+        if stores.server.durability is Durability.NONE:
             log.warning("Redis does not promise to keep what it acknowledges: profiles can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, thread_name_prefix="embed"))
-        store, jobs_store = RedisProfiles(connection), RedisJobs(connection)
-        signing = RedisSigning(connection, bank.manifest.short) if bank.signs else None
+        signing = stores.signing(bank.manifest.short) if bank.signs else None
         profiles = Profiles(
-            store,
+            stores.profiles,
             keys,
             embedder=embedder,
             task=bank.task,
@@ -121,9 +113,8 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         engine = EngineClient(session, settings.engine_url, engine_key, keys.cache_salt)
         tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
         engines = Engines(session, settings.engines, engine_key)
-        health = Health(connection, engines, bank.manifest.fingerprint, generating=settings.engine_url)
-        log_file = AppendOnlyFile(connection)
-        for watching in (health.watch(), forever(LOOK_S, log_file.look, log)):
+        health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
+        for watching in (health.watch(), forever(LOOK_S, stores.file.look, log)):
             stack.push_async_callback(_stopped, asyncio.create_task(watching))
         metrics.bank.labels(bank.manifest.short).set(1)
         await asyncio.to_thread(ItemIndex, bank.task, ())  # loads what searches, so that no request waits for it
@@ -133,7 +124,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             personalizer, recall, engine, engines, max_prompt_chars=settings.max_prompt_chars, metrics=metrics
         )
         adapting = Adapting(
-            jobs_store,
+            stores.jobs,
             profiles,
             checks=SampleChecks(tokenizer, engines),
             manifest=bank.manifest,
@@ -142,13 +133,13 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             budget=JobBudget(settings.job_tokens, settings.job_seconds),
         )
         erasing = Erasing(
-            store,
+            stores.profiles,
             keys,
-            adapters=RedisAdapters(connection),
-            jobs=jobs_store,
+            adapters=stores.adapters,
+            jobs=stores.jobs,
             signing=signing,
             bank=bank.manifest.short,
-            log_file=log_file,
+            log_file=stores.file,
             engines=engines,
         )
         yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)

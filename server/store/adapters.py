@@ -42,6 +42,9 @@ class AdapterStore(Protocol):
     async def adapter_id(self, user_key: str) -> str | None:
         """The `id` of the adapter that a user has now."""
 
+    async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
+        """Keep an adapter that is nobody's for some seconds, to be served under its name."""
+
     async def adapted(self) -> dict[str, int]:
         """Banks (the 8 hex digits of recipes) that user adapters were trained on, with how many users of each."""
 

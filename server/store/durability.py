@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+LOOK_S = 10.0
+"""How often each gateway looks whether the file is due to be rewritten."""
+
 
 class Durability(StrEnum):
     """How a write is known to be on disk before it is acknowledged."""
@@ -52,3 +55,6 @@ class ForgetsOnDisk(Protocol):
         Raises:
             Unavailable: when the store cannot be used; then nothing should be erased yet.
         """
+
+    async def look(self) -> None:
+        """Settle a rewrite that has ended and begin one that is due. Of all gateways one does it."""

@@ -17,10 +17,7 @@ from bank.lookup.serving import ServingBank
 from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
 from bank.models.load import resolve_dtype
 from server.settings import Settings
-from server.store.redis.connection import RedisConnection
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.signing import RedisSigning
+from server.store.opening import Stores, open_stores
 from server.worker.job_loop import JobLoop
 from server.worker.signing_loop import SigningLoop
 from server.worker.training import AdapterTrainer
@@ -35,17 +32,13 @@ async def run_worker(settings: Settings) -> None:
         MtaError: when a part cannot be opened, or the parts do not match.
     """
     bank, trainer = _opened(settings)
-    connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
-    try:
-        await connection.check()
-        working = asyncio.gather(*_loops(connection, bank, trainer))
+    async with open_stores(settings) as stores:
+        working = asyncio.gather(*_loops(stores, bank, trainer))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)
         log.info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
         with suppress(asyncio.CancelledError):
             await _until_it_fails(working)
-    finally:
-        await connection.close()
 
 
 def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
@@ -58,13 +51,13 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
     return bank, AdapterTrainer.open(folder, bank.manifest, model, resolve_dtype("auto"))
 
 
-def _loops(connection: RedisConnection, bank: ServingBank, trainer: AdapterTrainer) -> list[Coroutine[Any, Any, None]]:
+def _loops(stores: Stores, bank: ServingBank, trainer: AdapterTrainer) -> list[Coroutine[Any, Any, None]]:
     """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    profiles, model_lock = RedisProfiles(connection), asyncio.Lock()
-    loops = [JobLoop(name, RedisJobs(connection), profiles, bank, trainer, model_lock=model_lock).run()]
+    profiles, model_lock = stores.profiles, asyncio.Lock()
+    loops = [JobLoop(name, stores.jobs, profiles, bank, trainer, model_lock=model_lock).run()]
     if bank.signs:
-        signing = RedisSigning(connection, bank.manifest.short)
+        signing = stores.signing(bank.manifest.short)
         loops.append(SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock).run())
     return loops
 

@@ -128,7 +128,7 @@ def test_too_few_candidates_is_an_error_with_both_numbers(bench: Bench, tmp_path
         tmp_path / "short.json",
         [*people(2), {**people(1, items=10)[0], "user_id": "of ten items"}],
     )
-    with pytest.raises(BankError, match="3 anchors were asked for and 2 people"):
+    with pytest.raises(BankError, match="3 anchors were asked for, but only 2 people"):
         bench.build("few", inputs={"users": short})
     assert not (bench.folder / "few").exists()
 

@@ -213,7 +213,7 @@ def test_an_adapter_of_another_model_is_refused_with_the_module(inbox: Inbox, tm
         ({"bias": "all"}, "bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "of type 'IA3'"),
-        ({"r": 5}, "has rank 4, its configuration says 5"),
+        ({"r": 5}, "has rank 4, but its configuration says 5"),
         ({"lora_alpha": None}, "lora_alpha must be a number"),
     ],
 )

@@ -21,7 +21,8 @@ from bench.rig.tiny import tiny_bank
 from bench.rig.user_adapters import random_user_adapter
 from bench.rig.valkey import ValkeyProcess
 from server.cli.eval.engine import EngineScores
-from server.store.redis.adapters import adapters_at
+from server.settings import Settings
+from server.store.opening import open_stores
 
 TURNS = ("Say 1", "Say something about trains", "And?")
 
@@ -44,7 +45,7 @@ def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> It
     folder = bank.folder
     with (
         running_engine(folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
-        EngineScores(running.url, KEY, lambda: adapters_at(valkey.url)) as scores,
+        EngineScores(running.url, KEY, lambda: open_stores(Settings(redis_url=valkey.url), checked=False)) as scores,
     ):
         yield scores
 

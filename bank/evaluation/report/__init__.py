@@ -1,1 +1,1 @@
-"""What the records of an evaluation come to: metrics, intervals, tables, pictures, files."""
+"""What is made of an evaluation's records: metrics, intervals, tables, pictures, files."""

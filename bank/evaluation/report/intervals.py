@@ -1,8 +1,8 @@
-"""How sure a mean over users is: bootstrap intervals, and tests of several methods against one.
+"""How certain a mean over users is: bootstrap intervals, and tests of several methods against one.
 
-BCa intervals allow for skew, not for how few users there are: over 10 users with normal differences about 90 of 100
-hold the true mean, over 20 users 93. So whether a difference is sure is for a test to say, not for the interval: if
-there were no difference, the sign of each user's could as well be the other one.
+BCa intervals allow for skew, but not for how few users there are: with normal differences, about 90 of 100 hold the
+true mean over 10 users, and 93 over 20. So a test says whether a difference is significant, not the interval: if there
+were no difference, each user's could just as well have the other sign.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 9_999
-"""Resamples of an interval, and random sign flips of a test; up to 13 users it takes all flips and is exact."""
+"""Resamples of an interval, and random sign flips of a test; up to 13 users a test takes all flips and is exact."""
 
 LEVEL = 0.05
 _BATCH = 1_000  # resamples in memory at a time
@@ -25,7 +25,7 @@ class Interval:
     """A mean with its 95 % interval, over `n` users.
 
     Attributes:
-        mean, low, high, n: of one difference a user.
+        mean, low, high, n: of one difference per user.
         p: p-value of the test that there is no difference, Holm-adjusted for all methods that were compared with the
             same one; None where nothing was tested.
     """
@@ -38,7 +38,7 @@ class Interval:
 
     @property
     def sure(self) -> bool:
-        """Whether the test rejects that there is no difference."""
+        """Whether the difference is significant: the test rejects that there is none."""
         return self.p is not None and self.p < LEVEL
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Interval:
 
 
 def over_users(differences: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of one difference a user, and its bias-corrected and accelerated (BCa) bootstrap interval.
+    """The mean of one difference per user, and its bias-corrected and accelerated (BCa) bootstrap interval.
 
     One user, or users who all differ by the same, have nothing to resample: the interval is the mean itself.
     """
@@ -66,8 +66,8 @@ def against_one(differences: Mapping[str, Sequence[float]], seed: int = 0) -> di
     """Several methods compared with one over the same users: an interval for each, tested and Holm-adjusted together.
 
     Args:
-        differences: by method, one difference a user.
-        seed: of what is drawn.
+        differences: by method, one difference per user.
+        seed: of the random draws.
     """
     if not differences:
         return {}

@@ -18,7 +18,7 @@ def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> Non
 
     Args:
         records: of an evaluation; without predictions nothing is written.
-        task: names itself in the files.
+        task: the files give its name.
         folder: made if needed.
     """
     answers: dict[str, dict[str, str]] = defaultdict(dict)

@@ -1,7 +1,7 @@
 """LaMP's metrics by LaMP's own definitions (Salemi et al., ACL 2024, and its evaluation code), over all queries.
 
-labels   accuracy and macro-F1 over the task's labels; a prediction that is no label is always wrong
-score    MAE and RMSE; a prediction that is no number counts as the end of the scale that is farther from the gold
+labels   accuracy and macro-F1 over the task's labels; a prediction that is not a label is always wrong
+score    MAE and RMSE; a prediction that is not a number counts as the end of the scale that is farther from the gold
 text     ROUGE-1 and ROUGE-L, F-measure, with stemming
 """
 
@@ -21,7 +21,7 @@ def evaluate(task: Task, predictions: Sequence[str], golds: Sequence[str]) -> di
     """The task's metrics, by LaMP's names.
 
     Args:
-        task: says of which kind its answers are, and which labels there are.
+        task: says what kind of answers it has, and which labels there are.
         predictions: one for each gold, as generated.
         golds: at least one.
     """
@@ -29,7 +29,7 @@ def evaluate(task: Task, predictions: Sequence[str], golds: Sequence[str]) -> di
 
 
 def score_of(prediction: str, gold: float) -> float:
-    """A predicted score; what is no number is as wrong as can be."""
+    """A predicted score; what is not a number is as wrong as can be."""
     try:
         value = float(prediction.strip())
     except ValueError:
@@ -40,7 +40,7 @@ def score_of(prediction: str, gold: float) -> float:
 
 
 def label_of(prediction: str, labels: Sequence[str]) -> int:
-    """The place of a label among the labels; -1 for what is none."""
+    """The place of a prediction among the labels; -1 when it is not one."""
     text = prediction.strip()
     return labels.index(text) if text in labels else -1
 

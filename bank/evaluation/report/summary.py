@@ -15,24 +15,25 @@ from bank.evaluation.report.metrics import evaluate
 from bank.items.tasks import Task
 
 COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")
-"""Whose loss a table sets the others' against."""
+"""The methods whose losses a table compares all others with."""
 
 CAPTION = (
-    "In brackets the 95 % interval of each difference (BCa bootstrap over people). A difference is bold where it is "
-    f"sure: p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in its column."
+    "In brackets: the 95 % interval of each difference (BCa bootstrap over people). A difference is bold where "
+    f"it is significant: p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in its "
+    "column."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """What one method came to.
+    """The results of one method.
 
     Attributes:
         method: its name.
-        users: who it was evaluated on; a difference is over those of its row.
+        users: how many it was evaluated on; differences are over the same ones.
         loss: nats per gold token, mean over users.
         metrics: of the task, over all queries of all seeds; empty where some have no prediction.
-        against: the difference of its loss to another method's, by that one's name; negative is better.
+        against: its loss less another method's, by that method's name; negative is better.
         rejected: share of users whose training was rejected.
     """
 
@@ -45,7 +46,7 @@ class MethodRow:
 
 
 def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
-    """One row a method, the best loss last."""
+    """One row per method, the best loss last."""
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_method[record.method].append(record)
@@ -62,13 +63,13 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
 
 
 def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
-    """What to read, by title: the methods that everyone was evaluated with, and where others, or predictions, were for
-    some people only, all methods over those; the points of curves are left out.
+    """Tables by title: the methods that everyone was evaluated with and, where other methods or predictions cover only
+    some people, all methods over those. Points of curves are left out.
 
     Args:
         rows: of all records.
-        records: the same that they are of.
-        task: whose metrics they have.
+        records: what the rows were made from.
+        task: gives the metrics.
     """
     rows = [row for row in rows if not parse_method(row.method).varied]
     everyone = max(row.users for row in rows)
@@ -83,21 +84,21 @@ def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> 
 
 
 def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
-    """What a table of these rows has columns for: the metrics, and those of `COMPARED` that are among them."""
+    """The columns of a table of these rows: the metrics, and the rows' methods that are in `COMPARED`."""
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     return metrics, [name for name in COMPARED if any(row.method == name for row in rows)]
 
 
 def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
-    """Tables by title, in Markdown: with intervals, bold where a difference is sure, and a caption."""
+    """Tables by title, in Markdown: with intervals, bold where a difference is significant, and a caption."""
     blocks = [f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()]
     return "\n\n".join([*blocks, CAPTION]) + "\n"
 
 
 def _compared(losses: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, Interval]]:
-    """By method, its loss less each other method's: those over whose users it was evaluated, in the order of `losses`.
+    """By method, its loss less that of each method which covers all of its users, in the order of `losses`.
 
-    What stands in one column of a table is tested together: all over the same users, but for the points of curves.
+    The differences in one column of a table, all over the same users, are tested together; points of curves are not.
     """
     found: dict[str, dict[str, Interval]] = {method: {} for method in losses}
     for other, theirs in losses.items():
@@ -118,7 +119,7 @@ def _compared(losses: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping
 
 
 def _sample(records: Sequence[Record]) -> set[str]:
-    """Users with records of every method, and with predictions of those methods that have some."""
+    """Users with records of every method, and with predictions of every method that has some."""
     users: dict[str, set[str]] = defaultdict(set)
     answered: dict[str, set[str]] = defaultdict(set)
     for record in records:
@@ -140,7 +141,7 @@ def _table(rows: Sequence[MethodRow]) -> str:
 
 
 def as_json(rows: Sequence[MethodRow]) -> list[dict[str, object]]:
-    """The same as JSON."""
+    """Rows as JSON values."""
     return [asdict(row) for row in rows]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,7 @@ def evaluate(
     from server.cli.eval.engine import EngineScores
     from server.cli.eval.tables import print_tables
     from server.settings import load_settings
-    from server.store.redis.adapters import adapters_at
+    from server.store.opening import open_stores
     from server.store.samples import AdaptConfig
     from server.worker.training import user_plan
 
@@ -90,7 +91,8 @@ def evaluate(
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    opened = EngineScores(engine_url, key, lambda: adapters_at(settings.redis_url)) if engine_url else nullcontext()
+    stores = partial(open_stores, settings, checked=False)
+    opened = EngineScores(engine_url, key, stores) if engine_url else nullcontext()
     with Progress(*columns, console=console) as progress, opened as engine:
 
         def begin(pieces: int) -> Callable[[int], None]:

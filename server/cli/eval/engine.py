@@ -15,7 +15,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import aiohttp
 import orjson
@@ -29,16 +29,11 @@ from bank.evaluation.speakers import PersonAdapter
 from server.engine_protocol import BASE_MODEL, key_header
 from server.gateway.engines.chat import open_session
 from server.store.adapters import StoredAdapter, new_adapter_id
+from server.store.opening import Stores
 from server.store.user_key import UserKeys
 
 LENT_S = 3600
 SILENCE_S = 300.0
-
-
-class Lends(Protocol):
-    """The part of `server.store.redis.adapters.RedisAdapters` that is used here."""
-
-    async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None: ...
 
 
 class EngineScores:
@@ -47,13 +42,13 @@ class EngineScores:
     Args:
         url: the engine's own, not a gateway's.
         key: the engine's; None without one.
-        store: opens the store in which the engine looks for user adapters.
+        stores: opens the stores in which the engine looks for user adapters.
     """
 
-    def __init__(self, url: str, key: str | None, store: Callable[[], AbstractAsyncContextManager[Lends]]) -> None:
+    def __init__(self, url: str, key: str | None, stores: Callable[[], AbstractAsyncContextManager[Stores]]) -> None:
         self._url = f"{url.rstrip('/')}/v1/completions"
         self._headers = {"Content-Type": "application/json"} | key_header(key)
-        self._store = store
+        self._stores = stores
         self._keys = UserKeys(secrets.token_hex(32), "evaluation")
         self._lent: dict[str, str] = {}  # SHA-256 of the bytes → the name that serves them
         self._opened = AsyncExitStack()
@@ -88,7 +83,8 @@ class EngineScores:
 
     async def _open(self) -> None:
         self._session = await self._opened.enter_async_context(open_session(SILENCE_S))
-        self._lender = await self._opened.enter_async_context(self._store())
+        stores = await self._opened.enter_async_context(self._stores())
+        self._adapters = stores.adapters
 
     def _answers(self, adapter: PersonAdapter | None, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """One completion for each body, all concurrently."""
@@ -110,7 +106,7 @@ class EngineScores:
         digest = hashlib.sha256(raw).hexdigest()
         if digest not in self._lent:
             lent = UserAdapterId(self._keys.key(digest), new_adapter_id())
-            await self._lender.lend(lent.user_key, StoredAdapter(lent.id, user.recipe, digest, raw), LENT_S)
+            await self._adapters.lend(lent.user_key, StoredAdapter(lent.id, user.recipe, digest, raw), LENT_S)
             self._lent[digest] = replace(adapter.recipe, user_adapter=lent).name
         return self._lent[digest]
 

@@ -34,19 +34,15 @@ async def _run(settings: Settings, at_a_time: int) -> None:
 
     from bank.manifest import read_manifest
     from server.store.job_budget import JobBudget
-    from server.store.redis.adapters import RedisAdapters
-    from server.store.redis.connection import RedisConnection
-    from server.store.redis.jobs import RedisJobs
-    from server.store.redis.profiles import RedisProfiles
+    from server.store.opening import open_stores
     from server.worker.readapting import Counts, Readapting
 
     manifest = read_manifest(settings.bank_folder())
-    connection = RedisConnection(settings.redis_url, require_durable=settings.require_durable_store)
-    try:
-        await connection.check()
-        stores = RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection)
+    async with open_stores(settings) as stores:
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
-        work = Readapting(*stores, manifest=manifest, at_a_time=at_a_time, budget=budget)
+        work = Readapting(
+            stores.jobs, stores.adapters, stores.profiles, manifest=manifest, at_a_time=at_a_time, budget=budget
+        )
         stale = await work.stale()
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
             task = progress.add_task("users", total=sum(stale.values()))
@@ -55,8 +51,6 @@ async def _run(settings: Settings, at_a_time: int) -> None:
                 progress.update(task, completed=counts.asked + counts.settled + counts.waiting)
 
             counts = await work.run(told)
-    finally:
-        await connection.close()
     Console(highlight=False).print(
         f"bank {manifest.short}: {counts.asked} users have a job, {counts.settled} need none, "
         f"{counts.waiting} wait for a request to remake their profile"

@@ -7,6 +7,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Set
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,7 @@ from server.engine.admission.user_adapters import SWEEP_S, RpcWorkers, UserAdapt
 from server.engine.banks import read_manifests
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.connection import RedisConnection
+from server.store.opening import open_stores
 from server.watching import forever
 
 log = logging.getLogger("mta.engine")
@@ -47,6 +47,7 @@ class MtaEndpointPlugin:
     def __init__(self) -> None:
         self._names: AdapterNames[LoRARequest] | None = None
         self._keys: list[bytes] = []
+        self._opened = AsyncExitStack()  # for as long as the process lives
         self._watching: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
 
     def attach_router(self, app: FastAPI) -> None:
@@ -81,8 +82,9 @@ class MtaEndpointPlugin:
             in_flight=in_flight,
         )
         names = self._names
+        stores = await self._opened.enter_async_context(open_stores(settings, checked=False))  # nothing is written here
         users = UserAdapters(
-            RedisAdapters(RedisConnection(settings.redis_url, require_durable=False)),  # nothing is written here
+            stores.adapters,
             RpcWorkers(engine_client.collective_rpc),  # type: ignore[union-attr]
             manifests,
             max_rank=args.max_lora_rank,

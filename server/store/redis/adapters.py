@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from adapters.recipe import UserAdapterId
 from server.store.adapters import StoredAdapter
@@ -78,13 +77,3 @@ class RedisAdapters:
         """Some users on the list of a bank, and where to go on; 0 at its end."""
         after, members = await self._connection.run(lambda redis: redis.sscan(keys.adapted(bank), cursor, count=_BATCH))
         return int(after), members
-
-
-@asynccontextmanager
-async def adapters_at(redis_url: str) -> AsyncIterator[RedisAdapters]:
-    """The user adapters of a store, durable or not, for as long as a block runs."""
-    connection = RedisConnection(redis_url, require_durable=False)
-    try:
-        yield RedisAdapters(connection)
-    finally:
-        await connection.close()

@@ -15,7 +15,7 @@ import logging
 
 from redis.exceptions import ResponseError
 
-from server.store.durability import Asked
+from server.store.durability import LOOK_S, Asked
 from server.store.redis import keys
 from server.store.redis.connection import RedisConnection
 from server.store.redis.job_scripts import NOW
@@ -27,9 +27,6 @@ INTERVAL_MS = 3_600_000
 
 ASKED_MS = 60_000
 """How soon after asking must be erased what the file shall forget."""
-
-LOOK_S = 10.0
-"""How often each gateway looks whether one is due."""
 
 BEGIN_MS = 30_000
 """A gateway that has taken it upon itself to begin a rewrite and has not by then never will."""

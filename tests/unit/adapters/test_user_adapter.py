@@ -93,7 +93,7 @@ def test_bytes_cut_anywhere_are_refused(kind: UserAdapterKind) -> None:
 def test_an_adapter_of_another_bank_is_refused_with_both_sizes(kind: UserAdapterKind) -> None:
     raw = encode_user_adapter(LAYOUT, user(kind))
     other = RowLayout((*MODULES, ModuleShape("layers.1.q_proj", 12, 8)), RANK, shared_a=True)
-    with pytest.raises(UserAdapterError, match="for this bank it must be"):
+    with pytest.raises(UserAdapterError, match="but this bank needs"):
         decode_user_adapter(other, raw)
 
 

@@ -33,7 +33,7 @@ def test_a_name_says_what_varies() -> None:
     "name", ["", "best", "base:topic", "mean@k2", "merged:", "merged:luck", "merged@k0", "merged@x3", "merged+past"]
 )
 def test_what_is_no_method_is_named_with_those_that_are(name: str) -> None:
-    with pytest.raises(BankError, match=r"is no method: there are base, task"):
+    with pytest.raises(BankError, match=r"is not a method\. Methods are base, task"):
         parse_methods(f"base,{name}")
 
 

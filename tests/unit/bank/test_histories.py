@@ -66,7 +66,7 @@ def test_an_item_twice_counts_once(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ({"user_id": "ann"}, "must hold a list of people"),
-        ([], "holds nobody"),
+        ([], "lists no people"),
         (["ann"], "entry 0 must be an object"),
         ([{"profile": []}], "entry 0 has no user_id"),
         ([{"user_id": True, "profile": []}], "entry 0 has no user_id"),

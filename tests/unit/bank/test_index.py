@@ -69,7 +69,7 @@ def test_an_embedding_of_another_size_or_not_finite_is_refused(query: Vectors) -
 
 def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "anchors.faiss").write_bytes(b"not an index")
-    with pytest.raises(BankError, match="no FAISS index"):
+    with pytest.raises(BankError, match="not a FAISS index"):
         AnchorIndex.load(tmp_path / "anchors.faiss")
 
 

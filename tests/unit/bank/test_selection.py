@@ -58,7 +58,7 @@ def test_there_are_exactly_as_many_as_asked_for(count: int, more: int, seed: int
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_too_few_people_is_an_error_with_both_numbers(count: int) -> None:
-    with pytest.raises(BankError, match=f"{count} anchors were asked for and 3 people"):
+    with pytest.raises(BankError, match=f"{count} anchors were asked for, but only 3 people"):
         select_anchors(groups(3), [20] * 3, count, seed=0)
 
 

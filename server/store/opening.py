@@ -1,0 +1,68 @@
+"""Which store it is, and the only place that knows: every process opens its stores here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from server.settings import Settings
+from server.store.adapters import AdapterStore
+from server.store.durability import CheckedStore, ForgetsOnDisk
+from server.store.jobs import JobStore
+from server.store.profiles import ProfileStore
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.append_only_file import AppendOnlyFile
+from server.store.redis.connection import RedisConnection
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.signing import RedisSigning
+from server.store.signing import SignQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """The stores of one process, all on the same server.
+
+    Attributes:
+        server: asked whether it can be used.
+        profiles, jobs, adapters: what is kept of users.
+        signing: the queue of users who want a signature for a bank, by the bank's 8 hex digits.
+        file: what the server writes to disk.
+    """
+
+    server: CheckedStore
+    profiles: ProfileStore
+    jobs: JobStore
+    adapters: AdapterStore
+    signing: Callable[[str], SignQueue]
+    file: ForgetsOnDisk
+
+
+@asynccontextmanager
+async def open_stores(settings: Settings, *, checked: bool = True) -> AsyncIterator[Stores]:
+    """The stores that the settings name, for as long as a block runs.
+
+    Args:
+        settings: of the process.
+        checked: whether the server must be there, and durable where the settings say so. Without it a process starts
+            while the store is away, and must write nothing that has to last.
+
+    Raises:
+        MtaError: when the URL cannot be read.
+        Unavailable: when a checked server cannot be reached or is not durable.
+    """
+    connection = RedisConnection(settings.redis_url, require_durable=checked and settings.require_durable_store)
+    try:
+        if checked:
+            await connection.check()
+        yield Stores(
+            server=connection,
+            profiles=RedisProfiles(connection),
+            jobs=RedisJobs(connection),
+            adapters=RedisAdapters(connection),
+            signing=lambda bank: RedisSigning(connection, bank),
+            file=AppendOnlyFile(connection),
+        )
+    finally:
+        await connection.close()
