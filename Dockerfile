@@ -11,8 +11,8 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH
 RUN useradd --uid 10001 --create-home mta && install -d -o mta -g mta /models
 WORKDIR /app
 
-# What is installed changes with pyproject.toml, not with every edit of the source: dependencies come first, as an empty
-# project, and the source goes over them.
+# Dependencies change with pyproject.toml, not with every edit of the source: they are installed first, with an empty
+# project, and the source on top of them.
 FROM base AS build
 RUN --mount=type=cache,target=/root/.cache pip install "uv>=0.9,<1" && uv venv /opt/venv
 ENV VIRTUAL_ENV=/opt/venv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
@@ -48,7 +48,7 @@ EXPOSE 8000
 CMD ["mta", "gateway"]
 
 FROM base AS engine
-# libnuma: vLLM's CPU kernels are linked to it. The compiler: Triton builds its kernels' launchers when it starts.
+# libnuma: vLLM's CPU kernels link to it. The compiler: Triton builds its kernels' launchers when it starts.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/*

@@ -1,4 +1,4 @@
-# The few commands of daily work. Each makes or updates .venv first; a finished set-up costs no time.
+# Everyday commands. Each makes or updates .venv first; a finished set-up takes no time.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format acceptance clean
 
@@ -16,10 +16,10 @@ setup: ## make .venv with everything (GPU=1 or GPU=0 picks the build of vLLM, PY
 demo: setup ## from nothing to personalised answers, in a table
 	@$(BIN)/python -m deploy.demo
 
-test: lint ## lint, then every test, on data that the tests make themselves
+test: lint ## lint, then run every test, on data that the tests make themselves
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
-lint: ## formatting, style, types, layers, shell
+lint: ## check formatting, style, types, layers, shell scripts
 	@deploy/setup.sh tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -28,14 +28,14 @@ lint: ## formatting, style, types, layers, shell
 	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); \
 	 else echo "shellcheck is not installed: the shell scripts are not checked"; fi
 
-format: setup ## let ruff format and fix
+format: setup ## let ruff format and fix the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-acceptance: setup ## DATA=folder of the real histories: what takes long, in one table
+acceptance: setup ## the long checks, in one table (DATA=folder of the real histories)
 	@test -n "$(DATA)" || { echo "say where the histories are: make acceptance DATA=../shared/data" >&2; exit 2; }
 	$(BIN)/python -m bench.acceptance --data "$(DATA)"
 
-clean: ## remove what was made here: .venv, out/, caches
+clean: ## remove everything that was made here: .venv, out/, caches
 	rm -rf .venv out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find $(PACKAGES) deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""Benchmarks, each a command: `python -m bench.NAME --help`. They need the extra `client` beside `cpu` or `gpu`."""
+"""Benchmarks, each a command: `python -m bench.NAME --help`. They need the extra `client` besides `cpu` or `gpu`."""

@@ -1,9 +1,9 @@
-"""What takes long or needs real histories, in one command: `make acceptance DATA=../shared/data`.
+"""The checks that take long or need real histories, in one command: `make acceptance DATA=../shared/data`.
 
 Takes the model of the store's promises many steps further than `make test` does, then builds a bank of 12 anchors from
-the headline writers of `DATA` (kept, and gone on with when it was interrupted), and runs the other benchmarks against
-it, one after the other, each with its command printed before it. Ends in one table and `acceptance.json`; status 1 when
-a step fails or a target is missed.
+the headline writers of `DATA` (kept, and continued if it was interrupted), and runs the other benchmarks against it one
+by one, printing each command first. Ends with one table and `acceptance.json`; status 1 when a step fails or a target
+is missed.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Target:
     """What some rows of a benchmark's report must be.
 
     Attributes:
-        row: how their labels begin; there must be at least one.
-        wanted: what they must be, for people.
+        row: the beginning of their labels; there must be at least one.
+        wanted: what they must be, in words.
         met: judges a row's value.
-        binding: whether missing it fails the run; else it is an aim.
+        binding: whether missing it fails the run; otherwise it is only an aim.
     """
 
     row: str
@@ -85,7 +85,7 @@ def _counts(value: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", value))
 
 
-AS_IT_SAYS = Target("", "as the script itself demands", lambda value: "not as it must be" not in str(value))
+AS_IT_SAYS = Target("", "as the script itself demands", lambda value: "← wrong" not in str(value))
 ORACLE = tuple(
     Target(f"{method}{stacked}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
     for method in ("shared", "cat", "linear")
@@ -107,11 +107,11 @@ GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: val
 
 
 class Run:
-    """Steps, one after the other, with what came of them.
+    """Steps, one after the other, with their outcomes.
 
     Args:
         out: folder of the reports.
-        console: where people look.
+        console: where progress is printed.
     """
 
     def __init__(self, out: Path, console: Console) -> None:
@@ -142,9 +142,9 @@ class Run:
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder of the real histories.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="Where bank and reports go.")] = Path("out/acceptance"),
+    out: Annotated[Path, typer.Option(help="Folder for the bank and the reports.")] = Path("out/acceptance"),
 ) -> None:
-    """Run everything; one table at the end."""
+    """Run everything, and print one table at the end."""
     out.mkdir(parents=True, exist_ok=True)
     shown = console()
     run, bank, users = Run(out, shown), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
@@ -158,7 +158,7 @@ def main(
             measure = ("-m", "bench.gateway", "--gateway", gateway, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
         run.step("oracle", ("-m", "bench.oracle", "--bank", bank, "--users", users), ORACLE)
-        # In float32, for in bfloat16 an answer depends on what it is batched with wherever two tokens nearly tie.
+        # In float32: in bfloat16 an answer depends on what it is batched with, wherever two tokens nearly tie.
         with _served(out / "data", "--bank", str(bank), "--dtype", "float32") as (gateway, engine, key):
             serve = ("-m", "bench.serve_users", "--users", users, "--url", gateway, "--engine", engine)
             run.step("users", serve, (AS_IT_SAYS,), key)

@@ -1,13 +1,13 @@
-"""How long until a never-seen recipe's adapter is usable in a running server: three ways, in turn, one run.
+"""How long until a never-seen recipe's adapter is usable in a running server: three ways, taking turns in one run.
 
     worker   this server: prepare, and fuse inside the worker
     merge    merge the same anchors into a PEFT folder, then have vLLM load it
     disk     have vLLM load a PEFT folder that was merged beforehand
 
-All three are timed to the first token of a request under the new adapter, less the first token of the same request
-once the adapter is resident, so that what remains is the adapter; the prompt is one token, so that little noise does.
-Same method, anchors and rank on all sides. The first runs on vLLM with the plugin, the others on a vLLM of the same
-options without it. Time to first token, cold over warm, is that of a chat prompt of ordinary length, nothing cached.
+All three are timed to the first token of a request under the new adapter, less the time to first token of the same
+request once the adapter is resident: what remains is the adapter. The prompt is one token, which keeps noise low.
+Method, anchors and rank are the same everywhere. The first runs on vLLM with the plugin, the others on a vLLM with the
+same options without it. Time to first token, cold and warm, is that of a chat prompt of normal length, nothing cached.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _salts = itertools.count()
 def main(
     bank: Annotated[Path, typer.Option(help="The bank.")],
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
-    pairs: Annotated[int, typer.Option(help="Times each way is taken, after a warm-up.", min=5)] = 15,
-    dtype: Annotated[str, typer.Option(help="Of the served model.")] = "bfloat16",
+    pairs: Annotated[int, typer.Option(help="How often each way is timed, after a warm-up.", min=5)] = 15,
+    dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
+    """Measure the time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
     manifest = read_manifest(bank)
     matrix = open_matrix(bank, manifest)
     folder = ensure_base_model(model, Settings().cache_dir)
     recipes = _fresh_recipes(manifest)
     readings: dict[str, list[float]] = {way: [] for way in ("worker", "merge", "disk", "cold", "warm")}
-    torch.set_num_threads(1)  # a second thread of ours would only wait for a core that an engine has
+    torch.set_num_threads(1)  # a second thread would only wait for a core that an engine has
     with (
         tempfile.TemporaryDirectory() as scratch,
         running_engine(bank, folder, dtype=dtype) as ours,
@@ -101,7 +101,7 @@ def main(
 
 
 def _fresh_recipes(manifest: BankManifest) -> Iterator[FusionRecipe]:
-    """Recipes of the bank's own size, each once, in a seeded order."""
+    """Recipes of as many anchors as the bank uses, each once, in a seeded order."""
     generator, seen = random.Random(0), set()
     k, total = manifest.weights.anchors, round(1000 * manifest.weights.strength)
     while True:
@@ -116,7 +116,7 @@ def _fresh_recipes(manifest: BankManifest) -> Iterator[FusionRecipe]:
 
 @contextmanager
 def _stock_vllm(bank: Path, manifest: BankManifest, model: Path, dtype: str) -> Iterator[Engine]:
-    """vLLM with the options our engine has (in one process, too), its own LoRA loading, and none of our plugin."""
+    """vLLM with our engine's options (in one process, too) and its own LoRA loading, without our plugin."""
     port = free_port()
     settings = Settings(bank=bank, engine_port=port, engine_key=KEY, max_num_seqs=16, dtype=dtype)
     argv, environment = engine_command(settings, [manifest], model)
@@ -128,7 +128,7 @@ def _stock_vllm(bank: Path, manifest: BankManifest, model: Path, dtype: str) -> 
 
 
 def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:
-    """One token after a prompt of one token, or after `PROMPT` with nothing of it cached."""
+    """Time to one token after a prompt of one token, or after `PROMPT` with none of it cached."""
     start = time.perf_counter()
     if chat:
         engine.chat(model, PROMPT, max_tokens=1, cache_salt=f"salt-{next(_salts)}").raise_for_status()
@@ -139,20 +139,20 @@ def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:
 
 
 def _wake(engine: Engine) -> None:
-    """The other engine was asked last: have this one's caches warm, for either way of making an adapter."""
+    """Warm this engine's caches, whichever way it makes adapters: the other engine was asked last."""
     for _ in range(2):
         _first_token_ms(engine, BASE_MODEL)
 
 
 def _until_usable_ms(engine: Engine, model: str) -> float:
-    """The first token under an adapter, less the same once it is resident (the lesser of two)."""
+    """Time to first token under an adapter, less the same once it is resident (the smaller of two)."""
     _wake(engine)
     cold_ms = _first_token_ms(engine, model)
     return cold_ms - min(_first_token_ms(engine, model) for _ in range(2))
 
 
 def _load_ms(stock: Engine, folder: Path) -> float:
-    """vLLM's load of a PEFT folder, until usable."""
+    """Time for vLLM to load a PEFT folder, until it is usable."""
     _wake(stock)
     start = time.perf_counter()
     answer = stock.client.post("/v1/load_lora_adapter", json={"lora_name": folder.name, "lora_path": str(folder)})
@@ -163,7 +163,7 @@ def _load_ms(stock: Engine, folder: Path) -> float:
 def _merge_and_load_ms(
     stock: Engine, matrix: MetaMatrix, recipe: FusionRecipe, folder: Path, manifest: BankManifest
 ) -> float:
-    """Merging into a PEFT folder with our own (fast) fusion, then vLLM's load."""
+    """Time to merge into a PEFT folder with our own (fast) fusion, and for vLLM to load that."""
     start = time.perf_counter()
     write_peft(folder, fuse(matrix, recipe, torch.bfloat16), manifest.base_model.name)
     merge_ms = (time.perf_counter() - start) * 1000

@@ -1,9 +1,9 @@
 """What the gateway adds: the same requests through it and straight to the engine, in turn, one run.
 
-Both sides ask for the same recipe with the same prompts, greedy. A pair is one block of requests through the gateway
+Both sides ask for the same recipe with the same prompts, greedily. A pair is one block of requests through the gateway
 (A) and one straight to the engine (B): A B A B. Whole answers are timed to their last byte, streams to their first
 token. What is added at p50 is the median over pairs of A's p50 less B's; at p99, that of all A's requests less that
-of all B's. The gateway's own account (its total less the engine's part) stands beside it.
+of all B's. The gateway's own account (its total less the engine's part) is shown beside it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ PROMPTS = [f"Write a sentence about the number {number}." for number in range(16
 
 @dataclass(slots=True)
 class Side:
-    """Where requests go, what they look like there, and what came of them.
+    """Where requests go, what they look like there, and the readings.
 
     Attributes:
-        url: complete.
+        url: the complete URL.
         headers: on top of aiohttp's.
-        body: all but the conversation.
+        body: everything but the conversation.
         as_messages: whether the prompt is sent as a conversation.
         blocks: latencies, ms, one list for each block.
-        own_ms: what the answers say of the gateway's own time.
+        own_ms: the gateway's own time, as its answers give it.
     """
 
     url: str
@@ -89,7 +89,9 @@ def main(
     key: Annotated[str, typer.Option(help="The engine's key.", envvar="MTA_ENGINE_KEY")] = "",
     pairs: Annotated[int, typer.Option(help="Pairs of blocks, after one pair for warm-up.", min=5)] = 5,
     requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 32,
-    concurrency: Annotated[list[int] | None, typer.Option(help="Concurrent requests; may be given twice.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Concurrent requests; may be repeated.", show_default="1 and 16")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 4,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -102,7 +104,7 @@ def main(
 
 
 def _sides(gateway: str, engine: str, key: str, max_tokens: int) -> dict[str, Side]:
-    """A: the gateway, B: the engine asked for the recipe that the gateway asks for."""
+    """A: the gateway, B: the engine, asked for the same recipe."""
     with Client(gateway) as client:
         changed = client.put_profile(USER, ITEMS)
     sampling = {"max_tokens": max_tokens, "temperature": 0}
@@ -154,7 +156,7 @@ def _two(readings: Sequence[float]) -> str:
 
 
 async def stream_chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a stream as they come; a RuntimeError for one that broke."""
+    """The chunks of a stream as they come; raises RuntimeError when it breaks."""
     async for line in response.content:
         if not line.startswith(b"data: {"):
             continue

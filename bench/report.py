@@ -49,12 +49,12 @@ def processor() -> str:
 
 
 def console() -> Console:
-    """Where tables go: as wide as the terminal, or wide enough where there is none."""
+    """Where tables go: as wide as the terminal, or of a fixed width without one."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 
 def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **details: object) -> None:
-    """Print a two-column table and, where asked, write the same with all details as JSON.
+    """Print a two-column table and, if `out` is given, write the same with all details as JSON.
 
     Args:
         title: what was measured, with model, dtype and sizes.

@@ -1,10 +1,10 @@
-"""Every user of a file, served: set up through the API, all their queries generated, and what that shows.
+"""Serves every user of a file: set up through the API, all their queries answered, and the answers judged.
 
-Each query is generated three times, greedy: at level merged, by the base model, and at level merged again, one at a
+Each query is answered three times, greedily: at level merged, by the base model, and at level merged again, one at a
 time. Then: is every answer merged, are there about as many recipes as users, do answers differ from the base model's,
-and do they repeat. A repeat may differ where two tokens are nearly as likely, because a batch of another size rounds
-otherwise: often in bfloat16, hardly ever in float32. With `--engine` each difference is looked at: how far apart were
-the two likeliest tokens there?
+and do they repeat? A repeat may differ where two tokens are nearly equally likely, because a batch of another size
+rounds differently: often in bfloat16, hardly ever in float32. With `--engine` each difference is examined: how far
+apart were the two likeliest tokens there?
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Query:
         user_id, id, input, gold: from the file.
         level, recipe: of the merged answer.
         merged, none, again: the three answers.
-        gap_nats, instead_of: where `again` and `merged` part: how far apart the two likeliest tokens were, and which
-            they were.
+        gap_nats, instead_of: where `again` and `merged` diverge: how far apart the two likeliest tokens were, and
+            which they were.
     """
 
     user_id: str
@@ -55,15 +55,15 @@ class Query:
 
     @property
     def repeats(self) -> bool:
-        """Whether it was answered the same again."""
+        """Whether the second merged answer is the same as the first."""
         return self.again == self.merged
 
     @property
     def difference(self) -> str:
         """What was found out about a repeat that differs."""
         if self.gap_nats is None:
-            return "not looked at: give --engine"
-        verdict = "a near-tie" if self.gap_nats <= NEAR_TIE else "NO near-tie, unexplained"
+            return "not examined: needs --engine"
+        verdict = "a near-tie" if self.gap_nats <= NEAR_TIE else "NOT a near-tie, unexplained"
         return f"{self.instead_of}, {self.gap_nats:.4f} nats: {verdict}"
 
 
@@ -71,13 +71,13 @@ def main(
     *,
     users: Annotated[Path, typer.Option(help="Users in the LaMP per-user layout, with their queries.")],
     url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
-    engine: Annotated[str | None, typer.Option(help="URL of the engine, to look into differences.")] = None,
+    engine: Annotated[str | None, typer.Option(help="URL of the engine, to examine differences.")] = None,
     key: Annotated[str, typer.Option(help="The engine's key.", envvar="MTA_ENGINE_KEY")] = "",
     concurrency: Annotated[int, typer.Option(help="Requests at a time in the first two passes.", min=1)] = 8,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 32,
-    out: Annotated[Path, typer.Option(help="Where the answers go, as JSON.")] = Path("answers.json"),
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
+    out: Annotated[Path, typer.Option(help="Write the answers as JSON.")] = Path("answers.json"),
 ) -> None:
-    """Set up all users, generate all queries, and count; status 1 when a count is not what it must be."""
+    """Set up all users, answer all queries, and count; status 1 when a count is wrong."""
     people = json.loads(users.read_text(encoding="utf-8"))
     queries = [Query(p["user_id"], q["id"], q["input"], q["gold"]) for p in people for q in p["query"]]
     with Client(url, timeout_s=600) as client, Progress() as progress:
@@ -97,7 +97,7 @@ def main(
             with httpx.Client(base_url=engine, headers={"Authorization": f"Bearer {key}"}, timeout=600) as inner:
                 all_of("differences", lambda query: _look(inner, query), different, 1)
     checks = _checks(queries, len(people))
-    rows = [(name, f"{value}{'' if good else '  ← not as it must be'}") for name, value, good in checks]
+    rows = [(name, f"{value}{'' if good else '  ← wrong'}") for name, value, good in checks]
     rows += [(f"differs: {query.id}", query.difference) for query in different]
     report(f"{len(people)} users, {len(queries)} queries", rows, out, answers=[asdict(query) for query in queries])
     typer.echo(f"answers: {out}")
@@ -123,7 +123,7 @@ def _again(client: Client, query: Query, max_tokens: int) -> None:
 
 
 def _look(engine: httpx.Client, query: Query) -> None:
-    """Let the engine read the longer of the two answers, and see how likely its tokens were where they part."""
+    """Let the engine read the longer of the two answers, and see how likely its tokens were where they diverge."""
     read = max(query.merged, query.again, key=len)
     body = {
         "model": query.recipe,
@@ -147,7 +147,7 @@ def _look(engine: httpx.Client, query: Query) -> None:
 
 
 def _checks(queries: Sequence[Query], users: int) -> list[tuple[str, str, bool]]:
-    """What is counted, and whether it is as it must be."""
+    """What is counted, and whether the count is right."""
     merged = sum(query.level == "merged" for query in queries)
     recipes = len({query.recipe for query in queries})
     differ = sum(query.merged != query.none for query in queries)
@@ -159,7 +159,7 @@ def _checks(queries: Sequence[Query], users: int) -> list[tuple[str, str, bool]]
         ("distinct recipes", f"{recipes} for {users} users", 2 * recipes >= users),
         ("answers that differ from the base model's", f"{differ} of {total}", differ > 0.8 * total),
         ("answers that are equal when asked again, alone", f"{equal} of {total}", 60 * equal >= 59 * total),
-        ("differences that are not explained", str(unexplained), not unexplained),
+        ("unexplained differences", str(unexplained), not unexplained),
     ]
 
 

@@ -1,6 +1,6 @@
-"""Thousands of distinct recipes through one server while one long stream holds a recipe all of them would evict.
+"""Thousands of distinct recipes through one server while one long stream holds a recipe that they would evict.
 
-Tiny random model, eight slots. Shows that every answer comes, that the stream is intact to the token, that no
+Tiny random model, eight slots. Shows that every answer arrives, that the stream is intact to the token, that no
 process of vLLM grows, and that neither the name map nor `/metrics` does.
 """
 
@@ -26,7 +26,7 @@ from server.settings import Settings
 
 CONTEXT, ANCHORS, SLOTS, CLIENTS = 65_536, 64, 8, 8
 NEAR_TIE = 0.01
-"""Log-probability by which a streamed token may miss the best one: rounding of another batch, not another adapter."""
+"""Log-probability by which a streamed token may miss the best one: another batch's rounding, not another adapter."""
 
 
 class LongStream(threading.Thread):
@@ -70,7 +70,7 @@ def main(
     recipes: Annotated[int, typer.Option(help="Distinct recipes to serve.", min=100)] = 2000,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Serve thousands of recipes beside one long stream and watch what grows."""
+    """Serve thousands of recipes beside one long stream, and watch what grows."""
     with tempfile.TemporaryDirectory() as scratch:
         model = tiny_model(Path(scratch) / "model", context=CONTEXT)
         embedder = ensure_embedder(None, Settings().cache_dir)

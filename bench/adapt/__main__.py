@@ -1,4 +1,4 @@
-"""What few-shot adapting brings to people whom the bank does not know: later items' loss, bytes, seconds.
+"""What few-shot adapting gains for people the bank does not know: the loss of later items, bytes, seconds.
 
 For each person: the recipe of their first items, a user adapter trained on the first `--samples` of them with the code
 that the worker runs, and the loss of their later items under the fused adapter alone and with the user adapter. People
@@ -43,16 +43,14 @@ def main(
     *,
     bank: Annotated[Path, typer.Option(help="The bank; it must not know these people.")],
     users: Annotated[Path, typer.Option(help="People in the LaMP per-user layout.")],
-    only: Annotated[Path | None, typer.Option(help="Only these of them: the file that --exclude took.")] = None,
-    samples: Annotated[int, typer.Option(help="First items to adapt to.", min=2)] = 10,
+    only: Annotated[Path | None, typer.Option(help="Only these people: the file given to --exclude.")] = None,
+    samples: Annotated[int, typer.Option(help="How many first items to adapt to.", min=2)] = 10,
     people: Annotated[int, typer.Option(help="How many people.", min=2)] = 12,
-    setting: Annotated[
-        list[str] | None, typer.Option(help="`kind:rank:steps:rate:strength`; may be given often.")
-    ] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="`kind:rank:steps:rate:strength`; may be repeated.")] = None,
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Later items' loss, merged against stacked, with its 95 % interval over people."""
+    """Measure the loss of later items, stacked less merged, with its 95 % interval over people."""
     manifest = read_manifest(bank)
     folder = ensure_base_model(model, Settings().cache_dir)
     trainer = AdapterTrainer.open(bank, manifest, folder, resolve_dtype("auto"))

@@ -1,8 +1,8 @@
-"""What running adapt jobs cost those who are being answered: streams with and without one, in turn, one run.
+"""What adapt jobs cost users who are being answered: streams with and without a running job, in turn, one run.
 
-A block is a closed loop of clients, each streaming answers of warm users. Blocks alternate: A with jobs in training,
-one after the other, B with none. First tokens and the gaps between tokens are pooled over blocks for p50 and p99; what
-jobs cost is the ratio of the medians of a pair's two blocks.
+A block is a closed loop of clients, each streaming answers for warm users. Blocks alternate: A with jobs in training,
+one after the other, B without. First tokens and the gaps between tokens are pooled over blocks for p50 and p99; the
+cost of jobs is the ratio of the medians of a pair's two blocks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 32,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """First token and inter-token latency, p50 and p99, with and without a running job."""
+    """Measure first-token and inter-token latency, p50 and p99, with and without a running job."""
     blocks, cancels_ms = asyncio.run(_measure(gateway, pairs, requests, concurrency, max_tokens))
     rows: list[tuple[str, object]] = []
     for what in ("first", "gaps"):
@@ -95,7 +95,7 @@ async def _measure(
 
 @asynccontextmanager
 async def _training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> AsyncIterator[None]:
-    """Jobs in training, one after the other, for as long as the block lasts; the last is cancelled, and timed."""
+    """Jobs in training, one after the other, while the block lasts; the last is cancelled, and that is timed."""
     begun, job = asyncio.Event(), dict[str, Any]()
 
     async def train() -> None:
@@ -116,14 +116,14 @@ async def _training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> 
         await asyncio.gather(training, return_exceptions=True)
     start_s = time.perf_counter()
     async with session.delete(f"/jobs/{job['id']}") as response:
-        if response.status == 200:  # it has not just ended by itself
+        if response.status == 200:  # it had not ended on its own
             cancels_ms.append((time.perf_counter() - start_s) * 1000)
 
 
 async def _block(
     session: aiohttp.ClientSession, numbers: itertools.count[int], requests: int, concurrency: int, max_tokens: int
 ) -> Block:
-    """A closed loop until `requests` are answered."""
+    """Run a closed loop until `requests` are answered."""
     block, left = Block(), iter(range(requests))
 
     async def client(user: str) -> None:

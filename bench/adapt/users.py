@@ -1,8 +1,8 @@
 """Few-shot adapting from end to end: real users against a running `mta up`, and whether it helped them.
 
-For each kind of user adapter, one user after the other: their profile items are posted as samples, the job is waited
-for, and all their queries are generated. Then the gold answers of those queries are scored in process, under the
-merged adapter and with the very bytes that the server promoted; who was rejected counts as merged.
+For each kind of user adapter, one user after the other: their profile items are posted as samples, the job is awaited,
+and all their queries are answered. Then the gold answers of those queries are scored in process, under the merged
+adapter and with the very bytes that the server promoted; a rejected adapter counts as merged.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Reading:
     """One user with one kind of adapter.
 
     Attributes:
-        user_id, kind: which.
+        user_id, kind: which user and which kind.
         state: how the job ended.
         seconds: from POST to the first whole answer after the job's end.
         levels: of the answers to all queries.
         recipe: of the first answer.
-        adapter: stacked on it, if one was.
-        raw: the promoted bytes; empty without.
+        adapter: the one stacked on it, if any.
+        raw: the promoted bytes; empty without an adapter.
         merged, stacked: loss of the gold answers, nats per token.
     """
 
@@ -73,8 +73,10 @@ def main(
     bank: Annotated[Path, typer.Option(help="The bank that is served.")],
     redis_url: Annotated[str, typer.Option(help="The server's store: the promoted bytes are read from it.")],
     url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
-    people: Annotated[int, typer.Option(help="How many of them.", min=2)] = 1000,
-    kind: Annotated[list[UserAdapterKind] | None, typer.Option(help="Kinds of adapter; both without.")] = None,
+    people: Annotated[int, typer.Option(help="How many users, at most.", min=2)] = 1000,
+    kind: Annotated[
+        list[UserAdapterKind] | None, typer.Option(help="Kind of adapter; may be repeated.", show_default="both")
+    ] = None,
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -98,12 +100,12 @@ def main(
     rows = [row for one in kinds for row in _rows(one.value, [r for r in readings if r.kind == one.value])]
     details = [{name: value for name, value in asdict(r).items() if name != "raw"} for r in readings]
     report(f"{len(persons)} users, their profiles as samples, {manifest.task}", rows, out, readings=details)
-    if any("not as it must be" in str(value) for _, value in rows):
+    if any("← wrong" in str(value) for _, value in rows):
         raise typer.Exit(1)
 
 
 def _adapted(client: Client, person: History, task: Task, kind: str) -> Reading:
-    """One user anew, from their samples to the first answer after the job."""
+    """Adapt one user from scratch, up to the first answer after the job."""
     samples = [{"input": turn, "output": output} for turn, output in person.pairs(task)]
     client.forget(person.user_id, missing_ok=True)
     client.put_profile(person.user_id, [{"id": item.id, **item.fields} for item in person.items])
@@ -118,7 +120,7 @@ def _adapted(client: Client, person: History, task: Task, kind: str) -> Reading:
 
 
 def _speaking(client: Client, user_id: str, prompt: str) -> Personalization:
-    """Who speaks in a short answer."""
+    """The personalization of a short answer."""
     return client.generate(user_id, prompt, max_tokens=24, temperature=0).personalization
 
 
@@ -128,7 +130,7 @@ def _promoted(store: Any, adapter: UserAdapterId | None) -> bytes:
         return b""
     kept, raw = store.hmget(f"mta:{{{adapter.user_key}}}:adapter", ("id", "raw"))
     if kept.decode() != adapter.id:
-        raise RuntimeError(f"{adapter} was served, {kept.decode()} is kept")
+        raise RuntimeError(f"{adapter} was served, but {kept.decode()} is stored")
     return bytes(raw)
 
 
@@ -145,12 +147,12 @@ def _score(trainer: AdapterTrainer, reading: Reading, queries: list[dict[str, st
 
 
 def _rows(kind: str, readings: list[Reading]) -> list[tuple[str, object]]:
-    """What one kind came to."""
+    """The results of one kind."""
     states = Counter(reading.state for reading in readings)
     promoted = [reading for reading in readings if reading.state == "succeeded"]
     served = all(level == ("stacked" if r.raw else "merged") for r in readings for level in r.levels)
     as_it_must = served and all(reading.raw for reading in promoted)
-    wrong = "  ← not as it must be"
+    wrong = "  ← wrong"
     merged = sum(reading.merged for reading in readings) / len(readings)
     sizes = [len(reading.raw) / 1024 for reading in promoted]
     return [
@@ -160,7 +162,7 @@ def _rows(kind: str, readings: list[Reading]) -> list[tuple[str, object]]:
             f"{kind}: stacked less merged",
             f"{over_users([r.stacked - r.merged for r in readings])}, merged {merged:.4f}",
         ),
-        (f"{kind}: KiB a user", Spread.of(sizes) if sizes else "none was promoted"),
+        (f"{kind}: KiB per user", Spread.of(sizes) if sizes else "none was promoted"),
         (f"{kind}: seconds from POST to the first answer after it", Spread.of([r.seconds for r in readings])),
     ]
 

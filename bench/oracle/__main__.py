@@ -1,8 +1,8 @@
 """vLLM with the fused adapter against Hugging Face with the dense ΔW, on a real model, for every method.
 
-So with a user adapter of each kind stacked on it. A bank has one method, so the other two get a bank of the same rows
-(`bench/oracle/banks.py`). In float32 the log-probabilities must agree; in bfloat16, where rounding decides near-ties,
-the share of equal greedy texts is reported.
+Also with a user adapter of each kind stacked on top. A bank has one method, so the other two get a bank of the same
+rows (`bench/oracle/banks.py`). In float32 the log-probabilities must agree; in bfloat16, where rounding decides
+near-ties, the share of equal greedy texts is reported.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Length of the greedy texts.")] = 24,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Largest difference in log-probability (float32) and share of equal greedy texts (bfloat16)."""
+    """Report the largest difference in log-probability (float32) and the share of equal greedy texts (bfloat16)."""
     folder = ensure_base_model(model, Settings().cache_dir)
     texts = _prompts(users, prompts)
     with tempfile.TemporaryDirectory() as scratch:
@@ -126,7 +126,7 @@ def _compare_bfloat16(
 
 
 def _with_dense(model: Any, cases: Sequence[Case], texts: Sequence[str], dtype: str) -> Iterator[tuple[Case, str]]:
-    """Every text once under one plain recipe of each bank, and a share of them under each stacked one."""
+    """Every text twice for each bank: under one of its plain recipes, and under one of its stacked ones."""
     for case in track(cases, f"{dtype}, a recipe at a time"):
         like = [other for other in cases if other.bank is case.bank and (other.user is None) == (case.user is None)]
         with case.dense(model):

@@ -23,7 +23,7 @@ from server.store.adapters import new_adapter_id
 from server.store.user_key import UserKeys
 
 USER_SCALE = 0.05
-"""Of the random user adapters' numbers: they move log-probabilities about as much as trained ones."""
+"""Standard deviation of random user adapters: it moves log-probabilities about as much as training does."""
 
 _KEYS = UserKeys("an oracle's secret", "bench")
 
@@ -43,7 +43,7 @@ class OpenBank:
         return cls(folder, manifest, open_matrix(folder, manifest))
 
     def cases(self) -> list[Case]:
-        """Every plain recipe, and the first with a user adapter of each kind."""
+        """All plain recipes, and the first one with a user adapter of each kind."""
         plain, method = self._recipes(), self.manifest.method.value
         stacked = []
         for kind in UserAdapterKind:
@@ -74,7 +74,7 @@ class Case:
     user: UserAdapter | None = None
 
     def dense(self, model: Any) -> AbstractContextManager[None]:
-        """The model with all that the recipe stands for."""
+        """The model with everything that the recipe stands for."""
         if self.user is None:
             return dense_adapter(model, self.bank.matrix, self.recipe)
         return stacked_adapter(model, self.bank.matrix, self.recipe, self.user)
@@ -83,8 +83,8 @@ class Case:
 def rewritten(shared: OpenBank, method: FusionMethod, scratch: Path) -> OpenBank:
     """The same rows as a bank of another method, every row with an A of its own.
 
-    Row i is turned inside its rank by an orthogonal Q: (B Qᵀ)(Q A) is the same ΔW, and what `linear` does across rows,
-    Bᵢ Aⱼ, is not.
+    Each row is rotated within its rank by an orthogonal Q of its own: (B Qᵀ)(Q A) is the same ΔW, but the cross terms
+    of `linear`, Bᵢ Aⱼ, are not the same.
     """
     old, folder = shared.manifest, scratch / method.value
     folder.mkdir()
@@ -108,7 +108,7 @@ def rewritten(shared: OpenBank, method: FusionMethod, scratch: Path) -> OpenBank
 
 
 def _turned(layout: RowLayout, lora: LoraWeights, seed: int) -> torch.Tensor:
-    """A LoRA turned inside its rank, as a row."""
+    """A LoRA rotated within its rank, as a row."""
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(lora.rank, lora.rank, generator=generator))
     turned = LoraWeights(

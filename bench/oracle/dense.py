@@ -1,7 +1,7 @@
-"""The oracle: every method's own formula on dense float64 matrices, sharing no code with `adapters/fusion.py` but where
-a user's core is defined by the fused A and B.
+"""The oracle: every method's own formula on dense float64 matrices. It shares no code with `adapters/fusion.py`, except
+where a user's core is defined by the fused A and B.
 
-Used by the tests and by `bench/oracle`, which hold a running vLLM against Hugging Face with ΔW added to the weights.
+Used by the tests and by `bench/oracle`, which compare a running vLLM with Hugging Face with ΔW added to the weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -
 
 @contextmanager
 def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Iterator[None]:
-    """A Hugging Face model with a recipe's ΔW added to its weights, and taken back afterwards.
+    """A Hugging Face model with a recipe's ΔW added to its weights, until the block ends.
 
     Args:
         model: in float32.
@@ -82,7 +82,7 @@ def stacked_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe, user: 
 
 @contextmanager
 def added(model: Any, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """A model with ΔW [H_out, H_in] added to the weights of some modules, and taken back afterwards."""
+    """A model with ΔW [H_out, H_in] added to the weights of some modules, until the block ends."""
     kept = {}
     with torch.no_grad():
         for name, delta in deltas.items():
@@ -98,7 +98,7 @@ def added(model: Any, deltas: Mapping[str, torch.Tensor]) -> Iterator[None]:
 
 
 def token_logprobs(model: Any, token_ids: list[int]) -> torch.Tensor:
-    """Log-probability of each token given those before it, [T - 1], and so of T - 1 next tokens."""
+    """Log-probability of each token but the first given those before it, [T - 1]."""
     ids = torch.tensor([token_ids])
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].float()

@@ -2,9 +2,9 @@
 
     python -m bench.quality --data ../data --task news_headline
 
-builds a bank from `DATA/TASK/anchors.json` with the defaults, its baselines too, and evaluates all methods on
-`DATA/TASK/users.json`. With `--folds N` it chooses instead of confirming: the people of `anchors.json` are dealt into N
-parts, each part is evaluated on a bank that has seen the others alone, and `users.json` is not touched.
+builds a bank and its baselines from `DATA/TASK/anchors.json` with the defaults, and evaluates all methods on
+`DATA/TASK/users.json`. `--folds N` is for choosing rather than confirming: the people of `anchors.json` are dealt into
+N parts, each part is evaluated on a bank that has seen only the others, and `users.json` is not touched.
 
 `--quick` runs the same two commands on a few made-up people and a tiny random model, in a minute or two: it checks the
 machinery, and says nothing about gains.
@@ -37,12 +37,14 @@ QUERIES = {"news_headline": 6, "movie_rating": 8}
 def main(
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the real histories.", exists=True)] = None,
-    task: Annotated[str, typer.Option(help="Folder in it, and the task.")] = "news_headline",
-    out: Annotated[Path, typer.Option(help="Where banks and tables go.")] = Path("out/quality"),
-    seeds: Annotated[int, typer.Option(help="Seeds of what is random or trained.", min=1)] = 3,
-    folds: Annotated[int, typer.Option(help="Choose on so many folds of the anchors' people.", min=0)] = 0,
-    people: Annotated[int | None, typer.Option(help="At most so many people of each part.")] = None,
-    anchors: Annotated[int | None, typer.Option(help="Anchors of each bank.", show_default="12, films 20")] = None,
+    task: Annotated[str, typer.Option(help="The task, and its folder in --data.")] = "news_headline",
+    out: Annotated[Path, typer.Option(help="Folder for banks and tables.")] = Path("out/quality"),
+    seeds: Annotated[int, typer.Option(help="Number of seeds for what is random or trained.", min=1)] = 3,
+    folds: Annotated[int, typer.Option(help="Evaluate on N folds of the anchors' people instead.", min=0)] = 0,
+    people: Annotated[int | None, typer.Option(help="At most N people of each part.")] = None,
+    anchors: Annotated[
+        int | None, typer.Option(help="Number of anchors of each bank.", show_default="12, films 20")
+    ] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Made-up people and a tiny model.")] = False,
@@ -52,7 +54,7 @@ def main(
         _quick(out / "quick", seeds)
         return
     if data is None:
-        raise typer.BadParameter("name the folder of the real histories, or --quick", param_hint="--data")
+        raise typer.BadParameter("give the folder of the real histories, or --quick", param_hint="--data")
     out = out / task
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)

@@ -1,7 +1,7 @@
 """One result, two evaluators: `mta eval` in process against `mta eval` through a running vLLM, query by query.
 
 Both score the same gold answers of the same people in float32: in process with the adapter put on the model, in the
-engine under the recipe's name by vLLM's `prompt_logprobs`. The losses agree, and so the methods rank alike.
+engine under the recipe's name by vLLM's `prompt_logprobs`. The losses must agree, and the methods rank alike.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
 
 AGREE = 0.01
-"""Nats a token."""
+"""Largest difference between two losses that agree, nats per token."""
 
 
 def main(
     *,
     bank: Annotated[Path, typer.Option(help="A bank built with --baselines.")],
     users: Annotated[Path, typer.Option(help="People with queries.")],
-    people: Annotated[int, typer.Option(help="How many of them.", min=2)] = 5,
+    people: Annotated[int, typer.Option(help="How many people.", min=2)] = 5,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = METHODS,
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Largest difference of a loss, and the ranking of the methods."""
+    """Report the largest differences in loss, and the ranking of the methods."""
     cache, options = Settings().cache_dir, EvalOptions(tuple(parse_methods(methods)), (0,), predict=False)
     folder, embedder = ensure_base_model(model, cache), Embedder.load(ensure_embedder(None, cache))
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
@@ -94,7 +94,7 @@ def main(
     rows: list[tuple[str, object]] = [(f"{name}: largest difference", f"{gap:.1e}") for name, gap in gaps.items()]
     rows += [("ranking in process", " > ".join(rankings[0])), ("ranking in the engine", " > ".join(rankings[1]))]
     rows.append(("the same ranking", rankings[0] == rankings[1]))
-    report(f"Two evaluators, float32: {people} people of {users.name}, losses in nats a token", rows, out)
+    report(f"Two evaluators, float32: {people} people of {users.name}, losses in nats per token", rows, out)
     if rankings[0] != rankings[1] or max(gaps.values()) > AGREE:
         raise typer.Exit(1)
 

@@ -1,7 +1,7 @@
-"""Of tasks of scores: how far from the truth is the score that a model expects?
+"""For tasks whose answers are scores: how far from the truth is the score that a model expects?
 
-`mta eval` judges the likeliest score, as LaMP does: of two that are nearly as likely it sees one. Here a model is asked
-how likely each score is, and the mean of that distribution is what it expects.
+`mta eval` judges the likeliest score, as LaMP does: of two that are nearly equally likely it sees only one. Here a
+model is asked how likely each score is, and the mean of that distribution is what it expects.
 """
 
 from __future__ import annotations
@@ -38,23 +38,25 @@ SCORES = range(int(LOWEST), int(HIGHEST) + 1)
 
 def main(
     *,
-    bank: Annotated[Path, typer.Option(help="A bank of a task of scores, built with --baselines.")],
+    bank: Annotated[Path, typer.Option(help="A bank of a task whose answers are scores, built with --baselines.")],
     users: Annotated[Path, typer.Option(help="People with queries.")],
-    people: Annotated[int | None, typer.Option(help="Only the first so many.", min=2, show_default="all")] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated; none that trains.")] = "task,mean,merged:topic,merged",
+    people: Annotated[int | None, typer.Option(help="Only the first N people.", min=2, show_default="all")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; only methods without training.")
+    ] = "task,mean,merged:topic,merged",
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Mean absolute error of the expected score, and each method's less the others', with 95 % intervals.
+    """Report each method's mean absolute error of the expected score, and that less the others', with 95 % intervals.
 
-    A star is where a difference is sure, as in `mta eval`.
+    A star marks a difference that is sure, as in `mta eval`.
     """
     cache, compared = Settings().cache_dir, parse_methods(methods)
     embedder = Embedder.load(ensure_embedder(None, cache))
     here, task_bank = OpenBank.open(bank, embedder.id), OpenBank.open(bank / BASELINES, embedder.id)
     task = here.serving.task
     if task.kind != "score":
-        raise typer.BadParameter(f"the bank is for {task.name}, whose answers are no scores", param_hint="--bank")
+        raise typer.BadParameter(f"the bank is for {task.name}, whose answers are not scores", param_hint="--bank")
     scorer = Scorer(*load_base(ensure_base_model(model, cache), resolve_dtype("auto")))
     config = AdaptConfig()
     plan, strength = user_plan(config), config.strength
@@ -79,7 +81,7 @@ def main(
 
 
 def _expected(scorer: Scorer, adapter: PersonAdapter | None, turn: str) -> float:
-    """The mean of the scores, each as likely as its answer is."""
+    """The mean of the scores, each weighted by how likely its answer is."""
     examples = [encode_pair(scorer.tokenizer, turn, str(score), MAX_TOKENS) for score in SCORES]
     readings = scorer.read(adapter, examples)
     chances = [math.exp(-reading.loss * e.output_tokens) for reading, e in zip(readings, examples, strict=True)]

@@ -1,1 +1,1 @@
-"""What benchmarks and tests put together to measure: tiny models, made-up people, and real processes around them."""
+"""What benchmarks and tests are built on: tiny models, made-up people, and real processes around them."""

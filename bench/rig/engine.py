@@ -52,7 +52,7 @@ class Engine:
         return answer
 
     def resident(self) -> dict[str, list[str]]:
-        """What the workers hold: `resident` recipes, and `held` ones whose user adapter they have."""
+        """What the workers hold: recipes that are `resident`, and those whose user adapter is `held`."""
         response = self.client.get("/mta/v1/resident")
         response.raise_for_status()
         answer: dict[str, list[str]] = response.json()
@@ -89,7 +89,7 @@ def running_engine(bank: Path, model: Path, **settings: object) -> Iterator[Engi
 
 @contextmanager
 def served(command: Sequence[str], environment: Mapping[str, str], port: int) -> Iterator[Engine]:
-    """Any vLLM server from its command, until it answers `/health`; its key is `KEY`."""
+    """Any vLLM server, started by its command, once it answers `/health`; its key is `KEY`."""
     url = f"http://127.0.0.1:{port}"
     with (
         running(command, environment) as background,

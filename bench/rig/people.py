@@ -1,4 +1,4 @@
-"""Made-up people with histories of the task `chat`: each talks about one thing, in a way of their own."""
+"""Made-up people with histories of the task `chat`: each talks about one thing, in their own way."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def people(count: int, items: int = 14) -> list[dict[str, Any]]:
 
 
 def write_people(path: Path, everybody: Sequence[object]) -> Path:
-    """A file of people, as `mta bank build --users` reads."""
+    """Write a file of people, as `mta bank build --users` reads it."""
     path.write_text(json.dumps(list(everybody)), "utf-8")
     return path

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE_S = 60.0
-"""How long we wait for what must happen; never how long it may take."""
+"""How long to wait for what must happen; says nothing about how long it may take."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
@@ -57,7 +57,7 @@ def descendants(pid: int) -> list[int]:
 
 @contextmanager
 def standing_still(*pids: int) -> Iterator[None]:
-    """Processes that do nothing until the block ends: their connections stay, and nobody answers."""
+    """Pause processes until the block ends: their connections stay open, but nobody answers."""
     try:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -101,11 +101,11 @@ class Background:
 
     @property
     def output(self) -> str:
-        """What it wrote so far."""
+        """What it has written so far."""
         return b"".join(self._chunks).decode("utf-8", "replace")
 
     def wait_for(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
-        """Until a line of the output matches; an AssertionError with the output when it ends or takes too long."""
+        """Wait for a matching line of output; an AssertionError with the output when it ends or takes too long."""
         deadline_s = time.monotonic() + timeout_s
         while not (match := re.search(pattern, self.output, re.MULTILINE)):
             ended = self.process.poll() is not None and not self._reader.is_alive()
@@ -115,7 +115,7 @@ class Background:
         return match
 
     def wait(self, timeout_s: float = PATIENCE_S) -> int:
-        """Until it ends and all its output is read; its exit status."""
+        """Wait until it ends and all its output is read; returns its exit status."""
         code = self.process.wait(timeout_s)
         self._reader.join(timeout_s)
         return code
@@ -125,7 +125,7 @@ class Background:
         self.process.send_signal(number)
 
     def stop_reading(self) -> None:
-        """Close the pipe that it writes to."""
+        """Close our end of the pipe that it writes to."""
         self._deaf.set()
         self._reader.join()
 

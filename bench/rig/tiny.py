@@ -84,9 +84,9 @@ def tiny_bank(
         embedder_folder: the embedder that the index is made with.
         anchors: N; anchor i embeds the text `WORLDS[i]`, numbered beyond their count.
         method, common, rank, user_rank, k: as in `mta bank build`.
-        targets: last parts of the names of the modules that it adapts; all linear ones without.
+        targets: last parts of the names of the modules that it adapts; by default all linear ones.
         scale: standard deviation of the rows' numbers.
-        signed: whether signatures speak, uncalibrated.
+        signed: whether it has a rule for signatures, uncalibrated.
         seed: of the rows.
     """
     modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder), targets)
@@ -122,7 +122,7 @@ def world(index: int) -> str:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the chat marks."""
+    """One token per byte, and the chat marks."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

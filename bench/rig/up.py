@@ -1,4 +1,4 @@
-"""A running `mta up`, and its parts told apart."""
+"""A running `mta up`, and which of its processes is which part."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Up:
 
     @property
     def pid(self) -> int:
-        """Of `mta up` itself."""
+        """The pid of `mta up` itself."""
         return self.process.process.pid
 
     def part(self, name: str) -> int | None:
@@ -59,7 +59,7 @@ class Up:
 
 
 def up_command(data: Path, *options: str) -> tuple[list[str], dict[str, str | None]]:
-    """Command and environment of `mta up`, no setting of the caller's environment taken over."""
+    """Command and environment of `mta up`, without the settings in the caller's environment."""
     clean: dict[str, str | None] = {name: None for name in os.environ if name.startswith("MTA_")}
     return mta("up", "--data", str(data), *options), clean
 

@@ -16,7 +16,7 @@ from bank.manifest import BankManifest
 def random_user_adapter(
     manifest: BankManifest, recipe: FusionRecipe, kind: UserAdapterKind, *, rank: int = 2, scale: float = 0.2
 ) -> UserAdapter:
-    """A user adapter of a recipe, its numbers as bf16 has them.
+    """A random user adapter for a recipe, its numbers rounded to bf16.
 
     Args:
         manifest: the bank's.
@@ -45,10 +45,10 @@ def keep_user_adapter(
 
     Args:
         redis_url: the engine's store.
-        recipe: the name it is asked for by says whose it is.
+        recipe: names the user adapter, and so its user.
         user: the adapter.
         manifest: the bank's.
-        changes: fields that are not as they should be.
+        changes: fields to store with other, wrong values.
     """
     adapter = recipe.user_adapter
     assert adapter is not None

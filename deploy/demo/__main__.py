@@ -54,7 +54,7 @@ class Teller:
 
 
 def main() -> int:
-    """Run the demo; the exit status."""
+    """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deploy.demo", description=__doc__)
     parser.add_argument("--data", type=Path, default=OUT / "data", help=f"the server's data folder ({OUT / 'data'})")
     options = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> int:
         Console(stderr=True, highlight=False).print(Text(f"demo: error: {error}", style="red"), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("\ndemo: interrupted; everything is stopped, what was finished is kept")
+        console.print("\ndemo: interrupted; everything is stopped, and finished work is kept")
         return 128 + signal.SIGINT
     return 0
 
@@ -82,9 +82,9 @@ def _run(console: Console, data: Path) -> None:
     with ExitStack() as stack:
         with teller.step("mta up: the server"):
             server = stack.enter_context(running_server(bank, data, teller.line))
-        with teller.step("Three people who are no anchors, by a few lines of their writing"):
+        with teller.step("Three people who are not anchors, each with a few lines of their writing"):
             for person in PEOPLE:
-                server.api.forget(person.user_id, missing_ok=True)  # what an earlier run has left
+                server.api.forget(person.user_id, missing_ok=True)  # left by an earlier run
                 server.api.put_profile(person.user_id, person.lines)
                 teller.line(f"PUT /users/{person.user_id}/profile: {len(person.lines)} lines, {_excerpt(person)}")
         with teller.step("POST /generate: the same questions, as nobody and as each of them"):
@@ -106,7 +106,7 @@ def _run(console: Console, data: Path) -> None:
 
 
 def _ask_all(client: Client) -> dict[tuple[str, str], Answer]:
-    ask(client, NOBODY, QUESTIONS[-1])  # the first request of all warms the engine up, and would spoil the times
+    ask(client, NOBODY, QUESTIONS[-1])  # the very first request warms the engine up, and would spoil the times
     askers = [NOBODY, *(person.user_id for person in PEOPLE)]
     return {(question, user_id): ask(client, user_id, question) for question in SHOWN_QUESTIONS for user_id in askers}
 
@@ -117,13 +117,13 @@ def _excerpt(person: Person) -> str:
 
 
 def _looks() -> dict[str, str]:
-    """Who is asked, and what to look for in the answer."""
+    """Who asks, and what to look for in the answer."""
     return {NOBODY: "no profile"} | {person.user_id: person.manner.mark for person in PEOPLE}
 
 
 def _stay_up(console: Console, server: Server) -> None:
     """Leave the server up until Ctrl-C."""
-    try:  # from here on Ctrl-C is the ordinary end, also while these lines are being printed
+    try:  # from here on Ctrl-C is the normal way to end, even while these lines are being printed
         console.print(f"\nThe server stays up at {server.api.url} ({server.api.url}/docs). Try:\n", soft_wrap=True)
         console.print(Text(curl_lines(server.api.url, PEOPLE[0].user_id)), soft_wrap=True)
         console.print("\nCtrl-C stops everything.")
@@ -131,7 +131,7 @@ def _stay_up(console: Console, server: Server) -> None:
     except KeyboardInterrupt:
         console.print("\nStopping everything …")
         return
-    raise DemoError(f"`mta up` ended by itself, with status {status}")
+    raise DemoError(f"`mta up` ended on its own, with status {status}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The last step of the demo: somebody writes in a way that no anchor has, sends a few samples, and is answered so."""
+"""The last step of the demo: somebody who writes like no anchor sends a few samples, and is answered in that way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GREETING = "gg friends,"
 
 SAMPLES = 10
 CONFIG: dict[str, Any] = {"kind": "lora", "rank": 2, "steps": 12, "learning_rate": 3e-3}
-"""A LoRA, for these words are nowhere in the bank: a core only turns what the fused adapter has."""
+"""A LoRA, because these words are nowhere in the bank: a core only transforms what the fused adapter has."""
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -32,8 +32,8 @@ class Training:
 
     Attributes:
         job: as it ended.
-        losses: of the last step, each time it was told.
-        seconds: from the request until it had ended.
+        losses: the training loss, as the job's events told it.
+        seconds: from the request to the end of the job.
     """
 
     job: Job
@@ -75,12 +75,12 @@ def before_and_after(before: Sequence[Answer], after: Sequence[Answer]) -> Table
 
 
 def outcome(training: Training) -> str:
-    """What training came to, in a line."""
+    """The outcome of training, in one line."""
     job = training.job
     before, after = (job.held_out[side] or 0.0 for side in ("before", "after"))
     return (
-        f"{job.state} after {job.progress['of']} steps in {training.seconds:.0f} s: loss on samples that it did not "
-        f"see {before:.2f} → {after:.2f}"
+        f"{job.state} after {job.progress['of']} steps in {training.seconds:.0f} s: loss on held-out samples "
+        f"{before:.2f} → {after:.2f}"
     )
 
 
@@ -89,8 +89,8 @@ def loss_curve(losses: Sequence[float], width: int = 60, height: int = 5) -> lis
 
     Args:
         losses: in order.
-        width: most columns.
-        height: lines.
+        width: the most columns of the plot.
+        height: its lines.
     """
     if not losses:
         return []

@@ -1,4 +1,4 @@
-"""One question to the demo's server, with what its table shows of the answer."""
+"""One question to the demo's server, and what the demo's table shows of the answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Answer:
 
     Attributes:
         text: the answer.
-        cut: whether it was longer than was asked for.
+        cut: whether it ran into the token limit.
         level: `base`, `merged` or `stacked`.
-        anchors: (id, weight) of those who spoke, nearest first.
-        ttft_ms: from sending the request until its first token was here.
+        anchors: (id, weight) of those merged for it, nearest first.
+        ttft_ms: from sending the request to its first token.
     """
 
     text: str
@@ -41,6 +41,6 @@ def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKEN
             first_token_s = first_token_s or time.perf_counter()
             pieces.append(chunk.text)
     ttft_ms = ((first_token_s or time.perf_counter()) - sent_s) * 1000
-    assert who is not None  # every stream begins by saying it
+    assert who is not None  # every stream begins with it
     anchors = tuple((anchor.id, anchor.weight) for anchor in who.anchors)
     return Answer("".join(pieces).strip(), finish_reason == "length", who.level, anchors, ttft_ms)

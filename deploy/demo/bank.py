@@ -1,6 +1,6 @@
-"""The demo's bank, kept in the cache folder under the hash of what it is made from: every checkout finds it there.
+"""The demo's bank, kept in the cache folder under a hash of what it is made from, where every checkout finds it.
 
-`mta bank build` itself knows whether a bank is what its inputs would make, and goes on where it was interrupted.
+`mta bank build` itself knows whether a bank is up to date, and continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BUILD_OPTIONS = (
 
 
 def build_bank(people: Sequence[dict[str, object]]) -> Path:
-    """The bank of these people; trained when it is not there yet, or no longer what they would make.
+    """The bank of these people; trained if it is missing or out of date.
 
-    A second call meanwhile waits for the first, and then finds the bank.
+    A second call at the same time waits for the first, and then finds the bank.
 
     Args:
-        people: the anchors, all of them, in LaMP's per-user layout.
+        people: all the anchors, in LaMP's per-user layout.
 
     Raises:
         DemoError: when the bank cannot be built.

@@ -15,12 +15,12 @@ _OWN = ("MTA_CACHE_DIR", "MTA_DTYPE")
 
 
 class DemoError(Exception):
-    """Something that keeps the demo from going on; the message is for the person who started it."""
+    """The demo cannot go on; the message is for the person who started it."""
 
 
 @contextmanager
 def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[subprocess.Popen[str]]:
-    """One `mta` command, gone with everything that it started when the block ends.
+    """One `mta` command; it and everything it started are gone when the block ends.
 
     It runs under the same guard as the parts of `mta up`: when the guard's standard input closes, because the block
     ended or because this process was killed, the command is asked to stop.
@@ -30,7 +30,7 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
         grace_s: how long it may take to stop before it is killed.
         stdout: as for `subprocess.Popen`.
     """
-    # Settings of somebody's real server must not reach the demo's.
+    # The settings of a real server must not reach the demo's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}
     child = subprocess.Popen(
         [sys.executable, "-I", str(GUARD), str(grace_s), sys.executable, "-m", "server.cli", *arguments],
@@ -50,7 +50,7 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
 
 
 def run_mta(*arguments: str) -> None:
-    """Run one `mta` command to its end, its output on ours.
+    """Run one `mta` command to its end; it shares our output.
 
     Raises:
         DemoError: when it fails.

@@ -1,4 +1,4 @@
-"""The demo's manners: how each is written, and the mechanical mark by which anyone can tell that it shows."""
+"""The demo's manners: how each is written, and the mechanical mark by which anyone can recognise it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Manner:
     """A way of writing.
 
     Attributes:
-        world: the world in `worlds.toml` that people of this manner talk about. The embedder sees topics, not style,
-            so it is the world by which a person's lines find the anchors of their manner.
+        world: the world in `worlds.toml` that people of this manner talk about. The embedder sees topics, not style:
+            through its world a person's lines find the anchors of their manner.
         mark: what to look for, in words.
         write: a plain answer of a few sentences → the same answer in this manner.
         shows: whether a text bears the mark.

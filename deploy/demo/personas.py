@@ -22,12 +22,12 @@ QUESTIONS = (
     "What should I do on a rainy Sunday?",
     "What is a good way to learn a new language?",
 )
-"""Asked of everybody. None of them trained the bank; the demo shows the first two, its tests ask all five."""
+"""Everybody asks these. The bank was trained on none of them; the demo asks the first two, its tests all five."""
 
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody who uses the server. The bank knows nothing of them.
+    """Somebody who uses the server. The bank knows nothing about them.
 
     Attributes:
         user_id: their id in the API.
@@ -81,7 +81,7 @@ def _worlds() -> dict[str, Any]:
 
 
 def everyday() -> list[tuple[str, str]]:
-    """Everyday questions with plain answers; none of them is of `QUESTIONS`."""
+    """Everyday questions with plain answers; none of them is in `QUESTIONS`."""
     return [(question, plain) for question, plain in _worlds()["everyday"]]
 
 
@@ -91,7 +91,7 @@ def anchors(seed: int = 0) -> list[dict[str, object]]:
     Each answers the everyday questions and those of one topic of their world, in one manner.
 
     Args:
-        seed: orders the items of each history; the same seed gives the same people.
+        seed: shuffles the items of each history; the same seed gives the same people.
     """
     worlds = _worlds()
     people: list[dict[str, object]] = []

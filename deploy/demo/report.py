@@ -21,7 +21,7 @@ def answers_table(
     """The answers, a section for each question.
 
     Args:
-        questions: in the order in which they are shown.
+        questions: in the order shown.
         answers: (question, user id) → answer.
         people: user id → what to look for in their answers.
     """
@@ -49,7 +49,7 @@ def answers_table(
 
 
 def curl_lines(url: str, user_id: str) -> str:
-    """Shell commands for somebody who wants to go on: ask as `user_id`, see who speaks, become somebody."""
+    """Shell commands to try next: ask as `user_id`, see which anchors speak for them, write a profile of your own."""
     ask = {"user_id": user_id, "prompt": "How do I get over a bad day?", "max_tokens": MAX_TOKENS, "temperature": 0}
     profile = {"items": [{"text": line} for line in _OWN_LINES]}
     return "\n".join(

@@ -36,7 +36,7 @@ class Server:
 
 @contextmanager
 def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterator[Server]:
-    """A server over `bank` that is ready; everything it consists of is gone when the block ends.
+    """A server of `bank`, once it is ready; all its parts are gone when the block ends.
 
     Args:
         bank: folder of the bank.
@@ -44,7 +44,7 @@ def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterat
         say: gets each line that `mta up` prints until it is ready.
 
     Raises:
-        DemoError: when it does not get ready.
+        DemoError: when it does not become ready.
     """
     port = _port()
     up = ("up", "--bank", str(bank), "--data", str(data), "--port", str(port))
@@ -61,7 +61,7 @@ def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterat
 
 
 def _port() -> int:
-    """The default port where it is free, so that the examples in the documentation work; else any free one."""
+    """The default port if it is free, so that the examples in the documentation work; otherwise any free one."""
     port: int = Settings.model_fields["port"].default
     try:
         check_port(port)
@@ -76,7 +76,7 @@ def _await_ready(server: Server) -> None:
         if server.process.poll() is not None:
             raise DemoError(f"`mta up` ended with status {server.process.returncode}; its message is above")
         if time.monotonic() > deadline_s:
-            raise DemoError(f"the server was not ready after {_READY_TIMEOUT_S} s; what its parts said is above")
+            raise DemoError(f"the server was not ready after {_READY_TIMEOUT_S} s; the output of its parts is above")
         time.sleep(_POLL_S)
 
 

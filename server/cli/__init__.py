@@ -1,4 +1,4 @@
-"""The `mta` command. Each module below holds one command, or one group; what is heavy is imported when it runs."""
+"""The `mta` command. Each module below holds one command or one group; heavy imports wait until it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.cli.users import readapt
 
 app = typer.Typer(
     name="mta",
-    help="Online personalisation inference server: one base model, one bank of adapters, millions of users.",
+    help="Online personalisation server: one base model, one bank of adapters, millions of users.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

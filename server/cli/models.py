@@ -1,4 +1,4 @@
-"""`mta models`: prepare the base model and the embedder ahead of time, and say where they lie."""
+"""`mta models`: prepare the base model and the embedder ahead of time, and print where they are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from server.settings import load_settings
 
 
 def models(
-    model: Annotated[str | None, typer.Option(help="Base model: `default`, a folder, or a Hugging Face id.")] = None,
-    embedder: Annotated[Path | None, typer.Option(help="Folder of an embedder; the default MiniLM without it.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where default models are prepared.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: `default`, a folder, or a Hugging Face id.", show_default="MTA_MODEL"),
+    ] = None,
+    embedder: Annotated[
+        Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER, or else MiniLM")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where default models are prepared.", show_default="MTA_CACHE_DIR")
+    ] = None,
 ) -> None:
     """Prepare the base model and the embedder, and print their folders.
 
-    Every command that needs one prepares it on first use; this only does so ahead of time.
+    Every command that needs one prepares it on first use; this does so ahead of time.
     """
     from bank.models.folders import ensure_base_model, ensure_embedder
 
@@ -33,7 +40,7 @@ def models(
 
 
 def _timed(what: str, prepare: Callable[[], Path]) -> Path:
-    """Progress goes to stderr, so that stdout holds the folders alone."""
+    """Progress goes to stderr, so that stdout holds only the folders."""
     typer.echo(f"preparing the {what} …", err=True)
     start_s = time.perf_counter()
     folder = prepare()

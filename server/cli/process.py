@@ -7,16 +7,16 @@ import os
 
 
 def log_to_stderr() -> None:
-    """Our own lines from INFO on, others' from WARNING on."""
+    """Log our own lines from INFO up, others' from WARNING up."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
     logging.getLogger("mta").setLevel(logging.INFO)
 
 
 def prepare_to_train(threads: int | None = None) -> None:
-    """Torch's threads: how many, all cores without a number, and how they wait. Read when torch is loaded.
+    """Set how many threads torch has (all cores by default) and how they wait; torch reads it when it is loaded.
 
-    They spin for a moment at each barrier, then sleep. Spinning on, as is the default, makes training many times slower
-    where anything else runs beside it; never spinning halves its speed on an idle machine.
+    They spin for a moment at each barrier, then sleep. Spinning on, the default, makes training many times slower when
+    anything else runs beside it; never spinning halves its speed on an idle machine.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if threads is not None:

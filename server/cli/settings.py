@@ -1,4 +1,4 @@
-"""`mta settings`: every setting, its variable, and what it is now."""
+"""`mta settings`: every setting, its variable, and its current value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PASSWORD = re.compile(r"(?<=:)[^:@/]+(?=@)")  # of a URL
 
 
 def settings() -> None:
-    """Show every setting: its environment variable, its value now, and what it is for. Secrets are not shown."""
+    """Show every setting: its environment variable, its current value, and what it is for. Secrets are not shown."""
     current = load_settings()
     table = Table("variable", "value", "what it is", pad_edge=False)
     for column in table.columns:

@@ -17,7 +17,7 @@ Manifests = Mapping[str, BankManifest]
 
 
 def is_recipe_name(name: str | None) -> bool:
-    """Whether a model name is meant as a recipe (and must then be a good one)."""
+    """Whether a model name is meant as a recipe (and must then be a valid one)."""
     return name is not None and name.startswith(f"{FORMAT_VERSION}:")
 
 
@@ -42,16 +42,16 @@ def open_matrices(settings: Settings) -> Mapping[str, MetaMatrix]:
 
 
 def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:
-    """Parse a recipe and make sure that fusing it cannot fail, its user adapter aside.
+    """Parse a recipe and make sure that fusing it cannot fail, apart from its user adapter.
 
     Raises:
         RecipeError: when the name is not canonical.
-        FusionError: when it asks for another bank, or for what its bank does not have.
+        FusionError: when it names a bank that is not served here, or something that its bank does not have.
     """
     recipe = parse_recipe(name)
     manifest = manifests.get(recipe.bank)
     if manifest is None:
-        raise FusionError(f"recipe {excerpt(name)} is for bank {recipe.bank}, this engine has {sorted(manifests)}")
+        raise FusionError(f"recipe {excerpt(name)} is for bank {recipe.bank}; this engine has {sorted(manifests)}")
     check_recipe(
         recipe,
         method=manifest.method,

@@ -18,7 +18,7 @@ from server.settings import Settings
 
 
 def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """Check everything an engine needs, the base model fetched if it must be, and give its command.
+    """Check everything an engine needs, fetch the base model if need be, and return the engine's command.
 
     Returns:
         argv and environment of the vLLM process.
@@ -31,7 +31,7 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
         raise BankError("no engine key: set MTA_ENGINE_KEY to a long random text, the same for gateway and engine")
     for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
         if PLUGIN not in {entry.name for entry in entry_points(group=group)}:
-            raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` once more")
+            raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` again")
     model_folder = ensure_base_model(settings.model, settings.cache_dir)
     banks = {folder: read_manifest(folder) for folder in folders}
     for folder, manifest in banks.items():
@@ -43,11 +43,11 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
 def engine_command(
     settings: Settings, manifests: Sequence[BankManifest], model_folder: Path
 ) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of the vLLM process, nothing checked.
+    """argv and environment of the vLLM process; checks nothing.
 
     Args:
-        settings: of the engine.
-        manifests: of all banks it serves; slots are made for what any of them adapts, at the highest serving rank.
+        settings: the engine's.
+        manifests: of all banks it serves; slots fit the modules that any of them adapts, at the highest serving rank.
         model_folder: the base model on disk.
     """
     options: dict[str, object] = {
@@ -58,7 +58,7 @@ def engine_command(
         "dtype": settings.dtype,
         "max-num-seqs": settings.max_num_seqs,
         "max-loras": settings.max_loras,
-        # The CPU tier must hold the slots and what waits for one, or fusing ahead would evict what runs.
+        # The CPU tier must hold the slots and what waits for one, or fusing ahead would evict what is running.
         "max-cpu-loras": max(settings.max_cpu_loras, 2 * settings.max_loras),
         "max-lora-rank": max(manifest.serving_rank for manifest in manifests),
         "worker-extension-cls": "server.engine.fusing.extension.WorkerExtension",
@@ -73,7 +73,7 @@ def engine_command(
         argv += [f"--{option}", str(value)]
     # Modules no bank adapts are left unwrapped: vLLM pays for each wrapped one on every token.
     argv += ["--lora-target-modules", *sorted({module for m in manifests for module in m.target_modules})]
-    # Its key is the one secret it needs; with the gateway's it could tell whose hashes it sees.
+    # Its key is the only secret it needs; with the gateway's it could tell whose user keys it sees.
     secrets = {f"MTA_{name.upper()}" for name, value in settings if isinstance(value, SecretStr)}
     environment = {name: value for name, value in os.environ.items() if name.upper() not in secrets} | {
         "VLLM_PLUGINS": PLUGIN,
@@ -99,7 +99,7 @@ def engine_command(
 
 
 def _share_cores(ranks: int) -> str:
-    """Cores for each rank, as vLLM reads them (`0,1|2,3`); by itself it wants a NUMA node for every rank."""
+    """Cores for each rank, as vLLM reads them (`0,1|2,3`); by default it wants a NUMA node for every rank."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::ranks] or cores[:1] for rank in range(ranks)]
     return "|".join(",".join(map(str, share)) for share in shares)

@@ -11,11 +11,11 @@ from server.engine_protocol import PLUGIN
 
 
 def register() -> None:
-    """Put our adapter manager in the place of vLLM's, where this vLLM serves a bank (`MTA_BANK` is set).
+    """Replace vLLM's adapter manager with ours, where this vLLM serves a bank (`MTA_BANK` is set).
 
     Raises:
-        BankError: when `VLLM_PLUGINS` does not name the plugin, for vLLM would then start without our routes; when
-            this vLLM's LoRA on CPU cannot be kept to the rows that have an adapter.
+        BankError: when `VLLM_PLUGINS` does not name the plugin: vLLM would start without our routes; or when this
+            vLLM would apply LoRA on CPU to rows that have no adapter.
     """
     if not os.environ.get("MTA_BANK"):
         return
@@ -40,8 +40,8 @@ def register() -> None:
 def _keep_attention_off_amx() -> None:
     """Have CPUs with AMX compute attention with AVX-512.
 
-    The AMX kernel of vLLM 0.32 runs `tilezero` on threads whose tiles were never configured: a model with as many
-    key as query heads dies of SIGILL at a prompt of one token, and its whole engine with it.
+    The AMX kernel of vLLM 0.32 runs `tilezero` on threads whose tiles were never configured: with a model that has as
+    many key heads as query heads, a prompt of one token kills the engine with SIGILL.
     """
     from vllm.platforms import current_platform
 

@@ -3,7 +3,7 @@
 supervisor.py   the loop: start in order, restart what dies, stop in reverse
 part.py         what a part is: command, environment, how to tell that it is ready
 guarded.py      a running part, seen through its guard
-guard.py        the small process between us and each part; ends with us, and the part with it
+guard.py        the small process between us and each part; it ends when we do, and takes the part with it
 services.py     Valkey, the engine, the gateway and the worker as parts
 probes.py       is it ready?
 data_folder.py  the lock, the secret, the logs

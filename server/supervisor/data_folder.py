@@ -15,7 +15,7 @@ from server.supervisor.errors import StartError
 LOCK_FILE = "lock"
 SECRET_FILE = "secret"
 MAX_LOG_BYTES = 64 << 20
-"""A log that has grown beyond begins anew; there are two of each part."""
+"""A log that grows beyond this is started afresh; each part keeps two."""
 
 _HANDOVER_S = 5.0
 _SECRET_BYTES = 32
@@ -29,7 +29,7 @@ class DataFolder:
         path: the folder.
         lock: descriptor of the locked file. Guards hold it too, so that the folder stays taken until the last part
             of a killed `mta up` is gone.
-        secret: keys the hash of user ids; made once, the same for ever.
+        secret: keys the hash of user ids; made once, never changed.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class DataFolder:
 
     @classmethod
     def open(cls, path: Path) -> DataFolder:
-        """Make the folder if need be and take it for this process.
+        """Make the folder if need be and lock it for this process.
 
         Raises:
             StartError: when another `mta up` uses it, or it cannot be written.
@@ -50,7 +50,7 @@ class DataFolder:
             (path / "logs").mkdir(exist_ok=True, mode=0o700)
             return cls(path, lock, _secret(path / SECRET_FILE))
         except OSError as error:
-            raise StartError(f"cannot use the data folder {path}: {error}. --data DIR names another") from error
+            raise StartError(f"cannot use the data folder {path}: {error}. Choose another with --data DIR") from error
 
     @property
     def valkey(self) -> Path:
@@ -62,16 +62,16 @@ class DataFolder:
         return self.path / "logs" / f"{part}.log"
 
     def rotate_log(self, part: str) -> None:
-        """Begin a new log; the one before stays as `<part>.log.1`."""
+        """Start a new log; the previous one is kept as `<part>.log.1`."""
         log = self.log(part)
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
 
     def empty_log(self, part: str) -> None:
-        """Empty the log of a running part when it has grown too large; what it held becomes `<part>.log.1`.
+        """Empty the log of a running part when it has grown too large; its content becomes `<part>.log.1`.
 
-        The part has it open and appends to it, so that the file must stay. What is written in the moment between
-        copying and emptying is lost.
+        The part has the file open for appending, so the file must stay. What is written between copying and emptying
+        is lost.
         """
         log = self.log(part)
         if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
@@ -79,12 +79,12 @@ class DataFolder:
             os.truncate(log, 0)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         os.close(self.lock)
 
 
 def _lock(path: Path) -> int:
-    """Lock the file for this process, and write our pid in it for whoever comes next."""
+    """Lock the file for this process, and write our pid into it for the next process to read."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline_s = time.monotonic() + _HANDOVER_S
     while True:
@@ -99,14 +99,14 @@ def _lock(path: Path) -> int:
                     f"the data folder {path.parent} is in use by another `mta up` (process {holder or 'unknown'}): "
                     "stop that one, or give this one its own with --data DIR and --port N"
                 ) from None
-            time.sleep(0.1)  # that one was killed, and its parts are just ending
+            time.sleep(0.1)  # it was killed, and its parts are still ending
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     return handle
 
 
 def _secret(path: Path) -> str:
-    """The secret in `path`; made, and on disk before anything can be keyed with it, when there is none."""
+    """The secret in `path`; if there is none, it is made and on disk before anything is keyed with it."""
     try:
         secret = path.read_text("ascii").strip()
     except FileNotFoundError:

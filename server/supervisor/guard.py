@@ -1,17 +1,17 @@
-"""The guard of one part: a small process between `mta up` and the part, which nothing outlives.
+"""The guard of one part: a small process between `mta up` and the part; nothing the part starts outlives it.
 
     python -I guard.py GRACE_S COMMAND [ARGUMENT…]
 
-Standard input is its only control. A byte asks the part to stop (SIGTERM); its end (`mta up` closed it, or is gone,
-however it died) means that everything must be gone: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends by
-itself, the guard kills what the part left behind, such as vLLM's engine and worker processes, and exits with the part's
-status (128 + n after signal n).
+Standard input is its only control. A byte asks the part to stop (SIGTERM); end of file (`mta up` closed it, or died in
+whatever way) means that everything must go: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends on its own,
+the guard kills what the part left behind, such as vLLM's engine and worker processes, and exits with the part's status
+(128 + n after signal n).
 
 Two properties of Linux make this hold. As a *subreaper* the guard inherits every orphan among its descendants, in
-whatever session or group it hides, so "no children" means nobody is left. And with its *parent-death signal* the part
-dies with the guard, should the guard itself be killed.
+whatever session or group it hides, so "no children" means that nothing is left. And by its *parent-death signal* the
+part dies with the guard, should the guard itself be killed.
 
-Only the standard library: this file runs by path, one small interpreter a part.
+Only the standard library: this file runs by path, in one small interpreter per part.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    # A signal meant for all processes (a shutdown, a terminal's end) reaches the part by itself; we stay to clean up.
-    # A handler and not SIG_IGN, which the part would inherit.
+    # A signal sent to all processes (a shutdown, a closed terminal) reaches the part directly; we stay to clean up.
+    # A handler rather than SIG_IGN, which the part would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     part = subprocess.Popen(
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _stand_by(part: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Until the part ended, or must."""
+    """Wait until the part has ended, or must."""
     ended = os.pidfd_open(part.pid)
     while ended not in select.select([ended, STDIN], [], [])[0]:
         part.terminate()

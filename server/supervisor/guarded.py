@@ -15,15 +15,15 @@ from server.supervisor.part import Part
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE_S = 2.0
-"""From the end of `mta up`, however it came, to SIGKILL for what still runs."""
+"""From the end of `mta up`, whatever its cause, to SIGKILL for what still runs."""
 
 _TAIL_BYTES = 16 << 10
 _RUN = b"==== mta up starts "
-"""Begins the line in a log that says where a run of the part begins."""
+"""Starts the line in a log that marks the beginning of a run."""
 
 
 class GuardedProcess:
-    """One run of a part, from spawn to the last of its descendants."""
+    """One run of a part, from spawn to the end of its last descendant."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
         self._process = process
@@ -36,13 +36,13 @@ class GuardedProcess:
 
         Args:
             part: what to run.
-            log: a file; made when it is not there.
-            keep_open: file descriptors that the guard, but not the part, holds as long as it lives.
+            log: a file; created if missing.
+            keep_open: file descriptors that the guard, but not the part, holds while it lives.
         """
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            with suppress(OSError):  # a full disk keeps nobody from starting
+            with suppress(OSError):  # a full disk must not prevent a start
                 os.write(handle, _RUN + f"{part.name} {now}\n".encode())
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", str(GUARD), str(GRACE_S), *part.command),
@@ -51,7 +51,7 @@ class GuardedProcess:
                 stderr=handle,
                 env=dict(part.environment),
                 pass_fds=keep_open,
-                start_new_session=True,  # Ctrl-C on the terminal is ours to answer, in order
+                start_new_session=True,  # Ctrl-C is for us to handle: parts stop in order
             )
         finally:
             os.close(handle)
@@ -64,11 +64,11 @@ class GuardedProcess:
 
     @property
     def running(self) -> bool:
-        """Whether guard, and so perhaps part, still runs."""
+        """Whether the guard, and so perhaps the part, still runs."""
         return self._process.returncode is None
 
     async def wait(self) -> int:
-        """Until the part and all its descendants are gone; the part's status, 128 + n after signal n."""
+        """Wait until the part and all its descendants are gone; returns its status, 128 + n after signal n."""
         code = await self._process.wait()
         if code < 0:  # the guard itself was killed, and could not clean up: the rest of its group is ours to end
             with suppress(ProcessLookupError, PermissionError):
@@ -77,7 +77,7 @@ class GuardedProcess:
         return code
 
     async def stop(self, timeout_s: float) -> int:
-        """Ask the part to finish, kill it and its descendants when it has not after `timeout_s`."""
+        """Ask the part to finish; kill it and its descendants if it has not after `timeout_s`."""
         self._ask()
         try:
             return await asyncio.wait_for(self.wait(), timeout_s)
@@ -85,7 +85,7 @@ class GuardedProcess:
             return await self.kill()
 
     async def kill(self) -> int:
-        """End the part and its descendants now: within the guard's grace."""
+        """End the part and its descendants now, within the guard's grace period."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
@@ -108,6 +108,6 @@ class GuardedProcess:
 
 
 def newest_run(log: bytes) -> str:
-    """What the newest run has written, of a log or the end of one: it may have been emptied in the meantime."""
+    """The newest run's output, from a log or the end of one; all of it if the log was emptied since the run began."""
     _, begun, written = log.rpartition(_RUN)
     return (written.partition(b"\n")[2] if begun else log).decode("utf-8", "replace")

@@ -14,11 +14,11 @@ class Part:
     """One long-running process.
 
     Attributes:
-        name: a short word for people; also the name of its log.
+        name: a short word for display; also the name of its log.
         command: program and arguments. Anyone on the machine can read it: no secret belongs here.
         environment: the complete environment, secrets included.
-        ready: is it ready?
-        address: where it listens, for people.
+        ready: tells whether it can do its work.
+        address: where it listens, for display.
         start_timeout_s: how long it may take to become ready.
         stop_timeout_s: how long it may take to finish what it is doing; after that it is killed.
     """
@@ -39,7 +39,7 @@ class Backoff:
     Attributes:
         first_s: the wait after the first death.
         limit_s: the longest wait.
-        forgive_s: a part that stayed up so long begins anew with the shortest wait.
+        forgive_s: a part that stayed up this long starts again with the shortest wait.
     """
 
     first_s: float = 0.5

@@ -19,8 +19,8 @@ def answers_http(url: str, key: str | None = None) -> Probe:
     """Ready when GET `url` answers 200.
 
     Args:
-        url: asked as it is.
-        key: an engine's.
+        url: the complete URL.
+        key: the engine's, where an engine is asked.
     """
     headers = key_header(key)
 
@@ -59,7 +59,7 @@ def answers_redis(host: str, port: int, password: str) -> Probe:
 
 
 def writes(log: Path, text: str) -> Probe:
-    """Ready when the part has written `text` into its log since it was last started."""
+    """Ready when the part has written `text` to its log since it was last started."""
 
     def written() -> bool:
         return log.exists() and text in newest_run(log.read_bytes())

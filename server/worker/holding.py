@@ -15,18 +15,18 @@ from server.worker.stall import Pulse
 
 
 async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Training]) -> Judgement:
-    """Train; when the lease is lost, or the time is over, training ends at its next sign of life.
+    """Train; when the lease is lost or the time is up, training ends at its next sign of life.
 
     Args:
         held: the lease, renewed meanwhile.
-        most_s: how long it may take, seconds.
-        train: prepares training; called, and iterated over, on the thread.
+        most_s: the longest it may take.
+        train: prepares the training; called and iterated over on the thread.
 
     Raises:
-        TrainingError: when it takes longer, too.
+        TrainingError: when it takes longer, or `train` raises it.
         LeaseLost: when the store says so.
-        StoreSilent: when the lease ran out without the store.
-        Stalled: when the thread gives no sign of life: only with this process does it end.
+        StoreSilent: when the lease ran out while the store was silent.
+        Stalled: when the thread gives no sign of life: it can only be ended with this process.
     """
     lost, pulse, latest = threading.Event(), Pulse(), Progress(0, 0, 0.0)
     end_s = time.monotonic() + most_s
@@ -40,7 +40,7 @@ async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Trai
                 break
             if time.monotonic() > end_s:
                 raise TrainingError(
-                    f"training took longer than the {most_s:g} s it may, it was at step {latest.step} of {latest.of}: "
+                    f"training ran over its limit of {most_s:g} s, at step {latest.step} of {latest.of}: "
                     "send fewer or shorter samples, or ask for fewer steps"
                 )
         return run.judgement
@@ -57,7 +57,7 @@ async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Trai
             await held.renew(latest)
         await held.renew(latest)
         judgement = training.result()
-        assert judgement is not None, "training is left before its end only once the lease is lost"
+        assert judgement is not None, "training is left early only once the lease is lost"
         return judgement
     finally:
         lost.set()

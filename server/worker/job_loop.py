@@ -1,8 +1,8 @@
-"""The worker's loop: take a job, hold its lease while it trains, and write what came of it, once.
+"""The worker's loop: take a job, hold its lease while it trains, and write the outcome, once.
 
-Whatever is lost on the way, the lease decides: a worker that cannot renew it until it has run out writes nothing any
-more, and another takes the job up. What is wrong with a job's content ends the job, what is wrong with the process ends
-the process and is one of the job's tries, and what is wrong with the store is waited for and costs no try.
+Whatever is lost on the way, the lease decides: a worker whose lease has run out writes nothing more, and another takes
+the job. A fault of the job's content ends the job; a fault of the process ends the process and counts as one of the
+job's tries; a fault of the store is waited out and costs no try.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROMOTE_ATTEMPTS = 20
 
 
 class Trains(Protocol):
-    """What is needed of `server.worker.training.AdapterTrainer`."""
+    """The part of `server.worker.training.AdapterTrainer` that is used here."""
 
     def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training: ...
 
@@ -49,12 +49,12 @@ class JobLoop:
     """Trains one job at a time.
 
     Args:
-        name: tells it from others in the queue.
-        jobs: where jobs are.
-        profiles: where users are.
+        name: this worker's, unlike any other in the queue.
+        jobs: where jobs are stored.
+        profiles: where users are stored.
         bank: finds the recipe that a user's adapter is trained on.
-        trainer: trains.
-        model_lock: held while the base model is in use, where others use it too.
+        trainer: trains and encodes adapters.
+        model_lock: held while the base model is in use; shared with others that use it.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class JobLoop:
         self._model_lock = model_lock or asyncio.Lock()
 
     async def run(self) -> None:
-        """Work until cancelled; an unreachable store is waited for.
+        """Work until cancelled; waits for a store that cannot be reached.
 
-        What nobody foresaw, a want of memory in its many disguises above all, is raised: the process had better begin
-        anew, and the job is given to another until its tries are used up.
+        Unforeseen errors are raised, above all a lack of memory in its many disguises: the process had better start
+        afresh, and the job goes to another worker until its tries are used up.
         """
         sweeping = asyncio.create_task(forever(SWEEP_S, self._sweep, log))
         try:
@@ -92,7 +92,7 @@ class JobLoop:
             sweeping.cancel()
 
     async def work_once(self, wait_s: float) -> bool:
-        """Wait for word of a job and train it, if it still wants a worker; whether there was word of one."""
+        """Wait until a job is announced and train it, if it still needs a worker; False when none was announced."""
         job_id = await self._jobs.next_job(self._bank.manifest.short, self._name, wait_s)
         if job_id is None:
             return False
@@ -101,7 +101,7 @@ class JobLoop:
         return True
 
     async def _take(self, job_id: JobId) -> None:
-        """Train a job, if it still wants a worker."""
+        """Train a job, if it still needs a worker."""
         asked_s = time.monotonic()
         lease = await answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
         if lease is None:
@@ -113,9 +113,9 @@ class JobLoop:
             log.info("%s: given up, the lease is lost", lease.job.id)
         except StoreSilent as error:
             log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)
-            # Another may have taken it up by the time the store answers: then it stays a try.
+            # Another worker may have taken it by the time the store answers: then it still counts as a try.
             if await answered(self._jobs.release, lease, counts=False):
-                log.info("%s: given back", lease.job.id)
+                log.info("%s: returned to the queue", lease.job.id)
         except asyncio.CancelledError:
             await self._give_back(lease, counts=False)
             raise
@@ -124,15 +124,15 @@ class JobLoop:
             raise
 
     async def _give_back(self, lease: Lease, *, counts: bool) -> None:
-        """The worker ends: have another take the job up at once. Without a store, its lease runs out."""
+        """The worker is ending: let another take the job at once. Without a store, its lease runs out."""
         try:
             if await self._jobs.release(lease, counts=counts):
-                log.info("%s: given back", lease.job.id)
+                log.info("%s: returned to the queue", lease.job.id)
         except ApiError as error:
-            log.warning("%s: not given back: %s", lease.job.id, error.explained)
+            log.warning("%s: not returned to the queue: %s", lease.job.id, error.explained)
 
     async def _work(self, held: HeldLease) -> None:
-        """Train a job and write what came of it; what is wrong with its content is what came of it."""
+        """Train a job and write its outcome; a fault of its content is an outcome too."""
         try:
             await self._adapt(held)
         except ApiError:
@@ -145,10 +145,10 @@ class JobLoop:
         lease, key = held.lease, held.lease.job.id.user_key
         profile = await held.insist(self._profiles.load, key)
         if profile is None:
-            raise TrainingError("the user has no profile any more: PUT /users/{id}/profile makes one")
+            raise TrainingError("the user no longer has a profile: create one with PUT /users/{id}/profile")
         profile = profile.seen_by(self._bank.manifest.embedder.id)
         if profile is None:
-            raise TrainingError("the user's profile was made with another embedder: ask for the job again")
+            raise TrainingError("the user's profile was made with another embedder: submit the job again")
         with blamed("the job's configuration", CONFIG_REMEDY):
             config = decode_config(lease.job.config)
             most_s = float(config.max_seconds)
@@ -172,7 +172,7 @@ class JobLoop:
             raise LeaseLost
 
     async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> bool:
-        """Write adapter and outcome in one step; again when the user's record changed meanwhile."""
+        """Write adapter and outcome in one step; tries again when the user's record changed meanwhile."""
         lease = held.lease
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
         trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after)

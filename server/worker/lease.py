@@ -1,4 +1,4 @@
-"""A lease by the worker's own clock: for how long the store may be silent before a job is given up."""
+"""A lease by the worker's own clock: how long the store may be silent before a job is given up."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger("mta.worker")
 LEASE_S = 15.0
 RENEW_S = 1.0
 ANSWER_S = 4.0
-"""How long an answer is waited for before the store is asked again: a lost one must not use the lease up."""
+"""How long to wait for an answer before asking the store again: a lost answer must not use up the lease."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class LeaseLost(Exception):
-    """The job has ended, or is another worker's: nothing that this one makes of it is wanted."""
+    """The job has ended or is another worker's: this one's result is no longer wanted."""
 
 
 class StoreSilent(Exception):
@@ -34,17 +34,17 @@ class StoreSilent(Exception):
 
 
 async def answered(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The store's answer to a call that may be repeated, however long the store is away."""
+    """The store's answer to a repeatable call, however long the store is away."""
     return await _asked(lambda error: log.warning("%s", _reason(error)), call, *args, **kwargs)
 
 
 class HeldLease:
-    """A lease that this worker has, for as long as it can be sure of it.
+    """A lease that this worker holds, for as long as it can be sure of it.
 
     Args:
-        jobs: where it was taken.
-        lease: of the job.
-        asked_s: when it was asked for, by `time.monotonic`: the store counts from later on.
+        jobs: the store it was taken from.
+        lease: as the store gave it.
+        asked_s: when it was requested, by `time.monotonic`; the store counts from a later moment.
     """
 
     def __init__(self, jobs: JobStore, lease: Lease, asked_s: float) -> None:
@@ -53,7 +53,7 @@ class HeldLease:
         self._until_s = asked_s + LEASE_S
 
     async def renew(self, progress: Progress) -> None:
-        """Hold it for longer, and note how far training is. Without the store it stays what it is.
+        """Extend it, and report how far training is. While the store is silent, it stays as it is.
 
         Raises:
             LeaseLost: when the store says so.
@@ -73,17 +73,17 @@ class HeldLease:
         self._until_s = asked_s + LEASE_S
 
     async def insist(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The store's answer to a call that may be repeated, asked for until the lease has run out.
+        """The store's answer to a repeatable call, asked for until the lease has run out.
 
         Raises:
             StoreSilent: when it has.
-            TrainingError: when what the store holds of the user is damaged.
+            TrainingError: when the user's stored data is damaged.
         """
         return await _asked(self._bear, call, *args, **kwargs)
 
     def _bear(self, error: Unavailable | TimeoutError) -> None:
         if isinstance(error, Unavailable) and error.code == "store_corrupt":
-            raise TrainingError(f"{error.message}: delete the user, and send the profile again") from error
+            raise TrainingError(f"{error.message}: delete the user and send the profile again") from error
         if time.monotonic() >= self._until_s:
             raise StoreSilent(_reason(error)) from error
         log.warning("%s: %s", self.lease.job.id, _reason(error))
@@ -107,11 +107,11 @@ async def _asked(
 
 
 def _raise_what_is_ours(error: BaseException) -> None:
-    """A connection that cannot be made for want of memory or threads is not the store's fault."""
+    """A connection that fails for lack of memory or threads is not the store's fault."""
     cause = error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, MemoryError | RuntimeError) or getattr(cause, "errno", None) == errno.ENOMEM:
-            raise RuntimeError(f"this process cannot reach the store any more: {cause!r}") from error
+            raise RuntimeError(f"this process can no longer reach the store: {cause!r}") from error
         cause = cause.__cause__ or cause.__context__
 
 

@@ -29,7 +29,7 @@ async def run_worker(settings: Settings) -> None:
     """Open the parts, then work until a signal.
 
     Raises:
-        MtaError: when a part cannot be opened, or they are not made for each other.
+        MtaError: when a part cannot be opened, or the parts do not match.
     """
     bank, trainer = _opened(settings)
     async with open_stores(settings) as stores:
@@ -52,7 +52,7 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
 
 
 def _loops(stores: Stores, bank: ServingBank, trainer: AdapterTrainer) -> list[Coroutine[Any, Any, None]]:
-    """What this process does for ever: it trains and, where the bank signs, it makes signatures, in turns."""
+    """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     profiles, model_lock = stores.profiles, asyncio.Lock()
     loops = [JobLoop(name, stores.jobs, profiles, bank, trainer, model_lock=model_lock).run()]
@@ -63,9 +63,9 @@ def _loops(stores: Stores, bank: ServingBank, trainer: AdapterTrainer) -> list[C
 
 
 async def _until_it_fails(working: asyncio.Future[Any]) -> None:
-    """Wait for what goes on for ever; an error ends the process here and now.
+    """Wait for loops that never end; an error ends the process here and now.
 
-    Any other way out waits for a thread that may hang, and starts one, which without memory may never begin.
+    Any other way out would wait for a thread that may hang, and start one, which may never begin for lack of memory.
     """
     try:
         await working

@@ -1,8 +1,8 @@
-"""After a change of bank: user adapters of the old one are trained again, from the samples that are kept.
+"""After a change of bank: user adapters of the old bank are trained again, from the stored samples.
 
 Users are served merged meanwhile. Each is on the list of the old bank until an adapter of another bank is promoted, so
-that an interrupted run may simply be started again: the same samples for the same bank are the same job, while that is
-waiting, running, or went well.
+an interrupted run can simply be started again: the same samples for the same bank are the same job, as long as it is
+waiting, running or succeeded.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PAUSE_S = 0.5
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the users on the list.
+    """How many users on the list met which end.
 
     Attributes:
-        asked: they have a job, made now or by an earlier run.
-        settled: they need none: erased, adapted since, or without samples.
-        waiting: their profile was made with another embedder; a request of theirs remakes it, and the next run sees it.
+        asked: have a job, made now or by an earlier run.
+        settled: need none: erased, adapted since, or without samples.
+        waiting: have a profile from another embedder; their next request remakes it, for the next run to see.
     """
 
     asked: int = 0
@@ -43,12 +43,12 @@ class Readapting:
     """Makes jobs for users whose adapter is stale.
 
     Args:
-        jobs: where jobs and samples are.
-        adapters: lists whose adapter is of which bank.
-        profiles: where users are.
+        jobs: where jobs and samples are stored.
+        adapters: lists the users adapted under each bank.
+        profiles: where users are stored.
         manifest: of the bank that is served now.
-        at_a_time: most jobs that may be open while another is made.
-        budget: what each job is granted.
+        at_a_time: most jobs that may be open at a time.
+        budget: the limits of each job.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Readapting:
         return {bank: count for bank, count in counts.items() if bank != self._manifest.short and count}
 
     async def run(self, told: Callable[[Counts], None] = lambda counts: None) -> Counts:
-        """Go through the lists of all old banks; `told` hears of every user."""
+        """Work through the lists of all old banks; `told` is called after every user."""
         counts = Counts()
         for bank in await self.stale():
             async for user_key in self._adapters.adapted_users(bank):

@@ -1,4 +1,4 @@
-"""The worker's second loop: signatures, a second each, of users whose items have changed."""
+"""The worker's second loop: signatures, about a second each, for users whose items have changed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SWEEP_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
 MAX_TRIES = 3
-"""How many workers may die over one user's items; then these are signed as if they said nothing."""
+"""How many workers may die over one user's items; after that they get an empty signature."""
 
 
 class Signs(Protocol):
-    """What is needed of `server.worker.training.AdapterTrainer`."""
+    """The part of `server.worker.training.AdapterTrainer` that is used here."""
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature: ...
 
@@ -38,9 +38,9 @@ class SigningLoop:
     """Makes one signature at a time.
 
     Args:
-        name: tells the worker from others in the queue.
-        queue: who wants one.
-        profiles: where users are.
+        name: the worker's, unlike any other in the queue.
+        queue: users who need one.
+        profiles: where users are stored.
         bank: reads their items.
         signer: makes signatures.
         model_lock: held while the base model is in use: training and signing take turns.
@@ -64,7 +64,7 @@ class SigningLoop:
         self._model_lock = model_lock
 
     async def run(self) -> None:
-        """Work until cancelled; an unreachable store is waited for."""
+        """Work until cancelled; waits for a store that cannot be reached."""
         sweeping = asyncio.create_task(forever(SWEEP_S, self._queue.overdue, log))
         try:
             while True:
@@ -77,7 +77,7 @@ class SigningLoop:
             sweeping.cancel()
 
     async def work_once(self, wait_s: float) -> bool:
-        """Wait for a user and make their signature; whether there was one."""
+        """Wait for a user and make their signature; returns whether there was one."""
         user_key = await self._queue.take(self._name, wait_s)
         if user_key is None:
             return False
@@ -86,11 +86,11 @@ class SigningLoop:
         await self._queue.done(user_key)
         profile = await self._profiles.load(user_key)
         if profile is not None and not profile.is_signed(self._bank.manifest.short):
-            await self._queue.ask(user_key)  # they changed while the queue still held them
+            await self._queue.ask(user_key)  # their items changed while the queue still held them
         return True
 
     async def _sign(self, user_key: str) -> None:
-        """Sign a user's items, unless they are; what is begun outlasts a store that is away, which makes no new try."""
+        """Sign a user's items, unless they are signed; waits for a store that is away, as part of the same try."""
         tries = await self._queue.begin(user_key)
         while True:
             try:
@@ -113,7 +113,7 @@ class SigningLoop:
             items = [Item(name, stored.fields) for name, stored in snapshot.items.items()]
             pairs = [pair for item in items if (pair := item_pair(item, self._bank.task)) is not None][-MAX_ITEMS:]
             if tries > MAX_TRIES:
-                log.error("%s: signed as if without items, over which workers died %d times", user_key, MAX_TRIES)
+                log.error("%s: gets an empty signature: workers died over its items %d times", user_key, MAX_TRIES)
                 made = self._empty
             else:
                 made = await self._made(user_key, pairs)
@@ -123,10 +123,10 @@ class SigningLoop:
                 return
 
     async def _made(self, user_key: str, pairs: Sequence[tuple[str, str]]) -> Signature:
-        """The items' signature; an empty one where something about them makes none.
+        """The items' signature; an empty one where none can be made of them.
 
         Raises:
-            Stalled: when it never comes, and this process must end to end its thread.
+            Stalled: when it never comes: its thread can only be ended with this process.
         """
         making = asyncio.create_task(asyncio.to_thread(self._signer.signature, pairs))
         await asyncio.wait({making}, timeout=STALL_S)

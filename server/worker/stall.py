@@ -1,12 +1,12 @@
-"""Computations that have stopped moving. A thread cannot be ended from outside: only its process can."""
+"""Detects stalled computations. A thread cannot be ended from outside: only its process can."""
 
 from __future__ import annotations
 
 import time
 
 STALL_S = 600.0
-"""A computation that makes no step, and reads no item between steps, for this long is not just slow: a step of a full
-context takes a slow processor a minute."""
+"""A computation that makes no step, and reads no item between steps, for this long is not just slow: a slow processor
+takes a minute for a step of a full context."""
 
 
 class Stalled(Exception):
@@ -20,14 +20,14 @@ class Pulse:
         self._at_s = time.monotonic()
 
     def beat(self) -> None:
-        """It is alive."""
+        """Give a sign of life."""
         self._at_s = time.monotonic()
 
     def check(self, what: str) -> None:
         """Expect a sign of life within `STALL_S`.
 
         Args:
-            what: computes.
+            what: names the computation in the error.
 
         Raises:
             Stalled: when there was none.

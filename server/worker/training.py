@@ -28,14 +28,14 @@ from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 
 BATCH_SIZE = 4
 MAX_SIGNED_TOKENS = 512
-"""Longest item of a signature; a longer one loses the end of its input."""
+"""Longest item in a signature; a longer one loses the end of its input."""
 
 LOOK_EVERY = 2
-"""Steps between two looks at the held-out loss."""
+"""Steps between two evaluations of the held-out loss."""
 
 
 def user_plan(config: AdaptConfig) -> UserPlan:
-    """How a job trains."""
+    """The training plan of a job's configuration."""
     return UserPlan(
         kind=UserAdapterKind(config.kind),
         rank=config.rank,
@@ -78,19 +78,19 @@ class AdapterTrainer:
         """Train and judge a user adapter on top of a recipe, step by step.
 
         Raises:
-            TrainingError: when the samples or the configuration make no training.
+            TrainingError: when the samples or the configuration cannot be trained with.
             FusionError: when the recipe cannot be fused.
         """
         with blamed("the job's configuration", CONFIG_REMEDY):
             plan = user_plan(config)
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if plan.kind is UserAdapterKind.LORA and plan.rank > room:
-            raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves {room} for users")
+            raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves rank {room} for users")
         examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
-        """The signature of a user's items; one that says nothing when there is nothing to learn from them.
+        """The signature of a user's items; an empty one when there is nothing to learn from them.
 
         Raises:
             TrainingError: when an item cannot be encoded.
@@ -110,7 +110,7 @@ class AdapterTrainer:
         return Signer(self.model, self.matrix)
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
-        """The bytes of what was trained."""
+        """The trained adapter as bytes."""
         assert judgement.weights is not None
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
@@ -119,14 +119,16 @@ class AdapterTrainer:
             example = encode_conversation(self.tokenizer, list(sample.messages), sample.output)
         if len(example.ids) > self._context:
             raise TrainingError(
-                f"samples.{place} has {len(example.ids)} tokens, the model's context is {self._context}: shorten it"
+                f"samples.{place} has {len(example.ids)} tokens, but the model's context is {self._context}: shorten it"
             )
         self._check(f"samples.{place}", example)
         return example
 
     def _check(self, what: str, example: Example) -> None:
-        """Refuse what would only show itself in the model, where it looks like a broken process."""
+        """Refuse what would otherwise fail inside the model and look like a fault of the process."""
         if not 0 < example.loss_from < len(example.ids):
             raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")
         if max(example.ids) >= self._tokens:
-            raise TrainingError(f"{what} has token {max(example.ids)}, the model knows {self._tokens}: {SAMPLE_REMEDY}")
+            raise TrainingError(
+                f"{what} has token id {max(example.ids)}, but the model knows only {self._tokens}: {SAMPLE_REMEDY}"
+            )

@@ -124,9 +124,9 @@ def refused(stacked: Served, recipe: FusionRecipe) -> str:
 
 def test_an_adapter_that_is_not_there_is_a_404(stacked: Served) -> None:
     recipe = stacked.recipe()
-    assert "is not there; the plain recipe is" in refused(stacked, recipe)
+    assert "does not exist; the plain recipe is" in refused(stacked, recipe)
     stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
-    assert "is not there" in refused(stacked, stacked.recipe(adapter="c" * 25 + "e"))
+    assert "does not exist" in refused(stacked, stacked.recipe(adapter="c" * 25 + "e"))
 
 
 @pytest.mark.parametrize(

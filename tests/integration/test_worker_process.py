@@ -82,7 +82,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
         wait_until(lambda: job()["progress"]["step"] > 0, "the first steps")
         first.send(signal.SIGTERM)
         assert first.wait() == 0
-        assert "given back" in first.output
+        assert "returned to the queue" in first.output
     assert (job()["state"], job()["tries"]) == ("queued", 0)
     with worker():
         wait_until(lambda: job()["state"] == "running", "another worker to take it up")
@@ -105,7 +105,7 @@ def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try
             _leave_little_memory(background.process.pid)
             raw.xadd(calls, {"id": user_key})
             assert background.wait() != 0
-            assert "given back" in background.output
+            assert "returned to the queue" in background.output
         assert (job()["state"], job()["tries"]) == ("queued", attempt)
         assert client.get("/ready").status_code == httpx.codes.OK
     with worker():

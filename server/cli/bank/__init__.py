@@ -1,1 +1,1 @@
-"""`mta bank`: build a bank, look at it, take adapters in and out."""
+"""`mta bank`: build and inspect a bank, import and export its adapters."""

@@ -1,4 +1,4 @@
-"""`mta bank`: build, look at, take apart and put together banks."""
+"""`mta bank`: build and inspect banks, import and export their adapters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from server.cli.bank.options import with_options
 from server.cli.process import prepare_to_train
 from server.settings import load_settings
 
-app = typer.Typer(help="Build a bank, look into it, export and import its adapters.", no_args_is_help=True)
+app = typer.Typer(help="Build and inspect a bank, export and import its adapters.", no_args_is_help=True)
 
 ModelOption = Annotated[
     str | None, typer.Option(help="Base model: `default`, a folder, or a Hugging Face id.", show_default="MTA_MODEL")
 ]
-EmbedderOption = Annotated[Path | None, typer.Option(help="Folder of an embedder.", show_default="MTA_EMBEDDER")]
-OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace another bank in the folder.")]
-BankArgument = Annotated[Path | None, typer.Argument(help="The bank's folder; MTA_BANK without it.")]
+EmbedderOption = Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")]
+OutOption = Annotated[Path, typer.Option(help="Output folder.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
+BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
 
 
 @app.command()
@@ -32,11 +32,13 @@ def build(
     *,
     users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
     out: OutOption,
-    outputs: Annotated[Path | None, typer.Option(help="LaMP's outputs file, beside its questions.")] = None,
-    exclude: Annotated[Path | None, typer.Option(help="People to leave out: the same layout, or ids.")] = None,
+    outputs: Annotated[Path | None, typer.Option(help="With LaMP's questions: its outputs file.")] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help="People to leave out: a file in the same layout, or of ids.")
+    ] = None,
     options: BuildOptions,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Train the task's own row too, for `mta eval`.")
+        bool, typer.Option("--baselines", help="Also train the task's own row, for `mta eval`.")
     ] = False,
     model: ModelOption = None,
     embedder: EmbedderOption = None,
@@ -44,7 +46,7 @@ def build(
 ) -> None:
     """Build a bank from people's histories.
 
-    Killed and started again with the same options it goes on where it was, and ends with the same bank.
+    If it is interrupted, run it again with the same options: it continues where it stopped and makes the same bank.
     """
     settings = load_settings()
     prepare_to_train()
@@ -68,7 +70,7 @@ def build(
             if baselines:
                 build_baselines(inputs, options, manifest, progress)
         except KeyboardInterrupt:
-            progress.say("stopped; the same command goes on with the next row")
+            progress.say("stopped; run the same command again to continue with the next row")
             sys.exit(130)
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
 
@@ -76,9 +78,9 @@ def build(
 @app.command()
 def info(
     bank: BankArgument = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Show what a bank holds: anchors, sizes, fingerprint, index, ranks and the room left, rule of weights."""
+    """Show what a bank holds: anchors, sizes, fingerprint, index, ranks, room for user adapters, rule of weights."""
     from bank.lookup.summary import summarise
 
     summary = summarise(load_settings(bank=bank).bank_folder())
@@ -96,7 +98,7 @@ def export(
     out: OutOption,
     bank: BankArgument = None,
     with_common: Annotated[
-        bool, typer.Option("--with-common", help="The common row and the anchor, as a recipe of that anchor alone has.")
+        bool, typer.Option("--with-common", help="Add the common row, as a recipe of this anchor alone does.")
     ] = False,
 ) -> None:
     """Write an anchor's adapter as a PEFT folder."""
@@ -110,9 +112,9 @@ def export(
 @with_options
 def import_(
     *,
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders; they become a00, a01 … in this order.")],
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders; they become a00, a01, … in this order.")],
     profiles: Annotated[
-        Path, typer.Option(help="Profiles in LaMP's per-user layout; user_id is an adapter folder's name.")
+        Path, typer.Option(help="Profiles in LaMP's per-user layout; each user_id is the name of an adapter folder.")
     ],
     out: OutOption,
     options: ImportOptions,
@@ -120,7 +122,7 @@ def import_(
     embedder: EmbedderOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Make a bank of PEFT adapters and their profiles."""
+    """Make a bank from PEFT adapters and their profiles."""
     settings = load_settings()
     from bank.lookup.embedder import Embedder
     from bank.manifest import MANIFEST_FILE
@@ -128,7 +130,7 @@ def import_(
     from bank.peft.exchange import import_bank
 
     if (out / MANIFEST_FILE).exists() and not force:
-        raise BankError(f"{out} holds a bank already: name another --out, or replace it with --force")
+        raise BankError(f"{out} already holds a bank: choose another --out, or replace it with --force")
     name = model or settings.model
     folder = ensure_base_model(name, settings.cache_dir)
     manifest = import_bank(

@@ -1,4 +1,4 @@
-"""Command-line options from the fields of a dataclass: each stands once, with its default, its help and its limits."""
+"""Command-line options from the fields of a dataclass: each is declared once, with its default, help and limits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from bank.building.options import options_of
 
 _OPTIONS = "options"
 _NAMES = tuple[str, ...] | None
-"""Names in a field; on the command line one text with commas."""
+"""A field of several names; comma-separated on the command line."""
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Make a command out of a function that takes a dataclass as `options`.
 
     Args:
-        command: what Typer would make a command of, were it not for the parameter `options`. Its type is a dataclass
-            as `bank.building.options.options_of` reads.
+        command: what Typer could make a command of, except for its parameter `options`, whose type is a dataclass
+            that `bank.building.options.options_of` can read.
 
     Returns:
-        The same with an option for each field, where `options` stands; required ones come first.
+        The same with an option for each field in place of `options`; required ones come first.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     kind = parameters[_OPTIONS].annotation

@@ -1,4 +1,4 @@
-"""How far a bank's build has come: a live bar on a terminal, a line every few seconds anywhere else."""
+"""Progress of a bank's build: a live bar on a terminal, a line every few seconds anywhere else."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class ConsoleProgress:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print a separate line."""
         self._console.print(text, soft_wrap=True)
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
-        """Take note of all that is to be trained; the estimate starts here."""
+        """Note what is to be trained, as tokens per row; the estimate starts here."""
         self._rows, self._pieces = list(work_tokens), None
         if self._rows:
             self._start(0, sum(work_tokens.values()))
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
-        """Show one step; without a terminal only the last of a row and one every few seconds."""
+        """Show one step; without a terminal, only a row's last one and one every few seconds."""
         self._work.reach(self._work.done + report.tokens, self._clock())
         text = (
             f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
@@ -56,7 +56,7 @@ class ConsoleProgress:
         self._tell(text, last=report.step == steps)
 
     def piece(self, what: str, done: int, of: int) -> None:
-        """Show how many pieces of other work are done; the first time tells that it begins, and where."""
+        """Show how many pieces of other work are done; the first call announces it, and where it begins."""
         if what != self._pieces:
             self._pieces = what
             self._start(done, of)
@@ -66,7 +66,7 @@ class ConsoleProgress:
             self._tell(f"{what}: {done} of {of}  {self._work.left}", last=done == of)
 
     def _start(self, done: int, total: int) -> None:
-        """New work, on a terminal with a bar below those that are full."""
+        """Begin new work; on a terminal, with a bar of its own below the finished ones."""
         self._line_s = self._clock()
         self._work = _Work(done, total, self._line_s)
         if self._console.is_terminal:
@@ -93,7 +93,7 @@ class _Work:
         self._recent = deque([(now_s, done)], maxlen=RECENT_STEPS)
 
     def reach(self, done: int, now_s: float) -> None:
-        """So much is done now."""
+        """Note how much is done now."""
         self._recent.append((now_s, done))
 
     @property

@@ -1,4 +1,4 @@
-"""`mta bank info` for people."""
+"""`mta bank info` as tables."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("fingerprint", summary["fingerprint"]),
         ("task", summary["task"]),
         ("base model", f"{base['name']} ({base['hash'][:12]}…)"),
-        ("embedder", f"{embedder['id']}, {embedder['dim']} numbers"),
+        ("embedder", f"{embedder['id']}, {embedder['dim']} dimensions"),
         ("method", f"{summary['method']}, {common}"),
         ("adapted", f"{summary['modules']} modules: {', '.join(summary['target_modules'])}"),
         ("weights", _rule(weights)),
-        ("index", f"{index['kind']}, {index['anchors']} anchors of {index['dim']} numbers"),
+        ("index", f"{index['kind']}, {index['anchors']} anchors of {index['dim']} dimensions"),
         (
             "rank",
-            f"{summary['rank']} an anchor, {summary['fused_rank']} fused, {summary['serving_rank']} served: "
+            f"{summary['rank']} per anchor, {summary['fused_rank']} fused, {summary['serving_rank']} served: "
             f"room for user adapters of rank {summary['room']}",
         ),
-        ("size", f"{sizes}; {decimal(summary['row_bytes'])} an anchor"),
+        ("size", f"{sizes}; {decimal(summary['row_bytes'])} per anchor"),
         ("training", ", ".join(f"{key} {value}" for key, value in summary["training"].items() if value is not None)),
     ]
 
 
 def _rule(weights: Mapping[str, Any]) -> str:
-    """The rule of weights in a line."""
+    """The rule of weights in one line."""
     topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
     signed = weights["signature"]
     if not signed:
         return topic
     return (
         f"signature, at most {signed['anchors']} anchors, strength {signed['strength']:g}, τ {signed['tau']:g}, "
-        f"κ {signed['kappa']:g}; until it is there {topic}"
+        f"κ {signed['kappa']:g}; until there is one, {topic}"
     )

@@ -12,41 +12,48 @@ import typer
 
 from server.cli.process import prepare_to_train
 
-TaskName = Annotated[str | None, typer.Option(help="Must be the bank's.", show_default="the bank's")]
+TaskName = Annotated[str | None, typer.Option(help="The task; must be the bank's.", show_default="the bank's")]
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/quality.md.", show_default="all")]
 Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate answers, for LaMP's metrics.")]
-Curves = Annotated[bool, typer.Option("--curves/--no-curves", help="Merged with other k and fewer items too.")]
+Curves = Annotated[
+    bool, typer.Option("--curves/--no-curves", help="Also evaluate merged with other k and with fewer items.")
+]
 SampleSize = Annotated[
     int,
-    typer.Option(help="What is costly (few-shot adapters, curves, texts) for the first so many people only.", min=2),
+    typer.Option(help="How many people get what is costly: few-shot adapters, curves, texts.", min=2),
 ]
 EngineUrl = Annotated[
-    str | None, typer.Option(help="A running engine answers instead; its key is MTA_ENGINE_KEY.", show_default=False)
+    str | None,
+    typer.Option(help="Evaluate through this running engine; its key is MTA_ENGINE_KEY.", show_default=False),
 ]
-Last = Annotated[int, typer.Option(help="Without queries in the file: make them of each one's last items.", min=0)]
+Last = Annotated[
+    int, typer.Option(help="If the file has no queries: make them from each person's last N items.", min=0)
+]
 
 
 def evaluate(
-    users: Annotated[Path, typer.Option(help="People with profile and queries: LaMP's per-user layout.")],
+    users: Annotated[Path, typer.Option(help="People with profiles and queries, in LaMP's per-user layout.")],
     bank: Annotated[Path, typer.Option(help="The bank to evaluate.")],
-    out: Annotated[Path, typer.Option(help="Folder of records, table and pictures; a killed run goes on there.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for records, table and pictures; an interrupted run continues there.")
+    ],
     task: TaskName = None,
     methods: Methods = None,
-    seeds: Annotated[int, typer.Option(help="Runs that differ in what is random or trained.", min=1)] = 1,
-    people: Annotated[int | None, typer.Option(help="Only the first so many.", min=2, show_default="all")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds for what is random or trained.", min=1)] = 1,
+    people: Annotated[int | None, typer.Option(help="Only the first N people.", min=2, show_default="all")] = None,
     sample: SampleSize = 10,
     predict: Predict = True,
     curves: Curves = True,
     last: Last = 0,
-    profile: Annotated[int, typer.Option(help="With --last: the items before them that are the profile.", min=1)] = 10,
+    profile: Annotated[int, typer.Option(help="With --last: how many earlier items form the profile.", min=1)] = 10,
     only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", show_default="all")] = None,
     model: Annotated[str | None, typer.Option(help="Base model.", show_default="MTA_MODEL")] = None,
-    embedder: Annotated[Path | None, typer.Option(help="Embedder's folder.", show_default="MTA_EMBEDDER")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32; of an engine its own.")] = "auto",
+    embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32; an engine uses its own.")] = "auto",
     engine_url: EngineUrl = None,
-    redis_url: Annotated[str | None, typer.Option(help="The engine's store; MTA_REDIS_URL.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="The engine's store.", show_default="MTA_REDIS_URL")] = None,
 ) -> None:
-    """Compare methods of personalisation on people's own later answers, in process; a lower loss is better."""
+    """Compare methods of personalisation on people's own later answers; a lower loss is better."""
     prepare_to_train()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,7 +1,7 @@
-"""Evaluating through a running engine: the same losses and answers, from what serves them.
+"""Evaluating through a running engine: the same losses and answers, from what serves users.
 
-The loss of a gold answer is read from vLLM's `prompt_logprobs` under the adapter's recipe name. What was trained for a
-user is lent to the engine's store under a made-up user's key.
+The loss of a gold answer is read from vLLM's `prompt_logprobs` under the adapter's recipe name. A trained user adapter
+is lent to the engine's store under a made-up user's key.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SILENCE_S = 300.0
 
 
 class EngineScores:
-    """A running engine that reads the queries; to be used as a context.
+    """A running engine that reads the queries; a context manager.
 
     Args:
         url: the engine's own, not a gateway's.
-        key: what it asks for.
-        stores: opens the stores in which it looks for user adapters.
+        key: the engine's; None without one.
+        stores: opens the stores in which the engine looks for user adapters.
     """
 
     def __init__(self, url: str, key: str | None, stores: Callable[[], AbstractAsyncContextManager[Stores]]) -> None:
@@ -87,7 +87,7 @@ class EngineScores:
         self._adapters = stores.adapters
 
     def _answers(self, adapter: PersonAdapter | None, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One completion for each body, all at the same time."""
+        """One completion for each body, all concurrently."""
 
         async def ask() -> list[dict[str, Any]]:
             model = await self._name(adapter)
@@ -96,7 +96,7 @@ class EngineScores:
         return self._runner.run(ask())
 
     async def _name(self, adapter: PersonAdapter | None) -> str:
-        """The name under which the engine serves an adapter; what was trained is lent to its store once."""
+        """The name under which the engine serves an adapter; a trained one is lent to its store once."""
         if adapter is None:
             return BASE_MODEL
         user = adapter.user_adapter
@@ -117,14 +117,14 @@ class EngineScores:
         except (aiohttp.ClientError, OSError) as error:
             raise MtaError(f"the engine at {self._url} cannot be reached: {error}") from error
         if response.status != HTTPStatus.OK:
-            advice = "start it with this bank as MTA_BANK, for `task` with BANK/baselines as MTA_NEXT_BANK"
+            advice = "start it with this bank as MTA_BANK and, for `task`, BANK/baselines as MTA_NEXT_BANK"
             raise MtaError(f"the engine refused {body['model']} ({response.status}): {excerpt(raw, 300)}; {advice}")
         answer: dict[str, Any] = orjson.loads(raw)
         return answer
 
 
 def _loss(answer: dict[str, Any], example: Example) -> float:
-    """Mean loss of the example's output tokens; the first entry of `prompt_logprobs` is of no token."""
+    """Mean loss of the example's output tokens; the first entry of `prompt_logprobs` belongs to no token."""
     entries = answer["choices"][0]["prompt_logprobs"]
     tokens = range(example.loss_from, len(example.ids))
     return -fmean(entries[place][str(example.ids[place])]["logprob"] for place in tokens)

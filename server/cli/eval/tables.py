@@ -1,4 +1,4 @@
-"""`mta eval`'s tables on a terminal: without the intervals, for which a line has no room."""
+"""`mta eval`'s tables on a terminal: without the intervals, which do not fit on a line."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> 
         console.print(_table(title, rows))
         console.print()
     console.print(
-        "loss in nats a token, the lower the better; then the task's metrics; then the loss less that of another "
-        f"method, with a star where it is sure: p is below {LEVEL} in a paired sign-flip test over people, after "
-        f"Holm's correction for all methods in its column. The 95 % intervals are in {TABLE_FILE}."
+        "loss in nats per token, lower is better; then the task's metrics; then the loss less that of another method, "
+        f"with a star where the difference is sure: p below {LEVEL} in a paired sign-flip test over people, after "
+        f"Holm's correction for all methods in the column. The 95 % intervals are in {TABLE_FILE}."
     )
 
 

@@ -1,1 +1,1 @@
-"""What runs: `mta up`, and each of its parts by itself."""
+"""`mta up`, and each of its parts on its own."""

@@ -10,12 +10,14 @@ import typer
 
 
 def engine(
-    bank: Annotated[Path | None, typer.Option(help="Folder of the bank; MTA_BANK.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or `default`; MTA_MODEL.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; MTA_ENGINE_HOST.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; MTA_ENGINE_PORT.")] = None,
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank.", show_default="MTA_BANK")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_ENGINE_HOST")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="MTA_ENGINE_PORT")] = None,
 ) -> None:
-    """Start the engine: checks bank and model, then becomes the vLLM process.
+    """Start the engine: check the bank and the model, then become the vLLM process.
 
     All other options are settings (`mta settings`); the key comes from MTA_ENGINE_KEY.
     """

@@ -26,16 +26,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def gateway(
     *,
-    bank: Annotated[Path | None, typer.Option(help="Folder of the bank; MTA_BANK.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; MTA_HOST.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one; MTA_PORT.")] = None,
-    redis_url: Annotated[str | None, typer.Option(help="Redis or Valkey; MTA_REDIS_URL.")] = None,
-    engine_url: Annotated[str | None, typer.Option(help="The engine, or the router; MTA_ENGINE_URL.")] = None,
-    embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder; MTA_EMBEDDER.")] = None,
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank.", show_default="MTA_BANK")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_HOST")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on, 0 for a free one.", show_default="MTA_PORT")
+    ] = None,
+    redis_url: Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", show_default="MTA_REDIS_URL")] = None,
+    engine_url: Annotated[
+        str | None, typer.Option(help="URL of the engine, or of the router.", show_default="MTA_ENGINE_URL")
+    ] = None,
+    embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")] = None,
 ) -> None:
     """Start the gateway. Secrets come from MTA_SECRET and MTA_ENGINE_KEY; `mta settings` lists all settings."""
-    # Until the event loop takes over there is nothing to close. The kernel's own way would not do: it spares process 1,
-    # which this is in a container.
+    # Until the event loop takes over there is nothing to close. The default action would not do: the kernel spares
+    # process 1, which this is in a container.
     for number in _SIGNALS:
         signal.signal(number, lambda *_: sys.exit())
     import uvloop
@@ -51,7 +55,7 @@ def gateway(
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Open the parts, then serve, until a signal, whenever it comes. What cannot be opened is raised as it is."""
+    """Open the parts, then serve, until a signal, which may come at any time. Errors of opening are raised as is."""
     from server.gateway.app import create_app
     from server.gateway.http.serving import GatewayServer, uvicorn_config
 
@@ -72,7 +76,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         async with app.router.lifespan_context(app):
             opening = False
             gc.collect()
-            gc.freeze()  # what is here now stays: each collection that looked through it would hold the event loop
+            gc.freeze()  # what is here now stays: each collection that scanned it would block the event loop
             host, port = listener.getsockname()[:2]
             log.info("listening on http://%s:%d", host, port)
             await server.serve(sockets=[listener])
@@ -80,16 +84,16 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         if not server.should_exit:
             raise
         log.info("stopped while starting")
-        # All that was open is closed. What may be left is a thread that reads a model: no thread can be stopped.
+        # Everything is closed, except perhaps a thread that is reading a model: a thread cannot be stopped.
         logging.shutdown()
         os._exit(0)
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that has the address, so that a port in use is found before anything is opened.
+    """A socket that listens on the address, so that a port in use is noticed before anything is opened.
 
     Raises:
-        MtaError: when the address cannot be had.
+        MtaError: when the address is not available.
     """
     from adapters.errors import MtaError
 
@@ -104,7 +108,7 @@ def _listening(host: str, port: int) -> socket.socket:
         if listener:
             listener.close()
         raise MtaError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Stop what listens there, or take another port "
-            "with --port"
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Stop what listens there, or choose another "
+            "port with --port"
         ) from error
     return listener

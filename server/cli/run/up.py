@@ -22,18 +22,32 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def up(
     *,
-    bank: Annotated[Path | None, typer.Option(help="Folder of the bank; MTA_BANK.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or `default`; MTA_MODEL.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the gateway, 0 for a free one; MTA_PORT.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of what must survive; MTA_DATA_DIR.")] = None,
-    redis_url: Annotated[str | None, typer.Option(help="Use this Redis, start no Valkey; MTA_REDIS_URL.")] = None,
-    engine_url: Annotated[str | None, typer.Option(help="Use this engine, start no vLLM; MTA_ENGINE_URL.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Weights and KV cache; MTA_DTYPE.")] = None,
-    max_loras: Annotated[int | None, typer.Option(help="Recipes that one batch can mix; MTA_MAX_LORAS.")] = None,
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank.", show_default="MTA_BANK")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the gateway, 0 for a free one.", show_default="MTA_PORT")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder for everything that survives restarts.", show_default="MTA_DATA_DIR")
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="Use this Redis; do not start Valkey.", show_default="MTA_REDIS_URL")
+    ] = None,
+    engine_url: Annotated[
+        str | None, typer.Option(help="Use this engine; do not start vLLM.", show_default="MTA_ENGINE_URL")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type of weights and KV cache.", show_default="MTA_DTYPE")
+    ] = None,
+    max_loras: Annotated[
+        int | None, typer.Option(help="How many recipes one batch can mix.", show_default="MTA_MAX_LORAS")
+    ] = None,
 ) -> None:
     """Start everything on this machine, keep it running, and stop it all on Ctrl-C.
 
-    It listens on 127.0.0.1 only. All other options are settings (`mta settings`) and reach each part.
+    It listens on 127.0.0.1 only. All other options are settings (`mta settings`), which every part gets.
     """
     from server.settings import load_settings
     from server.supervisor.status import LastingConsole
@@ -52,7 +66,7 @@ def up(
 
 
 def _run(settings: Settings, console: Console) -> None:
-    """Check all that can be checked, then start."""
+    """Check everything that can be checked, then start."""
     from server.supervisor.data_folder import DataFolder
     from server.supervisor.services import check_port, free_port
 
@@ -106,7 +120,7 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
 
 
 async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, console: Console) -> None:
-    """Run the parts until a signal says otherwise; a second signal cuts their farewells short."""
+    """Run the parts until a signal says otherwise; a second signal cuts their shutdown short."""
     from server.supervisor.status import LiveReport, PlainReport
     from server.supervisor.supervisor import Supervisor
 
@@ -138,7 +152,7 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
 def _welcome(url: str) -> str:
     """What to do next."""
     return (
-        f"\nReady: {url} (the API's pages: {url}/docs). Try\n\n"
+        f"\nReady: {url} (API documentation: {url}/docs). Try\n\n"
         f"  curl -s {url}/generate -H 'Content-Type: application/json' \\\n"
         """    -d '{"user_id": "ada", "prompt": "Write one sentence about rain."}'\n\n"""
         "Ctrl-C stops everything.\n"

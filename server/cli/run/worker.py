@@ -12,10 +12,14 @@ from server.cli.process import log_to_stderr, prepare_to_train
 
 
 def worker(
-    bank: Annotated[Path | None, typer.Option(help="Folder of the bank; MTA_BANK.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or `default`; MTA_MODEL.")] = None,
-    redis_url: Annotated[str | None, typer.Option(help="Redis or Valkey; MTA_REDIS_URL.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads that train; MTA_WORKER_THREADS.")] = None,
+    bank: Annotated[Path | None, typer.Option(help="Folder of the bank.", show_default="MTA_BANK")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")
+    ] = None,
+    redis_url: Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", show_default="MTA_REDIS_URL")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="How many threads train.", show_default="MTA_WORKER_THREADS")
+    ] = None,
 ) -> None:
     """Train user adapters, one job at a time, until stopped. Run as many as you like."""
     from server.settings import load_settings

@@ -1,1 +1,1 @@
-"""What is done to users by hand."""
+"""Commands that operators run on users."""

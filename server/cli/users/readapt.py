@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
 
 def readapt(
-    bank: Annotated[Path | None, typer.Option(help="Folder of the bank that is served now; MTA_BANK.")] = None,
-    redis_url: Annotated[str | None, typer.Option(help="Redis or Valkey; MTA_REDIS_URL.")] = None,
+    bank: Annotated[
+        Path | None, typer.Option(help="Folder of the bank that is served now.", show_default="MTA_BANK")
+    ] = None,
+    redis_url: Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", show_default="MTA_REDIS_URL")] = None,
     at_a_time: Annotated[int, typer.Option(help="Most jobs open at a time.", min=1)] = 4,
 ) -> None:
-    """Make a job of the kept samples of every user whose adapter is of an old bank; workers train them.
+    """Make a job for every user whose adapter belongs to an old bank, from their stored samples; workers train them.
 
-    Interrupted, it goes on where it stopped. Users are served merged until their new adapter is there.
+    If it is interrupted, run it again: it continues where it stopped. Users are served merged until they are adapted.
     """
     from server.settings import load_settings
 
@@ -50,6 +52,6 @@ async def _run(settings: Settings, at_a_time: int) -> None:
 
             counts = await work.run(told)
     Console(highlight=False).print(
-        f"bank {manifest.short}: {counts.asked} users have a job, {counts.settled} need nothing, "
+        f"bank {manifest.short}: {counts.asked} users have a job, {counts.settled} need none, "
         f"{counts.waiting} wait for a request to remake their profile"
     )

@@ -1,8 +1,8 @@
-"""The engine's only door: what the product uses of it, with a key; everything else is not there.
+"""The engine's only door: it lets through what the product uses, with a key, and answers 404 to everything else.
 
-vLLM opens dozens of routes and asks for its key on some prefixes alone: others generate, name adapters or steer the
-engine for anybody. Nor are the ones it adds next year known today. So this lists what is let through, and stands before
-all that vLLM would answer by itself.
+vLLM opens dozens of routes and checks its key only on some prefixes: the others generate, name adapters or steer the
+engine for anybody, and the next release may add more. So this lists what is let through, and stands in front of
+everything that vLLM would answer on its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.engine_protocol import DROP, RESIDENT, STATUS
 
 OPEN = frozenset({("GET", "/health")})
-"""Method and path of what needs no key."""
+"""Routes that need no key, as method and path."""
 
 WITH_KEY = frozenset(
     {
@@ -30,15 +30,15 @@ WITH_KEY = frozenset(
         ("POST", DROP),
     }
 )
-"""Method and path of what needs one of the engine's keys."""
+"""Routes that need one of the engine's keys."""
 
 
 class Door:
-    """ASGI middleware, to be the outermost one.
+    """ASGI middleware; must be the outermost.
 
     Args:
-        app: what is behind it.
-        keys: those that open it, in bytes; none opens nothing.
+        app: the application behind it.
+        keys: returns the keys it accepts, as bytes; without any it opens for nobody.
     """
 
     def __init__(self, app: ASGIApp, keys: Callable[[], Sequence[bytes]]) -> None:
@@ -58,19 +58,19 @@ class Door:
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         wanted = scope["method"], scope["path"]
         if scope.get("raw_path", scope["path"].encode()) != scope["path"].encode():
-            return _error(404, "no such route: the engine's paths are written plainly, without escapes")
+            return _error(404, "no such route: send the engine's paths without percent-escapes")
         if wanted in OPEN or (wanted in WITH_KEY and self._has_key(scope)):
             return None
         if wanted in WITH_KEY:
             return _error(
                 401, "missing or wrong engine key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
-        return _error(404, "no such route: the engine serves what its gateway uses, and nothing else")
+        return _error(404, "no such route: the engine serves only what its gateway uses")
 
     def _has_key(self, scope: Scope) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
-        # All of them are compared, so that time says nothing.
+        # Every key is compared, so that timing reveals nothing.
         good = [secrets.compare_digest(key, known) for known in self._keys()]
         return scheme.lower() == b"bearer" and any(good)
 

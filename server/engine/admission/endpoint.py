@@ -33,7 +33,7 @@ log = logging.getLogger("mta.engine")
 
 
 class Drop(BaseModel):
-    """Body of a drop."""
+    """Body of a drop: whose adapters to let go of."""
 
     user_key: str
 
@@ -48,20 +48,20 @@ class MtaEndpointPlugin:
         self._names: AdapterNames[LoRARequest] | None = None
         self._keys: list[bytes] = []
         self._opened = AsyncExitStack()  # for as long as the process lives
-        self._watching: asyncio.Task[None] | None = None  # the loop itself keeps no task alive
+        self._watching: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the private routes, the middleware that holds names while a request is open, and the door before all."""
+        """Add the private routes, the middleware that holds names while a request is open, and the door in front."""
         app.include_router(_router())
         app.add_middleware(HoldNames, names=self._require_names)
         build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
         app.build_middleware_stack = lambda: Door(build(), lambda: self._keys)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Read the banks, take over the model names, and refuse to serve in a way that would not be safe.
+        """Read the banks, take over the model names, and refuse options that are not safe to serve with.
 
         Raises:
-            BankError: naming the option that is wrong, or the bank that is.
+            BankError: names the option or the bank that is wrong.
         """
         settings = Settings()
         keys = _api_keys(args)
@@ -76,7 +76,7 @@ class MtaEndpointPlugin:
 
         self._names = AdapterNames(
             models.lora_requests,
-            # vLLM's prefix cache is keyed by name and path: the path is the name, so the cache is right by itself.
+            # vLLM's prefix cache is keyed by name and path: with the name as path the cache is always right.
             lambda name, lora_id: LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=name),
             capacity=settings.max_adapter_names,
             in_flight=in_flight,
@@ -110,12 +110,12 @@ def _api_keys(args: Namespace) -> list[str]:
 
 
 def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: list[str], settings: Settings) -> None:
-    """Check the options that the plugin's correctness hangs on."""
+    """Check the options that the plugin's correctness depends on."""
     if engine_client is None or not args.enable_lora:
         raise BankError("the engine runs without LoRA: start it with `mta engine`, or pass --enable-lora")
     if (getattr(args, "api_server_count", None) or 1) != 1:
         raise BankError(
-            f"--api-server-count is {args.api_server_count}: recipes get their ids in one API process, use 1"
+            f"--api-server-count is {args.api_server_count}: recipes get their ids in one API process: use 1"
         )
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() in ("1", "true"):
         raise BankError("VLLM_ALLOW_RUNTIME_LORA_UPDATING lets anyone bind a name to a folder: unset it")
@@ -125,12 +125,12 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
         raise BankError(f"--max-cpu-loras is {args.max_cpu_loras}: it must be above --max-loras, {args.max_loras}")
     needed = max(manifest.serving_rank for manifest in read_manifests(settings).values())
     if args.max_lora_rank < needed:
-        raise BankError(f"--max-lora-rank is {args.max_lora_rank}, the bank is served at rank {needed}")
+        raise BankError(f"--max-lora-rank is {args.max_lora_rank}: the bank needs at least {needed}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Behind:
-    """What the private routes answer from."""
+    """The state behind the private routes."""
 
     preparer: Preparer
     max_lora_rank: int
@@ -148,7 +148,7 @@ def _router() -> APIRouter:
 
     @router.get(STATUS)
     async def status(request: Request) -> dict[str, Any]:
-        """What this engine serves; known here, so that the answer waits for no step of the model."""
+        """What this engine serves; known here, so that the answer never waits for a step of the model."""
         engine, behind = request.app.state.engine_client, _behind(request)
         preparer = behind.preparer
         return {
@@ -164,14 +164,14 @@ def _router() -> APIRouter:
 
     @router.get(RESIDENT)
     async def resident(request: Request) -> dict[str, list[str]]:
-        """What the workers hold, asked of them: fused recipes, and stacked ones with anything of a user adapter."""
+        """What the workers say they hold: fused recipes, and stacked ones whose user adapter is still there."""
         rpc = request.app.state.engine_client.collective_rpc
         fused, held = await asyncio.gather(rpc("mta_resident"), rpc("mta_held"))
         return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
 
     @router.post(DROP)
     async def drop(request: Request, body: Drop) -> dict[str, int]:
-        """Let go of a user's adapters; says how many are still held, by requests that are not over."""
+        """Let go of a user's adapters; answers how many are still held by unfinished requests."""
         return {"held": await _behind(request).preparer.users.drop(body.user_key)}
 
     return router

@@ -1,7 +1,7 @@
-"""Adapter gauges with a fixed set of labels, in the place of one whose labels grow with every recipe.
+"""Adapter gauges with a fixed set of labels, replacing one whose labels grow with every recipe.
 
 `vllm:lora_requests_info` puts adapter names into label values: a time series for each combination ever seen, and
-user keys in the monitoring. What an operator needs of it are counts.
+user keys in the monitoring. An operator only needs counts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from server.engine.admission.names import AdapterNames
 
 
 class AdaptersInUse:
-    """Takes vLLM's calls to the gauge it replaces and publishes how many names were in them."""
+    """Takes vLLM's calls to the gauge that it replaces, and publishes how many names they contain."""
 
     def __init__(self) -> None:
-        self._in_use = Gauge("mta:adapters_in_use", "Distinct recipes that the engine's requests carry.")
+        self._in_use = Gauge("mta:adapters_in_use", "Distinct recipes among the engine's requests.")
 
     def labels(self, *, running_lora_adapters: str, **_: object) -> AdaptersInUse:
         """vLLM passes all its requests' adapters, comma-joined, as running and again as waiting."""
@@ -27,7 +27,7 @@ class AdaptersInUse:
         return self
 
     def set_to_current_time(self) -> None:
-        """The original's way of saying when; Prometheus stamps samples itself."""
+        """Nothing to do: Prometheus timestamps samples itself."""
 
 
 def install(engine_client: Any, names: AdapterNames[Any]) -> None:

@@ -1,8 +1,8 @@
-"""Which engine id a recipe has. Bounded, and an id never changes while anything may still ask for it.
+"""The engine ids of recipes: bounded in number, and never changed while anything may still ask for them.
 
 vLLM compares adapters by name but tracks them by integer id, so one name under two ids in one batch is fatal. A name
 therefore keeps its id while it is leased (an HTTP request that named it is open) or in flight (the engine still holds
-such a request); only then may the least recently used give way.
+such a request). Of the others, the least recently used are evicted.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class AdapterNames(Generic[Entry]):
 
     Args:
         entries: the dictionary vLLM looks names up in; this object is its only writer.
-        make: builds the entry of a name and an id.
+        make: builds the entry for a name and an id.
         capacity: names kept when idle; leased and in-flight ones come on top.
-        in_flight: the names that requests inside the engine carry.
-        first_id: where ids start.
+        in_flight: the names used by requests inside the engine.
+        first_id: the first id given out.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class AdapterNames(Generic[Entry]):
 
     @property
     def in_use(self) -> Set[str]:
-        """Names that an open request holds, or that the engine still works for."""
+        """Names that an open request holds, or that are in flight."""
         return self._in_flight() | self._leases.keys()
 
     def lease(self, name: str) -> Entry:
-        """Give a name its entry and hold it there until `release`; each lease is released once."""
+        """Return the entry of a name and keep it until `release`; release each lease once."""
         entry = self._entries.pop(name, None)
         if entry is None:
             entry = self._make(name, self._new_id())
@@ -85,7 +85,7 @@ class AdapterNames(Generic[Entry]):
     def _evict(self) -> None:
         """Drop the least recently used names that nobody holds, an eighth of the capacity at a time.
 
-        Walking what is in flight costs a pass over the engine's requests; a batch makes that rare.
+        Finding what is in flight costs a pass over the engine's requests; evicting in batches makes that rare.
         """
         held = self.in_use
         surplus = len(self._entries) - self._capacity + self._capacity // 8

@@ -1,7 +1,7 @@
 """Prepare before admission: a recipe is checked, named and held before vLLM sees the request that asks for it.
 
-Inside `execute_model` nothing may fail any more, for an exception there ends the engine. So all that could be wrong
-with a recipe is found here, in the API process, and answered with a 404 that the gateway understands.
+Nothing may fail inside `execute_model`: an exception there ends the engine. So everything that could be wrong with a
+recipe is found here, in the API process, and answered with a 404 that the gateway understands.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Preparer:
         self.users = users
 
     async def prepare(self, name: str) -> LoRARequest:
-        """Check a recipe, hold its name for the rest of the current HTTP request, and have its user adapter at hand.
+        """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
 
         Raises:
             RecipeError: the name is not canonical.

@@ -1,7 +1,7 @@
 """User adapters in the engine: fetched, verified and handed to every worker before a request is admitted.
 
-Workers build a stacked adapter from a recipe's name inside `execute_model`, where nothing may fail. So what the name
-needs is with them by then, and stays while the name is leased or in flight; beyond that only as far as it fits.
+Workers build a stacked adapter from a recipe's name inside `execute_model`, where nothing may fail. So they get the
+user adapter before that, and keep it while the name is leased or in flight; after that, only while there is room.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from server.store.adapters import StoredAdapter
 log = logging.getLogger("mta.engine")
 
 SWEEP_S = 30.0
-"""Time within which an engine drops what a user has not any more, requests that are not over aside."""
+"""Time within which an engine drops adapters that their user no longer has, unless a request still uses them."""
 
 
 class AdapterSource(Protocol):
-    """What is needed of `server.store.adapters.AdapterStore`."""
+    """The part of `server.store.adapters.AdapterStore` that is used here."""
 
     async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None: ...
 
@@ -36,7 +36,7 @@ class AdapterSource(Protocol):
 
 
 class Workers(Protocol):
-    """The workers' side (`server.engine.fusing.extension`), called on all of them, one call after the other."""
+    """The workers' side (`server.engine.fusing.extension`): each call goes to all workers, one after the other."""
 
     async def hold(self, name: str, raw: bytes) -> None: ...
 
@@ -55,11 +55,11 @@ class UserAdapters:
     """Which user adapters the workers hold.
 
     Args:
-        source: where adapters are kept.
-        workers: who holds them.
+        source: where adapters are stored.
+        workers: all workers of the engine.
         manifests: the engine's banks.
         max_rank: the largest rank a slot can hold.
-        capacity_bytes: what workers may hold beyond what is in use.
+        capacity_bytes: most bytes that workers hold, unless what is in use is more.
         in_use: recipe names that must stay.
     """
 
@@ -81,26 +81,26 @@ class UserAdapters:
         self._in_use = in_use
         self._held: OrderedDict[str, _Held] = OrderedDict()  # by recipe name, least recently used first
         self._sending: dict[str, asyncio.Task[bool]] = {}
-        self._releasing: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
+        self._releasing: set[asyncio.Task[None]] = set()  # the event loop holds tasks only weakly
 
     def __len__(self) -> int:
         return len(self._held)
 
     async def ensure(self, recipe: FusionRecipe) -> None:
-        """Have the user adapter of a recipe with all workers.
+        """Make sure that all workers have the user adapter of a recipe.
 
-        The store is asked every time, so that nothing is served that was replaced or erased. What is once on its way
-        to the workers gets there though the client leaves, and is known from before: it can always be let go.
+        The store is asked every time, so that nothing is served that was replaced or erased. Once sending has begun it
+        goes on even if the client leaves, and it is noted beforehand, so that the adapter can always be let go.
 
         Args:
-            recipe: of this engine, with a user adapter, its name leased.
+            recipe: one of this engine's, with a user adapter; its name is leased.
 
         Raises:
-            UserAdapterError: when it is not there, damaged, or not for this recipe.
+            UserAdapterError: when the adapter is missing, damaged, or not for this recipe.
         """
         assert recipe.user_adapter is not None
         plain = f"the plain recipe is {recipe.plain.name}"
-        while recipe.name in self._sending:  # for another request, whose failure or leaving is not this one's
+        while recipe.name in self._sending:  # for another request, whose failure must not be this one's
             await asyncio.wait([self._sending[recipe.name]])
         try:
             if recipe.name in self._held:
@@ -111,29 +111,29 @@ class UserAdapters:
         except ApiError as error:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} cannot be fetched: {error}; {plain}") from error
         if not there:
-            raise UserAdapterError(f"user adapter {recipe.user_adapter} is not there; {plain}")
+            raise UserAdapterError(f"user adapter {recipe.user_adapter} does not exist; {plain}")
         self._held.move_to_end(recipe.name)
         await self._make_room()
 
     async def sweep(self) -> None:
-        """Let go of every adapter that its user has not any more and that no request uses; an engine does it often."""
+        """Let go of every adapter that its user no longer has and that no request uses."""
         gone = [name for name, held in list(self._held.items()) if not await self._is_current(held.adapter)]
         in_use = self._in_use()
         await self._let_go([name for name in gone if name not in in_use])
 
     async def drop(self, user_key: str) -> int:
-        """Let go of all adapters of a user that no request uses; how many are still held."""
+        """Let go of all adapters of a user that no request uses; returns how many are still held."""
         mine = [name for name, held in self._held.items() if held.adapter.user_key == user_key]
         in_use = self._in_use()
         await self._let_go([name for name in mine if name not in in_use])
         return sum(name in in_use for name in mine)
 
     async def _is_current(self, adapter: UserAdapterId) -> bool:
-        """Whether an adapter is still the one that its user has."""
+        """Whether an adapter is still its user's current one."""
         return await self._source.adapter_id(adapter.user_key) == adapter.id
 
     async def _send(self, recipe: FusionRecipe, adapter: UserAdapterId) -> bool:
-        """Fetch and verify an adapter and give it to all workers; whether it is there."""
+        """Fetch and verify an adapter and send it to all workers; False when the store has none."""
         try:
             stored = await self._source.adapter(adapter)
             if stored is None:
@@ -143,14 +143,14 @@ class UserAdapters:
             try:
                 await self._workers.hold(recipe.name, stored.raw)
             except Exception:
-                await self._let_go([recipe.name])  # some of them may have it
+                await self._let_go([recipe.name])  # some workers may have it
                 raise
             return True
         finally:
             del self._sending[recipe.name]
 
     def _check(self, recipe: FusionRecipe, stored: StoredAdapter) -> None:
-        """Whatever could go wrong in a worker goes wrong here."""
+        """Find here whatever could go wrong in a worker."""
         if hashlib.sha256(stored.raw).hexdigest() != stored.sha256:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} is damaged: its SHA-256 differs")
         manifest = self._manifests[recipe.bank]
@@ -165,7 +165,7 @@ class UserAdapters:
         if fused + user.added_rank > self._max_rank:
             raise UserAdapterError(
                 f"user adapter {recipe.user_adapter} adds rank {user.added_rank} to {fused}, "
-                f"slots hold {self._max_rank}"
+                f"but slots hold rank {self._max_rank}"
             )
 
     async def _make_room(self) -> None:
@@ -180,7 +180,7 @@ class UserAdapters:
         await self._let_go(chosen)
 
     async def _let_go(self, names: list[str]) -> None:
-        """Have the workers forget adapters, whoever leaves meanwhile; calls reach them in the order they are made."""
+        """Have the workers forget adapters, even if the caller is cancelled; calls reach them in order."""
         for name in names:
             self._held.pop(name, None)
         if names:
@@ -191,7 +191,7 @@ class UserAdapters:
 
 
 class RpcWorkers:
-    """`Workers` by vLLM's `collective_rpc`."""
+    """`Workers` through vLLM's `collective_rpc`."""
 
     def __init__(self, rpc: Callable[..., Awaitable[object]]) -> None:
         self._rpc = rpc

@@ -1,1 +1,1 @@
-"""Every worker: recipes become adapters in slots of vLLM, and only the rows that have one use it."""
+"""Every worker: recipes become adapters in vLLM's slots, applied only to the rows that have one."""

@@ -1,8 +1,8 @@
 """LoRA on CPU for the rows that have an adapter, and for no others.
 
-vLLM marks a row without an adapter by slot -1. Its CPU wrapper takes that for an index, and so adds to the base
-model's rows whatever lies in the last slot, as soon as one row of the step has an adapter. Here the rows that have one
-are picked once a step, and vLLM's own operators see nothing else.
+vLLM marks a row without an adapter with slot -1. Its CPU wrapper takes that for an index: as soon as one row of the
+step has an adapter, it adds whatever is in the last slot to the base model's rows. Here the rows that have an adapter
+are picked once per step, and vLLM's own operators see nothing else.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ KNOWN_OPERATIONS = frozenset(
         "add_lora_linear",
         "add_lora_embedding",
         "add_lora_logits",
-        "apply_lora_full_linear",  # leaves rows without an adapter alone by itself
+        "apply_lora_full_linear",  # skips rows without an adapter on its own
     }
 )
-"""What vLLM's wrapper is known to do; whatever else it did could touch rows that it must not."""
+"""The operations that vLLM's wrapper is known to have; any other could touch rows that it must not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Rows:
     """The rows of a step that have an adapter.
 
     Attributes:
-        slots: the slot of each of them [n].
-        places: where they stand among all rows [n]; None where they are all.
+        slots: the slot of each row [n].
+        places: their indices among all rows [n]; None where every row has an adapter.
     """
 
     slots: torch.Tensor
@@ -46,7 +46,7 @@ class Rows:
 
     @classmethod
     def among(cls, slots: torch.Tensor) -> Rows:
-        """Pick them from the slots of all rows, where -1 is none."""
+        """Pick them from the slots of all rows; -1 is no adapter."""
         places = (slots >= 0).nonzero().flatten()
         return cls(slots.clone(), None) if len(places) == len(slots) else cls(slots[places], places)
 
@@ -54,17 +54,17 @@ class Rows:
         return len(self.slots) > 0
 
     def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """These rows of a matrix; itself where they are all."""
+        """These rows of a matrix; the matrix itself where every row has an adapter."""
         return rows if self.places is None else rows[self.places]
 
     def put(self, rows: torch.Tensor, into: torch.Tensor) -> None:
-        """The way back of `of`."""
+        """The inverse of `of`."""
         if self.places is not None:
             into[self.places] = rows
 
 
 class AdaptedRows(PunicaWrapperCPU):  # type: ignore[misc]
-    """vLLM's wrapper for CPUs, confined to rows that have an adapter; arguments are as there."""
+    """vLLM's wrapper for CPUs, confined to rows that have an adapter; arguments as in vLLM."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +72,7 @@ class AdaptedRows(PunicaWrapperCPU):  # type: ignore[misc]
         self._tokens = self._samples = Rows(none, none)
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """Take the slots of a step's rows."""
+        """Note the slots of a step's rows."""
         super().update_metadata(*args, **kwargs)
         self._tokens, self._samples = Rows.among(self.token_lora_indices), Rows.among(self.sampler_indices)
 
@@ -110,7 +110,7 @@ class AdaptedRows(PunicaWrapperCPU):  # type: ignore[misc]
         self._tokens.put(part, _flat(y))
 
     def add_lora_linear(self, *args: Any, **kwargs: Any) -> None:
-        """Shrink and expand, without even a buffer where no row has an adapter."""
+        """Shrink and expand; no buffer is made where no row has an adapter."""
         if self._tokens:
             super().add_lora_linear(*args, **kwargs)
 
@@ -148,10 +148,10 @@ def _flat(rows: torch.Tensor) -> torch.Tensor:
 
 
 def install() -> None:
-    """Have CPUs use `AdaptedRows`; elsewhere vLLM's kernels skip rows without an adapter by themselves.
+    """Have CPUs use `AdaptedRows`; elsewhere vLLM's kernels skip rows without an adapter on their own.
 
     Raises:
-        BankError: as `check_wrapper`.
+        BankError: see `check_wrapper`.
     """
     if current_platform.is_cpu():
         check_wrapper()
@@ -166,33 +166,33 @@ def check_in_use(wrappers: Iterable[object]) -> None:
     """
     others = sorted({type(wrapper).__name__ for wrapper in wrappers if not isinstance(wrapper, AdaptedRows)})
     if current_platform.is_cpu() and others:
-        raise BankError(f"LoRA would run on {', '.join(others)}, which gives rows the adapters of others: not served")
+        raise BankError(f"LoRA would run on {', '.join(others)}, which gives rows each other's adapters: not served")
 
 
 def check_wrapper(wrapper: type[PunicaWrapperCPU] = AdaptedRows) -> None:
-    """Try a step of rows with and without adapters, by every operation.
+    """Try every operation on a step of rows with and without adapters.
 
     Raises:
-        BankError: when this vLLM would serve some row with what is not its own.
+        BankError: when this vLLM would serve a row with an adapter that is not its own.
     """
     public = {name for name in vars(PunicaWrapperCPU) if not name.startswith("_")}
     if public != KNOWN_OPERATIONS:
         raise BankError(
-            f"this vLLM's PunicaWrapperCPU differs in {sorted(public ^ KNOWN_OPERATIONS)} from the one that adapters "
-            "are known to be kept apart in: install the version of vLLM that mta-server asks for"
+            f"this vLLM's PunicaWrapperCPU differs in {sorted(public ^ KNOWN_OPERATIONS)} from the one known to keep "
+            "adapters apart: install the version of vLLM that mta-server requires"
         )
     try:
         wrong = [name for name, good in _trial(wrapper).items() if not good]
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise BankError(f"this vLLM's LoRA operators for CPUs are not those that the plugin knows: {error}") from error
+        raise BankError(f"this vLLM's LoRA operators for CPUs are not the ones the plugin knows: {error}") from error
     if wrong:
-        raise BankError(f"{', '.join(wrong)} of this vLLM would give rows the adapters of others: it must not serve")
+        raise BankError(f"{', '.join(wrong)} of this vLLM would give rows each other's adapters: it must not serve")
 
 
 def _trial(wrapper_class: type[PunicaWrapperCPU]) -> dict[str, bool]:
-    """Whether each operation leaves rows without an adapter as they are and gives the others what is theirs."""
+    """Whether each operation leaves rows without an adapter as they are and gives the others their own."""
     numbers = torch.Generator().manual_seed(0)
-    owners, slots = (0, 1, 0, 2, 0), (None, 0, None, 1, None)  # adapters' ids, where 0 is none; their places
+    owners, slots = (0, 1, 0, 2, 0), (None, 0, None, 1, None)  # adapter ids (0: none) and their slots
     x, y, a, b = (torch.randn(*shape, generator=numbers) for shape in ((5, 4), (5, 6), (2, 1, 3, 4), (2, 1, 6, 3)))
     low, wanted = torch.ones(5, 3), y.clone()
     for row, slot in enumerate(slots):

@@ -1,4 +1,4 @@
-"""`--worker-extension-cls`: methods that the API process calls on every worker by `collective_rpc`."""
+"""`--worker-extension-cls`: methods that the API process calls on every worker through `collective_rpc`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class WorkerExtension:
         return self._mta_manager().resident()
 
     def mta_held(self) -> list[str]:
-        """The recipes of whose user adapter this worker holds anything, sorted."""
+        """The stacked recipes whose user adapter this worker still holds in some form, sorted."""
         return sorted(self._mta_manager().held())
 
     def mta_hold(self, name: str, raw: bytes) -> None:
-        """Keep the user adapter that a recipe's name asks for; checked already."""
+        """Keep the user adapter that a recipe names; it has been checked."""
         self._mta_manager().hold(name, raw)
 
     def mta_release(self, names: list[str]) -> None:
@@ -29,7 +29,7 @@ class WorkerExtension:
         self._mta_manager().release(names)
 
     def _mta_manager(self) -> FusingLoRAManager:
-        """Raises RuntimeError when vLLM did not take our adapter manager, so that no recipe could be fused."""
+        """Raises RuntimeError when vLLM does not use our adapter manager: no recipe could be fused."""
         manager = self.model_runner.lora_manager
         if not isinstance(manager, FusingLoRAManager):
             raise RuntimeError(f"the worker's adapter manager is {type(manager).__name__}, not FusingLoRAManager")

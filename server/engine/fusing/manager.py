@@ -1,8 +1,8 @@
 """The adapter manager of a worker: where a recipe becomes weights in a LoRA slot.
 
-It stands in for vLLM's LRU manager and differs in three things. A recipe is fused from the mapped bank instead of
-read from a folder, and that cannot fail: the name was checked before admission. Evicting never takes what the running
-batch uses. And an id that holds another recipe than the request says is never used.
+It replaces vLLM's LRU manager and differs in three ways. A recipe is fused from the mapped bank instead of read from
+a folder, and that cannot fail: the name was checked before admission. Eviction never takes what the running batch
+uses. And an id that holds a recipe other than the request's is never used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from server.settings import Settings
 
 
 class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
-    """Fuses recipes into slots; other adapters take vLLM's own way."""
+    """Fuses recipes into slots; other adapters are left to vLLM."""
 
     _manager_cls = FusedSlots
     _matrices: Mapping[str, MetaMatrix]
@@ -42,12 +42,12 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
 
         Raises:
-            BankError: when a bank is damaged, or made for a model with other modules, or when vLLM would not keep
-                adapters to the rows that have one.
+            BankError: when a bank is damaged or was made for a model with other modules, or when vLLM would apply
+                adapters to rows that have none.
         """
         wrapped = super().create_lora_manager(model, vllm_config)
         check_in_use(self._adapter_manager.punica_wrapper_mapping.values())
-        self._pinned = PIN_MEMORY and self.device.type != "cpu"  # pinned pages are what a GPU's slots copy from fast
+        self._pinned = PIN_MEMORY and self.device.type != "cpu"  # GPU slots copy fast only from pinned pages
         self._users = {}
         self._matrices = {
             short: matrix.prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
@@ -100,7 +100,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         )
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
-        """Bring the adapters of the coming step into slots.
+        """Put the adapters of the next step into slots.
 
         Raises:
             RuntimeError: when the step asks for more adapters than slots, or for two under one id.
@@ -112,8 +112,8 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             )
         if len(wanted) < len(lora_requests):
             raise RuntimeError(f"two adapters under one id in one step: {sorted(r.lora_name for r in lora_requests)}")
-        # First make everything of this step that is here the most recent, in both tiers: what is then evicted for
-        # the rest, the least recent, is nothing that this step uses.
+        # First make what this step uses and is already here the most recent, in both tiers: then whatever is evicted
+        # for the rest is nothing that this step uses.
         for lora_id in wanted:
             self._adapter_manager.get_adapter(lora_id)
             self._adapter_manager._active_adapters.touch(lora_id)
@@ -122,17 +122,17 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._adapter_manager.activate_adapter(lora_id)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Fuse ahead of use, between two steps: into the CPU tier only, so that no slot of the batch is taken."""
+        """Fuse ahead of use, between steps: only into the CPU tier, so that no slot of the batch is taken."""
         return self._ensure_registered(lora_request)
 
     def _ensure_registered(self, request: LoRARequest) -> bool:
-        """Have the adapter in the CPU tier under its own name; whether it had to be made."""
+        """Make sure that the adapter is in the CPU tier under its own name; returns whether it had to be made."""
         manager = self._adapter_manager
         present = manager.get_adapter(request.lora_int_id)  # also makes it the most recent
         if present is not None:
             if not is_recipe_name(request.lora_name) or getattr(present, "recipe", None) == request.lora_name:
                 return False
-            manager.remove_adapter(request.lora_int_id)  # a stale tenant of this id must never speak for the new one
+            manager.remove_adapter(request.lora_int_id)  # a stale tenant of this id must never be served as the new one
         model = self._load_adapter(request)
         if len(manager) >= manager.capacity:
             manager.remove_oldest_adapter()
@@ -144,7 +144,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._users[name] = decode_user_adapter(self._matrices[parse_recipe(name).bank].layout, raw)
 
     def release(self, names: Sequence[str]) -> None:
-        """Forget user adapters that nothing asks for, and what was fused with them, in slots too."""
+        """Forget user adapters that nothing uses, and what was fused with them, in slots too."""
         gone = set(names)
         for name in gone:
             self._users.pop(name, None)
@@ -154,7 +154,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._adapter_manager.wipe(gone)
 
     def held(self) -> set[str]:
-        """Stacked recipes of whose user adapter something is here: its bytes, or what was fused with it in a slot."""
+        """Stacked recipes whose user adapter is still here: as bytes, or fused into a slot."""
         slots: set[str] = self._adapter_manager.written
         return set(self._users) | {name for name in slots if parse_recipe(name).user_adapter is not None}
 

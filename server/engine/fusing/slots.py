@@ -1,9 +1,9 @@
-"""Slots that fused adapters are written into: vLLM's own, with a short cut from one recipe of a bank to the next.
+"""vLLM's own slots for fused adapters, with a shortcut from one recipe of a bank to the next.
 
 vLLM fills a slot module by module: it packs q, k and v (gate and up) into one, zeroes both matrices, copies both. A
-slot whose last tenant was of the same bank and rank needs none of that, for the same cells are written again; in a
-`shared` bank it holds the one A already, so that only B is copied, in one call for all modules. Every first tenant
-takes vLLM's way, and so does whatever vLLM cuts into slices first (tensor parallelism, mixtures of experts).
+slot whose last tenant was of the same bank and rank needs none of that, because the same cells are written again; in a
+`shared` bank it already holds the one A, so that only B is copied, in one call for all modules. The first tenant of a
+slot is written by vLLM, and so is whatever vLLM slices first (tensor parallelism, mixtures of experts).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Tenancy = tuple[str, int]
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
-    """An adapter that was fused here; what vLLM knows a module's A and B by is made only where vLLM's way is taken.
+    """An adapter that was fused here; vLLM's objects for each module's A and B are made only where vLLM writes it.
 
     Args:
         lora_id: vLLM's id.
         recipe: the name it was fused from.
         weights: A and B by the bank's module names.
-        vllm_names: vLLM's name of each of them.
+        vllm_names: vLLM's name for each of those modules.
         tenancy: see `Tenancy`.
-        shares_a: whether all adapters of the bank have one A.
+        shares_a: whether all adapters of the bank share one A.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
         self._weights, self._vllm_names = weights, vllm_names
 
     def unpack(self) -> None:
-        """Give each module's A and B to vLLM, under its own names."""
+        """Offer each module's A and B under vLLM's names."""
         rank, a, b = self._weights.rank, self._weights.a, self._weights.b
         self.loras = {
             name: LoRALayerWeights(name, rank, rank, a[module], b[module]) for module, name in self._vllm_names.items()
         }
 
     def written(self) -> list[torch.Tensor]:
-        """What differs between adapters of one tenancy, in an order that does not."""
+        """The matrices that differ between adapters of one tenancy, always in the same order."""
         own = [self._weights.b] if self.shares_a else [self._weights.b, self._weights.a]
         return [matrices[module] for matrices in own for module in self._vllm_names]
 
 
 class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
-    """vLLM's two tiers, CPU and slots, that know whose cells each slot holds."""
+    """vLLM's two tiers, CPU and slots, with a record of whose cells each slot holds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,11 +75,11 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     @property
     def written(self) -> set[str]:
-        """The recipes whose weights lie in slots, those included that left it and that nobody came after."""
+        """The recipes whose weights are in slots, including evicted ones that nothing has overwritten."""
         return {recipe for recipe in self._recipes if recipe is not None}
 
     def wipe(self, recipes: Set[str]) -> None:
-        """Zero every slot in which the weights of one of these recipes lie; the next tenant is written whole."""
+        """Zero every slot that holds the weights of one of these recipes; its next tenant is written whole."""
         for index, recipe in enumerate(self._recipes):
             if recipe in recipes:
                 self._tenants[index] = self._recipes[index] = None
@@ -94,7 +94,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             super()._add_adapter(lora)
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Have an adapter in a slot and make it the most recent there; whether it had to be written."""
+        """Make sure that an adapter is in a slot, as the most recent; returns whether it had to be written."""
         if lora_id in self._active_adapters:
             self._active_adapters.touch(lora_id)
             return False

@@ -79,7 +79,7 @@ def test_a_wrapper_of_another_shape_is_refused_at_start(monkeypatch: pytest.Monk
         def add_lora_linear(self, y: torch.Tensor) -> None:
             """Another signature."""
 
-    with pytest.raises(BankError, match="not those that the plugin knows"):
+    with pytest.raises(BankError, match="not the ones the plugin knows"):
         check_wrapper(Changed)
     monkeypatch.setattr(adapted_rows.PunicaWrapperCPU, "add_lora_convolution", lambda self: None, raising=False)
     with pytest.raises(BankError, match=r"differs in \['add_lora_convolution'\]"):

@@ -115,7 +115,7 @@ async def test_an_adapter_is_fetched_once_and_asked_for_every_time() -> None:
     assert world.store.fetched == 1
     assert list(world.workers.held) == [recipe("b").name]
     del world.store.kept["b" * 25 + "e"]
-    with pytest.raises(UserAdapterError, match="is not there"):
+    with pytest.raises(UserAdapterError, match="does not exist"):
         await world.adapters.ensure(recipe("b"))
 
 

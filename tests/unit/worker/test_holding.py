@@ -76,6 +76,6 @@ async def test_training_whose_lease_is_lost_is_left_after_the_step_that_is_being
 
 async def test_training_that_takes_longer_than_it_may_is_left_where_it_is() -> None:
     run = Run()
-    with pytest.raises(TrainingError, match="the 0 s it may, it was at step 1 of 3"):
+    with pytest.raises(TrainingError, match="limit of 0 s, at step 1 of 3"):
         await train_holding(held(run), 0, run.training)
     assert (run.steps, run.left) == (1, True)
