@@ -6,10 +6,12 @@ Secrets travel by environment or in a private file, never in argv, which anyone 
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -22,6 +24,9 @@ from server.supervisor.part import Part
 from server.supervisor.probes import answers_http, answers_redis, writes
 
 LOOPBACK = "127.0.0.1"
+OWN_PORTS = range(15_000, 32_768)
+"""Below those that Linux hands out by itself, to outgoing connections and to whoever asks for any port."""
+TRIES = 100
 
 # vLLM's processes talk to each other over TCP, by default on whatever address the host name resolves to.
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -136,10 +141,16 @@ def _quoted(path: Path) -> str:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody listens on, and that no outgoing connection takes before it is used.
+
+    Raises:
+        StartError: when there is none.
+    """
+    for port in random.SystemRandom().sample(OWN_PORTS, TRIES):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise StartError(f"none of {TRIES} ports between {OWN_PORTS[0]} and {OWN_PORTS[-1]} is free on {LOOPBACK}")
 
 
 def check_port(port: int) -> None:

@@ -16,7 +16,7 @@ from deploy.demo.personas import PEOPLE
 
 DEMO = (sys.executable, "-m", "deploy.demo")
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("demo_bank")]
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.store.samples import MAX_SAMPLES
+from server.store.samples import MAX_SAMPLES, AdapterKind
 from server.store.user_key import check_user_id
 
 MAX_STOPS = 4
@@ -160,7 +160,7 @@ class SampleRequest(_Request):
 class AdaptOptions(_Request):
     """How to train; the server chooses what is not given."""
 
-    kind: Literal["lora", "core"] | None = Field(
+    kind: AdapterKind | None = Field(
         None,
         description="`lora`: a LoRA of `rank`, a megabyte for a small model. `core`: one small matrix per module "
         "between the merged A and B, a few kilobytes; it learns less of what the bank does not know.",
