@@ -39,8 +39,8 @@ from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import LOOK_S, Durability
-from server.store.job_budget import JobBudget
 from server.store.opening import open_stores
+from server.store.samples import JobBudget
 from server.store.user_key import UserKeys
 from server.watching import forever
 

@@ -65,6 +65,14 @@ class AdaptConfig:
     max_seconds: int = 3600
 
 
+@dataclass(frozen=True, slots=True)
+class JobBudget:
+    """The most that one job may use; the fields are those of `AdaptConfig`."""
+
+    max_tokens: int
+    max_seconds: int
+
+
 def default_config(room: int, common: bool, kind: AdapterKind | None = None) -> AdaptConfig:
     """How a job trains by default.
 

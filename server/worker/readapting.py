@@ -16,10 +16,9 @@ from adapters.recipe import parse_recipe
 from bank.manifest import BankManifest
 from server.errors import UserErased
 from server.store.adapters import AdapterStore
-from server.store.job_budget import JobBudget
 from server.store.jobs import JobStore, Submission
 from server.store.profiles import ProfileStore
-from server.store.samples import MAX_SAMPLES, default_config, encode_config
+from server.store.samples import MAX_SAMPLES, JobBudget, default_config, encode_config
 
 PAUSE_S = 0.5
 

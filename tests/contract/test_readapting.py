@@ -14,10 +14,9 @@ import redis.asyncio as redis
 
 from bench.rig.valkey import ValkeyProcess
 from server.store.adapters import StoredAdapter
-from server.store.job_budget import JobBudget
 from server.store.jobs import Job, JobState, Submission, Trained
 from server.store.profiles import AdapterNote, Change, Profile
-from server.store.samples import decode_config
+from server.store.samples import JobBudget, decode_config
 from server.worker.readapting import Counts, Readapting
 from tests.support.store_parts import EMBEDDER, KEYS, StoreParts
 

@@ -10,8 +10,8 @@ import torch
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.user_trainer import FEW, FOLDS
 from bank.items.prompt import encode_conversation
-from server.store import job_budget
-from server.store.job_budget import tokens_read
+from server.gateway.users import job_budget
+from server.gateway.users.job_budget import tokens_read
 from server.store.samples import AdaptConfig, Sample
 from server.worker.training import BATCH_SIZE, LOOK_EVERY, AdapterTrainer
 

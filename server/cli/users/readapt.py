@@ -33,8 +33,8 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     from rich.progress import MofNCompleteColumn, Progress
 
     from bank.manifest import read_manifest
-    from server.store.job_budget import JobBudget
     from server.store.opening import open_stores
+    from server.store.samples import JobBudget
     from server.worker.readapting import Counts, Readapting
 
     manifest = read_manifest(settings.bank_folder())

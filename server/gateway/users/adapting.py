@@ -16,9 +16,16 @@ from server.errors import Conflict, InvalidRequest, NotFound
 from server.gateway.http.requests import AdaptOptions, AdaptRequest, SampleRequest
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
-from server.store.job_budget import JobBudget
 from server.store.jobs import Job, JobId, JobStore, Submission
-from server.store.samples import MAX_SAMPLES, AdaptConfig, Sample, default_config, encode_config, encode_sample
+from server.store.samples import (
+    MAX_SAMPLES,
+    AdaptConfig,
+    JobBudget,
+    Sample,
+    default_config,
+    encode_config,
+    encode_sample,
+)
 
 
 class Adapting:

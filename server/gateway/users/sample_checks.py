@@ -10,7 +10,7 @@ from adapters.errors import excerpt
 from server.errors import InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.tokenizer import TokenizerClient
-from server.store.job_budget import check_budget, tokens_read
+from server.gateway.users.job_budget import check_budget, tokens_read
 from server.store.samples import AdaptConfig, Sample, decode_sample
 
 AT_A_TIME = 8
@@ -86,7 +86,7 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration allows; see `server.store.job_budget`.
+        """Refuse a job that would read more tokens than its configuration allows; see `server.gateway.users.job_budget`.
 
         Tokens are counted only if the bytes, which are more, would be too many.
 

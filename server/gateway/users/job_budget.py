@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 
 from server.errors import InvalidRequest
@@ -14,14 +14,6 @@ BATCH_SIZE = 4
 LOOK_EVERY = 2
 FOLDS = 2
 FEW = 20
-
-
-@dataclass(frozen=True, slots=True)
-class JobBudget:
-    """The most that one job may use; the fields are those of `AdaptConfig`."""
-
-    max_tokens: int
-    max_seconds: int
 
 
 def tokens_read(config: AdaptConfig, lengths: Sequence[int]) -> int:
