@@ -86,7 +86,7 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration allows; see `server.gateway.users.job_budget`.
+        """Refuse a job that would read more tokens than its configuration allows (`job_budget.py`).
 
         Tokens are counted only if the bytes, which are more, would be too many.
 
