@@ -161,7 +161,7 @@ def test_more_than_the_prompt_leaves_is_refused_and_never_cut_short(
     refused = generate(client, ada, prompt=prompt, max_tokens=13, stream=stream)
     error = refused.json()["error"]
     assert (refused.status_code, error["param"], error["code"]) == (400, "max_tokens", "context_length_exceeded")
-    assert "12 at most" in error["message"]
+    assert "Ask for at most 12" in error["message"]
     wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
 
 

@@ -91,7 +91,7 @@ async def test_a_configuration_that_cannot_be_read_fails_its_job_and_says_why(
     assert reason in await fails(desk, worker, SAMPLES, text)
 
 
-@pytest.mark.parametrize("wrong", [("<|user|>odd", [10_000], "token 10000"), ("odd", [], "no token")])
+@pytest.mark.parametrize("wrong", [("<|user|>odd", [10_000], "token id 10000"), ("odd", [], "no token")])
 async def test_tokens_that_nothing_can_be_trained_on_fail_their_job(
     desk: Desk,
     worker: JobLoop,

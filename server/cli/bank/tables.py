@@ -39,8 +39,8 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("index", f"{index['kind']}, {index['anchors']} anchors of {index['dim']} dimensions"),
         (
             "rank",
-            f"{summary['rank']} per anchor, {summary['fused_rank']} fused, {summary['serving_rank']} served: "
-            f"room for user adapters of rank {summary['room']}",
+            f"{summary['rank']} per anchor, {summary['fused_rank']} fused, {summary['serving_rank']} served; "
+            f"user adapters: up to rank {summary['room']}",
         ),
         ("size", f"{sizes}; {decimal(summary['row_bytes'])} per anchor"),
         ("training", ", ".join(f"{key} {value}" for key, value in summary["training"].items() if value is not None)),
