@@ -19,7 +19,7 @@ BUILD_OPTIONS = (
     *("--task", "chat"),
     *("--method", "shared"),
     "--no-common",  # an average of three manners would help none of them
-    *("--steps", "12"),
+    *("--steps", "16"),
     *("--learning-rate", "8e-3"),  # few steps, large ones: manners are easily learned
     "--force",  # a bank of another base model is replaced
 )
