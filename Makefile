@@ -6,8 +6,6 @@ BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
 SCRIPTS := deploy/setup.sh .ci/run
 WORKERS := logical --maxprocesses 4
-# Its cases share one id, of which pytest-xdist would run one alone.
-FUZZ := tests/integration/test_openapi_fuzz.py
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -19,9 +17,7 @@ demo: setup ## from nothing to personalised answers, in a table
 	@$(BIN)/python -m deploy.demo
 
 test: lint ## lint, then run every test, on data that the tests make themselves
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore $(FUZZ) -n $(WORKERS) --dist loadfile \
-	  --no-loadscope-reorder --durations=15
-	$(BIN)/python -m pytest $(FUZZ)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: ## check formatting, style, types, layers, shell scripts
 	@deploy/setup.sh tools
