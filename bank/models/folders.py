@@ -137,7 +137,7 @@ def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f".{folder.name}.lock")):
+        with locked(folder.with_name(f".{folder.name}.lock")):
             if not (folder / landmark).is_file():
                 draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
                 try:
@@ -161,7 +161,7 @@ def _readable(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """An exclusive lock between processes; the kernel releases it when its holder dies."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

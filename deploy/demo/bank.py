@@ -10,8 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
+from bank.models.folders import locked
 from deploy.demo.children import run_mta
 from server.settings import Settings
 
@@ -41,7 +40,7 @@ def build_bank(people: Sequence[dict[str, object]]) -> Path:
     kept = Settings().cache_dir / "demo" / key
     kept.mkdir(parents=True, exist_ok=True)
     users, bank = kept / "anchors.json", kept / "bank"
-    with FileLock(kept / ".lock"):
+    with locked(kept / ".lock"):
         users.write_text(text, encoding="utf-8")
         files = ("--users", str(users), "--out", str(bank))
         run_mta("bank", "build", *files, "--anchors", str(len(people)), *BUILD_OPTIONS)
