@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from vllm.lora.model_manager import AdapterLRUCache
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from adapters.flat import FlatLora
 from bench.rig.processes import PATIENCE_S
@@ -261,3 +263,20 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
         pass
     assert ahead.names == []
     assert ahead.take("x") == "fused"
+
+
+def test_an_adapter_from_a_folder_counts_as_loaded_not_as_fused(
+    manager: CountingManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LRUCacheWorkerLoRAManager, "_load_adapter", lambda self, request: LoRAModel(7, 8, {}))
+    monkeypatch.setattr(LRUCacheLoRAModelManager, "_add_adapter", lambda self, lora: None)
+    manager._ensure_registered(LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder"))
+    figures, counts = manager.figures.readings()
+    assert {name: sum(buckets) for name, (buckets, _) in figures.items()} == {
+        "load": 1,
+        "fuse": 0,
+        "slot_write": 0,
+        "bring_in": 0,
+    }
+    assert counts == {"fuses": 0, "slot_evictions": 0}
+    assert manager.fused == []
