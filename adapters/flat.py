@@ -42,6 +42,10 @@ class FlatLora:
         h_in = sum(m.h_in for m in self.modules)
         return tuple(block.numel() // h_in for block in self.a)
 
+    def across(self) -> FlatLora:
+        """The same with B along H_out in memory, [R, ΣH_out] behind a tensor of the same shape."""
+        return FlatLora(self.modules, self.a, torch.stack(self.b.unbind(1)).t())
+
     def weights(self) -> LoraWeights:
         """Each module's A and B; views where A is a single block."""
         cuts = [cut_a(RowLayout(self.modules, r, shared_a=False), a) for r, a in zip(self.ranks, self.a, strict=True)]

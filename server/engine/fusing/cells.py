@@ -23,27 +23,43 @@ class Run:
 
     Attributes:
         block: the block of A it is; None for B.
+        across: whether B lies along H_out in memory, and is taken as [R, H_out].
         cells: views of the slot's tensors.
-        sizes: rows of each cell in the adapter's tensor.
+        sizes: of each cell, rows of the adapter's tensor; columns where it is taken across.
         dtype: what both sides are taken for.
     """
 
     block: int | None
+    across: bool
     cells: list[torch.Tensor]
     sizes: list[int]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, block: int | None, cells: Sequence[torch.Tensor]) -> Run:
+    def of_b(cls, cells: Sequence[torch.Tensor]) -> Run:
+        """All modules' B."""
+        if lies_across(cells[0]):
+            return cls(None, True, [cell.t() for cell in cells], [len(cell) for cell in cells], cells[0].dtype)
+        return cls._joined(None, cells)
+
+    @classmethod
+    def of_a(cls, block: int, cells: Sequence[torch.Tensor]) -> Run:
+        """All modules' parts of a block of A, each flat."""
+        return cls._joined(block, cells)
+
+    @classmethod
+    def _joined(cls, block: int | None, cells: Sequence[torch.Tensor]) -> Run:
         """Join the cells of neighbours and widen their numbers, where the device is a CPU."""
-        joined = _joined(cells)
+        joined = _neighbours(cells)
         dtype = _widest(joined) if joined[0].device.type == "cpu" else joined[0].dtype
         wide = [cell.view(dtype) for cell in joined]
-        return cls(block, wide, [len(cell) for cell in wide], dtype)
+        return cls(block, False, wide, [len(cell) for cell in wide], dtype)
 
     def pieces(self, flat: FlatLora) -> tuple[torch.Tensor, ...]:
         """The same part of another adapter of the tenancy, in the pieces that the cells take."""
-        whole = flat.b if self.block is None else flat.a[self.block]
+        if self.across:
+            return torch.split(flat.b.t(), self.sizes, dim=1)
+        whole = flat.b.contiguous() if self.block is None else flat.a[self.block]
         return torch.split(whole.view(self.dtype), self.sizes)
 
 
@@ -74,9 +90,9 @@ class Cells:
             shares_a: whether the first block is the same in all adapters.
         """
         rank, start = sum(ranks), 0
-        runs = [Run.of(None, [b[index, 0, :, :rank] for _, b in stacks])]
+        runs = [Run.of_b([b[index, 0, :, :rank] for _, b in stacks])]
         for block, rows in enumerate(ranks):
-            runs.append(Run.of(block, [a[index, 0, start : start + rows].view(-1) for a, _ in stacks]))
+            runs.append(Run.of_a(block, [a[index, 0, start : start + rows].view(-1) for a, _ in stacks]))
             start += rows
         rest = [part for a, b in stacks for part in (a[index, 0, rank:], b[index, 0, :, rank:]) if part.numel()]
         return cls(tuple(runs), 1 if shares_a else None, tuple(rest))
@@ -96,7 +112,12 @@ class Cells:
             torch._foreach_zero_(self.rest)
 
 
-def _joined(cells: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def lies_across(b: torch.Tensor) -> bool:
+    """Whether a B [..., H_out, R] lies along H_out in memory."""
+    return b.stride(-2) == 1 and b.stride(-1) > 1
+
+
+def _neighbours(cells: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same cells, neighbours as one: rows at one distance from each other, in the same storage."""
     joined = [cells[0]]
     for cell in cells[1:]:

@@ -70,6 +70,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             b = torch.zeros(layout.b_numbers // layout.rank, layout.rank, dtype=self.lora_config.lora_dtype)
             empty = FlatLora(layout.modules, (matrix.shared_a,), b)
             self._adapter_manager.make_ready(self._model_of(1, "", short, empty))
+        self._across = self._adapter_manager.lie_across
         self._ahead = Ahead(self._fuse)
         on_arrival(self.notice)
         return wrapped
@@ -108,13 +109,17 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def _fuse(self, name: str) -> FlatLora:
         """What a recipe stands for, its user adapter included; runs in any thread."""
         with self.figures.fuse.timed():
-            recipe = parse_recipe(name)
-            matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
-            if recipe.user_adapter is None:
-                return fuse_flat(matrix, recipe, dtype, pin_memory=self._pinned)
-            user = decode_user_adapter(matrix.layout, self._users[name])
-            rounded = torch.float32 if user.kind is UserAdapterKind.CORE else dtype
-            return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)
+            flat = self._flat(name)
+            return flat.across() if self._across else flat
+
+    def _flat(self, name: str) -> FlatLora:
+        recipe = parse_recipe(name)
+        matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
+        if recipe.user_adapter is None:
+            return fuse_flat(matrix, recipe, dtype, pin_memory=self._pinned)
+        user = decode_user_adapter(matrix.layout, self._users[name])
+        rounded = torch.float32 if user.kind is UserAdapterKind.CORE else dtype
+        return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         """Fuse the recipe a request names; runs inside `execute_model` on every rank."""

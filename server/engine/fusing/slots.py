@@ -17,7 +17,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from adapters.flat import FlatLora
-from server.engine.fusing.cells import Cells
+from server.engine.fusing.cells import Cells, lies_across
 from server.engine.fusing.figures import WorkerFigures
 
 Tenancy = tuple[str, tuple[int, ...]]
@@ -71,6 +71,12 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self._recipes: list[str | None] = [None] * self.lora_slots
         self._cells: dict[tuple[int, Tenancy], Cells] = {}
         self._stacks: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    @property
+    def lie_across(self) -> bool:
+        """Whether B lies along H_out in the slots, so that an adapter's should, too, before it is written."""
+        stacks = [stack for module in self.modules.values() for stack in getattr(module, "lora_b_stacked", ())]
+        return any(lies_across(stack) for stack in stacks)
 
     @property
     def written(self) -> set[str]:

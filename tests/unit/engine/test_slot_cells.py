@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -31,6 +33,11 @@ def together(dtype: torch.dtype) -> Stacks:
     return [(part.view(SLOTS, 1, ROOM, m.h_in), b) for m, part, b in zip(MODULES, a_parts, bs, strict=True)]
 
 
+def lying_across(dtype: torch.dtype) -> Stacks:
+    """Every module's tensors by themselves, B along H_out."""
+    return [(a, b.transpose(2, 3).contiguous().transpose(2, 3)) for a, b in apart(dtype)]
+
+
 def adapter(ranks: tuple[int, ...], dtype: torch.dtype) -> FlatLora:
     generator = torch.Generator().manual_seed(sum(ranks))
     a = [torch.randn(rank * sum(m.h_in for m in MODULES), generator=generator).to(dtype) for rank in ranks]
@@ -38,15 +45,16 @@ def adapter(ranks: tuple[int, ...], dtype: torch.dtype) -> FlatLora:
     return FlatLora(MODULES, tuple(a), b)
 
 
-@pytest.mark.parametrize("stacks_of", [apart, together])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("stacks_of", [apart, together, lying_across])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ranks", [(8,), (5,), (8, 4), (8, 1), (6, 6), (16,), (1, 2, 3)])
 def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
-    stacks_of: object, dtype: torch.dtype, ranks: tuple[int, ...]
+    stacks_of: Callable[[torch.dtype], Stacks], across: bool, dtype: torch.dtype, ranks: tuple[int, ...]
 ) -> None:
-    stacks: Stacks = stacks_of(dtype)  # type: ignore[operator]
-    flat = adapter(ranks, dtype)
+    stacks, flat = stacks_of(dtype), adapter(ranks, dtype)
     weights, rank = flat.weights(), sum(ranks)
+    flat = flat.across() if across else flat
     Cells.of(1, stacks, ranks, shares_a=True).write(flat)
     for module, (a, b) in zip(MODULES, stacks, strict=True):
         assert torch.equal(a[1, 0, :rank], weights.a[module.name])
