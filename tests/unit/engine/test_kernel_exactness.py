@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.lora.layers import LoRAMapping
 
-from server.engine.fusing.kernels.native import kernel
 from server.engine.fusing.kernels.rows import SlotTable
 from server.engine.fusing.kernels.wrapper import CpuLoRA, transpose_stacks
-from server.settings import Settings
 
 ROUNDING = 2**-8
 """Of a bfloat16 number: half a unit in its last place, and some more for what went before."""
@@ -35,6 +33,7 @@ class Step:
         padding: rows beyond those that vLLM speaks of.
         prefill: what vLLM calls the step.
         dtype: of everything.
+        compiled: whether the compiled kernel may serve.
         seed: for the numbers.
     """
 
@@ -47,6 +46,7 @@ class Step:
     padding: int
     prefill: bool
     dtype: torch.dtype
+    compiled: bool
     seed: int
 
 
@@ -65,6 +65,7 @@ def steps(draw: st.DrawFn) -> Step:
         padding=draw(st.integers(0, 3)),
         prefill=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.bfloat16, torch.float32])),
+        compiled=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -108,6 +109,8 @@ def wrapper_of(step: Step) -> CpuLoRA:
         table.note(slot, rank, ("bank", rank) if shares else None)
     wrapper = CpuLoRA(64, max_batches=64, device=torch.device("cpu"))
     wrapper.watch(table)
+    if not step.compiled:
+        wrapper._kernel = None
     ids = tuple(owner + 1 for owner in step.owners)
     wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=step.prefill), list(range(1, slots + 1)), slots + 1, 32)
     return wrapper
@@ -137,16 +140,13 @@ def test_each_row_gets_the_dense_product_of_its_own_adapter(step: Step) -> None:
         )  # what errors are relative to
         wanted = before[row].double() + added
         loose = 0 if step.dtype == torch.float32 else ROUNDING
-        allowed = loose * wanted.abs() + (loose / 64 + 1e-5) * terms + 1e-5
+        within = loose / 64 if step.compiled else 2 * loose  # PyTorch rounds what lies between A and B as well
+        allowed = loose * wanted.abs() + (within + 1e-5) * terms + 1e-5
         assert ((y[row].double() - wanted).abs() <= allowed).all()
 
 
-def test_the_compiled_kernel_is_what_ran() -> None:
-    assert kernel(Settings().cache_dir) is not None, "no C++ compiler: bfloat16 was tested on PyTorch's operators only"
-
-
 def test_numbers_that_are_none_stay_so_and_do_not_spread() -> None:
-    step = Step((0, 1, -1, 0), (2, 2), (False, False), 8, 32, (32, 5), 0, True, torch.bfloat16, 0)
+    step = Step((0, 1, -1, 0), (2, 2), (False, False), 8, 32, (32, 5), 0, True, torch.bfloat16, True, 0)
     layer = layer_of(step)
     x, y = torch.ones(4, 32, dtype=torch.bfloat16), torch.zeros(4, 37, dtype=torch.bfloat16)
     x[0, 3] = torch.nan

@@ -82,6 +82,6 @@ def kernel(cache_dir: Path) -> Kernel | None:
     if not build(cache_dir):
         return None
     if not hasattr(torch.ops.mta_cpu, "lora_linear_"):  # it is already there in the process that compiled it
-        torch.ops.load_library(library_path(cache_dir))
+        torch.ops.load_library(library_path(cache_dir))  # type: ignore[no-untyped-call]
     operator: Any = torch.ops.mta_cpu.lora_linear_.default
     return operator  # type: ignore[no-any-return]

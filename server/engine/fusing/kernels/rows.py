@@ -84,6 +84,6 @@ class Rows:
         slots, counts = torch.unique_consecutive(self.slots, return_counts=True)
         starts = counts.cumsum(0) - counts
         for slot, start, places in zip(
-            slots.tolist(), starts.tolist(), self.places.long().split(counts.tolist()), strict=True
+            slots.tolist(), starts.tolist(), torch.split(self.places.long(), counts.tolist()), strict=True
         ):
             yield slot, int(self.ranks[start]), places
