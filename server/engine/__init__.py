@@ -12,7 +12,7 @@ every worker    plugin.py                   replaces vLLM's adapter manager with
                 fusing/slots.py             writes fused adapters into vLLM's slots
                 fusing/cells.py             where in a slot's tensors an adapter's numbers lie
                 fusing/figures.py           durations and counts, where they happen
-                fusing/adapted_rows.py      applies LoRA on CPU only to the rows that have an adapter
+                fusing/kernels/             LoRA on CPU: each row its own adapter, in one compiled call a layer
                 fusing/extension.py         the calls that the API process makes on the workers
                 executor.py                 runs the worker in the engine core's process, on CPU
 engine core     admission/turns.py          whose turn it is when slots are short

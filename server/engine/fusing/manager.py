@@ -28,9 +28,9 @@ from adapters.recipe import parse_recipe
 from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack_flat
 from bank.errors import BankError
 from server.engine.banks import is_recipe_name, open_matrices
-from server.engine.fusing.adapted_rows import check_in_use
 from server.engine.fusing.ahead import Ahead, on_arrival
 from server.engine.fusing.figures import WorkerFigures
+from server.engine.fusing.kernels.check import check_in_use
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
 

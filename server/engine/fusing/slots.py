@@ -19,6 +19,8 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from adapters.flat import FlatLora
 from server.engine.fusing.cells import Cells, lies_across
 from server.engine.fusing.figures import WorkerFigures
+from server.engine.fusing.kernels.rows import SlotTable
+from server.engine.fusing.kernels.wrapper import CpuLoRA, transpose_stacks
 
 Tenancy = tuple[str, tuple[int, ...]]
 """Bank and the ranks of the blocks of A: adapters that agree in both fill the same cells of a slot."""
@@ -53,6 +55,11 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
         }
 
     @property
+    def same_a(self) -> str | None:
+        """Equal for adapters that have the same A in every module; None for one that has an A of its own."""
+        return self.bank if self.shares_a and len(self.flat.a) == 1 else None
+
+    @property
     def names(self) -> list[str]:
         """vLLM's names of the modules, in the order in which they lie in `flat`."""
         return [self._vllm_names[module.name] for module in self.flat.modules]
@@ -64,6 +71,10 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._note_nothing_written()
+        for wrapper in self.punica_wrapper_mapping.values():
+            if isinstance(wrapper, CpuLoRA):
+                wrapper.watch(self._table)
+                transpose_stacks(self.modules.values())
 
     def _note_nothing_written(self) -> None:
         self.figures = WorkerFigures()
@@ -71,6 +82,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self._recipes: list[str | None] = [None] * self.lora_slots
         self._cells: dict[tuple[int, Tenancy], Cells] = {}
         self._stacks: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._table = SlotTable(self.lora_slots)
 
     @property
     def lie_across(self) -> bool:
@@ -88,6 +100,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         for index, recipe in enumerate(self._recipes):
             if recipe in recipes:
                 self._tenants[index] = self._recipes[index] = None
+                self._table.note(index)
                 self._clear(index)
 
     def held_recipe(self, lora_id: int) -> str | None:
@@ -127,6 +140,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def _fill(self, index: int, model: LoRAModel) -> None:
         """Write an adapter into a free slot and say so to vLLM."""
         self._recipes[index] = getattr(model, "recipe", None)
+        self._table.note(index, model.rank, getattr(model, "same_a", None))
         if isinstance(model, FusedLoRAModel) and self._stacks_of(model):
             self._active_adapters[model.id] = None
             self.lora_index_to_id[index] = model.id
