@@ -29,7 +29,7 @@ class Ahead(Generic[Made]):
     """Fusions under way and finished ones that nobody has asked for yet; each recipe is fused once.
 
     Args:
-        fuse: makes what a recipe's name stands for; called in any thread.
+        fuse: makes what a recipe's name stands for; called in the one thread that does all of them.
         clock: seconds.
     """
 
@@ -56,11 +56,15 @@ class Ahead(Generic[Made]):
             self._begun[name] = self._pool.submit(self._fuse, name), self._clock()
 
     def take(self, name: str) -> Made:
-        """What a recipe stands for. Waits for its fusion if that runs, else does it here; `done` comes after it."""
+        """What a recipe stands for; waits for its fusion, after those that began before it. `done` comes after it.
+
+        The thread does it even if it has not begun: with several threads, as its caller has them, the same work takes
+        many times as long on a machine whose cores are busy.
+        """
         with self._lock:
             begun, _ = self._begun.get(name, (None, 0.0))
-        if begun is None or begun.cancel() or begun.exception() is not None:
-            return self._fuse(name)
+        if begun is None or (begun.done() and begun.exception() is not None):
+            begun = self._pool.submit(self._fuse, name)
         return begun.result()
 
     def done(self, name: str) -> None:

@@ -107,7 +107,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._ahead.begin(name, needed=lambda: held(request.lora_int_id) != name)
 
     def _fuse(self, name: str) -> FlatLora:
-        """What a recipe stands for, its user adapter included; runs in any thread."""
+        """What a recipe stands for, its user adapter included; runs in the thread of `Ahead`."""
         with self.figures.fuse.timed():
             flat = self._flat(name)
             return flat.across() if self._across else flat
@@ -122,7 +122,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        """Fuse the recipe a request names; runs inside `execute_model` on every rank."""
+        """Make the adapter that a request names; runs inside `execute_model` on every rank."""
         if not is_recipe_name(lora_request.lora_name):
             return super()._load_adapter(lora_request)
         name: str = lora_request.lora_name

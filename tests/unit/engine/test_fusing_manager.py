@@ -180,16 +180,14 @@ def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(man
     assert active(manager) == {1}
 
 
-def test_a_step_does_not_wait_for_the_fusions_of_others(manager: CountingManager) -> None:
-    """What has not begun is fused by the step itself."""
+def test_what_arrives_together_is_fused_in_turn(manager: CountingManager) -> None:
     manager.gate.clear()
-    manager.notice(recipe(1))
-    assert manager.fusing.wait(PATIENCE_S)
-    manager.notice(recipe(2))
+    for lora_id in (1, 2):
+        manager.notice(recipe(lora_id))
     manager.gate.set()
     manager._apply_adapters({recipe(2)})
     manager._apply_adapters({recipe(1), recipe(2)})
-    assert sorted(manager.fused) == [recipe(1).lora_name, recipe(2).lora_name]
+    assert manager.fused == [recipe(1).lora_name, recipe(2).lora_name]
 
 
 def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: CountingManager) -> None:
