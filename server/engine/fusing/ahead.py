@@ -63,8 +63,9 @@ class Ahead(Generic[Made]):
         """
         with self._lock:
             begun, _ = self._begun.get(name, (None, 0.0))
-        if begun is None or (begun.done() and begun.exception() is not None):
-            begun = self._pool.submit(self._fuse, name)
+            if begun is None or (begun.done() and begun.exception() is not None):
+                begun = self._pool.submit(self._fuse, name)
+                self._begun[name] = begun, self._clock()
         return begun.result()
 
     def done(self, name: str) -> None:
