@@ -1,18 +1,58 @@
 """Attention for training on CPUs, with forward and backward written out.
 
-The usual plain attention repeats keys and values for each head that shares them, takes softmax in float32 and keeps
-every step of it. PyTorch's fused one is quick forward and slow backward on CPUs.
+Only what can be seen is computed: the ids of a packed row ask in blocks, each for the beginning of the row, for the
+examples it cuts through and for nothing before or after those. The usual plain attention computes all pairs of ids,
+repeats keys and values for each head that shares them, and keeps every step of its softmax in float32. PyTorch's fused
+one is quick forward and slow backward on CPUs.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 _NAME = "mta_training"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Ids `first` to `last` of a row, which see no others than 0 to `shared` and `start` to `end`; ends exclusive."""
+
+    first: int
+    last: int
+    shared: int
+    start: int
+    end: int
+
+    def seen(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """What they see of a tensor with the row's ids along `dim`."""
+        near = tensor.narrow(dim, self.start, self.end - self.start)
+        return torch.cat([tensor.narrow(dim, 0, self.shared), near], dim) if self.shared else near
+
+    def add(self, total: torch.Tensor, part: torch.Tensor) -> None:
+        """Add to `total` [B, K, T, D] what belongs to the ids they see."""
+        total[:, :, : self.shared] += part[:, :, : self.shared]
+        total[:, :, self.start : self.end] += part[:, :, self.shared :]
+
+
+_blocks: ContextVar[list[Block] | None] = ContextVar("blocks", default=None)
+
+
+@contextmanager
+def in_blocks(blocks: list[Block]) -> Iterator[None]:
+    """Until this ends, the model reads a row that can be attended to in these blocks."""
+    token = _blocks.set(blocks)
+    try:
+        yield
+    finally:
+        _blocks.reset(token)
 
 
 def use_quick_attention(model: Any) -> None:
@@ -37,12 +77,13 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Hugging Face's interface; there is no dropout in evaluation mode."""
-    attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling)
+    blocks = _blocks.get() or [Block(0, query.shape[2], 0, 0, key.shape[2])]
+    attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling, blocks)
     return attended, None
 
 
@@ -55,25 +96,38 @@ class _Attention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor,
         scaling: float,
+        blocks: list[Block],
     ) -> torch.Tensor:
         batch, heads, length, size = query.shape
-        asked = (query * scaling).reshape(batch, key.shape[1], -1, size)
-        seen = asked @ key.transpose(2, 3)
-        if mask is not None:
-            seen.view(batch, heads, length, -1).add_(mask)
-        seen = seen.softmax(-1)
-        ctx.save_for_backward(asked, key, value, seen)
-        ctx.scaling = scaling
-        return (seen @ value).view(batch, heads, length, -1).transpose(1, 2)
+        attended, kept = query.new_empty(batch, length, heads, value.shape[-1]), []
+        query = query * scaling
+        for block in blocks:
+            ids = slice(block.first, block.last)
+            asked = query[:, :, ids].reshape(batch, key.shape[1], -1, size)
+            seen = asked @ block.seen(key, 2).transpose(2, 3)
+            seen.view(batch, heads, block.last - block.first, -1).add_(block.seen(mask[:, :, ids], 3))
+            seen = seen.softmax(-1)
+            part = seen @ block.seen(value, 2)
+            attended[:, ids] = part.view(batch, heads, block.last - block.first, -1).transpose(1, 2)
+            kept += [asked, seen]
+        ctx.save_for_backward(key, value, *kept)
+        ctx.scaling, ctx.blocks = scaling, blocks
+        return attended
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        asked, key, value, seen = ctx.saved_tensors
-        batch, length, heads, size = grads[0].shape
-        grad = grads[0].transpose(1, 2).reshape(batch, key.shape[1], -1, size)
-        of_value = seen.transpose(2, 3) @ grad
-        of_seen = torch._softmax_backward_data(grad @ value.transpose(2, 3), seen, -1, seen.dtype)
-        of_query = (of_seen @ key).mul_(ctx.scaling).view(batch, heads, length, -1)
-        return of_query, of_seen.transpose(2, 3) @ asked, of_value, None, None
+        key, value, *kept = ctx.saved_tensors
+        batch, length, heads, _ = grads[0].shape
+        of_query = key.new_empty(batch, heads, length, key.shape[-1])
+        of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
+        for block, asked, seen in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
+            ids = slice(block.first, block.last)
+            grad = grads[0][:, ids].transpose(1, 2).reshape(batch, key.shape[1], -1, value.shape[-1])
+            block.add(of_value, seen.transpose(2, 3) @ grad)
+            of_seen = grad @ block.seen(value, 2).transpose(2, 3)
+            of_seen = torch._softmax_backward_data(of_seen, seen, -1, seen.dtype)
+            block.add(of_key, of_seen.transpose(2, 3) @ asked)
+            of_query[:, :, ids] = (of_seen @ block.seen(key, 2)).view(batch, heads, block.last - block.first, -1)
+        return of_query.mul_(ctx.scaling), of_key, of_value, None, None, None

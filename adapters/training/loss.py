@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
+from adapters.training.attention import in_blocks
 from adapters.training.example import Example, output_tokens
 from adapters.training.packing import Row, pack
+
+_ROWS_AT_A_TIME = 16
 
 
 def backward(model: Any, examples: Sequence[Example]) -> float:
@@ -54,11 +57,35 @@ def _losses(model: Any, row: Row) -> torch.Tensor:
 
 
 def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    wanted = torch.tensor(row.wanted).to(logits.device)
-    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    losses: torch.Tensor = _CrossEntropy.apply(logits, torch.tensor(row.wanted).to(logits.device))
+    return losses
 
 
 def _logits(model: Any, row: Row) -> torch.Tensor:
     """[output tokens of the row, vocabulary]."""
-    logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
+    with in_blocks(row.blocks()):
+        logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
     return logits
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """[N, V] logits and [N] wanted ids → [N] losses in float32, a few rows at a time, so that they stay in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        moves = ctx.needs_input_grad[0]
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        grad = torch.empty_like(logits) if moves else None
+        for first in range(0, len(logits), _ROWS_AT_A_TIME):
+            part = slice(first, first + _ROWS_AT_A_TIME)
+            likely, ids = logits[part].float().log_softmax(-1), wanted[part, None]
+            losses[part] = -likely.gather(1, ids)[:, 0]
+            if grad is not None:
+                grad[part] = likely.exp_().scatter_add_(1, ids, likely.new_full(ids.shape, -1.0))
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0][:, None].to(grad.dtype), None

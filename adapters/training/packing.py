@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
+from adapters.training.attention import Block
 from adapters.training.example import Example
 
 ROW_TOKENS = 512
 """Most ids in a row: enough to keep the processor busy, few enough to stay in its caches."""
+
+BLOCK_IDS = 128
+"""How many ids of a row attend together: fewer compute less that cannot be seen, more keep the processor busy."""
 
 _BEGINNING = -1
 
@@ -50,6 +54,17 @@ class Row:
             inputs["position_ids"] = torch.tensor([self.positions])
             inputs["attention_mask"] = self._mask(model.dtype)
         return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def blocks(self, size: int = BLOCK_IDS) -> list[Block]:
+        """The row in blocks of ids, with what each can see at most."""
+        found, shared = [], self.owners.count(_BEGINNING)
+        for first in range(0, len(self.ids), size):
+            owner = self.owners[first]
+            start = self.owners.index(owner)
+            alone = start <= shared  # nothing lies between the beginning and what it sees besides
+            last = min(first + size, len(self.ids))
+            found.append(Block(first, last, 0, 0, last) if alone else Block(first, last, shared, start, last))
+        return found
 
     def _mask(self, dtype: torch.dtype) -> torch.Tensor:
         """[1, 1, T, T], added to attention scores: 0 where the row's id may see the column's, else as good as -∞."""
