@@ -71,10 +71,10 @@ class AdaptedLinear(torch.nn.Module):
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x Wᵀ + bias + (x Downᵀ) Upᵀ, where the last rows of Down are A, and the last columns of Up are B or B·core."""
+    """y = x Wᵀ + bias + (x Downᵀ) Upᵀ; the last rows of Down are A, the last columns of Up are B, or B · core."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # noqa: PLR0917  autograd hands over by position
         ctx: Any,
         x: torch.Tensor,
         a: torch.Tensor,

@@ -72,7 +72,7 @@ def use_quick_attention(model: Any) -> None:
     model.set_attn_implementation(_NAME)
 
 
-def _attend(
+def _attend(  # noqa: PLR0917  an interface of Hugging Face's
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -81,17 +81,17 @@ def _attend(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Hugging Face's interface; there is no dropout in evaluation mode."""
+    """Attention as Hugging Face calls it; there is no dropout in evaluation mode."""
     blocks = _blocks.get() or [Block(0, query.shape[2], 0, 0, key.shape[2])]
     attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling, blocks)
     return attended, None
 
 
 class _Attention(torch.autograd.Function):
-    """[B, H, T, D], [B, K, S, D] twice and a mask to add, [B, 1, T, S] → [B, T, H, D]; H/K heads share keys and values."""
+    """[B, H, T, D], [B, K, S, D] twice and a mask to add, [B, 1, T, S] → [B, T, H, D]; H/K heads share each key."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # noqa: PLR0917  autograd hands over by position
         ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,

@@ -69,7 +69,7 @@ def _logits(model: Any, row: Row) -> torch.Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """[N, V] logits and [N] wanted ids → [N] losses in float32, a few rows at a time, so that they stay in the cache."""
+    """[N, V] logits and [N] wanted ids → [N] losses in float32, a few rows at a time: they stay in the cache."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

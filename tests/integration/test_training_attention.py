@@ -33,6 +33,11 @@ def quick(tiny_model_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
+def models(plain: Any, quick: Any) -> tuple[Any, Any]:
+    return plain, quick
+
+
+@pytest.fixture(scope="module")
 def examples(tiny_model_folder: Path) -> list[Example]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     return [encode_pair(tokenizer, "hi" * n, f"hello {n}", 200) for n in (1, 9, 3, 30, 2, 17)]
@@ -47,11 +52,11 @@ def gradient(model: Any, examples: list[Example]) -> torch.Tensor:
         return torch.cat([parameter.grad.reshape(-1) for parameter in moving if parameter.grad is not None])
 
 
-@pytest.mark.parametrize("size", [1, 5, 16, 1000])
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize(("size", "count"), [(size, count) for size in (1, 5, 16, 1000) for count in (1, 6)])
 def test_blocks_of_any_size_give_what_plain_attention_gives(
-    monkeypatch: pytest.MonkeyPatch, plain: Any, quick: Any, examples: list[Example], size: int, count: int
+    monkeypatch: pytest.MonkeyPatch, models: tuple[Any, Any], examples: list[Example], *, size: int, count: int
 ) -> None:
+    plain, quick = models
     blocks = packing.Row.blocks
     monkeypatch.setattr(packing.Row, "blocks", lambda row: blocks(row, size))
     taken = examples[:count]
