@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adapters.lora import LoraWeights
-from adapters.training.adapted_linear import AdaptedLinear
+from adapters.training.forward.adapted_linear import AdaptedLinear
 
 
 class Attached:

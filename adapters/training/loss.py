@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from adapters.training.attention import in_blocks
 from adapters.training.example import Example, output_tokens
-from adapters.training.packing import Row, pack
+from adapters.training.forward.attention import in_blocks
+from adapters.training.forward.packing import Row, pack
 
 _ROWS_AT_A_TIME = 16
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapters.training.attention import use_quick_attention
+from adapters.training.forward.attention import use_quick_attention
 from bank.errors import BankError
 
 

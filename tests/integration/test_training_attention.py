@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.lora import LoraWeights
-from adapters.training import packing
 from adapters.training.attached import attached
-from adapters.training.attention import use_quick_attention
 from adapters.training.example import Example
+from adapters.training.forward import packing
+from adapters.training.forward.attention import use_quick_attention
 from adapters.training.loss import backward, read
 from adapters.training.trainer import initial_lora, linear_modules
 from bank.items.prompt import encode_pair

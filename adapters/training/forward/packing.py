@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from adapters.training.attention import Block
 from adapters.training.example import Example
+from adapters.training.forward.attention import Block
 
 ROW_TOKENS = 512
 """Most ids in a row: enough to keep the processor busy, few enough to stay in its caches."""
