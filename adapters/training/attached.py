@@ -17,12 +17,13 @@ class Attached:
 
     Attributes:
         model: the base model; its adapted modules are replaced as long as this lasts.
-        layers: what replaces them, by name.
+        layers: what replaces those with the LoRA to train, by name.
     """
 
-    def __init__(self, model: Any, layers: dict[str, AdaptedLinear]) -> None:
+    def __init__(self, model: Any, layers: dict[str, AdaptedLinear], frozen: dict[str, AdaptedLinear]) -> None:
         self.model = model
         self.layers = layers
+        self._all = [*layers.values(), *frozen.values()]
 
     def put(self, lora: LoraWeights) -> None:
         """Set the weights of the LoRA to train."""
@@ -51,12 +52,12 @@ class Attached:
     @contextmanager
     def silenced(self) -> Iterator[None]:
         """The base model alone, until the block ends."""
-        for layer in self.layers.values():
+        for layer in self._all:
             layer.silent = True
         try:
             yield
         finally:
-            for layer in self.layers.values():
+            for layer in self._all:
                 layer.silent = False
 
     def cores(self) -> dict[str, torch.Tensor]:
@@ -81,13 +82,14 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
     Args:
         model: a Hugging Face causal language model.
         trained: where training starts, and which modules it adapts.
-        frozen: a LoRA that is active but does not move, or None.
+        frozen: a LoRA that is active but does not move, or None; of these modules and maybe others.
     """
     layers = {}
-    for name in trained.a:
+    for name in {**(frozen.a if frozen else {}), **trained.a}:
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
-        layers[name] = AdaptedLinear(model.get_submodule(name), trained.rank, beside)
-    here = Attached(model, layers)
+        layers[name] = AdaptedLinear(model.get_submodule(name), trained.rank if name in trained.a else 0, beside)
+    still = {name: layer for name, layer in layers.items() if name not in trained.a}
+    here = Attached(model, {name: layers[name] for name in trained.a}, still)
     here.put(trained)
     try:
         for name, layer in layers.items():

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.attention import in_blocks
+from adapters.training.forward.below import Below
 from adapters.training.forward.packing import Row, pack
 
 _ROWS_AT_A_TIME = 16
 
 
-def backward(model: Any, examples: Sequence[Example]) -> float:
-    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats."""
+def backward(model: Any, examples: Sequence[Example], below: Below | None = None) -> float:
+    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats.
+
+    Args:
+        model: the base model, adapted.
+        examples: at least one.
+        below: its layers below those that move, not to be run again for examples that they have read.
+    """
     outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
-        row_loss = _losses(model, row).sum() / outputs
+        row_loss = _losses(model, row, below).sum() / outputs
         row_loss.backward()  # type: ignore[no-untyped-call]
         loss += float(row_loss.detach())
     return loss
@@ -33,10 +41,10 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 
 
 @torch.no_grad()
-def row_losses(model: Any, examples: Sequence[Example]) -> Iterator[float]:
+def row_losses(model: Any, examples: Sequence[Example], below: Below | None = None) -> Iterator[float]:
     """Negative log-likelihood of each row of examples, nats; a row is read only when it is asked for."""
     for row in pack(model, examples):
-        yield float(_losses(model, row).sum())
+        yield float(_losses(model, row, below).sum())
 
 
 @torch.no_grad()
@@ -51,9 +59,9 @@ def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]
     return found
 
 
-def _losses(model: Any, row: Row) -> torch.Tensor:
+def _losses(model: Any, row: Row, below: Below | None) -> torch.Tensor:
     """The loss of each output token of the row, one example after the other."""
-    return _losses_of(_logits(model, row), row)
+    return _losses_of(_logits(model, row, below), row)
 
 
 def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
@@ -61,9 +69,9 @@ def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
     return losses
 
 
-def _logits(model: Any, row: Row) -> torch.Tensor:
+def _logits(model: Any, row: Row, below: Below | None = None) -> torch.Tensor:
     """[output tokens of the row, vocabulary]."""
-    with in_blocks(row.blocks()):
+    with below.skipped(row) if below else nullcontext(), in_blocks(row.blocks()):
         logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
     return logits
 

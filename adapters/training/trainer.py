@@ -19,6 +19,7 @@ from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.forward.below import Below
 from adapters.training.loss import backward
 
 WARM_UP = 0.1
@@ -131,6 +132,7 @@ def optimise(
     plan: TrainPlan,
     *,
     rate: Callable[[int, int], float] = rate_factor,
+    below: Below | None = None,
 ) -> Iterator[StepReport]:
     """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
 
@@ -140,13 +142,14 @@ def optimise(
         examples: at least one.
         plan: steps, batch, peak rate, seed.
         rate: share of the peak rate, given the step (from 0) and the number of steps.
+        below: the layers below those that move.
     """
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
     batches = _batches(len(examples), plan)
     for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
-        loss = backward(model, batch)
+        loss = backward(model, batch, below)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
         schedule.step()
