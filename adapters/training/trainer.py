@@ -152,6 +152,7 @@ def optimise(
         loss = backward(model, batch, below)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
+        torch.autograd.graph.increment_version(parameters)  # what PyTorch forgets where `fused`, and copies are kept by
         schedule.step()
         optimiser.zero_grad()
         yield StepReport(step, loss, sum(len(example.ids) for example in batch))
