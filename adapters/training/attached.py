@@ -68,6 +68,10 @@ class Attached:
             found[name] = layer.core.detach().cpu() - torch.eye(len(layer.core))
         return found
 
+    def b_gradients(self) -> dict[str, torch.Tensor]:
+        """The gradient with respect to the trained LoRA's B, after a backward pass, on CPU."""
+        return {name: layer.b.grad.cpu() for name, layer in self.layers.items() if layer.b.grad is not None}
+
     def weights(self) -> LoraWeights:
         """The trained LoRA as it is now, float32 on CPU."""
         a = {name: layer.a.detach().cpu().clone() for name, layer in self.layers.items()}

@@ -32,5 +32,5 @@ def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Seque
     with attached(model, lora) as here:
         here.trainable(train_a=False)
         backward(here.model, examples)
-        grads = {name: layer.b.grad.detach().cpu() for name, layer in here.layers.items()}
+        grads = here.b_gradients()
     return flat_b(layout, LoraWeights(lora.rank, lora.a, grads))

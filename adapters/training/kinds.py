@@ -63,7 +63,7 @@ class LoraInTraining:
 class CoreInTraining:
     """C between the fused adapter's A and B; 1 + C is what moves, and starts at 1."""
 
-    below = None
+    below: Below | None = None
     pace = 1.0
 
     def __init__(self, here: Attached) -> None:

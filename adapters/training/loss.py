@@ -65,7 +65,8 @@ def _losses(model: Any, row: Row, below: Below | None) -> torch.Tensor:
 
 
 def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    losses: torch.Tensor = _CrossEntropy.apply(logits, torch.tensor(row.wanted).to(logits.device))
+    wanted = torch.tensor(row.wanted).to(logits.device)
+    losses: torch.Tensor = _CrossEntropy.apply(logits, wanted)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -80,7 +81,7 @@ class _CrossEntropy(torch.autograd.Function):
     """[N, V] logits and [N] wanted ids → [N] losses in float32, a few rows at a time: they stay in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         moves = ctx.needs_input_grad[0]
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         grad = torch.empty_like(logits) if moves else None

@@ -13,7 +13,7 @@ from adapters.lora import LoraWeights
 from adapters.training.attached import attached
 from adapters.training.example import Example
 from adapters.training.forward import packing
-from adapters.training.forward.attention import use_quick_attention
+from adapters.training.forward.attention import Block, use_quick_attention
 from adapters.training.loss import backward, read
 from adapters.training.trainer import initial_lora, linear_modules
 from bank.items.prompt import encode_pair
@@ -76,7 +76,7 @@ def test_what_a_block_does_not_see_is_left_out(
     blocks = packing.Row.blocks
 
     def blind(row: packing.Row) -> list[Any]:
-        return [packing.Block(b.first, b.last, 0, b.first, b.last) for b in blocks(row, 8)]
+        return [Block(b.first, b.last, 0, b.first, b.last) for b in blocks(row, 8)]
 
     monkeypatch.setattr(packing.Row, "blocks", blind)
     assert [loss for loss, _ in read(quick, examples)] != pytest.approx(expected, rel=1e-3)

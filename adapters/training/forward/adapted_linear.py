@@ -54,7 +54,7 @@ class AdaptedLinear(torch.nn.Module):
         if self.silent:
             return self.base(x)  # type: ignore[no-any-return]
         self._copy()
-        y: torch.Tensor = _LowRank.apply(
+        y: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
             x, self.a, self.b, self.core, self.base.weight, self.base.bias, self._down, self._up
         )
         return y
@@ -74,7 +74,7 @@ class _LowRank(torch.autograd.Function):
     """y = x Wᵀ + bias + (x Downᵀ) Upᵀ; the last rows of Down are A, the last columns of Up are B, or B · core."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # noqa: PLR0917  autograd hands over by position
+    def forward(  # noqa: PLR0917  autograd hands over by position
         ctx: Any,
         x: torch.Tensor,
         a: torch.Tensor,

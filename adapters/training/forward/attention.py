@@ -83,7 +83,7 @@ def _attend(  # noqa: PLR0917  an interface of Hugging Face's
 ) -> tuple[torch.Tensor, None]:
     """Attention as Hugging Face calls it; there is no dropout in evaluation mode."""
     blocks = _blocks.get() or [Block(0, query.shape[2], 0, 0, key.shape[2])]
-    attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling, blocks)
+    attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling, blocks)  # type: ignore[no-untyped-call]
     return attended, None
 
 
@@ -91,7 +91,7 @@ class _Attention(torch.autograd.Function):
     """[B, H, T, D], [B, K, S, D] twice and a mask to add, [B, 1, T, S] → [B, T, H, D]; H/K heads share each key."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # noqa: PLR0917  autograd hands over by position
+    def forward(  # noqa: PLR0917  autograd hands over by position
         ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,

@@ -102,7 +102,8 @@ class Below:
         above = range(self._first, len(self._layers))
         with self._instead(lambda layer: catch if layer == self._first else _passed, above), in_blocks(row.blocks()):
             self._model.base_model(**row.inputs(self._model, logits=False), use_cache=False)
-        shared, *own = caught[0][0].split([row.shared, *(len(example.ids) - row.shared for example in row.examples)])
+        lengths = [row.shared, *(len(example.ids) - row.shared for example in row.examples)]
+        shared, *own = torch.split(caught[0][0], lengths)
         return {example: torch.cat([shared, part]) for example, part in zip(row.examples, own, strict=True)}
 
     @contextmanager
