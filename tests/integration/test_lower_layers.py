@@ -129,6 +129,13 @@ class Odd(torch.nn.Module):
         return hidden_states + per_layer_input
 
 
+class Plain(torch.nn.Module):
+    """A layer like others."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
 class Many(torch.nn.Module):
     """A layer whose answer may be anything."""
 
@@ -141,7 +148,8 @@ class Many(torch.nn.Module):
     [
         ([Odd(), Odd()], ["layers.0.q", "layers.1.q"]),
         ([Many(), Many()], ["layers.0.q", "layers.1.q"]),
-        ([torch.nn.Identity()], ["layers.0.q"]),
+        ([Plain()], ["layers.0.q"]),
+        ([Plain(), Plain()], ["layers.1.q", "layers.1.k"]),
         ([], ["layers.0.q", "other.0.q"]),
         ([], ["layers.0.q", "q"]),
     ],
@@ -150,6 +158,13 @@ def test_a_model_whose_upper_half_cannot_run_alone_has_none(layers: list[torch.n
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(layers)
     assert upper_half(model, names) is None
+
+
+def test_the_upper_half_is_of_the_layers_that_are_adapted() -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([Plain() for _ in range(9)])
+    names = [f"layers.{layer}.{module}" for layer in (1, 2, 3, 6) for module in ("q", "experts.7.up")]
+    assert upper_half(model, names) == ("layers", 3)
 
 
 def test_the_upper_half_of_a_llama_is_found(model: Any, fused: LoraWeights) -> None:

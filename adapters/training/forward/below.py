@@ -25,7 +25,7 @@ _PLACE = re.compile(r"(.+?)\.(\d+)\.")
 
 
 def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
-    """Where the upper half of a model's layers begins, if it can be run without the others.
+    """Where the upper half of the adapted layers begins, if a model can run from there on its own.
 
     That is so where all modules are in the layers of one list, and each layer turns hidden states into hidden states
     and takes nothing else from the layers before it.
@@ -37,24 +37,24 @@ def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
     Returns:
         The list's name and the first layer, or None.
     """
-    matches = [_PLACE.match(name) for name in names]
-    lists = {match[1] if match else "" for match in matches}
-    if len(lists) != 1 or "" in lists:
+    places = [_PLACE.match(name) for name in names]
+    lists = {place[1] if place else "" for place in places}
+    adapted = sorted({int(place[2]) for place in places if place})
+    if len(lists) != 1 or "" in lists or len(adapted) < 2:
         return None
     (name,) = lists
-    layers = model.get_submodule(name)
-    for layer in layers:
+    for layer in model.get_submodule(name):
         signature = inspect.signature(type(layer).forward)
         if signature.return_annotation not in {torch.Tensor, "torch.Tensor"} or set(signature.parameters) - _PLAIN:
             return None
-    return (name, len(layers) // 2) if len(layers) > 1 else None
+    return name, adapted[len(adapted) // 2]
 
 
 def layer_of(name: str) -> int:
     """The number of the layer that a module is in."""
-    match = _PLACE.match(name)
-    assert match
-    return int(match[2])
+    place = _PLACE.match(name)
+    assert place
+    return int(place[2])
 
 
 class Below:
