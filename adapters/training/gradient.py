@@ -10,7 +10,7 @@ import torch
 from adapters.flat import flat_b
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
-from adapters.training.attached import TRAINED, attached
+from adapters.training.attached import attached
 from adapters.training.example import Example
 from adapters.training.loss import backward
 
@@ -32,5 +32,5 @@ def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Seque
     with attached(model, lora) as here:
         here.trainable(train_a=False)
         backward(here.model, examples)
-        grads = {name: layer.lora_B[TRAINED].weight.grad.detach().cpu() for name, layer in here.layers().items()}
+        grads = here.b_gradients()
     return flat_b(layout, LoraWeights(lora.rank, lora.a, grads))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import torch
 
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import Attached, attached
+from adapters.training.forward.below import Below, layer_of, upper_half
 from adapters.training.trainer import initial_lora
 from adapters.user_adapter import CoreWeights, UserAdapterKind
 
@@ -20,10 +21,14 @@ class InTraining(Protocol):
     Attributes:
         model: the base model with the fused adapter and the user's.
         parameters: what moves; everything else is frozen.
+        below: the layers below those that move, where there are any.
+        pace: by how much faster than planned what moves is to go.
     """
 
     model: Any
     parameters: list[torch.nn.Parameter]
+    below: Below | None
+    pace: float
 
     def reset(self) -> None:
         """Back to the start, where the user adapter changes nothing."""
@@ -33,22 +38,33 @@ class InTraining(Protocol):
 
 
 class LoraInTraining:
-    """A LoRA beside the fused adapter. A starts random, B at zero."""
+    """A LoRA beside the fused adapter, in the upper half of the layers. A starts random, B at zero.
 
-    def __init__(self, here: Attached, start: LoraWeights) -> None:
+    What is all above takes half the time. Half as many modules learn as much when they go twice as fast.
+    """
+
+    def __init__(self, here: Attached, start: LoraWeights, modules: Sequence[ModuleShape], below: Below | None) -> None:
         self.model = here.model
         self.parameters = here.trainable(train_a=True)
-        self._here, self._start = here, start
+        self.below = below
+        self.pace = len(modules) / len(start.a)
+        self._here, self._start, self._modules = here, start, modules
 
     def reset(self) -> None:
         self._here.put(self._start)
 
     def weights(self) -> LoraWeights:
-        return self._here.weights()
+        made, rank = self._here.weights(), self._start.rank
+        a = {m.name: made.a.get(m.name, torch.zeros(rank, m.h_in)) for m in self._modules}
+        b = {m.name: made.b.get(m.name, torch.zeros(m.h_out, rank)) for m in self._modules}
+        return LoraWeights(rank, a, b)
 
 
 class CoreInTraining:
     """C between the fused adapter's A and B; 1 + C is what moves, and starts at 1."""
+
+    below: Below | None = None
+    pace = 1.0
 
     def __init__(self, here: Attached) -> None:
         self.model = here.model
@@ -80,6 +96,9 @@ def in_training(model: Any, fused: LoraWeights, kind: UserAdapterKind, rank: int
             yield CoreInTraining(here)
     else:
         modules = [ModuleShape(name, a.shape[1], fused.b[name].shape[0]) for name, a in fused.a.items()]
-        start = initial_lora(modules, rank, seed)
+        half = upper_half(model, fused.a)
+        moving = modules if half is None else [m for m in modules if layer_of(m.name) >= half[1]]
+        start = initial_lora(moving, rank, seed)
         with attached(model, start, frozen=fused) as here:
-            yield LoraInTraining(here, start)
+            below = None if half is None else Below(model, model.get_submodule(half[0]), half[1])
+            yield LoraInTraining(here, start, modules, below)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from adapters.training.example import Example, output_tokens
-from adapters.training.packing import Row, pack
+from adapters.training.forward.attention import in_blocks
+from adapters.training.forward.below import Below
+from adapters.training.forward.packing import Row, pack
+
+_ROWS_AT_A_TIME = 16
 
 
-def backward(model: Any, examples: Sequence[Example]) -> float:
-    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats."""
+def backward(model: Any, examples: Sequence[Example], below: Below | None = None) -> float:
+    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats.
+
+    Args:
+        model: the base model, adapted.
+        examples: at least one.
+        below: its layers below those that move, not to be run again for examples that they have read.
+    """
     outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
-        row_loss = _losses(model, row).sum() / outputs
+        row_loss = _losses(model, row, below).sum() / outputs
         row_loss.backward()  # type: ignore[no-untyped-call]
         loss += float(row_loss.detach())
     return loss
@@ -30,10 +41,10 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 
 
 @torch.no_grad()
-def row_losses(model: Any, examples: Sequence[Example]) -> Iterator[float]:
+def row_losses(model: Any, examples: Sequence[Example], below: Below | None = None) -> Iterator[float]:
     """Negative log-likelihood of each row of examples, nats; a row is read only when it is asked for."""
     for row in pack(model, examples):
-        yield float(_losses(model, row).sum())
+        yield float(_losses(model, row, below).sum())
 
 
 @torch.no_grad()
@@ -48,17 +59,42 @@ def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]
     return found
 
 
-def _losses(model: Any, row: Row) -> torch.Tensor:
+def _losses(model: Any, row: Row, below: Below | None) -> torch.Tensor:
     """The loss of each output token of the row, one example after the other."""
-    return _losses_of(_logits(model, row), row)
+    return _losses_of(_logits(model, row, below), row)
 
 
 def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
     wanted = torch.tensor(row.wanted).to(logits.device)
-    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    losses: torch.Tensor = _CrossEntropy.apply(logits, wanted)  # type: ignore[no-untyped-call]
+    return losses
 
 
-def _logits(model: Any, row: Row) -> torch.Tensor:
+def _logits(model: Any, row: Row, below: Below | None = None) -> torch.Tensor:
     """[output tokens of the row, vocabulary]."""
-    logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
+    with below.skipped(row) if below else nullcontext(), in_blocks(row.blocks()):
+        logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
     return logits
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """[N, V] logits and [N] wanted ids → [N] losses in float32, a few rows at a time: they stay in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        moves = ctx.needs_input_grad[0]
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        grad = torch.empty_like(logits) if moves else None
+        for first in range(0, len(logits), _ROWS_AT_A_TIME):
+            part = slice(first, first + _ROWS_AT_A_TIME)
+            likely, ids = logits[part].float().log_softmax(-1), wanted[part, None]
+            losses[part] = -likely.gather(1, ids)[:, 0]
+            if grad is not None:
+                grad[part] = likely.exp_().scatter_add_(1, ids, likely.new_full(ids.shape, -1.0))
+        ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0][:, None].to(grad.dtype), None

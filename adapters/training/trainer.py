@@ -1,8 +1,8 @@
-"""Training one LoRA on a frozen base model: with PEFT's layers and a short loop of our own.
+"""Training one LoRA on a frozen base model.
 
 Only output tokens carry loss. AdamW without weight decay, cosine rate after a warm-up, gradients clipped. Everything
 random comes from the plan's seed and nothing from global state, so the same call gives the same weights. On CPU the
-base runs in bf16 where the processor supports it, the LoRA itself always in fp32.
+base and LoRA compute in bf16 where the processor supports it; the weights that move are kept in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.forward.below import Below
 from adapters.training.loss import backward
 
 WARM_UP = 0.1
@@ -131,6 +132,7 @@ def optimise(
     plan: TrainPlan,
     *,
     rate: Callable[[int, int], float] = rate_factor,
+    below: Below | None = None,
 ) -> Iterator[StepReport]:
     """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
 
@@ -140,15 +142,17 @@ def optimise(
         examples: at least one.
         plan: steps, batch, peak rate, seed.
         rate: share of the peak rate, given the step (from 0) and the number of steps.
+        below: the layers below those that move.
     """
-    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
     batches = _batches(len(examples), plan)
     for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
-        loss = backward(model, batch)
+        loss = backward(model, batch, below)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimiser.step()
+        torch.autograd.graph.increment_version(parameters)  # what PyTorch forgets where `fused`, and copies are kept by
         schedule.step()
         optimiser.zero_grad()
         yield StepReport(step, loss, sum(len(example.ids) for example in batch))

@@ -101,7 +101,7 @@ class UserRun:
     def loss(self, examples: Sequence[Example]) -> Generator[Progress, None, float]:
         """Mean loss of the examples under the adapter as it is now; yields the progress after each row of them."""
         loss = 0.0
-        for row_loss in row_losses(self._adapter.model, examples):
+        for row_loss in row_losses(self._adapter.model, examples, self._adapter.below):
             loss += row_loss
             yield self._now
         return loss / output_tokens(examples)
@@ -118,9 +118,10 @@ class UserRun:
         """
         self.reset()
         size = min(self.plan.batch_size, len(samples))
-        plan = TrainPlan(steps, size, self.plan.learning_rate, self.plan.seed)
+        plan = TrainPlan(steps, size, self.plan.learning_rate * self._adapter.pace, self.plan.seed)
         first = math.nan
-        for report in optimise(self._adapter.model, self._adapter.parameters, samples, plan, rate=_constant):
+        here = self._adapter
+        for report in optimise(here.model, here.parameters, samples, plan, rate=_constant, below=here.below):
             first = report.loss if report.step == 1 else first
             if not report.loss <= first + EXPLODED:  # NaN is not below anything
                 raise TrainingError(

@@ -106,7 +106,7 @@ class Scorer:
         elif self._here is None:
             yield self._model
         else:
-            with self._here.model.disable_adapter():
+            with self._here.silenced():
                 yield self._here.model
 
     def _with(self, lora: LoraWeights) -> Attached:

@@ -115,7 +115,7 @@ def evaluate(
     try:
         Evaluation(adapters, scores, tokenizer, task, records, options=options, key=key).run(people, on_done)
     finally:
-        scorer.bare()  # PEFT removes its layers with a progress bar, whose thread cannot start while Python exits
+        scorer.bare()
     names = {method.name for method in options.methods}
     made = [record for record in records.all() if record.method in names]
     rows = summarise(made, task)

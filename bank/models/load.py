@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from adapters.training.forward.attention import use_quick_attention
 from bank.errors import BankError
 
 
@@ -26,7 +27,6 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # On CPU the backward pass of PyTorch's fused attention is slow: a fifth of a step, more than the plain one's.
     attention = "sdpa" if device == "cuda" else "eager"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -40,6 +40,8 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
             f"the base model at {folder} has no chat template, so no user turn can be rendered for it: use a chat "
             "model, or add a chat_template to its tokenizer"
         )
+    if device == "cpu":
+        use_quick_attention(model)
     return model.requires_grad_(False), tokenizer
 
 

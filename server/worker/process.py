@@ -48,7 +48,9 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
     bank = ServingBank.open(folder, embedder.id)
     model = ensure_base_model(settings.model, settings.cache_dir)
     check_base_model(model, {folder: bank.manifest})
-    return bank, AdapterTrainer.open(folder, bank.manifest, model, resolve_dtype("auto"))
+    trainer = AdapterTrainer.open(folder, bank.manifest, model, resolve_dtype("auto"))
+    trainer.warm_up()
+    return bank, trainer
 
 
 def _loops(stores: Stores, bank: ServingBank, trainer: AdapterTrainer) -> list[Coroutine[Any, Any, None]]:

@@ -14,6 +14,7 @@ from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from adapters.training.example import Example
+from adapters.training.trainer import TrainPlan, initial_lora, train_lora
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, Training, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
@@ -29,6 +30,8 @@ from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 BATCH_SIZE = 4
 MAX_SIGNED_TOKENS = 512
 """Longest item in a signature; a longer one loses the end of its input."""
+
+_WARM_UP_TOKENS = 64
 
 LOOK_EVERY = 2
 """Steps between two evaluations of the held-out loss."""
@@ -73,6 +76,11 @@ class AdapterTrainer:
             BankError: when either is damaged.
         """
         return cls(manifest, open_matrix(bank, manifest), *load_base(model_folder, dtype))
+
+    def warm_up(self) -> None:
+        """Train a LoRA for one step and forget it: the first step of a process takes longer than others."""
+        start = initial_lora(self.manifest.layout.modules, 1, seed=0)
+        train_lora(self.model, [Example((0,) * _WARM_UP_TOKENS, 1)], TrainPlan(1, 1, 1e-3, 0), start=start)
 
     def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training:
         """Train and judge a user adapter on top of a recipe, step by step.

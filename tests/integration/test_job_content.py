@@ -7,7 +7,10 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 
+from adapters.training.example import Example
+from adapters.training.loss import mean_loss
 from bank.lookup.serving import ServingBank
 from server.store.jobs import JobState
 from server.worker.job_loop import JobLoop
@@ -139,3 +142,13 @@ async def test_what_the_process_cannot_survive_ends_it_and_is_a_try(
         await worker.work_once(0.1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
+
+
+def test_warming_up_leaves_the_model_and_what_it_will_train_as_they_were(trainer: AdapterTrainer) -> None:
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    example = Example((1, 2, 3, 4), 2)
+    loss = mean_loss(trainer.model, [example])
+    trainer.warm_up()
+    assert {name for name, _ in trainer.model.named_parameters()} <= set(before)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert mean_loss(trainer.model, [example]) == loss

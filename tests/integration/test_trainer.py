@@ -13,8 +13,8 @@ from adapters.errors import FusionError
 from adapters.lora import LoraWeights
 from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, mean_loss, read
-from adapters.training.packing import Row, pack
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.items.prompt import encode_pair
 

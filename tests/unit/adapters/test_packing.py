@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.training.example import Example
-from adapters.training.packing import pack
+from adapters.training.forward.packing import pack
 
 
 def model(**config: Any) -> Any:

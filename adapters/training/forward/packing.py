@@ -15,9 +15,13 @@ from typing import Any
 import torch
 
 from adapters.training.example import Example
+from adapters.training.forward.attention import Block
 
 ROW_TOKENS = 512
 """Most ids in a row: enough to keep the processor busy, few enough to stay in its caches."""
+
+BLOCK_IDS = 128
+"""How many ids of a row attend together: fewer compute less that cannot be seen, more keep the processor busy."""
 
 _BEGINNING = -1
 
@@ -33,6 +37,7 @@ class Row:
         places: where the examples' output tokens are predicted, one example after the other.
         wanted: those tokens.
         counts: how many of them each example has.
+        examples: as they are alone.
     """
 
     ids: list[int]
@@ -41,15 +46,34 @@ class Row:
     places: list[int]
     wanted: list[int]
     counts: list[int]
+    examples: list[Example]
 
-    def inputs(self, model: Any) -> dict[str, torch.Tensor]:
+    @property
+    def shared(self) -> int:
+        """How many ids the beginning has."""
+        return self.owners.count(_BEGINNING)
+
+    def inputs(self, model: Any, *, logits: bool = True) -> dict[str, torch.Tensor]:
         """The model's keyword arguments; logits are computed only where an output token is predicted."""
         device = next(model.parameters()).device
-        inputs = {"input_ids": torch.tensor([self.ids]), "logits_to_keep": torch.tensor(self.places)}
+        inputs = {"input_ids": torch.tensor([self.ids])}
+        if logits:
+            inputs["logits_to_keep"] = torch.tensor(self.places)
         if len(self.counts) > 1:
             inputs["position_ids"] = torch.tensor([self.positions])
             inputs["attention_mask"] = self._mask(model.dtype)
         return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def blocks(self, size: int = BLOCK_IDS) -> list[Block]:
+        """The row in blocks of ids, with what each can see at most."""
+        found, shared = [], self.shared
+        for first in range(0, len(self.ids), size):
+            owner = self.owners[first]
+            start = self.owners.index(owner)
+            alone = start <= shared  # nothing lies between the beginning and what it sees besides
+            last = min(first + size, len(self.ids))
+            found.append(Block(first, last, 0, 0, last) if alone else Block(first, last, shared, start, last))
+        return found
 
     def _mask(self, dtype: torch.dtype) -> torch.Tensor:
         """[1, 1, T, T], added to attention scores: 0 where the row's id may see the column's, else as good as -∞."""
@@ -99,7 +123,7 @@ def _shared(examples: Sequence[Example]) -> int:
 
 def _row(examples: Sequence[Example], shared: int) -> Row:
     beginning = examples[0].ids[:shared]
-    row = Row(list(beginning), list(range(shared)), [_BEGINNING] * shared, [], [], [])
+    row = Row(list(beginning), list(range(shared)), [_BEGINNING] * shared, [], [], [], list(examples))
     for owner, example in enumerate(examples):
         moved = len(row.ids) - shared
         row.ids.extend(example.ids[shared:])

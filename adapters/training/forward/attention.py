@@ -1,0 +1,133 @@
+"""Attention for training on CPUs, with forward and backward written out.
+
+Only what can be seen is computed: the ids of a packed row ask in blocks, each for the beginning of the row, for the
+examples it cuts through and for nothing before or after those. The usual plain attention computes all pairs of ids,
+repeats keys and values for each head that shares them, and keeps every step of its softmax in float32. PyTorch's fused
+one is quick forward and slow backward on CPUs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_NAME = "mta_training"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Ids `first` to `last` of a row, which see no others than 0 to `shared` and `start` to `end`; ends exclusive."""
+
+    first: int
+    last: int
+    shared: int
+    start: int
+    end: int
+
+    def seen(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """What they see of a tensor with the row's ids along `dim`."""
+        near = tensor.narrow(dim, self.start, self.end - self.start)
+        return torch.cat([tensor.narrow(dim, 0, self.shared), near], dim) if self.shared else near
+
+    def add(self, total: torch.Tensor, part: torch.Tensor) -> None:
+        """Add to `total` [B, K, T, D] what belongs to the ids they see."""
+        total[:, :, : self.shared] += part[:, :, : self.shared]
+        total[:, :, self.start : self.end] += part[:, :, self.shared :]
+
+
+_blocks: ContextVar[list[Block] | None] = ContextVar("blocks", default=None)
+
+
+@contextmanager
+def in_blocks(blocks: list[Block]) -> Iterator[None]:
+    """Until this ends, the model reads a row that can be attended to in these blocks."""
+    token = _blocks.set(blocks)
+    try:
+        yield
+    finally:
+        _blocks.reset(token)
+
+
+def use_quick_attention(model: Any) -> None:
+    """Have a Hugging Face model use the attention of this module, if it means the same by attention.
+
+    It does where its own code for plain attention is Llama's, word for word.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+    from transformers.models.llama import modeling_llama
+
+    own = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    if own is None or inspect.getsource(own) != inspect.getsource(modeling_llama.eager_attention_forward):
+        return
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, eager_mask)
+    model.set_attn_implementation(_NAME)
+
+
+def _attend(  # noqa: PLR0917  an interface of Hugging Face's
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as Hugging Face calls it; there is no dropout in evaluation mode."""
+    blocks = _blocks.get() or [Block(0, query.shape[2], 0, 0, key.shape[2])]
+    attended: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling, blocks)  # type: ignore[no-untyped-call]
+    return attended, None
+
+
+class _Attention(torch.autograd.Function):
+    """[B, H, T, D], [B, K, S, D] twice and a mask to add, [B, 1, T, S] → [B, T, H, D]; H/K heads share each key."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  autograd hands over by position
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        scaling: float,
+        blocks: list[Block],
+    ) -> torch.Tensor:
+        batch, heads, length, size = query.shape
+        attended, kept = query.new_empty(batch, length, heads, value.shape[-1]), []
+        query = query * scaling
+        for block in blocks:
+            ids = slice(block.first, block.last)
+            asked = query[:, :, ids].reshape(batch, key.shape[1], -1, size)
+            seen = asked @ block.seen(key, 2).transpose(2, 3)
+            seen.view(batch, heads, block.last - block.first, -1).add_(block.seen(mask[:, :, ids], 3))
+            seen = seen.softmax(-1)
+            part = seen @ block.seen(value, 2)
+            attended[:, ids] = part.view(batch, heads, block.last - block.first, -1).transpose(1, 2)
+            kept += [asked, seen]
+        ctx.save_for_backward(key, value, *kept)
+        ctx.scaling, ctx.blocks = scaling, blocks
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        key, value, *kept = ctx.saved_tensors
+        batch, length, heads, _ = grads[0].shape
+        of_query = key.new_empty(batch, heads, length, key.shape[-1])
+        of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
+        for block, asked, seen in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
+            ids = slice(block.first, block.last)
+            grad = grads[0][:, ids].transpose(1, 2).reshape(batch, key.shape[1], -1, value.shape[-1])
+            block.add(of_value, seen.transpose(2, 3) @ grad)
+            of_seen = grad @ block.seen(value, 2).transpose(2, 3)
+            of_seen = torch._softmax_backward_data(of_seen, seen, -1, seen.dtype)
+            block.add(of_key, of_seen.transpose(2, 3) @ asked)
+            of_query[:, :, ids] = (of_seen @ block.seen(key, 2)).view(batch, heads, block.last - block.first, -1)
+        return of_query.mul_(ctx.scaling), of_key, of_value, None, None, None
