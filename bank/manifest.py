@@ -85,6 +85,18 @@ class WeightRule(_Frozen):
         return "signature" if self.signature else "topic"
 
 
+class AnswerPrior(_Frozen):
+    """What people answer before anything is read (`bank/lookup/prior.py`).
+
+    Attributes:
+        weight: how many of a person's own answers everybody's shares count for.
+        shares: everybody's, by answer; they sum to 1.
+    """
+
+    weight: float = Field(gt=0)
+    shares: dict[str, float]
+
+
 class ModuleEntry(_Frozen):
     """One adapted linear module, as in `adapters.lora.ModuleShape`."""
 
@@ -113,6 +125,7 @@ class BankManifest(_Frozen):
     user_rank: int = Field(ge=0)
     serving_rank: int = Field(gt=0)
     weights: WeightRule
+    prior: AnswerPrior | None = None
     target_modules: tuple[str, ...]
     modules: tuple[ModuleEntry, ...]
     anchors: tuple[AnchorEntry, ...]
@@ -152,7 +165,8 @@ class BankManifest(_Frozen):
 
     def compute_fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
-        content = self.model_dump(mode="json", exclude={"fingerprint"})
+        exclude = {"fingerprint"} | ({"prior"} if self.prior is None else set())  # as banks had it before there was one
+        content = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

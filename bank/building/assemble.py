@@ -18,6 +18,7 @@ from bank.manifest import (
     MANIFEST_FILE,
     MATRIX_FILE,
     AnchorEntry,
+    AnswerPrior,
     BankManifest,
     BaseModelId,
     EmbedderId,
@@ -37,7 +38,7 @@ class BankParts:
     """What a bank is put together from.
 
     Attributes:
-        task, base_model, embedder, method, user_rank, weights, training: as in the manifest.
+        task, base_model, embedder, method, user_rank, weights, training, prior: as in the manifest.
         layout: modules, rank, and whether A is shared.
         rows: flat rows in anchor order, then the common row where `common` says so.
         shared_a: the one frozen A of method `shared`.
@@ -58,6 +59,7 @@ class BankParts:
     embeddings: Vectors
     items: Sequence[int]
     training: dict[str, int | float | str | bool | None]
+    prior: AnswerPrior | None = None
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
@@ -110,6 +112,7 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
             target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in parts.layout.modules})),
             modules=tuple(ModuleEntry(name=m.name, h_in=m.h_in, h_out=m.h_out) for m in parts.layout.modules),
             anchors=tuple(AnchorEntry(id=anchor_id(i), items=n) for i, n in enumerate(parts.items)),
+            prior=parts.prior,
             training=parts.training,
             files={name: file_sha256(out / name) for name in (INDEX_FILE, MATRIX_FILE)},
         )

@@ -28,6 +28,7 @@ from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
+from bank.lookup.prior import fit_prior
 from bank.lookup.signature import MAX_ANCHORS
 from bank.manifest import BankManifest, BaseModelId, EmbedderId
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
@@ -186,6 +187,7 @@ class _Build:
             embeddings=selected.embeddings,
             items=[len(person.pairs(job.task)) for person in selected.anchors],
             training=training,
+            prior=fit_prior(job.task, [[gold for _, gold in person.pairs(job.task)] for person in job.people]),
         )
 
     @cached_property

@@ -12,9 +12,10 @@ from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
 
 METHODS = {
-    *("base", "task", "mean", "random", "merged", "stacked", "own"),
-    *("merged:topic", "merged:evidence", "merged+history"),
+    *("base", "task", "mean", "random", "merged", "stacked", "own", "merged:topic", "merged:evidence"),
+    *(f"{name}+history@h{items}" for name in ("base", "task", "merged", "stacked", "own") for items in (1, 3)),
 }
+TRAINED = {name for name in METHODS if name.startswith(("stacked", "own"))}
 PNG = b"\x89PNG"
 
 
@@ -32,10 +33,12 @@ def test_quick_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
     table = (out / TABLE_FILE).read_text("utf-8")
     everyone, _, sample = table.partition("**2 of them**")
     assert everyone.startswith("**3 people**")
-    assert _methods(everyone) == METHODS - {"stacked", "own"}
+    assert _methods(everyone) == METHODS - TRAINED
     assert _methods(sample) == METHODS
     summary = json.loads((out / SUMMARY_FILE).read_text("utf-8"))
     assert (summary["people"], summary["seeds"]) == (3, 2)
+    assert {row["method"] for row in summary["authorship"]} == METHODS | {"gold"}
+    assert "Whose voice?" in table
     points = {row["method"] for row in summary["methods"]} - METHODS
     assert {"merged@k1", "merged@k3", "merged@n1", "merged@n5"} <= points
     assert all((out / name).read_bytes().startswith(PNG) for name in (GAINS_FILE, CURVES_FILE, MAP_FILE))
