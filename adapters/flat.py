@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from adapters.layout import RowLayout
-from adapters.lora import LoraWeights
+from adapters.lora import LoraWeights, ModuleShape
+
+
+@dataclass(frozen=True, slots=True)
+class FlatLora:
+    """A LoRA in a few tensors instead of two for each module: what is made and copied in few calls.
+
+    Attributes:
+        modules: in the order in which they lie in the tensors.
+        a: blocks of A, each flat [Rᵢ·ΣH_in]; a module's A is its parts of all of them, one below the other.
+        b: every module's B, one below the other [ΣH_out, R]; R is the sum of the blocks' ranks.
+    """
+
+    modules: tuple[ModuleShape, ...]
+    a: tuple[torch.Tensor, ...]
+    b: torch.Tensor
+
+    @classmethod
+    def of(cls, lora: LoraWeights) -> FlatLora:
+        """The same from a LoRA's per-module matrices."""
+        modules = tuple(ModuleShape(name, a.shape[1], lora.b[name].shape[0]) for name, a in lora.a.items())
+        a = torch.cat([lora.a[m.name].reshape(-1) for m in modules])
+        return cls(modules, (a,), torch.cat([lora.b[m.name] for m in modules]))
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.b.shape[1]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rᵢ of each block of A."""
+        h_in = sum(m.h_in for m in self.modules)
+        return tuple(block.numel() // h_in for block in self.a)
+
+    def across(self) -> FlatLora:
+        """The same with B along H_out in memory, [R, ΣH_out] behind a tensor of the same shape."""
+        return FlatLora(self.modules, self.a, torch.stack(self.b.unbind(1)).t())
+
+    def weights(self) -> LoraWeights:
+        """Each module's A and B; views where A is a single block."""
+        cuts = [cut_a(RowLayout(self.modules, r, shared_a=False), a) for r, a in zip(self.ranks, self.a, strict=True)]
+        a = cuts[0] if len(cuts) == 1 else {m.name: torch.cat([cut[m.name] for cut in cuts]) for m in self.modules}
+        pieces = torch.split(self.b, [m.h_out for m in self.modules])
+        return LoraWeights(self.rank, a, {m.name: b for m, b in zip(self.modules, pieces, strict=True)})
 
 
 def flat_a(layout: RowLayout, lora: LoraWeights) -> torch.Tensor:

@@ -12,18 +12,25 @@ mapped bf16 rows and are rounded once, to the serving dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from adapters.errors import FusionError
-from adapters.flat import cut_b
+from adapters.flat import FlatLora
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, anchor_id
 
 PIECE = 131_072
 """Numbers summed at a time: enough work for four threads at PyTorch's grain size, and half a MiB of float32."""
+
+BAGS = 64
+"""Pieces that a row is summed in by one call: enough for all threads, few enough to be long."""
+
+WEIGHT_PARTS = 3
+"""Numbers in bf16 that any weight in float32 is the sum of."""
 
 
 def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool) -> None:
@@ -60,7 +67,21 @@ def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, ma
 def fuse(
     matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16, *, pin_memory: bool = False
 ) -> LoraWeights:
+    """Build the adapter that a recipe stands for, without its user adapter, module by module; see `fuse_flat`.
+
+    Returns:
+        A [R', H_in] and B [H_out, R'] per module; for `shared`, A are views of the one frozen A.
+    """
+    return fuse_flat(matrix, recipe, dtype, pin_memory=pin_memory).weights()
+
+
+def fuse_flat(
+    matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16, *, pin_memory: bool = False
+) -> FlatLora:
     """Build the adapter that a recipe stands for, without its user adapter.
+
+    It is a handful of PyTorch's operations, whatever the number of modules: a thread that fuses beside a running model
+    needs Python's lock only between them.
 
     Args:
         matrix: the bank's rows.
@@ -69,77 +90,66 @@ def fuse(
         pin_memory: whether the sum of a `shared` fusion goes to page-locked memory, for a copy to a GPU.
 
     Returns:
-        A [R', H_in] and B [H_out, R'] per module; for `shared`, A are views of the one frozen A.
+        One block of A for `shared`, the frozen one; one for each row of `cat`, and one or two for `linear`.
     """
-    rows = [matrix.common_row] if recipe.common else []
-    rows += [matrix.row(term.anchor) for term in recipe.terms]
+    rows = [matrix.common_index] if recipe.common else []
+    rows += [term.anchor for term in recipe.terms]
     weights = [1.0] * recipe.common + [term.weight / PER_MILLE for term in recipe.terms]
+    layout = matrix.layout
     if recipe.method is FusionMethod.SHARED:
-        return _fuse_shared(matrix, rows, weights, dtype, pin_memory)
+        total = _weighted_sum(matrix.rows, rows, weights, dtype)
+        b = total.pin_memory() if pin_memory else total
+        return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b.view(-1, layout.rank))
     if recipe.method is FusionMethod.CAT:
-        return _fuse_cat(matrix, rows, weights, dtype)
-    return _fuse_linear(matrix, rows, weights, recipe.common, dtype)
-
-
-def _fuse_shared(
-    matrix: MetaMatrix, rows: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype, pin_memory: bool
-) -> LoraWeights:
-    """One weighted sum over whole rows; every B is a view of its result, every A a view of the frozen A."""
-    flat_b = _weighted_sum(rows, weights, dtype, pin_memory)
-    a = {name: a.to(dtype) for name, a in matrix.frozen_a.items()}
-    return LoraWeights(matrix.layout.rank, a, cut_b(matrix.layout, flat_b))
-
-
-def _fuse_cat(
-    matrix: MetaMatrix, rows: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype
-) -> LoraWeights:
-    """Stack all A by rows and all wB by columns."""
-    layout, split = matrix.layout, matrix.layout.a_numbers
-    a = {
-        m.name: torch.cat([row[at].view(layout.rank, m.h_in) for row in rows]).to(dtype) for m, at in layout.a_slices()
-    }
-    b = {
-        m.name: torch.cat(
-            [row[split:][at].view(m.h_out, layout.rank).float() * w for row, w in zip(rows, weights, strict=True)],
-            dim=1,
-        ).to(dtype)
-        for m, at in layout.b_slices()
-    }
-    return LoraWeights(layout.rank * len(rows), a, b)
-
-
-def _fuse_linear(
-    matrix: MetaMatrix, rows: Sequence[torch.Tensor], weights: Sequence[float], common: bool, dtype: torch.dtype
-) -> LoraWeights:
-    """Average the anchors' A and B separately; the common row, if any, is stacked beside the result."""
-    layout, split = matrix.layout, matrix.layout.a_numbers
-    blocks = [rows[0].float()] if common else []
-    if len(rows) > common:
-        blocks.append(_weighted_sum(rows[common:], weights[common:], torch.float32))
-    a = {
-        m.name: torch.cat([block[at].view(layout.rank, m.h_in) for block in blocks]).to(dtype)
-        for m, at in layout.a_slices()
-    }
-    b = {
-        m.name: torch.cat([block[split:][at].view(m.h_out, layout.rank) for block in blocks], dim=1).to(dtype)
-        for m, at in layout.b_slices()
-    }
-    return LoraWeights(layout.rank * len(blocks), a, b)
+        blocks = [matrix.rows[row] for row in rows]
+    else:
+        blocks = [matrix.rows[row] for row in rows[: recipe.common]]
+        if recipe.terms:
+            blocks.append(_weighted_sum(matrix.rows, rows[recipe.common :], weights[recipe.common :], torch.float32))
+        weights = [1.0] * len(blocks)  # both A and B are weighted already
+    split = layout.a_numbers
+    b_blocks = [block[split:].view(-1, layout.rank).float() * w for block, w in zip(blocks, weights, strict=True)]
+    # A is copied: what is written to a slot later must not have to be read from the file then.
+    a = tuple(block[:split].to(dtype, copy=True) for block in blocks)
+    return FlatLora(layout.modules, a, torch.cat(b_blocks, dim=1).to(dtype))
 
 
 def _weighted_sum(
-    rows: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype, pin_memory: bool = False
+    rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Σ wᵢ rowᵢ [D], summed in float32 and rounded once to `dtype`.
-
-    It works a piece at a time, so that the float32 sum never leaves the cache.
-    """
-    total = torch.empty(rows[0].shape[0], dtype=dtype, pin_memory=pin_memory)
+    """Σ wᵢ rowᵢ [D] of some rows of [N, D] bf16, summed in float32 and rounded once to `dtype`."""
+    if dtype is torch.bfloat16 and rows.dtype is torch.bfloat16:
+        return _weighted_bag(rows, chosen, weights)
+    total = torch.empty(rows.shape[1], dtype=dtype)
     buffer = torch.empty(PIECE, dtype=torch.float32)
-    for start in range(0, total.shape[0], PIECE):
+    for start in range(0, total.shape[0], PIECE):  # a piece at a time, so that the sum never leaves the cache
         stop = min(start + PIECE, total.shape[0])
         piece = buffer[: stop - start].zero_()
-        for row, weight in zip(rows, weights, strict=True):
-            piece.add_(row[start:stop], alpha=weight)
+        for row, weight in zip(chosen, weights, strict=True):
+            piece.add_(rows[row, start:stop], alpha=weight)
         total[start:stop] = piece
     return total
+
+
+def _weighted_bag(rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float]) -> torch.Tensor:
+    """The same by one call of PyTorch: each row's pieces are entries of a table, and a piece of the sum is a bag.
+
+    Bags add in float32, but their weights are bf16, so each weight comes as a sum of three.
+    """
+    pieces = math.gcd(rows.shape[1], BAGS)
+    entries = [(row * pieces, part) for row, w in zip(chosen, weights, strict=True) for part in _in_bf16(w)]
+    bags = torch.arange(pieces)[:, None] + torch.tensor([entry for entry, _ in entries])
+    shares = torch.tensor([part for _, part in entries], dtype=torch.bfloat16).expand(pieces, -1).contiguous()
+    table = rows.view(rows.shape[0] * pieces, -1)
+    summed: torch.Tensor = torch.nn.functional.embedding_bag(bags, table, mode="sum", per_sample_weights=shares)
+    return summed.view(-1)
+
+
+def _in_bf16(weight: float) -> tuple[float, ...]:
+    """One to three numbers of 8 significant bits that sum to a weight, to the precision of float32."""
+    parts: list[float] = []
+    while weight and len(parts) < WEIGHT_PARTS:
+        mantissa, exponent = math.frexp(weight)
+        parts.append(math.ldexp(round(mantissa * 256), exponent - 8))
+        weight -= parts[-1]
+    return tuple(parts)

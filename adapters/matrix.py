@@ -20,6 +20,9 @@ from adapters.errors import FusionError
 from adapters.flat import cut_a
 from adapters.layout import RowLayout
 
+PAGE_BYTES = 4096
+"""The smallest page of memory there is."""
+
 
 @dataclass(frozen=True)  # no slots: `frozen_a` is cached
 class MetaMatrix:
@@ -71,9 +74,18 @@ class MetaMatrix:
         Raises:
             FusionError: when every row of this bank has an A of its own.
         """
+        return cut_a(self.layout, self.frozen)
+
+    @property
+    def frozen(self) -> torch.Tensor:
+        """The one A of a `shared` bank, flat [R·ΣH_in].
+
+        Raises:
+            FusionError: when every row of this bank has an A of its own.
+        """
         if self.shared_a is None:
             raise FusionError("method `shared` needs a bank with one frozen A")
-        return cut_a(self.layout, self.shared_a)
+        return self.shared_a
 
     def prepared(self, dtype: torch.dtype, *, pin_memory: bool = False) -> MetaMatrix:
         """The same matrix, ready for many fusions to `dtype`: the frozen A, part of each, is converted once, here."""
@@ -87,15 +99,24 @@ class MetaMatrix:
         return self.rows[anchor]
 
     @property
-    def common_row(self) -> torch.Tensor:
-        """The common row [D], bf16.
+    def common_index(self) -> int:
+        """Where the common row is among `rows`.
 
         Raises:
             FusionError: when the bank has none.
         """
         if not self.common:
             raise FusionError("the recipe asks for the common row (`c`), but this bank was built without one")
-        return self.rows[self.anchors]
+        return self.anchors
+
+    @property
+    def common_row(self) -> torch.Tensor:
+        """The common row [D], bf16; raises FusionError when the bank has none."""
+        return self.rows[self.common_index]
+
+    def touch(self) -> None:
+        """Have every page of the rows mapped and in memory, so that no fusion waits for the disk."""
+        self.rows.view(-1)[:: PAGE_BYTES // self.rows.element_size()].sum()
 
 
 def write_matrix(

@@ -184,12 +184,13 @@ def parse_recipe(name: str) -> FusionRecipe:
     return recipe
 
 
-def per_mille(weights: Sequence[float], total: int = PER_MILLE) -> list[int]:
+def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) -> list[int]:
     """Round weights to integers of a fixed sum, by largest remainder; ties go to the earlier one.
 
     Args:
         weights: non-negative, in any scale, not all zero.
         total: what the result sums to, in per mille.
+        grain: what the results are multiples of; the largest also gets what `total` exceeds one by.
 
     Raises:
         RecipeError: when a weight is negative or not finite, or all are zero.
@@ -197,9 +198,12 @@ def per_mille(weights: Sequence[float], total: int = PER_MILLE) -> list[int]:
     scale = sum(weights)
     if not all(0 <= w < float("inf") for w in weights) or not 0 < scale < float("inf"):
         raise RecipeError(f"weights must be finite, non-negative and not all zero, got {excerpt(list(weights))}")
-    exact = [w / scale * total for w in weights]
+    units, rest = divmod(total, grain)
+    exact = [w / scale * units for w in weights]
     floors = [int(x) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (floors[i] - exact[i], i))
-    for i in by_remainder[: total - sum(floors)]:
+    for i in by_remainder[: units - sum(floors)]:
         floors[i] += 1
-    return floors
+    rounded = [grain * n for n in floors]
+    rounded[max(range(len(exact)), key=lambda i: (exact[i], -i))] += rest
+    return rounded

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from adapters.errors import UserAdapterError
-from adapters.flat import flat_a, flat_b, lora_of
+from adapters.flat import FlatLora, flat_a, flat_b, lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
 
@@ -74,26 +74,27 @@ class UserAdapter:
 
 
 def stack(fused: LoraWeights, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """The adapter that serves the user: the fused one and theirs together, rounded once.
+    """The adapter that serves the user, module by module; see `stack_flat`."""
+    return stack_flat(FlatLora.of(fused), user, dtype).weights()
+
+
+def stack_flat(fused: FlatLora, user: UserAdapter, dtype: torch.dtype = torch.bfloat16) -> FlatLora:
+    """The adapter that serves the user: the fused one and theirs together.
 
     Args:
-        fused: what the recipe stands for, in float32 so that it is rounded only here.
+        fused: what the recipe stands for; for a `core` in float32, so that it is rounded only here.
         user: trained on that recipe.
         dtype: of the result.
     """
-    weights = user.weights
+    weights, modules = user.weights, fused.modules
+    a = tuple(block.to(dtype) for block in fused.a)
     if isinstance(weights, CoreWeights):
-        b = {name: b.float() for name, b in fused.b.items()}
-        return LoraWeights(
-            fused.rank,
-            a={name: a.to(dtype) for name, a in fused.a.items()},
-            b={name: (b[name] + b[name] @ weights.c[name].float()).to(dtype) for name in b},
-        )
-    return LoraWeights(
-        fused.rank + weights.rank,
-        a={name: torch.cat([a.to(dtype), weights.a[name].to(dtype)]) for name, a in fused.a.items()},
-        b={name: torch.cat([b.to(dtype), weights.b[name].to(dtype)], dim=1) for name, b in fused.b.items()},
-    )
+        pieces = zip(modules, torch.split(fused.b.float(), [m.h_out for m in modules]), strict=True)
+        b = torch.cat([piece + piece @ weights.c[m.name].float() for m, piece in pieces])
+        return FlatLora(modules, a, b.to(dtype))
+    theirs = FlatLora.of(LoraWeights(weights.rank, {m.name: weights.a[m.name] for m in modules}, weights.b))
+    b = torch.cat([fused.b.to(dtype), theirs.b.to(dtype)], dim=1)
+    return FlatLora(modules, (*a, theirs.a[0].to(dtype)), b)
 
 
 def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:

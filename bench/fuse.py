@@ -120,8 +120,9 @@ def _stock_vllm(bank: Path, manifest: BankManifest, model: Path, dtype: str) -> 
     port = free_port()
     settings = Settings(bank=bank, engine_port=port, engine_key=KEY, max_num_seqs=16, dtype=dtype)
     argv, environment = engine_command(settings, [manifest], model)
-    at = argv.index("--worker-extension-cls")
-    del argv[at : at + 2]
+    for option in ("--worker-extension-cls", "--scheduler-cls"):
+        at = argv.index(option)
+        del argv[at : at + 2]
     environment |= {"VLLM_PLUGINS": "", "MTA_BANK": "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with served(argv, environment, port) as engine:
         yield engine

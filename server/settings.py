@@ -95,7 +95,12 @@ class Settings(BaseSettings):
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")
     engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights and KV cache.")
-    max_loras: int = Field(8, ge=1, description="Adapter slots: recipes that one batch can mix.")
+    max_loras: int | None = Field(
+        None,
+        ge=1,
+        description="Adapter slots: recipes that one batch can mix. By default, on CPU, as many as fit a sixteenth of "
+        "the memory, 8 to 64; on a GPU 8.",
+    )
     max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
     max_adapter_names: int = Field(1024, ge=1, description="Idle recipes whose ids the engine remembers.")
     user_adapter_mib: int = Field(256, ge=1, description="User adapters an engine keeps beyond those in use, MiB.")

@@ -14,6 +14,7 @@ from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model
 from server.engine.fusing.kernels import native
+from server.engine.sizing import FEWEST, slots_on_cpu
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 
@@ -53,6 +54,10 @@ def engine_command(
         manifests: of all banks it serves; slots fit the modules that any of them adapts, at the highest serving rank.
         model_folder: the base model on disk.
     """
+    on_cpu = _is_cpu_build()
+    number_bytes = 4 if settings.dtype == "float32" else 2
+    slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else FEWEST)
+    turns = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     options: dict[str, object] = {
         "model": model_folder,
         "served-model-name": BASE_MODEL,
@@ -60,10 +65,11 @@ def engine_command(
         "port": settings.engine_port,
         "dtype": settings.dtype,
         "max-num-seqs": settings.max_num_seqs,
-        "max-loras": settings.max_loras,
-        # The CPU tier must hold the slots and what waits for one, or fusing ahead would evict what is running.
-        "max-cpu-loras": max(settings.max_cpu_loras, 2 * settings.max_loras),
+        "max-loras": slots,
+        # The CPU tier must hold more than the slots, or bringing in an adapter would evict what is running.
+        "max-cpu-loras": max(settings.max_cpu_loras, 2 * slots),
         "max-lora-rank": max(manifest.serving_rank for manifest in manifests),
+        "scheduler-cls": f"server.engine.admission.turns.{turns}",
         "worker-extension-cls": "server.engine.fusing.extension.WorkerExtension",
         "tensor-parallel-size": settings.tensor_parallel_size,
         "generation-config": "vllm",  # sampling defaults are ours to choose, not the model folder's
@@ -91,7 +97,7 @@ def engine_command(
     if settings.next_bank is not None:
         environment["MTA_NEXT_BANK"] = str(settings.next_bank)
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
-    if _is_cpu_build():
+    if on_cpu:
         argv.append("--enforce-eager")
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel_size > 1:

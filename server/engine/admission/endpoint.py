@@ -48,12 +48,14 @@ class MtaEndpointPlugin:
         self._names: AdapterNames[LoRARequest] | None = None
         self._keys: list[bytes] = []
         self._opened = AsyncExitStack()  # for as long as the process lives
+        self._figures: metrics.AdapterFigures | None = None
         self._watching: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the private routes, the middleware that holds names while a request is open, and the door in front."""
         app.include_router(_router())
         app.add_middleware(HoldNames, names=self._require_names)
+        app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
         build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
         app.build_middleware_stack = lambda: Door(build(), lambda: self._keys)  # type: ignore[method-assign]
 
@@ -94,7 +96,7 @@ class MtaEndpointPlugin:
         self._watching = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
         preparer = Preparer(manifests, names, users)
         preparer.install()
-        metrics.install(engine_client, self._names)
+        self._figures = metrics.install(engine_client, names, preparer.check)
         state.mta = _Behind(preparer, max_lora_rank=args.max_lora_rank, slots=args.max_loras)
 
     def _require_names(self) -> AdapterNames[LoRARequest]:

@@ -1,17 +1,41 @@
-"""Adapter gauges with a fixed set of labels, replacing one whose labels grow with every recipe.
+"""What the engine's `/metrics` says of adapters: how many, and how long each step on their way takes.
 
-`vllm:lora_requests_info` puts adapter names into label values: a time series for each combination ever seen, and
-user keys in the monitoring. An operator only needs counts.
+The gauges replace `vllm:lora_requests_info`, which puts adapter names into label values: a time series for each
+combination ever seen, and user keys in the monitoring. An operator only needs counts. Most durations are measured in
+the worker; it is asked for them when somebody asks for `/metrics`.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import REGISTRY, Gauge
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from server.engine.admission.names import AdapterNames
+from server.engine.fusing.figures import BUCKETS_S, Durations, Reading
+
+FRESH_S = 2.0
+"""Longest time that `/metrics` waits for a worker amid a step; then it shows what the worker said before."""
+
+DURATIONS = {
+    "check": "From a recipe's name to its admission, without fetching its user adapter.",
+    "fuse": "From an admitted recipe to its weights in memory, in whichever thread.",
+    "slot_write": "Copying an adapter into a slot.",
+    "bring_in": "What a step of the model waits for an adapter that is in no slot: the end of its making and the copy.",
+    "load": "Reading and packing of an adapter that vLLM loads from a folder.",
+}
+COUNTS = {
+    "fuses": "Recipes fused.",
+    "slot_evictions": "Slots taken from one adapter for another.",
+    "shared_slots": "Requests admitted while another one under the same recipe was open.",
+}
 
 
 class AdaptersInUse:
@@ -30,8 +54,63 @@ class AdaptersInUse:
         """Nothing to do: Prometheus timestamps samples itself."""
 
 
-def install(engine_client: Any, names: AdapterNames[Any]) -> None:
-    """Replace the gauge of a running engine client and publish the size of its name map."""
+class AdapterFigures(Collector):
+    """Publishes what this process and the first worker have measured.
+
+    Args:
+        ask: fetches the workers' `WorkerFigures.readings`.
+        check: measured here.
+        names: the names this process knows.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[Any]], check: Durations, names: AdapterNames[Any]) -> None:
+        self._ask = ask
+        self._check = check
+        self._names = names
+        self._asking: asyncio.Task[Any] | None = None
+        self._durations: dict[str, Reading] = {}
+        self._counts: dict[str, int] = {}
+
+    async def refresh(self) -> None:
+        """Ask the workers; one question at a time, and not for long."""
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(self._ask())
+        await asyncio.wait([self._asking], timeout=FRESH_S)
+        if self._asking is not None and self._asking.done():
+            answered, self._asking = self._asking, None
+            if not answered.cancelled() and answered.exception() is None:
+                self._durations, self._counts = answered.result()[0]
+
+    def collect(self) -> Iterator[HistogramMetricFamily | CounterMetricFamily]:
+        """All of it, as Prometheus has it."""
+        durations = {**self._durations, "check": self._check.reading}
+        counts = {**self._counts, "shared_slots": self._names.shared}
+        for name, text in DURATIONS.items():
+            numbers, total_s = durations.get(name, ([0] * (len(BUCKETS_S) + 1), 0.0))
+            ends = [*map(str, BUCKETS_S), "+Inf"]
+            buckets = list(zip(ends, map(float, accumulate(numbers)), strict=True))
+            yield HistogramMetricFamily(f"mta_engine_{name}_seconds", text, buckets=buckets, sum_value=total_s)
+        for name, text in COUNTS.items():
+            yield CounterMetricFamily(f"mta_engine_{name}", text, value=counts.get(name, 0))
+
+
+class Refreshing:
+    """ASGI middleware: has the workers asked before `/metrics` is answered."""
+
+    def __init__(self, app: ASGIApp, figures: Callable[[], AdapterFigures | None]) -> None:
+        self._app = app
+        self._figures = figures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/metrics" and (figures := self._figures()) is not None:
+            await figures.refresh()
+        await self._app(scope, receive, send)
+
+
+def install(engine_client: Any, names: AdapterNames[Any], check: Durations) -> AdapterFigures:
+    """Replace the gauge of a running engine client, and publish the size of its name map and all that is measured."""
+    figures = AdapterFigures(lambda: engine_client.collective_rpc("mta_figures"), check, names)
+    REGISTRY.register(figures)
     manager = engine_client.logger_manager
     in_use: AdaptersInUse | None = None
     for logger in manager.stat_loggers if manager is not None else ():
@@ -43,3 +122,4 @@ def install(engine_client: Any, names: AdapterNames[Any]) -> None:
     known.set_function(lambda: len(names))
     leased = Gauge("mta:adapter_names_leased", "Recipes that an open request holds.")
     leased.set_function(lambda: names.leased)
+    return figures

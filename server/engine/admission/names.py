@@ -50,6 +50,8 @@ class AdapterNames(Generic[Entry]):
         self._leases: Counter[str] = Counter()
         self._ids: set[int] = set()
         self._next_id = first_id
+        self.shared = 0
+        """Leases of a name that another open request held already."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -71,6 +73,7 @@ class AdapterNames(Generic[Entry]):
             entry = self._make(name, self._new_id())
             self._ids.add(entry.lora_int_id)
         self._entries[name] = entry  # now the most recently used
+        self.shared += name in self._leases
         self._leases[name] += 1
         if len(self._entries) > self._capacity:
             self._evict()

@@ -20,6 +20,7 @@ from adapters.errors import MtaError
 from server.engine.admission.names import AdapterNames
 from server.engine.admission.user_adapters import UserAdapters
 from server.engine.banks import Manifests, checked_recipe, is_recipe_name
+from server.engine.fusing.figures import Durations
 
 _held: ContextVar[list[str] | None] = ContextVar("mta_held_names", default=None)
 """The names the current HTTP request holds; None outside of one."""
@@ -32,12 +33,16 @@ class Preparer:
         manifests: the engine's banks.
         names: where admitted recipes get their ids.
         users: the user adapters that workers hold.
+
+    Attributes:
+        check: how long checking and naming a recipe takes, without its user adapter.
     """
 
     def __init__(self, manifests: Manifests, names: AdapterNames[LoRARequest], users: UserAdapters) -> None:
         self.manifests = manifests
         self.names = names
         self.users = users
+        self.check = Durations()
 
     async def prepare(self, name: str) -> LoRARequest:
         """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
@@ -47,8 +52,9 @@ class Preparer:
             FusionError: no bank of this engine can fuse it.
             UserAdapterError: its user adapter cannot be served.
         """
-        recipe = checked_recipe(name, self.manifests)
-        entry = self.names.lease(name)
+        with self.check.timed():
+            recipe = checked_recipe(name, self.manifests)
+            entry = self.names.lease(name)
         held = _held.get()
         try:
             if recipe.user_adapter is not None:

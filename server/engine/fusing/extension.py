@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from server.engine.fusing.figures import Reading
 from server.engine.fusing.manager import FusingLoRAManager
 
 
@@ -19,6 +20,10 @@ class WorkerExtension:
     def mta_held(self) -> list[str]:
         """The stacked recipes whose user adapter this worker still holds in some form, sorted."""
         return sorted(self._mta_manager().held())
+
+    def mta_figures(self) -> tuple[dict[str, Reading], dict[str, int]]:
+        """What this worker has measured: durations and counts."""
+        return self._mta_manager().figures.readings()
 
     def mta_hold(self, name: str, raw: bytes) -> None:
         """Keep the user adapter that a recipe names; it has been checked."""

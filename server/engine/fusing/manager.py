@@ -1,12 +1,14 @@
 """The adapter manager of a worker: where a recipe becomes weights in a LoRA slot.
 
 It replaces vLLM's LRU manager and differs in three ways. A recipe is fused from the mapped bank instead of read from
-a folder, and that cannot fail: the name was checked before admission. Eviction never takes what the running batch
-uses. And an id that holds a recipe other than the request's is never used.
+a folder, ahead of use where that can be (`fusing/ahead.py`), and that cannot fail: the name was checked before
+admission. Eviction never takes what the running batch uses. And an id that holds a recipe other than the request's is
+never used.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,13 +20,16 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.torch_utils import PIN_MEMORY
 
-from adapters.fusion import fuse
+from adapters.flat import FlatLora
+from adapters.fusion import fuse_flat
 from adapters.layout import RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
-from adapters.user_adapter import UserAdapter, decode_user_adapter, stack
+from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack_flat
 from bank.errors import BankError
 from server.engine.banks import is_recipe_name, open_matrices
+from server.engine.fusing.ahead import Ahead, on_arrival
+from server.engine.fusing.figures import WorkerFigures
 from server.engine.fusing.kernels.check import check_in_use
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
@@ -36,7 +41,8 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     _manager_cls = FusedSlots
     _matrices: Mapping[str, MetaMatrix]
     _vllm_names: Mapping[str, Mapping[str, str]]
-    _users: dict[str, UserAdapter]
+    _users: dict[str, bytes]
+    _ahead: Ahead[FlatLora]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
@@ -56,7 +62,24 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._vllm_names = {
             short: self._match_modules(short, matrix.layout) for short, matrix in self._matrices.items()
         }
+        for matrix in self._matrices.values():
+            matrix.touch()
+        short, matrix = next(iter(self._matrices.items()))
+        if matrix.shared_a is not None:
+            layout = matrix.layout
+            b = torch.zeros(layout.b_numbers // layout.rank, layout.rank, dtype=self.lora_config.lora_dtype)
+            empty = FlatLora(layout.modules, (matrix.shared_a,), b)
+            self._adapter_manager.make_ready(self._model_of(1, "", short, empty))
+        self._across = self._adapter_manager.lie_across
+        self._ahead = Ahead(self._fuse)
+        on_arrival(self.notice)
         return wrapped
+
+    @property
+    def figures(self) -> WorkerFigures:
+        """What this worker measures."""
+        figures: WorkerFigures = self._adapter_manager.figures
+        return figures
 
     def _match_modules(self, short: str, layout: RowLayout) -> dict[str, str]:
         """Map the bank's module names to vLLM's, checking that each exists here."""
@@ -76,28 +99,38 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             names[module.name] = name
         return names
 
+    def notice(self, request: LoRARequest) -> None:
+        """Fuse what a request will need, unless it is here; called from the thread that receives requests."""
+        name: str = request.lora_name
+        if is_recipe_name(name):
+            held = self._adapter_manager.held_recipe
+            self._ahead.begin(name, needed=lambda: held(request.lora_int_id) != name)
+
+    def _fuse(self, name: str) -> FlatLora:
+        """What a recipe stands for, its user adapter included; runs in any thread."""
+        with self.figures.fuse.timed():
+            flat = self._flat(name)
+            return flat.across() if self._across else flat
+
+    def _flat(self, name: str) -> FlatLora:
+        recipe = parse_recipe(name)
+        matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
+        if recipe.user_adapter is None:
+            return fuse_flat(matrix, recipe, dtype, pin_memory=self._pinned)
+        user = decode_user_adapter(matrix.layout, self._users[name])
+        rounded = torch.float32 if user.kind is UserAdapterKind.CORE else dtype
+        return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)
+
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         """Fuse the recipe a request names; runs inside `execute_model` on every rank."""
         if not is_recipe_name(lora_request.lora_name):
             return super()._load_adapter(lora_request)
-        recipe = parse_recipe(lora_request.lora_name)
-        matrix = self._matrices[recipe.bank]
-        dtype = self.lora_config.lora_dtype
-        if recipe.user_adapter is None:
-            fused = fuse(matrix, recipe, dtype, pin_memory=self._pinned)
-            adds_rank = False
-        else:
-            user = self._users[lora_request.lora_name]
-            fused = stack(fuse(matrix, recipe.plain, torch.float32), user, dtype)
-            adds_rank = user.added_rank > 0
-        return FusedLoRAModel(
-            lora_request.lora_int_id,
-            lora_request.lora_name,
-            fused,
-            self._vllm_names[recipe.bank],
-            tenancy=(recipe.bank, fused.rank),
-            shares_a=matrix.shared_a is not None and not adds_rank,
-        )
+        name: str = lora_request.lora_name
+        return self._model_of(lora_request.lora_int_id, name, parse_recipe(name).bank, self._ahead.take(name))
+
+    def _model_of(self, lora_id: int, name: str, bank: str, flat: FlatLora) -> FusedLoRAModel:
+        shares_a = self._matrices[bank].shared_a is not None
+        return FusedLoRAModel(lora_id, name, flat, self._vllm_names[bank], bank=bank, shares_a=shares_a)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         """Put the adapters of the next step into slots.
@@ -118,8 +151,10 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._adapter_manager.get_adapter(lora_id)
             self._adapter_manager._active_adapters.touch(lora_id)
         for lora_id, request in wanted.items():
+            start = time.perf_counter()
             self._ensure_registered(request)
-            self._adapter_manager.activate_adapter(lora_id)
+            if self._adapter_manager.activate_adapter(lora_id):
+                self.figures.bring_in.observe(time.perf_counter() - start)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Fuse ahead of use, between steps: only into the CPU tier, so that no slot of the batch is taken."""
@@ -133,30 +168,40 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             if not is_recipe_name(request.lora_name) or getattr(present, "recipe", None) == request.lora_name:
                 return False
             manager.remove_adapter(request.lora_int_id)  # a stale tenant of this id must never be served as the new one
-        model = self._load_adapter(request)
-        if len(manager) >= manager.capacity:
-            manager.remove_oldest_adapter()
-        manager.add_adapter(model)
+        if is_recipe_name(request.lora_name):
+            self._register(self._load_adapter(request))
+            self._ahead.done(request.lora_name)
+        else:
+            with self.figures.load.timed():
+                self._register(self._load_adapter(request))
         return True
 
+    def _register(self, model: LoRAModel) -> None:
+        """Take an adapter into the CPU tier, in place of the least recently used one if that is full."""
+        if len(self._adapter_manager) >= self._adapter_manager.capacity:
+            self._adapter_manager.remove_oldest_adapter()
+        self._adapter_manager.add_adapter(model)
+
     def hold(self, name: str, raw: bytes) -> None:
-        """Keep the user adapter of a stacked recipe until `release`."""
-        self._users[name] = decode_user_adapter(self._matrices[parse_recipe(name).bank].layout, raw)
+        """Keep the user adapter of a stacked recipe, which has been checked, until `release`; fuse it ahead."""
+        self._users[name] = raw
+        self._ahead.begin(name)
 
     def release(self, names: Sequence[str]) -> None:
         """Forget user adapters that nothing uses, and what was fused with them, in slots too."""
         gone = set(names)
         for name in gone:
             self._users.pop(name, None)
+        self._ahead.forget(gone)
         for lora_id, model in list(self._adapter_manager.list_adapters().items()):
             if getattr(model, "recipe", None) in gone:
                 self._adapter_manager.remove_adapter(lora_id)
         self._adapter_manager.wipe(gone)
 
     def held(self) -> set[str]:
-        """Stacked recipes whose user adapter is still here: as bytes, or fused into a slot."""
-        slots: set[str] = self._adapter_manager.written
-        return set(self._users) | {name for name in slots if parse_recipe(name).user_adapter is not None}
+        """Stacked recipes whose user adapter is still here: as bytes, being fused, or fused into a slot."""
+        fused = {*self._ahead.names, *self._adapter_manager.written}
+        return set(self._users) | {name for name in fused if parse_recipe(name).user_adapter is not None}
 
     def resident(self) -> list[str]:
         """Recipes in the CPU tier, least recently used first."""

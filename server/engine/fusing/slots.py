@@ -1,14 +1,14 @@
 """vLLM's own slots for fused adapters, with a shortcut from one recipe of a bank to the next.
 
-vLLM fills a slot module by module: it packs q, k and v (gate and up) into one, zeroes both matrices, copies both. A
-slot whose last tenant was of the same bank and rank needs none of that, because the same cells are written again; in a
-`shared` bank it already holds the one A, so that only B is copied, in one call for all modules. The first tenant of a
-slot is written by vLLM, and so is whatever vLLM slices first (tensor parallelism, mixtures of experts).
+vLLM fills a slot module by module: it packs q, k and v (gate and up) into one, zeroes both matrices, copies both. Here
+all modules are written in one call (`fusing/cells.py`). A slot whose last tenant was of the same bank and rank needs no
+zeroing, because the same cells are written again; in a `shared` bank it already holds the one A, so that only B is
+copied, and what a user adds to A. Whatever vLLM slices first (tensor parallelism, mixtures of experts) is left to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
-from adapters.lora import LoraWeights
+from adapters.flat import FlatLora
+from server.engine.fusing.cells import Cells, lies_across
+from server.engine.fusing.figures import WorkerFigures
 from server.engine.fusing.kernels.rows import SlotTable
 from server.engine.fusing.kernels.wrapper import CpuLoRA, transpose_stacks
 
-Tenancy = tuple[str, int]
-"""Bank and fused rank: adapters that agree in both fill the same cells of a slot."""
+Tenancy = tuple[str, tuple[int, ...]]
+"""Bank and the ranks of the blocks of A: adapters that agree in both fill the same cells of a slot."""
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
@@ -30,37 +32,37 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
     Args:
         lora_id: vLLM's id.
         recipe: the name it was fused from.
-        weights: A and B by the bank's module names.
+        flat: A and B by the bank's module names.
         vllm_names: vLLM's name for each of those modules.
-        tenancy: see `Tenancy`.
-        shares_a: whether all adapters of the bank share one A.
+        bank: the first 8 hex digits of the bank's fingerprint.
+        shares_a: whether the first block of A is the same for all adapters of the bank.
     """
 
     def __init__(
-        self,
-        lora_id: int,
-        recipe: str,
-        weights: LoraWeights,
-        vllm_names: Mapping[str, str],
-        *,
-        tenancy: Tenancy,
-        shares_a: bool,
+        self, lora_id: int, recipe: str, flat: FlatLora, vllm_names: Mapping[str, str], *, bank: str, shares_a: bool
     ) -> None:
-        super().__init__(lora_id, weights.rank, {})
-        self.recipe, self.tenancy, self.shares_a = recipe, tenancy, shares_a
-        self._weights, self._vllm_names = weights, vllm_names
+        super().__init__(lora_id, flat.rank, {})
+        self.recipe, self.flat, self.bank, self.shares_a = recipe, flat, bank, shares_a
+        self.tenancy: Tenancy = (bank, flat.ranks)
+        self._vllm_names = vllm_names
 
     def unpack(self) -> None:
         """Offer each module's A and B under vLLM's names."""
-        rank, a, b = self._weights.rank, self._weights.a, self._weights.b
+        weights = self.flat.weights()
         self.loras = {
-            name: LoRALayerWeights(name, rank, rank, a[module], b[module]) for module, name in self._vllm_names.items()
+            name: LoRALayerWeights(name, weights.rank, weights.rank, weights.a[module], weights.b[module])
+            for module, name in self._vllm_names.items()
         }
 
-    def written(self) -> list[torch.Tensor]:
-        """The matrices that differ between adapters of one tenancy, always in the same order."""
-        own = [self._weights.b] if self.shares_a else [self._weights.b, self._weights.a]
-        return [matrices[module] for matrices in own for module in self._vllm_names]
+    @property
+    def same_a(self) -> str | None:
+        """Equal for adapters that have the same A in every module; None for one that has an A of its own."""
+        return self.bank if self.shares_a and len(self.flat.a) == 1 else None
+
+    @property
+    def names(self) -> list[str]:
+        """vLLM's names of the modules, in the order in which they lie in `flat`."""
+        return [self._vllm_names[module.name] for module in self.flat.modules]
 
 
 class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
@@ -75,10 +77,18 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
                 transpose_stacks(self.modules.values())
 
     def _note_nothing_written(self) -> None:
+        self.figures = WorkerFigures()
         self._tenants: list[Tenancy | None] = [None] * self.lora_slots
         self._recipes: list[str | None] = [None] * self.lora_slots
-        self._cells: dict[tuple[int, Tenancy], list[torch.Tensor]] = {}
+        self._cells: dict[tuple[int, Tenancy], Cells] = {}
+        self._stacks: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._table = SlotTable(self.lora_slots)
+
+    @property
+    def lie_across(self) -> bool:
+        """Whether B lies along H_out in the slots, so that an adapter's should, too, before it is written."""
+        stacks = [stack for module in self.modules.values() for stack in getattr(module, "lora_b_stacked", ())]
+        return any(lies_across(stack) for stack in stacks)
 
     @property
     def written(self) -> set[str]:
@@ -91,8 +101,11 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             if recipe in recipes:
                 self._tenants[index] = self._recipes[index] = None
                 self._table.note(index)
-                for module in self.modules.values():
-                    module.reset_lora(index)
+                self._clear(index)
+
+    def held_recipe(self, lora_id: int) -> str | None:
+        """The recipe that the CPU tier has under an id; may be asked in any thread."""
+        return getattr(self._registered_adapters._Cache__data.get(lora_id), "recipe", None)  # reading moves nothing
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         """Register an adapter; a fused one is packed later, if at all."""
@@ -108,72 +121,69 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             return False
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
+            self.figures.evictions += 1
         index = self.lora_index_to_id.index(None)
         model = self._registered_adapters[lora_id]
-        self._recipes[index] = getattr(model, "recipe", None)
-        self._table.note(index, model.rank, model.tenancy if getattr(model, "shares_a", False) else None)
-        if not isinstance(model, FusedLoRAModel):
-            self._tenants[index] = None
-            super().activate_adapter(lora_id)  # takes the same slot: the first free one
-        elif self._tenants[index] == model.tenancy:
-            self._active_adapters[lora_id] = None
-            self.lora_index_to_id[index] = lora_id
-            self._overwrite(index, model)
-        else:
-            self._write(index, model)
+        with self.figures.slot_write.timed():
+            self._fill(index, model)
         return True
 
-    def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
-        """Copy an adapter over one of the same tenancy."""
-        torch._foreach_copy_(self._cells[index, model.tenancy], model.written(), non_blocking=True)
+    def make_ready(self, model: FusedLoRAModel) -> None:
+        """Fill every slot ahead of use with what adapters of this tenancy share, where vLLM does not have to slice it.
 
-    def _write(self, index: int, model: FusedLoRAModel) -> None:
-        """Have vLLM pack an adapter and write it."""
+        Args:
+            model: one of the tenancy whose other numbers are zero, under any id.
+        """
+        for index in range(self.lora_slots if self._stacks_of(model) else 0):
+            self._overwrite(index, model)
+
+    def _fill(self, index: int, model: LoRAModel) -> None:
+        """Write an adapter into a free slot and say so to vLLM."""
+        self._recipes[index] = getattr(model, "recipe", None)
+        self._table.note(index, model.rank, getattr(model, "same_a", None))
+        if isinstance(model, FusedLoRAModel) and self._stacks_of(model):
+            self._active_adapters[model.id] = None
+            self.lora_index_to_id[index] = model.id
+            self._overwrite(index, model)
+            return
         self._tenants[index] = None
-        model.unpack()
-        super()._add_adapter(model)
-        super().activate_adapter(model.id)
-        self._settle(index, model)
-        model.loras = {}
+        if isinstance(model, FusedLoRAModel):
+            model.unpack()
+            super()._add_adapter(model)
+        super().activate_adapter(model.id)  # takes the same slot: the first free one
 
-    def _settle(self, index: int, model: FusedLoRAModel) -> None:
-        """Note where the matrices of a slot's first tenant went, if vLLM copied each of them whole."""
+    def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
+        """Write an adapter over the last tenant, leaving nothing of it."""
+        before, (bank, _) = self._tenants[index], model.tenancy
+        same_bank = before is not None and before[0] == bank
+        if not same_bank:
+            self._clear(index)
         key = (index, model.tenancy)
         if key not in self._cells:
-            if not self._is_plain(model):
-                return
-            cells = {
-                id(matrix): stack[index, 0, : matrix.shape[0], : matrix.shape[1]]
-                for stack, matrix in self._copies(model)
-            }
-            self._cells[key] = [cells[id(matrix)] for matrix in model.written()]
+            self._cells[key] = Cells.of(index, self._stacks_of(model), model.flat.ranks, model.shares_a)
+        self._tenants[index] = None  # should it fail midway
+        self._cells[key].write(model.flat, a_is_there=same_bank, rest_is_clear=not same_bank or before == model.tenancy)
         self._tenants[index] = model.tenancy
 
-    def _copies(self, model: FusedLoRAModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each matrix vLLM copies for a model, with the tensor over all slots it goes to."""
-        for name, module in self.modules.items():
-            layer = model.loras.get(name)
-            if layer is not None:
-                yield from _pairs(module.lora_b_stacked, layer.lora_b)
-                yield from _pairs(module.lora_a_stacked, layer.lora_a)
+    def _clear(self, index: int) -> None:
+        """Zero a slot."""
+        for module in self.modules.values():
+            module.reset_lora(index)
 
-    def _is_plain(self, model: FusedLoRAModel) -> bool:
-        """Whether vLLM copies every matrix of such an adapter whole, into tensors [slots, 1, rows, columns]."""
-        return all(
-            module.tp_size == 1 and len(_listed(model.loras[name].lora_b)) == len(module.lora_b_stacked)
-            for name, module in self.modules.items()
-            if name in model.loras
-        ) and all(stack.dim() == 4 and stack.shape[1] == 1 for stack, _ in self._copies(model))
-
-
-def _listed(matrices: torch.Tensor | list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """One module's A or B as a list: vLLM packs several modules (q, k and v) into one."""
-    return [matrices] if isinstance(matrices, torch.Tensor) else matrices
+    def _stacks_of(self, model: FusedLoRAModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The tensors over all slots for A and B of each of the model's modules; empty where vLLM slices first."""
+        if model.bank not in self._stacks:
+            stacks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            for name, module in self.modules.items():
+                parts = self.packed_modules.get(name, [name])
+                if module.tp_size == 1 and len(parts) == len(module.lora_a_stacked):
+                    pairs = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
+                    stacks |= zip(parts, pairs, strict=True)
+            plain = all(name in stacks and _is_plain(*stacks[name]) for name in model.names)
+            self._stacks[model.bank] = [stacks[name] for name in model.names] if plain else []
+        return self._stacks[model.bank]
 
 
-def _pairs(
-    stacks: tuple[torch.Tensor, ...], matrices: torch.Tensor | list[torch.Tensor | None]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for stack, matrix in zip(stacks, _listed(matrices), strict=True):
-        if matrix is not None:
-            yield stack, matrix
+def _is_plain(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors over all slots are of the shape [slots, 1, rows, columns], each slot's A without gaps."""
+    return all(stack.dim() == 4 and stack.shape[1] == 1 for stack in (a, b)) and a[0].is_contiguous()

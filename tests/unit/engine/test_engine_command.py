@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from adapters.lora import ModuleShape
+from server.engine import sizing
 from server.engine.command import engine_command
 from server.settings import Settings
 
 
 def bank(rank: int, *modules: str) -> Any:
-    return SimpleNamespace(serving_rank=rank, target_modules=modules)
+    shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules]
+    return SimpleNamespace(serving_rank=rank, target_modules=modules, modules=shapes)
 
 
 def test_slots_fit_every_bank(tmp_path: Path) -> None:
@@ -33,3 +36,31 @@ def test_it_gets_no_secret_but_its_own_key(tmp_path: Path, monkeypatch: pytest.M
     assert "s" * 32 not in environment.values()
     assert [name for name, value in environment.items() if value == "k" * 32] == ["VLLM_API_KEY"]
     assert not {"s" * 32, "k" * 32} & set(argv)
+
+
+@pytest.mark.parametrize(
+    ("memory", "slots"), [(0, 8), (16 * 8192 * 9, 9), (16 * 8192 * 31 - 1, 30), (16 * 8192 * 65, 64), (2**50, 64)]
+)
+def test_slots_fit_a_share_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, slots: int
+) -> None:
+    """A slot of rank 8 has A and B, of 64 and 192 numbers, of two modules: 8 KiB."""
+    monkeypatch.setattr(sizing, "memory_bytes", lambda: memory)
+    banks = [bank(8, "q_proj"), bank(4, "q_proj", "v_proj")]
+    argv, _ = engine_command(Settings(bank=tmp_path), banks, tmp_path)
+    assert argv[argv.index("--max-loras") + 1] == str(slots)
+    assert int(argv[argv.index("--max-cpu-loras") + 1]) >= 2 * slots
+
+
+def test_as_many_slots_as_one_asks_for(tmp_path: Path) -> None:
+    argv, _ = engine_command(Settings(bank=tmp_path, max_loras=3), [bank(8, "q_proj")], tmp_path)
+    assert argv[argv.index("--max-loras") + 1] == "3"
+
+
+def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    machine = sizing.memory_bytes([limit])
+    limit.write_text("max\n")
+    assert sizing.memory_bytes([limit]) == machine
+    limit.write_text("123456\n")
+    assert sizing.memory_bytes([limit]) == 123456

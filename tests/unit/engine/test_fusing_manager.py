@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,14 +10,20 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.lora.model_manager import AdapterLRUCache
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from adapters.lora import LoraWeights
+from adapters.flat import FlatLora
+from bench.rig.processes import PATIENCE_S
+from server.engine.fusing.ahead import AHEAD, STALE_S, Ahead
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 
 SLOTS, CPU_TIER = 2, 4
+BANK = "00000000"
 
 
 class BareSlots(FusedSlots):
@@ -31,10 +38,12 @@ class BareSlots(FusedSlots):
         self._note_nothing_written()
         self.activated: list[int] = []
 
-    def _write(self, index: int, model: FusedLoRAModel) -> None:
-        """Of the way of vLLM, what remains without layers to write to."""
-        self._active_adapters[model.id] = None
-        self.lora_index_to_id[index] = model.id
+    def _stacks_of(self, model: FusedLoRAModel) -> list[Any]:
+        """Something to write to."""
+        return [()]
+
+    def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
+        """Nothing, without layers to write to."""
 
     def activate_adapter(self, lora_id: int) -> bool:
         made: bool = super().activate_adapter(lora_id)
@@ -49,19 +58,18 @@ class CountingManager(FusingLoRAManager):
     def __init__(self) -> None:
         self._adapter_manager = BareSlots()
         self._users = {}
+        self._vllm_names = {BANK: {}}
+        self._matrices: Any = {BANK: SimpleNamespace(shared_a=None)}
+        self._ahead = Ahead(self._fuse)
         self.fused: list[str] = []
+        self.fusing, self.gate = Event(), Event()
+        self.gate.set()
 
-    def _load_adapter(self, lora_request: LoRARequest) -> FusedLoRAModel:
-        self.fused.append(lora_request.lora_name)
-        nothing = LoraWeights(8, {}, {})
-        return FusedLoRAModel(
-            lora_request.lora_int_id,
-            lora_request.lora_name,
-            nothing,
-            {},
-            tenancy=("00000000", 8),
-            shares_a=True,
-        )
+    def _fuse(self, name: str) -> FlatLora:
+        self.fused.append(name)
+        self.fusing.set()
+        assert self.gate.wait(PATIENCE_S)
+        return FlatLora((), (), torch.zeros(0, 8))
 
 
 def recipe(lora_id: int, name: str | None = None) -> LoRARequest:
@@ -148,3 +156,127 @@ def test_two_recipes_under_one_id_in_one_step_are_refused(manager: CountingManag
 def test_more_recipes_than_slots_in_one_step_are_refused(manager: CountingManager) -> None:
     with pytest.raises(RuntimeError, match="3 adapters, there are 2 slots"):
         manager._apply_adapters({recipe(1), recipe(2), recipe(3)})
+
+
+def stacked(letter: str) -> LoRARequest:
+    """Somebody's own recipe."""
+    return recipe(ord(letter), f"mta1:00000000:shared:c:u-{letter * 25}e.{letter * 25}e")
+
+
+def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(manager: CountingManager) -> None:
+    manager.gate.clear()
+    manager.notice(recipe(1))
+    assert manager.fusing.wait(PATIENCE_S)
+    manager.notice(recipe(1))
+    step = Thread(target=manager._apply_adapters, args=({recipe(1)},))
+    step.start()
+    manager.notice(recipe(1))
+    manager.gate.set()
+    step.join(PATIENCE_S)
+    manager.notice(recipe(1))  # it is here now
+    manager._apply_adapters({recipe(1)})
+    assert manager.fused == [recipe(1).lora_name]
+    assert manager._ahead.names == []
+    assert active(manager) == {1}
+
+
+def test_a_step_does_not_wait_for_the_fusions_of_others(manager: CountingManager) -> None:
+    """What has not begun is fused by the step itself."""
+    manager.gate.clear()
+    manager.notice(recipe(1))
+    assert manager.fusing.wait(PATIENCE_S)
+    manager.notice(recipe(2))
+    manager.gate.set()
+    manager._apply_adapters({recipe(2)})
+    manager._apply_adapters({recipe(1), recipe(2)})
+    assert sorted(manager.fused) == [recipe(1).lora_name, recipe(2).lora_name]
+
+
+def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: CountingManager) -> None:
+    """Both slots are taken, by one that the step uses and one that it does not."""
+    manager._apply_adapters({recipe(1), recipe(2)})
+    manager.gate.clear()
+    manager.fusing.clear()
+    manager.notice(recipe(3))
+    assert manager.fusing.wait(PATIENCE_S)
+    step = Thread(target=manager._apply_adapters, args=({recipe(1), recipe(3)},))
+    step.start()
+    assert active(manager) == {1, 2}
+    manager.gate.set()
+    step.join(PATIENCE_S)
+    assert active(manager) == {1, 3}
+    assert manager.figures.evictions == 1
+    assert manager.figures.bring_in.count == manager.figures.slot_write.count == 3
+
+
+def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager: CountingManager) -> None:
+    manager.gate.clear()
+    manager.hold(stacked("a").lora_name, b"")
+    assert manager.fusing.wait(PATIENCE_S)
+    assert manager.held() == {stacked("a").lora_name}
+    erasing = Thread(target=manager.release, args=([stacked("a").lora_name],))
+    erasing.start()
+    manager.gate.set()
+    erasing.join(PATIENCE_S)
+    assert manager.held() == set()
+    assert manager._ahead.names == manager.resident() == []
+
+
+def test_what_an_aborted_request_had_fused_counts_as_held_until_it_is_released(manager: CountingManager) -> None:
+    manager.hold(stacked("a").lora_name, b"")
+    manager._users.clear()
+    assert manager.held() == {stacked("a").lora_name}
+    manager.release([stacked("a").lora_name])
+    assert manager.held() == set()
+
+
+def test_requests_that_wait_keep_no_more_than_a_few_fusions(manager: CountingManager) -> None:
+    for lora_id in range(1, 3 * AHEAD):
+        manager.notice(recipe(lora_id))
+    assert manager._ahead.names == [recipe(lora_id).lora_name for lora_id in range(1, AHEAD + 1)]
+
+
+def test_fusions_that_nobody_came_for_make_room_once_they_are_old() -> None:
+    now = 0.0
+    ahead = Ahead(str.upper, clock=lambda: now)
+    for number in range(AHEAD):
+        ahead.begin(f"old {number}")
+    now = STALE_S
+    ahead.begin("new")
+    assert ahead.names == [*(f"old {number}" for number in range(1, AHEAD)), "new"]
+    assert ahead.take("old 0") == "OLD 0"
+
+
+def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
+    """Its user adapter was on its way out, and came back."""
+    answers = iter([KeyError("gone"), "fused"])
+
+    def fuse(name: str) -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    ahead = Ahead(fuse)
+    ahead.begin("x")
+    while not ahead._begun["x"][0].done():
+        pass
+    assert ahead.names == []
+    assert ahead.take("x") == "fused"
+
+
+def test_an_adapter_from_a_folder_counts_as_loaded_not_as_fused(
+    manager: CountingManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LRUCacheWorkerLoRAManager, "_load_adapter", lambda self, request: LoRAModel(7, 8, {}))
+    monkeypatch.setattr(LRUCacheLoRAModelManager, "_add_adapter", lambda self, lora: None)
+    manager._ensure_registered(LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder"))
+    figures, counts = manager.figures.readings()
+    assert {name: sum(buckets) for name, (buckets, _) in figures.items()} == {
+        "load": 1,
+        "fuse": 0,
+        "slot_write": 0,
+        "bring_in": 0,
+    }
+    assert counts == {"fuses": 0, "slot_evictions": 0}
+    assert manager.fused == []

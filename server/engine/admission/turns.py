@@ -1,0 +1,80 @@
+"""Whose turn it is when more recipes wait than there are slots; runs in the engine core.
+
+vLLM passes over a waiting request whose recipe finds no slot, and admits those behind it whose recipes have one: like
+goes with like, and the batch stays full. But as long as such requests keep coming, a slot may never become free. So
+whoever has waited too long has a slot drained for them: of the recipe with the fewest running requests nobody new is
+admitted before them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+PATIENCE_S = 2.0
+"""How long others may be admitted before a request because their recipes have slots and its own has none."""
+
+DRAINED = 4
+"""One slot in so many is drained at a time, so that the batch stays nearly full."""
+
+
+class _Turns(Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler, with an end to being passed over."""
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """One step's schedule, made without those who have to stand back."""
+        back = held_back(self.waiting, self.running, self.lora_config.max_loras, time.time()) if self.waiting else set()
+        if not back:
+            return super().schedule(*args, **kwargs)
+        order = list(self.waiting)
+        self.waiting.remove_requests(back)
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            left, before = set(self.waiting), set(order)
+            kept = left | back
+            preempted = [request for request in self.waiting if request not in before]
+            self.waiting.remove_requests(left)
+            for request in [*preempted, *(request for request in order if request in kept)]:
+                self.waiting.add_request(request)
+
+
+class FairScheduler(_Turns):
+    """Where steps are scheduled one after the other, as on CPUs."""
+
+
+class FairAsyncScheduler(_Turns, AsyncScheduler):  # type: ignore[misc]
+    """Where a step is scheduled while the one before it runs, as on GPUs."""
+
+
+def held_back(waiting: Iterable[Request], running: Iterable[Request], slots: int, now: float) -> set[Request]:
+    """The waiting requests that must not be admitted yet, so that a slot becomes free for one that waits too long.
+
+    Args:
+        waiting: in their order.
+        running: the batch.
+        slots: how many recipes it can have.
+        now: on the clock of the requests' arrival.
+    """
+    load = Counter(request.lora_request.lora_int_id for request in running if request.lora_request)
+    if len(load) < slots:
+        return set()
+    impatient: set[int] = set()
+    behind: list[Request] = []
+    for request in waiting:
+        if request.lora_request is None:
+            continue
+        recipe = request.lora_request.lora_int_id
+        if recipe not in load and now - request.arrival_time > PATIENCE_S:
+            impatient.add(recipe)
+        elif recipe in load and impatient:
+            behind.append(request)
+    most = min(len(impatient), max(1, slots // DRAINED))
+    drained = {recipe for recipe, _ in sorted(load.items(), key=lambda item: (item[1], item[0]))[:most]}
+    return {request for request in behind if request.lora_request.lora_int_id in drained}

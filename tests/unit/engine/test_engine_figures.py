@@ -1,0 +1,168 @@
+"""What `/metrics` shows of adapters: buckets that add up, the worker's latest word, and no wait without end."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.types import Message
+
+from server.engine.admission import metrics
+from server.engine.admission.metrics import AdapterFigures, Refreshing
+from server.engine.admission.names import AdapterNames
+from server.engine.fusing.ahead import on_arrival
+from server.engine.fusing.figures import BUCKETS_S, Durations, WorkerFigures
+
+
+class Worker:
+    """Answers as a worker does, once `gate` is open; counts the questions."""
+
+    def __init__(self) -> None:
+        self.figures, self.gate, self.asked = WorkerFigures(), asyncio.Event(), 0
+        self.gate.set()
+        self.failure: Exception | None = None
+
+    async def ask(self) -> list[Any]:
+        self.asked += 1
+        await self.gate.wait()
+        if self.failure:
+            raise self.failure
+        return [self.figures.readings(), None]
+
+
+@pytest.fixture
+async def worker() -> Worker:
+    return Worker()
+
+
+@pytest.fixture
+def names() -> AdapterNames[Any]:
+    return AdapterNames({}, lambda name, id: SimpleNamespace(lora_int_id=id), capacity=8, in_flight=set)
+
+
+@pytest.fixture
+def check() -> Durations:
+    return Durations()
+
+
+@pytest.fixture
+def published(worker: Worker, check: Durations, names: AdapterNames[Any]) -> AdapterFigures:
+    return AdapterFigures(worker.ask, check, names)
+
+
+def shown(figures: AdapterFigures) -> dict[str, float]:
+    registry = CollectorRegistry()
+    registry.register(figures)
+    lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+async def test_each_duration_is_in_every_bucket_that_holds_it(
+    published: AdapterFigures, worker: Worker, check: Durations
+) -> None:
+    check.observe(0.00007)
+    for seconds in (0.00001, 0.00005, 0.0006, 7.0):
+        worker.figures.fuse.observe(seconds)
+    worker.figures.evictions = 5
+    await published.refresh()
+    metrics = shown(published)
+    assert metrics["mta_engine_check_seconds_count"] == 1
+    assert metrics['mta_engine_fuse_seconds_bucket{le="5e-05"}'] == 2
+    assert metrics['mta_engine_fuse_seconds_bucket{le="0.0005"}'] == 2
+    assert metrics['mta_engine_fuse_seconds_bucket{le="0.00075"}'] == 3
+    assert metrics['mta_engine_fuse_seconds_bucket{le="1.0"}'] == 3
+    assert metrics['mta_engine_fuse_seconds_bucket{le="+Inf"}'] == metrics["mta_engine_fuse_seconds_count"] == 4
+    assert metrics["mta_engine_fuse_seconds_sum"] == pytest.approx(7.00066)
+    assert metrics["mta_engine_fuses_total"] == 4
+    assert metrics["mta_engine_slot_evictions_total"] == 5
+    assert BUCKETS_S[0] == 50e-6
+    assert BUCKETS_S[-1] == 1
+
+
+async def test_everything_is_shown_before_a_worker_has_said_anything(published: AdapterFigures) -> None:
+    first = shown(published)
+    await published.refresh()
+    assert shown(published).keys() == first.keys()
+    assert not any(first.values())
+
+
+async def test_requests_under_one_name_at_once_share_a_slot(
+    published: AdapterFigures, names: AdapterNames[Any]
+) -> None:
+    for name in ("a", "b", "a", "a"):
+        names.lease(name)
+    for name in ("a", "a", "a"):
+        names.release(name)
+    names.lease("a")
+    assert shown(published)["mta_engine_shared_slots_total"] == 2
+
+
+async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once(
+    published: AdapterFigures, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "FRESH_S", 0.01)
+    worker.figures.load.observe(0.1)
+    await published.refresh()
+    worker.gate.clear()
+    worker.figures.load.observe(0.1)
+    await asyncio.gather(published.refresh(), published.refresh())
+    await published.refresh()
+    assert shown(published)["mta_engine_load_seconds_count"] == 1
+    assert worker.asked == 2
+    worker.gate.set()
+    await published.refresh()
+    assert shown(published)["mta_engine_load_seconds_count"] == 2
+
+
+async def test_a_worker_that_cannot_answer_leaves_what_was_known(published: AdapterFigures, worker: Worker) -> None:
+    worker.figures.load.observe(0.1)
+    await published.refresh()
+    worker.failure = RuntimeError("the engine is dead")
+    await published.refresh()
+    assert shown(published)["mta_engine_load_seconds_count"] == 1
+
+
+@pytest.mark.parametrize(("path", "asked"), [("/metrics", 1), ("/v1/models", 0)])
+async def test_the_worker_is_asked_when_metrics_are(
+    published: AdapterFigures, worker: Worker, path: str, asked: int
+) -> None:
+    async def app(*_: object) -> None:
+        assert worker.asked == asked
+
+    async def nothing(*_: object) -> Message:
+        raise AssertionError
+
+    await Refreshing(app, lambda: published)({"type": "http", "path": path}, nothing, nothing)
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An engine core of this process."""
+
+    class EngineCore:
+        def preprocess_add_request(self, request: Any) -> str:
+            return f"preprocessed {request.id}"
+
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", SimpleNamespace(EngineCore=EngineCore))  # type: ignore[arg-type]
+    return EngineCore()
+
+
+def test_the_adapter_of_a_request_is_known_when_it_arrives(core: Any) -> None:
+    seen: list[str] = []
+    on_arrival(seen.append)
+    assert core.preprocess_add_request(SimpleNamespace(id=1, lora_request=None)) == "preprocessed 1"
+    assert core.preprocess_add_request(SimpleNamespace(id=2, lora_request="x")) == "preprocessed 2"
+    assert seen == ["x"]
+
+
+def test_a_worker_without_an_engine_core_hears_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm.v1.engine.core", raising=False)
+    on_arrival(pytest.fail)

@@ -1,0 +1,115 @@
+"""Whose turn it is when slots are short: the order in which requests are admitted, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.core.sched import scheduler
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+
+from server.engine.admission import turns
+from server.engine.admission.turns import PATIENCE_S, FairScheduler, held_back
+
+SLOTS, NOW = 8, 1000.0
+
+
+class Asked:
+    """A request: its recipe (0 for none) and how long it has waited; compared by identity, as vLLM's are."""
+
+    def __init__(self, recipe: int, waited_s: float = 0.0) -> None:
+        self.lora_request = SimpleNamespace(lora_int_id=recipe) if recipe else None
+        self.arrival_time = NOW - waited_s
+
+
+LONG = PATIENCE_S + 1
+FULL = [Asked(recipe) for recipe in range(1, SLOTS + 1) for _ in range(recipe)]
+"""All slots taken; recipe 1 has the fewest running requests."""
+
+
+def back(waiting: list[Any], running: list[Any] = FULL) -> list[Any]:
+    chosen = held_back(waiting, running, SLOTS, NOW)
+    return [request for request in waiting if request in chosen]
+
+
+def test_while_a_slot_is_free_nobody_stands_back() -> None:
+    assert not back([Asked(9, LONG), Asked(1)], FULL[1:])
+
+
+def test_while_nobody_has_waited_long_like_goes_with_like() -> None:
+    assert not back([Asked(9, PATIENCE_S / 2), Asked(1), Asked(2)])
+
+
+def test_for_who_has_waited_too_long_the_emptiest_slot_is_drained() -> None:
+    waiting = [Asked(9, LONG), Asked(1), Asked(2), Asked(0), Asked(10), Asked(1)]
+    assert back(waiting) == [waiting[1], waiting[5]]
+
+
+def test_who_came_before_them_does_not_stand_back() -> None:
+    assert not back([Asked(1, LONG), Asked(9, LONG), Asked(0), Asked(2)])
+
+
+def test_several_recipes_that_wait_have_several_slots_drained_but_not_all() -> None:
+    waiting = [Asked(recipe, LONG) for recipe in range(9, 17)] + [Asked(recipe) for recipe in range(1, SLOTS + 1)]
+    assert [request.lora_request.lora_int_id for request in back(waiting)] == [1, 2]
+
+
+def test_many_requests_of_one_recipe_that_waits_have_one_slot_drained() -> None:
+    waiting = [Asked(9, LONG), Asked(9, LONG), Asked(1), Asked(2)]
+    assert back(waiting) == [waiting[2]]
+
+
+class Bare(FairScheduler):
+    """The queue and the batch of a scheduler, over vLLM's rule for slots alone."""
+
+    def __init__(self, waiting: list[Any], running: list[Any]) -> None:
+        self.lora_config = SimpleNamespace(max_loras=SLOTS)
+        self.waiting, self.running = FCFSRequestQueue(waiting), list(running)
+
+
+@pytest.fixture(autouse=True)
+def only_slots_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schedule(self: Any) -> list[Any]:
+        slots = {request.lora_request.lora_int_id for request in self.running}
+        admitted, left = [], deque[Any]()
+        for request in self.waiting:
+            if request.lora_request is None or request.lora_request.lora_int_id in slots or len(slots) < SLOTS:
+                admitted.append(request)
+                slots |= {request.lora_request.lora_int_id} if request.lora_request else set()
+            else:
+                left.append(request)
+        self.waiting.clear()
+        self.waiting.extend(left)
+        self.running += [request for request in admitted if request.lora_request]
+        return admitted
+
+    monkeypatch.setattr(scheduler.Scheduler, "schedule", schedule)
+    monkeypatch.setattr(turns.time, "time", lambda: NOW)
+
+
+def test_who_stood_back_keeps_their_place() -> None:
+    nine, one, two, ten, again = waiting = [Asked(9, LONG), Asked(1), Asked(2), Asked(10), Asked(1)]
+    fair = Bare(waiting, FULL)
+    assert fair.schedule() == [two]
+    assert list(fair.waiting) == [nine, one, ten, again]
+
+
+def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> None:
+    """Each step ends one running request of every recipe, and brings a new one for every slot."""
+    steps, late = 0, Asked(9, LONG)
+    fair = Bare([late], FULL * 2)
+    while late in fair.waiting:
+        for recipe in range(1, SLOTS + 1):
+            mine = [request for request in fair.running if request.lora_request.lora_int_id == recipe]
+            if mine:
+                fair.running.remove(mine[0])
+            fair.waiting.add_request(Asked(recipe))  # type: ignore[arg-type]
+        fair.schedule()
+        steps += 1
+        assert steps < 5, "nothing ever ends the wait"
+    assert late in fair.running
