@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,6 +23,7 @@ from bank.errors import BankError
 MANIFEST_FILE = "bank.json"
 MATRIX_FILE = "meta_loras.safetensors"
 INDEX_FILE = "anchors.faiss"
+CURVATURE_FILE = "curvature.npy"
 
 
 class _Frozen(BaseModel):
@@ -66,23 +67,37 @@ class SignatureRule(_Frozen):
     offsets: tuple[float, ...] = ()
 
 
+class PosteriorRule(_Frozen):
+    """How a signature becomes steps from the common row (`bank/lookup/posterior.py`).
+
+    Attributes:
+        anchors: K, along how many rows a user may step; the longest steps count.
+        decay: λ in units of tr H / N: about as many output tokens as it takes to trust the evidence.
+    """
+
+    anchors: int = Field(default=1024, ge=1)
+    decay: float = Field(default=250.0, gt=0)
+
+
 class WeightRule(_Frozen):
     """How a profile becomes weights (`bank/lookup/weights.py`).
 
     Attributes:
         anchors: K, how many anchors take part when weights come from topics.
         strength: what their weights sum to; below 1 only beside a common row.
-        signature: how weights are found from a user's signature; None in banks without signatures.
+        signature: how a user's signature becomes shares; None in banks without such signatures.
+        posterior: how it becomes steps from the common row instead; None in banks whose weights are shares.
     """
 
     anchors: int = Field(default=2, ge=1)
     strength: float = Field(default=1.0, gt=0, le=1)
     signature: SignatureRule | None = None
+    posterior: PosteriorRule | None = None
 
     @property
     def source(self) -> Literal["topic", "signature"]:
         """Which evidence comes first."""
-        return "signature" if self.signature else "topic"
+        return "signature" if self.signature or self.posterior else "topic"
 
 
 class AnswerPrior(_Frozen):
@@ -155,6 +170,11 @@ class BankManifest(_Frozen):
         return len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
 
     @property
+    def signed(self) -> bool:
+        """Whether its recipes have signed weights."""
+        return self.weights.posterior is not None
+
+    @property
     def room(self) -> int:
         """The rank that the largest fusion leaves for a user's LoRA."""
         return self.serving_rank - self.fused_rank
@@ -165,7 +185,11 @@ class BankManifest(_Frozen):
 
     def compute_fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
-        exclude = {"fingerprint"} | ({"prior"} if self.prior is None else set())  # as banks had it before there was one
+        exclude: dict[str, Any] = {"fingerprint": True}
+        if self.prior is None:  # what a bank does not have is left out, as before there was such a thing
+            exclude["prior"] = True
+        if self.weights.posterior is None:
+            exclude["weights"] = {"posterior"}
         content = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from adapters.layout import RowLayout, serving_rank
 from adapters.recipe import FusionMethod, anchor_id
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.lookup.index import AnchorIndex
 from bank.manifest import (
+    CURVATURE_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     MATRIX_FILE,
@@ -44,6 +47,7 @@ class BankParts:
         shared_a: the one frozen A of method `shared`.
         embeddings: [N, E], in anchor order.
         items: trained items of each anchor.
+        curvature: H [N, N] for the posterior, or None.
     """
 
     task: str
@@ -60,6 +64,7 @@ class BankParts:
     items: Sequence[int]
     training: dict[str, int | float | str | bool | None]
     prior: AnswerPrior | None = None
+    curvature: Vectors | None = None
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
@@ -99,6 +104,11 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
             write_matrix(draft, parts.layout, parts.rows, parts.shared_a)
         with _replacing(out / INDEX_FILE) as draft:
             AnchorIndex.build(parts.embeddings).save(draft)
+        files = [INDEX_FILE, MATRIX_FILE]
+        if parts.curvature is not None:
+            with _replacing(out / CURVATURE_FILE) as draft, draft.open("wb") as file:
+                np.save(file, np.asarray(parts.curvature, np.float64))
+            files.append(CURVATURE_FILE)
         manifest = BankManifest(
             task=parts.task,
             base_model=parts.base_model,
@@ -114,7 +124,7 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
             anchors=tuple(AnchorEntry(id=anchor_id(i), items=n) for i, n in enumerate(parts.items)),
             prior=parts.prior,
             training=parts.training,
-            files={name: file_sha256(out / name) for name in (INDEX_FILE, MATRIX_FILE)},
+            files={name: file_sha256(out / name) for name in files},
         )
         return write_manifest(out, manifest)
     except OSError as error:

@@ -172,7 +172,7 @@ class Adapters:
     def _sign(self) -> Signer:
         model = self._scorer.bare()
         if self._signer is None:
-            self._signer = Signer(model, self.bank.matrix)
+            self._signer = Signer(model, self.bank.matrix, at_common=self.bank.manifest.signed)
         return self._signer
 
     def _measured_gains(self, evidence: Evidence) -> Vectors:
@@ -198,5 +198,7 @@ def _with_k(serving: ServingBank, k: int | None) -> ServingBank:
     changes: dict[str, object] = {"anchors": k}
     if rule.signature:
         changes["signature"] = rule.signature.model_copy(update={"anchors": k})
+    if rule.posterior:
+        changes["posterior"] = rule.posterior.model_copy(update={"anchors": k})
     weights = rule.model_copy(update=changes)
-    return ServingBank(serving.manifest.model_copy(update={"weights": weights}), serving.index)
+    return ServingBank(serving.manifest.model_copy(update={"weights": weights}), serving.index, serving.curvature)
