@@ -22,7 +22,7 @@ from bank.items.tasks import AnswerKind, Task
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
 SAMPLES = 3
-"""Texts that are written for one query."""
+"""Texts that are written for one query, under the adapters of the first seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +124,18 @@ class Evaluation:
         """One person and seed; `evidences`, by how many items are known, are the person's for all seeds."""
         methods = self._options.methods_of(place)
         kind, options = self._task.kind, self._options
-        wanted = {m: _Wanted(options.predicts(place, m, kind), options.writes(place, m, kind)) for m in methods}
+        first = seed == options.seeds[0]
+        wanted = {
+            m: _Wanted(options.predicts(place, m, kind), first and options.writes(place, m, kind)) for m in methods
+        }
         waiting = [m for m in methods if not self._has(person, m, seed, wanted[m])]
         on_done(len(methods) - len(waiting))
         if not waiting:
             return
         repeated = [m for m in waiting if self._repeats(m, seed)]
         for method in repeated:
-            first = self._records.of(person.user_id, method.name, self._options.seeds[0])
-            self._records.add(replace(record, seed=seed) for record in first)
+            found = self._records.of(person.user_id, method.name, options.seeds[0])
+            self._records.add(replace(record, seed=seed, written=()) for record in found)
             on_done(1)
         known = {m: m.items for m in waiting if m not in repeated}
         for items in set(known.values()) - evidences.keys():

@@ -23,6 +23,7 @@ from typing import Annotated
 
 import typer
 
+from bank.evaluation.methods import DEFAULT
 from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
 from bench.quality import methods_of
@@ -97,7 +98,7 @@ def _quick(out: Path, seeds: int) -> None:
         f"--rank 4 --user-rank 4 --steps 3 --common-steps 3 --batch-size 4 --model {shlex.quote(str(model))} --force"
     )
     bank = _bank(out / "bank", known, "chat", 3, small)
-    methods = f"{methods_of('chat')},merged:evidence"
+    methods = f"{DEFAULT},merged:topic,merged:evidence,merged+history@h1"
     _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
          "--sample", 2, "--write")  # fmt: skip
 
