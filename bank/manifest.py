@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod, FusionRecipe
 from bank.errors import BankError
+from bank.rules import AnswerPrior, Frozen, WeightRule
 
 MANIFEST_FILE = "bank.json"
 MATRIX_FILE = "meta_loras.safetensors"
@@ -26,93 +27,21 @@ INDEX_FILE = "anchors.faiss"
 CURVATURE_FILE = "curvature.npy"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BaseModelId(_Frozen):
+class BaseModelId(Frozen):
     """The base model a bank was trained on: its name for people, its hash for the check."""
 
     name: str
     hash: str
 
 
-class EmbedderId(_Frozen):
+class EmbedderId(Frozen):
     """The embedder whose vectors the index holds. `id` is the hash of its ONNX file, `dim` is E."""
 
     id: str
     dim: int = Field(gt=0)
 
 
-class SignatureRule(_Frozen):
-    """How a signature becomes weights: strength × softmax(τ·√n·gain + κ·cosine) over the best K.
-
-    The certainty of a mean over n tokens grows with √n, so τ counts gains by how far they are from chance; with n
-    itself a few long items would choose a single anchor.
-
-    Attributes:
-        anchors: K, how many anchors take part.
-        strength: what their weights sum to; below 1 only beside a common row.
-        tau: τ, how much evidence counts.
-        kappa: κ, how much similarity of topics counts beside it.
-        slope: a, what predicted gains are multiplied by.
-        offsets: c, one per anchor (`bank/lookup/signature.py`).
-    """
-
-    anchors: int = Field(default=16, ge=1)
-    strength: float = Field(default=1.0, gt=0, le=1)
-    tau: float = Field(default=2.0, ge=0)
-    kappa: float = Field(default=0.0, ge=0)
-    slope: float = Field(default=1.0, ge=0)
-    offsets: tuple[float, ...] = ()
-
-
-class PosteriorRule(_Frozen):
-    """How a signature becomes steps from the common row (`bank/lookup/posterior.py`).
-
-    Attributes:
-        anchors: K, along how many rows a user may step; the longest steps count.
-        decay: λ in units of tr H / N: about as many output tokens as it takes to trust the evidence.
-    """
-
-    anchors: int = Field(default=1024, ge=1)
-    decay: float = Field(default=250.0, gt=0)
-
-
-class WeightRule(_Frozen):
-    """How a profile becomes weights (`bank/lookup/weights.py`).
-
-    Attributes:
-        anchors: K, how many anchors take part when weights come from topics.
-        strength: what their weights sum to; below 1 only beside a common row.
-        signature: how a user's signature becomes shares; None in banks without such signatures.
-        posterior: how it becomes steps from the common row instead; None in banks whose weights are shares.
-    """
-
-    anchors: int = Field(default=2, ge=1)
-    strength: float = Field(default=1.0, gt=0, le=1)
-    signature: SignatureRule | None = None
-    posterior: PosteriorRule | None = None
-
-    @property
-    def source(self) -> Literal["topic", "signature"]:
-        """Which evidence comes first."""
-        return "signature" if self.signature or self.posterior else "topic"
-
-
-class AnswerPrior(_Frozen):
-    """What people answer before anything is read (`bank/lookup/prior.py`).
-
-    Attributes:
-        weight: how many of a person's own answers everybody's shares count for.
-        shares: everybody's, by answer; they sum to 1.
-    """
-
-    weight: float = Field(gt=0)
-    shares: dict[str, float]
-
-
-class ModuleEntry(_Frozen):
+class ModuleEntry(Frozen):
     """One adapted linear module, as in `adapters.lora.ModuleShape`."""
 
     name: str
@@ -120,14 +49,14 @@ class ModuleEntry(_Frozen):
     h_out: int = Field(gt=0)
 
 
-class AnchorEntry(_Frozen):
+class AnchorEntry(Frozen):
     """One anchor: its public id and how many items it was trained on."""
 
     id: str
     items: int = Field(ge=0)
 
 
-class BankManifest(_Frozen):
+class BankManifest(Frozen):
     """The content of `bank.json`."""
 
     format: Literal[3] = 3

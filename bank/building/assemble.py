@@ -21,16 +21,15 @@ from bank.manifest import (
     MANIFEST_FILE,
     MATRIX_FILE,
     AnchorEntry,
-    AnswerPrior,
     BankManifest,
     BaseModelId,
     EmbedderId,
     ModuleEntry,
-    WeightRule,
     file_sha256,
     fused_rank,
     write_manifest,
 )
+from bank.rules import AnswerPrior, WeightRule
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters.recipe import FusionMethod, anchor_id
+from adapters.recipe import anchor_id
 from bank.building.assemble import BankParts, bank_rank, write_bank
 from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer, measure_curvature
 from bank.building.options import POSTERIOR, BuildInputs, BuildOptions, inputs_key
@@ -29,7 +29,6 @@ from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import fit_prior
-from bank.lookup.signature import MAX_ANCHORS
 from bank.manifest import BankManifest, BaseModelId, EmbedderId
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
 from bank.models.load import load_base, resolve_dtype
@@ -91,7 +90,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
 def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> _Job:
     """Read the inputs, and refuse before training whatever would be refused after it."""
     task = get_task(options.task)
-    _signs(options)
+    options.signs()
     bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
     people = read_inputs(inputs, task)
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
@@ -154,7 +153,7 @@ class _Build:
         options, people = self._job.options, selected.rest
         if (
             options.weights == POSTERIOR
-            or not _signs(options)
+            or not options.signs()
             or (len(people) < MIN_PEOPLE and options.weights != "signature")
         ):
             return None
@@ -225,21 +224,6 @@ class _Build:
         candidates = self._job.candidates
         self._progress.say(f"embedding the histories of {len(candidates)} people")
         return np.stack([sampled_embedding(person, self._job.task, self._job.embedder) for person in candidates])
-
-
-def _signs(options: BuildOptions) -> bool:
-    """Whether the bank is to have signatures, given people to calibrate them on.
-
-    Raises:
-        BankError: when they are asked for but impossible.
-    """
-    if options.weights in ("signature", POSTERIOR) and options.method is not FusionMethod.SHARED:
-        raise BankError(f"signatures need --method shared, got {options.method.value}: its anchors have no A in common")
-    if options.weights == POSTERIOR and not options.common:
-        raise BankError("--weights posterior needs the common row, from which it steps: leave out --no-common")
-    if options.weights == POSTERIOR and options.anchors > MAX_ANCHORS:
-        raise BankError(f"--weights posterior takes at most {MAX_ANCHORS} anchors, got {options.anchors}")
-    return options.weights != "topic" and options.method is FusionMethod.SHARED and options.anchors <= MAX_ANCHORS
 
 
 def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:

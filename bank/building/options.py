@@ -16,7 +16,8 @@ from bank.building.selection import SAMPLED_ITEMS, SERVED_ITEMS
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.tasks import Task
-from bank.manifest import PosteriorRule, SignatureRule, WeightRule
+from bank.lookup.signature import MAX_ANCHORS
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
 
 _SIGNATURE = SignatureRule()
 _POSTERIOR = PosteriorRule()
@@ -159,6 +160,23 @@ class BuildOptions:
             offsets=tuple(calibration.offsets.tolist()),
         )
         return topic.model_copy(update={"signature": signature})
+
+    def signs(self) -> bool:
+        """Whether the bank is to have signatures, given people to calibrate them on.
+
+        Raises:
+            BankError: when they are asked for but impossible.
+        """
+        shared = self.method is FusionMethod.SHARED
+        if self.weights in ("signature", POSTERIOR) and not shared:
+            raise BankError(
+                f"signatures need --method shared, got {self.method.value}: its anchors have no A in common"
+            )
+        if self.weights == POSTERIOR and not self.common:
+            raise BankError("--weights posterior needs the common row, from which it steps: leave out --no-common")
+        if self.weights == POSTERIOR and self.anchors > MAX_ANCHORS:
+            raise BankError(f"--weights posterior takes at most {MAX_ANCHORS} anchors, got {self.anchors}")
+        return self.weights != "topic" and shared and self.anchors <= MAX_ANCHORS
 
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
         """The manifest's `training`: every option, how many people there were, and the key of all inputs."""

@@ -23,7 +23,7 @@ from bank.lookup.prior import personal_shares, surprise
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.lookup.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
-from bank.manifest import SignatureRule
+from bank.rules import SignatureRule
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from adapters.errors import excerpt
 from bank.errors import BankError
 from bank.items.tasks import Task
-from bank.manifest import AnswerPrior
+from bank.rules import AnswerPrior
 
 SCORES = ("1", "2", "3", "4", "5")
 WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)

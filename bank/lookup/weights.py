@@ -17,7 +17,8 @@ from bank.items.profile import Vectors
 from bank.lookup.index import AnchorIndex
 from bank.lookup.posterior import Curvature
 from bank.lookup.signature import Signature, predicted_gains
-from bank.manifest import BankManifest, PosteriorRule, SignatureRule, WeightRule
+from bank.manifest import BankManifest
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
 
 
 @dataclass(slots=True, frozen=True)

@@ -12,7 +12,8 @@ import pytest
 from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.prior import fit_prior, personal_shares, surprise
-from bank.manifest import AnswerPrior, read_manifest
+from bank.manifest import read_manifest
+from bank.rules import AnswerPrior
 
 FILMS = get_task("movie_rating")
 EVEN = AnswerPrior(weight=8, shares=dict.fromkeys("12345", 0.2))
