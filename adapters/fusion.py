@@ -21,7 +21,7 @@ from adapters.errors import FusionError
 from adapters.flat import FlatLora
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, anchor_id
+from adapters.recipe import PER_MILLE, PLAIN, SIGNED, FusionMethod, FusionRecipe, anchor_id
 
 PIECE = 131_072
 """Numbers summed at a time: enough work for four threads at PyTorch's grain size, and half a MiB of float32."""
@@ -33,7 +33,9 @@ WEIGHT_PARTS = 3
 """Numbers in bf16 that any weight in float32 is the sum of."""
 
 
-def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool) -> None:
+def check_recipe(
+    recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool, signed: bool = False
+) -> None:
     """Check that a bank can fuse a recipe, without touching its weights.
 
     Args:
@@ -42,6 +44,7 @@ def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, ma
         anchors: N, how many anchors the bank has.
         max_anchors: K, how many terms its serving rank has room for.
         common: whether it has a common row.
+        signed: whether its recipes have signed weights.
 
     Raises:
         FusionError: naming what the bank lacks.
@@ -52,6 +55,9 @@ def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, ma
         )
     if recipe.common and not common:
         raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
+    if recipe.signed is not signed:
+        wanted, got = (SIGNED, PLAIN) if signed else (PLAIN, SIGNED)
+        raise FusionError(f"bank {recipe.bank} has recipes of format {wanted}, got one of {got}")
     if len(recipe.terms) > max_anchors:
         raise FusionError(
             f"bank {recipe.bank} fuses at most {max_anchors} anchors, but the recipe has {len(recipe.terms)}"

@@ -2,16 +2,19 @@
 
 Grammar, one text per recipe::
 
-    name    = "mta1:" bank ":" method ":" terms [ ":u-" user ]
+    name    = format ":" bank ":" method ":" terms [ ":u-" user ]
+    format  = "mta1" | "mta2"
     bank    = 8 lower-case hex digits, the start of the bank's fingerprint
     method  = "linear" | "cat" | "shared"
     terms   = "c" *( "+" anchor ) | anchor *( "+" anchor )       anchors in id order, each once
-    anchor  = "a" index "*" weight                               weight in per mille, 1 to 1000
+    anchor  = "a" index "*" weight                               weight in per mille
     user    = user-key "." adapter-id                            26 base32 characters (128 bits) each
 
-`c` is the common row at weight 1. Beside it the weights sum to at most 1000 (the bank's *strength*); without it to
-exactly 1000. The name carries all that a worker needs to build the adapter, and equal recipes have equal names, so it
-is what vLLM keys its caches by. Parsing is strict: a text that does not re-serialise to itself is refused.
+`c` is the common row at weight 1. In `mta1` weights are 1 to 1000: beside `c` they sum to at most 1000 (the bank's
+*strength*), without it to exactly 1000. In `mta2` they are steps from `c`, which must be there, along the anchors'
+rows: -4000 to 4000, never 0, whatever their sum. A bank's recipes are all of one format. The name carries all that a
+worker needs to build the adapter, and equal recipes have equal names, so it is what vLLM keys its caches by. Parsing
+is strict: a text that does not re-serialise to itself is refused.
 """
 
 from __future__ import annotations
@@ -19,20 +22,23 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from adapters.errors import RecipeError, excerpt
 
-FORMAT_VERSION = "mta1"
+PLAIN, SIGNED = "mta1", "mta2"
 PER_MILLE = 1000
+MAX_STEP = 4000
+"""Longest step along an anchor's row, per mille, in either direction."""
+
 MAX_ANCHORS = 1_000_000
 MAX_NAME_CHARS = 4096
 
 _BANK = re.compile(r"[0-9a-f]{8}")
 _BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding: the last character carries three bits
 _USER_ADAPTER = re.compile(rf"{_BASE32_128}\.{_BASE32_128}")
-_TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*([1-9]\d{0,2}|1000)", re.ASCII)
+_TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*(-?[1-9]\d{0,3})", re.ASCII)
 
 
 class FusionMethod(StrEnum):
@@ -49,7 +55,7 @@ class Term:
 
     Attributes:
         anchor: the anchor's index in its bank, from 0; written `a03`.
-        weight: its weight in per mille, 1 to 1000.
+        weight: its weight in per mille; not 0.
     """
 
     anchor: int
@@ -99,6 +105,7 @@ class FusionRecipe:
         common: whether the bank's common row takes part, with weight 1.
         terms: anchors with weights, in anchor order.
         user_adapter: what is stacked on top, or None.
+        signed: whether the weights are steps from the common row (`mta2`), in either direction.
 
     Raises:
         RecipeError: on construction, when the parts do not make a canonical recipe.
@@ -109,6 +116,7 @@ class FusionRecipe:
     common: bool
     terms: tuple[Term, ...]
     user_adapter: UserAdapterId | None = None
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if not _BANK.fullmatch(self.bank):
@@ -123,8 +131,17 @@ class FusionRecipe:
         for term in self.terms:
             if not 0 <= term.anchor < MAX_ANCHORS:
                 raise RecipeError(f"anchor index must be 0 to {MAX_ANCHORS - 1}, got {term.anchor}")
-            if not 1 <= term.weight <= PER_MILLE:
-                raise RecipeError(f"weight must be 1 to {PER_MILLE} per mille, got {term.weight}")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        lowest, highest = (-MAX_STEP, MAX_STEP) if self.signed else (1, PER_MILLE)
+        for term in self.terms:
+            if not lowest <= term.weight <= highest or not term.weight:
+                raise RecipeError(f"weight must be {lowest} to {highest} per mille and not 0, got {term.weight}")
+        if self.signed:
+            if not self.common:
+                raise RecipeError(f"a recipe of format {SIGNED} needs the common row: its weights are steps from it")
+            return
         total = sum(term.weight for term in self.terms)
         if total > PER_MILLE or (total < PER_MILLE and not self.common):
             rule = "at most" if self.common else "exactly"
@@ -135,12 +152,12 @@ class FusionRecipe:
         """The canonical name; `parse_recipe` is its inverse."""
         terms = (["c"] if self.common else []) + [f"{anchor_id(t.anchor)}*{t.weight}" for t in self.terms]
         stacked = f":u-{self.user_adapter}" if self.user_adapter else ""
-        return f"{FORMAT_VERSION}:{self.bank}:{self.method.value}:{'+'.join(terms)}{stacked}"
+        return f"{SIGNED if self.signed else PLAIN}:{self.bank}:{self.method.value}:{'+'.join(terms)}{stacked}"
 
     @property
     def plain(self) -> FusionRecipe:
         """The same fusion without the user adapter."""
-        return FusionRecipe(self.bank, self.method, self.common, self.terms)
+        return replace(self, user_adapter=None)
 
 
 def anchor_id(index: int) -> str:
@@ -160,9 +177,9 @@ def parse_recipe(name: str) -> FusionRecipe:
     if len(name) > MAX_NAME_CHARS:
         raise RecipeError(f"recipe name has {len(name)} characters, but at most {MAX_NAME_CHARS} are allowed")
     parts = name.split(":")
-    if len(parts) not in (4, 5) or parts[0] != FORMAT_VERSION:
-        raise RecipeError(f"not a recipe name (mta1:bank:method:terms[:u-user]): {excerpt(name)}")
-    _, bank, method, terms = parts[:4]
+    if len(parts) not in (4, 5) or parts[0] not in (PLAIN, SIGNED):
+        raise RecipeError(f"not a recipe name (mta1:bank:method:terms[:u-user], or mta2): {excerpt(name)}")
+    version, bank, method, terms = parts[:4]
     if method not in list(FusionMethod):
         raise RecipeError(f"unknown method {excerpt(method)} in recipe {excerpt(name)}")
     texts = terms.split("+")
@@ -178,7 +195,7 @@ def parse_recipe(name: str) -> FusionRecipe:
         if not parts[4].startswith("u-"):
             raise RecipeError(f"malformed user adapter {excerpt(parts[4])} in recipe {excerpt(name)}")
         user_adapter = parse_user_adapter_id(parts[4][2:])
-    recipe = FusionRecipe(bank, FusionMethod(method), common, tuple(parsed), user_adapter)
+    recipe = FusionRecipe(bank, FusionMethod(method), common, tuple(parsed), user_adapter, version == SIGNED)
     if recipe.name != name:
         raise RecipeError(f"recipe {excerpt(name)} is not canonical: it should read {excerpt(recipe.name)}")
     return recipe

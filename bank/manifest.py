@@ -11,81 +11,37 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod, FusionRecipe
 from bank.errors import BankError
+from bank.rules import AnswerPrior, Frozen, WeightRule
 
 MANIFEST_FILE = "bank.json"
 MATRIX_FILE = "meta_loras.safetensors"
 INDEX_FILE = "anchors.faiss"
+CURVATURE_FILE = "curvature.npy"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BaseModelId(_Frozen):
+class BaseModelId(Frozen):
     """The base model a bank was trained on: its name for people, its hash for the check."""
 
     name: str
     hash: str
 
 
-class EmbedderId(_Frozen):
+class EmbedderId(Frozen):
     """The embedder whose vectors the index holds. `id` is the hash of its ONNX file, `dim` is E."""
 
     id: str
     dim: int = Field(gt=0)
 
 
-class SignatureRule(_Frozen):
-    """How a signature becomes weights: strength × softmax(τ·√n·gain + κ·cosine) over the best K.
-
-    The certainty of a mean over n tokens grows with √n, so τ counts gains by how far they are from chance; with n
-    itself a few long items would choose a single anchor.
-
-    Attributes:
-        anchors: K, how many anchors take part.
-        strength: what their weights sum to; below 1 only beside a common row.
-        tau: τ, how much evidence counts.
-        kappa: κ, how much similarity of topics counts beside it.
-        slope: a, what predicted gains are multiplied by.
-        offsets: c, one per anchor (`bank/lookup/signature.py`).
-    """
-
-    anchors: int = Field(default=16, ge=1)
-    strength: float = Field(default=1.0, gt=0, le=1)
-    tau: float = Field(default=2.0, ge=0)
-    kappa: float = Field(default=0.0, ge=0)
-    slope: float = Field(default=1.0, ge=0)
-    offsets: tuple[float, ...] = ()
-
-
-class WeightRule(_Frozen):
-    """How a profile becomes weights (`bank/lookup/weights.py`).
-
-    Attributes:
-        anchors: K, how many anchors take part when weights come from topics.
-        strength: what their weights sum to; below 1 only beside a common row.
-        signature: how weights are found from a user's signature; None in banks without signatures.
-    """
-
-    anchors: int = Field(default=2, ge=1)
-    strength: float = Field(default=1.0, gt=0, le=1)
-    signature: SignatureRule | None = None
-
-    @property
-    def source(self) -> Literal["topic", "signature"]:
-        """Which evidence comes first."""
-        return "signature" if self.signature else "topic"
-
-
-class ModuleEntry(_Frozen):
+class ModuleEntry(Frozen):
     """One adapted linear module, as in `adapters.lora.ModuleShape`."""
 
     name: str
@@ -93,14 +49,14 @@ class ModuleEntry(_Frozen):
     h_out: int = Field(gt=0)
 
 
-class AnchorEntry(_Frozen):
+class AnchorEntry(Frozen):
     """One anchor: its public id and how many items it was trained on."""
 
     id: str
     items: int = Field(ge=0)
 
 
-class BankManifest(_Frozen):
+class BankManifest(Frozen):
     """The content of `bank.json`."""
 
     format: Literal[3] = 3
@@ -113,6 +69,7 @@ class BankManifest(_Frozen):
     user_rank: int = Field(ge=0)
     serving_rank: int = Field(gt=0)
     weights: WeightRule
+    prior: AnswerPrior | None = None
     target_modules: tuple[str, ...]
     modules: tuple[ModuleEntry, ...]
     anchors: tuple[AnchorEntry, ...]
@@ -142,6 +99,11 @@ class BankManifest(_Frozen):
         return len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
 
     @property
+    def signed(self) -> bool:
+        """Whether its recipes have signed weights."""
+        return self.weights.posterior is not None
+
+    @property
     def room(self) -> int:
         """The rank that the largest fusion leaves for a user's LoRA."""
         return self.serving_rank - self.fused_rank
@@ -152,7 +114,12 @@ class BankManifest(_Frozen):
 
     def compute_fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
-        content = self.model_dump(mode="json", exclude={"fingerprint"})
+        exclude: dict[str, Any] = {"fingerprint": True}
+        if self.prior is None:  # what a bank does not have is left out, as before there was such a thing
+            exclude["prior"] = True
+        if self.weights.posterior is None:
+            exclude["weights"] = {"posterior"}
+        content = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

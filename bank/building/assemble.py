@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from adapters.layout import RowLayout, serving_rank
 from adapters.recipe import FusionMethod, anchor_id
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.lookup.index import AnchorIndex
 from bank.manifest import (
+    CURVATURE_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     MATRIX_FILE,
@@ -22,11 +25,11 @@ from bank.manifest import (
     BaseModelId,
     EmbedderId,
     ModuleEntry,
-    WeightRule,
     file_sha256,
     fused_rank,
     write_manifest,
 )
+from bank.rules import AnswerPrior, WeightRule
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +40,13 @@ class BankParts:
     """What a bank is put together from.
 
     Attributes:
-        task, base_model, embedder, method, user_rank, weights, training: as in the manifest.
+        task, base_model, embedder, method, user_rank, weights, training, prior: as in the manifest.
         layout: modules, rank, and whether A is shared.
         rows: flat rows in anchor order, then the common row where `common` says so.
         shared_a: the one frozen A of method `shared`.
         embeddings: [N, E], in anchor order.
         items: trained items of each anchor.
+        curvature: H [N, N] for the posterior, or None.
     """
 
     task: str
@@ -58,6 +62,8 @@ class BankParts:
     embeddings: Vectors
     items: Sequence[int]
     training: dict[str, int | float | str | bool | None]
+    prior: AnswerPrior | None = None
+    curvature: Vectors | None = None
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
@@ -97,6 +103,11 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
             write_matrix(draft, parts.layout, parts.rows, parts.shared_a)
         with _replacing(out / INDEX_FILE) as draft:
             AnchorIndex.build(parts.embeddings).save(draft)
+        files = [INDEX_FILE, MATRIX_FILE]
+        if parts.curvature is not None:
+            with _replacing(out / CURVATURE_FILE) as draft, draft.open("wb") as file:
+                np.save(file, np.asarray(parts.curvature, np.float64))
+            files.append(CURVATURE_FILE)
         manifest = BankManifest(
             task=parts.task,
             base_model=parts.base_model,
@@ -110,8 +121,9 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
             target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in parts.layout.modules})),
             modules=tuple(ModuleEntry(name=m.name, h_in=m.h_in, h_out=m.h_out) for m in parts.layout.modules),
             anchors=tuple(AnchorEntry(id=anchor_id(i), items=n) for i, n in enumerate(parts.items)),
+            prior=parts.prior,
             training=parts.training,
-            files={name: file_sha256(out / name) for name in (INDEX_FILE, MATRIX_FILE)},
+            files={name: file_sha256(out / name) for name in files},
         )
         return write_manifest(out, manifest)
     except OSError as error:

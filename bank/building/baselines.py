@@ -23,10 +23,11 @@ from bank.building.training import row_job, row_seed
 from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex
-from bank.manifest import INDEX_FILE, MANIFEST_FILE, BankManifest, WeightRule, read_manifest
+from bank.manifest import INDEX_FILE, MANIFEST_FILE, BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model
 from bank.models.load import load_base, resolve_dtype
+from bank.rules import WeightRule
 
 BASELINES = "baselines"
 TASK_ROW = "task"

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from adapters.recipe import FusionMethod, anchor_id
+from adapters.recipe import anchor_id
 from bank.building.assemble import BankParts, bank_rank, write_bank
-from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer
-from bank.building.options import BuildInputs, BuildOptions, inputs_key
+from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer, measure_curvature
+from bank.building.options import POSTERIOR, BuildInputs, BuildOptions, inputs_key
 from bank.building.resume import Workbench, finished_bank, workbench
 from bank.building.rows import RowProgress, TrainedRows, train_rows
 from bank.building.selection import MIN_ITEMS, person_embedding, sampled_embedding, select_anchors
@@ -28,7 +28,7 @@ from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
-from bank.lookup.signature import MAX_ANCHORS
+from bank.lookup.prior import fit_prior
 from bank.manifest import BankManifest, BaseModelId, EmbedderId
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
 from bank.models.load import load_base, resolve_dtype
@@ -83,14 +83,14 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
         build = _Build(job, work, progress)
         selected = build.select()
         trained = build.train(selected)
-        calibration = build.calibrate(selected, trained)
-        return write_bank(inputs.out, build.assemble(selected, trained, calibration))
+        calibration, curvature = build.calibrate(selected, trained), build.bend(selected, trained)
+        return write_bank(inputs.out, build.assemble(selected, trained, calibration, curvature))
 
 
 def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> _Job:
     """Read the inputs, and refuse before training whatever would be refused after it."""
     task = get_task(options.task)
-    _signs(options)
+    options.signs()
     bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
     people = read_inputs(inputs, task)
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
@@ -151,7 +151,11 @@ class _Build:
     def calibrate(self, selected: _Selected, trained: TrainedRows) -> Calibration | None:
         """Calibrate signatures; None for a bank where topics alone speak."""
         options, people = self._job.options, selected.rest
-        if not _signs(options) or (len(people) < MIN_PEOPLE and options.weights != "signature"):
+        if (
+            options.weights == POSTERIOR
+            or not options.signs()
+            or (len(people) < MIN_PEOPLE and options.weights != "signature")
+        ):
             return None
         self._progress.say(f"calibrating signatures on {len(people)} people who are not anchors")
         model, tokenizer = self._base
@@ -166,7 +170,28 @@ class _Build:
             on_draw=lambda done, of: self._progress.piece("calibrating", done, of),
         )
 
-    def assemble(self, selected: _Selected, trained: TrainedRows, calibration: Calibration | None) -> BankParts:
+    def bend(self, selected: _Selected, trained: TrainedRows) -> Vectors | None:
+        """Measure the curvature; None for a bank without the posterior."""
+        job, anchors = self._job, len(selected.anchors)
+        if job.options.weights != POSTERIOR:
+            return None
+        self._progress.say("measuring how the loss bends along the anchors' rows")
+        model, tokenizer = self._base
+        return measure_curvature(
+            Signer(model, trained.matrix(anchors), at_common=True),
+            job.people,
+            job.task,
+            tokenizer,
+            self._work,
+            anchors=anchors,
+            max_tokens=job.options.max_tokens,
+            seed=job.options.seed,
+            on_anchor=lambda done, of: self._progress.piece("measuring", done, of),
+        )
+
+    def assemble(
+        self, selected: _Selected, trained: TrainedRows, calibration: Calibration | None, curvature: Vectors | None
+    ) -> BankParts:
         """All that the bank is put together from."""
         job = self._job
         training = job.options.record(job.key, len(job.people))
@@ -186,6 +211,8 @@ class _Build:
             embeddings=selected.embeddings,
             items=[len(person.pairs(job.task)) for person in selected.anchors],
             training=training,
+            prior=fit_prior(job.task, [[gold for _, gold in person.pairs(job.task)] for person in job.people]),
+            curvature=curvature,
         )
 
     @cached_property
@@ -197,17 +224,6 @@ class _Build:
         candidates = self._job.candidates
         self._progress.say(f"embedding the histories of {len(candidates)} people")
         return np.stack([sampled_embedding(person, self._job.task, self._job.embedder) for person in candidates])
-
-
-def _signs(options: BuildOptions) -> bool:
-    """Whether the bank is to have signatures, given people to calibrate them on.
-
-    Raises:
-        BankError: when they are asked for but impossible.
-    """
-    if options.weights == "signature" and options.method is not FusionMethod.SHARED:
-        raise BankError(f"signatures need --method shared, got {options.method.value}: its anchors have no A in common")
-    return options.weights != "topic" and options.method is FusionMethod.SHARED and options.anchors <= MAX_ANCHORS
 
 
 def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:

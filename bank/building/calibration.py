@@ -1,8 +1,12 @@
-"""Calibrating predicted gains against measured ones, on people who are not anchors.
+"""What the rules of weights have to know of a bank, measured once, when it is built.
 
-A gradient is right about small steps, but an anchor is a large one: its help or harm is predicted too large, and an
-anchor far from the mean harms nearly everybody. One slope for all anchors and one offset per anchor correct that;
-without the offsets the most extreme anchors win.
+For shares: predicted gains are calibrated against measured ones, on people who are not anchors. A gradient is right
+about small steps, but an anchor is a large one: its help or harm is predicted too large, and an anchor far from the
+mean harms nearly everybody. One slope for all anchors and one offset per anchor correct that; without the offsets the
+most extreme anchors win.
+
+For the posterior: how sharply the loss bends along the anchors' rows. The gradient is taken at the common row and a
+whole row beyond it, over pooled items, for a user's step is about that long.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +38,9 @@ DRAWN_ITEMS = 10
 """Items of one draw: about what a new user brings."""
 
 MIN_PEOPLE = 2
+
+POOLED_ITEMS, POOLED_OF_ONE = 64, 2
+"""Items that the curvature is measured on, and how many of them one person may give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,45 @@ def calibrate_signer(
             on_draw(draw + 1, len(names))
     predicted, measured = np.stack(draws).transpose(1, 0, 2)
     return calibrate(predicted, measured)
+
+
+def measure_curvature(
+    signer: Signer,
+    people: Sequence[History],
+    task: Task,
+    tokenizer: ChatTokenizer,
+    work: Workbench,
+    *,
+    anchors: int,
+    max_tokens: int,
+    seed: int,
+    on_anchor: Callable[[int, int], None] = lambda done, of: None,
+) -> Vectors:
+    """Hᵢⱼ = ⟨rowᵢ, g(common + rowⱼ) − g(common)⟩, [N, N]; finished columns are not measured again.
+
+    Args:
+        signer: the bank's, at the common row.
+        people: everybody whose items may be used.
+        task, tokenizer, max_tokens: how items become examples.
+        work: where columns are kept.
+        anchors: N.
+        seed: of the choice of items.
+        on_anchor: told how many columns are done and how many there are.
+    """
+    chance = random.Random(seed)
+    pooled = []
+    for person in chance.sample(list(people), len(people)):
+        pairs = person.pairs(task)
+        pooled += chance.sample(pairs, min(POOLED_OF_ONE, len(pairs)))
+    examples = [encode_pair(tokenizer, *pair, max_tokens) for pair in pooled[:POOLED_ITEMS]]
+    here = work.vectors("slopes", lambda: signer.slopes(examples))
+    columns = []
+    for anchor in range(anchors):
+        on_anchor(anchor, anchors)
+        there = work.vectors(f"slopes-{anchor:02d}", partial(signer.slopes, examples, anchor))
+        columns.append(there - here)
+    on_anchor(anchors, anchors)
+    return np.stack(columns, axis=1)
 
 
 def calibrate(predicted: Vectors, measured: Vectors) -> Calibration:

@@ -16,9 +16,11 @@ from bank.building.selection import SAMPLED_ITEMS, SERVED_ITEMS
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.tasks import Task
-from bank.manifest import SignatureRule, WeightRule
+from bank.lookup.signature import MAX_ANCHORS
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
 
 _SIGNATURE = SignatureRule()
+_POSTERIOR = PosteriorRule()
 _TOPIC_STRENGTH = 0.5
 _BUILD_FORMAT = 4  # part of the key: raise it when the same inputs would give another bank
 
@@ -87,6 +89,7 @@ def check_limits(options: Any) -> None:
 UserRank = Annotated[int, Option("Rank kept free for users' own stacked LoRAs.", NOT_NEGATIVE)]
 Top = Annotated[int, Option("Most anchors in a user's recipe.", COUNT)]
 _USER_RANK, _TOP = 8, 2
+POSTERIOR = "posterior"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +116,16 @@ class BuildOptions:
     weights: Annotated[
         str,
         Option(
-            "What users' weights come from: topic, signature, or auto (signature where possible).",
-            _one_of("auto", "topic", "signature"),
+            "What users' weights come from: topic, signature, posterior (steps in either direction, by signature), or "
+            "auto (signature where possible).",
+            _one_of("auto", "topic", "signature", POSTERIOR),
         ),
     ] = "auto"
     signature_k: Annotated[int, Option("Like --k, by signature.", COUNT)] = _SIGNATURE.anchors
     signature_strength: Annotated[float, Option("Like --strength, by signature.", SHARE)] = _SIGNATURE.strength
     tau: Annotated[float, Option("How much a user's evidence counts.", FACTOR)] = _SIGNATURE.tau
     kappa: Annotated[float, Option("How much topic similarity counts beside it.", FACTOR)] = _SIGNATURE.kappa
+    decay: Annotated[float, Option("How much evidence a step by the posterior takes.", POSITIVE)] = _POSTERIOR.decay
     steps: Annotated[int, Option("Optimiser steps per anchor.", COUNT)] = 8
     common_steps: Annotated[int, Option("Optimiser steps of the common row.", COUNT)] = 160
     epochs: Annotated[float | None, Option("Passes over the data, instead of numbers of steps.", POSITIVE)] = None
@@ -142,6 +147,8 @@ class BuildOptions:
         usual = _TOPIC_STRENGTH if self.common else 1.0
         strength = usual if self.strength is None else self.strength
         topic = WeightRule(anchors=min(self.k, self.anchors), strength=strength)
+        if self.weights == POSTERIOR:
+            return topic.model_copy(update={"posterior": PosteriorRule(anchors=self.anchors, decay=self.decay)})
         if calibration is None:
             return topic
         signature = SignatureRule(
@@ -154,10 +161,27 @@ class BuildOptions:
         )
         return topic.model_copy(update={"signature": signature})
 
+    def signs(self) -> bool:
+        """Whether the bank is to have signatures, given people to calibrate them on.
+
+        Raises:
+            BankError: when they are asked for but impossible.
+        """
+        shared = self.method is FusionMethod.SHARED
+        if self.weights in ("signature", POSTERIOR) and not shared:
+            raise BankError(
+                f"signatures need --method shared, got {self.method.value}: its anchors have no A in common"
+            )
+        if self.weights == POSTERIOR and not self.common:
+            raise BankError("--weights posterior needs the common row, from which it steps: leave out --no-common")
+        if self.weights == POSTERIOR and self.anchors > MAX_ANCHORS:
+            raise BankError(f"--weights posterior takes at most {MAX_ANCHORS} anchors, got {self.anchors}")
+        return self.weights != "topic" and shared and self.anchors <= MAX_ANCHORS
+
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
         """The manifest's `training`: every option, how many people there were, and the key of all inputs."""
         fields: dict[str, int | float | str | bool | None] = {}
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in _chosen(self).items():
             fields[name] = ",".join(value) if isinstance(value, tuple) else str(value) if name == "method" else value
         return {**fields, "people": people, "inputs": key}
 
@@ -200,11 +224,19 @@ class BuildInputs:
     force: bool = False
 
 
+def _chosen(options: BuildOptions) -> dict[str, Any]:
+    """All options, but for that of the posterior where it is not asked for: other banks stay as they were."""
+    fields = dataclasses.asdict(options)
+    if options.weights != POSTERIOR:
+        del fields["decay"]
+    return fields
+
+
 def inputs_key(options: BuildOptions, task: Task, people: Sequence[History], model_hash: str, embedder_id: str) -> str:
     """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks."""
     content: dict[str, object] = {
         "format": _BUILD_FORMAT,
-        "options": dataclasses.asdict(options),
+        "options": _chosen(options),
         "task": dataclasses.asdict(task),
         "people": [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people],
         "model": model_hash,

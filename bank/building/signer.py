@@ -1,4 +1,4 @@
-"""Making signatures: gradients at the bank's centre, and what they say about each anchor."""
+"""Making signatures: gradients at one place of a bank, and what they say about each anchor."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ from bank.lookup.signature import Signature, empty_signature
 
 
 class Signer:
-    """Takes gradients at a bank's centre.
+    """Takes gradients at a bank's centre, the common row and the mean of all anchors, or at the common row alone.
 
     Args:
         model: the base model.
         matrix: the rows of a `shared` bank.
+        at_common: where; the posterior's signatures are of the common row.
 
     Raises:
         FusionError: when the rows have no A in common: their B cannot be compared.
     """
 
-    def __init__(self, model: Any, matrix: MetaMatrix) -> None:
+    def __init__(self, model: Any, matrix: MetaMatrix, *, at_common: bool = False) -> None:
         if matrix.shared_a is None:
             raise FusionError("signatures need a bank of method `shared`")
         self._model = model
         self._matrix = matrix
         self._layout = matrix.layout
-        self._mean = sum((matrix.row(i).float() for i in range(matrix.anchors)), torch.tensor(0.0)) / matrix.anchors
+        rows = [] if at_common else [matrix.row(i).float() for i in range(matrix.anchors)]
+        self._mean = sum(rows, torch.zeros(matrix.layout.b_numbers)) / matrix.anchors
         self._common = matrix.common_row.float() if matrix.common else torch.zeros(matrix.layout.b_numbers)
         self._a = {name: a.float() for name, a in matrix.frozen_a.items()}
         self.centre = self._lora(self._common + self._mean)
@@ -53,6 +55,15 @@ class Signer:
         mean = torch.dot(gradient, self._mean)
         rows = (torch.dot(gradient, self._matrix.row(i).float()) for i in range(self._matrix.anchors))
         return np.array([float(mean - row) for row in rows], np.float32)
+
+    def slopes(self, examples: Sequence[Example], beyond: int | None = None) -> Vectors:
+        """⟨g, rowᵢ⟩ [N], how the loss changes along each row, at the centre or an anchor's row beyond it."""
+        place = self.centre
+        if beyond is not None:
+            place = self._lora(self._common + self._mean + self._matrix.row(beyond).float())
+        gradient = b_gradient(self._model, self._layout, place, examples)
+        rows = (self._matrix.row(i).float() for i in range(self._matrix.anchors))
+        return np.array([float(torch.dot(gradient, row)) for row in rows])
 
     def measured_gains(self, examples: Sequence[Example]) -> Vectors:
         """By how many nats a token each anchor lowers the examples' loss, against the centre: one pass each, [N]."""

@@ -14,15 +14,16 @@ from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.evaluation.methods import Base, EvalMethod
 from bank.evaluation.people import Person
-from bank.evaluation.scoring import Scorer
+from bank.evaluation.scoring import Reading, Scorer
 from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.profile import Vectors, item_text, profile_embedding
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
+from bank.lookup.prior import personal_shares, surprise
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.lookup.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
-from bank.manifest import SignatureRule
+from bank.rules import SignatureRule
 
 
 @dataclass(slots=True)
@@ -86,12 +87,12 @@ class Adapters:
         return Evidence(person, pairs, profile_embedding(self._embedder.embed(texts)))
 
     def make(self, method: EvalMethod, evidence: Evidence, seed: int) -> PersonAdapter | None:
-        """A method's adapter for the person; None for the base model. The seed is for random anchors and training.
+        """A method's adapter for the person; None for the bare one. The seed is for random anchors and training.
 
         Raises:
             BankError: when the method needs what the bank lacks.
         """
-        if method.base is Base.BASE:
+        if method.base in (Base.PRIOR, Base.BASE):
             return None
         if method.base is Base.TASK:
             bank = self._task()
@@ -107,6 +108,29 @@ class Adapters:
         if judgement.weights is None and method.base is Base.STACKED:
             return self.make(replace(method, base=Base.MERGED), evidence, seed)
         return replace(adapter, trained=judgement.weights)
+
+    def habits(self, person: Person, examples: Sequence[Example]) -> list[Reading]:
+        """What the person's past answers alone say of their next ones; no model reads anything.
+
+        Args:
+            person: whose profile and queries they are.
+            examples: the queries; a surprise is shared among an answer's tokens, as a model's loss is.
+
+        Raises:
+            BankError: when the bank has no prior.
+        """
+        prior, task = self.bank.manifest.prior, self.bank.serving.task
+        if prior is None:
+            raise BankError(
+                f"this bank has no histogram of answers: task {task.name} has free answers, or the bank was built "
+                "before banks had one: leave out `prior`, or build it again"
+            )
+        shares = personal_shares(prior, [gold for _, gold in person.history.pairs(task)])
+        likeliest = max(shares, key=lambda answer: shares[answer])
+        return [
+            Reading(surprise(shares, query.gold) / example.output_tokens, likeliest)
+            for query, example in zip(person.queries, examples, strict=True)
+        ]
 
     def _recipe(self, method: EvalMethod, evidence: Evidence, seed: int) -> FusionRecipe:
         """The recipe of a method that fuses, without what is trained on top of it."""
@@ -148,7 +172,7 @@ class Adapters:
     def _sign(self) -> Signer:
         model = self._scorer.bare()
         if self._signer is None:
-            self._signer = Signer(model, self.bank.matrix)
+            self._signer = Signer(model, self.bank.matrix, at_common=self.bank.manifest.signed)
         return self._signer
 
     def _measured_gains(self, evidence: Evidence) -> Vectors:
@@ -174,5 +198,7 @@ def _with_k(serving: ServingBank, k: int | None) -> ServingBank:
     changes: dict[str, object] = {"anchors": k}
     if rule.signature:
         changes["signature"] = rule.signature.model_copy(update={"anchors": k})
+    if rule.posterior:
+        changes["posterior"] = rule.posterior.model_copy(update={"anchors": k})
     weights = rule.model_copy(update=changes)
-    return ServingBank(serving.manifest.model_copy(update={"weights": weights}), serving.index)
+    return ServingBank(serving.manifest.model_copy(update={"weights": weights}), serving.index, serving.curvature)

@@ -1,4 +1,4 @@
-"""The methods that are compared, by name: which adapter is used, and whether past items stand in the prompt."""
+"""The methods that are compared, by name: which adapter is used, and how many past items stand in the prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from bank.errors import BankError
+from bank.items.tasks import AnswerKind
 
 HISTORY = "+history"
 
@@ -14,11 +15,13 @@ HISTORY = "+history"
 class Base(StrEnum):
     """What adapter a method uses.
 
-    base: none. task: the common row trained further, for as long as all anchors took together. mean: all anchors, equal
-    weights. random: as many random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked:
-    merged, and the user's few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
+    prior: no model at all, the person's smoothed histogram of answers. base: no adapter. task: the common row
+    trained further, for as long as all anchors took together. mean: all anchors, equal weights. random: as many
+    random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked: merged, and the user's
+    few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
     """
 
+    PRIOR = "prior"
     BASE = "base"
     TASK = "task"
     MEAN = "mean"
@@ -33,7 +36,15 @@ SOURCES = ("topic", "evidence", "signature")
 
 DEFAULT = "base,task,mean,random,merged,stacked,own"
 
-_WRITTEN = re.compile(r"(?P<base>[a-z]+)(?::(?P<source>[a-z]+))?(?:@(?P<what>[kn])(?P<count>[1-9][0-9]{0,2}))?")
+REMEMBERING = (Base.BASE, Base.TASK, Base.MERGED, Base.STACKED, Base.OWN)
+"""The methods that are also evaluated with `HISTORIES` past items in the prompt: what an app would do instead."""
+
+HISTORIES = (1, 3)
+
+_WRITTEN = re.compile(
+    r"(?P<base>[a-z]+)(?::(?P<source>[a-z]+))?(?:@(?P<what>[kn])(?P<count>[1-9][0-9]{0,2}))?"
+    r"(?P<history>\+history(?:@h(?P<items>[1-9]|1[0-6]))?)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +56,27 @@ class EvalMethod:
         source: where merged weights come from; None for the bank's rule.
         k: most anchors that are fused, written `@k4`; None for the rule's.
         items: how many of the profile's last items are known, written `@n5`; None for all.
-        history: whether the user's most relevant past items stand in the prompt.
+        history: how many of the user's most relevant past items stand in the prompt, written `+history@h3`.
     """
 
     base: Base
     source: str | None = None
     k: int | None = None
     items: int | None = None
-    history: bool = False
+    history: int = 0
 
     @property
     def name(self) -> str:
         """The name as users write it."""
         source = f":{self.source}" if self.source else ""
         varied = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
-        return f"{self.base.value}{source}{varied}{HISTORY if self.history else ''}"
+        history = f"{HISTORY}@h{self.history}" if self.history else ""
+        return f"{self.base.value}{source}{varied}{history}"
 
     @property
     def plain(self) -> EvalMethod:
         """The same method without history: its adapter is the same."""
-        return replace(self, history=False)
+        return replace(self, history=0)
 
     @property
     def varied(self) -> bool:
@@ -83,17 +95,18 @@ def parse_method(name: str) -> EvalMethod:
     Raises:
         BankError: when it is not a method, listing those there are.
     """
-    written = _WRITTEN.fullmatch(name.removesuffix(HISTORY))
+    written = _WRITTEN.fullmatch(name)
     if written and written["base"] in list(Base):
         base, source, count = Base(written["base"]), written["source"], written["count"]
         merges = base in (Base.MERGED, Base.STACKED)
-        if source in (None, *SOURCES) and (merges or not (source or count)):
+        history = int(written["items"] or 1) if written["history"] else 0
+        if source in (None, *SOURCES) and (merges or not (source or count)) and not (history and base is Base.PRIOR):
             k, items = (int(count) if count and written["what"] == what else None for what in "kn")
-            return EvalMethod(base, source, k, items, name.endswith(HISTORY))
+            return EvalMethod(base, source, k, items, history)
     raise BankError(
         f"{name!r} is not a method. Methods are {', '.join(Base)}; merged and stacked take "
         f"{', '.join(':' + known for known in SOURCES)}, and @k4 (the best 4 anchors) or @n5 (the last 5 items); "
-        f"each takes {HISTORY}"
+        f"each but prior takes {HISTORY}@h3 (3 past items in the prompt; {HISTORY} alone is one)"
     )
 
 
@@ -104,6 +117,13 @@ def parse_methods(text: str) -> list[EvalMethod]:
         BankError: naming the first that is not a method.
     """
     return list(dict.fromkeys(parse_method(name.strip()) for name in text.split(",")))
+
+
+def default_methods(kind: AnswerKind) -> list[EvalMethod]:
+    """All methods for a task with such answers."""
+    plain = [EvalMethod(Base.PRIOR)] if kind != "text" else []
+    plain += parse_methods(DEFAULT)
+    return plain + [EvalMethod(base, history=count) for base in REMEMBERING for count in HISTORIES]
 
 
 def curves(anchors: int, items: int) -> list[EvalMethod]:

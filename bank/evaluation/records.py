@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,9 @@ class Record:
         prediction: the greedy answer; None when none was asked for.
         gold: the person's own answer.
         rejected: whether few-shot training was rejected, so that the method fell back to what lies beneath.
+        prompt_tokens: what the model reads before it answers.
+        first_token_ms: how long it takes over that, of the person's first query; None where it was not measured.
+        written: texts sampled as answers, for authorship; none where none were asked for.
     """
 
     key: str
@@ -36,6 +39,9 @@ class Record:
     prediction: str | None
     gold: str
     rejected: bool = False
+    prompt_tokens: int = 0
+    first_token_ms: float | None = None
+    written: Sequence[str] = ()
 
 
 class Records:
@@ -53,10 +59,13 @@ class Records:
         self._found: dict[tuple[str, str, int], dict[str, Record]] = defaultdict(dict)
         self._remember(self._read())
 
-    def has(self, user_id: str, method: str, seed: int, queries: int, *, predicted: bool) -> bool:
-        """Whether all queries of a person are recorded, with predictions where they are wanted."""
+    def has(
+        self, user_id: str, method: str, seed: int, queries: int, *, predicted: bool, written: bool = False
+    ) -> bool:
+        """Whether all queries of a person are recorded, with predictions and written texts where they are wanted."""
         found = self.of(user_id, method, seed)
-        return len(found) == queries and not (predicted and any(record.prediction is None for record in found))
+        lacking = any((predicted and record.prediction is None) or (written and not record.written) for record in found)
+        return len(found) == queries and not lacking
 
     def of(self, user_id: str, method: str, seed: int) -> list[Record]:
         """The records of one person and method."""

@@ -21,6 +21,9 @@ from bank.items.tasks import AnswerKind, Task
 
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
+SAMPLES = 3
+"""Texts that are written for one query, under the adapters of the first seed."""
+
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
@@ -29,10 +32,10 @@ class EvalOptions:
     Attributes:
         methods: in the order in which they run.
         seeds: one run each; only what is random or trained differs between them.
+        write: whether texts are written at length, to see whose voice they have; for tasks with free answers.
         predict: whether answers are generated, for the task's metrics.
         sample: how many people, from the first, get what is costly: few-shot training, points of curves and generated
             texts; all when None.
-        history: past items in the prompt of methods with history.
         max_tokens: longest example, its answer included; a longer one loses the end of the user's turn.
     """
 
@@ -40,7 +43,7 @@ class EvalOptions:
     seeds: tuple[int, ...]
     predict: bool
     sample: int | None = None
-    history: int = 1
+    write: bool = False
     max_tokens: int = 512
 
     def methods_of(self, place: int) -> tuple[EvalMethod, ...]:
@@ -51,12 +54,24 @@ class EvalOptions:
         """Whether this method answers for the person at this place, in a task of this kind."""
         return self.predict and not method.varied and (self._sampled(place) or kind != "text")
 
+    def writes(self, place: int, method: EvalMethod, kind: AnswerKind) -> bool:
+        """Whether this method writes texts for the person at this place."""
+        return self.write and kind == "text" and self._sampled(place) and not method.varied
+
     def pieces(self, people: int) -> int:
         """How many (person, method, seed) there are."""
         return len(self.seeds) * sum(len(self.methods_of(place)) for place in range(people))
 
     def _sampled(self, place: int) -> bool:
         return self.sample is None or place < self.sample
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a record is to have besides the loss."""
+
+    prediction: bool
+    written: bool
 
 
 class Evaluation:
@@ -108,15 +123,19 @@ class Evaluation:
     ) -> None:
         """One person and seed; `evidences`, by how many items are known, are the person's for all seeds."""
         methods = self._options.methods_of(place)
-        predicts = {m: self._options.predicts(place, m, self._task.kind) for m in methods}
-        waiting = [m for m in methods if not self._has(person, m, seed, predicts[m])]
+        kind, options = self._task.kind, self._options
+        first = seed == options.seeds[0]
+        wanted = {
+            m: _Wanted(options.predicts(place, m, kind), first and options.writes(place, m, kind)) for m in methods
+        }
+        waiting = [m for m in methods if not self._has(person, m, seed, wanted[m])]
         on_done(len(methods) - len(waiting))
         if not waiting:
             return
         repeated = [m for m in waiting if self._repeats(m, seed)]
         for method in repeated:
-            first = self._records.of(person.user_id, method.name, self._options.seeds[0])
-            self._records.add(replace(record, seed=seed) for record in first)
+            found = self._records.of(person.user_id, method.name, options.seeds[0])
+            self._records.add(replace(record, seed=seed, written=()) for record in found)
             on_done(1)
         known = {m: m.items for m in waiting if m not in repeated}
         for items in set(known.values()) - evidences.keys():
@@ -125,11 +144,11 @@ class Evaluation:
         for method, items in known.items():
             evidence = evidences[items]
             adapter = made[method] if method in made else self._adapters.make(method, evidence, seed)
-            self._records.add(self._evaluated(adapter, evidence, method, seed, predicts[method]))
+            self._records.add(self._evaluated(adapter, evidence, method, seed, wanted[method]))
             on_done(1)
 
     def _evaluated(
-        self, adapter: PersonAdapter | None, evidence: Evidence, method: EvalMethod, seed: int, predict: bool
+        self, adapter: PersonAdapter | None, evidence: Evidence, method: EvalMethod, seed: int, wanted: _Wanted
     ) -> list[Record]:
         person = evidence.person
         turns = [self._turn(method, person, query.input) for query in person.queries]
@@ -137,27 +156,52 @@ class Evaluation:
         examples = [
             encode_pair(tokenizer, turn, query.gold, length) for turn, query in zip(turns, person.queries, strict=True)
         ]
-        readings = self._scores.read(adapter, examples, NEW_TOKENS[self._task.kind] if predict else 0)
+        if method.base is Base.PRIOR:
+            readings = self._adapters.habits(person, examples)
+        else:
+            readings = self._scores.read(adapter, examples, NEW_TOKENS[self._task.kind] if wanted.prediction else 0)
+        samples = range(SAMPLES if wanted.written else 0)
+        written = [self._scores.write(adapter, examples, sample) for sample in samples]
+        timed = method.base is not Base.PRIOR and not method.varied
+        first_ms = self._scores.first_token_ms(adapter, examples[0]) if timed else None
         judgement = evidence.trained.get((method.plain, seed))
         rejected = judgement is not None and judgement.weights is None
         return [
             Record(
-                self._key, person.user_id, query.id, method.name, seed, found.loss, found.answer, query.gold, rejected
+                self._key,
+                person.user_id,
+                query.id,
+                method.name,
+                seed,
+                found.loss,
+                found.answer,
+                query.gold,
+                rejected,
+                0 if method.base is Base.PRIOR else example.loss_from,
+                None if place else first_ms,
+                [texts[place] for texts in written],
             )
-            for query, found in zip(person.queries, readings, strict=True)
+            for place, (query, found, example) in enumerate(zip(person.queries, readings, examples, strict=True))
         ]
 
     def _turn(self, method: EvalMethod, person: Person, turn: str) -> str:
         if not method.history:
             return turn
-        return with_history(self._task, turn, person.history.items, self._options.history)
+        return with_history(self._task, turn, person.history.items, method.history)
 
     def _repeats(self, method: EvalMethod, seed: int) -> bool:
         """Whether a method does what it did for the first seed: nothing in it is random."""
         return seed != self._options.seeds[0] and not method.trained and method.base is not Base.RANDOM
 
-    def _has(self, person: Person, method: EvalMethod, seed: int, predicted: bool) -> bool:
-        return self._records.has(person.user_id, method.name, seed, len(person.queries), predicted=predicted)
+    def _has(self, person: Person, method: EvalMethod, seed: int, wanted: _Wanted) -> bool:
+        return self._records.has(
+            person.user_id,
+            method.name,
+            seed,
+            len(person.queries),
+            predicted=wanted.prediction,
+            written=wanted.written,
+        )
 
 
 def evaluation_key(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from adapters.training.attached import Attached, attached
 from adapters.training.example import Example
 from adapters.training.loss import read
 from bank.evaluation.speakers import PersonAdapter
+
+WRITTEN_TOKENS, TEMPERATURE = 160, 0.7
 
 _FEW = 4
 """Answers of at most this many tokens are quicker to read off packed rows than to generate with a cache."""
@@ -44,6 +47,12 @@ class Scores(Protocol):
             examples: prompt and gold.
             new_tokens: longest answer; 0 for no answers.
         """
+
+    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], seed: int) -> list[str]:
+        """Answer prompts at length, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens."""
+
+    def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
+        """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
 
 
 class Scorer:
@@ -83,8 +92,24 @@ class Scorer:
         answers = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [Reading(loss, answer.strip()) for loss, answer in zip(losses, answers, strict=True)]
 
+    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], seed: int) -> list[str]:
+        """As in `Scores`."""
+        with self._under(adapter) as model, torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made = self._generated(model, examples, WRITTEN_TOKENS, do_sample=True, temperature=TEMPERATURE, top_k=0)
+        return [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+
     @torch.no_grad()
-    def _generated(self, model: Any, examples: Sequence[Example], new_tokens: int) -> Any:
+    def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
+        """As in `Scores`."""
+        with self._under(adapter) as model:
+            ids = torch.tensor([example.ids[: example.loss_from]]).to(model.device)
+            start_s = time.perf_counter()
+            model(input_ids=ids, logits_to_keep=1)
+            return (time.perf_counter() - start_s) * 1e3
+
+    @torch.no_grad()
+    def _generated(self, model: Any, examples: Sequence[Example], new_tokens: int, **sampling: Any) -> Any:
         prompts = [example.ids[: example.loss_from] for example in examples]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(prompt) for prompt in prompts)
@@ -94,8 +119,8 @@ class Scorer:
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=new_tokens,
-            do_sample=False,
             pad_token_id=pad,
+            **(sampling or {"do_sample": False}),
         )
         return made[:, width:]
 

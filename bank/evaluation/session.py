@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, curves
 from bank.evaluation.people import Person, read_people, split_histories
 from bank.evaluation.records import Record, Records
+from bank.evaluation.report.authorship import AuthorshipRow, authorship
+from bank.evaluation.report.authorship import markdown as authorship_table
 from bank.evaluation.report.lamp_files import LAMP_FOLDER, write_lamp_files
 from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_curves, draw_gains, draw_map
 from bank.evaluation.report.summary import MethodRow, as_json, markdown, summarise, tables
@@ -65,6 +67,19 @@ class EvalInputs:
     curves: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What an evaluation found.
+
+    Attributes:
+        tables: rows of methods, by the title of their table.
+        voices: whose voice the methods' texts have; empty where none were written.
+    """
+
+    tables: dict[str, list[MethodRow]]
+    voices: list[AuthorshipRow]
+
+
 def evaluate(
     inputs: EvalInputs,
     options: EvalOptions,
@@ -73,7 +88,7 @@ def evaluate(
     engine: Scores | None = None,
     *,
     strength: float,
-) -> dict[str, list[MethodRow]]:
+) -> Results:
     """Run what is not recorded yet, and write table and summary.
 
     Args:
@@ -85,7 +100,7 @@ def evaluate(
         strength: of the anchors beneath a stacked adapter, as a share of theirs when merged.
 
     Returns:
-        Rows of methods, by the title of their table.
+        What table and summary say.
 
     Raises:
         BankError: when bank, people, model and methods do not fit together.
@@ -122,15 +137,25 @@ def evaluate(
     _draw(inputs, bank, adapters, people, made)
     write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
     found = tables(rows, made, task)
-    (inputs.out / TABLE_FILE).write_text(markdown(found), encoding="utf-8")
+    voices = _voices(people, made, task) if options.write else []
+    (inputs.out / TABLE_FILE).write_text(
+        markdown(found) + ("\n" + authorship_table(voices) if voices else ""), encoding="utf-8"
+    )
     content = {
         "bank": bank.manifest.fingerprint,
         "people": len(people),
         "seeds": len(options.seeds),
         "methods": as_json(rows),
+        "authorship": [asdict(row) for row in voices],
     }
     (inputs.out / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return found
+    return Results(found, voices)
+
+
+def _voices(people: list[Person], records: list[Record], task: Task) -> list[AuthorshipRow]:
+    """How texts are attributed, over the people for whom some were written."""
+    heard = {record.user_id for record in records if record.written}
+    return authorship([person for person in people if person.user_id in heard], records, task) if len(heard) > 1 else []
 
 
 def _draw(inputs: EvalInputs, bank: OpenBank, adapters: Adapters, people: list[Person], records: list[Record]) -> None:

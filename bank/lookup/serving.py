@@ -12,9 +12,10 @@ from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.index import AnchorIndex
+from bank.lookup.posterior import Curvature
 from bank.lookup.signature import Signature
-from bank.lookup.weights import AnchorWeight, make_recipe, signature_weights, topic_weights
-from bank.manifest import INDEX_FILE, BankManifest, read_manifest, verify_files
+from bank.lookup.weights import AnchorWeight, make_recipe, posterior_weights, signature_weights, topic_weights
+from bank.manifest import CURVATURE_FILE, INDEX_FILE, BankManifest, read_manifest, verify_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,11 @@ class UserRecipe:
 class ServingBank:
     """A bank opened for lookups; the weights of its adapters are never read here."""
 
-    def __init__(self, manifest: BankManifest, index: AnchorIndex) -> None:
+    def __init__(self, manifest: BankManifest, index: AnchorIndex, curvature: Curvature | None = None) -> None:
         self.manifest = manifest
         self.task: Task = get_task(manifest.task)
         self.index = index
+        self.curvature = curvature
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
@@ -52,7 +54,7 @@ class ServingBank:
             BankError: when the bank is missing, damaged, or made with another embedder.
         """
         manifest = read_manifest(folder)
-        verify_files(folder, manifest, (INDEX_FILE,))
+        verify_files(folder, manifest, (INDEX_FILE, *([CURVATURE_FILE] if manifest.signed else [])))
         if manifest.embedder.id != embedder_id:
             raise BankError(
                 f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "
@@ -64,12 +66,12 @@ class ServingBank:
                 f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} numbers, but "
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
-        return cls(manifest, index)
+        return cls(manifest, index, Curvature.load(folder / CURVATURE_FILE) if manifest.signed else None)
 
     @property
     def signs(self) -> bool:
         """Whether signatures speak for users of this bank."""
-        return self.manifest.weights.signature is not None
+        return self.manifest.weights.source == "signature"
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """The recipe for a user, and the anchors behind it, the strongest evidence first.
@@ -79,12 +81,15 @@ class ServingBank:
             signature: the user's; one of another bank, or with a number that is not finite, says nothing.
             share: how much of the rule's strength the recipe's anchors get, as in `make_recipe`.
         """
-        rule = self.manifest.weights
-        if rule.signature and signature and _says_something(signature, self.manifest.short):
+        rule, source = self.manifest.weights, "signature"
+        speaks = signature is not None and _says_something(signature, self.manifest.short)
+        if speaks and signature and rule.posterior and self.curvature:
+            weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
+        elif speaks and signature and rule.signature:
             weights = signature_weights(self.index, rule.signature, embedding, signature)
-            return UserRecipe(make_recipe(self.manifest, weights, share), weights, "signature")
-        weights = topic_weights(self.index, rule, embedding)
-        return UserRecipe(make_recipe(self.manifest, weights, share), weights, "topic")
+        else:
+            weights, source = topic_weights(self.index, rule, embedding), "topic"
+        return UserRecipe(make_recipe(self.manifest, weights, share), weights, source)
 
 
 def _says_something(signature: Signature, bank: str) -> bool:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapters.recipe import PER_MILLE, FusionRecipe, Term, per_mille
+from adapters.recipe import MAX_STEP, PER_MILLE, FusionRecipe, Term, per_mille
 from bank.items.profile import Vectors
 from bank.lookup.index import AnchorIndex
+from bank.lookup.posterior import Curvature
 from bank.lookup.signature import Signature, predicted_gains
-from bank.manifest import BankManifest, SignatureRule, WeightRule
+from bank.manifest import BankManifest
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
 
 
 @dataclass(slots=True, frozen=True)
@@ -25,7 +27,8 @@ class AnchorWeight:
 
     Attributes:
         anchor: its index in the bank.
-        weight: its share before rounding; all shares of a user sum to the rule's strength.
+        weight: its share before rounding; all shares of a user sum to the rule's strength. By the posterior, the step
+            along its row, which may be negative.
         similarity: the cosine of topics, -1 to 1.
         gain: by how many nats a token it is predicted to lower the loss of the user's own items, against the bank's
             centre; None where only topics were compared.
@@ -99,15 +102,41 @@ def evident_weights(
     )
 
 
+def posterior_weights(
+    index: AnchorIndex, rule: PosteriorRule, curvature: Curvature, embedding: Vectors, signature: Signature
+) -> tuple[AnchorWeight, ...]:
+    """Steps from the common row, the longest first.
+
+    Args:
+        index: of the anchors' embeddings.
+        rule: K and λ.
+        curvature: the bank's.
+        embedding: the user's [E], at unit length.
+        signature: the user's, of this bank, taken at the common row.
+    """
+    steps = curvature.step(signature.products, signature.tokens, rule.decay)
+    cosines = index.vectors(range(index.anchors)) @ np.asarray(embedding, np.float32)
+    longest = sorted(range(index.anchors), key=lambda place: (-abs(steps[place]), place))[: rule.anchors]
+    return tuple(
+        AnchorWeight(place, float(steps[place]), float(cosines[place]), float(signature.products[place]))
+        for place in longest
+    )
+
+
 def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
     """Round weights to a canonical recipe of this bank. Anchors that round to nothing are left out.
 
     Args:
         manifest: the bank.
-        weights: non-negative, each anchor once; what they sum to is their strength beside the common row.
-        share: how much of that strength they get, 0 to 1; without a common row, which would take the rest, they get all
-            of it.
+        weights: each anchor once. What non-negative ones sum to is their strength beside the common row.
+        share: how much of that strength, or of those steps, they get, 0 to 1; without a common row, which would take
+            the rest, they get all of it.
     """
+    if manifest.signed:
+        steps = {w.anchor: round(share * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}
+        bounded = {anchor: max(-MAX_STEP, min(MAX_STEP, step)) for anchor, step in steps.items()}
+        terms = tuple(Term(anchor, step) for anchor, step in bounded.items() if step)
+        return FusionRecipe(manifest.short, manifest.method, True, terms, signed=True)
     total = round(share * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
     ordered = sorted(weights, key=lambda w: w.anchor)
     rounded = per_mille([w.weight for w in ordered], total)

@@ -22,10 +22,11 @@ from bank.errors import BankError
 from bank.items.histories import History, read_histories
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
-from bank.manifest import BankManifest, BaseModelId, EmbedderId, WeightRule, read_manifest
+from bank.manifest import BankManifest, BaseModelId, EmbedderId, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import model_hash
 from bank.peft.peft_adapter import PeftAdapter, read_peft, write_peft
+from bank.rules import WeightRule
 
 
 def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bank.evaluation.methods import DEFAULT
+from bank.evaluation.methods import default_methods
+from bank.items.tasks import get_task
 
-METHODS = f"{DEFAULT},merged:topic"
-"""The methods of docs/quality.md, comma-separated."""
+
+def methods_of(task: str) -> str:
+    """The methods of docs/quality.md for a task, comma-separated."""
+    return ",".join([*(method.name for method in default_methods(get_task(task).kind)), "merged:topic"])

@@ -23,21 +23,27 @@ from typing import Annotated
 
 import typer
 
+from bank.evaluation.methods import DEFAULT
 from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
-from bench.quality import METHODS
+from bench.quality import methods_of
 from bench.report import console
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_model
 
-ANCHORS = {"news_headline": 12, "movie_rating": 20}
-QUERIES = {"news_headline": 6, "movie_rating": 8}
+TASKS = {"mail": "chat"}
+"""The tasks of folders that are not named after theirs."""
+
+ANCHORS = {"mail": 10, "news_headline": 12, "movie_rating": 20}
+QUERIES = {"mail": 3, "news_headline": 6, "movie_rating": 8}
+PROFILES = {"mail": 6}
+"""For folds: how many of a person's last items are queries, and how many before them are the profile."""
 
 
 def main(
     *,
     data: Annotated[Path | None, typer.Option(help="Folder of the real histories.", exists=True)] = None,
-    task: Annotated[str, typer.Option(help="The task, and its folder in --data.")] = "news_headline",
+    task: Annotated[str, typer.Option(help="The task, and its folder in --data; `mail` is chat.")] = "news_headline",
     out: Annotated[Path, typer.Option(help="Folder for banks and tables.")] = Path("out/quality"),
     seeds: Annotated[int, typer.Option(help="Number of seeds for what is random or trained.", min=1)] = 3,
     folds: Annotated[int, typer.Option(help="Evaluate on N folds of the anchors' people instead.", min=0)] = 0,
@@ -56,12 +62,14 @@ def main(
     if data is None:
         raise typer.BadParameter("give the folder of the real histories, or --quick", param_hint="--data")
     out = out / task
+    name = TASKS.get(task, task)
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
-    options = ["--methods", METHODS, *shlex.split(evaluate)]
+    options = ["--methods", methods_of(name), *shlex.split(evaluate)]
+    options += ["--write"] if name == "chat" else []
     options += ["--people", str(people)] if people else []
     if not folds:
-        bank = _bank(out / "bank", everybody, task, size, build)
+        bank = _bank(out / "bank", everybody, name, size, build)
         _run("eval", "--users", data / task / "users.json", "--bank", bank, "--out", out, "--seeds", seeds, *options)
         return
     ids = [str(person["user_id"]) for person in json.loads(everybody.read_text("utf-8"))]
@@ -71,8 +79,9 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         left_out = folder / "left-out.json"
         left_out.write_text(json.dumps(ids[fold::folds]), "utf-8")
-        bank = _bank(folder / "bank", everybody, task, size, f"{build} --exclude {shlex.quote(str(left_out))}")
-        asked = ("--only", left_out, "--last", QUERIES.get(task, 6), "--seeds", seeds, *options)
+        bank = _bank(folder / "bank", everybody, name, size, f"{build} --exclude {shlex.quote(str(left_out))}")
+        split = ("--last", QUERIES.get(task, 6), "--profile", PROFILES.get(task, 10))
+        asked = ("--only", left_out, *split, "--seeds", seeds, *options)
         _run("eval", "--users", everybody, "--bank", bank, "--out", folder, *asked)
         console().print(f"fold {fold}: {folder / TABLE_FILE}, {folder / RECORDS_FILE}")
 
@@ -89,9 +98,9 @@ def _quick(out: Path, seeds: int) -> None:
         f"--rank 4 --user-rank 4 --steps 3 --common-steps 3 --batch-size 4 --model {shlex.quote(str(model))} --force"
     )
     bank = _bank(out / "bank", known, "chat", 3, small)
-    methods = f"{METHODS},merged:evidence,merged+history"
+    methods = f"{DEFAULT},merged:topic,merged:evidence,merged+history@h1"
     _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
-         "--sample", 2)  # fmt: skip
+         "--sample", 2, "--write")  # fmt: skip
 
 
 def _bank(out: Path, users: Path, task: str, anchors: int, options: str) -> Path:

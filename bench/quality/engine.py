@@ -25,8 +25,9 @@ from bank.evaluation.run import EvalOptions
 from bank.evaluation.scoring import Scores
 from bank.evaluation.session import EvalInputs, evaluate
 from bank.lookup.embedder import Embedder
+from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
-from bench.quality import METHODS
+from bench.quality import methods_of
 from bench.report import report
 from bench.rig.engine import KEY, running_engine
 from bench.rig.valkey import ValkeyProcess
@@ -45,12 +46,13 @@ def main(
     bank: Annotated[Path, typer.Option(help="A bank built with --baselines.")],
     users: Annotated[Path, typer.Option(help="People with queries.")],
     people: Annotated[int, typer.Option(help="How many people.", min=2)] = 5,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = METHODS,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated.", show_default="all of the task's")] = None,
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Report the largest differences in loss, and the ranking of the methods."""
-    cache, options = Settings().cache_dir, EvalOptions(tuple(parse_methods(methods)), (0,), predict=False)
+    chosen = parse_methods(methods or methods_of(read_manifest(bank).task))
+    cache, options = Settings().cache_dir, EvalOptions(tuple(chosen), (0,), predict=False)
     folder, embedder = ensure_base_model(model, cache), Embedder.load(ensure_embedder(None, cache))
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
 

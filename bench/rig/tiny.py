@@ -14,8 +14,9 @@ from adapters.recipe import FusionMethod
 from adapters.training.trainer import linear_modules
 from bank.building.assemble import BankParts, write_bank
 from bank.lookup.embedder import Embedder
-from bank.manifest import BaseModelId, EmbedderId, SignatureRule, WeightRule
+from bank.manifest import BaseModelId, EmbedderId
 from bank.models.folders import model_hash
+from bank.rules import SignatureRule, WeightRule
 
 CHAT_TEMPLATE = (  # strict, as many models' are
     "{% for message in messages %}"

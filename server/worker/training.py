@@ -115,7 +115,7 @@ class AdapterTrainer:
 
     @cached_property
     def _signer(self) -> Signer:
-        return Signer(self.model, self.matrix)
+        return Signer(self.model, self.matrix, at_common=self.manifest.signed)
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
         """The trained adapter as bytes."""

@@ -28,7 +28,7 @@ from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
-METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history"
+METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history@h1"
 CONFIG = AdaptConfig(rank=1, steps=2)
 PLAN = user_plan(CONFIG)
 
@@ -69,7 +69,7 @@ def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[lis
         done += pieces
 
     options = EvalOptions(tuple(parse_methods(methods)), tuple(range(seeds)), predict=True)
-    (rows,) = evaluate(inputs, options, PLAN, lambda pieces: on_done, strength=CONFIG.strength).values()
+    (rows,) = evaluate(inputs, options, PLAN, lambda pieces: on_done, strength=CONFIG.strength).tables.values()
     return [row.method for row in rows], done
 
 

@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from adapters.fusion import fuse
+from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.loss import mean_loss
 from bank.building.signer import Signer
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
@@ -87,6 +91,30 @@ def test_who_writes_like_one_anchor_about_the_topic_of_another_gets_the_one(
         assert best.gain == max(weight.gain or 0 for weight in found.weights)
         assert bank.personalise(embedding).source == "topic"
     assert len(set(manners.values())) > 1  # one topic, several anchors
+
+
+def test_the_posterior_lowers_the_loss_of_what_somebody_writes_next(
+    bench: Bench, base: tuple[Any, Any], embedder_folder: Path
+) -> None:
+    users = write_people(bench.folder / "twelve.json", people(12))
+    options = {"anchors": ANCHORS, "steps": 30, "common_steps": 20, "weights": "posterior", "decay": 100.0}
+    manifest = bench.build("posterior", inputs={"users": users}, **options)
+    matrix, embedder = bench.matrix("posterior", manifest), Embedder.load(embedder_folder)
+    bank, signer = ServingBank.open(bench.folder / "posterior", embedder.id), Signer(base[0], matrix, at_common=True)
+    embedding = embedder.embed([f"Say 1 on {WORLDS[0]}"])[0]
+    gains, signs = [], set()
+    for manner in MANNERS:
+        signature = signer.signature(manifest.short, items(base[1], "something new", manner))
+        recipes = [bank.personalise(embedding, signature, share).recipe for share in (0.0, 1.0)]
+        later = [encode_pair(base[1], f"Say {n} on rain", f"{n}{manner}", 200) for n in range(40, 46)]
+        losses = []
+        for recipe in recipes:
+            with attached(base[0], fuse(matrix, recipe, torch.float32)) as here:
+                losses.append(mean_loss(here.model, later))
+        gains.append(losses[0] - losses[1])
+        signs |= {term.weight > 0 for term in recipes[1].terms}
+    assert min(gains) > 0, "a step was one in the wrong direction"
+    assert signs == {True, False}
 
 
 def test_a_signature_of_another_bank_or_of_nothing_says_nothing(

@@ -14,7 +14,7 @@ from bank.evaluation.report.intervals import LEVEL, Interval, against_one, over_
 from bank.evaluation.report.metrics import evaluate
 from bank.items.tasks import Task
 
-COMPARED = ("task", "mean", "random", "merged:topic", "merged", "own")
+COMPARED = ("prior", "task", "mean", "random", "merged:topic", "merged", "own")
 """The methods whose losses a table compares all others with."""
 
 CAPTION = (
@@ -35,6 +35,8 @@ class MethodRow:
         metrics: of the task, over all queries of all seeds; empty where some have no prediction.
         against: its loss less another method's, by that method's name; negative is better.
         rejected: share of users whose training was rejected.
+        prompt_tokens: what the model reads before it answers, mean over queries.
+        first_token_ms: how long it takes over that, median over users; None where it was not measured.
     """
 
     method: str
@@ -43,6 +45,8 @@ class MethodRow:
     metrics: Mapping[str, float]
     against: Mapping[str, Interval]
     rejected: float
+    prompt_tokens: float
+    first_token_ms: float | None
 
 
 def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
@@ -58,7 +62,11 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
         metrics = evaluate(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {}
         rejected = float(np.mean([record.rejected for record in found]))
         loss = float(np.mean(list(losses[method].values())))
-        rows.append(MethodRow(method, len(losses[method]), loss, metrics, against[method], rejected))
+        tokens = float(np.mean([record.prompt_tokens for record in found]))
+        times = [record.first_token_ms for record in found if record.first_token_ms is not None]
+        first_ms = float(np.median(times)) if times else None
+        row = MethodRow(method, len(losses[method]), loss, metrics, against[method], rejected, tokens, first_ms)
+        rows.append(row)
     return sorted(rows, key=lambda row: -row.loss)
 
 
@@ -131,11 +139,19 @@ def _sample(records: Sequence[Record]) -> set[str]:
 
 def _table(rows: Sequence[MethodRow]) -> str:
     metrics, compared = columns(rows)
-    head = ["method", "loss", *metrics, *(f"loss against {name}" for name in compared)]
+    head = [
+        "method",
+        "loss",
+        "prompt tokens",
+        "first token, ms",
+        *metrics,
+        *(f"loss against {name}" for name in compared),
+    ]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         values = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
-        cells = [row.method, f"{row.loss:.4f}", *values]
+        first_ms = "" if row.first_token_ms is None else f"{row.first_token_ms:.0f}"
+        cells = [row.method, f"{row.loss:.4f}", f"{row.prompt_tokens:.0f}", first_ms, *values]
         lines.append([*cells, *(_cell(row.against.get(name)) for name in compared)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

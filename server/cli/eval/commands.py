@@ -22,6 +22,12 @@ SampleSize = Annotated[
     int,
     typer.Option(help="How many people get what is costly: few-shot adapters, curves, texts.", min=2),
 ]
+Write = Annotated[
+    bool,
+    typer.Option(
+        "--write/--no-write", help="Also write texts at length, and see whose voice they have; for free answers."
+    ),
+]
 EngineUrl = Annotated[
     str | None,
     typer.Option(help="Evaluate through this running engine; its key is MTA_ENGINE_KEY.", show_default=False),
@@ -44,6 +50,7 @@ def evaluate(
     sample: SampleSize = 10,
     predict: Predict = True,
     curves: Curves = True,
+    write: Write = False,
     last: Last = 0,
     profile: Annotated[int, typer.Option(help="With --last: how many earlier items form the profile.", min=1)] = 10,
     only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", show_default="all")] = None,
@@ -58,20 +65,23 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from bank.evaluation.methods import DEFAULT, parse_methods
+    from bank.evaluation.methods import default_methods, parse_methods
     from bank.evaluation.run import EvalOptions
     from bank.evaluation.session import EvalInputs
     from bank.evaluation.session import evaluate as run
+    from bank.items.tasks import get_task
     from bank.lookup.embedder import Embedder
+    from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
     from server.cli.eval.engine import EngineScores
-    from server.cli.eval.tables import print_tables
+    from server.cli.eval.tables import print_tables, print_voices
     from server.settings import load_settings
     from server.store.opening import open_stores
     from server.store.samples import AdaptConfig
     from server.worker.training import user_plan
 
-    options = EvalOptions(tuple(parse_methods(methods or DEFAULT)), tuple(range(seeds)), predict, sample)
+    chosen = parse_methods(methods) if methods else default_methods(get_task(read_manifest(bank).task).kind)
+    options = EvalOptions(tuple(chosen), tuple(range(seeds)), predict, sample, write)
     config = AdaptConfig()
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
     inputs = EvalInputs(
@@ -100,5 +110,6 @@ def evaluate(
             return lambda done: progress.advance(bar, done)
 
         found = run(inputs, options, user_plan(config), begin, engine, strength=config.strength)
-    print_tables(found, console)
+    print_tables(found.tables, console)
+    print_voices(found.voices, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

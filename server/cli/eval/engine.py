@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
@@ -24,7 +25,7 @@ from adapters.errors import MtaError, excerpt
 from adapters.recipe import UserAdapterId
 from adapters.training.example import Example
 from adapters.user_adapter import encode_user_adapter
-from bank.evaluation.scoring import Reading
+from bank.evaluation.scoring import TEMPERATURE, WRITTEN_TOKENS, Reading
 from bank.evaluation.speakers import PersonAdapter
 from server.engine_protocol import BASE_MODEL, key_header
 from server.gateway.engines.chat import open_session
@@ -80,6 +81,19 @@ class EngineScores:
         answers = self._answers(adapter, [asked | {"prompt": prompt} for prompt in prompts])
         texts = [answer["choices"][0]["text"].strip() for answer in answers]
         return [Reading(loss, text) for loss, text in zip(losses, texts, strict=True)]
+
+    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], seed: int) -> list[str]:
+        """As in `bank.evaluation.scoring.Scores`."""
+        asked = {"max_tokens": WRITTEN_TOKENS, "temperature": TEMPERATURE, "seed": seed}
+        bodies = [asked | {"prompt": list(example.ids[: example.loss_from])} for example in examples]
+        return [answer["choices"][0]["text"].strip() for answer in self._answers(adapter, bodies)]
+
+    def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
+        """As in `bank.evaluation.scoring.Scores`; the salt keeps the engine from remembering the prompt."""
+        body = {"max_tokens": 1, "temperature": 0, "cache_salt": secrets.token_hex(8)}
+        start_s = time.perf_counter()
+        self._answers(adapter, [body | {"prompt": list(example.ids[: example.loss_from])}])
+        return (time.perf_counter() - start_s) * 1e3
 
     async def _open(self) -> None:
         self._session = await self._opened.enter_async_context(open_session(SILENCE_S))

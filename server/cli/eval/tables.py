@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from bank.evaluation.methods import Base
+from bank.evaluation.report.authorship import AuthorshipRow
 from bank.evaluation.report.intervals import LEVEL, Interval
 from bank.evaluation.report.summary import MethodRow, columns
 from bank.evaluation.session import TABLE_FILE
@@ -17,6 +19,8 @@ def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> 
     for title, rows in found.items():
         console.print(_table(title, rows))
         console.print()
+        console.print(_prices(rows))
+        console.print()
     console.print(
         "loss in nats per token, lower is better; then the task's metrics; then the loss less that of another method, "
         f"with a star where the difference is sure: p below {LEVEL} in a paired sign-flip test over people, after "
@@ -24,8 +28,22 @@ def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> 
     )
 
 
+def print_voices(rows: Sequence[AuthorshipRow], console: Console) -> None:
+    """Print whose voice the methods' texts have; nothing where none were written."""
+    if not rows:
+        return
+    table = Table(title=f"whose voice? {rows[0].named.n} people", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for name in ("right person first", "mean rank"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}")
+    console.print(table)
+
+
 def _table(title: str, rows: Sequence[MethodRow]) -> Table:
     metrics, compared = columns(rows)
+    compared = [name for name in compared if name != Base.PRIOR]  # eighty columns have no room: it has a row of its own
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for name in ("loss", *metrics, *("less\n" + other.replace(":", ":\n") for other in compared)):
@@ -33,6 +51,18 @@ def _table(title: str, rows: Sequence[MethodRow]) -> Table:
     for row in rows:
         values = [f"{row.metrics[name]:.3f}" if name in row.metrics else "" for name in metrics]
         table.add_row(row.method, f"{row.loss:.3f}", *values, *(_gain(row.against.get(name)) for name in compared))
+    return table
+
+
+def _prices(rows: Sequence[MethodRow]) -> Table:
+    """What each method has the model read, and how long that takes."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for name in ("tokens of the prompt", "ms to the first token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        first_ms = "" if row.first_token_ms is None else f"{row.first_token_ms:.0f}"
+        table.add_row(row.method, f"{row.prompt_tokens:.0f}", first_ms)
     return table
 
 

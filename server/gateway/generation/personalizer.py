@@ -43,7 +43,7 @@ class AnchorShare:
 
     Attributes:
         id: its public id, e.g. `a03`.
-        weight: its weight in the recipe, 0 to 1.
+        weight: its weight in the recipe; negative where the recipe steps away from it.
         similarity: how near it is to the user's profile; None if others are nearer by now.
         gain: predicted reduction of the loss on the user's items, nats per token; None without a signature.
     """
@@ -157,7 +157,7 @@ class Personalizer:
                 level, recipe = Level.STACKED, replace(trained_on, user_adapter=adapter)
         weights = {weight.anchor: weight for weight in merged.weights}
         shares = [_share(term, weights.get(term.anchor)) for term in recipe.terms]
-        shares.sort(key=lambda share: (-share.weight, share.id))
+        shares.sort(key=lambda share: (-abs(share.weight), share.id))
         return Personalization(level, recipe, merged.source, tuple(shares), profile=profile)
 
     def is_stale(self, adapter: AdapterNote) -> bool:

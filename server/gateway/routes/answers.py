@@ -20,7 +20,7 @@ class AnchorAnswer(BaseModel, frozen=True):
     """One anchor that speaks for the user."""
 
     id: str = Field(examples=["a03"])
-    weight: float = Field(description="Its weight in the recipe, 0 to 1.")
+    weight: float = Field(description="Its weight in the recipe; negative where the recipe steps away from it.")
     similarity: float | None = Field(
         description="How near it is to the user's profile, -1 to 1; null if others are nearer by now."
     )

@@ -33,7 +33,11 @@ def recipes(draw: st.DrawFn) -> FusionRecipe:
         terms = terms[:-1]  # beside a common row the weights may fall short of the whole
     user = draw(st.none() | st.builds(UserAdapterId, keys, keys))
     bank = draw(st.text("0123456789abcdef", min_size=8, max_size=8))
-    return FusionRecipe(bank, draw(st.sampled_from(FusionMethod)), common, terms, user)
+    method = draw(st.sampled_from(FusionMethod))
+    if draw(st.booleans()):
+        steps = st.integers(-4000, 4000).filter(bool)
+        return FusionRecipe(bank, method, True, tuple(Term(a, draw(steps)) for a in anchors), user, signed=True)
+    return FusionRecipe(bank, method, common, terms, user)
 
 
 @given(recipes())
@@ -70,6 +74,9 @@ def test_every_mutation_of_a_name_is_refused_or_itself_canonical(recipe: FusionR
         "mta1:9f2c41d0:shared:c",
         "mta1:9f2c41d0:linear:a00*1000",
         "mta1:9f2c41d0:cat:a99*1+a100*999",
+        "mta2:9f2c41d0:shared:c+a03*286+a17*-214",
+        "mta2:9f2c41d0:shared:c+a03*-4000+a17*4000",
+        "mta2:9f2c41d0:shared:c",
     ],
 )
 def test_canonical_names_are_read(name: str) -> None:
@@ -82,6 +89,15 @@ def test_canonical_names_are_read(name: str) -> None:
         "",
         "base",
         "mta2:9f2c41d0:cat:a03*1000",
+        "mta3:9f2c41d0:shared:c",
+        "mta1:9f2c41d0:shared:c+a03*-100",
+        "mta2:9f2c41d0:shared:c+a03*0",
+        "mta2:9f2c41d0:shared:c+a03*-0",
+        "mta2:9f2c41d0:shared:c+a03*+100",
+        "mta2:9f2c41d0:shared:c+a03*4001",
+        "mta2:9f2c41d0:shared:c+a03*-4001",
+        "mta2:9f2c41d0:shared:c+a03*-014",
+        "mta2:9f2c41d0:shared:a03*100",  # steps from nowhere
         "mta1:9F2C41D0:cat:a03*1000",  # upper-case digits
         "mta1:9f2c41d:cat:a03*1000",
         "mta1:9f2c41d0:ties:a03*1000",

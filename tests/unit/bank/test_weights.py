@@ -23,11 +23,10 @@ from bank.manifest import (
     BaseModelId,
     EmbedderId,
     ModuleEntry,
-    SignatureRule,
-    WeightRule,
     file_sha256,
     write_manifest,
 )
+from bank.rules import SignatureRule, WeightRule
 from server.store.profile_record import decode_profile, encode_profile
 from server.store.profiles import Profile, StoredSignature
 
