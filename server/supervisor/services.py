@@ -33,6 +33,9 @@ _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SO
 
 _GATEWAY_SECRETS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY"))
 
+START_S = 120.0
+ENGINE_START_S = 1800.0  # a large model on a GPU is read from disk, compiled and captured first
+
 # Stopping the parts one by one, guards' grace included, takes less than 30 s even when every one has to be killed.
 VALKEY_STOP_S = 5
 ENGINE_STOP_S = 8
@@ -91,8 +94,9 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
         environment=dict(environment) | _LOOPBACK_VLLM,
         ready=answers_http(f"{settings.engine_url}{STATUS}", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
-        start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
+        start_timeout_s=ENGINE_START_S,
         stop_timeout_s=ENGINE_STOP_S,
+        needs=(),
     )
 
 
@@ -110,19 +114,26 @@ def worker_part(settings: Settings, log: Path) -> Part:
         address=f"{settings.worker_threads} threads",
         start_timeout_s=600,
         stop_timeout_s=WORKER_STOP_S,
+        needs=("valkey",),
     )
 
 
-def gateway_part(settings: Settings) -> Part:
-    """The gateway, ready when it finds store and engine ready."""
+def gateway_part(settings: Settings, start_timeout_s: float = START_S) -> Part:
+    """The gateway, ready when it finds store and engine ready.
+
+    Args:
+        settings: all of them.
+        start_timeout_s: how long that may take.
+    """
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),
         environment=dict(os.environ) | _as_environment(settings),
         ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
         address=f"{settings.host}:{settings.port}",
-        start_timeout_s=120,
+        start_timeout_s=start_timeout_s,
         stop_timeout_s=GATEWAY_STOP_S,
+        needs=("valkey",),
     )
 
 
