@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model
+from server.engine.forked_core import preloads
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 
@@ -94,6 +95,7 @@ def engine_command(
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(settings.tensor_parallel_size))
         else:
             argv += ["--distributed-executor-backend", "server.engine.executor.InProcessExecutor"]
+            environment["LD_PRELOAD"] = preloads(environment.get("LD_PRELOAD", ""))
             environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     return argv, environment
 

@@ -26,6 +26,7 @@ def register() -> None:
         )
     from vllm.lora import worker_manager
 
+    from server.engine import forked_core
     from server.engine.fusing import adapted_rows
     from server.engine.fusing.manager import FusingLoRAManager
 
@@ -34,6 +35,7 @@ def register() -> None:
     if runner is not None:  # it binds the class by name when it is imported, which may be before us
         runner.LRUCacheWorkerLoRAManager = FusingLoRAManager  # type: ignore[attr-defined]
     adapted_rows.install()
+    forked_core.install()
     _keep_attention_off_amx()
 
 
