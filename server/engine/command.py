@@ -69,7 +69,7 @@ def engine_command(
     }
     if settings.max_model_len is not None:
         options["max-model-len"] = settings.max_model_len
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
+    argv = [sys.executable, "-m", "server.engine", "--enable-lora"]
     for option, value in options.items():
         argv += [f"--{option}", str(value)]
     # Modules no bank adapts are left unwrapped: vLLM pays for each wrapped one on every token.

@@ -21,7 +21,7 @@ _PRELOADED = (
     ("torch", "../torch.libs/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
     ("torch", "lib/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
 )
-"""What vLLM preloads: the package it comes with, where it lies there, and what it leaves out if one of these is loaded."""
+"""What vLLM preloads: its package, where it lies there, and the libraries beside which vLLM leaves it out."""
 
 
 def preloads(given: str) -> str:
@@ -78,5 +78,5 @@ def install() -> None:
     def context() -> Any:
         return CoreContext() if os.environ.get(METHOD) == "fork" else choose_context()
 
-    platform.check_and_update_config = settle_but_fork
+    platform.check_and_update_config = staticmethod(settle_but_fork)
     utils.get_mp_context = context

@@ -21,7 +21,7 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.part import Part
-from server.supervisor.probes import answers_http, answers_redis, writes
+from server.supervisor.probes import answers_http, answers_redis, both, writes
 
 LOOPBACK = "127.0.0.1"
 OWN_PORTS = range(15_000, 32_768)
@@ -32,9 +32,6 @@ TRIES = 100
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 _GATEWAY_SECRETS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY"))
-
-START_S = 120.0
-ENGINE_START_S = 1800.0  # a large model on a GPU is read from disk, compiled and captured first
 
 # Stopping the parts one by one, guards' grace included, takes less than 30 s even when every one has to be killed.
 VALKEY_STOP_S = 5
@@ -94,7 +91,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
         environment=dict(environment) | _LOOPBACK_VLLM,
         ready=answers_http(f"{settings.engine_url}{STATUS}", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
-        start_timeout_s=ENGINE_START_S,
+        start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
         stop_timeout_s=ENGINE_STOP_S,
         needs=(),
     )
@@ -118,20 +115,21 @@ def worker_part(settings: Settings, log: Path) -> Part:
     )
 
 
-def gateway_part(settings: Settings, start_timeout_s: float = START_S) -> Part:
+def gateway_part(settings: Settings, engine: Part | None = None) -> Part:
     """The gateway, ready when it finds store and engine ready.
 
     Args:
         settings: all of them.
-        start_timeout_s: how long that may take.
+        engine: the one that starts beside it, if it is ours.
     """
+    ready = answers_http(f"http://{settings.host}:{settings.port}/ready")
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),
         environment=dict(os.environ) | _as_environment(settings),
-        ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
+        ready=both(engine.ready, ready) if engine else ready,
         address=f"{settings.host}:{settings.port}",
-        start_timeout_s=start_timeout_s,
+        start_timeout_s=120 + (engine.start_timeout_s if engine else 0),
         stop_timeout_s=GATEWAY_STOP_S,
         needs=("valkey",),
     )

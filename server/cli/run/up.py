@@ -112,11 +112,8 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
         update["engine_key"] = settings.engine_key or SecretStr(secrets.token_urlsafe(32))
     settings = settings.model_copy(update=update)
     if own_engine:
-        parts += [
-            services.engine_part(settings, *prepare_engine(settings)),
-            services.gateway_part(settings, services.ENGINE_START_S + services.START_S),
-            services.worker_part(settings, data.log("worker")),
-        ]
+        engine = services.engine_part(settings, *prepare_engine(settings))
+        parts += [engine, services.gateway_part(settings, engine), services.worker_part(settings, data.log("worker"))]
     else:  # engines elsewhere have workers elsewhere
         parts.append(services.gateway_part(settings))
     return settings, parts
