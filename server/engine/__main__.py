@@ -1,13 +1,12 @@
-"""`python -m server.engine`: vLLM's own OpenAI server, imported without collecting garbage: a fifth of the time."""
+"""`python -m server.engine`: vLLM's own OpenAI server."""
 
 from __future__ import annotations
 
-import gc
+from server.importing import heavy_imports
 
 if __name__ == "__main__":
-    gc.disable()
-    from vllm.entrypoints.launchers.api_server.entry import main
-    from vllm.v1.engine import async_llm, core  # noqa: F401  imported later otherwise, and then with collections
+    with heavy_imports():
+        from vllm.entrypoints.launchers.api_server.entry import main
+        from vllm.v1.engine import async_llm, core  # noqa: F401  `main` would import them, more slowly
 
-    gc.enable()
     main()
