@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.importing import heavy_imports
+from bank.models.imports import heavy_imports
 
 if __name__ == "__main__":
     with heavy_imports():

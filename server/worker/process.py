@@ -15,8 +15,8 @@ from typing import Any
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
+from bank.models.imports import heavy_imports
 from bank.models.load import resolve_dtype
-from server.importing import heavy_imports
 from server.settings import Settings
 from server.store.opening import Stores, open_stores
 from server.worker.job_loop import JobLoop

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from bank.models.imports import heavy_imports
 from server.cli.process import log_to_stderr, prepare_to_train
-from server.importing import heavy_imports
 
 
 def worker(

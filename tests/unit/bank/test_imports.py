@@ -7,7 +7,7 @@ import sys
 
 CHILD = """
 import gc, sys
-from server.importing import heavy_imports
+from bank.models.imports import heavy_imports
 try:
     with heavy_imports():
         print(gc.isenabled())
