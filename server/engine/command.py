@@ -90,6 +90,7 @@ def engine_command(
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
     if _is_cpu_build():
         argv.append("--enforce-eager")
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # nor is any of vLLM's helpers compiled, while a request waits for it
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel_size > 1:
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(settings.tensor_parallel_size))
