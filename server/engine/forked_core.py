@@ -56,7 +56,7 @@ class _ForkedProcess(ForkProcess):
 class CoreContext(ForkContext):
     """How multiprocessing makes processes that may compute, in a process that has computed."""
 
-    Process = _ForkedProcess  # type: ignore[assignment]
+    Process = _ForkedProcess
 
 
 def install() -> None:
