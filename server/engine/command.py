@@ -88,7 +88,7 @@ def engine_command(
     if settings.next_bank is not None:
         environment["MTA_NEXT_BANK"] = str(settings.next_bank)
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
-    if _is_cpu_build():
+    if is_cpu_build():
         argv.append("--enforce-eager")
         environment["TORCHDYNAMO_DISABLE"] = "1"  # nor is any of vLLM's helpers compiled, while a request waits for it
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
@@ -108,7 +108,7 @@ def _share_cores(ranks: int) -> str:
     return "|".join(",".join(map(str, share)) for share in shares)
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
     """Whether the installed vLLM is the CPU distribution."""
     try:
         version("vllm-cpu")

@@ -1,7 +1,7 @@
 """The engine core as a fork of the API process, on CPU: it need not import all of vLLM a second time.
 
-vLLM forks its core wherever it uses no CPU, and starts no thread before it has. Its CPU platform insists on spawning
-it, for two reasons. It preloads libraries into the core; here the whole engine process has them from its start
+vLLM can fork its core, and starts no thread before it has. But its CPU platform insists on spawning it, and there are
+two reasons to. It preloads libraries into the core; here the whole engine process has them from its start
 (`preloads`). And a process that has computed cannot go on to compute in a fork: OpenMP would wait for the threads of
 its team, which a fork does not have. But teams belong to threads, so the core is forked by a thread that has none.
 """
