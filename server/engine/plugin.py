@@ -27,14 +27,14 @@ def register() -> None:
     from vllm.lora import worker_manager
 
     from server.engine import forked_core
-    from server.engine.fusing import adapted_rows
+    from server.engine.fusing.kernels import check
     from server.engine.fusing.manager import FusingLoRAManager
 
     worker_manager.LRUCacheWorkerLoRAManager = FusingLoRAManager
     runner = sys.modules.get("vllm.v1.worker.lora_model_runner_mixin")
     if runner is not None:  # it binds the class by name when it is imported, which may be before us
         runner.LRUCacheWorkerLoRAManager = FusingLoRAManager  # type: ignore[attr-defined]
-    adapted_rows.install()
+    check.install()
     forked_core.install()
     _keep_attention_off_amx()
 
