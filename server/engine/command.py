@@ -39,7 +39,7 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
     for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
     check_base_model(model_folder, banks)
-    if _is_cpu_build():
+    if is_cpu_build():
         native.build(settings.cache_dir)
     return engine_command(settings, list(banks.values()), model_folder)
 
