@@ -15,7 +15,7 @@ from mta_client import Client
 
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
 START_S = 240.0
-_MARKS = {"valkey": "valkey-server 127.0.0.1", "engine": "vllm.entrypoints", "gateway": "server.cli gateway"}
+_MARKS = {"valkey": "valkey-server 127.0.0.1", "engine": "server.engine ", "gateway": "server.cli gateway"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,4 +19,6 @@ engine core     admission/turns.py          whose turn it is when slots are shor
 both            banks.py                    the banks this engine serves
 before          command.py                  the command line and environment of the vLLM process
                 sizing.py                   how many slots fit the memory
+                __main__.py                 imports vLLM, and becomes its server
+                forked_core.py              has the engine core forked, not started anew, on CPU
 """

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model
+from server.engine.forked_core import preloads
 from server.engine.fusing.kernels import native
 from server.engine.sizing import FEWEST, slots_on_cpu
 from server.engine_protocol import BASE_MODEL, PLUGIN
@@ -39,7 +40,7 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
     for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
     check_base_model(model_folder, banks)
-    if _is_cpu_build():
+    if is_cpu_build():
         native.build(settings.cache_dir)
     return engine_command(settings, list(banks.values()), model_folder)
 
@@ -54,7 +55,7 @@ def engine_command(
         manifests: of all banks it serves; slots fit the modules that any of them adapts, at the highest serving rank.
         model_folder: the base model on disk.
     """
-    on_cpu = _is_cpu_build()
+    on_cpu = is_cpu_build()
     number_bytes = 4 if settings.dtype == "float32" else 2
     slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else FEWEST)
     turns = "FairScheduler" if on_cpu else "FairAsyncScheduler"
@@ -77,7 +78,7 @@ def engine_command(
     }
     if settings.max_model_len is not None:
         options["max-model-len"] = settings.max_model_len
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
+    argv = [sys.executable, "-m", "server.engine", "--enable-lora"]
     for option, value in options.items():
         argv += [f"--{option}", str(value)]
     # Modules no bank adapts are left unwrapped: vLLM pays for each wrapped one on every token.
@@ -99,11 +100,13 @@ def engine_command(
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
     if on_cpu:
         argv.append("--enforce-eager")
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # nor is any of vLLM's helpers compiled, while a request waits for it
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel_size > 1:
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(settings.tensor_parallel_size))
         else:
             argv += ["--distributed-executor-backend", "server.engine.executor.InProcessExecutor"]
+            environment["LD_PRELOAD"] = preloads(environment.get("LD_PRELOAD", ""))
             environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     return argv, environment
 
@@ -115,7 +118,7 @@ def _share_cores(ranks: int) -> str:
     return "|".join(",".join(map(str, share)) for share in shares)
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
     """Whether the installed vLLM is the CPU distribution."""
     try:
         version("vllm-cpu")

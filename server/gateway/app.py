@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 
 from adapters.errors import MtaError
 from bank.items.retrieval import ItemIndex
+from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
@@ -114,10 +116,13 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
         engines = Engines(session, settings.engines, engine_key)
         health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
-        for watching in (health.watch(), forever(LOOK_S, stores.file.look, log)):
-            stack.push_async_callback(_stopped, asyncio.create_task(watching))
+        for beside in (
+            health.watch(),
+            forever(LOOK_S, stores.file.look, log),
+            asyncio.to_thread(_load_search, bank.task),
+        ):
+            stack.push_async_callback(_stopped, asyncio.create_task(beside))
         metrics.bank.labels(bank.manifest.short).set(1)
-        await asyncio.to_thread(ItemIndex, bank.task, ())  # loads the search library, so that no request waits
         indexes = IndexCache(settings.history_cache_mib << 20)
         recall = Recall(profiles, bank.task, tokenizer, indexes)
         generator = Generator(
@@ -147,6 +152,12 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
 
 def _open_embedder(settings: Settings) -> Embedder:
     return Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
+
+
+def _load_search(task: Task) -> None:
+    """Load the search library, which takes as long as all the rest: nothing but histories in prompts needs it."""
+    ItemIndex(task, ())
+    gc.freeze()  # as when the gateway began to listen
 
 
 async def _stopped(task: asyncio.Task[None]) -> None:

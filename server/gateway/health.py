@@ -17,6 +17,9 @@ from server.watching import forever
 log = logging.getLogger("mta.gateway")
 
 PROBE_INTERVAL_S = 2.0
+FIRST_INTERVAL_S = 0.25
+"""Until all was ready once: whoever starts the server is waiting for that."""
+
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 15.0
 """A round of probes takes 4 s at most, so an older report means that the watch hangs or has died."""
@@ -86,6 +89,7 @@ class Health:
         self._fingerprint = fingerprint
         self._generating = generating.rstrip("/")
         self.last: Report | None = None
+        self._was_ready = False
 
     @property
     def readiness(self) -> Readiness:
@@ -96,11 +100,12 @@ class Health:
         """Probe every part now."""
         store, engines, router = await asyncio.gather(self._ask_store(), self._ask_engines(), self._ask_router())
         self.last = Report(store, router or self._as_address(engines), engines, time.monotonic())
+        self._was_ready |= self.readiness is Readiness.READY
         return self.last
 
     async def watch(self) -> None:
         """Probe for ever."""
-        await forever(PROBE_INTERVAL_S, self.probe, log)
+        await forever(lambda: PROBE_INTERVAL_S if self._was_ready else FIRST_INTERVAL_S, self.probe, log)
 
     async def _ask_store(self) -> StoreState:
         try:

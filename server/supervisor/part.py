@@ -21,6 +21,7 @@ class Part:
         address: where it listens, for display.
         start_timeout_s: how long it may take to become ready.
         stop_timeout_s: how long it may take to finish what it is doing; after that it is killed.
+        needs: of the parts beside it, those that must be ready before it starts; None for all that stand before it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Part:
     address: str
     start_timeout_s: float
     stop_timeout_s: float
+    needs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.part import Part
-from server.supervisor.probes import answers_http, answers_redis, writes
+from server.supervisor.probes import answers_http, answers_redis, both, writes
 
 LOOPBACK = "127.0.0.1"
 OWN_PORTS = range(15_000, 32_768)
@@ -93,6 +93,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
         address=f"{settings.engine_host}:{settings.engine_port}",
         start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
         stop_timeout_s=ENGINE_STOP_S,
+        needs=(),
     )
 
 
@@ -110,19 +111,27 @@ def worker_part(settings: Settings, log: Path) -> Part:
         address=f"{settings.worker_threads} threads",
         start_timeout_s=600,
         stop_timeout_s=WORKER_STOP_S,
+        needs=("valkey",),
     )
 
 
-def gateway_part(settings: Settings) -> Part:
-    """The gateway, ready when it finds store and engine ready."""
+def gateway_part(settings: Settings, engine: Part | None = None) -> Part:
+    """The gateway, ready when it finds store and engine ready.
+
+    Args:
+        settings: all of them.
+        engine: the one that starts beside it, if it is ours.
+    """
+    ready = answers_http(f"http://{settings.host}:{settings.port}/ready")
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),
         environment=dict(os.environ) | _as_environment(settings),
-        ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
+        ready=both(engine.ready, ready) if engine else ready,
         address=f"{settings.host}:{settings.port}",
-        start_timeout_s=120,
+        start_timeout_s=120 + (engine.start_timeout_s if engine else 0),
         stop_timeout_s=GATEWAY_STOP_S,
+        needs=("valkey",),
     )
 
 

@@ -1,4 +1,4 @@
-"""Starts parts in order, restarts the ones that die, and stops all of them in reverse."""
+"""Starts each part once those it needs are ready, restarts the ones that die, and stops all of them in reverse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Supervisor:
     """Keeps parts running.
 
     Args:
-        parts: in the order in which they start; each may rely on the ones before it.
+        parts: those that a part needs stand before it.
         data: where the logs are, and whose lock the guards share.
         report: called with every change of state.
         backoff: how long a part that died waits for its restart.
@@ -33,6 +33,7 @@ class Supervisor:
         self._parts = tuple(parts)
         self._data = data
         self._keepers = [_Keeper(part, data, report, backoff or Backoff()) for part in parts]
+        self._ready = {part.name: asyncio.Event() for part in parts}
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, started: Callable[[], None]) -> None:
         """Run until `stop` is set; no part is left when this returns or raises.
@@ -60,17 +61,34 @@ class Supervisor:
 
     async def _live(self, started: Callable[[], None]) -> None:
         """Start every part, then keep all of them running for ever."""
-        keeping: list[asyncio.Task[None]] = [asyncio.create_task(forever(LOG_LOOK_S, self._empty_large_logs, log))]
+        lives = [
+            forever(LOG_LOOK_S, self._empty_large_logs, log),
+            self._tell(started),
+            *(self._run(place) for place in range(len(self._parts))),
+        ]
+        living = [asyncio.create_task(life) for life in lives]
         try:
-            for keeper in self._keepers:
-                await keeper.start()
-                keeping.append(asyncio.create_task(keeper.keep()))
-            started()
-            await asyncio.gather(*keeping)
+            await asyncio.gather(*living)
         finally:
-            for task in keeping:
+            for task in living:
                 task.cancel()
-            await asyncio.gather(*keeping, return_exceptions=True)
+            await asyncio.gather(*living, return_exceptions=True)
+
+    async def _run(self, place: int) -> None:
+        """Start one part, as soon as those it needs are ready, and keep it running for ever."""
+        part, keeper = self._parts[place], self._keepers[place]
+        for other in self._parts[:place]:
+            if part.needs is None or other.name in part.needs:
+                await self._ready[other.name].wait()
+        await keeper.start()
+        self._ready[part.name].set()
+        await keeper.keep()
+
+    async def _tell(self, started: Callable[[], None]) -> None:
+        """Call `started` once every part is ready."""
+        for ready in self._ready.values():
+            await ready.wait()
+        started()
 
     async def _empty_large_logs(self) -> None:
         """Keep logs from filling the disk."""

@@ -15,6 +15,7 @@ from typing import Any
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
+from bank.models.imports import heavy_imports
 from bank.models.load import resolve_dtype
 from server.settings import Settings
 from server.store.opening import Stores, open_stores
@@ -31,7 +32,8 @@ async def run_worker(settings: Settings) -> None:
     Raises:
         MtaError: when a part cannot be opened, or the parts do not match.
     """
-    bank, trainer = _opened(settings)
+    with heavy_imports():
+        bank, trainer = _opened(settings)
     async with open_stores(settings) as stores:
         working = asyncio.gather(*_loops(stores, bank, trainer))
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,6 +16,7 @@ from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import PATIENCE_S, command_line, descendants, standing_still
 from bench.rig.tiny import tiny_bank, tiny_model
 from server.engine.admission.door import WITH_KEY
+from server.engine.command import is_cpu_build
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
 STREAM_TOKENS = 1500
@@ -206,6 +207,12 @@ def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     with standing_still(core):
         status = engine.client.get("/mta/v1/status", timeout=20)
     assert status.json()["banks"] == engine.status()["banks"]
+
+
+@pytest.mark.skipif(not is_cpu_build(), reason="where vLLM uses a GPU it starts its core as it likes")
+def test_its_core_is_a_fork_and_no_other_process_is_beside_it(engine: Engine) -> None:
+    """A core that was spawned would have imported all of vLLM again, and have a resource tracker beside it."""
+    assert ["EngineCore" in command_line(pid) for pid in descendants(engine.pid)] == [True]
 
 
 def test_none_of_its_processes_has_the_secret_of_users(engine: Engine) -> None:

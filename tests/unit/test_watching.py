@@ -34,3 +34,26 @@ async def test_a_step_is_run_again_after_any_error_and_each_is_told(caplog: pyte
     assert (warning.levelname, warning.getMessage()) == ("WARNING", "the store is away")
     assert (fault.levelname, fault.exc_info is not None) == ("ERROR", True)
     assert "look_after_it" in fault.getMessage()
+
+
+async def test_how_long_the_next_pause_is_can_be_asked_anew_each_time() -> None:
+    pauses_s, steps = [0.0, 0.0], 0
+    pausing = asyncio.Event()
+
+    async def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    def pause_s() -> float:
+        if pauses_s:
+            return pauses_s.pop()
+        pausing.set()
+        return 3600
+
+    watching = asyncio.create_task(forever(pause_s, step, log))
+    async with asyncio.timeout(10):
+        await pausing.wait()
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    assert steps == 3

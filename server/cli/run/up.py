@@ -94,7 +94,7 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     from bank.lookup.serving import ServingBank
     from bank.models.folders import ensure_embedder
     from server.engine.command import prepare_engine
-    from server.supervisor.services import LOOPBACK, engine_part, free_port, gateway_part, valkey_part, worker_part
+    from server.supervisor import services
 
     bank_folder = settings.bank_folder()
     own_store = "redis_url" not in settings.model_fields_set
@@ -104,18 +104,18 @@ def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
     update: dict[str, object] = {"embedder": embedder, "secret": settings.secret or SecretStr(data.secret)}
     parts = []
     if own_store:
-        part, update["redis_url"] = valkey_part(data)
+        part, update["redis_url"] = services.valkey_part(data)
         parts.append(part)
     if own_engine:
-        port = free_port()
-        update |= {"engine_host": LOOPBACK, "engine_port": port, "engine_url": f"http://{LOOPBACK}:{port}"}
+        host, port = services.LOOPBACK, services.free_port()
+        update |= {"engine_host": host, "engine_port": port, "engine_url": f"http://{host}:{port}"}
         update["engine_key"] = settings.engine_key or SecretStr(secrets.token_urlsafe(32))
     settings = settings.model_copy(update=update)
     if own_engine:
-        parts.append(engine_part(settings, *prepare_engine(settings)))
-    parts.append(gateway_part(settings))
-    if own_engine:  # engines elsewhere have workers elsewhere
-        parts.append(worker_part(settings, data.log("worker")))
+        engine = services.engine_part(settings, *prepare_engine(settings))
+        parts += [engine, services.gateway_part(settings, engine), services.worker_part(settings, data.log("worker"))]
+    else:  # engines elsewhere have workers elsewhere
+        parts.append(services.gateway_part(settings))
     return settings, parts
 
 

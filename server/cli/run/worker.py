@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bank.models.imports import heavy_imports
 from server.cli.process import log_to_stderr, prepare_to_train
 
 
@@ -28,6 +29,7 @@ def worker(
     prepare_to_train(settings.worker_threads)
     log_to_stderr()
 
-    from server.worker.process import run_worker  # torch reads its threads when it is loaded
+    with heavy_imports():
+        from server.worker.process import run_worker  # torch reads its threads when it is loaded
 
     asyncio.run(run_worker(settings))

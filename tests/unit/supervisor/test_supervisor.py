@@ -74,6 +74,12 @@ def python_part(name: str, folder: Path, code: str, **changes: float) -> Part:
     )
 
 
+def waits_for(path: Path, part: Part) -> Part:
+    """The part, as one that does nothing before `path` exists."""
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(path)!r}).exists(): time.sleep(0.01)\n"
+    return replace(part, command=(*part.command[:2], wait + part.command[2]))
+
+
 def pid_of(name: str, folder: Path) -> int:
     return int((folder / f"{name}.pid").read_text())
 
@@ -106,6 +112,30 @@ async def test_parts_start_in_order_and_stop_in_reverse(tmp_path: Path, data: Da
         ("first", State.STOPPED),
     ]
     assert not alive(pid_of("first", tmp_path)) and not alive(pid_of("second", tmp_path))
+
+
+async def test_a_part_that_needs_no_other_starts_beside_them_and_all_are_awaited(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    record = Record()
+    slow = waits_for(tmp_path / "quick.pid", python_part("slow", tmp_path, ""))
+    quick, last = (
+        replace(python_part(name, tmp_path, ""), needs=needs) for name, needs in (("quick", ()), ("last", ("slow",)))
+    )
+    await run_until(Supervisor([slow, quick, last], data, record), lambda: True)
+    states = [change for change in record.states if change[1] in (State.STARTING, State.READY)]
+    assert states.index(("slow", State.READY)) < states.index(("last", State.STARTING))
+    assert sorted(name for name, state in states if state is State.READY) == ["last", "quick", "slow"]
+    stopped = [name for name, state in record.states if state is State.STOPPED]
+    assert stopped == ["last", "quick", "slow"]
+
+
+async def test_a_part_that_fails_to_start_ends_those_beside_it(tmp_path: Path, data: DataFolder) -> None:
+    beside = replace(python_part("beside", tmp_path, ""), needs=())
+    broken = waits_for(tmp_path / "beside.pid", python_part("broken", tmp_path, "raise SystemExit('no such bank')"))
+    with pytest.raises(StartError, match="broken ended with status 1"):
+        await run_until(Supervisor([broken, beside], data, Record()), lambda: False)
+    assert not alive(pid_of("beside", tmp_path))
 
 
 async def test_a_part_that_is_killed_is_started_again_and_the_others_are_left_alone(

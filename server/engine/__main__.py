@@ -1,0 +1,18 @@
+"""`python -m server.engine`: vLLM's own OpenAI server."""
+
+from __future__ import annotations
+
+import os
+
+from bank.models.imports import heavy_imports
+
+COMPILER = "torch._inductor.lowering"
+"""vLLM corrects it as soon as it is imported itself; it brings the rest of the compiler, a fifth of all modules."""
+
+if __name__ == "__main__":
+    compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"  # `command.py`
+    with heavy_imports(*(() if compiles else (COMPILER,))):
+        from vllm.entrypoints.launchers.api_server.entry import main
+        from vllm.v1.engine import async_llm, core  # noqa: F401  `main` would import them, more slowly
+
+    main()

@@ -1,0 +1,82 @@
+"""The engine core as a fork of the API process, on CPU: it need not import all of vLLM a second time.
+
+vLLM can fork its core, and starts no thread before it has. But its CPU platform insists on spawning it, and there are
+two reasons to. It preloads libraries into the core; here the whole engine process has them from its start
+(`preloads`). And a process that has computed cannot go on to compute in a fork: OpenMP would wait for the threads of
+its team, which a fork does not have. But teams belong to threads, so the core is forked by a thread that has none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from multiprocessing.context import ForkContext, ForkProcess
+from pathlib import Path
+from typing import Any
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_PRELOADED = (
+    ("vllm", "libs/libtcmalloc_minimal*.so*", ("libtcmalloc",)),
+    ("torch", "../torch.libs/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
+    ("torch", "lib/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
+)
+"""What vLLM preloads: its package, where it lies there, and the libraries beside which vLLM leaves it out."""
+
+
+def preloads(given: str) -> str:
+    """The value of LD_PRELOAD with which vLLM would spawn its core, found without importing anything.
+
+    Args:
+        given: its value so far.
+    """
+    libraries = [given] if given else []
+    for package, pattern, alike in _PRELOADED:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.origin or any(name in library for library in libraries for name in alike):
+            continue
+        libraries += [str(path) for path in sorted(Path(spec.origin).parent.glob(pattern))[:1]]
+    return ":".join(libraries)
+
+
+class _ForkedProcess(ForkProcess):
+    """A process forked by a thread made for that; in the fork it is the main thread."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802  multiprocessing's name
+        started: list[Any] = []
+        thread = threading.Thread(target=lambda: started.append(ForkProcess._Popen(process_obj)))
+        thread.start()
+        thread.join()
+        if not started:
+            raise OSError("the engine core could not be forked: the lines above say why")
+        return started[0]
+
+
+class CoreContext(ForkContext):
+    """How multiprocessing makes processes that may compute, in a process that has computed."""
+
+    Process = _ForkedProcess
+
+
+def install() -> None:
+    """Have the CPU platform fork a core that runs its model itself (`executor.py`); with more ranks it spawns them."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.engine import utils
+
+    platform, choose_context = type(current_platform), utils.get_mp_context
+    settle = platform.check_and_update_config
+
+    def settle_but_fork(config: Any) -> None:
+        settle(config)
+        if config.parallel_config.world_size == 1:
+            os.environ[METHOD] = "fork"
+
+    def context() -> Any:
+        return CoreContext() if os.environ.get(METHOD) == "fork" else choose_context()
+
+    platform.check_and_update_config = staticmethod(settle_but_fork)
+    utils.get_mp_context = context
