@@ -21,8 +21,8 @@ import aiohttp
 import typer
 from rich.progress import Progress
 
-from bench.gateway import stream_chunks
 from bench.report import Spread, percentile, report
+from bench.serving.gateway import stream_chunks
 
 USERS = ("bench-beside-a", "bench-beside-b")
 TRAINED = "bench-beside-trained"

@@ -1,0 +1,58 @@
+"""A bank of very many anchors: how long a profile takes to find its own, and the memory that it takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from bank.lookup.index import FLAT_LIMIT, AnchorIndex
+from bank.lookup.serving import ServingBank
+from bank.manifest import INDEX_FILE, read_manifest
+from bench.report import Figures, percentile
+from bench.rig.processes import memory_mib
+from bench.rig.subject import tiny
+
+DIM = 384
+COLUMNS = (
+    "anchors",
+    "index",
+    "a lookup p50, ms",
+    "p99, ms",
+    "index on disk, MiB",
+    "memory when open, MiB",
+    "built in, s",
+)
+
+
+def measure(anchors: int, lookups: int, folder: Path, progress: Progress) -> Figures:
+    """A row for 50 anchors, for as many as are searched exactly, and for as many as asked for."""
+    counts = sorted({50, min(anchors, FLAT_LIMIT), anchors})
+    lines = [_line(count, lookups, folder, progress) for count in counts]
+    title = f"Anchors by topic, {DIM} numbers each: from a profile to its recipe, on one thread"
+    return Figures(title, COLUMNS, lines)
+
+
+def _line(anchors: int, lookups: int, folder: Path, progress: Progress) -> list[object]:
+    numbers = np.random.default_rng(0)
+    vectors = numbers.standard_normal((anchors, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    start_s = time.perf_counter()
+    AnchorIndex.build(vectors)
+    built_s = time.perf_counter() - start_s
+    subject = tiny(folder / str(anchors), anchors=anchors, embeddings=vectors)
+    before = memory_mib(os.getpid())
+    bank = ServingBank.open(subject.bank, read_manifest(subject.bank).embedder.id)
+    opened = memory_mib(os.getpid()) - before
+    profiles = vectors[numbers.integers(anchors, size=lookups)] + 0.02 * numbers.standard_normal((lookups, DIM))
+    profiles /= np.linalg.norm(profiles, axis=1, keepdims=True)
+    taken = []
+    for profile in progress.track(profiles.astype(np.float32), description=f"lookups among {anchors} anchors"):
+        start_s = time.perf_counter()
+        bank.personalise(profile)
+        taken.append((time.perf_counter() - start_s) * 1000)
+    size = (subject.bank / INDEX_FILE).stat().st_size / 2**20
+    return [anchors, bank.index.kind, percentile(taken, 0.5), percentile(taken, 0.99), size, opened, built_s]
