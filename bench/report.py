@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,7 +69,7 @@ class Figures:
 def percentile(readings: Sequence[float], share: float) -> float:
     """The reading below which `share` (0 to 1) of them lie, by nearest rank."""
     ordered = sorted(readings)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    return ordered[max(0, ceil(share * len(ordered)) - 1)]
 
 
 def processor() -> str:
@@ -107,7 +108,7 @@ def command_line() -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a table shows it: three digits, and a spread as median (min to max)."""
+    """A value as a table shows it: two or three digits, and a spread as median (min to max)."""
     if isinstance(value, Spread):
         value = asdict(value)
     if isinstance(value, Mapping) and {"median", "min", "max"} <= value.keys():
@@ -121,7 +122,9 @@ def shown(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     size = abs(value)
-    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size else "0"
+    if size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"
 
 
 def console() -> Console:

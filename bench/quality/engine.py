@@ -44,7 +44,7 @@ def main(
     """Report the largest differences in loss, and the ranking of the methods."""
     folder = ensure_base_model(model, Settings().cache_dir)
     asked = ["--bank", bank, "--users", users, "--people", people, "--methods", methods, "--model", folder]
-    asked += ["--dtype", "float32", "--no-predict", "--no-curves"]
+    asked += ["--sample", people, "--dtype", "float32", "--no-predict", "--no-curves"]
     with tempfile.TemporaryDirectory() as scratch:
 
         def run(name: str, *options: object) -> dict[tuple[str, str, str], Record]:

@@ -39,7 +39,7 @@ def through_gateway(
             url = gateway_url(process)
             with Client(url) as client:
                 client.put_profile(USER, ITEMS)
-            sampling = {"max_tokens": 2, "temperature": 0, "user_id": USER}
+            sampling = {"max_tokens": 1, "temperature": 0, "user_id": USER}  # all of it is the first token
             nobody, person = (
                 Side(f"{url}/generate", {}, sampling | {"personalize": level}, False) for level in ("none", "merged")
             )
@@ -65,7 +65,7 @@ async def _in_turn(a: Side, b: Side, text: Callable[[], str], pairs: int) -> tup
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=4)) as session:
         for turn in range(pairs + 1):
             for kept, side in zip(taken, (a, b), strict=True):
-                first_ms = await side.ask(session, text(), True)
+                first_ms = await side.ask(session, text(), False)
                 if turn:
                     kept.append(first_ms)
     return taken
