@@ -119,8 +119,11 @@ def shown(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    if not isinstance(value, float):
-        return str(value)
+    return _digits(value) if isinstance(value, float) else str(value)
+
+
+def _digits(value: float) -> str:
+    """Two or three of them."""
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
