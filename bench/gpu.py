@@ -32,7 +32,7 @@ from bench.rig.engine import Engine
 from bench.rig.servers import Flavour, vllm_server
 from bench.rig.subject import Subject
 from bench.rig.tiny import hollow_model, tiny_bank
-from bench.serving.histograms import COLD_PATH, means_ms, totals
+from bench.serving.histograms import COLD_PATH, ON_THE_LOOP, means_ms, totals
 from bench.serving.load import Ask, Prompts, loading
 from bench.serving.peft_folders import peft_folders
 from server.engine_protocol import BASE_MODEL
@@ -157,12 +157,13 @@ def _subject(where: Path, shape: Shape, anchors: int, rank: int) -> Subject:
 
 def _cold(shape: Shape, engine: Engine, subject: Subject, prompt: int) -> Figures:
     """The steps from a never-seen recipe to its adapter, µs, as the engine counts them."""
-    prompts, taken = Prompts(subject.model), {step: list[float]() for step in COLD_PATH}
-    for name in itertools.islice((recipe.name for recipe in subject.recipes(seed=1)), NEVER_SEEN):
-        before = totals(engine.client.get("/metrics").text, COLD_PATH)
-        body = {"model": name, "prompt": prompts(prompt), "max_tokens": 1}
+    names = COLD_PATH | ON_THE_LOOP
+    prompts, taken = Prompts(subject.model), {step: list[float]() for step in names}
+    for recipe in itertools.islice(subject.recipes(seed=1), NEVER_SEEN):
+        before = totals(engine.client.get("/metrics").text, names)
+        body = {"model": recipe.name, "prompt": prompts(prompt), "max_tokens": 1}
         engine.client.post("/v1/completions", json=body).raise_for_status()
-        after = totals(engine.client.get("/metrics").text, COLD_PATH)
+        after = totals(engine.client.get("/metrics").text, names)
         for step, ms in means_ms(before, after).items():
             taken[step].append(1000 * ms)
     lines = [[step, Spread.of(readings) if readings else None] for step, readings in taken.items()]

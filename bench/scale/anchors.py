@@ -32,7 +32,7 @@ def measure(anchors: int, lookups: int, folder: Path, progress: Progress) -> Fig
     """A row for 50 anchors, for as many as are searched exactly, and for as many as asked for."""
     counts = sorted({50, min(anchors, FLAT_LIMIT), anchors})
     lines = [_line(count, lookups, folder, progress) for count in counts]
-    title = f"Anchors by topic, {DIM} numbers each: from a profile to its recipe, on one thread"
+    title = f"Anchors by topic, {DIM} numbers each: from a profile to its recipe"
     return Figures(title, COLUMNS, lines)
 
 

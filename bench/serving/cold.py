@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +36,7 @@ from bench.rig.engine import Engine
 from bench.rig.limits import BF16_BYTES, Limits, Model
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny
-from bench.serving.histograms import COLD_PATH, FOREIGN, Total, means_ms, totals
+from bench.serving.histograms import COLD_PATH, FOREIGN, ON_THE_LOOP, Total, means_ms, totals
 from bench.serving.peft_folders import peft_folders
 from server.engine_protocol import BASE_MODEL
 
@@ -58,7 +58,7 @@ def main(
 ) -> None:
     """Measure the time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
     readings: dict[str, list[float]] = {way: [] for way in ("worker", "merge", "disk", "cold", "warm")}
-    inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *FOREIGN)}
+    inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *ON_THE_LOOP, *FOREIGN)}
     with tempfile.TemporaryDirectory() as scratch:
         where = Path(scratch)
         subject = tiny(where) if tiny_model else given(bank, model)
@@ -75,10 +75,12 @@ def main(
         ):
             turns = itertools.cycle(folders)
             for pair in track(range(pairs + 2), "Worker, merge and disk in turn"):
-                before = _totals(ours)
+                before = _totals(ours, COLD_PATH | ON_THE_LOOP)
                 taken = {"worker": _until_usable_ms(ours, next(recipes).name)}
+                steps = means_ms(before, _totals(ours, COLD_PATH | ON_THE_LOOP))
+                before = _totals(ours, FOREIGN)
                 _first_token_ms(ours, next(turns).name)
-                steps = means_ms(before, _totals(ours))
+                steps |= means_ms(before, _totals(ours, FOREIGN))
                 taken["merge"] = _merge_and_load_ms(stock, matrix, next(recipes), where / f"merge-{pair}", subject)
                 disk = where / f"disk-{pair}"
                 write_peft(disk, fuse(matrix, next(recipes)), manifest.base_model.name)
@@ -142,8 +144,8 @@ def _outside(readings: dict[str, list[float]]) -> list[tuple[str, object]]:
     ]
 
 
-def _totals(engine: Engine) -> dict[str, Total]:
-    return totals(engine.client.get("/metrics").text, COLD_PATH | FOREIGN)
+def _totals(engine: Engine, names: Mapping[str, str]) -> dict[str, Total]:
+    return totals(engine.client.get("/metrics").text, names)
 
 
 def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import typer
 
+from adapters.errors import MtaError
+
 Main = Callable[..., object]
 
 app = typer.Typer(name="bench", help="Measure this machine: tables, JSON, pictures.", no_args_is_help=True)
@@ -23,7 +25,12 @@ def _command(name: str, about: str) -> Callable[[Callable[[], Main]], None]:
         @app.command(name, help=about, add_help_option=False, context_settings=_PASSED_ON)
         def run(context: typer.Context) -> None:
             inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            inner.command()(load())
+            try:
+                inner.command()(load())
+            except ModuleNotFoundError as error:
+                raise MtaError(
+                    f"{error.name} is not installed here: benchmarks need the extras `client` and `cpu` or `gpu`"
+                ) from error
             inner(args=context.args, prog_name=f"mta bench {name}", standalone_mode=True)
 
     return register
