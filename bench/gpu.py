@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,8 +33,8 @@ from bench.rig.servers import Flavour, vllm_server
 from bench.rig.subject import Subject
 from bench.rig.tiny import hollow_model, tiny_bank
 from bench.serving.histograms import COLD_PATH, ON_THE_LOOP, means_ms, totals
-from bench.serving.load import Ask, Prompts, loading
-from bench.serving.peft_folders import peft_folders
+from bench.serving.load import Ask, Loader, Prompts, loading
+from bench.serving.peft_folders import load_folders, peft_folders
 from server.engine_protocol import BASE_MODEL
 from server.settings import Settings
 
@@ -101,39 +101,71 @@ def main(
 ) -> None:
     """Measure the cold path and the throughput of many recipes, against the base model and PEFT folders."""
     counts, load = sorted(recipes or [1, 4, 16, 64, 256]), Load(clients, requests, prompt, tokens, pairs)
-    settings = {"max_loras": slots or counts[-1], "max_num_seqs": clients, "max_model_len": prompt + tokens + 32}
     tables = []
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         for one in shape or list(Shape):
-            where = Path(scratch) / one.value
-            subject = _subject(where, one, anchors, rank)
-
-            def server(flavour: Flavour, subject: Subject = subject) -> AbstractContextManager[Engine]:
-                return vllm_server(subject, flavour, arguments=("--load-format", "dummy"), **settings)
-
-            bar = progress.add_task(f"{one.value}: in turn with base", total=(1 + peft) * len(counts) * (pairs + 1))
-            done = lambda bar=bar: progress.advance(bar)  # noqa: E731
-            lines = []
-            with server("ours") as ours:
+            subject = _subject(Path(scratch) / one.value, one, anchors, rank)
+            measured = _Measured(subject, counts, load, slots or counts[-1], progress)
+            with measured.server("ours") as ours:
                 tables.append(_cold(one, ours, subject, prompt))
-                names = subject.names(counts[-1])
-                lines += asyncio.run(_throughput("recipes", ours, subject, names, counts=counts, load=load, done=done))
+                lines = measured.in_turn("recipes", ours, subject.names(counts[-1]))
             if peft:
-                folders = peft_folders(subject, where / "peft", counts[-1])
-                with server("stock") as stock:
-                    for folder in progress.track(folders, description="vLLM loads the folders"):
-                        body = {"lora_name": folder.name, "lora_path": str(folder)}
-                        stock.client.post("/v1/load_lora_adapter", json=body).raise_for_status()
-                    names = [folder.name for folder in folders]
-                    lines += asyncio.run(
-                        _throughput("PEFT folders", stock, subject, names, counts=counts, load=load, done=done)
-                    )
+                folders = peft_folders(subject, Path(scratch) / one.value / "peft", counts[-1])
+                with measured.server("stock") as stock:
+                    load_folders(stock, folders, progress)
+                    lines += measured.in_turn("PEFT folders", stock, [folder.name for folder in folders])
             title = (
-                f"{one.value}, bf16, rank {rank} in {settings['max_loras']} slots of {subject.manifest.serving_rank}, "
-                f"{clients} clients, prompts of {prompt} tokens, answers of {tokens}: tokens a second"
+                f"{subject.title}, bfloat16, {measured.slots} slots, {clients} clients, prompts of {prompt} tokens, "
+                f"answers of {tokens}: tokens a second"
             )
-            tables.append(Figures(title, ("adapters", "how many", "base", "adapters ", "over base"), lines))
+            tables.append(Figures(title, ("adapters", "how many", "base", "with adapters", "over base"), lines))
     tabulate(tables, out, bench="gpu", device=_device())
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One model's servers, and what is asked of each."""
+
+    subject: Subject
+    counts: Sequence[int]
+    load: Load
+    slots: int
+    progress: Progress
+
+    def server(self, flavour: Flavour) -> AbstractContextManager[Engine]:
+        """A server with weights that are made up."""
+        load = self.load
+        sizes = {"max_num_seqs": load.clients, "max_model_len": load.prompt + load.tokens + 32}
+        hollow = ("--load-format", "dummy")
+        return vllm_server(self.subject, flavour, arguments=hollow, max_loras=self.slots, **sizes)
+
+    def in_turn(self, what: str, engine: Engine, names: Sequence[str]) -> list[list[object]]:
+        """Tokens a second over 1, 4, … of the adapters in turn with the base model; a row for each."""
+        turns = self.load.pairs + 1
+        bar = self.progress.add_task(f"{what} in turn with base", total=len(self.counts) * turns)
+        prompts, lines = Prompts(self.subject.model), list[list[object]]()
+
+        async def measure() -> None:
+            async with loading(engine) as (loader,):
+                for count in self.counts:
+                    base, adapted = list[float](), list[float]()
+                    for turn in range(turns):
+                        for kept, models in ((base, [BASE_MODEL]), (adapted, names[:count])):
+                            rate = await _block(loader, models, prompts, self.load)
+                            if turn:
+                                kept.append(rate)
+                        self.progress.advance(bar)
+                    lines.append([what, count, Spread.of(base), Spread.of(adapted), Spread.ratio(adapted, base)])
+
+        asyncio.run(measure())
+        return lines
+
+
+async def _block(loader: Loader, models: Sequence[str], prompts: Prompts, load: Load) -> float:
+    """Tokens a second of a closed loop over some adapters."""
+    asks = (Ask(models[i % len(models)], prompts(load.prompt), load.tokens) for i in range(load.requests))
+    answers, seconds = await loader.closed_loop(asks, load.clients)
+    return sum(answer.tokens for answer in answers) / seconds
 
 
 def _subject(where: Path, shape: Shape, anchors: int, rank: int) -> Subject:
@@ -168,35 +200,6 @@ def _cold(shape: Shape, engine: Engine, subject: Subject, prompt: int) -> Figure
             taken[step].append(1000 * ms)
     lines = [[step, Spread.of(readings) if readings else None] for step, readings in taken.items()]
     return Figures(f"{shape.value}: a never-seen recipe, {NEVER_SEEN} times", ("step", "µs"), lines)
-
-
-async def _throughput(
-    what: str,
-    engine: Engine,
-    subject: Subject,
-    names: Sequence[str],
-    *,
-    counts: Sequence[int],
-    load: Load,
-    done: Callable[[], object],
-) -> list[list[object]]:
-    """Tokens a second over 1, 4, … adapters in turn with the base model; a row for each."""
-    prompts, lines = Prompts(subject.model), list[list[object]]()
-    async with loading(engine) as (loader,):
-        for count in counts:
-            rates: tuple[list[float], list[float]] = ([], [])
-            for turn in range(load.pairs + 1):
-                for kept, models in zip(rates, ([BASE_MODEL], names[:count]), strict=True):
-                    asks = (
-                        Ask(models[i % len(models)], prompts(load.prompt), load.tokens) for i in range(load.requests)
-                    )
-                    answers, seconds = await loader.closed_loop(asks, load.clients)
-                    if turn:
-                        kept.append(sum(answer.tokens for answer in answers) / seconds)
-                done()
-            base, adapted = rates
-            lines.append([what, count, Spread.of(base), Spread.of(adapted), Spread.ratio(adapted, base)])
-    return lines
 
 
 def _device() -> str:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term, per_mille
 from bank.items.profile import Vectors
 from bank.manifest import BankManifest, read_manifest
@@ -26,6 +27,8 @@ TinyOption = Annotated[
     bool, typer.Option("--tiny", help="A tiny random model and a bank for it: checks the machinery.")
 ]
 TINY_CONTEXT = 2048
+PATIENCE = 10_000
+"""How often the same recipe may come up again before there are no others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +46,23 @@ class Subject:
         return f"{bank.base_model.name}, {bank.method.value}, rank {bank.rank} in slots of {bank.serving_rank}"
 
     def recipes(self, seed: int = 0) -> Iterator[FusionRecipe]:
-        """Recipes of as many anchors as the bank uses, each once, in a seeded order."""
-        generator, seen, manifest = random.Random(seed), set(), self.manifest
+        """Recipes of as many anchors as the bank uses, each once, in a seeded order.
+
+        Raises:
+            MtaError: when the bank has no more.
+        """
+        generator, seen, manifest, tries = random.Random(seed), set(), self.manifest, 0
         k, total = min(manifest.weights.anchors, len(manifest.anchors)), round(1000 * manifest.weights.strength)
-        while True:
+        while (tries := tries + 1) < PATIENCE:
             anchors = sorted(generator.sample(range(len(manifest.anchors)), k))
             weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)
             terms = tuple(Term(a, w) for a, w in zip(anchors, weights, strict=True))
             recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms)
             if recipe not in seen:
                 seen.add(recipe)
+                tries = 0
                 yield recipe
+        raise MtaError(f"the bank at {self.bank} makes only {len(seen)} recipes: use one with more anchors")
 
     def names(self, count: int, seed: int = 0) -> list[str]:
         """The names of so many different recipes."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+
+from rich.progress import Progress
 
 from adapters.fusion import fuse
 from bank.matrix import open_matrix
 from bank.peft.peft_adapter import write_peft
+from bench.rig.engine import Engine
 from bench.rig.subject import Subject
 
 DIFFERENT = 16
@@ -35,3 +39,10 @@ def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
                 (here / file.name).hardlink_to(file)
         made.append(here)
     return made
+
+
+def load_folders(stock: Engine, folders: Sequence[Path], progress: Progress) -> None:
+    """Have a stock vLLM load every folder, under its own name."""
+    for folder in progress.track(folders, description="vLLM loads the folders"):
+        body = {"lora_name": folder.name, "lora_path": str(folder)}
+        stock.client.post("/v1/load_lora_adapter", json=body).raise_for_status()

@@ -26,7 +26,7 @@ from bench.rig.engine import Engine
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny
 from bench.serving.load import Ask, Loader, Prompts, loading
-from bench.serving.peft_folders import peft_folders
+from bench.serving.peft_folders import load_folders, peft_folders
 
 
 @dataclass(slots=True)
@@ -38,7 +38,15 @@ class Level:
     tokens_per_s: list[float] = field(default_factory=list)
 
 
-COLUMNS = ("users", "server", "first token p50, ms", "p99, ms", "inter-token p50, ms", "p99, ms ", "tokens/s", "of 8's")
+COLUMNS = (
+    "users",
+    "server",
+    "first token p50, ms",
+    "first token p99, ms",
+    "inter-token p50, ms",
+    "inter-token p99, ms",
+    "tokens/s",
+)
 
 
 def main(
@@ -70,7 +78,7 @@ def main(
             sides["stock vLLM"] = servers.enter_context(vllm_server(subject, "stock", **running))
             folders = peft_folders(subject, Path(scratch) / "peft", levels[-1])
             names["stock vLLM"] = [folder.name for folder in folders]
-            _load(sides["stock vLLM"], folders, progress)
+            load_folders(sides["stock vLLM"], folders, progress)
         bar = progress.add_task("blocks in turn", total=(rounds + 1) * len(levels) * len(sides))
         load = Load(subject, rounds, clients, requests, prompt, tokens)
         found = asyncio.run(_measure(sides, names, levels, load, lambda: progress.advance(bar)))
@@ -81,7 +89,8 @@ def main(
         f"prompts of {prompt} tokens, answers of {tokens}"
     )
     raw = {f"{side}, {count}": level.tokens_per_s for (side, count), level in found.items()}
-    tabulate([Figures(title, COLUMNS, lines)], out, bench="thrash", levels=levels, tokens_per_s=raw)
+    columns = (*COLUMNS, f"tokens/s over {first} users'")
+    tabulate([Figures(title, columns, lines)], out, bench="thrash", tokens_per_s=raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +103,6 @@ class Load:
     requests: int
     prompt: int
     tokens: int
-
-
-def _load(stock: Engine, folders: Sequence[Path], progress: Progress) -> None:
-    """Have a stock vLLM load every folder."""
-    for folder in progress.track(folders, description="stock vLLM loads the folders"):
-        body = {"lora_name": folder.name, "lora_path": str(folder)}
-        stock.client.post("/v1/load_lora_adapter", json=body).raise_for_status()
 
 
 async def _measure(
