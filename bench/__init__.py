@@ -3,6 +3,7 @@ extra `client` besides `cpu` or `gpu`."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,8 +12,14 @@ import typer
 from adapters.errors import MtaError
 
 
+def end_in_order() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that the servers it started end with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def script(main: Callable[..., object]) -> None:
     """Run a benchmark as a program: known errors become one line on stderr and exit status 1."""
+    end_in_order()
     try:
         typer.run(main)
     except MtaError as error:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bank.models.folders import ensure_embedder
+from bench import script
 from bench.report import console, processor
 from bench.rig.tiny import tiny_bank, tiny_model
 from bench.rig.up import up
@@ -230,4 +231,4 @@ def _table(outcomes: Iterable[Outcome]) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -25,6 +25,7 @@ import typer
 
 from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
+from bench import script
 from bench.quality import METHODS
 from bench.report import console
 from bench.rig.people import people, write_people
@@ -110,4 +111,4 @@ def _run(*arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -21,6 +21,7 @@ import typer
 from bank.building.baselines import BASELINES
 from bank.evaluation.records import RECORDS_FILE, Record
 from bank.models.folders import ensure_base_model
+from bench import script
 from bench.quality import METHODS
 from bench.report import report
 from bench.rig.engine import KEY, running_engine
@@ -83,4 +84,4 @@ def _ranking(records: Sequence[Record]) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -24,7 +24,10 @@ def _command(name: str, about: str) -> Callable[[Callable[[], Main]], None]:
     def register(load: Callable[[], Main]) -> None:
         @app.command(name, help=about, add_help_option=False, context_settings=_PASSED_ON)
         def run(context: typer.Context) -> None:
+            from bench import end_in_order
+
             inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            end_in_order()
             try:
                 inner.command()(load())
             except ModuleNotFoundError as error:
