@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -68,7 +68,7 @@ def main(
         folders = peft_folders(subject, where / "peft", FOLDERS)
         names = [folder.name for folder in folders]
         given_folders = ["--lora-modules", *(f"{folder.name}={folder}" for folder in folders)]
-        settings = {"dtype": dtype, "max_loras": SLOTS, "max_cpu_loras": HELD}
+        settings: dict[str, Any] = {"dtype": dtype, "max_loras": SLOTS, "max_cpu_loras": HELD}
         torch.set_num_threads(1)  # a second thread would only wait for a core that an engine has
         with (
             vllm_server(subject, arguments=given_folders, **settings) as ours,

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress
@@ -151,7 +151,7 @@ def _one_engine(
     """Every row that fits an engine's slots."""
     rows = [case for case in plan.cases if case.recipes <= slots]
     bar = progress.add_task(title, total=len(rows) * (plan.pairs + 1))
-    settings = {"max_loras": slots, "dtype": plan.dtype, "max_num_seqs": 16}
+    settings: dict[str, Any] = {"max_loras": slots, "dtype": plan.dtype, "max_num_seqs": 16}
     with ExitStack() as servers:
         engines = [servers.enter_context(vllm_server(subject, **settings))]
         if plan.without_lora:

@@ -27,7 +27,7 @@ def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
         count: how many.
     """
     matrix = open_matrix(subject.bank, subject.manifest)
-    made = []
+    made: list[Path] = []
     for number, recipe in enumerate(itertools.islice(subject.recipes(), count)):
         here = folder / f"user-{number}"
         if number < DIFFERENT:

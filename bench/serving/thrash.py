@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress
@@ -71,7 +71,7 @@ def main(
     levels = sorted(users or [8, 16, 80, 800])
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress, ExitStack() as servers:
         subject = tiny(Path(scratch), anchors=64) if tiny_model else given(bank, model)
-        running = {"max_loras": slots, "dtype": dtype, "max_num_seqs": clients}
+        running: dict[str, Any] = {"max_loras": slots, "dtype": dtype, "max_num_seqs": clients}
         sides = {"ours": servers.enter_context(vllm_server(subject, **running))}
         names = {"ours": subject.names(levels[-1])}
         if stock:
