@@ -9,6 +9,7 @@ from typing import Any
 from bench.page.markdown import tables_of
 
 _INK, _OURS, _OTHER, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"
+MOST_PANELS = 3
 Lines = Sequence[Sequence[Any]]
 
 
@@ -30,19 +31,21 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def _cost(content: Mapping[str, Any]) -> Any:
-    """How many times the base model's time each row takes, one panel for each engine."""
+    """How many times the base model's time each row takes; None for more engines than fit."""
     tables = tables_of(content)
+    if len(tables) > MOST_PANELS:
+        return None
     rows = max(len(found["lines"]) for found in tables)
-    figure, panels = _panels(len(tables), width=4.6, height=0.8 + 0.42 * rows)
+    figure, panels = _panels(len(tables), width=2.6 + 3.2 / len(tables), height=0.9 + 0.36 * rows, share=True)
     for panel, found in zip(panels, tables, strict=True):
         column = found["columns"].index("recipe over base")
-        lines = [line for line in reversed(found["lines"]) if line[column]]
+        lines = list(reversed(found["lines"]))
         ratios = [line[column] for line in lines]
         spread = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
         panel.barh([line[0] for line in lines], [r["median"] for r in ratios], xerr=spread, color=_OURS, ecolor=_PALE)
         panel.axvline(1, color=_INK, linewidth=0.8)
         panel.set_title(_short(found["title"]), fontsize=8, color=_INK)
-        panel.set_xlabel("time as a person, over the base model's", fontsize=8)
+        panel.set_xlabel("over the base model's time", fontsize=8)
     return figure
 
 
@@ -91,8 +94,9 @@ def _scale(content: Mapping[str, Any]) -> Any:
     figure, panels = _panels(2)
     served = [line[0] for line in lines]
     for panel, at, label in zip(panels, (1, 3), ("resident memory, MiB", "recipes a second"), strict=True):
-        panel.plot(served, [line[at] for line in lines], marker="o", color=_OURS)
-        panel.set_ylim(bottom=0)
+        readings = [line[at] for line in lines]
+        panel.plot(served, readings, marker="o", color=_OURS)
+        panel.set_ylim(0, 1.15 * max(readings))
         panel.set_xlabel("distinct recipes served")
         panel.set_ylabel(label)
     return figure
@@ -107,8 +111,8 @@ _PICTURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def _short(title: str) -> str:
-    """The end of an engine's title, which tells engines apart."""
-    return ", ".join(title.split(", ")[2:])
+    """What tells engines apart, from the end of a title: rank and slots."""
+    return ", ".join(title.split(", ")[-3:-1])
 
 
 def _pyplot() -> Any:
@@ -120,8 +124,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _panels(count: int, *, width: float = 3.8, height: float = 3.2) -> tuple[Any, Sequence[Any]]:
-    figure, panels = _pyplot().subplots(1, count, figsize=(width * count, height), squeeze=False)
+def _panels(count: int, *, width: float = 3.8, height: float = 3.2, share: bool = False) -> tuple[Any, Sequence[Any]]:
+    figure, panels = _pyplot().subplots(1, count, figsize=(width * count, height), squeeze=False, sharey=share)
     for panel in panels[0]:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
