@@ -9,7 +9,7 @@ API process     admission/endpoint.py       wires the plugin in and adds the pri
 every worker    plugin.py                   replaces vLLM's adapter manager with ours
                 fusing/manager.py           fuses recipes, and decides which ones stay
                 fusing/slots.py             writes fused adapters into vLLM's slots
-                fusing/adapted_rows.py      applies LoRA on CPU only to the rows that have an adapter
+                fusing/kernels/             LoRA on CPU: each row its own adapter, in one compiled call a layer
                 fusing/extension.py         the calls that the API process makes on the workers
                 executor.py                 runs the worker in the engine core's process, on CPU
 both            banks.py                    the banks this engine serves

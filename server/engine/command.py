@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model
+from server.engine.fusing.kernels import native
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 
@@ -37,6 +38,8 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
     for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
     check_base_model(model_folder, banks)
+    if _is_cpu_build():
+        native.build(settings.cache_dir)
     return engine_command(settings, list(banks.values()), model_folder)
 
 
@@ -80,6 +83,7 @@ def engine_command(
         "VLLM_API_KEY": settings.engine_key.get_secret_value() if settings.engine_key else "",
         "VLLM_NO_USAGE_STATS": "1",
         "MTA_BANK": str(settings.bank),
+        "MTA_CACHE_DIR": str(settings.cache_dir),
         "MTA_MAX_ADAPTER_NAMES": str(settings.max_adapter_names),
         "MTA_USER_ADAPTER_MIB": str(settings.user_adapter_mib),
         "MTA_REDIS_URL": settings.redis_url,

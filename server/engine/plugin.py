@@ -26,14 +26,14 @@ def register() -> None:
         )
     from vllm.lora import worker_manager
 
-    from server.engine.fusing import adapted_rows
+    from server.engine.fusing.kernels.check import install
     from server.engine.fusing.manager import FusingLoRAManager
 
     worker_manager.LRUCacheWorkerLoRAManager = FusingLoRAManager
     runner = sys.modules.get("vllm.v1.worker.lora_model_runner_mixin")
     if runner is not None:  # it binds the class by name when it is imported, which may be before us
         runner.LRUCacheWorkerLoRAManager = FusingLoRAManager  # type: ignore[attr-defined]
-    adapted_rows.install()
+    install()
     _keep_attention_off_amx()
 
 

@@ -25,7 +25,7 @@ from adapters.recipe import parse_recipe
 from adapters.user_adapter import UserAdapter, decode_user_adapter, stack
 from bank.errors import BankError
 from server.engine.banks import is_recipe_name, open_matrices
-from server.engine.fusing.adapted_rows import check_in_use
+from server.engine.fusing.kernels.check import check_in_use
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
 

@@ -17,6 +17,8 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
 from adapters.lora import LoraWeights
+from server.engine.fusing.kernels.rows import SlotTable
+from server.engine.fusing.kernels.wrapper import CpuLoRA, transpose_stacks
 
 Tenancy = tuple[str, int]
 """Bank and fused rank: adapters that agree in both fill the same cells of a slot."""
@@ -67,11 +69,16 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._note_nothing_written()
+        for wrapper in self.punica_wrapper_mapping.values():
+            if isinstance(wrapper, CpuLoRA):
+                wrapper.watch(self._table)
+                transpose_stacks(self.modules.values())
 
     def _note_nothing_written(self) -> None:
         self._tenants: list[Tenancy | None] = [None] * self.lora_slots
         self._recipes: list[str | None] = [None] * self.lora_slots
         self._cells: dict[tuple[int, Tenancy], list[torch.Tensor]] = {}
+        self._table = SlotTable(self.lora_slots)
 
     @property
     def written(self) -> set[str]:
@@ -83,6 +90,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         for index, recipe in enumerate(self._recipes):
             if recipe in recipes:
                 self._tenants[index] = self._recipes[index] = None
+                self._table.note(index)
                 for module in self.modules.values():
                     module.reset_lora(index)
 
@@ -103,6 +111,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         index = self.lora_index_to_id.index(None)
         model = self._registered_adapters[lora_id]
         self._recipes[index] = getattr(model, "recipe", None)
+        self._table.note(index, model.rank, model.tenancy if getattr(model, "shares_a", False) else None)
         if not isinstance(model, FusedLoRAModel):
             self._tenants[index] = None
             super().activate_adapter(lora_id)  # takes the same slot: the first free one

@@ -13,15 +13,16 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from bank.errors import BankError
-from server.engine.fusing import adapted_rows
-from server.engine.fusing.adapted_rows import AdaptedRows, check_wrapper
+from server.engine.fusing.kernels import check
+from server.engine.fusing.kernels.check import check_wrapper
+from server.engine.fusing.kernels.wrapper import CpuLoRA
 
 HIDDEN, RANK, OUT, SLOTS = 8, 4, (6, 2), 2
 
 
-def wrapper_for(*owners: int, prefill: bool = True) -> AdaptedRows:
+def wrapper_for(*owners: int, prefill: bool = True) -> CpuLoRA:
     """In a step of rows whose adapters have these ids, where 0 is none; adapter 1 lies in slot 1, 2 in slot 0."""
-    wrapper = AdaptedRows(16, max_batches=16, device=torch.device("cpu"))
+    wrapper = CpuLoRA(16, max_batches=16, device=torch.device("cpu"))
     wrapper.update_metadata(LoRAMapping(owners, owners, is_prefill=prefill), [2, 1], SLOTS + 1, 32)
     return wrapper
 
@@ -63,7 +64,7 @@ def test_a_step_forgets_the_rows_of_the_one_before(weights: Any) -> None:
 
 def test_before_any_step_nothing_is_added(weights: Any) -> None:
     y = torch.zeros(3, sum(OUT))
-    fresh = AdaptedRows(16, max_batches=16, device=torch.device("cpu"))
+    fresh = CpuLoRA(16, max_batches=16, device=torch.device("cpu"))
     fresh.add_lora_linear(y, torch.randn(3, HIDDEN), *weights, 1.0, OUT)
     assert not y.any()
 
@@ -75,12 +76,12 @@ def test_a_wrapper_that_mixes_rows_up_is_refused_at_start() -> None:
 
 
 def test_a_wrapper_of_another_shape_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Changed(AdaptedRows):
+    class Changed(CpuLoRA):
         def add_lora_linear(self, y: torch.Tensor) -> None:
             """Another signature."""
 
     with pytest.raises(BankError, match="not the ones the plugin knows"):
         check_wrapper(Changed)
-    monkeypatch.setattr(adapted_rows.PunicaWrapperCPU, "add_lora_convolution", lambda self: None, raising=False)
+    monkeypatch.setattr(check.PunicaWrapperCPU, "add_lora_convolution", lambda self: None, raising=False)
     with pytest.raises(BankError, match=r"differs in \['add_lora_convolution'\]"):
         check_wrapper()

@@ -1,0 +1,153 @@
+// One LoRA layer on a CPU: y += x Aᵀ Bᵀ in place, for the rows of a step that have an adapter, each with its own.
+//
+// Rows come sorted by adapter, so that up to eight of one adapter read its weights once. A is [rank, h_in]; B lies
+// transposed, [rank, h_out], so that both products run along contiguous memory. Sums are float32, y is rounded once.
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr int LANES = 16;
+constexpr int TILE = 8;                     // rows of one adapter that are computed together
+constexpr int64_t WORTH_A_THREAD = 200000;  // multiplications below which waking the team costs more than it brings
+
+#define MTA_INLINE static inline __attribute__((always_inline))
+
+MTA_INLINE float widen(bf16 raw) {
+  const uint32_t bits = uint32_t(raw) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+MTA_INLINE bf16 narrow(float value) {
+  if (value != value) return 0x7fc0;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+namespace any_processor {
+#include "rows.h"
+}
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "rows.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace avx512 {
+#include "rows.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16")
+#define MTA_BF16_PAIRS
+namespace avx512_bf16 {
+#include "rows.h"
+}
+#undef MTA_BF16_PAIRS
+#pragma GCC pop_options
+#endif
+
+struct Products {
+  decltype(&any_processor::shrink) shrink;
+  decltype(&any_processor::expand) expand;
+};
+
+Products for_this_processor() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4")) return {avx512_bf16::shrink, avx512_bf16::expand};
+  if (__builtin_cpu_supports("x86-64-v4")) return {avx512::shrink, avx512::expand};
+  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::shrink, avx2::expand};
+#endif
+  return {any_processor::shrink, any_processor::expand};
+}
+
+// One layer of several modules side by side (q, k, v): their A and B over all slots.
+struct Layer {
+  std::vector<const bf16*> a, b;
+  std::vector<int64_t> h_out;
+  int64_t h_in, slot_rank, width;
+
+  Layer(at::TensorList a_stacks, at::TensorList b_stacks)
+      : h_in(a_stacks[0].size(3)), slot_rank(a_stacks[0].size(2)), width(h_in * a_stacks.size()) {
+    for (const at::Tensor& stack : a_stacks) {
+      TORCH_CHECK(stack.is_contiguous() && stack.scalar_type() == at::kBFloat16, "A must be [S, 1, R, H_in] bf16");
+      TORCH_CHECK(stack.size(2) == slot_rank && stack.size(3) == h_in, "all A of a layer must be alike");
+      a.push_back(static_cast<const bf16*>(stack.const_data_ptr()));
+    }
+    for (const at::Tensor& stack : b_stacks) {
+      TORCH_CHECK(stack.transpose(2, 3).is_contiguous() && stack.scalar_type() == at::kBFloat16,
+                  "B must be [S, 1, H_out, R] bf16, transposed in memory");
+      TORCH_CHECK(stack.size(3) == slot_rank, "A and B must have one rank");
+      b.push_back(static_cast<const bf16*>(stack.const_data_ptr()));
+      h_out.push_back(stack.size(2));
+      width += h_out.back();
+    }
+  }
+};
+
+// y[rows] += x[rows] Aᵀ Bᵀ.
+//   y, x       [N, ΣH_out], [N, H_in] bf16
+//   a, b       of one layer, see Layer
+//   rows       [n] int32, the rows that have an adapter, sorted so that equal slots are neighbours
+//   slots      [n] int32, whose B is theirs
+//   a_slots    [n] int32, whose A is theirs: adapters may share one
+//   ranks      [n] int32, of their adapters; at most R counts
+void lora_linear_(
+    at::Tensor& y, const at::Tensor& x, at::TensorList a, at::TensorList b,
+    const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& a_slots, const at::Tensor& ranks) {
+  static const Products products = for_this_processor();
+  const Layer layer(a, b);
+  TORCH_CHECK(y.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16, "x and y must be bf16");
+  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && x.stride(1) == 1 && x.size(1) == layer.h_in,
+              "x must be [N, H_in] and y [N, H_out], dense in each row");
+  const auto row = rows.const_data_ptr<int32_t>(), slot = slots.const_data_ptr<int32_t>();
+  const auto a_slot = a_slots.const_data_ptr<int32_t>(), rank = ranks.const_data_ptr<int32_t>();
+  const auto inputs = static_cast<const bf16*>(x.const_data_ptr());
+  const auto outputs = static_cast<bf16*>(y.mutable_data_ptr());
+  const int64_t x_stride = x.stride(0), y_stride = y.stride(0);
+
+  const auto some_rows = [&](int64_t begin, int64_t end) {
+    std::vector<float> low(TILE * layer.slot_rank);
+    const bf16* from[TILE];
+    bf16* to[TILE];
+    for (int64_t at = begin, next; at < end; at = next) {
+      for (next = at + 1; next < end && next < at + TILE && slot[next] == slot[at]; ++next) {}
+      const int tile = next - at;
+      for (int i = 0; i < tile; ++i) from[i] = inputs + row[at + i] * x_stride, to[i] = outputs + row[at + i] * y_stride;
+      const int64_t used = std::min<int64_t>(rank[at], layer.slot_rank);
+      int64_t first = 0;
+      for (size_t module = 0; module < layer.a.size(); first += layer.h_out[module++]) {
+        const bf16* own_a = layer.a[module] + a_slot[at] * layer.slot_rank * layer.h_in;
+        const bf16* own_b = layer.b[module] + slot[at] * layer.slot_rank * layer.h_out[module];
+        products.shrink(tile, from, own_a, used, layer.h_in, low.data(), layer.slot_rank);
+        products.expand(tile, low.data(), layer.slot_rank, own_b, used, layer.h_out[module], to, first);
+      }
+    }
+  };
+  at::parallel_for(0, rows.size(0), std::max<int64_t>(1, WORTH_A_THREAD / (layer.slot_rank * layer.width)), some_rows);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(mta_cpu, library) {
+  library.def(
+      "lora_linear_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor slots, Tensor a_slots, "
+      "Tensor ranks) -> ()");
+}
+TORCH_LIBRARY_IMPL(mta_cpu, CPU, library) { library.impl("lora_linear_", &lora_linear_); }

@@ -1,0 +1,87 @@
+"""The compiled kernel: built once for each source and version of PyTorch, then loaded from the cache folder.
+
+Importing this imports no torch: the command that becomes the engine only makes sure that the library is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bank.models.folders import locked
+
+log = logging.getLogger("mta.engine")
+
+SOURCES = (Path(__file__).with_name("lora.cpp"), Path(__file__).with_name("rows.h"))
+NAME = "mta_cpu"
+FLAGS = ("-O2", "-fopenmp", "-Wno-psabi")
+
+Kernel = Callable[..., None]
+"""`lora_linear_(y, x, a, b, rows, slots, a_slots, ranks)`; see lora.cpp for shapes."""
+
+
+def library_path(cache_dir: Path) -> Path:
+    """Where the library of this source, compiler flags, PyTorch and processor family lies."""
+    made_of = (
+        *(source.read_text(encoding="utf-8") for source in SOURCES),
+        *FLAGS,
+        version("torch"),
+        platform.machine(),
+    )
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    return cache_dir / "kernels" / digest / f"{NAME}.so"
+
+
+def build(cache_dir: Path) -> bool:
+    """Compile the library if it is not there, in ten to thirty seconds; several processes may ask at once.
+
+    Returns:
+        Whether it is there; where it cannot be compiled, the reason is logged.
+    """
+    path = library_path(cache_dir)
+    if path.exists():
+        return True
+    if shutil.which("c++") is None:
+        log.warning("no C++ compiler (`c++`): personal answers take twice as long as they could; install g++")
+        return False
+    log.info("compiling the CPU kernel, once")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent / "lock"), TemporaryDirectory(dir=path.parent) as folder:
+            if not path.exists():
+                _compile(folder)
+                (Path(folder) / path.name).rename(path)
+    except (RuntimeError, OSError, ImportError) as error:
+        log.warning("the CPU kernel did not compile, personal answers take twice as long as they could: %s", error)
+        return False
+    return True
+
+
+def _compile(folder: str) -> None:
+    """Raises RuntimeError or OSError where that is not possible."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.load(
+        NAME, [str(SOURCES[0])], extra_cflags=list(FLAGS), is_python_module=False, build_directory=folder
+    )
+
+
+@cache
+def kernel(cache_dir: Path) -> Kernel | None:
+    """The kernel, compiled if need be; None where that is not possible."""
+    import torch
+
+    if not build(cache_dir):
+        return None
+    if not hasattr(torch.ops.mta_cpu, "lora_linear_"):  # it is already there in the process that compiled it
+        torch.ops.load_library(library_path(cache_dir))  # type: ignore[no-untyped-call]
+    operator: Any = torch.ops.mta_cpu.lora_linear_.default
+    return operator  # type: ignore[no-any-return]

@@ -1,0 +1,122 @@
+// The two products of a few rows that have one adapter, compiled by lora.cpp once for each kind of processor.
+//
+// Vectors are GCC's own, so the same lines serve every width; where the processor multiplies pairs of bf16
+// (MTA_BF16_PAIRS), the longer product and the rounding use that, with a third of the instructions.
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef bf16 halves __attribute__((vector_size(2 * LANES)));
+
+MTA_INLINE floats load(const bf16* from) {
+  halves raw;
+  std::memcpy(&raw, from, sizeof raw);
+  return (floats)(__builtin_convertvector(raw, words) << 16);
+}
+
+MTA_INLINE void store(bf16* to, floats value) {  // to nearest, ties to even; what is not a number stays so
+#ifdef MTA_BF16_PAIRS
+  const __m256bh raw = _mm512_cvtneps_pbh((__m512)value);
+#else
+  const words bits = (words)value, nan = (words)(value != value);
+  const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const halves raw = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), halves);
+#endif
+  std::memcpy(to, &raw, sizeof raw);
+}
+
+// low[i][r] = x[i] · a[r] for M rows and R ranks.
+template <int M, int R>
+MTA_INLINE void dots(const bf16* const* x, const bf16* a, int64_t h_in, float* low, int64_t low_stride) {
+#ifdef MTA_BF16_PAIRS
+  __m512 total[M][R];
+  for (int i = 0; i < M; ++i)
+    for (int r = 0; r < R; ++r) total[i][r] = _mm512_setzero_ps();
+  for (int64_t h = 0; h < h_in; h += 2 * LANES) {
+    const int64_t left_over = h_in - h;
+    const __mmask32 mask = left_over >= 2 * LANES ? ~__mmask32(0) : (__mmask32(1) << left_over) - 1;
+    __m512bh right[R];
+    for (int r = 0; r < R; ++r) right[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + r * h_in + h);
+    for (int i = 0; i < M; ++i) {
+      const __m512bh left = (__m512bh)_mm512_maskz_loadu_epi16(mask, x[i] + h);
+      for (int r = 0; r < R; ++r) total[i][r] = _mm512_dpbf16_ps(total[i][r], left, right[r]);
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int r = 0; r < R; ++r) low[i * low_stride + r] = _mm512_reduce_add_ps(total[i][r]);
+#else
+  floats total[M][R] = {};
+  int64_t h = 0;
+  for (; h + LANES <= h_in; h += LANES) {
+    floats right[R];
+    for (int r = 0; r < R; ++r) right[r] = load(a + r * h_in + h);
+    for (int i = 0; i < M; ++i) {
+      const floats left = load(x[i] + h);
+      for (int r = 0; r < R; ++r) total[i][r] += left * right[r];
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int r = 0; r < R; ++r) {
+      float rest = 0;
+      for (int lane = 0; lane < LANES; ++lane) rest += total[i][r][lane];
+      for (int64_t k = h; k < h_in; ++k) rest += widen(x[i][k]) * widen(a[r * h_in + k]);
+      low[i * low_stride + r] = rest;
+    }
+#endif
+}
+
+template <int M>
+MTA_INLINE void all_dots(const bf16* const* x, const bf16* a, int64_t rank, int64_t h_in, float* low, int64_t stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rank; r += 4) dots<M, 4>(x, a + r * h_in, h_in, low + r, stride);
+  for (; r < rank; ++r) dots<M, 1>(x, a + r * h_in, h_in, low + r, stride);
+}
+
+// y[i] += low[i] Bᵀ for M rows.
+template <int M>
+MTA_INLINE void spread(
+    const float* low, int64_t stride, const bf16* b, int64_t rank, int64_t h_out, bf16* const* y, int64_t first) {
+  int64_t o = 0;
+  for (; o + 2 * LANES <= h_out; o += 2 * LANES) {
+    floats total[M][2];
+    for (int i = 0; i < M; ++i)
+      for (int half = 0; half < 2; ++half) total[i][half] = load(y[i] + first + o + half * LANES);
+    for (int64_t r = 0; r < rank; ++r) {
+      const floats one = load(b + r * h_out + o), other = load(b + r * h_out + o + LANES);
+      for (int i = 0; i < M; ++i) {
+        total[i][0] += low[i * stride + r] * one;
+        total[i][1] += low[i * stride + r] * other;
+      }
+    }
+    for (int i = 0; i < M; ++i)
+      for (int half = 0; half < 2; ++half) store(y[i] + first + o + half * LANES, total[i][half]);
+  }
+  for (; o < h_out; ++o)
+    for (int i = 0; i < M; ++i) {
+      float total = widen(y[i][first + o]);
+      for (int64_t r = 0; r < rank; ++r) total += low[i * stride + r] * widen(b[r * h_out + o]);
+      y[i][first + o] = narrow(total);
+    }
+}
+
+// low[i] = x[i] Aᵀ for up to TILE rows.
+void shrink(int rows, const bf16* const* x, const bf16* a, int64_t rank, int64_t h_in, float* low, int64_t stride) {
+  for (; rows >= 4; rows -= 4, x += 4, low += 4 * stride) all_dots<4>(x, a, rank, h_in, low, stride);
+  switch (rows) {
+    case 3: return all_dots<3>(x, a, rank, h_in, low, stride);
+    case 2: return all_dots<2>(x, a, rank, h_in, low, stride);
+    case 1: return all_dots<1>(x, a, rank, h_in, low, stride);
+  }
+}
+
+// y[i][first...] += low[i] Bᵀ for up to TILE rows.
+void expand(
+    int rows, const float* low, int64_t stride, const bf16* b, int64_t rank, int64_t h_out, bf16* const* y, int64_t first) {
+  if (rows == 8) return spread<8>(low, stride, b, rank, h_out, y, first);
+  if (rows >= 4) spread<4>(low, stride, b, rank, h_out, y, first);
+  low += (rows & 4) * stride, y += rows & 4;
+  switch (rows & 3) {
+    case 3: return spread<3>(low, stride, b, rank, h_out, y, first);
+    case 2: return spread<2>(low, stride, b, rank, h_out, y, first);
+    case 1: return spread<1>(low, stride, b, rank, h_out, y, first);
+  }
+}
