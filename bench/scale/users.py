@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +39,8 @@ COMMITTED = 200
 """How many users are written by the store's `commit` first."""
 SAMPLE = 2000
 """How many users' memory is asked for."""
+ARRIVALS_PER_S = 1000
+AT_A_TIME = 16
 ABSENT_ENGINE = "http://127.0.0.1:9"  # port 9, discard: nothing listens there
 
 
@@ -70,9 +72,7 @@ def measure(wanted: Wanted, folder: Path, progress: Progress) -> Figures:
                 raise RuntimeError("the records written in pipelines are not those that the store commits")
             memory = raw.info("memory")
             sizes = _sizes(raw, keys, wanted)
-        lookups = {
-            at_a_time: asyncio.run(_look_up(store.url, keys, wanted, at_a_time, progress)) for at_a_time in (1, 16)
-        }
+        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, wanted, progress))
         before, after, seen = _through_gateway(subject.bank, store.url, wanted, progress)
     finally:
         store.kill()
@@ -88,9 +88,9 @@ def measure(wanted: Wanted, folder: Path, progress: Progress) -> Figures:
         ["resident memory of the store, MiB", memory["used_memory_rss"] / 2**20],
         ["users written a second, in pipelines, every write on disk", wanted.users / written_s],
     ]
-    for at_a_time, taken in lookups.items():
-        lines.append([f"a lookup, {at_a_time} at a time: p50, ms", percentile(taken, 0.5)])
-        lines.append([f"a lookup, {at_a_time} at a time: p99, ms", percentile(taken, 0.99)])
+    for how, taken in (("one after the other", alone), (f"arriving {ARRIVALS_PER_S:,} a second", arriving)):
+        lines += [[f"lookups {how}: p{round(100 * share)}, ms", percentile(taken, share)] for share in (0.5, 0.99)]
+    lines.append([f"lookups a second by one client process, {AT_A_TIME} at a time", per_s])
     lines += [
         ["a gateway's memory when it has started, MiB", before],
         [f"the same after {seen:,} different users, MiB", after],
@@ -158,25 +158,40 @@ def _sizes(raw: Any, keys: UserKeys, wanted: Wanted) -> dict[int, int]:
         return dict(zip(chosen, pipe.execute(), strict=True))
 
 
-async def _look_up(url: str, keys: UserKeys, wanted: Wanted, at_a_time: int, progress: Progress) -> list[float]:
-    """ms of each lookup by the store's own read path, users by chance."""
-    chance = random.Random(2)
-    chosen = iter([keys.key(_name(chance.randrange(wanted.users))) for _ in range(wanted.lookups)])
-    bar = progress.add_task(f"lookups, {at_a_time} at a time", total=wanted.lookups)
-    taken: list[float] = []
+async def _look_up(
+    url: str, keys: UserKeys, wanted: Wanted, progress: Progress
+) -> tuple[list[float], list[float], float]:
+    """Lookups by the store's own read path, users by chance: ms of each one after the other, ms of each of a Poisson
+    process, and how many a second a closed loop gets."""
+    chance, third = random.Random(2), wanted.lookups // 3
+    bar = progress.add_task("lookups", total=3 * third)
+
     async with open_stores(Settings(redis_url=url)) as stores:
 
-        async def client(chosen: Iterator[str]) -> None:
-            for key in chosen:
-                start_s = time.perf_counter()
-                found = await stores.profiles.load(key)
-                taken.append((time.perf_counter() - start_s) * 1000)
-                if found is None:
-                    raise RuntimeError(f"{key} is not in the store")
-                progress.advance(bar)
+        async def look_up() -> float:
+            key = keys.key(_name(chance.randrange(wanted.users)))
+            start_s = time.perf_counter()
+            found = await stores.profiles.load(key)
+            taken_ms = (time.perf_counter() - start_s) * 1000
+            if found is None:
+                raise RuntimeError(f"{key} is not in the store")
+            progress.advance(bar)
+            return taken_ms
 
-        await asyncio.gather(*(client(chosen) for _ in range(at_a_time)))
-    return taken
+        alone = [await look_up() for _ in range(third)]
+        under_way = []
+        for _ in range(third):
+            await asyncio.sleep(chance.expovariate(ARRIVALS_PER_S))
+            under_way.append(asyncio.create_task(look_up()))
+        arriving = await asyncio.gather(*under_way)
+
+        async def client() -> None:
+            for _ in range(third // AT_A_TIME):
+                await look_up()
+
+        start_s = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(AT_A_TIME)))
+        return alone, arriving, third // AT_A_TIME * AT_A_TIME / (time.perf_counter() - start_s)
 
 
 def _through_gateway(bank: Path, url: str, wanted: Wanted, progress: Progress) -> tuple[float, float, int]:
