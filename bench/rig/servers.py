@@ -16,7 +16,7 @@ Flavour = Literal["ours", "stock", "plain"]
 """`ours` is the product's engine; `stock` has vLLM's own LoRA, loaded at run time, without the plugin; `plain` has no
 LoRA at all, and is compiled where vLLM compiles."""
 
-_LORA = ("--max-loras", "--max-cpu-loras", "--max-lora-rank", "--worker-extension-cls")
+_LORA = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
 
 
 @contextmanager
@@ -32,26 +32,32 @@ def vllm_server(
         settings: the engine's, by name, e.g. `max_loras=2`.
     """
     port = free_port()
+    argv, environment = vllm_command(subject, flavour, port, **settings)
+    with served([*argv, *arguments], environment, port) as engine:
+        yield engine
+
+
+def vllm_command(subject: Subject, flavour: Flavour, port: int, **settings: object) -> tuple[list[str], dict[str, str]]:
+    """argv and environment of such a server on a port."""
     chosen: dict[str, object] = {"bank": subject.bank, "engine_port": port, "engine_key": KEY, "max_num_seqs": 16}
     argv, environment = engine_command(
         Settings(**chosen | settings),  # type: ignore[arg-type]
         [subject.manifest],
         subject.model,
     )
-    if flavour != "ours":
-        environment |= {"VLLM_PLUGINS": "", "MTA_BANK": ""}
-        argv = _without(argv, "--worker-extension-cls")
+    if flavour == "ours":
+        return argv, environment
+    argv = _without(argv, "--worker-extension-cls")
+    environment |= {"VLLM_PLUGINS": "", "MTA_BANK": ""}
     if flavour == "stock":
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    if flavour == "plain":
-        argv = _without(argv, *_LORA)
-        modules = argv.index("--lora-target-modules") + 1
-        while modules < len(argv) and not argv[modules].startswith("--"):
-            del argv[modules]
-        argv = [argument for argument in argv if argument not in ("--enable-lora", "--lora-target-modules")]
-        argv = [argument for argument in argv if argument != "--enforce-eager"]
-    with served([*argv, *arguments], environment, port) as engine:
-        yield engine
+        return argv, environment
+    argv = _without(argv, *_LORA)
+    modules = argv.index("--lora-target-modules") + 1
+    while modules < len(argv) and not argv[modules].startswith("--"):
+        del argv[modules]
+    flags = {"--enable-lora", "--lora-target-modules", "--enforce-eager"}
+    return [argument for argument in argv if argument not in flags], environment
 
 
 def _without(argv: Sequence[str], *options: str) -> list[str]:

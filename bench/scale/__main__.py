@@ -40,7 +40,9 @@ def main(
     anchors: Annotated[int, typer.Option(help="Anchors of the large bank.", min=2)] = 10_000,
     recipes: Annotated[int, typer.Option(help="Distinct recipes through one engine.", min=100)] = 100_000,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK} times fewer of everything but anchors.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/scale.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON: of scale.json, each part to scale-PART.json.")
+    ] = Path("out/bench/scale.json"),
 ) -> None:
     """Measure bytes and milliseconds for a user, an anchor and a recipe when there are very many."""
     parts = part or PARTS
@@ -48,18 +50,16 @@ def main(
         raise typer.BadParameter(f"{unknown!r} is none of {', '.join(PARTS)}", param_hint="--part")
     if quick:
         users, lookups, recipes = users // QUICK, lookups // QUICK, recipes // QUICK
-    tables, readings = [], {}
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
-        where = Path(scratch)
-        if "users" in parts:
-            wanted = users_part.Wanted(users, signed, signature, lookups)
-            tables.append(users_part.measure(wanted, where / "users", progress))
-        if "anchors" in parts:
-            tables.append(anchors_part.measure(anchors, lookups, where / "anchors", progress))
-        if "recipes" in parts:
-            table, readings["recipes"] = recipes_part.measure(recipes, where / "recipes", progress)
-            tables.append(table)
-    tabulate(tables, out, bench="scale", readings=readings)
+        for name in parts:
+            where = Path(scratch) / name
+            if name == "users":
+                found = users_part.measure(users_part.Wanted(users, signed, signature, lookups), where, progress)
+            elif name == "anchors":
+                found = anchors_part.measure(anchors, lookups, where, progress)
+            else:
+                found = recipes_part.measure(recipes, where, progress)
+            tabulate([found], out and out.with_name(f"{out.stem}-{name}.json"), bench="scale")
 
 
 if __name__ == "__main__":

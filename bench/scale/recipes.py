@@ -19,13 +19,13 @@ ANCHORS, CLIENTS, SLOTS, TOKENS, TENTHS = 64, 16, 8, 2, 10
 COLUMNS = ("recipes served", "resident memory, MiB", "over the first tenth's", "recipes a second", "names known")
 
 
-def measure(recipes: int, folder: Path, progress: Progress) -> tuple[Figures, list[list[object]]]:
+def measure(recipes: int, folder: Path, progress: Progress) -> Figures:
     """A row for each tenth of the way."""
     subject = tiny(folder, anchors=ANCHORS)
     with vllm_server(subject, max_loras=SLOTS, max_num_seqs=CLIENTS, dtype="float32") as engine:
         lines = asyncio.run(_serve(engine, subject, recipes, progress))
     title = f"{recipes:,} distinct recipes through one engine: tiny model, {SLOTS} slots, {CLIENTS} clients"
-    return Figures(title, COLUMNS, lines), lines
+    return Figures(title, COLUMNS, lines)
 
 
 async def _serve(engine: Engine, subject: Subject, recipes: int, progress: Progress) -> list[list[object]]:
