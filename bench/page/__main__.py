@@ -1,12 +1,13 @@
 """Tables and pictures from the JSON files of the other benchmarks, so that nobody types a figure.
 
 A page says where a file's tables go: between `<!-- figures: NAME -->` and `<!-- end of figures -->` stand the tables of
-`NAME.json`, or of its Nth alone (`NAME 2`). Where there is no such file, the page keeps what it has.
+`NAME.json`, or of its Nth alone (`NAME 2`), and their picture. Where there is no such file, the page keeps what it has.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,12 +30,13 @@ def main(
     found = read_results(results)
     if not page.is_file():
         raise MtaError(f"there is no page at {page}: --page names one, docs/performance.md in a checkout")
-    filled = fill(page.read_text("utf-8"), found)
-    page.write_text(filled.text, "utf-8")
     drawn = draw(found, pictures or page.parent / "pictures")
+    links = {name: os.path.relpath(path, page.parent) for name, path in drawn.items()}
+    filled = fill(page.read_text("utf-8"), found, links)
+    page.write_text(filled.text, "utf-8")
     said = console()
     said.print(f"{page}: filled {', '.join(filled.names) or 'nothing'}")
-    said.print(f"pictures: {', '.join(str(path) for path in drawn) or 'none'}")
+    said.print(f"pictures: {', '.join(str(path) for path in drawn.values()) or 'none'}")
     for name in filled.missing:
         said.print(f"not there: {results / name}.json")
 

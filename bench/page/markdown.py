@@ -24,12 +24,13 @@ class Filled:
     missing: tuple[str, ...]
 
 
-def fill(page: str, results: Mapping[str, Mapping[str, Any]]) -> Filled:
+def fill(page: str, results: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str] | None = None) -> Filled:
     """Replace what stands in the blocks of results that are there.
 
     Args:
         page: Markdown.
         results: the JSON files' contents by name.
+        pictures: by the same names, where the page finds them.
     """
     names, missing = dict[str, None](), dict[str, None]()
 
@@ -39,7 +40,10 @@ def fill(page: str, results: Mapping[str, Mapping[str, Any]]) -> Filled:
             missing[name] = None
             return block[0]
         names[name] = None
-        return f"{block['open']}{_block(results[name], int(number) if number else None)}{block['close']}"
+        tables = _block(results[name], int(number) if number else None)
+        picture = (pictures or {}).get(name)
+        drawn = f"![{results[name]['bench']}]({picture})\n\n" if picture else ""
+        return f"{block['open']}{tables}{drawn}{block['close']}"
 
     return Filled(_BLOCK.sub(replace, page), tuple(names), tuple(missing))
 

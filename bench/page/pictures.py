@@ -13,9 +13,9 @@ MOST_PANELS = 3
 Lines = Sequence[Sequence[Any]]
 
 
-def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draw whatever the results have a picture for, as `performance_NAME.png`; returns the files."""
-    drawn = []
+def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Path]:
+    """Draw whatever the results have a picture for, as `performance_NAME.png`; returns the files by name."""
+    drawn = {}
     for name, content in results.items():
         make = _PICTURES.get(content["bench"])
         figure = make(content) if make else None
@@ -26,7 +26,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
         figure.tight_layout()
         figure.savefig(path, dpi=140)
         _pyplot().close(figure)
-        drawn.append(path)
+        drawn[name] = path
     return drawn
 
 

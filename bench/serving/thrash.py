@@ -60,7 +60,7 @@ def main(
     slots: Annotated[int, typer.Option(help="Adapter slots.", min=1)] = 8,
     clients: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 16,
     requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 64,
-    rounds: Annotated[int, typer.Option(help="Blocks of each kind, after one for warm-up.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Blocks of each kind, after one for warm-up.", min=1)] = 5,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 16,
     stock: Annotated[bool, typer.Option("--stock/--no-stock", help="Beside a stock vLLM.")] = True,

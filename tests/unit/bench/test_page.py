@@ -77,15 +77,20 @@ def test_the_nth_table_of_a_file_can_stand_alone() -> None:
 
 def test_pictures_are_drawn_of_what_is_there(results: Path, tmp_path: Path) -> None:
     drawn = draw(read_results(results), tmp_path / "pictures")
-    assert [path.name for path in drawn] == ["performance_cold.png", "performance_cost.png"]
-    assert all(path.read_bytes().startswith(PNG) for path in drawn)
+    assert {name: path.name for name, path in drawn.items()} == {
+        "cold": "performance_cold.png",
+        "cost": "performance_cost.png",
+    }
+    assert all(path.read_bytes().startswith(PNG) for path in drawn.values())
 
 
 def test_the_command_fills_a_page_in_place(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE, "utf-8")
-    main(results=results, page=page, pictures=tmp_path)
-    assert page.read_text("utf-8") == fill(PAGE, read_results(results)).text
+    main(results=results, page=page)
+    assert page.read_text("utf-8") == fill(PAGE, read_results(results), {"cost": "pictures/performance_cost.png"}).text
+    assert "![cost](pictures/performance_cost.png)" in page.read_text("utf-8")
+    assert (tmp_path / "pictures/performance_cost.png").is_file()
     assert "not there" in capsys.readouterr().out
 
 
