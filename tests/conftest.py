@@ -36,6 +36,7 @@ DEAR_FIRST = (
     "contract/test_store_model.py",
     "integration/test_bank_rebuild.py",
     "integration/test_eval_engine.py",
+    "integration/test_bench.py",
     "integration/test_quality_quick.py",
     "integration/test_up.py",
 )

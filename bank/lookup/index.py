@@ -106,6 +106,9 @@ class AnchorIndex:
         query: npt.NDArray[np.float32] = np.ascontiguousarray(embedding, dtype=np.float32)
         if query.shape != (self.dim,) or not np.isfinite(query).all():
             raise BankError(f"an embedding of this bank has {self.dim} finite numbers, got shape {query.shape}")
+        import faiss
+
+        faiss.omp_set_num_threads(1)  # of this thread: one query is less work than waiting for a busy core
         similarities, anchors = self._index.search(query[None], min(k, self.anchors))
         found = [(int(a), float(s)) for a, s in zip(anchors[0], similarities[0], strict=True) if a >= 0]
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))

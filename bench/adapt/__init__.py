@@ -1,1 +1,1 @@
-"""What few-shot adapting gains and costs: `python -m bench.adapt`, `bench.adapt.users`, `bench.adapt.beside`."""
+"""What few-shot adapting gains and costs: `mta bench adapt`, and `python -m bench.adapt`, `.users`, `.beside`."""

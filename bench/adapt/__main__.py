@@ -29,6 +29,7 @@ from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import resolve_dtype
+from bench import script
 from bench.report import report
 from server.settings import Settings
 from server.store.samples import AdaptConfig, Sample
@@ -116,4 +117,4 @@ def _name(config: AdaptConfig) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -21,8 +21,9 @@ import aiohttp
 import typer
 from rich.progress import Progress
 
-from bench.gateway import stream_chunks
+from bench import script
 from bench.report import Spread, percentile, report
+from bench.serving.gateway import stream_chunks
 
 USERS = ("bench-beside-a", "bench-beside-b")
 TRAINED = "bench-beside-trained"
@@ -156,4 +157,4 @@ async def _ask(session: aiohttp.ClientSession, method: str, path: str, body: obj
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

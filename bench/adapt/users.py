@@ -31,6 +31,7 @@ from bank.items.tasks import Task, get_task
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
 from bank.models.load import resolve_dtype
+from bench import script
 from bench.report import Spread, report
 from mta_client import Client, Personalization
 from server.settings import Settings
@@ -172,4 +173,4 @@ def _levels(readings: list[Reading]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.recipe import FusionMethod
 from bank.items.prompt import chat_messages
 from bank.models.folders import ensure_base_model
+from bench import script
 from bench.oracle.banks import Case, OpenBank, rewritten
 from bench.oracle.dense import token_logprobs
 from bench.report import report
@@ -151,4 +152,4 @@ def _greedy(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

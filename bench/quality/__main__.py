@@ -26,6 +26,7 @@ import typer
 from bank.evaluation.methods import DEFAULT
 from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
+from bench import script
 from bench.quality import methods_of
 from bench.report import console
 from bench.rig.people import people, write_people
@@ -119,4 +120,4 @@ def _run(*arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -7,35 +7,28 @@ engine under the recipe's name by vLLM's `prompt_logprobs`. The losses must agre
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from bank.building.baselines import BASELINES
-from bank.evaluation.methods import parse_methods
 from bank.evaluation.records import RECORDS_FILE, Record
-from bank.evaluation.run import EvalOptions
-from bank.evaluation.scoring import Scores
-from bank.evaluation.session import EvalInputs, evaluate
-from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
-from bank.models.folders import ensure_base_model, ensure_embedder
+from bank.models.folders import ensure_base_model
+from bench import script
 from bench.quality import methods_of
 from bench.report import report
 from bench.rig.engine import KEY, running_engine
+from bench.rig.processes import mta
 from bench.rig.valkey import ValkeyProcess
-from server.cli.eval.engine import EngineScores
 from server.settings import Settings
-from server.store.opening import open_stores
-from server.store.samples import AdaptConfig
-from server.worker.training import user_plan
 
 AGREE = 0.01
 """Largest difference between two losses that agree, nats per token."""
@@ -51,42 +44,25 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Report the largest differences in loss, and the ranking of the methods."""
-    chosen = parse_methods(methods or methods_of(read_manifest(bank).task))
-    cache, options = Settings().cache_dir, EvalOptions(tuple(chosen), (0,), predict=False)
-    folder, embedder = ensure_base_model(model, cache), Embedder.load(ensure_embedder(None, cache))
-    with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
+    folder = ensure_base_model(model, Settings().cache_dir)
+    chosen = methods or methods_of(read_manifest(bank).task)
+    asked = ["--bank", bank, "--users", users, "--people", people, "--methods", chosen, "--model", folder]
+    asked += ["--sample", people, "--dtype", "float32", "--no-predict", "--no-curves"]
+    with tempfile.TemporaryDirectory() as scratch:
 
-        def run(name: str, engine: Scores | None = None) -> dict[tuple[str, str, str], Record]:
-            inputs = EvalInputs(
-                users=users,
-                bank=bank,
-                out=Path(scratch) / name,
-                model_folder=folder,
-                embedder=embedder,
-                people=people,
-                dtype="float32",
-            )
-            bar = progress.add_task(name)
-
-            def begin(pieces: int) -> Callable[[int], None]:
-                progress.update(bar, total=pieces)
-                return lambda done: progress.advance(bar, done)
-
-            config = AdaptConfig()
-            evaluate(inputs, options, user_plan(config), begin, engine, strength=config.strength)
-            lines = (inputs.out / RECORDS_FILE).read_text("utf-8").splitlines()
+        def run(name: str, *options: object) -> dict[tuple[str, str, str], Record]:
+            out = Path(scratch) / name
+            command = mta("eval", *map(str, asked), "--out", str(out), *map(str, options))
+            subprocess.run(command, env=os.environ | {"MTA_ENGINE_KEY": KEY}, check=True)
+            lines = (out / RECORDS_FILE).read_text("utf-8").splitlines()
             return {(r.method, r.user_id, r.query_id): r for r in (Record(**json.loads(line)) for line in lines)}
 
-        here = run("in process")
-        valkey = ValkeyProcess(Path(scratch)).start()
+        here = run("in-process")
+        valkey = ValkeyProcess(Path(scratch) / "valkey").start()
         try:
-            stores = partial(open_stores, Settings(redis_url=valkey.url), checked=False)
             serving = {"dtype": "float32", "next_bank": bank / BASELINES, "redis_url": valkey.url}
-            with (
-                running_engine(bank, folder, **serving) as engine,
-                EngineScores(engine.url, KEY, stores) as scores,
-            ):
-                there = run("in the engine", scores)
+            with running_engine(bank, folder, **serving) as engine:
+                there = run("in-the-engine", "--engine-url", engine.url, "--redis-url", valkey.url)
         finally:
             valkey.kill()
     gaps: dict[str, float] = defaultdict(float)
@@ -110,4 +86,4 @@ def _ranking(records: Sequence[Record]) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

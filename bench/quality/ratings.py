@@ -27,6 +27,7 @@ from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
+from bench import script
 from bench.report import console, report
 from server.settings import Settings
 from server.store.samples import AdaptConfig
@@ -89,4 +90,4 @@ def _expected(scorer: Scorer, adapter: PersonAdapter | None, turn: str) -> float
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

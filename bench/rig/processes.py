@@ -67,6 +67,15 @@ def standing_still(*pids: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
+def memory_mib(pid: int) -> float:
+    """A process's resident set; 0 when there is no such process."""
+    with suppress(FileNotFoundError):
+        for line in Path(f"/proc/{pid}/status").read_text("utf-8").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
 def command_line(pid: int) -> str:
     """A process's argv, as anyone on the machine can read it."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")

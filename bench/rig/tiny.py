@@ -1,4 +1,4 @@
-"""A tiny random Llama and banks for it, made in a second: real files for real processes, no training."""
+"""A tiny random Llama, and banks of random rows for any model: real files for real processes, no training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapters.layout import RowLayout
 from adapters.recipe import FusionMethod
 from adapters.training.trainer import linear_modules
 from bank.building.assemble import BankParts, write_bank
+from bank.items.profile import Vectors
 from bank.lookup.embedder import Embedder
 from bank.manifest import BaseModelId, EmbedderId
 from bank.models.folders import model_hash
@@ -61,6 +63,24 @@ def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
     return folder
 
 
+def hollow_model(folder: Path, **shape: int) -> Path:
+    """Write a Llama of any shape without weights, for vLLM's `--load-format dummy`.
+
+    Args:
+        folder: where; made if needed.
+        shape: of its `LlamaConfig`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _byte_tokenizer(shape["vocab_size"])
+    end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>"))
+    config = LlamaConfig(eos_token_id=end, pad_token_id=pad, bos_token_id=None, dtype="bfloat16", **shape)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # a bank is made for a model with weights
+    return folder
+
+
 def tiny_bank(
     folder: Path,
     model_folder: Path,
@@ -76,12 +96,14 @@ def tiny_bank(
     scale: float = 0.05,
     signed: bool = False,
     seed: int = 1,
+    name: str = "tiny",
+    embeddings: Vectors | None = None,
 ) -> Path:
-    """Write a bank of random rows for a model of `tiny_model`, its index over real embeddings.
+    """Write a bank of random rows for a model, its index over real embeddings.
 
     Args:
         folder: where; made if needed.
-        model_folder: the base model.
+        model_folder: the base model; only its configuration is read.
         embedder_folder: the embedder that the index is made with.
         anchors: N; anchor i embeds the text `WORLDS[i]`, numbered beyond their count.
         method, common, rank, user_rank, k: as in `mta bank build`.
@@ -89,9 +111,12 @@ def tiny_bank(
         scale: standard deviation of the rows' numbers.
         signed: whether it has a rule for signatures, uncalibrated.
         seed: of the rows.
+        name: what its base model is called.
+        embeddings: [N, E], instead of those of texts.
     """
-    modules = linear_modules(LlamaForCausalLM.from_pretrained(model_folder), targets)
-    layout = RowLayout(modules, rank, method is FusionMethod.SHARED)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    layout = RowLayout(linear_modules(model, targets), rank, method is FusionMethod.SHARED)
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
@@ -99,7 +124,7 @@ def tiny_bank(
     signature = SignatureRule(anchors=2, strength=1.0, tau=10.0, kappa=0.0, offsets=(0.0,) * anchors)
     parts = BankParts(
         task="chat",
-        base_model=BaseModelId(name="tiny", hash=model_hash(model_folder)),
+        base_model=BaseModelId(name=name, hash=model_hash(model_folder)),
         embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
         method=method,
         common=common,
@@ -108,7 +133,7 @@ def tiny_bank(
         layout=layout,
         rows=rows,
         shared_a=shared_a,
-        embeddings=embedder.embed([world(i) for i in range(anchors)]),
+        embeddings=embedder.embed([world(i) for i in range(anchors)]) if embeddings is None else embeddings,
         items=[12] * anchors,
         training={"seed": seed},
     )
@@ -122,9 +147,10 @@ def world(index: int) -> str:
     return WORLDS[place] if not turn else f"{WORLDS[place]}, chapter {turn}"
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and the chat marks."""
+def _byte_tokenizer(size: int = 0) -> PreTrainedTokenizerFast:
+    """One token per byte, and the chat marks; filled up to `size` tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet += [f"filler{i}" for i in range(size - len(alphabet) - len(SPECIAL))]
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

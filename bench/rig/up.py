@@ -1,4 +1,4 @@
-"""A running `mta up`, and which of its processes is which part."""
+"""A running `mta up`, and which of its processes is which part; a running gateway alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import httpx
 
 from bench.rig.processes import Background, command_line, descendants, mta, running
 from mta_client import Client
+from server.supervisor.services import free_port
 
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
+LISTENING = r"listening on (http://\S+)"
 START_S = 240.0
 _MARKS = {"valkey": "valkey-server 127.0.0.1", "engine": "server.engine ", "gateway": "server.cli gateway"}
 
@@ -70,3 +72,27 @@ def up(data: Path, *options: str, environment: Mapping[str, str] | None = None) 
     command, clean = up_command(data, *(options if "--port" in options else ("--port", "0", *options)))
     with running(command, clean | dict(environment or {})) as process:
         yield Up(process, process.wait_for(READY, START_S)[1], data)
+
+
+@contextmanager
+def running_gateway(bank: Path, redis_url: str, engine_url: str, engine_key: str, secret: str) -> Iterator[Background]:
+    """A gateway process alone, once it listens; its URL is in `gateway_url`.
+
+    Args:
+        bank: its bank.
+        redis_url: its store.
+        engine_url, engine_key: its engine, which may be absent: then nothing can be generated.
+        secret: keys its users.
+    """
+    clean: dict[str, str | None] = {name: None for name in os.environ if name.startswith("MTA_")}
+    kept = {name: os.environ[name] for name in ("MTA_CACHE_DIR", "MTA_EMBEDDER") if name in os.environ}
+    environment = clean | kept | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
+    options = ("--bank", str(bank), "--redis-url", redis_url, "--engine-url", engine_url, "--port", str(free_port()))
+    with running(mta("gateway", *options), environment) as process:
+        process.wait_for(LISTENING, START_S)
+        yield process
+
+
+def gateway_url(process: Background) -> str:
+    """Where a `running_gateway` listens."""
+    return process.wait_for(LISTENING)[1]

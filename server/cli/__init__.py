@@ -9,6 +9,7 @@ import typer
 from adapters.errors import MtaError
 from server.cli import models, settings
 from server.cli.bank import commands as bank
+from server.cli.bench import commands as bench
 from server.cli.eval import commands as eval
 from server.cli.run import engine, gateway, up, worker
 from server.cli.users import readapt
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.add_typer(bank.app, name="bank")
 app.command("eval")(eval.evaluate)
+app.add_typer(bench.app, name="bench")
 app.command("models")(models.models)
 app.command("gateway")(gateway.gateway)
 app.command("engine")(engine.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,17 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
 def test_no_anchors_make_no_index() -> None:
     with pytest.raises(BankError, match="needs anchors"):
         AnchorIndex.build(np.zeros((0, 4), dtype=np.float32))
+
+
+def test_a_search_takes_one_thread_wherever_it_runs() -> None:
+    import faiss
+
+    index, query = AnchorIndex.build(unit_rows(50, 16)), unit_rows(1, 16)[0]
+
+    def threads() -> int:
+        faiss.omp_set_num_threads(2)  # each thread has a number of its own
+        index.search(query, 2)
+        return int(faiss.omp_get_max_threads())
+
+    with ThreadPoolExecutor(1) as pool:
+        assert (threads(), pool.submit(threads).result()) == (1, 1)

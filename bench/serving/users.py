@@ -21,6 +21,7 @@ import httpx
 import typer
 from rich.progress import Progress
 
+from bench import script
 from bench.report import report
 from mta_client import Answer, Client
 
@@ -164,4 +165,4 @@ def _checks(queries: Sequence[Query], users: int) -> list[tuple[str, str, bool]]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

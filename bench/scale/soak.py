@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
+from bench import script
 from bench.report import report
 from bench.rig.engine import Engine, running_engine
 from bench.rig.processes import descendants
@@ -147,4 +148,4 @@ def _resident_mib(pid: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -21,6 +21,7 @@ import aiohttp
 import typer
 from rich.progress import Progress
 
+from bench import script
 from bench.report import Spread, percentile, report
 from mta_client import Client
 
@@ -179,4 +180,4 @@ async def _first_token(response: aiohttp.ClientResponse, start_s: float) -> tupl
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)

@@ -1,0 +1,132 @@
+"""Pictures of what was measured, one for each kind of benchmark that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.page.markdown import tables_of
+
+_INK, _OURS, _OTHER, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"
+MOST_PANELS = 3
+Lines = Sequence[Sequence[Any]]
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Path]:
+    """Draw whatever the results have a picture for, as `performance_NAME.png`; returns the files by name."""
+    drawn = {}
+    for name, content in results.items():
+        make = _PICTURES.get(content["bench"])
+        figure = make(content) if make else None
+        if figure is None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"performance_{name}.png"
+        figure.tight_layout()
+        figure.savefig(path, dpi=140)
+        _pyplot().close(figure)
+        drawn[name] = path
+    return drawn
+
+
+def _cost(content: Mapping[str, Any]) -> Any:
+    """How many times the base model's time each row takes; None for more engines than fit."""
+    tables = tables_of(content)
+    if len(tables) > MOST_PANELS:
+        return None
+    rows = max(len(found["lines"]) for found in tables)
+    figure, panels = _panels(len(tables), width=2.6 + 3.2 / len(tables), height=0.9 + 0.36 * rows, share=True)
+    for panel, found in zip(panels, tables, strict=True):
+        column = found["columns"].index("recipe over base")
+        lines = list(reversed(found["lines"]))
+        ratios = [line[column] for line in lines]
+        spread = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
+        panel.barh([line[0] for line in lines], [r["median"] for r in ratios], xerr=spread, color=_OURS, ecolor=_PALE)
+        panel.axvline(1, color=_INK, linewidth=0.8)
+        panel.set_title(_short(found["title"]), fontsize=8, color=_INK)
+        panel.set_xlabel("over the base model's time", fontsize=8)
+    return figure
+
+
+def _thrash(content: Mapping[str, Any]) -> Any:
+    """Tokens a second and time to first token against users."""
+    lines: Lines = tables_of(content)[0]["lines"]
+    figure, panels = _panels(2)
+    for side, colour in zip(dict.fromkeys(line[1] for line in lines), (_OURS, _OTHER), strict=False):
+        mine = [line for line in lines if line[1] == side]
+        users = [line[0] for line in mine]
+        panels[0].plot(users, [line[6]["median"] for line in mine], marker="o", color=colour, label=side)
+        for at, style in ((2, "-"), (3, "--")):
+            label = f"{side}, {'p50' if at == 2 else 'p99'}"
+            panels[1].plot(users, [line[at] for line in mine], style, marker="o", color=colour, label=label)
+    for panel, label in zip(panels, ("tokens a second", "time to first token, ms"), strict=True):
+        panel.set_xscale("log")
+        panel.set_xticks(sorted({line[0] for line in lines}), [str(n) for n in sorted({line[0] for line in lines})])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("users that take turns")
+        panel.set_ylabel(label)
+        panel.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _cold(content: Mapping[str, Any]) -> Any:
+    """The time until a recipe is usable, by where it goes."""
+    rows = [(label, value) for label, value in content["rows"].items() if isinstance(value, dict)]
+    shown = [(label, value) for label, value in rows if " over " not in label and "first token" not in label]
+    figure, (panel,) = _panels(1, width=7.0, height=0.8 + 0.42 * len(shown))
+    labels = [label for label, _ in reversed(shown)]
+    values = [value["median"] for _, value in reversed(shown)]
+    colours = [_OTHER if "load" in label else _OURS for label in labels]
+    panel.barh(labels, values, color=colours)
+    panel.set_xscale("log")
+    panel.set_xlabel("ms")
+    return figure
+
+
+def _scale(content: Mapping[str, Any]) -> Any:
+    """Memory and rate along the way of very many recipes; None where they were not measured."""
+    found = [t for t in tables_of(content) if t["columns"][0] == "recipes served"]
+    if not found:
+        return None
+    lines: Lines = found[0]["lines"]
+    figure, panels = _panels(2)
+    served = [line[0] for line in lines]
+    for panel, at, label in zip(panels, (1, 3), ("resident memory, MiB", "recipes a second"), strict=True):
+        readings = [line[at] for line in lines]
+        panel.plot(served, readings, marker="o", color=_OURS)
+        panel.set_ylim(0, 1.15 * max(readings))
+        panel.set_xlabel("distinct recipes served")
+        panel.set_ylabel(label)
+    return figure
+
+
+_PICTURES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "cost": _cost,
+    "thrash": _thrash,
+    "cold": _cold,
+    "scale": _scale,
+}
+
+
+def _short(title: str) -> str:
+    """What tells engines apart, from the end of a title: rank and slots."""
+    return ", ".join(title.split(", ")[-3:-1])
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _panels(count: int, *, width: float = 3.8, height: float = 3.2, share: bool = False) -> tuple[Any, Sequence[Any]]:
+    figure, panels = _pyplot().subplots(1, count, figsize=(width * count, height), squeeze=False, sharey=share)
+    for panel in panels[0]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    return figure, list(panels[0])

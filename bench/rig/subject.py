@@ -1,0 +1,112 @@
+"""What is measured: a base model and a bank for it, given, or random ones made on the spot."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapters.errors import MtaError
+from adapters.recipe import FusionRecipe, Term, per_mille
+from bank.items.profile import Vectors
+from bank.manifest import BankManifest, read_manifest
+from bank.models.folders import ensure_base_model, ensure_embedder, model_name
+from bench.rig.tiny import tiny_bank, tiny_model
+from server.settings import load_settings
+
+BankOption = Annotated[Path | None, typer.Option(help="The bank.", show_default="MTA_BANK")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")
+]
+TinyOption = Annotated[
+    bool, typer.Option("--tiny", help="A tiny random model and a bank for it: checks the machinery.")
+]
+TINY_CONTEXT = 2048
+PATIENCE = 10_000
+"""How often the same recipe may come up again before there are no others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A bank and its base model, on disk."""
+
+    bank: Path
+    model: Path
+    manifest: BankManifest
+
+    @property
+    def title(self) -> str:
+        """What the tables' titles say about it."""
+        bank = self.manifest
+        return f"{bank.base_model.name}, {bank.method.value}, rank {bank.rank} in slots of {bank.serving_rank}"
+
+    def recipes(self, seed: int = 0) -> Iterator[FusionRecipe]:
+        """Recipes of as many anchors as the bank uses, each once, in a seeded order.
+
+        Raises:
+            MtaError: when the bank has no more.
+        """
+        generator, seen, manifest, tries = random.Random(seed), set(), self.manifest, 0
+        k, total = min(manifest.weights.anchors, len(manifest.anchors)), round(1000 * manifest.weights.strength)
+        while (tries := tries + 1) < PATIENCE:
+            anchors = sorted(generator.sample(range(len(manifest.anchors)), k))
+            weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)
+            terms = tuple(Term(a, w) for a, w in zip(anchors, weights, strict=True))
+            recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms)
+            if recipe not in seen:
+                seen.add(recipe)
+                tries = 0
+                yield recipe
+        raise MtaError(f"the bank at {self.bank} makes only {len(seen)} recipes: use one with more anchors")
+
+    def names(self, count: int, seed: int = 0) -> list[str]:
+        """The names of so many different recipes."""
+        return [recipe.name for recipe in itertools.islice(self.recipes(seed), count)]
+
+
+def given(bank: Path | None, model: str | None) -> Subject:
+    """The bank and the model that the options or the settings name.
+
+    Raises:
+        MtaError: when no bank was named, or there is no such bank or model.
+    """
+    settings = load_settings(bank=bank, model=model)
+    folder = settings.bank_folder()
+    manifest = read_manifest(folder)
+    return Subject(folder, ensure_base_model(settings.model, settings.cache_dir), manifest)
+
+
+def tiny(scratch: Path, *, anchors: int = 16, embeddings: Vectors | None = None) -> Subject:
+    """A tiny random model with a random bank, whose anchors' embeddings [N, E] can be given."""
+    model = tiny_model(scratch / "tiny", context=TINY_CONTEXT)
+    return _random(scratch / "tiny-bank", model, "tiny", anchors=anchors, rank=4, embeddings=embeddings)
+
+
+def of_rank(scratch: Path, model: str | None, rank: int, *, anchors: int = 16) -> Subject:
+    """A bank of random rows of a rank, without room for user adapters, for a base model."""
+    settings = load_settings(model=model)
+    folder = ensure_base_model(settings.model, settings.cache_dir)
+    return _random(scratch / f"rank-{rank}", folder, model_name(settings.model, folder), anchors=anchors, rank=rank)
+
+
+def _random(
+    folder: Path, model: Path, name: str, *, anchors: int, rank: int, embeddings: Vectors | None = None
+) -> Subject:
+    settings = load_settings()
+    tiny_bank(
+        folder,
+        model,
+        ensure_embedder(settings.embedder, settings.cache_dir),
+        anchors=anchors,
+        rank=rank,
+        user_rank=0,
+        scale=0.01,  # small enough to leave a real model's answers sound; how large they are costs nothing
+        name=name,
+        embeddings=embeddings,
+    )
+    return Subject(folder, model, read_manifest(folder))

@@ -1,0 +1,66 @@
+"""How far it scales: users in a real store, anchors in a bank, recipes through one engine.
+
+    users     un-adapted users in a Valkey started here: bytes a user, a lookup's p99, a real gateway's memory
+    anchors   a bank of 10,000 anchors: time of a topic lookup, and memory
+    recipes   distinct recipes through one engine with a tiny model: memory and rate, at each tenth of the way
+
+`--quick` takes a minute in all. Nothing is kept.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from bench import script
+from bench.report import tabulate
+from bench.scale import anchors as anchors_part
+from bench.scale import recipes as recipes_part
+from bench.scale import users as users_part
+
+PARTS = ("users", "anchors", "recipes")
+QUICK = 50
+"""How many times less a quick run does."""
+
+
+def main(
+    *,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all"),
+    ] = None,
+    users: Annotated[int, typer.Option(help="Users written to the store.", min=1000)] = 1_000_000,
+    signed: Annotated[float, typer.Option(help="Share of them that has a signature.", min=0, max=1)] = 0.5,
+    signature: Annotated[int, typer.Option(help="Anchors of the bank that signatures are for.", min=1)] = 50,
+    lookups: Annotated[int, typer.Option(help="Lookups that are timed.", min=100)] = 20_000,
+    anchors: Annotated[int, typer.Option(help="Anchors of the large bank.", min=2)] = 10_000,
+    recipes: Annotated[int, typer.Option(help="Distinct recipes through one engine.", min=100)] = 100_000,
+    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK} times fewer of everything but anchors.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON: of scale.json, each part to scale-PART.json.")
+    ] = Path("out/bench/scale.json"),
+) -> None:
+    """Measure bytes and milliseconds for a user, an anchor and a recipe when there are very many."""
+    parts = part or PARTS
+    for unknown in set(parts) - set(PARTS):
+        raise typer.BadParameter(f"{unknown!r} is none of {', '.join(PARTS)}", param_hint="--part")
+    if quick:
+        users, lookups, recipes = users // QUICK, lookups // QUICK, recipes // QUICK
+    with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
+        for name in parts:
+            where = Path(scratch) / name
+            if name == "users":
+                found = users_part.measure(users_part.Wanted(users, signed, signature, lookups), where, progress)
+            elif name == "anchors":
+                found = anchors_part.measure(anchors, lookups, where, progress)
+            else:
+                found = recipes_part.measure(recipes, where, progress)
+            tabulate([found], out and out.with_name(f"{out.stem}-{name}.json"), bench="scale")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,209 @@
+"""Very many un-adapted users in a real Valkey: what each costs, and how fast one of them is found.
+
+Records are made by the store's own encoder under users' own keys, and written in pipelines; the first ones go through
+the store's `commit`, and must come out byte for byte as long. The server has the durability that `mta up` gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import httpx
+import numpy as np
+import redis
+from rich.progress import Progress
+
+from bank.lookup.signature import Signature
+from bench.report import Figures, percentile
+from bench.rig.engine import KEY
+from bench.rig.processes import memory_mib
+from bench.rig.subject import tiny
+from bench.rig.up import gateway_url, running_gateway
+from bench.rig.valkey import ValkeyProcess
+from bench.serving.front import SECRET
+from server.settings import Settings
+from server.store.opening import open_stores
+from server.store.profile_record import encode_profile
+from server.store.profiles import Change, Profile, StoredSignature
+from server.store.user_key import UserKeys
+
+BATCH = 2000
+COMMITTED = 200
+"""How many users are written by the store's `commit` first."""
+SAMPLE = 2000
+"""How many users' memory is asked for."""
+ARRIVALS_PER_S = 1000
+AT_A_TIME = 16
+ABSENT_ENGINE = "http://127.0.0.1:9"  # port 9, discard: nothing listens there
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How many users, which share of them signed for a bank of how many anchors, and how many lookups."""
+
+    users: int
+    signed: float
+    anchors: int
+    lookups: int
+
+
+def measure(wanted: Wanted, folder: Path, progress: Progress) -> Figures:
+    """Write the users, and measure; a table of one row for each figure."""
+    subject = tiny(folder)
+    keys = UserKeys(SECRET, Settings().tenant)
+    store = ValkeyProcess(folder / "valkey").start()
+    try:
+        with redis.Redis.from_url(store.url) as raw:
+            empty = raw.info("memory")["used_memory"]
+            make = _maker(wanted, subject.manifest.embedder.id)
+            asyncio.run(_commit(store.url, keys, make))
+            committed = {name: raw.strlen(_key(keys, name)) for name in map(_name, range(COMMITTED))}
+            start_s = time.perf_counter()
+            _write(raw, keys, make, wanted.users, progress)
+            written_s = time.perf_counter() - start_s
+            if any(raw.strlen(_key(keys, name)) != size for name, size in committed.items()):
+                raise RuntimeError("the records written in pipelines are not those that the store commits")
+            memory = raw.info("memory")
+            sizes = _sizes(raw, keys, wanted)
+        alone, arriving, per_s = asyncio.run(_look_up(store.url, keys, wanted, progress))
+        before, after, seen = _through_gateway(subject.bank, store.url, wanted, progress)
+    finally:
+        store.kill()
+    kinds = {
+        "without a signature": [n for n in sizes if not _is_signed(n, wanted)],
+        f"with a signature over {wanted.anchors} anchors": [n for n in sizes if _is_signed(n, wanted)],
+    }
+    lines: list[list[object]] = [
+        [f"bytes of a user {kind}: mean", fmean(sizes[n] for n in found)] for kind, found in kinds.items() if found
+    ]
+    lines += [
+        ["bytes of the store for each user, keys and overhead and all", (memory["used_memory"] - empty) / wanted.users],
+        ["resident memory of the store, MiB", memory["used_memory_rss"] / 2**20],
+        ["users written a second, in pipelines, every write on disk", wanted.users / written_s],
+    ]
+    for how, taken in (("one after the other", alone), (f"arriving {ARRIVALS_PER_S:,} a second", arriving)):
+        lines += [[f"lookups {how}: p{round(100 * share)}, ms", percentile(taken, share)] for share in (0.5, 0.99)]
+    lines.append([f"lookups a second by one client process, {AT_A_TIME} at a time", per_s])
+    lines += [
+        ["a gateway's memory when it has started, MiB", before],
+        [f"the same after {seen:,} different users, MiB", after],
+    ]
+    title = f"{wanted.users:,} users in Valkey, {round(100 * wanted.signed)} % of them with a signature"
+    return Figures(title, ("users", "figure"), lines)
+
+
+def _name(number: int) -> str:
+    return f"user-{number:08d}"
+
+
+def _key(keys: UserKeys, name: str) -> str:
+    return f"mta:{{{keys.key(name)}}}:profile"
+
+
+def _is_signed(number: int, wanted: Wanted) -> bool:
+    """Spread evenly: each hundred users has its share."""
+    return number % 100 < 100 * wanted.signed
+
+
+def _maker(wanted: Wanted, embedder: str) -> Callable[[int], Profile]:
+    """Makes profiles as they are before anything is adapted: ten items' embedding, perhaps a signature."""
+    numbers = np.random.default_rng(0)
+    vectors = numbers.standard_normal((512, 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    products = numbers.standard_normal((512, wanted.anchors)).astype(np.float32)
+
+    def make(number: int) -> Profile:
+        at = number % 512
+        signature = None
+        if _is_signed(number, wanted):
+            signature = StoredSignature(Signature("0badcafe", 240, products[at]), made_of_ms=1_700_000_000_000)
+        return Profile(_name(number), 10, 1_700_000_000_000, embedder, vectors[at], signature=signature)
+
+    return make
+
+
+async def _commit(url: str, keys: UserKeys, make: Callable[[int], Profile]) -> None:
+    """The first users, as the gateway writes them."""
+    async with open_stores(Settings(redis_url=url)) as stores:
+        for number in range(COMMITTED):
+            change = Change(make(number), {}, {}, ())
+            if not await stores.profiles.commit(keys.key(_name(number)), b"", change):
+                raise RuntimeError(f"{_name(number)} was there before")
+
+
+def _write(raw: Any, keys: UserKeys, make: Callable[[int], Profile], users: int, progress: Progress) -> None:
+    bar = progress.add_task("users written", total=users)
+    for first in range(0, users, BATCH):
+        batch = range(first, min(first + BATCH, users))
+        with raw.pipeline(transaction=False) as pipe:
+            for number in batch:
+                pipe.set(_key(keys, _name(number)), encode_profile(make(number)))
+            pipe.execute()
+        progress.advance(bar, len(batch))
+
+
+def _sizes(raw: Any, keys: UserKeys, wanted: Wanted) -> dict[int, int]:
+    """`MEMORY USAGE` of some users, by number."""
+    chosen = random.Random(1).sample(range(wanted.users), min(SAMPLE, wanted.users))
+    with raw.pipeline(transaction=False) as pipe:
+        for number in chosen:
+            pipe.memory_usage(_key(keys, _name(number)), samples=0)
+        return dict(zip(chosen, pipe.execute(), strict=True))
+
+
+async def _look_up(
+    url: str, keys: UserKeys, wanted: Wanted, progress: Progress
+) -> tuple[list[float], list[float], float]:
+    """Lookups by the store's own read path, users by chance: ms of each one after the other, ms of each of a Poisson
+    process, and how many a second a closed loop gets."""
+    chance, third = random.Random(2), wanted.lookups // 3
+    bar = progress.add_task("lookups", total=3 * third)
+
+    async with open_stores(Settings(redis_url=url)) as stores:
+
+        async def look_up() -> float:
+            key = keys.key(_name(chance.randrange(wanted.users)))
+            start_s = time.perf_counter()
+            found = await stores.profiles.load(key)
+            taken_ms = (time.perf_counter() - start_s) * 1000
+            if found is None:
+                raise RuntimeError(f"{key} is not in the store")
+            progress.advance(bar)
+            return taken_ms
+
+        alone = [await look_up() for _ in range(third)]
+        under_way = []
+        for _ in range(third):
+            await asyncio.sleep(chance.expovariate(ARRIVALS_PER_S))
+            under_way.append(asyncio.create_task(look_up()))
+        arriving = await asyncio.gather(*under_way)
+
+        async def client() -> None:
+            for _ in range(third // AT_A_TIME):
+                await look_up()
+
+        start_s = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(AT_A_TIME)))
+        return alone, arriving, third // AT_A_TIME * AT_A_TIME / (time.perf_counter() - start_s)
+
+
+def _through_gateway(bank: Path, url: str, wanted: Wanted, progress: Progress) -> tuple[float, float, int]:
+    """A real gateway's memory before and after different users were looked up through it, and how many they were."""
+    count = min(wanted.lookups, wanted.users)
+    chosen: Sequence[int] = random.Random(3).sample(range(wanted.users), count)
+    with (
+        running_gateway(bank, url, ABSENT_ENGINE, KEY, SECRET) as process,
+        httpx.Client(base_url=gateway_url(process), timeout=30) as client,
+    ):
+        client.get(f"/users/{_name(chosen[0])}").raise_for_status()
+        before = memory_mib(process.process.pid)
+        for number in progress.track(chosen, description="users through a gateway"):
+            client.get(f"/users/{_name(number)}").raise_for_status()
+        return before, memory_mib(process.process.pid), count

@@ -1,0 +1,1 @@
+"""What serving costs: `cost`, `cold`, `thrash`, `stall` (`mta bench`), and `gateway`, `users`."""

@@ -1,0 +1,199 @@
+"""How long until a never-seen recipe's adapter is usable in a running server: three ways, taking turns in one run.
+
+    worker   this server: prepare, and fuse inside the worker
+    merge    merge the same anchors into a PEFT folder, then have vLLM load it
+    disk     have vLLM load a PEFT folder that was merged beforehand
+
+First, where it happens: the engine's own histograms of each step, read before and after every turn; beside them vLLM's
+load of a merged folder in the same engine. Then from outside: all three ways timed to the first token of a request
+under the new adapter, less the same once the adapter is resident. What remains is the adapter, and noise: the prompt is
+one token, which keeps that low. Method, anchors and rank are the same everywhere. `merge` and `disk` run on a vLLM with
+the same options without the plugin. Time to first token, cold and warm, is that of a chat prompt of normal length,
+nothing cached.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+
+from adapters.fusion import fuse
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe
+from bank.matrix import open_matrix
+from bank.peft.peft_adapter import write_peft
+from bench import script
+from bench.report import Spread, report
+from bench.rig.engine import Engine
+from bench.rig.limits import BF16_BYTES, Limits, Model
+from bench.rig.servers import vllm_server
+from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny
+from bench.serving.histograms import COLD_PATH, FOREIGN, ON_THE_LOOP, Total, means_ms, totals
+from bench.serving.peft_folders import peft_folders
+from server.engine_protocol import BASE_MODEL
+
+PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."
+SLOTS, HELD = 4, 8
+FOLDERS = HELD + 2
+"""More than the engine holds, so that each has to be loaded again when its turn comes."""
+_salts = itertools.count()
+
+
+def main(
+    *,
+    bank: BankOption = None,
+    model: ModelOption = None,
+    tiny_model: TinyOption = False,
+    pairs: Annotated[int, typer.Option(help="How often each way is timed, after a warm-up.", min=1)] = 15,
+    dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/cold.json"),
+) -> None:
+    """Measure the time until a never-seen recipe is usable, against merging and loading a PEFT folder."""
+    readings: dict[str, list[float]] = {way: [] for way in ("worker", "merge", "disk", "cold", "warm")}
+    inside: dict[str, list[float]] = {step: [] for step in (*COLD_PATH, *ON_THE_LOOP, *FOREIGN)}
+    with tempfile.TemporaryDirectory() as scratch:
+        where = Path(scratch)
+        subject = tiny(where) if tiny_model else given(bank, model)
+        manifest, matrix = subject.manifest, open_matrix(subject.bank, subject.manifest)
+        limits = Limits.measured(Model.read(subject.model))
+        recipes = subject.recipes()
+        folders = peft_folders(subject, where / "peft", FOLDERS)
+        names = [folder.name for folder in folders]
+        given_folders = ["--lora-modules", *(f"{folder.name}={folder}" for folder in folders)]
+        settings: dict[str, Any] = {"dtype": dtype, "max_loras": SLOTS, "max_cpu_loras": HELD}
+        torch.set_num_threads(1)  # a second thread would only wait for a core that an engine has
+        with (
+            vllm_server(subject, arguments=given_folders, **settings) as ours,
+            vllm_server(subject, "stock", **settings) as stock,
+        ):
+            burnt = [recipe.name for recipe in itertools.islice(recipes, FOLDERS)]
+            for name in (*burnt, *names):  # recipes' ids begin as the folders' do: those recipes are never used again
+                _first_token_ms(ours, name)
+            turns = itertools.cycle(names)
+            for pair in track(range(pairs + 2), "Worker, merge and disk in turn"):
+                before = _totals(ours, COLD_PATH | ON_THE_LOOP)
+                taken = {"worker": _until_usable_ms(ours, next(recipes).name)}
+                steps = means_ms(before, _totals(ours, COLD_PATH | ON_THE_LOOP))
+                before = _totals(ours, FOREIGN)
+                _first_token_ms(ours, next(turns))
+                steps |= means_ms(before, _totals(ours, FOREIGN))
+                taken["merge"] = _merge_and_load_ms(stock, matrix, next(recipes), where / f"merge-{pair}", subject)
+                disk = where / f"disk-{pair}"
+                write_peft(disk, fuse(matrix, next(recipes)), manifest.base_model.name)
+                taken["disk"] = _load_ms(stock, disk)
+                name = next(recipes).name
+                _wake(ours)
+                taken |= {
+                    "cold": _first_token_ms(ours, name, chat=True),
+                    "warm": _first_token_ms(ours, name, chat=True),
+                }
+                if pair >= 2:  # the first two warm both servers up
+                    for way, value in taken.items():
+                        readings[way].append(value)
+                    for step, value in steps.items():
+                        inside[step].append(value)
+    terms = f"{manifest.weights.anchors} anchors{' and the common row' if manifest.common else ''}"
+    report(
+        f"Until a never-seen recipe is usable, ms: {manifest.base_model.name}, {dtype}, {manifest.method.value}, "
+        f"{terms}, rank {manifest.rank}, slots of rank {manifest.serving_rank}",
+        [*_inside(inside), *_limit(subject, limits), *_outside(readings)],
+        out,
+        bench="cold",
+        readings=readings,
+        inside=inside,
+    )
+
+
+def _inside(inside: dict[str, list[float]]) -> Iterator[tuple[str, object]]:
+    """The rows of the engine's own histograms."""
+    for step, taken in inside.items():
+        yield f"in the engine: {step}", Spread.of(taken) if taken else "no histogram"
+    steps = [inside[step] for step in COLD_PATH if inside[step]]
+    loads = [taken for step in FOREIGN for taken in inside[step]]
+    if steps and loads:
+        yield (
+            "in the engine: load over all steps of ours",
+            Spread.ratio(loads, [sum(each) for each in zip(*steps, strict=True)]),
+        )
+
+
+def _limit(subject: Subject, limits: Limits) -> Iterator[tuple[str, object]]:
+    """What fusing moves: each row read, the sum written, and copied into the slot."""
+    manifest = subject.manifest
+    row = manifest.layout.row_numbers * BF16_BYTES
+    moved = row * (manifest.weights.anchors + manifest.common + 3)
+    yield "bytes that fusing and the slot move, MiB", round(moved / 2**20, 2)
+    yield "the same at this machine's memory bandwidth, ms", round(1000 * moved / limits.bytes_per_s, 3)
+
+
+def _outside(readings: dict[str, list[float]]) -> list[tuple[str, object]]:
+    """The rows of differences between latencies."""
+    return [
+        ("worker: prepare and fuse", Spread.of(readings["worker"])),
+        ("merge to a PEFT folder, vLLM loads it", Spread.of(readings["merge"])),
+        ("vLLM loads a folder merged before", Spread.of(readings["disk"])),
+        ("merge over worker", Spread.ratio(readings["merge"], readings["worker"])),
+        ("disk over worker", Spread.ratio(readings["disk"], readings["worker"])),
+        ("time to first token, cold", Spread.of(readings["cold"])),
+        ("time to first token, warm", Spread.of(readings["warm"])),
+        ("cold over warm", Spread.ratio(readings["cold"], readings["warm"])),
+    ]
+
+
+def _totals(engine: Engine, names: Mapping[str, str]) -> dict[str, Total]:
+    return totals(engine.client.get("/metrics").text, names)
+
+
+def _first_token_ms(engine: Engine, model: str, *, chat: bool = False) -> float:
+    """Time to one token after a prompt of one token, or after `PROMPT` with none of it cached."""
+    start = time.perf_counter()
+    if chat:
+        engine.chat(model, PROMPT, max_tokens=1, cache_salt=f"salt-{next(_salts)}").raise_for_status()
+    else:
+        body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
+        engine.client.post("/v1/completions", json=body).raise_for_status()
+    return (time.perf_counter() - start) * 1000
+
+
+def _wake(engine: Engine) -> None:
+    """Warm this engine's caches, whichever way it makes adapters: the other engine was asked last."""
+    for _ in range(2):
+        _first_token_ms(engine, BASE_MODEL)
+
+
+def _until_usable_ms(engine: Engine, model: str) -> float:
+    """Time to first token under an adapter, less the same once it is resident (the smaller of two)."""
+    _wake(engine)
+    cold_ms = _first_token_ms(engine, model)
+    return cold_ms - min(_first_token_ms(engine, model) for _ in range(2))
+
+
+def _load_ms(stock: Engine, folder: Path) -> float:
+    """Time for vLLM to load a PEFT folder, until it is usable."""
+    _wake(stock)
+    start = time.perf_counter()
+    answer = stock.client.post("/v1/load_lora_adapter", json={"lora_name": folder.name, "lora_path": str(folder)})
+    answer.raise_for_status()
+    return (time.perf_counter() - start) * 1000 + _until_usable_ms(stock, folder.name)
+
+
+def _merge_and_load_ms(
+    stock: Engine, matrix: MetaMatrix, recipe: FusionRecipe, folder: Path, subject: Subject
+) -> float:
+    """Time to merge into a PEFT folder with our own (fast) fusion, and for vLLM to load that."""
+    start = time.perf_counter()
+    write_peft(folder, fuse(matrix, recipe, torch.bfloat16), subject.manifest.base_model.name)
+    merge_ms = (time.perf_counter() - start) * 1000
+    return merge_ms + _load_ms(stock, folder)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,219 @@
+"""What a personal answer costs: the base model and recipes of a bank on the same server, taking turns in one run.
+
+    first token    one request at a time, prompts of 150 and 400 tokens
+    decode         ms between tokens: 1 stream; 8 streams of one recipe; 16 streams over 4 recipes, and over 16
+
+Every recipe is resident before it is timed, and nothing of a prompt is cached. `--without-lora` adds a vLLM that was
+started without LoRA, as vLLM would serve the base model by itself; `--gateway` asks for the first row through the
+gateway as well. With `--rank` a bank of random rows is made for the model, for each rank in turn; `--slots` takes turns
+too, and may be given without a rank.
+
+The limit of a first token is the operations of the prompt over what the processor does; that of a decode step the
+bytes it reads (weights, KV cache, each adapter once) over memory bandwidth. Both are measured first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.progress import Progress
+
+from bench import script
+from bench.report import Figures, Spread, tabulate
+from bench.rig.engine import Engine
+from bench.rig.limits import Limits, Model
+from bench.rig.servers import vllm_server
+from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, of_rank, tiny
+from bench.serving.front import through_gateway
+from bench.serving.load import Ask, Loader, Prompts, loading
+from server.engine_protocol import BASE_MODEL
+
+SHORT = 16
+"""Tokens of the prompts before decoding is timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: so many streams at once over so many recipes, and what is read of them."""
+
+    label: str
+    streams: int
+    recipes: int
+    prompt: int
+    tokens: int
+    read: Literal["first", "gap"]
+
+
+@dataclass(slots=True)
+class Readings:
+    """The readings of one case, ms, in pairs; `plain` stays empty without a server without LoRA."""
+
+    base: list[float] = field(default_factory=list)
+    recipe: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+
+
+def cases(tokens: int) -> list[Case]:
+    """All rows, with answers of so many tokens where decoding is timed."""
+    return [
+        Case("first token, prompt of 150 tokens", 1, 1, 150, 1, "first"),
+        Case("first token, prompt of 400 tokens", 1, 1, 400, 1, "first"),
+        Case("a token, 1 stream", 1, 1, SHORT, tokens, "gap"),
+        Case("a token, 8 streams of one recipe", 8, 1, SHORT, tokens, "gap"),
+        Case("first token, 8 streams of one recipe", 8, 1, SHORT, 2, "first"),
+        Case("a token, 16 streams over 4 recipes", 16, 4, SHORT, tokens, "gap"),
+        Case("a token, 16 streams over 16 recipes", 16, 16, SHORT, tokens, "gap"),
+    ]
+
+
+def main(
+    *,
+    bank: BankOption = None,
+    model: ModelOption = None,
+    tiny_model: TinyOption = False,
+    rank: Annotated[
+        list[int] | None, typer.Option(help="Measure a random bank of this rank instead; may be repeated.", min=1)
+    ] = None,
+    slots: Annotated[
+        list[int] | None, typer.Option(help="Adapter slots; may be repeated.", min=1, show_default="16")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only rows with this text; may be repeated.")] = None,
+    gateway: Annotated[bool, typer.Option("--gateway", help="Also through the gateway.")] = False,
+    without_lora: Annotated[bool, typer.Option("--without-lora", help="Also a vLLM without LoRA.")] = False,
+    pairs: Annotated[int, typer.Option(help="Turns of each side, after one for warm-up.", min=1)] = 5,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer where decoding is timed.", min=2)] = 24,
+    dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/cost.json"),
+) -> None:
+    """Measure the base model against recipes, and both against what the machine could do."""
+    chosen = [case for case in cases(tokens) if not only or any(text in case.label for text in only)]
+    tables, readings = [], {}
+    with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
+        where = Path(scratch)
+        if tiny_model:
+            subjects = [tiny(where)]
+        else:
+            subjects = [of_rank(where, model, r) for r in rank] if rank else [given(bank, model)]
+        shape = Model.read(subjects[0].model)
+        limits = Limits.measured(shape)
+        plan = Plan(chosen, pairs, dtype, without_lora, where / "gateway" if gateway else None)
+        for subject, number in itertools.product(subjects, slots or [16]):
+            title = f"{subject.title}, {number} slots, {dtype}"
+            taken = _one_engine(plan, subject, number, progress, title)
+            lines = [_line(case, found, limits, shape, subject) for case, found in taken]
+            tables.append(Figures(title, COLUMNS, lines))
+            readings[title] = {case.label: asdict(found) for case, found in taken}
+    note = (
+        f"This machine reads {limits.bytes_per_s / 1e9:.1f} GB/s from memory and does "
+        f"{limits.flops_per_s / 1e9:.0f} GFLOP/s in bf16."
+    )
+    typer.echo(note)
+    tabulate(tables, out, bench="cost", note=note, limits=asdict(limits), pairs=pairs, tokens=tokens, readings=readings)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured of each engine: the rows, how often, and with what beside; `gateway` is its store's folder."""
+
+    cases: Sequence[Case]
+    pairs: int
+    dtype: str
+    without_lora: bool
+    gateway: Path | None
+
+
+COLUMNS = (
+    "ms",
+    "base",
+    "recipe",
+    "recipe over base",
+    "without LoRA",
+    "recipe over that",
+    "limit, base",
+    "limit, recipe",
+    "recipe over its limit",
+)
+
+
+def _one_engine(
+    plan: Plan, subject: Subject, slots: int, progress: Progress, title: str
+) -> list[tuple[Case, Readings]]:
+    """Every row that fits an engine's slots."""
+    rows = [case for case in plan.cases if case.recipes <= slots]
+    bar = progress.add_task(title, total=len(rows) * (plan.pairs + 1))
+    settings: dict[str, Any] = {"max_loras": slots, "dtype": plan.dtype, "max_num_seqs": 16}
+    with ExitStack() as servers:
+        engines = [servers.enter_context(vllm_server(subject, **settings))]
+        if plan.without_lora:
+            engines.append(servers.enter_context(vllm_server(subject, "plain", **settings)))
+        done = partial(progress.advance, bar)
+        taken = [(case, asyncio.run(_measure(case, subject, engines, plan.pairs, done))) for case in rows]
+        if plan.gateway:
+            asked = cases(2)[1]
+            found = Readings(*through_gateway(subject, engines[0], plan.gateway, asked.prompt, plan.pairs))
+            taken.append((replace(asked, label=f"{asked.label}, through the gateway"), found))
+    return taken
+
+
+async def _measure(
+    case: Case, subject: Subject, engines: Sequence[Engine], pairs: int, done: Callable[[], object]
+) -> Readings:
+    """Turns of base and recipe (and of the server without LoRA), the first of each for warm-up."""
+    names, prompts = subject.names(case.recipes), Prompts(subject.model)
+    readings = Readings()
+    async with loading(*engines) as loaders:
+        sides: list[tuple[list[float], Loader, Sequence[str]]] = [
+            (readings.base, loaders[0], [BASE_MODEL]),
+            (readings.recipe, loaders[0], names),
+        ]
+        sides += [(readings.plain, loader, [BASE_MODEL]) for loader in loaders[1:]]
+        for turn in range(pairs + 1):
+            for kept, loader, models in sides:
+                asks = [Ask(models[i % len(models)], prompts(case.prompt), case.tokens) for i in range(case.streams)]
+                answers = await loader.together(asks)
+                if turn:
+                    kept.append(
+                        median(answer.first_ms for answer in answers)
+                        if case.read == "first"
+                        else median(gap for answer in answers for gap in answer.gaps_ms)
+                    )
+            done()
+    return readings
+
+
+def _line(case: Case, found: Readings, limits: Limits, shape: Model, subject: Subject) -> list[object]:
+    """A row of the table."""
+    if case.read == "first":
+        prompt = case.prompt * case.streams
+        floors = [shape.prompt_flops(prompt, bank) / limits.flops_per_s * 1000 for bank in (None, subject.manifest)]
+    else:
+        contexts = case.streams * (case.prompt + case.tokens // 2)
+        floors = [
+            shape.step_bytes(contexts, adapters, subject.manifest) / limits.bytes_per_s * 1000
+            for adapters in (0, case.recipes)
+        ]
+    plain = Spread.of(found.plain) if found.plain else None
+    return [
+        case.label,
+        Spread.of(found.base),
+        Spread.of(found.recipe),
+        Spread.ratio(found.recipe, found.base),
+        plain,
+        Spread.ratio(found.recipe, found.plain) if found.plain else None,
+        *floors,
+        Spread.of(found.recipe).median / floors[1],
+    ]
+
+
+if __name__ == "__main__":
+    script(main)

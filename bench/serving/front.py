@@ -1,0 +1,71 @@
+"""The cost of a personal answer as an app sees it: through a gateway, with and without personalisation, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+from tokenizers import Tokenizer
+
+from bench.rig.engine import KEY, Engine
+from bench.rig.subject import Subject
+from bench.rig.up import gateway_url, running_gateway
+from bench.rig.valkey import ValkeyProcess
+from bench.serving.gateway import ITEMS, USER, Side
+from mta_client import Client
+
+WORDS = ("sea", "wind", "stone", "river", "bread", "letter", "garden", "winter", "music", "paper", "road", "window")
+SECRET = "a benchmark's own secret, kept nowhere"
+
+
+def through_gateway(
+    subject: Subject, engine: Engine, folder: Path, tokens: int, pairs: int
+) -> tuple[list[float], list[float]]:
+    """First tokens through a gateway over a running engine, ms: of nobody, and of a person, in pairs.
+
+    Args:
+        subject: bank and model of the engine.
+        engine: what generates.
+        folder: for the store's files.
+        tokens: about how long the prompts are.
+        pairs: turns of each side, after one for warm-up.
+    """
+    store = ValkeyProcess(folder).start()
+    try:
+        with running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as process:
+            url = gateway_url(process)
+            with Client(url) as client:
+                client.put_profile(USER, ITEMS)
+            sampling = {"max_tokens": 1, "temperature": 0, "user_id": USER}  # all of it is the first token
+            nobody, person = (
+                Side(f"{url}/generate", {}, sampling | {"personalize": level}, False) for level in ("none", "merged")
+            )
+            return asyncio.run(_in_turn(nobody, person, texts(subject.model, tokens), pairs))
+    finally:
+        store.kill()
+
+
+def texts(model: Path, tokens: int) -> Callable[[], str]:
+    """Makes texts of about so many tokens, never the same twice."""
+    tokenizer, chance = Tokenizer.from_file(str(model / "tokenizer.json")), random.Random(0)
+
+    def text() -> str:
+        ids = tokenizer.encode(" ".join(chance.choices(WORDS, k=tokens)), add_special_tokens=False).ids
+        cut: str = tokenizer.decode(ids[:tokens])
+        return cut.strip()
+
+    return text
+
+
+async def _in_turn(a: Side, b: Side, text: Callable[[], str], pairs: int) -> tuple[list[float], list[float]]:
+    taken: tuple[list[float], list[float]] = ([], [])
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=4)) as session:
+        for turn in range(pairs + 1):
+            for kept, side in zip(taken, (a, b), strict=True):
+                first_ms = await side.ask(session, text(), False)
+                if turn:
+                    kept.append(first_ms)
+    return taken

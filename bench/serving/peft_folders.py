@@ -1,0 +1,48 @@
+"""PEFT folders of a bank's recipes, as many as there are users, for vLLM's own LoRA path."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import Progress
+
+from adapters.fusion import fuse
+from bank.matrix import open_matrix
+from bank.peft.peft_adapter import write_peft
+from bench.rig.engine import Engine
+from bench.rig.subject import Subject
+
+DIFFERENT = 16
+"""How many of the folders hold files of their own; the others link to theirs."""
+
+
+def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
+    """Write `count` folders, each a recipe's merged adapter.
+
+    Args:
+        subject: whose recipes.
+        folder: where; made if needed.
+        count: how many.
+    """
+    matrix = open_matrix(subject.bank, subject.manifest)
+    made: list[Path] = []
+    for number, recipe in enumerate(itertools.islice(subject.recipes(), count)):
+        here = folder / f"user-{number}"
+        if number < DIFFERENT:
+            here.mkdir(parents=True, exist_ok=True)
+            write_peft(here, fuse(matrix, recipe), subject.manifest.base_model.name)
+        else:
+            here.mkdir()
+            for file in made[number % DIFFERENT].iterdir():
+                (here / file.name).hardlink_to(file)
+        made.append(here)
+    return made
+
+
+def load_folders(stock: Engine, folders: Sequence[Path], progress: Progress) -> None:
+    """Have a stock vLLM load every folder, under its own name."""
+    for folder in progress.track(folders, description="vLLM loads the folders"):
+        body = {"lora_name": folder.name, "lora_path": str(folder)}
+        stock.client.post("/v1/load_lora_adapter", json=body).raise_for_status()

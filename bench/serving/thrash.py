@@ -1,0 +1,147 @@
+"""More users than slots: 8, 16, 80 and 800 users one after the other over 8 slots, and a stock vLLM beside it.
+
+Ours names a recipe for each user. The stock vLLM has the same options and its own LoRA, and a PEFT folder of the same
+rank for each user, loaded before it is asked (their files are links to a few, which the page cache holds). Blocks take
+turns: at every number of users ours and stock, and all of it again. A block is a closed loop of clients; the users go
+round, so with 80 users nobody comes back before 79 others were served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from bench import script
+from bench.report import Figures, Spread, percentile, tabulate
+from bench.rig.engine import Engine
+from bench.rig.servers import vllm_server
+from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny
+from bench.serving.load import Ask, Loader, Prompts, loading
+from bench.serving.peft_folders import load_folders, peft_folders
+
+
+@dataclass(slots=True)
+class Level:
+    """Readings of one side at one number of users: of every stream, and of every block."""
+
+    first_ms: list[float] = field(default_factory=list)
+    gaps_ms: list[float] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+
+
+COLUMNS = (
+    "users",
+    "server",
+    "first token p50, ms",
+    "first token p99, ms",
+    "inter-token p50, ms",
+    "inter-token p99, ms",
+    "tokens/s",
+)
+
+
+def main(
+    *,
+    bank: BankOption = None,
+    model: ModelOption = None,
+    tiny_model: TinyOption = False,
+    users: Annotated[
+        list[int] | None, typer.Option(help="Users that take turns; may be repeated.", show_default="8, 16, 80, 800")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Adapter slots.", min=1)] = 8,
+    clients: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 16,
+    requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 64,
+    rounds: Annotated[int, typer.Option(help="Blocks of each kind, after one for warm-up.", min=1)] = 5,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=2)] = 16,
+    stock: Annotated[bool, typer.Option("--stock/--no-stock", help="Beside a stock vLLM.")] = True,
+    dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/thrash.json"),
+) -> None:
+    """Measure time to first token and tokens a second as more users share the slots."""
+    levels = sorted(users or [8, 16, 80, 800])
+    with tempfile.TemporaryDirectory() as scratch, Progress() as progress, ExitStack() as servers:
+        subject = tiny(Path(scratch), anchors=64) if tiny_model else given(bank, model)
+        running: dict[str, Any] = {"max_loras": slots, "dtype": dtype, "max_num_seqs": clients}
+        sides = {"ours": servers.enter_context(vllm_server(subject, **running))}
+        names = {"ours": subject.names(levels[-1])}
+        if stock:
+            sides["stock vLLM"] = servers.enter_context(vllm_server(subject, "stock", **running))
+            folders = peft_folders(subject, Path(scratch) / "peft", levels[-1])
+            names["stock vLLM"] = [folder.name for folder in folders]
+            load_folders(sides["stock vLLM"], folders, progress)
+        bar = progress.add_task("blocks in turn", total=(rounds + 1) * len(levels) * len(sides))
+        load = Load(subject, rounds, clients, requests, prompt, tokens)
+        found = asyncio.run(_measure(sides, names, levels, load, lambda: progress.advance(bar)))
+    first = levels[0]
+    lines = [_line(count, side, found[side, count], found[side, first]) for count in levels for side in sides]
+    title = (
+        f"{subject.title}, {dtype}, {slots} slots, {clients} clients: {rounds} blocks of {requests} requests, "
+        f"prompts of {prompt} tokens, answers of {tokens}"
+    )
+    raw = {f"{side}, {count}": level.tokens_per_s for (side, count), level in found.items()}
+    columns = (*COLUMNS, f"tokens/s over {first} users'")
+    tabulate([Figures(title, columns, lines)], out, bench="thrash", tokens_per_s=raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many blocks there are, and what each asks for."""
+
+    subject: Subject
+    rounds: int
+    clients: int
+    requests: int
+    prompt: int
+    tokens: int
+
+
+async def _measure(
+    sides: dict[str, Engine],
+    names: dict[str, list[str]],
+    levels: Sequence[int],
+    load: Load,
+    done: Callable[[], object],
+) -> dict[tuple[str, int], Level]:
+    found = {(side, count): Level() for side in sides for count in levels}
+    prompts = Prompts(load.subject.model)
+    turns = {key: itertools.cycle(range(key[1])) for key in found}  # a block goes on where the last one stopped
+    async with loading(*sides.values()) as loaders:
+        for turn, count in itertools.product(range(load.rounds + 1), levels):
+            for side, loader in zip(sides, loaders, strict=True):
+                asks = _asks(names[side], turns[side, count], prompts, load)
+                await _block(loader, asks, load.clients, found[side, count] if turn else Level())
+                done()
+    return found
+
+
+def _asks(names: Sequence[str], turns: Iterator[int], prompts: Prompts, load: Load) -> Iterator[Ask]:
+    for _ in range(load.requests):
+        yield Ask(names[next(turns)], prompts(load.prompt), load.tokens)
+
+
+async def _block(loader: Loader, asks: Iterator[Ask], clients: int, level: Level) -> None:
+    answers, seconds = await loader.closed_loop(asks, clients)
+    level.first_ms += [answer.first_ms for answer in answers]
+    level.gaps_ms += [gap for answer in answers for gap in answer.gaps_ms]
+    level.tokens_per_s.append(sum(answer.tokens for answer in answers) / seconds)
+
+
+def _line(users: int, side: str, level: Level, first: Level) -> list[object]:
+    """A row of the table; the last column compares the blocks of a round."""
+    latencies = [percentile(kept, share) for kept in (level.first_ms, level.gaps_ms) for share in (0.5, 0.99)]
+    rate = Spread.of(level.tokens_per_s)
+    return [users, side, *latencies, rate, Spread.ratio(level.tokens_per_s, first.tokens_per_s)]
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,65 @@
+"""What benchmarks measure: recipes that are never the same, and random banks for any model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import MtaError
+from adapters.recipe import parse_recipe
+from bank.manifest import read_manifest
+from bank.matrix import open_matrix
+from bench.rig.subject import Subject, given, of_rank
+from bench.rig.tiny import hollow_model, tiny_bank
+
+
+@pytest.fixture
+def subject(tiny_bank_folder: Path, tiny_model_folder: Path) -> Subject:
+    return Subject(tiny_bank_folder, tiny_model_folder, read_manifest(tiny_bank_folder))
+
+
+def test_recipes_are_canonical_and_never_the_same(subject: Subject) -> None:
+    names = subject.names(500)
+    assert len(set(names)) == 500
+    assert {parse_recipe(name).bank for name in names} == {subject.manifest.short}
+    assert {len(parse_recipe(name).terms) for name in names} == {subject.manifest.weights.anchors}
+
+
+def test_a_seed_gives_the_same_recipes_again(subject: Subject) -> None:
+    assert subject.names(20) == subject.names(20)
+    assert subject.names(20) != subject.names(20, seed=1)
+
+
+def test_a_bank_with_too_few_anchors_says_so(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> None:
+    lonely = tiny_bank(tmp_path, tiny_model_folder, embedder_folder, anchors=1, k=1)
+    recipes = Subject(lonely, tiny_model_folder, read_manifest(lonely)).recipes()
+    next(recipes)
+    with pytest.raises(MtaError, match="makes only 1 recipes"):
+        next(recipes)
+
+
+def test_a_random_bank_has_the_rank_that_was_asked_for(tmp_path: Path, tiny_model_folder: Path) -> None:
+    made = of_rank(tmp_path, str(tiny_model_folder), 16, anchors=3)
+    assert (made.manifest.rank, made.manifest.serving_rank, made.manifest.user_rank) == (16, 16, 0)
+    assert open_matrix(made.bank, made.manifest).rows.shape[0] == 4  # the common row beside them
+
+
+def test_a_model_without_weights_can_have_a_bank(tmp_path: Path, embedder_folder: Path) -> None:
+    shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    model = hollow_model(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2, **shape)
+    manifest = read_manifest(tiny_bank(tmp_path / "bank", model, embedder_folder))
+    sizes = {module.name.rpartition(".")[2]: (module.h_in, module.h_out) for module in manifest.modules}
+    assert len(manifest.modules) == 3 * 7
+    assert (sizes["k_proj"], sizes["down_proj"]) == ((32, 16), (48, 32))
+
+
+def test_no_bank_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MTA_BANK", raising=False)
+    with pytest.raises(MtaError, match="MTA_BANK"):
+        given(None, None)
+
+
+def test_recipes_last_as_long_as_a_run_needs(subject: Subject) -> None:
+    assert sum(1 for _ in itertools.islice(subject.recipes(), 5000)) == 5000
