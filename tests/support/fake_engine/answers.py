@@ -100,7 +100,7 @@ def chunk(
 
 
 def _named(seen: Seen, kind: str) -> dict[str, Any]:
-    name = f"chatcmpl-{seen.headers.get('X-Request-Id')}"
+    name = f"chatcmpl-{seen.headers.get('X-Request-ID')}"
     return {"id": name, "object": kind, "created": 1790000000, "model": seen.body["model"]}
 
 
