@@ -191,9 +191,16 @@ class TestPassing:
     def test_tools_are_its_own_matter(self, client: httpx.Client) -> None:
         tools = [{"type": "function", "function": {"name": "look"}}]
         refused = ask(client, tools=tools)
-        assert refused.status_code == 400
+        assert error_of(refused) == (400, None, "invalid_value")
         assert "--enable-auto-tool-choice" in refused.json()["error"]["message"]
         assert ask(client, tools=tools, tool_choice="required").status_code == 200
+
+    def test_a_refusal_of_its_own_names_the_conversation_only_where_nothing_else_can_be_at_fault(
+        self, client: httpx.Client, fake_engine: FakeEngine
+    ) -> None:
+        assert error_of(ask(client, n=2, temperature=0))[:2] == (400, None)
+        fake_engine.knobs.strict = True
+        assert error_of(ask(client, messages=HELLO["messages"] * 2))[:2] == (400, "messages")
 
 
 class TestLimits:

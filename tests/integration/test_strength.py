@@ -69,5 +69,5 @@ def test_without_a_common_row_only_1_is_taken(
     assert ask("nobody", strength=1).status_code == 200
 
 
-def test_a_user_whose_adapter_is_anothers_banks_is_told_nothing_of_it(client: httpx.Client, ada: str) -> None:
+def test_who_has_no_adapter_is_told_nothing_of_one(client: httpx.Client, ada: str) -> None:
     assert generate(client, ada, strength=0.5).json()["personalization"]["reason"] is None

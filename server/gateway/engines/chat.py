@@ -25,6 +25,8 @@ _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never reused while 
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
+_INTRICATE = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
+"""Fields that may be at fault where the engine names none; without them it is its chat template that refuses."""
 
 Conversation = list[dict[str, Any]]
 """Messages in OpenAI's shape; `content` is a text, or absent beside tool calls."""
@@ -149,7 +151,7 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         return AdapterMissing(message)
     if status in (400, 422):
         too_long = param in _PROMPT_PARAMS
-        if too_long or (param is None and "tools" not in request.sampling):  # a chat template's refusal has none
+        if too_long or (param is None and _INTRICATE.isdisjoint(request.sampling)):
             param = request.prompt_param
         return InvalidRequest(
             message,

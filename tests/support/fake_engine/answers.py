@@ -35,6 +35,15 @@ def template_refusal(messages: list[dict[str, str]]) -> str | None:
     return f"after {twice} comes another role" if twice else None
 
 
+def options_refusal(body: dict[str, Any]) -> str | None:
+    """What vLLM says of options that do not go together, or with how it was started."""
+    if body.get("tool_choice", "auto" if "tools" in body else "none") == "auto":
+        return '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+    if body.get("n", 1) > 1 and body.get("temperature") == 0:
+        return "n must be 1 when using greedy sampling"
+    return None
+
+
 def prompts_of(body: dict[str, Any]) -> list[Any]:
     """What is to be answered: the contents of a conversation, or each prompt, as a text or as token ids."""
     if "messages" in body:

@@ -18,6 +18,7 @@ from tests.support.fake_engine.answers import (
     chunk,
     chunks,
     error_answer,
+    options_refusal,
     prompt_tokens,
     template_refusal,
     usage_of,
@@ -164,8 +165,8 @@ class FakeEngine:
             return error_answer(404, f"The model `{model}` does not exist.", "model")
         if knobs.strict and (reason := template_refusal(body.get("messages", []))):
             return error_answer(400, reason)
-        if body.get("tool_choice", "none" if "tools" not in body else "auto") == "auto":
-            return error_answer(400, '"auto" tool choice requires --enable-auto-tool-choice')
+        if reason := options_refusal(body):
+            return error_answer(400, reason)
         prompt = prompt_tokens(body)
         if prompt > knobs.context:
             return error_answer(
