@@ -34,6 +34,7 @@ from server.gateway.http.middleware import Places, RequestLog
 from server.gateway.metrics import Metrics
 from server.gateway.parts import Parts
 from server.gateway.routes import generate, jobs, operations, users
+from server.gateway.routes.openai import routes as openai
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
 from server.gateway.users.history import HistoryLimit
@@ -50,7 +51,8 @@ log = logging.getLogger("mta.gateway")
 
 DESCRIPTION = """\
 Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
-`POST /generate` answers as that user. Errors have OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`.
+`POST /generate` answers as that user, and so do OpenAI's own routes under `/v1`. Errors have OpenAI's shape,
+`{"error": {"message", "type", "param", "code"}}`.
 """
 
 
@@ -74,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(Places, most=settings.max_requests)
     app.add_middleware(RequestLog, counter=metrics.requests)  # the last one added is the outermost
-    for router in (generate.router, users.router, jobs.router, operations.router):
+    for router in (generate.router, openai.router, users.router, jobs.router, operations.router):
         app.include_router(router)
     add_error_handlers(app)
     return app

@@ -132,6 +132,24 @@ async def test_a_whole_answer_is_the_streamed_one(client: EngineClient, subject:
     assert whole.usage["completion_tokens"] == 24
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_prompts_are_continued_without_a_chat_template(
+    client: EngineClient, subject: Subject, stream: bool
+) -> None:
+    prompts = ["hello there", "the sea"]
+    request = replace(ask(subject.recipe().name), messages=[], prompt=prompts, stream=stream)
+    texts = ["", ""]
+    async with client.generate(request) as answer:
+        async for first, value in answer.pieces():
+            assert first == (value["choices"][0]["text"] if value["choices"] else "")
+            for choice in value["choices"]:
+                texts[choice["index"]] += choice["text"]
+    assert all(texts)
+    assert (answer.finish_reason, answer.complete) == ("length", True)
+    assert answer.usage["prompt_tokens"] == sum(map(len, prompts))
+    assert answer.usage["completion_tokens"] == 2 * 8
+
+
 async def test_greedy_answers_repeat_and_differ_between_recipes(client: EngineClient, subject: Subject) -> None:
     one, other = subject.recipe().name, subject.recipe(terms=(Term(1, 1000),)).name
     first = await answer(client, ask(one, max_tokens=24))

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -18,11 +17,8 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
 from bench.rig.processes import wait_until
 from server.settings import Settings
-from server.store.profiles import AdapterNote, Change
-from server.store.redis.connection import RedisConnection
-from server.store.redis.profiles import RedisProfiles
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, generate, wait_until_ready
+from tests.support.gateway import GatewayThread, generate, give_adapter, wait_until_ready
 
 NewUser = Callable[[], str]
 CONTEXT = 512
@@ -249,19 +245,6 @@ def test_only_the_newest_items_that_fit_into_the_bytes_of_a_user_are_kept(
         added = client.post(f"/users/{user_id}/profile/items", json={"items": items[5:]}).json()
         assert (added["received"], added["kept"], added["changed"]) == (1, 3, 2)
         assert list(kept(gateway, user_id)) == ["n3", "n4", "n5"]
-
-
-async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
-    """Note in a profile that there is a user adapter, as promotion does."""
-    connection = RedisConnection(gateway.parts.settings.redis_url)
-    await connection.check()
-    store, key = RedisProfiles(connection), gateway.parts.profiles.key(user_id)
-    snapshot = await store.read(key)
-    assert snapshot.profile
-    note = AdapterNote("a" * 26, f"mta1:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)
-    change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
-    await store.commit(key, snapshot.version, change, snapshot.epoch)
-    await connection.close()
 
 
 def level_of(model: str) -> str:

@@ -73,6 +73,9 @@ def test_every_route_is_tried() -> None:
     tried = {(operation.ok().method.upper(), operation.ok().path) for operation in schema.get_all_operations()}
     assert tried >= {
         ("POST", "/generate"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("GET", "/v1/models"),
         ("PUT", "/users/{user_id}/profile"),
         ("POST", "/users/{user_id}/profile/items"),
         ("GET", "/users/{user_id}"),

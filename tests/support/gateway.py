@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,9 @@ from server.gateway.app import create_app
 from server.gateway.http.serving import uvicorn_config
 from server.gateway.parts import Parts
 from server.settings import Settings
+from server.store.profiles import AdapterNote, Change
+from server.store.redis.connection import RedisConnection
+from server.store.redis.profiles import RedisProfiles
 
 SECRET = "a secret that only tests know"
 
@@ -104,3 +108,16 @@ def chunks_of(response: httpx.Response) -> list[Any]:
 def text_of(chunks: list[Any]) -> str:
     """The text of a stream."""
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if isinstance(chunk, dict))
+
+
+async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
+    """Note in a profile that there is a user adapter, as promotion does."""
+    connection = RedisConnection(gateway.parts.settings.redis_url)
+    await connection.check()
+    store, key = RedisProfiles(connection), gateway.parts.profiles.key(user_id)
+    snapshot = await store.read(key)
+    assert snapshot.profile
+    note = AdapterNote("a" * 26, f"mta1:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)
+    change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
+    await store.commit(key, snapshot.version, change, snapshot.epoch)
+    await connection.close()

@@ -1,4 +1,4 @@
-"""The client for generations: OpenAI's chat completions over HTTP.
+"""The client for generations: OpenAI's chat completions and completions over HTTP.
 
 Closing the connection tells vLLM to abort. Every failure becomes one of our errors, here or in the stream.
 """
@@ -25,6 +25,13 @@ _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never reused while 
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
+_INTRICATE = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
+"""Fields that may be at fault where the engine names none; without them it is its chat template that refuses."""
+
+Conversation = list[dict[str, Any]]
+"""Messages in OpenAI's shape; `content` is a text, or absent beside tool calls."""
+Prompt = str | list[str] | list[int] | list[list[int]]
+"""One text or several, or their token ids."""
 
 
 class AdapterMissing(MtaError):
@@ -38,18 +45,20 @@ class EngineRequest:
     Attributes:
         request_id: also the engine's id for it, so that logs can be joined.
         model: a recipe name, or `base`.
-        messages: the conversation in OpenAI's shape.
-        sampling: fields passed on as they are: max_tokens, temperature, top_p, stop, seed.
+        messages: the conversation, where there is no prompt.
+        sampling: fields passed on as they are, e.g. max_tokens.
         prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
         stream: whether the answer comes in pieces.
+        prompt: continued as it is.
     """
 
     request_id: str
     model: str
-    messages: list[dict[str, str]]
+    messages: Conversation
     sampling: Mapping[str, Any]
     prompt_param: str
     stream: bool = True
+    prompt: Prompt | None = None
 
 
 class EngineClient:
@@ -64,7 +73,7 @@ class EngineClient:
 
     def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None, cache_salt: str) -> None:
         self._session = session
-        self._url = f"{url.rstrip('/')}/v1/chat/completions"
+        self._url = f"{url.rstrip('/')}/v1"
         self._headers = {"Content-Type": "application/json"} | key_header(key)
         self._cache_salt = cache_salt
 
@@ -83,7 +92,7 @@ class EngineClient:
         try:
             if response.status != 200:
                 raise await _refusal(response, request)
-            stream = EngineStream(response.content, sent_s, streamed=request.stream)
+            stream = EngineStream(response.content, sent_s, streamed=request.stream, chat=request.prompt is None)
             await stream.begin()
             yield stream
             if stream.complete:
@@ -92,17 +101,14 @@ class EngineClient:
             response.close()  # after a whole answer the connection is back in the pool, and this does nothing
 
     async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
-        body = {
-            "model": request.model,
-            "messages": request.messages,
-            **request.sampling,
-            "cache_salt": self._cache_salt,
-        }
+        said = {"messages": request.messages} if request.prompt is None else {"prompt": request.prompt}
+        url = f"{self._url}/{'chat/completions' if request.prompt is None else 'completions'}"
+        body = {"model": request.model, **said, **request.sampling, "cache_salt": self._cache_salt}
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": request.model}
         try:
-            return await self._session.post(self._url, data=orjson.dumps(body), headers=headers)
+            return await self._session.post(url, data=orjson.dumps(body), headers=headers)
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -137,6 +143,7 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
     try:
         error = orjson.loads(await response.read())["error"]
         message, param = for_clients(str(error["message"])), error.get("param")
+        param = param and str(param).removeprefix("body.")
     except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
         message, param = f"HTTP {response.status} without a reason", None
     status = response.status
@@ -144,9 +151,11 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         return AdapterMissing(message)
     if status in (400, 422):
         too_long = param in _PROMPT_PARAMS
+        if too_long or (param is None and _INTRICATE.isdisjoint(request.sampling)):
+            param = request.prompt_param
         return InvalidRequest(
             message,
-            param=request.prompt_param if too_long or param is None else param,  # a chat template's refusal has none
+            param=param,
             code="context_length_exceeded" if too_long else None,
         )
     if status in (401, 403):

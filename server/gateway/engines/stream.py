@@ -1,4 +1,4 @@
-"""An answer in progress, streamed or whole, read from the engine's chat completions.
+"""An answer in progress, streamed or whole, read from the engine's chat completions or completions.
 
 When streamed, the usage in every chunk gives the prompt's length before anything is passed on. When whole, it is known
 only at the end, but neither side spends time on chunks, which for a small model is much of an answer's time.
@@ -18,11 +18,14 @@ from adapters.errors import excerpt
 from server.errors import EngineFailed
 from server.gateway.engines.sse import ByteChunks, events
 
+Piece = tuple[str, dict[str, Any]]
+"""The text of the first choice, often empty, and the JSON value that it came in."""
+
 _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 
 
 class EngineStream:
-    """An answer in progress: call `begin`, then iterate `texts`; everything is known when that ends.
+    """An answer in progress: call `begin`, then iterate `texts` or `pieces`; everything is known when that ends.
 
     Attributes:
         sent_s: when the request was sent, by the performance counter.
@@ -33,7 +36,7 @@ class EngineStream:
         complete: whether the whole answer has been read.
     """
 
-    def __init__(self, chunks: ByteChunks, sent_s: float, *, streamed: bool = True) -> None:
+    def __init__(self, chunks: ByteChunks, sent_s: float, *, streamed: bool = True, chat: bool = True) -> None:
         self.sent_s = sent_s
         self.first_token_s: float | None = None
         self.prompt_tokens: int | None = None
@@ -41,8 +44,9 @@ class EngineStream:
         self.usage: dict[str, int] = {}
         self.complete = False
         self._streamed = streamed
-        self._pieces = self._read(chunks)
-        self._first = ""
+        self._part = ("delta" if streamed else "message") if chat else "text"
+        self._read_on = self._read(chunks)
+        self._first: Piece | None = None
 
     async def begin(self) -> None:
         """Wait for the first piece.
@@ -50,42 +54,47 @@ class EngineStream:
         Raises:
             EngineFailed: when the engine breaks off first, or sends something that is not an answer.
         """
-        self._first = await anext(self._pieces, "")
+        self._first = await anext(self._read_on, None)
         if self._streamed:
             self.first_token_s = time.perf_counter()
         self.prompt_tokens = self.usage.get("prompt_tokens")
 
     async def texts(self) -> AsyncIterator[str]:
-        """The pieces of text, none empty.
+        """The pieces of text, none empty; see `pieces`."""
+        async for text, _ in self.pieces():
+            if text:
+                yield text
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """All that the engine sends: chunks, or the whole answer.
 
         Raises:
             EngineFailed: when the engine breaks off, or sends something that is not an answer.
         """
         if self._first:
             yield self._first
-        async for text in self._pieces:
-            if text:
-                yield text
+        async for piece in self._read_on:
+            yield piece
 
-    async def _read(self, chunks: ByteChunks) -> AsyncGenerator[str, None]:
-        """The text of every chunk, often empty, or of the whole answer."""
+    async def _read(self, chunks: ByteChunks) -> AsyncGenerator[Piece, None]:
         try:
             if self._streamed:
                 async for chunk in events(chunks):
-                    yield self._take(chunk, "delta")
+                    yield self._take(chunk), chunk
             else:
-                yield self._take(orjson.loads(await chunks.read()), "message")
+                whole = orjson.loads(await chunks.read())
+                yield self._take(whole), whole
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError, EOFError) as error:
             raise EngineFailed("the engine broke off in the middle of the answer: send the request again") from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise EngineFailed("the engine sent something that is not a chat completion") from error
+            raise EngineFailed("the engine sent something that is not a completion") from error
         if self.finish_reason is None:
             raise EngineFailed("the engine ended the answer without a finish reason")
         self.complete = True
 
-    def _take(self, chunk: dict[str, Any], part: str) -> str:
+    def _take(self, chunk: dict[str, Any]) -> str:
         if "error" in chunk:
             message = for_clients(excerpt(chunk["error"], 300))
             raise EngineFailed(f"the engine failed in the middle of the answer: {message}")
@@ -96,7 +105,8 @@ class EngineStream:
             return ""
         choice = chunk["choices"][0]
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        return choice[part].get("content") or ""
+        part = choice[self._part]
+        return (part if self._part == "text" else part.get("content")) or ""
 
 
 def for_clients(message: str) -> str:

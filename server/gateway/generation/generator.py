@@ -7,20 +7,21 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import EngineFailed, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
-from server.gateway.engines.stream import EngineStream
+from server.gateway.engines.stream import EngineStream, Piece
+from server.gateway.generation.asked import Asked
 from server.gateway.generation.limits import Limits
 from server.gateway.generation.personalizer import Personalization, Personalizer, may_speak
 from server.gateway.generation.recall import Recall
 from server.gateway.generation.timings import Timings
-from server.gateway.http.requests import GenerateRequest
 from server.gateway.metrics import Metrics
 
-_SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class Answer:
         id: of the request; it is in the engine's logs too.
         personalization: who speaks.
         stream: the engine's.
-        timings: complete once `texts` has ended.
+        timings: complete once `texts` or `pieces` has ended.
     """
 
     id: str
@@ -39,10 +40,17 @@ class Answer:
     stream: EngineStream
     timings: Timings
 
-    async def texts(self) -> AsyncIterator[str]:
+    def texts(self) -> AsyncIterator[str]:
         """The pieces of text; see `EngineStream.texts`."""
-        async for text in self.stream.texts():
-            yield text
+        return self._timed(self.stream.texts())
+
+    def pieces(self) -> AsyncIterator[Piece]:
+        """All that the engine sends; see `EngineStream.pieces`."""
+        return self._timed(self.stream.pieces())
+
+    async def _timed(self, parts: AsyncIterator[T]) -> AsyncIterator[T]:
+        async for part in parts:
+            yield part
         self.timings.record("engine", self.stream.sent_s)
         self.timings.finish()
 
@@ -77,35 +85,36 @@ class Generator:
         self._metrics = metrics
 
     @asynccontextmanager
-    async def answer(self, request: GenerateRequest, timings: Timings) -> AsyncIterator[Answer]:
+    async def answer(self, asked: Asked, timings: Timings) -> AsyncIterator[Answer]:
         """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
 
         Args:
-            request: well-formed.
-            timings: gets every stage up to the first piece, and the rest from `Answer.texts`.
+            asked: well-formed.
+            timings: gets every stage up to the first piece, and the rest at the end of the answer's pieces.
 
         Raises:
             ApiError: whatever keeps the answer from starting.
         """
         limits = Limits(self._max_prompt_chars, self._engines.context)
-        limits.check(request)
-        personalization = await self._personalizer.resolve(request.user_id, request.personalize, timings)
+        limits.check(asked)
+        personalization = await self._personalizer.resolve(asked, timings)
         start_s = time.perf_counter()
-        messages = await self._recall.messages(request, personalization.profile, limits)
-        if request.history:
+        messages = await self._recall.messages(asked, personalization.profile, limits)
+        if asked.history:
             timings.record("history", start_s)
         wanted = EngineRequest(
-            request_id=f"gen-{secrets.token_hex(12)}",
+            request_id=f"{asked.id_prefix}-{secrets.token_hex(12)}",
             model=personalization.model,
             messages=messages,
-            sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
-            prompt_param=request.conversation_param,
-            stream=request.stream or not limits.allow_whole(messages, request.max_tokens),
+            sampling=asked.sampling,
+            prompt_param=asked.prompt_param,
+            stream=asked.stream or (asked.splittable and not limits.allow_whole(messages, asked.max_tokens)),
+            prompt=asked.prompt,
         )
         async with AsyncExitStack() as stack:
-            candidates = may_speak(personalization, request.personalize)
+            candidates = may_speak(personalization, asked.personalize)
             speaking, stream = await self._first_served(stack, wanted, candidates)
-            limits.check_answer(request, stream.prompt_tokens)
+            limits.check_answer(asked, stream.prompt_tokens)
             if stream.first_token_s is not None:
                 timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
             yield Answer(wanted.request_id, speaking, stream, timings)

@@ -9,10 +9,11 @@ from bank.items.profile import Item
 from bank.items.prompt import chat_messages
 from bank.items.retrieval import JOIN, ItemIndex, remembering
 from bank.items.tasks import Task
+from server.gateway.engines.chat import Conversation
 from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.generation.asked import Asked
 from server.gateway.generation.index_cache import IndexCache
-from server.gateway.generation.limits import Conversation, Limits, chars_of, conversation, most_tokens, size_bytes
-from server.gateway.http.requests import GenerateRequest
+from server.gateway.generation.limits import Limits, chars_of, most_tokens, size_bytes
 from server.gateway.users.profiles import Profiles
 from server.store.profiles import Profile
 
@@ -40,23 +41,23 @@ class Recall:
         self._cache = cache
         self._building = asyncio.Lock()
 
-    async def messages(self, request: GenerateRequest, profile: Profile | None, limits: Limits) -> Conversation:
+    async def messages(self, asked: Asked, profile: Profile | None, limits: Limits) -> Conversation:
         """The conversation for the engine, with as much history as the request asks for and is sure to fit.
 
         Args:
-            request: within the limits that hold without a history.
+            asked: within the limits that hold without a history.
             profile: the user's, as found for this request; None without one.
             limits: of the request; nothing is sure to fit while the context is unknown.
 
         Raises:
             Unavailable: when a history is wanted and the store is down.
         """
-        messages = conversation(request)
-        if not request.history or profile is None or limits.context is None or messages[-1]["role"] != "user":
+        messages, room = asked.messages, limits.room(asked)
+        if not asked.history or profile is None or room is None or messages[-1]["role"] != "user":
             return messages
         index = await self._index(profile)
-        memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
-        return await self._fitted(messages, memories, limits.context - request.max_tokens, limits.prompt_chars)
+        memories = await asyncio.to_thread(index.memories, messages[-1]["content"], asked.history)
+        return await self._fitted(messages, memories, room, limits.prompt_chars)
 
     async def _index(self, profile: Profile) -> ItemIndex:
         """A user's items, ready to be searched; only one history is indexed at a time, while other requests go on."""

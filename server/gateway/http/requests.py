@@ -9,12 +9,12 @@ from fastapi import Path
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -50,18 +50,52 @@ class Personalize(StrEnum):
     NONE = "none"
 
 
-class _Request(BaseModel):
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    Field(min_length=1, max_length=MAX_STOPS),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
+History = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=MAX_HISTORY,
+        description="How many of the user's most relevant past items go into the prompt; fewer if it has no room.",
+    ),
+]
+Wanted = Annotated[
+    Personalize,
+    Field(
+        strict=False,  # enum values arrive as JSON strings
+        description="`auto`: all that is known about the user. `merged`: a recipe or an error. `none`: the base model.",
+    ),
+]
+Strength = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        multiple_of=0.05,
+        description="Factor on the anchors' weights beside the common row, which alone speaks at 0; in steps of 0.05. "
+        "Below 1 a user's own adapter is left out.",
+    ),
+]
+
+
+class Strict(BaseModel):
+    """No value is converted to another type, no unknown field is accepted."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Message(_Request):
+class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str = Field(min_length=1)
 
 
-class GenerateRequest(_Request):
+class GenerateRequest(Strict):
     """A generation for one user: a prompt, or a conversation."""
 
     model_config = ConfigDict(
@@ -90,27 +124,12 @@ class GenerateRequest(_Request):
     )
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Share of the probability to sample from.")
-    stop: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None = Field(
-        None, min_length=1, max_length=MAX_STOPS, description="Texts that end the answer; a single string is accepted."
-    )
+    stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
-    history: int = Field(
-        0,
-        ge=0,
-        le=MAX_HISTORY,
-        description="How many of the user's most relevant past items go into the prompt; fewer if it has no room.",
-    )
-    personalize: Personalize = Field(
-        Personalize.AUTO,
-        strict=False,  # enum values arrive as JSON strings
-        description="`auto`: all that is known about the user. `merged`: a recipe or an error. `none`: the base model.",
-    )
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    history: History = 0
+    personalize: Wanted = Personalize.AUTO
+    strength: Strength = 1.0
 
     @model_validator(mode="after")
     def _one_conversation(self) -> Self:
@@ -125,7 +144,7 @@ class GenerateRequest(_Request):
         return "prompt" if self.messages is None else "messages"
 
 
-class ItemsRequest(_Request):
+class ItemsRequest(Strict):
     """Items of a user's history, oldest first."""
 
     model_config = ConfigDict(
@@ -146,7 +165,7 @@ class ItemsRequest(_Request):
     )
 
 
-class SampleRequest(_Request):
+class SampleRequest(Strict):
     """One example of how the user wants to be answered."""
 
     input: Annotated[
@@ -157,7 +176,7 @@ class SampleRequest(_Request):
     output: str = Field(min_length=1, description="What the answer should have been.")
 
 
-class AdaptOptions(_Request):
+class AdaptOptions(Strict):
     """How to train; the server chooses what is not given."""
 
     kind: AdapterKind | None = Field(
@@ -182,7 +201,7 @@ class AdaptOptions(_Request):
     )
 
 
-class AdaptRequest(_Request):
+class AdaptRequest(Strict):
     """Samples to adapt to."""
 
     model_config = ConfigDict(

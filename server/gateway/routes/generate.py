@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
 
-from server.errors import ApiError
+from bank.items.prompt import chat_messages
+from server.gateway.generation.asked import Asked
 from server.gateway.generation.generator import Answer
-from server.gateway.generation.timings import Timings
-from server.gateway.http.disconnect import ClientGone, unless_gone
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.middleware import notes_of
 from server.gateway.http.requests import GenerateRequest
-from server.gateway.http.streaming import DONE, EventSender, event
-from server.gateway.parts import Parts, parts_of
+from server.gateway.http.streaming import event
+from server.gateway.parts import parts_of
+from server.gateway.routes.answering import Answering
 from server.gateway.routes.answers import GenerateAnswer, generate_answer
 from server.gateway.routes.chunks import Chunks
 from server.gateway.routes.examples import GENERATED, STREAMED
 
-if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+_SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
-log = logging.getLogger("mta.gateway")
 router = APIRouter(route_class=JsonRoute, tags=["generate"])
 
 
@@ -52,71 +47,44 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     The first event or comment sets the status to 200, even if no text has begun: a later error is an event, an earlier
     one an answer with a status of its own.
     """
-    return _Generation(parts_of(request), body)
+    return Answering(parts_of(request), asked_of(body), _Texts())
 
 
-class _Generation(Response):
-    """Generates while it is being sent; when the client leaves, the engine is told to stop."""
+def asked_of(request: GenerateRequest) -> Asked:
+    """What a request asks of the generator."""
+    if request.prompt is not None:
+        messages = chat_messages(request.prompt)
+    else:
+        messages = [message.model_dump() for message in request.messages or ()]
+    return Asked(
+        id_prefix="gen",
+        user_id=request.user_id,
+        personalize=request.personalize,
+        strength=request.strength,
+        messages=messages,
+        history=request.history,
+        max_tokens=request.max_tokens,
+        sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
+        stream=request.stream,
+        splittable=True,
+        user_param="user_id",
+        prompt_param=request.conversation_param,
+    )
 
-    def __init__(self, parts: Parts, request: GenerateRequest) -> None:
-        super().__init__()
-        self._parts = parts
-        self._request = request
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write = self._stream if self._request.stream else self._whole
-        try:
-            await unless_gone(receive, write(scope, receive, send))
-        except ClientGone:
-            notes_of(scope).gone = True
-            self._parts.metrics.disconnects.inc()
+class _Texts:
+    """The form of `/generate`: texts."""
 
-    def _started(self, timings: Timings) -> AbstractAsyncContextManager[Answer]:
-        return self._parts.generator.answer(self._request, timings)
+    async def whole(self, answer: Answer) -> str:
+        text = "".join([piece async for piece in answer.texts()])
+        return generate_answer(answer, text).model_dump_json()
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timings = Timings(notes_of(scope).started_s)
-        async with self._started(timings) as answer:
-            _note(scope, answer)
-            text = "".join([piece async for piece in answer.texts()])
-            self._parts.metrics.observe(timings.ms)
-            content = generate_answer(answer, text).model_dump_json()
-            headers = {"Server-Timing": timings.header()}
-            await Response(content, headers=headers, media_type="application/json")(scope, receive, send)
-
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timings = Timings(notes_of(scope).started_s)
-        async with EventSender(send, lambda: {"Server-Timing": timings.header()}) as sender:
-            try:
-                async with self._started(timings) as answer:
-                    _note(scope, answer)
-                    await self._events(answer, sender)
-            except ApiError as error:
-                if not sender.begun:
-                    raise
-                await self._break_off(error, sender)
-            except Exception:
-                if not sender.begun:
-                    raise
-                log.exception("%s broke", notes_of(scope).request_id or "a stream")
-                await self._break_off(ApiError("the gateway failed in the middle of the answer"), sender)
-            await sender.end()
-
-    async def _events(self, answer: Answer, sender: EventSender) -> None:
+    async def events(self, answer: Answer) -> AsyncIterator[bytes]:
         chunks = Chunks(answer)
-        await sender.write(event(chunks.first()))
+        yield event(chunks.first())
         async for text in answer.texts():
-            await sender.write(event(chunks.text(text)))
-        self._parts.metrics.observe(answer.timings.ms)
-        await sender.write(event(chunks.last()) + DONE)
+            yield event(chunks.text(text))
+        yield event(chunks.last())
 
-    async def _break_off(self, error: ApiError, sender: EventSender) -> None:
-        log.warning("%s", error.explained)
-        self._parts.metrics.broken_streams.labels(error.code).inc()
-        await sender.write(event(ErrorAnswer.of(error)))
-
-
-def _note(scope: Scope, answer: Answer) -> None:
-    """Note for the log and the count what only this route knows."""
-    notes = notes_of(scope)
-    notes.request_id, notes.level = answer.id, answer.personalization.level.value
+    def headers(self, answer: Answer) -> dict[str, str]:
+        return {}

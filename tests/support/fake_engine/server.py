@@ -16,10 +16,13 @@ from server.supervisor.services import free_port
 from tests.support.fake_engine.answers import (
     authorised,
     chunk,
+    chunks,
     error_answer,
+    options_refusal,
     prompt_tokens,
     template_refusal,
     usage_of,
+    whole,
     words_of,
 )
 from tests.support.fake_engine.knobs import Knobs, Seen
@@ -77,7 +80,8 @@ class FakeEngine:
     def application(self) -> web.Application:
         """Its routes."""
         app = web.Application(client_max_size=64 << 20)
-        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/chat/completions", self._generate)
+        app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/mta/v1/status", self._status)
         app.router.add_post("/mta/v1/drop", self._drop)
@@ -137,7 +141,7 @@ class FakeEngine:
         self.dropped.append(json.loads(await request.read())["user_key"])
         return web.json_response({"held": 0})
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
         if not authorised(request):
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = json.loads(await request.read())
@@ -159,7 +163,9 @@ class FakeEngine:
             return error_answer(knobs.status, f"the fake engine was told to fail at `{model}`")
         if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
             return error_answer(404, f"The model `{model}` does not exist.", "model")
-        if knobs.strict and (reason := template_refusal(body["messages"])):
+        if knobs.strict and (reason := template_refusal(body.get("messages", []))):
+            return error_answer(400, reason)
+        if reason := options_refusal(body):
             return error_answer(400, reason)
         prompt = prompt_tokens(body)
         if prompt > knobs.context:
@@ -192,9 +198,7 @@ class FakeEngine:
             seen.tokens += 1
         if self.knobs.garbage:
             return web.Response(body=self.knobs.garbage, content_type="application/json")
-        message = {"role": "assistant", "content": "".join(words)}
-        choice = {"index": 0, "message": message, "finish_reason": "length"}
-        return web.json_response({"object": "chat.completion", "choices": [choice], "usage": usage_of(seen)})
+        return web.json_response(whole(seen, words))
 
     async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
         options = seen.body.get("stream_options") or {}
@@ -216,11 +220,10 @@ class FakeEngine:
                 await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
                 return response
             await asyncio.sleep(self.knobs.token_delay_s)
-            if not seen.tokens:  # vLLM opens the answer with its first token
-                await response.write(chunk({"role": "assistant", "content": ""}, **usage))
-            await response.write(self.knobs.garbage or chunk({"content": word}, **usage))
+            if not seen.tokens and "messages" in seen.body:  # vLLM opens a message with its first token
+                await response.write(chunks(seen, "", **usage))
+            await response.write(self.knobs.garbage or chunks(seen, word, **usage))
             seen.tokens += 1
-        await response.write(chunk({}, "length", **usage))
-        last = {"object": "chat.completion.chunk", "choices": [], "usage": usage_of(seen)}
-        await response.write(b"data: " + json.dumps(last).encode() + b"\n\ndata: [DONE]\n\n")
+        await response.write(chunks(seen, None, "length", **usage))
+        await response.write(chunk(seen, None, usage=usage_of(seen)) + b"data: [DONE]\n\n")
         return response

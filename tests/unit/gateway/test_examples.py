@@ -1,4 +1,4 @@
-"""Examples in the API's document and in the README: whole, and as the gateway would answer today."""
+"""Examples in the API's document, the README and docs/openai.md: whole, and as the gateway would answer today."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from server.errors import InvalidRequest
 from server.gateway.app import create_app
 from server.gateway.http.errors import ErrorAnswer, fault_of
 from server.gateway.http.requests import AdaptRequest, GenerateRequest, ItemsRequest
 from server.gateway.routes.answers import ErasedAnswer, GenerateAnswer, JobAnswer, ProfileAnswer
 from server.gateway.routes.chunks import Chunk
+from server.gateway.routes.openai.answers import ChatCompletion, ModelsAnswer, TextCompletion
+from server.gateway.routes.openai.fields import FIELDS, Fate
+from server.gateway.routes.openai.requests import ChatRequest, CompletionRequest
 from server.settings import Settings
 
 DOCUMENT = create_app(Settings()).openapi()
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[3]
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/openai.md"))
 LEFT_OUT = ", …}"
-"""How the README ends an object of which it does not show all."""
+"""How they end an object of which it does not show all."""
 
 SHAPES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
     "PUT /users/rosa/profile": (ItemsRequest, ProfileAnswer),
@@ -29,6 +34,9 @@ SHAPES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
     "POST /users/kai/adapt": (AdaptRequest, JobAnswer),
     "GET /jobs/…/events": (None, JobAnswer),
     "DELETE /users/rosa": (None, ErasedAnswer),
+    "POST /v1/chat/completions": (ChatRequest, ChatCompletion),
+    "POST /v1/completions": (CompletionRequest, TextCompletion),
+    "GET /v1/models": (None, ModelsAnswer),
 }
 """What each call of the README sends and is answered."""
 
@@ -96,9 +104,10 @@ def calls() -> Iterator[tuple[str, str | None, str]]:
 def test_the_readme_shows_what_is_sent_and_answered(route: str, sent: str | None, answer: str) -> None:
     request_shape, shape = SHAPES[route]
     if answer.startswith('{"error"'):
-        with pytest.raises(ValidationError) as caught:
+        with pytest.raises((ValidationError, InvalidRequest)) as caught:
             request_shape.model_validate_json(sent)
-        assert json.loads(answer) == ErrorAnswer.of(fault_of(caught.value.errors())).model_dump()
+        fault = caught.value if isinstance(caught.value, InvalidRequest) else fault_of(caught.value.errors())
+        assert json.loads(answer) == ErrorAnswer.of(fault).model_dump()
         return
     if request_shape:
         request_shape.model_validate_json(sent.replace(", … ten of them …", ""))
@@ -108,6 +117,13 @@ def test_the_readme_shows_what_is_sent_and_answered(route: str, sent: str | None
             check_shown(shape, json.loads(whole))
         else:
             check_whole(shape, whole)
+
+
+def test_the_table_of_openais_fields_is_the_gateways() -> None:
+    rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`\w+`.*?) \|", README, re.MULTILINE)]
+    ours, personal, passed, ignored, refused = rows[-5:]
+    fates = [ours | personal, passed, ignored, refused]
+    assert fates == [{name for name, fate in FIELDS.items() if fate is wanted} for wanted in Fate]
 
 
 def test_every_call_of_the_readme_was_found() -> None:

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from server.errors import InvalidRequest
-from server.gateway.generation.limits import WHOLE_TOKENS, Limits, conversation, most_tokens
+from server.gateway.generation.asked import Asked
+from server.gateway.generation.limits import WHOLE_TOKENS, Limits, most_tokens
 from server.gateway.http.requests import GenerateRequest
+from server.gateway.routes.generate import asked_of
 
 LIMITS = Limits(prompt_chars=10, context=512)
 
 
-def ask(**fields: Any) -> GenerateRequest:
-    return GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
+def ask(**fields: Any) -> Asked:
+    return asked_of(GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields))
 
 
 def in_messages(*texts: str) -> dict[str, Any]:
@@ -51,11 +53,11 @@ def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
     unknown = Limits(prompt_chars=10, context=None)
     unknown.check(ask(max_tokens=10_000))
     unknown.check_answer(ask(max_tokens=10_000), 500)
-    assert not unknown.allow_whole(conversation(ask()), 1)
+    assert not unknown.allow_whole(ask().messages, 1)
 
 
 def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
-    messages = conversation(ask(prompt="ä" * 20))
+    messages = ask(prompt="ä" * 20).messages
     room = 4096 - most_tokens(messages)
     assert most_tokens(messages) > 40
     assert Limits(100, 4096).allow_whole(messages, WHOLE_TOKENS)

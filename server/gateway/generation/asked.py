@@ -1,0 +1,52 @@
+"""What is asked of the generator, whichever route it came by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from server.gateway.engines.chat import Conversation, Prompt
+from server.gateway.http.requests import Personalize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One request for an answer, well-formed.
+
+    Attributes:
+        id_prefix: how the answer's id begins.
+        user_id: who asks; None for nobody in particular.
+        personalize: how personal the answer is to be.
+        strength: of the anchors beside the common row, relative to the bank's own.
+        messages: the conversation; empty where a prompt is continued.
+        prompt: what is continued as it is, without a chat template; None for a conversation.
+        history: how many of the user's past items the conversation gets.
+        max_tokens: longest answer; None for what the context leaves.
+        sampling: what the engine gets as it came.
+        stream: whether the client wants the answer in pieces.
+        splittable: whether the engine may send in pieces what the client wants whole.
+        user_param: the client's name for `user_id`, for errors.
+        prompt_param: for the conversation or prompt.
+        max_tokens_param: for `max_tokens`.
+    """
+
+    id_prefix: str
+    user_id: str | None
+    personalize: Personalize
+    strength: float
+    messages: Conversation
+    prompt: Prompt | None = None
+    history: int = 0
+    max_tokens: int | None
+    sampling: Mapping[str, Any]
+    stream: bool
+    splittable: bool
+    user_param: str
+    prompt_param: str
+    max_tokens_param: str = "max_tokens"
+
+    @property
+    def has_many_prompts(self) -> bool:
+        """Whether several prompts are continued at once."""
+        return isinstance(self.prompt, list) and len(self.prompt) > 1 and not isinstance(self.prompt[0], int)

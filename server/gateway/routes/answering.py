@@ -1,0 +1,102 @@
+"""An answer on its way to the client, streamed or whole; what it looks like, its route decides."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Protocol
+
+from fastapi import Response
+
+from server.errors import ApiError
+from server.gateway.generation.asked import Asked
+from server.gateway.generation.generator import Answer
+from server.gateway.generation.timings import Timings
+from server.gateway.http.disconnect import ClientGone, unless_gone
+from server.gateway.http.errors import ErrorAnswer
+from server.gateway.http.middleware import notes_of
+from server.gateway.http.streaming import DONE, EventSender, event
+from server.gateway.parts import Parts
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger("mta.gateway")
+
+
+class Form(Protocol):
+    """How a route writes an answer."""
+
+    async def whole(self, answer: Answer) -> str | bytes:
+        """The JSON of an answer, once it is complete."""
+        ...
+
+    def events(self, answer: Answer) -> AsyncIterator[bytes]:
+        """The events of a streamed answer, without `[DONE]`."""
+        ...
+
+    def headers(self, answer: Answer) -> dict[str, str]:
+        """Headers besides `Server-Timing`."""
+        ...
+
+
+class Answering(Response):
+    """Generates while it is being sent; when the client leaves, the engine is told to stop."""
+
+    def __init__(self, parts: Parts, asked: Asked, form: Form) -> None:
+        super().__init__()
+        self._parts = parts
+        self._asked = asked
+        self._form = form
+        self._answer: Answer | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        timings = Timings(notes_of(scope).started_s)
+        write = self._stream if self._asked.stream else self._whole
+        try:
+            await unless_gone(receive, write(timings, scope, receive, send))
+        except ClientGone:
+            notes_of(scope).gone = True
+            self._parts.metrics.disconnects.inc()
+
+    async def _whole(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._parts.generator.answer(self._asked, timings) as answer:
+            self._begin(scope, answer)
+            content = await self._form.whole(answer)
+            self._parts.metrics.observe(timings.ms)
+            await Response(content, headers=self._headers(timings), media_type="application/json")(scope, receive, send)
+
+    async def _stream(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
+        async with EventSender(send, lambda: self._headers(timings)) as sender:
+            try:
+                async with self._parts.generator.answer(self._asked, timings) as answer:
+                    self._begin(scope, answer)
+                    async for data in self._form.events(answer):
+                        await sender.write(data)
+                    self._parts.metrics.observe(timings.ms)
+                    await sender.write(DONE)
+            except ApiError as error:
+                if not sender.begun:
+                    raise
+                await self._break_off(error, sender)
+            except Exception:
+                if not sender.begun:
+                    raise
+                log.exception("%s broke", notes_of(scope).request_id or "a stream")
+                await self._break_off(ApiError("the gateway failed in the middle of the answer"), sender)
+            await sender.end()
+
+    def _begin(self, scope: Scope, answer: Answer) -> None:
+        """Keep the answer for the headers, and note for the log and the count what only this route knows."""
+        self._answer, notes = answer, notes_of(scope)
+        notes.request_id, notes.level = answer.id, answer.personalization.level.value
+
+    def _headers(self, timings: Timings) -> dict[str, str]:
+        """Headers as far as they are known: a comment can begin a stream before anything is."""
+        known = self._form.headers(self._answer) if self._answer else {}
+        return {"Server-Timing": timings.header()} | known
+
+    async def _break_off(self, error: ApiError, sender: EventSender) -> None:
+        log.warning("%s", error.explained)
+        self._parts.metrics.broken_streams.labels(error.code).inc()
+        await sender.write(event(ErrorAnswer.of(error)))

@@ -1,0 +1,104 @@
+"""Answers in OpenAI's shape: what the engine says, under public names, and beside it who spoke."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel, Field
+
+from server.gateway.generation.generator import Answer
+from server.gateway.http.streaming import event
+from server.gateway.routes.answers import PersonalizationAnswer, personalization_answer
+from server.gateway.routes.openai.requests import StreamOptions
+
+_INTERNAL = ("kv_transfer_params", "ec_transfer_params")
+"""What engines tell each other."""
+
+
+class _Completion(BaseModel, frozen=True):
+    id: str
+    created: int = Field(description="Seconds since 1970.")
+    model: str = Field(description="As the request named it.")
+    usage: dict[str, Any]
+    personalization: PersonalizationAnswer = Field(description="Who spoke: beside OpenAI's own fields.")
+
+
+class ChatCompletion(_Completion, frozen=True):
+    """An answer to a conversation."""
+
+    object: Literal["chat.completion"]
+    choices: list[dict[str, Any]] = Field(
+        description="OpenAI's: `index`, `message`, `finish_reason`, `logprobs`; of a stream `delta` for `message`."
+    )
+
+
+class TextCompletion(_Completion, frozen=True):
+    """A continuation of a prompt."""
+
+    object: Literal["text_completion"]
+    choices: list[dict[str, Any]] = Field(description="OpenAI's: `index`, `text`, `finish_reason`, `logprobs`.")
+
+
+class ModelAnswer(BaseModel, frozen=True):
+    """A name that requests can call for."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(0, description="Not known.")
+    owned_by: str = "mta"
+
+
+class ModelsAnswer(BaseModel, frozen=True):
+    """All names; recipes are none of them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class OpenAIForm:
+    """The form of OpenAI's routes.
+
+    Args:
+        model: as the request named it.
+        kind: the answer's `object`, without a chunk's ending.
+        options: what its stream carries besides the answer.
+    """
+
+    def __init__(self, model: str, kind: str, options: StreamOptions) -> None:
+        self._model = model
+        self._kind = kind
+        self._options = options
+
+    async def whole(self, answer: Answer) -> bytes:
+        (value,) = [value async for _, value in answer.pieces()]
+        self._make_public(value, answer, self._kind)
+        value["personalization"] = personalization_answer(answer.personalization, answer.timings).model_dump()
+        return orjson.dumps(value)
+
+    async def events(self, answer: Answer) -> AsyncIterator[bytes]:
+        kind = f"{self._kind}.chunk" if self._kind == "chat.completion" else self._kind
+        begun = False
+        async for _, chunk in answer.pieces():
+            if not chunk["choices"] and not self._options.include_usage:
+                continue
+            self._make_public(chunk, answer, kind)
+            if not self._options.include_usage:
+                chunk.pop("usage", None)
+            elif chunk["choices"] and not self._options.continuous_usage_stats:
+                chunk["usage"] = None
+            if not begun:
+                chunk["personalization"] = personalization_answer(answer.personalization, answer.timings)
+                begun = True
+            yield event(chunk)
+
+    def headers(self, answer: Answer) -> dict[str, str]:
+        who = answer.personalization
+        return {"X-MTA-Level": who.level.value} | ({"X-MTA-Recipe": who.shown} if who.shown else {})
+
+    def _make_public(self, value: dict[str, Any], answer: Answer, kind: str) -> None:
+        """Put public names for the engine's, of which the model's may hold a user's key."""
+        value["id"], value["object"], value["model"] = answer.id, kind, self._model
+        for name in _INTERNAL:
+            value.pop(name, None)

@@ -1,0 +1,216 @@
+"""What clients of OpenAI's API send; strict like all requests. Null means the same as nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.gateway.engines.chat import Prompt
+from server.gateway.http.requests import (
+    MAX_MESSAGES,
+    SEED_MAX,
+    History,
+    Personalize,
+    Stops,
+    Strength,
+    Strict,
+    UserId,
+    Wanted,
+)
+from server.gateway.routes.openai.fields import PASSED, by_the_table
+
+PERSONAL_MODEL = "mta"
+MAX_CHOICES = 128
+"""Most answers to one request: prompts times `n`."""
+_MAX_TOKEN_ID = (1 << 31) - 1
+
+
+def _without_nulls(value: Any) -> Any:
+    return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
+
+
+def _text_of(value: Any) -> Any:
+    """A content in parts as one text, joined as vLLM joins them."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+            raise PydanticCustomError("parts", "must be a text, or parts of type text")
+        if not isinstance(part["text"], str):
+            raise PydanticCustomError("parts", "must be a text, or parts of type text")
+    return "\n".join(part["text"] for part in value)
+
+
+def _prompt(value: Any) -> Prompt:
+    prompts = value if isinstance(value, list) else [value]
+    texts, ids = all(isinstance(one, str) and one for one in prompts), all(map(_are_ids, prompts))
+    if not prompts or not (texts or ids or _are_ids(value)):
+        raise PydanticCustomError("prompt", "must be a text, token ids, or a list of either, none empty")
+    return value  # type: ignore[no-any-return]
+
+
+def _are_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(type(one) is int and 0 <= one <= _MAX_TOKEN_ID for one in value)
+    )
+
+
+def _format(value: dict[str, Any]) -> dict[str, Any]:
+    if value.get("type") not in _FORMATS:
+        raise PydanticCustomError("format", f"must have a type of {', '.join(_FORMATS)}")
+    schema = value.get("json_schema")
+    if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
+        raise PydanticCustomError("format", "must have a json_schema with a name and a schema")
+    return value
+
+
+def _text_or_object(value: Any) -> Any:
+    if not isinstance(value, (str, dict)):
+        raise PydanticCustomError("tool_choice", "must be a text or an object")
+    return value
+
+
+_FORMATS = ("text", "json_object", "json_schema")
+_FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID}}
+_PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": one} for one in (_TEXT, _IDS))]}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+_CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
+
+NotNull = BeforeValidator(_without_nulls)
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Strict):
+    """A function as the model called it."""
+
+    name: str = Field(min_length=1)
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call of an earlier answer."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatMessage(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_text_of), WithJsonSchema(_CONTENT)] | None = Field(
+        None, description="A text, or parts of type `text`; an assistant's can be left out beside `tool_calls`."
+    )
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    tool_call_id: str | None = None
+    reasoning: str | None = Field(None, description="Of an earlier answer; vLLM's own.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError("content", "must have a content")
+        return self
+
+
+class StreamOptions(Strict):
+    """What a stream carries besides the answer."""
+
+    include_usage: bool = Field(False, description="A last chunk with the answer's usage, and no choices.")
+    continuous_usage_stats: bool = Field(False, description="Usage so far in every chunk; vLLM's own.")
+    include_obfuscation: bool = Field(False, description="Without effect: no chunk is padded.")
+
+
+class OpenAIRequest(Strict):
+    """What both kinds have in common."""
+
+    model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
+    user: UserId | None = Field(None, description="Who asks; instead of the header X-User-ID.")
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: Stops | None = None
+    seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=2, description="vLLM's own.")
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    response_format: Annotated[dict[str, Any], AfterValidator(_format), WithJsonSchema(_FORMAT)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    personalize: Wanted = Personalize.AUTO
+    strength: Strength = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_table(cls, value: Any) -> Any:
+        return by_the_table(value, cls.model_fields) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise PydanticCustomError("one_of", "stream_options is for streams", {"param": "stream_options"})
+        return self
+
+    @property
+    def passed(self) -> dict[str, Any]:
+        """What the engine gets as it came."""
+        return self.model_dump(include=set(PASSED), exclude_unset=True)
+
+
+class ChatRequest(OpenAIRequest):
+    """An answer to a conversation."""
+
+    messages: list[Annotated[ChatMessage, NotNull]] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, description="Wins over `max_tokens`.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Annotated[Tool, NotNull]] | None = Field(None, fail_fast=True, min_length=1, max_length=MAX_CHOICES)
+    tool_choice: Annotated[Any, AfterValidator(_text_or_object), WithJsonSchema(_CHOICE)] = None
+    parallel_tool_calls: bool | None = None
+    history: History = 0
+
+
+class CompletionRequest(OpenAIRequest):
+    """A continuation of a prompt as it is, without a chat template."""
+
+    prompt: Annotated[Prompt, PlainValidator(_prompt), WithJsonSchema(_PROMPTS)]
+    max_tokens: int | None = Field(None, ge=0, description="16 by default; 0 only with `echo`.")
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Self:
+        prompts = len(self.prompt) if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else 1
+        if prompts * (self.n or 1) > MAX_CHOICES:
+            raise PydanticCustomError(
+                "one_of", f"prompt times n must be at most {MAX_CHOICES} answers", {"param": "prompt"}
+            )
+        return self

@@ -1,0 +1,131 @@
+"""`POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models`."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request, Response
+
+from adapters.errors import excerpt
+from server.engine_protocol import BASE_MODEL
+from server.errors import InvalidRequest, NotFound
+from server.gateway.generation.asked import Asked
+from server.gateway.http.errors import ErrorAnswer
+from server.gateway.http.json_body import JsonRoute
+from server.gateway.http.requests import Personalize
+from server.gateway.parts import parts_of
+from server.gateway.routes.answering import Answering
+from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIForm, TextCompletion
+from server.gateway.routes.openai.requests import (
+    PERSONAL_MODEL,
+    ChatRequest,
+    CompletionRequest,
+    OpenAIRequest,
+    StreamOptions,
+)
+from server.store.user_key import check_user_id
+
+_MODELS = (PERSONAL_MODEL, BASE_MODEL)
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    "4XX": {"model": ErrorAnswer},
+    "5XX": {"model": ErrorAnswer},
+}
+
+UserHeader = Annotated[str | None, Header(alias="X-User-ID", description="Who asks; instead of the field `user`.")]
+router = APIRouter(route_class=JsonRoute, prefix="/v1", tags=["openai"])
+
+
+@router.post("/chat/completions", response_model=ChatCompletion, responses=_RESPONSES)
+async def chat_completions(request: Request, body: ChatRequest, x_user_id: UserHeader = None) -> Response:
+    """Answer a conversation in the user's own manner, in OpenAI's shape.
+
+    Without a user, and with the model `base`, the base model answers. `personalization` beside the answer, in a stream
+    beside the first chunk, and the headers X-MTA-Level and X-MTA-Recipe say who spoke. `store`, `metadata` and
+    `service_tier` are ignored; what steers the engine is refused. Without `max_tokens` an answer may be as long as the
+    context allows.
+    """
+    asked = Asked(
+        id_prefix="chatcmpl",
+        messages=[message.model_dump(exclude_unset=True) for message in body.messages],
+        history=body.history,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+        prompt_param="messages",
+        **_common(body, x_user_id),
+    )
+    return _answering(request, asked, body, "chat.completion")
+
+
+@router.post("/completions", response_model=TextCompletion, responses=_RESPONSES)
+async def completions(request: Request, body: CompletionRequest, x_user_id: UserHeader = None) -> Response:
+    """Continue a prompt as it is, in the user's own manner, in OpenAI's shape: no chat template, and no history.
+
+    Everything else is as for chat completions.
+    """
+    asked = Asked(
+        id_prefix="cmpl",
+        messages=[],
+        prompt=body.prompt,
+        max_tokens=body.max_tokens,
+        prompt_param="prompt",
+        **_common(body, x_user_id),
+    )
+    return _answering(request, asked, body, "text_completion")
+
+
+@router.get("/models")
+async def models() -> ModelsAnswer:
+    """The models that requests can name."""
+    return ModelsAnswer(data=[ModelAnswer(id=name) for name in _MODELS])
+
+
+def _common(body: OpenAIRequest, header: str | None) -> dict[str, Any]:
+    """What both kinds of request ask of the generator."""
+    if body.model not in _MODELS:
+        raise NotFound(
+            f"the model {excerpt(body.model)} does not exist: there are {' and '.join(_MODELS)}",
+            param="model",
+            code="model_not_found",
+        )
+    personalize = body.personalize
+    if body.model == BASE_MODEL:
+        if personalize is Personalize.MERGED:
+            raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
+        personalize = Personalize.NONE
+    return {
+        "user_id": _user_id(body.user, header),
+        "personalize": personalize,
+        "strength": body.strength,
+        "sampling": body.passed,
+        "stream": body.stream,
+        "splittable": False,  # logprobs, tool calls and several choices are not put together again
+        "user_param": "user",
+    }
+
+
+def _user_id(user: str | None, header: str | None) -> str | None:
+    """Who asks.
+
+    Raises:
+        InvalidRequest: when the header is no user id, or names another user than the field.
+    """
+    if header is None:
+        return user
+    try:
+        named = check_user_id(header.encode("latin-1").decode())
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"X-User-ID must be UTF-8, got {excerpt(header)}", param="x-user-id") from None
+    except ValueError as error:
+        raise InvalidRequest(f"X-User-ID {error}, got {excerpt(header)}", param="x-user-id") from None
+    if user is not None and unicodedata.normalize("NFC", user) != unicodedata.normalize("NFC", named):
+        raise InvalidRequest(
+            f"user is {excerpt(user)}, but X-User-ID is {excerpt(named)}: send one of them", param="user"
+        )
+    return named
+
+
+def _answering(request: Request, asked: Asked, body: OpenAIRequest, kind: str) -> Response:
+    options = body.stream_options or StreamOptions()
+    return Answering(parts_of(request), asked, OpenAIForm(body.model, kind, options))

@@ -1,0 +1,200 @@
+"""OpenAI's official Python client, unchanged but for its base URL, on the gateway over a real vLLM."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from bench.rig.engine import Engine
+from bench.rig.processes import wait_until
+from bench.rig.tiny import world
+from bench.rig.valkey import free_port
+from server.settings import Settings
+from tests.support.gateway import GatewayThread, wait_until_ready
+
+HELLO = [{"role": "user", "content": "hello there"}]
+DOCS = (Path(__file__).parents[2] / "docs" / "openai.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def gateway_over_vllm(gateway_settings: Settings, tiny_engine: Engine) -> Iterator[GatewayThread]:
+    settings = gateway_settings.model_copy(update={"engine_url": tiny_engine.url})
+    with GatewayThread(settings) as gateway, gateway.client() as client:
+        wait_until_ready(client)
+        for user, place in (("rosa", 1), ("kai", 4)):
+            client.put(f"/users/{user}/profile", json={"items": [{"text": world(place)}]}).raise_for_status()
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def client(gateway_over_vllm: GatewayThread) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{gateway_over_vllm.url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def test_people_get_answers_of_their_own(client: OpenAI, gateway_over_vllm: GatewayThread) -> None:
+    texts = {}
+    for user in ("rosa", "kai", "nobody"):
+        answer = client.chat.completions.create(
+            model="mta", user=user, messages=HELLO, max_completion_tokens=24, temperature=0
+        )
+        texts[user] = answer.choices[0].message.content
+        assert (answer.model, answer.object, answer.choices[0].finish_reason) == ("mta", "chat.completion", "length")
+        assert answer.personalization["level"] == ("base" if user == "nobody" else "merged")
+    assert len(set(texts.values())) == 3
+    base = client.chat.completions.create(model="base", user="rosa", messages=HELLO, max_tokens=24, temperature=0)
+    assert base.choices[0].message.content == texts["nobody"]
+    with gateway_over_vllm.client() as plain:
+        body = {"user_id": "rosa", "messages": HELLO, "max_tokens": 24, "temperature": 0}
+        assert plain.post("/generate", json=body).json()["text"] == texts["rosa"]
+
+
+def test_the_headers_and_fields_that_are_ours_travel_with_it(client: OpenAI) -> None:
+    known = client.with_options(default_headers={"X-User-ID": "rosa"})
+    raw = known.chat.completions.with_raw_response.create(
+        model="mta", messages=HELLO, max_tokens=4, extra_body={"strength": 0, "personalize": "merged", "history": 1}
+    )
+    recipe = raw.parse().personalization["recipe"]
+    assert recipe.endswith(":c")
+    assert (raw.headers["X-MTA-Level"], raw.headers["X-MTA-Recipe"]) == ("merged", recipe)
+    assert "engine;dur=" in raw.headers["Server-Timing"]
+
+
+def test_models_are_listed(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["mta", "base"]
+
+
+def test_prompts_are_continued_as_they_are(client: OpenAI) -> None:
+    one, other = (
+        client.completions.create(model="mta", user="rosa", prompt=prompt, max_tokens=8, temperature=0, echo=True)
+        for prompt in (["the sea"], ["the sea", "a rose"])
+    )
+    assert one.choices[0].text.startswith("the sea")
+    assert [choice.index for choice in other.choices] == [0, 1]
+    assert other.choices[0].text == one.choices[0].text
+    assert one.usage and one.usage.prompt_tokens == len("the sea")  # a token is a byte, and there is no template
+    ids = client.completions.create(model="mta", user="rosa", prompt=[[5, 6], [7]], max_tokens=2)
+    assert ids.usage and ids.usage.prompt_tokens == 3
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_stream_says_the_same_and_ends_with_its_usage(client: OpenAI, chat: bool) -> None:
+    common = {"model": "mta", "user": "rosa", "max_tokens": 24, "temperature": 0}
+    asked = common | ({"messages": HELLO} if chat else {"prompt": "hello there"})
+    create = client.chat.completions.create if chat else client.completions.create
+    whole = create(**asked)
+    *chunks, last = create(**asked, stream=True, stream_options={"include_usage": True})
+    pieces = [(chunk.choices[0].delta.content if chat else chunk.choices[0].text) or "" for chunk in chunks]
+    assert "".join(pieces) == (whole.choices[0].message.content if chat else whole.choices[0].text)
+    assert (last.choices, last.usage.model_dump()) == ([], whole.usage.model_dump())
+    assert chunks[0].personalization["recipe"] == whole.personalization["recipe"]
+    assert {chunk.usage for chunk in chunks} == {None}
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk" if chat else "text_completion"}
+
+
+def test_an_answer_follows_its_schema(client: OpenAI) -> None:
+    schema = {"name": "place", "schema": {"enum": ["the sea", "the mill"]}}
+    answer = client.chat.completions.create(
+        model="mta",
+        user="rosa",
+        messages=HELLO,
+        max_tokens=64,
+        response_format={"type": "json_schema", "json_schema": schema},
+    )
+    assert json.loads(answer.choices[0].message.content or "") in schema["schema"]["enum"]  # type: ignore[index]
+
+
+def test_logprobs_come_as_they_are_asked_for(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="mta", user="rosa", messages=HELLO, max_tokens=6, logprobs=True, top_logprobs=2, temperature=0
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs and logprobs.content and len(logprobs.content) == 6
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in logprobs.content)
+    text = client.completions.create(model="mta", user="rosa", prompt="hello", max_tokens=6, logprobs=2)
+    assert text.choices[0].logprobs and len(text.choices[0].logprobs.token_logprobs or ()) == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_answers_are_n_choices(client: OpenAI, stream: bool) -> None:
+    answer = client.chat.completions.create(
+        model="mta", user="rosa", messages=HELLO, max_tokens=12, n=2, seed=3, temperature=1, stream=stream
+    )
+    texts = ["", ""]
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+    assert all(texts)
+    assert texts[0] != texts[1]
+
+
+class TestErrors:
+    """Errors are the client's own typed exceptions."""
+
+    def test_an_unknown_model_is_not_found(self, client: OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.chat.completions.create(model="gpt-4", messages=HELLO)
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"temperature": 3}, "temperature"),
+            ({"extra_body": {"cache_salt": "x"}}, "cache_salt"),
+            ({"extra_headers": {"X-User-ID": "kai"}}, "user"),
+            ({"max_tokens": 512}, "max_tokens"),
+            ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),  # the engine's
+            ({"top_logprobs": 2}, "top_logprobs"),  # the engine's
+        ],
+    )
+    def test_a_wrong_field_is_a_bad_request_that_names_it(
+        self, client: OpenAI, fields: dict[str, object], param: str
+    ) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{"model": "mta", "user": "rosa", "messages": HELLO} | fields)
+        assert caught.value.param == param
+        assert "cache_salt" not in str(caught.value) or param == "cache_salt"
+
+    def test_a_schema_that_is_none_is_a_bad_request(self, client: OpenAI) -> None:
+        schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="mta", messages=HELLO, max_tokens=8, response_format=schema)
+
+    def test_an_engine_that_is_down_is_a_server_error(self, gateway_settings: Settings) -> None:
+        nowhere = gateway_settings.model_copy(update={"engine_url": f"http://127.0.0.1:{free_port()}"})
+        with GatewayThread(nowhere) as gateway:
+            client = OpenAI(base_url=f"{gateway.url}/v1", api_key="unused", max_retries=0)
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.chat.completions.create(model="mta", messages=HELLO)
+            assert caught.value.status_code == httpx.codes.SERVICE_UNAVAILABLE
+            assert int(caught.value.response.headers["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_stops_the_engine(client: OpenAI, tiny_engine: Engine, stream: bool) -> None:
+    before = tiny_engine.metric("vllm:generation_tokens_total")
+    asked = {"model": "mta", "user": "rosa", "messages": [{"role": "user", "content": "x"}], "max_tokens": 450}
+    if stream:
+        with client.chat.completions.create(**asked, stream=True) as chunks:
+            next(iter(chunks))
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.2).chat.completions.create(**asked)
+    wait_until(lambda: tiny_engine.metric("vllm:num_requests_running") == 0, "the engine to stop")
+    assert tiny_engine.metric("vllm:generation_tokens_total") - before < 450
+
+
+def test_the_documented_python_runs(gateway_over_vllm: GatewayThread, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks).replace("http://localhost:8000", gateway_over_vllm.url), {})
+    said = capsys.readouterr().out
+    assert "merged mta1:" in said
+    assert "prompt_tokens=" in said

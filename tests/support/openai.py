@@ -1,0 +1,38 @@
+"""Calls of OpenAI's routes, and how to read what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+BOTH = pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+
+
+def ask(
+    client: httpx.Client, user: str | None = None, *, headers: dict[str, Any] | None = None, **fields: Any
+) -> httpx.Response:
+    """A short answer to a conversation."""
+    body = HELLO | ({"user": user} if user else {}) | fields
+    return client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+def either(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
+    """A short answer of one of the two routes."""
+    said = HELLO if "chat" in route else {"prompt": "hello", "max_tokens": 4}
+    return client.post(route, json=said | fields)
+
+
+def text_of(chunks: list[Any], index: int = 0) -> str:
+    """The text of one choice of a stream."""
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str]:
+    """Status, field and code of an error."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["param"], error["code"]
