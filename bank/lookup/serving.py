@@ -13,7 +13,7 @@ from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.index import AnchorIndex
 from bank.lookup.signature import Signature
-from bank.lookup.weights import AnchorWeight, make_recipe, signature_weights, topic_weights
+from bank.lookup.weights import TOPIC_GRAIN, AnchorWeight, make_recipe, signature_weights, topic_weights
 from bank.manifest import INDEX_FILE, BankManifest, read_manifest, verify_files
 
 
@@ -84,7 +84,7 @@ class ServingBank:
             weights = signature_weights(self.index, rule.signature, embedding, signature)
             return UserRecipe(make_recipe(self.manifest, weights, share), weights, "signature")
         weights = topic_weights(self.index, rule, embedding)
-        return UserRecipe(make_recipe(self.manifest, weights, share), weights, "topic")
+        return UserRecipe(make_recipe(self.manifest, weights, share, TOPIC_GRAIN), weights, "topic")
 
 
 def _says_something(signature: Signature, bank: str) -> bool:
