@@ -222,5 +222,5 @@ def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) 
     for i in by_remainder[: units - sum(floors)]:
         floors[i] += 1
     rounded = [grain * n for n in floors]
-    rounded[max(range(len(exact)), key=lambda i: (exact[i], -i))] += rest
+    rounded[max(range(len(exact)), key=lambda i: (weights[i], -i))] += rest
     return rounded

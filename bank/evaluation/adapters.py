@@ -22,7 +22,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.prior import personal_shares, surprise
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
-from bank.lookup.weights import AnchorWeight, evident_weights, make_recipe, topic_weights
+from bank.lookup.weights import TOPIC_GRAIN, AnchorWeight, evident_weights, make_recipe, topic_weights
 from bank.rules import SignatureRule
 
 
@@ -140,7 +140,8 @@ class Adapters:
                 raise BankError("`own` is trained on the common row, but this bank has none")
             return FusionRecipe(manifest.short, manifest.method, True, ())
         share = self._strength if method.base is Base.STACKED else 1.0
-        return make_recipe(manifest, self._weights(method, evidence, seed), share)
+        by_topic = method.base in (Base.MERGED, Base.STACKED) and (method.source or manifest.weights.source) == "topic"
+        return make_recipe(manifest, self._weights(method, evidence, seed), share, TOPIC_GRAIN if by_topic else 1)
 
     def _weights(self, method: EvalMethod, evidence: Evidence, seed: int) -> Sequence[AnchorWeight]:
         serving = _with_k(self.bank.serving, method.k)

@@ -14,7 +14,14 @@ from bank.items.tasks import Task, get_task
 from bank.lookup.index import AnchorIndex
 from bank.lookup.posterior import Curvature
 from bank.lookup.signature import Signature
-from bank.lookup.weights import AnchorWeight, make_recipe, posterior_weights, signature_weights, topic_weights
+from bank.lookup.weights import (
+    TOPIC_GRAIN,
+    AnchorWeight,
+    make_recipe,
+    posterior_weights,
+    signature_weights,
+    topic_weights,
+)
 from bank.manifest import CURVATURE_FILE, INDEX_FILE, BankManifest, read_manifest, verify_files
 
 
@@ -81,15 +88,16 @@ class ServingBank:
             signature: the user's; one of another bank, or with a number that is not finite, says nothing.
             share: how much of the rule's strength the recipe's anchors get, as in `make_recipe`.
         """
-        rule, source = self.manifest.weights, "signature"
+        rule = self.manifest.weights
         speaks = signature is not None and _says_something(signature, self.manifest.short)
         if speaks and signature and rule.posterior and self.curvature:
             weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
         elif speaks and signature and rule.signature:
             weights = signature_weights(self.index, rule.signature, embedding, signature)
         else:
-            weights, source = topic_weights(self.index, rule, embedding), "topic"
-        return UserRecipe(make_recipe(self.manifest, weights, share), weights, source)
+            weights = topic_weights(self.index, rule, embedding)
+            return UserRecipe(make_recipe(self.manifest, weights, share, TOPIC_GRAIN), weights, "topic")
+        return UserRecipe(make_recipe(self.manifest, weights, share), weights, "signature")
 
 
 def _says_something(signature: Signature, bank: str) -> bool:

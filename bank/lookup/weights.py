@@ -20,6 +20,13 @@ from bank.lookup.signature import Signature, predicted_gains
 from bank.manifest import BankManifest
 from bank.rules import PosteriorRule, SignatureRule, WeightRule
 
+TOPIC_GRAIN = 50
+"""Weights by topic are multiples of so many per mille: people who are alike then have one recipe, and share its slot.
+
+Of 117 authors 88 had a recipe of their own kind by the per mille, and 25 by this (12 anchors, two a recipe); over the
+mails of 17 people it moved the loss by 0.0000 nats a token, 95 % interval -0.0006 to 0.0006.
+"""
+
 
 @dataclass(slots=True, frozen=True)
 class AnchorWeight:
@@ -123,7 +130,9 @@ def posterior_weights(
     )
 
 
-def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
+def make_recipe(
+    manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1
+) -> FusionRecipe:
     """Round weights to a canonical recipe of this bank. Anchors that round to nothing are left out.
 
     Args:
@@ -131,6 +140,7 @@ def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight], share: 
         weights: each anchor once. What non-negative ones sum to is their strength beside the common row.
         share: how much of that strength, or of those steps, they get, 0 to 1; without a common row, which would take
             the rest, they get all of it.
+        grain: what they are multiples of, in per mille; steps are not.
     """
     if manifest.signed:
         steps = {w.anchor: round(share * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}
@@ -139,6 +149,6 @@ def make_recipe(manifest: BankManifest, weights: Sequence[AnchorWeight], share: 
         return FusionRecipe(manifest.short, manifest.method, True, terms, signed=True)
     total = round(share * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
     ordered = sorted(weights, key=lambda w: w.anchor)
-    rounded = per_mille([w.weight for w in ordered], total)
+    rounded = per_mille([w.weight for w in ordered], total, grain)
     terms = tuple(Term(w.anchor, mille) for w, mille in zip(ordered, rounded, strict=True) if mille)
     return FusionRecipe(manifest.short, manifest.method, manifest.common, terms)

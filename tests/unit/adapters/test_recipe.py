@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import string
 
 import pytest
@@ -141,10 +142,24 @@ def test_per_mille_keeps_the_sum_and_is_off_by_less_than_one(weights: list[float
         assert abs(share - weight / sum(weights) * total) < 1 + 1e-6
 
 
+@given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=40), st.integers(1, 1000), st.integers(1, 200))
+def test_coarser_shares_keep_the_sum_too_and_the_largest_has_what_is_left(
+    weights: list[float], total: int, grain: int
+) -> None:
+    shares = per_mille(weights, total, grain)
+    assert sum(shares) == total
+    odd = [share for share in shares if share % grain]
+    assert odd in ([], [max(shares)])
+    for one, other in itertools.product(zip(weights, shares, strict=True), repeat=2):
+        assert one[0] <= other[0] or one[1] >= other[1]
+
+
 def test_the_largest_remainder_is_rounded_up_first() -> None:
     assert per_mille([2 / 3, 1 / 3]) == [667, 333]
     assert per_mille([1, 1, 1]) == [334, 333, 333]
     assert per_mille([0.6, 0.3], total=500) == [333, 167]
+    assert per_mille([0.6, 0.3], total=500, grain=50) == [350, 150]
+    assert per_mille([0.6, 0.3], total=510, grain=50) == [360, 150]
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf")], []])

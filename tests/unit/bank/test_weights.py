@@ -115,6 +115,17 @@ def test_a_recipe_sums_to_the_strength_and_is_canonical(shares: list[float], com
             assert by_anchor.get(a.anchor, 0) >= by_anchor.get(b.anchor, 0)
 
 
+def test_people_of_nearly_the_same_topics_share_a_recipe(tmp_path: Path) -> None:
+    saved = saved_bank(tmp_path)
+    bank = ServingBank.open(tmp_path, saved.embedder.id)
+    _, one = index_at(0.9, 0.3, -0.2, 0.1)
+    other = one + np.array([0, 0.01, 0, 0], np.float32)
+    by_mille = {make_recipe(saved, topic_weights(bank.index, saved.weights, at)).name for at in (one, other)}
+    assert len(by_mille) == 2
+    assert bank.personalise(one).recipe == bank.personalise(other).recipe
+    assert [term.weight for term in bank.personalise(one).recipe.terms] == [750, 250]
+
+
 def saved_bank(folder: Path, **changes: object) -> BankManifest:
     index, _ = index_at(0.9, 0.3, -0.2, 0.1)
     index.save(folder / INDEX_FILE)
