@@ -14,6 +14,10 @@ from adapters.training.forward.below import Below, layer_of, upper_half
 from adapters.training.trainer import initial_lora
 from adapters.user_adapter import CoreWeights, UserAdapterKind
 
+UPPER_PACE = 1.75
+"""With it the upper half of the layers learns in eight steps about what all learn at the planned rate: with 1.9 on
+headlines, with 1.7 on mails."""
+
 
 class InTraining(Protocol):
     """A user adapter on a model.
@@ -22,7 +26,7 @@ class InTraining(Protocol):
         model: the base model with the fused adapter and the user's.
         parameters: what moves; everything else is frozen.
         below: the layers below those that move, where there are any.
-        pace: by how much faster than planned what moves is to go.
+        pace: what the planned rate is multiplied by.
     """
 
     model: Any
@@ -38,16 +42,16 @@ class InTraining(Protocol):
 
 
 class LoraInTraining:
-    """A LoRA beside the fused adapter, in the upper half of the layers. A starts random, B at zero.
+    """A LoRA beside the fused adapter, in the upper half of the layers where that can run alone.
 
-    What is all above takes half the time. Half as many modules learn as much when they go twice as fast.
+    It then takes half the time. A starts random, B at zero.
     """
 
     def __init__(self, here: Attached, start: LoraWeights, modules: Sequence[ModuleShape], below: Below | None) -> None:
         self.model = here.model
         self.parameters = here.trainable(train_a=True)
         self.below = below
-        self.pace = len(modules) / len(start.a)
+        self.pace = UPPER_PACE if below else 1.0
         self._here, self._start, self._modules = here, start, modules
 
     def reset(self) -> None:
