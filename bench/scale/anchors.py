@@ -22,6 +22,7 @@ import os, sys, faiss
 from pathlib import Path
 from bank.lookup.serving import ServingBank
 from bank.manifest import read_manifest
+from bench.rig.processes import memory_mib
 before, folder = memory_mib(os.getpid()), Path(sys.argv[1])
 bank = ServingBank.open(folder, read_manifest(folder).embedder.id)
 print(memory_mib(os.getpid()) - before)

@@ -53,9 +53,9 @@ def main(
                 resident = [next(recipes) for _ in range(RESIDENT)]
                 found: dict[str, list[tuple[list[Answer], list[float]]]] = {kind: [] for kind in KINDS}
                 async with loading(engine) as (loader,):
-                    await loader.together(Ask(name, prompts(prompt), 2) for name in resident)
                     for turn in range(pairs + 1):
                         for kind in KINDS:
+                            await loader.together(Ask(name, prompts(prompt), 2) for name in resident)
                             names = _names(kind, arrivals, recipes, resident)
                             asks = [Ask(name, prompts(prompt), 1) for name in names]
                             block = await _block(
