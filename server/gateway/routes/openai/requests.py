@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
+import orjson
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -24,7 +25,8 @@ from server.gateway.routes.openai.fields import PASSED, by_the_table
 PERSONAL_MODEL = "mta"
 MAX_CHOICES = 128
 """Most answers to one request: prompts times `n`."""
-_MAX_TOKEN_ID = (1 << 31) - 1
+_MOST = (1 << 31) - 1
+"""Largest token id, and most tokens: what an engine can count to."""
 
 
 def _without_nulls(value: Any) -> Any:
@@ -52,9 +54,15 @@ def _prompt(value: Any) -> Prompt:
 
 
 def _are_ids(value: Any) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(type(one) is int and 0 <= one <= _MAX_TOKEN_ID for one in value)
-    )
+    return isinstance(value, list) and bool(value) and all(type(one) is int and 0 <= one <= _MOST for one in value)
+
+
+def _encodable(value: Any) -> Any:
+    try:
+        orjson.dumps(value)
+    except TypeError:
+        raise PydanticCustomError("number", "must hold no integer beyond 64 bits") from None
+    return value
 
 
 def _format(value: dict[str, Any]) -> dict[str, Any]:
@@ -63,19 +71,19 @@ def _format(value: dict[str, Any]) -> dict[str, Any]:
     schema = value.get("json_schema")
     if value["type"] == "json_schema" and not (isinstance(schema, dict) and isinstance(schema.get("schema"), dict)):
         raise PydanticCustomError("format", "must have a json_schema with a name and a schema")
-    return value
+    return _encodable(value)  # type: ignore[no-any-return]
 
 
 def _text_or_object(value: Any) -> Any:
     if not isinstance(value, (str, dict)):
         raise PydanticCustomError("tool_choice", "must be a text or an object")
-    return value
+    return _encodable(value)
 
 
 _FORMATS = ("text", "json_object", "json_schema")
 _FORMAT = {"type": "object", "properties": {"type": {"enum": list(_FORMATS)}}, "required": ["type"]}
 _TEXT = {"type": "string", "minLength": 1}
-_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID}}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": _MOST}}
 _PROMPTS = {"anyOf": [_TEXT, _IDS, *({"type": "array", "minItems": 1, "items": one} for one in (_TEXT, _IDS))]}
 _PART = {
     "type": "object",
@@ -94,7 +102,7 @@ class Function(Strict):
 
     name: str = Field(min_length=1)
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = None
     strict: bool | None = None
 
 
@@ -152,7 +160,7 @@ class OpenAIRequest(Strict):
 
     model: str = Field(PERSONAL_MODEL, description="`mta`, or `base` for the base model.")
     user: UserId | None = Field(None, description="Who asks; instead of the header X-User-ID.")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=_MOST)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -189,7 +197,7 @@ class ChatRequest(OpenAIRequest):
     """An answer to a conversation."""
 
     messages: list[Annotated[ChatMessage, NotNull]] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1, description="Wins over `max_tokens`.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST, description="Wins over `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Annotated[Tool, NotNull]] | None = Field(None, fail_fast=True, min_length=1, max_length=MAX_CHOICES)
@@ -202,7 +210,7 @@ class CompletionRequest(OpenAIRequest):
     """A continuation of a prompt as it is, without a chat template."""
 
     prompt: Annotated[Prompt, PlainValidator(_prompt), WithJsonSchema(_PROMPTS)]
-    max_tokens: int | None = Field(None, ge=0, description="16 by default; 0 only with `echo`.")
+    max_tokens: int | None = Field(None, ge=0, le=_MOST, description="16 by default; 0 only with `echo`.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
 
