@@ -22,6 +22,7 @@ class Part:
         start_timeout_s: how long it may take to become ready.
         stop_timeout_s: how long it may take to finish what it is doing; after that it is killed.
         needs: of the parts beside it, those that must be ready before it starts; None for all that stand before it.
+        start_when: asks another part whether it is far enough for this one to start.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Part:
     start_timeout_s: float
     stop_timeout_s: float
     needs: tuple[str, ...] | None = None
+    start_when: Probe | None = None
 
 
 @dataclass(frozen=True, slots=True)

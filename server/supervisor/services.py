@@ -98,7 +98,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
 
 
 def worker_part(settings: Settings, log: Path) -> Part:
-    """The process that trains user adapters; it says in `log` that it is ready.
+    """The process that trains user adapters; it says in `log` that it is ready. It lets the gateway go first.
 
     It knows users only by their keys, and no engine: it gets neither secret.
     """
@@ -112,6 +112,7 @@ def worker_part(settings: Settings, log: Path) -> Part:
         start_timeout_s=600,
         stop_timeout_s=WORKER_STOP_S,
         needs=("valkey",),
+        start_when=answers_http(f"http://{settings.host}:{settings.port}/health"),
     )
 
 

@@ -80,6 +80,8 @@ class Supervisor:
         for other in self._parts[:place]:
             if part.needs is None or other.name in part.needs:
                 await self._ready[other.name].wait()
+        while part.start_when is not None and not await part.start_when():  # noqa: ASYNC110  another process
+            await asyncio.sleep(POLL_S)
         await keeper.start()
         self._ready[part.name].set()
         await keeper.keep()

@@ -130,6 +130,21 @@ async def test_a_part_that_needs_no_other_starts_beside_them_and_all_are_awaited
     assert stopped == ["last", "quick", "slow"]
 
 
+async def test_a_part_starts_when_another_is_far_enough(tmp_path: Path, data: DataFolder) -> None:
+    record, gate = Record(), tmp_path / "gate"
+    early = python_part("early", tmp_path, f"open({str(gate)!r}, 'w')")
+    seen: list[bool] = []
+
+    async def far_enough() -> bool:
+        seen.append(gate.exists())
+        return seen[-1]
+
+    late = replace(python_part("late", tmp_path, ""), needs=(), start_when=far_enough)
+    await run_until(Supervisor([early, late], data, record), lambda: True)
+    assert seen[-1] and not seen[0]
+    assert record.count("late", State.READY) == 1
+
+
 async def test_a_part_that_fails_to_start_ends_those_beside_it(tmp_path: Path, data: DataFolder) -> None:
     beside = replace(python_part("beside", tmp_path, ""), needs=())
     broken = waits_for(tmp_path / "beside.pid", python_part("broken", tmp_path, "raise SystemExit('no such bank')"))
