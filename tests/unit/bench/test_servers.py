@@ -30,7 +30,10 @@ def test_ours_is_the_product_s_own_command(subject: Subject) -> None:
 def test_stock_has_the_same_options_and_vllm_s_own_way_to_load(subject: Subject) -> None:
     ours, _ = vllm_command(subject, "ours", PORT)
     stock, environment = vllm_command(subject, "stock", PORT)
-    assert set(ours) - set(stock) == {"--worker-extension-cls", "server.engine.fusing.extension.WorkerExtension"}
+    assert set(ours) - set(stock) == {
+        *("--worker-extension-cls", "server.engine.fusing.extension.WorkerExtension"),
+        *("--scheduler-cls", "server.engine.admission.turns.FairScheduler"),
+    }
     assert set(stock) <= set(ours)
     assert (environment["VLLM_PLUGINS"], environment["MTA_BANK"]) == ("", "")
     assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
