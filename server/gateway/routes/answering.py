@@ -64,10 +64,12 @@ class Answering(Response):
             self._begin(scope, answer)
             content = await self._form.whole(answer)
             self._parts.metrics.observe(timings.ms)
-            await Response(content, headers=self._head(timings), media_type="application/json")(scope, receive, send)
+            await Response(content, headers=self._known_headers(timings), media_type="application/json")(
+                scope, receive, send
+            )
 
     async def _stream(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
-        async with EventSender(send, lambda: self._head(timings)) as sender:
+        async with EventSender(send, lambda: self._known_headers(timings)) as sender:
             try:
                 async with self._parts.generator.answer(self._asked, timings) as answer:
                     self._begin(scope, answer)
@@ -91,7 +93,7 @@ class Answering(Response):
         self._answer, notes = answer, notes_of(scope)
         notes.request_id, notes.level = answer.id, answer.personalization.level.value
 
-    def _head(self, timings: Timings) -> dict[str, str]:
+    def _known_headers(self, timings: Timings) -> dict[str, str]:
         """Headers as far as they are known: a comment can begin a stream before anything is."""
         known = self._form.headers(self._answer) if self._answer else {}
         return {"Server-Timing": timings.header()} | known
