@@ -112,14 +112,21 @@ class BankManifest(Frozen):
         """The rank of what a recipe of this bank fuses to, without its user adapter."""
         return fused_rank(self.method, self.rank, len(recipe.terms), recipe.common)
 
+    def _content(self) -> dict[str, Any]:
+        """All of it as JSON values; what a bank does not have is left out, as before there was such a thing."""
+        absent: dict[str, Any] = {"prior": True} if self.prior is None else {}
+        if self.weights.posterior is None:
+            absent["weights"] = {"posterior"}
+        return self.model_dump(mode="json", exclude=absent)
+
+    def to_json(self) -> str:
+        """The content of `bank.json`."""
+        return json.dumps(self._content(), indent=1) + "\n"
+
     def compute_fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
-        exclude: dict[str, Any] = {"fingerprint": True}
-        if self.prior is None:  # what a bank does not have is left out, as before there was such a thing
-            exclude["prior"] = True
-        if self.weights.posterior is None:
-            exclude["weights"] = {"posterior"}
-        content = self.model_dump(mode="json", exclude=exclude)
+        content = self._content()
+        del content["fingerprint"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -167,7 +174,7 @@ def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
     path = folder / MANIFEST_FILE
     draft = path.with_suffix(".json.tmp")
     with draft.open("w", encoding="utf-8") as file:
-        file.write(stamped.model_dump_json(indent=1) + "\n")
+        file.write(stamped.to_json())
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)

@@ -181,7 +181,7 @@ class BuildOptions:
     def record(self, key: str, people: int) -> dict[str, int | float | str | bool | None]:
         """The manifest's `training`: every option, how many people there were, and the key of all inputs."""
         fields: dict[str, int | float | str | bool | None] = {}
-        for name, value in _chosen(self).items():
+        for name, value in dataclasses.asdict(self).items():
             fields[name] = ",".join(value) if isinstance(value, tuple) else str(value) if name == "method" else value
         return {**fields, "people": people, "inputs": key}
 
