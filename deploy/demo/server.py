@@ -84,5 +84,7 @@ def _relay(process: subprocess.Popen[str], ready: threading.Event, say: Callable
     """Pass on what `mta up` prints until it is ready; read on after that, so that it never waits for a reader."""
     assert process.stdout is not None
     for line in process.stdout:
+        if line.startswith("Ready:"):  # and what to try next, which the demo says itself, at its end
+            ready.set()
         if line.strip() and not ready.is_set():
             say(line.rstrip())
