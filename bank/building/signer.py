@@ -52,9 +52,8 @@ class Signer:
     def products(self, examples: Sequence[Example]) -> Vectors:
         """By how many nats a token each anchor lowers the examples' loss, to first order, [N]."""
         gradient = b_gradient(self._model, self._layout, self.centre, examples)
-        mean = torch.dot(gradient, self._mean)
-        rows = (torch.dot(gradient, self._matrix.row(i).float()) for i in range(self._matrix.anchors))
-        return np.array([float(mean - row) for row in rows], np.float32)
+        found: Vectors = (torch.dot(gradient, self._mean) - self._along_rows(gradient)).numpy()
+        return found
 
     def slopes(self, examples: Sequence[Example], beyond: int | None = None) -> Vectors:
         """⟨g, rowᵢ⟩ [N], how the loss changes along each row, at the centre or an anchor's row beyond it."""
@@ -62,8 +61,8 @@ class Signer:
         if beyond is not None:
             place = self._lora(self._common + self._mean + self._matrix.row(beyond).float())
         gradient = b_gradient(self._model, self._layout, place, examples)
-        rows = (self._matrix.row(i).float() for i in range(self._matrix.anchors))
-        return np.array([float(torch.dot(gradient, row)) for row in rows])
+        found: Vectors = self._along_rows(gradient).double().numpy()
+        return found
 
     def measured_gains(self, examples: Sequence[Example]) -> Vectors:
         """By how many nats a token each anchor lowers the examples' loss, against the centre: one pass each, [N]."""
@@ -73,6 +72,10 @@ class Signer:
                 here.put(self._lora(self._common + self._matrix.row(anchor).float()))
                 losses.append(mean_loss(here.model, examples))
         return np.array([centre - loss for loss in losses], np.float32)
+
+    def _along_rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        """⟨gradient, rowᵢ⟩ [N], float32."""
+        return torch.stack([torch.dot(gradient, self._matrix.row(i).float()) for i in range(self._matrix.anchors)])
 
     def _lora(self, flat: torch.Tensor) -> LoraWeights:
         return LoraWeights(self._layout.rank, self._a, cut_b(self._layout, flat))

@@ -89,14 +89,14 @@ class ServingBank:
             share: how much of the rule's strength the recipe's anchors get, as in `make_recipe`.
         """
         rule = self.manifest.weights
-        speaks = signature is not None and _says_something(signature, self.manifest.short)
-        if speaks and signature and rule.posterior and self.curvature:
-            weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
-        elif speaks and signature and rule.signature:
-            weights = signature_weights(self.index, rule.signature, embedding, signature)
-        else:
+        if not (self.signs and signature and _says_something(signature, self.manifest.short)):
             weights = topic_weights(self.index, rule, embedding)
             return UserRecipe(make_recipe(self.manifest, weights, share, TOPIC_GRAIN), weights, "topic")
+        if rule.posterior and self.curvature:
+            weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
+        else:
+            assert rule.signature
+            weights = signature_weights(self.index, rule.signature, embedding, signature)
         return UserRecipe(make_recipe(self.manifest, weights, share), weights, "signature")
 
 

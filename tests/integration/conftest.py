@@ -41,6 +41,12 @@ def free_event_loop(gateway: GatewayThread) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def prefix(bank: Path) -> str:
+    """How recipes of a module's own bank begin."""
+    return f"mta1:{read_manifest(bank).short}:shared"
+
+
+@pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Bench:
     return Bench(tmp_path_factory.mktemp("build"), tiny_model_folder, embedder_folder)
 

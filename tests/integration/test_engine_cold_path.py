@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
-from bank.manifest import read_manifest
 from bench.rig.engine import Engine, running_engine
 from bench.rig.processes import command_line, descendants, standing_still
 from bench.rig.tiny import tiny_bank
+from tests.support.engine import text_of
 
 SLOTS = 2
 KINDS = ("check", "fuse", "slot_write", "bring_in", "load")
@@ -29,17 +28,6 @@ def bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embe
 def engine(bank: Path, tiny_model_folder: Path) -> Iterator[Engine]:
     with running_engine(bank, tiny_model_folder, dtype="float32", max_loras=SLOTS) as engine:
         yield engine
-
-
-@pytest.fixture(scope="module")
-def prefix(bank: Path) -> str:
-    """How this bank's recipes begin."""
-    return f"mta1:{read_manifest(bank).short}:shared"
-
-
-def text_of(response: httpx.Response) -> str:
-    assert response.status_code == httpx.codes.OK, response.text
-    return str(response.json()["choices"][0]["message"]["content"])
 
 
 def counted(engine: Engine) -> dict[str, float]:

@@ -11,12 +11,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bank.manifest import read_manifest
 from bench.rig.engine import KEY, Engine, running_engine
 from bench.rig.processes import PATIENCE_S, command_line, descendants, standing_still
 from bench.rig.tiny import tiny_bank, tiny_model
 from server.engine.admission.door import WITH_KEY
 from server.engine.command import is_cpu_build
+from tests.support.engine import text_of
 
 SLOTS, CPU_TIER, NAMES, ANCHORS = 2, 6, 16, 40
 STREAM_TOKENS = 1500
@@ -39,17 +39,6 @@ def engine(bank: Path, model: Path) -> Iterator[Engine]:
     sizes = {"max_loras": SLOTS, "max_cpu_loras": CPU_TIER, "max_adapter_names": NAMES}
     with running_engine(bank, model, secret=SECRET, **sizes) as engine:
         yield engine
-
-
-@pytest.fixture(scope="module")
-def prefix(bank: Path) -> str:
-    """How this bank's recipes begin."""
-    return f"mta1:{read_manifest(bank).short}:shared"
-
-
-def text_of(response: httpx.Response) -> str:
-    assert response.status_code == httpx.codes.OK, response.text
-    return str(response.json()["choices"][0]["message"]["content"])
 
 
 def test_a_recipe_changes_the_answer_and_the_base_model_stays_itself(engine: Engine, prefix: str) -> None:

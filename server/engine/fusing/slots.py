@@ -71,10 +71,11 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._note_nothing_written()
-        for wrapper in self.punica_wrapper_mapping.values():
-            if isinstance(wrapper, CpuLoRA):
-                wrapper.watch(self._table)
-                transpose_stacks(self.modules.values())
+        ours = [wrapper for wrapper in self.punica_wrapper_mapping.values() if isinstance(wrapper, CpuLoRA)]
+        for wrapper in ours:
+            wrapper.watch(self._table)
+        if ours:
+            transpose_stacks(self.modules.values())
 
     def _note_nothing_written(self) -> None:
         self.figures = WorkerFigures()

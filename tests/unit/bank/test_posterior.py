@@ -17,7 +17,7 @@ from bank.lookup.signature import Signature
 from bank.lookup.weights import AnchorWeight, make_recipe
 from bank.manifest import CURVATURE_FILE, INDEX_FILE, BankManifest, file_sha256, write_manifest
 from bank.rules import PosteriorRule, WeightRule
-from tests.unit.bank.test_weights import index_at, manifest
+from tests.unit.bank.test_weights import damage, index_at, manifest
 
 N = 4
 SIGNED = WeightRule(anchors=2, strength=0.5, posterior=PosteriorRule(anchors=3, decay=100.0))
@@ -89,9 +89,7 @@ def test_steps_are_shortened_by_a_share_bounded_and_dropped_where_they_round_to_
 
 def test_a_bank_whose_curvature_is_damaged_is_refused(tmp_path: Path) -> None:
     signed_bank(tmp_path)
-    raw = bytearray((tmp_path / CURVATURE_FILE).read_bytes())
-    raw[-1] ^= 1
-    (tmp_path / CURVATURE_FILE).write_bytes(raw)
+    damage(tmp_path / CURVATURE_FILE)
     with pytest.raises(BankError, match="damaged"):
         ServingBank.open(tmp_path, "e" * 16)
 

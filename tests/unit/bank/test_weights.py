@@ -126,6 +126,13 @@ def test_people_of_nearly_the_same_topics_share_a_recipe(tmp_path: Path) -> None
     assert [term.weight for term in bank.personalise(one).recipe.terms] == [750, 250]
 
 
+def damage(path: Path) -> None:
+    """Flip a bit of a file's last byte."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def saved_bank(folder: Path, **changes: object) -> BankManifest:
     index, _ = index_at(0.9, 0.3, -0.2, 0.1)
     index.save(folder / INDEX_FILE)
@@ -182,9 +189,7 @@ def test_a_bank_of_another_embedder_is_refused(tmp_path: Path) -> None:
 
 def test_a_bank_with_a_flipped_byte_in_its_index_is_refused(tmp_path: Path) -> None:
     saved_bank(tmp_path)
-    content = bytearray((tmp_path / INDEX_FILE).read_bytes())
-    content[-1] ^= 1
-    (tmp_path / INDEX_FILE).write_bytes(content)
+    damage(tmp_path / INDEX_FILE)
     with pytest.raises(BankError, match="damaged"):
         ServingBank.open(tmp_path, "e" * 16)
 

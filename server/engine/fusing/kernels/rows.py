@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class SlotTable:
         self.a_slots[:] = [first.setdefault(of, index) for index, of in enumerate(self._a)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: `groups` is cached
 class Rows:
     """The rows of a step that have an adapter, sorted by slot.
 
@@ -79,11 +80,10 @@ class Rows:
     def __bool__(self) -> bool:
         return len(self.slots) > 0
 
-    def groups(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Each adapter of the step: its slot, its rank, the indices of its rows [m] int64."""
+    @cached_property
+    def groups(self) -> list[tuple[int, int, torch.Tensor]]:
+        """Each adapter of the step: its slot, its rank, the indices of its rows [m] int64; found once a step."""
         slots, counts = torch.unique_consecutive(self.slots, return_counts=True)
-        starts = counts.cumsum(0) - counts
-        for slot, start, places in zip(
-            slots.tolist(), starts.tolist(), torch.split(self.places.long(), counts.tolist()), strict=True
-        ):
-            yield slot, int(self.ranks[start]), places
+        ranks = self.ranks[counts.cumsum(0) - counts]
+        places = torch.split(self.places.long(), counts.tolist())
+        return list(zip(slots.tolist(), ranks.tolist(), places, strict=True))

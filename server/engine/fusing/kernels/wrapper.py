@@ -74,7 +74,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         """y[i] = x A[i]ᵀ · scale."""
         x = _flat(x)
         for low, a in zip(y, lora_a_stacked, strict=False):
-            for slot, rank, places in self._tokens.groups():
+            for slot, rank, places in self._tokens.groups:
                 _flat(low)[places, :rank] = (scale * (x[places] @ a[slot, 0, :rank].t())).to(low.dtype)
 
     def add_expand(
@@ -92,7 +92,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         y = _flat(y)
         for low, b, size in zip(x, lora_b_stacked, output_slices, strict=False):
             part = y[:, offset_start : offset_start + size]
-            for slot, rank, places in self._tokens.groups():
+            for slot, rank, places in self._tokens.groups:
                 _spread(part, places, _flat(low)[places, :rank], b[slot, 0, :, :rank], add_inputs)
             offset_start += size
 
@@ -100,7 +100,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **_: Any
     ) -> None:
         """y += x Bᵀ."""
-        for slot, rank, places in self._tokens.groups():
+        for slot, rank, places in self._tokens.groups:
             _spread(_flat(y), places, _flat(x)[places, :rank], lora_b_stacked[slot, 0, :, :rank], add_inputs)
 
     def add_lora_logits(
@@ -114,7 +114,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> None:
         """y += x Aᵀ Bᵀ · scale, for the rows that are sampled from."""
         x = _flat(x)
-        for slot, rank, places in self._samples.groups():
+        for slot, rank, places in self._samples.groups:
             low = scale * (x[places] @ lora_a_stacked[slot, 0, :rank].t())
             _spread(_flat(y), places, low, lora_b_stacked[slot, 0, :, :rank], add=True)
 
