@@ -34,9 +34,12 @@ from server.gateway.http.middleware import Places, RequestLog
 from server.gateway.metrics import Metrics
 from server.gateway.parts import Parts
 from server.gateway.routes import generate, jobs, operations, users
+from server.gateway.routes.console import bank as console_bank
+from server.gateway.routes.console import pages
 from server.gateway.routes.openai import routes as openai
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
+from server.gateway.users.exporting import Exporting
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
@@ -76,8 +79,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(Places, most=settings.max_requests)
     app.add_middleware(RequestLog, counter=metrics.requests)  # the last one added is the outermost
-    for router in (generate.router, openai.router, users.router, jobs.router, operations.router):
-        app.include_router(router)
+    for part in (generate, openai, users, jobs, operations, console_bank, pages):
+        app.include_router(part.router)
     add_error_handlers(app)
     return app
 
@@ -149,7 +152,15 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             log_file=stores.file,
             engines=engines,
         )
-        yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
+        exporting = Exporting(
+            stores.profiles,
+            keys,
+            jobs=stores.jobs,
+            adapters=stores.adapters,
+            bank=bank_folder,
+            manifest=bank.manifest,
+        )
+        yield Parts(settings, bank, profiles, adapting, erasing, exporting, personalizer, generator, health, metrics)
 
 
 def _open_embedder(settings: Settings) -> Embedder:

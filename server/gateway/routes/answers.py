@@ -96,6 +96,9 @@ class UserAnswer(BaseModel, frozen=True):
     recipe: str
     source: str
     anchors: list[AnchorAnswer]
+    at: tuple[float, float] | None = Field(
+        description="Where they lie on the bank's map (`GET /bank`); null if it has none."
+    )
     adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
 
 
