@@ -106,7 +106,9 @@ def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
         tensors = {"a": flat_a(layout, weights), "b": flat_b(layout, weights)}
     header = {"kind": user.kind.value, "rank": weights.rank, "recipe": user.recipe}
     # One entry only: safetensors writes several in varying order, and equal adapters must have equal bytes.
-    raw: bytes = save({name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {USER_FORMAT: json.dumps(header)})
+    raw: bytes = save(
+        {name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {USER_FORMAT: json.dumps(header)}
+    )
     return raw
 
 

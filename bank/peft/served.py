@@ -50,7 +50,9 @@ class ServedAdapter:
         self._base_model, self._layout, self._recipe = manifest.base_model.name, manifest.layout, recipe.plain
         self._anchors = len(manifest.anchors)
         if recipe.terms and recipe.terms[-1].anchor >= self._anchors:
-            raise FusionError(f"bank {recipe.bank} has only {self._anchors} anchors, got the recipe {recipe.plain.name}")
+            raise FusionError(
+                f"bank {recipe.bank} has only {self._anchors} anchors, got the recipe {recipe.plain.name}"
+            )
         self._matrix = self._opened(bank / MATRIX_FILE, manifest)
         self._user, self._kind, self._user_rank = self._decoded(user)
         self.rank = manifest.rank_of(recipe) + (self._user_rank if self._kind == "lora" else 0)
@@ -127,7 +129,9 @@ class ServedAdapter:
         wanted = (self._anchors + manifest.common, self._layout.row_numbers)
         shared = matrix.shapes.get("shared_a", (0,))
         if matrix.shapes.get("rows") != wanted or (self._layout.shared_a and shared != (self._layout.a_numbers,)):
-            raise BankError(f"{path} holds {matrix.shapes}, but the manifest says rows of {wanted}: copy the bank again")
+            raise BankError(
+                f"{path} holds {matrix.shapes}, but the manifest says rows of {wanted}: copy the bank again"
+            )
         return matrix
 
     def _decoded(self, raw: bytes) -> tuple[RawTensors, str, int]:

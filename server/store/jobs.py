@@ -16,7 +16,7 @@ from typing import Protocol
 
 from server.store.adapters import StoredAdapter
 from server.store.profiles import Profile
-from server.store.samples import Curve
+from server.store.samples import NO_CURVE, Curve
 
 KEPT_JOBS = 20
 """How many of a user's newest jobs are remembered."""
@@ -95,7 +95,7 @@ class Job:
     step: int = 0
     of: int = 0
     loss: float | None = None
-    curve: Curve = Curve()
+    curve: Curve = NO_CURVE
     before: float | None = None
     after: float | None = None
     adapter: str = ""
@@ -237,6 +237,9 @@ class JobStore(Protocol):
 
     async def open_jobs(self, bank: str) -> int:
         """About how many jobs of a bank have not ended."""
+
+    async def waiting_jobs(self, bank: str) -> int:
+        """About how many of them no worker has taken yet."""
 
     async def overdue(self, bank: str) -> list[JobId]:
         """Announce again, and return, every job that should have been taken or finished by now."""

@@ -92,6 +92,10 @@ class Curve:
     held_out: tuple[Point, ...] = ()
 
 
+NO_CURVE = Curve()
+"""Of a job before it trains."""
+
+
 def default_config(room: int, common: bool, kind: AdapterKind | None = None) -> AdaptConfig:
     """How a job trains by default.
 
@@ -153,7 +157,7 @@ def decode_curve(text: str) -> Curve:
         ValueError, KeyError, TypeError: when the text is not a curve.
     """
     if not text:
-        return Curve()
+        return NO_CURVE
     value = orjson.loads(text)
     loss, held_out = (tuple((int(step), float(loss)) for step, loss in value[name]) for name in ("loss", "held_out"))
     return Curve(str(value["phase"]), loss, held_out)

@@ -59,7 +59,7 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
 
 @router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": {"example": FOLLOWED}}}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
-    """The job as server-sent events named `job`, now and whenever it changes, until it has ended; then one named `done`.
+    """The job as server-sent events named `job`, now and whenever it changes, until it has ended; then one, `done`.
 
     While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
     """

@@ -91,17 +91,15 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Everything that is stored about the user, as one JSON object.
 
-    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs`, and `adapter`: the user adapter
-    as it is stored and, in `peft`, the whole adapter that serves them, as the `config` and the `weights` (base64) of a
-    PEFT folder; `says` tells which, or why there is none.
+    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs`, and `adapter`: the user
+    adapter as it is stored and, in `peft`, the whole adapter that serves them, as the `config` and the `weights`
+    (base64) of a PEFT folder; `says` tells what it is, or why there is none.
     """
     export = await parts_of(request).exporting.export(user_id)
     if export is None:
         raise _unknown(user_id)
     jobs = [job_answer(job).model_dump(mode="json") for job in export.jobs]
-    return StreamingResponse(
-        export.pieces(jobs), media_type="application/json", headers={"Cache-Control": "no-store"}
-    )
+    return StreamingResponse(export.pieces(jobs), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 @router.delete("")

@@ -129,8 +129,8 @@ class Exporting:
         except MtaError as error:
             return None, f"`stored` is the user's own part alone; the whole adapter cannot be made here: {error}"
         return served, (
-            "`peft` is the whole adapter that serves this person: the anchors of its recipe, merged, and the user's own "
-            "part, `stored`, on top; scaling is in B"
+            "`peft` is the whole adapter that serves this person: the anchors of its recipe, merged, and on top the "
+            "user's own part, `stored`; scaling is in B"
         )
 
 

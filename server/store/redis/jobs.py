@@ -90,14 +90,9 @@ class RedisJobs:
     async def jobs(self, user_key: str) -> list[Job]:
         newest = await self._newest(user_key)
         last = newest.number if newest else 0
-        ids = [JobId(user_key, number) for number in range(max(1, last - KEPT_JOBS + 1), last + 1)]
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            for job_id in ids:
-                pipe.hmget(keys.job(job_id), _FIELDS)
-            found = await pipe.execute()
-        with readable():
-            decoded = [_decoded(job_id, values) for job_id, values in zip(ids, found, strict=True)]
-        return [job for job in decoded if job is not None]
+        numbers = range(max(1, last - KEPT_JOBS + 1), last + 1)
+        found = [await self.job(JobId(user_key, number)) for number in numbers]
+        return [job for job in found if job is not None]
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         ended = await self._connection.write(scripts.CANCEL, (keys.job(job_id),), secrets.token_hex(16), KEPT_S)
@@ -176,6 +171,9 @@ class RedisJobs:
 
     async def open_jobs(self, bank: str) -> int:
         return await self._queue(bank).open_count()
+
+    async def waiting_jobs(self, bank: str) -> int:
+        return await self._queue(bank).waiting_count()
 
     async def overdue(self, bank: str) -> list[JobId]:
         queue, announced = self._queue(bank), []

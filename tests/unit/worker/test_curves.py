@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_a_curve_is_bounded_ends_with_the_last_point_and_is_evenly_spaced(count:
     steps = [step for step, _ in curve.points]
     assert len(steps) == count if count < MOST_POINTS else MOST_POINTS / 2 <= len(steps) <= MOST_POINTS
     assert all(loss == step / 2 for step, loss in curve.points)
-    gaps = {after - before for before, after in zip(steps, steps[1:-1], strict=False)}
+    gaps = {after - before for before, after in itertools.pairwise(steps[:-1])}
     assert len(gaps) <= 1
     assert steps == sorted(set(steps))
 
