@@ -96,7 +96,7 @@ def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
     path.write_text("no json\n\n" + "".join(json.dumps(entry) + "\n" for entry in entries))
     done = mta("import", str(path), "--url", gateway.url, "--state", str(tmp_path / "far" / "state"))
     assert done.exit_code == 1
-    failures = lines_of(tmp_path / "far" / "state.failed.ndjson")
+    failures = lines_of(tmp_path / "far" / "people.ndjson.failed.ndjson")
     assert done.output.splitlines()[-1].startswith("3 imported, 0 were already, 8 failed: see ")
     reasons = {failure["entry"]: failure["reason"] for failure in failures}
     for place, reason in {
