@@ -69,7 +69,7 @@ def test_whoever_has_changed_in_the_file_is_imported_again(
     mta("import", str(path), "--url", gateway.url)
     path.write_text(path.read_text().replace(f"I am {ids[3]}", "I have changed"))
     with path.with_name("people.ndjson.imported").open("a") as state:
-        state.write("abcd")  # killed while it wrote
+        state.write("abc")  # killed while it wrote
     again = mta("import", str(path), "--url", gateway.url)
     assert again.output.splitlines()[-1] == "1 imported, 9 were already, 0 failed"
     assert client.get(f"/users/{ids[3]}/export").json()["items"][0]["text"] == "I have changed"

@@ -60,12 +60,9 @@ class Journal:
             done.parent.mkdir(parents=True, exist_ok=True)
             failed.unlink(missing_ok=True)
             self._done = self._files.enter_context(_private(done))
-            for line in self._done:
-                if line.endswith(b"\n"):  # else the last run was killed while it wrote this
-                    self._known.add(bytes.fromhex(line.decode()))
-            self._done.seek(0, os.SEEK_END)
-            if self._done.tell() and not line.endswith(b"\n"):
-                self._done.write(b"\n")
+            lines, _, torn = self._done.read().rpartition(b"\n")
+            self._known.update(bytes.fromhex(line.decode()) for line in lines.splitlines())
+            self._done.truncate(self._done.tell() - len(torn))  # the last run was killed while it wrote this
         except (OSError, ValueError) as error:
             self._files.close()
             raise MtaError(f"{done} is not the state of an import, or cannot be written: {error}") from error
