@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from starlette.staticfiles import StaticFiles
 
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
 from server.gateway.routes.console import pages
+from server.gateway.routes.console.bank import rule_answer
 from tests.support.gateway import GatewayThread
 
 
@@ -85,6 +87,35 @@ def test_the_bank_is_told_with_its_anchors_on_a_map(client: httpx.Client, gatewa
     assert told["rule"]["name"] == "topic"
     assert "2 anchors" in told["rule"]["says"]
     assert told["rule"]["constants"] == {"anchors": 2, "strength": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "words"),
+    [
+        (WeightRule(anchors=3, strength=0.5), "topic", ["3 anchors", "in steps of 0.05", "sum to 0.5"]),
+        (
+            WeightRule(signature=SignatureRule(anchors=7, strength=0.8, tau=2.5)),
+            "signature",
+            [
+                "7 anchors",
+                "2.5 × √tokens × predicted gain)",
+                "sum to 0.8",
+                "Until the items have been read, the 2 anchors",
+            ],
+        ),
+        (
+            WeightRule(signature=SignatureRule(kappa=4)),
+            "signature",
+            ["predicted gain + 4 × similarity)"],
+        ),
+        (WeightRule(posterior=PosteriorRule(anchors=9, decay=130)), "posterior", ["about 130 tokens", "most 9 steps"]),
+    ],
+)
+def test_a_rule_is_told_in_words_with_its_constants(rule: WeightRule, name: str, words: list[str]) -> None:
+    told = rule_answer(rule)
+    assert told.name == name
+    assert [word for word in words if word not in told.says] == []
+    assert all(isinstance(number, int | float) for number in told.constants.values())
 
 
 def test_a_user_is_where_the_anchor_of_their_world_is(client: httpx.Client, ada: str) -> None:
