@@ -15,6 +15,8 @@ router = APIRouter(tags=["operations"])
 
 Place = tuple[float, float]
 
+_MEANWHILE = "Until the items have been read, the"
+
 
 class RuleAnswer(BaseModel, frozen=True):
     """How what is known of a user becomes weights."""
@@ -86,8 +88,8 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
         return RuleAnswer(
             name="posterior",
             says="A user's own items say how far to step along each anchor's adapter from what all people share, in "
-            f"either direction: the more they have written the further, halfway at about {posterior.decay:g} tokens. At "
-            f"most {posterior.anchors} steps are taken, the longest. {_topic(rule, 'Until the items have been read, the')}",
+            f"either direction: the more they have written the further, halfway at about {posterior.decay:g} tokens. "
+            f"At most {posterior.anchors} steps are taken, the longest. {_topic(rule, _MEANWHILE)}",
             constants={"anchors": posterior.anchors, "decay": posterior.decay} | _of_topic(rule),
         )
     if evidence := rule.signature:
@@ -97,7 +99,7 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
             name="signature",
             says=f"The {evidence.anchors} anchors that explain a user's own items best speak, the better the louder "
             f"(softmax of {evidence.tau:g} × √tokens × predicted gain{beside}); "
-            f"their weights sum to {evidence.strength:g}. {_topic(rule, 'Until the items have been read, the')}",
+            f"their weights sum to {evidence.strength:g}. {_topic(rule, _MEANWHILE)}",
             constants=numbers | _of_topic(rule),
         )
     return RuleAnswer(name="topic", says=_topic(rule), constants={"anchors": rule.anchors, "strength": rule.strength})
