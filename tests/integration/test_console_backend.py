@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from starlette.staticfiles import StaticFiles
 
 from bank.rules import PosteriorRule, SignatureRule, WeightRule
+from bench.rig.tiny import world
 from server.gateway.routes.console import pages
 from server.gateway.routes.console.bank import rule_answer
 from tests.support.gateway import GatewayThread
@@ -118,10 +120,13 @@ def test_a_rule_is_told_in_words_with_its_constants(rule: WeightRule, name: str,
     assert all(isinstance(number, int | float) for number in told.constants.values())
 
 
-def test_a_user_is_where_the_anchor_of_their_world_is(client: httpx.Client, ada: str) -> None:
-    at = np.array(client.get(f"/users/{ada}").raise_for_status().json()["at"])
-    places = {a["id"]: np.array(a["at"]) for a in client.get("/bank").json()["anchors"]}
-    assert min(places, key=lambda name: float(np.linalg.norm(places[name] - at))) == "a00"
+def test_a_user_who_writes_as_an_anchor_does_is_where_the_anchor_is(
+    client: httpx.Client, new_user: Callable[[], str]
+) -> None:
+    user_id = new_user()
+    client.put(f"/users/{user_id}/profile", json={"items": [{"text": world(3)}]}).raise_for_status()
+    anchors = client.get("/bank").json()["anchors"]
+    assert client.get(f"/users/{user_id}").json()["at"] == pytest.approx(anchors[3]["at"], abs=1e-3)
 
 
 def test_a_bank_without_a_map_says_so(

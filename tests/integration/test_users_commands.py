@@ -186,7 +186,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         asked.append(float(retry_after or "nan"))
         bear(self, reason, retry_after)
 
-    monkeypatch.setattr("server.cli.users.gateway.random.uniform", uniform)
+    monkeypatch.setattr("random.uniform", uniform)
     monkeypatch.setattr(Gateway, "_bear", noted)
     yield asked
 

@@ -244,8 +244,10 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     if values[0] is None:
         return None
     texts: Mapping[str, str] = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
-    whole = {name: int(texts[name] or 0) for name in ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")}
+    whole: dict[str, Any] = {
+        name: int(texts[name] or 0) for name in ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
+    }
     losses: dict[str, Any] = {n: float(texts[n]) if texts[n] else None for n in ("loss", "before", "after")}
     state, curve = JobState(texts["state"]), decode_curve(texts["curve"])
-    plain = {name: texts[name] for name in ("config", "bank", "adapter", "error")}
+    plain: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error")}
     return Job(job_id, state, curve=curve, **plain, **whole, **losses)
