@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -53,6 +55,9 @@ from server.store.user_key import UserKeys
 from server.watching import forever
 
 log = logging.getLogger("mta.gateway")
+
+NICENESS = 10
+"""Of threads that embed: they get about a tenth of a core that something else wants."""
 
 DESCRIPTION = """\
 Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
@@ -107,7 +112,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         if stores.server.durability is Durability.NONE:
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
-        threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, thread_name_prefix="embed"))
+        threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", _stand_back))
         signing = stores.signing(bank.manifest.short) if bank.signs else None
         profiles = Profiles(
             stores.profiles,
@@ -174,6 +179,11 @@ async def _count_jobs(jobs: JobStore, bank: str, metrics: Metrics) -> None:
         unfinished, waiting = await jobs.open_jobs(bank), await jobs.waiting_jobs(bank)
         metrics.jobs.labels("queued").set(waiting)
         metrics.jobs.labels("running").set(max(0, unfinished - waiting))
+
+
+def _stand_back() -> None:
+    """Have the scheduler prefer whatever else runs to this thread: on one machine, writes would slow answers down."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _open_embedder(settings: Settings) -> Embedder:

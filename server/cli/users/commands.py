@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -19,6 +20,9 @@ app = typer.Typer(help="People's profiles, over a gateway's HTTP API.", no_args_
 
 Url = Annotated[str | None, typer.Option(help="URL of the gateway.", show_default="http://127.0.0.1, at MTA_PORT")]
 UserId = Annotated[str, typer.Argument(help="The id that the app gives the user.", metavar="ID")]
+
+NICENESS = 10
+"""Of an import: where it runs beside the server, answers come first."""
 
 _SHORT_PATIENCE_S = 5.0
 _TELL_EVERY = 20
@@ -43,6 +47,7 @@ def import_(
     from server.cli.users.importing import Import, journal_of
     from server.cli.users.people import count_people
 
+    os.nice(NICENESS)
     total = count_people(file)
 
     async def run(progress: ConsoleProgress) -> Counts:
