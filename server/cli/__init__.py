@@ -12,7 +12,7 @@ from server.cli.bank import commands as bank
 from server.cli.bench import commands as bench
 from server.cli.eval import commands as eval
 from server.cli.run import engine, gateway, up, worker
-from server.cli.users import readapt
+from server.cli.users import chat, readapt
 
 app = typer.Typer(
     name="mta",
@@ -29,6 +29,7 @@ app.command("models")(models.models)
 app.command("gateway")(gateway.gateway)
 app.command("engine")(engine.engine)
 app.command("worker")(worker.worker)
+app.command("chat")(chat.chat)
 app.command("readapt")(readapt.readapt)
 app.command("settings")(settings.settings)
 
