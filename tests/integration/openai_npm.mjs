@@ -7,7 +7,7 @@ import OpenAI from 'openai'
 const { GATEWAY_URL, NOWHERE_URL, ENGINE_URL, ENGINE_KEY } = process.env
 const HELLO = [{ role: 'user', content: 'hello there' }]
 const OURS = { model: 'mta', user: 'rosa', temperature: 0 }
-const LONG = { model: 'mta', user: 'rosa', messages: HELLO, max_tokens: 450, logit_bias: { 257: -100 } } // never ends early
+const LONG = { model: 'mta', user: 'rosa', messages: HELLO, max_tokens: 450, logit_bias: { 256: -100 } } // never ends early
 
 const clientOf = (url, options = {}) => new OpenAI({ baseURL: `${url}/v1`, apiKey: 'unused', maxRetries: 0, ...options })
 const client = clientOf(GATEWAY_URL)

@@ -46,4 +46,4 @@ def results(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_npm_client(results: Mapping[str, str], name: str) -> None:
-    assert results[name] == "ok"
+    assert results[name] == "ok", results[name]
