@@ -1,4 +1,4 @@
-"""Every code block of the pages that show how to use the server, as somebody would try them who reads a page through."""
+"""Every code block of the pages that show how to use the server, as somebody would try them who reads a page."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 
 from bank.peft.exchange import export_anchor
 from bench.rig.up import Up, up
+from mta_client import Client
 from tests.support.documented import ROOT, Reader, blocks_of
 
 PAGES = (
     "README.md",
     "docs/openai.md",
-    *sorted(f"docs/adopting/{page.name}" for page in ROOT.glob("docs/adopting/*.md")),
+    *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/adopting/*.md")),
 )
 PICTURES = {"mermaid"}
 
@@ -38,7 +39,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, str]) -
 
 @pytest.fixture
 def reader(server: Up, settings: dict[str, str], tiny_bank_folder: Path, tmp_path: Path) -> Reader:
-    """Somebody who has adapters of their own, as PEFT folders."""
+    """Somebody who has adapters of their own, as PEFT folders; rosa is known, as the README's first lines leave her."""
+    with Client(server.url) as client:
+        client.put_profile("rosa", ["Dear friend,\nThe first roses are open along the south wall."])
     for anchor, name in (("a00", "ana"), ("a01", "ben")):
         export_anchor(tiny_bank_folder, anchor, tmp_path / "adapters" / name)
     return Reader(server.url, tmp_path, settings)

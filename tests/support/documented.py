@@ -105,8 +105,8 @@ def calls_of(text: str) -> Iterator[tuple[str, str]]:
 
 def _is_whole(command: str) -> bool:
     """Whether a shell would run it, rather than wait for another line."""
-    ended = "<<'END'" not in command or command.endswith("\nEND\n")
-    return ended and command.count("'") % 2 == 0 and not command.endswith("\\\n")
+    asked = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True, check=False)
+    return not asked.stderr and not command.endswith("\\\n")
 
 
 def check_shown(shown: str, answered: str) -> None:

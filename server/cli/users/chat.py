@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -120,7 +120,8 @@ class Conversation:
 
 def _talk(conversation: Conversation) -> None:
     """Take lines until the last one. At the prompt Ctrl-C drops what was typed."""
-    import readline  # noqa: F401 - gives `input` its line editing
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives `input` its line editing
 
     _note("/base, /me, /strength X, /new, /quit; Ctrl-C stops an answer")
     while True:
