@@ -87,8 +87,9 @@ class Conversation:
         from mta_client import MtaError as ClientError
 
         asked = [*self._messages, {"role": "user", "content": question}]
-        said, who, end = "", None, "stopped"
-        begun_s, first_s = time.monotonic(), None
+        who: Personalization | None = None
+        first_s: float | None = None
+        said, end, begun_s = "", "stopped", time.monotonic()
         answer = self._client.stream(
             self._user,
             asked,
