@@ -67,7 +67,8 @@ def _fetch(folder: Path) -> None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(LOCKED / name, folder)
     npm = [_node() / "bin" / "node", _node() / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"]
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", f"--cache={folder / 'cache'}"]
+    patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", *patience, f"--cache={folder / 'cache'}"]
     done = subprocess.run([*npm, "ci", *options], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode and (cause := _AWAY.search(done.stderr)):
         pytest.skip(f"npm does not reach its registry ({cause[1]}), and {folder.parent} does not have the packages yet")
