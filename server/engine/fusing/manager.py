@@ -73,7 +73,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._adapter_manager.make_ready(self._model_of(1, "", short, empty))
         self._across = self._adapter_manager.lie_across
         compiled = kernels(Settings().cache_dir) if self._across else None
-        self._sum_across = compiled and compiled.weighted_sum_across
+        self._sum_across = compiled.weighted_sum_across if compiled else None
         self._ahead = Ahead(self._fuse)
         on_arrival(self.notice)
         return wrapped
@@ -205,6 +205,11 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """Stacked recipes whose user adapter is still here: as bytes, being fused, or fused into a slot."""
         fused = {*self._ahead.names, *self._adapter_manager.written}
         return set(self._users) | {name for name in fused if parse_recipe(name).user_adapter is not None}
+
+    @property
+    def slots_taken(self) -> int:
+        """How many slots hold an adapter."""
+        return len(self._adapter_manager._active_adapters)
 
     def resident(self) -> list[str]:
         """Recipes in the CPU tier, least recently used first."""
