@@ -12,8 +12,8 @@ from server.cli.bank import commands as bank
 from server.cli.bench import commands as bench
 from server.cli.eval import commands as eval
 from server.cli.run import engine, gateway, up, worker
+from server.cli.users import chat, readapt
 from server.cli.users import commands as users
-from server.cli.users import readapt
 
 app = typer.Typer(
     name="mta",
@@ -31,6 +31,7 @@ app.command("gateway")(gateway.gateway)
 app.command("engine")(engine.engine)
 app.command("worker")(worker.worker)
 app.add_typer(users.app, name="users")
+app.command("chat")(chat.chat)
 app.command("readapt")(readapt.readapt)
 app.command("settings")(settings.settings)
 

@@ -14,7 +14,9 @@ from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement, Training
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
+from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
+from server.settings import Settings
 from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
@@ -23,7 +25,7 @@ from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
-from tests.support.gateway import GatewayThread
+from tests.support.gateway import GatewayThread, wait_until_ready
 from tests.support.watchdog import never_held
 
 
@@ -38,6 +40,19 @@ def free_event_loop(gateway: GatewayThread) -> Iterator[None]:
     """Fails a test that kept the gateway's event loop for too long."""
     with never_held(gateway.thread):
         yield
+
+
+@pytest.fixture(scope="module")
+def gateway_over_vllm(gateway_settings: Settings, tiny_engine: Engine) -> Iterator[GatewayThread]:
+    """A gateway over a real engine, where two people are known: rosa and kai."""
+    from bench.rig.tiny import world  # imports torch
+
+    settings = gateway_settings.model_copy(update={"engine_url": tiny_engine.url})
+    with GatewayThread(settings) as gateway, gateway.client() as client:
+        wait_until_ready(client)
+        for user, place in (("rosa", 1), ("kai", 4)):
+            client.put(f"/users/{user}/profile", json={"items": [{"text": world(place)}]}).raise_for_status()
+        yield gateway
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -14,23 +13,11 @@ from openai import OpenAI
 
 from bench.rig.engine import Engine
 from bench.rig.processes import wait_until
-from bench.rig.tiny import world
 from bench.rig.valkey import free_port
 from server.settings import Settings
-from tests.support.gateway import GatewayThread, wait_until_ready
+from tests.support.gateway import GatewayThread, chunks_of
 
 HELLO = [{"role": "user", "content": "hello there"}]
-DOCS = (Path(__file__).parents[2] / "docs" / "openai.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def gateway_over_vllm(gateway_settings: Settings, tiny_engine: Engine) -> Iterator[GatewayThread]:
-    settings = gateway_settings.model_copy(update={"engine_url": tiny_engine.url})
-    with GatewayThread(settings) as gateway, gateway.client() as client:
-        wait_until_ready(client)
-        for user, place in (("rosa", 1), ("kai", 4)):
-            client.put(f"/users/{user}/profile", json={"items": [{"text": world(place)}]}).raise_for_status()
-        yield gateway
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +70,21 @@ def test_prompts_are_continued_as_they_are(client: OpenAI) -> None:
     assert one.usage and one.usage.prompt_tokens == len("the sea")  # a token is a byte, and there is no template
     ids = client.completions.create(model="mta", user="rosa", prompt=[[5, 6], [7]], max_tokens=2)
     assert ids.usage and ids.usage.prompt_tokens == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [True, False])
+def test_nothing_is_null_that_openais_schema_does_not_let_be_null(
+    gateway_over_vllm: GatewayThread, chat: bool, stream: bool
+) -> None:
+    body = {"model": "mta", "user": "rosa", "max_tokens": 4, "stream": stream}
+    body |= {"messages": HELLO} if chat else {"prompt": "hello"}
+    with gateway_over_vllm.client() as plain:
+        answer = plain.post("/v1/chat/completions" if chat else "/v1/completions", json=body).raise_for_status()
+    for value in chunks_of(answer)[:-1] if stream else [answer.json()]:
+        value.pop("personalization", None)  # ours
+        nulls = set(re.findall(r'"(\w+)": null', json.dumps(value)))
+        assert nulls <= {"content", "refusal", "logprobs", "finish_reason"}
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -184,7 +186,7 @@ class TestErrors:
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_stops_the_engine(client: OpenAI, tiny_engine: Engine, stream: bool) -> None:
     before = tiny_engine.metric("vllm:generation_tokens_total")
-    asked = {"model": "mta", "user": "rosa", "messages": [{"role": "user", "content": "x"}], "max_tokens": 450}
+    asked = {"model": "mta", "user": "rosa", "messages": HELLO, "max_tokens": 450, "logit_bias": {"256": -100}}
     if stream:
         with client.chat.completions.create(**asked, stream=True) as chunks:
             next(iter(chunks))
@@ -193,12 +195,3 @@ def test_leaving_stops_the_engine(client: OpenAI, tiny_engine: Engine, stream: b
             client.with_options(timeout=0.2).chat.completions.create(**asked)
     wait_until(lambda: tiny_engine.metric("vllm:num_requests_running") == 0, "the engine to stop")
     assert tiny_engine.metric("vllm:generation_tokens_total") - before < 450
-
-
-def test_the_documented_python_runs(gateway_over_vllm: GatewayThread, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks).replace("http://localhost:8000", gateway_over_vllm.url), {})
-    said = capsys.readouterr().out
-    assert "merged mta1:" in said
-    assert "prompt_tokens=" in said

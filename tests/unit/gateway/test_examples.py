@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +20,10 @@ from server.gateway.routes.openai.answers import ChatCompletion, ModelsAnswer, T
 from server.gateway.routes.openai.fields import FIELDS, Fate
 from server.gateway.routes.openai.requests import ChatRequest, CompletionRequest
 from server.settings import Settings
+from tests.support.documented import ROOT, blocks_of, calls_of
 
 DOCUMENT = create_app(Settings()).openapi()
-ROOT = Path(__file__).parents[3]
-README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/openai.md"))
+PAGES = ("README.md", "docs/openai.md")
 LEFT_OUT = ", …}"
 """How they end an object of which it does not show all."""
 
@@ -90,14 +89,15 @@ def test_the_document_shows_requests_that_are_taken(model: type[BaseModel]) -> N
 
 
 def calls() -> Iterator[tuple[str, str | None, str]]:
-    """Each call of the README: method and path, what is sent, and the answer."""
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
-        for call in re.findall(r"^\$ (.*?)(?=^\$ |\Z)", block, re.DOTALL | re.MULTILINE):
-            command, answer = re.fullmatch(r"(.*?)^((?:\{|data: ).*)", call, re.DOTALL | re.MULTILINE).groups()
-            sent = re.search(r"-d '(.*)'", command, re.DOTALL)
-            method = re.search(r"-X (\w+)", command)
-            path = re.search(r"localhost:8000(\S+)", command)[1]
-            yield f"{method[1] if method else 'POST' if sent else 'GET'} {path}", sent and sent[1], answer
+    """Each call of the pages: method and path, what is sent, and the answer."""
+    shown = [
+        block.text for page in PAGES for block in blocks_of(page) if block.language == "console" and not block.reason
+    ]
+    for command, answer in (call for text in shown for call in calls_of(text)):
+        sent = re.search(r"-d '(.*)'", command, re.DOTALL)
+        method = re.search(r"-X (\w+)", command)
+        path = re.search(r"localhost:8000(\S+)", command)[1]
+        yield f"{method[1] if method else 'POST' if sent else 'GET'} {path}", sent and sent[1], answer
 
 
 @pytest.mark.parametrize(("route", "sent", "answer"), list(calls()))
@@ -120,7 +120,8 @@ def test_the_readme_shows_what_is_sent_and_answered(route: str, sent: str | None
 
 
 def test_the_table_of_openais_fields_is_the_gateways() -> None:
-    rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`\w+`.*?) \|", README, re.MULTILINE)]
+    text = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
+    rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)]
     ours, personal, passed, ignored, refused = rows[-5:]
     fates = [ours | personal, passed, ignored, refused]
     assert fates == [{name for name, fate in FIELDS.items() if fate is wanted} for wanted in Fate]

@@ -16,6 +16,9 @@ from server.gateway.routes.openai.requests import StreamOptions
 _INTERNAL = ("kv_transfer_params", "ec_transfer_params")
 """What engines tell each other."""
 
+_NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}
+"""What may be null in OpenAI's schema; whatever else is null there is not there at all."""
+
 
 class _Completion(BaseModel, frozen=True):
     id: str
@@ -102,3 +105,7 @@ class OpenAIForm:
         value["id"], value["object"], value["model"] = answer.id, kind, self._model
         for name in _INTERNAL:
             value.pop(name, None)
+        said = [choice.get("message") or choice.get("delta") or {} for choice in value["choices"]]
+        for part in (value, value.get("usage") or {}, *value["choices"], *said):
+            for name in [name for name, inner in part.items() if inner is None and name not in _NULLABLE]:
+                del part[name]

@@ -1,0 +1,99 @@
+"""`mta chat` in a real terminal, over a real gateway and a fake engine."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from bench.rig.processes import PATIENCE_S, mta, wait_until
+from server.supervisor.services import free_port
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread
+from tests.support.terminal import CTRL_C, CTRL_D, Terminal, terminal
+
+FIRST = r"first token after \d+ ms"
+
+
+@pytest.fixture
+def talk(gateway: GatewayThread, ada: str) -> Iterator[Terminal]:
+    with terminal(mta("chat", "--user", ada, "--url", gateway.url, "--max-tokens", "4")) as screen:
+        screen.wait_for(f"{ada}> ")
+        yield screen
+
+
+def ask(talk: Terminal, line: str, level: str) -> None:
+    """Type a line and wait for the answer of four tokens."""
+    talk.type(f"{line}\n")
+    talk.wait_for(f"{level}.*, {FIRST}, 4 tokens")
+    talk.wait_for("> ")
+
+
+def test_both_sides_answer_one_conversation(talk: Terminal, fake_engine: FakeEngine) -> None:
+    ask(talk, "hello", "merged")
+    talk.type("/base\n")
+    talk.wait_for("base> ")
+    ask(talk, "and you?", "base")
+    hello, answer, question = fake_engine.seen[-1].body["messages"]
+    assert (hello["content"], question["content"]) == ("hello", "and you?")
+    assert answer["role"] == "assistant"
+    assert answer["content"]
+    talk.type("/me\n")
+    talk.wait_for("user-.*> ")
+    talk.type("/new\n")
+    talk.wait_for("> ")
+    ask(talk, "hello", "merged")
+    recipe, plain, again = (seen.body["model"] for seen in fake_engine.seen[-3:])
+    assert (again, plain) == (recipe, "base")
+    assert len(fake_engine.seen[-1].body["messages"]) == 1
+
+
+def test_the_strength_is_the_recipes(talk: Terminal, fake_engine: FakeEngine) -> None:
+    talk.type("/strength 0\n")
+    talk.wait_for(" 0> ")
+    ask(talk, "hello", "merged")
+    assert fake_engine.seen[-1].body["model"].endswith(":c")
+    talk.type("/strength 0.42\n")
+    talk.wait_for("0.42> ")
+    talk.type("hello\n")
+    talk.wait_for("error: strength must be a multiple of 0.05")
+    talk.type("/strength much\n")
+    talk.wait_for("/quit +leave")
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine: FakeEngine) -> None:
+    fake_engine.knobs.token_delay_s = 0.5
+    talk.type("hello\n")
+    wait_until(lambda: fake_engine.seen[-1:] != [] and fake_engine.seen[-1].tokens > 0, "the first token")
+    talk.type(CTRL_C)
+    talk.wait_for(f"merged, {FIRST}, stopped")
+    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
+    talk.wait_for("> ")
+    talk.type(f"half a question{CTRL_C}")
+    talk.wait_for("> ")
+    fake_engine.knobs.token_delay_s = 0
+    ask(talk, "hello again", "merged")
+    talk.type(CTRL_D)
+    assert talk.process.wait(PATIENCE_S) == 0
+
+
+def test_an_error_of_the_engine_is_said_and_the_conversation_goes_on(talk: Terminal, fake_engine: FakeEngine) -> None:
+    fake_engine.knobs.status = 500
+    talk.type("hello\n")
+    talk.wait_for("error: ")
+    talk.wait_for("> ")
+    fake_engine.knobs.status = None
+    ask(talk, "hello", "merged")
+    assert len(fake_engine.seen[-1].body["messages"]) == 1
+    talk.type("/quit\n")
+    assert talk.process.wait(PATIENCE_S) == 0
+
+
+def test_a_gateway_that_is_not_there_is_one_line() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    done = subprocess.run(mta("chat", "--user", "ada", "--url", url), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no gateway at {url}: ")
+    assert "`mta up`" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,67 @@
+"""Every code block of the pages that show how to use the server, as somebody would try them who reads a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bank.peft.exchange import export_anchor
+from bench.rig.up import Up, up
+from mta_client import Client
+from tests.support.documented import ROOT, Reader, blocks_of
+
+PAGES = (
+    "README.md",
+    "docs/openai.md",
+    *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/adopting/*.md")),
+)
+PICTURES = {"mermaid"}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path) -> dict[str, str]:
+    return {
+        "MTA_BANK": str(tiny_bank_folder),
+        "MTA_MODEL": str(tiny_model_folder),
+        "MTA_EMBEDDER": str(embedder_folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, str]) -> Iterator[Up]:
+    """What `mta up` starts, over a tiny model."""
+    with up(tmp_path_factory.mktemp("documented"), environment=settings) as started:
+        yield started
+
+
+@pytest.fixture
+def reader(server: Up, settings: dict[str, str], tiny_bank_folder: Path, tmp_path: Path) -> Reader:
+    """Somebody who has adapters of their own, as PEFT folders; rosa is known, as the README's first lines leave her."""
+    with Client(server.url) as client:
+        client.put_profile("rosa", ["Dear friend,\nThe first roses are open along the south wall."])
+    for anchor, name in (("a00", "ana"), ("a01", "ben")):
+        export_anchor(tiny_bank_folder, anchor, tmp_path / "adapters" / name)
+    return Reader(server.url, tmp_path, settings)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_does_what_it_says(page: str, reader: Reader) -> None:
+    for block in blocks_of(page):
+        if block.reason is None and block.language not in PICTURES:
+            try:
+                reader.try_block(block)
+            except Exception as error:
+                error.add_note(f"in the block at {page}:{block.line}")
+                raise
+
+
+@pytest.mark.parametrize("page", PAGES[1:])
+def test_no_code_hides_from_being_run(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert blocks_of(page)
+    assert text.count("```") == 2 * len(blocks_of(page)), "a fence within a list is not found"
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"^\n {4}\S", prose, re.MULTILINE), "code by indentation is not found"
