@@ -25,8 +25,8 @@ from adapters.errors import UserAdapterError
 from adapters.flat import FlatLora, flat_a, flat_b, lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
+from adapters.raw import USER_FORMAT
 
-FORMAT = "mta-user-1"
 _LENGTH_BYTES = 8
 
 
@@ -106,7 +106,9 @@ def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
         tensors = {"a": flat_a(layout, weights), "b": flat_b(layout, weights)}
     header = {"kind": user.kind.value, "rank": weights.rank, "recipe": user.recipe}
     # One entry only: safetensors writes several in varying order, and equal adapters must have equal bytes.
-    raw: bytes = save({name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {FORMAT: json.dumps(header)})
+    raw: bytes = save(
+        {name: flat.to(torch.bfloat16) for name, flat in tensors.items()}, {USER_FORMAT: json.dumps(header)}
+    )
     return raw
 
 
@@ -146,7 +148,7 @@ def _header(raw: bytes) -> dict[str, Any]:
     """Our entry in the metadata of safetensors bytes: the library reads it from files only."""
     size = int.from_bytes(raw[:_LENGTH_BYTES], "little")
     try:
-        header = json.loads(json.loads(raw[_LENGTH_BYTES : _LENGTH_BYTES + size])["__metadata__"][FORMAT])
+        header = json.loads(json.loads(raw[_LENGTH_BYTES : _LENGTH_BYTES + size])["__metadata__"][USER_FORMAT])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserAdapterError(f"user adapter of {len(raw)} bytes has no readable header ({FORMAT})") from error
+        raise UserAdapterError(f"user adapter of {len(raw)} bytes has no readable header ({USER_FORMAT})") from error
     return header if isinstance(header, dict) else {}

@@ -25,6 +25,8 @@ MANIFEST_FILE = "bank.json"
 MATRIX_FILE = "meta_loras.safetensors"
 INDEX_FILE = "anchors.faiss"
 CURVATURE_FILE = "curvature.npy"
+MAP_FILE = "map.json"
+"""The one file that a bank may lack: those built before there were maps do."""
 
 
 class BaseModelId(Frozen):

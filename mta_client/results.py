@@ -107,7 +107,11 @@ class Erased:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A training job's current state: `progress` has `step`, `of` and `loss`; `held_out` has `before` and `after`."""
+    """A training job's current state.
+
+    `progress` has `step`, `steps`, `phase`, and in `loss` and `held_out` pairs of step and loss; `held_out` has `before`
+    and `after`.
+    """
 
     id: str
     state: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,11 +69,20 @@ class UserPlan:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far training is: step `step` of `of` over all its runs, with the loss of the last step."""
+    """How far training is.
+
+    Attributes:
+        step, of: over all its runs.
+        loss: of the last step.
+        phase: what is being done, in a few words.
+        held_out: loss on samples that are not trained on after this step, if it was taken.
+    """
 
     step: int
     of: int
     loss: float
+    phase: str = ""
+    held_out: float | None = None
 
 
 class Patience:
@@ -97,6 +106,10 @@ class UserRun:
         self.plan = plan
         self._adapter = adapter
         self._now = Progress(0, 0, 0.0)
+
+    def enter(self, phase: str) -> None:
+        """Begin something else, in a few words."""
+        self._now = replace(self._now, phase=phase)
 
     def loss(self, examples: Sequence[Example]) -> Generator[Progress, None, float]:
         """Mean loss of the examples under the adapter as it is now; yields the progress after each row of them."""
@@ -134,15 +147,20 @@ class UserRun:
         """Whether the held-out loss is looked at after this step of a run of `steps`."""
         return step % self.plan.every == 0 or step == steps
 
-    def told(self, report: StepReport, of: int) -> Progress:
+    def told(self, report: StepReport, of: int, held_out: float | None = None) -> Progress:
         """Count one more step of all runs.
 
         Args:
             report: the step's.
             of: steps of all runs, as far as known.
+            held_out: loss on held-out samples after it, if it was taken.
         """
-        self._now = Progress(self._now.step + 1, of, report.loss)
-        return self._now
+        self._now = replace(self._now, step=self._now.step + 1, of=of, loss=report.loss)
+        return replace(self._now, held_out=held_out)
+
+    def begun(self, held_out: float) -> Progress:
+        """The progress where a run begins, with the loss there on held-out samples."""
+        return replace(self._now, held_out=held_out)
 
     def taken(self) -> LoraWeights | CoreWeights:
         """The weights of the adapter as it is now.

@@ -109,20 +109,25 @@ def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
         kept = [samples[i] for i in range(len(samples)) if i not in held]
         aside = [samples[i] for i in sorted(held)]
         share = len(aside) / len(samples)
+        run.enter(f"fold {place + 1} of {len(folds)}")
         run.reset()
-        before += share * (yield from run.loss(aside))
+        start = yield from run.loss(aside)
+        before += share * start
+        yield run.begun(start)
         for report in run.train(kept, steps):
+            loss = None
             if run.looks(report.step, steps):
                 loss = yield from run.loss(aside)
                 after[report.step] += share * loss
                 if place == 0 and not patience.holds(report.step, loss):
                     steps = report.step
-            yield run.told(report, of=steps * (len(folds) + 1))
+            yield run.told(report, of=steps * (len(folds) + 1), held_out=loss)
             if report.step == steps:
                 break
     best = min(after, key=lambda step: (after[step], step))
     if not after[best] < before:
         return Judgement(None, before, after[best], best)
+    run.enter("all samples")
     for report in run.train(samples, best):
         yield run.told(report, of=steps * len(folds) + best)
     return Judgement(run.taken(), before, after[best], best)
@@ -131,8 +136,10 @@ def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
 def _alone(run: UserRun, samples: Sequence[Example]) -> _Judging:
     """One sample, for half the steps: nothing says when to stop."""
     steps = max(1, run.plan.steps // 2)
+    run.enter("the one sample")
     run.reset()
     before = yield from run.loss(samples)
+    yield run.begun(before)
     for report in run.train(samples, steps):
         yield run.told(report, of=steps)
     after = yield from run.loss(samples)
@@ -145,17 +152,20 @@ def _hold_out(run: UserRun, samples: Sequence[Example]) -> _Judging:
     size = max(1, round(run.plan.holdout * len(samples)))
     aside, kept = [samples[i] for i in order[:size]], [samples[i] for i in order[size:]]
     patience, steps = Patience(run.plan.every), run.plan.steps
+    run.enter("all samples but those held out")
     run.reset()
     before = yield from run.loss(aside)
+    yield run.begun(before)
     best = Judgement(None, before, math.inf, 0)
     for report in run.train(kept, steps):
+        after = None
         if run.looks(report.step, steps):
             after = yield from run.loss(aside)
             if after < best.after:
                 best = Judgement(run.taken() if after < before else None, before, after, report.step)
             if not patience.holds(report.step, after):
                 steps = report.step
-        yield run.told(report, of=steps)
+        yield run.told(report, of=steps, held_out=after)
         if report.step == steps:
             break
     return best

@@ -1,4 +1,4 @@
-"""The last step in making any bank: write matrix, index and, once both are in place, the manifest."""
+"""The last step in making any bank: write matrix, index and map and, once all are in place, the manifest."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from adapters.layout import RowLayout, serving_rank
 from adapters.recipe import FusionMethod, anchor_id
 from bank.errors import BankError
 from bank.items.profile import Vectors
+from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
 from bank.manifest import (
     CURVATURE_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
+    MAP_FILE,
     MATRIX_FILE,
     AnchorEntry,
     BankManifest,
@@ -103,7 +105,9 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
             write_matrix(draft, parts.layout, parts.rows, parts.shared_a)
         with _replacing(out / INDEX_FILE) as draft:
             AnchorIndex.build(parts.embeddings).save(draft)
-        files = [INDEX_FILE, MATRIX_FILE]
+        with _replacing(out / MAP_FILE) as draft:
+            Atlas.of(parts.embeddings).save(draft)
+        files = [INDEX_FILE, MAP_FILE, MATRIX_FILE]
         if parts.curvature is not None:
             with _replacing(out / CURVATURE_FILE) as draft, draft.open("wb") as file:
                 np.save(file, np.asarray(parts.curvature, np.float64))

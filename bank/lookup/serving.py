@@ -11,6 +11,7 @@ from adapters.recipe import FusionRecipe
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
+from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
 from bank.lookup.posterior import Curvature
 from bank.lookup.signature import Signature
@@ -22,7 +23,7 @@ from bank.lookup.weights import (
     signature_weights,
     topic_weights,
 )
-from bank.manifest import CURVATURE_FILE, INDEX_FILE, BankManifest, read_manifest, verify_files
+from bank.manifest import CURVATURE_FILE, INDEX_FILE, MAP_FILE, BankManifest, read_manifest, verify_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,15 @@ class UserRecipe:
 class ServingBank:
     """A bank opened for lookups; the weights of its adapters are never read here."""
 
-    def __init__(self, manifest: BankManifest, index: AnchorIndex, curvature: Curvature | None = None) -> None:
+    def __init__(
+        self,
+        manifest: BankManifest,
+        index: AnchorIndex,
+        curvature: Curvature | None = None,
+        atlas: Atlas | None = None,
+    ) -> None:
         self.manifest = manifest
+        self.atlas = atlas
         self.task: Task = get_task(manifest.task)
         self.index = index
         self.curvature = curvature
@@ -61,7 +69,8 @@ class ServingBank:
             BankError: when the bank is missing, damaged, or made with another embedder.
         """
         manifest = read_manifest(folder)
-        verify_files(folder, manifest, (INDEX_FILE, *([CURVATURE_FILE] if manifest.signed else [])))
+        mapped, signed = MAP_FILE in manifest.files, manifest.signed
+        verify_files(folder, manifest, (INDEX_FILE, *([CURVATURE_FILE] * signed), *([MAP_FILE] * mapped)))
         if manifest.embedder.id != embedder_id:
             raise BankError(
                 f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "
@@ -73,7 +82,9 @@ class ServingBank:
                 f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} numbers, but "
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
-        return cls(manifest, index, Curvature.load(folder / CURVATURE_FILE) if manifest.signed else None)
+        curvature = Curvature.load(folder / CURVATURE_FILE) if signed else None
+        atlas = Atlas.load(folder / MAP_FILE, index.anchors, index.dim) if mapped else None
+        return cls(manifest, index, curvature, atlas)
 
     @property
     def signs(self) -> bool:

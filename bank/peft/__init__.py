@@ -1,1 +1,1 @@
-"""Meta-LoRAs as PEFT adapters, in and out."""
+"""Adapters as PEFT has them, in and out."""

@@ -13,10 +13,7 @@ import torch
 from adapters.errors import excerpt
 from adapters.lora import LoraWeights
 from bank.errors import BankError
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+from bank.peft.served import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 # Settings that make a PEFT LoRA more than ΔW = scaling · B A, with the value at which they do not.
 _PLAIN = {
@@ -113,8 +110,8 @@ def write_peft(folder: Path, lora: LoraWeights, base_model: str) -> None:
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    tensors = {f"{_PREFIX}{name}.lora_A.weight": value.contiguous() for name, value in lora.a.items()}
-    tensors |= {f"{_PREFIX}{name}.lora_B.weight": value.contiguous() for name, value in lora.b.items()}
+    tensors = {f"{PREFIX}{name}.lora_A.weight": value.contiguous() for name, value in lora.a.items()}
+    tensors |= {f"{PREFIX}{name}.lora_B.weight": value.contiguous() for name, value in lora.b.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -128,8 +125,8 @@ def _matrices(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
     for key, value in tensors.items():
-        name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if not key.startswith(_PREFIX) or part not in found or value.ndim != 2:
+        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(PREFIX) or part not in found or value.ndim != 2:
             raise BankError(f"{folder}: {excerpt(key)} is not a LoRA of a linear layer: a bank cannot hold it")
         found[part][name] = value.float()
     if not found["lora_A"] or found["lora_A"].keys() != found["lora_B"].keys():

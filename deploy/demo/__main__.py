@@ -124,9 +124,10 @@ def _looks() -> dict[str, str]:
 def _stay_up(console: Console, server: Server) -> None:
     """Leave the server up until Ctrl-C."""
     try:  # from here on Ctrl-C is the normal way to end, even while these lines are being printed
-        console.print(f"\nThe server stays up at {server.api.url} ({server.api.url}/docs). Try:\n", soft_wrap=True)
-        console.print(Text(curl_lines(server.api.url, PEOPLE[0].user_id)), soft_wrap=True)
-        console.print("\nCtrl-C stops everything.")
+        url = server.api.url
+        console.print(f"\nThe server stays up at {url} ({url}/docs). Try:\n", soft_wrap=True)
+        console.print(Text(curl_lines(url, PEOPLE[0].user_id)), soft_wrap=True)
+        console.print(f"\nor open the console: {url}/console\n\nCtrl-C stops everything.", soft_wrap=True)
         status = server.process.wait()
     except KeyboardInterrupt:
         console.print("\nStopping everything …")

@@ -32,7 +32,7 @@ class Training:
 
     Attributes:
         job: as it ended.
-        losses: the training loss, as the job's events told it.
+        losses: the training loss, step by step.
         seconds: from the request to the end of the job.
     """
 
@@ -50,7 +50,7 @@ def train(client: Client, user_id: str) -> Training:
     """Send the samples, and follow the job to its end."""
     sent_s = time.perf_counter()
     states = list(client.events(client.adapt(user_id, samples(), **CONFIG).id))
-    losses = [state.progress["loss"] for state in states if state.progress["loss"] is not None]
+    losses = [loss for _, loss in states[-1].progress["loss"]]
     return Training(states[-1], losses, time.perf_counter() - sent_s)
 
 
@@ -79,7 +79,7 @@ def outcome(training: Training) -> str:
     job = training.job
     before, after = (job.held_out[side] or 0.0 for side in ("before", "after"))
     return (
-        f"{job.state} after {job.progress['of']} steps in {training.seconds:.0f} s: loss on held-out samples "
+        f"{job.state} after {job.progress['steps']} steps in {training.seconds:.0f} s: loss on held-out samples "
         f"{before:.2f} → {after:.2f}"
     )
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -19,7 +20,7 @@ from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
-from server.errors import ApiError
+from server.errors import ApiError, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
@@ -27,21 +28,25 @@ from server.gateway.generation.generator import Generator
 from server.gateway.generation.index_cache import IndexCache
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.recall import Recall
-from server.gateway.health import Health
+from server.gateway.health import PROBE_INTERVAL_S, Health
 from server.gateway.http.bodies import Bodies
 from server.gateway.http.errors import add_error_handlers
 from server.gateway.http.middleware import Places, RequestLog
 from server.gateway.metrics import Metrics
 from server.gateway.parts import Parts
 from server.gateway.routes import generate, jobs, operations, users
+from server.gateway.routes.console import bank as console_bank
+from server.gateway.routes.console import pages
 from server.gateway.routes.openai import routes as openai
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
+from server.gateway.users.exporting import Exporting
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import LOOK_S, Durability
+from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
 from server.store.user_key import UserKeys
@@ -76,8 +81,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(Places, most=settings.max_requests)
     app.add_middleware(RequestLog, counter=metrics.requests)  # the last one added is the outermost
-    for router in (generate.router, openai.router, users.router, jobs.router, operations.router):
-        app.include_router(router)
+    for part in (generate, openai, users, jobs, operations, console_bank, pages):
+        app.include_router(part.router)
     add_error_handlers(app)
     return app
 
@@ -118,8 +123,11 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
         engines = Engines(session, settings.engines, engine_key)
         health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
+        metrics.watch(lambda: engines.figures)
+
         for beside in (
             health.watch(),
+            forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, bank.manifest.short, metrics), log),
             forever(LOOK_S, stores.file.look, log),
             asyncio.to_thread(_load_search, bank.task),
         ):
@@ -149,7 +157,23 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             log_file=stores.file,
             engines=engines,
         )
-        yield Parts(settings, bank, profiles, adapting, erasing, personalizer, generator, health, metrics)
+        exporting = Exporting(
+            stores.profiles,
+            keys,
+            jobs=stores.jobs,
+            adapters=stores.adapters,
+            bank=bank_folder,
+            manifest=bank.manifest,
+        )
+        yield Parts(settings, bank, profiles, adapting, erasing, exporting, personalizer, generator, health, metrics)
+
+
+async def _count_jobs(jobs: JobStore, bank: str, metrics: Metrics) -> None:
+    """Count a bank's open jobs; while the store is away the last count stays, and `/ready` says why."""
+    with contextlib.suppress(Unavailable):
+        unfinished, waiting = await jobs.open_jobs(bank), await jobs.waiting_jobs(bank)
+        metrics.jobs.labels("queued").set(waiting)
+        metrics.jobs.labels("running").set(max(0, unfinished - waiting))
 
 
 def _open_embedder(settings: Settings) -> Embedder:

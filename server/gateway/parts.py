@@ -13,6 +13,7 @@ from server.gateway.health import Health
 from server.gateway.metrics import Metrics
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
+from server.gateway.users.exporting import Exporting
 from server.gateway.users.profiles import Profiles
 from server.settings import Settings
 
@@ -26,6 +27,7 @@ class Parts:
     profiles: Profiles
     adapting: Adapting
     erasing: Erasing
+    exporting: Exporting
     personalizer: Personalizer
     generator: Generator
     health: Health

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from server.store.adapters import StoredAdapter
 from server.store.profiles import Profile
+from server.store.samples import NO_CURVE, Curve
 
 KEPT_JOBS = 20
 """How many of a user's newest jobs are remembered."""
@@ -77,6 +78,7 @@ class Job:
         tries: how often a worker has taken it.
         step, of: training progress, over all its runs.
         loss: of the last step, nats per output token; None before the first.
+        curve: how it went up to there.
         before, after: held-out loss of the fused adapter alone, and with the trained adapter.
         adapter: id of the promoted user adapter; empty without one.
         error: why it failed, for people; empty otherwise.
@@ -93,6 +95,7 @@ class Job:
     step: int = 0
     of: int = 0
     loss: float | None = None
+    curve: Curve = NO_CURVE
     before: float | None = None
     after: float | None = None
     adapter: str = ""
@@ -170,6 +173,9 @@ class JobStore(Protocol):
     async def job(self, job_id: JobId) -> Job | None:
         """A job's record, if it is remembered."""
 
+    async def jobs(self, user_key: str) -> list[Job]:
+        """A user's jobs that are remembered, oldest first."""
+
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         """Cancel a job; returns the job as it is now, and whether this call ended it."""
 
@@ -193,8 +199,10 @@ class JobStore(Protocol):
             token: the lease's; pass the same one again if the answer was lost. Generated if empty.
         """
 
-    async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:
-        """Extend a lease and note how far training is; False if it no longer holds."""
+    async def renew(
+        self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None, curve: Curve | None = None
+    ) -> bool:
+        """Extend a lease and note how far training is; False if it no longer holds. No `curve`: it is as it was."""
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
         """Put a job that the worker cannot finish back into the queue.
@@ -229,6 +237,9 @@ class JobStore(Protocol):
 
     async def open_jobs(self, bank: str) -> int:
         """About how many jobs of a bank have not ended."""
+
+    async def waiting_jobs(self, bank: str) -> int:
+        """About how many of them no worker has taken yet."""
 
     async def overdue(self, bank: str) -> list[JobId]:
         """Announce again, and return, every job that should have been taken or finished by now."""

@@ -1,4 +1,4 @@
-"""What gateway and worker share about adapting: samples and configuration, as values and as bytes."""
+"""What gateway and worker share about adapting: samples, configuration and curves, as values and as bytes."""
 
 from __future__ import annotations
 
@@ -73,6 +73,29 @@ class JobBudget:
     max_seconds: int
 
 
+Point = tuple[int, float]
+"""A step, counted over all runs of a job, and a loss in nats per output token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How training goes.
+
+    Attributes:
+        phase: what is being done, in a few words; empty before anything is.
+        loss: of the steps' samples.
+        held_out: of samples that are not trained on.
+    """
+
+    phase: str = ""
+    loss: tuple[Point, ...] = ()
+    held_out: tuple[Point, ...] = ()
+
+
+NO_CURVE = Curve()
+"""Of a job before it trains."""
+
+
 def default_config(room: int, common: bool, kind: AdapterKind | None = None) -> AdaptConfig:
     """How a job trains by default.
 
@@ -120,3 +143,21 @@ def decode_config(text: str) -> AdaptConfig:
             "gateway made it, so update this worker and send the samples again"
         )
     return AdaptConfig(**value)
+
+
+def encode_curve(curve: Curve) -> bytes:
+    """A curve as JSON."""
+    return orjson.dumps(asdict(curve))
+
+
+def decode_curve(text: str) -> Curve:
+    """The inverse of `encode_curve`; an empty text is an empty curve.
+
+    Raises:
+        ValueError, KeyError, TypeError: when the text is not a curve.
+    """
+    if not text:
+        return NO_CURVE
+    value = orjson.loads(text)
+    loss, held_out = (tuple((int(step), float(loss)) for step, loss in value[name]) for name in ("loss", "held_out"))
+    return Curve(str(value["phase"]), loss, held_out)

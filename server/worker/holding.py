@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 from adapters.errors import TrainingError
-from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement, Training
+from server.worker.curves import Told
 from server.worker.lease import RENEW_S, HeldLease
 from server.worker.stall import Pulse
 
@@ -28,13 +28,13 @@ async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Trai
         StoreSilent: when the lease ran out while the store was silent.
         Stalled: when the thread gives no sign of life: it can only be ended with this process.
     """
-    lost, pulse, latest = threading.Event(), Pulse(), Progress(0, 0, 0.0)
+    lost, pulse, told = threading.Event(), Pulse(), Told()
     end_s = time.monotonic() + most_s
 
     def trained() -> Judgement | None:
-        nonlocal latest
         run = train()
         for latest in run:
+            told.take(latest)
             pulse.beat()
             if lost.is_set():
                 break
@@ -54,8 +54,8 @@ async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Trai
     training = asyncio.create_task(asyncio.to_thread(trained))
     try:
         while not await done():
-            await held.renew(latest)
-        await held.renew(latest)
+            await held.renew(told.latest, told.curve)
+        await held.renew(told.latest, told.curve)
         judgement = training.result()
         assert judgement is not None, "training is left early only once the lease is lost"
         return judgement

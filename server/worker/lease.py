@@ -13,6 +13,7 @@ from adapters.errors import TrainingError
 from adapters.training.user_run import Progress
 from server.errors import Unavailable
 from server.store.jobs import JobStore, Lease
+from server.store.samples import Curve
 
 log = logging.getLogger("mta.worker")
 
@@ -51,9 +52,14 @@ class HeldLease:
         self.lease = lease
         self._jobs = jobs
         self._until_s = asked_s + LEASE_S
+        self._written: Curve | None = None
 
-    async def renew(self, progress: Progress) -> None:
+    async def renew(self, progress: Progress, curve: Curve) -> None:
         """Extend it, and report how far training is. While the store is silent, it stays as it is.
+
+        Args:
+            progress: the latest.
+            curve: up to there; written only when it has changed.
 
         Raises:
             LeaseLost: when the store says so.
@@ -63,14 +69,21 @@ class HeldLease:
         loss = progress.loss if progress.step else None
         try:
             async with asyncio.timeout(ANSWER_S):
-                held = await self._jobs.renew(self.lease, LEASE_S, step=progress.step, of=progress.of, loss=loss)
+                held = await self._jobs.renew(
+                    self.lease,
+                    LEASE_S,
+                    step=progress.step,
+                    of=progress.of,
+                    loss=loss,
+                    curve=None if curve == self._written else curve,
+                )
         except (Unavailable, TimeoutError) as error:
             _raise_what_is_ours(error)
             self._bear(error)
             return
         if not held:
             raise LeaseLost
-        self._until_s = asked_s + LEASE_S
+        self._until_s, self._written = asked_s + LEASE_S, curve
 
     async def insist(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """The store's answer to a repeatable call, asked for until the lease has run out.

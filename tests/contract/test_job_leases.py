@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from server.store.jobs import MAX_TRIES, JobState
+from server.store.jobs import KEPT_JOBS, MAX_TRIES, JobState, Trained
 from server.store.redis.jobs import RedisJobs
+from server.store.samples import Curve
 from tests.support.store_parts import BANK, LEASE_S, claimed, state, submitted
 
 
@@ -26,7 +27,32 @@ async def test_progress_is_noted_while_the_lease_holds(jobs: RedisJobs, user: st
     assert await jobs.renew(lease, LEASE_S, step=3, of=40, loss=1.25)
     job = await jobs.job(lease.job.id)
     assert job is not None
-    assert (job.step, job.of, job.loss) == (3, 40, 1.25)
+    assert (job.step, job.of, job.loss, job.curve) == (3, 40, 1.25, Curve())
+
+
+async def test_a_curve_stays_as_it_is_until_another_is_given_and_ends_with_the_lease(
+    jobs: RedisJobs, user: str
+) -> None:
+    lease = await claimed(jobs, (await submitted(jobs, user)).id)
+    curve = Curve("fold 1 of 2", ((1, 2.5), (2, 1.25)), ((0, 2.75),))
+    assert await jobs.renew(lease, LEASE_S, step=2, of=40, loss=1.25, curve=curve)
+    assert await jobs.renew(lease, LEASE_S, step=3, of=40, loss=1.0)
+    [job] = await jobs.jobs(user)
+    assert (job, job.step, job.curve) == (await jobs.job(job.id), 3, curve)
+    assert await jobs.release(lease, counts=False)
+    assert not await jobs.renew(lease, LEASE_S, step=4, of=40, loss=1.0, curve=curve)
+    assert [job.curve for job in await jobs.jobs(user)] == [Curve()]
+    again = await claimed(jobs, job.id)
+    assert await jobs.renew(again, LEASE_S, step=2, of=40, loss=1.25, curve=curve)
+    assert await jobs.end(again, Trained(JobState.REJECTED, 2.75, 2.75))
+    assert [(job.state, job.curve) for job in await jobs.jobs(user)] == [(JobState.REJECTED, curve)]
+
+
+async def test_the_jobs_of_a_user_are_those_that_are_remembered(jobs: RedisJobs, user: str) -> None:
+    assert await jobs.jobs(user) == []
+    for number in range(KEPT_JOBS + 2):
+        await submitted(jobs, user, f"sample {number}")
+    assert [job.id.number for job in await jobs.jobs(user)] == list(range(3, KEPT_JOBS + 3))
 
 
 async def test_a_job_whose_worker_is_silent_is_given_to_another_and_fails_after_the_last_try(

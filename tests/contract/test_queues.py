@@ -76,11 +76,12 @@ async def test_what_has_ended_is_no_longer_looked_after(jobs: RedisJobs, user: s
     await submitted(jobs, user)
     job_id = await jobs.next_job(BANK, "w", 1)
     assert job_id is not None
+    assert (await jobs.open_jobs(BANK), await jobs.waiting_jobs(BANK)) == (1, 1)
     lease = await jobs.claim(job_id, 30)
     assert lease is not None
-    assert await jobs.open_jobs(BANK) == 1
+    assert (await jobs.open_jobs(BANK), await jobs.waiting_jobs(BANK)) == (1, 0)
     assert await jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
-    assert await jobs.open_jobs(BANK) == 0
+    assert (await jobs.open_jobs(BANK), await jobs.waiting_jobs(BANK)) == (0, 0)
     assert await raw.xlen(CALLS) == 0
 
 

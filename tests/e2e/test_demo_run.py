@@ -58,6 +58,7 @@ def test_on_a_terminal_the_server_stays_up_until_ctrl_c(tmp_path: Path) -> None:
     try:
         shown = _read_until(terminal, "Ctrl-C stops everything")
         assert "curl -s" in shown
+        assert "/console" in shown.rpartition("curl -s")[2]
         family = descendants(pid)
         os.write(terminal, b"\x03")
         _read_until(terminal, None)

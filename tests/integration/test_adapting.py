@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,12 @@ def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
     done = job_of(client, job)
     assert (done["state"], done["tries"], done["error"]) == ("succeeded", 1, None)
     assert done["held_out"]["after"] < done["held_out"]["before"]
-    assert done["progress"]["step"] == done["progress"]["of"] > 0
+    progress = done["progress"]
+    assert progress["step"] == progress["steps"] > 0
+    assert [step for step, _ in progress["loss"]] == list(range(1, progress["steps"] + 1))
+    assert progress["phase"] == "all samples"
+    first, second = (loss for step, loss in progress["held_out"] if step in (0, 2))
+    assert (len(progress["held_out"]) > 4, first == second) == (True, False)
     who = generate(client, ada).json()["personalization"]
     assert (who["level"], who["reason"]) == ("stacked", None)
     assert fake_engine.seen[-1].body["model"].endswith(f".{done['adapter']}")
@@ -200,8 +206,43 @@ def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: 
     job = adapt(client, ada).json()
     work()
     lines = [line for line in client.get(f"/jobs/{job['id']}/events").text.splitlines() if line]
-    assert lines[-1] == "data: [DONE]"
-    assert json.loads(lines[-2].removeprefix("data: ")) == job_of(client, job)
+    assert (lines[0], lines[2:]) == ("event: job", ["event: done", "data: [DONE]"])
+    assert json.loads(lines[1].removeprefix("data: ")) == job_of(client, job)
+
+
+def test_while_a_job_trains_its_events_carry_its_curves(
+    client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.worker.holding.RENEW_S", 0.02)
+    monkeypatch.setattr("server.gateway.routes.jobs._POLL_S", 0.02)
+    job, told = adapt(client, ada).json(), list[dict[str, Any]]()
+
+    def follow() -> None:
+        with gateway.client() as mine, mine.stream("GET", f"/jobs/{job['id']}/events") as events:
+            told.extend(json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {"))
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(follow)
+        wait_until(lambda: told, "the first event")
+        work(lambda: wait_until(lambda: job_of(client, job)["progress"]["held_out"], "the first look to be stored"))
+        following.result(30)
+    states = [state["state"] for state in told]
+    assert (states[0], states[-1]) == ("queued", job_of(client, job)["state"])
+    lengths = [len(state["progress"]["loss"]) for state in told]
+    assert lengths == sorted(lengths)
+    assert any(state["state"] == "running" and state["progress"]["held_out"] for state in told)
+    assert told[-1] == job_of(client, job)
+
+
+def test_the_jobs_of_a_user_are_listed_with_their_curves_and_gone_with_the_user(
+    client: httpx.Client, gateway: GatewayThread, ada: str, work: Work
+) -> None:
+    jobs = [adapt(client, ada).json()]
+    jobs.append(adapt(client, ada, samples=SAMPLES[:3]).json())
+    work()
+    assert client.get(f"/users/{ada}/export").json()["jobs"] == [job_of(client, job) for job in jobs]
+    client.delete(f"/users/{ada}").raise_for_status()
+    assert client.get(f"/jobs/{jobs[1]['id']}").status_code == 404
 
 
 def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(

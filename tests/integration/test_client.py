@@ -131,5 +131,5 @@ def test_the_demo_follows_its_training_to_the_end(api: Client, ada: str, work: W
             work()
     training = running.result()
     assert training.job.state in {"succeeded", "rejected"}
-    assert training.losses[-1] == training.job.progress["loss"]
-    assert adapting.outcome(training).startswith(f"{training.job.state} after {training.job.progress['of']} steps")
+    assert len(training.losses) == training.job.progress["step"]
+    assert adapting.outcome(training).startswith(f"{training.job.state} after {training.job.progress['steps']} steps")

@@ -308,6 +308,36 @@ class TestMetrics:
         for stage in ("profile", "recipe", "engine_ttft", "engine", "total"):
             assert value(client, f'mta_stage_seconds_count{{stage="{stage}"}}') > 0
 
+    def test_first_tokens_are_timed_by_level_and_the_time_between_tokens(
+        self, client: httpx.Client, new_user: NewUser
+    ) -> None:
+        first, between = 'mta_ttft_seconds_count{level="base"}', "mta_inter_token_seconds_count"
+        before = value(client, first), value(client, between)
+        request = {"user_id": new_user(), "prompt": "x", "max_tokens": 5, "stream": True}
+        client.post("/generate", json=request).raise_for_status()
+        assert (value(client, first), value(client, between)) == (before[0] + 1, before[1] + 4)
+
+    def test_engines_slots_and_prepares_are_shown_as_far_as_they_say(
+        self, client: httpx.Client, fake_engine: FakeEngine
+    ) -> None:
+        fake_engine.knobs.figures = {"slots_taken": 3, "prepares": 10, "fuses": 4}
+        wait_until(lambda: value(client, 'mta_engine_slots_resident{engine="0"}') == 3, "the gateway to look")
+        assert value(client, 'mta_engine_slots{engine="0"}') == 8
+        assert value(client, 'mta_engine_prepares_total{engine="0",kind="cold"}') == 4
+        assert value(client, 'mta_engine_prepares_total{engine="0",kind="warm"}') == 6
+        fake_engine.knobs.figures = {}
+        wait_until(lambda: not any("slots_resident" in name for name in series(client)), "the gateway to look again")
+        assert value(client, 'mta_engine_up{engine="0"}') == 1
+
+    def test_jobs_are_counted_until_they_end(self, client: httpx.Client, new_user: NewUser) -> None:
+        before = value(client, 'mta_jobs{state="queued"}')
+        samples = [{"input": "q", "output": "a"}]
+        user_id = new_user()
+        client.post(f"/users/{user_id}/adapt", json={"samples": samples}).raise_for_status()
+        wait_until(lambda: value(client, 'mta_jobs{state="queued"}') > before, "the job to be counted")
+        client.delete(f"/users/{user_id}").raise_for_status()
+        wait_until(lambda: value(client, 'mta_jobs{state="queued"}') == before, "the job to be gone")
+
 
 def series(client: httpx.Client) -> set[str]:
     lines = client.get("/metrics").raise_for_status().text.splitlines()

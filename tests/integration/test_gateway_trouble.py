@@ -201,12 +201,13 @@ class TestSilence:
         with client.stream("GET", f"/jobs/{job['id']}/events") as response:
             assert response.headers["X-Accel-Buffering"] == "no"
             lines = (line for line in response.iter_lines() if line)
+            assert next(lines) == "event: job"
             assert json.loads(next(lines).removeprefix("data: "))["state"] == "queued"
             assert [next(lines), next(lines)] == [": keep-alive"] * 2
             client.delete(f"/jobs/{job['id']}").raise_for_status()
             rest = [line for line in lines if line != ": keep-alive"]
-        assert json.loads(rest[0].removeprefix("data: "))["state"] == "cancelled"
-        assert rest[1:] == ["data: [DONE]"]
+        assert json.loads(rest[1].removeprefix("data: "))["state"] == "cancelled"
+        assert [rest[0], *rest[2:]] == ["event: job", "event: done", "data: [DONE]"]
 
 
 class TestDisconnect:

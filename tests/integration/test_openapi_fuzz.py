@@ -84,6 +84,8 @@ def test_every_route_is_tried() -> None:
         ("GET", "/jobs/{job_id}"),
         ("DELETE", "/jobs/{job_id}"),
         ("GET", "/jobs/{job_id}/events"),
+        ("GET", "/users/{user_id}/export"),
+        ("GET", "/bank"),
         ("GET", "/health"),
         ("GET", "/ready"),
         ("GET", "/metrics"),

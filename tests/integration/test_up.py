@@ -61,6 +61,7 @@ def test_each_part_has_its_line_and_the_last_one_says_what_to_try(running_up: Up
         assert f"  {part:<9}ready" in output
         assert (running_up.data / "logs" / f"{part}.log").exists()
     assert f"curl -s {running_up.url}/generate" in output
+    assert f"console: {running_up.url}/console" in output
     with running_up.client() as client:
         assert client.put("/users/ada/profile", json=PROFILE).status_code == 200
         answer = client.post("/generate", json={"user_id": "ada", "prompt": "Hello"}).json()

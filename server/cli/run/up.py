@@ -152,7 +152,7 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
 def _welcome(url: str) -> str:
     """What to do next."""
     return (
-        f"\nReady: {url} (API documentation: {url}/docs). Try\n\n"
+        f"\nReady: {url} (console: {url}/console, API documentation: {url}/docs). Try\n\n"
         f"  curl -s {url}/generate -H 'Content-Type: application/json' \\\n"
         """    -d '{"user_id": "ada", "prompt": "Write one sentence about rain."}'\n\n"""
         "Ctrl-C stops everything.\n"

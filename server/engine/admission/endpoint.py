@@ -97,7 +97,7 @@ class MtaEndpointPlugin:
         preparer = Preparer(manifests, names, users)
         preparer.install()
         self._figures = metrics.install(engine_client, names, preparer.check)
-        state.mta = _Behind(preparer, max_lora_rank=args.max_lora_rank, slots=args.max_loras)
+        state.mta = _Behind(preparer, self._figures, max_lora_rank=args.max_lora_rank, slots=args.max_loras)
 
     def _require_names(self) -> AdapterNames[LoRARequest]:
         if self._names is None:
@@ -135,6 +135,7 @@ class _Behind:
     """The state behind the private routes."""
 
     preparer: Preparer
+    figures: metrics.AdapterFigures
     max_lora_rank: int
     slots: int
 
@@ -162,6 +163,7 @@ def _router() -> APIRouter:
             "slots": behind.slots,
             "names": len(preparer.names),
             "user_adapters": len(preparer.users),
+            **behind.figures.brief(),
         }
 
     @router.get(RESIDENT)

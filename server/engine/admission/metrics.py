@@ -8,6 +8,7 @@ the worker; it is asked for them when somebody asks for `/metrics`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -20,6 +21,8 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from server.engine.admission.names import AdapterNames
 from server.engine.fusing.figures import BUCKETS_S, Durations, Reading
+
+log = logging.getLogger("mta.engine")
 
 FRESH_S = 2.0
 """Longest time that `/metrics` waits for a worker amid a step; then it shows what the worker said before."""
@@ -73,13 +76,28 @@ class AdapterFigures(Collector):
 
     async def refresh(self) -> None:
         """Ask the workers; one question at a time, and not for long."""
+        await asyncio.wait([self._question()], timeout=FRESH_S)
+
+    def brief(self) -> dict[str, int]:
+        """What a gateway shows: as the workers said when they were last asked; this asks them again, and waits not."""
+        self._question()
+        return {"prepares": self._check.count, "fuses": self._counts.get("fuses", 0)} | (
+            {"slots_taken": self._counts["slots_taken"]} if "slots_taken" in self._counts else {}
+        )
+
+    def _question(self) -> asyncio.Task[Any]:
+        """The question that the workers are being asked."""
         if self._asking is None:
-            self._asking = asyncio.ensure_future(self._ask())
-        await asyncio.wait([self._asking], timeout=FRESH_S)
-        if self._asking is not None and self._asking.done():
-            answered, self._asking = self._asking, None
-            if not answered.cancelled() and answered.exception() is None:
-                self._durations, self._counts = answered.result()[0]
+            self._asking = asyncio.ensure_future(self._answered())
+        return self._asking
+
+    async def _answered(self) -> None:
+        try:
+            self._durations, self._counts = (await self._ask())[0]
+        except Exception as error:
+            log.debug("the workers did not say what they measured: %s", error)
+        finally:
+            self._asking = None
 
     def collect(self) -> Iterator[HistogramMetricFamily | CounterMetricFamily]:
         """All of it, as Prometheus has it."""

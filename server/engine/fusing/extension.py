@@ -23,7 +23,9 @@ class WorkerExtension:
 
     def mta_figures(self) -> tuple[dict[str, Reading], dict[str, int]]:
         """What this worker has measured: durations and counts."""
-        return self._mta_manager().figures.readings()
+        manager = self._mta_manager()
+        durations, counts = manager.figures.readings()
+        return durations, counts | {"slots_taken": manager.slots_taken}
 
     def mta_hold(self, name: str, raw: bytes) -> None:
         """Keep the user adapter that a recipe names; it has been checked."""

@@ -203,6 +203,11 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         fused = {*self._ahead.names, *self._adapter_manager.written}
         return set(self._users) | {name for name in fused if parse_recipe(name).user_adapter is not None}
 
+    @property
+    def slots_taken(self) -> int:
+        """How many slots hold an adapter."""
+        return len(self._adapter_manager._active_adapters)
+
     def resident(self) -> list[str]:
         """Recipes in the CPU tier, least recently used first."""
         models = self._adapter_manager.list_adapters().values()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import aiohttp
 import orjson
@@ -57,6 +57,23 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFigures:
+    """What one engine says of its adapters; None where it does not.
+
+    Attributes:
+        slots: adapters that one batch can mix.
+        slots_taken: how many of the slots hold one.
+        prepares: requests that it made an adapter ready for.
+        fuses: how many of them had to wait until it was fused.
+    """
+
+    slots: int | None = None
+    slots_taken: int | None = None
+    prepares: int | None = None
+    fuses: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AddressState:
     """The state of the address that generates: an engine, or the router in front of several."""
 
@@ -75,6 +92,7 @@ class Engines:
 
     Attributes:
         context: the model's context in tokens, the shortest that engines last reported; None until one has.
+        figures: what each engine last said of its adapters, in the order of `urls`; None while it says nothing.
     """
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], key: str | None) -> None:
@@ -82,10 +100,11 @@ class Engines:
         self._headers = key_header(key)
         self.urls = tuple(urls)
         self.context: int | None = None
+        self.figures: list[EngineFigures | None] = [None] * len(self.urls)
 
     async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
-        """What each engine says about itself, in the order of `urls`; updates `context`."""
-        states = await asyncio.gather(*(self._state(url, timeout_s) for url in self.urls))
+        """What each engine says about itself, in the order of `urls`; updates `context` and `figures`."""
+        states = await asyncio.gather(*(self._state(place, url, timeout_s) for place, url in enumerate(self.urls)))
         told = [state.max_model_len for state in states if state.max_model_len]
         self.context = min(told, default=self.context)
         return tuple(states)
@@ -104,14 +123,19 @@ class Engines:
         """Have every engine drop a user's adapters; failures are logged."""
         await asyncio.gather(*(self._drop(url, user_key) for url in self.urls))
 
-    async def _state(self, url: str, timeout_s: float) -> EngineState:
+    async def _state(self, place: int, url: str, timeout_s: float) -> EngineState:
+        figures = None
         try:
             answer = orjson.loads(await self._ask("GET", url, STATUS, timeout_s))
             banks, context = tuple(map(str, answer["banks"])), int(answer["max_model_len"])
+            told = {field.name: answer.get(field.name) for field in fields(EngineFigures)}
+            figures = EngineFigures(**{name: None if n is None else int(n) for name, n in told.items()})
         except EngineFault as fault:
             return EngineState(url, fault.status, str(fault))
         except (ValueError, TypeError, KeyError) as error:
             return EngineState(url, "not_an_mta_engine", f"its status makes no sense: {error}")
+        finally:
+            self.figures[place] = figures
         return EngineState(url, "ok", None, context, banks)
 
     async def _drop(self, url: str, user_key: str) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import EngineFailed, Unavailable
@@ -21,6 +21,9 @@ from server.gateway.generation.recall import Recall
 from server.gateway.generation.timings import Timings
 from server.gateway.metrics import Metrics
 
+if TYPE_CHECKING:
+    from prometheus_client import Histogram
+
 T = TypeVar("T")
 
 
@@ -33,12 +36,14 @@ class Answer:
         personalization: who speaks.
         stream: the engine's.
         timings: complete once `texts` or `pieces` has ended.
+        inter_token: gets the time between pieces that the engine streams.
     """
 
     id: str
     personalization: Personalization
     stream: EngineStream
     timings: Timings
+    inter_token: Histogram
 
     def texts(self) -> AsyncIterator[str]:
         """The pieces of text; see `EngineStream.texts`."""
@@ -49,7 +54,13 @@ class Answer:
         return self._timed(self.stream.pieces())
 
     async def _timed(self, parts: AsyncIterator[T]) -> AsyncIterator[T]:
+        last_s: float | None = None
         async for part in parts:
+            if self.stream.first_token_s is not None:  # else it came whole
+                now_s = time.perf_counter()
+                if last_s is not None:
+                    self.inter_token.observe(now_s - last_s)
+                last_s = now_s
             yield part
         self.timings.record("engine", self.stream.sent_s)
         self.timings.finish()
@@ -64,7 +75,7 @@ class Generator:
         engine: answers it.
         engines: know the model's context.
         max_prompt_chars: longest conversation, history included.
-        metrics: counts fallbacks.
+        metrics: counts fallbacks, and times tokens.
     """
 
     def __init__(
@@ -117,7 +128,9 @@ class Generator:
             limits.check_answer(asked, stream.prompt_tokens)
             if stream.first_token_s is not None:
                 timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
-            yield Answer(wanted.request_id, speaking, stream, timings)
+                since_arrival_s = stream.first_token_s - timings.started_s
+                self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
+            yield Answer(wanted.request_id, speaking, stream, timings, self._metrics.inter_token)
 
     async def _first_served(
         self, stack: AsyncExitStack, wanted: EngineRequest, candidates: Iterable[Personalization]

@@ -13,7 +13,7 @@ class Timings:
     """
 
     def __init__(self, started_s: float) -> None:
-        self._started_s = started_s
+        self.started_s = started_s
         self.ms: dict[str, float] = {}
 
     def record(self, name: str, since_s: float, until_s: float | None = None) -> None:
@@ -23,7 +23,7 @@ class Timings:
 
     def finish(self) -> None:
         """Set `total`: from the request's arrival until now."""
-        self.record("total", self._started_s)
+        self.record("total", self.started_s)
 
     def header(self) -> str:
         """The value of a `Server-Timing` header."""

@@ -25,9 +25,10 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def event(value: object) -> bytes:
-    """One event that carries `value` as JSON; it may contain models at any depth."""
-    return b"data: " + orjson.dumps(value, default=_dumped) + b"\n\n"
+def event(value: object, name: str = "") -> bytes:
+    """One event that carries `value` as JSON; it may contain models at any depth, and have a name."""
+    named = f"event: {name}\n".encode() if name else b""
+    return named + b"data: " + orjson.dumps(value, default=_dumped) + b"\n\n"
 
 
 def _dumped(value: object) -> Any:

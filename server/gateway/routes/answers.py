@@ -96,15 +96,24 @@ class UserAnswer(BaseModel, frozen=True):
     recipe: str
     source: str
     anchors: list[AnchorAnswer]
+    at: tuple[float, float] | None = Field(
+        description="Where they lie on the bank's map (`GET /bank`); null if it has none."
+    )
     adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
 
 
 class Progress(BaseModel, frozen=True):
-    """A job's progress, over all its training runs."""
+    """A job's progress, over all its training runs. Losses are in nats per output token."""
 
     step: int
-    of: int
-    loss: float | None = Field(description="Of the last step, nats per output token.")
+    steps: int = Field(description="As far as known: a run ends early once nothing more is learnt.")
+    phase: str = Field(description="What is being done, in a few words.", examples=["fold 1 of 2"])
+    loss: list[tuple[int, float]] = Field(
+        description="Step and loss of its samples. Of many steps a part, and always the last; at most 200."
+    )
+    held_out: list[tuple[int, float]] = Field(
+        description="Step and loss of samples that are not trained on, where it was taken. Each run starts afresh."
+    )
 
 
 class HeldOut(BaseModel, frozen=True):
@@ -144,7 +153,13 @@ def job_answer(job: Job) -> JobAnswer:
         id=str(job.id),
         state=job.state,
         config=orjson.loads(job.config),
-        progress=Progress(step=job.step, of=job.of, loss=job.loss),
+        progress=Progress(
+            step=job.step,
+            steps=job.of,
+            phase=job.curve.phase or ("preparing" if job.state is JobState.RUNNING else job.state.value),
+            loss=list(job.curve.loss),
+            held_out=list(job.curve.held_out),
+        ),
         held_out=HeldOut(before=job.before, after=job.after),
         created_at=iso(job.created_ms),
         started_at=iso(job.started_ms) if job.started_ms else None,

@@ -58,7 +58,13 @@ _JOB = JobAnswer(
     id="q5kxv7d2m4zr3yh6wncb2tpaei.1",
     state=JobState.RUNNING,
     config={"kind": "lora", "rank": 2, "steps": 16, "learning_rate": 0.001, "holdout": 0.2, "strength": 0.5},
-    progress=Progress(step=4, of=32, loss=1.93),
+    progress=Progress(
+        step=4,
+        steps=24,
+        phase="fold 1 of 2",
+        loss=[(1, 2.41), (2, 2.2), (3, 2.06), (4, 1.93)],
+        held_out=[(0, 2.38), (2, 2.21), (4, 2.04)],
+    ),
     held_out=HeldOut(before=None, after=None),
     created_at="2026-11-27T08:03:41.208+00:00",
     started_at="2026-11-27T08:03:41.733+00:00",
@@ -67,4 +73,4 @@ _JOB = JobAnswer(
     adapter=None,
     error=None,
 )
-FOLLOWED = event(_JOB).decode()
+FOLLOWED = event(_JOB, "job").decode()

@@ -59,7 +59,7 @@ async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
 
 @router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": {"example": FOLLOWED}}}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
-    """The job as server-sent events: now and whenever it changes, until it has ended, then `data: [DONE]`.
+    """The job as server-sent events named `job`, now and whenever it changes, until it has ended; then one, `done`.
 
     While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
     """
@@ -89,13 +89,13 @@ class _Following(Response):
 
     async def _tell(self, sender: EventSender) -> None:
         job = self._job
-        await sender.write(event(job_answer(job)))
+        await sender.write(event(job_answer(job), "job"))
         while not job.state.ended:
             await asyncio.sleep(_POLL_S)
             before, job = job, await self._adapting.job(job.id)
             if job != before:
-                await sender.write(event(job_answer(job)))
-        await sender.write(DONE)
+                await sender.write(event(job_answer(job), "job"))
+        await sender.write(b"event: done\n" + DONE)
 
 
 def _parsed(text: str) -> JobId:

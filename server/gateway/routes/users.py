@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from starlette.responses import StreamingResponse
 
 from adapters.errors import excerpt
 from bank.errors import ProfileError
@@ -24,6 +25,7 @@ from server.gateway.routes.answers import (
     UserAnswer,
     anchors,
     iso,
+    job_answer,
 )
 from server.gateway.users.profiles import Changed
 
@@ -72,6 +74,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         recipe=speaking.model,
         source=str(speaking.source),
         anchors=anchors(speaking),
+        at=parts.bank.atlas.at(profile.embedding) if parts.bank.atlas else None,
         adapter=AdapterAnswer(
             id=profile.adapter.id,
             recipe=profile.adapter.recipe,
@@ -82,6 +85,21 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         if profile.adapter
         else None,
     )
+
+
+@router.get("/export", response_class=Response, responses={200: {"content": {"application/json": {}}}})
+async def export_user(request: Request, user_id: UserIdInPath) -> Response:
+    """Everything that is stored about the user, as one JSON object.
+
+    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs`, and `adapter`: the user
+    adapter as it is stored and, in `peft`, the whole adapter that serves them, as the `config` and the `weights`
+    (base64) of a PEFT folder; `says` tells what it is, or why there is none.
+    """
+    export = await parts_of(request).exporting.export(user_id)
+    if export is None:
+        raise _unknown(user_id)
+    jobs = [job_answer(job).model_dump(mode="json") for job in export.jobs]
+    return StreamingResponse(export.pieces(jobs), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 @router.delete("")

@@ -115,13 +115,14 @@ return 1
 """
 )
 
-# KEYS: job. ARGV: token, lease (ms), step, of, loss. Returns whether the lease holds.
+# KEYS: job. ARGV: token, lease (ms), step, of, loss, curve (empty if it is as it was). Returns whether the lease holds.
 RENEW = (
     NOW
     + """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[2], 'lease_ms', ARGV[2], 'step', ARGV[3], 'of', ARGV[4],
   'loss', ARGV[5])
+if ARGV[6] ~= '' then redis.call('HSET', KEYS[1], 'curve', ARGV[6]) end
 return 1
 """
 )
@@ -131,7 +132,7 @@ RELEASE = """
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'queued')
 redis.call('HINCRBY', KEYS[1], 'tries', ARGV[2])
-redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 'step', 'of', 'loss')
+redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 'step', 'of', 'loss', 'curve')
 return 1
 """
 

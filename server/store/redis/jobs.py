@@ -24,6 +24,7 @@ from server.store.redis import keys
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, readable
 from server.store.redis.queue import LISTED_MS, RedisQueue
+from server.store.samples import Curve, decode_curve, encode_curve
 
 log = logging.getLogger("mta.store")
 
@@ -34,7 +35,7 @@ _DIED = (
 )
 _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
-    "adapter", "error",
+    "adapter", "error", "curve",
 )  # fmt: skip
 
 
@@ -86,6 +87,13 @@ class RedisJobs:
         with readable():
             return _decoded(job_id, values)
 
+    async def jobs(self, user_key: str) -> list[Job]:
+        newest = await self._newest(user_key)
+        last = newest.number if newest else 0
+        numbers = range(max(1, last - KEPT_JOBS + 1), last + 1)
+        found = [await self.job(JobId(user_key, number)) for number in numbers]
+        return [job for job in found if job is not None]
+
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         ended = await self._connection.write(scripts.CANCEL, (keys.job(job_id),), secrets.token_hex(16), KEPT_S)
         return await self.job(job_id), bool(ended)
@@ -113,8 +121,11 @@ class RedisJobs:
             await queue.acknowledge(job_id.user_key)
         return Lease(job, token) if job is not None else None
 
-    async def renew(self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None) -> bool:
-        arguments = (lease.token, round(lease_s * 1000), step, of, "" if loss is None else repr(loss))
+    async def renew(
+        self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None, curve: Curve | None = None
+    ) -> bool:
+        shown = ("" if loss is None else repr(loss), b"" if curve is None else encode_curve(curve))
+        arguments = (lease.token, round(lease_s * 1000), step, of, *shown)
         return bool(await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), *arguments))
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
@@ -160,6 +171,9 @@ class RedisJobs:
 
     async def open_jobs(self, bank: str) -> int:
         return await self._queue(bank).open_count()
+
+    async def waiting_jobs(self, bank: str) -> int:
+        return await self._queue(bank).waiting_count()
 
     async def overdue(self, bank: str) -> list[JobId]:
         queue, announced = self._queue(bank), []
@@ -232,14 +246,6 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     texts: Mapping[str, str] = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
     whole = {name: int(texts[name] or 0) for name in ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")}
     losses: dict[str, Any] = {n: float(texts[n]) if texts[n] else None for n in ("loss", "before", "after")}
-    state = JobState(texts["state"])
-    return Job(
-        job_id,
-        state,
-        texts["config"],
-        bank=texts["bank"],
-        adapter=texts["adapter"],
-        error=texts["error"],
-        **whole,
-        **losses,
-    )
+    state, curve = JobState(texts["state"]), decode_curve(texts["curve"])
+    plain = {name: texts[name] for name in ("config", "bank", "adapter", "error")}
+    return Job(job_id, state, curve=curve, **plain, **whole, **losses)

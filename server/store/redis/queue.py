@@ -134,6 +134,10 @@ class RedisQueue:
         """How many users are checked on."""
         return int(await self._connection.run(lambda redis: redis.zcard(self._keys.open)))
 
+    async def waiting_count(self) -> int:
+        """How many users are called."""
+        return int(await self._connection.run(lambda redis: redis.hlen(self._keys.called)))
+
     async def tidy(self) -> None:
         """Forget workers that are gone, and take over what version 0.1 left in its queue."""
         await self._adopt()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.recipe import FusionMethod
@@ -28,6 +28,7 @@ class Knobs:
         user_adapters: whether it has whatever user adapter it is asked for.
         counts: whether it says how many tokens a conversation has.
         strict: whether it has the chat template of `bench.rig.tiny`, instead of one that takes everything.
+        figures: what its status says besides.
     """
 
     banks: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class Knobs:
     user_adapters: bool = False
     counts: bool = True
     strict: bool = False
+    figures: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -132,6 +132,7 @@ class FakeEngine:
                 "max_lora_rank": 8,
                 "slots": 8,
                 "names": 0,
+                **self.knobs.figures,
             }
         )
 

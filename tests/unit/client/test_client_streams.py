@@ -14,7 +14,7 @@ from mta_client import Client, MtaError
 JOB = {
     "id": "key.1",
     "state": "running",
-    "progress": {"step": 1, "of": 4, "loss": 2.5},
+    "progress": {"step": 1, "steps": 4, "phase": "fold 1 of 2", "loss": [[1, 2.5]], "held_out": []},
     "held_out": {"before": None, "after": None},
     "ended_at": None,
     "adapter": None,
@@ -45,7 +45,7 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 def test_events_are_read_up_to_done_and_comments_passed_over() -> None:
-    events = b": keep-alive\n\n" + event(JOB) + b": keep-alive\n\n" + event(JOB | {"state": "succeeded"})
+    events = b": keep-alive\n\nevent: job\n" + event(JOB) + b": keep-alive\n\n" + event(JOB | {"state": "succeeded"})
     with served(events + b"data: [DONE]\n\ndata: no json\n\n") as client:
         assert [job.state for job in client.events("key.1")] == ["running", "succeeded"]
 
@@ -53,7 +53,7 @@ def test_events_are_read_up_to_done_and_comments_passed_over() -> None:
 def test_a_stream_without_its_end_is_an_error_after_what_came() -> None:
     with served(event(JOB)) as client:
         events = client.events("key.1")
-        assert next(events).progress["loss"] == 2.5
+        assert next(events).progress["loss"] == [[1, 2.5]]
         with pytest.raises(MtaError) as failure:
             next(events)
     assert (failure.value.code, failure.value.status) == ("broken_off", 0)

@@ -35,7 +35,8 @@ class Worker:
         await self.gate.wait()
         if self.failure:
             raise self.failure
-        return [self.figures.readings(), None]
+        durations, counts = self.figures.readings()
+        return [(durations, counts | {"slots_taken": 3}), None]
 
 
 @pytest.fixture
@@ -120,6 +121,22 @@ async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once(
     worker.gate.set()
     await published.refresh()
     assert shown(published)["mta_engine_load_seconds_count"] == 2
+
+
+async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothing(
+    published: AdapterFigures, worker: Worker, check: Durations
+) -> None:
+    worker.gate.clear()
+    worker.figures.fuse.observe(0.1)
+    check.observe(0.1)
+    check.observe(0.1)
+    assert published.brief() == {"prepares": 2, "fuses": 0}
+    published.brief()
+    worker.gate.set()
+    await published.refresh()
+    assert published.brief() == {"prepares": 2, "fuses": 1, "slots_taken": 3}
+    await published.refresh()
+    assert worker.asked == 2
 
 
 async def test_a_worker_that_cannot_answer_leaves_what_was_known(published: AdapterFigures, worker: Worker) -> None:

@@ -59,7 +59,7 @@ def check_shown(shape: type[BaseModel], value: dict[str, Any]) -> None:
 
 def values_of(stream: str) -> list[str]:
     """The values of a stream's events."""
-    lines = [line.removeprefix("data: ") for line in stream.splitlines() if line]
+    lines = [line.removeprefix("data: ") for line in stream.splitlines() if line and not line.startswith("event: ")]
     return [line for line in lines if line != "[DONE]"]
 
 

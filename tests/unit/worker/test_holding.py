@@ -12,6 +12,7 @@ import pytest
 from adapters.errors import TrainingError
 from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement, Training
+from server.store.samples import Curve
 from server.worker.holding import train_holding
 from server.worker.lease import LeaseLost
 
@@ -52,7 +53,7 @@ def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
 def held(run: Run, *, lost: bool = False) -> Any:
     """A lease that is renewed, or lost, once the first step is taken; the second ends a moment later."""
 
-    async def renew(progress: Progress) -> None:
+    async def renew(progress: Progress, curve: Curve) -> None:
         if progress.step:
             threading.Timer(0.1, run.may_go_on.set).start()
             if lost:

@@ -1,0 +1,88 @@
+"""The map of a bank: two dimensions in which people can look at its anchors, and at a user among them.
+
+The principal components of the anchors' embeddings (PCA), made at build. It decides nothing: weights are made from all
+of an embedding. The same embeddings give the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bank.errors import BankError
+from bank.items.profile import Vectors
+
+_AXES = 2
+_DIGITS = 6  # far finer than a picture, and coarser than what two processors differ by
+
+
+@dataclass(frozen=True, slots=True)
+class Atlas:
+    """A map.
+
+    Attributes:
+        mean: of the anchors' embeddings, [E].
+        axes: the first two principal components, [2, E]; an axis along which nothing differs is zero.
+        explained: which share of the embeddings' variance lies along each axis.
+        anchors: where the anchors are, [N, 2].
+    """
+
+    mean: Vectors
+    axes: Vectors
+    explained: tuple[float, ...]
+    anchors: Vectors
+
+    @classmethod
+    def of(cls, embeddings: Vectors) -> Atlas:
+        """The map of some anchors, by their embeddings [N, E]."""
+        vectors = np.asarray(embeddings, np.float64)
+        mean = vectors.mean(axis=0)
+        centred = vectors - mean
+        variances, components = np.linalg.eigh(centred.T @ centred)
+        total, axes = max(float(variances.clip(0).sum()), np.finfo(np.float64).tiny), np.zeros((_AXES, len(mean)))
+        explained = []
+        for axis, place in enumerate(range(len(variances) - 1, len(variances) - 1 - _AXES, -1)):
+            share = float(max(variances[place], 0.0)) / total if place >= 0 else 0.0
+            explained.append(round(share, _DIGITS))
+            if explained[-1]:
+                component = components[:, place]
+                axes[axis] = component * np.sign(component[np.abs(component).argmax()])  # a sign means nothing
+        axes = axes.round(_DIGITS)
+        return cls(mean.round(_DIGITS), axes, tuple(explained), (centred @ axes.T).round(_DIGITS))
+
+    @classmethod
+    def load(cls, path: Path, anchors: int, dim: int) -> Atlas:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            anchors: N, how many anchors the bank has.
+            dim: E.
+
+        Raises:
+            BankError: when it is missing, damaged, or the map of other anchors.
+        """
+        try:
+            read = json.loads(path.read_text("utf-8"))
+            arrays = (np.asarray(read[name], np.float64) for name in ("mean", "axes", "anchors"))
+            mean, axes, places = arrays
+            explained = tuple(map(float, read["explained"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise BankError(f"cannot read the map {path}: {error}") from error
+        if (mean.shape, axes.shape, places.shape) != ((dim,), (_AXES, dim), (anchors, _AXES)):
+            raise BankError(f"{path} is not the map of {anchors} anchors in {dim} numbers: build the bank again")
+        return cls(mean, axes, explained, places)
+
+    def save(self, path: Path) -> None:
+        """Write it, as JSON."""
+        arrays = {"mean": self.mean, "axes": self.axes, "anchors": self.anchors}
+        content = {"explained": self.explained} | {name: array.tolist() for name, array in arrays.items()}
+        path.write_text(json.dumps(content) + "\n", "utf-8")
+
+    def at(self, embedding: Vectors) -> tuple[float, float]:
+        """Where an embedding [E] lies."""
+        x, y = (self.axes @ (np.asarray(embedding, np.float64) - self.mean)).round(_DIGITS).tolist()
+        return x, y

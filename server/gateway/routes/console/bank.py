@@ -1,0 +1,120 @@
+"""`GET /bank`: what the bank is, where its anchors lie, and how they come to speak."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from bank.lookup.serving import ServingBank
+from bank.lookup.weights import TOPIC_GRAIN
+from bank.rules import WeightRule
+from server.gateway.parts import parts_of
+
+router = APIRouter(tags=["operations"])
+
+Place = tuple[float, float]
+
+
+class RuleAnswer(BaseModel, frozen=True):
+    """How what is known of a user becomes weights."""
+
+    name: str = Field(description="`topic`, `signature` or `posterior`.")
+    says: str = Field(description="The same in words.")
+    constants: dict[str, float]
+
+
+class AnchorOnMap(BaseModel, frozen=True):
+    """An anchor: nothing says who it is."""
+
+    id: str = Field(examples=["a03"])
+    items: int = Field(description="How many items it was trained on.")
+    at: Place | None = Field(description="Where it lies on the map.")
+
+
+class MapAnswer(BaseModel, frozen=True):
+    """The map: the first two principal components of the anchors' embeddings."""
+
+    explained: Place = Field(description="Which share of the embeddings' variance lies along each axis.")
+
+
+class BankAnswer(BaseModel, frozen=True):
+    """The bank that is served."""
+
+    bank: str = Field(description="Its 8 hex digits, which recipes carry.")
+    model: str
+    embedder: str
+    method: str
+    rank: int
+    serving_rank: int = Field(description="What the engine's slots are sized for.")
+    rule: RuleAnswer
+    common_row: bool = Field(description="Whether an adapter that all people share is part of every recipe.")
+    anchors: list[AnchorOnMap]
+    map: MapAnswer | None = Field(description="Null for a bank that was built before there were maps.")
+
+
+@router.get("/bank")
+async def read_bank(request: Request) -> BankAnswer:
+    """The bank that is served: its anchors on a map, and the rule of their weights in words."""
+    return bank_answer(parts_of(request).bank)
+
+
+def bank_answer(bank: ServingBank) -> BankAnswer:
+    """A bank as clients see it."""
+    manifest, atlas = bank.manifest, bank.atlas
+    places = [(float(x), float(y)) for x, y in atlas.anchors] if atlas else [None] * len(manifest.anchors)
+    return BankAnswer(
+        bank=manifest.short,
+        model=manifest.base_model.name,
+        embedder=manifest.embedder.id,
+        method=manifest.method.value,
+        rank=manifest.rank,
+        serving_rank=manifest.serving_rank,
+        rule=rule_answer(manifest.weights),
+        common_row=manifest.common,
+        anchors=[
+            AnchorOnMap(id=entry.id, items=entry.items, at=place)
+            for entry, place in zip(manifest.anchors, places, strict=True)
+        ],
+        map=MapAnswer(explained=(atlas.explained[0], atlas.explained[1])) if atlas else None,
+    )
+
+
+def rule_answer(rule: WeightRule) -> RuleAnswer:
+    """A rule in words, with its constants."""
+    if posterior := rule.posterior:
+        return RuleAnswer(
+            name="posterior",
+            says=f"A user's own items say how far to step from what all share along each anchor's adapter, in either "
+            f"direction; it takes about {posterior.decay:g} tokens of theirs to be believed, and the "
+            f"{posterior.anchors} longest steps count. {_topic(rule, 'Until the items have been read')}",
+            constants={"anchors": posterior.anchors, "decay": posterior.decay} | _of_topic(rule),
+        )
+    if evidence := rule.signature:
+        beside = f" Similar topics count {evidence.kappa:g} beside it." if evidence.kappa else ""
+        return RuleAnswer(
+            name="signature",
+            says=f"The {evidence.anchors} anchors that explain a user's own items best speak, the better the louder "
+            f"(softmax of {evidence.tau:g} × √tokens × predicted gain), with {evidence.strength:.0%} of the strength "
+            f"together.{beside} {_topic(rule, 'Until the items have been read')}",
+            constants={
+                "anchors": evidence.anchors,
+                "strength": evidence.strength,
+                "tau": evidence.tau,
+                "kappa": evidence.kappa,
+                "slope": evidence.slope,
+            }
+            | _of_topic(rule),
+        )
+    return RuleAnswer(name="topic", says=_topic(rule), constants={"anchors": rule.anchors, "strength": rule.strength})
+
+
+def _topic(rule: WeightRule, when: str = "") -> str:
+    lead = f"{when}, the" if when else "The"
+    return (
+        f"{lead} {rule.anchors} anchors whose topics are most similar to a user's speak, by similarity, in steps of "
+        f"{TOPIC_GRAIN / 1000:g}, with {rule.strength:.0%} of the strength together."
+    )
+
+
+def _of_topic(rule: WeightRule) -> dict[str, float]:
+    return {"topic_anchors": rule.anchors, "topic_strength": rule.strength}

@@ -1,0 +1,102 @@
+"""What the console gets from the gateway: its files, the bank on a map, and a user on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from starlette.staticfiles import StaticFiles
+
+from server.gateway.routes.console import pages
+from tests.support.gateway import GatewayThread
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of files for the console, and something beside it that is not for anybody."""
+    folder = tmp_path / "static"
+    (folder / "lib").mkdir(parents=True)
+    (folder / "index.html").write_text("<!doctype html><title>here</title>")
+    (folder / "lib" / "app.mjs").write_text("export const one = 1;")
+    (tmp_path / "secret.txt").write_text("not for anybody")
+    monkeypatch.setattr(pages, "_FILES", StaticFiles(directory=folder))
+    return folder
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("path", ["/console", "/console/", "/console/index.html"])
+def test_the_page_may_load_nothing_but_its_own_files(client: httpx.Client, path: str) -> None:
+    page = client.get(path).raise_for_status()
+    assert (page.headers["Content-Type"], page.text.count("here")) == ("text/html; charset=utf-8", 1)
+    policy = {part.split()[0]: part.split()[1:] for part in page.headers["Content-Security-Policy"].split("; ")}
+    assert policy["default-src"] == ["'none'"]
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == ["'self'"]
+    assert page.headers["X-Content-Type-Options"] == "nosniff"
+    assert page.headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_a_file_has_its_type_and_is_sent_once_while_it_stays_the_same(client: httpx.Client, files: Path) -> None:
+    first = client.get("/console/lib/app.mjs").raise_for_status()
+    assert first.headers["Content-Type"] == "text/javascript; charset=utf-8"
+    known = {"If-None-Match": first.headers["ETag"]}
+    again = client.get("/console/lib/app.mjs", headers=known)
+    assert (again.status_code, again.content) == (304, b"")
+    assert "Content-Security-Policy" in again.headers
+    (files / "lib" / "app.mjs").write_text("export const one = 1 + 0;")
+    assert client.get("/console/lib/app.mjs", headers=known).status_code == 200
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    "path",
+    [
+        "no",
+        "lib",
+        "../secret.txt",
+        "%2e%2e/secret.txt",
+        "lib/..%2f..%2fsecret.txt",
+        "%2fetc%2fpasswd",
+        "%00",
+        "a" * 300,
+    ],
+)
+def test_what_is_no_file_of_the_page_is_not_found(client: httpx.Client, path: str) -> None:
+    answer = client.get(f"/console/{path}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_the_servers_address_leads_to_the_console(client: httpx.Client) -> None:
+    assert client.get("/").headers["Location"] == "/console"
+    assert client.post("/console").status_code == 405
+
+
+def test_the_bank_is_told_with_its_anchors_on_a_map(client: httpx.Client, gateway: GatewayThread) -> None:
+    told = client.get("/bank").raise_for_status().json()
+    manifest = gateway.parts.bank.manifest
+    assert (told["bank"], told["model"], told["method"]) == (manifest.short, "tiny", "shared")
+    assert (told["rank"], told["serving_rank"], told["common_row"]) == (4, manifest.serving_rank, True)
+    assert [(anchor["id"], anchor["items"]) for anchor in told["anchors"]] == [(f"a0{n}", 12) for n in range(6)]
+    vectors = gateway.parts.bank.index.vectors(range(6)).astype(np.float64)
+    places = np.array([anchor["at"] for anchor in told["anchors"]])
+    variance = (vectors - vectors.mean(axis=0)).var(axis=0).sum()
+    assert told["map"]["explained"] == pytest.approx(places.var(axis=0) / variance, abs=1e-4)
+    assert told["rule"]["name"] == "topic"
+    assert "2 anchors" in told["rule"]["says"]
+    assert told["rule"]["constants"] == {"anchors": 2, "strength": 1.0}
+
+
+def test_a_user_is_where_the_anchor_of_their_world_is(client: httpx.Client, ada: str) -> None:
+    at = np.array(client.get(f"/users/{ada}").raise_for_status().json()["at"])
+    places = {a["id"]: np.array(a["at"]) for a in client.get("/bank").json()["anchors"]}
+    assert min(places, key=lambda name: float(np.linalg.norm(places[name] - at))) == "a00"
+
+
+def test_a_bank_without_a_map_says_so(
+    client: httpx.Client, gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.parts.bank, "atlas", None)
+    told = client.get("/bank").raise_for_status().json()
+    assert (told["map"], {anchor["at"] for anchor in told["anchors"]}) == (None, {None})
+    assert client.get(f"/users/{ada}").raise_for_status().json()["at"] is None
