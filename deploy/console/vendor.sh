@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 readonly PREACT=10.29.8 HTM=3.1.1 UPLOT=1.6.32
-readonly VENDOR=server/gateway/routes/console/static/vendor
-readonly HASHES=SHA256SUMS
+readonly CONSOLE=server/gateway/routes/console
+readonly HASHES=vendored.sha256
 
 fetched=$(mktemp -d)
 trap 'rm -rf "$fetched"' EXIT
@@ -24,29 +24,27 @@ without_map() {
 }
 
 main() {
-  local made=$fetched/vendor
+  local made=$fetched/made name
   fetch preact "$PREACT"
   fetch htm "$HTM"
   fetch uplot "$UPLOT"
-  mkdir "$made"
-  without_map "$fetched/preact/dist/preact.module.js" >"$made/preact.js"
+  mkdir -p "$made/static/vendor" "$made/licences"
+  without_map "$fetched/preact/dist/preact.module.js" >"$made/static/vendor/preact.js"
   # A browser resolves no bare names, and an import map would be an inline script.
-  without_map "$fetched/preact/hooks/dist/hooks.module.js" | sed 's|from"preact"|from"./preact.js"|' >"$made/hooks.js"
-  cp "$fetched/htm/dist/htm.module.js" "$made/htm.js"
+  without_map "$fetched/preact/hooks/dist/hooks.module.js" | sed 's|from"preact"|from"./preact.js"|' \
+    >"$made/static/vendor/hooks.js"
+  cp "$fetched/htm/dist/htm.module.js" "$made/static/vendor/htm.js"
   # The package's own module is not minified, at three times the size.
-  { cat "$fetched/uplot/dist/uPlot.iife.min.js" && echo && echo 'export default uPlot;'; } >"$made/uplot.js"
-  cp "$fetched/uplot/dist/uPlot.min.css" "$made/uplot.css"
-  local name
-  for name in preact htm uplot; do cp "$fetched/$name/LICENSE" "$made/$name.LICENSE"; done
+  { cat "$fetched/uplot/dist/uPlot.iife.min.js" && printf '\nexport default uPlot;\n'; } >"$made/static/vendor/uplot.js"
+  for name in preact htm uplot; do cp "$fetched/$name/LICENSE" "$made/licences/$name.txt"; done
   if [[ ${1:-} == accept ]]; then
-    (cd "$made" && sha256sum -- * >"$HASHES")
+    (cd "$made" && sha256sum licences/* static/vendor/* >"$HASHES")
   else
-    cp "$VENDOR/$HASHES" "$made/"
+    cp "$CONSOLE/$HASHES" "$made/"
     (cd "$made" && sha256sum --check --strict --quiet "$HASHES")
   fi
-  mkdir -p "$VENDOR"
-  cp "$made"/* "$VENDOR/"
-  echo "preact $PREACT, htm $HTM and uPlot $UPLOT are in $VENDOR"
+  cp -R "$made/." "$CONSOLE/"
+  echo "preact $PREACT, htm $HTM and uPlot $UPLOT are in $CONSOLE/static/vendor"
 }
 
 main "$@"

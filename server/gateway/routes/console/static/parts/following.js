@@ -7,33 +7,20 @@ export const ended = (job) => Boolean(job) && !['queued', 'running'].includes(jo
 
 /** Follows a job; `tell` gets it whenever it changes, `lost` whether the connection is being made again. */
 export async function follow(id, signal, tell, lost) {
-  let last = null;
-  for (let losses = 0; ;) {
-    try {
-      for await (const job of events('GET', `/jobs/${encodeURIComponent(id)}/events`, undefined, signal)) {
-        losses = 0;
-        lost(false);
-        tell(last = job);
-      }
-      if (ended(last)) return last;
-    } catch (error) {
-      if (wasStopped(error) || (error.status >= 400 && error.status < 500) || ++losses > MOST_LOSSES) throw error;
-      lost(true);
-    }
-    await new Promise((resolve) => setTimeout(resolve, 1000 * Math.max(1, losses)));
-    signal.throwIfAborted();
-  }
-}
-
-/** What the events say of the way so far: {step, of, phase, losses: [[step, loss]…], held: [[step, loss]…]}. */
-export function course(job) {
-  const progress = job?.progress ?? {};
-  const list = (value) => (Array.isArray(value) ? value : []);
-  return {
-    step: progress.step ?? 0,
-    of: progress.steps ?? progress.of ?? 0,
-    phase: progress.phase ?? '',
-    losses: list(progress.loss),
-    held: list(progress.held_out),
-  };
+	let last = null;
+	for (let losses = 0; ;) {
+		try {
+			for await (const job of events('GET', `/jobs/${encodeURIComponent(id)}/events`, undefined, signal)) {
+				losses = 0;
+				lost(false);
+				tell(last = job);
+			}
+			if (ended(last)) return last;
+		} catch (error) {
+			if (wasStopped(error) || (error.status >= 400 && error.status < 500) || ++losses > MOST_LOSSES) throw error;
+			lost(true);
+		}
+		await new Promise((resolve) => setTimeout(resolve, 1000 * Math.max(1, losses)));
+		signal.throwIfAborted();
+	}
 }

@@ -1,14 +1,14 @@
 // Places in the console: `#/page?name=value`. What stands there never leaves the browser.
 
 export function here() {
-  const [page, query = ''] = location.hash.replace(/^#\/?/, '').split(/\?(.*)/s);
-  return { page, params: new URLSearchParams(query) };
+	const [page, query = ''] = location.hash.replace(/^#\/?/, '').split(/\?(.*)/s);
+	return { page, params: new URLSearchParams(query) };
 }
 
 /** The link to a page; empty values are left out. */
 export function go(page, values = {}) {
-  const params = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== '' && value != null));
-  return `#/${page}${params.size ? `?${params}` : ''}`;
+	const params = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== '' && value != null));
+	return `#/${page}${params.size ? `?${params}` : ''}`;
 }
 
 /** Notes in the address what is shown, without going anywhere. */
