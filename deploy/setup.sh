@@ -132,6 +132,7 @@ install_tools() {
   command -v shellcheck >/dev/null || missing+=(shellcheck)
   command -v valkey-cli >/dev/null || missing+=(valkey-tools)
   command -v faketime >/dev/null || missing+=(faketime)
+  command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing+=(chromium)
   command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || missing+=(docker-compose)
   ((${#missing[@]})) || return 0
   if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
