@@ -12,6 +12,7 @@ from tests.e2e.console.adapt import TestAdapt
 from tests.e2e.console.bank import TestBank
 from tests.e2e.console.everywhere import TestEverywhere
 from tests.e2e.console.playground import TestPlayground, TestStrength
+from tests.e2e.console.reading import TestReading
 from tests.e2e.console.system import TestSystem
 from tests.e2e.console.trouble import TestTrouble
 from tests.e2e.console.users import TestUsers
@@ -23,6 +24,7 @@ __all__ = [
     "TestBank",
     "TestEverywhere",
     "TestPlayground",
+    "TestReading",
     "TestStrength",
     "TestSystem",
     "TestTrouble",

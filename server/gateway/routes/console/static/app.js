@@ -59,8 +59,8 @@ function Readiness() {
 		return () => clearTimeout(timer);
 	}, []);
 	const words = status.replaceAll('_', ' ');
-	return html`<a class=${`readiness ${status === 'ready' ? 'ok' : 'off'}`} href=${go('system')} role="status">
-		<span class="dot" aria-hidden="true"></span>${words}</a>`;
+	return html`<div role="status" class="readiness"><a class=${status === 'ready' ? 'ok' : 'off'} href=${go('system')}>
+		<span class="dot" aria-hidden="true"></span>${words}</a></div>`;
 }
 
 render(html`<${Console} />`, Object.assign(document.getElementById('console'), { textContent: '' }));

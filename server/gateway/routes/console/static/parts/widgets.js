@@ -12,7 +12,7 @@ export function Notice({ error, children, again, calm = false }) {
 }
 
 /** A message as a sentence: the gateway's begin in lower case, since some begin with a field's name. */
-export const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? '' : '.'}`;
+export const sentence = (words) => `${words.charAt(0).toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? '' : '.'}`;
 
 /** A labelled control, of one line or an area; `onValue` gets what is typed, the rest goes to the control. */
 export function Input({ label, hint, area = false, onValue, ...rest }) {
