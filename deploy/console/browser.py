@@ -15,8 +15,9 @@ from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1440, 900
-PATIENCE_MS = 120_000
-"""The real engine may be training, and share its cores with everything else."""
+PATIENCE_MS = 60_000
+TRAINING_MS = 300_000
+"""The real engine may share its cores with everything else."""
 
 
 def chromium() -> Path | None:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from playwright.sync_api import Page
 
-from deploy.console.browser import Looking, chromium, looking, running_browser
+from deploy.console.browser import TRAINING_MS, Looking, chromium, looking, running_browser
 from deploy.demo import adapting
 from deploy.demo.bank import build_bank
 from deploy.demo.children import DemoError
@@ -50,7 +50,7 @@ def adapt(look: Looking) -> Page:
     page.get_by_label("Questions to ask").fill(QUESTION)
     page.get_by_label("Steps at most").fill("12")
     page.get_by_role("button", name="Train on").click()
-    page.get_by_text("Succeeded").wait_for()
+    page.get_by_text("Succeeded").wait_for(timeout=TRAINING_MS)
     page.get_by_text("with an adapter of their own").wait_for()
     page.locator("[aria-busy=true]").wait_for(state="detached")
     return page

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from deploy.console.browser import Looking
+from deploy.console.browser import TRAINING_MS, Looking
 from deploy.demo import adapting
 from deploy.demo.personas import QUESTIONS
 
@@ -29,7 +29,7 @@ class TestAdapt:
         page.get_by_label("Steps at most").fill("4")
         page.get_by_role("button", name=f"Train on {adapting.SAMPLES} samples").click()
         training = page.get_by_role("region", name="Training")
-        expect(training.get_by_role("status")).to_contain_text(ENDED)
+        expect(training.get_by_role("status")).to_contain_text(ENDED, timeout=TRAINING_MS)
         expect(training.get_by_role("img", name=re.compile(r"Training loss from \d"))).to_be_visible()
         expect(training.locator("canvas")).to_have_count(1)
         expect(training).to_contain_text(re.compile(r"Held out, before\s*\d\.\d{3}"))

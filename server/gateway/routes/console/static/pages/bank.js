@@ -45,7 +45,7 @@ export function Bank({ params }) {
 						<button type="submit">Show</button>
 					</form>
 					<${Notice} error=${fault} />
-					<div aria-live="polite">${user && html`<${Shown} user=${user} />`}</div>
+					<div class="stack" aria-live="polite">${user && html`<${Shown} user=${user} />`}</div>
 				</section>
 				<div class="stack">
 					<${Rule} rule=${bank.rule} />

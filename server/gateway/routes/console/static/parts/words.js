@@ -8,7 +8,7 @@ export const figure = (value) => number.format(value);
 
 export const count = (value, one, many = `${one}s`) => `${number.format(value)} ${value === 1 ? one : many}`;
 
-export const percent = (share) => `${number.format(share * 100)} %`;
+export const percent = (share) => `${number.format(share * 100)} %`;
 
 export function bytes(size) {
 	if (size < 1024) return count(size, 'byte');
