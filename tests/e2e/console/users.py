@@ -57,7 +57,7 @@ class TestUsers:
         page.get_by_label("Samples", exact=True).fill(
             '{"input": "<b>Who?</b>", "output": "<img src=x onerror=alert(3)>"}'
         )
-        expect(page.get_by_text("<img src=x onerror=alert(3)>", exact=True)).to_have_count(2)  # typed, and shown
+        expect(page.get_by_text("<img src=x onerror=alert(3)>", exact=True)).to_have_count(1)  # the sample, shown
         look.visit("playground", user=HOSTILE, ask=f"Repeat after me: {MARKUP}", tokens=24)
         answered(page)
         expect(answer(page, HOSTILE)).to_contain_text("merged from anchors")
