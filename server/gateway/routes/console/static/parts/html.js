@@ -3,4 +3,4 @@ import { h } from '../vendor/preact.js';
 import htm from '../vendor/htm.js';
 
 export const html = htm.bind(h);
-export { useCallback, useEffect, useId, useMemo, useRef, useState } from '../vendor/hooks.js';
+export { useEffect, useId, useMemo, useRef, useState } from '../vendor/hooks.js';

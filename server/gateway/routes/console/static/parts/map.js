@@ -21,20 +21,34 @@ export function AnchorMap({ anchors, user }) {
 	const lines = here ? user.anchors.filter(({ id }) => byId.has(id)) : [];
 	const speaking = new Map(lines.map(({ id, weight }) => [id, weight]));
 	const ties = lines.map(({ id, weight }) => `${id}, ${percent(weight)}`).join(' and ');
+	const spot = spots();
 	const said = `Map of ${dots.length} anchors${here ? `, and ${user.user_id} with lines to ${ties}` : ''}`;
 	return html`<div ref=${around}><svg class="map" width=${wide} height=${high} role="img" aria-label=${said}>
 		${here && lines.map(({ id, weight }) => html`<${Tie} key=${id} from=${place(here)} to=${place(byId.get(id).at)} weight=${weight} />`)}
 		${dots.map(({ id, items, at }) => {
 			const [x, y] = place(at);
-			const radius = 4 + 8 * Math.sqrt(items / (most || 1));
+			const radius = 4 + 6 * Math.sqrt(items / (most || 1));
 			return html`<g key=${id} class=${speaking.has(id) ? 'anchor speaks' : 'anchor'}>
 				<title>${`${id}: ${items} items`}</title>
 				<circle cx=${x} cy=${y} r=${radius} />
-				<text x=${x} y=${y - radius - 5}>${id}</text>
+				<text ...${spot(x, y, radius)}>${id}</text>
 			</g>`;
 		})}
 		${here && html`<${Person} at=${place(here)} name=${user.user_id} />`}
 	</svg></div>`;
+}
+
+/** Where names go: above a dot, else below or beside it, so that no two cover each other. */
+function spots() {
+	const taken = [];
+	return (x, y, radius) => {
+		const aside = radius + 16;
+		const places = [[x, y - radius - 5], [x, y + radius + 13], [x + aside, y + 4], [x - aside, y + 4]];
+		const near = ([a, b]) => taken.some(([c, d]) => Math.abs(a - c) < 28 && Math.abs(b - d) < 13);
+		const free = places.find((at) => !near(at)) ?? places[0];
+		taken.push(free);
+		return { x: free[0], y: free[1] };
+	};
 }
 
 const Tie = ({ from, to, weight }) => html`<line class=${weight < 0 ? 'tie less' : 'tie'} x1=${from[0]} y1=${from[1]}

@@ -45,11 +45,10 @@ export function Level({ level }) {
 /** The anchors that speak, as bars. */
 export function Anchors({ anchors, detailed = false }) {
 	if (!anchors.length) return html`<p class="dim">No anchor speaks.</p>`;
-	const most = Math.max(...anchors.map(({ weight }) => Math.abs(weight)));
 	return html`<ul class="bars" aria-label="Anchors that speak">
 		${anchors.map(({ id, weight, similarity, gain }) => html`<li key=${id}>
 			<span class="mono">${id}</span>
-			<${Bar} share=${most ? Math.abs(weight) / most : 0} less=${weight < 0} />
+			<${Bar} share=${Math.min(1, Math.abs(weight))} less=${weight < 0} />
 			<span class="figure">${percent(weight)}</span>
 			${detailed && html`<span class="why">
 				${similarity != null && html`<span>similarity ${similarity.toFixed(2)}</span>`}
