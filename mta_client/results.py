@@ -109,8 +109,8 @@ class Erased:
 class Job:
     """A training job's current state.
 
-    `progress` has `step`, `steps`, `phase`, and in `loss` and `held_out` pairs of step and loss; `held_out` has `before`
-    and `after`.
+    `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`.
+    `held_out` has `before` and `after`.
     """
 
     id: str

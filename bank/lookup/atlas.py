@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from bank.errors import BankError
 from bank.items.profile import Vectors
 
 _AXES = 2
 _DIGITS = 6  # far finer than a picture, and coarser than what two processors differ by
+
+
+Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +34,10 @@ class Atlas:
         anchors: where the anchors are, [N, 2].
     """
 
-    mean: Vectors
-    axes: Vectors
+    mean: Numbers
+    axes: Numbers
     explained: tuple[float, ...]
-    anchors: Vectors
+    anchors: Numbers
 
     @classmethod
     def of(cls, embeddings: Vectors) -> Atlas:
@@ -41,14 +45,13 @@ class Atlas:
         vectors = np.asarray(embeddings, np.float64)
         mean = vectors.mean(axis=0)
         centred = vectors - mean
-        variances, components = np.linalg.eigh(centred.T @ centred)
-        total, axes = max(float(variances.clip(0).sum()), np.finfo(np.float64).tiny), np.zeros((_AXES, len(mean)))
-        explained = []
-        for axis, place in enumerate(range(len(variances) - 1, len(variances) - 1 - _AXES, -1)):
-            share = float(max(variances[place], 0.0)) / total if place >= 0 else 0.0
-            explained.append(round(share, _DIGITS))
-            if explained[-1]:
-                component = components[:, place]
+        variances, components = np.linalg.eigh(centred.T @ centred)  # the smallest first
+        shares = variances.clip(0) / (float(variances.clip(0).sum()) or 1.0)
+        axes, explained = np.zeros((_AXES, len(mean))), []
+        for axis in range(_AXES):
+            explained.append(round(float(shares[-1 - axis]), _DIGITS))
+            if explained[axis]:
+                component = components[:, -1 - axis]
                 axes[axis] = component * np.sign(component[np.abs(component).argmax()])  # a sign means nothing
         axes = axes.round(_DIGITS)
         return cls(mean.round(_DIGITS), axes, tuple(explained), (centred @ axes.T).round(_DIGITS))

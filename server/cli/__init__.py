@@ -12,6 +12,7 @@ from server.cli.bank import commands as bank
 from server.cli.bench import commands as bench
 from server.cli.eval import commands as eval
 from server.cli.run import engine, gateway, up, worker
+from server.cli.users import commands as users
 from server.cli.users import readapt
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("models")(models.models)
 app.command("gateway")(gateway.gateway)
 app.command("engine")(engine.engine)
 app.command("worker")(worker.worker)
+app.add_typer(users.app, name="users")
 app.command("readapt")(readapt.readapt)
 app.command("settings")(settings.settings)
 

@@ -25,10 +25,9 @@ class Points:
         if not math.isfinite(loss):
             return
         self._last = step, round(loss, 5)
+        if self._seen % self._every == 0 and len(self._kept) == MOST_POINTS - 1:
+            self._kept, self._every = self._kept[::2], 2 * self._every
         if self._seen % self._every == 0:
-            if len(self._kept) == MOST_POINTS - 1:
-                self._kept = self._kept[::2]
-                self._every *= 2
             self._kept.append(self._last)
         self._seen += 1
 

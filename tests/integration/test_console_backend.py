@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from starlette.staticfiles import StaticFiles
 
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
+from bench.rig.tiny import world
 from server.gateway.routes.console import pages
+from server.gateway.routes.console.bank import rule_answer
 from tests.support.gateway import GatewayThread
 
 
@@ -87,10 +91,42 @@ def test_the_bank_is_told_with_its_anchors_on_a_map(client: httpx.Client, gatewa
     assert told["rule"]["constants"] == {"anchors": 2, "strength": 1.0}
 
 
-def test_a_user_is_where_the_anchor_of_their_world_is(client: httpx.Client, ada: str) -> None:
-    at = np.array(client.get(f"/users/{ada}").raise_for_status().json()["at"])
-    places = {a["id"]: np.array(a["at"]) for a in client.get("/bank").json()["anchors"]}
-    assert min(places, key=lambda name: float(np.linalg.norm(places[name] - at))) == "a00"
+@pytest.mark.parametrize(
+    ("rule", "name", "words"),
+    [
+        (WeightRule(anchors=3, strength=0.5), "topic", ["3 anchors", "in steps of 0.05", "sum to 0.5"]),
+        (
+            WeightRule(signature=SignatureRule(anchors=7, strength=0.8, tau=2.5)),
+            "signature",
+            [
+                "7 anchors",
+                "2.5 × √tokens × predicted gain)",
+                "sum to 0.8",
+                "Until the items have been read, the 2 anchors",
+            ],
+        ),
+        (
+            WeightRule(signature=SignatureRule(kappa=4)),
+            "signature",
+            ["predicted gain + 4 × similarity)"],
+        ),
+        (WeightRule(posterior=PosteriorRule(anchors=9, decay=130)), "posterior", ["about 130 tokens", "most 9 steps"]),
+    ],
+)
+def test_a_rule_is_told_in_words_with_its_constants(rule: WeightRule, name: str, words: list[str]) -> None:
+    told = rule_answer(rule)
+    assert told.name == name
+    assert [word for word in words if word not in told.says] == []
+    assert all(isinstance(number, int | float) for number in told.constants.values())
+
+
+def test_a_user_who_writes_as_an_anchor_does_is_where_the_anchor_is(
+    client: httpx.Client, new_user: Callable[[], str]
+) -> None:
+    user_id = new_user()
+    client.put(f"/users/{user_id}/profile", json={"items": [{"text": world(3)}]}).raise_for_status()
+    anchors = client.get("/bank").json()["anchors"]
+    assert client.get(f"/users/{user_id}").json()["at"] == pytest.approx(anchors[3]["at"], abs=1e-3)
 
 
 def test_a_bank_without_a_map_says_so(

@@ -80,7 +80,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             gc.enable()
             gc.freeze()  # what is here now stays: each collection that scanned it would block the event loop
             host, port = listener.getsockname()[:2]
-            log.info("listening on http://%s:%d (console: /console)", host, port)
+            log.info("listening on http://%s:%d (console: http://%s:%d/console)", host, port, host, port)
             await server.serve(sockets=[listener])
     except asyncio.CancelledError:
         if not server.should_exit:

@@ -37,6 +37,7 @@ _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
     "adapter", "error", "curve",
 )  # fmt: skip
+_WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
 
 
 class RedisJobs:
@@ -244,8 +245,7 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     if values[0] is None:
         return None
     texts: Mapping[str, str] = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
-    whole = {name: int(texts[name] or 0) for name in ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")}
-    losses: dict[str, Any] = {n: float(texts[n]) if texts[n] else None for n in ("loss", "before", "after")}
-    state, curve = JobState(texts["state"]), decode_curve(texts["curve"])
-    plain = {name: texts[name] for name in ("config", "bank", "adapter", "error")}
-    return Job(job_id, state, curve=curve, **plain, **whole, **losses)
+    taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error")}
+    taken |= {name: int(texts[name] or 0) for name in _WHOLE}
+    taken |= {name: float(texts[name]) if texts[name] else None for name in ("loss", "before", "after")}
+    return Job(job_id, JobState(texts["state"]), curve=decode_curve(texts["curve"]), **taken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from adapters.recipe import PER_MILLE
 from bank.lookup.serving import ServingBank
 from bank.lookup.weights import TOPIC_GRAIN
 from bank.rules import WeightRule
@@ -14,13 +15,15 @@ router = APIRouter(tags=["operations"])
 
 Place = tuple[float, float]
 
+_MEANWHILE = "Until the items have been read, the"
+
 
 class RuleAnswer(BaseModel, frozen=True):
     """How what is known of a user becomes weights."""
 
     name: str = Field(description="`topic`, `signature` or `posterior`.")
     says: str = Field(description="The same in words.")
-    constants: dict[str, float]
+    constants: dict[str, int | float]
 
 
 class AnchorOnMap(BaseModel, frozen=True):
@@ -84,37 +87,30 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
     if posterior := rule.posterior:
         return RuleAnswer(
             name="posterior",
-            says=f"A user's own items say how far to step from what all share along each anchor's adapter, in either "
-            f"direction; it takes about {posterior.decay:g} tokens of theirs to be believed, and the "
-            f"{posterior.anchors} longest steps count. {_topic(rule, 'Until the items have been read')}",
+            says="A user's own items say how far to step along each anchor's adapter from what all people share, in "
+            f"either direction: the more they have written the further, halfway at about {posterior.decay:g} tokens. "
+            f"At most {posterior.anchors} steps are taken, the longest. {_topic(rule, _MEANWHILE)}",
             constants={"anchors": posterior.anchors, "decay": posterior.decay} | _of_topic(rule),
         )
     if evidence := rule.signature:
-        beside = f" Similar topics count {evidence.kappa:g} beside it." if evidence.kappa else ""
+        numbers = evidence.model_dump(include={"anchors", "strength", "tau", "kappa", "slope"})
+        beside = f" + {evidence.kappa:g} × similarity" if evidence.kappa else ""
         return RuleAnswer(
             name="signature",
             says=f"The {evidence.anchors} anchors that explain a user's own items best speak, the better the louder "
-            f"(softmax of {evidence.tau:g} × √tokens × predicted gain), with {evidence.strength:.0%} of the strength "
-            f"together.{beside} {_topic(rule, 'Until the items have been read')}",
-            constants={
-                "anchors": evidence.anchors,
-                "strength": evidence.strength,
-                "tau": evidence.tau,
-                "kappa": evidence.kappa,
-                "slope": evidence.slope,
-            }
-            | _of_topic(rule),
+            f"(softmax of {evidence.tau:g} × √tokens × predicted gain{beside}); "
+            f"their weights sum to {evidence.strength:g}. {_topic(rule, _MEANWHILE)}",
+            constants=numbers | _of_topic(rule),
         )
     return RuleAnswer(name="topic", says=_topic(rule), constants={"anchors": rule.anchors, "strength": rule.strength})
 
 
-def _topic(rule: WeightRule, when: str = "") -> str:
-    lead = f"{when}, the" if when else "The"
+def _topic(rule: WeightRule, the: str = "The") -> str:
     return (
-        f"{lead} {rule.anchors} anchors whose topics are most similar to a user's speak, by similarity, in steps of "
-        f"{TOPIC_GRAIN / 1000:g}, with {rule.strength:.0%} of the strength together."
+        f"{the} {rule.anchors} anchors whose topics are most similar to a user's speak, by similarity, in steps of "
+        f"{TOPIC_GRAIN / PER_MILLE:g}; their weights sum to {rule.strength:g}."
     )
 
 
-def _of_topic(rule: WeightRule) -> dict[str, float]:
+def _of_topic(rule: WeightRule) -> dict[str, int | float]:
     return {"topic_anchors": rule.anchors, "topic_strength": rule.strength}

@@ -1,0 +1,282 @@
+"""`mta users`: people from a file into a gateway, and what it keeps of one of them, shown, exported and erased."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from aiohttp import web
+from typer.testing import CliRunner, Result
+
+from adapters.errors import MtaError
+from bank.peft.peft_adapter import read_peft
+from bench.rig.valkey import free_port
+from server.cli import app
+from server.cli.users.gateway import Gateway, Refused
+from server.cli.users.importing import Counts, Import, journal_of
+from tests.integration.conftest import Work
+from tests.support.gateway import GatewayThread
+
+NewUser = Callable[[], str]
+STRANGE = "a?b#c%41&<img>=é..;"
+
+
+def mta(*arguments: str, typed: str = "") -> Result:
+    """What becomes of a command."""
+    return CliRunner().invoke(app, ["users", *arguments], input=typed)
+
+
+def lines_of(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def people(tmp_path: Path, new_user: NewUser) -> tuple[Path, list[str]]:
+    """A file of ten people, one a line."""
+    ids = [new_user() for _ in range(10)]
+    entries = [{"user_id": user, "profile": [f"I am {user}", {"id": "it", "text": "and more"}]} for user in ids]
+    path = tmp_path / "people.ndjson"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path, ids
+
+
+def test_everybody_in_a_file_has_a_profile_and_a_second_run_has_nothing_to_do(
+    client: httpx.Client, gateway: GatewayThread, people: tuple[Path, list[str]]
+) -> None:
+    path, ids = people
+    first = mta("import", str(path), "--url", gateway.url)
+    assert (first.exit_code, first.output.splitlines()[-1]) == (0, "10 imported, 0 were already, 0 failed")
+    assert [client.get(f"/users/{user}").json()["items"] for user in ids] == [2] * 10
+    state = path.with_name("people.ndjson.imported")
+    assert stat.S_IMODE(state.stat().st_mode) == 0o600
+    assert not any(user in state.read_text() for user in ids)
+    client.delete(f"/users/{ids[0]}").raise_for_status()
+    again = mta("import", str(path), "--url", gateway.url)
+    assert again.output.splitlines()[-1] == "0 imported, 10 were already, 0 failed"
+    assert client.get(f"/users/{ids[0]}").status_code == 404  # whoever was erased stays so
+
+
+def test_whoever_has_changed_in_the_file_is_imported_again(
+    client: httpx.Client, gateway: GatewayThread, people: tuple[Path, list[str]]
+) -> None:
+    path, ids = people
+    mta("import", str(path), "--url", gateway.url)
+    path.write_text(path.read_text().replace(f"I am {ids[3]}", "I have changed"))
+    with path.with_name("people.ndjson.imported").open("a") as state:
+        state.write("abc")  # killed while it wrote
+    again = mta("import", str(path), "--url", gateway.url)
+    assert again.output.splitlines()[-1] == "1 imported, 9 were already, 0 failed"
+    assert client.get(f"/users/{ids[3]}/export").json()["items"][0]["text"] == "I have changed"
+    assert mta("import", str(path), "--url", gateway.url).output.splitlines()[-1].startswith("0 imported, 10")
+
+
+def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
+    client: httpx.Client, gateway: GatewayThread, new_user: NewUser, tmp_path: Path
+) -> None:
+    good, late = new_user(), new_user()
+    entries: list[Any] = [
+        {"user_id": good, "profile": ["fine"]},
+        {"user_id": good, "profile": ["twice"]},
+        {"user_id": "no good", "profile": ["x"]},
+        {"user_id": "..", "profile": ["x"]},
+        {"profile": ["x"]},
+        {"user_id": new_user()},
+        {"user_id": new_user(), "profile": [{"nothing": "that the task knows"}]},
+        ["a", "list"],
+        {"user_id": 17, "items": ["numbers are ids too"]},
+        {"id": late, "profile": ["fine"]},
+    ]
+    path = tmp_path / "people.ndjson"
+    path.write_text("no json\n\n" + "".join(json.dumps(entry) + "\n" for entry in entries))
+    done = mta("import", str(path), "--url", gateway.url, "--state", str(tmp_path / "far" / "state"))
+    assert done.exit_code == 1
+    failures = lines_of(tmp_path / "far" / "people.ndjson.failed.ndjson")
+    assert done.output.splitlines()[-1].startswith("3 imported, 0 were already, 8 failed: see ")
+    reasons = {failure["entry"]: failure["reason"] for failure in failures}
+    for place, reason in {
+        1: "not JSON",
+        4: "twice",
+        5: "without spaces",
+        6: "must not be . or ..",
+        7: "no user_id",
+        8: "no profile",
+        9: "items.0",
+        10: "must be an object",
+    }.items():
+        assert reason in reasons[place]
+    assert [client.get(f"/users/{user}").status_code for user in (good, "17", late)] == [200] * 3
+
+
+def test_lamps_layout_is_a_list_of_people(
+    client: httpx.Client, gateway: GatewayThread, new_user: NewUser, tmp_path: Path
+) -> None:
+    ids = [new_user() for _ in range(3)]
+    path = tmp_path / "users.json"
+    entry = [{"user_id": user, "profile": [{"id": "1", "text": "an item"}], "query": []} for user in ids]
+    path.write_text(json.dumps(entry, indent=1))
+    assert mta("import", str(path), "--url", gateway.url).output.splitlines()[-1].startswith("3 imported")
+    assert [client.get(f"/users/{user}").json()["items"] for user in ids] == [1] * 3
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "cannot read"), ("[1, 2", "is not JSON")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: str | None, says: str) -> None:
+    path = tmp_path / "people.json"
+    if content:
+        path.write_text(content)
+    failed = mta("import", str(path)).exception
+    assert isinstance(failed, MtaError)
+    assert says in str(failed)
+
+
+class Stub:
+    """A gateway that says what it is told to.
+
+    Attributes:
+        answers: status and headers of the next answers; then 200.
+        served: the users who got a 200, in order.
+        most: the most requests it had at a time.
+    """
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, dict[str, str]]] = []
+        self.served: list[str] = []
+        self.most = self._now = 0
+        self.url = ""
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self._now += 1
+        self.most = max(self.most, self._now)
+        await asyncio.sleep(0)
+        self._now -= 1
+        status, headers = self.answers.pop(0) if self.answers else (200, {})
+        if status == 200:
+            self.served.append(request.match_info["user"])
+        return web.json_response({"error": {"message": f"told to say {status}"}}, status=status, headers=headers)
+
+
+@pytest.fixture
+async def stub() -> AsyncIterator[Stub]:
+    stub, app, port = Stub(), web.Application(), free_port()
+    app.router.add_put("/users/{user}/profile", stub.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    stub.url = f"http://127.0.0.1:{port}"
+    yield stub
+    await runner.cleanup()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """How long the gateway's callers were to wait, each time; nobody waits for that long here."""
+    asked: list[float] = []
+
+    def uniform(low: float, high: float) -> float:
+        return 0.0
+
+    bear = Gateway._bear
+
+    def noted(self: Gateway, reason: str, retry_after: str | None) -> None:
+        asked.append(float(retry_after or "nan"))
+        bear(self, reason, retry_after)
+
+    monkeypatch.setattr("random.uniform", uniform)
+    monkeypatch.setattr(Gateway, "_bear", noted)
+    yield asked
+
+
+async def imported(stub: Stub, path: Path, at_a_time: int = 3, patience_s: float = 60) -> Counts:
+    with journal_of(path) as journal:
+        async with Gateway(stub.url, patience_s) as gateway:
+            return await Import(gateway, journal).run(path, at_a_time)
+
+
+async def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
+    stub: Stub, people: tuple[Path, list[str]], waits: list[float]
+) -> None:
+    path, ids = people
+    stub.answers = [(200, {}), (503, {"Retry-After": "7"}), (429, {"Retry-After": "3"}), (502, {})]
+    counts = await imported(stub, path)
+    assert (counts.imported, counts.failed) == (10, 0)
+    assert sorted(stub.served) == sorted(ids)
+    assert waits[:2] == [7, 3]
+    assert len(waits) == 3
+    assert stub.most <= 3
+
+
+async def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
+    stub: Stub, people: tuple[Path, list[str]], waits: list[float]
+) -> None:
+    path, ids = people
+    stub.answers = [(200, {})] * 4 + [(503, {"Retry-After": "61"})] * 100
+    with pytest.raises(MtaError, match="told to say 503; given up"):
+        await imported(stub, path, at_a_time=1)
+    assert stub.served == ids[:4]
+    stub.answers = []
+    counts = await imported(stub, path)
+    assert (counts.imported, counts.before) == (6, 4)
+    assert sorted(stub.served) == sorted(ids)
+
+
+async def test_nobody_there_is_said_after_a_while(waits: list[float]) -> None:
+    async with Gateway(f"http://127.0.0.1:{free_port()}", patience_s=0) as gateway:
+        with pytest.raises(MtaError, match="cannot be reached"):
+            await gateway.call("GET", "/bank")
+
+
+async def test_a_no_is_not_asked_again(stub: Stub) -> None:
+    stub.answers = [(413, {})]
+    async with Gateway(stub.url) as gateway:
+        with pytest.raises(Refused, match="told to say 413"):
+            await gateway.call("PUT", "/users/a/profile", {"items": []})
+    assert stub.served == []
+
+
+def test_a_user_with_a_strange_id_is_shown_exported_and_erased(
+    client: httpx.Client, gateway: GatewayThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "one.ndjson"
+    path.write_text(json.dumps({"user_id": STRANGE, "profile": ["hello"]}))
+    assert mta("import", str(path), "--url", gateway.url).exit_code == 0
+    shown = mta("show", STRANGE, "--url", gateway.url)
+    assert (shown.exit_code, STRANGE in shown.output, "a0" in shown.output) == (0, True, True)
+    exported = mta("export", STRANGE, "--url", gateway.url)
+    [file] = map(Path, exported.output.splitlines())
+    assert (file.name, file.parent.name.startswith("export-")) == ("user.json", True)
+    assert file.parent.resolve().parent == tmp_path
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert json.loads(file.read_text())["user_id"] == STRANGE
+    again = mta("export", STRANGE, "--url", gateway.url).exception
+    assert isinstance(again, MtaError)
+    assert "not empty" in str(again)
+    assert mta("erase", STRANGE, "--url", gateway.url, typed="n\n").exit_code == 1
+    assert mta("show", STRANGE, "--url", gateway.url).exit_code == 0
+    erased = mta("erase", STRANGE, "--url", gateway.url, "--yes")
+    assert "1 items, 0 samples" in erased.output
+    gone = mta("show", STRANGE, "--url", gateway.url).exception
+    assert isinstance(gone, Refused)
+    assert (gone.status, "unknown" in str(gone)) == (404, True)
+
+
+def test_an_adapted_users_export_is_a_peft_folder(
+    client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
+) -> None:
+    samples = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
+    body = {"samples": samples, "config": {"learning_rate": 0.02}}
+    client.post(f"/users/{ada}/adapt", json=body).raise_for_status()
+    work()
+    done = mta("export", ada, "--url", gateway.url, "--out", str(tmp_path / "ada"))
+    assert done.exit_code == 0, done.output
+    assert "whole adapter" in done.output
+    adapter = read_peft(tmp_path / "ada" / "adapter")
+    assert adapter.rank == 4 + 2
+    told = json.loads((tmp_path / "ada" / "user.json").read_text())
+    assert (told["adapter"]["folder"], len(told["samples"]), "peft" in told["adapter"]) == ("adapter", 8, False)
+    assert sorted(path.name for path in (tmp_path / "ada").iterdir()) == ["adapter", "user.json"]
