@@ -3,7 +3,7 @@ import { call, gateway, userPath } from '../api.js';
 import { html, useEffect, useState } from '../parts/html.js';
 import { go, note } from '../parts/links.js';
 import { Anchors, Erased, Facts, Input, Notice, Sure, UserId } from '../parts/widgets.js';
-import { ago, bytes, count, moment, pieces, SOURCES } from '../parts/words.js';
+import { bytes, count, moment, pieces, SOURCES } from '../parts/words.js';
 
 export function Users({ params }) {
 	const [typed, setTyped] = useState(params.get('id') ?? '');
@@ -72,7 +72,7 @@ function Stored({ user }) {
 				<${Facts} label="What is stored" rows=${[
 					['Items', count(user.items, 'item')],
 					['In the store', bytes(user.bytes)],
-					['Changed', html`<span title=${moment(user.updated_at)}>${ago(user.updated_at)}</span>`],
+					['Changed', moment(user.updated_at)],
 					['Embedder', user.embedder.slice(0, 12), true],
 					['Recipe', user.recipe, true],
 				]} />
@@ -99,7 +99,7 @@ function Adapter({ adapter }) {
 					['Id', adapter.id, true],
 					['Trained on', adapter.recipe, true],
 					['Size', bytes(adapter.bytes)],
-					['Made', html`<span title=${moment(adapter.created_at)}>${ago(adapter.created_at)}</span>`],
+					['Made', moment(adapter.created_at)],
 				]} />
 				${adapter.stale && html`<p class="notice calm">It belongs to another bank, so it is not served.</p>`}`
 			: html`<p class="dim">None: no samples have been learned from.</p>`}

@@ -2,7 +2,6 @@
 
 const number = new Intl.NumberFormat('en', { maximumFractionDigits: 1 });
 const when = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
-const UNITS = [['second', 60], ['minute', 60], ['hour', 24], ['day', 365]];
 
 export const figure = (value) => number.format(value);
 
@@ -24,15 +23,6 @@ export function milliseconds(value) {
 export const loss = (value) => (value == null ? '–' : value.toFixed(3));
 
 export const moment = (iso) => (iso ? when.format(new Date(iso)) : '–');
-
-export function ago(iso, now = Date.now()) {
-	let past = Math.max(0, (now - new Date(iso)) / 1000);
-	for (const [unit, next] of UNITS) {
-		if (past < next || unit === 'day') return past < 1 ? 'just now' : `${count(Math.floor(past), unit)} ago`;
-		past /= next;
-	}
-	return '';
-}
 
 /** Writing pasted as text: pieces between empty lines, or its lines where there are none. */
 export function pieces(pasted) {
