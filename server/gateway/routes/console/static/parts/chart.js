@@ -65,7 +65,7 @@ function options(series, across, up, width, height) {
 		legend: { show: false },
 		cursor: { show: false },
 		scales: { x: { time: false } },
-		axes: [axis(across), { ...axis(up), size: 52 }],
+		axes: [{ ...axis(across), incrs: [1, 2, 5, 10, 20, 50, 100, 200] }, { ...axis(up), size: 52 }],
 		series: [{}, ...series.map(({ label, dots }, index) => ({
 			label,
 			stroke: colour(`--curve-${index}`),
