@@ -3,6 +3,7 @@
     users     un-adapted users in a Valkey started here: bytes a user, a lookup's p99, a real gateway's memory
     anchors   a bank of 10,000 anchors: time of a topic lookup, and memory
     recipes   distinct recipes through one engine with a tiny model: memory and rate, at each tenth of the way
+    import    people imported through a real gateway while others are answered: rate, memory, what the others notice
 
 `--quick` takes a minute in all. Nothing is kept.
 """
@@ -19,10 +20,11 @@ from rich.progress import Progress
 from bench import script
 from bench.report import tabulate
 from bench.scale import anchors as anchors_part
+from bench.scale import importing as import_part
 from bench.scale import recipes as recipes_part
 from bench.scale import users as users_part
 
-PARTS = ("users", "anchors", "recipes")
+PARTS = ("users", "anchors", "recipes", "import")
 QUICK = 50
 """How many times less a quick run does."""
 
@@ -39,6 +41,7 @@ def main(
     lookups: Annotated[int, typer.Option(help="Lookups that are timed.", min=100)] = 20_000,
     anchors: Annotated[int, typer.Option(help="Anchors of the large bank.", min=2)] = 10_000,
     recipes: Annotated[int, typer.Option(help="Distinct recipes through one engine.", min=100)] = 100_000,
+    people: Annotated[int, typer.Option(help="People imported beside streams.", min=100)] = 10_000,
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK} times fewer of everything but anchors.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the figures as JSON: of scale.json, each part to scale-PART.json.")
@@ -49,7 +52,7 @@ def main(
     for unknown in set(parts) - set(PARTS):
         raise typer.BadParameter(f"{unknown!r} is none of {', '.join(PARTS)}", param_hint="--part")
     if quick:
-        users, lookups, recipes = users // QUICK, lookups // QUICK, recipes // QUICK
+        users, lookups, recipes, people = (number // QUICK for number in (users, lookups, recipes, people))
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         for name in parts:
             where = Path(scratch) / name
@@ -57,6 +60,8 @@ def main(
                 found = users_part.measure(users_part.Wanted(users, signed, signature, lookups), where, progress)
             elif name == "anchors":
                 found = anchors_part.measure(anchors, lookups, where, progress)
+            elif name == "import":
+                found = import_part.measure(people, where, progress)
             else:
                 found = recipes_part.measure(recipes, where, progress)
             tabulate([found], out and out.with_name(f"{out.stem}-{name}.json"), bench="scale")

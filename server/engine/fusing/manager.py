@@ -73,7 +73,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             self._adapter_manager.make_ready(self._model_of(1, "", short, empty))
         self._across = self._adapter_manager.lie_across
         compiled = kernels(Settings().cache_dir) if self._across else None
-        self._sum_across = compiled and compiled.weighted_sum_across
+        self._sum_across = compiled.weighted_sum_across if compiled else None
         self._ahead = Ahead(self._fuse)
         on_arrival(self.notice)
         return wrapped

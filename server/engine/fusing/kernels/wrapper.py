@@ -28,7 +28,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         compiled = kernels(Settings().cache_dir)
-        self._kernel = compiled and compiled.lora_linear
+        self._kernel = compiled.lora_linear if compiled else None
         self._table: SlotTable | None = None
         self._tokens = self._samples = Rows.none()
 

@@ -1,0 +1,142 @@
+"""People by the thousand, imported while others are answered: `mta users import` against a real gateway and Valkey.
+
+Turns of the same two blocks: four streams through the gateway alone, then beside the import of a part of the people.
+The engine has a tiny model, so that the gateway and the store are what the streams wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+from rich.progress import Progress
+
+from bench.report import Figures, Spread, percentile
+from bench.rig.engine import KEY
+from bench.rig.processes import memory_mib, mta
+from bench.rig.servers import vllm_server
+from bench.rig.subject import tiny
+from bench.rig.up import gateway_url, running_gateway
+from bench.rig.valkey import ValkeyProcess
+from bench.serving.front import SECRET, WORDS
+from mta_client import Client
+
+TURNS, STREAMS = 5, 4
+ALONE_S = 8.0
+"""How long the streams are alone in a turn, after as long for warm-up."""
+ITEMS, ITEM_WORDS = 3, 12
+TOKENS = 256
+"""Of a stream's answer; then it asks again."""
+
+
+def measure(people: int, folder: Path, progress: Progress) -> Figures:
+    """A table of one row for each figure."""
+    subject = tiny(folder)
+    store = ValkeyProcess(folder / "valkey").start()
+    try:
+        with (
+            vllm_server(subject, max_num_seqs=STREAMS, dtype="float32") as engine,
+            running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as gateway,
+        ):
+            url, pid = gateway_url(gateway), gateway.process.pid
+            with Client(url) as client:
+                for stream in range(STREAMS):
+                    client.put_profile(_streamer(stream), [_item(random.Random(stream)) for _ in range(ITEMS)])
+            return asyncio.run(_turns(url, pid, people, folder, progress))
+    finally:
+        store.kill()
+
+
+async def _turns(url: str, pid: int, people: int, folder: Path, progress: Progress) -> Figures:
+    part, bar = people // TURNS, progress.add_task("people imported", total=people)
+    alone: list[float] = []
+    beside: list[float] = []
+    rates: list[float] = []
+    async with aiohttp.ClientSession() as session:
+        async with _streaming(session, url):
+            await asyncio.sleep(ALONE_S)
+        before = memory_mib(pid)
+        for turn in range(TURNS):
+            async with _streaming(session, url) as gaps:
+                await asyncio.sleep(ALONE_S)
+            alone.append(percentile(gaps, 0.99))
+            path = _write_people(folder / f"people-{turn}.ndjson", turn * part, part)
+            async with _streaming(session, url) as gaps:
+                start_s = time.perf_counter()
+                await _import(path, url)
+                rates.append(part / (time.perf_counter() - start_s))
+            beside.append(percentile(gaps, 0.99))
+            progress.advance(bar, part)
+    lines: list[list[object]] = [
+        ["people imported a second", Spread.of(rates)],
+        ["streams alone: p99 between tokens, ms", Spread.of(alone)],
+        ["streams beside the import: p99 between tokens, ms", Spread.of(beside)],
+        ["beside over alone", Spread.ratio(beside, alone)],
+        ["the gateway's memory before, MiB", before],
+        ["the same afterwards, MiB", memory_mib(pid)],
+    ]
+    title = f"{people:,} people of {ITEMS} items imported through a gateway beside {STREAMS} streams"
+    return Figures(title, ("import", "figure"), lines)
+
+
+@asynccontextmanager
+async def _streaming(session: aiohttp.ClientSession, url: str) -> AsyncIterator[list[float]]:
+    """Streams that are asked for again and again until the block ends; their gaps, ms, are complete then."""
+    gaps: list[float] = []
+    over = asyncio.Event()
+
+    async def stream(number: int) -> None:
+        asked = {"user_id": _streamer(number), "prompt": "Tell me more.", "max_tokens": TOKENS, "stream": True}
+        while not over.is_set():
+            async with session.post(f"{url}/generate", json=asked) as response:
+                response.raise_for_status()
+                last_s = 0.0
+                async for line in response.content:
+                    if over.is_set():
+                        return
+                    if b'"content"' not in line or b'"personalization"' in line:  # the first chunk has no text
+                        continue
+                    now_s = time.perf_counter()
+                    gaps.extend([1000 * (now_s - last_s)] if last_s else [])
+                    last_s = now_s
+
+    running = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
+    try:
+        yield gaps
+    finally:
+        over.set()
+        await asyncio.gather(*running)
+
+
+async def _import(path: Path, url: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *mta("users", "import", str(path), "--url", url),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the import failed: {output.decode(errors='replace')}")
+
+
+def _write_people(path: Path, first: int, count: int) -> Path:
+    chance = random.Random(first)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(first, first + count):
+            person = {"user_id": f"person-{number:07d}", "profile": [_item(chance) for _ in range(ITEMS)]}
+            file.write(json.dumps(person) + "\n")
+    return path
+
+
+def _item(chance: random.Random) -> str:
+    return " ".join(chance.choices(WORDS, k=ITEM_WORDS))
+
+
+def _streamer(number: int) -> str:
+    return f"streamer-{number}"
