@@ -4,7 +4,7 @@
 
 BIN := .venv/bin
 PACKAGES := adapters bank bench mta_client server
-SCRIPTS := deploy/setup.sh .ci/run
+SCRIPTS := deploy/setup.sh deploy/console/vendor.sh .ci/run
 WORKERS := logical --maxprocesses 4
 
 help: ## list these targets

@@ -132,6 +132,7 @@ install_tools() {
   command -v shellcheck >/dev/null || missing+=(shellcheck)
   command -v valkey-cli >/dev/null || missing+=(valkey-tools)
   command -v faketime >/dev/null || missing+=(faketime)
+  command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing+=(chromium)
   command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || missing+=(docker-compose)
   ((${#missing[@]})) || return 0
   if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
@@ -139,8 +140,12 @@ install_tools() {
     return 0
   fi
   say "installing ${missing[*]} with apt-get"
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"; } \
-    >/dev/null || say "apt-get failed; the checks that need ${missing[*]} will be skipped"
+  local package
+  apt-get update -qq >/dev/null || say "apt-get update failed"
+  for package in "${missing[@]}"; do # one by one: not every distribution has them all
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$package" >/dev/null ||
+      say "apt-get could not install $package; the checks that need it will be skipped"
+  done
 }
 
 main() {

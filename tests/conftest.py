@@ -31,6 +31,7 @@ DEAR_FIRST = (
     "integration/test_bank_exchange.py",
     "integration/test_no_job_is_lost.py",
     "e2e/test_demo_run.py",
+    "e2e/console/test_console.py",
     "integration/test_worker_process.py",
     "integration/test_compose.py",
     "contract/test_store_model.py",

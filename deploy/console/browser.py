@@ -1,0 +1,97 @@
+"""A headless Chromium of this machine's own, and a page of the console that is watched while it is used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from playwright.sync_api import Browser, Page, Request, sync_playwright
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+WIDTH, HEIGHT = 1440, 900
+PATIENCE_MS = 60_000
+TRAINING_MS = 300_000
+"""The real engine may share its cores with everything else."""
+
+
+def chromium() -> Path | None:
+    """The machine's Chromium, if it has one."""
+    found = next(filter(None, map(shutil.which, _NAMES)), None)
+    return Path(found) if found else None
+
+
+@contextmanager
+def running_browser(executable: Path) -> Iterator[Browser]:
+    """A browser; asyncio cannot be used by the same thread meanwhile."""
+    # Chromium's sandbox needs a user other than root.
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=options)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@dataclass(slots=True)
+class Looking:
+    """Somebody who looks at a console.
+
+    Attributes:
+        url: the gateway's.
+        page: the browser's page.
+        faults: what the page has complained about: errors in its console, exceptions, dialogs.
+        refusals: statuses of 4xx and 5xx that it was answered with; the browser's console has them as errors too.
+        foreign: addresses outside the gateway that it asked for.
+    """
+
+    url: str
+    page: Page
+    faults: list[str] = field(default_factory=list)
+    refusals: list[int] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    def visit(self, place: str, **params: Any) -> Page:
+        """Load a page of the console afresh."""
+        self.page.goto("about:blank")
+        query = f"?{urlencode(params)}" if params else ""
+        self.page.goto(f"{self.url}/console#/{place}{query}")
+        self.page.get_by_role("heading", level=1).wait_for()
+        return self.page
+
+
+@contextmanager
+def looking(browser: Browser, url: str, width: int = WIDTH, height: int = HEIGHT) -> Iterator[Looking]:
+    """A fresh page, in no language's particular format and with a clipboard of its own."""
+    context = browser.new_context(viewport={"width": width, "height": height}, locale="en-GB")
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
+    context.set_default_timeout(PATIENCE_MS)
+    look = Looking(url, context.new_page())
+    page = look.page
+
+    def asked(request: Request) -> None:
+        if not request.url.startswith((f"{url}/", "data:", "blob:", "about:")):
+            look.foreign.append(request.url)
+
+    page.on("request", asked)
+    page.on("response", lambda answer: look.refusals.append(answer.status) if answer.status >= 400 else None)
+    page.on("pageerror", lambda error: look.faults.append(f"exception: {error}"))
+    page.on("dialog", lambda dialog: (look.faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on(
+        "console",
+        lambda said: (
+            look.faults.append(f"{said.type}: {said.text}")
+            if said.type in ("error", "warning") and not said.text.startswith("Failed to load resource")
+            else None
+        ),
+    )
+    try:
+        yield look
+    finally:
+        context.close()

@@ -1,0 +1,99 @@
+// The gateway's own API. Every failure becomes a `Failure` with a message that can be shown to a person.
+
+const ROOT = new URL('../', import.meta.url);
+const SILENT_MS = 45_000; // the gateway says something every 15 s
+const JSON_TYPE = 'application/json';
+
+export class Failure extends Error {
+	constructor(message, { code = 'unknown', status = 0, param = null } = {}) {
+		super(message);
+		this.name = 'Failure';
+		Object.assign(this, { code, status, param });
+	}
+}
+
+const GONE = 'The gateway does not answer. It may be restarting, or the connection to it is lost: try again in a moment.';
+const BROKEN = 'The answer broke off: the connection to the gateway was lost.';
+const SILENT = 'Nothing has come from the gateway for 45 seconds, so this was given up. Try again.';
+
+export const gateway = (path = '') => new URL(path.replace(/^\//, ''), ROOT).href;
+
+export const userPath = (id) => `/users/${encodeURIComponent(id)}`;
+
+export const wasStopped = (error) => error?.name === 'AbortError';
+
+/** One call; answers its JSON. `also` lists statuses beside 2xx whose body is an answer too. */
+export async function call(method, path, body, { signal, also = [] } = {}) {
+	const response = await send(method, path, body, signal, also);
+	try {
+		return await response.json();
+	} catch (error) {
+		throw wasStopped(error) ? error : new Failure(BROKEN, { code: 'broken_off' });
+	}
+}
+
+export async function text(path, signal) {
+	const response = await send('GET', path, undefined, signal, []);
+	return response.text().catch((error) => { throw wasStopped(error) ? error : new Failure(BROKEN); });
+}
+
+/** The values of a stream of server-sent events, until `[DONE]` or an event named `done`. */
+export async function* events(method, path, body, signal) {
+	const response = await send(method, path, body, signal, []);
+	const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+	let rest = '';
+	let name = '';
+	try {
+		for (;;) {
+			const { value, done } = await within(SILENT_MS, reader.read());
+			if (done) throw new Failure(BROKEN, { code: 'broken_off' });
+			const lines = (rest + value).split('\n');
+			rest = lines.pop();
+			for (const line of lines) {
+				if (line.startsWith('event:')) name = line.slice(6).trim();
+				else if (line === '') name = '';
+				if (!line.startsWith('data:')) continue;
+				const data = line.slice(5).trim();
+				if (data === '[DONE]' || name === 'done') return;
+				const told = JSON.parse(data);
+				if (told.error && told.error.message) throw new Failure(told.error.message, told.error);
+				yield told;
+			}
+		}
+	} catch (error) {
+		if (wasStopped(error) || error instanceof Failure) throw error;
+		throw new Failure(BROKEN, { code: 'broken_off' });
+	} finally {
+		reader.cancel().catch(() => {});
+	}
+}
+
+async function send(method, path, body, signal, also) {
+	const sent = body === undefined ? {} : { body: JSON.stringify(body), headers: { 'Content-Type': JSON_TYPE } };
+	let response;
+	try {
+		response = await fetch(gateway(path), { method, signal, cache: 'no-store', ...sent });
+	} catch (error) {
+		throw wasStopped(error) ? error : new Failure(GONE, { code: 'no_answer' });
+	}
+	if (response.ok || also.includes(response.status)) return response;
+	throw await refusal(response);
+}
+
+async function refusal(response) {
+	const { status } = response;
+	try {
+		const { error } = await response.json();
+		return new Failure(error.message, { ...error, status });
+	} catch {
+		return new Failure(`The gateway answered with status ${status}, and with nothing that explains it.`, { status });
+	}
+}
+
+function within(milliseconds, promise) {
+	let timer;
+	const late = new Promise((_, reject) => {
+		timer = setTimeout(() => reject(new Failure(SILENT, { code: 'silent' })), milliseconds);
+	});
+	return Promise.race([promise, late]).finally(() => clearTimeout(timer));
+}

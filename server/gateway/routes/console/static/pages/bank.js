@@ -1,0 +1,103 @@
+// The bank: its anchors on a map, how many items each was trained on, and how weights are made.
+import { call, userPath } from '../api.js';
+import { useBank } from '../parts/bank.js';
+import { html, useEffect, useState } from '../parts/html.js';
+import { go, note } from '../parts/links.js';
+import { AnchorMap } from '../parts/map.js';
+import { Anchors, Bar, Facts, Notice, UserId } from '../parts/widgets.js';
+import { percent, SOURCES } from '../parts/words.js';
+
+export function Bank({ params }) {
+	const [bank, failure] = useBank();
+	const [typed, setTyped] = useState(params.get('user') ?? '');
+	const [user, setUser] = useState(null);
+	const [fault, setFault] = useState(null);
+	useEffect(() => { if (typed) look(); }, []);
+
+	async function look() {
+		setFault(null);
+		setUser(null);
+		note('bank', { user: typed.trim() });
+		try {
+			setUser(await call('GET', userPath(typed.trim())));
+		} catch (error) {
+			setFault(error);
+		}
+	}
+
+	const submit = (event) => { event.preventDefault(); look(); };
+	const mapped = bank?.map && bank.anchors.some(({ at }) => at);
+	return html`
+		<h1 tabindex="-1">Bank</h1>
+		<p class="lead">The anchors: people whose adapters are mixed for everybody else.</p>
+		<${Notice} error=${failure} again=${() => location.reload()} />
+		${!bank && !failure && html`<p class="dim" role="status">Reading the bank …</p>`}
+		${bank && html`
+			<div class="broad">
+				<section class="card" aria-label="Map of the anchors">
+					<h2>Map</h2>
+					${mapped
+						? html`<${AnchorMap} anchors=${bank.anchors} user=${user} />
+							<p class="hint">Near each other: writing about the same. A larger dot has more items.${explained(bank.map)}</p>`
+						: html`<p class="notice calm">This bank was built without a map. Build it again to get one.</p>`}
+					<form class="inline" onSubmit=${submit}>
+						<${UserId} label="Show a user" value=${typed} onValue=${setTyped} />
+						<button type="submit">Show</button>
+					</form>
+					<${Notice} error=${fault} />
+					<div class="stack" aria-live="polite">${user && html`<${Shown} user=${user} />`}</div>
+				</section>
+				<div class="stack">
+					<${Rule} rule=${bank.rule} />
+					<section class="card" aria-label="About the bank">
+						<h2>This bank</h2>
+						<${Facts} label="This bank" rows=${[
+							['Bank', bank.bank, true],
+							['Base model', bank.model],
+							['Embedder', shortId(bank.embedder), true],
+							['Fusion', bank.method],
+							['Rank', `${bank.rank}, served in slots of ${bank.serving_rank}`],
+							['Common row', bank.common_row ? 'yes: what all users share is part of every answer' : 'none'],
+						]} />
+					</section>
+					<${AnchorTable} anchors=${bank.anchors} />
+				</div>
+			</div>`}`;
+}
+
+const explained = ({ explained: shares }) => ` The two directions shown hold ${percent(shares[0] + shares[1])} of what differs.`;
+
+const shortId = (id) => (id.length > 16 ? `${id.slice(0, 12)}…` : id);
+
+function Shown({ user }) {
+	return html`<h3><a class="mono" href=${go('users', { id: user.user_id })}>${user.user_id}</a></h3>
+		<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
+		<${Anchors} anchors=${user.anchors} detailed />
+		${!user.at && html`<p class="hint">There is no place for this user on the map.</p>`}`;
+}
+
+function Rule({ rule }) {
+	return html`<section class="card" aria-label="The rule of weights">
+		<h2>How weights are made</h2>
+		<p>${rule.says}</p>
+		<${Facts} label="Constants of the rule" rows=${[
+			['Rule', rule.name],
+			...Object.entries(rule.constants ?? {}).map(([name, value]) => [name, String(value), true]),
+		]} />
+	</section>`;
+}
+
+function AnchorTable({ anchors }) {
+	const most = Math.max(...anchors.map(({ items }) => items));
+	return html`<section class="card" aria-label="Anchors">
+		<h2>Anchors</h2>
+		<div class="scroll" tabindex="0" role="region" aria-label="Items of each anchor">
+			<table>
+				<thead><tr><th scope="col">Anchor</th><th scope="col">Items</th><th><span class="unseen">Share of the most</span></th></tr></thead>
+				<tbody>${anchors.map(({ id, items }) => html`<tr key=${id}>
+					<th scope="row" class="mono">${id}</th><td class="figure">${items}</td><td class="long"><${Bar} share=${items / most} /></td>
+				</tr>`)}</tbody>
+			</table>
+		</div>
+	</section>`;
+}

@@ -1,0 +1,184 @@
+// The base model's and the personal answer to one question, side by side.
+import { call, userPath } from '../api.js';
+import { Answer, ask, BLANK, busy } from '../parts/asking.js';
+import { useBank } from '../parts/bank.js';
+import { html, useEffect, useMemo, useRef, useState } from '../parts/html.js';
+import { note, permalink } from '../parts/links.js';
+import { Copy, Erased, Input, Notice, Sure, UserId } from '../parts/widgets.js';
+import { count, pieces } from '../parts/words.js';
+import { compared } from '../reading/diff.js';
+import { asCurl, asPython } from '../reading/snippets.js';
+
+const THROWAWAY = /^console-[0-9a-f]{10}$/;
+const EXAMPLE = [
+	'stayed up until four to finish the last dungeon. the final boss was worth every potion',
+	'our squad won the tournament on friday. i played the healer and died only twice',
+	'who is in voice chat tonight? pizza is on me and the loot is shared',
+].join('\n');
+
+const throwaway = () => {
+	const random = crypto.getRandomValues(new Uint8Array(5));
+	return `console-${Array.from(random, (byte) => byte.toString(16).padStart(2, '0')).join('')}`;
+};
+
+const numberIn = (params, name, otherwise) => (params.has(name) ? Number(params.get(name)) || 0 : otherwise);
+
+export function Playground({ params }) {
+	const [bank] = useBank();
+	const [from, setFrom] = useState(params.has('user') ? 'id' : 'paste');
+	const [user, setUser] = useState(params.get('user') ?? '');
+	const [pasted, setPasted] = useState('');
+	const [stored, setStored] = useState(null); // {id, text} of the throw-away user
+	const [erased, setErased] = useState(null);
+	const [prompt, setPrompt] = useState(params.get('ask') ?? '');
+	const [strength, setStrength] = useState(numberIn(params, 'strength', 1));
+	const [maxTokens, setMaxTokens] = useState(numberIn(params, 'tokens', 96));
+	const [temperature, setTemperature] = useState(numberIn(params, 'temperature', 0));
+	const [history, setHistory] = useState(numberIn(params, 'history', 0));
+	const [asked, setAsked] = useState(null);
+	const [base, setBase] = useState(BLANK);
+	const [personal, setPersonal] = useState(BLANK);
+	const [fault, setFault] = useState(null);
+	const run = useRef();
+	const form = useRef();
+	useEffect(() => {
+		if (params.has('user') && params.has('ask')) askBoth();
+		return () => run.current?.abort();
+	}, []);
+
+	async function store(signal) {
+		if (from === 'id') return user.trim();
+		const items = pieces(pasted);
+		if (!items.length) throw new Error('Paste at least a line of somebody’s writing, or pick a user by id.');
+		const id = stored?.id ?? throwaway();
+		if (stored?.text !== pasted) {
+			setStored({ id, text: null });
+			await call('PUT', `${userPath(id)}/profile`, { items: items.map((text) => ({ text })) }, { signal });
+			setStored({ id, text: pasted });
+			setErased(null);
+		}
+		return id;
+	}
+
+	async function askBoth() {
+		const { signal } = restart();
+		setBase(BLANK);
+		setPersonal(BLANK);
+		setFault(null);
+		try {
+			const question = { user: await store(signal), prompt: prompt.trim(), maxTokens, temperature, history, strength };
+			setAsked(question);
+			note('playground', linked(question));
+			await Promise.all([
+				ask(question, 'none', signal, setBase),
+				ask(question, 'auto', signal, setPersonal),
+			]);
+		} catch (error) {
+			if (!signal.aborted) setFault(error);
+		}
+	}
+
+	function askAgain(value) {
+		setStrength(value);
+		if (!asked) return;
+		const { signal } = restart();
+		const question = { ...asked, strength: value };
+		setAsked(question);
+		note('playground', linked(question));
+		if (busy(base)) ask(question, 'none', signal, setBase);
+		ask(question, 'auto', signal, setPersonal);
+	}
+
+	function restart() {
+		run.current?.abort();
+		run.current = new AbortController();
+		return run.current;
+	}
+
+	async function erase(id) {
+		setFault(null);
+		try {
+			setErased(await call('DELETE', userPath(id)));
+			setStored(null);
+			if (id === user) setUser('');
+		} catch (error) {
+			setFault(error);
+		}
+	}
+
+	const mute = Boolean(bank) && !bank.common_row;
+	const asking = busy(base) || busy(personal);
+	const sides = useMemo(
+		() => (base.phase === 'done' && personal.phase === 'done' ? compared(base.text, personal.text) : []),
+		[base, personal],
+	);
+	const kept = from === 'paste' ? stored?.id : THROWAWAY.test(user) && user;
+	const keys = (event) => {
+		if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) form.current.requestSubmit();
+	};
+	const submit = (event) => { event.preventDefault(); askBoth(); };
+
+	return html`
+		<h1 tabindex="-1">Playground</h1>
+		<p class="lead">The same question to the base model, and to the model as it speaks for one person.</p>
+		<form class="card ask" ref=${form} onSubmit=${submit} onKeyDown=${keys}>
+			<fieldset class="who">
+				<legend>Who asks</legend>
+				<div class="choice">
+					${[['paste', 'Somebody whose writing I paste'], ['id', 'A user by id']].map(([value, label]) => html`
+						<label key=${value}><input type="radio" name="from" value=${value} checked=${from === value}
+							onChange=${() => setFrom(value)} />${label}</label>`)}
+				</div>
+				${from === 'id'
+					? html`<${UserId} value=${user} onValue=${setUser} hint="The exact id. An unknown one is answered by the base model." />`
+					: html`<${Input} area rows="4" label="A few lines of their writing" value=${pasted} onValue=${setPasted}
+							hint=${html`One piece a line; longer ones with an empty line between them.
+								${pasted.trim() ? ` ${count(pieces(pasted).length, 'piece')}.` : ' '}
+								${!pasted && html`<button type="button" class="link" onClick=${() => setPasted(EXAMPLE)}>Use an example</button>`}`} />`}
+				${kept && html`<div class="kept"><p>Stored for this as <span class="mono">${kept}</span>, until it is erased.</p>
+					<${Sure} label="Erase" question="Erase this writing?" onYes=${() => erase(kept)} /></div>`}
+				${erased && html`<${Erased} erased=${erased} />`}
+			</fieldset>
+			<div class="question">
+				<${Input} area rows="2" required label="Question" hint="Ctrl or ⌘ with Enter asks." value=${prompt} onValue=${setPrompt} />
+				<${Input} type="range" min="0" max="1" step="0.05" label=${`Strength ${strength.toFixed(2)}`} value=${strength}
+					disabled=${mute} onValue=${(value) => setStrength(Number(value))} onChange=${(event) => askAgain(Number(event.target.value))}
+					hint=${mute ? 'This bank has no common row to take the anchors’ place: they always speak in full.'
+						: 'How loudly the anchors speak beside what all users share. Another value asks again.'} />
+				<details>
+					<summary>Settings</summary>
+					<div class="row">
+						${[['Tokens at most', maxTokens, setMaxTokens, 1, 4096, 1], ['Temperature', temperature, setTemperature, 0, 2, 0.1],
+							['Past items in the prompt', history, setHistory, 0, 16, 1]].map(([label, value, set, min, max, step]) => html`
+							<${Input} key=${label} type="number" required label=${label} value=${value} min=${min} max=${max} step=${step}
+								onValue=${(typed) => set(Number(typed))} />`)}
+					</div>
+				</details>
+				<div class="actions">
+					<button type="submit" class="main">Ask</button>
+					${asking && html`<button type="button" onClick=${() => run.current.abort()}>Stop</button>`}
+				</div>
+				<${Notice} error=${fault} />
+			</div>
+		</form>
+		<div class="pair even">
+			<${Answer} title="Base model" hint="Its answer appears here." answer=${base} marked=${sides[0]} again=${askBoth} />
+			<${Answer} title=${asked && !THROWAWAY.test(asked.user) ? asked.user : 'Personal'} hint="The answer for this person appears here."
+				answer=${personal} marked=${sides[1]} again=${askBoth} />
+		</div>
+		${asked && html`<div class="actions end">
+			${sides.length > 0 && html`<p class="dim"><mark>Marked</mark> words are not in the other answer.</p>`}
+			<${Copy} label="Copy link" text=${() => permalink('playground', linked(asked))} />
+			<${Copy} label="Copy as curl" text=${() => asCurl(asked)} />
+			<${Copy} label="Copy as Python" text=${() => asPython(asked)} />
+		</div>`}`;
+}
+
+const linked = ({ user, prompt, strength, maxTokens, temperature, history }) => ({
+	user,
+	ask: prompt,
+	strength: strength === 1 ? null : strength,
+	tokens: maxTokens === 96 ? null : maxTokens,
+	temperature: temperature || null,
+	history: history || null,
+});

@@ -1,0 +1,79 @@
+// How the server is doing, live: its parts by /ready, its figures by /metrics.
+import { call, text } from '../api.js';
+import { html, useEffect, useRef, useState } from '../parts/html.js';
+import { Figures } from '../parts/figures.js';
+import { Notice } from '../parts/widgets.js';
+import { figure } from '../parts/words.js';
+import { parseMetrics } from '../reading/metrics.js';
+
+const EVERY_MS = 2000;
+const KEPT = 90; // readings: three minutes
+
+const STATES = {
+	ready: 'Ready: requests are answered in full.',
+	not_ready: 'Not ready: a part that every request needs is missing.',
+	not_yet_seen: 'Starting: the parts have not been looked at yet.',
+	stale: 'Unknown: the last look at the parts is too old to rely on.',
+};
+
+export function System() {
+	const [ready, setReady] = useState(null);
+	const [fault, setFault] = useState(null);
+	const [live, setLive] = useState(true);
+	const [readings, setReadings] = useState([]);
+	const asking = useRef();
+	useEffect(() => {
+		if (!live) return undefined;
+		let timer;
+		asking.current = new AbortController();
+		const { signal } = asking.current;
+		const look = async () => {
+			try {
+				const [seen, told] = await Promise.all([
+					call('GET', '/ready', undefined, { signal, also: [503] }),
+					text('/metrics', signal),
+				]);
+				setReady(seen);
+				setReadings((all) => [...all, { at: performance.now(), ...parseMetrics(told) }].slice(-KEPT));
+				setFault(null);
+			} catch (error) {
+				if (signal.aborted) return;
+				setFault(error);
+			}
+			timer = setTimeout(look, EVERY_MS);
+		};
+		look();
+		return () => { clearTimeout(timer); asking.current.abort(); };
+	}, [live]);
+	return html`
+		<h1 tabindex="-1">System</h1>
+		<div class="actions">
+			<p class="dim">${live ? 'Live, every two seconds' : 'Paused'}; rates and times are of the last minute.</p>
+			<button type="button" class="quiet" aria-pressed=${!live} onClick=${() => setLive(!live)}>${live ? 'Pause' : 'Go on'}</button>
+		</div>
+		<${Notice} error=${fault} />
+		${!ready && !fault && html`<p class="dim" role="status">Looking …</p>`}
+		${readings.length > 0 && html`<${Figures} readings=${readings} />`}
+		${ready && html`<${Parts} ready=${ready} />`}`;
+}
+
+function Parts({ ready: { status, detail, seen_s_ago: seen, parts } }) {
+	const { bank, embedder, redis, engine_url: address, engines } = parts;
+	const rows = [
+		['Bank', bank, `${bank.fingerprint.slice(0, 8)}, ${bank.anchors} anchors, task ${bank.task}`],
+		['Embedder', embedder, `${embedder.id.slice(0, 12)}, ${embedder.dim} numbers`],
+		['Store', redis, redis.durability && `durable by ${redis.durability}`],
+		['Generating address', address, address.url],
+		...engines.map((engine) => ['Engine', engine, `${engine.url}${engine.max_model_len ? `, context of ${engine.max_model_len} tokens` : ''}`]),
+	];
+	return html`<section class="card" aria-label="Parts">
+		<h2>Parts</h2>
+		<p role="status">${STATES[status] ?? status} ${detail ?? ''}</p>
+		<ul class="parts">${rows.map(([name, part, more], index) => html`<li key=${index} class=${part.status === 'ok' ? 'ok' : 'off'}>
+			<span class="dot" aria-hidden="true"></span>
+			<span><strong>${name}</strong> ${part.status.replaceAll('_', ' ')}</span>
+			<p class="dim">${more}${more && part.detail ? '. ' : ''}${part.detail}</p>
+		</li>`)}</ul>
+		${seen != null && html`<p class="hint">Looked at ${figure(seen)} s ago.</p>`}
+	</section>`;
+}

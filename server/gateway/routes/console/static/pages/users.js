@@ -1,0 +1,138 @@
+// What is stored about one person, who speaks for them, and how to erase it.
+import { call, gateway, userPath } from '../api.js';
+import { html, useEffect, useState } from '../parts/html.js';
+import { go, note } from '../parts/links.js';
+import { Anchors, Erased, Facts, Input, Notice, Sure, UserId } from '../parts/widgets.js';
+import { bytes, count, moment, pieces, SOURCES } from '../parts/words.js';
+
+export function Users({ params }) {
+	const [typed, setTyped] = useState(params.get('id') ?? '');
+	const [id, setId] = useState(params.get('id') ?? '');
+	const [user, setUser] = useState(null); // null, 'looking', 'unknown' or what is stored
+	const [fault, setFault] = useState(null);
+	const [erased, setErased] = useState(null);
+	useEffect(() => { if (id) look(id); }, []);
+
+	async function look(wanted, again = false) {
+		setId(wanted);
+		setFault(null);
+		setErased(null);
+		if (!again) setUser('looking');
+		note('users', { id: wanted });
+		try {
+			setUser(await call('GET', userPath(wanted)));
+		} catch (error) {
+			setUser(error.status === 404 ? 'unknown' : null);
+			if (error.status !== 404) setFault(error);
+		}
+	}
+
+	async function erase() {
+		setFault(null);
+		try {
+			setErased(await call('DELETE', userPath(id)));
+			setUser(null);
+		} catch (error) {
+			setFault(error);
+		}
+	}
+
+	const submit = (event) => { event.preventDefault(); look(typed.trim()); };
+	return html`
+		<h1 tabindex="-1">Users</h1>
+		<p class="lead">Ids are stored as keyed hashes: a user is found by the exact id, and there is no list.</p>
+		<form class="card inline" role="search" onSubmit=${submit}>
+			<${UserId} value=${typed} onValue=${setTyped} />
+			<button type="submit" class="main">Look up</button>
+		</form>
+		<${Notice} error=${fault} again=${() => look(id)} />
+		${erased && html`<${Erased} erased=${erased} />`}
+		<div aria-live="polite">
+			${user === 'looking' && html`<p class="dim">Looking …</p>`}
+			${user === 'unknown' && html`<p class="notice calm">Nothing is stored about <span class="mono">${id}</span>.
+				The first lines that you add below make them known.</p>`}
+			${user?.user_id && html`<${Stored} user=${user} />`}
+		</div>
+		${(user === 'unknown' || user?.user_id) && html`<div class="pair">
+			<${AddItems} key=${id} id=${id} onAdded=${() => look(id, true)} />
+			${user.user_id && html`<section class="card" aria-label="Take along or erase">
+				<h2>Take along, or erase</h2>
+				<p><a href=${gateway(`${userPath(id)}/export`)} download=${`${id}.json`}>Export</a> all that is stored about
+					${' '}<span class="mono">${id}</span> as JSON, or take it away: items, samples, jobs and adapters.</p>
+				<${Sure} label="Erase" question=${`Erase ${id} for good?`} onYes=${erase} />
+			</section>`}
+		</div>`}`;
+}
+
+function Stored({ user }) {
+	return html`
+		<div class="pair">
+			<section class="card" aria-label="What is stored">
+				<h2 class="mono">${user.user_id}</h2>
+				<${Facts} label="What is stored" rows=${[
+					['Items', count(user.items, 'item')],
+					['In the store', bytes(user.bytes)],
+					['Changed', moment(user.updated_at)],
+					['Embedder', user.embedder.slice(0, 12), true],
+					['Recipe', user.recipe, true],
+				]} />
+				<p class="actions">
+					<a href=${go('playground', { user: user.user_id })}>Ask as this user</a>
+					<a href=${go('bank', { user: user.user_id })}>Show on the map</a>
+					<a href=${go('adapt', { user: user.user_id })}>Adapt</a>
+				</p>
+			</section>
+			<section class="card" aria-label="Anchors that speak">
+				<h2>Anchors that speak</h2>
+				<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
+				<${Anchors} anchors=${user.anchors} detailed />
+			</section>
+			<${Adapter} adapter=${user.adapter} />
+		</div>`;
+}
+
+function Adapter({ adapter }) {
+	return html`<section class="card" aria-label="Adapter">
+		<h2>Adapter of their own</h2>
+		${adapter
+			? html`<${Facts} label="Adapter" rows=${[
+					['Id', adapter.id, true],
+					['Trained on', adapter.recipe, true],
+					['Size', bytes(adapter.bytes)],
+					['Made', moment(adapter.created_at)],
+				]} />
+				${adapter.stale && html`<p class="notice calm">It belongs to another bank, so it is not served.</p>`}`
+			: html`<p class="dim">None: no samples have been learned from.</p>`}
+	</section>`;
+}
+
+function AddItems({ id, onAdded }) {
+	const [typed, setTyped] = useState('');
+	const [added, setAdded] = useState(null);
+	const [fault, setFault] = useState(null);
+	const [sending, setSending] = useState(false);
+	const found = pieces(typed);
+	async function add(event) {
+		event.preventDefault();
+		setSending(true);
+		setFault(null);
+		try {
+			setAdded(await call('POST', `${userPath(id)}/profile/items`, { items: found.map((text) => ({ text })) }));
+			setTyped('');
+			onAdded();
+		} catch (error) {
+			setFault(error);
+		}
+		setSending(false);
+	}
+	return html`<form class="card" onSubmit=${add} aria-label="Add items">
+		<h2>Add items</h2>
+		<${Input} area rows="3" required label="What they have written" value=${typed} onValue=${setTyped}
+			hint="One item a line; longer ones with an empty line between them." />
+		<div class="actions">
+			<button type="submit" disabled=${sending || !found.length}>Add ${found.length ? count(found.length, 'item') : ''}</button>
+			<p role="status">${added && `${count(added.changed, 'item')} changed, ${count(added.kept, 'item')} kept.`}</p>
+		</div>
+		<${Notice} error=${fault} />
+	</form>`;
+}

@@ -1,0 +1,72 @@
+// One streamed answer, and how it looks: text as it comes, who speaks, and what it took.
+import { events, wasStopped } from '../api.js';
+import { asBody } from '../reading/snippets.js';
+import { html } from './html.js';
+import { Anchors, Level, Notice, sentence } from './widgets.js';
+import { figure, milliseconds } from './words.js';
+
+export const BLANK = { phase: 'idle', text: '' };
+
+/** Asks, and calls `tell` with the state of the answer whenever it changes. Never throws. */
+export async function ask(question, personalize, signal, tell) {
+	const sent = performance.now();
+	let state = { phase: 'waiting', text: '' };
+	const change = (more) => tell(state = { ...state, ...more });
+	change({});
+	try {
+		const body = { ...asBody(question), personalize, stream: true };
+		if (personalize === 'none') for (const field of ['strength', 'history']) delete body[field];
+		for await (const chunk of events('POST', '/generate', body, signal)) {
+			const now = performance.now();
+			const piece = chunk.choices?.[0]?.delta?.content;
+			if (chunk.personalization) change({ who: chunk.personalization });
+			if (piece) {
+				change({ phase: 'streaming', text: state.text + piece, ttft: state.ttft ?? now - sent, first: state.first ?? now });
+			}
+			if (chunk.usage) change({ usage: chunk.usage, rate: rate(chunk.usage, now - state.first) });
+			if (chunk.choices?.[0]?.finish_reason) change({ finish: chunk.choices[0].finish_reason });
+		}
+		change({ phase: 'done' });
+	} catch (error) {
+		change(wasStopped(error) ? { phase: 'stopped' } : { phase: 'failed', error });
+	}
+	return state;
+}
+
+const rate = (usage, since) => (usage.completion_tokens > 1 && since > 0 ? ((usage.completion_tokens - 1) / since) * 1000 : null);
+
+export const busy = ({ phase }) => phase === 'waiting' || phase === 'streaming';
+
+const PHASES = { waiting: 'Waiting for the first token …', stopped: 'Stopped.', done: 'The answer is empty.' };
+
+/** A side of the comparison. `marked` is the text with what differs, once that is known. */
+export function Answer({ title, hint, answer, marked, again }) {
+	const { phase, text, who, error } = answer;
+	return html`<section class="card answer" aria-label=${title}>
+		<header><h2>${title}</h2>${who && html`<${Level} level=${who.level} />`}</header>
+		<div class="text" aria-live="polite" aria-busy=${busy(answer)}>
+			${text ? shown(text, marked) : html`<p class="dim">${PHASES[phase] ?? (phase === 'failed' ? '' : hint)}</p>`}
+			${phase === 'streaming' && html`<span class="caret" aria-hidden="true"></span>`}
+			${answer.finish === 'length' && html`<span class="dim" title="It has reached the limit of tokens"> …</span>`}
+		</div>
+		${phase === 'stopped' && text && html`<p class="dim">Stopped.</p>`}
+		<${Notice} error=${error && { message: text ? `The answer broke off. ${sentence(error.message)}` : error.message }} again=${again} />
+		${who?.reason && who.level !== 'base' && html`<p class="hint">${who.reason}</p>`}
+		${who?.reason === 'unknown user' && html`<p class="hint">Nothing is stored about this user, so the base model answers.</p>`}
+		${who && who.level !== 'base' && html`<${Anchors} anchors=${who.anchors} />`}
+		<${Stats} answer=${answer} />
+	</section>`;
+}
+
+const shown = (text, marked) => (marked
+	? marked.map(([piece, differs], index) => (differs ? html`<mark key=${index}>${piece}</mark>` : piece))
+	: text);
+
+function Stats({ answer: { usage, ttft, rate: speed } }) {
+	if (ttft == null) return null;
+	return html`<dl class="stats">
+		<div><dt>First token</dt><dd>${milliseconds(ttft)}</dd></div>
+		${usage && html`<div><dt>Tokens</dt><dd>${usage.prompt_tokens} in, ${usage.completion_tokens} out</dd></div>`}
+		${speed && html`<div><dt>Speed</dt><dd>${figure(speed)} tokens/s</dd></div>`}
+	</dl>`;
+}

@@ -1,0 +1,120 @@
+// The small pieces that pages are made of.
+import { html, useEffect, useId, useRef, useState } from './html.js';
+import { LEVELS, percent } from './words.js';
+
+/** A failure, or a note. `again` adds a button. */
+export function Notice({ error, children, again, calm = false }) {
+	if (!error && !children) return null;
+	return html`<div class=${calm ? 'notice calm' : 'notice'} role=${calm ? 'status' : 'alert'}>
+		<p>${error ? sentence(error.message) : children}</p>
+		${again && html`<button type="button" class="quiet" onClick=${again}>Try again</button>`}
+	</div>`;
+}
+
+/** A message as a sentence: the gateway's begin in lower case, since some begin with a field's name. */
+export const sentence = (words) => `${words.charAt(0).toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? '' : '.'}`;
+
+/** A labelled control, of one line or an area; `onValue` gets what is typed, the rest goes to the control. */
+export function Input({ label, hint, area = false, onValue, ...rest }) {
+	const id = useId();
+	const control = {
+		id, onInput: (event) => onValue?.(event.target.value), 'aria-describedby': hint ? `${id}-hint` : undefined, ...rest,
+	};
+	return html`<div class="field">
+		<label for=${id}>${label}</label>
+		${area ? html`<textarea ...${control}></textarea>` : html`<input ...${control} />`}
+		${hint && html`<p class="hint" id=${`${id}-hint`}>${hint}</p>`}
+	</div>`;
+}
+
+export const UserId = (rest) => html`<${Input} label="User id" required autocomplete="off" spellcheck=${false} ...${rest} />`;
+
+/** Names and values. Rows without a value are left out. */
+export function Facts({ rows, label }) {
+	return html`<dl class="facts" aria-label=${label}>
+		${rows.filter(([, value]) => value != null && value !== '').map(([name, value, mono]) => html`<div key=${name}>
+			<dt>${name}</dt><dd class=${mono ? 'mono' : ''}>${value}</dd>
+		</div>`)}
+	</dl>`;
+}
+
+export function Level({ level }) {
+	return html`<span class=${`level ${level}`}>${LEVELS[level] ?? level}</span>`;
+}
+
+/** The anchors that speak, as bars. */
+export function Anchors({ anchors, detailed = false }) {
+	if (!anchors.length) return html`<p class="dim">No anchor speaks.</p>`;
+	return html`<ul class="bars" aria-label="Anchors that speak">
+		${anchors.map(({ id, weight, similarity, gain }) => html`<li key=${id}>
+			<span class="mono">${id}</span>
+			<${Bar} share=${Math.min(1, Math.abs(weight))} less=${weight < 0} />
+			<span class="figure">${percent(weight)}</span>
+			${detailed && html`<span class="why">
+				${similarity != null && html`<span>similarity ${similarity.toFixed(2)}</span>`}
+				${gain != null && html`<span>predicted gain ${gain.toFixed(3)} nats a token</span>`}
+			</span>`}
+		</li>`)}
+	</ul>`;
+}
+
+export function Bar({ share, less = false }) {
+	return html`<span class=${less ? 'bar less' : 'bar'} aria-hidden="true">
+		<span style=${{ width: `${Math.max(1, share * 100)}%` }}></span>
+	</span>`;
+}
+
+/** Copies a text, and says so for a while. */
+export function Copy({ label, text }) {
+	const [said, setSaid] = useState('');
+	useEffect(() => {
+		const timer = said && setTimeout(() => setSaid(''), 2500);
+		return () => clearTimeout(timer);
+	}, [said]);
+	const copy = async () => setSaid((await toClipboard(text())) ? 'copied' : 'the browser refused');
+	return html`<span class="copy">
+		<button type="button" class="quiet" onClick=${copy}>${label}</button>
+		<span role="status" class="dim">${said}</span>
+	</span>`;
+}
+
+async function toClipboard(text) {
+	try {
+		await navigator.clipboard.writeText(text);
+		return true;
+	} catch { // not on a secure origin: the older way still works
+		const area = document.body.appendChild(Object.assign(document.createElement('textarea'), { value: text }));
+		area.select();
+		const done = document.execCommand('copy');
+		area.remove();
+		return done;
+	}
+}
+
+/** A button that asks once more before it acts. */
+export function Sure({ label, question, onYes, busy = false }) {
+	const [asking, setAsking] = useState(false);
+	const yes = useRef();
+	const first = useRef();
+	useEffect(() => { if (asking) yes.current?.focus(); }, [asking]);
+	const no = () => { setAsking(false); setTimeout(() => first.current?.focus()); };
+	if (!asking) {
+		return html`<button ref=${first} type="button" class="quiet danger" disabled=${busy}
+			onClick=${() => setAsking(true)}>${label}</button>`;
+	}
+	return html`<span class="sure" role="group" aria-label=${question}
+			onKeyDown=${(event) => event.key === 'Escape' && no()}>
+		<span>${question}</span>
+		<button ref=${yes} type="button" class="danger" onClick=${() => { setAsking(false); onYes(); }}>${label}</button>
+		<button type="button" class="quiet" onClick=${no}>Keep</button>
+	</span>`;
+}
+
+/** What an erasure has taken away. */
+export function Erased({ erased }) {
+	const parts = Object.entries(erased.erased).filter(([, many]) => many).map(([what, many]) => `${many} ${what}`);
+	return html`<${Notice} calm>
+		Erased ${erased.user_id}: ${parts.join(', ') || 'nothing was left'}.
+		${' '}The store's file on disk is rewritten by ${new Date(erased.log_rewritten_by).toLocaleTimeString()}.
+	<//>`;
+}

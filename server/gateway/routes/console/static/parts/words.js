@@ -1,0 +1,43 @@
+// Numbers, sizes and times in words.
+
+const number = new Intl.NumberFormat('en', { maximumFractionDigits: 1 });
+const when = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
+
+export const figure = (value) => number.format(value);
+
+export const count = (value, one, many = `${one}s`) => `${number.format(value)} ${value === 1 ? one : many}`;
+
+export const percent = (share) => `${number.format(share * 100)} %`;
+
+export function bytes(size) {
+	if (size < 1024) return count(size, 'byte');
+	return size < 1 << 20 ? `${number.format(size / 1024)} KiB` : `${number.format(size / (1 << 20))} MiB`;
+}
+
+export function milliseconds(value) {
+	if (value == null || Number.isNaN(value)) return '–';
+	if (value >= 10_000) return `${number.format(value / 1000)} s`;
+	return `${value >= 10 ? Math.round(value) : number.format(value)} ms`;
+}
+
+export const loss = (value) => (value == null ? '–' : value.toFixed(3));
+
+export const moment = (iso) => (iso ? when.format(new Date(iso)) : '–');
+
+/** Writing pasted as text: pieces between empty lines, or its lines where there are none. */
+export function pieces(pasted) {
+	const plain = pasted.replaceAll('\r\n', '\n').trim();
+	const split = /\n\s*\n/.test(plain) ? plain.split(/\n\s*\n/) : plain.split('\n');
+	return split.map((piece) => piece.trim()).filter(Boolean);
+}
+
+export const SOURCES = {
+	topic: 'by topic: their writing is about what these anchors write about',
+	signature: 'by evidence: these anchors predict best what this person has written',
+};
+
+export const LEVELS = {
+	base: 'base model',
+	merged: 'merged from anchors',
+	stacked: 'merged, with an adapter of their own',
+};

@@ -1,0 +1,64 @@
+// Prometheus's text format, and what two readings of it say about the time between them.
+
+const LINE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)/;
+const LABEL = /([\w]+)="((?:[^"\\]|\\.)*)"/g;
+
+/** {help: Map of name → text, samples: Map of name → [{labels, value}…]}. */
+export function parseMetrics(text) {
+	const help = new Map();
+	const samples = new Map();
+	for (const line of text.split('\n')) {
+		if (line.startsWith('# HELP ')) {
+			const [name, ...words] = line.slice(7).split(' ');
+			help.set(name, words.join(' '));
+		}
+		const found = !line.startsWith('#') && line.match(LINE);
+		if (!found) continue;
+		const [, name, labels = '', value] = found;
+		if (!samples.has(name)) samples.set(name, []);
+		samples.get(name).push({
+			labels: Object.fromEntries([...labels.matchAll(LABEL)].map(([, key, said]) => [key, said.replace(/\\(.)/g, '$1')])),
+			value: Number(value.replace('Inf', 'Infinity')),
+		});
+	}
+	return { help, samples };
+}
+
+const all = () => true;
+
+/** The sum over the samples whose labels pass; null where there is none. */
+export function total({ samples }, name, passes = all) {
+	const found = (samples.get(name) ?? []).filter(({ labels }) => passes(labels));
+	return found.length ? found.reduce((sum, { value }) => sum + value, 0) : null;
+}
+
+/** How much a counter has grown; one that is smaller than before has begun anew. */
+export function growth(before, now, name, passes) {
+	const [was, is] = [total(before, name, passes) ?? 0, total(now, name, passes)];
+	if (is === null) return null;
+	return is >= was ? is - was : is;
+}
+
+/** A quantile of what a histogram has observed between two readings, as Prometheus estimates it; null without any. */
+export function quantile(before, now, name, q, passes = all) {
+	const bounds = new Map();
+	for (const { labels, value } of now.samples.get(`${name}_bucket`) ?? []) {
+		if (passes(labels)) bounds.set(labels.le, (bounds.get(labels.le) ?? 0) + value);
+	}
+	for (const { labels, value } of before.samples.get(`${name}_bucket`) ?? []) {
+		if (passes(labels) && bounds.has(labels.le)) bounds.set(labels.le, bounds.get(labels.le) - value);
+	}
+	const steps = [...bounds].map(([bound, many]) => [bound === '+Inf' ? Infinity : Number(bound), many]).sort(([a], [b]) => a - b);
+	const many = steps.at(-1)?.[1] ?? 0;
+	if (many <= 0) return null;
+	const wanted = q * many;
+	let [below, under] = [0, 0];
+	for (const [bound, upTo] of steps) {
+		if (upTo >= wanted && upTo > under) {
+			if (bound === Infinity) return below;
+			return below + (bound - below) * ((wanted - under) / (upTo - under));
+		}
+		[below, under] = [bound, upTo];
+	}
+	return below;
+}

@@ -1,0 +1,40 @@
+// The playground's question, as code for elsewhere.
+import { gateway } from '../api.js';
+
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+
+export const asBody = ({ user, prompt, maxTokens, temperature, history, strength }) => ({
+	user_id: user,
+	prompt,
+	max_tokens: maxTokens,
+	temperature,
+	...(history && { history }),
+	...(strength !== 1 && { strength }),
+});
+
+export const asCurl = (question) => [
+	`curl -s ${gateway('generate')} -H 'Content-Type: application/json'`,
+	`  -d ${quoted(JSON.stringify(asBody(question)))}`,
+].join(' \\\n');
+
+export function asPython(question) {
+	const extra = Object.entries({ history: question.history, strength: question.strength })
+		.filter(([name, value]) => value !== { history: 0, strength: 1 }[name])
+		.map(([name, value]) => `"${name}": ${value}`);
+	return [
+		'from openai import OpenAI',
+		'',
+		`client = OpenAI(base_url=${JSON.stringify(gateway('v1'))}, api_key="unused")`,
+		'answer = client.chat.completions.create(',
+		'    model="mta",',
+		`    user=${JSON.stringify(question.user)},`,
+		`    messages=[{"role": "user", "content": ${JSON.stringify(question.prompt)}}],`,
+		`    max_tokens=${question.maxTokens},`,
+		`    temperature=${question.temperature},`,
+		...(extra.length ? [`    extra_body={${extra.join(', ')}},`] : []),
+		')',
+		'print(answer.choices[0].message.content)',
+		'print(answer.personalization["level"], answer.personalization["recipe"])',
+		'',
+	].join('\n');
+}

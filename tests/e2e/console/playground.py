@@ -1,0 +1,132 @@
+"""The playground: two answers to one question."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from deploy.console.browser import Looking, looking
+from deploy.demo.personas import QUESTIONS
+from mta_client import Client, MtaError
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread, wait_until_ready
+
+
+def answer(page: Page, title: str) -> Locator:
+    """The card of an answer."""
+    return page.get_by_role("region", name=title, exact=True)
+
+
+def ask(page: Page, question: str) -> None:
+    """Ask, and wait until both answers are complete."""
+    page.get_by_label("Question").fill(question)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    answered(page)
+
+
+def answered(page: Page) -> None:
+    """Return once both answers are complete, by what they took."""
+    expect(page.get_by_text("tokens/s")).to_have_count(2)
+
+
+def text_of(card: Locator) -> str:
+    """The text of an answer."""
+    return card.locator(".text").inner_text()
+
+
+def copied(page: Page, button: str) -> str:
+    """What a button puts into the clipboard."""
+    pressed = page.get_by_role("button", name=button)
+    pressed.click()
+    expect(pressed.locator("..").get_by_role("status")).to_have_text("copied")
+    text: str = page.evaluate("navigator.clipboard.readText()")
+    return text
+
+
+class TestPlayground:
+    def test_pasted_writing_is_answered_beside_the_base_model_and_can_be_erased(
+        self, look: Looking, api: Client
+    ) -> None:
+        page = look.visit("playground")
+        page.get_by_role("button", name="Use an example").click()
+        ask(page, QUESTIONS[0])
+        base, personal = answer(page, "Base model"), answer(page, "Personal")
+        assert text_of(base) != text_of(personal)
+        assert base.locator("mark").count() and personal.locator("mark").count()
+        expect(base).to_contain_text("base model")
+        expect(personal).to_contain_text("merged from anchors")
+        expect(personal.get_by_role("listitem")).to_have_count(2)
+        expect(personal).to_contain_text(re.compile(r"First token\s*\d+"))
+        expect(personal).to_contain_text(re.compile(r"\d+ in, \d+ out"))
+        kept = re.search(r"console-[0-9a-f]{10}", page.locator(".kept").inner_text())
+        assert kept and api.user(kept[0]).items == 3
+        page.get_by_role("button", name="Erase").click()
+        page.get_by_role("button", name="Erase").click()
+        expect(page.get_by_text(f"Erased {kept[0]}: 3 items")).to_be_visible()
+        with pytest.raises(MtaError):
+            api.user(kept[0])
+
+    def test_a_permalink_asks_the_same_again(self, look: Looking) -> None:
+        page = look.visit("playground", user="rosa", ask=QUESTIONS[3], tokens=24)
+        answered(page)
+        first = text_of(answer(page, "rosa"))
+        link = copied(page, "Copy link")
+        page.goto("about:blank")
+        page.goto(link)
+        answered(page)
+        assert page.get_by_label("Question").input_value() == QUESTIONS[3]
+        assert text_of(answer(page, "rosa")) == first
+
+    def test_the_question_as_code_runs(self, look: Looking) -> None:
+        page = look.visit("playground", user="rosa", ask='What\'s a "good" day?', tokens=8)
+        answered(page)
+        curl, python = copied(page, "Copy as curl"), copied(page, "Copy as Python")
+        told = json.loads(subprocess.run(curl, shell=True, capture_output=True, check=True, timeout=120).stdout)
+        assert told["personalization"]["level"] == "merged"
+        said = subprocess.run([sys.executable, "-c", python], capture_output=True, check=True, timeout=120, text=True)
+        assert said.stdout.strip().splitlines()[-1].startswith("merged mta1:")
+
+    def test_a_user_who_is_unknown_is_answered_by_the_base_model_and_told_so(self, look: Looking) -> None:
+        page = look.visit("playground", user="nobody-at-all", ask="Hello?", tokens=8)
+        answered(page)
+        expect(answer(page, "nobody-at-all")).to_contain_text("Nothing is stored about this user")
+
+    def test_without_a_common_row_the_slider_says_why_it_stands_still(self, look: Looking) -> None:
+        page = look.visit("playground")
+        expect(page.get_by_role("slider")).to_be_disabled()
+        expect(page.get_by_text("This bank has no common row")).to_be_visible()
+
+
+class TestStrength:
+    """On a bank that has a common row, with an engine that shows what it was asked for."""
+
+    @pytest.fixture
+    def beside(
+        self, browser: Browser, gateway: GatewayThread, fake_engine: FakeEngine, ada: str
+    ) -> Iterator[tuple[Looking, str]]:
+        with gateway.client() as client:
+            wait_until_ready(client)
+        with looking(browser, gateway.url) as looker:
+            yield looker, ada
+            assert looker.faults == []
+
+    def test_another_strength_asks_the_personal_side_again(
+        self, beside: tuple[Looking, str], fake_engine: FakeEngine
+    ) -> None:
+        looker, user = beside
+        page = looker.visit("playground", user=user, ask="Hello?", tokens=4)
+        answered(page)
+        models = [seen.body["model"] for seen in fake_engine.seen]
+        page.get_by_role("slider").press("Home")
+        expect(answer(page, user)).to_contain_text("No anchor speaks")
+        answered(page)
+        again = [seen.body["model"] for seen in fake_engine.seen][len(models) :]
+        assert len(again) == 1
+        assert again[0].endswith(":c")
+        assert "strength=0" in page.url
