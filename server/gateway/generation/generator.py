@@ -31,12 +31,14 @@ class Answer:
     Attributes:
         id: of the request; it is in the engine's logs too.
         personalization: who speaks.
+        history: how many past items are in the prompt.
         stream: the engine's.
         timings: complete once `texts` or `pieces` has ended.
     """
 
     id: str
     personalization: Personalization
+    history: int
     stream: EngineStream
     timings: Timings
 
@@ -99,7 +101,7 @@ class Generator:
         limits.check(asked)
         personalization = await self._personalizer.resolve(asked, timings)
         start_s = time.perf_counter()
-        messages = await self._recall.messages(asked, personalization.profile, limits)
+        messages, history = await self._recall.messages(asked, personalization.profile, limits)
         if asked.history:
             timings.record("history", start_s)
         wanted = EngineRequest(
@@ -117,7 +119,7 @@ class Generator:
             limits.check_answer(asked, stream.prompt_tokens)
             if stream.first_token_s is not None:
                 timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
-            yield Answer(wanted.request_id, speaking, stream, timings)
+            yield Answer(wanted.request_id, speaking, history, stream, timings)
 
     async def _first_served(
         self, stack: AsyncExitStack, wanted: EngineRequest, candidates: Iterable[Personalization]
