@@ -73,6 +73,13 @@ _HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HI
 History = Annotated[
     int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY_SCHEMA | {"description": _HISTORY})
 ]
+
+
+def items_wanted(history: int | Literal["auto"], usual: int) -> int:
+    """How many past items are asked for, where `auto` stands for `usual`."""
+    return usual if isinstance(history, str) else history
+
+
 Wanted = Annotated[
     Personalize,
     Field(

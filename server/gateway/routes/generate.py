@@ -11,7 +11,7 @@ from server.gateway.generation.asked import Asked
 from server.gateway.generation.generator import Answer
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.requests import AUTO, GenerateRequest
+from server.gateway.http.requests import GenerateRequest, items_wanted
 from server.gateway.http.streaming import event
 from server.gateway.parts import parts_of
 from server.gateway.routes.answering import Answering
@@ -63,7 +63,7 @@ def asked_of(request: GenerateRequest, history: int = 0) -> Asked:
         personalize=request.personalize,
         strength=request.strength,
         messages=messages,
-        history=history if request.history == AUTO else request.history,
+        history=items_wanted(request.history, history),
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,
