@@ -44,6 +44,8 @@ class FlatLora:
 
     def across(self) -> FlatLora:
         """The same with B along H_out in memory, [R, ΣH_out] behind a tensor of the same shape."""
+        if self.b.t().is_contiguous():
+            return self
         return FlatLora(self.modules, self.a, torch.stack(self.b.unbind(1)).t())
 
     def weights(self) -> LoraWeights:

@@ -13,7 +13,7 @@ mapped bf16 rows and are rounded once, to the serving dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,6 +31,9 @@ BAGS = 64
 
 WEIGHT_PARTS = 3
 """Numbers in bf16 that any weight in float32 is the sum of."""
+
+SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.Tensor]
+"""Rows [N, R·ΣH_out] bf16, which of them, their weights and R → Σ wᵢ Bᵢ along H_out, [R, ΣH_out] bf16."""
 
 
 def check_recipe(
@@ -82,7 +85,12 @@ def fuse(
 
 
 def fuse_flat(
-    matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16, *, pin_memory: bool = False
+    matrix: MetaMatrix,
+    recipe: FusionRecipe,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    pin_memory: bool = False,
+    sum_across: SumAcross | None = None,
 ) -> FlatLora:
     """Build the adapter that a recipe stands for, without its user adapter.
 
@@ -94,6 +102,7 @@ def fuse_flat(
         recipe: a recipe that `check_recipe` accepts for this bank.
         dtype: what A and B are rounded to.
         pin_memory: whether the sum of a `shared` fusion goes to page-locked memory, for a copy to a GPU.
+        sum_across: sums the B of a `shared` fusion to bf16, where there is something better than PyTorch.
 
     Returns:
         One block of A for `shared`, the frozen one; one for each row of `cat`, and one or two for `linear`.
@@ -102,6 +111,10 @@ def fuse_flat(
     rows += [term.anchor for term in recipe.terms]
     weights = [1.0] * recipe.common + [term.weight / PER_MILLE for term in recipe.terms]
     layout = matrix.layout
+    if recipe.method is FusionMethod.SHARED and sum_across is not None and dtype is torch.bfloat16:
+        return FlatLora(
+            layout.modules, (matrix.frozen.to(dtype),), sum_across(matrix.rows, rows, weights, layout.rank).t()
+        )
     if recipe.method is FusionMethod.SHARED:
         total = _weighted_sum(matrix.rows, rows, weights, dtype)
         b = total.pin_memory() if pin_memory else total

@@ -218,7 +218,7 @@ def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) 
     units, rest = divmod(total, grain)
     exact = [w / scale * units for w in weights]
     floors = [int(x) for x in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (floors[i] - exact[i], i))
+    by_remainder = sorted(range(len(exact)), key=lambda i: (floors[i] - exact[i], -weights[i], i))
     for i in by_remainder[: units - sum(floors)]:
         floors[i] += 1
     rounded = [grain * n for n in floors]

@@ -3,7 +3,8 @@
 Ours names a recipe for each user. The stock vLLM has the same options and its own LoRA, and a PEFT folder of the same
 rank for each user, loaded before it is asked (their files are links to a few, which the page cache holds). Blocks take
 turns: at every number of users ours and stock, and all of it again. A block is a closed loop of clients; the users go
-round, so with 80 users nobody comes back before 79 others were served.
+round, so with 80 users nobody comes back before 79 others were served. With as many clients as slots, what is measured
+is the price of bringing adapters in; with more clients, also that a batch holds no more adapters than there are slots.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def main(
         list[int] | None, typer.Option(help="Users that take turns; may be repeated.", show_default="8, 16, 80, 800")
     ] = None,
     slots: Annotated[int, typer.Option(help="Adapter slots.", min=1)] = 8,
-    clients: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 16,
+    clients: Annotated[
+        int | None, typer.Option(help="Requests at a time.", min=1, show_default="as many as slots")
+    ] = None,
     requests: Annotated[int, typer.Option(help="Requests in a block.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="Blocks of each kind, after one for warm-up.", min=1)] = 5,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 32,
@@ -68,7 +71,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/thrash.json"),
 ) -> None:
     """Measure time to first token and tokens a second as more users share the slots."""
-    levels = sorted(users or [8, 16, 80, 800])
+    levels, clients = sorted(users or [8, 16, 80, 800]), clients or slots
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress, ExitStack() as servers:
         subject = tiny(Path(scratch), anchors=64) if tiny_model else given(bank, model)
         running: dict[str, Any] = {"max_loras": slots, "dtype": dtype, "max_num_seqs": clients}

@@ -31,6 +31,7 @@ from server.engine.banks import is_recipe_name, open_matrices
 from server.engine.fusing.ahead import Ahead, on_arrival
 from server.engine.fusing.figures import WorkerFigures
 from server.engine.fusing.kernels.check import check_in_use
+from server.engine.fusing.kernels.native import kernels
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
 
@@ -71,6 +72,8 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             empty = FlatLora(layout.modules, (matrix.shared_a,), b)
             self._adapter_manager.make_ready(self._model_of(1, "", short, empty))
         self._across = self._adapter_manager.lie_across
+        compiled = kernels(Settings().cache_dir) if self._across else None
+        self._sum_across = compiled and compiled.weighted_sum_across
         self._ahead = Ahead(self._fuse)
         on_arrival(self.notice)
         return wrapped
@@ -116,7 +119,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         recipe = parse_recipe(name)
         matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
         if recipe.user_adapter is None:
-            return fuse_flat(matrix, recipe, dtype, pin_memory=self._pinned)
+            return fuse_flat(matrix, recipe, dtype, pin_memory=self._pinned, sum_across=self._sum_across)
         user = decode_user_adapter(matrix.layout, self._users[name])
         rounded = torch.float32 if user.kind is UserAdapterKind.CORE else dtype
         return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)

@@ -2,8 +2,11 @@
 //
 // Rows come sorted by adapter, so that up to eight of one adapter read its weights once. A is [rank, h_in]; B lies
 // transposed, [rank, h_out], so that both products run along contiguous memory. Sums are float32, y is rounded once.
+//
+// And what fills a B that lies so: the weighted sum of a bank's rows.
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -18,8 +21,9 @@ namespace {
 
 using bf16 = uint16_t;
 constexpr int LANES = 16;
-constexpr int TILE = 8;                     // rows of one adapter that are computed together
-constexpr int64_t WORTH_A_THREAD = 200000;  // multiplications below which waking the team costs more than it brings
+constexpr int TILE = 8;                      // rows of one adapter that are computed together
+constexpr int64_t STRETCH = 128;             // outputs that are summed before they are turned: they stay in the cache
+constexpr int64_t WORTH_A_THREAD = 2000000;  // multiplications below which waking the team costs more than it brings
 
 #define MTA_INLINE static inline __attribute__((always_inline))
 
@@ -66,15 +70,22 @@ namespace avx512_bf16 {
 struct Products {
   decltype(&any_processor::shrink) shrink;
   decltype(&any_processor::expand) expand;
+  decltype(&any_processor::sum_across) sum_across;
 };
 
-Products for_this_processor() {
+Products of_this_processor() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4")) return {avx512_bf16::shrink, avx512_bf16::expand};
-  if (__builtin_cpu_supports("x86-64-v4")) return {avx512::shrink, avx512::expand};
-  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::shrink, avx2::expand};
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4"))
+    return {avx512_bf16::shrink, avx512_bf16::expand, avx512_bf16::sum_across};
+  if (__builtin_cpu_supports("x86-64-v4")) return {avx512::shrink, avx512::expand, avx512::sum_across};
+  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::shrink, avx2::expand, avx2::sum_across};
 #endif
-  return {any_processor::shrink, any_processor::expand};
+  return {any_processor::shrink, any_processor::expand, any_processor::sum_across};
+}
+
+const Products& products() {
+  static const Products found = of_this_processor();
+  return found;
 }
 
 // One layer of several modules side by side (q, k, v): their A and B over all slots.
@@ -111,7 +122,6 @@ struct Layer {
 void lora_linear_(
     at::Tensor& y, const at::Tensor& x, at::TensorList a, at::TensorList b,
     const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& a_slots, const at::Tensor& ranks) {
-  static const Products products = for_this_processor();
   const Layer layer(a, b);
   TORCH_CHECK(y.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16, "x and y must be bf16");
   TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.stride(1) == 1 && x.stride(1) == 1 && x.size(1) == layer.h_in,
@@ -135,12 +145,35 @@ void lora_linear_(
       for (size_t module = 0; module < layer.a.size(); first += layer.h_out[module++]) {
         const bf16* own_a = layer.a[module] + a_slot[at] * layer.slot_rank * layer.h_in;
         const bf16* own_b = layer.b[module] + slot[at] * layer.slot_rank * layer.h_out[module];
-        products.shrink(tile, from, own_a, used, layer.h_in, low.data(), layer.slot_rank);
-        products.expand(tile, low.data(), layer.slot_rank, own_b, used, layer.h_out[module], to, first);
+        products().shrink(tile, from, own_a, used, layer.h_in, low.data(), layer.slot_rank);
+        products().expand(tile, low.data(), layer.slot_rank, own_b, used, layer.h_out[module], to, first);
       }
     }
   };
   at::parallel_for(0, rows.size(0), std::max<int64_t>(1, WORTH_A_THREAD / (layer.slot_rank * layer.width)), some_rows);
+}
+
+// Σ weights[i] · rows[chosen[i]], each row a B [H_out, R] without gaps → [R, H_out], by one thread.
+//   rows       [N, H_out · R] bf16
+at::Tensor weighted_sum_across(
+    const at::Tensor& rows, at::IntArrayRef chosen, at::ArrayRef<double> weights, int64_t rank) {
+  TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == at::kBFloat16, "rows must be [N, D] bf16");
+  TORCH_CHECK(!chosen.empty() && chosen.size() == weights.size(), "each chosen row must have one weight");
+  TORCH_CHECK(rank > 0 && rows.size(1) % rank == 0, "a row must be [H_out, R]");
+  const int64_t h_out = rows.size(1) / rank;
+  std::vector<const bf16*> of;
+  for (const int64_t row : chosen) {
+    TORCH_CHECK(0 <= row && row < rows.size(0), "there is no row ", row);
+    of.push_back(static_cast<const bf16*>(rows.const_data_ptr()) + row * rows.size(1));
+  }
+  const std::vector<float> weight(weights.begin(), weights.end());
+  at::Tensor sum = at::empty({rank, h_out}, rows.options());
+  std::vector<float> sums(STRETCH * rank);
+  for (int64_t first = 0; first < h_out; first += STRETCH)
+    products().sum_across(
+        of.size(), of.data(), weight.data(), rank, h_out, first, std::min(first + STRETCH, h_out), sums.data(),
+        static_cast<bf16*>(sum.mutable_data_ptr()));
+  return sum;
 }
 
 }  // namespace
@@ -149,5 +182,9 @@ TORCH_LIBRARY(mta_cpu, library) {
   library.def(
       "lora_linear_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, Tensor rows, Tensor slots, Tensor a_slots, "
       "Tensor ranks) -> ()");
+  library.def("weighted_sum_across(Tensor rows, int[] chosen, float[] weights, int rank) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(mta_cpu, CPU, library) { library.impl("lora_linear_", &lora_linear_); }
+TORCH_LIBRARY_IMPL(mta_cpu, CPU, library) {
+  library.impl("lora_linear_", &lora_linear_);
+  library.impl("weighted_sum_across", &weighted_sum_across);
+}

@@ -1,4 +1,4 @@
-"""The compiled kernel: built once for each source and version of PyTorch, then loaded from the cache folder.
+"""The compiled kernels: built once for each source and version of PyTorch, then loaded from the cache folder.
 
 Importing this imports no torch: the command that becomes the engine only makes sure that the library is there.
 """
@@ -10,22 +10,36 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bank.models.folders import locked
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("mta.engine")
 
 SOURCES = (Path(__file__).with_name("lora.cpp"), Path(__file__).with_name("rows.h"))
 NAME = "mta_cpu"
-FLAGS = ("-O2", "-fopenmp", "-Wno-psabi")
+FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
 
-Kernel = Callable[..., None]
-"""`lora_linear_(y, x, a, b, rows, slots, a_slots, ranks)`; see lora.cpp for shapes."""
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The library's operators; see lora.cpp for shapes.
+
+    Attributes:
+        lora_linear: `(y, x, a, b, rows, slots, a_slots, ranks)`, adds to y in place.
+        weighted_sum_across: `(rows, chosen, weights, rank)`, one B of several, [R, ΣH_out].
+    """
+
+    lora_linear: Callable[..., None]
+    weighted_sum_across: Callable[..., torch.Tensor]
 
 
 def library_path(cache_dir: Path) -> Path:
@@ -75,13 +89,13 @@ def _compile(folder: str) -> None:
 
 
 @cache
-def kernel(cache_dir: Path) -> Kernel | None:
-    """The kernel, compiled if need be; None where that is not possible."""
+def kernels(cache_dir: Path) -> Kernels | None:
+    """The kernels, compiled if need be; None where that is not possible."""
     import torch
 
     if not build(cache_dir):
         return None
     if not hasattr(torch.ops.mta_cpu, "lora_linear_"):  # it is already there in the process that compiled it
         torch.ops.load_library(library_path(cache_dir))  # type: ignore[no-untyped-call]
-    operator: Any = torch.ops.mta_cpu.lora_linear_.default
-    return operator  # type: ignore[no-any-return]
+    operators: Any = torch.ops.mta_cpu
+    return Kernels(operators.lora_linear_.default, operators.weighted_sum_across.default)

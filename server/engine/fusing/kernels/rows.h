@@ -1,4 +1,5 @@
-// The two products of a few rows that have one adapter, compiled by lora.cpp once for each kind of processor.
+// What lora.cpp computes, compiled once for each kind of processor: the two products of a few rows that have one
+// adapter, and a weighted sum.
 //
 // Vectors are GCC's own, so the same lines serve every width; where the processor multiplies pairs of bf16
 // (MTA_BF16_PAIRS), the longer product and the rounding use that, with a third of the instructions.
@@ -118,5 +119,31 @@ void expand(
     case 3: return spread<3>(low, stride, b, rank, h_out, y, first);
     case 2: return spread<2>(low, stride, b, rank, h_out, y, first);
     case 1: return spread<1>(low, stride, b, rank, h_out, y, first);
+  }
+}
+
+// out[r][o] = Σ weight[i] · rows[i][o · rank + r] for the outputs o from `first` to `last`; `sums` has room for them.
+void sum_across(
+    int count, const bf16* const* rows, const float* weight, int64_t rank, int64_t h_out, int64_t first, int64_t last,
+    float* sums, bf16* out) {
+  const int64_t begin = first * rank, numbers = (last - first) * rank;
+  int64_t k = 0;
+  for (; k + LANES <= numbers; k += LANES) {
+    floats total = weight[0] * load(rows[0] + begin + k);
+    for (int i = 1; i < count; ++i) total += weight[i] * load(rows[i] + begin + k);
+    std::memcpy(sums + k, &total, sizeof total);
+  }
+  for (; k < numbers; ++k) {
+    sums[k] = 0;
+    for (int i = 0; i < count; ++i) sums[k] += weight[i] * widen(rows[i][begin + k]);
+  }
+  for (int64_t r = 0; r < rank; ++r) {
+    int64_t o = first;
+    for (; o + LANES <= last; o += LANES) {
+      floats turned;
+      for (int lane = 0; lane < LANES; ++lane) turned[lane] = sums[(o - first + lane) * rank + r];
+      store(out + r * h_out + o, turned);
+    }
+    for (; o < last; ++o) out[r * h_out + o] = narrow(sums[(o - first) * rank + r]);
   }
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from server.engine.fusing.kernels.native import kernel
+from server.engine.fusing.kernels.native import kernels
 from server.engine.fusing.kernels.rows import Rows, SlotTable
 from server.settings import Settings
 
@@ -27,7 +27,8 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._kernel = kernel(Settings().cache_dir)
+        compiled = kernels(Settings().cache_dir)
+        self._kernel = compiled and compiled.lora_linear
         self._table: SlotTable | None = None
         self._tokens = self._samples = Rows.none()
 
