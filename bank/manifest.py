@@ -19,7 +19,7 @@ from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod, FusionRecipe
 from bank.errors import BankError
-from bank.rules import AnswerPrior, Frozen, WeightRule
+from bank.rules import AnswerPrior, Frozen, Verdict, WeightRule
 
 MANIFEST_FILE = "bank.json"
 MATRIX_FILE = "meta_loras.safetensors"
@@ -72,6 +72,7 @@ class BankManifest(Frozen):
     serving_rank: int = Field(gt=0)
     weights: WeightRule
     prior: AnswerPrior | None = None
+    verdict: Verdict | None = None
     target_modules: tuple[str, ...]
     modules: tuple[ModuleEntry, ...]
     anchors: tuple[AnchorEntry, ...]
@@ -106,6 +107,16 @@ class BankManifest(Frozen):
         return self.weights.posterior is not None
 
     @property
+    def history_share(self) -> float:
+        """Share of the training items that had past items of the same person in the prompt."""
+        return float(self.training.get("history_share") or 0)
+
+    @property
+    def history_default(self) -> int:
+        """How many past items a prompt gets unless told otherwise."""
+        return self.verdict.history if self.verdict else 0
+
+    @property
     def room(self) -> int:
         """The rank that the largest fusion leaves for a user's LoRA."""
         return self.serving_rank - self.fused_rank
@@ -116,7 +127,7 @@ class BankManifest(Frozen):
 
     def _content(self) -> dict[str, Any]:
         """All of it as JSON values; what a bank does not have is left out, as before there was such a thing."""
-        absent: dict[str, Any] = {"prior": True} if self.prior is None else {}
+        absent: dict[str, Any] = {name: True for name in ("prior", "verdict") if getattr(self, name) is None}
         if self.weights.posterior is None:
             absent["weights"] = {"posterior"}
         return self.model_dump(mode="json", exclude=absent)

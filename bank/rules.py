@@ -1,4 +1,7 @@
-"""The rules of a bank: how what is known of a user becomes weights, with the constants that were measured at build."""
+"""The rules of a bank: how what is known of a user becomes weights, with the constants that were measured at build.
+
+And what was measured of the bank itself.
+"""
 
 from __future__ import annotations
 
@@ -79,3 +82,48 @@ class AnswerPrior(Frozen):
 
     weight: float = Field(gt=0)
     shares: dict[str, float]
+
+
+class Difference(Frozen):
+    """A mean difference in loss over people, nats a token, with its 95 % interval; negative is better."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def lower(self) -> bool:
+        """Whether it is below 0, surely."""
+        return self.high < 0
+
+    @property
+    def higher(self) -> bool:
+        """Whether it is above 0, surely."""
+        return self.low > 0
+
+
+class Verdict(Frozen):
+    """What a bank does for people who were left out of it (`bank/evaluation/verdict.py`).
+
+    All that is compared is the loss of their own later answers. `common` is the common row alone, or the base model of
+    a bank without one.
+
+    Attributes:
+        people: how many there were.
+        losses: their mean loss by method, nats a token.
+        merged: the bank's own rule less `common`.
+        recalled: `common` with one past item in the prompt, less `common`.
+        both: the bank's own rule with the item, less that without.
+        beyond: the same less `common` with the item: what the adapters add to it.
+        prior: the bank's own rule less the histogram of the person's answers; None for free answers.
+        history: how many past items prompts get by default.
+    """
+
+    people: int = Field(ge=1)
+    losses: dict[str, float]
+    merged: Difference
+    recalled: Difference
+    both: Difference
+    beyond: Difference
+    prior: Difference | None = None
+    history: int = Field(default=0, ge=0)

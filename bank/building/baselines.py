@@ -18,7 +18,7 @@ from adapters.training.trainer import StepReport, TrainPlan, train_lora
 from bank.building.assemble import BankParts, write_bank
 from bank.building.build import read_inputs
 from bank.building.options import BuildInputs, BuildOptions
-from bank.building.rows import RowProgress, anchor_steps
+from bank.building.rows import RowProgress, anchor_steps, pooled_lessons
 from bank.building.training import row_job, row_seed
 from bank.errors import BankError
 from bank.items.tasks import get_task
@@ -52,12 +52,13 @@ def build_baselines(
     if not manifest.common:
         raise BankError("--baselines trains the common row further, but this bank has none: drop --no-common")
     task = get_task(options.task)
-    pairs = [pair for person in read_inputs(inputs, task) for pair in person.pairs(task)]
+    people, _ = read_inputs(inputs, task, options)
+    learnt = pooled_lessons(people, task, options)
     options = dataclasses.replace(options, dtype=resolve_dtype(options.dtype))
     model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), options.dtype)
     steps = sum(anchor_steps(options, anchor.items) for anchor in manifest.anchors)
     plan = TrainPlan(steps, options.batch_size, options.common_learning_rate, row_seed(options.seed, TASK_ROW))
-    job = row_job(TASK_ROW, pairs, plan, tokenizer, options.max_tokens)
+    job = row_job(TASK_ROW, learnt, plan, tokenizer, options.max_tokens)
     progress.say(f"baseline: training the common row for {steps} more steps, as long as all anchors together")
     progress.begin({TASK_ROW: job.work_tokens})
 

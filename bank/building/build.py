@@ -18,10 +18,10 @@ import numpy as np
 from adapters.recipe import anchor_id
 from bank.building.assemble import BankParts, bank_rank, write_bank
 from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer, measure_curvature
-from bank.building.options import POSTERIOR, BuildInputs, BuildOptions, inputs_key
-from bank.building.resume import Workbench, finished_bank, workbench
+from bank.building.options import LONGEST, POSTERIOR, BuildInputs, BuildOptions
+from bank.building.resume import Workbench, finished_bank, inputs_key, workbench
 from bank.building.rows import RowProgress, TrainedRows, train_rows
-from bank.building.selection import MIN_ITEMS, person_embedding, sampled_embedding, select_anchors
+from bank.building.selection import MIN_ITEMS, left_out, person_embedding, sampled_embedding, select_anchors
 from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
@@ -92,7 +92,9 @@ def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) 
     task = get_task(options.task)
     options.signs()
     bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
-    people = read_inputs(inputs, task)
+    people, aside = read_inputs(inputs, task, options)
+    if aside:
+        progress.say(f"{len(aside)} people are left out, to measure the bank on them")
     candidates = [person for person in people if len(person.pairs(task)) >= MIN_ITEMS]
     progress.say(f"{len(people)} people, {len(candidates)} of them with at least {MIN_ITEMS} items to train on")
     if len(candidates) < options.anchors:
@@ -121,7 +123,8 @@ class _Build:
         """Choose the anchors among the candidates, and embed each as a user's profile is embedded."""
         job = self._job
         lengths = [len(person.pairs(job.task)) for person in job.candidates]
-        sampled = self._work.vectors("embeddings", self._sampled)
+        longest = job.options.anchors_by == LONGEST
+        sampled = None if longest else self._work.vectors("embeddings", self._sampled)
         chosen = select_anchors(sampled, lengths, job.options.anchors, job.options.seed)
         self._progress.say(
             "anchors: " + ", ".join(f"{anchor_id(i)} ({lengths[at]} items)" for i, at in enumerate(chosen))
@@ -226,8 +229,8 @@ class _Build:
         return np.stack([sampled_embedding(person, self._job.task, self._job.embedder) for person in candidates])
 
 
-def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:
-    """Everybody who may enter a bank.
+def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple[list[History], list[History]]:
+    """Everybody who enters a bank, and who is left out of it to measure it on.
 
     Raises:
         BankError: when the files cannot be read, or leave nobody.
@@ -237,4 +240,5 @@ def read_inputs(inputs: BuildInputs, task: Task) -> list[History]:
     kept = [person for person in people if person.user_id not in excluded]
     if not kept:
         raise BankError(f"{inputs.exclude} leaves out everybody in {inputs.users}")
-    return kept
+    aside = left_out(kept, task, options.anchors + MIN_PEOPLE) if options.verdict else []
+    return [person for person in kept if person not in aside], aside

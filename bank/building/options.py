@@ -1,28 +1,24 @@
-"""What a bank is built from and how: inputs, options, their record in the manifest, and the key made from both."""
+"""What a bank is built from and how: inputs, options, and their record in the manifest."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from adapters.recipe import FusionMethod
-from bank.building.calibration import Calibration
-from bank.building.selection import SAMPLED_ITEMS, SERVED_ITEMS
 from bank.errors import BankError
-from bank.items.histories import History
-from bank.items.tasks import Task
 from bank.lookup.signature import MAX_ANCHORS
 from bank.rules import PosteriorRule, SignatureRule, WeightRule
+
+if TYPE_CHECKING:
+    from bank.building.calibration import Calibration
 
 _SIGNATURE = SignatureRule()
 _POSTERIOR = PosteriorRule()
 _TOPIC_STRENGTH = 0.5
-_BUILD_FORMAT = 4  # part of the key: raise it when the same inputs would give another bank
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +54,7 @@ NOT_NEGATIVE = Limit("cannot be negative", lambda value: value >= 0)
 POSITIVE = Limit("must be above 0", lambda value: 0 < value < float("inf"))
 SHARE = Limit("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 RATE = Limit("must be between 0 and 1", lambda value: 0 < value < 1)
+PART = Limit("must be from 0 to 1", lambda value: 0 <= value <= 1)
 FACTOR = Limit("must be 0 or more", lambda value: 0 <= value < float("inf"))
 
 
@@ -90,6 +87,7 @@ UserRank = Annotated[int, Option("Rank kept free for users' own stacked LoRAs.",
 Top = Annotated[int, Option("Most anchors in a user's recipe.", COUNT)]
 _USER_RANK, _TOP = 8, 2
 POSTERIOR = "posterior"
+TOPICS, LONGEST = "topics", "longest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +99,10 @@ class BuildOptions:
 
     task: Annotated[str, Option("What the items are: news_headline, movie_rating, chat …")]
     anchors: Annotated[int, Option("Exact number of anchors.", COUNT)] = 12
+    anchors_by: Annotated[
+        str,
+        Option("Who they are: topics (the longest history of each topic) or longest.", _one_of(TOPICS, LONGEST)),
+    ] = "topics"
     method: Annotated[FusionMethod, Option("How recipes are fused.")] = FusionMethod.SHARED
     common: Annotated[bool, Option("A row that all users share.")] = True
     rank: Annotated[int, Option("Rank of every meta-LoRA.", COUNT)] = 8
@@ -133,7 +135,11 @@ class BuildOptions:
     common_batch_size: Annotated[int, Option("Examples per step of the common row.", COUNT)] = 16
     learning_rate: Annotated[float, Option("Peak learning rate of the anchors.", RATE)] = 1e-3
     common_learning_rate: Annotated[float, Option("Peak learning rate of the common row.", RATE)] = 1e-3
+    history_share: Annotated[
+        float, Option("Share of the training items with past items of the same person in the prompt.", PART)
+    ] = 0.0
     max_tokens: Annotated[int, Option("Longest training example.", COUNT)] = 512
+    verdict: Annotated[bool, Option("Leave a few people out, and measure on them what the bank gains.")] = True
     seed: Annotated[int, Option("Same inputs and seed, same bank.", NOT_NEGATIVE)] = 0
     dtype: Annotated[
         str, Option("Of the frozen base model: auto, bfloat16 or float32.", _one_of("auto", "bfloat16", "float32"))
@@ -222,26 +228,3 @@ class BuildInputs:
     exclude: Path | None = None
     embedder: Path | None = None
     force: bool = False
-
-
-def _chosen(options: BuildOptions) -> dict[str, Any]:
-    """All options, but for that of the posterior where it is not asked for: other banks stay as they were."""
-    fields = dataclasses.asdict(options)
-    if options.weights != POSTERIOR:
-        del fields["decay"]
-    return fields
-
-
-def inputs_key(options: BuildOptions, task: Task, people: Sequence[History], model_hash: str, embedder_id: str) -> str:
-    """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks."""
-    content: dict[str, object] = {
-        "format": _BUILD_FORMAT,
-        "options": _chosen(options),
-        "task": dataclasses.asdict(task),
-        "people": [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people],
-        "model": model_hash,
-        "embedder": embedder_id,
-    }
-    if any(len(person.items) > SAMPLED_ITEMS for person in people):
-        content["served_items"] = SERVED_ITEMS  # only where it matters: all other keys stay as they were
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

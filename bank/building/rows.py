@@ -16,9 +16,10 @@ from adapters.recipe import FusionMethod, anchor_id
 from adapters.training.trainer import StepReport, TrainPlan, linear_modules
 from bank.building.options import BuildOptions
 from bank.building.resume import Workbench
-from bank.building.training import COMMON, Pairs, RowJob, RowTrainer, row_job, row_seed
+from bank.building.training import COMMON, RowJob, RowTrainer, row_job, row_seed
 from bank.errors import BankError
 from bank.items.histories import History
+from bank.items.lessons import Lesson, lessons
 from bank.items.tasks import Task
 
 
@@ -105,22 +106,24 @@ def _jobs(
     tokenizer: Any, people: Sequence[History], anchors: Sequence[History], task: Task, options: BuildOptions
 ) -> list[RowJob]:
     """The common row first: the anchors train on top of it."""
-    jobs = []
-    if options.common:
-        pooled = [pair for person in people for pair in person.pairs(task)]
-        plan = _plan(COMMON, pooled, options)
-        jobs.append(row_job(COMMON, pooled, plan, tokenizer, options.max_tokens))
-    for index, person in enumerate(anchors):
-        name, pairs = anchor_id(index), person.pairs(task)
-        jobs.append(row_job(name, pairs, _plan(name, pairs, options), tokenizer, options.max_tokens))
-    return jobs
+    rows = {COMMON: pooled_lessons(people, task, options)} if options.common else {}
+    rows |= {anchor_id(index): pooled_lessons([person], task, options) for index, person in enumerate(anchors)}
+    return [
+        row_job(name, learnt, _plan(name, len(learnt), options), tokenizer, options.max_tokens)
+        for name, learnt in rows.items()
+    ]
 
 
-def _plan(name: str, pairs: Pairs, options: BuildOptions) -> TrainPlan:
+def pooled_lessons(people: Sequence[History], task: Task, options: BuildOptions) -> list[Lesson]:
+    """Everybody's items to learn from, one person after the other."""
+    return [lesson for person in people for lesson in lessons(person, task, options.history_share, options.seed)]
+
+
+def _plan(name: str, items: int, options: BuildOptions) -> TrainPlan:
     seed = row_seed(options.seed, name)
     if name != COMMON:
-        return TrainPlan(anchor_steps(options, len(pairs)), options.batch_size, options.learning_rate, seed)
-    steps = _steps(options, options.common_steps, options.common_batch_size, len(pairs))
+        return TrainPlan(anchor_steps(options, items), options.batch_size, options.learning_rate, seed)
+    steps = _steps(options, options.common_steps, options.common_batch_size, items)
     return TrainPlan(steps, options.common_batch_size, options.common_learning_rate, seed)
 
 

@@ -1,4 +1,7 @@
-"""Which people become anchors: k-means over their embeddings, and of each cluster the longest history."""
+"""Which people become anchors: k-means over their embeddings, and of each cluster the longest history.
+
+And who is left out of a bank, so that it can be measured on them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,12 @@ from bank.lookup.embedder import Embedder
 
 MIN_ITEMS = 11
 """Fewest trainable items of a candidate: the paper's have more than ten."""
+
+ASKED, KNOWN = 3, 6
+"""Of whoever is left out: how many last items are asked for, and the fewest before them that are known."""
+
+FEWEST_ASIDE, MOST_ASIDE, ASIDE_OF = 4, 12, 6
+"""One of so many people is left out, within these bounds: fewer would say nothing, and more would be missed."""
 
 SAMPLED_ITEMS = 64
 """Items of one candidate that are embedded to tell candidates apart; there may be thousands, with hundreds each."""
@@ -47,11 +56,34 @@ def _mean(items: Sequence[Item], task: Task, embedder: Embedder) -> Vectors:
     return profile_embedding(embedder.embed([item_text(item, task) for item in items]))
 
 
-def select_anchors(embeddings: Vectors, lengths: Sequence[int], count: int, seed: int) -> list[int]:
+def left_out(people: Sequence[History], task: Task, needed: int) -> list[History]:
+    """The people to measure a bank on: those with the shortest histories that suffice, whom it misses least.
+
+    Args:
+        people: everybody.
+        task: whose items they are.
+        needed: how many candidates have to stay.
+
+    Returns:
+        Nobody when there are too few.
+    """
+    lengths = {person.user_id: len(person.pairs(task)) for person in people}
+    enough = [p for p in people if len(p.items) == lengths[p.user_id] >= ASKED + KNOWN]
+    spare = sum(length >= MIN_ITEMS for length in lengths.values()) - needed
+    wanted, chosen = min(MOST_ASIDE, len(people) // ASIDE_OF), list[History]()
+    for person in sorted(enough, key=lambda person: lengths[person.user_id])[:wanted]:
+        if lengths[person.user_id] >= MIN_ITEMS:
+            spare -= 1
+        if spare >= 0:
+            chosen.append(person)
+    return chosen if len(chosen) >= FEWEST_ASIDE else []
+
+
+def select_anchors(embeddings: Vectors | None, lengths: Sequence[int], count: int, seed: int) -> list[int]:
     """Choose exactly `count` people who are unlike each other and have long histories.
 
     Args:
-        embeddings: [P, E], one row per candidate, at unit length.
+        embeddings: [P, E], one row per candidate, at unit length; None to go by the histories' length alone.
         lengths: trainable items of each candidate.
         count: how many anchors.
         seed: of k-means.
@@ -68,7 +100,7 @@ def select_anchors(embeddings: Vectors, lengths: Sequence[int], count: int, seed
             f"{count} anchors were asked for, but only {len(lengths)} people have at least {MIN_ITEMS} trainable "
             f"items: ask for 1 to {len(lengths)} with --anchors, or give more people"
         )
-    clusters = _cluster(embeddings, count, seed)
+    clusters = [0] * len(lengths) if embeddings is None else _cluster(embeddings, count, seed)
     by_length = sorted(range(len(lengths)), key=lambda person: (-lengths[person], person))
     chosen: dict[int, int] = {}
     for person in by_length:

@@ -21,12 +21,11 @@ from adapters.lora import LoraWeights
 from adapters.recipe import FusionMethod
 from adapters.training.example import Example
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, train_lora
-from bank.items.prompt import encode_pair
+from bank.items.lessons import Lesson
 
 COMMON = "common"
 
 OnStep = Callable[[StepReport], None]
-Pairs = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +103,16 @@ def row_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
 
 
-def row_job(name: str, pairs: Pairs, plan: TrainPlan, tokenizer: Any, max_tokens: int) -> RowJob:
+def row_job(name: str, lessons: Sequence[Lesson], plan: TrainPlan, tokenizer: Any, max_tokens: int) -> RowJob:
     """A row's examples: no more than training will read, chosen by the plan's seed.
 
     Args:
         name: the row.
-        pairs: (input, output) pairs, at least one.
+        lessons: at least one.
         plan: how it is trained.
         tokenizer: the base model's, with a chat template.
         max_tokens: longest example.
     """
-    wanted = min(len(pairs), plan.steps * plan.batch_size)
-    chosen = random.Random(plan.seed).sample(range(len(pairs)), wanted)
-    return RowJob(name, tuple(encode_pair(tokenizer, *pairs[i], max_tokens) for i in chosen), plan)
+    wanted = min(len(lessons), plan.steps * plan.batch_size)
+    chosen = random.Random(plan.seed).sample(range(len(lessons)), wanted)
+    return RowJob(name, tuple(lessons[i].example(tokenizer, max_tokens) for i in chosen), plan)

@@ -16,6 +16,7 @@ from bank.evaluation.methods import Base, EvalMethod
 from bank.evaluation.people import Person
 from bank.evaluation.scoring import Reading, Scorer
 from bank.evaluation.speakers import OpenBank, PersonAdapter
+from bank.items.lessons import lessons
 from bank.items.profile import Vectors, item_text, profile_embedding
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
@@ -33,6 +34,8 @@ class Evidence:
     Attributes:
         person: whose it is.
         pairs: encoded profile items, the oldest first.
+        learnt: the same as few-shot training sees them, some with past items in the prompt where the bank's rows were
+            trained so.
         embedding: of the profile, [E].
         trained: outcomes of few-shot training, by method and seed.
         signature, gains: what the items say about the anchors, predicted and measured; None until asked for.
@@ -40,6 +43,7 @@ class Evidence:
 
     person: Person
     pairs: Sequence[Example]
+    learnt: Sequence[Example]
     embedding: Vectors
     trained: dict[tuple[EvalMethod, int], Judgement] = field(default_factory=dict)
     signature: Signature | None = None
@@ -84,7 +88,11 @@ class Adapters:
         task = self.bank.serving.task
         texts = [item_text(item, task) for item in person.history.items]
         pairs = [encode_pair(self._scorer.tokenizer, *pair, self._max_tokens) for pair in person.history.pairs(task)]
-        return Evidence(person, pairs, profile_embedding(self._embedder.embed(texts)))
+        learnt = [
+            lesson.example(self._scorer.tokenizer, self._max_tokens)
+            for lesson in lessons(person.history, task, self.bank.manifest.history_share, seed=0)
+        ]
+        return Evidence(person, pairs, learnt, profile_embedding(self._embedder.embed(texts)))
 
     def make(self, method: EvalMethod, evidence: Evidence, seed: int) -> PersonAdapter | None:
         """A method's adapter for the person; None for the bare one. The seed is for random anchors and training.
@@ -103,7 +111,7 @@ class Adapters:
         judgement = evidence.trained.get((method.plain, seed))
         if judgement is None:
             plan = replace(self._plan, seed=seed)
-            judgement = train_user(self._scorer.bare(), adapter.lora(), evidence.pairs, plan).finish()
+            judgement = train_user(self._scorer.bare(), adapter.lora(), evidence.learnt, plan).finish()
             evidence.trained[method.plain, seed] = judgement
         if judgement.weights is None and method.base is Base.STACKED:
             return self.make(replace(method, base=Base.MERGED), evidence, seed)

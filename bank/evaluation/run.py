@@ -15,8 +15,9 @@ from bank.evaluation.people import Person
 from bank.evaluation.records import Record, Records
 from bank.evaluation.scoring import Scores
 from bank.evaluation.speakers import OpenBank, PersonAdapter
-from bank.items.prompt import ChatTokenizer, encode_pair
-from bank.items.retrieval import with_history
+from bank.items.lessons import encode_recalling
+from bank.items.prompt import ChatTokenizer
+from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, Task
 
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
@@ -36,7 +37,8 @@ class EvalOptions:
         predict: whether answers are generated, for the task's metrics.
         sample: how many people, from the first, get what is costly: few-shot training, points of curves and generated
             texts; all when None.
-        max_tokens: longest example, its answer included; a longer one loses the end of the user's turn.
+        max_tokens: longest example, its answer included; a longer one loses the end of the user's turn. Each past item
+            in the prompt may bring as much again.
     """
 
     methods: tuple[EvalMethod, ...]
@@ -151,10 +153,18 @@ class Evaluation:
         self, adapter: PersonAdapter | None, evidence: Evidence, method: EvalMethod, seed: int, wanted: _Wanted
     ) -> list[Record]:
         person = evidence.person
-        turns = [self._turn(method, person, query.input) for query in person.queries]
-        tokenizer, length = self._tokenizer, self._options.max_tokens
+        tokenizer, length = self._tokenizer, self._options.max_tokens * (1 + method.history)
+        index = ItemIndex(self._task, person.history.items if method.history else ())
         examples = [
-            encode_pair(tokenizer, turn, query.gold, length) for turn, query in zip(turns, person.queries, strict=True)
+            encode_recalling(
+                tokenizer,
+                self._task,
+                query.input,
+                query.gold,
+                memories=index.memories(query.input, method.history),
+                max_tokens=length,
+            )
+            for query in person.queries
         ]
         if method.base is Base.PRIOR:
             readings = self._adapters.habits(person, examples)
@@ -183,11 +193,6 @@ class Evaluation:
             )
             for place, (query, found, example) in enumerate(zip(person.queries, readings, examples, strict=True))
         ]
-
-    def _turn(self, method: EvalMethod, person: Person, turn: str) -> str:
-        if not method.history:
-            return turn
-        return with_history(self._task, turn, person.history.items, method.history)
 
     def _repeats(self, method: EvalMethod, seed: int) -> bool:
         """Whether a method does what it did for the first seed: nothing in it is random."""

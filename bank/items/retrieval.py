@@ -1,12 +1,13 @@
 """Past items in the prompt: the most relevant ones by BM25, rendered by the task's template before the user's turn.
 
-Serving and evaluation both use it. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts), so
-that a model sees a history as LaMP's models do.
+Serving, training and evaluation all use it. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts),
+so that a model sees a history as LaMP's models do.
 """
 
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from bank.items.profile import Item, is_pair, item_text
@@ -32,25 +33,28 @@ class ItemIndex:
     def __init__(self, task: Task, items: Sequence[Item]) -> None:
         import bm25s
 
-        known = [(item_text(item, task), memory) for item in items if (memory := _memory(task, item)) is not None]
+        rendered = [(place, item_text(item, task), _memory(task, item)) for place, item in enumerate(items)]
+        known = [(place, text, memory) for place, text, memory in rendered if memory is not None]
         self._task = task
-        self._memories = [memory for _, memory in known]
+        self._places = [place for place, _, _ in known]
+        self._memories = [memory for _, _, memory in known]
         self._retriever = None
         self.size_bytes = sum(map(sys.getsizeof, self._memories))
         """About how much memory it takes."""
-        words = bm25s.tokenize([text for text, _ in known], show_progress=False)
+        words = bm25s.tokenize([text for _, text, _ in known], show_progress=False)
         if words.vocab:  # texts of stop words alone have none
             self._retriever = bm25s.BM25()
             self._retriever.index(words, show_progress=False)
             self.size_bytes += sum(sys.getsizeof(word) + _WORD_BYTES for word in words.vocab)
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
-    def memories(self, turn: str, count: int) -> list[str]:
+    def memories(self, turn: str, count: int, before: int | None = None) -> list[str]:
         """The items with the highest BM25 scores as prompts quote them, best first, newest first among equals.
 
         Args:
             turn: the complete user turn.
             count: most items.
+            before: how many of the history's first items are searched; all of them when None.
         """
         import bm25s
 
@@ -59,7 +63,8 @@ class ItemIndex:
         scores: Sequence[float] = [0.0] * len(self._memories)
         if self._retriever is not None and words:  # a turn of stop words alone has none
             scores = self._retriever.get_scores(words)
-        best = sorted(range(len(self._memories)), key=lambda place: (-scores[place], -place))[:count]
+        searched = len(self._memories) if before is None else bisect_left(self._places, before)
+        best = sorted(range(searched), key=lambda place: (-scores[place], -place))[:count]
         return [self._memories[place] for place in best]
 
 
@@ -68,18 +73,6 @@ def remembering(task: Task, turn: str, memories: Sequence[str]) -> str:
     if not memories:
         return turn
     return task.remembering.format_map({"memories": JOIN.join(memories), "input": turn})
-
-
-def with_history(task: Task, turn: str, items: Sequence[Item], count: int) -> str:
-    """A user turn with the most relevant past items before it; the turn alone when none can be rendered.
-
-    Args:
-        task: whose items they are.
-        turn: the complete user turn.
-        items: the user's history.
-        count: most items to put in.
-    """
-    return remembering(task, turn, ItemIndex(task, items).memories(turn, count))
 
 
 def _memory(task: Task, item: Item) -> str | None:

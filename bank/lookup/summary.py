@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bank.lookup.index import AnchorIndex
+from bank.lookup.verdict import in_words
 from bank.manifest import INDEX_FILE, MANIFEST_FILE, read_manifest, verify_files
 
 
@@ -40,4 +41,6 @@ def summarise(folder: Path) -> dict[str, Any]:
         "row_bytes": row_bytes,
         "bytes": {name: (folder / name).stat().st_size for name in (*manifest.files, MANIFEST_FILE)},
         "training": manifest.training,
+        "verdict": manifest.verdict.model_dump() if manifest.verdict else None,
+        "in_words": in_words(manifest.verdict) if manifest.verdict else "What it gains was not measured.",
     }

@@ -54,6 +54,9 @@ def main(
     ] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
+    history_share: Annotated[
+        float, typer.Option(help="Of the training items, with past items in the prompt.", min=0, max=1)
+    ] = 0.0,
     quick: Annotated[bool, typer.Option("--quick", help="Made-up people and a tiny model.")] = False,
 ) -> None:
     """Build, evaluate, and print the table."""
@@ -66,6 +69,7 @@ def main(
     name = TASKS.get(task, task)
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
+    build = f"--history-share {history_share} --no-verdict {build}"
     options = ["--methods", methods_of(name), *shlex.split(evaluate)]
     options += ["--write"] if name == "chat" else []
     options += ["--people", str(people)] if people else []

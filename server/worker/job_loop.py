@@ -20,6 +20,7 @@ from typing import Protocol
 from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
 from adapters.training.user_trainer import Judgement, Training
+from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from server.errors import ApiError
 from server.store.adapters import StoredAdapter, new_adapter_id
@@ -40,7 +41,9 @@ PROMOTE_ATTEMPTS = 20
 class Trains(Protocol):
     """The part of `server.worker.training.AdapterTrainer` that is used here."""
 
-    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training: ...
+    def train(
+        self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item]
+    ) -> Training: ...
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes: ...
 
@@ -157,7 +160,8 @@ class JobLoop:
         for place, raw in enumerate(await held.insist(self._jobs.samples, key)):
             with blamed(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
-        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config))
+        items = await self._past(held) if self._bank.manifest.history_share else []
+        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config, items))
         if judgement.weights is None:
             await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:
@@ -165,6 +169,11 @@ class JobLoop:
             if not await self._promote(held, recipe, judgement, raw):
                 raise LeaseLost
         log.info("%s: held-out loss %.4f, before %.4f", lease.job.id, judgement.after, judgement.before)
+
+    async def _past(self, held: HeldLease) -> list[Item]:
+        """The user's items, the oldest first."""
+        snapshot = await held.insist(self._profiles.read, held.lease.job.id.user_key)
+        return [Item(name, stored.fields) for name, stored in snapshot.items.items()]
 
     async def _end(self, held: HeldLease, trained: Trained) -> None:
         """Write an outcome without an adapter."""

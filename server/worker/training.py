@@ -19,7 +19,10 @@ from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, Training, train_user
 from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
 from bank.building.signer import Signer
+from bank.items.lessons import Past, recalling
+from bank.items.profile import Item
 from bank.items.prompt import encode_conversation, encode_pair
+from bank.items.tasks import get_task
 from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
@@ -82,8 +85,16 @@ class AdapterTrainer:
         start = initial_lora(self.manifest.layout.modules, 1, seed=0)
         train_lora(self.model, [Example((0,) * _WARM_UP_TOKENS, 1)], TrainPlan(1, 1, 1e-3, 0), start=start)
 
-    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training:
+    def train(
+        self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item] = ()
+    ) -> Training:
         """Train and judge a user adapter on top of a recipe, step by step.
+
+        Args:
+            recipe: what is beneath.
+            samples: what is learnt.
+            config: how.
+            items: the user's, the oldest first: in a bank whose rows know history some stand before samples.
 
         Raises:
             TrainingError: when the samples or the configuration cannot be trained with.
@@ -94,7 +105,8 @@ class AdapterTrainer:
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if plan.kind is UserAdapterKind.LORA and plan.rank > room:
             raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves rank {room} for users")
-        examples = [self._encoded(place, sample) for place, sample in enumerate(samples)]
+        past = Past(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
+        examples = [self._encoded(place, sample, past) for place, sample in enumerate(samples)]
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
@@ -122,9 +134,14 @@ class AdapterTrainer:
         assert judgement.weights is not None
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
-    def _encoded(self, place: int, sample: Sample) -> Example:
+    def _encoded(self, place: int, sample: Sample, past: Past) -> Example:
         with blamed(f"samples.{place}", SAMPLE_REMEDY):
-            example = encode_conversation(self.tokenizer, list(sample.messages), sample.output)
+            messages, output = list(sample.messages), sample.output
+            memories = past.memories(messages[-1]["content"], output)
+            messages = recalling(
+                self.tokenizer, past.task, messages, output, memories=memories, max_tokens=self._context
+            )
+            example = encode_conversation(self.tokenizer, messages, output)
         if len(example.ids) > self._context:
             raise TrainingError(
                 f"samples.{place} has {len(example.ids)} tokens, but the model's context is {self._context}: shorten it"

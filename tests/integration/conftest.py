@@ -12,6 +12,7 @@ import pytest
 from adapters.recipe import FusionRecipe
 from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement, Training
+from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
 from bench.rig.engine import Engine
@@ -125,8 +126,10 @@ class Interrupted:
         self._at_step = at_step
         self.encoded = trainer.encoded
 
-    def train(self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig) -> Training:
-        return Training(self._hooked(self._trainer.train(recipe, samples, config)))
+    def train(
+        self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item]
+    ) -> Training:
+        return Training(self._hooked(self._trainer.train(recipe, samples, config, items)))
 
     def _hooked(self, training: Training) -> Generator[Progress, None, Judgement]:
         step = 0

@@ -15,6 +15,7 @@ import redis
 from bank.items.profile import Item
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
+from bank.rules import Difference, Verdict
 from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
@@ -74,6 +75,70 @@ def test_the_most_relevant_items_stand_before_the_last_turn(
     assert "crusty" in asked(fake_engine)
 
 
+CHAT = {"messages": [{"role": "user", "content": TURN}], "max_tokens": 4}
+ROUTES = {
+    "/generate": {"prompt": TURN, "max_tokens": 4},
+    "/v1/chat/completions": CHAT,
+}
+
+
+@pytest.fixture
+def helpful(gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank that was found to gain by one past item in the prompt."""
+    better = Difference(mean=-0.2, low=-0.3, high=-0.1)
+    found = Verdict(people=7, losses={}, merged=better, recalled=better, both=better, beyond=better, history=1)
+    manifest = gateway.parts.bank.manifest.model_copy(update={"verdict": found})
+    monkeypatch.setattr(gateway.parts.bank, "manifest", manifest)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("fields", "helps", "items"), [
+    ({}, False, (0, 0)), ({"history": "auto"}, False, (0, 0)), ({"history": 2}, False, (2, 2)),
+    ({}, True, (1, 0)), ({"history": "auto"}, True, (1, 1)), ({"history": 0}, True, (0, 0)),
+])  # fmt: skip
+def test_auto_is_what_the_bank_was_found_to_gain_by_and_the_default_of_generate_alone(
+    request: pytest.FixtureRequest,
+    client: httpx.Client,
+    new_user: NewUser,
+    fake_engine: FakeEngine,
+    *,
+    route: str,
+    fields: dict[str, Any],
+    helps: bool,
+    items: tuple[int, int],
+) -> None:
+    if helps:
+        request.getfixturevalue("helpful")
+    user_id = new_user()
+    put(client, user_id, ITEMS)
+    who = {"user_id" if route == "/generate" else "user": user_id}
+    answer = client.post(route, json=ROUTES[route] | who | fields).raise_for_status().json()
+    wanted = items[list(ROUTES).index(route)]
+    assert answer["personalization"]["history"] == wanted
+    assert asked(fake_engine).count("is the answer to") == wanted
+
+
+@pytest.mark.parametrize("history", [-1, 17, 1.0, True, "1", "AUTO", [], "auto "])
+def test_other_numbers_and_words_are_refused(client: httpx.Client, fake_engine: FakeEngine, history: Any) -> None:
+    answer = generate(client, "ada", prompt=TURN, history=history)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "history"
+    assert "from 0 to 16, or auto" in answer.json()["error"]["message"]
+    assert fake_engine.seen == []
+
+
+@pytest.mark.parametrize("last", [{"role": "assistant", "content": "Well,"}, {"role": "system", "content": "Go on."}])
+def test_items_go_before_a_users_own_turn_only(
+    client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, last: dict[str, str]
+) -> None:
+    user_id = new_user()
+    put(client, user_id, ITEMS)
+    messages = [{"role": "user", "content": TURN}, last]
+    answer = generate(client, user_id, prompt=None, messages=messages, history=2).raise_for_status().json()
+    assert answer["personalization"]["history"] == 0
+    assert fake_engine.seen[-1].body["messages"] == messages
+
+
 @pytest.mark.parametrize("personalize", ["none", "auto"])
 def test_who_is_unknown_or_asks_for_the_base_model_gets_the_turn_alone(
     client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, personalize: str
@@ -81,7 +146,8 @@ def test_who_is_unknown_or_asks_for_the_base_model_gets_the_turn_alone(
     user_id = new_user()
     if personalize == "none":
         put(client, user_id, ITEMS)
-    generate(client, user_id, prompt=TURN, history=3, personalize=personalize).raise_for_status()
+    answer = generate(client, user_id, prompt=TURN, history=3, personalize=personalize).raise_for_status().json()
+    assert answer["personalization"]["history"] == 0
     assert asked(fake_engine) == TURN
 
 
@@ -92,7 +158,8 @@ def test_items_that_the_context_has_no_room_for_are_left_out_the_least_relevant_
     user_id = new_user()
     answers = [f"{'harbour ' * n}{'ä' * (80 - 8 * n)}" for n in range(1, 4)]  # two bytes a letter, one token here
     put(client, user_id, [pair(f"n{n}", "?", answer) for n, answer in enumerate(answers)])
-    generate(client, user_id, prompt=TURN, max_tokens=max_tokens, history=16).raise_for_status()
+    answer = generate(client, user_id, prompt=TURN, max_tokens=max_tokens, history=16).raise_for_status().json()
+    assert answer["personalization"]["history"] == quoted
     best_first = answers[::-1]
     assert [answer in asked(fake_engine) for answer in best_first] == [True] * quoted + [False] * (3 - quoted)
     assert len(asked(fake_engine)) + max_tokens <= CONTEXT

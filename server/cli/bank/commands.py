@@ -52,6 +52,8 @@ def build(
     prepare_to_train()
     from bank.building.baselines import build_baselines
     from bank.building.build import build_bank
+    from bank.evaluation.verdict import judge_bank
+    from bank.lookup.verdict import in_words
     from server.cli.bank.progress import ConsoleProgress
 
     inputs = BuildInputs(
@@ -66,13 +68,15 @@ def build(
     )
     with ConsoleProgress() as progress:
         try:
-            manifest = build_bank(inputs, options, progress)
+            manifest = judge_bank(inputs, options, build_bank(inputs, options, progress), progress)
             if baselines:
                 build_baselines(inputs, options, manifest, progress)
         except KeyboardInterrupt:
             progress.say("stopped; run the same command again to continue with the next row")
             sys.exit(130)
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
+    if manifest.verdict:
+        typer.echo(in_words(manifest.verdict))
 
 
 @app.command()

@@ -44,6 +44,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("size", f"{sizes}; {decimal(summary['row_bytes'])} per anchor"),
         ("training", ", ".join(f"{key} {value}" for key, value in summary["training"].items() if value is not None)),
+        ("verdict", summary["in_words"]),
     ]
 
 

@@ -34,6 +34,7 @@ class Answer:
     Attributes:
         id: of the request; it is in the engine's logs too.
         personalization: who speaks.
+        history: how many past items are in the prompt.
         stream: the engine's.
         timings: complete once `texts` or `pieces` has ended.
         inter_token: gets the time between pieces that the engine streams.
@@ -41,6 +42,7 @@ class Answer:
 
     id: str
     personalization: Personalization
+    history: int
     stream: EngineStream
     timings: Timings
     inter_token: Histogram
@@ -110,7 +112,7 @@ class Generator:
         limits.check(asked)
         personalization = await self._personalizer.resolve(asked, timings)
         start_s = time.perf_counter()
-        messages = await self._recall.messages(asked, personalization.profile, limits)
+        messages, history = await self._recall.messages(asked, personalization.profile, limits)
         if asked.history:
             timings.record("history", start_s)
         wanted = EngineRequest(
@@ -130,7 +132,7 @@ class Generator:
                 timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
                 since_arrival_s = stream.first_token_s - timings.started_s
                 self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
-            yield Answer(wanted.request_id, speaking, stream, timings, self._metrics.inter_token)
+            yield Answer(wanted.request_id, speaking, history, stream, timings, self._metrics.inter_token)
 
     async def _first_served(
         self, stack: AsyncExitStack, wanted: EngineRequest, candidates: Iterable[Personalization]

@@ -41,8 +41,10 @@ class Recall:
         self._cache = cache
         self._building = asyncio.Lock()
 
-    async def messages(self, asked: Asked, profile: Profile | None, limits: Limits) -> Conversation:
+    async def messages(self, asked: Asked, profile: Profile | None, limits: Limits) -> tuple[Conversation, int]:
         """The conversation for the engine, with as much history as the request asks for and is sure to fit.
+
+        How many items that are is the second value.
 
         Args:
             asked: within the limits that hold without a history.
@@ -54,7 +56,7 @@ class Recall:
         """
         messages, room = asked.messages, limits.room(asked)
         if not asked.history or profile is None or room is None or messages[-1]["role"] != "user":
-            return messages
+            return messages, 0
         index = await self._index(profile)
         memories = await asyncio.to_thread(index.memories, messages[-1]["content"], asked.history)
         return await self._fitted(messages, memories, room, limits.prompt_chars)
@@ -76,7 +78,7 @@ class Recall:
 
     async def _fitted(
         self, messages: Conversation, memories: Sequence[str], room: int, most_chars: int
-    ) -> Conversation:
+    ) -> tuple[Conversation, int]:
         """The conversation with the most relevant memories that fit into `room` tokens.
 
         One token per byte is a safe bound, but far more than text takes; so more memories are tried first, and the
@@ -86,15 +88,15 @@ class Recall:
         while True:
             chosen = self._chosen(messages, memories, room / tokens_a_byte, most_chars)
             if not chosen:
-                return messages
+                return messages, 0
             built = self._with(messages, chosen)
             if most_tokens(built) <= room:
-                return built
+                return built, len(chosen)
             tokens = await self._tokenizer.count(built)
             if tokens is None:
                 tokens_a_byte = 1.0
             elif tokens + _ANSWER_MARK_TOKENS <= room:
-                return built
+                return built, len(chosen)
             else:
                 tokens_a_byte = min(1.0, max(1.25 * tokens_a_byte, 1.05 * tokens / most_tokens(built)))
 

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     WithJsonSchema,
     model_validator,
@@ -27,6 +28,7 @@ MAX_STOP_CHARS = 256
 MAX_MESSAGES = 1024
 MAX_ITEMS = 10_000
 MAX_HISTORY = 16
+AUTO = "auto"
 AS_TEXT, AS_MESSAGES = "as text", "as messages"
 """The two forms of an `input`; pydantic writes them into the locations of errors."""
 MAX_USER_RANK = 8
@@ -55,14 +57,29 @@ Stops = Annotated[
     Field(min_length=1, max_length=MAX_STOPS),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
 ]
+
+
+def _history(value: Any) -> int | Literal["auto"]:
+    if value == AUTO or (type(value) is int and 0 <= value <= MAX_HISTORY):
+        return value  # type: ignore[no-any-return]
+    raise PydanticCustomError("history", f"must be a whole number from 0 to {MAX_HISTORY}, or {AUTO}")
+
+
+_HISTORY = (
+    "How many of the user's most relevant past items go into the prompt; fewer if it has no room. `auto`: as many as "
+    "were found to help when the bank was built."
+)
+_HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": AUTO}]}
 History = Annotated[
-    int,
-    Field(
-        ge=0,
-        le=MAX_HISTORY,
-        description="How many of the user's most relevant past items go into the prompt; fewer if it has no room.",
-    ),
+    int | Literal["auto"], PlainValidator(_history), WithJsonSchema(_HISTORY_SCHEMA | {"description": _HISTORY})
 ]
+
+
+def items_wanted(history: int | Literal["auto"], usual: int) -> int:
+    """How many past items are asked for, where `auto` stands for `usual`."""
+    return usual if isinstance(history, str) else history
+
+
 Wanted = Annotated[
     Personalize,
     Field(
@@ -127,7 +144,7 @@ class GenerateRequest(Strict):
     stop: Stops | None = Field(None, description="Texts that end the answer; a single string is accepted.")
     seed: int | None = Field(None, ge=-SEED_MAX - 1, le=SEED_MAX, description="Makes sampling repeatable.")
     stream: bool = Field(False, description="Server-sent events in the shape of OpenAI's chunks.")
-    history: History = 0
+    history: History = "auto"
     personalize: Wanted = Personalize.AUTO
     strength: Strength = 1.0
 

@@ -11,7 +11,6 @@ from pydantic import BaseModel, Field
 from server.gateway.engines.stream import EngineStream
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level, Personalization
-from server.gateway.generation.timings import Timings
 from server.store.jobs import Job, JobState
 from server.store.profiles import Erased
 
@@ -39,6 +38,7 @@ class PersonalizationAnswer(BaseModel, frozen=True):
     )
     source: str | None = Field(description="The evidence behind the weights; null for the base model.")
     anchors: list[AnchorAnswer] = Field(description="Largest weight first.")
+    history: int = Field(description="How many of the user's past items are in the prompt.")
     reason: str | None = Field(description="Why the level is not higher, if there is a reason to give.")
     timings_ms: dict[str, float] = Field(
         description="`profile`: store. `recipe`: index and weights. `history`: past items. `engine_ttft`: engine, "
@@ -175,15 +175,17 @@ def iso(unix_ms: int) -> str:
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
-def personalization_answer(personalization: Personalization, timings: Timings) -> PersonalizationAnswer:
+def personalization_answer(answer: Answer) -> PersonalizationAnswer:
     """Who speaks, and where the time went so far."""
+    personalization = answer.personalization
     return PersonalizationAnswer(
         level=personalization.level,
         recipe=personalization.shown,
         source=personalization.source,
         anchors=anchors(personalization),
+        history=answer.history,
         reason=personalization.reason,
-        timings_ms=timings.ms,
+        timings_ms=answer.timings.ms,
     )
 
 
@@ -208,5 +210,5 @@ def generate_answer(answer: Answer, text: str) -> GenerateAnswer:
         text=text,
         finish_reason=answer.stream.finish_reason,
         usage=usage_answer(answer.stream),
-        personalization=personalization_answer(answer.personalization, answer.timings),
+        personalization=personalization_answer(answer),
     )

@@ -51,7 +51,7 @@ class Chunks:
     def first(self) -> Chunk:
         """Says who speaks, before the first text."""
         chunk = self._chunk({"role": "assistant", "content": ""})
-        chunk["personalization"] = personalization_answer(self._answer.personalization, self._answer.timings)
+        chunk["personalization"] = personalization_answer(self._answer)
         return chunk
 
     def text(self, text: str) -> Chunk:

@@ -29,6 +29,7 @@ GENERATED = GenerateAnswer(
             AnchorAnswer(id="a03", weight=0.803, similarity=0.9142, gain=0.0613),
             AnchorAnswer(id="a17", weight=0.197, similarity=0.2245, gain=0.0397),
         ],
+        history=1,
         reason="the engine cannot serve this user's adapter",
         timings_ms={"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
     ),

@@ -11,7 +11,7 @@ from server.gateway.generation.asked import Asked
 from server.gateway.generation.generator import Answer
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.requests import GenerateRequest
+from server.gateway.http.requests import GenerateRequest, items_wanted
 from server.gateway.http.streaming import event
 from server.gateway.parts import parts_of
 from server.gateway.routes.answering import Answering
@@ -47,11 +47,12 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     The first event or comment sets the status to 200, even if no text has begun: a later error is an event, an earlier
     one an answer with a status of its own.
     """
-    return Answering(parts_of(request), asked_of(body), _Texts())
+    parts = parts_of(request)
+    return Answering(parts, asked_of(body, parts.bank.manifest.history_default), _Texts())
 
 
-def asked_of(request: GenerateRequest) -> Asked:
-    """What a request asks of the generator."""
+def asked_of(request: GenerateRequest, history: int = 0) -> Asked:
+    """What a request asks of the generator; `history` is what `auto` stands for."""
     if request.prompt is not None:
         messages = chat_messages(request.prompt)
     else:
@@ -62,7 +63,7 @@ def asked_of(request: GenerateRequest) -> Asked:
         personalize=request.personalize,
         strength=request.strength,
         messages=messages,
-        history=request.history,
+        history=items_wanted(request.history, history),
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from bank.items.profile import parse_item
-from bank.items.retrieval import ItemIndex, remembering, with_history
-from bank.items.tasks import get_task, tasks
+from bank.items.profile import Item, parse_item
+from bank.items.retrieval import ItemIndex, remembering
+from bank.items.tasks import Task, get_task, tasks
 
 NEWS = get_task("news_headline")
 TURN = "Generate a headline for the following article: A dog slept through the race."
@@ -15,6 +17,10 @@ ITEMS = [
     parse_item({"title": "Dogs Lose", "text": "A dog lost a race."}, NEWS, 1),
     parse_item({"text": "No headline here about a dog and a race."}, NEWS, 2),
 ]
+
+
+def with_history(task: Task, turn: str, items: Sequence[Item], count: int) -> str:
+    return remembering(task, turn, ItemIndex(task, items).memories(turn, count))
 
 
 def test_the_most_relevant_item_stands_before_the_turn_in_lamps_words() -> None:
@@ -28,8 +34,8 @@ def test_several_items_are_joined_the_best_first() -> None:
 
 
 @pytest.mark.parametrize(("items", "count"), [(ITEMS, 0), ([], 3), (ITEMS[2:], 3)])
-def test_without_anything_to_quote_the_turn_stays_as_it_is(items: list[object], count: int) -> None:
-    assert with_history(NEWS, TURN, items, count) == TURN  # type: ignore[arg-type]
+def test_without_anything_to_quote_the_turn_stays_as_it_is(items: list[Item], count: int) -> None:
+    assert with_history(NEWS, TURN, items, count) == TURN
 
 
 def test_ready_pairs_are_quoted_as_in_a_chat() -> None:
@@ -58,7 +64,13 @@ def test_one_index_serves_many_turns() -> None:
         ['"Cats Win" is the title for "A cat won a contest."'],
         ['"Dogs Lose" is the title for "A dog lost a race."'],
     ]
-    assert remembering(NEWS, TURN, index.memories(TURN, 1)) == with_history(NEWS, TURN, ITEMS, 1)
+
+
+def test_what_came_later_is_not_searched() -> None:
+    index = ItemIndex(NEWS, [ITEMS[2], *ITEMS[:2], *ITEMS[:2]])
+    best = [index.memories("a dog and a cat", 9, before) for before in range(6)]
+    assert [len(found) for found in best] == [0, 0, 1, 2, 3, 4]
+    assert best[2] == ['"Cats Win" is the title for "A cat won a contest."']
 
 
 def test_every_task_can_remember() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bank.building.selection import (
     SERVED_ITEMS,
+    left_out,
     person_embedding,
     sampled_embedding,
     select_anchors,
@@ -105,3 +106,39 @@ def test_candidates_are_told_apart_by_a_sample_and_whoever_is_within_it_by_all()
         sampled_embedding(short, task, Numbers()),  # type: ignore[arg-type]
         person_embedding(short, task, Numbers()),  # type: ignore[arg-type]
     )
+
+
+def test_the_longest_histories_are_chosen_whatever_they_are_about() -> None:
+    assert select_anchors(None, [11, 30, 12, 50, 12, 14], 3, seed=0) == [1, 3, 5]
+    assert select_anchors(None, [12, 12, 12], 2, seed=0) == [0, 1]
+
+
+def crowd(*lengths: int) -> list[History]:
+    return [
+        History(f"p{place}", tuple(Item(f"{n}", {"input": "i", "output": f"{n}"}) for n in range(length)))
+        for place, length in enumerate(lengths)
+    ]
+
+
+def left(*lengths: int, needed: int) -> list[int]:
+    return [len(person.items) for person in left_out(crowd(*lengths), get_task("chat"), needed)]
+
+
+def test_left_out_are_those_whose_histories_are_shortest_but_long_enough() -> None:
+    assert left(*range(1, 31), needed=5) == [9, 10, 11, 12, 13]
+    assert left(*[20] * 120, needed=5) == [20] * 12
+
+
+def test_nobody_is_left_out_where_the_anchors_or_the_figure_would_suffer() -> None:
+    assert left(*[20] * 23, needed=2) == []
+    assert left(*[20] * 24, needed=20) == [20] * 4
+    assert left(*[20] * 24, needed=21) == []
+    assert left(*[9] * 4, *[20] * 20, needed=20) == [9] * 4
+    assert left(*[8] * 60, needed=0) == []
+
+
+def test_who_has_items_of_plain_text_stays() -> None:
+    people = crowd(*[9] * 24)
+    plain = [History(person.user_id, (*person.items, Item("text", {"text": "hi"}))) for person in people]
+    assert len(left_out(people, get_task("chat"), 0)) == 4
+    assert left_out(plain, get_task("chat"), 0) == []

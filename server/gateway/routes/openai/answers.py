@@ -77,7 +77,7 @@ class OpenAIForm:
     async def whole(self, answer: Answer) -> bytes:
         (value,) = [value async for _, value in answer.pieces()]
         self._make_public(value, answer, self._kind)
-        value["personalization"] = personalization_answer(answer.personalization, answer.timings).model_dump()
+        value["personalization"] = personalization_answer(answer).model_dump()
         return orjson.dumps(value)
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
@@ -92,7 +92,7 @@ class OpenAIForm:
             elif chunk["choices"] and not self._options.continuous_usage_stats:
                 chunk["usage"] = None
             if not begun:
-                chunk["personalization"] = personalization_answer(answer.personalization, answer.timings)
+                chunk["personalization"] = personalization_answer(answer)
                 begun = True
             yield event(chunk)
 

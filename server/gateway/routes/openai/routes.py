@@ -13,7 +13,7 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.generation.asked import Asked
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.requests import Personalize
+from server.gateway.http.requests import Personalize, items_wanted
 from server.gateway.parts import parts_of
 from server.gateway.routes.answering import Answering
 from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIForm, TextCompletion
@@ -49,7 +49,7 @@ async def chat_completions(request: Request, body: ChatRequest, x_user_id: UserH
     asked = Asked(
         id_prefix="chatcmpl",
         messages=[message.model_dump(exclude_unset=True) for message in body.messages],
-        history=body.history,
+        history=items_wanted(body.history, parts_of(request).bank.manifest.history_default),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         max_tokens_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         prompt_param="messages",

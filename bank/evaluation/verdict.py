@@ -1,0 +1,152 @@
+"""The end of `mta bank build`: what the bank gains for people who were left out of it, and whether history helps.
+
+A few people, a few of their last answers, one pass under each of two adapters, with and without a past item in the
+prompt. All of it is done by the code that serves: signature, recipe, and the choice of the item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from scipy import stats
+
+from adapters.recipe import FusionRecipe
+from bank.building.build import EMBED_THREADS, read_inputs
+from bank.building.options import BuildInputs, BuildOptions
+from bank.building.rows import RowProgress
+from bank.building.selection import ASKED
+from bank.building.signer import Signer
+from bank.evaluation.scoring import Scorer
+from bank.evaluation.speakers import OpenBank, PersonAdapter
+from bank.items.histories import History
+from bank.items.lessons import encode_recalling
+from bank.items.profile import item_text, profile_embedding
+from bank.items.prompt import encode_pair
+from bank.items.retrieval import ItemIndex
+from bank.items.tasks import get_task
+from bank.lookup.embedder import Embedder
+from bank.lookup.prior import personal_shares, surprise
+from bank.lookup.signature import MAX_ITEMS
+from bank.manifest import BankManifest, write_manifest
+from bank.models.folders import ensure_base_model, ensure_embedder
+from bank.models.load import load_base, resolve_dtype
+from bank.rules import Difference, Verdict
+
+COMMON, MERGED, PRIOR = "common", "merged", "prior"
+RECALLED = "+history"
+_PAST_ITEMS = 1
+_LEVEL = 0.95
+
+Losses = dict[str, float]
+"""One person's mean loss by method, nats a token."""
+
+
+def judge_bank(
+    inputs: BuildInputs, options: BuildOptions, manifest: BankManifest, progress: RowProgress
+) -> BankManifest:
+    """Measure a finished bank and write the verdict into its manifest, unless it is there already.
+
+    Args:
+        inputs, options: those of the bank.
+        manifest: the bank's.
+        progress: told of every person.
+    """
+    if not options.verdict or manifest.verdict:
+        return manifest
+    _, aside = read_inputs(inputs, get_task(options.task), options)
+    if not aside:
+        progress.say("there are too few people to leave any out: what the bank gains is not measured")
+        return manifest
+    embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
+    base = load_base(ensure_base_model(inputs.model, inputs.cache_dir), resolve_dtype(options.dtype))
+    judge = _Judge(OpenBank.open(inputs.out, embedder.id), embedder, Scorer(*base), options.max_tokens)
+    found = []
+    for place, person in enumerate(aside):
+        progress.piece("measuring on people left out", place, len(aside))
+        found.append(judge.losses(person))
+    progress.piece("measuring on people left out", len(aside), len(aside))
+    return write_manifest(inputs.out, manifest.model_copy(update={"verdict": verdict(found)}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """What people are measured with."""
+
+    bank: OpenBank
+    embedder: Embedder
+    scorer: Scorer
+    max_tokens: int
+
+    def losses(self, person: History) -> Losses:
+        """The losses of a person's last answers, of which the bank knows only what came before them."""
+        task, tokenizer = self.bank.serving.task, self.scorer.tokenizer
+        known, asked = History(person.user_id, person.items[:-ASKED]), person.pairs(task)[-ASKED:]
+        adapters = {COMMON: self._common(), MERGED: self._merged(known)}
+        index = ItemIndex(task, known.items)
+        memories = [index.memories(turn, _PAST_ITEMS) for turn, _ in asked]
+        longest = (1 + _PAST_ITEMS) * self.max_tokens
+        plain = [encode_pair(tokenizer, *pair, self.max_tokens) for pair in asked]
+        recalled = [
+            encode_recalling(tokenizer, task, *pair, memories=quoted, max_tokens=longest)
+            for pair, quoted in zip(asked, memories, strict=True)
+        ]
+        found: Losses = {}
+        for name, adapter in adapters.items():
+            readings = self.scorer.read(adapter, [*plain, *recalled])
+            found[name] = fmean(reading.loss for reading in readings[: len(plain)])
+            found[name + RECALLED] = fmean(reading.loss for reading in readings[len(plain) :])
+        if prior := self.bank.manifest.prior:
+            shares = personal_shares(prior, [answer for _, answer in known.pairs(task)])
+            tokens = [example.output_tokens for example in plain]
+            surprises = [surprise(shares, answer) / n for (_, answer), n in zip(asked, tokens, strict=True)]
+            found[PRIOR] = fmean(surprises)
+        return found
+
+    def _common(self) -> PersonAdapter | None:
+        manifest = self.bank.manifest
+        if not manifest.common:
+            return None
+        return PersonAdapter(self.bank, FusionRecipe(manifest.short, manifest.method, True, ()))
+
+    def _merged(self, known: History) -> PersonAdapter:
+        serving, manifest = self.bank.serving, self.bank.manifest
+        embedding = profile_embedding(self.embedder.embed([item_text(item, serving.task) for item in known.items]))
+        signature = None
+        if serving.signs:
+            pairs = known.pairs(serving.task)[-MAX_ITEMS:]
+            examples = [encode_pair(self.scorer.tokenizer, *pair, self.max_tokens) for pair in pairs]
+            signer = Signer(self.scorer.bare(), self.bank.matrix, at_common=manifest.signed)
+            signature = signer.signature(manifest.short, examples)
+        return PersonAdapter(self.bank, serving.personalise(embedding, signature).recipe)
+
+
+def verdict(people: Sequence[Losses]) -> Verdict:
+    """What the losses of some people say of their bank.
+
+    Args:
+        people: each one's, all with the same methods.
+    """
+
+    def less(method: str, other: str) -> Difference:
+        return difference([losses[method] - losses[other] for losses in people])
+
+    both = less(MERGED + RECALLED, MERGED)
+    return Verdict(
+        people=len(people),
+        losses={name: fmean(losses[name] for losses in people) for name in people[0]},
+        merged=less(MERGED, COMMON),
+        recalled=less(COMMON + RECALLED, COMMON),
+        both=both,
+        beyond=less(MERGED + RECALLED, COMMON + RECALLED),
+        prior=less(MERGED, PRIOR) if PRIOR in people[0] else None,
+        history=_PAST_ITEMS if both.lower else 0,
+    )
+
+
+def difference(values: Sequence[float]) -> Difference:
+    """The mean with Student's interval, of two values or more: with so few people the bootstrap's is too narrow."""
+    mean = fmean(values)
+    reach = float(stats.t.ppf((1 + _LEVEL) / 2, len(values) - 1) * stats.sem(values))
+    return Difference(mean=mean, low=mean - reach, high=mean + reach)

@@ -1,0 +1,36 @@
+"""What was measured of a bank, in words: is it worth serving, and would history or a histogram alone do better?"""
+
+from __future__ import annotations
+
+from bank.rules import Difference, Verdict
+
+
+def in_words(verdict: Verdict) -> str:
+    """A judgement, and the figures behind it, each a sentence."""
+    sentences = [
+        f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, nats a token, below 0 is "
+        f"better: the bank's adapters {_figure(verdict.merged)} against what all users share",
+        f"one past item in the prompt {_figure(verdict.both)} on top of that, "
+        f"{_figure(verdict.recalled)} without the adapters",
+        f"the adapters {_figure(verdict.beyond)} where the item is there anyway",
+    ]
+    if verdict.prior:
+        sentences.append(f"the adapters {_figure(verdict.prior)} against the histogram of a person's own answers")
+    history = f"Prompts get {verdict.history} past item by default." if verdict.history else ""
+    return f"{'; '.join(sentences)}. {history}".rstrip()
+
+
+def _judgement(verdict: Verdict) -> str:
+    if verdict.prior and verdict.prior.higher:
+        return "Not worth serving: the histogram of a person's own answers, without any model, predicts them better."
+    if verdict.history and not verdict.beyond.lower:
+        return "Not shown to be worth serving: one past item in the prompt alone does as well."
+    if verdict.merged.lower or verdict.beyond.lower:
+        return "Worth serving."
+    if verdict.merged.higher:
+        return "Not worth serving: what all users share does better alone."
+    return "Not shown to be worth serving: its gain is within chance."
+
+
+def _figure(difference: Difference) -> str:
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"

@@ -1,0 +1,154 @@
+"""Rows and user adapters that know history, and a bank measured on people left out of it; on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapters.training.example import Example
+from adapters.training.user_trainer import train_user
+from bank.building.baselines import build_baselines
+from bank.building.build import read_inputs
+from bank.building.options import BuildInputs
+from bank.building.training import row_job
+from bank.evaluation.adapters import Adapters
+from bank.evaluation.methods import parse_method
+from bank.evaluation.people import Person, Query
+from bank.evaluation.scoring import Scorer
+from bank.evaluation.speakers import OpenBank
+from bank.evaluation.verdict import judge_bank
+from bank.items.histories import read_histories
+from bank.items.tasks import get_task
+from bank.lookup.embedder import Embedder
+from bank.lookup.serving import ServingBank
+from bank.lookup.summary import summarise
+from bank.manifest import BankManifest, read_manifest
+from bank.models.load import load_base
+from bench.rig.people import people, write_people
+from server.store.jobs import JobState
+from server.store.samples import AdaptConfig
+from server.worker.job_loop import JobLoop
+from server.worker.training import AdapterTrainer, user_plan
+from tests.support.bank_bench import OPTIONS, Bench, Recorder
+from tests.support.desk import Desk
+
+CHAT = get_task("chat")
+KNOWING = replace(OPTIONS, history_share=1.0)
+
+
+def recalls(tokenizer: object, example: Example) -> bool:
+    """Whether there is a past item in the prompt."""
+    text: str = tokenizer.decode(list(example.ids[: example.loss_from]))  # type: ignore[attr-defined]
+    return "is the answer to" in text
+
+
+@pytest.fixture(scope="module")
+def knowing(bench: Bench) -> BankManifest:
+    return bench.build("knowing", history_share=1.0)
+
+
+def test_rows_are_trained_with_the_past_in_the_prompt_and_the_manifest_says_so(
+    bench: Bench, knowing: BankManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (knowing.history_share, bench.build("not-knowing").history_share) == (1.0, 0.0)
+    jobs: dict[str, list[bool]] = {}
+
+    def spying(name: str, lessons: Sequence[object], plan: object, tokenizer: object, longest: int) -> object:
+        made = row_job(name, lessons, plan, tokenizer, longest)  # type: ignore[arg-type]
+        jobs[name] = [recalls(tokenizer, example) for example in made.examples]
+        return made
+
+    monkeypatch.setattr("bank.building.rows.row_job", spying)
+    monkeypatch.setattr("bank.building.baselines.row_job", spying)
+    again = bench.build("knowing-again", history_share=1.0)
+    where = BuildInputs(bench.users, bench.folder / "knowing-again", str(bench.model), bench.folder)
+    build_baselines(replace(where, embedder=bench.embedder), KNOWING, again, Recorder())
+    assert list(jobs) == ["common", "a00", "a01", "a02", "task"]
+    assert all(sum(made) >= len(made) - 5 > 0 for made in jobs.values())  # all but each person's first item
+    assert again.fingerprint == knowing.fingerprint
+
+
+def test_user_adapters_are_evaluated_as_the_bank_was_trained(
+    bench: Bench, knowing: BankManifest, built: BankManifest, embedder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder, seen = Embedder.load(embedder_folder), list[Sequence[Example]]()
+    (history, *_) = read_histories(bench.users, CHAT)
+    person = Person(history, (Query("q", "Say 99", "99"),))
+    scorer = Scorer(*load_base(bench.model, "float32"))
+
+    def spying(model: object, fused: object, samples: Sequence[Example], plan: object) -> object:
+        seen.append(samples)
+        return train_user(model, fused, samples, plan)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("bank.evaluation.adapters.train_user", spying)
+    plan = user_plan(AdaptConfig(rank=1, steps=1))
+    for name in ("knowing", "plain"):
+        bank = OpenBank.open(bench.folder / name, embedder.id)
+        adapters = Adapters(bank, None, scorer, embedder, plan=plan, strength=0.5, max_tokens=512)
+        evidence = adapters.evidence(person)
+        adapters.make(parse_method("own"), evidence, 0)
+        assert not any(recalls(scorer.tokenizer, example) for example in evidence.pairs)  # what is signed stays plain
+    counts = [sum(recalls(scorer.tokenizer, example) for example in samples) for samples in seen]
+    assert counts == [len(history.items) - 1, 0]
+
+
+@pytest.fixture
+def knowing_trainer(trainer: AdapterTrainer) -> AdapterTrainer:
+    manifest = trainer.manifest.model_copy(update={"training": trainer.manifest.training | {"history_share": 1.0}})
+    return AdapterTrainer(manifest, trainer.matrix, trainer.model, trainer.tokenizer)
+
+
+async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows_history(
+    desk: Desk, trainer: AdapterTrainer, knowing_trainer: AdapterTrainer, tiny_bank_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    opened = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+    seen: list[Sequence[Example]] = []
+
+    def spying(model: object, fused: object, samples: Sequence[Example], plan: object) -> object:
+        seen.append(samples)
+        return train_user(model, fused, samples, plan)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("server.worker.training.train_user", spying)
+    for trains in (trainer, knowing_trainer):
+        bank = ServingBank(trains.manifest, opened.index)
+        user = await desk.user(("how is the bread?", "crusty"))
+        job = await desk.submit(user=user)
+        await JobLoop("test", desk.jobs, desk.profiles, bank, trains).work_once(0.1)
+        assert (await desk.job(job)).state in (JobState.SUCCEEDED, JobState.REJECTED)
+    assert [{recalls(trainer.tokenizer, example) for example in samples} for samples in seen] == [{False}, {True}]
+
+
+def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench) -> None:
+    users = write_people(bench.folder / "many.json", people(26))
+    where = BuildInputs(users, bench.folder / "judged", str(bench.model), bench.folder, embedder=bench.embedder)
+    kept, aside = read_inputs(where, CHAT, OPTIONS)
+    assert len(aside) == 4
+    assert not {person.user_id for person in kept} & {person.user_id for person in aside}
+    assert read_inputs(where, CHAT, replace(OPTIONS, verdict=False))[1] == []
+    manifest = bench.build("judged", inputs={"users": users})
+    assert manifest.training["people"] == 22
+    progress = Recorder()
+    judged = judge_bank(where, OPTIONS, manifest, progress)
+    assert judged == read_manifest(where.out)
+    assert judged.verdict
+    assert judged.verdict.people == 4
+    assert judged.verdict.losses.keys() == {"common", "common+history", "merged", "merged+history"}
+    assert judged.verdict.merged.mean == pytest.approx(
+        judged.verdict.losses["merged"] - judged.verdict.losses["common"]
+    )
+    assert progress.pieces[-1] == ("measuring on people left out", 4, 4)
+    assert judge_bank(where, OPTIONS, judged, progress) is judged
+    assert bench.build("judged", inputs={"users": users}) == judged
+    assert "4 people left out" in summarise(where.out)["in_words"]
+
+
+def test_too_few_people_are_all_in_the_bank_and_it_is_said(bench: Bench, built: BankManifest) -> None:
+    where = BuildInputs(bench.users, bench.folder / "plain", str(bench.model), bench.folder)
+    progress = Recorder()
+    assert judge_bank(where, OPTIONS, built, progress) is built
+    assert "too few people" in progress.said[-1]
+    assert summarise(where.out)["verdict"] is None

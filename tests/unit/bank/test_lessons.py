@@ -1,0 +1,128 @@
+"""What is learnt from a person: their items, a share of them with their past in the prompt, as it is served."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from bank.building.options import BuildOptions
+from bank.building.resume import inputs_key
+from bank.building.rows import pooled_lessons
+from bank.errors import BankError
+from bank.items.histories import History
+from bank.items.lessons import COUNTS, Lesson, Past, encode_recalling, lessons
+from bank.items.profile import parse_item
+from bank.items.prompt import encode_pair
+from bank.items.tasks import get_task
+from tests.unit.bank.test_prompt import CharTokenizer
+
+CHAT = get_task("chat")
+SUBJECTS = ("bread", "harbour", "roses", "bread again", "the harbour at night", "more roses")
+
+
+def person(*subjects: str) -> History:
+    raw = [{"input": f"And {subject}?", "output": f"{place}, on {subject}"} for place, subject in enumerate(subjects)]
+    return History("ann", tuple(parse_item(item, CHAT, place) for place, item in enumerate(raw)))
+
+
+def quoted(place: int, subject: str) -> str:
+    return f'"{place}, on {subject}" is the answer to "And {subject}?"'
+
+
+def shown(lesson: Lesson, max_tokens: int = 1000) -> str:
+    tokenizer = CharTokenizer()
+    return tokenizer.decode(list(lesson.example(tokenizer, max_tokens).ids))
+
+
+def test_without_history_an_item_is_its_pair_alone() -> None:
+    learnt = lessons(person(*SUBJECTS), CHAT, share=0, seed=0)
+    for lesson, (turn, output) in zip(learnt, person(*SUBJECTS).pairs(CHAT), strict=True):
+        assert lesson.example(CharTokenizer(), 100) == encode_pair(CharTokenizer(), turn, output, 100)
+
+
+def test_with_history_the_most_relevant_earlier_items_stand_before_the_turn_and_carry_no_loss() -> None:
+    lesson = lessons(person(*SUBJECTS), CHAT, share=1, seed=0)[3]
+    assert shown(lesson).startswith(f"<user>{quoted(0, 'bread')}")
+    assert shown(lesson).endswith(". And bread again?<end>\n<assistant>3, on bread again<end>\n".rstrip())
+    example = lesson.example(CharTokenizer(), 1000)
+    assert CharTokenizer().decode(list(example.ids[example.loss_from :])) == "3, on bread again<end>"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_item_sees_itself_or_what_came_later(seed: int) -> None:
+    subjects = ["the same"] * 6
+    for place, lesson in enumerate(lessons(person(*subjects), CHAT, share=1, seed=seed)):
+        seen = [n for n in range(6) if f'"{n}, on' in shown(lesson)]
+        assert seen == sorted(seen)[: max(COUNTS)]
+        assert all(n < place for n in seen)
+        assert bool(seen) == (place > 0)
+
+
+def test_of_an_item_that_is_there_twice_the_first_one_counts() -> None:
+    twice = History("ann", (*person("bread", "roses").items, *person("bread").items))
+    assert [bool(lesson.past.memories(lesson.turn, lesson.output)) for lesson in lessons(twice, CHAT, 1, 0)] == [
+        *(False, True, False),
+    ]
+
+
+def test_a_turn_that_is_no_item_has_all_of_them_as_its_past() -> None:
+    past = Past(CHAT, person(*SUBJECTS).items, share=1, seed=0)
+    assert past.memories("And more roses?", "something else")[0] == quoted(5, "more roses")
+
+
+def test_the_share_is_of_the_items_and_most_get_one() -> None:
+    many = lessons(person(*(f"subject {n}" for n in range(600))), CHAT, share=0.5, seed=0)
+    counts = [len(lesson.past.memories(lesson.turn, lesson.output)) for lesson in many]
+    assert 0.4 < sum(count > 0 for count in counts) / len(counts) < 0.6
+    one, two, three = (counts.count(n) for n in (1, 2, 3))
+    assert one > two + three > 0
+    assert three > 0
+
+
+def test_the_same_seed_gives_the_same_examples_and_another_others() -> None:
+    first, again, other = (
+        [shown(lesson) for lesson in lessons(person(*SUBJECTS), CHAT, share=0.5, seed=seed)] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_what_is_decided_for_an_item_does_not_depend_on_the_others() -> None:
+    short, long = (lessons(person(*SUBJECTS[:n]), CHAT, share=0.5, seed=3) for n in (4, 6))
+    assert [shown(lesson) for lesson in short] == [shown(lesson) for lesson in long[:4]]
+
+
+def test_memories_that_do_not_fit_make_way_for_the_next_and_the_turn_stays_whole() -> None:
+    memories = ["m" * 50, "n" * 10, "o" * 5]
+
+    def prompt(max_tokens: int) -> str:
+        found = encode_recalling(CharTokenizer(), CHAT, "hi", "yo", memories=memories, max_tokens=max_tokens)
+        assert len(found.ids) <= max_tokens
+        return CharTokenizer().decode(list(found.ids[6 : found.loss_from]))
+
+    m, n, o = memories
+    wanted = {1000: f"{m}, and {n}, and {o}. hi", 60: f"{n}, and {o}. hi", 50: f"{n}. hi", 38: "hi"}
+    assert {longest: prompt(longest).removesuffix("<end>\n<assistant>") for longest in wanted} == wanted
+
+
+def test_a_build_pools_everybodys_and_nobody_sees_anothers() -> None:
+    ann, bob = person(*SUBJECTS), History("bob", person("bread", "roses").items)
+    pooled = pooled_lessons([ann, bob], CHAT, BuildOptions("chat", history_share=1.0))
+    assert len(pooled) == 8
+    assert shown(pooled[6]).startswith("<user>And bread?")
+
+
+def test_banks_without_history_keep_their_key() -> None:
+    def key(**changes: object) -> str:
+        return inputs_key(BuildOptions("chat", **changes), CHAT, [person(*SUBJECTS)], "model", "embedder")  # type: ignore[arg-type]
+
+    keys = [key(), key(history_share=0.5), key(history_share=1.0), key(anchors_by="longest")]
+    assert all(one != other for one, other in pairwise([*keys, keys[1]]))
+    assert key() == key(history_share=0.0, anchors_by="topics", verdict=False)
+    assert key().startswith("0b9a1fbbc32dd10f")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_is_from_0_to_1(share: float) -> None:
+    with pytest.raises(BankError, match=r"^--history-share must be from 0 to 1"):
+        BuildOptions("chat", history_share=share)

@@ -1,0 +1,80 @@
+"""What a bank gains for people left out of it: the figures, the words, and where they are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bank.evaluation.verdict import difference, verdict
+from bank.lookup.verdict import in_words
+from bank.manifest import BankManifest, read_manifest, write_manifest
+from bank.rules import Verdict
+from tests.unit.bank.test_weights import manifest
+
+PEOPLE = (0.0, 0.1, -0.1, 0.05, -0.05)
+
+
+def measured(*, merged: float, recalled: float, both: float, prior: float | None = None) -> Verdict:
+    """The verdict over a few people whose losses are about these."""
+    people = [
+        {
+            "common": 3.0 + own,
+            "common+history": recalled + 1.02 * own,
+            "merged": merged + 1.01 * own,
+            "merged+history": both + 0.99 * own,
+        }
+        | ({"prior": prior + 0.98 * own} if prior is not None else {})
+        for own in PEOPLE
+    ]
+    return verdict(people)
+
+
+def test_an_interval_is_students_over_people() -> None:
+    found = difference([0.1, 0.2, 0.3])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.2 - 0.2484, 0.2 + 0.2484), abs=1e-4)
+    assert not found.lower
+    assert not found.higher
+    assert difference([-0.1, -0.11, -0.09]).lower
+
+
+@pytest.mark.parametrize(
+    ("losses", "judgement", "history"),
+    [
+        ({"merged": 2.9, "recalled": 3.1, "both": 3.0}, "Worth serving.", 0),
+        ({"merged": 2.9, "recalled": 2.8, "both": 2.7}, "Worth serving.", 1),
+        ({"merged": 3.0, "recalled": 2.8, "both": 2.7}, "Worth serving.", 1),
+        ({"merged": 2.9, "recalled": 2.7, "both": 2.7}, "Not shown to be worth serving: one past item", 1),
+        ({"merged": 3.0, "recalled": 3.0, "both": 3.0}, "Not shown to be worth serving: its gain", 0),
+        ({"merged": 3.2, "recalled": 3.2, "both": 3.3}, "Not worth serving: what all users share", 0),
+        ({"merged": 2.9, "recalled": 3.0, "both": 3.0, "prior": 2.5}, "Not worth serving: the histogram", 0),
+        ({"merged": 2.9, "recalled": 3.0, "both": 3.0, "prior": 3.5}, "Worth serving.", 0),
+    ],
+)
+def test_the_words_say_whether_to_serve_it_and_what_would_do_better(
+    losses: dict[str, float], judgement: str, history: int
+) -> None:
+    found = measured(**losses)  # type: ignore[arg-type]
+    words = in_words(found)
+    assert words.startswith(judgement)
+    assert "5 people" in words
+    assert f"{found.merged.mean:+.3f}" in words
+    assert found.history == history
+    assert ("by default" in words) == bool(history)
+    assert ("histogram" in words) == ("prior" in losses)
+
+
+def test_a_verdict_is_kept_in_the_manifest_and_decides_how_much_history_prompts_get(tmp_path: Path) -> None:
+    found = measured(merged=2.9, recalled=2.8, both=2.7)
+    plain = manifest(3)
+    kept = write_manifest(tmp_path, plain.model_copy(update={"verdict": found, "training": {"history_share": 0.5}}))
+    read = read_manifest(tmp_path)
+    assert (read, read.verdict, read.history_default, read.history_share) == (kept, found, 1, 0.5)
+    assert (plain.history_default, plain.history_share) == (0, 0)
+
+
+def test_a_manifest_from_before_there_was_a_verdict_is_read_as_it_was(tmp_path: Path) -> None:
+    old = write_manifest(tmp_path, manifest(3))
+    text = (tmp_path / "bank.json").read_text("utf-8")
+    assert "verdict" not in text
+    assert read_manifest(tmp_path) == old == BankManifest.model_validate_json(text)
