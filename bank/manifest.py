@@ -52,10 +52,11 @@ class ModuleEntry(Frozen):
 
 
 class AnchorEntry(Frozen):
-    """One anchor: its public id and how many items it was trained on."""
+    """One anchor: its public id, how many items it was trained on and, if the build was to keep them, typical words."""
 
     id: str
     items: int = Field(ge=0)
+    words: tuple[str, ...] = ()
 
 
 class BankManifest(Frozen):
@@ -130,6 +131,8 @@ class BankManifest(Frozen):
         absent: dict[str, Any] = {name: True for name in ("prior", "verdict") if getattr(self, name) is None}
         if self.weights.posterior is None:
             absent["weights"] = {"posterior"}
+        if not any(anchor.words for anchor in self.anchors):
+            absent["anchors"] = {"__all__": {"words"}}
         return self.model_dump(mode="json", exclude=absent)
 
     def to_json(self) -> str:

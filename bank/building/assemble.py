@@ -49,6 +49,7 @@ class BankParts:
         embeddings: [N, E], in anchor order.
         items: trained items of each anchor.
         curvature: H [N, N] for the posterior, or None.
+        words: typical ones of each anchor, or none at all.
     """
 
     task: str
@@ -66,6 +67,7 @@ class BankParts:
     training: dict[str, int | float | str | bool | None]
     prior: AnswerPrior | None = None
     curvature: Vectors | None = None
+    words: Sequence[tuple[str, ...]] = ()
 
 
 def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, user_rank: int) -> int:
@@ -124,7 +126,10 @@ def write_bank(out: Path, parts: BankParts) -> BankManifest:
             weights=parts.weights,
             target_modules=tuple(sorted({m.name.rsplit(".", 1)[-1] for m in parts.layout.modules})),
             modules=tuple(ModuleEntry(name=m.name, h_in=m.h_in, h_out=m.h_out) for m in parts.layout.modules),
-            anchors=tuple(AnchorEntry(id=anchor_id(i), items=n) for i, n in enumerate(parts.items)),
+            anchors=tuple(
+                AnchorEntry(id=anchor_id(i), items=n, words=words)
+                for i, (n, words) in enumerate(zip(parts.items, parts.words or [()] * len(parts.items), strict=True))
+            ),
             prior=parts.prior,
             training=parts.training,
             files={name: file_sha256(out / name) for name in files},

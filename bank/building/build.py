@@ -18,6 +18,7 @@ import numpy as np
 from adapters.recipe import anchor_id
 from bank.building.assemble import BankParts, bank_rank, write_bank
 from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer, measure_curvature
+from bank.building.describing import typical_words
 from bank.building.options import LONGEST, POSTERIOR, BuildInputs, BuildOptions
 from bank.building.resume import Workbench, finished_bank, inputs_key, workbench
 from bank.building.rows import RowProgress, TrainedRows, train_rows
@@ -216,6 +217,7 @@ class _Build:
             training=training,
             prior=fit_prior(job.task, [[gold for _, gold in person.pairs(job.task)] for person in job.people]),
             curvature=curvature,
+            words=typical_words(selected.anchors, job.task) if job.options.describe else (),
         )
 
     @cached_property

@@ -140,6 +140,9 @@ class BuildOptions:
     ] = 0.0
     max_tokens: Annotated[int, Option("Longest training example.", COUNT)] = 512
     verdict: Annotated[bool, Option("Leave a few people out, and measure on them what the bank gains.")] = True
+    describe: Annotated[
+        bool, Option("Keep a few typical words of each anchor, for people to look at: they are the anchor's own.")
+    ] = False
     seed: Annotated[int, Option("Same inputs and seed, same bank.", NOT_NEGATIVE)] = 0
     dtype: Annotated[
         str, Option("Of the frozen base model: auto, bfloat16 or float32.", _one_of("auto", "bfloat16", "float32"))

@@ -143,7 +143,7 @@ def _chosen(options: BuildOptions) -> dict[str, Any]:
     fields = dataclasses.asdict(options)
     del fields["verdict"]  # who is left out is in the people
     unasked = {"decay": options.weights != POSTERIOR, "history_share": not options.history_share}
-    unasked |= {"anchors_by": options.anchors_by == TOPICS}
+    unasked |= {"anchors_by": options.anchors_by == TOPICS, "describe": not options.describe}
     return {name: value for name, value in fields.items() if not unasked.get(name)}
 
 

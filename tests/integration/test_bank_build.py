@@ -15,7 +15,7 @@ from bank.building.resume import WORK_FOLDER
 from bank.errors import BankError
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
-from bank.manifest import BankManifest
+from bank.manifest import BankManifest, read_manifest
 from bench.rig.people import people, write_people
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
@@ -42,6 +42,13 @@ def test_no_name_and_no_text_of_anybody_is_in_the_artifact(bench: Bench, built: 
         content = path.read_bytes()
         assert b"secret-person" not in content
         assert b"surfing" not in content
+
+
+def test_typical_words_of_anchors_are_kept_on_request_alone(bench: Bench, built: BankManifest) -> None:
+    assert not any(anchor.words for anchor in built.anchors)
+    described = bench.build("described", describe=True)
+    assert any(anchor.words for anchor in described.anchors)
+    assert read_manifest(bench.folder / "described") == described
 
 
 def test_the_common_row_is_trained_first_and_the_work_folder_is_gone_after(bench: Bench) -> None:

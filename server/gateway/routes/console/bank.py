@@ -32,6 +32,7 @@ class AnchorOnMap(BaseModel, frozen=True):
     id: str = Field(examples=["a03"])
     items: int = Field(description="How many items it was trained on.")
     at: Place | None = Field(description="Where it lies on the map.")
+    words: list[str] = Field(description="Typical words of its own, where the bank was built with `--describe`.")
 
 
 class MapAnswer(BaseModel, frozen=True):
@@ -75,7 +76,7 @@ def bank_answer(bank: ServingBank) -> BankAnswer:
         rule=rule_answer(manifest.weights),
         common_row=manifest.common,
         anchors=[
-            AnchorOnMap(id=entry.id, items=entry.items, at=place)
+            AnchorOnMap(id=entry.id, items=entry.items, at=place, words=list(entry.words))
             for entry, place in zip(manifest.anchors, places, strict=True)
         ],
         map=MapAnswer(explained=(atlas.explained[0], atlas.explained[1])) if atlas else None,

@@ -94,8 +94,8 @@ function AnchorTable({ anchors }) {
 		<div class="scroll" tabindex="0" role="region" aria-label="Items of each anchor">
 			<table>
 				<thead><tr><th scope="col">Anchor</th><th scope="col">Items</th><th><span class="unseen">Share of the most</span></th></tr></thead>
-				<tbody>${anchors.map(({ id, items }) => html`<tr key=${id}>
-					<th scope="row" class="mono">${id}</th><td class="figure">${items}</td><td class="long"><${Bar} share=${items / most} /></td>
+				<tbody>${anchors.map(({ id, items, words }) => html`<tr key=${id}>
+					<th scope="row" class="mono">${id}</th><td class="figure">${items}</td><td class="long"><${Bar} share=${items / most} />${words?.join(', ')}</td>
 				</tr>`)}</tbody>
 			</table>
 		</div>
