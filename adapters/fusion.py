@@ -111,14 +111,12 @@ def fuse_flat(
     rows += [term.anchor for term in recipe.terms]
     weights = [1.0] * recipe.common + [term.weight / PER_MILLE for term in recipe.terms]
     layout = matrix.layout
-    if recipe.method is FusionMethod.SHARED and sum_across is not None and dtype is torch.bfloat16:
-        return FlatLora(
-            layout.modules, (matrix.frozen.to(dtype),), sum_across(matrix.rows, rows, weights, layout.rank).t()
-        )
     if recipe.method is FusionMethod.SHARED:
-        total = _weighted_sum(matrix.rows, rows, weights, dtype)
-        b = total.pin_memory() if pin_memory else total
-        return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b.view(-1, layout.rank))
+        if sum_across is not None and dtype is torch.bfloat16:
+            b = sum_across(matrix.rows, rows, weights, layout.rank).t()
+        else:
+            b = _weighted_sum(matrix.rows, rows, weights, dtype).view(-1, layout.rank)
+        return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b.pin_memory() if pin_memory else b)
     if recipe.method is FusionMethod.CAT:
         blocks = [matrix.rows[row] for row in rows]
     else:

@@ -25,6 +25,7 @@ from bench.rig.subject import tiny
 from bench.rig.up import gateway_url, running_gateway
 from bench.rig.valkey import ValkeyProcess
 from bench.serving.front import SECRET, WORDS
+from bench.serving.gateway import stream_chunks
 from mta_client import Client
 
 TURNS, STREAMS = 5, 4
@@ -97,10 +98,10 @@ async def _streaming(session: aiohttp.ClientSession, url: str) -> AsyncIterator[
             async with session.post(f"{url}/generate", json=asked) as response:
                 response.raise_for_status()
                 last_s = 0.0
-                async for line in response.content:
+                async for chunk in stream_chunks(response):
                     if over.is_set():
                         return
-                    if b'"content"' not in line or b'"personalization"' in line:  # the first chunk has no text
+                    if not chunk["choices"] or not chunk["choices"][0]["delta"].get("content"):
                         continue
                     now_s = time.perf_counter()
                     gaps.extend([1000 * (now_s - last_s)] if last_s else [])
