@@ -134,6 +134,8 @@ install_tools() {
   command -v faketime >/dev/null || missing+=(faketime)
   command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing+=(chromium)
   command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || missing+=(docker-compose)
+  command -v kustomize >/dev/null || missing+=(kustomize)
+  command -v promtool >/dev/null || missing+=(prometheus)
   ((${#missing[@]})) || return 0
   if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
     say "not found: ${missing[*]}; the checks that need them will be skipped"
