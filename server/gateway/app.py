@@ -30,11 +30,11 @@ from server.gateway.generation.generator import Generator
 from server.gateway.generation.index_cache import IndexCache
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.recall import Recall
-from server.gateway.health import PROBE_INTERVAL_S, Health
 from server.gateway.http.bodies import Bodies
 from server.gateway.http.errors import add_error_handlers
 from server.gateway.http.middleware import Places, RequestLog
-from server.gateway.metrics import Metrics
+from server.gateway.operating.health import PROBE_INTERVAL_S, Health
+from server.gateway.operating.metrics import Metrics
 from server.gateway.parts import Parts
 from server.gateway.routes import generate, jobs, operations, users
 from server.gateway.routes.console import bank as console_bank
@@ -52,7 +52,7 @@ from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
 from server.store.user_key import UserKeys
-from server.watching import forever
+from server.watching.repeating import forever
 
 log = logging.getLogger("mta.gateway")
 

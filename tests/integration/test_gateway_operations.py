@@ -54,7 +54,7 @@ def test_health_is_200_whatever_the_parts(client: httpx.Client, fake_engine: Fak
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway that starts in this test looks at its parts more often, so that nobody waits for it."""
-    monkeypatch.setattr("server.gateway.health.PROBE_INTERVAL_S", 0.2)
+    monkeypatch.setattr("server.gateway.operating.health.PROBE_INTERVAL_S", 0.2)
 
 
 class Readiness:
@@ -173,7 +173,7 @@ def test_whoever_asks_whether_the_gateway_is_ready_has_no_part_asked(
 def test_before_the_parts_were_seen_the_gateway_is_not_ready(
     gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.gateway.health.PROBE_TIMEOUT_S", 10 * PATIENCE_S)
+    monkeypatch.setattr("server.gateway.operating.health.PROBE_TIMEOUT_S", 10 * PATIENCE_S)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with (
@@ -190,7 +190,7 @@ def test_before_the_parts_were_seen_the_gateway_is_not_ready(
 def test_what_was_seen_too_long_ago_counts_for_nothing(
     gateway_settings: Settings, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.gateway.health.STALE_AFTER_S", 3.0)
+    monkeypatch.setattr("server.gateway.operating.health.STALE_AFTER_S", 3.0)
     with GatewayThread(gateway_settings) as gateway, gateway.client() as client:
         wait_until_ready(client)
         let_go = threading.Event()
