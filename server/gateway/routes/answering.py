@@ -85,8 +85,8 @@ class Answering(Response):
                 if not sender.begun:
                     raise
                 log.exception("%s broke", notes_of(scope).request_id or "a stream")
-                error = ApiError("the gateway failed in the middle of the answer")
-                await self._break_off(error, scope, sender)
+                failed = ApiError("the gateway failed in the middle of the answer")
+                await self._break_off(failed, scope, sender)
             await sender.end()
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
