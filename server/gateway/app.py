@@ -30,11 +30,11 @@ from server.gateway.generation.generator import Generator
 from server.gateway.generation.index_cache import IndexCache
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.recall import Recall
-from server.gateway.health import PROBE_INTERVAL_S, Health
 from server.gateway.http.bodies import Bodies
 from server.gateway.http.errors import add_error_handlers
 from server.gateway.http.middleware import Places, RequestLog
-from server.gateway.metrics import Metrics
+from server.gateway.operating.health import PROBE_INTERVAL_S, Health
+from server.gateway.operating.metrics import GENERATING, Metrics
 from server.gateway.parts import Parts
 from server.gateway.routes import generate, jobs, operations, users
 from server.gateway.routes.console import bank as console_bank
@@ -52,7 +52,7 @@ from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
 from server.store.user_key import UserKeys
-from server.watching import forever
+from server.watching.repeating import forever
 
 log = logging.getLogger("mta.gateway")
 
@@ -68,7 +68,7 @@ Text in each user's own manner, from one base model. `PUT /users/{user_id}/profi
 
 def create_app(settings: Settings) -> FastAPI:
     """The gateway as an ASGI application. Nothing is opened before its lifespan starts."""
-    metrics = Metrics()
+    metrics = Metrics(settings.named_tenants)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,7 +85,8 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(Places, most=settings.max_requests)
-    app.add_middleware(RequestLog, counter=metrics.requests)  # the last one added is the outermost
+    # The last one added is the outermost.
+    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING)
     for part in (generate, openai, users, jobs, operations, console_bank, pages):
         app.include_router(part.router)
     add_error_handlers(app)
@@ -106,7 +107,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
         try:
-            stores = await stack.enter_async_context(open_stores(settings))
+            stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store))
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         if stores.server.durability is Durability.NONE:
@@ -128,7 +129,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
         tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
         engines = Engines(session, settings.engines, engine_key)
         health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
-        metrics.watch(lambda: engines.figures)
+        metrics.watch(lambda: engines.figures, lambda: health.readiness)
 
         for beside in (
             health.watch(),
@@ -179,6 +180,7 @@ async def _count_jobs(jobs: JobStore, bank: str, metrics: Metrics) -> None:
         unfinished, waiting = await jobs.open_jobs(bank), await jobs.waiting_jobs(bank)
         metrics.jobs.labels("queued").set(waiting)
         metrics.jobs.labels("running").set(max(0, unfinished - waiting))
+        metrics.oldest_job.set(await jobs.oldest_waiting_s(bank))
 
 
 def _stand_back() -> None:

@@ -9,8 +9,8 @@ from fastapi import Request
 from bank.lookup.serving import ServingBank
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
-from server.gateway.health import Health
-from server.gateway.metrics import Metrics
+from server.gateway.operating.health import Health
+from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
 from server.gateway.users.exporting import Exporting

@@ -21,8 +21,8 @@ from bench.rig.valkey import ValkeyProcess
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
-from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 from server.store.user_key import UserKeys
 
 KEYS = UserKeys("a secret for tests only", "profiles")

@@ -19,7 +19,7 @@ from server.gateway.generation.limits import Limits
 from server.gateway.generation.personalizer import Personalization, Personalizer, may_speak
 from server.gateway.generation.recall import Recall
 from server.gateway.generation.timings import Timings
-from server.gateway.metrics import Metrics
+from server.gateway.operating.metrics import Metrics
 
 if TYPE_CHECKING:
     from prometheus_client import Histogram

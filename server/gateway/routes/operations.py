@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from server.gateway.engines.admin import AddressState, EngineState
-from server.gateway.health import Readiness, Report, StoreState
-from server.gateway.metrics import CONTENT_TYPE
+from server.gateway.operating.health import Readiness, Report, StoreState
+from server.gateway.operating.metrics import CONTENT_TYPE
 from server.gateway.parts import Parts, parts_of
 
 router = APIRouter(tags=["operations"])
