@@ -74,6 +74,24 @@ class Settings(BaseSettings):
     header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
     body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
+    send_timeout_s: float = Field(
+        60, gt=0, description="Longest time that a client may take nothing of what is sent to it, before it is hung up on."
+    )
+    engine_places: int | None = Field(
+        None,
+        ge=1,
+        description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
+        "they compute in a batch, shared among the gateways that use the same Redis.",
+    )
+    queue_places: int | None = Field(
+        None,
+        ge=0,
+        description="Most generations that wait for a place in the engines; others get 429. By default as many as "
+        "there are places.",
+    )
+    queue_timeout_s: float = Field(
+        10, gt=0, description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter."
+    )
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")

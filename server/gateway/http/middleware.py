@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,14 @@ class RequestNotes:
         request_id: of a generation; it is in the engine's logs too.
         level: how personal a generation is.
         gone: whether the client left before the answer.
+        on_stall: called when the client takes nothing of what is sent to it for a while.
     """
 
     started_s: float
     request_id: str = ""
     level: str = ""
     gone: bool = False
+    on_stall: Callable[[], None] | None = None
 
 
 def notes_of(scope: Scope) -> RequestNotes:

@@ -29,6 +29,12 @@ Of all users::
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
 
+Of limits (`server/store/redis/access/rates.py`); an owner is an API key's name, or a user key::
+
+    mta:rates:{<what>/<owner>/…}     string  what was used in this window                twice the window
+    mta:rates:{<what>/<owner>/…}/-1  string  what was used in the one before             the window
+    mta:held:<what>                  zset    who holds it → until when, ms               with the last lease
+
 From version 0.1, until a worker or a gateway takes them over::
 
     mta:jobs, mta:sign        stream  a queue for all banks
@@ -51,6 +57,7 @@ Work = Literal["jobs", "sign"]
 ADAPTED = "mta:adapted"
 REWRITE = "mta:{rewrite}"
 OLD_REWRITE = f"{REWRITE}:due"
+RATES = "mta:rates"
 
 
 def profile(user_key: str) -> str:
@@ -91,6 +98,10 @@ def epoch(user_key: str) -> str:
 
 def adapted(bank: str) -> str:
     return f"{ADAPTED}:{bank}"
+
+
+def held(name: str) -> str:
+    return f"mta:held:{name}"
 
 
 @dataclass(frozen=True, slots=True)
