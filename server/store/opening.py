@@ -13,10 +13,10 @@ from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.redis.access_keys import RedisAccessKeys
 from server.store.redis.adapters import RedisAdapters
-from server.store.redis.append_only_file import AppendOnlyFile
-from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.append_only_file import AppendOnlyFile
+from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.signing import RedisSigning
 from server.store.signing import SignQueue
 from server.store.tenants.access_keys import AccessKeys

@@ -22,7 +22,7 @@ from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.operating.health import Health
-from server.store.redis.connection import RedisConnection
+from server.store.redis.servers.connection import RedisConnection
 from tests.support.fake_engine import FakeEngine, Knobs
 
 CONTEXT = 512

@@ -22,9 +22,9 @@ from server.gateway.http.requests import AdaptOptions
 from server.gateway.users.adapting import training_config
 from server.store.profiles import Change
 from server.store.redis.adapters import RedisAdapters
-from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, JobBudget
 from server.worker.readapting import Counts, Readapting
 from tests.integration.conftest import Work

@@ -21,8 +21,8 @@ from bench.rig.valkey import ValkeyProcess
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
-from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret for tests only", "profiles")
@@ -153,9 +153,7 @@ async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
     assert (await service.replace(user, items("bread"))).profile.adapter == note
 
 
-async def test_adding_after_a_change_of_embedder_remakes_all(
-    store: RedisProfiles, inner: Embedder, user: User
-) -> None:
+async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisProfiles, inner: Embedder, user: User) -> None:
     await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"))
     new = CountingEmbedder(inner)
     changed = await profiles(store, new).add(user, items("chess"))

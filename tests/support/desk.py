@@ -14,9 +14,9 @@ from bank.manifest import BankManifest
 from server.store.jobs import Job, JobId, Submission
 from server.store.profiles import Change, Profile, StoredItem
 from server.store.redis.adapters import RedisAdapters
-from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, Sample, encode_config, encode_sample
 from server.store.tenants.user_key import UserKeys
 

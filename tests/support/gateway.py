@@ -19,8 +19,8 @@ from server.gateway.http.serving import uvicorn_config
 from server.gateway.parts import Parts
 from server.settings import Settings
 from server.store.profiles import AdapterNote, Change
-from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 
 SECRET = "a secret that only tests know"
 

@@ -18,9 +18,9 @@ from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profiles import AdapterNote, Change, Erasure, Profile, Snapshot, StoredItem, StoredSignature
 from server.store.redis.adapters import RedisAdapters
-from server.store.redis.append_only_file import AppendOnlyFile
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.signing import RedisSigning
 from server.store.tenants.user_key import UserKeys
 from tests.support.faults import FaultyConnection

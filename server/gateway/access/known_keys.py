@@ -100,7 +100,9 @@ class KnownKeys:
             return caller
         if digest in self._revoked:
             return Unauthorized(f"this API key was revoked: `{CREATE} NAME` makes another", code="revoked_api_key")
-        return Unauthorized(f"this API key is not known: `mta keys list` shows those that are, `{CREATE} NAME` makes one")
+        return Unauthorized(
+            f"this API key is not known: `mta keys list` shows those that are, `{CREATE} NAME` makes one"
+        )
 
 
 def _caller(key: AccessKey) -> Caller:

@@ -6,7 +6,7 @@ import orjson
 
 from server.errors import Unavailable
 from server.store.redis import keys
-from server.store.redis.connection import RedisConnection, readable
+from server.store.redis.servers.connection import RedisConnection, readable
 from server.store.tenants.access_keys import AccessKey, KeyRing, Scope
 
 _REVISION = "revision"
@@ -77,6 +77,4 @@ class RedisAccessKeys:
 def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
     record = orjson.loads(raw)
     scopes = frozenset(map(Scope, record["scopes"]))
-    return AccessKey(
-        digest, record["name"], record["tenant"], scopes, record["last"], record["created_ms"], revoked_ms
-    )
+    return AccessKey(digest, record["name"], record["tenant"], scopes, record["last"], record["created_ms"], revoked_ms)

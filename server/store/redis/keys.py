@@ -27,7 +27,7 @@ Of all users::
 
     mta:adapted               set     banks that user adapters were trained on
     mta:adapted:<bank>        set     keys of the users whose adapter was
-    mta:{rewrite}             hash    when the append-only file is rewritten (`append_only_file.py`)
+    mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, and `revision`
 
 From version 0.1, until a worker or a gateway takes them over::

@@ -14,7 +14,7 @@ from server.errors import Unavailable
 from server.store.jobs import parse_job_id
 from server.store.redis import keys
 from server.store.redis import queue_scripts as scripts
-from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection
 
 GROUP = "workers"
 GRACE_MS = 10_000
