@@ -11,6 +11,7 @@ from server.store.adapters import AdapterStore
 from server.store.durability import CheckedStore, ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
+from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
@@ -18,6 +19,7 @@ from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.signing import RedisSigning
 from server.store.signing import SignQueue
+from server.store.tenants.access_keys import AccessKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class Stores:
 
     Attributes:
         server: says whether the stores can be used.
+        keys: API keys.
         profiles, jobs, adapters: what is kept about users.
         signing: the queue of users who need a signature for a bank, by the bank's 8 hex digits.
         file: what the server writes to disk.
     """
 
     server: CheckedStore
+    keys: AccessKeys
     profiles: ProfileStore
     jobs: JobStore
     adapters: AdapterStore
@@ -58,6 +62,7 @@ async def open_stores(settings: Settings, *, checked: bool = True) -> AsyncItera
             await connection.check()
         yield Stores(
             server=connection,
+            keys=RedisAccessKeys(connection),
             profiles=RedisProfiles(connection),
             jobs=RedisJobs(connection),
             adapters=RedisAdapters(connection),

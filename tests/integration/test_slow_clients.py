@@ -20,7 +20,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
 
 HEADER_BYTES = 16 << 10
-POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")

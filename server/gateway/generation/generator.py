@@ -123,6 +123,7 @@ class Generator:
             prompt_param=asked.prompt_param,
             stream=asked.stream or (asked.splittable and not limits.allow_whole(messages, asked.max_tokens)),
             prompt=asked.prompt,
+            cache_salt=asked.cache_salt,
         )
         async with AsyncExitStack() as stack:
             candidates = may_speak(personalization, asked.personalize)

@@ -27,6 +27,14 @@ class Rate:
     window_s: int = MINUTE_S
 
 
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What is left of a rate: how much can be used now, and after how many seconds there will be more."""
+
+    amount: int
+    more_in_s: float
+
+
 class Rates(Protocol):
     """Counts for all gateways together. Every method raises `Unavailable` when the store cannot be reached.
 
@@ -40,8 +48,8 @@ class Rates(Protocol):
             Whether it was there.
         """
 
-    async def left(self, rate: Rate) -> int:
-        """How much can be used now."""
+    async def left(self, rate: Rate) -> Left:
+        """What is left of a rate."""
 
     async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         """Be among those who hold something, for some time or until `let_go`; calling it again renews that.

@@ -5,6 +5,7 @@ None of it is waited for until it is on disk: at worst a crash forgives what was
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from server.store.redis import keys
 from server.store.redis.job_scripts import NOW
 from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.rates import Rate
+from server.store.tenants.rates import Left, Rate
 
 # KEYS: who holds it, by when that ends. ARGV: most (-1: any number), lease (ms), members. Returns how many hold it, or
 # -1 if there is no room.
@@ -48,11 +49,9 @@ class RedisRates:
         )
         return taken
 
-    async def left(self, rate: Rate) -> int:
-        stats = await self._connection.run(
-            lambda redis: self._windows(redis).get_window_stats(_item(rate), rate.owner)
-        )
-        return min(int(stats.remaining), rate.most)
+    async def left(self, rate: Rate) -> Left:
+        stats = await self._connection.run(lambda redis: self._windows(redis).get_window_stats(_item(rate), rate.owner))
+        return Left(min(int(stats.remaining), rate.most), max(0.0, stats.reset_time - time.time()))
 
     async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         allowed, lease_ms = -1 if most is None else most, int(lease_s * 1000)
