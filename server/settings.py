@@ -75,7 +75,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
     body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
     send_timeout_s: float = Field(
-        60, gt=0, description="Longest time that a client may take nothing of what is sent to it, before it is hung up on."
+        60,
+        gt=0,
+        description="Longest time that a client may take nothing of what is sent to it, before it is hung up on.",
     )
     engine_places: int | None = Field(
         None,
@@ -90,10 +92,19 @@ class Settings(BaseSettings):
         "there are places.",
     )
     queue_timeout_s: float = Field(
-        10, gt=0, description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter."
+        10,
+        gt=0,
+        description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter.",
     )
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
+    key_requests: int = Field(0, ge=0, description="Requests a minute of each API key; 0 for any number.")
+    key_tokens: int = Field(0, ge=0, description="Tokens a minute of each API key, prompts included; 0 for any number.")
+    key_concurrent: int = Field(0, ge=0, description="Requests at once of each API key; 0 for any number.")
+    key_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each API key; 0 for any number.")
+    user_requests: int = Field(0, ge=0, description="Requests a minute of each user; 0 for any number.")
+    user_tokens: int = Field(0, ge=0, description="Tokens a minute of each user, prompts included; 0 for any number.")
+    user_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each user; 0 for any number.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
     profile_bytes: int = Field(
         2 << 20, gt=0, description="Most bytes kept of a user's items, as JSON: the newest that fit."

@@ -26,6 +26,7 @@ RENEW_S = 15.0
 """A gateway that dies takes its requests' places with it for `LEASE_S`; one that lives renews them in time."""
 
 _BUSY_S = 1.0
+_USER = "user-"
 _SHOWN = ("requests", "tokens")
 
 
@@ -57,11 +58,11 @@ class Counted:
     """A request that is counted: made by `Limiter`.
 
     Attributes:
-        tokens: how many it used, once known.
+        tokens: how many it used; None if nobody can say, and the estimate counts.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens: int | None = 0
         self.allowed: asyncio.Task[Sequence[_Use]] | None = None
         self.shown: asyncio.Task[dict[str, str]] | None = None
 
@@ -107,7 +108,7 @@ class Limiter:
         """
         counted = Counted()
         uses = self._uses(caller, user_key, requests=1, tokens=tokens)
-        busy = f"running/{_owner(caller)}" if self._per_key.concurrent else ""
+        busy = f"running/{caller.name}" if self._per_key.concurrent else ""
         if not uses and not busy:
             yield counted
             return
@@ -140,13 +141,13 @@ class Limiter:
             await self._store.hold(name, sorted(members), LEASE_S)
 
     def _uses(self, caller: Caller, user_key: str | None, **amounts: int) -> list[_Use]:
-        owners = [(_owner(caller), self._per_key)]
+        owners = [(caller.name, self._per_key)]
         if user_key is not None:
-            owners.append((user_key, self._per_user))
+            owners.append((f"{_USER}{user_key}", self._per_user))
         uses = []
         for owner, allowance in owners:
             for what, amount in amounts.items():
-                if most := getattr(allowance, what):
+                if amount and (most := getattr(allowance, what)):
                     window_s = DAY_S if what == "jobs" else MINUTE_S
                     # An estimate above the limit would be refused for ever.
                     uses.append(_Use(Rate(what, owner, most, window_s), min(amount, most)))
@@ -200,8 +201,8 @@ class Limiter:
         except TooMany:
             return
         for use in taken:
-            if use.rate.what == "tokens" and (more := min(counted.tokens, use.rate.most) - use.amount):
-                await self._quietly(self._store.take(use.rate, more))
+            if use.rate.what == "tokens" and counted.tokens is not None:
+                await self._quietly(self._store.take(use.rate, min(counted.tokens, use.rate.most) - use.amount))
         await self._leave(busy, member)
 
     async def _refusal(self, unfit: Sequence[_Use], counted: Counted) -> TooMany:
@@ -210,7 +211,7 @@ class Limiter:
         if unfit:
             rate, wait_s = unfit[0].rate, max([await self._wait_s(use) for use in unfit])
             what = "adapt jobs a day" if rate.what == "jobs" else f"{rate.what} a minute"
-            whose = "user" if rate.owner == counted.user_key else "API key"
+            whose = "user" if rate.owner.startswith(_USER) else "API key"
             return TooMany(
                 f"this {whose} may use {rate.most} {what}, and fewer are left than this request needs: try again in "
                 f"{wait_s:.0f} s",
@@ -262,8 +263,3 @@ def _wait_s(rate: Rate, left: Left, amount: int) -> float:
     """About how long it takes until so much is left: after the first bit, use is forgotten at the rate's own pace."""
     lacking = amount - left.amount
     return left.more_in_s + (lacking - 1) * rate.window_s / rate.most if lacking > 0 else 0.0
-
-
-def _owner(caller: Caller) -> str:
-    """Who is limited: a key, or all of a tenant that need none."""
-    return f"key-{caller.key_id}" if caller.key_id else f"tenant-{caller.tenant}"

@@ -21,9 +21,14 @@ _PACE_WEIGHT = 0.1
 
 
 class Place:
-    """A generation's place in the engines; it can be given back early, and only once."""
+    """A generation's place in the engines; it can be given back early, and only once.
 
-    def __init__(self, give_back: Callable[[], None]) -> None:
+    Attributes:
+        waited_s: for how long it was waited for.
+    """
+
+    def __init__(self, give_back: Callable[[], None], waited_s: float) -> None:
+        self.waited_s = waited_s
         self._give_back: Callable[[], None] | None = give_back
 
     def release(self) -> None:
@@ -74,23 +79,21 @@ class EngineQueue:
             TooMany: when it cannot be had in time.
         """
         places = self._places()
-        if places is None:
-            size = 0
-        else:
-            size = min(size, places)
-            await self._enter(caller, size, places, self._patience_s if patience_s is None else patience_s)
-        place = Place(lambda: self._leave(size))
+        size = min(size, places or 0)
+        waited_s = await self._enter(caller, size, places, patience_s) if places else 0.0
+        place = Place(lambda: self._leave(size), waited_s)
         try:
             yield place
         finally:
             place.release()
 
-    async def _enter(self, caller: str, size: int, places: int, patience_s: float) -> None:
-        """Return once the place is taken."""
+    async def _enter(self, caller: str, size: int, places: int, patience_s: float | None) -> float:
+        """Return once the place is taken: after how many seconds."""
         if not self.waiting and self.taken + size <= places:
             self.taken += size
-            return
-        patience_s = min(patience_s, self._patience_s)
+            return 0.0
+        patience_s = self._patience_s if patience_s is None else min(patience_s, self._patience_s)
+        start_s = time.monotonic()
         mine = len(self._lines.get(caller, ()))
         ahead = sum(min(len(line), mine + 1) for line in self._lines.values())
         if (ahead + 1) * self._pace_s > patience_s or not self._make_room(caller, mine, places):
@@ -107,6 +110,7 @@ class EngineQueue:
         except asyncio.CancelledError:
             self._step_out(caller, waiting)
             raise
+        return time.monotonic() - start_s
 
     def _make_room(self, caller: str, mine: int, places: int) -> bool:
         """Whether there is room in the line; if need be, whoever came last of the longest line leaves it."""
@@ -155,7 +159,8 @@ class EngineQueue:
         """Learn how long it takes until another one is served, from the moments when somebody waits."""
         now_s = time.monotonic()
         if self._last_s is not None:
-            self._pace_s += _PACE_WEIGHT * (now_s - self._last_s - self._pace_s)
+            weight = _PACE_WEIGHT if self._pace_s else 1.0
+            self._pace_s += weight * (now_s - self._last_s - self._pace_s)
         self._last_s = now_s if self._lines else None
 
     def _refusal(self) -> TooMany:
