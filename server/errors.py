@@ -2,6 +2,8 @@
 
 ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── InvalidRequest 400   a field is wrong; `param` names it
+├── Unauthorized 401     no API key, or one that does not count
+├── Forbidden 403        the key does not allow this
 ├── NotFound 404         no such user, route, recipe
 ├── WrongMethod 405
 ├── TooSlow 408          the request did not arrive in time
@@ -55,6 +57,22 @@ class InvalidRequest(ApiError):
     """A field of the request is wrong."""
 
     status, kind, default_code = 400, "invalid_request_error", "invalid_value"
+
+
+class Unauthorized(ApiError):
+    """The request carries no API key, or one that does not count."""
+
+    status, kind, default_code = 401, "authentication_error", "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ApiError):
+    """The caller may not do this."""
+
+    status, kind, default_code = 403, "permission_error", "missing_scope"
 
 
 class NotFound(ApiError):

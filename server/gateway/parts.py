@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from bank.lookup.serving import ServingBank
+from server.gateway.access.caller import caller_of
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
-from server.gateway.health import Health
-from server.gateway.metrics import Metrics
+from server.gateway.operating.health import Health
+from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
 from server.gateway.users.exporting import Exporting
 from server.gateway.users.profiles import Profiles
 from server.settings import Settings
+from server.store.tenants.user_key import Tenants, User, UserKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Parts:
     """The parts of one gateway."""
 
     settings: Settings
+    tenants: Tenants
     bank: ServingBank
     profiles: Profiles
     adapting: Adapting
@@ -38,3 +41,13 @@ def parts_of(request: Request) -> Parts:
     """The parts of the gateway that received a request."""
     parts: Parts = request.app.state.parts
     return parts
+
+
+def users_of(request: Request) -> UserKeys:
+    """How the users of the tenant that sent a request are named."""
+    return parts_of(request).tenants.users(caller_of(request).tenant)
+
+
+def user_of(request: Request, user_id: str) -> User:
+    """The user whom a request names: always one of the tenant's own."""
+    return users_of(request).user(user_id)

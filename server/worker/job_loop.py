@@ -27,7 +27,7 @@ from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
-from server.watching import forever
+from server.watching.repeating import forever
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.worker.holding import train_holding
 from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered

@@ -15,7 +15,7 @@ from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
-from server.watching import forever
+from server.watching.repeating import forever
 from server.worker.stall import STALL_S, Stalled
 
 log = logging.getLogger("mta.worker")

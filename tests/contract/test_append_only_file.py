@@ -10,9 +10,9 @@ import pytest
 import redis.asyncio as redis
 
 from bench.rig.valkey import ValkeyProcess
-from server.store.redis import append_only_file
-from server.store.redis.append_only_file import AppendOnlyFile
-from server.store.redis.connection import RedisConnection
+from server.store.redis.servers import append_only_file
+from server.store.redis.servers.append_only_file import AppendOnlyFile
+from server.store.redis.servers.connection import RedisConnection
 
 SECRET = b"words that nobody shall find again"
 

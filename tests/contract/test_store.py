@@ -17,9 +17,9 @@ from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store.durability import Durability
 from server.store.profiles import Change, Profile, StoredItem, StoredVector
-from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import TOMBSTONE_S, RedisProfiles
-from server.store.user_key import UserKeys
+from server.store.redis.servers.connection import RedisConnection
+from server.store.tenants.user_key import UserKeys
 
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 DIM = 384

@@ -18,9 +18,9 @@ from bank.manifest import BankManifest, read_manifest
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, Sample
 from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer

@@ -54,7 +54,7 @@ def test_health_is_200_whatever_the_parts(client: httpx.Client, fake_engine: Fak
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway that starts in this test looks at its parts more often, so that nobody waits for it."""
-    monkeypatch.setattr("server.gateway.health.PROBE_INTERVAL_S", 0.2)
+    monkeypatch.setattr("server.gateway.operating.health.PROBE_INTERVAL_S", 0.2)
 
 
 class Readiness:
@@ -173,7 +173,7 @@ def test_whoever_asks_whether_the_gateway_is_ready_has_no_part_asked(
 def test_before_the_parts_were_seen_the_gateway_is_not_ready(
     gateway_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.gateway.health.PROBE_TIMEOUT_S", 10 * PATIENCE_S)
+    monkeypatch.setattr("server.gateway.operating.health.PROBE_TIMEOUT_S", 10 * PATIENCE_S)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with (
@@ -190,7 +190,7 @@ def test_before_the_parts_were_seen_the_gateway_is_not_ready(
 def test_what_was_seen_too_long_ago_counts_for_nothing(
     gateway_settings: Settings, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.gateway.health.STALE_AFTER_S", 3.0)
+    monkeypatch.setattr("server.gateway.operating.health.STALE_AFTER_S", 3.0)
     with GatewayThread(gateway_settings) as gateway, gateway.client() as client:
         wait_until_ready(client)
         let_go = threading.Event()
@@ -299,6 +299,38 @@ class TestMetrics:
         client.post("/generate", json={"user_id": new_user(), "prompt": "x", "max_tokens": 1}).raise_for_status()
         # A request is counted when it is over, which is a moment after its client has all of the answer.
         wait_until(lambda: value(client, series) == before + 1, "the request to be counted")
+
+    def test_generations_are_counted_by_level_and_how_they_ended(
+        self, client: httpx.Client, fake_engine: FakeEngine, new_user: NewUser
+    ) -> None:
+        def ended(outcome: str, level: str = "base") -> float:
+            name = f'mta_generations_total{{level="{level}",outcome="{outcome}",tenant='
+            lines = client.get("/metrics").text.splitlines()
+            return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+        request = {"user_id": new_user(), "prompt": "x", "max_tokens": 3}
+        before = {outcome: ended(outcome) for outcome in ("answered", "broken")}
+        refused, unavailable = ended("refused", ""), ended("unavailable", "")
+        tokens = 'mta_tokens_total{kind="completion",level="base"}'
+        written = value(client, tokens)
+        client.post("/generate", json=request).raise_for_status()
+        client.post("/generate", json=request | {"prompt": 7})
+        fake_engine.knobs.die_after = 1
+        client.post("/generate", json=request | {"stream": True})
+        fake_engine.knobs.die_after = None
+        fake_engine.knobs.status = 500
+        client.post("/generate", json=request)
+        wait_until(lambda: ended("unavailable", "") == unavailable + 1, "the last one to be counted")
+        assert {outcome: ended(outcome) - was for outcome, was in before.items()} == {"answered": 1, "broken": 1}
+        assert ended("refused", "") == refused + 1
+        assert value(client, tokens) == written + 3
+
+    def test_the_stores_time_is_counted_by_what_it_did(self, client: httpx.Client, new_user: NewUser) -> None:
+        name = 'mta_store_seconds_count{{kind="{}",outcome="ok"}}'
+        before = [value(client, name.format(kind)) for kind in ("command", "write")]
+        client.put(f"/users/{new_user()}/profile", json={"items": [{"text": "x"}]}).raise_for_status()
+        assert value(client, name.format("write")) > before[1]
+        assert value(client, name.format("command")) > before[0]
 
     def test_each_stage_has_its_histogram(self, client: httpx.Client, new_user: NewUser) -> None:
         user_id = new_user()

@@ -17,8 +17,8 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.jobs import JobState, Lease
-from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
+from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, encode_config
 from server.worker.job_loop import JobLoop
 from server.worker.stall import Stalled

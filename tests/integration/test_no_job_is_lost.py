@@ -26,9 +26,9 @@ from bench.rig.processes import Background, mta, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import Job, JobId, parse_job_id
 from server.store.redis.adapters import RedisAdapters
-from server.store.redis.connection import RedisConnection
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 from server.supervisor.services import free_port
 from tests.support.proxy import LossyProxy
 

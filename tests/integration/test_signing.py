@@ -19,8 +19,8 @@ from bench.rig.tiny import tiny_bank, world
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.settings import Settings
-from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.signing import RedisSigning
 from server.worker.signing_loop import MAX_TRIES, SigningLoop
 from server.worker.stall import Stalled

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from server.errors import Unavailable
-from server.store.redis.connection import RedisConnection
+from server.store.redis.servers.connection import RedisConnection
 
 
 class Fault(StrEnum):

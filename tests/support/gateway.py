@@ -19,8 +19,8 @@ from server.gateway.http.serving import uvicorn_config
 from server.gateway.parts import Parts
 from server.settings import Settings
 from server.store.profiles import AdapterNote, Change
-from server.store.redis.connection import RedisConnection
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
 
 SECRET = "a secret that only tests know"
 
@@ -57,6 +57,10 @@ class GatewayThread:
     def thread(self) -> threading.Thread:
         """Whose event loop answers."""
         return self._thread
+
+    def key(self, user_id: str) -> str:
+        """What stands for a user of the tenant that there is while no key exists."""
+        return self.parts.tenants.users(self.parts.settings.tenant).key(user_id)
 
     def client(self, timeout_s: float = 30) -> httpx.Client:
         """A client for it."""
@@ -114,7 +118,7 @@ async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
     """Note in a profile that there is a user adapter, as promotion does."""
     connection = RedisConnection(gateway.parts.settings.redis_url)
     await connection.check()
-    store, key = RedisProfiles(connection), gateway.parts.profiles.key(user_id)
+    store, key = RedisProfiles(connection), gateway.key(user_id)
     snapshot = await store.read(key)
     assert snapshot.profile
     note = AdapterNote("a" * 26, f"mta1:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)

@@ -27,7 +27,7 @@ from server.engine.banks import read_manifests
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
 from server.store.opening import open_stores
-from server.watching import forever
+from server.watching.repeating import forever
 
 log = logging.getLogger("mta.engine")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from server.gateway.engines.chat import Conversation, Prompt
 from server.gateway.http.requests import Personalize
+from server.store.tenants.user_key import User
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,7 @@ class Asked:
 
     Attributes:
         id_prefix: how the answer's id begins.
-        user_id: who asks; None for nobody in particular.
+        user: who asks; None for nobody in particular.
         personalize: how personal the answer is to be.
         strength: of the anchors beside the common row, relative to the bank's own.
         messages: the conversation; empty where a prompt is continued.
@@ -26,13 +27,14 @@ class Asked:
         sampling: what the engine gets as it came.
         stream: whether the client wants the answer in pieces.
         splittable: whether the engine may send in pieces what the client wants whole.
-        user_param: the client's name for `user_id`, for errors.
+        cache_salt: the tenant's.
+        user_param: the client's name for the user, for errors.
         prompt_param: for the conversation or prompt.
         max_tokens_param: for `max_tokens`.
     """
 
     id_prefix: str
-    user_id: str | None
+    user: User | None
     personalize: Personalize
     strength: float
     messages: Conversation
@@ -42,6 +44,7 @@ class Asked:
     sampling: Mapping[str, Any]
     stream: bool
     splittable: bool
+    cache_salt: str
     user_param: str
     prompt_param: str
     max_tokens_param: str = "max_tokens"

@@ -19,7 +19,7 @@ from server.gateway.generation.limits import Limits
 from server.gateway.generation.personalizer import Personalization, Personalizer, may_speak
 from server.gateway.generation.recall import Recall
 from server.gateway.generation.timings import Timings
-from server.gateway.metrics import Metrics
+from server.gateway.operating.metrics import Metrics
 
 if TYPE_CHECKING:
     from prometheus_client import Histogram
@@ -123,6 +123,7 @@ class Generator:
             prompt_param=asked.prompt_param,
             stream=asked.stream or (asked.splittable and not limits.allow_whole(messages, asked.max_tokens)),
             prompt=asked.prompt,
+            cache_salt=asked.cache_salt,
         )
         async with AsyncExitStack() as stack:
             candidates = may_speak(personalization, asked.personalize)

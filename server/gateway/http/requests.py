@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.store.samples import MAX_SAMPLES, AdapterKind
-from server.store.user_key import check_user_id
+from server.store.tenants.user_key import check_user_id
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256

@@ -13,11 +13,12 @@ from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import GenerateRequest, items_wanted
 from server.gateway.http.streaming import event
-from server.gateway.parts import parts_of
+from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import Answering
 from server.gateway.routes.answers import GenerateAnswer, generate_answer
 from server.gateway.routes.chunks import Chunks
 from server.gateway.routes.examples import GENERATED, STREAMED
+from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
@@ -48,18 +49,18 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     one an answer with a status of its own.
     """
     parts = parts_of(request)
-    return Answering(parts, asked_of(body, parts.bank.manifest.history_default), _Texts())
+    return Answering(parts, asked_of(body, users_of(request), parts.bank.manifest.history_default), _Texts())
 
 
-def asked_of(request: GenerateRequest, history: int = 0) -> Asked:
-    """What a request asks of the generator; `history` is what `auto` stands for."""
+def asked_of(request: GenerateRequest, users: UserKeys, history: int = 0) -> Asked:
+    """What a request of a tenant asks of the generator; `history` is what `auto` stands for."""
     if request.prompt is not None:
         messages = chat_messages(request.prompt)
     else:
         messages = [message.model_dump() for message in request.messages or ()]
     return Asked(
         id_prefix="gen",
-        user_id=request.user_id,
+        user=users.user(request.user_id),
         personalize=request.personalize,
         strength=request.strength,
         messages=messages,
@@ -68,6 +69,7 @@ def asked_of(request: GenerateRequest, history: int = 0) -> Asked:
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,
         splittable=True,
+        cache_salt=users.cache_salt,
         user_param="user_id",
         prompt_param=request.conversation_param,
     )

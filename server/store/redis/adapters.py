@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from adapters.recipe import UserAdapterId
 from server.store.adapters import StoredAdapter
 from server.store.redis import keys
-from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection
 
 _BATCH = 100
 

@@ -22,8 +22,8 @@ from server.store.profiles import Profile
 from server.store.redis import job_scripts as scripts
 from server.store.redis import keys
 from server.store.redis.adapters import RedisAdapters
-from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, readable
 from server.store.redis.queue import LISTED_MS, RedisQueue
+from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection, readable
 from server.store.samples import Curve, decode_curve, encode_curve
 
 log = logging.getLogger("mta.store")
@@ -175,6 +175,9 @@ class RedisJobs:
 
     async def waiting_jobs(self, bank: str) -> int:
         return await self._queue(bank).waiting_count()
+
+    async def oldest_waiting_s(self, bank: str) -> float:
+        return await self._queue(bank).oldest_s()
 
     async def overdue(self, bank: str) -> list[JobId]:
         queue, announced = self._queue(bank), []

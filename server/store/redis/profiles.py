@@ -22,8 +22,8 @@ from server.store.profile_record import (
 )
 from server.store.profiles import Change, Erased, Erasure, Profile, Snapshot, StoredItem
 from server.store.redis import keys
-from server.store.redis.connection import WRITE_TIMEOUT_S, RedisConnection, readable
 from server.store.redis.job_scripts import ERASED_SINCE, NOW
+from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection, readable
 
 TOMBSTONE_S = 7 * 24 * 3600
 

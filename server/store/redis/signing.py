@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from server.store.redis.connection import RedisConnection
 from server.store.redis.queue import RedisQueue
+from server.store.redis.servers.connection import RedisConnection
 
 
 class RedisSigning:

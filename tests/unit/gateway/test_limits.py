@@ -11,12 +11,14 @@ from server.gateway.generation.asked import Asked
 from server.gateway.generation.limits import WHOLE_TOKENS, Limits, most_tokens
 from server.gateway.http.requests import GenerateRequest
 from server.gateway.routes.generate import asked_of
+from server.store.tenants.user_key import UserKeys
 
 LIMITS = Limits(prompt_chars=10, context=512)
 
 
 def ask(**fields: Any) -> Asked:
-    return asked_of(GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields))
+    request = GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
+    return asked_of(request, UserKeys("a secret for tests only", "tests"))
 
 
 def in_messages(*texts: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from server.gateway.generation.asked import Asked
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import Personalize, items_wanted
-from server.gateway.parts import parts_of
+from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import Answering
 from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIForm, TextCompletion
 from server.gateway.routes.openai.requests import (
@@ -24,7 +24,7 @@ from server.gateway.routes.openai.requests import (
     OpenAIRequest,
     StreamOptions,
 )
-from server.store.user_key import check_user_id
+from server.store.tenants.user_key import check_user_id
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ async def chat_completions(request: Request, body: ChatRequest, x_user_id: UserH
         max_tokens=body.max_completion_tokens or body.max_tokens,
         max_tokens_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         prompt_param="messages",
-        **_common(body, x_user_id),
+        **_common(request, body, x_user_id),
     )
     return _answering(request, asked, body, "chat.completion")
 
@@ -70,7 +70,7 @@ async def completions(request: Request, body: CompletionRequest, x_user_id: User
         prompt=body.prompt,
         max_tokens=body.max_tokens,
         prompt_param="prompt",
-        **_common(body, x_user_id),
+        **_common(request, body, x_user_id),
     )
     return _answering(request, asked, body, "text_completion")
 
@@ -81,7 +81,7 @@ async def models() -> ModelsAnswer:
     return ModelsAnswer(data=[ModelAnswer(id=name) for name in _MODELS])
 
 
-def _common(body: OpenAIRequest, header: str | None) -> dict[str, Any]:
+def _common(request: Request, body: OpenAIRequest, header: str | None) -> dict[str, Any]:
     """What both kinds of request ask of the generator."""
     if body.model not in _MODELS:
         raise NotFound(
@@ -94,13 +94,15 @@ def _common(body: OpenAIRequest, header: str | None) -> dict[str, Any]:
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
+    users, user_id = users_of(request), _user_id(body.user, header)
     return {
-        "user_id": _user_id(body.user, header),
+        "user": None if user_id is None else users.user(user_id),
         "personalize": personalize,
         "strength": body.strength,
         "sampling": body.passed,
         "stream": body.stream,
         "splittable": False,  # logprobs, tool calls and several choices are not put together again
+        "cache_salt": users.cache_salt,
         "user_param": "user",
     }
 

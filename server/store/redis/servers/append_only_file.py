@@ -17,8 +17,8 @@ from redis.exceptions import ResponseError
 
 from server.store.durability import LOOK_S, Asked
 from server.store.redis import keys
-from server.store.redis.connection import RedisConnection
 from server.store.redis.job_scripts import NOW
+from server.store.redis.servers.connection import RedisConnection
 
 log = logging.getLogger("mta.store")
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from server.errors import ApiError
 from server.gateway.engines.admin import AddressState, Engines, EngineState
 from server.store.durability import CheckedStore, Durability
-from server.watching import forever
+from server.watching.repeating import forever
 
 log = logging.getLogger("mta.gateway")
 
