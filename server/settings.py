@@ -120,6 +120,20 @@ class Settings(BaseSettings):
     job_seconds: int = Field(3600, gt=0, description="Longest time that a worker trains one adapt job.")
     embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
 
+    # Watching
+    metrics_tenants: str = Field(
+        "", description="Tenants that metrics name, comma-separated, besides MTA_TENANT; others are `other`."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address that a worker's metrics are at; never a public one.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of a worker's metrics (`/metrics`); 0 for none.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or an object each.")
+    otlp_endpoint: str = Field(
+        "", description="Collector that gets traces, by OTLP over HTTP, e.g. http://127.0.0.1:4318; none if empty."
+    )
+    trace_share: float = Field(
+        1.0, ge=0, le=1, description="Share of requests traced, where their client has not decided already."
+    )
+
     # Engine
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")
     engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")
@@ -137,6 +151,21 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
+
+    # Fleet
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="Engines that `mta up` starts, the cores shared out between them; from two on behind a router.",
+    )
+    router_host: str = Field("127.0.0.1", description="Address the router listens on; never a public one.")
+    router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
+    router_metrics_port: int = Field(
+        29000, ge=1, le=65535, description="Port of the router's own metrics, at the same address."
+    )
+    drain_s: float = Field(
+        30, ge=0, description="How long gateway and engine finish what they have begun once they are asked to stop."
+    )
 
     # Worker
     worker_threads: int = Field(
@@ -171,6 +200,11 @@ class Settings(BaseSettings):
             MtaError: when no first bank was named.
         """
         return (self.bank_folder(), *([self.next_bank] if self.next_bank else []))
+
+    @property
+    def named_tenants(self) -> frozenset[str]:
+        """The tenants that metrics name."""
+        return frozenset({self.tenant, *filter(None, map(str.strip, self.metrics_tenants.split(",")))})
 
     @property
     def engines(self) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ from server.gateway.http.bodies import Bodies
 from server.gateway.http.errors import add_error_handlers
 from server.gateway.http.middleware import Places, RequestLog
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
-from server.gateway.operating.metrics import Metrics
+from server.gateway.operating.metrics import GENERATING, Metrics
 from server.gateway.parts import Parts
 from server.gateway.routes import generate, jobs, operations, users
 from server.gateway.routes.console import bank as console_bank
@@ -75,7 +75,7 @@ Text in each user's own manner, from one base model. `PUT /users/{user_id}/profi
 
 def create_app(settings: Settings) -> FastAPI:
     """The gateway as an ASGI application. Nothing is opened before its lifespan starts."""
-    metrics, keys = Metrics(), KnownKeys(settings.tenant)
+    metrics, keys = Metrics(settings.named_tenants), KnownKeys(settings.tenant)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -91,9 +91,10 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    # The last one added is the outermost.
     app.add_middleware(Places, most=settings.max_requests)
     app.add_middleware(Authentication, keys=keys)
-    app.add_middleware(RequestLog, counter=metrics.requests)  # the last one added is the outermost
+    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING)
     for part in (generate, openai, users, jobs, operations, console_bank, pages):
         app.include_router(part.router)
     guard(app)
@@ -115,7 +116,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
         try:
-            stores = await stack.enter_async_context(open_stores(settings))
+            stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store))
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         await keys.look(stores.keys)
@@ -138,7 +139,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
         tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
         engines = Engines(session, settings.engines, engine_key)
         health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
-        metrics.watch(lambda: engines.figures)
+        metrics.watch(lambda: engines.figures, lambda: health.readiness)
         limiter = Limiter(
             stores.rates,
             per_key=Allowance(
@@ -148,10 +149,13 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
                 concurrent=settings.key_concurrent,
             ),
             per_user=Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs),
+            metrics=metrics,
         )
         places = SharedPlaces(engines, stores.rates, settings.engine_places)
         stack.push_async_callback(places.leave)
-        queue = EngineQueue(places, most_waiting=settings.queue_places, patience_s=settings.queue_timeout_s)
+        queue = EngineQueue(
+            places, most_waiting=settings.queue_places, patience_s=settings.queue_timeout_s, metrics=metrics
+        )
 
         for beside in (
             health.watch(),
@@ -223,6 +227,7 @@ async def _count_jobs(jobs: JobStore, bank: str, metrics: Metrics) -> None:
         unfinished, waiting = await jobs.open_jobs(bank), await jobs.waiting_jobs(bank)
         metrics.jobs.labels("queued").set(waiting)
         metrics.jobs.labels("running").set(max(0, unfinished - waiting))
+        metrics.oldest_job.set(await jobs.oldest_waiting_s(bank))
 
 
 def _stand_back() -> None:

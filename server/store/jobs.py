@@ -241,6 +241,9 @@ class JobStore(Protocol):
     async def waiting_jobs(self, bank: str) -> int:
         """About how many of them no worker has taken yet."""
 
+    async def oldest_waiting_s(self, bank: str) -> float:
+        """How long the oldest of those has been announced; 0 without one."""
+
     async def overdue(self, bank: str) -> list[JobId]:
         """Announce again, and return, every job that should have been taken or finished by now."""
 

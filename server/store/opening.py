@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from server.settings import Settings
 from server.store.adapters import AdapterStore
-from server.store.durability import CheckedStore, ForgetsOnDisk
+from server.store.durability import CheckedStore, ForgetsOnDisk, Timed, untimed
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.redis.access.api_keys import RedisAccessKeys
@@ -48,19 +48,21 @@ class Stores:
 
 
 @asynccontextmanager
-async def open_stores(settings: Settings, *, checked: bool = True) -> AsyncIterator[Stores]:
+async def open_stores(settings: Settings, *, checked: bool = True, timed: Timed = untimed) -> AsyncIterator[Stores]:
     """The stores that the settings name, for the duration of a `with` block.
 
     Args:
         settings: the process's.
         checked: whether the server must be reachable, and durable if the settings require it. Otherwise a process
             starts while the store is down, and must write nothing that has to last.
+        timed: gets what every call took.
 
     Raises:
         MtaError: when the URL cannot be read.
         Unavailable: when a checked server cannot be reached or is not durable.
     """
-    connection = RedisConnection(settings.redis_url, require_durable=checked and settings.require_durable_store)
+    must_last = checked and settings.require_durable_store
+    connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed)
     try:
         if checked:
             await connection.check()

@@ -14,7 +14,7 @@ from server.gateway.access.caller import Caller
 from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
 from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.servers.connection import READ_TIMEOUT_S
-from server.store.tenants.access_keys import AccessKey, Scope, digest_of, new_secret
+from server.store.tenants.access_keys import AccessKey, Scope, access_key, new_secret
 from tests.support.store_parts import StoreParts
 
 HASH = "mta:{access}:keys"
@@ -31,14 +31,8 @@ def secret() -> str:
     return new_secret()
 
 
-def key_of(secret: str, **fields: object) -> AccessKey:
-    given = {
-        "name": "app",
-        "tenant": "acme",
-        "scopes": frozenset((Scope.GENERATE, Scope.ADMIN)),
-        "created_ms": 1,
-    } | fields
-    return AccessKey(digest_of(secret.encode()), last=secret[-4:], **given)  # type: ignore[arg-type]
+def key_of(secret: str) -> AccessKey:
+    return replace(access_key(secret, "app", "acme", (Scope.GENERATE, Scope.ADMIN)), created_ms=1)
 
 
 def sent(secret: str) -> list[tuple[bytes, bytes]]:

@@ -212,6 +212,10 @@ class TestLine:
             for answer in answers:
                 if answer not in good:
                     refused(answer, "overloaded")
+            metrics = client.get("/metrics").text.splitlines()
+            assert f'mta_shed_total{{reason="queue_full"}} {float(12 - len(good))}' in metrics
+            assert {"mta_queue_running 0.0", "mta_queue_waiting 0.0"} <= set(metrics)
+            assert f"mta_queue_seconds_count {float(len(good))}" in metrics
 
     def test_the_engine_never_has_more(self, limited: Limited, fake_engine: FakeEngine) -> None:
         fake_engine.knobs.admit_s = 0.02

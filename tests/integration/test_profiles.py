@@ -73,7 +73,7 @@ def user() -> User:
 
 def profiles(store: RedisProfiles, embedder: CountingEmbedder) -> Profiles:
     executor, limit = ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20)
-    return Profiles(store, KEYS, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
+    return Profiles(store, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
 
 
 def items(*names: str) -> list[Item]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from server.errors import TooMany, Unavailable
 from server.gateway.access.caller import Caller
+from server.gateway.operating.metrics import Metrics
 from server.store.tenants.rates import DAY_S, MINUTE_S, Left, Rate, Rates
 
 log = logging.getLogger("mta.gateway")
@@ -87,15 +88,16 @@ class Limiter:
         store: where they are counted.
         per_key: what each key may use; all who need none are one.
         per_user: what each user may use.
+        metrics: counts who is refused.
     """
 
-    def __init__(self, store: Rates, *, per_key: Allowance, per_user: Allowance) -> None:
+    def __init__(self, store: Rates, *, per_key: Allowance, per_user: Allowance, metrics: Metrics) -> None:
         self._store = store
         self._per_key = per_key
         self._per_user = per_user
+        self._metrics = metrics
         self._held: defaultdict[str, set[str]] = defaultdict(set)
         self._working: set[asyncio.Task[None]] = set()
-        self.refused = 0
 
     @asynccontextmanager
     async def counted(self, caller: Caller, user_key: str | None, tokens: int) -> AsyncIterator[Counted]:
@@ -206,7 +208,7 @@ class Limiter:
         await self._leave(busy, member)
 
     async def _refusal(self, unfit: Sequence[_Use], counted: Counted) -> TooMany:
-        self.refused += 1
+        self._metrics.shed.labels(unfit[0].rate.what if unfit else "concurrent").inc()
         headers = await counted.headers()
         if unfit:
             rate, wait_s = unfit[0].rate, max([await self._wait_s(use) for use in unfit])

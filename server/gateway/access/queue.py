@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from server.errors import TooMany
+from server.gateway.operating.metrics import Metrics
 
 _MOST_RETRY_S = 60.0
 _PACE_WEIGHT = 0.1
@@ -53,18 +54,23 @@ class EngineQueue:
         places: how many sequences the engines compute at once; None while nobody knows: then nothing waits.
         most_waiting: longest line; None for as many as there are places.
         patience_s: longest wait.
+        metrics: shows how many wait, and for how long, and who is refused.
     """
 
-    def __init__(self, places: Callable[[], int | None], *, most_waiting: int | None, patience_s: float) -> None:
+    def __init__(
+        self, places: Callable[[], int | None], *, most_waiting: int | None, patience_s: float, metrics: Metrics
+    ) -> None:
         self._places = places
         self._most_waiting = most_waiting
         self._patience_s = patience_s
+        self._metrics = metrics
         self._lines: OrderedDict[str, deque[_Waiting]] = OrderedDict()  # whose turn is next comes first; none is empty
         self._pace_s = 0.0
         self._last_s: float | None = None
         self.taken = 0
         self.waiting = 0
-        self.shed = 0
+        metrics.queue_running.set_function(lambda: self.taken)
+        metrics.queue_waiting.set_function(lambda: self.waiting)
 
     @asynccontextmanager
     async def place(self, caller: str, *, size: int = 1, patience_s: float | None = None) -> AsyncIterator[Place]:
@@ -81,6 +87,7 @@ class EngineQueue:
         places = self._places()
         size = min(size, places or 0)
         waited_s = await self._enter(caller, size, places, patience_s) if places else 0.0
+        self._metrics.queue_seconds.observe(waited_s)
         place = Place(lambda: self._leave(size), waited_s)
         try:
             yield place
@@ -96,8 +103,10 @@ class EngineQueue:
         start_s = time.monotonic()
         mine = len(self._lines.get(caller, ()))
         ahead = sum(min(len(line), mine + 1) for line in self._lines.values())
-        if (ahead + 1) * self._pace_s > patience_s or not self._make_room(caller, mine, places):
-            raise self._refusal()
+        if (ahead + 1) * self._pace_s > patience_s:
+            raise self._refusal("queue_timeout")
+        if not self._make_room(caller, mine, places):
+            raise self._refusal("queue_full")
         waiting = _Waiting(size, asyncio.get_running_loop().create_future())
         self._lines.setdefault(caller, deque()).append(waiting)
         self.waiting += 1
@@ -106,7 +115,8 @@ class EngineQueue:
                 await waiting.turn
         except TimeoutError:
             self._step_out(caller, waiting)
-            raise self._refusal() from None
+            self._metrics.queue_seconds.observe(time.monotonic() - start_s)
+            raise self._refusal("queue_timeout") from None
         except asyncio.CancelledError:
             self._step_out(caller, waiting)
             raise
@@ -122,7 +132,7 @@ class EngineQueue:
             return False
         last = self._lines[longest][-1]
         self._remove(longest, last)
-        last.turn.set_exception(self._refusal())
+        last.turn.set_exception(self._refusal("queue_full"))
         return True
 
     def _step_out(self, caller: str, waiting: _Waiting) -> None:
@@ -163,8 +173,8 @@ class EngineQueue:
             self._pace_s += weight * (now_s - self._last_s - self._pace_s)
         self._last_s = now_s if self._lines else None
 
-    def _refusal(self) -> TooMany:
-        self.shed += 1
+    def _refusal(self, reason: str) -> TooMany:
+        self._metrics.shed.labels(reason).inc()
         return TooMany(
             "the engines are busy, and as many requests wait as can be served in time: try again in a moment",
             code="overloaded",

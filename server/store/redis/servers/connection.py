@@ -7,6 +7,7 @@ fsyncs every write itself, `WAITAOF` travel in one round trip on one connection.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.durability import Durability
+from server.store.durability import Durability, Timed, untimed
 
 CONNECTIONS = 64
 CONNECT_TIMEOUT_S = 2.0
@@ -51,12 +52,13 @@ class RedisConnection:
     Args:
         url: as in redis-py: `redis://`, `rediss://` or `unix://`.
         require_durable: whether a server whose writes are not durable is refused.
+        timed: gets what every call took, but for those that wait for something to happen.
 
     Raises:
         MtaError: when the URL cannot be read.
     """
 
-    def __init__(self, url: str, *, require_durable: bool = True) -> None:
+    def __init__(self, url: str, *, require_durable: bool = True, timed: Timed = untimed) -> None:
         try:
             # One retry: a connection that idled through a restart of the server fails once. Commits may be repeated.
             pool = redis.BlockingConnectionPool.from_url(
@@ -71,6 +73,7 @@ class RedisConnection:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._redis: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
         self._require_durable = require_durable
+        self._timed = timed
         self._durability = Durability.NONE
 
     @property
@@ -90,20 +93,32 @@ class RedisConnection:
         return self._durability
 
     @asynccontextmanager
-    async def pipeline(self, *, transaction: bool, timeout_s: float = READ_TIMEOUT_S) -> AsyncIterator[Any]:
+    async def pipeline(
+        self, *, transaction: bool, timeout_s: float = READ_TIMEOUT_S, kind: str = "command"
+    ) -> AsyncIterator[Any]:
         """Commands in one round trip; Redis's errors become `Unavailable`."""
-        async with _translated(timeout_s), self._redis.pipeline(transaction=transaction) as pipe:
-            yield pipe
+        with _Measured(self._timed, kind):
+            async with _translated(timeout_s), self._redis.pipeline(transaction=transaction) as pipe:
+                yield pipe
 
-    async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
-        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
-        async with _translated(timeout_s):
-            return await command(self._redis)
+    async def run(
+        self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S, *, waits: bool = False
+    ) -> Any:
+        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`.
+
+        Args:
+            command: asks the client.
+            timeout_s: the longest that it may take.
+            waits: whether it waits for something to happen, so that its time says nothing of the server.
+        """
+        with _Measured(untimed if waits else self._timed, "command"):
+            async with _translated(timeout_s):
+                return await command(self._redis)
 
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
         """Run a script on some keys of one slot; return its answer once its writes are on disk."""
         self._refuse_if_not_durable()
-        async with self.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
+        async with self.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S, kind="write") as pipe:
             pipe.eval(script, len(names), *names, *arguments)
             if self._durability is Durability.WAITAOF:
                 pipe.execute_command("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
@@ -141,6 +156,22 @@ class RedisConnection:
         except ResponseError:
             return Durability.NONE
         return Durability.WAITAOF
+
+
+class _Measured:
+    """Times a block; it failed if the store could not be used."""
+
+    __slots__ = ("_kind", "_start_s", "_timed")
+
+    def __init__(self, timed: Timed, kind: str) -> None:
+        self._timed = timed
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._timed(self._kind, time.perf_counter() - self._start_s, isinstance(error, Unavailable))
 
 
 def _text(value: bytes | str) -> str:
