@@ -1,8 +1,9 @@
 """The line before the engines: how many generations they have at once, how many wait, and who is next.
 
-An engine computes so many sequences in one batch; what it is sent beyond that waits inside it, first come, first served.
-So it is sent no more. The rest waits here, where the callers take turns, where a client who leaves frees its place, and
-where the line is short: what would wait longer than it may is refused at once, and what is admitted stays fast.
+An engine computes so many sequences in one batch; what it is sent beyond that waits inside it, first come, first
+served. So it is sent no more. The rest waits here, where the callers take turns, where a client who leaves frees its
+place, and where the line is short: what would wait longer than it may is refused at once, and what is admitted stays
+fast.
 """
 
 from __future__ import annotations

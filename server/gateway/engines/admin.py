@@ -94,8 +94,9 @@ class Engines:
 
     Attributes:
         context: the model's context in tokens, the shortest that engines last reported; None until one has.
-        sequences: how many all engines that answer compute at once; the last known while none does, None before.
-        figures: what each engine last said of its adapters and batches, in the order of `urls`; None while it says nothing.
+        sequences: how many the engines compute at once, all that answer; as last known if none does, None before.
+        figures: what each engine last said of its adapters and batches, in the order of `urls`; None while it says
+            nothing.
     """
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], key: str | None) -> None:

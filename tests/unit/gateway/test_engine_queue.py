@@ -141,7 +141,7 @@ async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypat
     for name in ("a0", "b0", "a1", "b1"):
         now_s += 20  # one is served every 20 s
         await line.end(name)
-    await line.come("c1", patience_s=60, metrics=Metrics())  # two are ahead, for callers take turns
+    await line.come("c1", patience_s=60)  # two are ahead, for callers take turns
     assert line.queue.waiting == 5
     await line.come("c2", patience_s=10)
     refused = await line.refusal("c2")
