@@ -83,7 +83,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
-        "they compute in a batch, shared among the gateways that use the same Redis.",
+        "they compute in a batch, shared among the gateways in front of them that use the same Redis.",
     )
     queue_places: int | None = Field(
         None,
