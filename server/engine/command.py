@@ -18,6 +18,7 @@ from server.engine.fusing.kernels import native
 from server.engine.sizing import FEWEST, slots_on_cpu
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
+from server.watching.logs import VLLM_CONFIG
 
 
 def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
@@ -97,6 +98,8 @@ def engine_command(
     }
     if settings.next_bank is not None:
         environment["MTA_NEXT_BANK"] = str(settings.next_bank)
+    if settings.log_format == "json":
+        environment["VLLM_LOGGING_CONFIG_PATH"] = str(VLLM_CONFIG)
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
     if on_cpu:
         argv.append("--enforce-eager")

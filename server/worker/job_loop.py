@@ -29,8 +29,9 @@ from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
 from server.watching.repeating import forever
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
-from server.worker.holding import train_holding
-from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
+from server.worker.figures import WorkerFigures
+from server.worker.leased.holding import train_holding
+from server.worker.leased.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 
 log = logging.getLogger("mta.worker")
 
@@ -58,6 +59,7 @@ class JobLoop:
         bank: finds the recipe that a user's adapter is trained on.
         trainer: trains and encodes adapters.
         model_lock: held while the base model is in use; shared with others that use it.
+        figures: counts jobs.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class JobLoop:
         trainer: Trains,
         *,
         model_lock: asyncio.Lock | None = None,
+        figures: WorkerFigures | None = None,
     ) -> None:
         self._name = name
         self._jobs = jobs
@@ -76,6 +79,7 @@ class JobLoop:
         self._bank = bank
         self._trainer = trainer
         self._model_lock = model_lock or asyncio.Lock()
+        self._figures = figures or WorkerFigures()
 
     async def run(self) -> None:
         """Work until cancelled; waits for a store that cannot be reached.
@@ -110,8 +114,10 @@ class JobLoop:
         if lease is None:
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
+        outcome = "given up"
         try:
-            await self._work(HeldLease(self._jobs, lease, asked_s))
+            with self._figures.training(lease.job):
+                outcome = await self._work(HeldLease(self._jobs, lease, asked_s))
         except LeaseLost:
             log.info("%s: given up, the lease is lost", lease.job.id)
         except StoreSilent as error:
@@ -125,6 +131,8 @@ class JobLoop:
         except Exception:
             await self._give_back(lease, counts=True)
             raise
+        finally:
+            self._figures.jobs.labels(outcome).inc()
 
     async def _give_back(self, lease: Lease, *, counts: bool) -> None:
         """The worker is ending: let another take the job at once. Without a store, its lease runs out."""
@@ -134,17 +142,18 @@ class JobLoop:
         except ApiError as error:
             log.warning("%s: not returned to the queue: %s", lease.job.id, error.explained)
 
-    async def _work(self, held: HeldLease) -> None:
+    async def _work(self, held: HeldLease) -> JobState:
         """Train a job and write its outcome; a fault of its content is an outcome too."""
         try:
-            await self._adapt(held)
+            return await self._adapt(held)
         except ApiError:
             raise
         except MtaError as error:
             log.info("%s: failed: %s", held.lease.job.id, type(error.__cause__ or error).__name__)
             await self._end(held, Trained(JobState.FAILED, error=str(error)))
+            return JobState.FAILED
 
-    async def _adapt(self, held: HeldLease) -> None:
+    async def _adapt(self, held: HeldLease) -> JobState:
         lease, key = held.lease, held.lease.job.id.user_key
         profile = await held.insist(self._profiles.load, key)
         if profile is None:
@@ -169,6 +178,7 @@ class JobLoop:
             if not await self._promote(held, recipe, judgement, raw):
                 raise LeaseLost
         log.info("%s: held-out loss %.4f, before %.4f", lease.job.id, judgement.after, judgement.before)
+        return JobState.REJECTED if judgement.weights is None else JobState.SUCCEEDED
 
     async def _past(self, held: HeldLease) -> list[Item]:
         """The user's items, the oldest first."""

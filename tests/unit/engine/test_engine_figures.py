@@ -56,7 +56,7 @@ def check() -> Durations:
 
 @pytest.fixture
 def published(worker: Worker, check: Durations, names: AdapterNames[Any]) -> AdapterFigures:
-    return AdapterFigures(worker.ask, check, names)
+    return AdapterFigures(worker.ask, check, names, slots=8)
 
 
 def shown(figures: AdapterFigures) -> dict[str, float]:
