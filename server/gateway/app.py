@@ -53,6 +53,7 @@ from server.store.opening import open_stores
 from server.store.samples import JobBudget
 from server.store.user_key import UserKeys
 from server.watching.repeating import forever
+from server.watching.tracing import Tracing, open_tracing
 
 log = logging.getLogger("mta.gateway")
 
@@ -68,14 +69,15 @@ Text in each user's own manner, from one base model. `PUT /users/{user_id}/profi
 
 def create_app(settings: Settings) -> FastAPI:
     """The gateway as an ASGI application. Nothing is opened before its lifespan starts."""
-    metrics = Metrics(settings.named_tenants)
+    metrics, tracing = Metrics(settings.named_tenants), open_tracing(settings, "mta-gateway")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(1, thread_name_prefix="bodies") as body_thread:
             app.state.bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
-            async with _opened(settings, metrics) as app.state.parts:
+            async with _opened(settings, metrics, tracing) as app.state.parts:
                 yield
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="MTA server",
@@ -86,15 +88,16 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(Places, most=settings.max_requests)
     # The last one added is the outermost.
-    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING)
+    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING, tracing=tracing)
     for part in (generate, openai, users, jobs, operations, console_bank, pages):
         app.include_router(part.router)
     add_error_handlers(app)
+    tracing.watch_app(app)
     return app
 
 
 @asynccontextmanager
-async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
+async def _opened(settings: Settings, metrics: Metrics, tracing: Tracing) -> AsyncIterator[Parts]:
     """Open every part, refuse to start if one cannot serve, and close them in turn.
 
     Raises:
@@ -112,7 +115,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         if stores.server.durability is Durability.NONE:
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
-        session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
+        session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", _stand_back))
         signing = stores.signing(bank.manifest.short) if bank.signs else None
         profiles = Profiles(
@@ -152,6 +155,7 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             task=bank.task,
             max_sample_bytes=settings.max_item_bytes,
             budget=JobBudget(settings.job_tokens, settings.job_seconds),
+            tracing=tracing,
         )
         erasing = Erasing(
             stores.profiles,
@@ -171,7 +175,9 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Parts]:
             bank=bank_folder,
             manifest=bank.manifest,
         )
-        yield Parts(settings, bank, profiles, adapting, erasing, exporting, personalizer, generator, health, metrics)
+        yield Parts(
+            settings, bank, profiles, adapting, erasing, exporting, personalizer, generator, health, metrics, tracing
+        )
 
 
 async def _count_jobs(jobs: JobStore, bank: str, metrics: Metrics) -> None:

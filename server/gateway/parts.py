@@ -16,6 +16,7 @@ from server.gateway.users.erasing import Erasing
 from server.gateway.users.exporting import Exporting
 from server.gateway.users.profiles import Profiles
 from server.settings import Settings
+from server.watching.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Parts:
     generator: Generator
     health: Health
     metrics: Metrics
+    tracing: Tracing
 
 
 def parts_of(request: Request) -> Parts:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import propagate, trace
@@ -17,20 +16,18 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import Link, SpanKind
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from server.watching.spans import W3C, SpanTracing
 from server.watching.stripped import StrippingExporter
-from server.watching.tracing import Tracing
+from server.watching.tracing import TRACES_PATH
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-TRACES = "/v1/traces"
-"""Where collectors take spans."""
+_EXPORT_TIMEOUT_S = 2
+"""What a process waits for a silent collector, also when it ends."""
 
-_EXPORT_TIMEOUT_S = 5
 _NOT_TRACED = r"^https?://[^/]+/(health|ready|metrics|docs|openapi\.json|console.*)$"
-_W3C = TraceContextTextMapPropagator()
 
 
 class Requests(Sampler):
@@ -43,7 +40,7 @@ class Requests(Sampler):
     def __init__(self, share: float) -> None:
         self._begun = TraceIdRatioBased(share)
 
-    def should_sample(
+    def should_sample(  # noqa: PLR0917  OpenTelemetry's signature
         self,
         parent_context: Context | None,
         trace_id: int,
@@ -64,8 +61,8 @@ class Requests(Sampler):
         return f"Requests({self._begun.rate:g})"
 
 
-class OtlpTracing(Tracing):
-    """Traces by OpenTelemetry.
+class OtlpTracing(SpanTracing):
+    """Traces requests, calls to engines, the store's commands, and what the process adds.
 
     Args:
         endpoint: the collector's base URL.
@@ -77,10 +74,10 @@ class OtlpTracing(Tracing):
         self._provider = TracerProvider(
             resource=Resource.create({"service.name": service}), sampler=Requests(share), shutdown_on_exit=False
         )
-        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + TRACES, timeout=_EXPORT_TIMEOUT_S)
+        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + TRACES_PATH, timeout=_EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(BatchSpanProcessor(StrippingExporter(exporter)))
-        self._tracer = self._provider.get_tracer("mta")
-        propagate.set_global_textmap(_W3C)  # and no baggage: what clients put there is nobody's business
+        super().__init__(self._provider)
+        propagate.set_global_textmap(W3C)  # and no baggage: what clients put there is nobody's business
         RedisInstrumentor().instrument(tracer_provider=self._provider)
 
     def watch_app(self, app: FastAPI) -> None:
@@ -94,27 +91,6 @@ class OtlpTracing(Tracing):
     def session_options(self) -> dict[str, Any]:
         return {"trace_configs": [create_trace_config(tracer_provider=self._provider)]}
 
-    def current(self) -> str:
-        carrier: dict[str, str] = {}
-        _W3C.inject(carrier)
-        return carrier.get("traceparent", "")
-
-    @contextmanager
-    def span(self, name: str, *, follows: str = "") -> Iterator[None]:
-        context = _W3C.extract({"traceparent": follows}) if follows else None
-        with self._tracer.start_as_current_span(name, context):
-            yield
-
-    def note(self, **attributes: str | int | float) -> None:
-        trace.get_current_span().set_attributes({f"mta.{name}": value for name, value in attributes.items()})
-
-    def link(self, traceparent: str) -> None:
-        other = trace.get_current_span(_W3C.extract({"traceparent": traceparent})).get_span_context()
-        if other.is_valid:
-            trace.get_current_span().add_link(other)
-
     def close(self) -> None:
         RedisInstrumentor().uninstrument()
         self._provider.shutdown()
-
-

@@ -14,9 +14,12 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+TRACES_PATH = "/v1/traces"
+"""Where collectors take spans, by OTLP over HTTP."""
+
 
 class Tracing:
-    """Traces nothing; `server/watching/otlp.py` has the one that does."""
+    """Traces nothing; `server/watching/spans.py` and `otlp.py` have those that do."""
 
     def watch_app(self, app: FastAPI) -> None:
         """Have every request to an application traced, but for those that only ask how it is."""

@@ -27,7 +27,9 @@ from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
+from server.watching.logs import traceparent
 from server.watching.repeating import forever
+from server.watching.tracing import Tracing
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.worker.figures import WorkerFigures
 from server.worker.leased.holding import train_holding
@@ -60,6 +62,7 @@ class JobLoop:
         trainer: trains and encodes adapters.
         model_lock: held while the base model is in use; shared with others that use it.
         figures: counts jobs.
+        tracing: shows jobs as parts of the traces of their requests.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class JobLoop:
         *,
         model_lock: asyncio.Lock | None = None,
         figures: WorkerFigures | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._name = name
         self._jobs = jobs
@@ -80,6 +84,7 @@ class JobLoop:
         self._trainer = trainer
         self._model_lock = model_lock or asyncio.Lock()
         self._figures = figures or WorkerFigures()
+        self._tracing = tracing or Tracing()
 
     async def run(self) -> None:
         """Work until cancelled; waits for a store that cannot be reached.
@@ -116,8 +121,10 @@ class JobLoop:
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
         outcome = "given up"
         try:
-            with self._figures.training(lease.job):
+            with self._figures.training(lease.job), self._tracing.span("adapt", follows=lease.job.traceparent):
+                traceparent.set(self._tracing.current())
                 outcome = await self._work(HeldLease(self._jobs, lease, asked_s))
+                self._tracing.note(outcome=outcome, tries=lease.job.tries)
         except LeaseLost:
             log.info("%s: given up, the lease is lost", lease.job.id)
         except StoreSilent as error:
@@ -132,6 +139,7 @@ class JobLoop:
             await self._give_back(lease, counts=True)
             raise
         finally:
+            traceparent.set("")
             self._figures.jobs.labels(outcome).inc()
 
     async def _give_back(self, lease: Lease, *, counts: bool) -> None:
@@ -170,7 +178,9 @@ class JobLoop:
             with blamed(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
         items = await self._past(held) if self._bank.manifest.history_share else []
-        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config, items))
+        with self._tracing.span("train"):
+            judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config, items))
+            self._tracing.note(samples=len(samples), steps=judgement.steps)
         if judgement.weights is None:
             await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:
@@ -199,7 +209,8 @@ class JobLoop:
             snapshot = await held.insist(self._profiles.read, lease.job.id.user_key)
             if snapshot.profile is None:
                 return False
-            note = AdapterNote(stored.id, recipe.name, len(raw), time.time_ns() // 1_000_000)
+            created_ms = time.time_ns() // 1_000_000
+            note = AdapterNote(stored.id, recipe.name, len(raw), created_ms, self._tracing.current())
             noted = replace(snapshot.profile, adapter=note)
             if await held.insist(self._jobs.promote, lease, trained, noted, snapshot.version, stored):
                 return True

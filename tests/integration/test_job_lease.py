@@ -94,7 +94,7 @@ def jobs(desk: Desk) -> Shaky:
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that runs out in a test's time."""
-    for module in ("lease", "job_loop"):
+    for module in ("leased.lease", "job_loop"):
         monkeypatch.setattr(f"server.worker.{module}.LEASE_S", 0.5)
     for module in ("lease", "holding"):
         monkeypatch.setattr(f"server.worker.{module}.RENEW_S", 0.05)

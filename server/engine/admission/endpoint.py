@@ -31,6 +31,7 @@ from server.store.opening import open_stores
 from server.watching.figures import StoreSeconds
 from server.watching.logs import Noting
 from server.watching.repeating import forever
+from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.engine")
 
@@ -100,7 +101,7 @@ class MtaEndpointPlugin:
             in_use=lambda: names.in_use,
         )
         self._watching = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
-        preparer = Preparer(manifests, names, users)
+        preparer = Preparer(manifests, names, users, _tracing(settings))
         preparer.install()
         self._figures = metrics.install(engine_client, names, preparer.check, args.max_loras)
         state.mta = _Behind(preparer, self._figures, max_lora_rank=args.max_lora_rank, slots=args.max_loras)
@@ -109,6 +110,15 @@ class MtaEndpointPlugin:
         if self._names is None:
             raise BankError("the engine's plugin served a request before it was initialised")
         return self._names
+
+
+def _tracing(settings: Settings) -> Tracing:
+    """Adds to the traces that vLLM sends."""
+    if not settings.otlp_endpoint:
+        return Tracing()
+    from server.watching.spans import SpanTracing
+
+    return SpanTracing()
 
 
 def _api_keys(args: Namespace) -> list[str]:

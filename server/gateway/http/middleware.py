@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 from server.errors import Unavailable
 from server.gateway.http.disconnect import CLIENT_GONE
 from server.gateway.http.errors import error_response
-from server.watching.logs import request_id
+from server.watching.logs import request_id, traceparent
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
 
@@ -68,12 +70,14 @@ class RequestLog:
         app: what answers.
         counts: gets every request at its end.
         generating: paths whose POSTs are generations.
+        tracing: of the process.
     """
 
-    def __init__(self, app: ASGIApp, counts: Counts, generating: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, counts: Counts, generating: frozenset[str], tracing: Tracing) -> None:
         self._app = app
         self._counts = counts
         self._generating = generating
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,6 +85,8 @@ class RequestLog:
             return
         notes, own_id = RequestNotes(time.perf_counter()), secrets.token_hex(12)
         request_id.set(own_id)
+        traceparent.set(self._tracing.current())
+        self._tracing.note(request=own_id)
         scope.setdefault("state", {})["notes"] = notes
         status, headed = 500, False
         is_head = scope["method"] == "HEAD"

@@ -93,6 +93,9 @@ class Answering(Response):
         """Keep the answer for the headers, and note for the log and the count what only this route knows."""
         self._answer, notes = answer, notes_of(scope)
         notes.answer_id, notes.level = answer.id, answer.personalization.level.value
+        self._parts.tracing.note(level=notes.level)
+        if made_in := answer.personalization.made_in:
+            self._parts.tracing.link(made_in)
 
     def _known_headers(self, timings: Timings) -> dict[str, str]:
         """Headers as far as they are known: a comment can begin a stream before anything is."""

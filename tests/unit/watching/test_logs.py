@@ -25,7 +25,9 @@ def in_a_traced_request() -> Iterator[None]:
 
 
 def line(message: str, *arguments: object, **more: Any) -> logging.LogRecord:
-    record = logging.LogRecord("mta.test", logging.WARNING, "file.py", 1, message, arguments, more.pop("exc_info", None))
+    record = logging.LogRecord(
+        "mta.test", logging.WARNING, "file.py", 1, message, arguments, more.pop("exc_info", None)
+    )
     for name, value in more.items():
         setattr(record, name, value)
     return record
