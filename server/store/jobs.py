@@ -50,7 +50,7 @@ class JobId:
     """`<user key>.<number>`: locates the job's keys, and says nothing about who the user is.
 
     Attributes:
-        user_key: see `server/store/user_key.py`.
+        user_key: see `server/store/tenants/user_key.py`.
         number: from 1, increasing with each of the user's jobs.
     """
 

@@ -97,7 +97,7 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("leased.lease", "job_loop"):
         monkeypatch.setattr(f"server.worker.{module}.LEASE_S", 0.5)
     for module in ("lease", "holding"):
-        monkeypatch.setattr(f"server.worker.{module}.RENEW_S", 0.05)
+        monkeypatch.setattr(f"server.worker.leased.{module}.RENEW_S", 0.05)
 
 
 async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_training(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +35,7 @@ class RequestNotes:
         level: how personal a generation is.
         gone: whether the client left before the answer.
         broken: whether a stream ended in an error.
+        on_stall: called when the client takes nothing of what is sent to it for a while.
     """
 
     started_s: float
@@ -42,6 +44,7 @@ class RequestNotes:
     level: str = ""
     gone: bool = False
     broken: bool = False
+    on_stall: Callable[[], None] | None = None
 
 
 def notes_of(scope: Scope) -> RequestNotes:
