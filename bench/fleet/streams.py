@@ -1,4 +1,4 @@
-"""Streams on several gateways in turn: all the time, or arriving by chance; and clients that hardly read, or never."""
+"""Streams through several gateways: all the time, or arriving by chance; and clients that hardly read, or never."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Load:
 
 
 class Loader:
-    """Asks gateways in turn; made by `loading`.
+    """Asks gateways; made by `loading`.
 
     Args:
         session: the HTTP session.
@@ -93,11 +93,12 @@ class Loader:
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], bodies: Iterable[dict[str, Any]]) -> None:
         self._session = session
-        self._asks = zip(itertools.cycle(urls), map(orjson.dumps, bodies), strict=False)
+        self._urls = urls
+        self._bodies = map(orjson.dumps, bodies)
 
-    async def stream(self) -> Stream:
+    async def stream(self, url: str) -> Stream:
         """The next stream, read as fast as it comes."""
-        url, body = next(self._asks)
+        body = next(self._bodies)
         start_s = time.perf_counter()
         status, first_s, chunks, tail = BROKEN, 0.0, 0, b""
         try:
@@ -112,25 +113,28 @@ class Loader:
         return Stream(status, first_s, time.perf_counter() - start_s, chunks)
 
     async def closed(self, clients: int, seconds: float, told: Callable[[Stream], object]) -> Load:
-        """Clients that ask again as soon as they are answered; after so many seconds they finish what they have."""
+        """Clients that ask again as soon as they are answered; after so many seconds they finish what they have.
+
+        Each asks one gateway, and each gateway has as many.
+        """
         streams: list[Stream] = []
         start_s = time.perf_counter()
 
-        async def client() -> None:
+        async def client(url: str) -> None:
             while time.perf_counter() < start_s + seconds:
-                streams.append(await self.stream())
+                streams.append(await self.stream(url))
                 told(streams[-1])
 
-        await asyncio.gather(*(client() for _ in range(clients)))
+        await asyncio.gather(*map(client, itertools.islice(itertools.cycle(self._urls), clients)))
         return Load(streams, time.perf_counter() - start_s)
 
     async def open(self, per_s: float, seconds: float, told: Callable[[Stream], object], seed: int = 0) -> Load:
-        """Arrivals of a Poisson process, however long the answers take."""
-        chance, under_way = random.Random(seed), []
+        """Arrivals of a Poisson process at the gateways in turn, however long the answers take."""
+        chance, under_way, urls = random.Random(seed), [], itertools.cycle(self._urls)
         start_s = next_s = time.perf_counter()
         while (next_s := next_s + chance.expovariate(per_s)) < start_s + seconds:
             await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
-            under_way.append(asyncio.create_task(self.stream()))
+            under_way.append(asyncio.create_task(self.stream(next(urls))))
             under_way[-1].add_done_callback(lambda task: told(task.result()))
         return Load(await asyncio.gather(*under_way), time.perf_counter() - start_s)
 
