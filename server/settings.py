@@ -88,8 +88,8 @@ class Settings(BaseSettings):
     queue_places: int | None = Field(
         None,
         ge=0,
-        description="Most generations that wait for a place in the engines; others get 429. By default as many as "
-        "there are places.",
+        description="Most generations that wait for a place in the engines; others get 429. By default half as many "
+        "as there are places.",
     )
     queue_timeout_s: float = Field(
         10,

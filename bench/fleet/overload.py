@@ -3,8 +3,8 @@
     streams   500 clients that stream all the time: none of their streams may be lost
     overload  what the engine can bear, then that much arriving by chance, then twice that: what is too much is refused,
               and the rest takes little longer
-    readers   half of what it can bear, beside clients of long answers: such as read them, then such as read a few bytes
-              a second, and such as never read. The others must not notice which
+    readers   half of what it can bear: alone, then beside clients of long answers who read a few bytes a second, and
+              others who never read. It must hardly notice them
 
 The engine is real; its model is tiny, so that the gateways have much to do. Ends with status 1 when a claim fails.
 """
@@ -44,8 +44,6 @@ PLACES = 16
 """Sequences in a batch where there is to be more than fits."""
 MOST_LONGER = 1.5
 SEND_TIMEOUT_S = 5
-READERS = 3
-"""Clients of each gateway that hardly read, and as many that never do."""
 SLOW_BYTES_PER_S = 500.0
 LONG_PATH = "/v1/chat/completions"
 LONG = {
@@ -205,21 +203,19 @@ class Overload:
         ]
 
     async def _readers(self, loader: Loader, capacity: float, seconds: float) -> Rows:
-        rows: Rows = []
-        loads = []
-        everybody = [url for url in self._urls for _ in range(READERS)]
-        for what, slow, idle in (("that read", None, None), ("that hardly read or never do", SLOW_BYTES_PER_S, 0.0)):
-            async with reading(everybody, LONG_PATH, LONG, slow), reading(everybody, LONG_PATH, LONG, idle):
-                await asyncio.sleep(min(seconds / 4, 2 * SEND_TIMEOUT_S))  # until what is not read fills all buffers
-                label = f"half of capacity beside {2 * len(everybody)} clients {what}"
-                loads.append(await self._offered(loader, capacity / 2, seconds, label))
-            rows += self._rows(loads[-1], label)
-            await asyncio.sleep(2)
-        ratio = loads[1].whole_ms(0.99) / loads[0].whole_ms(0.99)
-        left = await self._taken()
+        what = "half of capacity offered"
+        alone = await self._offered(loader, capacity / 2, seconds, f"{what}, alone")
+        beside = f"{what}, beside {2 * len(self._urls)} clients that do not read"
+        slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
+        async with slow, idle:
+            await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until what is not read fills all buffers
+            held_up = await self._offered(loader, capacity / 2, seconds, beside)
+        await asyncio.sleep(2)
+        ratio, left = held_up.whole_ms(0.99) / alone.whole_ms(0.99), await self._taken()
         return [
-            *rows,
-            ("p99 beside those that do not read over p99 beside those that do", _at_most_longer(ratio)),
+            *self._rows(alone, f"{what}, alone"),
+            *self._rows(held_up, beside),
+            ("p99 beside clients that do not read over p99 alone", _at_most_longer(ratio)),
             ("places still taken at the end", _judged(f"{left:g}", left == 0)),
         ]
 

@@ -150,8 +150,8 @@ async def loading(urls: Sequence[str], bodies: Iterable[dict[str, Any]]) -> Asyn
 
 
 @asynccontextmanager
-async def reading(urls: Sequence[str], path: str, body: dict[str, Any], per_s: float | None) -> AsyncIterator[None]:
-    """A client of each URL that asks again and again, and reads so many bytes a second; None for all that come.
+async def reading(urls: Sequence[str], path: str, body: dict[str, Any], per_s: float) -> AsyncIterator[None]:
+    """A client of each URL that asks again and again, and reads so many bytes a second, or none.
 
     Its buffers are small, so that what it does not read waits in the gateway.
     """
@@ -165,7 +165,7 @@ async def reading(urls: Sequence[str], path: str, body: dict[str, Any], per_s: f
         await asyncio.gather(*clients, return_exceptions=True)
 
 
-async def _reader(url: str, path: str, body: bytes, per_s: float | None) -> None:
+async def _reader(url: str, path: str, body: bytes, per_s: float) -> None:
     place = urlsplit(url)
     head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
     while True:
@@ -180,10 +180,9 @@ async def _reader(url: str, path: str, body: bytes, per_s: float | None) -> None
                     if per_s == 0:
                         await asyncio.sleep(GIVES_UP_S)
                         break
-                    if not await reader.read(4096 if per_s is None else max(1, round(per_s / 10))):
+                    if not await reader.read(max(1, round(per_s / 10))):
                         break
-                    if per_s is not None:
-                        await asyncio.sleep(0.1)
+                    await asyncio.sleep(0.1)
             except OSError:
                 pass
             finally:

@@ -53,7 +53,8 @@ class EngineQueue:
 
     Args:
         places: how many sequences the engines compute at once; None while nobody knows: then nothing waits.
-        most_waiting: longest line; None for as many as there are places.
+        most_waiting: longest line; None for half as many as there are places: then nobody waits much longer than half
+            an answer takes.
         patience_s: longest wait.
         metrics: shows how many wait, and for how long, and who is refused.
     """
@@ -125,7 +126,7 @@ class EngineQueue:
 
     def _make_room(self, caller: str, mine: int, places: int) -> bool:
         """Whether there is room in the line; if need be, whoever came last of the longest line leaves it."""
-        most = places if self._most_waiting is None else self._most_waiting
+        most = max(1, places // 2) if self._most_waiting is None else self._most_waiting
         if self.waiting < most:
             return True
         longest = max(self._lines, key=lambda name: len(self._lines[name]), default=caller)
