@@ -43,6 +43,8 @@ USERS = 16
 PLACES = 16
 """Sequences in a batch where there is to be more than fits."""
 MOST_LONGER = 1.5
+TURNS = 3
+"""Of two loads that are compared: what else the machine does, both have to bear."""
 SEND_TIMEOUT_S = 5
 SLOW_BYTES_PER_S = 500.0
 LONG_PATH = "/v1/chat/completions"
@@ -83,10 +85,10 @@ def main(
         bar = _Bar(progress)
         records: dict[str, Load] = {}
         if "streams" in chosen:
-            with _fleet(subject, Path(scratch) / "streams", max_num_seqs=streams, max_loras=USERS) as urls:
+            with _fleet(subject, Path(scratch) / "streams", streams) as urls:
                 rows += asyncio.run(Overload(urls, tokens, bar, records).streams(streams, seconds))
         if set(chosen) - {"streams"}:
-            with _fleet(subject, Path(scratch) / "overload", max_num_seqs=PLACES, max_loras=USERS) as urls:
+            with _fleet(subject, Path(scratch) / "overload", PLACES) as urls:
                 rows += asyncio.run(Overload(urls, tokens, bar, records).beyond(chosen, phase))
     title = f"Overload: {GATEWAYS} gateways, one engine, {subject.title}, answers of {tokens} tokens"
     report(title, rows, out, **{what: _summary(load) for what, load in records.items()})
@@ -111,12 +113,12 @@ class _Bar:
 
 
 @contextmanager
-def _fleet(subject: Subject, folder: Path, **engine: object) -> Iterator[list[str]]:
-    """Gateways over one engine and one store that knows the users; their URLs."""
+def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]]:
+    """Gateways over an engine for so many sequences, and a store that knows the users; the gateways' URLs."""
     folder.mkdir()
     store = ValkeyProcess(folder / "valkey").start()
     try:
-        with vllm_server(subject, **engine) as server, ExitStack() as stack:
+        with vllm_server(subject, max_num_seqs=sequences, max_loras=USERS) as server, ExitStack() as stack:
             gateways = [
                 stack.enter_context(
                     running_gateway(subject.bank, store.url, server.url, KEY, SECRET, send_timeout_s=SEND_TIMEOUT_S)
@@ -188,42 +190,46 @@ class Overload:
         return rows
 
     async def _twice(self, loader: Loader, capacity: float, seconds: float) -> Rows:
-        rows: Rows = []
-        once, twice = [
-            await self._offered(loader, times * capacity, seconds, f"{times} x capacity offered") for times in (1, 2)
-        ]
-        for load, times in ((once, 1), (twice, 2)):
-            rows += self._rows(load, f"{times} x capacity offered")
+        whats = [f"{times} x capacity offered" for times in (1, 2)]
+        for _ in range(TURNS):
+            for times, what in enumerate(whats, 1):
+                await self._offered(loader, times * capacity, seconds / TURNS, what)
+        once, twice = (self._records[what] for what in whats)
         rise = [load.refused / len(load.streams) for load in (once, twice)]
         ratio = twice.whole_ms(0.99) / once.whole_ms(0.99)
         return [
-            *rows,
+            *itertools.chain(*map(self._rows, whats)),
             ("429s rise with what is offered", _judged(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
             ("admitted: p99 at twice over p99 at capacity", _at_most_longer(ratio)),
         ]
 
     async def _readers(self, loader: Loader, capacity: float, seconds: float) -> Rows:
-        what = "half of capacity offered"
-        alone = await self._offered(loader, capacity / 2, seconds, f"{what}, alone")
-        beside = f"{what}, beside {2 * len(self._urls)} clients that do not read"
-        slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
-        async with slow, idle:
-            await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until what is not read fills all buffers
-            held_up = await self._offered(loader, capacity / 2, seconds, beside)
-        await asyncio.sleep(2)
-        ratio, left = held_up.whole_ms(0.99) / alone.whole_ms(0.99), await self._taken()
+        whats = [
+            f"half of capacity offered, {how}" for how in ("alone", f"beside {2 * len(self._urls)} that do not read")
+        ]
+        for _ in range(TURNS):
+            await self._offered(loader, capacity / 2, seconds / TURNS, whats[0])
+            slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
+            async with slow, idle:
+                await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until what is not read fills all buffers
+                await self._offered(loader, capacity / 2, seconds / TURNS, whats[1])
+            await asyncio.sleep(1)
+        alone, beside = (self._records[what] for what in whats)
+        ratio, left = beside.whole_ms(0.99) / alone.whole_ms(0.99), await self._taken()
         return [
-            *self._rows(alone, f"{what}, alone"),
-            *self._rows(held_up, beside),
+            *itertools.chain(*map(self._rows, whats)),
             ("p99 beside clients that do not read over p99 alone", _at_most_longer(ratio)),
             ("places still taken at the end", _judged(f"{left:g}", left == 0)),
         ]
 
-    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> Load:
-        load = self._records[what] = await loader.open(per_s, seconds, self._begin(what))
-        return load
+    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> None:
+        """One turn of a load, added to what is recorded of it."""
+        load = await loader.open(per_s, seconds, self._begin(what), seed=len(self._records))
+        before = self._records.get(what, Load((), 0.0))
+        self._records[what] = Load([*before.streams, *load.streams], before.seconds + load.seconds)
 
-    def _rows(self, load: Load, what: str) -> Rows:
+    def _rows(self, what: str) -> Rows:
+        load = self._records[what]
         return [
             (f"{what}: served a second", round(load.rate, 1)),
             (f"{what}: refused (429)", f"{load.refused} of {len(load.streams)}"),

@@ -124,6 +124,7 @@ class Generator:
         """
         limits = Limits(self._max_prompt_chars, self._engines.context)
         limits.check(asked)
+        self._queue.check(asked.caller.name, asked.patience_s)
         user_key = asked.user.key if asked.user else None
         async with AsyncExitStack() as stack:
             counting = self._limiter.counted(asked.caller, user_key, partial(limits.tokens, asked))
