@@ -28,6 +28,7 @@ Of all users::
     mta:adapted               set     banks that user adapters were trained on
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
+    mta:{rewrite}:<server>    hash    the same, of each server of a cluster
 
 From version 0.1, until a worker or a gateway takes them over::
 
@@ -87,6 +88,11 @@ def job(job_id: JobId) -> str:
 
 def epoch(user_key: str) -> str:
     return _of_user(user_key, "epoch")
+
+
+def rewrite(server: str) -> str:
+    """Of a server's file, by the server's id; empty if it is the only one."""
+    return f"{REWRITE}:{server}" if server else REWRITE
 
 
 def adapted(bank: str) -> str:
