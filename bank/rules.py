@@ -85,7 +85,12 @@ class AnswerPrior(Frozen):
 
 
 class Difference(Frozen):
-    """A mean difference in loss over people, nats a token, with its 95 % interval; negative is better."""
+    """A difference in loss over people, nats a token, with its 95 % interval; negative is better.
+
+    Attributes:
+        mean: that of a typical person: the median of the means of any two.
+        low, high: the interval's ends.
+    """
 
     mean: float
     low: float

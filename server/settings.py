@@ -77,8 +77,37 @@ class Settings(BaseSettings):
     header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
     body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
+    send_timeout_s: float = Field(
+        60,
+        gt=0,
+        description="Longest time that a client may take nothing of what is sent to it, before it is hung up on.",
+    )
+    engine_places: int | None = Field(
+        None,
+        ge=1,
+        description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
+        "they compute in a batch, shared among the gateways that use the same Redis.",
+    )
+    queue_places: int | None = Field(
+        None,
+        ge=0,
+        description="Most generations that wait for a place in the engines; others get 429. By default as many as "
+        "there are places.",
+    )
+    queue_timeout_s: float = Field(
+        10,
+        gt=0,
+        description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter.",
+    )
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
+    key_requests: int = Field(0, ge=0, description="Requests a minute of each API key; 0 for any number.")
+    key_tokens: int = Field(0, ge=0, description="Tokens a minute of each API key, prompts included; 0 for any number.")
+    key_concurrent: int = Field(0, ge=0, description="Requests at once of each API key; 0 for any number.")
+    key_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each API key; 0 for any number.")
+    user_requests: int = Field(0, ge=0, description="Requests a minute of each user; 0 for any number.")
+    user_tokens: int = Field(0, ge=0, description="Tokens a minute of each user, prompts included; 0 for any number.")
+    user_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each user; 0 for any number.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
     profile_bytes: int = Field(
         2 << 20, gt=0, description="Most bytes kept of a user's items, as JSON: the newest that fit."
@@ -93,6 +122,20 @@ class Settings(BaseSettings):
     )
     job_seconds: int = Field(3600, gt=0, description="Longest time that a worker trains one adapt job.")
     embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
+
+    # Watching
+    metrics_tenants: str = Field(
+        "", description="Tenants that metrics name, comma-separated, besides MTA_TENANT; others are `other`."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address that a worker's metrics are at; never a public one.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of a worker's metrics (`/metrics`); 0 for none.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or an object each.")
+    otlp_endpoint: str = Field(
+        "", description="Collector that gets traces, by OTLP over HTTP, e.g. http://127.0.0.1:4318; none if empty."
+    )
+    trace_share: float = Field(
+        1.0, ge=0, le=1, description="Share of requests traced, where their client has not decided already."
+    )
 
     # Engine
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")
@@ -111,6 +154,21 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
+
+    # Fleet
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="Engines that `mta up` starts, the cores shared out between them; from two on behind a router.",
+    )
+    router_host: str = Field("127.0.0.1", description="Address the router listens on; never a public one.")
+    router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
+    router_metrics_port: int = Field(
+        29000, ge=1, le=65535, description="Port of the router's own metrics, at the same address."
+    )
+    drain_s: float = Field(
+        30, ge=0, description="How long gateway and engine finish what they have begun once they are asked to stop."
+    )
 
     # Worker
     worker_threads: int = Field(
@@ -145,6 +203,11 @@ class Settings(BaseSettings):
             MtaError: when no first bank was named.
         """
         return (self.bank_folder(), *([self.next_bank] if self.next_bank else []))
+
+    @property
+    def named_tenants(self) -> frozenset[str]:
+        """The tenants that metrics name."""
+        return frozenset({self.tenant, *filter(None, map(str.strip, self.metrics_tenants.split(",")))})
 
     @property
     def engines(self) -> tuple[str, ...]:

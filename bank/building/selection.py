@@ -21,8 +21,8 @@ MIN_ITEMS = 11
 ASKED, KNOWN = 3, 6
 """Of whoever is left out: how many last items are asked for, and the fewest before them that are known."""
 
-FEWEST_ASIDE, MOST_ASIDE, ASIDE_OF = 4, 12, 6
-"""One of so many people is left out, within these bounds: fewer would say nothing, and more would be missed."""
+FEWEST_ASIDE, MOST_ASIDE, ASIDE_OF = 6, 16, 4
+"""One of so many people is left out, within these bounds: fewer can show nothing, and more would be missed."""
 
 SAMPLED_ITEMS = 64
 """Items of one candidate that are embedded to tell candidates apart; there may be thousands, with hundreds each."""

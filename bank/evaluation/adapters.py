@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from adapters.recipe import FusionRecipe
 from adapters.training.example import Example, output_tokens
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
+from adapters.user_adapter import encode_user_adapter
 from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.evaluation.methods import Base, EvalMethod
@@ -25,6 +27,9 @@ from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
 from bank.lookup.weights import TOPIC_GRAIN, AnchorWeight, evident_weights, make_recipe, topic_weights
 from bank.rules import SignatureRule
+
+NUMBER_BYTES, EMBEDDED_BYTES = 4, 2
+"""A number of a signature or a histogram, and one of a profile's embedding, as they are kept."""
 
 
 @dataclass(slots=True)
@@ -139,6 +144,28 @@ class Adapters:
             Reading(surprise(shares, query.gold) / example.output_tokens, likeliest)
             for query, example in zip(person.queries, examples, strict=True)
         ]
+
+    def kept_bytes(self, method: EvalMethod, evidence: Evidence, adapter: PersonAdapter | None) -> int:
+        """What a server keeps of the person for a method: embedding, signature, user adapter, past items, a histogram.
+
+        Args:
+            method: the method.
+            evidence: the person's.
+            adapter: what `make` made of the two.
+        """
+        manifest, kept = self.bank.manifest, 0
+        if method.base is Base.PRIOR and manifest.prior:
+            kept += NUMBER_BYTES * len(manifest.prior.shares)
+        if method.base in (Base.MERGED, Base.STACKED):
+            kept += EMBEDDED_BYTES * manifest.embedder.dim
+            by_topic = (method.source or manifest.weights.source) == "topic"
+            kept += 0 if by_topic else NUMBER_BYTES * len(manifest.anchors)
+        if adapter and (user := adapter.user_adapter):
+            kept += len(encode_user_adapter(manifest.layout, user))
+        if method.history:
+            items = evidence.person.history.items
+            kept += sum(len(json.dumps(dict(item.fields), ensure_ascii=False).encode()) for item in items)
+        return kept
 
     def _recipe(self, method: EvalMethod, evidence: Evidence, seed: int) -> FusionRecipe:
         """The recipe of a method that fuses, without what is trained on top of it."""

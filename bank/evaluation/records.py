@@ -28,6 +28,7 @@ class Record:
         prompt_tokens: what the model reads before it answers.
         first_token_ms: how long it takes over that, of the person's first query; None where it was not measured.
         written: texts sampled as answers, for authorship; none where none were asked for.
+        kept_bytes: what a server keeps of the person for this method.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Record:
     prompt_tokens: int = 0
     first_token_ms: float | None = None
     written: Sequence[str] = ()
+    kept_bytes: int = 0
 
 
 class Records:

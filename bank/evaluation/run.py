@@ -174,6 +174,7 @@ class Evaluation:
         written = [self._scores.write(adapter, examples, sample) for sample in samples]
         timed = method.base is not Base.PRIOR and not method.varied
         first_ms = self._scores.first_token_ms(adapter, examples[0]) if timed else None
+        kept_bytes = self._adapters.kept_bytes(method, evidence, adapter)
         judgement = evidence.trained.get((method.plain, seed))
         rejected = judgement is not None and judgement.weights is None
         return [
@@ -190,6 +191,7 @@ class Evaluation:
                 0 if method.base is Base.PRIOR else example.loss_from,
                 None if place else first_ms,
                 [texts[place] for texts in written],
+                kept_bytes,
             )
             for place, (query, found, example) in enumerate(zip(person.queries, readings, examples, strict=True))
         ]

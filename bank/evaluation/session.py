@@ -19,7 +19,16 @@ from bank.evaluation.records import Record, Records
 from bank.evaluation.report.authorship import AuthorshipRow, authorship
 from bank.evaluation.report.authorship import markdown as authorship_table
 from bank.evaluation.report.lamp_files import LAMP_FOLDER, write_lamp_files
-from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, draw_curves, draw_gains, draw_map
+from bank.evaluation.report.pictures import (
+    CURVES_FILE,
+    GAINS_FILE,
+    MAP_FILE,
+    PRICES_FILE,
+    draw_curves,
+    draw_gains,
+    draw_map,
+    draw_prices,
+)
 from bank.evaluation.report.summary import MethodRow, as_json, markdown, summarise, tables
 from bank.evaluation.run import EvalOptions, Evaluation, evaluation_key
 from bank.evaluation.scoring import Scorer, Scores
@@ -137,6 +146,7 @@ def evaluate(
     _draw(inputs, bank, adapters, people, made)
     write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
     found = tables(rows, made, task)
+    draw_prices(list(found.values())[-1], inputs.out / PRICES_FILE)
     voices = _voices(people, made, task) if options.write else []
     (inputs.out / TABLE_FILE).write_text(
         markdown(found) + ("\n" + authorship_table(voices) if voices else ""), encoding="utf-8"

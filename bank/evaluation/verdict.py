@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from itertools import combinations_with_replacement
+from statistics import fmean, median
 
-from scipy import stats
+import numpy as np
 
 from adapters.recipe import FusionRecipe
 from bank.building.build import EMBED_THREADS, read_inputs
@@ -38,6 +39,8 @@ COMMON, MERGED, PRIOR = "common", "merged", "prior"
 RECALLED = "+history"
 _PAST_ITEMS = 1
 _LEVEL = 0.95
+_NO_BOUND = 1e9
+"""As good as infinity, which JSON has not."""
 
 Losses = dict[str, float]
 """One person's mean loss by method, nats a token."""
@@ -146,7 +149,16 @@ def verdict(people: Sequence[Losses]) -> Verdict:
 
 
 def difference(values: Sequence[float]) -> Difference:
-    """The mean with Student's interval, of two values or more: with so few people the bootstrap's is too narrow."""
-    mean = fmean(values)
-    reach = float(stats.t.ppf((1 + _LEVEL) / 2, len(values) - 1) * stats.sem(values))
-    return Difference(mean=mean, low=mean - reach, high=mean + reach)
+    """The typical difference with its exact interval, by signed ranks (Hodges and Lehmann, 1963).
+
+    One person of a few who gains ten times what others do makes Student's interval wide, and the bootstrap's is too
+    narrow. Of six values it takes all, to be sure; fewer have no bounds.
+    """
+    n = len(values)
+    pairs = sorted((one + other) / 2 for one, other in combinations_with_replacement(values, 2))
+    ways = np.ones(1)  # in how many of the 2ⁿ ways of giving ranks 1 to n a sign the positive ones sum to 0, 1, …
+    for rank in range(1, n + 1):
+        ways = np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))
+    outside = int(np.sum(np.cumsum(ways) / 2**n <= (1 - _LEVEL) / 2))
+    low, high = (pairs[outside - 1], pairs[-outside]) if outside else (-_NO_BOUND, _NO_BOUND)
+    return Difference(mean=median(pairs), low=low, high=high)

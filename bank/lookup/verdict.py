@@ -8,8 +8,8 @@ from bank.rules import Difference, Verdict
 def in_words(verdict: Verdict) -> str:
     """A judgement, and the figures behind it, each a sentence."""
     sentences = [
-        f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, nats a token, below 0 is "
-        f"better: the bank's adapters {_figure(verdict.merged)} against what all users share",
+        f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, for a typical one of them, "
+        f"nats a token, below 0 is better: the bank's adapters {_figure(verdict.merged)} against what all users share",
         f"one past item in the prompt {_figure(verdict.both)} on top of that, "
         f"{_figure(verdict.recalled)} without the adapters",
         f"the adapters {_figure(verdict.beyond)} where the item is there anyway",

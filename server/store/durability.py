@@ -1,7 +1,8 @@
-"""How durable a store's writes are, how to find out, and how erased data leaves the disk."""
+"""How durable a store's writes are, how to find out, what calls take, and how erased data leaves the disk."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -16,6 +17,14 @@ class Durability(StrEnum):
     ALWAYS = "appendfsync always"
     WAITAOF = "WAITAOF after each write"
     NONE = "none"
+
+
+Timed = Callable[[str, float, bool], None]
+"""Gets what a call took: `write` or `command`, in seconds, and whether the store could not be used."""
+
+
+def untimed(kind: str, seconds: float, failed: bool) -> None:
+    """For whoever does not want to know."""
 
 
 class CheckedStore(Protocol):

@@ -50,7 +50,7 @@ class JobId:
     """`<user key>.<number>`: locates the job's keys, and says nothing about who the user is.
 
     Attributes:
-        user_key: see `server/store/user_key.py`.
+        user_key: see `server/store/tenants/user_key.py`.
         number: from 1, increasing with each of the user's jobs.
     """
 
@@ -240,6 +240,9 @@ class JobStore(Protocol):
 
     async def waiting_jobs(self, bank: str) -> int:
         """About how many of them no worker has taken yet."""
+
+    async def oldest_waiting_s(self, bank: str) -> float:
+        """How long the oldest of those has been announced; 0 without one."""
 
     async def overdue(self, bank: str) -> list[JobId]:
         """Announce again, and return, every job that should have been taken or finished by now."""

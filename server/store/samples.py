@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from math import ceil
 from typing import Literal
 
 import orjson
@@ -18,6 +19,16 @@ CORE_STEPS, CORE_LEARNING_RATE = 16, 2e-2
 
 MAX_SAMPLES = 1000
 """Most samples kept for a user."""
+
+BATCH_SIZE = 4
+"""Samples a step."""
+
+LOOK_EVERY = 2
+"""Steps between two evaluations of the held-out loss."""
+
+# The values of `adapters/training/user_trainer.py`, which needs torch; a test keeps them equal.
+FOLDS = 2
+FEW = 20
 
 Messages = Sequence[dict[str, str]]
 
@@ -108,6 +119,39 @@ def default_config(room: int, common: bool, kind: AdapterKind | None = None) -> 
         return AdaptConfig(kind="core", steps=CORE_STEPS, learning_rate=CORE_LEARNING_RATE, strength=1.0)
     usual = AdaptConfig()
     return replace(usual, rank=max(1, min(usual.rank, room)), strength=usual.strength if common else 1.0)
+
+
+def tokens_read(config: AdaptConfig, lengths: Sequence[int]) -> int:
+    """Roughly the most tokens that the runs of a job read, in training and on held-out samples.
+
+    Args:
+        config: how it trains.
+        lengths: of its samples, in tokens; at least one sample.
+    """
+    return ceil(_samples_read(config, len(lengths)) * sum(lengths) / len(lengths))
+
+
+def room_for_past(config: AdaptConfig, lengths: Sequence[int]) -> int:
+    """How many tokens of past items may stand before all samples together, in a job that reads no more than it may.
+
+    Args:
+        config: how it trains, and how much it may read.
+        lengths: of its samples without past items, in tokens; at least one sample.
+    """
+    return max(0, int(config.max_tokens * len(lengths) / _samples_read(config, len(lengths))) - sum(lengths))
+
+
+def _samples_read(config: AdaptConfig, count: int) -> int:
+    """How many samples all runs read, each as often as it is read."""
+    steps = config.steps
+    looks = 1 + ceil(steps / LOOK_EVERY)
+    if count == 1:
+        return max(1, steps // 2) + 2
+    if count <= FEW:
+        held = [len(range(fold, count, FOLDS)) for fold in range(FOLDS)]
+        folds = sum(steps * min(BATCH_SIZE, count - aside) + looks * aside for aside in held)
+        return folds + steps * min(BATCH_SIZE, count)
+    return steps * BATCH_SIZE + looks * max(1, round(config.holdout * count))
 
 
 def encode_sample(sample: Sample) -> bytes:

@@ -22,22 +22,18 @@ from bank.building.signer import Signer
 from bank.items.lessons import Past, recalling
 from bank.items.profile import Item
 from bank.items.prompt import encode_conversation, encode_pair
-from bank.items.tasks import get_task
+from bank.items.tasks import Task, get_task
 from bank.lookup.signature import Signature, empty_signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bank.models.load import load_base
-from server.store.samples import AdaptConfig, Sample
+from server.store.samples import BATCH_SIZE, LOOK_EVERY, AdaptConfig, Sample, room_for_past
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 
-BATCH_SIZE = 4
 MAX_SIGNED_TOKENS = 512
 """Longest item in a signature; a longer one loses the end of its input."""
 
 _WARM_UP_TOKENS = 64
-
-LOOK_EVERY = 2
-"""Steps between two evaluations of the held-out loss."""
 
 
 def user_plan(config: AdaptConfig) -> UserPlan:
@@ -94,7 +90,8 @@ class AdapterTrainer:
             recipe: what is beneath.
             samples: what is learnt.
             config: how.
-            items: the user's, the oldest first: in a bank whose rows know history some stand before samples.
+            items: the user's, the oldest first: in a bank whose rows know history some stand before samples, as far as
+                the job may read them.
 
         Raises:
             TrainingError: when the samples or the configuration cannot be trained with.
@@ -105,8 +102,14 @@ class AdapterTrainer:
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if plan.kind is UserAdapterKind.LORA and plan.rank > room:
             raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves rank {room} for users")
+        examples = [self._encoded(place, list(sample.messages), sample.output) for place, sample in enumerate(samples)]
         past = Past(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
-        examples = [self._encoded(place, sample, past) for place, sample in enumerate(samples)]
+        left = room_for_past(config, [len(example.ids) for example in examples])
+        for place, sample in enumerate(samples):
+            if left and (memories := past.memories(sample.messages[-1]["content"], sample.output)):
+                alone = len(examples[place].ids)
+                examples[place] = self._recalling(place, sample, past.task, memories, alone + left)
+                left -= len(examples[place].ids) - alone
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
@@ -134,13 +137,15 @@ class AdapterTrainer:
         assert judgement.weights is not None
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
-    def _encoded(self, place: int, sample: Sample, past: Past) -> Example:
+    def _recalling(self, place: int, sample: Sample, task: Task, memories: Sequence[str], max_tokens: int) -> Example:
+        """A sample with those of the memories that fit."""
+        most, messages, output = min(max_tokens, self._context), list(sample.messages), sample.output
         with blamed(f"samples.{place}", SAMPLE_REMEDY):
-            messages, output = list(sample.messages), sample.output
-            memories = past.memories(messages[-1]["content"], output)
-            messages = recalling(
-                self.tokenizer, past.task, messages, output, memories=memories, max_tokens=self._context
-            )
+            messages = recalling(self.tokenizer, task, messages, output, memories=memories, max_tokens=most)
+        return self._encoded(place, messages, output)
+
+    def _encoded(self, place: int, messages: list[dict[str, str]], output: str) -> Example:
+        with blamed(f"samples.{place}", SAMPLE_REMEDY):
             example = encode_conversation(self.tokenizer, messages, output)
         if len(example.ids) > self._context:
             raise TrainingError(

@@ -80,7 +80,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
-    return EngineClient(session, subject.url, KEY, "a salt")
+    return EngineClient(session, subject.url, KEY)
 
 
 @pytest.fixture
@@ -95,6 +95,7 @@ def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **samplin
         messages=[{"role": "user", "content": text}],
         sampling={"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **sampling},
         prompt_param="prompt",
+        cache_salt="a salt",
     )
 
 
@@ -246,7 +247,7 @@ async def test_it_counts_the_tokens_of_a_conversation(tokenizer: TokenizerClient
 
 async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
     for key in ("wrong", None):
-        stranger = EngineClient(session, subject.url, key, "a salt")
+        stranger = EngineClient(session, subject.url, key)
         error = await refusal(stranger, ask("base"), EngineFailed)
         assert error.code == "engine_key"
 
@@ -286,7 +287,7 @@ async def test_connections_are_kept(client: EngineClient, subject: Subject, sess
 
 
 async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
-    nobody = EngineClient(session, f"http://127.0.0.1:{free_port()}", KEY, "a salt")
+    nobody = EngineClient(session, f"http://127.0.0.1:{free_port()}", KEY)
     await refusal(nobody, ask("base"), Unavailable)
     silent = TokenizerClient(session, f"http://127.0.0.1:{free_port()}", KEY)
     with pytest.raises(Unavailable):

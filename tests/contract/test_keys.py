@@ -12,7 +12,9 @@ from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
 from server.store.profiles import StoredVector
 from server.store.redis import keys
+from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.queue import RedisQueue
+from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.store_parts import BANK, EMBEDDER, KEYS, StoreParts, WorkerSteps, put_of, submitted
 
 _ROW = re.compile(r"^    (mta:.+?)  +(string|hash|list|set|zset|stream)  (.+)$", re.MULTILINE)
@@ -57,6 +59,7 @@ async def test_whatever_is_written_stands_in_the_table(
         assert await parts.profiles.commit(key, snapshot.version, change)
         await submitted(parts.jobs, key)
         await parts.signing.ask(key)
+    await RedisAccessKeys(parts.connection).add(access_key(new_secret(), "app", "acme", Scope))
     worker = WorkerSteps(parts)
     await worker.take()
     await worker.claim()

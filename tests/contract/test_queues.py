@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio as redis
 
+from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import FAKE_TIME, ValkeyProcess
 from server.errors import Unavailable
 from server.store.jobs import JobId, JobState, Trained
@@ -70,6 +71,17 @@ async def test_jobs_whose_workers_died_are_announced_once_while_all_are_busy(
     for _ in range(5):
         assert await jobs.overdue(BANK) == []
     assert await raw.xlen(CALLS) == 1
+
+
+async def test_a_job_is_as_old_as_its_call_until_a_worker_takes_it(
+    jobs: RedisJobs, user: str, raw: redis.Redis
+) -> None:
+    assert await jobs.oldest_waiting_s(BANK) == 0
+    seconds, _ = await raw.time()
+    await raw.xadd(CALLS, {"id": user}, id=f"{1000 * seconds - 90_000}-0")
+    await submitted(jobs, f"{user}x")
+    assert 89 <= await jobs.oldest_waiting_s(BANK) < 90 + PATIENCE_S
+    await raw.delete(CALLS)
 
 
 async def test_what_has_ended_is_no_longer_looked_after(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:

@@ -18,7 +18,7 @@ from server.store.durability import Durability
 from server.store.profiles import Change, Profile, StoredItem, StoredVector
 from server.store.redis.profiles import TOMBSTONE_S, RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 DIM = 384

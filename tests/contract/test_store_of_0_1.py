@@ -13,7 +13,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import JobId, JobState, Submission, Trained
 from server.store.profiles import Change
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 from tests.support.store_parts import BANK, StoreParts
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "store-0.1.json"

@@ -82,6 +82,13 @@ def test_every_method_has_a_record_of_every_query_and_a_row_in_the_table(inputs:
     assert len(lines) == len(wanted) * 2 * 9
     assert {line["method"] for line in lines} == set(wanted)
     assert all(line["loss"] > 0 for line in lines)
+    kept = {method: max(line["kept_bytes"] for line in lines if line["method"] == method) for method in wanted}
+    embedding, signature = 2 * inputs.embedder.dim, 4 * OPTIONS.anchors
+    assert (kept["base"], kept["task"], kept["mean"], kept["merged:topic"]) == (0, 0, 0, embedding)
+    assert kept["merged"] in (embedding, embedding + signature)
+    assert kept["merged+history@h1"] > kept["merged"] + 100
+    assert kept["stacked"] > kept["merged"]
+    assert kept["own"] > 0
     table = (inputs.out / TABLE_FILE).read_text("utf-8")
     assert all(f"| {name} |" in table for name in wanted)
     summary = json.loads((inputs.out / SUMMARY_FILE).read_text("utf-8"))

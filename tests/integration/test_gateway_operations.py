@@ -300,6 +300,38 @@ class TestMetrics:
         # A request is counted when it is over, which is a moment after its client has all of the answer.
         wait_until(lambda: value(client, series) == before + 1, "the request to be counted")
 
+    def test_generations_are_counted_by_level_and_how_they_ended(
+        self, client: httpx.Client, fake_engine: FakeEngine, new_user: NewUser
+    ) -> None:
+        def ended(outcome: str, level: str = "base") -> float:
+            name = f'mta_generations_total{{level="{level}",outcome="{outcome}",tenant='
+            lines = client.get("/metrics").text.splitlines()
+            return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+        request = {"user_id": new_user(), "prompt": "x", "max_tokens": 3}
+        before = {outcome: ended(outcome) for outcome in ("answered", "broken")}
+        refused, unavailable = ended("refused", ""), ended("unavailable", "")
+        tokens = 'mta_tokens_total{kind="completion",level="base"}'
+        written = value(client, tokens)
+        client.post("/generate", json=request).raise_for_status()
+        client.post("/generate", json=request | {"prompt": 7})
+        fake_engine.knobs.die_after = 1
+        client.post("/generate", json=request | {"stream": True})
+        fake_engine.knobs.die_after = None
+        fake_engine.knobs.status = 500
+        client.post("/generate", json=request)
+        wait_until(lambda: ended("unavailable", "") == unavailable + 1, "the last one to be counted")
+        assert {outcome: ended(outcome) - was for outcome, was in before.items()} == {"answered": 1, "broken": 1}
+        assert ended("refused", "") == refused + 1
+        assert value(client, tokens) == written + 3
+
+    def test_the_stores_time_is_counted_by_what_it_did(self, client: httpx.Client, new_user: NewUser) -> None:
+        name = 'mta_store_seconds_count{{kind="{}",outcome="ok"}}'
+        before = [value(client, name.format(kind)) for kind in ("command", "write")]
+        client.put(f"/users/{new_user()}/profile", json={"items": [{"text": "x"}]}).raise_for_status()
+        assert value(client, name.format("write")) > before[1]
+        assert value(client, name.format("command")) > before[0]
+
     def test_each_stage_has_its_histogram(self, client: httpx.Client, new_user: NewUser) -> None:
         user_id = new_user()
         client.put(f"/users/{user_id}/profile", json={"items": [{"text": "x"}]}).raise_for_status()

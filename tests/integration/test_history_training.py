@@ -126,24 +126,22 @@ def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench) 
     users = write_people(bench.folder / "many.json", people(26))
     where = BuildInputs(users, bench.folder / "judged", str(bench.model), bench.folder, embedder=bench.embedder)
     kept, aside = read_inputs(where, CHAT, OPTIONS)
-    assert len(aside) == 4
+    assert len(aside) == 6
     assert not {person.user_id for person in kept} & {person.user_id for person in aside}
     assert read_inputs(where, CHAT, replace(OPTIONS, verdict=False))[1] == []
     manifest = bench.build("judged", inputs={"users": users})
-    assert manifest.training["people"] == 22
+    assert manifest.training["people"] == 20
     progress = Recorder()
     judged = judge_bank(where, OPTIONS, manifest, progress)
     assert judged == read_manifest(where.out)
     assert judged.verdict
-    assert judged.verdict.people == 4
+    assert judged.verdict.people == 6
     assert judged.verdict.losses.keys() == {"common", "common+history", "merged", "merged+history"}
-    assert judged.verdict.merged.mean == pytest.approx(
-        judged.verdict.losses["merged"] - judged.verdict.losses["common"]
-    )
-    assert progress.pieces[-1] == ("measuring on people left out", 4, 4)
+    assert judged.verdict.merged.low <= judged.verdict.merged.mean <= judged.verdict.merged.high
+    assert progress.pieces[-1] == ("measuring on people left out", 6, 6)
     assert judge_bank(where, OPTIONS, judged, progress) is judged
     assert bench.build("judged", inputs={"users": users}) == judged
-    assert "4 people left out" in summarise(where.out)["in_words"]
+    assert "6 people left out" in summarise(where.out)["in_words"]
 
 
 def test_too_few_people_are_all_in_the_bank_and_it_is_said(bench: Bench, built: BankManifest) -> None:

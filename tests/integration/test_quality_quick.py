@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bank.evaluation.report.lamp_files import LAMP_FOLDER
-from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE
+from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, PRICES_FILE
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
 
 METHODS = {
@@ -41,7 +41,7 @@ def test_quick_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
     assert _methods(voices) >= METHODS
     points = {row["method"] for row in summary["methods"]} - METHODS
     assert {"merged@k1", "merged@k3", "merged@n1", "merged@n5"} <= points
-    assert all((out / name).read_bytes().startswith(PNG) for name in (GAINS_FILE, CURVES_FILE, MAP_FILE))
+    assert all((out / name).read_bytes().startswith(PNG) for name in (GAINS_FILE, CURVES_FILE, MAP_FILE, PRICES_FILE))
     golds = json.loads((out / LAMP_FOLDER / "golds.json").read_text("utf-8"))["golds"]
     answered = json.loads((out / LAMP_FOLDER / "merged.json").read_text("utf-8"))["golds"]
     assert [gold["id"] for gold in golds] == [answer["id"] for answer in answered]

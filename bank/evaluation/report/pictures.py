@@ -10,11 +10,15 @@ import numpy as np
 
 from bank.evaluation.methods import Base, parse_method
 from bank.evaluation.records import Record
-from bank.evaluation.report.summary import user_losses
+from bank.evaluation.report.summary import MethodRow, user_losses
 from bank.items.profile import Vectors
 
 GAINS_FILE, CURVES_FILE, MAP_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "anchors_and_users.png"
+PRICES_FILE = "loss_by_price.png"
 _INK, _GOOD, _BAD, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"
+_COLOURS = ("#d1495b", "#2a9d8f", "#1f2933", "#e9a23b", "#3d6cb9", "#8a5fbf", "#9aa5b1", "#7a5c3e")
+_MARKS = ("o", "^", "s", "D")  # by how many past items the prompt has
+_BEYOND = 2.0
 
 
 def draw_gains(records: Sequence[Record], path: Path, *, against: str, methods: Sequence[str]) -> None:
@@ -38,6 +42,43 @@ def draw_gains(records: Sequence[Record], path: Path, *, against: str, methods: 
         panel.set_xlabel("users, sorted")
         panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"gain over {against}, nats per token")
+    _save(figure, path)
+
+
+def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
+    """The loss of each method against what it costs: bytes kept of a user, and tokens that prompts get longer by.
+
+    A colour is an adapter, a mark how many past items the prompt has. What lies far above all others, as the base model
+    does where a task must be learnt first, is drawn at the upper edge with its loss beside it.
+
+    Args:
+        rows: of one table.
+        path: where the picture goes.
+    """
+    methods = [parse_method(row.method) for row in rows]
+    adapters = list(dict.fromkeys(method.plain.name for method in reversed(methods)))
+    marks = {count: _MARKS[min(place, 3)] for place, count in enumerate(sorted({m.history for m in methods}))}
+    shortest = min((row.prompt_tokens for row in rows if row.prompt_tokens), default=0.0)
+    low, middle = (float(np.quantile([row.loss for row in rows], share)) for share in (0, 0.5))
+    top = max(row.loss for row in rows if row.loss <= middle + _BEYOND * max(middle - low, 0.01))
+    figure, panels = _panels(2, size=4.4)
+    for row, method in zip(rows, methods, strict=True):
+        look = {
+            "color": _COLOURS[adapters.index(method.plain.name) % len(_COLOURS)],
+            "marker": marks[method.history],
+            "label": row.method,
+        }
+        longer = max(0.0, row.prompt_tokens - shortest)
+        for panel, price in zip(panels, (row.kept_bytes, longer), strict=True):
+            panel.scatter(price, min(row.loss, top), s=42, linewidth=0, alpha=0.85, clip_on=False, **look)
+            if row.loss > top:
+                panel.annotate(f"{row.loss:.2f} ↑", (price, top), (4, 4), textcoords="offset points", fontsize=7)
+    panels[0].set_xscale("symlog", linthresh=100)
+    panels[0].set_xlim(left=-30)
+    panels[0].set_xlabel("bytes kept of a user")
+    panels[1].set_xlabel("tokens that prompts get longer by")
+    panels[0].set_ylabel("loss, nats per token")
+    panels[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
 
 
@@ -119,5 +160,5 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure.tight_layout()
-    figure.savefig(path, dpi=140)
+    figure.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(figure)

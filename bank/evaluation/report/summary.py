@@ -37,6 +37,7 @@ class MethodRow:
         rejected: share of users whose training was rejected.
         prompt_tokens: what the model reads before it answers, mean over queries.
         first_token_ms: how long it takes over that, median over users; None where it was not measured.
+        kept_bytes: what a server keeps of a user for it, mean over users.
     """
 
     method: str
@@ -47,6 +48,7 @@ class MethodRow:
     rejected: float
     prompt_tokens: float
     first_token_ms: float | None
+    kept_bytes: float
 
 
 def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
@@ -65,8 +67,9 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
         tokens = float(np.mean([record.prompt_tokens for record in found]))
         times = [record.first_token_ms for record in found if record.first_token_ms is not None]
         first_ms = float(np.median(times)) if times else None
-        row = MethodRow(method, len(losses[method]), loss, metrics, against[method], rejected, tokens, first_ms)
-        rows.append(row)
+        kept = float(np.mean([record.kept_bytes for record in found]))
+        users = len(losses[method])
+        rows.append(MethodRow(method, users, loss, metrics, against[method], rejected, tokens, first_ms, kept))
     return sorted(rows, key=lambda row: -row.loss)
 
 
@@ -144,6 +147,7 @@ def _table(rows: Sequence[MethodRow]) -> str:
         "loss",
         "prompt tokens",
         "first token, ms",
+        "bytes kept",
         *metrics,
         *(f"loss against {name}" for name in compared),
     ]
@@ -151,7 +155,7 @@ def _table(rows: Sequence[MethodRow]) -> str:
     for row in rows:
         values = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
         first_ms = "" if row.first_token_ms is None else f"{row.first_token_ms:.0f}"
-        cells = [row.method, f"{row.loss:.4f}", f"{row.prompt_tokens:.0f}", first_ms, *values]
+        cells = [row.method, f"{row.loss:.4f}", f"{row.prompt_tokens:.0f}", first_ms, f"{row.kept_bytes:.0f}", *values]
         lines.append([*cells, *(_cell(row.against.get(name)) for name in compared)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -55,14 +55,14 @@ def _table(title: str, rows: Sequence[MethodRow]) -> Table:
 
 
 def _prices(rows: Sequence[MethodRow]) -> Table:
-    """What each method has the model read, and how long that takes."""
+    """What each method has the model read, how long that takes, and what a server keeps of a person."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for name in ("tokens of the prompt", "ms to the first token"):
+    for name in ("tokens of the prompt", "ms to the first token", "bytes kept"):
         table.add_column(name, justify="right")
     for row in rows:
         first_ms = "" if row.first_token_ms is None else f"{row.first_token_ms:.0f}"
-        table.add_row(row.method, f"{row.prompt_tokens:.0f}", first_ms)
+        table.add_row(row.method, f"{row.prompt_tokens:.0f}", first_ms, f"{row.kept_bytes:,.0f}")
     return table
 
 

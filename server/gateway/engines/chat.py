@@ -50,6 +50,7 @@ class EngineRequest:
         prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
         stream: whether the answer comes in pieces.
         prompt: continued as it is.
+        cache_salt: the tenant's: what the prefix cache holds of other tenants' prompts speeds nothing up.
     """
 
     request_id: str
@@ -57,6 +58,7 @@ class EngineRequest:
     messages: Conversation
     sampling: Mapping[str, Any]
     prompt_param: str
+    cache_salt: str
     stream: bool = True
     prompt: Prompt | None = None
 
@@ -68,14 +70,12 @@ class EngineClient:
         session: the process's one HTTP session (see `open_session`).
         url: base URL.
         key: the key the engine requires, or None.
-        cache_salt: the tenant's.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None, cache_salt: str) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
         self._session = session
         self._url = f"{url.rstrip('/')}/v1"
         self._headers = {"Content-Type": "application/json"} | key_header(key)
-        self._cache_salt = cache_salt
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
@@ -103,7 +103,7 @@ class EngineClient:
     async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
         said = {"messages": request.messages} if request.prompt is None else {"prompt": request.prompt}
         url = f"{self._url}/{'chat/completions' if request.prompt is None else 'completions'}"
-        body = {"model": request.model, **said, **request.sampling, "cache_salt": self._cache_salt}
+        body = {"model": request.model, **said, **request.sampling, "cache_salt": request.cache_salt}
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": request.model}

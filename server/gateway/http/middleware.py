@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from server.errors import Unavailable
 from server.gateway.http.disconnect import CLIENT_GONE
 from server.gateway.http.errors import error_response
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("mta.gateway")
@@ -27,20 +27,34 @@ class RequestNotes:
     Attributes:
         started_s: when it arrived, by the performance counter.
         request_id: of a generation; it is in the engine's logs too.
+        tenant: whose the request is; empty until that is known.
         level: how personal a generation is.
         gone: whether the client left before the answer.
+        broken: whether a stream ended in an error.
+        on_stall: called when the client takes nothing of what is sent to it for a while.
     """
 
     started_s: float
     request_id: str = ""
+    tenant: str = ""
     level: str = ""
     gone: bool = False
+    broken: bool = False
+    on_stall: Callable[[], None] | None = None
 
 
 def notes_of(scope: Scope) -> RequestNotes:
     """The notes on a request that `RequestLog` let in."""
     notes: RequestNotes = scope["state"]["notes"]
     return notes
+
+
+class Counts(Protocol):
+    """What counts requests that are over; see `server/gateway/operating/metrics.py`."""
+
+    def count(self, route: str, method: str, status: int, level: str) -> None: ...
+
+    def count_generation(self, tenant: str, level: str, status: int, *, broken: bool) -> None: ...
 
 
 class RequestLog:
@@ -52,12 +66,14 @@ class RequestLog:
 
     Args:
         app: what answers.
-        counter: by route, method, status and level.
+        counts: gets every request at its end.
+        generating: paths whose POSTs are generations.
     """
 
-    def __init__(self, app: ASGIApp, counter: Counter) -> None:
+    def __init__(self, app: ASGIApp, counts: Counts, generating: frozenset[str]) -> None:
         self._app = app
-        self._counter = counter
+        self._counts = counts
+        self._generating = generating
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,7 +101,9 @@ class RequestLog:
             route = getattr(inner.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "OTHER"
             status = CLIENT_GONE if notes.gone else status
-            self._counter.labels(route, method, status, notes.level).inc()
+            self._counts.count(route, method, status, notes.level)
+            if method == "POST" and scope["path"] in self._generating:
+                self._counts.count_generation(notes.tenant, notes.level, status, broken=notes.broken)
             log.info(
                 "%s %s %d %.1f ms%s%s",
                 method,

@@ -1,126 +1,140 @@
-"""What the gateway counts. Every label has a fixed, small set of values: no user, no recipe, no path."""
+"""What the gateway counts. Every label has a fixed, small set of values: no user, no recipe, no path.
+
+A tenant is a label only where the settings name it; all others together are `other`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+
+from server.gateway.engines.admin import EngineFigures
+from server.gateway.operating.health import Readiness
+from server.gateway.operating.seen import SeenParts
+from server.watching.figures import BUCKETS_S, StoreSeconds
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+OTHER = "other"
 
+GENERATING = frozenset(("/generate", "/v1/chat/completions", "/v1/completions"))
+"""The paths whose POSTs are generations."""
 
-class EngineFigures(Protocol):
-    """What one engine says of its adapters; see `server/gateway/engines/admin.py`."""
-
-    @property
-    def slots(self) -> int | None: ...
-    @property
-    def slots_taken(self) -> int | None: ...
-    @property
-    def prepares(self) -> int | None: ...
-    @property
-    def fuses(self) -> int | None: ...
+_OUTCOMES = {429: "limited", 499: "gone", 503: "unavailable"}
 
 
 class Metrics:
-    """The metrics of one gateway, in a registry of its own."""
+    """The metrics of one gateway, in a registry of its own.
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+    Args:
+        tenants: those that labels name.
+    """
+
+    def __init__(self, tenants: Iterable[str] = ()) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._tenants = frozenset(tenants)
         self.requests = Counter(
             "mta_requests",
             "Requests answered; level is set for generations.",
             ("route", "method", "status", "level"),
-            registry=self._registry,
+            registry=registry,
+        )
+        self.generations = Counter(
+            "mta_generations",
+            "Generations by how they ended: answered, refused (4xx), limited (429), unavailable (503), failed (other "
+            "5xx), broken (an error amid a stream) or gone (the client left).",
+            ("tenant", "level", "outcome"),
+            registry=registry,
         )
         self.stages = Histogram(
             "mta_stage_seconds",
             "Where generations spent their time.",
             ("stage",),
-            buckets=_BUCKETS_S,
-            registry=self._registry,
+            buckets=BUCKETS_S,
+            registry=registry,
         )
         self.ttft = Histogram(
             "mta_ttft_seconds",
             "From the arrival of a request to its first token, where the engine streams.",
             ("level",),
-            buckets=_BUCKETS_S,
-            registry=self._registry,
+            buckets=BUCKETS_S,
+            registry=registry,
         )
         self.inter_token = Histogram(
             "mta_inter_token_seconds",
             "Between two pieces of a streamed answer, a token each.",
-            buckets=_BUCKETS_S,
-            registry=self._registry,
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.tokens = Counter("mta_tokens", "Tokens read and written.", ("level", "kind"), registry=registry)
+        self.queue_waiting = Gauge("mta_queue_waiting", "Generations that wait for the engine.", registry=registry)
+        self.queue_running = Gauge("mta_queue_running", "Generations that the engine works on.", registry=registry)
+        self.queue_seconds = Histogram(
+            "mta_queue_seconds",
+            "How long generations waited for the engine, given up ones included.",
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.shed = Counter(
+            "mta_shed",
+            "Requests turned away, by the reason.",
+            ("reason",),
+            registry=registry,
         )
         self.fallbacks = Counter(
             "mta_fallbacks",
             "Generations served by less than the user's own recipe because the engine could not serve it.",
-            registry=self._registry,
+            registry=registry,
         )
         self.broken_streams = Counter(
-            "mta_broken_streams", "Streams that ended in an error event.", ("code",), registry=self._registry
+            "mta_broken_streams", "Streams that ended in an error event.", ("code",), registry=registry
         )
         self.disconnects = Counter(
-            "mta_disconnects", "Generations whose client left before the end.", registry=self._registry
+            "mta_disconnects", "Generations whose client left before the end.", registry=registry
         )
         self.profile_changes = Counter(
-            "mta_profile_changes", "Profile items added, removed or replaced.", registry=self._registry
+            "mta_profile_changes", "Profile items added, removed or replaced.", registry=registry
         )
-        self.bank = Gauge("mta_bank_info", "The bank served.", ("bank",), registry=self._registry)
+        self.bank = Gauge("mta_bank_info", "The bank served.", ("bank",), registry=registry)
         self.jobs = Gauge(
             "mta_jobs",
             "About how many adapt jobs of the bank are queued or running.",
             ("state",),
-            registry=self._registry,
+            registry=registry,
         )
-        ProcessCollector(registry=self._registry)
+        self.oldest_job = Gauge(
+            "mta_jobs_oldest_seconds",
+            "How long the oldest queued job has waited.",
+            registry=registry,
+        )
+        self.store = StoreSeconds(registry)
+        ProcessCollector(registry=registry)
 
-    def watch(self, engines: Callable[[], Sequence[EngineFigures | None]]) -> None:
-        """Show what engines say of themselves, as it is known whenever somebody asks."""
-        self._registry.register(_Engines(engines))
+    def watch(self, engines: Callable[[], Sequence[EngineFigures | None]], readiness: Callable[[], Readiness]) -> None:
+        """Show what is known of the other parts, as it is known whenever somebody asks."""
+        self._registry.register(SeenParts(engines, readiness))
 
-    def observe(self, timings_ms: dict[str, float]) -> None:
-        """Count the stages of one generation."""
+    def count(self, route: str, method: str, status: int, level: str) -> None:
+        """Count a request that is over."""
+        self.requests.labels(route, method, status, level).inc()
+
+    def count_generation(self, tenant: str, level: str, status: int, *, broken: bool) -> None:
+        """Count a generation that is over; one that broke amid its stream has status 200."""
+        if broken:
+            outcome = "broken"
+        elif status < 400:
+            outcome = "answered"
+        else:
+            outcome = _OUTCOMES.get(status) or ("refused" if status < 500 else "failed")
+        self.generations.labels(tenant if tenant in self._tenants else OTHER, level, outcome).inc()
+
+    def observe(self, timings_ms: dict[str, float], level: str, usage: dict[str, int]) -> None:
+        """Count the stages and the tokens of one generation."""
         for stage, milliseconds in timings_ms.items():
             self.stages.labels(stage).observe(milliseconds / 1000)
+        self.tokens.labels(level, "prompt").inc(usage.get("prompt_tokens", 0))
+        self.tokens.labels(level, "completion").inc(usage.get("completion_tokens", 0))
 
     def text(self) -> bytes:
         """Everything, in Prometheus's text format."""
         return generate_latest(self._registry)
-
-
-class _Engines(Collector):
-    """Each engine by its place among those that the gateway knows."""
-
-    def __init__(self, engines: Callable[[], Sequence[EngineFigures | None]]) -> None:
-        self._engines = engines
-
-    def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("mta_engine_up", "Whether an engine answers.", labels=("engine",))
-        slots = GaugeMetricFamily("mta_engine_slots", "An engine's LoRA slots.", labels=("engine",))
-        resident = GaugeMetricFamily(
-            "mta_engine_slots_resident", "How many of an engine's slots hold an adapter.", labels=("engine",)
-        )
-        prepares = CounterMetricFamily(
-            "mta_engine_prepares",
-            "Requests that an engine made an adapter ready for: warm ones found it there, cold ones had it fused.",
-            labels=("engine", "kind"),
-        )
-        for place, figures in enumerate(self._engines()):
-            engine = str(place)
-            up.add_metric((engine,), float(figures is not None))
-            if figures is None:
-                continue
-            for family, value in ((slots, figures.slots), (resident, figures.slots_taken)):
-                if value is not None:
-                    family.add_metric((engine,), value)
-            if figures.prepares is not None and figures.fuses is not None:
-                prepares.add_metric((engine, "cold"), figures.fuses)
-                prepares.add_metric((engine, "warm"), max(0, figures.prepares - figures.fuses))
-        yield from (up, slots, resident, prepares)

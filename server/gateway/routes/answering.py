@@ -63,10 +63,10 @@ class Answering(Response):
         async with self._parts.generator.answer(self._asked, timings) as answer:
             self._begin(scope, answer)
             content = await self._form.whole(answer)
-            self._parts.metrics.observe(timings.ms)
-            await Response(content, headers=self._known_headers(timings), media_type="application/json")(
-                scope, receive, send
-            )
+        self._observe(answer)
+        await Response(content, headers=self._known_headers(timings), media_type="application/json")(
+            scope, receive, send
+        )
 
     async def _stream(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
         async with EventSender(send, lambda: self._known_headers(timings)) as sender:
@@ -75,30 +75,37 @@ class Answering(Response):
                     self._begin(scope, answer)
                     async for data in self._form.events(answer):
                         await sender.write(data)
-                    self._parts.metrics.observe(timings.ms)
+                    self._observe(answer)
                     await sender.write(DONE)
             except ApiError as error:
                 if not sender.begun:
                     raise
-                await self._break_off(error, sender)
+                await self._break_off(error, scope, sender)
             except Exception:
                 if not sender.begun:
                     raise
                 log.exception("%s broke", notes_of(scope).request_id or "a stream")
-                await self._break_off(ApiError("the gateway failed in the middle of the answer"), sender)
+                failed = ApiError("the gateway failed in the middle of the answer")
+                await self._break_off(failed, scope, sender)
             await sender.end()
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
         """Keep the answer for the headers, and note for the log and the count what only this route knows."""
         self._answer, notes = answer, notes_of(scope)
         notes.request_id, notes.level = answer.id, answer.personalization.level.value
+        notes.on_stall = answer.place.release
 
     def _known_headers(self, timings: Timings) -> dict[str, str]:
         """Headers as far as they are known: a comment can begin a stream before anything is."""
-        known = self._form.headers(self._answer) if self._answer else {}
+        known = {**self._form.headers(self._answer), **self._answer.left} if self._answer else {}
         return {"Server-Timing": timings.header()} | known
 
-    async def _break_off(self, error: ApiError, sender: EventSender) -> None:
+    def _observe(self, answer: Answer) -> None:
+        """Count what an answer took, now that it is complete."""
+        self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)
+
+    async def _break_off(self, error: ApiError, scope: Scope, sender: EventSender) -> None:
         log.warning("%s", error.explained)
+        notes_of(scope).broken = True
         self._parts.metrics.broken_streams.labels(error.code).inc()
         await sender.write(event(ErrorAnswer.of(error)))

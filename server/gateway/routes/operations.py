@@ -7,12 +7,15 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from server.gateway.access.caller import is_admin
 from server.gateway.engines.admin import AddressState, EngineState
 from server.gateway.operating.health import Readiness, Report, StoreState
 from server.gateway.operating.metrics import CONTENT_TYPE
 from server.gateway.parts import Parts, parts_of
 
 router = APIRouter(tags=["operations"])
+
+_FOR_ADMIN = "Null without the scope admin."
 
 
 class BankPart(BaseModel, frozen=True):
@@ -52,21 +55,23 @@ class HealthAnswer(BaseModel, frozen=True):
     """The process is alive."""
 
     status: Literal["ok"] = "ok"
-    parts: PartsAnswer
+    parts: PartsAnswer | None = Field(None, description=_FOR_ADMIN)
 
 
 class ReadyAnswer(BaseModel, frozen=True):
     """Whether requests can be answered."""
 
-    status: Readiness
-    detail: str | None = Field(description="What to do, where the state of the parts does not say.")
-    seen_s_ago: float | None = Field(description="How old the last look is, in seconds.")
-    parts: PartsAnswer
+    status: Readiness = Field(description="Without the scope admin, `ready` or `not_ready`.")
+    detail: str | None = Field(None, description="What to do, where the state of the parts does not say.")
+    seen_s_ago: float | None = Field(None, description="How old the last look is, in seconds.")
+    parts: PartsAnswer | None = Field(None, description=_FOR_ADMIN)
 
 
 @router.get("/health")
 async def health(request: Request) -> HealthAnswer:
     """Whether this process is alive: 200 if it answers. The parts are as they were last seen; nothing is probed."""
+    if not is_admin(request):
+        return HealthAnswer()
     parts = parts_of(request)
     return HealthAnswer(parts=_parts(parts, parts.health.last))
 
@@ -84,6 +89,8 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
     parts = parts_of(request)
     report, readiness = parts.health.last, parts.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
+    if not is_admin(request):
+        return ReadyAnswer(status=Readiness.READY if readiness is Readiness.READY else Readiness.NOT_READY)
     stale = "the gateway's watch over its parts hangs or has ended: restart the gateway; its log may say why"
     return ReadyAnswer(
         status=readiness,

@@ -1,39 +1,12 @@
-"""How many tokens an adapt job would read, estimated before it is created: a job's time must be bounded."""
+"""An adapt job that would read too many tokens is refused before it is created: a job's time must be bounded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
 
 from server.errors import InvalidRequest
-from server.store.samples import AdaptConfig
-
-# The values of `adapters/training/user_trainer.py` and the worker, which need torch; a test keeps them equal.
-BATCH_SIZE = 4
-LOOK_EVERY = 2
-FOLDS = 2
-FEW = 20
-
-
-def tokens_read(config: AdaptConfig, lengths: Sequence[int]) -> int:
-    """Roughly the most tokens that the runs of a job read, in training and on held-out samples.
-
-    Args:
-        config: how it trains.
-        lengths: of its samples, in tokens; at least one sample.
-    """
-    count, steps = len(lengths), config.steps
-    looks = 1 + ceil(steps / LOOK_EVERY)
-    if count == 1:
-        read = max(1, steps // 2) + 2
-    elif count <= FEW:
-        held = [len(range(fold, count, FOLDS)) for fold in range(FOLDS)]
-        folds = sum(steps * min(BATCH_SIZE, count - aside) + looks * aside for aside in held)
-        read = folds + steps * min(BATCH_SIZE, count)
-    else:
-        read = steps * BATCH_SIZE + looks * max(1, round(config.holdout * count))
-    return ceil(read * sum(lengths) / count)
+from server.store.samples import AdaptConfig, tokens_read
 
 
 def check_budget(config: AdaptConfig, lengths: Sequence[int]) -> None:

@@ -10,8 +10,8 @@ from adapters.errors import excerpt
 from server.errors import InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.tokenizer import TokenizerClient
-from server.gateway.users.job_budget import check_budget, tokens_read
-from server.store.samples import AdaptConfig, Sample, decode_sample
+from server.gateway.users.job_budget import check_budget
+from server.store.samples import AdaptConfig, Sample, decode_sample, tokens_read
 
 AT_A_TIME = 8
 """Concurrent questions to the engine for one request."""

@@ -177,6 +177,9 @@ class RedisJobs:
     async def waiting_jobs(self, bank: str) -> int:
         return await self._queue(bank).waiting_count()
 
+    async def oldest_waiting_s(self, bank: str) -> float:
+        return await self._queue(bank).oldest_s()
+
     async def overdue(self, bank: str) -> list[JobId]:
         queue, announced = self._queue(bank), []
         await queue.tidy()

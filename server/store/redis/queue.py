@@ -69,6 +69,7 @@ class RedisQueue:
             streams = await self._connection.run(
                 lambda redis: redis.xreadgroup(GROUP, worker, {self._keys.calls: ">"}, count=1, block=block_ms),
                 wait_s + WRITE_TIMEOUT_S,
+                waits=True,
             )
         except Unavailable:
             self._has_group = False  # the server that comes back may be another one
@@ -138,6 +139,11 @@ class RedisQueue:
     async def waiting_count(self) -> int:
         """How many users are called."""
         return int(await self._connection.run(lambda redis: redis.hlen(self._keys.called)))
+
+    async def oldest_s(self) -> float:
+        """How long the oldest call has waited for somebody to begin with it; 0 without one."""
+        waited_ms = await self._connection.run(lambda redis: redis.eval(scripts.OLDEST, 1, self._keys.calls))
+        return int(waited_ms) / 1000
 
     async def tidy(self) -> None:
         """Forget workers that are gone, and take over what version 0.1 left in its queue."""

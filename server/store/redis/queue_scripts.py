@@ -78,3 +78,13 @@ redis.call('HDEL', KEYS[5], ARGV[1])
 return 1
 """
 )
+
+# KEYS: calls. Returns for how long the oldest call has been there, ms; 0 without one. An entry's id begins with when it
+# was made.
+OLDEST = (
+    NOW
+    + """
+local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+return first and math.max(0, now - tonumber(string.match(first[1], '^%d+'))) or 0
+"""
+)

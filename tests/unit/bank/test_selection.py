@@ -125,20 +125,20 @@ def left(*lengths: int, needed: int) -> list[int]:
 
 
 def test_left_out_are_those_whose_histories_are_shortest_but_long_enough() -> None:
-    assert left(*range(1, 31), needed=5) == [9, 10, 11, 12, 13]
-    assert left(*[20] * 120, needed=5) == [20] * 12
+    assert left(*range(1, 31), needed=5) == [9, 10, 11, 12, 13, 14, 15]
+    assert left(*[20] * 120, needed=5) == [20] * 16
 
 
 def test_nobody_is_left_out_where_the_anchors_or_the_figure_would_suffer() -> None:
     assert left(*[20] * 23, needed=2) == []
-    assert left(*[20] * 24, needed=20) == [20] * 4
-    assert left(*[20] * 24, needed=21) == []
-    assert left(*[9] * 4, *[20] * 20, needed=20) == [9] * 4
+    assert left(*[20] * 24, needed=18) == [20] * 6
+    assert left(*[20] * 24, needed=19) == []
+    assert left(*[9] * 6, *[20] * 18, needed=18) == [9] * 6
     assert left(*[8] * 60, needed=0) == []
 
 
 def test_who_has_items_of_plain_text_stays() -> None:
     people = crowd(*[9] * 24)
     plain = [History(person.user_id, (*person.items, Item("text", {"text": "hi"}))) for person in people]
-    assert len(left_out(people, get_task("chat"), 0)) == 4
+    assert len(left_out(people, get_task("chat"), 0)) == 6
     assert left_out(plain, get_task("chat"), 0) == []

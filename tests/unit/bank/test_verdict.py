@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import wilcoxon
 
 from bank.evaluation.verdict import difference, verdict
 from bank.lookup.verdict import in_words
@@ -12,7 +14,7 @@ from bank.manifest import BankManifest, read_manifest, write_manifest
 from bank.rules import Verdict
 from tests.unit.bank.test_weights import manifest
 
-PEOPLE = (0.0, 0.1, -0.1, 0.05, -0.05)
+PEOPLE = (0.0, 0.1, -0.1, 0.05, -0.05, 0.02)
 
 
 def measured(*, merged: float, recalled: float, both: float, prior: float | None = None) -> Verdict:
@@ -30,12 +32,18 @@ def measured(*, merged: float, recalled: float, both: float, prior: float | None
     return verdict(people)
 
 
-def test_an_interval_is_students_over_people() -> None:
-    found = difference([0.1, 0.2, 0.3])
-    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.2 - 0.2484, 0.2 + 0.2484), abs=1e-4)
-    assert not found.lower
-    assert not found.higher
-    assert difference([-0.1, -0.11, -0.09]).lower
+def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None:
+    found = difference([0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.35, 0.1, 0.7))
+    assert found.higher
+    assert difference([-0.1, -0.11, -0.09, -0.12, -0.08, -30]).lower, "one who gains much makes nobody unsure"
+    assert not difference([-0.1, -0.11, -0.09, -0.12, -0.08]).lower, "five people cannot show anything"
+    chance = np.random.default_rng(0)
+    for people in (6, 7, 11, 16):
+        for shift in (0.0, 0.4, 0.8):
+            values = chance.normal(shift, 1, people).tolist()
+            found = difference(values)
+            assert (found.lower or found.higher) == (wilcoxon(values, method="exact").pvalue <= 0.05)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,7 @@ def test_the_words_say_whether_to_serve_it_and_what_would_do_better(
     found = measured(**losses)  # type: ignore[arg-type]
     words = in_words(found)
     assert words.startswith(judgement)
-    assert "5 people" in words
+    assert "6 people" in words
     assert f"{found.merged.mean:+.3f}" in words
     assert found.history == history
     assert ("by default" in words) == bool(history)

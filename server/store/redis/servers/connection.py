@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.durability import Durability
+from server.store.durability import Durability, Timed, untimed
 from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
 from server.store.redis.servers.cluster import SCHEMES, Cluster
@@ -43,17 +44,19 @@ class RedisConnection:
         url: as in redis-py: `redis://`, `rediss://` or `unix://`; of a cluster, `redis+cluster://` or
             `rediss+cluster://` with one host or several, comma-separated.
         require_durable: whether a server whose writes are not durable is refused; in a cluster, one such primary.
+        timed: gets what every call took, but for those that wait for something to happen.
 
     Raises:
         MtaError: when the URL cannot be read.
     """
 
-    def __init__(self, url: str, *, require_durable: bool = True) -> None:
+    def __init__(self, url: str, *, require_durable: bool = True, timed: Timed = untimed) -> None:
         try:
             self._servers: Servers = Cluster(url) if urlsplit(url).scheme in SCHEMES else Alone(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._require_durable = require_durable
+        self._timed = timed
         self._durability = Durability.NONE
 
     @property
@@ -75,13 +78,23 @@ class RedisConnection:
     @asynccontextmanager
     async def pipeline(self, timeout_s: float = READ_TIMEOUT_S) -> AsyncIterator[Any]:
         """Commands in one round trip, none of which needs the others; Redis's errors become `Unavailable`."""
-        async with _translated(timeout_s), self._servers.pipeline() as pipe:
-            yield pipe
+        with _Measured(self._timed, "command"):
+            async with _translated(timeout_s), self._servers.pipeline() as pipe:
+                yield pipe
 
-    async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
-        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
-        async with _translated(timeout_s):
-            return await self._servers.run(command)
+    async def run(
+        self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S, *, waits: bool = False
+    ) -> Any:
+        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`.
+
+        Args:
+            command: asks the client.
+            timeout_s: the longest that it may take.
+            waits: whether it waits for something to happen, so that its time says nothing of the server.
+        """
+        with _Measured(untimed if waits else self._timed, "command"):
+            async with _translated(timeout_s):
+                return await self._servers.run(command)
 
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
         """Run a script on some keys of one slot; return its answer once its writes are on disk.
@@ -89,8 +102,9 @@ class RedisConnection:
         It may run twice, when its answer is lost: the second time it must change nothing and return the same.
         """
         self._refuse_if_not_durable()
-        async with _translated(WRITE_TIMEOUT_S):
-            return await self._servers.evaluate(script, names, arguments, self._durability)
+        with _Measured(self._timed, "write"):
+            async with _translated(WRITE_TIMEOUT_S):
+                return await self._servers.evaluate(script, names, arguments, self._durability)
 
     async def members(self) -> list[Server]:
         """All servers that keep data and can be asked."""
@@ -114,6 +128,22 @@ class RedisConnection:
     def _refuse_if_not_durable(self) -> None:
         if self._durability is Durability.NONE and self._require_durable:
             raise Unavailable(_NOT_DURABLE, code="store_not_durable")
+
+
+class _Measured:
+    """Times a block; it failed if the store could not be used."""
+
+    __slots__ = ("_kind", "_start_s", "_timed")
+
+    def __init__(self, timed: Timed, kind: str) -> None:
+        self._timed = timed
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._timed(self._kind, time.perf_counter() - self._start_s, isinstance(error, Unavailable))
 
 
 @asynccontextmanager

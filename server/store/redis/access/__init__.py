@@ -1,0 +1,1 @@
+"""What limits and queues count on Redis."""
