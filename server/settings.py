@@ -126,6 +126,21 @@ class Settings(BaseSettings):
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
 
+    # Fleet
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="Engines that `mta up` starts, the cores shared out between them; from two on behind a router.",
+    )
+    router_host: str = Field("127.0.0.1", description="Address the router listens on; never a public one.")
+    router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
+    router_metrics_port: int = Field(
+        29000, ge=1, le=65535, description="Port of the router's own metrics, at the same address."
+    )
+    drain_s: float = Field(
+        30, ge=0, description="How long gateway and engine finish what they have begun once they are asked to stop."
+    )
+
     # Worker
     worker_threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),

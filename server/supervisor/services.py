@@ -21,7 +21,7 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.part import Part
-from server.supervisor.probes import answers_http, answers_redis, both, writes
+from server.supervisor.probes import answers_http, answers_redis, writes
 
 LOOPBACK = "127.0.0.1"
 OWN_PORTS = range(15_000, 32_768)
@@ -33,6 +33,9 @@ _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SO
 
 _VALKEY_CONFIG = "valkey.conf"
 _NOT_A_WORKERS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY"))
+
+ENGINE_START_S = 1800
+"""A large model on a GPU is read from disk, compiled and captured first."""
 
 # Stopping the parts one by one, guards' grace included, takes less than 30 s even when every one has to be killed.
 VALKEY_STOP_S = 5
@@ -91,24 +94,26 @@ def valkey_url(folder: Path) -> str | None:
     return _redis_url(int(options["port"]), options["requirepass"])
 
 
-def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, str]) -> Part:
+def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, str], name: str = "engine") -> Part:
     """vLLM with the plugin.
 
     Args:
         settings: where it listens, and its key.
         argv: from `server.engine.command.prepare_engine`.
         environment: from there too; the complete one.
+        name: where there are several.
     """
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     return Part(
-        name="engine",
+        name=name,
         command=tuple(argv),
         environment=dict(environment) | _LOOPBACK_VLLM,
         ready=answers_http(f"{settings.engine_url}{STATUS}", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
-        start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
+        start_timeout_s=ENGINE_START_S,
         stop_timeout_s=ENGINE_STOP_S,
         needs=(),
+        spare=settings.replicas > 1,
     )
 
 
@@ -127,25 +132,25 @@ def worker_part(settings: Settings, log: Path) -> Part:
         start_timeout_s=600,
         stop_timeout_s=WORKER_STOP_S,
         needs=("valkey",),
+        spare=True,
         start_when=answers_http(f"http://{settings.host}:{settings.port}/health"),
     )
 
 
-def gateway_part(settings: Settings, engine: Part | None = None) -> Part:
-    """The gateway, ready when it finds store and engine ready.
+def gateway_part(settings: Settings, waits_s: float = 0) -> Part:
+    """The gateway, ready when it finds the store and an engine ready.
 
     Args:
         settings: all of them.
-        engine: the one that starts beside it, if it is ours.
+        waits_s: how long what starts beside it may take.
     """
-    ready = answers_http(f"http://{settings.host}:{settings.port}/ready")
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),
         environment=dict(os.environ) | _as_environment(settings),
-        ready=both(engine.ready, ready) if engine else ready,
+        ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
         address=f"{settings.host}:{settings.port}",
-        start_timeout_s=120 + (engine.start_timeout_s if engine else 0),
+        start_timeout_s=120 + waits_s,
         stop_timeout_s=GATEWAY_STOP_S,
         needs=("valkey",),
     )
