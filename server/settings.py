@@ -74,8 +74,37 @@ class Settings(BaseSettings):
     header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
     body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
+    send_timeout_s: float = Field(
+        60,
+        gt=0,
+        description="Longest time that a client may take nothing of what is sent to it, before it is hung up on.",
+    )
+    engine_places: int | None = Field(
+        None,
+        ge=1,
+        description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
+        "they compute in a batch, shared among the gateways that use the same Redis.",
+    )
+    queue_places: int | None = Field(
+        None,
+        ge=0,
+        description="Most generations that wait for a place in the engines; others get 429. By default as many as "
+        "there are places.",
+    )
+    queue_timeout_s: float = Field(
+        10,
+        gt=0,
+        description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter.",
+    )
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
+    key_requests: int = Field(0, ge=0, description="Requests a minute of each API key; 0 for any number.")
+    key_tokens: int = Field(0, ge=0, description="Tokens a minute of each API key, prompts included; 0 for any number.")
+    key_concurrent: int = Field(0, ge=0, description="Requests at once of each API key; 0 for any number.")
+    key_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each API key; 0 for any number.")
+    user_requests: int = Field(0, ge=0, description="Requests a minute of each user; 0 for any number.")
+    user_tokens: int = Field(0, ge=0, description="Tokens a minute of each user, prompts included; 0 for any number.")
+    user_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each user; 0 for any number.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
     profile_bytes: int = Field(
         2 << 20, gt=0, description="Most bytes kept of a user's items, as JSON: the newest that fit."

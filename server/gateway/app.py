@@ -25,6 +25,10 @@ from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
 from server.gateway.access.authentication import Authentication
 from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
+from server.gateway.access.limiter import RENEW_S, Allowance, Limiter
+from server.gateway.access.places import LOOK_S as COUNT_GATEWAYS_S
+from server.gateway.access.places import SharedPlaces
+from server.gateway.access.queue import EngineQueue
 from server.gateway.access.routes import guard
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
@@ -136,12 +140,30 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
         engines = Engines(session, settings.engines, engine_key)
         health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
         metrics.watch(lambda: engines.figures, lambda: health.readiness)
+        limiter = Limiter(
+            stores.rates,
+            per_key=Allowance(
+                requests=settings.key_requests,
+                tokens=settings.key_tokens,
+                jobs=settings.key_jobs,
+                concurrent=settings.key_concurrent,
+            ),
+            per_user=Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs),
+            metrics=metrics,
+        )
+        places = SharedPlaces(engines, stores.rates, settings.engine_places)
+        stack.push_async_callback(places.leave)
+        queue = EngineQueue(
+            places, most_waiting=settings.queue_places, patience_s=settings.queue_timeout_s, metrics=metrics
+        )
 
         for beside in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, bank.manifest.short, metrics), log),
             forever(LOOK_S, stores.file.look, log),
             forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
+            forever(COUNT_GATEWAYS_S, places.look, log),
+            forever(RENEW_S, limiter.renew, log),
             asyncio.to_thread(_load_search, bank.task),
         ):
             stack.push_async_callback(_stopped, asyncio.create_task(beside))
@@ -149,7 +171,14 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
         indexes = IndexCache(settings.history_cache_mib << 20)
         recall = Recall(profiles, bank.task, tokenizer, indexes)
         generator = Generator(
-            personalizer, recall, engine, engines, max_prompt_chars=settings.max_prompt_chars, metrics=metrics
+            personalizer,
+            recall,
+            engine,
+            engines,
+            limiter=limiter,
+            queue=queue,
+            max_prompt_chars=settings.max_prompt_chars,
+            metrics=metrics,
         )
         adapting = Adapting(
             stores.jobs,
@@ -186,6 +215,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
             exporting=exporting,
             personalizer=personalizer,
             generator=generator,
+            limiter=limiter,
             health=health,
             metrics=metrics,
         )

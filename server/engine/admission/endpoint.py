@@ -160,6 +160,7 @@ def _router() -> APIRouter:
             "max_model_len": engine.model_config.max_model_len,
             "banks": [manifest.fingerprint for manifest in preparer.manifests.values()],
             "max_lora_rank": behind.max_lora_rank,
+            "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
             "slots": behind.slots,
             "names": len(preparer.names),
             "user_adapters": len(preparer.users),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +31,7 @@ class RequestNotes:
         level: how personal a generation is.
         gone: whether the client left before the answer.
         broken: whether a stream ended in an error.
+        on_stall: called when the client takes nothing of what is sent to it for a while.
     """
 
     started_s: float
@@ -38,6 +40,7 @@ class RequestNotes:
     level: str = ""
     gone: bool = False
     broken: bool = False
+    on_stall: Callable[[], None] | None = None
 
 
 def notes_of(scope: Scope) -> RequestNotes:

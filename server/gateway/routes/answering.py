@@ -63,10 +63,10 @@ class Answering(Response):
         async with self._parts.generator.answer(self._asked, timings) as answer:
             self._begin(scope, answer)
             content = await self._form.whole(answer)
-            self._observe(answer)
-            await Response(content, headers=self._known_headers(timings), media_type="application/json")(
-                scope, receive, send
-            )
+        self._observe(answer)
+        await Response(content, headers=self._known_headers(timings), media_type="application/json")(
+            scope, receive, send
+        )
 
     async def _stream(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
         async with EventSender(send, lambda: self._known_headers(timings)) as sender:
@@ -93,10 +93,11 @@ class Answering(Response):
         """Keep the answer for the headers, and note for the log and the count what only this route knows."""
         self._answer, notes = answer, notes_of(scope)
         notes.request_id, notes.level = answer.id, answer.personalization.level.value
+        notes.on_stall = answer.place.release
 
     def _known_headers(self, timings: Timings) -> dict[str, str]:
         """Headers as far as they are known: a comment can begin a stream before anything is."""
-        known = self._form.headers(self._answer) if self._answer else {}
+        known = {**self._form.headers(self._answer), **self._answer.left} if self._answer else {}
         return {"Server-Timing": timings.header()} | known
 
     def _observe(self, answer: Answer) -> None:

@@ -99,6 +99,10 @@ class Adapting:
             )
         return job
 
+    async def job_ids(self, user: User) -> list[JobId]:
+        """A user's jobs that are remembered."""
+        return [job.id for job in await self._jobs.jobs(user.key)]
+
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """A job by its id.
 

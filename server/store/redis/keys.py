@@ -30,6 +30,12 @@ Of all users::
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, and `revision`
 
+Of limits (`server/store/redis/access/rates.py`); an owner is an API key's name, or a user key::
+
+    mta:rates:{<what>/<owner>/…}     string  what was used in this window                twice the window
+    mta:rates:{<what>/<owner>/…}/-1  string  what was used in the one before             the window
+    mta:held:<what>                  zset    who holds it → until when, ms               with the last lease
+
 From version 0.1, until a worker or a gateway takes them over::
 
     mta:jobs, mta:sign        stream  a queue for all banks
@@ -53,6 +59,7 @@ ADAPTED = "mta:adapted"
 REWRITE = "mta:{rewrite}"
 OLD_REWRITE = f"{REWRITE}:due"
 ACCESS_KEYS = "mta:{access}:keys"
+RATES = "mta:rates"
 
 
 def profile(user_key: str) -> str:
@@ -93,6 +100,10 @@ def epoch(user_key: str) -> str:
 
 def adapted(bank: str) -> str:
     return f"{ADAPTED}:{bank}"
+
+
+def held(name: str) -> str:
+    return f"mta:held:{name}"
 
 
 @dataclass(frozen=True, slots=True)

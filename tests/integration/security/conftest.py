@@ -12,7 +12,7 @@ import pytest
 
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from server.store.redis.access_keys import RedisAccessKeys
+from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.fake_engine import FakeEngine
