@@ -10,7 +10,7 @@ import redis.asyncio as redis
 
 from server.store.profiles import StoredVector
 from server.store.redis import keys
-from server.store.redis.access_keys import RedisAccessKeys
+from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.queue import RedisQueue
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.store_parts import BANK, EMBEDDER, KEYS, StoreParts, WorkerSteps, put_of, submitted
