@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         None,
         description="Keys the hash of user ids; the same for all gateways, never changed. `mta up` makes one.",
     )
-    tenant: str = Field("default", description="Tenant that all users belong to.")
+    tenant: str = Field("default", description="Tenant that all users belong to while no API key exists.")
     engine_url: str = Field(
         "http://127.0.0.1:8001", description="OpenAI server that generates: vLLM, or the router in front of several."
     )
@@ -136,6 +136,9 @@ class Settings(BaseSettings):
     trace_share: float = Field(
         1.0, ge=0, le=1, description="Share of requests traced, where their client has not decided already."
     )
+
+    # Commands that call a gateway
+    api_key: SecretStr | None = Field(None, description="API key that they send; `mta keys create` makes one.")
 
     # Engine
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")

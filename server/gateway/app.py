@@ -60,6 +60,7 @@ from server.store.opening import open_stores
 from server.store.samples import JobBudget
 from server.store.tenants.user_key import Tenants
 from server.watching.repeating import forever
+from server.watching.tracing import Tracing, open_tracing
 
 log = logging.getLogger("mta.gateway")
 
@@ -76,13 +77,15 @@ Text in each user's own manner, from one base model. `PUT /users/{user_id}/profi
 def create_app(settings: Settings) -> FastAPI:
     """The gateway as an ASGI application. Nothing is opened before its lifespan starts."""
     metrics, keys = Metrics(settings.named_tenants), KnownKeys(settings.tenant)
+    tracing = open_tracing(settings, "mta-gateway")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(1, thread_name_prefix="bodies") as body_thread:
             app.state.bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
-            async with _opened(settings, metrics, keys) as app.state.parts:
+            async with _opened(settings, metrics, keys, tracing) as app.state.parts:
                 yield
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="MTA server",
@@ -94,16 +97,17 @@ def create_app(settings: Settings) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(Places, most=settings.max_requests)
     app.add_middleware(Authentication, keys=keys)
-    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING)
+    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING, tracing=tracing)
     for part in (generate, openai, users, jobs, operations, console_bank, pages):
         app.include_router(part.router)
     guard(app)
     add_error_handlers(app)
+    tracing.watch_app(app)
     return app
 
 
 @asynccontextmanager
-async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> AsyncIterator[Parts]:
+async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing) -> AsyncIterator[Parts]:
     """Open every part, refuse to start if one cannot serve, and close them in turn.
 
     Raises:
@@ -123,7 +127,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
         keys.check_host(settings.host)
         if stores.server.durability is Durability.NONE:
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
-        session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
+        session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", _stand_back))
         signing = stores.signing(bank.manifest.short) if bank.signs else None
         profiles = Profiles(
@@ -188,6 +192,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
             task=bank.task,
             max_sample_bytes=settings.max_item_bytes,
             budget=JobBudget(settings.job_tokens, settings.job_seconds),
+            tracing=tracing,
         )
         erasing = Erasing(
             stores.profiles,
@@ -218,6 +223,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
             limiter=limiter,
             health=health,
             metrics=metrics,
+            tracing=tracing,
         )
 
 

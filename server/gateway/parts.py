@@ -21,6 +21,7 @@ from server.gateway.users.exporting import Exporting
 from server.gateway.users.profiles import Profiles
 from server.settings import Settings
 from server.store.tenants.user_key import Tenants, User, UserKeys
+from server.watching.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Parts:
     limiter: Limiter
     health: Health
     metrics: Metrics
+    tracing: Tracing
 
 
 def parts_of(request: Request) -> Parts:

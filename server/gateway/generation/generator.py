@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,6 +21,7 @@ from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.recall import Recall
 from server.gateway.generation.timings import Timings
 from server.gateway.operating.metrics import Metrics
+from server.watching.logs import request_id
 
 if TYPE_CHECKING:
     from prometheus_client import Histogram
@@ -134,7 +134,7 @@ class Generator:
             if asked.history:
                 timings.record("history", start_s)
             wanted = EngineRequest(
-                request_id=f"{asked.id_prefix}-{secrets.token_hex(12)}",
+                request_id=f"{asked.id_prefix}-{request_id.get()}",
                 model=personalization.model,
                 messages=messages,
                 sampling=asked.sampling,

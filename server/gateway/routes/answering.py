@@ -84,7 +84,7 @@ class Answering(Response):
             except Exception:
                 if not sender.begun:
                     raise
-                log.exception("%s broke", notes_of(scope).request_id or "a stream")
+                log.exception("%s broke", notes_of(scope).answer_id or "a stream")
                 failed = ApiError("the gateway failed in the middle of the answer")
                 await self._break_off(failed, scope, sender)
             await sender.end()
@@ -92,8 +92,11 @@ class Answering(Response):
     def _begin(self, scope: Scope, answer: Answer) -> None:
         """Keep the answer for the headers, and note for the log and the count what only this route knows."""
         self._answer, notes = answer, notes_of(scope)
-        notes.request_id, notes.level = answer.id, answer.personalization.level.value
+        notes.answer_id, notes.level = answer.id, answer.personalization.level.value
         notes.on_stall = answer.place.release
+        self._parts.tracing.note(level=notes.level)
+        if made_in := answer.personalization.made_in:
+            self._parts.tracing.link(made_in)
 
     def _known_headers(self, timings: Timings) -> dict[str, str]:
         """Headers as far as they are known: a comment can begin a stream before anything is."""

@@ -36,7 +36,7 @@ _DIED = (
 )
 _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
-    "adapter", "error", "curve",
+    "adapter", "error", "curve", "traceparent",
 )  # fmt: skip
 _WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
 
@@ -71,6 +71,7 @@ class RedisJobs:
             max_samples,
             KEPT_JOBS,
             KEPT_S,
+            submission.traceparent,
             *submission.samples,
         )
         if number == _TOO_MANY:
@@ -249,7 +250,7 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     if values[0] is None:
         return None
     texts: Mapping[str, str] = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
-    taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error")}
+    taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error", "traceparent")}
     taken |= {name: int(texts[name] or 0) for name in _WHOLE}
     taken |= {name: float(texts[name]) if texts[name] else None for name in ("loss", "before", "after")}
     return Job(job_id, JobState(texts["state"]), curve=decode_curve(texts["curve"]), **taken)
