@@ -11,6 +11,7 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 │   └── UserErased       the user was erased while the request was in progress
 ├── TooLarge 413         a body above the limit
 ├── WrongMediaType 415
+├── TooMany 429          a limit is reached, or too many wait; carries Retry-After
 ├── HeadersTooLarge 431
 ├── EngineFailed 502     the engine's answer makes no sense, or broke off
 └── Unavailable 503      a part is down; carries Retry-After
@@ -18,6 +19,8 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import ceil
 from typing import ClassVar
 
 from adapters.errors import MtaError
@@ -122,6 +125,30 @@ class WrongMediaType(ApiError):
     """The body is not JSON."""
 
     status, kind, default_code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class TooMany(ApiError):
+    """The request is one too many now; try again after `retry_after_s`.
+
+    Args:
+        message: what there are too many of.
+        code: `rate_limit_exceeded`, or `overloaded`.
+        retry_after_s: when there is likely to be room.
+        limits: headers that say how much of each limit is left.
+    """
+
+    status, kind, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float, code: str | None = None, limits: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+        self._limits = limits or {}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, ceil(self.retry_after_s))), **self._limits}
 
 
 class HeadersTooLarge(ApiError):

@@ -20,6 +20,8 @@ from server.engine.fusing.kernels import native
 from server.engine.sizing import FEWEST, slots_on_cpu
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
+from server.watching.logs import VLLM_CONFIG
+from server.watching.tracing import TRACES_PATH
 
 T = TypeVar("T")
 
@@ -128,6 +130,16 @@ def engine_command(
     }
     if settings.next_bank is not None:
         environment["MTA_NEXT_BANK"] = str(settings.next_bank)
+    if settings.log_format == "json":
+        environment["VLLM_LOGGING_CONFIG_PATH"] = str(VLLM_CONFIG)
+    if settings.otlp_endpoint:
+        argv += ["--otlp-traces-endpoint", settings.otlp_endpoint.rstrip("/") + TRACES_PATH]
+        environment |= {
+            "MTA_OTLP_ENDPOINT": settings.otlp_endpoint,
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_SERVICE_NAME": "mta-engine",
+            "OTEL_TRACES_SAMPLER": "parentbased_always_off",  # gateways decide what is traced
+        }
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
     if share and on_cpu:
         cores = share.part(cores)

@@ -25,6 +25,10 @@ from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
 from server.gateway.access.authentication import Authentication
 from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
+from server.gateway.access.limiter import RENEW_S, Allowance, Limiter
+from server.gateway.access.places import LOOK_S as COUNT_GATEWAYS_S
+from server.gateway.access.places import SharedPlaces
+from server.gateway.access.queue import EngineQueue
 from server.gateway.access.routes import guard
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
@@ -57,6 +61,7 @@ from server.store.opening import open_stores
 from server.store.samples import JobBudget
 from server.store.tenants.user_key import Tenants
 from server.watching.repeating import forever
+from server.watching.tracing import Tracing, open_tracing
 
 log = logging.getLogger("mta.gateway")
 
@@ -73,13 +78,15 @@ Text in each user's own manner, from one base model. `PUT /users/{user_id}/profi
 def create_app(settings: Settings) -> FastAPI:
     """The gateway as an ASGI application. Nothing is opened before its lifespan starts."""
     metrics, keys = Metrics(settings.named_tenants), KnownKeys(settings.tenant)
+    tracing = open_tracing(settings, "mta-gateway")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(1, thread_name_prefix="bodies") as body_thread:
             app.state.bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
-            async with _opened(settings, metrics, keys) as app.state.parts:
+            async with _opened(settings, metrics, keys, tracing) as app.state.parts:
                 yield
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="MTA server",
@@ -91,16 +98,17 @@ def create_app(settings: Settings) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(Places, most=settings.max_requests)
     app.add_middleware(Authentication, keys=keys)
-    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING)
+    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING, tracing=tracing)
     for part in (generate, openai, users, jobs, operations, console_bank, pages):
         app.include_router(part.router)
     guard(app)
     add_error_handlers(app)
+    tracing.watch_app(app)
     return app
 
 
 @asynccontextmanager
-async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> AsyncIterator[Parts]:
+async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing) -> AsyncIterator[Parts]:
     """Open every part, refuse to start if one cannot serve, and close them in turn.
 
     Raises:
@@ -120,7 +128,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
         keys.check_host(settings.host)
         if stores.server.durability is Durability.NONE:
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
-        session = await stack.enter_async_context(open_session(settings.engine_timeout_s))
+        session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", _stand_back))
         signing = stores.signing(bank.manifest.short) if bank.signs else None
         profiles = Profiles(
@@ -138,12 +146,30 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
         tokenizer = TokenizerClient(session, engines, engine_key)
         health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
         metrics.watch(lambda: engines.figures, lambda: health.readiness)
+        limiter = Limiter(
+            stores.rates,
+            per_key=Allowance(
+                requests=settings.key_requests,
+                tokens=settings.key_tokens,
+                jobs=settings.key_jobs,
+                concurrent=settings.key_concurrent,
+            ),
+            per_user=Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs),
+            metrics=metrics,
+        )
+        places = SharedPlaces(engines, stores.rates, settings.engine_places)
+        stack.push_async_callback(places.leave)
+        queue = EngineQueue(
+            places, most_waiting=settings.queue_places, patience_s=settings.queue_timeout_s, metrics=metrics
+        )
 
         for beside in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, bank.manifest.short, metrics), log),
             forever(LOOK_S, stores.file.look, log),
             forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
+            forever(COUNT_GATEWAYS_S, places.look, log),
+            forever(RENEW_S, limiter.renew, log),
             asyncio.to_thread(_load_search, bank.task),
         ):
             stack.push_async_callback(_stopped, asyncio.create_task(beside))
@@ -151,7 +177,14 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
         indexes = IndexCache(settings.history_cache_mib << 20)
         recall = Recall(profiles, bank.task, tokenizer, indexes)
         generator = Generator(
-            personalizer, recall, engine, engines, max_prompt_chars=settings.max_prompt_chars, metrics=metrics
+            personalizer,
+            recall,
+            engine,
+            engines,
+            limiter=limiter,
+            queue=queue,
+            max_prompt_chars=settings.max_prompt_chars,
+            metrics=metrics,
         )
         adapting = Adapting(
             stores.jobs,
@@ -161,6 +194,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
             task=bank.task,
             max_sample_bytes=settings.max_item_bytes,
             budget=JobBudget(settings.job_tokens, settings.job_seconds),
+            tracing=tracing,
         )
         erasing = Erasing(
             stores.profiles,
@@ -188,8 +222,10 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys) -> Asyn
             exporting=exporting,
             personalizer=personalizer,
             generator=generator,
+            limiter=limiter,
             health=health,
             metrics=metrics,
+            tracing=tracing,
         )
 
 

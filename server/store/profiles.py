@@ -24,12 +24,14 @@ class AdapterNote:
         recipe: name of the recipe it was trained on, which it is always served with.
         size_bytes: of the stored adapter.
         created_ms: when it was promoted, Unix time in milliseconds.
+        made_in: traceparent of the job that made it; empty if that was not traced.
     """
 
     id: str
     recipe: str
     size_bytes: int
     created_ms: int
+    made_in: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import redis.asyncio as redis
 from server.errors import ApiError, Forbidden, Unauthorized, Unavailable
 from server.gateway.access.caller import Caller
 from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
-from server.store.redis.access_keys import RedisAccessKeys
+from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants.access_keys import AccessKey, Scope, access_key, new_secret
 from tests.support.store_parts import StoreParts

@@ -24,6 +24,11 @@ class Caller:
     key_id: str
     scopes: frozenset[Scope]
 
+    @property
+    def name(self) -> str:
+        """Stands for whoever takes turns and has limits: a key, or all of a tenant that need none."""
+        return f"key-{self.key_id}" if self.key_id else f"tenant-{self.tenant}"
+
 
 def caller_of(request: Mapping[str, Any]) -> Caller:
     """Who sent a request, given as Starlette's `Request` or as an ASGI scope.

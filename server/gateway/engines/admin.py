@@ -59,19 +59,21 @@ class EngineState:
 
 @dataclass(frozen=True, slots=True)
 class EngineFigures:
-    """What one engine says of its adapters; None where it does not.
+    """What one engine says of its adapters and batches; None where it does not.
 
     Attributes:
         slots: adapters that one batch can mix.
         slots_taken: how many of the slots hold one.
         prepares: requests that it made an adapter ready for.
         fuses: how many of them had to wait until it was fused.
+        max_num_seqs: sequences that one batch holds.
     """
 
     slots: int | None = None
     slots_taken: int | None = None
     prepares: int | None = None
     fuses: int | None = None
+    max_num_seqs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,9 @@ class Engines:
     Attributes:
         answering: the URLs of those that were well when last asked.
         context: the model's context in tokens, the shortest that engines last reported; None until one has.
-        figures: what each engine last said of its adapters, in the order of `urls`; None while it says nothing.
+        sequences: how many the engines compute at once, all that answer; as last known if none does, None before.
+        figures: what each engine last said of its adapters and batches, in the order of `urls`; None while it says
+            nothing.
     """
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], key: str | None) -> None:
@@ -103,6 +107,7 @@ class Engines:
         self.urls = tuple(urls)
         self.answering: tuple[str, ...] = ()
         self.context: int | None = None
+        self.sequences: int | None = None
         self.figures: list[EngineFigures | None] = [None] * len(self.urls)
 
     async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
@@ -111,6 +116,8 @@ class Engines:
         self.answering = tuple(state.url for state in states if state.status == "ok")
         told = [state.max_model_len for state in states if state.max_model_len]
         self.context = min(told, default=self.context)
+        batches = sum(figures.max_num_seqs or 0 for figures in self.figures if figures)
+        self.sequences = batches or self.sequences
         return tuple(states)
 
     async def router_state(self, url: str, timeout_s: float) -> AddressState:

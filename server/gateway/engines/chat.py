@@ -155,11 +155,12 @@ class EngineClient:
             raise Unavailable(message, code="engine_unavailable") from error
 
 
-def open_session(timeout_s: float) -> aiohttp.ClientSession:
+def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
     """The HTTP session for all engines.
 
     Args:
         timeout_s: longest silence within one answer.
+        options: more of aiohttp's.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
@@ -167,6 +168,7 @@ def open_session(timeout_s: float) -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
+        **options,
     )
 
 

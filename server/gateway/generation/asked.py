@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from server.gateway.access.caller import Caller
 from server.gateway.engines.chat import Conversation, Prompt
 from server.gateway.http.requests import Personalize
 from server.store.tenants.user_key import User
@@ -28,6 +29,8 @@ class Asked:
         stream: whether the client wants the answer in pieces.
         splittable: whether the engine may send in pieces what the client wants whole.
         cache_salt: the tenant's.
+        caller: whose request it is.
+        patience_s: how long it may wait for a place in the engines; None for as long as is usual.
         user_param: the client's name for the user, for errors.
         prompt_param: for the conversation or prompt.
         max_tokens_param: for `max_tokens`.
@@ -45,6 +48,8 @@ class Asked:
     stream: bool
     splittable: bool
     cache_salt: str
+    caller: Caller
+    patience_s: float | None
     user_param: str
     prompt_param: str
     max_tokens_param: str = "max_tokens"
@@ -52,4 +57,13 @@ class Asked:
     @property
     def has_many_prompts(self) -> bool:
         """Whether several prompts are continued at once."""
-        return isinstance(self.prompt, list) and len(self.prompt) > 1 and not isinstance(self.prompt[0], int)
+        return self._prompts > 1
+
+    @property
+    def sequences(self) -> int:
+        """How many answers are generated."""
+        return self._prompts * int(self.sampling.get("n", 1))
+
+    @property
+    def _prompts(self) -> int:
+        return len(self.prompt) if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else 1

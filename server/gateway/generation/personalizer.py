@@ -77,6 +77,12 @@ class Personalization:
     profile: Profile | None = field(default=None, compare=False, repr=False)
 
     @property
+    def made_in(self) -> str:
+        """Traceparent of the job that made the user's adapter, where that speaks and the job was traced."""
+        note = self.profile.adapter if self.level is Level.STACKED and self.profile else None
+        return note.made_in if note else ""
+
+    @property
     def model(self) -> str:
         """The name under which the engine serves it; not for clients, since it may hold the user's key."""
         return self.recipe.name if self.recipe else BASE_MODEL

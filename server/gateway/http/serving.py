@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Uvicorn's configuration; sockets are passed to it when it serves."""
     protocol: Any = partial(
-        Connection, max_header_bytes=settings.max_header_bytes, header_timeout_s=settings.header_timeout_s
+        Connection,
+        max_header_bytes=settings.max_header_bytes,
+        header_timeout_s=settings.header_timeout_s,
+        send_timeout_s=settings.send_timeout_s,
     )
     return uvicorn.Config(
         app,

@@ -10,12 +10,13 @@ from fastapi import APIRouter, Path, Request, Response
 
 from adapters.errors import excerpt
 from server.errors import ApiError, NotFound
+from server.gateway.access.caller import caller_of
 from server.gateway.http.disconnect import ClientGone, unless_gone
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import SamplesRoute
 from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, EventSender, event
-from server.gateway.parts import parts_of, user_of, users_of
+from server.gateway.parts import LIMITED, parts_of, user_of, users_of
 from server.gateway.routes.answers import JobAnswer, job_answer
 from server.gateway.routes.examples import FOLLOWED
 from server.gateway.users.adapting import Adapting
@@ -33,7 +34,7 @@ JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` 
 _POLL_S = 0.5
 
 
-@router.post("/users/{user_id}/adapt", status_code=202)
+@router.post("/users/{user_id}/adapt", status_code=202, dependencies=[LIMITED])
 async def adapt(request: Request, response: Response, user_id: UserIdInPath, body: AdaptRequest) -> JobAnswer:
     """Train a small adapter for the user on samples of how they want to be answered.
 
@@ -41,7 +42,15 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     one made from the samples. The adapter is served once it has lowered the loss on samples it was not trained on.
     Samples can also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
     """
-    job = await parts_of(request).adapting.submit(user_of(request, user_id), body)
+    parts, user = parts_of(request), user_of(request, user_id)
+    uses = await parts.limiter.take_job(caller_of(request), user.key)
+    known = await parts.adapting.job_ids(user) if uses else ()
+    job = None
+    try:
+        job = await parts.adapting.submit(user, body)
+    finally:
+        if job is None or job.id in known:  # refused, or a repeated request
+            await parts.limiter.give_back(uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return job_answer(job)
 

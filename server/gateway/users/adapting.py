@@ -27,6 +27,7 @@ from server.store.samples import (
     encode_sample,
 )
 from server.store.tenants.user_key import User, UserKeys
+from server.watching.tracing import Tracing
 
 
 class Adapting:
@@ -40,6 +41,7 @@ class Adapting:
         task: the bank's, which parses items.
         max_sample_bytes: largest sample.
         budget: the most that each job may use.
+        tracing: a job belongs to the trace of its request.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Adapting:
         task: Task,
         max_sample_bytes: int,
         budget: JobBudget,
+        tracing: Tracing,
     ) -> None:
         self._jobs = jobs
         self._checks = checks
@@ -60,6 +63,7 @@ class Adapting:
         self._task = task
         self._max_sample_bytes = max_sample_bytes
         self._budget = budget
+        self._tracing = tracing
 
     async def submit(self, user: User, request: AdaptRequest) -> Job:
         """Store the samples and create the job that trains on them.
@@ -89,6 +93,7 @@ class Adapting:
             bank=self._manifest.short,
             epoch=epoch,
             idempotency_key=request.idempotency_key or "",
+            traceparent=self._tracing.current(),
         )
         job = await self._jobs.submit(user.key, submission, MAX_SAMPLES)
         if job is None:
@@ -98,6 +103,10 @@ class Adapting:
                 code="too_many_samples",
             )
         return job
+
+    async def job_ids(self, user: User) -> list[JobId]:
+        """A user's jobs that are remembered."""
+        return [job.id for job in await self._jobs.jobs(user.key)]
 
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """A job by its id.
