@@ -50,7 +50,10 @@ class Settings(BaseSettings):
     # Gateway
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis 7.2+ or Valkey 8+.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated.",
+    )
     require_durable_store: bool = Field(
         True, description="Refuse a Redis whose writes are not durable; false: only warn, and say so in /ready."
     )
@@ -58,7 +61,7 @@ class Settings(BaseSettings):
         None,
         description="Keys the hash of user ids; the same for all gateways, never changed. `mta up` makes one.",
     )
-    tenant: str = Field("default", description="Tenant that all users belong to.")
+    tenant: str = Field("default", description="Tenant that all users belong to while no API key exists.")
     engine_url: str = Field(
         "http://127.0.0.1:8001", description="OpenAI server that generates: vLLM, or the router in front of several."
     )
@@ -133,6 +136,9 @@ class Settings(BaseSettings):
     trace_share: float = Field(
         1.0, ge=0, le=1, description="Share of requests traced, where their client has not decided already."
     )
+
+    # Commands that call a gateway
+    api_key: SecretStr | None = Field(None, description="API key that they send; `mta keys create` makes one.")
 
     # Engine
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")

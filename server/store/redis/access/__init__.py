@@ -1,1 +1,1 @@
-"""What limits and queues count on Redis."""
+"""Who may call, and how much, on Redis: API keys and what limits count."""
