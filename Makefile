@@ -19,12 +19,13 @@ demo: setup ## from nothing to personalised answers, in a table
 test: lint ## lint, then run every test, on data that the tests make themselves
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
-lint: ## check formatting, style, types, layers, shell scripts
+lint: ## check formatting, style, types, layers, security, shell scripts
 	@deploy/setup.sh tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -c pyproject.toml -r $(PACKAGES)
 	@if command -v shellcheck >/dev/null; then echo shellcheck $(SCRIPTS); shellcheck $(SCRIPTS); \
 	 else echo "shellcheck is not installed: the shell scripts are not checked"; fi
 

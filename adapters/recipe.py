@@ -67,7 +67,7 @@ class UserAdapterId:
     """`<user key>.<id>`: says where the store keeps the adapter, and nothing about who the user is.
 
     Attributes:
-        user_key: see `server/store/user_key.py`.
+        user_key: see `server/store/tenants/user_key.py`.
         id: 128 random bits in base32.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,11 +33,14 @@ class Client:
     Args:
         url: the gateway's.
         timeout_s: longest silence within an answer; a healthy stream is never silent for longer than 15 s.
+        key: the API key; by default the environment's MTA_API_KEY.
         options: passed on to `httpx.Client`, for example `headers`, `verify` or `trust_env`.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 120.0, **options: Any) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 120.0, key: str | None = None, **options: Any) -> None:
         self.url = url
+        if key := key or os.environ.get("MTA_API_KEY"):
+            options["headers"] = {"Authorization": f"Bearer {key}", **options.get("headers", {})}
         timeout, limits = httpx.Timeout(timeout_s, connect=CONNECT_S), httpx.Limits(keepalive_expiry=KEEP_ALIVE_S)
         self._http = httpx.Client(base_url=url, timeout=timeout, limits=limits, **options)
 

@@ -16,8 +16,9 @@ BASE_MODEL = "base"
 PRIVATE = "/mta/v1"
 
 STATUS = f"{PRIVATE}/status"
-"""GET: what the engine serves. The gateway reads `banks`, their fingerprints, and `max_model_len`, in tokens; and
-shows, where they are told, of the `slots` those `slots_taken`, and of all `prepares` those that were `fuses`."""
+"""GET: what the engine serves. The gateway reads `banks`, their fingerprints, `max_model_len`, in tokens, and
+`max_num_seqs`, how many sequences a batch holds; and shows, where they are told, of the `slots` those `slots_taken`,
+and of all `prepares` those that were `fuses`."""
 
 RESIDENT = f"{PRIVATE}/resident"
 """GET: what the workers hold; for operators."""

@@ -2,6 +2,8 @@
 
 ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── InvalidRequest 400   a field is wrong; `param` names it
+├── Unauthorized 401     no API key, or one that does not count
+├── Forbidden 403        the key does not allow this
 ├── NotFound 404         no such user, route, recipe
 ├── WrongMethod 405
 ├── TooSlow 408          the request did not arrive in time
@@ -9,6 +11,7 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 │   └── UserErased       the user was erased while the request was in progress
 ├── TooLarge 413         a body above the limit
 ├── WrongMediaType 415
+├── TooMany 429          a limit is reached, or too many wait; carries Retry-After
 ├── HeadersTooLarge 431
 ├── EngineFailed 502     the engine's answer makes no sense, or broke off
 └── Unavailable 503      a part is down; carries Retry-After
@@ -16,6 +19,8 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import ceil
 from typing import ClassVar
 
 from adapters.errors import MtaError
@@ -55,6 +60,22 @@ class InvalidRequest(ApiError):
     """A field of the request is wrong."""
 
     status, kind, default_code = 400, "invalid_request_error", "invalid_value"
+
+
+class Unauthorized(ApiError):
+    """The request carries no API key, or one that does not count."""
+
+    status, kind, default_code = 401, "authentication_error", "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ApiError):
+    """The caller may not do this."""
+
+    status, kind, default_code = 403, "permission_error", "missing_scope"
 
 
 class NotFound(ApiError):
@@ -104,6 +125,30 @@ class WrongMediaType(ApiError):
     """The body is not JSON."""
 
     status, kind, default_code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class TooMany(ApiError):
+    """The request is one too many now; try again after `retry_after_s`.
+
+    Args:
+        message: what there are too many of.
+        code: `rate_limit_exceeded`, or `overloaded`.
+        retry_after_s: when there is likely to be room.
+        limits: headers that say how much of each limit is left.
+    """
+
+    status, kind, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, retry_after_s: float, code: str | None = None, limits: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+        self._limits = limits or {}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, ceil(self.retry_after_s))), **self._limits}
 
 
 class HeadersTooLarge(ApiError):

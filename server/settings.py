@@ -50,7 +50,10 @@ class Settings(BaseSettings):
     # Gateway
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis 7.2+ or Valkey 8+.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated.",
+    )
     require_durable_store: bool = Field(
         True, description="Refuse a Redis whose writes are not durable; false: only warn, and say so in /ready."
     )
@@ -58,7 +61,7 @@ class Settings(BaseSettings):
         None,
         description="Keys the hash of user ids; the same for all gateways, never changed. `mta up` makes one.",
     )
-    tenant: str = Field("default", description="Tenant that all users belong to.")
+    tenant: str = Field("default", description="Tenant that all users belong to while no API key exists.")
     engine_url: str = Field(
         "http://127.0.0.1:8001", description="OpenAI server that generates: vLLM, or the router in front of several."
     )
@@ -74,8 +77,37 @@ class Settings(BaseSettings):
     header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
     body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
+    send_timeout_s: float = Field(
+        60,
+        gt=0,
+        description="Longest time that a client may take nothing of what is sent to it, before it is hung up on.",
+    )
+    engine_places: int | None = Field(
+        None,
+        ge=1,
+        description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
+        "they compute in a batch, shared among the gateways in front of them that use the same Redis.",
+    )
+    queue_places: int | None = Field(
+        None,
+        ge=0,
+        description="Most generations that wait for a place in the engines; others get 429. By default half as many "
+        "as there are places.",
+    )
+    queue_timeout_s: float = Field(
+        10,
+        gt=0,
+        description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter.",
+    )
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
+    key_requests: int = Field(0, ge=0, description="Requests a minute of each API key; 0 for any number.")
+    key_tokens: int = Field(0, ge=0, description="Tokens a minute of each API key, prompts included; 0 for any number.")
+    key_concurrent: int = Field(0, ge=0, description="Requests at once of each API key; 0 for any number.")
+    key_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each API key; 0 for any number.")
+    user_requests: int = Field(0, ge=0, description="Requests a minute of each user; 0 for any number.")
+    user_tokens: int = Field(0, ge=0, description="Tokens a minute of each user, prompts included; 0 for any number.")
+    user_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each user; 0 for any number.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
     profile_bytes: int = Field(
         2 << 20, gt=0, description="Most bytes kept of a user's items, as JSON: the newest that fit."
@@ -105,6 +137,9 @@ class Settings(BaseSettings):
         1.0, ge=0, le=1, description="Share of requests traced, where their client has not decided already."
     )
 
+    # Commands that call a gateway
+    api_key: SecretStr | None = Field(None, description="API key that they send; `mta keys create` makes one.")
+
     # Engine
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")
     engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")
@@ -122,6 +157,21 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
+
+    # Fleet
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="Engines that `mta up` starts, the cores shared out between them; from two on behind a router.",
+    )
+    router_host: str = Field("127.0.0.1", description="Address the router listens on; never a public one.")
+    router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
+    router_metrics_port: int = Field(
+        29000, ge=1, le=65535, description="Port of the router's own metrics, at the same address."
+    )
+    drain_s: float = Field(
+        30, ge=0, description="How long gateway and engine finish what they have begun once they are asked to stop."
+    )
 
     # Worker
     worker_threads: int = Field(

@@ -20,7 +20,7 @@ from bank.matrix import open_matrix
 from bench.oracle.dense import dense_adapter, stacked_adapter
 from bench.rig.user_adapters import random_user_adapter
 from server.store.adapters import new_adapter_id
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 
 USER_SCALE = 0.05
 """Standard deviation of random user adapters: it moves log-probabilities about as much as training does."""

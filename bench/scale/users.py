@@ -32,7 +32,7 @@ from server.settings import Settings
 from server.store.opening import open_stores
 from server.store.profile_record import encode_profile
 from server.store.profiles import Change, Profile, StoredSignature
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 
 BATCH = 2000
 COMMITTED = 200

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-
-
-def log_to_stderr() -> None:
-    """Log our own lines from INFO up, others' from WARNING up."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
-    logging.getLogger("mta").setLevel(logging.INFO)
 
 
 def prepare_to_train(threads: int | None = None) -> None:

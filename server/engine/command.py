@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import SecretStr
 
@@ -18,13 +20,40 @@ from server.engine.fusing.kernels import native
 from server.engine.sizing import FEWEST, slots_on_cpu
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
+from server.watching.logs import VLLM_CONFIG
+from server.watching.tracing import TRACES_PATH
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one of several engines on a machine gets of it.
+
+    Attributes:
+        place: its number, from 0.
+        of: how many there are.
+    """
+
+    place: int
+    of: int
+
+    def part(self, whole: Sequence[T]) -> list[T]:
+        """This engine's part of what there is to share out: neighbours, and at least one."""
+        begin, end = (len(whole) * edge // self.of for edge in (self.place, self.place + 1))
+        return list(whole[begin:end]) or [whole[self.place % len(whole)]]
 
 
 def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """Check everything an engine needs, fetch the base model if need be, and return the engine's command.
+    """Check everything an engine needs, and return its command; see `check_engine` and `engine_command`."""
+    return engine_command(settings, *check_engine(settings))
+
+
+def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
+    """Check everything an engine needs, and fetch the base model if need be.
 
     Returns:
-        argv and environment of the vLLM process.
+        The manifests of its banks, and the base model's folder.
 
     Raises:
         MtaError: when a bank, the model or the installation is not fit to serve, with the reason.
@@ -42,11 +71,11 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
     check_base_model(model_folder, banks)
     if is_cpu_build():
         native.build(settings.cache_dir)
-    return engine_command(settings, list(banks.values()), model_folder)
+    return list(banks.values()), model_folder
 
 
 def engine_command(
-    settings: Settings, manifests: Sequence[BankManifest], model_folder: Path
+    settings: Settings, manifests: Sequence[BankManifest], model_folder: Path, share: Share | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """argv and environment of the vLLM process; checks nothing.
 
@@ -54,8 +83,10 @@ def engine_command(
         settings: the engine's.
         manifests: of all banks it serves; slots fit the modules that any of them adapts, at the highest serving rank.
         model_folder: the base model on disk.
+        share: of the machine's cores or GPUs, where it is not alone there.
     """
     on_cpu = is_cpu_build()
+    cores = sorted(os.sched_getaffinity(0))
     number_bytes = 4 if settings.dtype == "float32" else 2
     slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else FEWEST)
     turns = "FairScheduler" if on_cpu else "FairAsyncScheduler"
@@ -78,7 +109,8 @@ def engine_command(
     }
     if settings.max_model_len is not None:
         options["max-model-len"] = settings.max_model_len
-    argv = [sys.executable, "-m", "server.engine", "--enable-lora"]
+    # Routers drop the request for usage in every chunk, by which the gateway knows the prompt's length in time.
+    argv = [sys.executable, "-m", "server.engine", "--enable-lora", "--enable-force-include-usage"]
     for option, value in options.items():
         argv += [f"--{option}", str(value)]
     # Modules no bank adapts are left unwrapped: vLLM pays for each wrapped one on every token.
@@ -94,26 +126,44 @@ def engine_command(
         "MTA_MAX_ADAPTER_NAMES": str(settings.max_adapter_names),
         "MTA_USER_ADAPTER_MIB": str(settings.user_adapter_mib),
         "MTA_REDIS_URL": settings.redis_url,
+        "MTA_DRAIN_S": str(settings.drain_s),
     }
     if settings.next_bank is not None:
         environment["MTA_NEXT_BANK"] = str(settings.next_bank)
+    if settings.log_format == "json":
+        environment["VLLM_LOGGING_CONFIG_PATH"] = str(VLLM_CONFIG)
+    if settings.otlp_endpoint:
+        argv += ["--otlp-traces-endpoint", settings.otlp_endpoint.rstrip("/") + TRACES_PATH]
+        environment |= {
+            "MTA_OTLP_ENDPOINT": settings.otlp_endpoint,
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_SERVICE_NAME": "mta-engine",
+            "OTEL_TRACES_SAMPLER": "parentbased_always_off",  # gateways decide what is traced
+        }
     environment.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING", None)
+    if share and on_cpu:
+        cores = share.part(cores)
+        argv = ["taskset", "--cpu-list", ",".join(map(str, cores)), *argv]
+        environment["OMP_NUM_THREADS"] = str(len(cores))
+    elif share:
+        ranks = settings.tensor_parallel_size
+        devices = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(share.of * ranks)))).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.part(devices)[:ranks])
     if on_cpu:
         argv.append("--enforce-eager")
         environment["TORCHDYNAMO_DISABLE"] = "1"  # nor is any of vLLM's helpers compiled, while a request waits for it
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel_size > 1:
-            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(settings.tensor_parallel_size))
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(cores, settings.tensor_parallel_size))
         else:
             argv += ["--distributed-executor-backend", "server.engine.executor.InProcessExecutor"]
             environment["LD_PRELOAD"] = preloads(environment.get("LD_PRELOAD", ""))
-            environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+            environment.setdefault("OMP_NUM_THREADS", str(len(cores)))
     return argv, environment
 
 
-def _share_cores(ranks: int) -> str:
+def _share_cores(cores: Sequence[int], ranks: int) -> str:
     """Cores for each rank, as vLLM reads them (`0,1|2,3`); by default it wants a NUMA node for every rank."""
-    cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::ranks] or cores[:1] for rank in range(ranks)]
     return "|".join(",".join(map(str, share)) for share in shares)
 

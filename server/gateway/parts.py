@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from bank.lookup.serving import ServingBank
+from server.gateway.access.caller import caller_of
+from server.gateway.access.limiter import Limiter
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
+from server.gateway.http.requests import UserIdInPath
 from server.gateway.operating.health import Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting
@@ -16,6 +20,8 @@ from server.gateway.users.erasing import Erasing
 from server.gateway.users.exporting import Exporting
 from server.gateway.users.profiles import Profiles
 from server.settings import Settings
+from server.store.tenants.user_key import Tenants, User, UserKeys
+from server.watching.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,7 @@ class Parts:
     """The parts of one gateway."""
 
     settings: Settings
+    tenants: Tenants
     bank: ServingBank
     profiles: Profiles
     adapting: Adapting
@@ -30,11 +37,34 @@ class Parts:
     exporting: Exporting
     personalizer: Personalizer
     generator: Generator
+    limiter: Limiter
     health: Health
     metrics: Metrics
+    tracing: Tracing
 
 
 def parts_of(request: Request) -> Parts:
     """The parts of the gateway that received a request."""
     parts: Parts = request.app.state.parts
     return parts
+
+
+def users_of(request: Request) -> UserKeys:
+    """How the users of the tenant that sent a request are named."""
+    return parts_of(request).tenants.users(caller_of(request).tenant)
+
+
+def user_of(request: Request, user_id: str) -> User:
+    """The user whom a request names: always one of the tenant's own."""
+    return users_of(request).user(user_id)
+
+
+async def _counted(request: Request, user_id: UserIdInPath) -> AsyncIterator[None]:
+    user = user_of(request, user_id)
+    async with parts_of(request).limiter.counted(caller_of(request), user.key) as counted:
+        await counted.let_in()
+        yield
+
+
+LIMITED = Depends(_counted)
+"""Has a route about a user count against the limits on requests. Generations count themselves; erasing never does."""

@@ -50,7 +50,7 @@ class JobId:
     """`<user key>.<number>`: locates the job's keys, and says nothing about who the user is.
 
     Attributes:
-        user_key: see `server/store/user_key.py`.
+        user_key: see `server/store/tenants/user_key.py`.
         number: from 1, increasing with each of the user's jobs.
     """
 
@@ -82,6 +82,7 @@ class Job:
         before, after: held-out loss of the fused adapter alone, and with the trained adapter.
         adapter: id of the promoted user adapter; empty without one.
         error: why it failed, for people; empty otherwise.
+        traceparent: of the request's trace; empty if that was not traced.
     """
 
     id: JobId
@@ -100,6 +101,7 @@ class Job:
     after: float | None = None
     adapter: str = ""
     error: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Submission:
         bank: the bank (8 hex digits) to train for.
         epoch: the user's when the request began (`server/store/profiles.py`).
         idempotency_key: the same key gives the same job, while that is remembered; empty for none.
+        traceparent: of the request's trace; empty if that is not traced.
     """
 
     samples: Sequence[bytes]
@@ -121,6 +124,7 @@ class Submission:
     bank: str
     epoch: str = ""
     idempotency_key: str = ""
+    traceparent: str = ""
 
     @property
     def token(self) -> str:

@@ -11,6 +11,8 @@ from server.store.adapters import AdapterStore
 from server.store.durability import CheckedStore, ForgetsOnDisk, Timed, untimed
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
+from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.access.rates import RedisRates
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
@@ -18,6 +20,8 @@ from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.signing import RedisSigning
 from server.store.signing import SignQueue
+from server.store.tenants.access_keys import AccessKeys
+from server.store.tenants.rates import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +30,16 @@ class Stores:
 
     Attributes:
         server: says whether the stores can be used.
+        keys: API keys.
+        rates: what limits count.
         profiles, jobs, adapters: what is kept about users.
         signing: the queue of users who need a signature for a bank, by the bank's 8 hex digits.
         file: what the server writes to disk.
     """
 
     server: CheckedStore
+    keys: AccessKeys
+    rates: Rates
     profiles: ProfileStore
     jobs: JobStore
     adapters: AdapterStore
@@ -60,6 +68,8 @@ async def open_stores(settings: Settings, *, checked: bool = True, timed: Timed 
             await connection.check()
         yield Stores(
             server=connection,
+            keys=RedisAccessKeys(connection),
+            rates=RedisRates(connection),
             profiles=RedisProfiles(connection),
             jobs=RedisJobs(connection),
             adapters=RedisAdapters(connection),

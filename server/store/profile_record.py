@@ -22,9 +22,9 @@ RECORD_VERSION = 1
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
-_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER = range(1, 10)
+_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER, _MADE_IN = range(1, 11)
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
-_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER}
+_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER, _MADE_IN}
 _HALF_BYTES = 2
 _SIGNED = struct.Struct("<4sIQf")  # bank, tokens, made of, length of the products
 _OTHER_HEAD = struct.Struct("<8sQ")  # embedder, made of
@@ -44,6 +44,8 @@ def encode_profile(profile: Profile) -> bytes:
     if profile.adapter is not None:
         note = profile.adapter
         parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms}".encode()
+        if note.made_in:  # a part of its own, which earlier versions pass over; they may replace the adapter beside it
+            parts[_MADE_IN] = f"{note.id} {note.made_in}".encode()
     if profile.signature is not None:
         parts[_SIGNATURE] = _signed(profile.signature)
     if profile.other is not None:
@@ -71,7 +73,7 @@ def decode_profile(record: bytes) -> Profile:
         updated_ms=int.from_bytes(parts[_UPDATED], "little"),
         embedder=parts[_EMBEDDER].hex(),
         embedding=_single(parts[_EMBEDDING]),
-        adapter=_note(parts[_ADAPTER]) if _ADAPTER in parts else None,
+        adapter=_note(parts[_ADAPTER], parts.get(_MADE_IN, b"")) if _ADAPTER in parts else None,
         signature=_stored_signature(parts[_SIGNATURE]) if _SIGNATURE in parts else None,
         other=_other(parts[_OTHER]) if _OTHER in parts else None,
         extra={tag: part for tag, part in parts.items() if tag not in _KNOWN},
@@ -117,9 +119,10 @@ def _parts(record: bytes) -> Iterator[tuple[int, bytes]]:
         place += length
 
 
-def _note(raw: bytes) -> AdapterNote:
+def _note(raw: bytes, made_in: bytes) -> AdapterNote:
     adapter, recipe, size_bytes, created_ms = raw.decode().split(" ")
-    return AdapterNote(adapter, recipe, int(size_bytes), int(created_ms))
+    made, _, traceparent = made_in.decode().partition(" ")
+    return AdapterNote(adapter, recipe, int(size_bytes), int(created_ms), traceparent if made == adapter else "")
 
 
 def _signed(stored: StoredSignature) -> bytes:

@@ -1,8 +1,8 @@
 """The store's port for profiles: what is kept about a user, and what the rest of the gateway may ask for.
 
-Three things are kept under a user's key (`server/store/user_key.py`): the profile record, the items it was made from,
-and the items' embeddings. The record alone serves a request; the other two serve the next change. Item embeddings can
-be dropped at any time: they are remade from the items.
+Three things are kept under a user's key (`server/store/tenants/user_key.py`): the profile record, the items it was made
+from, and the items' embeddings. The record alone serves a request; the other two serve the next change. Item embeddings
+can be dropped at any time: they are remade from the items.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ class AdapterNote:
         recipe: name of the recipe it was trained on, which it is always served with.
         size_bytes: of the stored adapter.
         created_ms: when it was promoted, Unix time in milliseconds.
+        made_in: traceparent of the job that made it; empty if that was not traced.
     """
 
     id: str
     recipe: str
     size_bytes: int
     created_ms: int
+    made_in: str = ""
 
 
 @dataclass(frozen=True, slots=True)

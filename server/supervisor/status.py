@@ -22,11 +22,18 @@ class State(StrEnum):
     STARTING = "starting"
     READY = "ready"
     DOWN = "down"
+    GIVEN_UP = "given up"
     STOPPING = "stopping"
     STOPPED = "stopped"
 
 
-_STYLES = {State.WAITING: "dim", State.READY: "green", State.DOWN: "bold red", State.STOPPED: "dim"}
+_STYLES = {
+    State.WAITING: "dim",
+    State.READY: "green",
+    State.DOWN: "bold red",
+    State.GIVEN_UP: "bold red",
+    State.STOPPED: "dim",
+}
 
 
 class LastingConsole(Console):

@@ -44,7 +44,8 @@ class Supervisor:
             started: called once, when every part is ready.
 
         Raises:
-            StartError: when a part does not become ready on its first start; includes the end of its log.
+            StartError: when a part does not become ready on its first start, or one that the others cannot do without
+                has died too often; includes the end of its log.
         """
         life = asyncio.create_task(self._live(started))
         stopping = asyncio.create_task(stop.wait())
@@ -107,6 +108,7 @@ class _Keeper:
         self._report = report
         self._backoff = backoff
         self._process: GuardedProcess | None = None
+        self._was_ready = False
 
     async def start(self) -> None:
         """Start a run and wait until it is ready.
@@ -115,7 +117,7 @@ class _Keeper:
             StartError: when it ended or took too long; nothing of it is left then.
         """
         self._report(self._part.name, State.STARTING, self._part.address)
-        log = self._data.log(self._part.name)
+        log, self._was_ready = self._data.log(self._part.name), False
         self._process = process = await GuardedProcess.start(self._part, log, keep_open=(self._data.lock,))
         try:
             async with asyncio.timeout(self._part.start_timeout_s):
@@ -128,26 +130,39 @@ class _Keeper:
                 how = f"ended with status {await process.wait()} before it was ready"
             await process.kill()
             raise StartError(f"{self._part.name} {how}. The end of {log}:\n{process.log_tail()}")
+        self._was_ready = True
         self._report(self._part.name, State.READY, f"{self._part.address} after {process.uptime_s:.1f} s")
 
     async def keep(self) -> None:
-        """Start the part again whenever it ends, until cancelled."""
+        """Start the part again whenever it ends, until cancelled, or until it has died too often.
+
+        Raises:
+            StartError: when it has, and the others cannot do without it.
+        """
         deaths = 0
         while self._process is not None:
             code = await self._process.wait()
-            deaths = 1 if self._process.uptime_s >= self._backoff.forgive_s else deaths + 1
-            delay_s = self._backoff.delay_s(deaths)
             after_s = self._process.uptime_s
-            self._report(
-                self._part.name,
-                State.DOWN,
-                f"ended with status {code} after {after_s:.0f} s; starting it again in {delay_s:g} s",
-            )
+            deaths = 1 if self._was_ready and after_s >= self._backoff.forgive_s else deaths + 1
+            ended = f"ended with status {code} after {after_s:.0f} s"
+            if deaths >= self._backoff.most:
+                self._give_up(f"{ended}, {deaths} times in a row now")
+                return
+            delay_s = self._backoff.delay_s(deaths)
+            self._report(self._part.name, State.DOWN, f"{ended}; starting it again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             try:
                 await self.start()
             except StartError as error:
                 self._report(self._part.name, State.DOWN, str(error))
+
+    def _give_up(self, ended: str) -> None:
+        """Say that the part is not started again, or end everything if the others cannot do without it."""
+        assert self._process
+        tail = f"The end of {self._data.log(self._part.name)}:\n{self._process.log_tail()}"
+        if not self._part.spare:
+            raise StartError(f"{self._part.name} {ended}. {tail}")
+        self._report(self._part.name, State.GIVEN_UP, f"{ended}; the others go on without it. {tail}")
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """Give the part its time to finish; end it at once when `hurry` is set."""

@@ -27,10 +27,13 @@ from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
+from server.watching.logs import traceparent
 from server.watching.repeating import forever
+from server.watching.tracing import Tracing
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
-from server.worker.holding import train_holding
-from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
+from server.worker.figures import WorkerFigures
+from server.worker.leased.holding import train_holding
+from server.worker.leased.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 
 log = logging.getLogger("mta.worker")
 
@@ -58,6 +61,8 @@ class JobLoop:
         bank: finds the recipe that a user's adapter is trained on.
         trainer: trains and encodes adapters.
         model_lock: held while the base model is in use; shared with others that use it.
+        figures: counts jobs.
+        tracing: shows jobs as parts of the traces of their requests.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class JobLoop:
         trainer: Trains,
         *,
         model_lock: asyncio.Lock | None = None,
+        figures: WorkerFigures | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._name = name
         self._jobs = jobs
@@ -76,6 +83,8 @@ class JobLoop:
         self._bank = bank
         self._trainer = trainer
         self._model_lock = model_lock or asyncio.Lock()
+        self._figures = figures or WorkerFigures()
+        self._tracing = tracing or Tracing()
 
     async def run(self) -> None:
         """Work until cancelled; waits for a store that cannot be reached.
@@ -110,8 +119,12 @@ class JobLoop:
         if lease is None:
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
+        outcome = "given up"
         try:
-            await self._work(HeldLease(self._jobs, lease, asked_s))
+            with self._figures.training(lease.job), self._tracing.span("adapt", follows=lease.job.traceparent):
+                traceparent.set(self._tracing.current())
+                outcome = await self._work(HeldLease(self._jobs, lease, asked_s))
+                self._tracing.note(outcome=outcome, tries=lease.job.tries)
         except LeaseLost:
             log.info("%s: given up, the lease is lost", lease.job.id)
         except StoreSilent as error:
@@ -125,6 +138,9 @@ class JobLoop:
         except Exception:
             await self._give_back(lease, counts=True)
             raise
+        finally:
+            traceparent.set("")
+            self._figures.jobs.labels(outcome).inc()
 
     async def _give_back(self, lease: Lease, *, counts: bool) -> None:
         """The worker is ending: let another take the job at once. Without a store, its lease runs out."""
@@ -134,17 +150,18 @@ class JobLoop:
         except ApiError as error:
             log.warning("%s: not returned to the queue: %s", lease.job.id, error.explained)
 
-    async def _work(self, held: HeldLease) -> None:
+    async def _work(self, held: HeldLease) -> JobState:
         """Train a job and write its outcome; a fault of its content is an outcome too."""
         try:
-            await self._adapt(held)
+            return await self._adapt(held)
         except ApiError:
             raise
         except MtaError as error:
             log.info("%s: failed: %s", held.lease.job.id, type(error.__cause__ or error).__name__)
             await self._end(held, Trained(JobState.FAILED, error=str(error)))
+            return JobState.FAILED
 
-    async def _adapt(self, held: HeldLease) -> None:
+    async def _adapt(self, held: HeldLease) -> JobState:
         lease, key = held.lease, held.lease.job.id.user_key
         profile = await held.insist(self._profiles.load, key)
         if profile is None:
@@ -161,7 +178,9 @@ class JobLoop:
             with blamed(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
         items = await self._past(held) if self._bank.manifest.history_share else []
-        judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config, items))
+        with self._tracing.span("train"):
+            judgement = await train_holding(held, most_s, partial(self._trainer.train, recipe, samples, config, items))
+            self._tracing.note(samples=len(samples), steps=judgement.steps)
         if judgement.weights is None:
             await self._end(held, Trained(JobState.REJECTED, judgement.before, judgement.after))
         else:
@@ -169,6 +188,7 @@ class JobLoop:
             if not await self._promote(held, recipe, judgement, raw):
                 raise LeaseLost
         log.info("%s: held-out loss %.4f, before %.4f", lease.job.id, judgement.after, judgement.before)
+        return JobState.REJECTED if judgement.weights is None else JobState.SUCCEEDED
 
     async def _past(self, held: HeldLease) -> list[Item]:
         """The user's items, the oldest first."""
@@ -189,7 +209,8 @@ class JobLoop:
             snapshot = await held.insist(self._profiles.read, lease.job.id.user_key)
             if snapshot.profile is None:
                 return False
-            note = AdapterNote(stored.id, recipe.name, len(raw), time.time_ns() // 1_000_000)
+            created_ms = time.time_ns() // 1_000_000
+            note = AdapterNote(stored.id, recipe.name, len(raw), created_ms, self._tracing.current())
             noted = replace(snapshot.profile, adapter=note)
             if await held.insist(self._jobs.promote, lease, trained, noted, snapshot.version, stored):
                 return True

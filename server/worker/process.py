@@ -19,6 +19,8 @@ from bank.models.imports import heavy_imports
 from bank.models.load import resolve_dtype
 from server.settings import Settings
 from server.store.opening import Stores, open_stores
+from server.watching.tracing import Tracing, open_tracing
+from server.worker.figures import WorkerFigures
 from server.worker.job_loop import JobLoop
 from server.worker.signing_loop import SigningLoop
 from server.worker.training import AdapterTrainer
@@ -34,13 +36,16 @@ async def run_worker(settings: Settings) -> None:
     """
     with heavy_imports():
         bank, trainer = _opened(settings)
-    async with open_stores(settings) as stores:
-        working = asyncio.gather(*_loops(stores, bank, trainer))
+    figures, tracing = WorkerFigures(), open_tracing(settings, "mta-worker")
+    figures.publish(settings)
+    async with open_stores(settings, timed=figures.store) as stores:
+        working = asyncio.gather(*_loops(stores, bank, trainer, figures, tracing))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)
         log.info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
         with suppress(asyncio.CancelledError):
             await _until_it_fails(working)
+    await asyncio.to_thread(tracing.close)
 
 
 def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
@@ -55,14 +60,18 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
     return bank, trainer
 
 
-def _loops(stores: Stores, bank: ServingBank, trainer: AdapterTrainer) -> list[Coroutine[Any, Any, None]]:
+def _loops(
+    stores: Stores, bank: ServingBank, trainer: AdapterTrainer, figures: WorkerFigures, tracing: Tracing
+) -> list[Coroutine[Any, Any, None]]:
     """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     profiles, model_lock = stores.profiles, asyncio.Lock()
-    loops = [JobLoop(name, stores.jobs, profiles, bank, trainer, model_lock=model_lock).run()]
+    jobs = JobLoop(name, stores.jobs, profiles, bank, trainer, model_lock=model_lock, figures=figures, tracing=tracing)
+    loops = [jobs.run()]
     if bank.signs:
         signing = stores.signing(bank.manifest.short)
-        loops.append(SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock).run())
+        signs = SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock, figures=figures)
+        loops.append(signs.run())
     return loops
 
 

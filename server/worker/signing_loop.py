@@ -16,7 +16,8 @@ from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
 from server.watching.repeating import forever
-from server.worker.stall import STALL_S, Stalled
+from server.worker.figures import WorkerFigures
+from server.worker.leased.stall import STALL_S, Stalled
 
 log = logging.getLogger("mta.worker")
 
@@ -55,6 +56,7 @@ class SigningLoop:
         signer: Signs,
         *,
         model_lock: asyncio.Lock,
+        figures: WorkerFigures | None = None,
     ) -> None:
         self._name = name
         self._queue = queue
@@ -62,6 +64,7 @@ class SigningLoop:
         self._bank = bank
         self._signer = signer
         self._model_lock = model_lock
+        self._figures = figures or WorkerFigures()
 
     async def run(self) -> None:
         """Work until cancelled; waits for a store that cannot be reached."""
@@ -119,6 +122,7 @@ class SigningLoop:
                 made = await self._made(user_key, pairs)
             signed = replace(profile, signature=StoredSignature(made, profile.updated_ms))
             if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
+                self._figures.signatures.inc()
                 log.info("%s: signed, %d items", user_key, len(pairs))
                 return
 

@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import redis.asyncio as redis
 
 from adapters.recipe import UserAdapterId
 from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import JobId, JobState, Submission, Trained
 from server.store.profiles import Change
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 from tests.support.store_parts import BANK, StoreParts
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "store-0.1.json"
@@ -25,7 +24,7 @@ LATER_MS = 1 << 52
 
 @pytest.fixture
 async def parts(server: ValkeyProcess) -> AsyncIterator[StoreParts]:
-    async with redis.from_url(server.url) as raw:
+    async with server.client() as raw:
         await raw.flushall()
         for name, kept in json.loads(FIXTURE.read_text("utf-8")).items():
             value = kept["value"]

@@ -22,6 +22,7 @@ from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, Sample
+from server.watching.tracing import Tracing
 from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
@@ -33,7 +34,7 @@ from tests.support.watchdog import never_held
 class Work(Protocol):
     """Has a worker train whatever there is; `meanwhile` is called at the first step."""
 
-    def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None: ...
+    def __call__(self, meanwhile: Callable[[], object] = lambda: None, tracing: Tracing | None = None) -> None: ...
 
 
 @pytest.fixture
@@ -83,18 +84,19 @@ def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess)
     """A worker in the test's own process, on the stores that the gateway uses."""
     bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
 
-    async def all_of_it(meanwhile: Callable[[], object]) -> None:
+    async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
         connection = RedisConnection(valkey.url)
         await connection.check()
         try:
             interrupted = Interrupted(trainer, meanwhile)
-            worker = JobLoop("test", RedisJobs(connection), RedisProfiles(connection), bank, interrupted)
+            profiles = RedisProfiles(connection)
+            worker = JobLoop("test", RedisJobs(connection), profiles, bank, interrupted, tracing=tracing)
             while await worker.work_once(0.1):
                 pass
         finally:
             await connection.close()
 
-    return lambda meanwhile=lambda: None: asyncio.run(all_of_it(meanwhile))
+    return lambda meanwhile=lambda: None, tracing=None: asyncio.run(all_of_it(meanwhile, tracing))
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,7 @@ def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: 
 def test_while_a_job_trains_its_events_carry_its_curves(
     client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.worker.holding.RENEW_S", 0.02)
+    monkeypatch.setattr("server.worker.leased.holding.RENEW_S", 0.02)
     monkeypatch.setattr("server.gateway.routes.jobs._POLL_S", 0.02)
     job, told = adapt(client, ada).json(), list[dict[str, Any]]()
 
@@ -260,7 +260,7 @@ def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
         "adapters": 1,
     }
     assert client.get(f"/jobs/{job['id']}").status_code == 404
-    key = gateway.parts.profiles.key(ada)
+    key = gateway.key(ada)
     assert keys_of(valkey, key) == [f"mta:{{{key}}}:epoch".encode()]
     wait_until(lambda: fake_engine.dropped == [key], "the engine to be told")
     assert generate(client, ada).json()["personalization"]["level"] == "base"
@@ -287,14 +287,14 @@ def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_
     adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
     work()
     url = gateway.parts.settings.redis_url
-    asyncio.run(_make_stale(url, gateway.parts.profiles.key(ada)))
+    asyncio.run(_make_stale(url, gateway.key(ada)))
     assert generate(client, ada).json()["personalization"]["level"] == "merged"
     assert client.get(f"/users/{ada}").json()["adapter"]["stale"]
     manifest = gateway.parts.bank.manifest
     for _ in range(2):  # the second time it finds the job there
         counts = asyncio.run(_readapt(url, manifest))
         assert (counts.asked, counts.waiting) == (1, 0)
-    job = f"{gateway.parts.profiles.key(ada)}.2"
+    job = f"{gateway.key(ada)}.2"
     assert client.get(f"/jobs/{job}").json()["state"] == "queued"
     work()
     assert client.get(f"/jobs/{job}").json()["state"] == "succeeded"

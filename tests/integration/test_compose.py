@@ -118,12 +118,22 @@ class Stack:
         environment: each service's, complete.
         before: each health check's status before its service ran.
         url: of the gateway.
+        key: the API key that the stack made for itself.
     """
 
     services: dict[str, dict[str, Any]]
     environment: dict[str, dict[str, str]]
     before: dict[str, int]
     url: str
+    key: str = ""
+
+    def once(self, name: str) -> str:
+        """Run a service that ends by itself, as written; what it prints."""
+        done = subprocess.run(
+            self.services[name]["command"], env=self.environment[name], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def check(self, name: str) -> int:
         """Run a service's health check as written; its exit status."""
@@ -156,11 +166,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tin
     running_stack = Stack(here, environment, {}, f"http://127.0.0.1:{ports[PORTS['gateway']]}")
     with ExitStack() as started:
         _start(running_stack, "redis", started, 30)
-        models = subprocess.run(
-            here["models"]["command"], env=environment["models"], capture_output=True, text=True, check=False
-        )
-        assert models.returncode == 0, models.stderr
-        assert "base model" in models.stdout
+        running_stack.key = running_stack.once("keys").strip()
+        assert "base model" in running_stack.once("models")
         _start(running_stack, "engine", started, ENGINE_START_S)
         _start(running_stack, "gateway", started, 60)
         yield running_stack
@@ -199,9 +206,18 @@ def test_every_service_comes_up_by_its_own_command_and_health_check(stack: Stack
 
 @pytest.mark.timeout(600)
 def test_the_services_together_answer_as_a_person(stack: Stack) -> None:
-    with httpx.Client(base_url=stack.url, timeout=60) as client:
+    headers = {"Authorization": f"Bearer {stack.key}"}
+    with httpx.Client(base_url=stack.url, timeout=60, headers=headers) as client:
         items = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
         assert client.put("/users/ada/profile", json=items).status_code == 200
         answer = client.post("/generate", json={"user_id": "ada", "prompt": "Hello", "max_tokens": 4})
         assert answer.status_code == 200, answer.text
         assert answer.json()["personalization"]["level"] == "merged"
+
+
+@pytest.mark.timeout(600)
+def test_the_first_key_is_made_and_printed_once_and_nobody_is_answered_without_it(stack: Stack) -> None:
+    assert stack.key.startswith("mta_")
+    assert stack.once("keys") == ""
+    assert httpx.get(f"{stack.url}/users/ada").status_code == httpx.codes.UNAUTHORIZED
+    assert httpx.get(f"{stack.url}/ready").json()["parts"] is None

@@ -68,7 +68,7 @@ def test_who_is_erased_is_gone_from_the_store_at_once_and_from_every_engine_in_t
     work()
     told = {user: generate(client, user).json()["personalization"] for user in (IDLE, ANSWERED)}
     assert [who["level"] for who in told.values()] == ["stacked", "stacked"]
-    keys = {user: fleet.gateway.parts.profiles.key(user) for user in told}
+    keys = {user: fleet.gateway.key(user) for user in told}
     adapters = {user: client.get(f"/users/{user}").json()["adapter"]["id"] for user in told}
     recipes = {user: f"{told[user]['recipe']}:u-{keys[user]}.{adapters[user]}" for user in told}
     for recipe in recipes.values():

@@ -58,7 +58,7 @@ def erased_while(gate: Gate, client: httpx.Client, user: str, request: Callable[
 def left_of(gateway: GatewayThread, valkey: ValkeyProcess, user: str) -> list[bytes]:
     """The last parts of the names of all keys that hold something of a user."""
     with redis.Redis.from_url(valkey.url) as raw:
-        return [name.rpartition(b":")[2] for name in raw.scan_iter(f"mta:{{{gateway.parts.profiles.key(user)}}}:*")]
+        return [name.rpartition(b":")[2] for name in raw.scan_iter(f"mta:{{{gateway.key(user)}}}:*")]
 
 
 def refused(answer: httpx.Response) -> bool:
@@ -118,7 +118,7 @@ def test_the_file_is_asked_to_forget_before_anything_is_erased(
 ) -> None:
     """A gateway that dies after erasing has asked; one that cannot ask has erased nothing."""
 
-    async def away() -> None:
+    async def away(user_key: str) -> None:
         raise Unavailable("the store cannot be used now")
 
     with monkeypatch.context() as patched:
@@ -134,8 +134,8 @@ def test_what_version_0_1_stored_under_another_form_of_the_name_is_erased_too(
 ) -> None:
     composed, decomposed = "Jos\u00e9-of-0.1", "Jose\u0301-of-0.1"
     client.put(f"/users/{composed}/profile", json=ITEMS).raise_for_status()
-    key = gateway.parts.profiles.key(composed)
-    (former,) = gateway.parts.erasing._keys.former(composed)
+    key = gateway.key(composed)
+    (former,) = gateway.parts.tenants.users("default").user(composed).former
     with redis.Redis.from_url(valkey.url) as raw:
         for name in raw.scan_iter(f"mta:{{{key}}}:*"):
             raw.rename(name, name.replace(key.encode(), former.encode()))

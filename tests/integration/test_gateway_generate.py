@@ -12,7 +12,7 @@ from adapters.recipe import parse_recipe
 from bank.manifest import read_manifest
 from bench.rig.processes import wait_until
 from server.settings import Settings
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, chunks_of, generate, text_of, wait_until_ready
 

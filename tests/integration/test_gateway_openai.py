@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, generate, give_adapter, wait_until_ready
 from tests.support.openai import BOTH, HELLO, ask, either, error_of

@@ -125,6 +125,11 @@ def test_an_address_of_elsewhere_is_refused(environment: Environment) -> None:
     assert "cannot listen on 192.0.2.1" in refusal(environment, "--host", "192.0.2.1")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_that_others_reach_is_refused_while_there_is_no_key(environment: Environment, host: str) -> None:
+    assert "`mta keys create NAME`" in refusal(environment, "--host", host)
+
+
 def test_ports_are_free_again_at_once(environment: Environment) -> None:
     for _ in range(2):
         with running(mta("gateway"), environment) as process:

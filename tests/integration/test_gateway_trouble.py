@@ -220,7 +220,8 @@ class TestDisconnect:
         before = _metric(client, "mta_disconnects_total")
         fake_engine.knobs.token_delay_s = 0.02
         body = json.dumps({"user_id": ada, "prompt": "hello", "max_tokens": 400, "stream": stream}).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        fields = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
+        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\n{fields}"
         with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
             connection.sendall(head.encode() + b"\r\n\r\n" + body)
             wait_until(lambda: bool(fake_engine.seen) and fake_engine.seen[-1].tokens > 2, "the first tokens")

@@ -16,7 +16,7 @@ import redis
 from bank.manifest import read_manifest
 from bench.rig.tiny import world
 from server.settings import Settings
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 from tests.support.gateway import SECRET, GatewayThread
 
 NewUser = Callable[[], str]

@@ -320,7 +320,7 @@ def level_of(model: str) -> str:
 
 
 def kept(gateway: GatewayThread, user_id: str) -> list[str]:
-    key = gateway.parts.profiles.key(user_id)
+    key = gateway.key(user_id)
     with redis.from_url(gateway.parts.settings.redis_url, decode_responses=True) as store:
         return sorted(store.hkeys(f"mta:{{{key}}}:items"))
 

@@ -23,7 +23,7 @@ from server.gateway.users.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret for tests only", "profiles")
 
@@ -67,72 +67,72 @@ async def store(valkey: ValkeyProcess) -> AsyncIterator[RedisProfiles]:
 
 
 @pytest.fixture
-def user_id() -> str:
-    return f"user-{next(_numbers)}"
+def user() -> User:
+    return KEYS.user(f"user-{next(_numbers)}")
 
 
 def profiles(store: RedisProfiles, embedder: CountingEmbedder) -> Profiles:
     executor, limit = ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20)
-    return Profiles(store, KEYS, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
+    return Profiles(store, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
 
 
 def items(*names: str) -> list[Item]:
     return [Item(name, {"text": f"a text about {name}"}) for name in names]
 
 
-async def test_adding_one_item_embeds_one_text(store: RedisProfiles, embedder: CountingEmbedder, user_id: str) -> None:
+async def test_adding_one_item_embeds_one_text(store: RedisProfiles, embedder: CountingEmbedder, user: User) -> None:
     writing = profiles(store, embedder)
-    await writing.replace(user_id, items("waves", "roses", "chess"))
+    await writing.replace(user, items("waves", "roses", "chess"))
     embedder.texts.clear()
-    await writing.add(user_id, items("bread"))
+    await writing.add(user, items("bread"))
     assert embedder.texts == ["a text about bread"]
-    await writing.add(user_id, [Item("bread", {"text": "another text"})])
+    await writing.add(user, [Item("bread", {"text": "another text"})])
     assert embedder.texts == ["a text about bread", "another text"]
 
 
 async def test_a_repeated_or_shrinking_history_embeds_nothing(
-    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     writing = profiles(store, embedder)
-    await writing.replace(user_id, items("waves", "roses", "chess"))
+    await writing.replace(user, items("waves", "roses", "chess"))
     embedder.texts.clear()
-    await writing.replace(user_id, items("waves", "roses", "chess"))
-    await writing.replace(user_id, items("chess", "waves"))
+    await writing.replace(user, items("waves", "roses", "chess"))
+    await writing.replace(user, items("chess", "waves"))
     assert embedder.texts == []
 
 
 async def test_the_embedding_is_the_unit_mean_of_the_items(
-    store: RedisProfiles, embedder: CountingEmbedder, inner: Embedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, inner: Embedder, user: User
 ) -> None:
-    await profiles(store, embedder).replace(user_id, items("waves", "roses"))
-    profile = await profiles(store, embedder).current(user_id)
+    await profiles(store, embedder).replace(user, items("waves", "roses"))
+    profile = await profiles(store, embedder).current(user)
     mean = inner.embed(["a text about waves", "a text about roses"]).mean(axis=0)
     assert profile is not None
     assert float(profile.embedding @ mean / np.linalg.norm(mean)) == pytest.approx(1, abs=1e-3)
 
 
 async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
-    store: RedisProfiles, inner: Embedder, user_id: str
+    store: RedisProfiles, inner: Embedder, user: User
 ) -> None:
     old, new = CountingEmbedder(inner, "00" * 8), CountingEmbedder(inner)
-    await profiles(store, old).replace(user_id, items("waves", "roses"))
+    await profiles(store, old).replace(user, items("waves", "roses"))
     reading = profiles(store, new)
-    profile = await reading.current(user_id)
+    profile = await reading.current(user)
     assert profile is not None
     assert profile.embedder == inner.id
     assert sorted(new.texts) == ["a text about roses", "a text about waves"]
-    await reading.current(user_id)
+    await reading.current(user)
     assert len(new.texts) == 2  # it was kept
 
 
 async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
-    store: RedisProfiles, inner: Embedder, user_id: str
+    store: RedisProfiles, inner: Embedder, user: User
 ) -> None:
-    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user_id, items("waves", "roses"))
+    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"))
     new = CountingEmbedder(inner)
     new.gate.clear()
     reading = profiles(store, new)
-    waiting = [asyncio.create_task(reading.current(user_id)) for _ in range(10)]
+    waiting = [asyncio.create_task(reading.current(user)) for _ in range(10)]
     await asyncio.sleep(0.05)
     waiting[0].cancel()  # one of them leaving does not harm the others
     new.gate.set()
@@ -141,73 +141,71 @@ async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
 
 
 async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
-    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta1:9f2c41d0:shared:c", 27_000, 1)
-    await service.add(user_id, items("surf"))
-    key = KEYS.key(user_id)
+    await service.add(user, items("surf"))
+    key = user.key
     snapshot = await store.read(key)
     assert snapshot.profile is not None
     await store.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
-    assert (await service.add(user_id, items("waves"))).profile.adapter == note
-    assert (await service.replace(user_id, items("bread"))).profile.adapter == note
+    assert (await service.add(user, items("waves"))).profile.adapter == note
+    assert (await service.replace(user, items("bread"))).profile.adapter == note
 
 
-async def test_adding_after_a_change_of_embedder_remakes_all(
-    store: RedisProfiles, inner: Embedder, user_id: str
-) -> None:
-    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user_id, items("waves", "roses"))
+async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisProfiles, inner: Embedder, user: User) -> None:
+    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"))
     new = CountingEmbedder(inner)
-    changed = await profiles(store, new).add(user_id, items("chess"))
+    changed = await profiles(store, new).add(user, items("chess"))
     assert changed.changed == 1
     assert len(new.texts) == 3
-    snapshot = await store.read(KEYS.key(user_id))
+    snapshot = await store.read(user.key)
     assert {vector.embedder for vector in snapshot.vectors.values()} == {inner.id}
 
 
 async def test_lost_item_embeddings_are_remade_when_they_are_needed(
-    store: RedisProfiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user: User
 ) -> None:
     writing = profiles(store, embedder)
-    before = await writing.replace(user_id, items("waves", "roses"))
+    before = await writing.replace(user, items("waves", "roses"))
     async with redis.from_url(valkey.url) as raw:
-        assert await raw.delete(f"mta:{{{KEYS.key(user_id)}}}:vectors") == 1
+        assert await raw.delete(f"mta:{{{user.key}}}:vectors") == 1
     embedder.texts.clear()
-    assert (await writing.replace(user_id, items("waves", "roses"))).changed == 0
+    assert (await writing.replace(user, items("waves", "roses"))).changed == 0
     assert embedder.texts == []
-    after = await writing.add(user_id, items("chess"))
+    after = await writing.add(user, items("chess"))
     assert len(embedder.texts) == 3
     assert after.profile.items == before.profile.items + 1
 
 
 async def test_a_writer_that_loses_a_race_does_not_embed_again(
-    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     writing = profiles(store, embedder)
     embedder.gate.clear()
-    slow = asyncio.create_task(writing.add(user_id, items("waves")))
+    slow = asyncio.create_task(writing.add(user, items("waves")))
     await asyncio.sleep(0.05)
     other = CountingEmbedder(embedder._inner)
-    await profiles(store, other).add(user_id, items("roses"))
+    await profiles(store, other).add(user, items("roses"))
     embedder.gate.set()
     assert (await slow).profile.items == 2
     assert embedder.texts == ["a text about waves"]
 
 
 async def test_a_long_history_is_embedded_in_short_turns(
-    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     names = [f"n{number}" for number in range(3 * EMBED_BATCH)]
-    await profiles(store, embedder).replace(user_id, items(*names))
+    await profiles(store, embedder).replace(user, items(*names))
     assert embedder.largest_batch <= EMBED_BATCH
     assert len(embedder.texts) == len(names)
 
 
 async def test_embedding_never_holds_up_the_event_loop(
-    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     embedder.gate.clear()
-    writing = asyncio.create_task(profiles(store, embedder).replace(user_id, items("waves")))
+    writing = asyncio.create_task(profiles(store, embedder).replace(user, items("waves")))
     for _ in range(20):  # the loop turns while the embedder is stuck
         await asyncio.sleep(0.005)
     assert not writing.done()
@@ -216,45 +214,45 @@ async def test_embedding_never_holds_up_the_event_loop(
 
 
 async def test_evidence_that_this_version_does_not_know_survives_a_change(
-    store: RedisProfiles, embedder: CountingEmbedder, user_id: str
+    store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     writing = profiles(store, embedder)
-    await writing.replace(user_id, items("waves"))
-    key = KEYS.key(user_id)
+    await writing.replace(user, items("waves"))
+    key = user.key
     snapshot = await store.read(key)
     assert snapshot.profile is not None
     signed = replace(snapshot.profile, extra={200: b"signature" * 170})
     assert await store.commit(key, snapshot.version, Change(signed, {}, {}, ()))
-    await writing.add(user_id, items("roses"))
-    profile = await writing.current(user_id)
+    await writing.add(user, items("roses"))
+    profile = await writing.current(user)
     assert profile is not None
     assert profile.extra == {200: b"signature" * 170}
     assert (await store.read(key)).profile is not None
 
 
 async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(
-    store: RedisProfiles, inner: Embedder, valkey: ValkeyProcess, user_id: str
+    store: RedisProfiles, inner: Embedder, valkey: ValkeyProcess, user: User
 ) -> None:
     old, new = CountingEmbedder(inner), CountingEmbedder(inner, "11" * 8)
     gateways = [profiles(store, embedder) for embedder in (old, new)]
-    await gateways[0].replace(user_id, items("waves", "roses"))
-    signed_at = (await gateways[0].current(user_id)).updated_ms  # type: ignore[union-attr]
-    seen = [await gateway.current(user_id) for gateway in gateways]
+    await gateways[0].replace(user, items("waves", "roses"))
+    signed_at = (await gateways[0].current(user)).updated_ms  # type: ignore[union-attr]
+    seen = [await gateway.current(user) for gateway in gateways]
     assert [profile and profile.embedder for profile in seen] == [old.id, new.id]
     async with redis.from_url(valkey.url) as raw:
-        name = f"mta:{{{KEYS.key(user_id)}}}:profile"
+        name = f"mta:{{{user.key}}}:profile"
         record = await raw.get(name)
         for embedder in (old, new):
             embedder.texts.clear()
         for gateway in gateways * 3:
-            profile = await gateway.current(user_id)
+            profile = await gateway.current(user)
             assert profile is not None
             assert profile.updated_ms == signed_at
         assert await raw.get(name) == record
         assert old.texts == new.texts == []
-    await gateways[1].add(user_id, items("bread"))
+    await gateways[1].add(user, items("bread"))
     for gateway, embedder in zip(gateways, (old, new), strict=True):
-        profile = await gateway.current(user_id)
+        profile = await gateway.current(user)
         assert profile is not None
         assert (profile.embedder, profile.items) == (embedder.id, 3)
         assert profile.updated_ms > signed_at

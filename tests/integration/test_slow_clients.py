@@ -20,7 +20,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
 
 HEADER_BYTES = 16 << 10
-POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ class TestHeaders:
         assert answered(connection) == (431, "headers_too_large")
 
     def test_the_most_that_is_allowed_is_taken(self, connection: socket.socket) -> None:
-        head = b"GET /health HTTP/1.1\r\nConnection: close\r\nX: "
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
         connection.sendall(head + b"x" * (HEADER_BYTES - len(head) - 4) + b"\r\n\r\n")
         assert everything(connection).startswith(b"HTTP/1.1 200")
 
@@ -78,12 +78,12 @@ class TestHeaders:
 
     @pytest.mark.parametrize("trickle", [b"", b"X"])
     def test_what_does_not_arrive_in_time_is_refused(self, connection: socket.socket, trickle: bytes) -> None:
-        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
         trickled(connection, trickle)
         assert answered(connection) == (408, "request_timeout")
 
     def test_a_second_request_is_no_other(self, connection: socket.socket) -> None:
-        connection.sendall(b"GET /health HTTP/1.1\r\n\r\nGET /health")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health")
         trickled(connection, b"x")
         first, _, second = everything(connection).partition(b"HTTP/1.1 408")
         assert first.startswith(b"HTTP/1.1 200")
@@ -100,7 +100,7 @@ class TestHeaders:
 
     def test_only_few_requests_wait_in_a_connection(self, connection: socket.socket) -> None:
         with suppress(OSError):
-            connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 1000)
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
         assert everything(connection).count(b"HTTP/1.1 200") < 20
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.rig.processes import alive, command_line, descendants, listening, running, wait_until
+from bench.rig.processes import alive, command_line, descendants, listening, mta, running, wait_until
 from bench.rig.up import Up, up, up_command
 from bench.rig.valkey import ValkeyProcess
 from tests.support.fake_engine import KEY, FakeEngine
@@ -84,6 +85,18 @@ def test_no_secret_stands_in_a_command_line_or_in_a_file_that_others_can_read(ru
     assert stat.S_IMODE(running_up.data.stat().st_mode) == 0o700
     for name in ("secret", "valkey.conf"):
         assert stat.S_IMODE((running_up.data / name).stat().st_mode) == 0o600
+
+
+def test_mta_keys_finds_its_store_and_no_key_stands_in_a_command_line(running_up: Up) -> None:
+    command = mta("keys", "create", "first", "--first", "--data", str(running_up.data))
+    secret = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with running_up.client() as client:
+        wait_until(lambda: client.get("/v1/models").status_code == httpx.codes.UNAUTHORIZED, "the key to be wanted")
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code == httpx.codes.OK
+    assert running_up.ready()
+    for pid in [running_up.pid, *descendants(running_up.pid)]:
+        assert secret not in command_line(pid)
+    assert secret not in running_up.process.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -18,7 +18,7 @@ from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, Sample, encode_config, encode_sample
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 
 CONFIG = encode_config(AdaptConfig(steps=4, learning_rate=0.02))
 SAMPLES = [encode_sample(Sample([{"role": "user", "content": f"question {n}"}], f"{n} yes yes yes")) for n in range(8)]

@@ -58,6 +58,10 @@ class GatewayThread:
         """Whose event loop answers."""
         return self._thread
 
+    def key(self, user_id: str) -> str:
+        """What stands for a user of the tenant that there is while no key exists."""
+        return self.parts.tenants.users(self.parts.settings.tenant).key(user_id)
+
     def client(self, timeout_s: float = 30) -> httpx.Client:
         """A client for it."""
         return httpx.Client(base_url=self.url, timeout=timeout_s)
@@ -114,7 +118,7 @@ async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
     """Note in a profile that there is a user adapter, as promotion does."""
     connection = RedisConnection(gateway.parts.settings.redis_url)
     await connection.check()
-    store, key = RedisProfiles(connection), gateway.parts.profiles.key(user_id)
+    store, key = RedisProfiles(connection), gateway.key(user_id)
     snapshot = await store.read(key)
     assert snapshot.profile
     note = AdapterNote("a" * 26, f"mta1:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)

@@ -22,7 +22,7 @@ from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.signing import RedisSigning
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 from tests.support.faults import FaultyConnection
 
 BANK = "9f2c41d0"
@@ -55,7 +55,6 @@ class StoreParts:
         async with aiohttp.ClientSession() as session:
             erasing = Erasing(
                 self.profiles,
-                KEYS,
                 adapters=self.adapters,
                 jobs=self.jobs,
                 signing=self.signing,
@@ -63,7 +62,7 @@ class StoreParts:
                 log_file=AppendOnlyFile(self.connection),
                 engines=Engines(session, (), None),
             )
-            return await erasing.erase(user)
+            return await erasing.erase(KEYS.user(user))
 
 
 async def submitted(jobs: RedisJobs, user_key: str, *samples: str, **fields: object) -> Job:

@@ -31,7 +31,7 @@ from server.engine_protocol import BASE_MODEL, key_header
 from server.gateway.engines.chat import open_session
 from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.opening import Stores
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import UserKeys
 
 LENT_S = 3600
 SILENCE_S = 300.0

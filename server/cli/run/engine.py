@@ -21,10 +21,11 @@ def engine(
 
     All other options are settings (`mta settings`); the key comes from MTA_ENGINE_KEY.
     """
-    from server.cli.process import log_to_stderr
     from server.engine.command import prepare_engine
     from server.settings import load_settings
+    from server.watching.logs import log_to_stderr
 
-    log_to_stderr()
-    argv, environment = prepare_engine(load_settings(bank=bank, model=model, engine_host=host, engine_port=port))
+    settings = load_settings(bank=bank, model=model, engine_host=host, engine_port=port)
+    log_to_stderr(settings.log_format)
+    argv, environment = prepare_engine(settings)
     os.execve(argv[0], argv, environment)

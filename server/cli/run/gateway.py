@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.process import log_to_stderr
+from server.watching.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -50,7 +50,7 @@ def gateway(
     settings = load_settings(
         bank=bank, host=host, port=port, redis_url=redis_url, engine_url=engine_url, embedder=embedder
     )
-    log_to_stderr()
+    log_to_stderr(settings.log_format)
     with _listening(settings.host, settings.port) as listener:
         uvloop.run(_serve(settings, listener))
 

@@ -1,9 +1,8 @@
-"""`mta up`: Valkey, the engine, the gateway and the worker on this machine, started, watched and stopped together."""
+"""`mta up`: all parts on this machine, started, watched and stopped together."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +40,9 @@ def up(
     dtype: Annotated[
         str | None, typer.Option(help="Data type of weights and KV cache.", show_default="MTA_DTYPE")
     ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="How many engines, behind a router if several.", show_default="MTA_REPLICAS")
+    ] = None,
     max_loras: Annotated[
         int | None, typer.Option(help="How many recipes one batch can mix.", show_default="MTA_MAX_LORAS")
     ] = None,
@@ -60,6 +62,7 @@ def up(
         redis_url=redis_url,
         engine_url=engine_url,
         dtype=dtype,
+        replicas=replicas,
         max_loras=max_loras,
     )
     _run(settings, LastingConsole(highlight=False))
@@ -67,6 +70,7 @@ def up(
 
 def _run(settings: Settings, console: Console) -> None:
     """Check everything that can be checked, then start."""
+    from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
     from server.supervisor.services import check_port, free_port
 
@@ -76,47 +80,10 @@ def _run(settings: Settings, console: Console) -> None:
     try:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
         console.print("  checking the bank, the base model and the embedder")
-        settings, parts = _parts(settings, data)
+        settings, parts = parts_of(settings, data)
         asyncio.run(_supervise(settings, parts, data, console))
     finally:
         data.close()
-
-
-def _parts(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
-    """What to start, after checking bank, base model and embedder; nothing runs yet.
-
-    Raises:
-        MtaError: when one of them is missing, damaged, or not made for the others.
-    """
-    from pydantic import SecretStr
-
-    from bank.lookup.embedder import Embedder
-    from bank.lookup.serving import ServingBank
-    from bank.models.folders import ensure_embedder
-    from server.engine.command import prepare_engine
-    from server.supervisor import services
-
-    bank_folder = settings.bank_folder()
-    own_store = "redis_url" not in settings.model_fields_set
-    own_engine = not settings.model_fields_set & {"engine_url", "engine_urls"}
-    embedder = ensure_embedder(settings.embedder, settings.cache_dir)
-    ServingBank.open(bank_folder, Embedder.load(embedder).id)
-    update: dict[str, object] = {"embedder": embedder, "secret": settings.secret or SecretStr(data.secret)}
-    parts = []
-    if own_store:
-        part, update["redis_url"] = services.valkey_part(data)
-        parts.append(part)
-    if own_engine:
-        host, port = services.LOOPBACK, services.free_port()
-        update |= {"engine_host": host, "engine_port": port, "engine_url": f"http://{host}:{port}"}
-        update["engine_key"] = settings.engine_key or SecretStr(secrets.token_urlsafe(32))
-    settings = settings.model_copy(update=update)
-    if own_engine:
-        engine = services.engine_part(settings, *prepare_engine(settings))
-        parts += [engine, services.gateway_part(settings, engine), services.worker_part(settings, data.log("worker"))]
-    else:  # engines elsewhere have workers elsewhere
-        parts.append(services.gateway_part(settings))
-    return settings, parts
 
 
 async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, console: Console) -> None:

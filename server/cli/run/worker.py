@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from bank.models.imports import heavy_imports
-from server.cli.process import log_to_stderr, prepare_to_train
+from server.cli.process import prepare_to_train
+from server.watching.logs import log_to_stderr
 
 
 def worker(
@@ -27,7 +28,7 @@ def worker(
 
     settings = load_settings(bank=bank, model=model, redis_url=redis_url, worker_threads=threads)
     prepare_to_train(settings.worker_threads)
-    log_to_stderr()
+    log_to_stderr(settings.log_format)
 
     with heavy_imports():
         from server.worker.process import run_worker  # torch reads its threads when it is loaded

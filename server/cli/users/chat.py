@@ -110,7 +110,8 @@ class Conversation:
         except KeyboardInterrupt:
             pass
         except ClientError as error:
-            typer.secho(f"{chr(10) if said else ''}error: {error.message}", fg=typer.colors.RED)
+            hint = "; `mta chat` takes it from MTA_API_KEY" if error.status == 401 else ""
+            typer.secho(f"{chr(10) if said else ''}error: {error.message}{hint}", fg=typer.colors.RED)
             return
         typer.echo()
         first = "no token" if first_s is None else f"first token after {(first_s - begun_s) * 1000:.0f} ms"

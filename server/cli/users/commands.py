@@ -125,4 +125,6 @@ def _gateway(url: str | None, patience_s: float | None = None) -> Gateway:
     from server.cli.users.gateway import PATIENCE_S, Gateway
     from server.settings import load_settings
 
-    return Gateway(url or f"http://127.0.0.1:{load_settings().port}", patience_s or PATIENCE_S)
+    settings = load_settings()
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    return Gateway(url or f"http://127.0.0.1:{settings.port}", patience_s or PATIENCE_S, key)

@@ -46,18 +46,21 @@ class Gateway:
     Args:
         url: its base URL.
         patience_s: how long it may be busy or away.
+        key: the API key that it is sent.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, url: str, patience_s: float = PATIENCE_S, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._patience_s = patience_s
+        self._key = key
         self._not_before_s = 0.0
         self._ill_since_s: float | None = None
         self._failures = 0
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=ANSWER_S)
-        self._session = aiohttp.ClientSession(timeout=timeout)
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._session = aiohttp.ClientSession(timeout=timeout, headers=headers)
         return self
 
     async def __aexit__(
@@ -96,7 +99,8 @@ class Gateway:
                 continue
             self._ill_since_s, self._failures = None, 0
             if not response.ok:
-                raise Refused(_reason(raw, response.status), response.status)
+                hint = "; MTA_API_KEY is where this command takes it from" if response.status == 401 else ""
+                raise Refused(_reason(raw, response.status) + hint, response.status)
             return raw
 
     async def json(self, method: str, path: str, body: object = None) -> Any:

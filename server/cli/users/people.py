@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from adapters.errors import MtaError, excerpt
-from server.store.user_key import check_user_id
+from server.store.tenants.user_key import check_user_id
 
 _LOOK_BYTES = 1 << 20
 

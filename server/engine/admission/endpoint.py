@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from prometheus_client import REGISTRY
 from pydantic import BaseModel
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
@@ -20,6 +21,7 @@ from vllm.lora.request import LoRARequest
 from bank.errors import BankError
 from server.engine.admission import metrics
 from server.engine.admission.door import Door
+from server.engine.admission.drain import Drain
 from server.engine.admission.names import AdapterNames
 from server.engine.admission.prepare import HoldNames, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
@@ -27,7 +29,10 @@ from server.engine.banks import read_manifests
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
 from server.store.opening import open_stores
+from server.watching.figures import StoreSeconds
+from server.watching.logs import Noting
 from server.watching.repeating import forever
+from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.engine")
 
@@ -56,8 +61,10 @@ class MtaEndpointPlugin:
         app.include_router(_router())
         app.add_middleware(HoldNames, names=self._require_names)
         app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
+        app.add_middleware(Noting)
         build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
-        app.build_middleware_stack = lambda: Door(build(), lambda: self._keys)  # type: ignore[method-assign]
+        drain = Drain(Settings().drain_s)
+        app.build_middleware_stack = lambda: Door(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Read the banks, take over the model names, and refuse options that are not safe to serve with.
@@ -84,7 +91,9 @@ class MtaEndpointPlugin:
             in_flight=in_flight,
         )
         names = self._names
-        stores = await self._opened.enter_async_context(open_stores(settings, checked=False))  # nothing is written here
+        timed = StoreSeconds(REGISTRY)
+        # Nothing is written here.
+        stores = await self._opened.enter_async_context(open_stores(settings, checked=False, timed=timed))
         users = UserAdapters(
             stores.adapters,
             RpcWorkers(engine_client.collective_rpc),  # type: ignore[union-attr]
@@ -94,15 +103,24 @@ class MtaEndpointPlugin:
             in_use=lambda: names.in_use,
         )
         self._watching = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
-        preparer = Preparer(manifests, names, users)
+        preparer = Preparer(manifests, names, users, _tracing(settings))
         preparer.install()
-        self._figures = metrics.install(engine_client, names, preparer.check)
+        self._figures = metrics.install(engine_client, names, preparer.check, args.max_loras)
         state.mta = _Behind(preparer, self._figures, max_lora_rank=args.max_lora_rank, slots=args.max_loras)
 
     def _require_names(self) -> AdapterNames[LoRARequest]:
         if self._names is None:
             raise BankError("the engine's plugin served a request before it was initialised")
         return self._names
+
+
+def _tracing(settings: Settings) -> Tracing:
+    """Adds to the traces that vLLM sends."""
+    if not settings.otlp_endpoint:
+        return Tracing()
+    from server.watching.spans import SpanTracing
+
+    return SpanTracing()
 
 
 def _api_keys(args: Namespace) -> list[str]:
@@ -160,6 +178,7 @@ def _router() -> APIRouter:
             "max_model_len": engine.model_config.max_model_len,
             "banks": [manifest.fingerprint for manifest in preparer.manifests.values()],
             "max_lora_rank": behind.max_lora_rank,
+            "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
             "slots": behind.slots,
             "names": len(preparer.names),
             "user_adapters": len(preparer.users),

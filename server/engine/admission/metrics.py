@@ -14,7 +14,8 @@ from itertools import accumulate
 from typing import Any
 
 from prometheus_client import REGISTRY, Gauge
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -40,6 +41,8 @@ COUNTS = {
     "shared_slots": "Requests admitted while another one under the same recipe was open.",
 }
 
+PREPARES = "Requests that an adapter was made ready for: warm ones found it there, cold ones had it fused."
+
 
 class AdaptersInUse:
     """Takes vLLM's calls to the gauge that it replaces, and publishes how many names they contain."""
@@ -64,12 +67,16 @@ class AdapterFigures(Collector):
         ask: fetches the workers' `WorkerFigures.readings`.
         check: measured here.
         names: the names this process knows.
+        slots: how many adapters one batch can mix.
     """
 
-    def __init__(self, ask: Callable[[], Awaitable[Any]], check: Durations, names: AdapterNames[Any]) -> None:
+    def __init__(
+        self, ask: Callable[[], Awaitable[Any]], check: Durations, names: AdapterNames[Any], slots: int
+    ) -> None:
         self._ask = ask
         self._check = check
         self._names = names
+        self._slots = slots
         self._asking: asyncio.Task[Any] | None = None
         self._durations: dict[str, Reading] = {}
         self._counts: dict[str, int] = {}
@@ -99,7 +106,7 @@ class AdapterFigures(Collector):
         finally:
             self._asking = None
 
-    def collect(self) -> Iterator[HistogramMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """All of it, as Prometheus has it."""
         durations = {**self._durations, "check": self._check.reading}
         counts = {**self._counts, "shared_slots": self._names.shared}
@@ -110,6 +117,15 @@ class AdapterFigures(Collector):
             yield HistogramMetricFamily(f"mta_engine_{name}_seconds", text, buckets=buckets, sum_value=total_s)
         for name, text in COUNTS.items():
             yield CounterMetricFamily(f"mta_engine_{name}", text, value=counts.get(name, 0))
+        yield GaugeMetricFamily("mta_engine_slots", "LoRA slots.", self._slots)
+        yield GaugeMetricFamily(
+            "mta_engine_slots_resident", "Slots that hold an adapter.", counts.get("slots_taken", 0)
+        )
+        prepares = CounterMetricFamily("mta_engine_prepares", PREPARES, labels=("kind",))
+        fused = counts.get("fuses", 0)
+        prepares.add_metric(("cold",), fused)
+        prepares.add_metric(("warm",), max(0, self._check.count - fused))
+        yield prepares
 
 
 class Refreshing:
@@ -125,9 +141,9 @@ class Refreshing:
         await self._app(scope, receive, send)
 
 
-def install(engine_client: Any, names: AdapterNames[Any], check: Durations) -> AdapterFigures:
+def install(engine_client: Any, names: AdapterNames[Any], check: Durations, slots: int) -> AdapterFigures:
     """Replace the gauge of a running engine client, and publish the size of its name map and all that is measured."""
-    figures = AdapterFigures(lambda: engine_client.collective_rpc("mta_figures"), check, names)
+    figures = AdapterFigures(lambda: engine_client.collective_rpc("mta_figures"), check, names, slots=slots)
     REGISTRY.register(figures)
     manager = engine_client.logger_manager
     in_use: AdaptersInUse | None = None

@@ -21,6 +21,8 @@ from server.engine.admission.names import AdapterNames
 from server.engine.admission.user_adapters import UserAdapters
 from server.engine.banks import Manifests, checked_recipe, is_recipe_name
 from server.engine.fusing.figures import Durations
+from server.watching.logs import traceparent
+from server.watching.tracing import Tracing
 
 _held: ContextVar[list[str] | None] = ContextVar("mta_held_names", default=None)
 """The names the current HTTP request holds; None outside of one."""
@@ -33,16 +35,20 @@ class Preparer:
         manifests: the engine's banks.
         names: where admitted recipes get their ids.
         users: the user adapters that workers hold.
+        tracing: shows what it did as a part of the request's trace.
 
     Attributes:
         check: how long checking and naming a recipe takes, without its user adapter.
     """
 
-    def __init__(self, manifests: Manifests, names: AdapterNames[LoRARequest], users: UserAdapters) -> None:
+    def __init__(
+        self, manifests: Manifests, names: AdapterNames[LoRARequest], users: UserAdapters, tracing: Tracing
+    ) -> None:
         self.manifests = manifests
         self.names = names
         self.users = users
         self.check = Durations()
+        self._tracing = tracing
 
     async def prepare(self, name: str) -> LoRARequest:
         """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
@@ -76,7 +82,8 @@ class Preparer:
         async def check_model(serving: Any, request: Any) -> ErrorResponse | None:
             if is_recipe_name(request.model):
                 try:
-                    await prepare(request.model)
+                    with self._tracing.span("prepare", follows=traceparent.get()):
+                        await prepare(request.model)
                 except MtaError as error:
                     refusal: ErrorResponse = serving.create_error_response(
                         message=str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"

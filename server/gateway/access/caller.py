@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Any
 
-
-class Scope(StrEnum):
-    """What a key allows."""
-
-    GENERATE = "generate"
-    WRITE = "write"
-    ADAPT = "adapt"
-    ADMIN = "admin"
+from server.errors import ApiError
+from server.store.tenants.access_keys import Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +23,26 @@ class Caller:
     tenant: str
     key_id: str
     scopes: frozenset[Scope]
+
+    @property
+    def name(self) -> str:
+        """Stands for whoever takes turns and has limits: a key, or all of a tenant that need none."""
+        return f"key-{self.key_id}" if self.key_id else f"tenant-{self.tenant}"
+
+
+def caller_of(request: Mapping[str, Any]) -> Caller:
+    """Who sent a request, given as Starlette's `Request` or as an ASGI scope.
+
+    Raises:
+        Unauthorized: when it carries no key, or one that does not count. Only open routes get so far.
+    """
+    found: Caller | ApiError = request["state"]["caller"]
+    if isinstance(found, ApiError):
+        raise found
+    return found
+
+
+def is_admin(request: Mapping[str, Any]) -> bool:
+    """Whether the sender may know how the server is doing."""
+    found = request["state"]["caller"]
+    return isinstance(found, Caller) and Scope.ADMIN in found.scopes

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from server.gateway.access.caller import Caller
 from server.gateway.engines.chat import Conversation, Prompt
 from server.gateway.http.requests import Personalize
+from server.store.tenants.user_key import User
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +18,7 @@ class Asked:
 
     Attributes:
         id_prefix: how the answer's id begins.
-        user_id: who asks; None for nobody in particular.
+        user: who asks; None for nobody in particular.
         personalize: how personal the answer is to be.
         strength: of the anchors beside the common row, relative to the bank's own.
         messages: the conversation; empty where a prompt is continued.
@@ -26,13 +28,16 @@ class Asked:
         sampling: what the engine gets as it came.
         stream: whether the client wants the answer in pieces.
         splittable: whether the engine may send in pieces what the client wants whole.
-        user_param: the client's name for `user_id`, for errors.
+        cache_salt: the tenant's.
+        caller: whose request it is.
+        patience_s: how long it may wait for a place in the engines; None for as long as is usual.
+        user_param: the client's name for the user, for errors.
         prompt_param: for the conversation or prompt.
         max_tokens_param: for `max_tokens`.
     """
 
     id_prefix: str
-    user_id: str | None
+    user: User | None
     personalize: Personalize
     strength: float
     messages: Conversation
@@ -42,6 +47,9 @@ class Asked:
     sampling: Mapping[str, Any]
     stream: bool
     splittable: bool
+    cache_salt: str
+    caller: Caller
+    patience_s: float | None
     user_param: str
     prompt_param: str
     max_tokens_param: str = "max_tokens"
@@ -49,4 +57,13 @@ class Asked:
     @property
     def has_many_prompts(self) -> bool:
         """Whether several prompts are continued at once."""
-        return isinstance(self.prompt, list) and len(self.prompt) > 1 and not isinstance(self.prompt[0], int)
+        return self._prompts > 1
+
+    @property
+    def sequences(self) -> int:
+        """How many answers are generated."""
+        return self._prompts * int(self.sampling.get("n", 1))
+
+    @property
+    def _prompts(self) -> int:
+        return len(self.prompt) if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import EngineFailed, Unavailable
+from server.gateway.access.limiter import Limiter
+from server.gateway.access.queue import EngineQueue, Place
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
 from server.gateway.engines.stream import EngineStream, Piece
@@ -20,6 +22,7 @@ from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.recall import Recall
 from server.gateway.generation.timings import Timings
 from server.gateway.operating.metrics import Metrics
+from server.watching.logs import request_id
 
 if TYPE_CHECKING:
     from prometheus_client import Histogram
@@ -37,6 +40,8 @@ class Answer:
         history: how many past items are in the prompt.
         stream: the engine's.
         timings: complete once `texts` or `pieces` has ended.
+        place: in the engines; given back once they have said all.
+        left: headers that say what the caller may still use.
         inter_token: gets the time between pieces that the engine streams.
     """
 
@@ -46,6 +51,8 @@ class Answer:
     stream: EngineStream
     timings: Timings
     inter_token: Histogram
+    place: Place
+    left: Mapping[str, str]
 
     def texts(self) -> AsyncIterator[str]:
         """The pieces of text; see `EngineStream.texts`."""
@@ -64,6 +71,7 @@ class Answer:
                     self.inter_token.observe(now_s - last_s)
                 last_s = now_s
             yield part
+        self.place.release()
         self.timings.record("engine", self.stream.sent_s)
         self.timings.finish()
 
@@ -76,6 +84,8 @@ class Generator:
         recall: renders the prompt.
         engine: answers it.
         engines: know the model's context.
+        limiter: counts what callers and users ask for.
+        queue: gives out the places in the engines.
         max_prompt_chars: longest conversation, history included.
         metrics: counts fallbacks, and times tokens.
     """
@@ -87,6 +97,8 @@ class Generator:
         engine: EngineClient,
         engines: Engines,
         *,
+        limiter: Limiter,
+        queue: EngineQueue,
         max_prompt_chars: int,
         metrics: Metrics,
     ) -> None:
@@ -94,6 +106,8 @@ class Generator:
         self._recall = recall
         self._engine = engine
         self._engines = engines
+        self._limiter = limiter
+        self._queue = queue
         self._max_prompt_chars = max_prompt_chars
         self._metrics = metrics
 
@@ -110,21 +124,31 @@ class Generator:
         """
         limits = Limits(self._max_prompt_chars, self._engines.context)
         limits.check(asked)
-        personalization = await self._personalizer.resolve(asked, timings)
-        start_s = time.perf_counter()
-        messages, history = await self._recall.messages(asked, personalization.profile, limits)
-        if asked.history:
-            timings.record("history", start_s)
-        wanted = EngineRequest(
-            request_id=f"{asked.id_prefix}-{secrets.token_hex(12)}",
-            model=personalization.model,
-            messages=messages,
-            sampling=asked.sampling,
-            prompt_param=asked.prompt_param,
-            stream=asked.stream or (asked.splittable and not limits.allow_whole(messages, asked.max_tokens)),
-            prompt=asked.prompt,
-        )
+        self._queue.check(asked.caller.name, asked.patience_s)
+        user_key = asked.user.key if asked.user else None
         async with AsyncExitStack() as stack:
+            counting = self._limiter.counted(asked.caller, user_key, partial(limits.tokens, asked))
+            counted = await stack.enter_async_context(counting)
+            personalization = await self._personalizer.resolve(asked, timings)
+            await counted.let_in()
+            start_s = time.perf_counter()
+            messages, history = await self._recall.messages(asked, personalization.profile, limits)
+            if asked.history:
+                timings.record("history", start_s)
+            wanted = EngineRequest(
+                request_id=f"{asked.id_prefix}-{request_id.get()}",
+                model=personalization.model,
+                messages=messages,
+                sampling=asked.sampling,
+                prompt_param=asked.prompt_param,
+                stream=asked.stream or (asked.splittable and not limits.allow_whole(messages, asked.max_tokens)),
+                prompt=asked.prompt,
+                cache_salt=asked.cache_salt,
+            )
+            waiting = self._queue.place(asked.caller.name, size=asked.sequences, patience_s=asked.patience_s)
+            place = await stack.enter_async_context(waiting)
+            if place.waited_s:
+                timings.record("queue", start_s, start_s + place.waited_s)
             candidates = may_speak(personalization, asked.personalize)
             speaking, stream = await self._first_served(stack, wanted, candidates)
             limits.check_answer(asked, stream.prompt_tokens)
@@ -132,7 +156,13 @@ class Generator:
                 timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
                 since_arrival_s = stream.first_token_s - timings.started_s
                 self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
-            yield Answer(wanted.request_id, speaking, history, stream, timings, self._metrics.inter_token)
+            left = await counted.headers()
+            try:
+                yield Answer(
+                    wanted.request_id, speaking, history, stream, timings, self._metrics.inter_token, place, left
+                )
+            finally:
+                counted.tokens = stream.usage.get("total_tokens")
 
     async def _first_served(
         self, stack: AsyncExitStack, wanted: EngineRequest, candidates: Iterable[Personalization]

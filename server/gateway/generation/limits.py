@@ -17,6 +17,9 @@ WHOLE_TOKENS = 1024
 _TEMPLATE_TOKENS = 256
 """More than a chat template adds to a conversation of a few messages."""
 
+_CHARS_A_TOKEN = 4
+"""What English has, roughly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -78,8 +81,19 @@ class Limits:
         """Tokens for a conversation and its history; None while the context is unknown."""
         if self.context is None:
             return None
-        answer = asked.max_tokens if asked.max_tokens is not None else min(WHOLE_TOKENS, self.context // 2)
-        return self.context - answer - _tool_chars(asked)
+        return self.context - self._answer(asked) - _tool_chars(asked)
+
+    def tokens(self, asked: Asked) -> int:
+        """About how many tokens the prompt, without a history, and all its answers will have."""
+        chars = chars_of(asked.messages) + _tool_chars(asked)
+        prompt = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt or ""]
+        ids = sum(1 if isinstance(part, int) else len(part) if isinstance(part, list) else 0 for part in prompt)
+        chars += sum(len(part) for part in prompt if isinstance(part, str))
+        return chars // _CHARS_A_TOKEN + ids + self._answer(asked) * asked.sequences
+
+    def _answer(self, asked: Asked) -> int:
+        """Tokens that an answer is taken to have."""
+        return asked.max_tokens if asked.max_tokens is not None else min(WHOLE_TOKENS, (self.context or 2048) // 2)
 
     def allow_whole(self, messages: Conversation, max_tokens: int | None) -> bool:
         """Whether an answer can be requested in one piece: it is short, and fits however the prompt is tokenised.

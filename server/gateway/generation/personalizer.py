@@ -21,6 +21,7 @@ from server.gateway.generation.timings import Timings
 from server.gateway.http.requests import Personalize
 from server.gateway.users.profiles import Profiles
 from server.store.profiles import AdapterNote, Profile
+from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
@@ -76,6 +77,12 @@ class Personalization:
     profile: Profile | None = field(default=None, compare=False, repr=False)
 
     @property
+    def made_in(self) -> str:
+        """Traceparent of the job that made the user's adapter, where that speaks and the job was traced."""
+        note = self.profile.adapter if self.level is Level.STACKED and self.profile else None
+        return note.made_in if note else ""
+
+    @property
     def model(self) -> str:
         """The name under which the engine serves it; not for clients, since it may hold the user's key."""
         return self.recipe.name if self.recipe else BASE_MODEL
@@ -107,7 +114,7 @@ class Personalizer:
             NotFound: when a merged answer is asked for and the user is unknown.
             Unavailable: when the store is down.
         """
-        user_id, wanted = asked.user_id, asked.personalize
+        user, wanted = asked.user, asked.personalize
         if asked.strength != 1 and not self._bank.manifest.common:
             raise InvalidRequest(
                 f"strength must be 1, got {asked.strength}: this bank has no common row to take the anchors' place",
@@ -115,7 +122,7 @@ class Personalizer:
             )
         if wanted is Personalize.NONE:
             return Personalization(Level.BASE, reason="the request asked for the base model")
-        if user_id is None:
+        if user is None:
             if wanted is Personalize.MERGED:
                 raise InvalidRequest(
                     f"{asked.user_param} is required where personalize is merged",
@@ -124,42 +131,44 @@ class Personalizer:
                 )
             return Personalization(Level.BASE, reason="the request names no user")
         start_s = time.perf_counter()
-        profile = await self._profiles.current(user_id)
+        profile = await self._profiles.current(user)
         timings.record("profile", start_s)
         if profile is None:
             if wanted is Personalize.MERGED:
                 raise NotFound(
-                    f"{asked.user_param} {excerpt(user_id)} has no profile: PUT /users/{{id}}/profile makes one",
+                    f"{asked.user_param} {excerpt(user.id)} has no profile: PUT /users/{{id}}/profile makes one",
                     param=asked.user_param,
                 )
             return Personalization(Level.BASE, reason="unknown user")
         if self._bank.signs and not profile.is_signed(self._bank.manifest.short):
-            self._want_signature(user_id)
+            self._want_signature(user)
         start_s = time.perf_counter()
-        personalization = self.speaking_for(profile, stacked=wanted is Personalize.AUTO, strength=asked.strength)
+        personalization = self.speaking_for(user, profile, stacked=wanted is Personalize.AUTO, strength=asked.strength)
         timings.record("recipe", start_s)
         return personalization
 
-    def _want_signature(self, user_id: str) -> None:
+    def _want_signature(self, user: User) -> None:
         """Request a signature for this bank and profile, at most every `ASK_EVERY_S` for each user."""
         now_s = time.monotonic()
-        if now_s < self._asked.get(user_id, -math.inf) + ASK_EVERY_S:
+        if now_s < self._asked.get(user.key, -math.inf) + ASK_EVERY_S:
             return
         if len(self._asked) >= MOST_ASKED:
             self._asked.clear()
-        self._asked[user_id] = now_s
-        task = asyncio.create_task(self._ask(user_id))
+        self._asked[user.key] = now_s
+        task = asyncio.create_task(self._ask(user))
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
 
-    async def _ask(self, user_id: str) -> None:
+    async def _ask(self, user: User) -> None:
         try:
-            await self._profiles.want_signature(user_id)
+            await self._profiles.want_signature(user)
         except ApiError as error:
             log.warning("a signature could not be requested: %s", error.explained)
 
-    def speaking_for(self, profile: Profile, *, stacked: bool = False, strength: float = 1.0) -> Personalization:
-        """The recipe of a profile whose embedding is current, or the one that its user adapter was trained on.
+    def speaking_for(
+        self, user: User, profile: Profile, *, stacked: bool = False, strength: float = 1.0
+    ) -> Personalization:
+        """The recipe of a user's profile whose embedding is current, or the one that its user adapter was trained on.
 
         The latter only at full strength: a user adapter is served on its own recipe alone.
 
@@ -173,7 +182,7 @@ class Personalizer:
             if trained_on.bank == self._bank.manifest.short and strength < 1:
                 reason = "strength is below 1, and the user's adapter is served on its own recipe only"
             elif trained_on.bank == self._bank.manifest.short:
-                adapter = UserAdapterId(self._profiles.key(profile.user_id), profile.adapter.id)
+                adapter = UserAdapterId(user.key, profile.adapter.id)
                 level, recipe = Level.STACKED, replace(trained_on, user_adapter=adapter)
         weights = {weight.anchor: weight for weight in merged.weights}
         shares = [_share(term, weights.get(term.anchor)) for term in recipe.terms]

@@ -16,6 +16,7 @@ from server.gateway.generation.index_cache import IndexCache
 from server.gateway.generation.limits import Limits, chars_of, most_tokens, size_bytes
 from server.gateway.users.profiles import Profiles
 from server.store.profiles import Profile
+from server.store.tenants.user_key import User
 
 _ANSWER_MARK_TOKENS = 64
 """More than a chat template adds before the answer, which the engine's count leaves out."""
@@ -55,19 +56,19 @@ class Recall:
             Unavailable: when a history is wanted and the store is down.
         """
         messages, room = asked.messages, limits.room(asked)
-        if not asked.history or profile is None or room is None or messages[-1]["role"] != "user":
+        if not asked.history or asked.user is None or profile is None or room is None or messages[-1]["role"] != "user":
             return messages, 0
-        index = await self._index(profile)
+        index = await self._index(asked.user, profile)
         memories = await asyncio.to_thread(index.memories, messages[-1]["content"], asked.history)
         return await self._fitted(messages, memories, room, limits.prompt_chars)
 
-    async def _index(self, profile: Profile) -> ItemIndex:
+    async def _index(self, user: User, profile: Profile) -> ItemIndex:
         """A user's items, ready to be searched; only one history is indexed at a time, while other requests go on."""
-        key = self._profiles.key(profile.user_id)
+        key = user.key
         version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
         if (kept := self._cache.get(key, version)) is not None:
             return kept
-        stored = await self._profiles.items(profile.user_id)
+        stored = await self._profiles.items(user)
         async with self._building:
             if (kept := self._cache.get(key, version)) is not None:
                 return kept

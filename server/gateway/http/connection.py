@@ -14,28 +14,35 @@ MAX_PIPELINED = 8
 """Most requests that wait on one connection for earlier answers; no known client sends even a second."""
 LINGER_S = 2.0
 """How long we read and drop what a refused client still sends: closing at once would lose the answer."""
+STALLED_S = 1.0
+"""After how long a client that takes nothing is not waited for any more by others."""
 
 
 class Connection(HttpToolsProtocol):
     """Bounds the size and time of all that a client sends except bodies, which are bounded where they are read.
 
     A timer runs while no answer is in progress and no body is awaited: until the first byte, through the headers, and
-    when a body goes on after its answer.
+    when a body goes on after its answer. Another runs while a client takes nothing of what fills its buffers.
 
     Args:
         max_header_bytes: most bytes in a row that are not body: request line and headers, or trailers.
         header_timeout_s: how long the timer runs.
+        send_timeout_s: how long the other one does, until the client is hung up on.
         uvicorn: passed on to uvicorn's protocol.
     """
 
-    def __init__(self, *, max_header_bytes: int, header_timeout_s: float, **uvicorn: Any) -> None:
+    def __init__(
+        self, *, max_header_bytes: int, header_timeout_s: float, send_timeout_s: float, **uvicorn: Any
+    ) -> None:
         super().__init__(**uvicorn)
         self._max_header_bytes = max_header_bytes
         self._header_timeout_s = header_timeout_s
+        self._send_timeout_s = send_timeout_s
         self._header_bytes = 0
         self._in_head = True
         self._refused = False
         self._timer: asyncio.TimerHandle | None = None
+        self._stalling: list[asyncio.TimerHandle] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,7 +50,19 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._resumed()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalling = [
+            self.loop.call_later(STALLED_S, self._on_stall),
+            self.loop.call_later(self._send_timeout_s, self.transport.abort),  # closing would wait for the client
+        ]
+
+    def resume_writing(self) -> None:
+        self._resumed()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         start = 0
@@ -114,6 +133,16 @@ class Connection(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _resumed(self) -> None:
+        for timer in self._stalling:
+            timer.cancel()
+        self._stalling = []
+
+    def _on_stall(self) -> None:
+        notes = self.cycle.scope["state"].get("notes") if self.cycle is not None else None
+        if notes is not None and notes.on_stall is not None:
+            notes.on_stall()
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from server.errors import Unavailable
 from server.gateway.http.disconnect import CLIENT_GONE
 from server.gateway.http.errors import error_response
+from server.watching.logs import request_id, traceparent
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
 
@@ -25,19 +30,21 @@ class RequestNotes:
 
     Attributes:
         started_s: when it arrived, by the performance counter.
-        request_id: of a generation; it is in the engine's logs too.
+        answer_id: of a generation; it is in the engine's logs too.
         tenant: whose the request is; empty until that is known.
         level: how personal a generation is.
         gone: whether the client left before the answer.
         broken: whether a stream ended in an error.
+        on_stall: called when the client takes nothing of what is sent to it for a while.
     """
 
     started_s: float
-    request_id: str = ""
+    answer_id: str = ""
     tenant: str = ""
     level: str = ""
     gone: bool = False
     broken: bool = False
+    on_stall: Callable[[], None] | None = None
 
 
 def notes_of(scope: Scope) -> RequestNotes:
@@ -59,24 +66,30 @@ class RequestLog:
 
     HEAD is answered as GET is, without the body: the app below sees a GET.
 
-    Neither path nor body is logged: both name people. Only the route is.
+    Neither path nor body is logged: both name people. Only the route is. Answers carry the request's id, which is the
+    end of a generation's, so that a client's report leads to the lines on it.
 
     Args:
         app: what answers.
         counts: gets every request at its end.
         generating: paths whose POSTs are generations.
+        tracing: of the process.
     """
 
-    def __init__(self, app: ASGIApp, counts: Counts, generating: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, counts: Counts, generating: frozenset[str], tracing: Tracing) -> None:
         self._app = app
         self._counts = counts
         self._generating = generating
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        notes = RequestNotes(time.perf_counter())
+        notes, own_id = RequestNotes(time.perf_counter()), secrets.token_hex(12)
+        request_id.set(own_id)
+        traceparent.set(self._tracing.current())
+        self._tracing.note(request=own_id)
         scope.setdefault("state", {})["notes"] = notes
         status, headed = 500, False
         is_head = scope["method"] == "HEAD"
@@ -86,6 +99,7 @@ class RequestLog:
             nonlocal status, headed
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", own_id.encode())]
             elif is_head:
                 if headed:
                     return
@@ -101,14 +115,16 @@ class RequestLog:
             self._counts.count(route, method, status, notes.level)
             if method == "POST" and scope["path"] in self._generating:
                 self._counts.count_generation(notes.tenant, notes.level, status, broken=notes.broken)
+            took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
             log.info(
-                "%s %s %d %.1f ms%s%s",
+                "%s %s %d %s ms%s%s",
                 method,
                 route,
                 status,
-                (time.perf_counter() - notes.started_s) * 1000,
-                f" {notes.request_id}" if notes.request_id else "",
+                took_ms,
+                f" {notes.answer_id}" if notes.answer_id else "",
                 f" {notes.level}" if notes.level else "",
+                extra={"fields": {"method": method, "route": route, "status": status, "ms": took_ms}},
             )
 
 

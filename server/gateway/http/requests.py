@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import Path
+from fastapi import Header, Path
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.store.samples import MAX_SAMPLES, AdapterKind
-from server.store.user_key import check_user_id
+from server.store.tenants.user_key import check_user_id
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
@@ -95,6 +95,17 @@ Strength = Annotated[
         multiple_of=0.05,
         description="Factor on the anchors' weights beside the common row, which alone speaks at 0; in steps of 0.05. "
         "Below 1 a user's own adapter is left out.",
+    ),
+]
+
+
+QueueTimeout = Annotated[
+    float | None,
+    Header(
+        alias="X-Queue-Timeout",
+        ge=0,
+        allow_inf_nan=False,
+        description="Most seconds that the request may wait for a place in the engines, if that is less than usual.",
     ),
 ]
 

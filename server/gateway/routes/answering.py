@@ -63,10 +63,10 @@ class Answering(Response):
         async with self._parts.generator.answer(self._asked, timings) as answer:
             self._begin(scope, answer)
             content = await self._form.whole(answer)
-            self._observe(answer)
-            await Response(content, headers=self._known_headers(timings), media_type="application/json")(
-                scope, receive, send
-            )
+        self._observe(answer)
+        await Response(content, headers=self._known_headers(timings), media_type="application/json")(
+            scope, receive, send
+        )
 
     async def _stream(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
         async with EventSender(send, lambda: self._known_headers(timings)) as sender:
@@ -84,7 +84,7 @@ class Answering(Response):
             except Exception:
                 if not sender.begun:
                     raise
-                log.exception("%s broke", notes_of(scope).request_id or "a stream")
+                log.exception("%s broke", notes_of(scope).answer_id or "a stream")
                 failed = ApiError("the gateway failed in the middle of the answer")
                 await self._break_off(failed, scope, sender)
             await sender.end()
@@ -92,11 +92,15 @@ class Answering(Response):
     def _begin(self, scope: Scope, answer: Answer) -> None:
         """Keep the answer for the headers, and note for the log and the count what only this route knows."""
         self._answer, notes = answer, notes_of(scope)
-        notes.request_id, notes.level = answer.id, answer.personalization.level.value
+        notes.answer_id, notes.level = answer.id, answer.personalization.level.value
+        notes.on_stall = answer.place.release
+        self._parts.tracing.note(level=notes.level)
+        if made_in := answer.personalization.made_in:
+            self._parts.tracing.link(made_in)
 
     def _known_headers(self, timings: Timings) -> dict[str, str]:
         """Headers as far as they are known: a comment can begin a stream before anything is."""
-        known = self._form.headers(self._answer) if self._answer else {}
+        known = {**self._form.headers(self._answer), **self._answer.left} if self._answer else {}
         return {"Server-Timing": timings.header()} | known
 
     def _observe(self, answer: Answer) -> None:

@@ -7,17 +7,19 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request, Response
 
 from bank.items.prompt import chat_messages
+from server.gateway.access.caller import Caller, caller_of
 from server.gateway.generation.asked import Asked
 from server.gateway.generation.generator import Answer
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.requests import GenerateRequest, items_wanted
+from server.gateway.http.requests import GenerateRequest, QueueTimeout, items_wanted
 from server.gateway.http.streaming import event
-from server.gateway.parts import parts_of
+from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import Answering
 from server.gateway.routes.answers import GenerateAnswer, generate_answer
 from server.gateway.routes.chunks import Chunks
 from server.gateway.routes.examples import GENERATED, STREAMED
+from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
@@ -38,7 +40,7 @@ router = APIRouter(route_class=JsonRoute, tags=["generate"])
         "5XX": {"model": ErrorAnswer},
     },
 )
-async def generate(request: Request, body: GenerateRequest) -> Response:
+async def generate(request: Request, body: GenerateRequest, x_queue_timeout: QueueTimeout = None) -> Response:
     """Answer a prompt in the user's own manner.
 
     With `stream` the answer comes as server-sent events in the shape of OpenAI's chunks: the first carries
@@ -48,18 +50,22 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     one an answer with a status of its own.
     """
     parts = parts_of(request)
-    return Answering(parts, asked_of(body, parts.bank.manifest.history_default), _Texts())
+    usual = parts.bank.manifest.history_default
+    asked = asked_of(body, users_of(request), caller_of(request), history=usual, patience_s=x_queue_timeout)
+    return Answering(parts, asked, _Texts())
 
 
-def asked_of(request: GenerateRequest, history: int = 0) -> Asked:
-    """What a request asks of the generator; `history` is what `auto` stands for."""
+def asked_of(
+    request: GenerateRequest, users: UserKeys, caller: Caller, *, history: int = 0, patience_s: float | None = None
+) -> Asked:
+    """What a request of a tenant asks of the generator; `history` is what `auto` stands for."""
     if request.prompt is not None:
         messages = chat_messages(request.prompt)
     else:
         messages = [message.model_dump() for message in request.messages or ()]
     return Asked(
         id_prefix="gen",
-        user_id=request.user_id,
+        user=users.user(request.user_id),
         personalize=request.personalize,
         strength=request.strength,
         messages=messages,
@@ -68,6 +74,9 @@ def asked_of(request: GenerateRequest, history: int = 0) -> Asked:
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
         stream=request.stream,
         splittable=True,
+        cache_salt=users.cache_salt,
+        caller=caller,
+        patience_s=patience_s,
         user_param="user_id",
         prompt_param=request.conversation_param,
     )

@@ -10,16 +10,18 @@ from fastapi import APIRouter, Path, Request, Response
 
 from adapters.errors import excerpt
 from server.errors import ApiError, NotFound
+from server.gateway.access.caller import caller_of
 from server.gateway.http.disconnect import ClientGone, unless_gone
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import SamplesRoute
 from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, EventSender, event
-from server.gateway.parts import parts_of
+from server.gateway.parts import LIMITED, parts_of, user_of, users_of
 from server.gateway.routes.answers import JobAnswer, job_answer
 from server.gateway.routes.examples import FOLLOWED
 from server.gateway.users.adapting import Adapting
 from server.store.jobs import Job, JobId, parse_job_id
+from server.store.tenants.user_key import UserKeys
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -32,7 +34,7 @@ JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` 
 _POLL_S = 0.5
 
 
-@router.post("/users/{user_id}/adapt", status_code=202)
+@router.post("/users/{user_id}/adapt", status_code=202, dependencies=[LIMITED])
 async def adapt(request: Request, response: Response, user_id: UserIdInPath, body: AdaptRequest) -> JobAnswer:
     """Train a small adapter for the user on samples of how they want to be answered.
 
@@ -40,7 +42,15 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     one made from the samples. The adapter is served once it has lowered the loss on samples it was not trained on.
     Samples can also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
     """
-    job = await parts_of(request).adapting.submit(user_id, body)
+    parts, user = parts_of(request), user_of(request, user_id)
+    uses = await parts.limiter.take_job(caller_of(request), user.key)
+    known = await parts.adapting.job_ids(user) if uses else ()
+    job = None
+    try:
+        job = await parts.adapting.submit(user, body)
+    finally:
+        if job is None or job.id in known:  # refused, or a repeated request
+            await parts.limiter.give_back(uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return job_answer(job)
 
@@ -48,13 +58,13 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
 @router.get("/jobs/{job_id}")
 async def read_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """The job's current state."""
-    return job_answer(await parts_of(request).adapting.job(_parsed(job_id)))
+    return job_answer(await parts_of(request).adapting.job(users_of(request), _parsed(job_id)))
 
 
 @router.delete("/jobs/{job_id}")
 async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """Cancel a job that has not ended; training stops within a step, and nothing of it is kept."""
-    return job_answer(await parts_of(request).adapting.cancel(_parsed(job_id)))
+    return job_answer(await parts_of(request).adapting.cancel(users_of(request), _parsed(job_id)))
 
 
 @router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": {"example": FOLLOWED}}}})
@@ -63,16 +73,17 @@ async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
 
     While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
     """
-    adapting = parts_of(request).adapting
-    return _Following(adapting, await adapting.job(_parsed(job_id)))
+    users, adapting = users_of(request), parts_of(request).adapting
+    return _Following(adapting, users, await adapting.job(users, _parsed(job_id)))
 
 
 class _Following(Response):
     """Polls a job while it is being sent, until the job ends or the client leaves."""
 
-    def __init__(self, adapting: Adapting, job: Job) -> None:
+    def __init__(self, adapting: Adapting, users: UserKeys, job: Job) -> None:
         super().__init__()
         self._adapting = adapting
+        self._users = users
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +103,7 @@ class _Following(Response):
         await sender.write(event(job_answer(job), "job"))
         while not job.state.ended:
             await asyncio.sleep(_POLL_S)
-            before, job = job, await self._adapting.job(job.id)
+            before, job = job, await self._adapting.job(self._users, job.id)
             if job != before:
                 await sender.write(event(job_answer(job), "job"))
         await sender.write(b"event: done\n" + DONE)

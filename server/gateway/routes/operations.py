@@ -7,12 +7,15 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from server.gateway.access.caller import is_admin
 from server.gateway.engines.admin import AddressState, EngineState
 from server.gateway.operating.health import Readiness, Report, StoreState
 from server.gateway.operating.metrics import CONTENT_TYPE
 from server.gateway.parts import Parts, parts_of
 
 router = APIRouter(tags=["operations"])
+
+_FOR_ADMIN = "Null without the scope admin."
 
 
 class BankPart(BaseModel, frozen=True):
@@ -52,21 +55,23 @@ class HealthAnswer(BaseModel, frozen=True):
     """The process is alive."""
 
     status: Literal["ok"] = "ok"
-    parts: PartsAnswer
+    parts: PartsAnswer | None = Field(None, description=_FOR_ADMIN)
 
 
 class ReadyAnswer(BaseModel, frozen=True):
     """Whether requests can be answered."""
 
-    status: Readiness
-    detail: str | None = Field(description="What to do, where the state of the parts does not say.")
-    seen_s_ago: float | None = Field(description="How old the last look is, in seconds.")
-    parts: PartsAnswer
+    status: Readiness = Field(description="Without the scope admin, `ready` or `not_ready`.")
+    detail: str | None = Field(None, description="What is missing, or what to do.")
+    seen_s_ago: float | None = Field(None, description="How old the last look is, in seconds.")
+    parts: PartsAnswer | None = Field(None, description=_FOR_ADMIN)
 
 
 @router.get("/health")
 async def health(request: Request) -> HealthAnswer:
     """Whether this process is alive: 200 if it answers. The parts are as they were last seen; nothing is probed."""
+    if not is_admin(request):
+        return HealthAnswer()
     parts = parts_of(request)
     return HealthAnswer(parts=_parts(parts, parts.health.last))
 
@@ -77,17 +82,19 @@ async def health(request: Request) -> HealthAnswer:
 async def ready(request: Request, response: Response) -> ReadyAnswer:
     """Whether requests can be fully served: 503 if not.
 
-    Ready means that the store can be used, and that the address that generates and at least one engine with the bank
-    can be reached. This is what was last seen, at most a few seconds ago; nothing is probed. Before the first look
-    `status` is `not_yet_seen`; when the last one is too old to rely on, it is `stale`.
+    Ready means that the store can be used, and that at least one engine with the bank can be reached; `detail` says
+    what is missing all the same. This is what was last seen, at most a few seconds ago; nothing is probed. Before the
+    first look `status` is `not_yet_seen`; when the last one is too old to rely on, it is `stale`.
     """
     parts = parts_of(request)
     report, readiness = parts.health.last, parts.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
+    if not is_admin(request):
+        return ReadyAnswer(status=Readiness.READY if readiness is Readiness.READY else Readiness.NOT_READY)
     stale = "the gateway's watch over its parts hangs or has ended: restart the gateway; its log may say why"
     return ReadyAnswer(
         status=readiness,
-        detail=stale if readiness is Readiness.STALE else None,
+        detail=stale if readiness is Readiness.STALE else report and report.missing,
         seen_s_ago=round(report.age_s, 1) if report else None,
         parts=_parts(parts, report),
     )

@@ -17,7 +17,7 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import ItemsRequest, UserIdInPath
-from server.gateway.parts import Parts, parts_of
+from server.gateway.parts import LIMITED, Parts, parts_of, user_of
 from server.gateway.routes.answers import (
     AdapterAnswer,
     ErasedAnswer,
@@ -28,6 +28,7 @@ from server.gateway.routes.answers import (
     job_answer,
 )
 from server.gateway.users.profiles import Changed
+from server.store.tenants.user_key import User
 
 router = APIRouter(
     route_class=JsonRoute,
@@ -37,38 +38,38 @@ router = APIRouter(
 )
 
 
-@router.put("/profile")
+@router.put("/profile", dependencies=[LIMITED])
 async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
     """Replace the user's history with these items.
 
     By default the newest 512 within 2 MiB are kept. Repeating the request changes nothing.
     """
     parts = parts_of(request)
-    return await _change(parts, user_id, body, parts.profiles.replace)
+    return await _change(parts, user_of(request, user_id), body, parts.profiles.replace)
 
 
-@router.post("/profile/items")
+@router.post("/profile/items", dependencies=[LIMITED])
 async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
     """Add items to the user's history; an item whose `id` is already there is replaced.
 
     Repeating the request changes nothing.
     """
     parts = parts_of(request)
-    return await _change(parts, user_id, body, parts.profiles.add)
+    return await _change(parts, user_of(request, user_id), body, parts.profiles.add)
 
 
-@router.get("")
+@router.get("", dependencies=[LIMITED])
 async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     """What is stored about the user, and which anchors speak for them."""
-    parts = parts_of(request)
-    profile = await parts.profiles.current(user_id)
+    parts, user = parts_of(request), user_of(request, user_id)
+    profile = await parts.profiles.current(user)
     if profile is None:
         raise _unknown(user_id)
-    speaking = parts.personalizer.speaking_for(profile)
+    speaking = parts.personalizer.speaking_for(user, profile)
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
-        bytes=await parts.profiles.stored_bytes(user_id),
+        bytes=await parts.profiles.stored_bytes(user),
         embedder=profile.embedder,
         updated_at=iso(profile.updated_ms),
         recipe=speaking.model,
@@ -87,7 +88,12 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     )
 
 
-@router.get("/export", response_class=Response, responses={200: {"content": {"application/json": {}}}})
+@router.get(
+    "/export",
+    response_class=Response,
+    responses={200: {"content": {"application/json": {}}}},
+    dependencies=[LIMITED],
+)
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Everything that is stored about the user, as one JSON object.
 
@@ -95,7 +101,7 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     adapter as it is stored and, in `peft`, the whole adapter that serves them, as the `config` and the `weights`
     (base64) of a PEFT folder; `says` tells what it is, or why there is none.
     """
-    export = await parts_of(request).exporting.export(user_id)
+    export = await parts_of(request).exporting.export(user_of(request, user_id))
     if export is None:
         raise _unknown(user_id)
     jobs = [job_answer(job).model_dump(mode="json") for job in export.jobs]
@@ -105,22 +111,22 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
 @router.delete("")
 async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     """Erase everything stored about the user. Engines drop the user's adapter within 30 seconds."""
-    erasure = await parts_of(request).erasing.erase(user_id)
+    erasure = await parts_of(request).erasing.erase(user_of(request, user_id))
     if erasure is None:
         raise _unknown(user_id)
     return ErasedAnswer(user_id=user_id, erased=erasure.erased, log_rewritten_by=iso(erasure.rewritten_by_ms))
 
 
 async def _change(
-    parts: Parts, user_id: str, body: ItemsRequest, change: Callable[[str, Sequence[Item]], Awaitable[Changed]]
+    parts: Parts, user: User, body: ItemsRequest, change: Callable[[User, Sequence[Item]], Awaitable[Changed]]
 ) -> ProfileAnswer:
     # Megabytes of items take a large part of a second to read: not on the event loop.
     items = await asyncio.to_thread(_items, parts, body.items)
-    changed = await change(user_id, items)
+    changed = await change(user, items)
     parts.metrics.profile_changes.inc(changed.changed)
-    speaking = parts.personalizer.speaking_for(changed.profile)
+    speaking = parts.personalizer.speaking_for(user, changed.profile)
     return ProfileAnswer(
-        user_id=user_id,
+        user_id=user.id,
         received=len(body.items),
         kept=changed.profile.items,
         changed=changed.changed,

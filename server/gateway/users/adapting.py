@@ -26,6 +26,8 @@ from server.store.samples import (
     encode_config,
     encode_sample,
 )
+from server.store.tenants.user_key import User, UserKeys
+from server.watching.tracing import Tracing
 
 
 class Adapting:
@@ -39,6 +41,7 @@ class Adapting:
         task: the bank's, which parses items.
         max_sample_bytes: largest sample.
         budget: the most that each job may use.
+        tracing: a job belongs to the trace of its request.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Adapting:
         task: Task,
         max_sample_bytes: int,
         budget: JobBudget,
+        tracing: Tracing,
     ) -> None:
         self._jobs = jobs
         self._checks = checks
@@ -59,15 +63,16 @@ class Adapting:
         self._task = task
         self._max_sample_bytes = max_sample_bytes
         self._budget = budget
+        self._tracing = tracing
 
-    async def submit(self, user_id: str, request: AdaptRequest) -> Job:
+    async def submit(self, user: User, request: AdaptRequest) -> Job:
         """Store the samples and create the job that trains on them.
 
         Raises:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed.
             UserErased: when the user is erased meanwhile; nothing of them is stored.
         """
-        epoch = await self._profiles.epoch(user_id)
+        epoch = await self._profiles.epoch(user)
         # Megabytes of samples take a large part of a second to read: not on the event loop.
         given = await asyncio.to_thread(
             lambda: [Sample(_messages(sample), sample.output) for sample in request.samples]
@@ -76,11 +81,11 @@ class Adapting:
         config = replace(training_config(self._manifest, request.config), **asdict(self._budget))
         await self._checks.check_template(given)
         await self._checks.check_lengths(samples)
-        kept = await self._jobs.samples(self._profiles.key(user_id)) if request.append else []
+        kept = await self._jobs.samples(user.key) if request.append else []
         await self._checks.check_budget(config, [*kept, *samples])
-        if await self._profiles.current(user_id) is None:
+        if await self._profiles.current(user) is None:
             items = await asyncio.to_thread(self._items, request.samples)
-            await self._profiles.add(user_id, items, epoch)
+            await self._profiles.add(user, items, epoch)
         submission = Submission(
             samples,
             request.append,
@@ -88,8 +93,9 @@ class Adapting:
             bank=self._manifest.short,
             epoch=epoch,
             idempotency_key=request.idempotency_key or "",
+            traceparent=self._tracing.current(),
         )
-        job = await self._jobs.submit(self._profiles.key(user_id), submission, MAX_SAMPLES)
+        job = await self._jobs.submit(user.key, submission, MAX_SAMPLES)
         if job is None:
             raise InvalidRequest(
                 f"samples: with those already kept there would be more than {MAX_SAMPLES}: send them without `append`",
@@ -98,24 +104,36 @@ class Adapting:
             )
         return job
 
-    async def job(self, job_id: JobId) -> Job:
+    async def job_ids(self, user: User) -> list[JobId]:
+        """A user's jobs that are remembered."""
+        return [job.id for job in await self._jobs.jobs(user.key)]
+
+    async def job(self, users: UserKeys, job_id: JobId) -> Job:
         """A job by its id.
 
+        Args:
+            users: of the tenant that asks.
+            job_id: perhaps another tenant's.
+
         Raises:
-            NotFound: when there is none, or no longer.
+            NotFound: when the tenant has no such job, or no longer.
         """
-        job = await self._jobs.job(job_id)
-        if job is None:
+        job, owner = await asyncio.gather(self._jobs.job(job_id), self._profiles.owner(job_id.user_key))
+        if job is None or owner is None or not users.user(owner).is_stored_under(job_id.user_key):
             raise _unknown(job_id)
         return job
 
-    async def cancel(self, job_id: JobId) -> Job:
+    async def cancel(self, users: UserKeys, job_id: JobId) -> Job:
         """Cancel a job; a worker that is training it stops at its next step.
+
+        Args:
+            users, job_id: as of `job`.
 
         Raises:
             NotFound: when there is none.
             Conflict: when it has already ended.
         """
+        await self.job(users, job_id)
         job, ended = await self._jobs.cancel(job_id)
         if job is None:
             raise _unknown(job_id)

@@ -10,7 +10,7 @@ from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.profiles import Erasure, ProfileStore
 from server.store.signing import SignQueue
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import User
 
 
 class Erasing:
@@ -18,7 +18,6 @@ class Erasing:
 
     Args:
         profiles: where they are kept.
-        keys: how they are named there.
         adapters: lists which bank each user's adapter belongs to.
         jobs: its queues may hold them.
         signing: so may this queue; None where the bank has no signatures.
@@ -30,7 +29,6 @@ class Erasing:
     def __init__(
         self,
         profiles: ProfileStore,
-        keys: UserKeys,
         *,
         adapters: AdapterStore,
         jobs: JobStore,
@@ -40,7 +38,6 @@ class Erasing:
         engines: Engines,
     ) -> None:
         self._profiles = profiles
-        self._keys = keys
         self._adapters = adapters
         self._jobs = jobs
         self._signing = signing
@@ -49,7 +46,7 @@ class Erasing:
         self._engines = engines
         self._dropping: set[asyncio.Task[None]] = set()
 
-    async def erase(self, user_id: str) -> Erasure | None:
+    async def erase(self, user: User) -> Erasure | None:
         """Erase a user; None if nothing was ever stored about them, or that is no longer remembered.
 
         Each step may be repeated: a DELETE that failed half-way is finished by the next, which gets the same answer.
@@ -57,11 +54,11 @@ class Erasing:
         Engines are told in the background. One that cannot be reached finds out on its own, or holds nothing: it asks
         the store about every adapter that it keeps (`server/engine/admission/user_adapters.py`).
         """
-        erasures = [await self._erase(key) for key in (self._keys.key(user_id), *self._keys.former(user_id))]
+        erasures = [await self._erase(key) for key in (user.key, *user.former)]
         return next((erasure for erasure in erasures if erasure), None)
 
     async def _erase(self, key: str) -> Erasure | None:
-        asked = await self._log_file.ask_for_rewrite()
+        asked = await self._log_file.ask_for_rewrite(key)
         erasure = await self._profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
         await self._adapters.forget_adapted(key)
         for bank in {self._bank, *(erasure.banks if erasure else ())}:

@@ -21,7 +21,7 @@ from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.jobs import Job, JobStore
 from server.store.profiles import AdapterNote, Profile, ProfileStore, Snapshot
 from server.store.samples import decode_sample
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import User
 
 _END = b'"}}}'
 
@@ -71,7 +71,6 @@ class Exporting:
 
     Args:
         profiles, jobs, adapters: where it is kept.
-        keys: how users are named there.
         bank: the folder of the bank that is served.
         manifest: its manifest.
     """
@@ -79,7 +78,6 @@ class Exporting:
     def __init__(
         self,
         profiles: ProfileStore,
-        keys: UserKeys,
         *,
         jobs: JobStore,
         adapters: AdapterStore,
@@ -87,19 +85,18 @@ class Exporting:
         manifest: BankManifest,
     ) -> None:
         self._profiles = profiles
-        self._keys = keys
         self._jobs = jobs
         self._adapters = adapters
         self._bank = bank
         self._manifest = manifest
 
-    async def export(self, user_id: str) -> Export | None:
+    async def export(self, user: User) -> Export | None:
         """All of it; None for an unknown user.
 
         Raises:
             UserErased: when the user is erased meanwhile.
         """
-        key = self._keys.key(user_id)
+        key = user.key
         snapshot = await self._profiles.read(key)
         profile = snapshot.profile
         if profile is None:

@@ -19,7 +19,7 @@ from server.gateway.users.history import HistoryLimit, StoredItems, added, diffe
 from server.store.profile_record import as_stored
 from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
 from server.store.signing import SignQueue
-from server.store.user_key import UserKeys
+from server.store.tenants.user_key import User
 
 EMBED_BATCH = 16
 """Texts per turn on an embedding thread: a long history does not keep a short one waiting."""
@@ -54,7 +54,6 @@ class Profiles:
 
     Args:
         store: where they are kept.
-        keys: how users are named there.
         embedder: makes embeddings, on the threads of `executor`.
         task: how the bank reads items.
         executor: the embedding threads.
@@ -65,7 +64,6 @@ class Profiles:
     def __init__(
         self,
         store: ProfileStore,
-        keys: UserKeys,
         *,
         embedder: Embeds,
         task: Task,
@@ -74,7 +72,6 @@ class Profiles:
         signing: SignQueue | None = None,
     ) -> None:
         self._store = store
-        self._keys = keys
         self._embedder = embedder
         self._task = task
         self._executor = executor
@@ -82,75 +79,75 @@ class Profiles:
         self._signing = signing
         self._refreshing: dict[str, asyncio.Task[Profile | None]] = {}
 
-    def key(self, user_id: str) -> str:
-        """The user's key in the store and in recipe names."""
-        return self._keys.key(user_id)
-
-    async def current(self, user_id: str) -> Profile | None:
+    async def current(self, user: User) -> Profile | None:
         """The profile with an embedding by the current embedder, or None for an unknown user."""
-        key = self._keys.key(user_id)
-        profile = await self._store.load(key)
+        profile = await self._store.load(user.key)
         if profile is None:
             return None
-        return profile.seen_by(self._embedder.id) or await self._refreshed(key, user_id)
+        return profile.seen_by(self._embedder.id) or await self._refreshed(user)
 
-    async def epoch(self, user_id: str) -> str:
+    async def owner(self, key: str) -> str | None:
+        """The id of the user that a key stands for; None where nothing is stored under it."""
+        profile = await self._store.load(key)
+        return profile.user_id if profile else None
+
+    async def epoch(self, user: User) -> str:
         """The user's epoch, which a write of several steps reads when it begins."""
-        return await self._store.epoch(self._keys.key(user_id))
+        return await self._store.epoch(user.key)
 
-    async def replace(self, user_id: str, items: Sequence[Item]) -> Changed:
+    async def replace(self, user: User, items: Sequence[Item]) -> Changed:
         """Replace the history with these items.
 
         Raises:
             UserErased: when the user is erased before the change is written; then nothing is written.
         """
-        return await self._change(user_id, lambda history: replaced(history, items, self._limit))
+        return await self._change(user, lambda history: replaced(history, items, self._limit))
 
-    async def add(self, user_id: str, items: Sequence[Item], epoch: str | None = None) -> Changed:
+    async def add(self, user: User, items: Sequence[Item], epoch: str | None = None) -> Changed:
         """Add items to the history; an item whose id is already there is replaced.
 
         Args:
-            user_id: already checked.
+            user: whose history.
             items: oldest first.
             epoch: the user's, if the request has already read it.
 
         Raises:
             UserErased: when the user is erased before the change is written; then nothing is written.
         """
-        return await self._change(user_id, lambda history: added(history, items, self._limit), epoch)
+        return await self._change(user, lambda history: added(history, items, self._limit), epoch)
 
-    async def items(self, user_id: str) -> Mapping[str, StoredItem]:
+    async def items(self, user: User) -> Mapping[str, StoredItem]:
         """A user's history by item id, oldest first; empty for an unknown user."""
-        return await self._store.items(self._keys.key(user_id))
+        return await self._store.items(user.key)
 
-    async def want_signature(self, user_id: str) -> None:
+    async def want_signature(self, user: User) -> None:
         """Request a user's signature; does nothing if it has already been requested."""
         if self._signing is not None:
-            await self._signing.ask(self._keys.key(user_id))
+            await self._signing.ask(user.key)
 
-    async def stored_bytes(self, user_id: str) -> int:
+    async def stored_bytes(self, user: User) -> int:
         """Memory that the user's profile, items and vectors take in the store."""
-        return await self._store.stored_bytes(self._keys.key(user_id))
+        return await self._store.stored_bytes(user.key)
 
-    async def _refreshed(self, key: str, user_id: str) -> Profile | None:
+    async def _refreshed(self, user: User) -> Profile | None:
         """Remake an embedding that another embedder made; concurrent requests wait for the same work."""
-        task = self._refreshing.get(key)
+        task = self._refreshing.get(user.key)
         if task is None:
-            task = self._refreshing[key] = asyncio.create_task(self._refresh(user_id))
-            task.add_done_callback(lambda _: self._refreshing.pop(key, None))
+            task = self._refreshing[user.key] = asyncio.create_task(self._refresh(user))
+            task.add_done_callback(lambda _: self._refreshing.pop(user.key, None))
         return await asyncio.shield(task)
 
-    async def _refresh(self, user_id: str) -> Profile | None:
+    async def _refresh(self, user: User) -> Profile | None:
         try:
-            return (await self._change(user_id, dict)).profile
+            return (await self._change(user, dict)).profile
         except (_NoItems, UserErased):
             return None
 
     async def _change(
-        self, user_id: str, apply: Callable[[StoredItems], StoredItems], epoch: str | None = None
+        self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None = None
     ) -> Changed:
         """Read, apply, embed what has no embedding yet, and commit; start over if someone else was faster."""
-        key = self._keys.key(user_id)
+        key = user.key
         made: dict[tuple[str, str], Vectors] = {}  # by id and text: survives a lost race
         for attempt in range(MAX_ATTEMPTS):
             snapshot = await self._store.read(key)
@@ -164,7 +161,7 @@ class Profiles:
                 return Changed(seen, 0)
             vectors, fresh = await self._vectors(snapshot, history, made)
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
-            profile = Profile(user_id, len(history), 0, self._embedder.id, embedding)
+            profile = Profile(user.id, len(history), 0, self._embedder.id, embedding)
             profile = _following(snapshot.profile, profile, same_items=not step.put and not step.drop)
             change = Change(profile, step.put, fresh, step.drop)
             if await self._store.commit(key, snapshot.version, change, epoch):

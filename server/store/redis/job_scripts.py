@@ -32,8 +32,9 @@ end
 """
 
 # KEYS: jobs, samples, epoch. ARGV: prefix of job names, idempotency key, token, the epoch seen, deadline (ms), bank,
-# config, whether to append, most samples, jobs kept, how long an ended one is kept (s), then samples. Returns the job's
-# number, 0 if there would be too many samples, -1 if the user was erased, -2 if the deadline has passed.
+# config, whether to append, most samples, jobs kept, how long an ended one is kept (s), traceparent, then samples.
+# Returns the job's number, 0 if there would be too many samples, -1 if the user was erased, -2 if the deadline has
+# passed.
 SUBMIT = (
     NOW
     + ERASED_SINCE
@@ -58,7 +59,7 @@ local appended = ARGV[8] == '1'
 for _, sample in ipairs(appended and redis.call('LRANGE', KEYS[2], 0, -1) or {}) do
   known[sample], kept = true, kept + 1
 end
-for i = 12, #ARGV do
+for i = 13, #ARGV do
   if not known[ARGV[i]] then known[ARGV[i]], fresh[#fresh + 1] = true, ARGV[i] end
 end
 if kept + #fresh > tonumber(ARGV[9]) then return 0 end
@@ -76,6 +77,7 @@ end
 redis.call('HSET', prefix .. number, 'state', 'queued', 'config', ARGV[7], 'created_ms', now, 'bank', ARGV[6],
   'epoch', ARGV[4], 'token', token)
 if key ~= '' then redis.call('HSET', prefix .. number, 'key', key) end
+if ARGV[12] ~= '' then redis.call('HSET', prefix .. number, 'traceparent', ARGV[12]) end
 return number
 """
 )

@@ -23,7 +23,8 @@ from server.store.redis import job_scripts as scripts
 from server.store.redis import keys
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.queue import LISTED_MS, RedisQueue
-from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection, readable
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection, readable
 from server.store.samples import Curve, decode_curve, encode_curve
 
 log = logging.getLogger("mta.store")
@@ -35,7 +36,7 @@ _DIED = (
 )
 _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
-    "adapter", "error", "curve",
+    "adapter", "error", "curve", "traceparent",
 )  # fmt: skip
 _WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
 
@@ -70,6 +71,7 @@ class RedisJobs:
             max_samples,
             KEPT_JOBS,
             KEPT_S,
+            submission.traceparent,
             *submission.samples,
         )
         if number == _TOO_MANY:
@@ -248,7 +250,7 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     if values[0] is None:
         return None
     texts: Mapping[str, str] = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
-    taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error")}
+    taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error", "traceparent")}
     taken |= {name: int(texts[name] or 0) for name in _WHOLE}
     taken |= {name: float(texts[name]) if texts[name] else None for name in ("loss", "before", "after")}
     return Job(job_id, JobState(texts["state"]), curve=decode_curve(texts["curve"]), **taken)

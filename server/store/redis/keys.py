@@ -1,7 +1,7 @@
 """The names of all keys. The part in braces decides the cluster slot, and a script can only change keys of one slot:
 so all keys of a user share a slot, and so do all keys of a queue.
 
-Of one user (`server/store/user_key.py`)::
+Of one user (`server/store/tenants/user_key.py`)::
 
     key                       type    what                                                expiry
     mta:{<user key>}:profile  string  the record (`server/store/profile_record.py`)       -
@@ -28,6 +28,14 @@ Of all users::
     mta:adapted               set     banks that user adapters were trained on
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
+    mta:{rewrite}:<server>    hash    the same, of each server of a cluster
+    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, and `revision`
+
+Of limits (`server/store/redis/access/rates.py`); an owner is an API key's name, or a user key::
+
+    mta:rates:{<what>/<owner>/…}     string  what was used in this window                twice the window
+    mta:rates:{<what>/<owner>/…}/-1  string  what was used in the one before             the window
+    mta:held:<what>                  zset    who holds it → until when, ms               with the last lease
 
 From version 0.1, until a worker or a gateway takes them over::
 
@@ -51,6 +59,8 @@ Work = Literal["jobs", "sign"]
 ADAPTED = "mta:adapted"
 REWRITE = "mta:{rewrite}"
 OLD_REWRITE = f"{REWRITE}:due"
+ACCESS_KEYS = "mta:{access}:keys"
+RATES = "mta:rates"
 
 
 def profile(user_key: str) -> str:
@@ -89,8 +99,17 @@ def epoch(user_key: str) -> str:
     return _of_user(user_key, "epoch")
 
 
+def rewrite(server: str) -> str:
+    """Of a server's file, by the server's id; empty if it is the only one."""
+    return f"{REWRITE}:{server}" if server else REWRITE
+
+
 def adapted(bank: str) -> str:
     return f"{ADAPTED}:{bank}"
+
+
+def held(name: str) -> str:
+    return f"mta:held:{name}"
 
 
 @dataclass(frozen=True, slots=True)

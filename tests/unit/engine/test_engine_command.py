@@ -10,7 +10,7 @@ import pytest
 
 from adapters.lora import ModuleShape
 from server.engine import sizing
-from server.engine.command import engine_command
+from server.engine.command import Share, engine_command
 from server.settings import Settings
 
 
@@ -55,6 +55,34 @@ def test_slots_fit_a_share_of_the_memory(
 def test_as_many_slots_as_one_asks_for(tmp_path: Path) -> None:
     argv, _ = engine_command(Settings(bank=tmp_path, max_loras=3), [bank(8, "q_proj")], tmp_path)
     assert argv[argv.index("--max-loras") + 1] == "3"
+
+
+@pytest.mark.parametrize(
+    ("whole", "of", "parts"),
+    [(4, 2, [[0, 1], [2, 3]]), (3, 2, [[0], [1, 2]]), (2, 2, [[0], [1]]), (1, 2, [[0], [0]]), (2, 3, [[0], [0], [1]])],
+)
+def test_engines_share_out_what_there_is_and_none_goes_without(whole: int, of: int, parts: list[list[int]]) -> None:
+    assert [Share(place, of).part(range(whole)) for place in range(of)] == parts
+
+
+def test_one_of_several_engines_keeps_to_its_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: True)
+    argv, environment = engine_command(Settings(bank=tmp_path), [bank(8, "q_proj")], tmp_path, Share(1, 2))
+    assert argv[:3] == ["taskset", "--cpu-list", "6,7"]
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_one_of_several_engines_keeps_to_its_share_of_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: False)
+    settings = Settings(bank=tmp_path, tensor_parallel_size=2)
+    seen = [engine_command(settings, [bank(8, "q_proj")], tmp_path, Share(place, 2))[1] for place in range(2)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    _, environment = engine_command(settings, [bank(8, "q_proj")], tmp_path, Share(1, 2))
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(tmp_path: Path) -> None:

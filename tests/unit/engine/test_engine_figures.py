@@ -56,7 +56,7 @@ def check() -> Durations:
 
 @pytest.fixture
 def published(worker: Worker, check: Durations, names: AdapterNames[Any]) -> AdapterFigures:
-    return AdapterFigures(worker.ask, check, names)
+    return AdapterFigures(worker.ask, check, names, slots=8)
 
 
 def shown(figures: AdapterFigures) -> dict[str, float]:
@@ -92,6 +92,7 @@ async def test_everything_is_shown_before_a_worker_has_said_anything(published: 
     first = shown(published)
     await published.refresh()
     assert shown(published).keys() == first.keys()
+    assert first.pop("mta_engine_slots") == 8
     assert not any(first.values())
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from server.errors import InvalidRequest
+from server.gateway.access.caller import Caller
 from server.gateway.generation.asked import Asked
 from server.gateway.generation.limits import WHOLE_TOKENS, Limits, most_tokens
 from server.gateway.http.requests import GenerateRequest
 from server.gateway.routes.generate import asked_of
+from server.store.tenants.user_key import UserKeys
 
 LIMITS = Limits(prompt_chars=10, context=512)
 
 
 def ask(**fields: Any) -> Asked:
-    return asked_of(GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields))
+    request = GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
+    return asked_of(request, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset()))
 
 
 def in_messages(*texts: str) -> dict[str, Any]:
@@ -64,3 +68,14 @@ def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
     assert not Limits(100, 4096).allow_whole(messages, WHOLE_TOKENS + 1)
     assert Limits(100, 4096 - room + 8).allow_whole(messages, 8)
     assert not Limits(100, 4096 - room + 7).allow_whole(messages, 8)
+
+
+def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
+    limits, asked = Limits(prompt_chars=10_000, context=512), ask(prompt="x" * 400, max_tokens=20)
+    assert limits.tokens(asked) == 100 + 20
+    assert limits.tokens(replace(asked, max_tokens=None)) == 100 + 256
+    twice = replace(asked, messages=[], prompt=[[1, 2, 3], [4, 5]], sampling={"n": 2})
+    assert twice.sequences == 4
+    assert limits.tokens(twice) == 5 + 4 * 20
+    assert limits.tokens(replace(asked, messages=[], prompt=[1, 2, 3])) == 3 + 20
+    assert limits.tokens(replace(asked, messages=[], prompt=["x" * 8, "x" * 8])) == 4 + 2 * 20

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId, parse_recipe
-from server.store.user_key import MAX_USER_ID_BYTES, UserKeys, check_user_id
+from server.store.tenants.user_key import MAX_USER_ID_BYTES, UserKeys, check_user_id
 
 SECRET = "0123456789abcdef"
 

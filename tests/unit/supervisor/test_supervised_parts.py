@@ -17,6 +17,7 @@ from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
+from server.supervisor.router import router_part
 from server.supervisor.services import check_port, engine_part, free_port, gateway_part, valkey_part, worker_part
 
 
@@ -90,6 +91,18 @@ def test_the_engine_keeps_its_processes_on_loopback() -> None:
     assert part.environment["VLLM_API_KEY"] == "k" * 32
     assert part.environment["VLLM_HOST_IP"] == "127.0.0.1"
     assert part.environment["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_the_router_gets_every_engine_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MTA_SECRET", "MTA_ENGINE_KEY"):
+        monkeypatch.setenv(name, "e" * 32)
+    monkeypatch.setenv("RUST_LOG", "info")
+    settings = Settings(engine_urls="http://a:1,http://b:2", router_port=3, engine_key="k" * 32)  # type: ignore[arg-type]
+    part = router_part(settings)
+    assert part.command[part.command.index("--worker-urls") + 1 :] == ("http://a:1", "http://b:2")
+    assert part.command[part.command.index("--policy") + 1] == "consistent_hash"
+    assert not {"k" * 32, "e" * 32} & {*part.environment.values(), *part.command}
+    assert "RUST_LOG" not in part.environment  # it would have every recipe logged
 
 
 def test_the_worker_gets_no_secret_but_the_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

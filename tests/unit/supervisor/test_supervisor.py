@@ -192,6 +192,32 @@ async def test_a_part_that_stayed_up_long_enough_starts_again_with_the_shortest_
     assert seen == [f"{delay} s" for delay in delays]
 
 
+@pytest.mark.parametrize("spare", [True, False])
+async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_only_if_they_need_it(
+    tmp_path: Path, data: DataFolder, spare: bool
+) -> None:
+    record = Record()
+    brief = python_part("brief", tmp_path, "print('no such device', flush=True)")
+    dying = replace(
+        brief,
+        command=(*brief.command[:2], brief.command[2].replace(SLEEP, "import time; time.sleep(0.3)")),
+        spare=spare,
+    )
+    supervisor = Supervisor(
+        [python_part("steady", tmp_path, ""), dying], data, record, Backoff(first_s=0.01, limit_s=0.01, most=3)
+    )
+    running = run_until(supervisor, lambda: record.count("brief", State.GIVEN_UP) == 1)
+    if spare:
+        await running
+        assert "no such device" in record.details[record.states.index(("brief", State.GIVEN_UP))]
+        assert record.states.index(("steady", State.STOPPING)) > record.states.index(("brief", State.GIVEN_UP))
+    else:
+        with pytest.raises(StartError, match=r"brief ended with status 0 .* 3 times in a row(.*\n)*no such device"):
+            await running
+    assert record.count("brief", State.STARTING) == 3
+    assert not alive(pid_of("steady", tmp_path))
+
+
 async def test_a_part_that_ends_before_it_is_ready_fails_the_start_with_the_end_of_its_log(
     tmp_path: Path, data: DataFolder
 ) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from adapters.training.user_run import Progress
-from server.worker.curves import MOST_POINTS, Points, Told
+from server.worker.leased.curves import MOST_POINTS, Points, Told
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, MOST_POINTS - 1, MOST_POINTS, MOST_POINTS + 1, 5_000])

@@ -13,8 +13,8 @@ from adapters.errors import TrainingError
 from adapters.training.user_run import Progress
 from adapters.training.user_trainer import Judgement, Training
 from server.store.samples import Curve
-from server.worker.holding import train_holding
-from server.worker.lease import LeaseLost
+from server.worker.leased.holding import train_holding
+from server.worker.leased.lease import LeaseLost
 
 JUDGEMENT = Judgement(None, 2.0, 1.0, 3)
 
@@ -47,7 +47,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.worker.holding.RENEW_S", 0.01)
+    monkeypatch.setattr("server.worker.leased.holding.RENEW_S", 0.01)
 
 
 def held(run: Run, *, lost: bool = False) -> Any:

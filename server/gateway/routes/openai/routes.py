@@ -10,11 +10,12 @@ from fastapi import APIRouter, Header, Request, Response
 from adapters.errors import excerpt
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound
+from server.gateway.access.caller import caller_of
 from server.gateway.generation.asked import Asked
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.requests import Personalize, items_wanted
-from server.gateway.parts import parts_of
+from server.gateway.http.requests import Personalize, QueueTimeout, items_wanted
+from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import Answering
 from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIForm, TextCompletion
 from server.gateway.routes.openai.requests import (
@@ -24,7 +25,7 @@ from server.gateway.routes.openai.requests import (
     OpenAIRequest,
     StreamOptions,
 )
-from server.store.user_key import check_user_id
+from server.store.tenants.user_key import check_user_id
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
 _RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -38,7 +39,9 @@ router = APIRouter(route_class=JsonRoute, prefix="/v1", tags=["openai"])
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=_RESPONSES)
-async def chat_completions(request: Request, body: ChatRequest, x_user_id: UserHeader = None) -> Response:
+async def chat_completions(
+    request: Request, body: ChatRequest, x_user_id: UserHeader = None, x_queue_timeout: QueueTimeout = None
+) -> Response:
     """Answer a conversation in the user's own manner, in OpenAI's shape.
 
     Without a user, and with the model `base`, the base model answers. `personalization` beside the answer, in a stream
@@ -53,13 +56,15 @@ async def chat_completions(request: Request, body: ChatRequest, x_user_id: UserH
         max_tokens=body.max_completion_tokens or body.max_tokens,
         max_tokens_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         prompt_param="messages",
-        **_common(body, x_user_id),
+        **_common(request, body, x_user_id, x_queue_timeout),
     )
     return _answering(request, asked, body, "chat.completion")
 
 
 @router.post("/completions", response_model=TextCompletion, responses=_RESPONSES)
-async def completions(request: Request, body: CompletionRequest, x_user_id: UserHeader = None) -> Response:
+async def completions(
+    request: Request, body: CompletionRequest, x_user_id: UserHeader = None, x_queue_timeout: QueueTimeout = None
+) -> Response:
     """Continue a prompt as it is, in the user's own manner, in OpenAI's shape: no chat template, and no history.
 
     Everything else is as for chat completions.
@@ -70,7 +75,7 @@ async def completions(request: Request, body: CompletionRequest, x_user_id: User
         prompt=body.prompt,
         max_tokens=body.max_tokens,
         prompt_param="prompt",
-        **_common(body, x_user_id),
+        **_common(request, body, x_user_id, x_queue_timeout),
     )
     return _answering(request, asked, body, "text_completion")
 
@@ -81,7 +86,7 @@ async def models() -> ModelsAnswer:
     return ModelsAnswer(data=[ModelAnswer(id=name) for name in _MODELS])
 
 
-def _common(body: OpenAIRequest, header: str | None) -> dict[str, Any]:
+def _common(request: Request, body: OpenAIRequest, header: str | None, patience_s: float | None) -> dict[str, Any]:
     """What both kinds of request ask of the generator."""
     if body.model not in _MODELS:
         raise NotFound(
@@ -94,13 +99,17 @@ def _common(body: OpenAIRequest, header: str | None) -> dict[str, Any]:
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
+    users, user_id = users_of(request), _user_id(body.user, header)
     return {
-        "user_id": _user_id(body.user, header),
+        "user": None if user_id is None else users.user(user_id),
         "personalize": personalize,
         "strength": body.strength,
         "sampling": body.passed,
         "stream": body.stream,
         "splittable": False,  # logprobs, tool calls and several choices are not put together again
+        "cache_salt": users.cache_salt,
+        "caller": caller_of(request),
+        "patience_s": patience_s,
         "user_param": "user",
     }
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from adapters.errors import TrainingError
 from adapters.training.user_trainer import Judgement, Training
-from server.worker.curves import Told
-from server.worker.lease import RENEW_S, HeldLease
-from server.worker.stall import Pulse
+from server.worker.leased.curves import Told
+from server.worker.leased.lease import RENEW_S, HeldLease
+from server.worker.leased.stall import Pulse
 
 
 async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Training]) -> Judgement:

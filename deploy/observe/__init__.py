@@ -1,0 +1,1 @@
+"""How the server is watched: Prometheus, its alerts, a Grafana dashboard, and pictures of traces and figures."""

@@ -1,0 +1,1 @@
+"""A real run, watched: what is collected, and how it is drawn."""

@@ -1,0 +1,126 @@
+"""`mta keys`: API keys in the store, which every gateway takes over within five seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from adapters.errors import MtaError, excerpt
+from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, new_secret
+
+if TYPE_CHECKING:
+    from server.settings import Settings
+    from server.store.tenants.access_keys import AccessKeys
+
+T = TypeVar("T")
+
+app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
+
+Data = Annotated[
+    Path | None, typer.Option(help="Data folder of the `mta up` whose keys are meant.", show_default="MTA_DATA_DIR")
+]
+
+_EVERYTHING = tuple(Scope)
+_AN_APPS = (Scope.GENERATE, Scope.WRITE, Scope.ADAPT)
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What to call it, for example after the app that gets it.")],
+    tenant: Annotated[str | None, typer.Option(help="Whose users it reaches.", show_default="MTA_TENANT")] = None,
+    scope: Annotated[
+        list[Scope] | None,
+        typer.Option(help="What it allows; may be repeated.", show_default="generate, write, adapt; --first: all"),
+    ] = None,
+    first: Annotated[bool, typer.Option("--first", help="Make one only if none was ever made.")] = False,
+    data: Data = None,
+) -> None:
+    """Make a key and print it: this once, for only its SHA-256 is kept.
+
+    From the first key on no gateway answers without one.
+    """
+    settings = _settings(data)
+    secret = new_secret()
+    key = access_key(
+        secret, name, settings.tenant if tenant is None else tenant, scope or (_EVERYTHING if first else _AN_APPS)
+    )
+    if not _in(settings, lambda keys: keys.add(key, only_first=first)):
+        typer.echo(f"a key was made before, so none is made now: `{CREATE} NAME` makes another", err=True)
+        return
+    typer.echo(secret)
+    typer.echo(
+        f"key {key.id} ({name}, tenant {key.tenant}: {', '.join(sorted(key.scopes))}) counts within 5 s. It is not "
+        "shown again. Send it as `Authorization: Bearer KEY`; mta's own commands take it from MTA_API_KEY",
+        err=True,
+    )
+
+
+@app.command("list")
+def list_(data: Data = None) -> None:
+    """List all keys, revoked ones included; the secrets are kept nowhere."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("id", "ends in", "name", "tenant", "scopes", "made", "revoked", pad_edge=False)
+    for key in _in(_settings(data), lambda keys: keys.all()).keys:
+        revoked = _date(key.revoked_ms) if key.revoked_ms is not None else ""
+        scopes = ", ".join(sorted(key.scopes))
+        table.add_row(key.id, key.last, key.name, key.tenant, scopes, _date(key.created_ms), revoked)
+    Console(markup=False).print(table)
+
+
+@app.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="As `mta keys list` shows it.", metavar="ID")], data: Data = None
+) -> None:
+    """Have a key count no more, in every gateway within five seconds."""
+
+    async def revoked(keys: AccessKeys) -> tuple[AccessKey, bool]:
+        found = [key for key in (await keys.all()).keys if key.id == key_id]
+        if not found:
+            raise MtaError(f"no key has the id {excerpt(key_id)}: `mta keys list` shows all")
+        return found[0], await keys.revoke(found[0].digest, time.time_ns() // 1_000_000)
+
+    key, was_valid = _in(_settings(data), revoked)
+    typer.echo(f"key {key.id} ({key.name}) " + ("counts no more within 5 s" if was_valid else "was revoked before"))
+
+
+def _settings(data: Path | None) -> Settings:
+    """The settings, with the store of a running `mta up` where no other is named.
+
+    Raises:
+        MtaError: when there is no such store.
+    """
+    from server.settings import load_settings
+    from server.supervisor.services import valkey_url
+
+    settings = load_settings(data_dir=data)
+    if data is None and "redis_url" in settings.model_fields_set:
+        return settings
+    url = valkey_url(settings.data_dir.expanduser())
+    if url is None:
+        raise MtaError(
+            f"there is no `mta up` on {settings.data_dir}: name its folder with --data, or the store with MTA_REDIS_URL"
+        )
+    return settings.model_copy(update={"redis_url": url})
+
+
+def _in(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
+    """Have a command done in the store."""
+    from server.store.opening import open_stores
+
+    async def done() -> T:
+        async with open_stores(settings) as stores:
+            return await command(stores.keys)
+
+    return asyncio.run(done())
+
+
+def _date(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")

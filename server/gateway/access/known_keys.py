@@ -1,0 +1,132 @@
+"""The API keys as a gateway knows them: read at its start and again every few seconds, never while a request waits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from ipaddress import ip_address
+
+from adapters.errors import MtaError, excerpt
+from server.errors import ApiError, Forbidden, Unauthorized
+from server.gateway.access.caller import Caller
+from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, Scope, digest_of
+
+log = logging.getLogger("mta.gateway")
+
+LOOK_AGAIN_S = 2.0
+"""How often a gateway looks for changes. With a store that answers in time, they count in under 5 s."""
+
+_MAX_SECRET_BYTES = 128
+_EVERYTHING = frozenset(Scope)
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class KnownKeys:
+    """Says who sent a request.
+
+    While no key has ever been made, everybody on this machine may do everything, as the tenant of the settings. Once a
+    key is known there is no way back: neither an error nor a store that has lost its keys opens anything.
+
+    Args:
+        tenant: whose users there are while no key exists.
+    """
+
+    def __init__(self, tenant: str) -> None:
+        self._anybody = Caller(tenant, "", _EVERYTHING)
+        self._callers: dict[str, Caller] = {}
+        self._revoked: frozenset[str] = frozenset()
+        self._revision = 0
+
+    @property
+    def any_exists(self) -> bool:
+        """Whether a key was ever made."""
+        return self._revision > 0
+
+    async def look(self, store: AccessKeys) -> None:
+        """Take over what has changed in the store.
+
+        Raises:
+            Unavailable: when the store cannot say; then what is known stays.
+        """
+        revision = await store.revision()
+        if revision < self._revision:
+            log.error(
+                "the store has lost API keys (revision %d after %d): those known here still count; restart the "
+                "gateways once it is meant to be so",
+                revision,
+                self._revision,
+            )
+            return
+        if revision == self._revision:
+            return
+        ring = await store.all()
+        self._callers = {key.digest: _caller(key) for key in ring.keys if key.revoked_ms is None}
+        self._revoked = frozenset(key.digest for key in ring.keys if key.revoked_ms is not None)
+        self._revision = ring.revision
+        log.info("%d API keys count", len(self._callers))
+
+    def check_host(self, host: str) -> None:
+        """Refuse to listen where others than this machine's people can come from, while there is no key.
+
+        Raises:
+            MtaError: with the command that makes one.
+        """
+        if not self.any_exists and not _is_loopback(host):
+            raise MtaError(
+                f"MTA_HOST is {host}, but no API key exists, so everybody who reaches it could do everything. Make one "
+                f"with `{CREATE} NAME`, or listen on 127.0.0.1"
+            )
+
+    def caller(self, headers: Headers) -> Caller | ApiError:
+        """Who sent a request with these headers, or why nobody did.
+
+        Raises:
+            Forbidden: when there is no key and the request is not to this machine by name: a page in a browser here
+                can be made to send such requests.
+        """
+        if not self.any_exists:
+            _check_is_local(headers)
+            return self._anybody
+        given = [value for name, value in headers if name == b"authorization"]
+        if not given:
+            return Unauthorized("an API key is required: send `Authorization: Bearer KEY`", code="missing_api_key")
+        scheme, _, secret = given[0].partition(b" ")
+        secret = secret.strip()
+        if len(given) > 1 or scheme.lower() != b"bearer" or not 0 < len(secret) <= _MAX_SECRET_BYTES:
+            return Unauthorized("the Authorization header must be one, and `Bearer KEY`")
+        digest = digest_of(secret)
+        if (caller := self._callers.get(digest)) is not None:
+            return caller
+        if digest in self._revoked:
+            return Unauthorized(f"this API key was revoked: `{CREATE} NAME` makes another", code="revoked_api_key")
+        return Unauthorized(
+            f"this API key is not known: `mta keys list` shows those that are, `{CREATE} NAME` makes one"
+        )
+
+
+def _caller(key: AccessKey) -> Caller:
+    return Caller(key.tenant, key.id, key.scopes)
+
+
+def _check_is_local(headers: Headers) -> None:
+    hosts = [value for name, value in headers if name == b"host"]
+    host = hosts[0].decode("latin-1") if len(hosts) == 1 else ""
+    if not _is_loopback(_without_port(host)):
+        raise Forbidden(
+            f"no API key exists, so only requests to this machine's own address are answered, not to {excerpt(host)}: "
+            f"make a key with `{CREATE} NAME`, or ask http://127.0.0.1",
+            code="no_api_key_exists",
+        )
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name.strip("[]") if colon and port.isdecimal() else host.strip("[]")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

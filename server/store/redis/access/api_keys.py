@@ -1,0 +1,80 @@
+"""API keys on Redis: one hash for all (`server/store/redis/keys.py`), read as a whole and changed by scripts."""
+
+from __future__ import annotations
+
+import orjson
+
+from server.errors import Unavailable
+from server.store.redis import keys
+from server.store.redis.servers.connection import RedisConnection, readable
+from server.store.tenants.access_keys import AccessKey, KeyRing, Scope
+
+_REVISION = "revision"
+_REVOKED = "revoked:"
+
+# KEYS: the hash. ARGV: digest, record, whether it must be the first. A repeated call changes nothing but the revision.
+_ADD = """
+if ARGV[3] == '1' and redis.call('EXISTS', KEYS[1]) == 1 and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
+  return 0
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('HINCRBY', KEYS[1], 'revision', 1)
+return 1
+"""
+
+# KEYS: the hash. ARGV: digest, when.
+_REVOKE = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+if redis.call('HSETNX', KEYS[1], 'revoked:' .. ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('HINCRBY', KEYS[1], 'revision', 1)
+return 1
+"""
+
+
+class RedisAccessKeys:
+    """`server.store.tenants.access_keys.AccessKeys` on Redis.
+
+    Args:
+        connection: checked, or to be checked before the first write.
+    """
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+
+    async def revision(self) -> int:
+        found = await self._connection.run(lambda redis: redis.hget(keys.ACCESS_KEYS, _REVISION))
+        with readable():
+            return int(found or 0)
+
+    async def all(self) -> KeyRing:
+        found = await self._connection.run(lambda redis: redis.hgetall(keys.ACCESS_KEYS))
+        with readable():
+            fields = {name.decode(): raw for name, raw in found.items()}
+            revision = int(fields.pop(_REVISION, 0))
+            revoked = {
+                name.removeprefix(_REVOKED): int(fields.pop(name)) for name in list(fields) if name.startswith(_REVOKED)
+            }
+            known = [_decoded(digest, raw, revoked.get(digest)) for digest, raw in fields.items()]
+        if bool(known) != bool(revision):
+            raise Unavailable("the store holds a part of the API keys only", code="store_corrupt")
+        return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)))
+
+    async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
+        record = {
+            "name": key.name,
+            "tenant": key.tenant,
+            "scopes": sorted(key.scopes),
+            "last": key.last,
+            "created_ms": key.created_ms,
+        }
+        arguments = (key.digest, orjson.dumps(record), int(only_first))
+        return bool(await self._connection.write(_ADD, (keys.ACCESS_KEYS,), *arguments))
+
+    async def revoke(self, digest: str, now_ms: int) -> bool:
+        return bool(await self._connection.write(_REVOKE, (keys.ACCESS_KEYS,), digest, now_ms))
+
+
+def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
+    record = orjson.loads(raw)
+    scopes = frozenset(map(Scope, record["scopes"]))
+    return AccessKey(digest, record["name"], record["tenant"], scopes, record["last"], record["created_ms"], revoked_ms)

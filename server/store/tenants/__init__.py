@@ -1,0 +1,1 @@
+"""Tenants: the keys by which they call, and the names of their users."""

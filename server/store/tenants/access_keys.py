@@ -1,0 +1,125 @@
+"""The store's port for API keys. A key is a secret that its owner alone has; what is kept recognises it."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from adapters.errors import MtaError, excerpt
+
+PREFIX = "mta_"
+SECRET_BYTES = 32
+MAX_NAME_CHARS = 64
+CREATE = "mta keys create"
+"""The command that makes a key; errors name it."""
+
+
+class Scope(StrEnum):
+    """What a key allows."""
+
+    GENERATE = "generate"
+    WRITE = "write"
+    ADAPT = "adapt"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class AccessKey:
+    """What is kept of an API key.
+
+    Attributes:
+        digest: SHA-256 of the secret, 64 hex digits.
+        name: what its maker calls it.
+        tenant: whose users it reaches.
+        scopes: what it allows; at least one.
+        last: the secret's last four characters, to recognise it by.
+        created_ms: when it was made, Unix time in milliseconds.
+        revoked_ms: since when it counts no more; None while it does.
+    """
+
+    digest: str
+    name: str
+    tenant: str
+    scopes: frozenset[Scope]
+    last: str
+    created_ms: int
+    revoked_ms: int | None = None
+
+    @property
+    def id(self) -> str:
+        """The key's public name: of 256 random bits, hashed, it gives 48."""
+        return self.digest[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRing:
+    """All keys as they were at one moment.
+
+    Attributes:
+        revision: grows with every change; 0 while no key has ever been made.
+        keys: oldest first, revoked ones included.
+    """
+
+    revision: int
+    keys: Sequence[AccessKey]
+
+
+class AccessKeys(Protocol):
+    """Keeps API keys. Every method raises `Unavailable` when the store cannot be reached or refuses.
+
+    A key is never forgotten, only revoked: a store in which one was made never looks like one in which none was.
+    """
+
+    async def revision(self) -> int:
+        """What `KeyRing.revision` would be."""
+
+    async def all(self) -> KeyRing:
+        """All of them."""
+
+    async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
+        """Keep a key; on disk when it returns.
+
+        Args:
+            key: new.
+            only_first: do nothing if there is one already, even a revoked one.
+
+        Returns:
+            Whether it is kept.
+        """
+
+    async def revoke(self, digest: str, now_ms: int) -> bool:
+        """Have a key count no more; on disk when it returns.
+
+        Returns:
+            Whether it counted until now.
+        """
+
+
+def new_secret() -> str:
+    """A secret of 256 bits, with a beginning by which scanners find those that leaked."""
+    return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+
+
+def access_key(secret: str, name: str, tenant: str, scopes: Iterable[Scope]) -> AccessKey:
+    """What is kept of a secret that was made just now.
+
+    Raises:
+        MtaError: when the name or the tenant is none, or no scope is given.
+    """
+    for what, text in (("a key's name", name), ("a tenant", tenant)):
+        if not text.isprintable() or not 0 < len(text) <= MAX_NAME_CHARS:
+            raise MtaError(f"{what} must be 1 to {MAX_NAME_CHARS} printable characters, got {excerpt(text)}")
+    allowed = frozenset(scopes)
+    if not allowed:
+        raise MtaError(f"a key without a scope allows nothing: give it some of {', '.join(Scope)}")
+    return AccessKey(digest_of(secret.encode()), name, tenant, allowed, secret[-4:], time.time_ns() // 1_000_000)
+
+
+def digest_of(secret: bytes) -> str:
+    """What is kept of a secret. It is random and long: a slow hash would add nothing."""
+    return hashlib.sha256(secret).hexdigest()

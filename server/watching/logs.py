@@ -1,0 +1,83 @@
+"""Log lines for people or for machines, each with the ids of the request and the trace that it belongs to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+LogFormat = Literal["text", "json"]
+
+VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")
+"""For `VLLM_LOGGING_CONFIG_PATH`: all that an engine's process logs, as `JsonFormatter` has it."""
+
+request_id: ContextVar[str] = ContextVar("mta_request_id", default="")
+traceparent: ContextVar[str] = ContextVar("mta_traceparent", default="")
+"""Of the trace that the work at hand belongs to, as in W3C's header of the same name; empty where nothing is traced."""
+
+
+def trace_id() -> str:
+    """Of the trace that the work at hand belongs to, 32 hex digits; empty where nothing is traced."""
+    return traceparent.get()[3:35]  # after the header's version
+
+
+def log_to_stderr(log_format: LogFormat) -> None:
+    """Log our own lines from INFO up, others' from WARNING up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("mta").setLevel(logging.INFO)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, who says it, and what; then the ids, unless the line says them itself."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s%(ids)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        ids = {"request": request_id.get(), "trace": trace_id()}
+        record.ids = "".join(f" {name}={value}" for name, value in ids.items() if value and value not in message)
+        return super().format(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """An object a line: `time`, `level`, `logger`, `message`; `request` and `trace` where there are such; the fields
+    that a line brings along as `extra={"fields": …}`; `error`, a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, object] = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        ids = {"request": request_id.get(), "trace": trace_id()}
+        line |= {name: value for name, value in ids.items() if value}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class Noting:
+    """ASGI middleware of an engine: its lines on a request carry the ids that the gateway sent along."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for name, value in scope.get("headers", ()):
+            if name == b"x-request-id":
+                request_id.set(value.decode("latin-1"))
+            elif name == b"traceparent":
+                traceparent.set(value.decode("latin-1"))
+        await self._app(scope, receive, send)

@@ -1,0 +1,170 @@
+"""API keys in a store: what is kept, what is never forgotten, and what a store that answers wrongly does not open."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import replace
+
+import pytest
+import redis.asyncio as redis
+
+from server.errors import ApiError, Forbidden, Unauthorized, Unavailable
+from server.gateway.access.caller import Caller
+from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
+from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.servers.connection import READ_TIMEOUT_S
+from server.store.tenants.access_keys import AccessKey, Scope, access_key, new_secret
+from tests.support.store_parts import StoreParts
+
+HASH = "mta:{access}:keys"
+LOCAL = [(b"host", b"127.0.0.1:8000")]
+
+
+@pytest.fixture
+def store(parts: StoreParts) -> RedisAccessKeys:
+    return RedisAccessKeys(parts.connection)
+
+
+@pytest.fixture
+def secret() -> str:
+    return new_secret()
+
+
+def key_of(secret: str) -> AccessKey:
+    return replace(access_key(secret, "app", "acme", (Scope.GENERATE, Scope.ADMIN)), created_ms=1)
+
+
+def sent(secret: str) -> list[tuple[bytes, bytes]]:
+    return [(b"host", b"mta.example.org"), (b"authorization", f"Bearer {secret}".encode())]
+
+
+def refused(keys: KnownKeys, headers: list[tuple[bytes, bytes]]) -> str:
+    found = keys.caller(headers)
+    assert isinstance(found, Unauthorized)
+    return found.code
+
+
+async def test_what_was_added_is_there_and_the_secret_is_not(
+    store: RedisAccessKeys, raw: redis.Redis, secret: str
+) -> None:
+    assert await store.revision() == 0
+    assert (await store.all()).keys == []
+    key = key_of(secret)
+    assert await store.add(key)
+    ring = await store.all()
+    assert (ring.keys, ring.revision) == ([key], await store.revision())
+    assert hashlib.sha256(secret.encode()).hexdigest() == key.digest
+    kept = repr(await raw.hgetall(HASH))
+    assert key.digest in kept
+    assert secret not in kept
+    assert secret[:-4] not in kept
+
+
+async def test_a_revoked_key_stays_known_as_such(store: RedisAccessKeys, secret: str) -> None:
+    key = key_of(secret)
+    await store.add(key)
+    before = await store.revision()
+    assert await store.revoke(key.digest, 7)
+    assert not await store.revoke(key.digest, 8)
+    assert not await store.revoke(key_of(new_secret()).digest, 8)
+    assert (await store.all()).keys == [replace(key, revoked_ms=7)]
+    assert await store.revision() == before + 1
+
+
+async def test_the_first_key_is_made_once_however_many_try(store: RedisAccessKeys) -> None:
+    keys = [key_of(new_secret()) for _ in range(8)]
+    made = await asyncio.gather(*(store.add(key, only_first=True) for key in keys))
+    assert sum(made) == 1
+    (kept,) = (await store.all()).keys
+    assert kept == keys[made.index(True)]
+    assert await store.add(kept, only_first=True), "the answer to a repeated call is the same"
+    await store.revoke(kept.digest, 1)
+    assert not await store.add(keys[made.index(False)], only_first=True)
+
+
+async def test_a_part_of_the_keys_is_no_answer(store: RedisAccessKeys, raw: redis.Redis, secret: str) -> None:
+    await store.add(key_of(secret))
+    await raw.hdel(HASH, key_of(secret).digest)
+    with pytest.raises(Unavailable) as caught:
+        await store.all()
+    assert caught.value.code == "store_corrupt"
+
+
+async def test_while_no_key_exists_this_machine_alone_is_answered(store: RedisAccessKeys) -> None:
+    keys = KnownKeys("default")
+    await keys.look(store)
+    everything = Caller("default", "", frozenset(Scope))
+    for host in (b"127.0.0.1:8000", b"localhost", b"LOCALHOST:80", b"[::1]:8000", b"127.8.9.1"):
+        assert keys.caller([(b"host", host), (b"authorization", b"whatever")]) == everything
+    hosts = (b"mta.example.org", b"10.0.0.1:8000", b"127.0.0.1.example.org", b"localhost.example.org", b"", b"[::2]")
+    for headers in ([], *([(b"host", host)] for host in hosts), [*LOCAL, (b"host", b"example.org")]):
+        with pytest.raises(Forbidden, match="mta keys create") as caught:
+            keys.caller(headers)
+        assert caught.value.code == "no_api_key_exists"
+
+
+async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: RedisAccessKeys, secret: str) -> None:
+    keys, key = KnownKeys("default"), key_of(secret)
+    await keys.look(store)
+    await store.add(key)
+    await keys.look(store)
+    assert keys.caller(sent(secret)) == Caller("acme", key.id, key.scopes)
+    assert refused(keys, LOCAL) == "missing_api_key"
+    assert refused(keys, sent(new_secret())) == "invalid_api_key"
+    await store.revoke(key.digest, 1)
+    await keys.look(store)
+    assert refused(keys, sent(secret)) == "revoked_api_key"
+    assert refused(keys, LOCAL) == "missing_api_key", "without a key that counts, nothing opens"
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer {} {}", "Bearer {}x", "bearer\t{}", "Bearer " + "x" * 10_000],
+)
+async def test_only_a_bearer_with_the_whole_secret_counts(store: RedisAccessKeys, secret: str, header: str) -> None:
+    keys = KnownKeys("default")
+    await store.add(key_of(secret))
+    await keys.look(store)
+    value = header.replace("{}", secret).encode()
+    assert refused(keys, [*LOCAL, (b"authorization", value)]) == "invalid_api_key"
+    assert refused(keys, [*sent(secret), (b"authorization", b"Bearer x")]) == "invalid_api_key"
+
+
+async def test_a_store_that_is_away_or_empty_opens_nothing(
+    store: RedisAccessKeys, parts: StoreParts, raw: redis.Redis, secret: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = KnownKeys("default")
+    await store.add(key_of(secret))
+    await keys.look(store)
+    before = keys.caller(sent(secret))
+
+    async def away(*_: object) -> int:
+        raise Unavailable("the store cannot be used now")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "revision", away)
+        with pytest.raises(ApiError):
+            await keys.look(store)
+    assert keys.caller(sent(secret)) == before
+    await raw.flushall()
+    await keys.look(store)
+    assert keys.caller(sent(secret)) == before
+    assert refused(keys, LOCAL) == "missing_api_key"
+    assert "lost API keys" in caplog.text
+    await raw.hset(HASH, "revision", 1_000)
+    with pytest.raises(Unavailable):
+        await keys.look(store)
+    assert keys.caller(sent(secret)) == before
+
+
+async def test_a_store_that_cannot_be_read_at_the_start_is_not_one_without_keys(
+    store: RedisAccessKeys, raw: redis.Redis
+) -> None:
+    await raw.set(HASH, "not a hash")
+    with pytest.raises(Unavailable):
+        await KnownKeys("default").look(store)
+
+
+def test_a_change_counts_everywhere_within_five_seconds() -> None:
+    assert LOOK_AGAIN_S + READ_TIMEOUT_S < 5

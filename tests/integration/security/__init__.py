@@ -1,0 +1,1 @@
+"""What `docs/security.md` lists, case by case; other cases are where the parts are tested."""

@@ -1,0 +1,120 @@
+"""A gateway where keys exist: several tenants, every scope alone, and one that was revoked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from bench.rig.valkey import ValkeyProcess
+from server.settings import Settings
+from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.servers.connection import RedisConnection
+from server.store.tenants.access_keys import Scope, access_key, new_secret
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread
+
+APP = frozenset((Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
+KEYS: Mapping[str, tuple[str, frozenset[Scope]]] = {
+    "acme": ("acme", APP),
+    "globex": ("globex", APP),
+    "default": ("default", APP),
+    "revoked": ("acme", frozenset(Scope)),
+    **{f"only {scope}": ("acme", frozenset((scope,))) for scope in Scope},
+    **{f"no {scope}": ("acme", frozenset(Scope) - {scope}) for scope in Scope},
+}
+"""Name → tenant and scopes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A gateway with keys.
+
+    Attributes:
+        gateway: the gateway.
+        secrets: the keys, by their names in `KEYS`.
+    """
+
+    gateway: GatewayThread
+    secrets: Mapping[str, str]
+
+    def header(self, key: str) -> dict[str, str]:
+        """The header that carries a key."""
+        return {"Authorization": f"Bearer {self.secrets[key]}"}
+
+    def client(self, key: str) -> httpx.Client:
+        """A client that sends a key."""
+        return httpx.Client(base_url=self.gateway.url, timeout=30, headers=self.header(key))
+
+
+def ask(client: httpx.Client, route: str, headers: Mapping[str, str], user: str = "ada") -> httpx.Response:
+    """A request that a route would take, but for the key; `route` as in the table of routes."""
+    method, path = route.split(" ")
+    path = path.replace("{user_id}", user).replace("{job_id}", f"{'a' * 26}.1").replace("{path:path}", "app.js")
+    bodies: dict[str, Any] = {
+        "/generate": {"user_id": user, "prompt": "Hello", "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2},
+        "/v1/completions": {"prompt": "Hello", "max_tokens": 2},
+        f"/users/{user}/profile": {"items": [{"text": "a text"}]},
+        f"/users/{user}/profile/items": {"items": [{"text": "a text"}]},
+        f"/users/{user}/adapt": {"samples": [{"input": "Hello", "output": "Hello, dear friend"}]},
+    }
+    return client.request(method, path, json=bodies.get(path), headers=dict(headers))
+
+
+@pytest.fixture(scope="module")
+def keyed(gateway_settings: Settings, store: ValkeyProcess, fake_engine_server: FakeEngine) -> Iterator[Keyed]:
+    """A gateway over a store of its own, with all of `KEYS`."""
+    secrets = {name: new_secret() for name in KEYS}
+    asyncio.run(_make(store.url, secrets))
+    fake_engine_server.reset()
+    with GatewayThread(gateway_settings.model_copy(update={"redis_url": store.url})) as gateway:
+        yield Keyed(gateway, secrets)
+
+
+@pytest.fixture
+def stranger(keyed: Keyed) -> Iterator[httpx.Client]:
+    """A client without a key."""
+    with keyed.gateway.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def acme(keyed: Keyed) -> Iterator[httpx.Client]:
+    """A client of the tenant acme."""
+    with keyed.client("acme") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def globex(keyed: Keyed) -> Iterator[httpx.Client]:
+    """A client of another tenant."""
+    with keyed.client("globex") as client:
+        yield client
+
+
+@pytest.fixture
+def shared_name(acme: httpx.Client, new_user: Callable[[], str]) -> str:
+    """A user id that acme has a profile and a job for, and that globex could call by the same name."""
+    user_id = new_user()
+    items = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
+    acme.put(f"/users/{user_id}/profile", json=items).raise_for_status()
+    ask(acme, "POST /users/{user_id}/adapt", {}, user_id).raise_for_status()
+    return user_id
+
+
+async def _make(url: str, secrets: Mapping[str, str]) -> None:
+    connection = RedisConnection(url)
+    await connection.check()
+    keys = RedisAccessKeys(connection)
+    for name, secret in secrets.items():
+        tenant, scopes = KEYS[name]
+        key = access_key(secret, name, tenant, scopes)
+        await keys.add(key)
+        if name == "revoked":
+            await keys.revoke(key.digest, 1)
+    await connection.close()

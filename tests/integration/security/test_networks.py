@@ -1,0 +1,34 @@
+"""Who reaches whom in compose, read from the file itself, profiles and all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[3]
+FILE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = FILE["services"]
+FETCHES_MODELS = {"models"}
+"""Runs once and reaches a hub; it is in no network with anything else of ours."""
+
+
+def test_whatever_is_not_the_gateway_is_on_the_inner_network_alone() -> None:
+    assert FILE["networks"]["inner"] == {"internal": True}
+    between = {name for name, service in SERVICES.items() if {"inner", "outer"} <= set(service["networks"])}
+    assert between
+    assert all("gateway" in name for name in between), between
+    outside = {name for name, service in SERVICES.items() if "inner" not in service["networks"]}
+    assert outside == FETCHES_MODELS
+
+
+def test_no_inner_part_publishes_a_port() -> None:
+    for part in ("redis", "engine", "router", "worker", "keys"):
+        for name in [name for name in SERVICES if name.startswith(part)]:
+            assert "ports" not in SERVICES[name], name
+
+
+def test_whoever_holds_the_secret_of_users_is_a_gateway() -> None:
+    holders = {name for name, service in SERVICES.items() if "MTA_SECRET" in service.get("environment", {})}
+    assert holders == {name for name in SERVICES if "gateway" in name}

@@ -1,0 +1,133 @@
+"""What requests smuggle: recipes, headers, paths, sizes."""
+
+from __future__ import annotations
+
+import socket
+
+import httpx
+import pytest
+
+from tests.integration.security.conftest import Keyed
+from tests.support.fake_engine import KEY, FakeEngine
+
+OWN_HEADERS = {"host", "content-type", "content-length", "accept", "authorization", "x-request-id", "x-session-id"}
+
+
+def raw(keyed: Keyed, request: bytes) -> bytes:
+    """The beginning of what a gateway answers to bytes that no client would send."""
+    with socket.create_connection(("127.0.0.1", keyed.gateway.port), timeout=30) as connection:
+        connection.sendall(request)
+        return connection.recv(1 << 16)
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+@pytest.mark.parametrize(
+    "model",
+    ["mta1:{}:shared:a01*1000", "mta1:{}:shared:c:u-{key}.{key}", "../base", "/bank", "BASE", " mta"],
+)
+def test_a_recipe_is_no_model(
+    keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine, route: str, model: str
+) -> None:
+    name = model.replace("{key}", "a" * 26).replace("{}", keyed.gateway.parts.bank.manifest.short)
+    said = {"prompt": "x"} if route == "completions" else {"messages": [{"role": "user", "content": "x"}]}
+    refused = acme.post(f"/v1/{route}", json=said | {"model": name, "max_tokens": 1})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+    assert fake_engine.seen == []
+
+
+def test_what_a_client_sends_in_headers_goes_no_further(
+    keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine
+) -> None:
+    sent = {
+        "X-Session-ID": "mine",
+        "X-Request-Id": "mine",
+        "Cookie": "a=b",
+        "X-Forwarded-For": "1.2.3.4",
+        "X-Mine": "x",
+    }
+    acme.post("/generate", json={"user_id": "ada", "prompt": "x", "max_tokens": 1}, headers=sent).raise_for_status()
+    (seen,) = fake_engine.seen
+    arrived = {name.lower(): value for name, value in seen.headers.items()}
+    assert arrived.keys() <= OWN_HEADERS
+    assert arrived["authorization"] == f"Bearer {KEY}"
+    assert arrived["x-session-id"] == "base"
+    assert arrived["x-request-id"].startswith("gen-")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"X-User-ID: ada\rX-Evil: 1",
+        b"X-User-ID: ada\n X-Evil: 1",
+        b"X-User-ID: a\0b",
+        b"X-User-ID : ada",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+        b"Content-Length: 5\r\nContent-Length: 6",
+        b"Content-Length: +5",
+        b"Transfer-Encoding: chunked, identity",
+    ],
+)
+def test_what_is_no_clean_header_is_no_request(keyed: Keyed, fake_engine: FakeEngine, lines: bytes) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + keyed.secrets["acme"].encode()
+    answer = raw(keyed, head + b"\r\nContent-Type: application/json\r\n" + lines + b"\r\n\r\n0\r\n\r\n")
+    assert answer.split(b" ")[1] in (b"400", b"413"), answer
+    assert answer.count(b"content-length:") == 1, "one answer to one request"
+    assert fake_engine.seen == []
+
+
+@pytest.mark.parametrize("user_id", ["a\r\nX-Evil: 1", "a\nb", "a\x00b"])
+def test_no_user_id_becomes_a_header(acme: httpx.Client, fake_engine: FakeEngine, user_id: str) -> None:
+    refused = acme.post("/v1/completions", json={"prompt": "x", "user": user_id, "max_tokens": 1})
+    assert refused.status_code == httpx.codes.BAD_REQUEST
+    assert "x-evil" not in refused.headers
+    assert fake_engine.seen == []
+
+
+@pytest.mark.parametrize("name", ["X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override"])
+def test_no_header_changes_the_method(keyed: Keyed, acme: httpx.Client, shared_name: str, name: str) -> None:
+    acme.get(f"/users/{shared_name}", headers={name: "DELETE"}).raise_for_status()
+    assert acme.get(f"/users/{shared_name}").status_code == httpx.codes.OK
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/console/../../app.py",
+            "/console/%2e%2e/%2e%2e/app.py",
+            "/console/..%2f..%2fapp.py",
+            "/console//etc/passwd",
+        ),
+        *("/console/....//....//app.py", "/console/%5c..%5c..%5capp.py", "/console/.%00./app.py", "//example.org/"),
+        *("/users/..%2f..%2fmetrics", "/users/%2e%2e/profile", "/jobs/..%2f..%2fmetrics", "/jobs/%2e%2e"),
+        *("/v1/../metrics", "/metrics/", "/METRICS", "/metrics%2f", "/./metrics", "/generate/"),
+    ],
+)
+def test_no_path_leads_out_of_its_place(keyed: Keyed, path: str) -> None:
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {keyed.secrets['acme']}\r\n\r\n"
+    answer = raw(keyed, head.encode())
+    assert answer.split(b" ")[1] in (b"400", b"404", b"405"), answer
+    assert b"root:" not in answer
+    assert b"import" not in answer
+
+
+def test_no_other_origin_is_let_in(stranger: httpx.Client) -> None:
+    asks = {"Origin": "http://anywhere.example", "Access-Control-Request-Method": "POST"}
+    for method, path in (("OPTIONS", "/generate"), ("GET", "/health"), ("OPTIONS", "/users/ada")):
+        answer = stranger.request(method, path, headers=asks)
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("request_of", "status"),
+    [
+        (lambda key: {"headers": {"Authorization": f"Bearer {key}" + "x" * 20_000}}, 401),
+        (lambda key: {"headers": {"X-Long": "x" * 40_000}}, 431),
+        (lambda key: {"params": {"long": "x" * 40_000}}, 431),
+        (lambda key: {"headers": {"X-User-ID": "x" * 300, "Authorization": f"Bearer {key}"}}, 400),
+    ],
+    ids=["key", "header", "query", "user id"],
+)
+def test_what_is_too_long_is_refused(keyed: Keyed, stranger: httpx.Client, request_of: object, status: int) -> None:
+    given = {"json": {"prompt": "x", "max_tokens": 1}} | request_of(keyed.secrets["acme"])  # type: ignore[operator]
+    assert stranger.post("/v1/completions", **given).status_code == status

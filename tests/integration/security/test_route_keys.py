@@ -1,0 +1,130 @@
+"""Every route, and every key that must not open it."""
+
+from __future__ import annotations
+
+import socket
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from server.gateway.access.routes import OPEN, ROUTES, guard
+from server.store.tenants.access_keys import new_secret
+from tests.integration.security.conftest import KEYS, Keyed, ask
+
+CLOSED = [route for route, scope in ROUTES.items() if scope is not OPEN]
+OPENED = [route for route, scope in ROUTES.items() if scope is OPEN]
+
+
+def code_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+def test_the_table_has_every_route_and_no_other(keyed: Keyed) -> None:
+    routes = [route for route in keyed.gateway.app.routes if isinstance(route, Route)]
+    assert len(routes) == len(keyed.gateway.app.routes)
+    assert {f"{method} {route.path}" for route in routes for method in route.methods or () if method != "HEAD"} == set(
+        ROUTES
+    )
+
+
+def test_a_route_that_nobody_put_into_the_table_is_not_served() -> None:
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_api_route("/new", lambda: None)
+    with pytest.raises(KeyError, match="GET /new"):
+        guard(app)
+
+
+@pytest.mark.parametrize("route", CLOSED)
+class TestClosed:
+    def test_without_a_key(self, stranger: httpx.Client, route: str) -> None:
+        refused = ask(stranger, route, {})
+        assert code_of(refused) == (401, "missing_api_key")
+        assert refused.headers["www-authenticate"] == "Bearer"
+
+    def test_with_a_wrong_key(self, stranger: httpx.Client, route: str) -> None:
+        assert code_of(ask(stranger, route, {"Authorization": f"Bearer {new_secret()}"})) == (401, "invalid_api_key")
+
+    def test_with_a_revoked_key(self, keyed: Keyed, stranger: httpx.Client, route: str) -> None:
+        assert code_of(ask(stranger, route, keyed.header("revoked"))) == (401, "revoked_api_key")
+
+    def test_with_every_scope_but_its_own(self, keyed: Keyed, stranger: httpx.Client, route: str) -> None:
+        refused = ask(stranger, route, keyed.header(f"no {ROUTES[route]}"))
+        assert code_of(refused) == (403, "missing_scope")
+        assert f"--scope {ROUTES[route]}" in refused.json()["error"]["message"]
+
+    def test_its_own_scope_is_enough(self, keyed: Keyed, stranger: httpx.Client, route: str) -> None:
+        assert ask(stranger, route, keyed.header(f"only {ROUTES[route]}")).status_code not in (401, 403)
+
+    def test_with_another_tenants_key(self, keyed: Keyed, globex: httpx.Client, shared_name: str, route: str) -> None:
+        if route.startswith("DELETE /users"):
+            pytest.skip("what another tenant erases is its own: see test_tenants.py")
+        before = keyed.client("acme").get(f"/users/{shared_name}").json()
+        answer = ask(globex, route, {}, shared_name)
+        for told in (before["recipe"], before["anchors"][0]["id"]):
+            assert "GET" not in route or route in ("GET /bank", "GET /v1/models") or told not in answer.text
+        assert keyed.client("acme").get(f"/users/{shared_name}").json() == before
+
+
+@pytest.mark.parametrize("route", [route for route in CLOSED if route.startswith("GET")])
+def test_head_is_no_way_around(stranger: httpx.Client, route: str) -> None:
+    assert ask(stranger, route.replace("GET", "HEAD"), {}).status_code == httpx.codes.UNAUTHORIZED
+
+
+@pytest.mark.parametrize("key", [None, "revoked", "acme"])
+@pytest.mark.parametrize("route", OPENED)
+def test_what_is_open_tells_nothing_of_the_parts(
+    keyed: Keyed, stranger: httpx.Client, route: str, key: str | None
+) -> None:
+    answer = ask(stranger, route, keyed.header(key) if key else {})
+    assert answer.status_code in (200, 307, 503)
+    bank = keyed.gateway.parts.bank.manifest
+    for told in (bank.fingerprint, bank.embedder.id, keyed.gateway.parts.settings.engine_url):
+        assert told not in answer.text
+    if route in ("GET /health", "GET /ready"):
+        assert {name: value for name, value in answer.json().items() if value is not None}.keys() == {"status"}
+        assert answer.json()["status"] in ("ok", "ready", "not_ready")
+
+
+@pytest.mark.parametrize("route", ["GET /health", "GET /ready"])
+def test_admin_is_told_of_the_parts(keyed: Keyed, stranger: httpx.Client, route: str) -> None:
+    parts = ask(stranger, route, keyed.header("only admin")).json()["parts"]
+    assert parts["bank"]["fingerprint"] == keyed.gateway.parts.bank.manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-API-Key": "{}"},
+        {"Cookie": "Authorization=Bearer {}"},
+        {"Proxy-Authorization": "Bearer {}"},
+        {"Authorization": "Basic {}"},
+        {"Authorization": "Bearer {}, Bearer {}"},
+        {"Authorization": "{}"},
+    ],
+)
+def test_a_key_counts_in_its_one_place_alone(keyed: Keyed, stranger: httpx.Client, headers: dict[str, str]) -> None:
+    sent = {name: value.replace("{}", keyed.secrets["acme"]) for name, value in headers.items()}
+    assert stranger.get("/v1/models", headers=sent).status_code == httpx.codes.UNAUTHORIZED
+    url = f"/v1/models?api_key={keyed.secrets['acme']}&access_token={keyed.secrets['acme']}"
+    assert stranger.get(url).status_code == httpx.codes.UNAUTHORIZED
+
+
+def test_two_keys_are_none(keyed: Keyed, stranger: httpx.Client) -> None:
+    headers = [("Authorization", f"Bearer {keyed.secrets[name]}") for name in ("acme", "globex")]
+    assert stranger.get("/v1/models", headers=headers).status_code == httpx.codes.UNAUTHORIZED
+
+
+@pytest.mark.parametrize("key", [name for name in KEYS if name.startswith("only")])
+def test_a_body_is_not_awaited_for_a_key_that_may_not_send_it(keyed: Keyed, key: str) -> None:
+    head = f"PUT /users/ada/profile HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {keyed.secrets[key]}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 8000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", keyed.gateway.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+        if key == "only write":
+            connection.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+        else:
+            assert connection.recv(64).startswith(b"HTTP/1.1 403")

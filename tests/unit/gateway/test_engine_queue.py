@@ -1,0 +1,199 @@
+"""The line before the engines: who is admitted, who waits, who is refused, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from types import SimpleNamespace
+
+import pytest
+
+from server.errors import TooMany
+from server.gateway.access.queue import EngineQueue, Place
+from server.gateway.operating.metrics import Metrics
+
+
+class Line:
+    """A queue for two sequences and its callers; `served` names those who got a place, in order."""
+
+    def __init__(self, places: int | None = 2, most_waiting: int | None = 2) -> None:
+        self.places = places
+        self.queue = EngineQueue(lambda: self.places, most_waiting=most_waiting, patience_s=60, metrics=Metrics())
+        self.served: list[str] = []
+        self._ends: dict[str, asyncio.Event] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def come(self, *names: str, size: int = 1, patience_s: float | None = None) -> None:
+        """Callers ask, one after the other; `a1` and `a2` are two requests of the caller `a`."""
+        for name in names:
+            self._ends[name] = asyncio.Event()
+            self._tasks[name] = asyncio.create_task(self._request(name, size, patience_s))
+            await settled()
+
+    async def end(self, *names: str) -> None:
+        """What was served comes to its end."""
+        for name in names:
+            self._ends[name].set()
+            await self._tasks[name]
+            await settled()
+
+    async def leave(self, name: str) -> None:
+        """A client goes away."""
+        self._tasks[name].cancel()
+        await asyncio.gather(self._tasks[name], return_exceptions=True)
+        await settled()
+
+    async def refusal(self, name: str) -> TooMany:
+        """How a request was refused."""
+        with pytest.raises(TooMany) as refused:
+            await asyncio.wait_for(self._tasks[name], 10)
+        return refused.value
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        assert (self.queue.taken, self.queue.waiting) == (0, 0)
+
+    async def _request(self, name: str, size: int, patience_s: float | None) -> None:
+        async with self.queue.place(name[0], size=size, patience_s=patience_s):
+            self.served.append(name)
+            await self._ends[name].wait()
+
+
+async def settled() -> None:
+    """Let everybody run who can."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def line() -> AsyncIterator[Line]:
+    line = Line()
+    yield line
+    await line.close()
+
+
+async def test_who_finds_a_place_does_not_wait(line: Line) -> None:
+    await line.come("a1", "a2", "a3")
+    assert line.served == ["a1", "a2"]
+    await line.end("a2")
+    assert line.served == ["a1", "a2", "a3"]
+
+
+async def test_callers_take_turns(line: Line) -> None:
+    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60, metrics=Metrics())
+    await line.come("a1", "a2", "a3", "a4", "a5", "b1", "c1", "b2")
+    await line.end("a1", "a2", "a3", "b1", "c1", "a4", "b2")
+    assert line.served == ["a1", "a2", "a3", "b1", "c1", "a4", "b2", "a5"]
+
+
+async def test_beyond_a_full_line_nobody_waits(line: Line) -> None:
+    await line.come("a1", "a2", "a3", "a4", "a5")
+    refused = await line.refusal("a5")
+    assert (refused.status, refused.code) == (429, "overloaded")
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert line.queue.waiting == 2
+
+
+async def test_by_default_half_as_many_wait_as_there_are_places() -> None:
+    line = Line(4, None)
+    await line.come("a1", "a2", "a3", "a4", "a5", "a6", "a7")
+    await line.refusal("a7")
+    assert (line.queue.taken, line.queue.waiting) == (4, 2)
+    await line.close()
+
+
+async def test_a_full_line_makes_room_for_callers_who_wait_less(line: Line) -> None:
+    await line.come("a1", "a2", "a3", "a4", "b1")
+    assert (await line.refusal("a4")).code == "overloaded"
+    await line.come("c1")
+    await line.refusal("c1")  # nobody waits twice any more
+    await line.end("a1", "a2")
+    assert line.served == ["a1", "a2", "a3", "b1"]
+
+
+async def test_who_leaves_frees_the_place_in_the_line_and_in_the_engines(line: Line) -> None:
+    await line.come("a1", "a2", "a3", "a4")
+    await line.leave("a3")
+    await line.come("a5")
+    await line.leave("a1")
+    assert line.served == ["a1", "a2", "a4"]
+    await line.end("a2")
+    assert line.served == ["a1", "a2", "a4", "a5"]
+
+
+async def test_who_leaves_at_the_moment_of_their_turn_passes_it_on(line: Line) -> None:
+    await line.come("a1", "a2", "a3", "a4")
+    line._ends["a1"].set()
+    await asyncio.sleep(0)  # a1 gives its place to a3, who does not know it yet
+    await line.leave("a3")
+    assert line.served == ["a1", "a2", "a4"]
+
+
+async def test_patience_ends(line: Line) -> None:
+    await line.come("a1", "a2", "a3")
+    await line.come("a4", patience_s=0)
+    await line.refusal("a4")
+    await line.come("a5", patience_s=0.01)
+    await line.refusal("a5")
+    assert line.queue.waiting == 1
+
+
+async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60, metrics=Metrics())
+    now_s = 0.0
+    monkeypatch.setattr("server.gateway.access.queue.time", SimpleNamespace(monotonic=lambda: now_s))
+    await line.come(*(f"{name}{turn}" for turn in range(5) for name in "ab"))
+    for name in ("a0", "b0", "a1", "b1"):
+        now_s += 20  # one is served every 20 s
+        await line.end(name)
+    await line.come("c1", patience_s=60)  # two are ahead, for callers take turns
+    assert line.queue.waiting == 5
+    await line.come("c2", patience_s=10)
+    refused = await line.refusal("c2")
+    assert 10 < refused.retry_after_s <= 60
+
+
+async def test_a_request_takes_as_many_places_as_it_has_answers(line: Line) -> None:
+    await line.come("a1")
+    await line.come("b1", size=2)
+    await line.come("c1")
+    assert line.served == ["a1"]  # c1 does not overtake
+    await line.end("a1")
+    assert line.served == ["a1", "b1"]
+    await line.end("b1")
+    assert line.served == ["a1", "b1", "c1"]
+    await line.end("c1")
+    await line.come("a2", size=100)  # more than there are: alone
+    assert line.served[-1] == "a2"
+
+
+async def test_places_come_and_go_with_the_engines(line: Line) -> None:
+    await line.come("a1", "a2", "a3", "a4")
+    line.places = 1
+    await line.end("a1")
+    assert line.served == ["a1", "a2"]
+    line.places = 4
+    await line.end("a2")
+    assert line.served == ["a1", "a2", "a3", "a4"]
+
+
+async def test_while_nobody_knows_how_many_there_are_nobody_waits(line: Line) -> None:
+    line.places = None
+    await line.come("a1", "a2", "a3", "a4", "a5", "a6")
+    assert len(line.served) == 6
+    await line.end("a1", "a2")
+
+
+async def test_a_place_is_given_back_once() -> None:
+    queue = EngineQueue(lambda: 1, most_waiting=0, patience_s=1, metrics=Metrics())
+    async with AsyncExitStack() as stack:
+        place: Place = await stack.enter_async_context(queue.place("a"))
+        place.release()
+        assert queue.taken == 0
+        await stack.enter_async_context(queue.place("b"))
+        place.release()
+        assert queue.taken == 1
+    assert queue.taken == 0
