@@ -16,9 +16,9 @@ class Base(StrEnum):
     """What adapter a method uses.
 
     prior: no model at all, the person's smoothed histogram of answers. base: no adapter. common: the common row, what
-    all share. task: that row trained further, for as long as all anchors took together. mean: all anchors, equal weights. random: as many
-    random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked: merged, and the user's
-    few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
+    all share. task: that row trained further, for as long as all anchors took together. mean: all anchors, equal
+    weights. random: as many random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked:
+    merged, and the user's few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
     """
 
     PRIOR = "prior"
