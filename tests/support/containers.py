@@ -39,14 +39,7 @@ def config(files: tuple[str, ...], environment: Mapping[str, str], *options: str
     own = () if "--env-file" in options else ("--env-file", "/dev/null")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MTA_", "COMPOSE_"))}
     return subprocess.run(
-        [
-            *compose_command(),
-            *given,
-            *(options if "--env-file" in options else ("--env-file", "/dev/null", *options)),
-            "config",
-            "--format",
-            "json",
-        ],
+        [*compose_command(), *given, *own, *options, "config", "--format", "json"],
         env=clean | dict(environment),
         cwd=ROOT,
         capture_output=True,
