@@ -48,6 +48,14 @@ class ValkeyCluster:
 
     def start(self) -> ValkeyCluster:
         """Start all nodes, share out the slots, and wait until every node knows of them."""
+        try:
+            self._start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def _start(self) -> None:
         for node in self.nodes:
             node.start()
         share = -(-SLOTS // len(self.primaries))
@@ -61,7 +69,6 @@ class ValkeyCluster:
         for replica in self.replicas:
             ask(replica, "CLUSTER REPLICATE", ask(self.primaries[0], "CLUSTER MYID"))
         wait_until(lambda: all(map(self.lists_replicas, self.nodes)), "the replicas to follow")
-        return self
 
     def lists_replicas(self, node: ValkeyProcess) -> bool:
         """Whether a node tells its clients of all replicas."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -41,7 +42,11 @@ PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
 """Between the attempts to write: a replica takes over within seconds, or an operator is needed."""
 
 LAYOUT_S = 5.0
-"""How often whoever writes makes sure that no replicas have come: they must be waited for."""
+"""How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
+replica that has come must be waited for."""
+
+PATIENCE_S = 1.0
+"""How long to wait for a server that is asked which servers there are, before another is."""
 
 REPLICA_TIMEOUT_MS = 4_000
 _RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
@@ -93,18 +98,21 @@ class Cluster:
             **options,
         )
         self._room = asyncio.Semaphore(CONNECTIONS)  # the client fails where it should wait for a connection
-        self._layout: object = None
+        self._following = asyncio.Lock()
         self._followed_s = -LAYOUT_S
         self._not_durable: set[str] = set()
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         async with self._room:
+            await self._follow()
             return await command(self._client)
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[Any]:
-        async with self._room, self._client.pipeline(transaction=False) as pipe:
-            yield pipe
+        async with self._room:
+            await self._follow()
+            async with self._client.pipeline(transaction=False) as pipe:
+                yield pipe
 
     async def evaluate(
         self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
@@ -114,8 +122,7 @@ class Cluster:
         for pause_s in (*PAUSES_S, None):
             try:
                 async with self._room:
-                    if time.monotonic() > self._followed_s + LAYOUT_S:
-                        await self._follow()
+                    await self._follow()
                     await self._client.initialize()
                     home = node or self._client.get_node_from_key(names[0])
                     return await self._evaluate(home, command, names[0], durability, asking=asking)
@@ -128,7 +135,7 @@ class Cluster:
         raise AssertionError("unreachable")
 
     async def durability(self) -> Durability:
-        await self._follow()
+        await self._follow(at_once=True)
         nodes = self._client.get_primaries()
         found = await asyncio.gather(*(durability_of(node.execute_command) for node in nodes))
         not_durable = {node.name for node, how in zip(nodes, found, strict=True) if how is Durability.NONE}
@@ -187,16 +194,50 @@ class Cluster:
         return node, not isinstance(error, exceptions.MovedError)
 
     async def _look_around(self) -> None:
-        """Find out again which servers there are and what they hold; the old connections are closed when free."""
-        await self._client.nodes_manager.initialize()
+        """Find out again which servers there are and what they hold.
 
-    async def _follow(self) -> None:
-        """Look around if anything has changed."""
-        self._followed_s = time.monotonic()
-        layout = await self._client.execute_command("CLUSTER SLOTS")
-        if layout != self._layout:
-            await self._look_around()
-            self._layout = layout
+        Connections are made anew, each when it is free; those to a server that is no primary any more at once, so that
+        nobody waits for it: it may be silent.
+        """
+        before = self._client.get_primaries()
+        for _ in self._client.get_nodes():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._client.nodes_manager.initialize()  # asks any server, another one each time
+                break
+        else:
+            raise exceptions.TimeoutError("no server says which others there are")
+        now = self._client.get_primaries()
+        await asyncio.gather(*(node.disconnect() for node in before if node not in now), return_exceptions=True)
+
+    async def _follow(self, *, at_once: bool = False) -> None:
+        """Look around if anything has changed, every few seconds; who comes meanwhile waits for what is found."""
+        if time.monotonic() < self._followed_s + LAYOUT_S and not (at_once or self._following.locked()):
+            return
+        async with self._following:
+            if time.monotonic() < self._followed_s + LAYOUT_S and not at_once:
+                return
+            await self._client.initialize()
+            for node in random.sample(nodes := self._client.get_nodes(), len(nodes)):
+                with suppress(*_PASSING):
+                    async with asyncio.timeout(PATIENCE_S):
+                        shards = await node.execute_command("CLUSTER SLOTS")
+                    if not self._knows(shards, node.host):
+                        await self._look_around()
+                    break
+            self._followed_s = time.monotonic()
+
+    def _knows(self, shards: Sequence[Any], host: str) -> bool:
+        """Whether the client knows which primary holds which slots, and who follows it, as the server at a host says.
+
+        It is compared with what the client holds, not with what was said last: the next server may know less.
+        """
+        for first, _, *nodes in shards:
+            said = [f"{_text(node[0]) or host}:{node[1]}" for node in nodes]
+            held = [node.name for node in self._client.nodes_manager.slots_cache.get(first, ())]
+            if said[:1] != held[:1] or set(said) != set(held):
+                return False
+        return True
 
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
         """For each primary: its ranges of slots, first and last in turn; then its own fields and its replicas'."""
