@@ -16,7 +16,7 @@ from redis.crc import key_slot
 
 from adapters.errors import MtaError
 from bench.rig.cluster import ValkeyCluster, ask
-from bench.rig.processes import standing_still
+from bench.rig.processes import standing_still, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.durability import Durability
@@ -67,6 +67,13 @@ def configured(node: ValkeyProcess, name: str, value: str) -> Iterator[None]:
     ask(node, "CONFIG SET", name, value)
     yield
     ask(node, "CONFIG SET", name, before)
+    wait_until(lambda: not rewriting(node), "the file that it begins anew")
+
+
+def rewriting(node: ValkeyProcess) -> bool:
+    """Whether a node rewrites its file, or is about to."""
+    info = ask(node, "INFO", "persistence")
+    return bool(info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"])
 
 
 def calls(node: ValkeyProcess, command: str) -> int:
