@@ -17,7 +17,7 @@ from server.errors import TooMany, Unavailable
 from server.gateway.access.caller import Caller
 from server.gateway.access.running import Running, Seat
 from server.gateway.operating.metrics import Metrics
-from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, Left, Rate, Rates
+from server.store.tenants.rates import AS_USUAL, DAY_S, MINUTE_S, Allowance, Left, Rate, Rates
 
 log = logging.getLogger("mta.gateway")
 
@@ -133,7 +133,8 @@ class Limiter:
         await self._running.renew()
 
     def _per(self, caller: Caller) -> Allowance:
-        return caller.allowance.or_else(self._per_key)
+        said = caller.allowance
+        return self._per_key if said == AS_USUAL else said.or_else(self._per_key)
 
     def _uses(self, caller: Caller, user_key: str | None, amounts: Mapping[str, Callable[[], int]]) -> list[_Use]:
         owners = [(caller.name, self._per(caller))]
