@@ -98,10 +98,8 @@ class Limiter:
             tokens: says about how many it needs. What it really used, the block sets; the difference is given back.
         """
         counted = Counted()
-        uses, most = (
-            self._uses(caller, user_key, {"requests": lambda: 1, "tokens": tokens}),
-            self._per(caller).concurrent,
-        )
+        uses = self._uses(caller, user_key, {"requests": lambda: 1, "tokens": tokens})
+        most = self._per(caller).concurrent
         if not uses and not most:
             yield counted
             return
@@ -187,8 +185,13 @@ class Limiter:
             return
         for use in taken.uses:
             if use.rate.what == "tokens" and counted.tokens is not None:
-                await self._quietly(self._store.take(use.rate, min(counted.tokens, use.rate.most) - use.amount))
+                await self._quietly(self._correct(use.rate, counted.tokens - use.amount))
         await self._running.leave(taken.seat)
+
+    async def _correct(self, rate: Rate, more: int) -> None:
+        """Count so much more, or less; what has been used beyond the limit counts as all that was left."""
+        if not await self._store.take(rate, more):
+            await self._store.take(rate, (await self._store.left(rate)).amount)
 
     async def _refusal(self, unfit: Sequence[_Use], most: int, headers: Mapping[str, str]) -> TooMany:
         self._metrics.shed.labels(unfit[0].rate.what if unfit else "concurrent").inc()
