@@ -190,7 +190,7 @@ class Limiter:
 
     async def _correct(self, rate: Rate, more: int) -> None:
         """Count so much more, or less; what has been used beyond the limit counts as all that was left."""
-        if not await self._store.take(rate, more):
+        if more and not await self._store.take(rate, more):
             await self._store.take(rate, (await self._store.left(rate)).amount)
 
     async def _refusal(self, unfit: Sequence[_Use], most: int, headers: Mapping[str, str]) -> TooMany:
