@@ -7,10 +7,9 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.models import OptionInfo
 
 from adapters.errors import MtaError, excerpt
 from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, new_secret
@@ -29,7 +28,7 @@ Data = Annotated[
 ]
 
 
-def _limit(what: str, setting: str) -> OptionInfo:
+def _limit(what: str, setting: str) -> Any:
     return typer.Option(help=f"{what}; 0 for any number.", min=0, show_default=f"MTA_{setting}")
 
 

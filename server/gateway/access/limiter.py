@@ -159,7 +159,7 @@ class Limiter:
         Returns:
             What is counted: not what the store could not count.
         """
-        *fits, seat = await asyncio.gather(*map(self._fits, uses), self._running.enter(caller, most))
+        fits, seat = await asyncio.gather(self._fit(uses), self._running.enter(caller, most))
         taken = _Taken([use for use, fit in zip(uses, fits, strict=True) if fit], seat)
         counted.shown = asyncio.create_task(self._headers(uses))
         if seat.free and False not in fits:
@@ -168,8 +168,11 @@ class Limiter:
         unfit = [use for use, fit in zip(uses, fits, strict=True) if fit is False]
         raise await self._refusal(unfit, most, await counted.headers())
 
+    async def _fit(self, uses: Sequence[_Use]) -> list[bool | None]:
+        """Whether each is within its limit, and counted; None where the store cannot say."""
+        return await asyncio.gather(*map(self._fits, uses))
+
     async def _fits(self, use: _Use) -> bool | None:
-        """Whether it is within the limit, and counted; None where the store cannot say."""
         try:
             return await self._store.take(use.rate, use.amount)
         except Unavailable as error:
