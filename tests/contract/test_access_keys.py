@@ -111,7 +111,7 @@ async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: Re
     await keys.look(store)
     await store.add(key)
     await keys.look(store)
-    assert keys.caller(sent(secret)) == Caller("acme", key.id, key.scopes)
+    assert keys.caller(sent(secret)) == Caller("acme", key.id, key.scopes, key.allowance)
     assert refused(keys, LOCAL) == "missing_api_key"
     assert refused(keys, sent(new_secret())) == "invalid_api_key"
     await store.revoke(key.digest, 1)
