@@ -28,7 +28,7 @@ from bank.lookup.embedder import Embedder
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
-from bench.report import console, report
+from bench.page.report import console, report
 from server.settings import Settings
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
