@@ -88,13 +88,16 @@ def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) 
     for name in ENGINES:
         with engine_client(started, name) as engine:
             resident[name] = set(engine.get("/mta/v1/resident").raise_for_status().json()["resident"])
-    differing = []
-    with engine_client(started, ENGINES[0]) as engine:
-        for recipe, text, before in asked:
+    with engine_client(started, ENGINES[0]) as engine, ThreadPoolExecutor(AT_A_TIME) as pool:
+
+        def alone(recipe: str, text: str) -> str:
             body = {"model": recipe, "messages": [{"role": "user", "content": text}], **greedy}
             answer = engine.post("/v1/chat/completions", json=body).raise_for_status().json()
-            if answer["choices"][0]["message"]["content"] != before:
-                differing.append(text)
+            said: str = answer["choices"][0]["message"]["content"]
+            return said
+
+        again = list(pool.map(lambda one: alone(one[0], one[1]), asked))
+    differing = [text for (_, text, before), after in zip(asked, again, strict=True) if after != before]
     return Found(len(asked), differing, resident, {recipe for recipe, _, _ in asked})
 
 

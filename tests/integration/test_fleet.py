@@ -9,8 +9,9 @@ import pytest
 
 from bench.fleet.chaos.__main__ import Plan, under_load
 from bench.fleet.chaos.faults import Fault
-from bench.fleet.machine import Machine, tiny_machine
+from bench.fleet.machine import ENGINES, Machine, tiny_machine
 from bench.fleet.replicas import compared
+from bench.fleet.ring import Ring
 from bench.rig.tiny import WORLDS
 
 PEOPLE = 20
@@ -26,17 +27,19 @@ def test_two_engines_answer_as_one_and_each_recipe_lives_on_one_of_them(machine:
     people = [
         {
             "user_id": f"replica-{n}",
-            "profile": [{"text": WORLDS[n % 6]}, {"text": f"{WORLDS[n % 6]} and {WORLDS[n * 5 % 6]}, {n}"}],
+            "profile": [WORLDS[n % 6], *(f"{WORLDS[(n + n // 6 + 1) % 6]}, {i}" for i in range(1 + n % 3))],
             "query": [{"input": f"What about {WORLDS[n % 5]}?"}, {"input": "And else?"}],
         }
         for n in range(PEOPLE)
     ]
     found = compared(machine.up, people, max_tokens=12)
     assert (found.answers, found.differing) == (2 * PEOPLE, [])
-    assert len(found.recipes) > PEOPLE / 2
+    assert len(found.recipes) > PEOPLE / 3
     assert not found.twice
     assert set.union(*found.resident.values()) >= found.recipes
-    assert all(found.resident.values())
+    ring = Ring([f"http://{machine.up.address(name)}" for name in ENGINES])
+    for number, name in enumerate(ENGINES):
+        assert {ring.engine_of(recipe) for recipe in found.resident[name] & found.recipes} <= {number}
 
 
 def test_what_was_promised_is_kept_when_engine_gateway_and_store_are_killed(machine: Machine, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
     crowds = [Crowd(machine.up.url, f"crowd-{number}", CROWD, f"{chance.random()}") for number in range(CROWDS)]
     imports = Imports(machine.up.url, plan.folder)
     begun_s, shown = time.monotonic(), console()
+    keys_before = census.kinds_of_keys(machine.store.url)
     for thread in (*crowds, imports):
         thread.start()
     time.sleep(WARM_UP_S)
@@ -106,7 +108,7 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
             *verdict.about_promises(client, [*people, *imports.people]),
             verdict.about_jobs(client, people),
             *_growth(before, after),
-            *_keys(machine, client, [*people, *imports.people]),
+            *_keys(client, [*people, *imports.people], keys_before, machine.store.url),
         ]
     return claims
 
@@ -123,12 +125,12 @@ def _growth(before: dict[str, census.Taken], after: dict[str, census.Taken]) -> 
     ]
 
 
-def _keys(machine: Machine, client: httpx.Client, people: Sequence[Person]) -> list[Claim]:
-    """Erase everybody, and see what is left."""
+def _keys(client: httpx.Client, people: Sequence[Person], before: Counter[str], store_url: str) -> list[Claim]:
+    """Erase everybody, and see what is left of them."""
     for person in people:
         with suppress(httpx.HTTPStatusError):  # erased before
             client.delete(f"/users/{person.id}").raise_for_status()
-    return verdict.about_keys(census.kinds_of_keys(machine.store.url), len(people))
+    return verdict.about_keys(census.kinds_of_keys(store_url) - before, len(people))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def about_jobs(client: httpx.Client, people: Iterable[Person]) -> Claim:
 
 
 def about_keys(kinds: Counter[str], users: int) -> list[Claim]:
-    """What the store holds once everybody is erased: tombstones, and what belongs to no user."""
+    """What the store holds more than before, once everybody is erased: tombstones, and what belongs to no user."""
     tombstones = kinds[TOMBSTONE]
     others = {kind: count for kind, count in kinds.items() if kind != TOMBSTONE}
     return [

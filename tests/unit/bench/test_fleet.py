@@ -76,6 +76,7 @@ def test_an_engine_keeps_the_recipes_that_were_used_last() -> None:
     asking, engines = np.array([1, 2, 1, 3, 2, 1]), np.zeros(6, dtype=np.int64)
     assert served(asking, engines, 1, held=2).warm == pytest.approx(1 / 6)
     assert served(asking, engines, 1, held=3).warm == pytest.approx(3 / 6)
+    assert served(asking, engines, 1, held=3, begin=3).warm == pytest.approx(2 / 3)
     assert served(asking, np.array([0, 1, 0, 1, 1, 0]), 2, held=2).warm == pytest.approx(3 / 6)
 
 
