@@ -12,6 +12,7 @@ import httpx
 
 from bank.models.folders import ensure_embedder
 from bench.rig.engine import KEY
+from bench.rig.processes import wait_until
 from bench.rig.proxy import LossyProxy
 from bench.rig.tiny import tiny_bank, tiny_model
 from bench.rig.up import Up, up
@@ -49,6 +50,12 @@ class Machine:
         return said is not None and said["status"] == "ready" and said["detail"] is None
 
 
+def until_routed(up: Up) -> None:
+    """Wait until the router uses every engine: it begins with the first that answers, and finds the others later."""
+    health = f"http://{up.address('router')}/health"
+    wait_until(lambda: httpx.get(health).status_code == httpx.codes.OK, "the router to know every engine")
+
+
 def engine_client(up: Up, name: str) -> httpx.Client:
     """A client of one of the engines, which must have the key `KEY`."""
     headers = {"Authorization": f"Bearer {KEY}"}
@@ -75,6 +82,7 @@ def tiny_machine(
             url = f"redis://127.0.0.1:{lossy.port}/0"
             chosen = ("--bank", str(bank), "--model", str(model), "--replicas", "2", "--redis-url", url, *options)
             with up(folder / "data", *chosen, environment={"MTA_ENGINE_KEY": KEY, **(environment or {})}) as started:
+                until_routed(started)
                 yield Machine(started, store, lossy)
     finally:
         store.kill()

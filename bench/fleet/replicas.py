@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import script
-from bench.fleet.machine import ENGINES, engine_client
+from bench.fleet.machine import ENGINES, engine_client, until_routed
 from bench.page.report import report
 from bench.rig.engine import KEY
 from bench.rig.up import Up, up
@@ -114,6 +114,7 @@ def main(
         tempfile.TemporaryDirectory() as data,
         up(Path(data), *options, environment={"MTA_ENGINE_KEY": KEY}) as started,
     ):
+        until_routed(started)
         found = compared(started, people, max_tokens)
     report(f"{len(people)} users, two engines", found.rows, out)
     if any("wrong" in value for _, value in found.rows):

@@ -34,7 +34,8 @@ from server.engine_protocol import STATUS
 from server.settings import Settings
 from server.supervisor.services import free_port
 
-CLIENTS, PEOPLE, TOKENS = 4, 8, 48
+CLIENTS, PEOPLE, TOKENS = 3, 8, 48
+PAUSE_S = 0.1
 READY_S, STOP_S = 120.0, 60.0
 CALM_S = 3.0
 """Between two restarts: gateways look at engines every two seconds, routers every second."""
@@ -104,7 +105,7 @@ class Load(threading.Thread):
         self._stop_asked.set()
 
     def run(self) -> None:
-        while not self._stop_asked.wait(0.02):
+        while not self._stop_asked.wait(PAUSE_S):
             user = f"rolled-{self._chance.randrange(PEOPLE)}"
             body = {"user_id": user, "prompt": self._chance.choice(WORLDS), "max_tokens": TOKENS, "history": 0}
             if self._chance.random() < 0.2:
@@ -159,6 +160,7 @@ class Rolled:
             "MTA_SECRET": SECRET,
             "MTA_MODEL": str(model),
             "MTA_BANK": str(bank),
+            "OMP_NUM_THREADS": "1",  # two engines on one machine; one of them computes while the other starts
         }
         gateways = [free_port() for _ in range(2)]
         self.gateway_urls = [f"http://127.0.0.1:{port}" for port in gateways]

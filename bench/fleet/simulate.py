@@ -82,9 +82,9 @@ def served(asking: Numbers, engines: Numbers, replicas: int, held: int, begin: i
 def main(
     *,
     replicas: Annotated[list[int], typer.Option(help="How many engines; may be given several times.")] = REPLICAS,  # type: ignore[assignment]
-    users: Annotated[int, typer.Option(help="Users, each with a recipe of their own.", min=1000)] = 10_000_000,
+    users: Annotated[int, typer.Option(help="Users, each with a recipe of their own.", min=1000)] = 5_000_000,
     exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = 0.6,
-    requests: Annotated[int, typer.Option(help="Requests for each engine; the later half counts.", min=100)] = 4000,
+    requests: Annotated[int, typer.Option(help="Requests for each engine; the later half counts.", min=100)] = 3000,
     held: Annotated[int, typer.Option(help="Recipes that an engine keeps (MTA_MAX_CPU_LORAS).", min=1)] = 1024,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     check: Annotated[bool, typer.Option(help="Hold the model against two real engines.")] = False,
