@@ -51,7 +51,8 @@ class Spread:
 def zipf(users: int, requests: int, exponent: float, generator: np.random.Generator) -> Numbers:
     """Who asks, request by request: user n about 1/n^exponent as often as the first."""
     shares = np.cumsum(1.0 / np.arange(1, users + 1) ** exponent)
-    return np.searchsorted(shares, generator.random(requests) * shares[-1]).astype(np.int64)
+    who: Numbers = np.searchsorted(shares, generator.random(requests) * shares[-1]).astype(np.int64)
+    return who
 
 
 def served(asking: Numbers, engines: Numbers, replicas: int, held: int, begin: int = 0) -> Spread:

@@ -88,8 +88,9 @@ def under_load(plan: Plan, machine: Machine) -> list[Claim]:
         time.sleep(chance.uniform(*CALM_S))
     time.sleep(max(0.0, begun_s + plan.lasts_s - time.monotonic()))
     machine.lossy.share = 0.0
-    for thread in (*crowds, imports):
-        thread.stop()
+    for crowd in crowds:
+        crowd.stop()
+    imports.stop()
     for thread in (*crowds, imports):
         thread.join(2 * TIMEOUT_S)
         assert not thread.is_alive(), f"{thread.name} hangs"
