@@ -17,7 +17,12 @@ from server.supervisor.services import free_port
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
 LISTENING = r"listening on (http://\S+)"
 START_S = 240.0
-_MARKS = {"valkey": "valkey-server 127.0.0.1", "engine": "server.engine ", "gateway": "server.cli gateway"}
+_MARKS = {
+    "valkey": "valkey-server 127.0.0.1",
+    "engine": "server.engine ",
+    "gateway": "server.cli gateway",
+    "worker": "server.cli worker",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from adapters.errors import MtaError
 from server.settings import Settings
-from server.store.jobs import Job
+from server.store.jobs import Job, JobState
 from server.watching.figures import StoreSeconds
 
 log = logging.getLogger("mta.worker")
 
 _BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+
+GIVEN_UP = "given up"
+"""For another worker to take, or because its outcome is no longer wanted."""
 
 
 class WorkerFigures:
@@ -30,6 +33,8 @@ class WorkerFigures:
             ("outcome",),
             registry=registry,
         )
+        for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, GIVEN_UP):
+            self.jobs.labels(outcome)  # from zero on: a first one is an increase
         self.wait = Histogram(
             "mta_worker_job_wait_seconds",
             "From a job's request to its first try.",

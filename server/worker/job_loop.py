@@ -31,7 +31,7 @@ from server.watching.logs import traceparent
 from server.watching.repeating import forever
 from server.watching.tracing import Tracing
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
-from server.worker.figures import WorkerFigures
+from server.worker.figures import GIVEN_UP, WorkerFigures
 from server.worker.leased.holding import train_holding
 from server.worker.leased.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 
@@ -119,7 +119,7 @@ class JobLoop:
         if lease is None:
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
-        outcome = "given up"
+        outcome: str = GIVEN_UP
         try:
             with self._figures.training(lease.job), self._tracing.span("adapt", follows=lease.job.traceparent):
                 traceparent.set(self._tracing.current())
