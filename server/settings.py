@@ -50,7 +50,10 @@ class Settings(BaseSettings):
     # Gateway
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis 7.2+ or Valkey 8+.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated.",
+    )
     require_durable_store: bool = Field(
         True, description="Refuse a Redis whose writes are not durable; false: only warn, and say so in /ready."
     )

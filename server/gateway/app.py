@@ -33,6 +33,7 @@ from server.gateway.access.routes import guard
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.engines.ways import Ways
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.index_cache import IndexCache
 from server.gateway.generation.personalizer import Personalizer
@@ -139,9 +140,10 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
             signing=signing,
         )
         personalizer = Personalizer(bank, profiles)
-        engine = EngineClient(session, settings.engine_url, engine_key)
-        tokenizer = TokenizerClient(session, settings.engine_url, engine_key)
         engines = Engines(session, settings.engines, engine_key)
+        ways = Ways(settings.engine_url, engines)
+        engine = EngineClient(session, ways, engine_key, metrics.retries.inc)
+        tokenizer = TokenizerClient(session, engines, engine_key)
         health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
         metrics.watch(lambda: engines.figures, lambda: health.readiness)
         limiter = Limiter(

@@ -56,10 +56,10 @@ class Asked:
 
 
 class ForgetsOnDisk(Protocol):
-    """The store's file, which holds erased data until it is rewritten."""
+    """The store's file, or files, which holds erased data until it is rewritten."""
 
-    async def ask_for_rewrite(self) -> Asked:
-        """Request a rewrite of the file that leaves out what is about to be erased.
+    async def ask_for_rewrite(self, user_key: str) -> Asked:
+        """Request a rewrite of the file that leaves out what is about to be erased of a user.
 
         Raises:
             Unavailable: when the store cannot be used; then the caller should erase nothing yet.

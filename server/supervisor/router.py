@@ -12,12 +12,10 @@ import sys
 from server.settings import Settings
 from server.supervisor.part import Part
 from server.supervisor.probes import answers_http
-from server.supervisor.services import ENGINE_START_S
+from server.supervisor.services import BEYOND_DRAIN_S, ENGINE_START_S
 
 LIVENESS = "/liveness"
 """Answers 200 as soon as the router listens, whatever its engines do."""
-
-ROUTER_STOP_S = 8
 
 OPTIONS: dict[str, object] = {
     "policy": "consistent_hash",
@@ -76,6 +74,6 @@ def router_part(settings: Settings) -> Part:
         ready=answers_http(f"http://{settings.router_host}:{settings.router_port}{LIVENESS}"),
         address=f"{settings.router_host}:{settings.router_port}",
         start_timeout_s=ENGINE_START_S,
-        stop_timeout_s=ROUTER_STOP_S,
+        stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=(),
     )

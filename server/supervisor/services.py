@@ -39,8 +39,9 @@ ENGINE_START_S = 1800
 
 # Stopping the parts one by one, guards' grace included, takes less than 30 s even when every one has to be killed.
 VALKEY_STOP_S = 5
-ENGINE_STOP_S = 8
-GATEWAY_STOP_S = 8
+DRAIN_S = 5
+"""How long engine and gateway may finish what they have begun, unless the settings say otherwise."""
+BEYOND_DRAIN_S = 3
 WORKER_STOP_S = 3
 
 
@@ -111,7 +112,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
         ready=answers_http(f"{settings.engine_url}{STATUS}", key),
         address=f"{settings.engine_host}:{settings.engine_port}",
         start_timeout_s=ENGINE_START_S,
-        stop_timeout_s=ENGINE_STOP_S,
+        stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=(),
         spare=settings.replicas > 1,
     )
@@ -151,7 +152,7 @@ def gateway_part(settings: Settings, waits_s: float = 0) -> Part:
         ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
         address=f"{settings.host}:{settings.port}",
         start_timeout_s=120 + waits_s,
-        stop_timeout_s=GATEWAY_STOP_S,
+        stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=("valkey",),
     )
 

@@ -9,32 +9,55 @@ import pytest
 import redis.asyncio as redis
 from hypothesis import settings
 
+from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
 from server.store.redis.jobs import RedisJobs
+from server.store.redis.servers import append_only_file
 from tests.support.store_parts import KEYS, StoreParts
 
 _numbers = itertools.count()
 settings.register_profile("long")  # `test_store_model.py` reads which profile was asked for
 
 
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    """Three primaries without replicas."""
+    running = ValkeyCluster(tmp_path_factory.mktemp("cluster")).start()
+    yield running
+    running.kill()
+
+
 @pytest.fixture(scope="module", params=sorted(server_binaries()))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+def one_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
     """The packaged Valkey, and Redis where it is installed."""
     running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
     yield running
     running.kill()
 
 
+@pytest.fixture(scope="module", params=[*sorted(server_binaries()), "cluster"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ValkeyProcess | ValkeyCluster]:
+    """Each of those, and a cluster."""
+    if request.param == "cluster":
+        yield request.getfixturevalue("cluster")
+        return
+    running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
+    yield running
+    running.kill()
+
+
 @pytest.fixture
-async def raw(server: ValkeyProcess) -> AsyncIterator[redis.Redis]:
+async def raw(server: ValkeyProcess | ValkeyCluster) -> AsyncIterator[redis.Redis]:
     """A client of the server, which holds nothing at first."""
-    async with redis.from_url(server.url) as raw:
+    async with server.client() as raw:
         await raw.flushall()
         yield raw
 
 
 @pytest.fixture
-async def parts(server: ValkeyProcess, raw: redis.Redis) -> AsyncIterator[StoreParts]:
+async def parts(server: ValkeyProcess | ValkeyCluster, raw: redis.Redis) -> AsyncIterator[StoreParts]:
     """The stores of one process, over that server."""
     async with StoreParts.opened(server.url) as parts:
         yield parts
@@ -49,6 +72,14 @@ def jobs(parts: StoreParts) -> RedisJobs:
 def user() -> str:
     """The key of a user whom no other test knows."""
     return KEYS.key(f"user-{next(_numbers)}")
+
+
+@pytest.fixture
+def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrites of the append-only file follow quickly on each other."""
+    quick = {"INTERVAL_MS": 1500, "ASKED_MS": 300, "CLOCKS_MS": 0, "BEGIN_MS": 500, "LOOK_S": 0.05, "REWRITE_MS": 0}
+    for name, value in quick.items():
+        monkeypatch.setattr(append_only_file, name, value)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.engines.ways import Ways
 from server.gateway.operating.health import Health
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.fake_engine import FakeEngine, Knobs
@@ -80,12 +81,17 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
-    return EngineClient(session, subject.url, KEY)
+    return EngineClient(session, ways_to(session, subject.url), KEY)
 
 
 @pytest.fixture
 def tokenizer(subject: Subject, session: aiohttp.ClientSession) -> TokenizerClient:
-    return TokenizerClient(session, subject.url, KEY)
+    return TokenizerClient(session, Engines(session, [subject.url], KEY), KEY)
+
+
+def ways_to(session: aiohttp.ClientSession, url: str) -> Ways:
+    """The only way, to an engine that stands alone."""
+    return Ways(url, Engines(session, [url], KEY))
 
 
 def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **sampling: Any) -> EngineRequest:
@@ -247,7 +253,7 @@ async def test_it_counts_the_tokens_of_a_conversation(tokenizer: TokenizerClient
 
 async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
     for key in ("wrong", None):
-        stranger = EngineClient(session, subject.url, key)
+        stranger = EngineClient(session, ways_to(session, subject.url), key)
         error = await refusal(stranger, ask("base"), EngineFailed)
         assert error.code == "engine_key"
 
@@ -287,9 +293,10 @@ async def test_connections_are_kept(client: EngineClient, subject: Subject, sess
 
 
 async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
-    nobody = EngineClient(session, f"http://127.0.0.1:{free_port()}", KEY)
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    nobody = EngineClient(session, ways_to(session, nowhere), KEY)
     await refusal(nobody, ask("base"), Unavailable)
-    silent = TokenizerClient(session, f"http://127.0.0.1:{free_port()}", KEY)
+    silent = TokenizerClient(session, Engines(session, [nowhere], KEY), KEY)
     with pytest.raises(Unavailable):
         await silent.refusal([{"role": "user", "content": "hello"}])
     assert await silent.count([{"role": "user", "content": "hello"}]) is None

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redis.asyncio as redis
 
 from bench.rig.valkey import ValkeyProcess
 from server.store.adapters import StoredAdapter
@@ -27,7 +26,7 @@ ADA = KEYS.key("ada")
 @pytest.fixture
 async def parts(server: ValkeyProcess) -> AsyncIterator[StoreParts]:
     """A store in which Ada has an adapter of bank A."""
-    async with redis.from_url(server.url) as raw:
+    async with server.client() as raw:
         await raw.flushall()
     async with StoreParts.opened(server.url) as parts:
         profile = Profile("ada", 0, 1, EMBEDDER, np.ones(4, "f4"))

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import redis.asyncio as redis
 
 from adapters.errors import MtaError
 from bench.rig.valkey import DURABLE, ValkeyProcess
@@ -140,8 +139,8 @@ async def test_erasing_leaves_a_tombstone_that_outlives_a_return_and_gives_the_s
     assert erasure is not None
     assert (erasure.erased.items, erasure.erased.keys, erasure.rewritten_by_ms) == (3, 3, 1234)
     epoch = await store.epoch(key)
-    async with redis.from_url(server.url) as raw:
-        assert await raw.keys(f"*{key}*") == [f"mta:{{{key}}}:epoch".encode()]
+    async with server.client() as raw:
+        assert [name async for name in raw.scan_iter(f"*{key}*")] == [f"mta:{{{key}}}:epoch".encode()]
         assert 0 < await raw.ttl(f"mta:{{{key}}}:epoch") <= TOMBSTONE_S
         assert await store.load(key) is None
         assert await store.erase(key, LATER_MS, 5678) == erasure
@@ -183,7 +182,7 @@ async def test_an_erasure_that_comes_too_late_does_nothing(store: RedisProfiles,
 
 async def test_the_user_id_stands_in_the_record_alone(store: RedisProfiles, server: ValkeyProcess, key: str) -> None:
     await store.commit(key, b"", change("abc", user_id="someone-unmistakable"))
-    async with redis.from_url(server.url) as raw:
+    async with server.client() as raw:
         holding = [name async for name in raw.scan_iter(f"mta:*{key}*") if b"unmistakable" in await raw.dump(name)]
         assert holding == [f"mta:{{{key}}}:profile".encode()]
 
@@ -194,7 +193,7 @@ async def test_a_user_without_items_takes_less_than_a_kibibyte(store: RedisProfi
 
 
 async def test_a_record_that_cannot_be_read_is_reported(store: RedisProfiles, server: ValkeyProcess, key: str) -> None:
-    async with redis.from_url(server.url) as raw:
+    async with server.client() as raw:
         await raw.set(f"mta:{{{key}}}:profile", b"\x07garbage")
     with pytest.raises(Unavailable, match="cannot read"):
         await store.load(key)
@@ -247,7 +246,7 @@ async def test_every_write_waits_for_the_disk_where_the_server_does_not_by_itsel
     start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], waits: int, key: str
 ) -> None:
     server = start_server(*options)
-    async with opened(server.url) as store, redis.from_url(server.url) as raw:
+    async with opened(server.url) as store, server.client() as raw:
         for write in (store.commit(key, b"", change("a")), store.erase(key, LATER_MS, 0)):
             await raw.config_resetstat()
             assert await write

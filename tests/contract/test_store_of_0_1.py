@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import redis.asyncio as redis
 
 from adapters.recipe import UserAdapterId
 from bench.rig.valkey import ValkeyProcess
@@ -25,7 +24,7 @@ LATER_MS = 1 << 52
 
 @pytest.fixture
 async def parts(server: ValkeyProcess) -> AsyncIterator[StoreParts]:
-    async with redis.from_url(server.url) as raw:
+    async with server.client() as raw:
         await raw.flushall()
         for name, kept in json.loads(FIXTURE.read_text("utf-8")).items():
             value = kept["value"]

@@ -118,7 +118,7 @@ def test_the_file_is_asked_to_forget_before_anything_is_erased(
 ) -> None:
     """A gateway that dies after erasing has asked; one that cannot ask has erased nothing."""
 
-    async def away() -> None:
+    async def away(user_key: str) -> None:
         raise Unavailable("the store cannot be used now")
 
     with monkeypatch.context() as patched:

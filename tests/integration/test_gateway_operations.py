@@ -98,7 +98,7 @@ class TestTwoEngines:
 
     @pytest.fixture
     def router(self) -> Iterator[FakeEngine]:
-        """All that is asked of a router is `/health`, which the fake engine has too."""
+        """All that is asked of a router, the fake engine has too."""
         own = FakeEngine().start()
         yield own
         own.stop()
@@ -142,15 +142,16 @@ class TestTwoEngines:
         ready.becomes(200, first="ok", second="unavailable")
 
     @pytest.mark.parametrize("gone", [False, True])
-    def test_without_the_router_before_them_the_gateway_is_not_ready(
+    def test_without_the_router_before_them_they_are_asked_directly(
         self, ready: Readiness, router: FakeEngine, gone: bool
     ) -> None:
         if gone:
             router.stop()
         else:
             router.knobs.status = 500
-        ready.becomes(503, first="ok", second="ok")
-        assert ready.ask()[1]["parts"]["engine_url"]["status"] == "unavailable"
+        wait_until(lambda: ready.ask()[1]["parts"]["engine_url"]["status"] == "unavailable", "the gateway to see it")
+        assert "engines are asked directly" in ready.ask()[1]["detail"]
+        ready.becomes(200, first="ok", second="ok")
 
 
 def test_an_engine_with_another_key_is_not_ready(gateway_settings: Settings, fake_engine: FakeEngine) -> None:

@@ -15,6 +15,7 @@ from server.supervisor.data_folder import DataFolder
 from server.supervisor.part import Part
 from server.supervisor.router import router_part
 from server.supervisor.services import (
+    DRAIN_S,
     ENGINE_START_S,
     LOOPBACK,
     engine_part,
@@ -38,6 +39,8 @@ def parts_of(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]
     ServingBank.open(bank_folder, Embedder.load(embedder).id)
     update: dict[str, object] = {"embedder": embedder, "secret": settings.secret or SecretStr(data.secret)}
     parts = []
+    if "drain_s" not in settings.model_fields_set:
+        update["drain_s"] = DRAIN_S
     if own_store:
         part, update["redis_url"] = valkey_part(data)
         parts.append(part)

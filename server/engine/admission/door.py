@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.engine.admission.drain import Drain
 from server.engine_protocol import DROP, RESIDENT, STATUS
 
 OPEN = frozenset({("GET", "/health")})
@@ -39,19 +40,23 @@ class Door:
     Args:
         app: the application behind it.
         keys: returns the keys it accepts, as bytes; without any it opens for nobody.
+        drain: closes it when the engine is to stop.
     """
 
-    def __init__(self, app: ASGIApp, keys: Callable[[], Sequence[bytes]]) -> None:
+    def __init__(self, app: ASGIApp, keys: Callable[[], Sequence[bytes]], drain: Drain) -> None:
         self._app = app
         self._keys = keys
+        self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            self._drain.take_over()
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         elif (refusal := self._refusal(scope)) is None:
-            await self._app(scope, receive, send)
+            with self._drain.request():
+                await self._app(scope, receive, send)
         else:
             await refusal(scope, receive, send)
 
@@ -60,7 +65,7 @@ class Door:
         if scope.get("raw_path", scope["path"].encode()) != scope["path"].encode():
             return _error(404, "no such route: send the engine's paths without percent-escapes")
         if wanted in OPEN or (wanted in WITH_KEY and self._has_key(scope)):
-            return None
+            return _error(503, "this engine is stopping: ask another") if self._drain.begun else None
         if wanted in WITH_KEY:
             return _error(
                 401, "missing or wrong engine key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}

@@ -21,6 +21,7 @@ from vllm.lora.request import LoRARequest
 from bank.errors import BankError
 from server.engine.admission import metrics
 from server.engine.admission.door import Door
+from server.engine.admission.drain import Drain
 from server.engine.admission.names import AdapterNames
 from server.engine.admission.prepare import HoldNames, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
@@ -62,7 +63,8 @@ class MtaEndpointPlugin:
         app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
         app.add_middleware(Noting)
         build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
-        app.build_middleware_stack = lambda: Door(build(), lambda: self._keys)  # type: ignore[method-assign]
+        drain = Drain(Settings().drain_s)
+        app.build_middleware_stack = lambda: Door(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Read the banks, take over the model names, and refuse options that are not safe to serve with.

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 
 import aiohttp
 import orjson
@@ -18,8 +19,8 @@ from server.engine_protocol import DROP, STATUS, key_header
 
 log = logging.getLogger("mta.gateway")
 
-ROUTER_PATH = "/health"
-"""The only status route that a router has; engines answer it too."""
+ROUTER_PATHS = ("/readiness", "/health")
+"""A router is ready while one of its engines is, and healthy only while all are; others know only the second path."""
 
 DROP_TIMEOUT_S = 5.0
 
@@ -93,6 +94,7 @@ class Engines:
         key: the key they require, or None.
 
     Attributes:
+        answering: the URLs of those that were well when last asked.
         context: the model's context in tokens, the shortest that engines last reported; None until one has.
         sequences: how many the engines compute at once, all that answer; as last known if none does, None before.
         figures: what each engine last said of its adapters and batches, in the order of `urls`; None while it says
@@ -103,13 +105,15 @@ class Engines:
         self._session = session
         self._headers = key_header(key)
         self.urls = tuple(urls)
+        self.answering: tuple[str, ...] = ()
         self.context: int | None = None
         self.sequences: int | None = None
         self.figures: list[EngineFigures | None] = [None] * len(self.urls)
 
     async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
-        """What each engine says about itself, in the order of `urls`; updates `context`, `sequences` and `figures`."""
+        """What each engine says about itself, in the order of `urls`; updates what is known of them."""
         states = await asyncio.gather(*(self._state(place, url, timeout_s) for place, url in enumerate(self.urls)))
+        self.answering = tuple(state.url for state in states if state.status == "ok")
         told = [state.max_model_len for state in states if state.max_model_len]
         self.context = min(told, default=self.context)
         batches = sum(figures.max_num_seqs or 0 for figures in self.figures if figures)
@@ -118,13 +122,24 @@ class Engines:
 
     async def router_state(self, url: str, timeout_s: float) -> AddressState:
         """The state of a router."""
-        try:
-            status, _ = await self._answer("GET", url + ROUTER_PATH, timeout_s)
-        except EngineFault as fault:
-            return AddressState(url, fault.status, str(fault))
+        for path in ROUTER_PATHS:
+            try:
+                status, _ = await self._answer("GET", url + path, timeout_s)
+            except EngineFault as fault:
+                return AddressState(url, fault.status, str(fault))
+            if status != 404:
+                break
         if status != 200:
-            return AddressState(url, "unavailable", f"it answered {status} to {ROUTER_PATH}")
+            return AddressState(url, "unavailable", f"it answered {status} to {path}")
         return AddressState(url, "ok")
+
+    def places(self, thing: str) -> tuple[str, ...]:
+        """Where to ask an engine directly: first the one that `thing` always goes to, then those that stand in for it.
+
+        Args:
+            thing: a recipe's name, or whatever else is to be spread over the engines.
+        """
+        return tuple(sorted(self.answering, key=lambda url: blake2b(f"{url} {thing}".encode(), digest_size=8).digest()))
 
     async def drop(self, user_key: str) -> None:
         """Have every engine drop a user's adapters; failures are logged."""

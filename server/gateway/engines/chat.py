@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,17 @@ import orjson
 
 from adapters.errors import MtaError
 from server.engine_protocol import key_header
-from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.gateway.engines.stream import EngineStream, for_clients
+from server.errors import ApiError, EngineFailed, InvalidRequest, Unavailable
+from server.gateway.engines.stream import BrokeOff, EngineStream, for_clients
+from server.gateway.engines.ways import Way, Ways
+
+log = logging.getLogger("mta.gateway")
 
 _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never reused while the engine closes it
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
+_NOT_REACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_MOST_SENDINGS = 2  # more would carry a request that kills engines through the fleet
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 _INTRICATE = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
 """Fields that may be at fault where the engine names none; without them it is its chat template that refuses."""
@@ -68,18 +74,24 @@ class EngineClient:
 
     Args:
         session: the process's one HTTP session (see `open_session`).
-        url: base URL.
-        key: the key the engine requires, or None.
+        ways: to the engine, or to several.
+        key: the key they require, or None.
+        retried: called whenever a request is sent a second time.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, key: str | None) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, ways: Ways, key: str | None, retried: Callable[[], None] = lambda: None
+    ) -> None:
         self._session = session
-        self._url = f"{url.rstrip('/')}/v1"
+        self._ways = ways
         self._headers = {"Content-Type": "application/json"} | key_header(key)
+        self._retried = retried
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
         """Start a generation and wait for its first piece; leaving the context early aborts it in the engine.
+
+        If no piece comes because an engine cannot be reached, or breaks off, it is sent once more, on another way.
 
         Raises:
             AdapterMissing: when the engine has no such model.
@@ -87,8 +99,35 @@ class EngineClient:
             Unavailable: when no engine can be reached.
             EngineFailed: when its answer makes no sense.
         """
+        async with AsyncExitStack() as stack:
+            yield await self._begun(request, stack)
+
+    async def _begun(self, request: EngineRequest, stack: AsyncExitStack) -> EngineStream:
+        """The answer on the first way on which one begins, of at most two on which the request could be sent."""
+        failure: ApiError | None = None
+        silent, sent = set(), 0
+        for way in self._ways.to(request.model):
+            if way.url in silent:
+                continue
+            if failure:
+                log.warning("%s is sent on another way: %s", request.request_id, failure.explained)
+                self._retried()
+            try:
+                return await stack.enter_async_context(self._sent(request, way))
+            except (Unavailable, BrokeOff) as error:
+                failure = error
+            if isinstance(failure, Unavailable) and failure.__cause__:  # not a byte came from there
+                silent.add(way.url)
+            sent += not isinstance(failure.__cause__, _NOT_REACHED)
+            if sent == _MOST_SENDINGS:
+                break
+        assert failure
+        raise failure
+
+    @asynccontextmanager
+    async def _sent(self, request: EngineRequest, way: Way) -> AsyncIterator[EngineStream]:
         sent_s = time.perf_counter()
-        response = await self._post(request)
+        response = await self._post(request, way)
         try:
             if response.status != 200:
                 raise await _refusal(response, request)
@@ -100,13 +139,13 @@ class EngineClient:
         finally:
             response.close()  # after a whole answer the connection is back in the pool, and this does nothing
 
-    async def _post(self, request: EngineRequest) -> aiohttp.ClientResponse:
+    async def _post(self, request: EngineRequest, way: Way) -> aiohttp.ClientResponse:
         said = {"messages": request.messages} if request.prompt is None else {"prompt": request.prompt}
-        url = f"{self._url}/{'chat/completions' if request.prompt is None else 'completions'}"
+        url = f"{way.url}/v1/{'chat/completions' if request.prompt is None else 'completions'}"
         body = {"model": request.model, **said, **request.sampling, "cache_salt": request.cache_salt}
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": request.model}
+        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": way.session}
         try:
             return await self._session.post(url, data=orjson.dumps(body), headers=headers)
         except aiohttp.SocketTimeoutError as error:

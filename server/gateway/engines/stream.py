@@ -24,6 +24,10 @@ Piece = tuple[str, dict[str, Any]]
 _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 
 
+class BrokeOff(EngineFailed):
+    """The connection to the engine ended before the answer did."""
+
+
 class EngineStream:
     """An answer in progress: call `begin`, then iterate `texts` or `pieces`; everything is known when that ends.
 
@@ -87,7 +91,7 @@ class EngineStream:
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError, EOFError) as error:
-            raise EngineFailed("the engine broke off in the middle of the answer: send the request again") from error
+            raise BrokeOff("the engine broke off in the middle of the answer: send the request again") from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise EngineFailed("the engine sent something that is not a completion") from error
         if self.finish_reason is None:

@@ -65,12 +65,22 @@ class Report:
 
     @property
     def readiness(self) -> Readiness:
-        """Whether requests can be fully served; one engine that has the bank is enough."""
+        """Whether requests can be fully served; one engine that has the bank is enough, and a router can be missed."""
         if self.age_s > STALE_AFTER_S:
             return Readiness.STALE
-        reached = self.store.status == self.generating.status == "ok"
         served = any(engine.status == "ok" for engine in self.engines)
-        return Readiness.READY if reached and served else Readiness.NOT_READY
+        return Readiness.READY if served and self.store.status == "ok" else Readiness.NOT_READY
+
+    @property
+    def missing(self) -> str | None:
+        """What is missing while requests are served all the same, in a sentence; None if nothing is."""
+        if self.readiness is not Readiness.READY:
+            return None
+        down = sum(engine.status != "ok" for engine in self.engines)
+        said = [f"{down} of {len(self.engines)} engines cannot be used, and the others serve"] if down else []
+        if self.generating.status != "ok":
+            said.append("MTA_ENGINE_URL cannot be used, and engines are asked directly")
+        return "; ".join(said) or None
 
 
 class Health:

@@ -91,6 +91,11 @@ class Metrics:
             "Generations served by less than the user's own recipe because the engine could not serve it.",
             registry=registry,
         )
+        self.retries = Counter(
+            "mta_retries",
+            "Generations sent to the engines a second time, for nothing came of the first.",
+            registry=registry,
+        )
         self.broken_streams = Counter(
             "mta_broken_streams", "Streams that ended in an error event.", ("code",), registry=registry
         )

@@ -62,7 +62,7 @@ class ReadyAnswer(BaseModel, frozen=True):
     """Whether requests can be answered."""
 
     status: Readiness = Field(description="Without the scope admin, `ready` or `not_ready`.")
-    detail: str | None = Field(None, description="What to do, where the state of the parts does not say.")
+    detail: str | None = Field(None, description="What is missing, or what to do.")
     seen_s_ago: float | None = Field(None, description="How old the last look is, in seconds.")
     parts: PartsAnswer | None = Field(None, description=_FOR_ADMIN)
 
@@ -82,9 +82,9 @@ async def health(request: Request) -> HealthAnswer:
 async def ready(request: Request, response: Response) -> ReadyAnswer:
     """Whether requests can be fully served: 503 if not.
 
-    Ready means that the store can be used, and that the address that generates and at least one engine with the bank
-    can be reached. This is what was last seen, at most a few seconds ago; nothing is probed. Before the first look
-    `status` is `not_yet_seen`; when the last one is too old to rely on, it is `stale`.
+    Ready means that the store can be used, and that at least one engine with the bank can be reached; `detail` says
+    what is missing all the same. This is what was last seen, at most a few seconds ago; nothing is probed. Before the
+    first look `status` is `not_yet_seen`; when the last one is too old to rely on, it is `stale`.
     """
     parts = parts_of(request)
     report, readiness = parts.health.last, parts.health.readiness
@@ -94,7 +94,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
     stale = "the gateway's watch over its parts hangs or has ended: restart the gateway; its log may say why"
     return ReadyAnswer(
         status=readiness,
-        detail=stale if readiness is Readiness.STALE else None,
+        detail=stale if readiness is Readiness.STALE else report and report.missing,
         seen_s_ago=round(report.age_s, 1) if report else None,
         parts=_parts(parts, report),
     )

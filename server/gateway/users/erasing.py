@@ -58,7 +58,7 @@ class Erasing:
         return next((erasure for erasure in erasures if erasure), None)
 
     async def _erase(self, key: str) -> Erasure | None:
-        asked = await self._log_file.ask_for_rewrite()
+        asked = await self._log_file.ask_for_rewrite(key)
         erasure = await self._profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
         await self._adapters.forget_adapted(key)
         for bank in {self._bank, *(erasure.banks if erasure else ())}:

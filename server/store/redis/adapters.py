@@ -7,9 +7,19 @@ from collections.abc import AsyncIterator
 from adapters.recipe import UserAdapterId
 from server.store.adapters import StoredAdapter
 from server.store.redis import keys
-from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection
 
 _BATCH = 100
+
+# KEYS: adapter. ARGV: how long it stays (s), then fields and values.
+_LEND = """
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+return redis.call('EXPIRE', KEYS[1], ARGV[1])
+"""
+
+# KEYS: a list. ARGV: who is put on it.
+_LIST = "return redis.call('SADD', KEYS[1], ARGV[1])"
 
 
 class RedisAdapters:
@@ -36,16 +46,13 @@ class RedisAdapters:
 
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
         """Put an adapter where engines look for it, without a job and for a limited time: for an evaluation."""
-        fields = {"id": stored.id, "recipe": stored.recipe, "sha256": stored.sha256, "raw": stored.raw}
-        async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            pipe.hset(keys.adapter(user_key), mapping=fields)
-            pipe.expire(keys.adapter(user_key), ttl_s)
-            await pipe.execute()
+        fields = ("id", stored.id, "recipe", stored.recipe, "sha256", stored.sha256, "raw", stored.raw)
+        await self._connection.write(_LEND, (keys.adapter(user_key),), ttl_s, *fields)
 
     async def list_adapted(self, user_key: str, bank: str) -> None:
-        """Put a user on a bank's list."""
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            await pipe.sadd(keys.ADAPTED, bank).sadd(keys.adapted(bank), user_key).execute()
+        """Put a user on a bank's list, for good: in a cluster nothing that is written for the user makes it last."""
+        await self._connection.write(_LIST, (keys.ADAPTED,), bank)
+        await self._connection.write(_LIST, (keys.adapted(bank),), user_key)
 
     async def adapted(self) -> dict[str, int]:
         return {bank: await self._count(bank) for bank in await self._banks()}
@@ -61,7 +68,7 @@ class RedisAdapters:
 
     async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
         banks = [bank for bank in await self._banks() if bank != but]
-        async with self._connection.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S) as pipe:
+        async with self._connection.pipeline(WRITE_TIMEOUT_S) as pipe:
             for bank in banks:
                 pipe.srem(keys.adapted(bank), user_key)
             await pipe.execute()

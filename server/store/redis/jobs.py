@@ -23,7 +23,8 @@ from server.store.redis import job_scripts as scripts
 from server.store.redis import keys
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.queue import LISTED_MS, RedisQueue
-from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection, readable
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection, readable
 from server.store.samples import Curve, decode_curve, encode_curve
 
 log = logging.getLogger("mta.store")

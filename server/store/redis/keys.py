@@ -28,6 +28,7 @@ Of all users::
     mta:adapted               set     banks that user adapters were trained on
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
+    mta:{rewrite}:<server>    hash    the same, of each server of a cluster
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, and `revision`
 
 Of limits (`server/store/redis/access/rates.py`); an owner is an API key's name, or a user key::
@@ -96,6 +97,11 @@ def job(job_id: JobId) -> str:
 
 def epoch(user_key: str) -> str:
     return _of_user(user_key, "epoch")
+
+
+def rewrite(server: str) -> str:
+    """Of a server's file, by the server's id; empty if it is the only one."""
+    return f"{REWRITE}:{server}" if server else REWRITE
 
 
 def adapted(bank: str) -> str:

@@ -23,7 +23,8 @@ from server.store.profile_record import (
 from server.store.profiles import Change, Erased, Erasure, Profile, Snapshot, StoredItem
 from server.store.redis import keys
 from server.store.redis.job_scripts import ERASED_SINCE, NOW
-from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection, readable
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection, readable
 
 TOMBSTONE_S = 7 * 24 * 3600
 
@@ -80,6 +81,13 @@ return redis.call('HMGET', KEYS[1], 'items', 'samples', 'jobs', 'adapters', 'key
 )
 
 
+# KEYS: record, items, vectors, epoch. All of one moment.
+_READ = """
+return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3]),
+  redis.call('HGET', KEYS[4], 'epoch')}
+"""
+
+
 class RedisProfiles:
     """`server.store.profiles.ProfileStore` on Redis.
 
@@ -96,17 +104,16 @@ class RedisProfiles:
             return _decoded(record)
 
     async def read(self, key: str) -> Snapshot:
-        profile, items, vectors = _names(key)
-        async with self._connection.pipeline(transaction=True, timeout_s=WRITE_TIMEOUT_S) as pipe:
-            pipe.get(profile).hgetall(items).hgetall(vectors).hget(keys.epoch(key), "epoch")
-            record, raw_items, raw_vectors, epoch = await pipe.execute()
+        names = (*_names(key), keys.epoch(key))
+        answer = await self._connection.run(lambda redis: redis.eval(_READ, len(names), *names), WRITE_TIMEOUT_S)
+        record, raw_items, raw_vectors, epoch = answer
         with readable():
             return Snapshot(
                 version=record or b"",
                 epoch=(epoch or b"").decode(),
                 profile=_decoded(record),
-                items=_in_order(raw_items),
-                vectors={name.decode(): decode_vector(raw) for name, raw in raw_vectors.items()},
+                items=_in_order(_pairs(raw_items)),
+                vectors={name.decode(): decode_vector(raw) for name, raw in _pairs(raw_vectors).items()},
             )
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
@@ -142,10 +149,15 @@ class RedisProfiles:
         return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
     async def stored_bytes(self, key: str) -> int:
-        async with self._connection.pipeline(transaction=False) as pipe:
+        async with self._connection.pipeline() as pipe:
             for name in _names(key):
                 pipe.execute_command("MEMORY USAGE", name, "SAMPLES", 0)
             return sum(size or 0 for size in await pipe.execute())
+
+
+def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
+    """A hash as Lua returns it: field, value, field, value."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:

@@ -14,7 +14,8 @@ from server.errors import Unavailable
 from server.store.jobs import parse_job_id
 from server.store.redis import keys
 from server.store.redis import queue_scripts as scripts
-from server.store.redis.servers.connection import WRITE_TIMEOUT_S, RedisConnection
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection
 
 GROUP = "workers"
 GRACE_MS = 10_000

@@ -21,6 +21,7 @@ class Knobs:
         admit_s: pause before it answers at all.
         token_delay_s: pause before each token.
         die_after: cut the connection after so many tokens.
+        dies: cut the connection before the first token of so many more generations.
         fail_after: send an error event after so many tokens.
         garbage: send this instead of a chunk.
         lacks: models that are answered with 404.
@@ -38,6 +39,7 @@ class Knobs:
     admit_s: float = 0.0
     token_delay_s: float = 0.0
     die_after: int | None = None
+    dies: int = 0
     fail_after: int | None = None
     garbage: bytes | None = None
     lacks: Callable[[str], bool] = lambda model: False

@@ -202,10 +202,13 @@ class FakeEngine:
         return web.json_response(whole(seen, words))
 
     async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
-        options = seen.body.get("stream_options") or {}
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        usage: dict[str, Any] = {"usage": usage_of(seen)} if options.get("continuous_usage_stats") else {}
+        usage: dict[str, Any] = {"usage": usage_of(seen)}
+        if self.knobs.dies:
+            self.knobs.dies -= 1
+            assert request.transport
+            request.transport.abort()
         for word in words_of(seen.body, self.knobs.context):
             if seen.tokens == self.knobs.die_after:
                 assert request.transport

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from bench.rig.processes import PATIENCE_S
 from server.engine.admission.door import OPEN, WITH_KEY, Door
+from server.engine.admission.drain import Drain
 
 KEYS = [b"first-key", b"second-key"]
 
@@ -23,7 +26,8 @@ async def knock(method: str, path: str, authorization: bytes | None = None, **ch
 
     headers = [] if authorization is None else [(b"authorization", authorization)]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
-    await Door(behind, changes.pop("keys", lambda: KEYS))(scope | changes, None, send)  # type: ignore[arg-type]
+    drain = changes.pop("drain", None) or Drain(0)
+    await Door(behind, changes.pop("keys", lambda: KEYS), drain)(scope | changes, None, send)  # type: ignore[arg-type]
     return int(sent[0].get("status", sent[0].get("code")))
 
 
@@ -60,3 +64,32 @@ async def test_an_escaped_path_opens_nothing() -> None:
 
 async def test_a_websocket_is_refused_as_soon_as_it_knocks() -> None:
     assert await knock("GET", "/health", type="websocket") == 1008
+
+
+async def test_an_engine_that_is_to_stop_sends_everybody_on_to_another() -> None:
+    drain = Drain(0, stop=lambda: None)
+    drain.begin()
+    assert await knock("GET", "/health", drain=drain) == 503
+    assert await knock("POST", "/v1/chat/completions", b"Bearer first-key", drain=drain) == 503
+    assert await knock("POST", "/v1/chat/completions", b"Bearer wrong", drain=drain) == 401
+
+
+async def test_it_stops_once_what_it_had_begun_is_done() -> None:
+    stopped = asyncio.Event()
+    drain = Drain(PATIENCE_S, stop=stopped.set)
+    with drain.request():
+        with drain.request():
+            drain.begin()
+            drain.begin()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not stopped.is_set()
+    await asyncio.wait_for(stopped.wait(), PATIENCE_S)
+
+
+async def test_it_stops_when_its_time_is_up() -> None:
+    stopped = asyncio.Event()
+    drain = Drain(0.01, stop=stopped.set)
+    with drain.request():
+        drain.begin()
+        await asyncio.wait_for(stopped.wait(), PATIENCE_S)

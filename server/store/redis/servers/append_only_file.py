@@ -1,23 +1,29 @@
 """The append-only file holds erased data until it is rewritten: requested at every erasure, done at most hourly.
 
-The hash `keys.REWRITE` holds the state, with times in ms: `asked`, when a rewrite was last requested; `due`, when the
-next is due, absent when all requests are done; `last`, when the last successful one began; and for the one in progress,
-when it `began`, the server's `run`, and its `count` of rewrites before.
+Each server has a file of its own. The hash `keys.rewrite(server)` holds its state, with times in ms: `asked`, when a
+rewrite was last requested; `due`, when the next is due, absent when all requests are done; `last`, when the last
+successful one began; and for the one in progress, when it `began`, the server's `run`, and its `count` of rewrites
+before.
 
 A rewrite is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The
 erasure follows within `ASKED_MS` or not at all. So a successful rewrite that began later than that after the request
-has left out what was erased; only such a rewrite settles what is due.
+has left out what was erased; only such a rewrite settles what is due. In a cluster that concerns the primary that
+holds the user, and its replicas; the times are by the clock of whichever server holds the states.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Sequence
 
 from redis.exceptions import ResponseError
 
+from server.errors import Unavailable
 from server.store.durability import LOOK_S, Asked
 from server.store.redis import keys
 from server.store.redis.job_scripts import NOW
+from server.store.redis.servers.base import Server
 from server.store.redis.servers.connection import RedisConnection
 
 log = logging.getLogger("mta.store")
@@ -27,6 +33,9 @@ INTERVAL_MS = 3_600_000
 
 ASKED_MS = 60_000
 """How soon after the request the erasure must happen."""
+
+CLOCKS_MS = 10_000
+"""How far apart the clocks of a cluster's servers may be: the erasure's deadline is judged by another."""
 
 BEGIN_MS = 30_000
 """A gateway that has claimed a rewrite and not begun it within this time never will."""
@@ -95,34 +104,48 @@ class AppendOnlyFile:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def ask_for_rewrite(self) -> Asked:
-        """Request a rewrite of the file that leaves out what is about to be erased."""
-        now_ms, due_ms = await self._connection.write(_ASK, (keys.REWRITE,), INTERVAL_MS, ASKED_MS)
-        return Asked(now_ms + ASKED_MS, due_ms + round(2 * LOOK_S * 1000) + REWRITE_MS)
+    async def ask_for_rewrite(self, user_key: str) -> Asked:
+        """Request a rewrite of the files that leaves out what is about to be erased of a user."""
+        return await self._ask(await self._connection.holders(keys.profile(user_key)))
 
     async def look(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
+        members = await self._connection.members()
         if await self._connection.run(lambda redis: redis.exists(keys.OLD_REWRITE)):
-            await self.ask_for_rewrite()
+            await self._ask([server.id for server in members])
             await self._connection.run(lambda redis: redis.delete(keys.OLD_REWRITE))
-        server = await self._connection.run(lambda redis: redis.info())
-        if server.get("aof_rewrite_in_progress") or server.get("aof_rewrite_scheduled"):
-            return
-        run, count = str(server["run_id"]), int(server.get("aof_rewrites", 0))
-        well = int(server.get("aof_last_bgrewrite_status") == "ok")
-        settled = (run, count, well, INTERVAL_MS, ASKED_MS, BEGIN_MS)
-        if not await self._connection.write(_SETTLE, (keys.REWRITE,), *settled):
-            return
-        if await self._connection.write(_TAKE, (keys.REWRITE,), run, count, INTERVAL_MS):
-            await self._begin(enabled=bool(server.get("aof_enabled")))
+        looked = await asyncio.gather(*map(self._look_at, members), return_exceptions=True)
+        for error in looked:  # that one server is away keeps nobody from looking at the others
+            if error is not None:
+                raise error
 
-    async def _begin(self, *, enabled: bool) -> None:
-        if not enabled:  # there is no file
-            await self._connection.run(lambda redis: redis.hdel(keys.REWRITE, "began", "run", "count", "due"))
+    async def _ask(self, servers: Sequence[str]) -> Asked:
+        states = [keys.rewrite(server) for server in servers]
+        asked = [await self._connection.write(_ASK, (state,), INTERVAL_MS, ASKED_MS) for state in states]
+        now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
+        return Asked(now_ms + ASKED_MS - CLOCKS_MS, due_ms + round(2 * LOOK_S * 1000) + REWRITE_MS)
+
+    async def _look_at(self, server: Server) -> None:
+        state, info = keys.rewrite(server.id), await self._connection.ask(server, "INFO")
+        if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
-        async with self._connection.pipeline(transaction=False) as pipe:
-            pipe.execute_command("BGREWRITEAOF")
-            (answer,) = await pipe.execute(raise_on_error=False)
-        if isinstance(answer, ResponseError):  # another is running, or a managed service does it on its own
-            log.warning("the append-only file is not rewritten now: %s", answer)
-            await self._connection.run(lambda redis: redis.hdel(keys.REWRITE, "began", "run", "count"))
+        run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
+        well = int(info.get("aof_last_bgrewrite_status") == "ok")
+        if not await self._connection.write(_SETTLE, (state,), run, count, well, INTERVAL_MS, ASKED_MS, BEGIN_MS):
+            return
+        if await self._connection.write(_TAKE, (state,), run, count, INTERVAL_MS):
+            await self._begin(server, enabled=bool(info.get("aof_enabled")))
+
+    async def _begin(self, server: Server, *, enabled: bool) -> None:
+        state = keys.rewrite(server.id)
+        if not enabled:  # there is no file
+            await self._connection.run(lambda redis: redis.hdel(state, "began", "run", "count", "due"))
+            return
+        try:
+            await self._connection.ask(server, "BGREWRITEAOF")
+        except Unavailable as error:
+            if not isinstance(error.__cause__, ResponseError):
+                raise
+            # Another is running, or a managed service does it on its own.
+            log.warning("the append-only file is not rewritten now: %s", error.__cause__)
+            await self._connection.run(lambda redis: redis.hdel(state, "began", "run", "count"))

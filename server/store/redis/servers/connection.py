@@ -1,8 +1,4 @@
-"""The connection to Redis 7.2+ or Valkey 8+ that the stores share, and what makes an acknowledged write durable.
-
-Every change is one Lua script on one user's keys, so it is atomic on a cluster too. The script and, unless the server
-fsyncs every write itself, `WAITAOF` travel in one round trip on one connection.
-"""
+"""The connection to Redis 7.2+ or Valkey 8+ that the stores share: where its errors become ours."""
 
 from __future__ import annotations
 
@@ -11,21 +7,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import RedisClusterException, RedisError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.durability import Durability, Timed, untimed
-
-CONNECTIONS = 64
-CONNECT_TIMEOUT_S = 2.0
-READ_TIMEOUT_S = 2.0
-WAITAOF_TIMEOUT_MS = 10_000
-WRITE_TIMEOUT_S = 15.0
+from server.store.redis.servers.alone import Alone
+from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
+from server.store.redis.servers.cluster import SCHEMES, Cluster
 
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
@@ -50,8 +41,9 @@ class RedisConnection:
     """Reads, and writes that are on disk when they return.
 
     Args:
-        url: as in redis-py: `redis://`, `rediss://` or `unix://`.
-        require_durable: whether a server whose writes are not durable is refused.
+        url: as in redis-py: `redis://`, `rediss://` or `unix://`; of a cluster, `redis+cluster://` or
+            `rediss+cluster://` with one host or several, comma-separated.
+        require_durable: whether a server whose writes are not durable is refused; in a cluster, one such primary.
         timed: gets what every call took, but for those that wait for something to happen.
 
     Raises:
@@ -60,18 +52,9 @@ class RedisConnection:
 
     def __init__(self, url: str, *, require_durable: bool = True, timed: Timed = untimed) -> None:
         try:
-            # One retry: a connection that idled through a restart of the server fails once. Commits may be repeated.
-            pool = redis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=CONNECTIONS,
-                timeout=READ_TIMEOUT_S,
-                socket_connect_timeout=CONNECT_TIMEOUT_S,
-                socket_timeout=WRITE_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 1),
-            )
+            self._servers: Servers = Cluster(url) if urlsplit(url).scheme in SCHEMES else Alone(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
-        self._redis: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
         self._require_durable = require_durable
         self._timed = timed
         self._durability = Durability.NONE
@@ -82,23 +65,21 @@ class RedisConnection:
         return self._durability
 
     async def check(self) -> Durability:
-        """Reach the server and find out how its writes become durable.
+        """Reach the server, or every primary, and find out how writes become durable.
 
         Raises:
             Unavailable: when it cannot be reached, or is not durable although that is required.
         """
         async with _translated(READ_TIMEOUT_S):
-            self._durability = await self._find_durability()
+            self._durability = await self._servers.durability()
         self._refuse_if_not_durable()
         return self._durability
 
     @asynccontextmanager
-    async def pipeline(
-        self, *, transaction: bool, timeout_s: float = READ_TIMEOUT_S, kind: str = "command"
-    ) -> AsyncIterator[Any]:
-        """Commands in one round trip; Redis's errors become `Unavailable`."""
-        with _Measured(self._timed, kind):
-            async with _translated(timeout_s), self._redis.pipeline(transaction=transaction) as pipe:
+    async def pipeline(self, timeout_s: float = READ_TIMEOUT_S) -> AsyncIterator[Any]:
+        """Commands in one round trip, none of which needs the others; Redis's errors become `Unavailable`."""
+        with _Measured(self._timed, "command"):
+            async with _translated(timeout_s), self._servers.pipeline() as pipe:
                 yield pipe
 
     async def run(
@@ -113,49 +94,40 @@ class RedisConnection:
         """
         with _Measured(untimed if waits else self._timed, "command"):
             async with _translated(timeout_s):
-                return await command(self._redis)
+                return await self._servers.run(command)
 
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
-        """Run a script on some keys of one slot; return its answer once its writes are on disk."""
+        """Run a script on some keys of one slot; return its answer once its writes are on disk.
+
+        It may run twice, when its answer is lost: the second time it must change nothing and return the same.
+        """
         self._refuse_if_not_durable()
-        async with self.pipeline(transaction=False, timeout_s=WRITE_TIMEOUT_S, kind="write") as pipe:
-            pipe.eval(script, len(names), *names, *arguments)
-            if self._durability is Durability.WAITAOF:
-                pipe.execute_command("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
-            answer, *fsynced = await pipe.execute()
-        if fsynced and fsynced[0][0] < 1:
-            raise Unavailable(
-                f"Redis did not confirm within {WAITAOF_TIMEOUT_MS // 1000} s that the write is on disk: send it again",
-                code="store_not_durable",
-            )
-        return answer
+        with _Measured(self._timed, "write"):
+            async with _translated(WRITE_TIMEOUT_S):
+                return await self._servers.evaluate(script, names, arguments, self._durability)
+
+    async def members(self) -> list[Server]:
+        """All servers that keep data and can be asked."""
+        async with _translated(READ_TIMEOUT_S):
+            return await self._servers.members()
+
+    async def holders(self, name: str) -> list[str]:
+        """The ids of the servers whose files hold a key, whether or not they can be asked now."""
+        async with _translated(READ_TIMEOUT_S):
+            return await self._servers.holders(name)
+
+    async def ask(self, server: Server, command: str) -> Any:
+        """One server's answer to a command; errors become `Unavailable`."""
+        async with _translated(READ_TIMEOUT_S):
+            return await server.execute(command)
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        await self._servers.close()
 
     def _refuse_if_not_durable(self) -> None:
         if self._durability is Durability.NONE and self._require_durable:
             raise Unavailable(_NOT_DURABLE, code="store_not_durable")
-
-    async def _find_durability(self) -> Durability:
-        try:
-            config = await self._redis.config_get("appendonly", "appendfsync")
-        except (NoPermissionError, ResponseError):  # managed services hide CONFIG
-            return await self._try_waitaof()
-        found = {_text(name): _text(value) for name, value in config.items()}
-        if found.get("appendonly") != "yes" or found.get("appendfsync") == "no":
-            return Durability.NONE  # with `no` the server never learns what is on disk: WAITAOF would wait for ever
-        return Durability.ALWAYS if found.get("appendfsync") == "always" else await self._try_waitaof()
-
-    async def _try_waitaof(self) -> Durability:
-        """On a connection that wrote nothing WAITAOF answers at once: with an error if there is no file to wait for."""
-        try:
-            await self._redis.execute_command("WAITAOF", 1, 0, 1)
-        except ResponseError:
-            return Durability.NONE
-        return Durability.WAITAOF
 
 
 class _Measured:
@@ -174,10 +146,6 @@ class _Measured:
         self._timed(self._kind, time.perf_counter() - self._start_s, isinstance(error, Unavailable))
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
 @asynccontextmanager
 async def _translated(timeout_s: float) -> AsyncIterator[None]:
     """The one place where Redis's errors become ours, and where we stop waiting for it."""
@@ -187,5 +155,5 @@ async def _translated(timeout_s: float) -> AsyncIterator[None]:
     except TimeoutError as error:
         message = f"the store did not answer within {timeout_s:g} s: send the request again"
         raise Unavailable(message, code="store_unavailable") from error
-    except (RedisError, OSError) as error:
+    except (RedisError, RedisClusterException, OSError) as error:
         raise Unavailable("the store cannot be used now: send the request again", code="store_unavailable") from error

@@ -1,0 +1,97 @@
+"""A real Valkey cluster of processes: primaries that share the slots, and replicas that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+import redis.asyncio
+
+from bench.rig.processes import wait_until
+from bench.rig.valkey import DURABLE, ValkeyProcess
+from server.supervisor.services import free_port
+
+SLOTS = 16384
+NODE_TIMEOUT_MS = 1000
+"""How long a node may be silent before the others count it as failed."""
+
+
+class ValkeyCluster:
+    """Some primaries, the first of them with replicas, on free ports; offers the tests what a `ValkeyProcess` does.
+
+    Args:
+        folder: where the nodes' folders are.
+        options: of every node, on top of those that make it part of a cluster.
+        primaries: how many nodes share the slots, in equal parts and in order.
+        replicas: how many follow the first.
+    """
+
+    def __init__(
+        self, folder: Path, options: Sequence[str] = DURABLE, *, primaries: int = 3, replicas: int = 0
+    ) -> None:
+        self.folder = folder
+        self._buses: dict[ValkeyProcess, int] = {}
+        self.primaries = [self._node(f"primary-{n}", options) for n in range(primaries)]
+        self.replicas = [self._node(f"replica-{n}", options) for n in range(replicas)]
+        self.nodes = [*self.primaries, *self.replicas]
+
+    @property
+    def url(self) -> str:
+        """For `MTA_REDIS_URL`."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def client(self) -> redis.asyncio.RedisCluster:
+        """A client of the cluster."""
+        return redis.asyncio.RedisCluster(host="127.0.0.1", port=self.nodes[-1].port)
+
+    def start(self) -> ValkeyCluster:
+        """Start all nodes, share out the slots, and wait until every node knows of them."""
+        for node in self.nodes:
+            node.start()
+        share = -(-SLOTS // len(self.primaries))
+        for number, node in enumerate(self.primaries):
+            last = min(SLOTS, (number + 1) * share) - 1
+            ask(node, "CLUSTER ADDSLOTSRANGE", number * share, last)
+            ask(node, "CLUSTER SET-CONFIG-EPOCH", number + 1)
+        for node in self.nodes[1:]:
+            ask(self.nodes[0], "CLUSTER MEET", "127.0.0.1", node.port, self._buses[node])
+        wait_until(lambda: all(map(self._knows_all, self.nodes)), "the nodes to know one another")
+        for replica in self.replicas:
+            ask(replica, "CLUSTER REPLICATE", ask(self.primaries[0], "CLUSTER MYID"))
+        wait_until(lambda: all(map(self.lists_replicas, self.nodes)), "the replicas to follow")
+        return self
+
+    def lists_replicas(self, node: ValkeyProcess) -> bool:
+        """Whether a node tells its clients of all replicas."""
+        found = [replica for _, _, _, *replicas in ask(node, "CLUSTER SLOTS") for replica in replicas]
+        return len(found) == len(self.replicas)
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        for node in self.nodes:
+            node.kill()
+
+    def home_of(self, key: str) -> ValkeyProcess:
+        """The primary that a key belonged to at first."""
+        share = -(-SLOTS // len(self.primaries))
+        return self.primaries[int(redis.crc.key_slot(key.encode())) // share]
+
+    def _node(self, name: str, options: Sequence[str]) -> ValkeyProcess:
+        bus = free_port()
+        cluster = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS))
+        at_once = ("--repl-diskless-sync-delay", "0")
+        node = ValkeyProcess(self.folder / name, (*cluster, "--cluster-port", str(bus), *at_once, *options))
+        self._buses[node] = bus
+        return node
+
+    def _knows_all(self, node: ValkeyProcess) -> bool:
+        info = ask(node, "CLUSTER INFO")
+        return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == len(self.nodes)
+
+
+def ask(node: ValkeyProcess, command: str, *arguments: object) -> Any:
+    """One node's answer to a command."""
+    with redis.Redis.from_url(node.url) as raw:
+        return raw.execute_command(command, *arguments)

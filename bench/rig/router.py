@@ -1,0 +1,51 @@
+"""The router in front of several engines, started as `mta router` starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from bench.rig.processes import Background, running, wait_until
+from server.settings import Settings
+from server.supervisor.router import LIVENESS, router_command
+from server.supervisor.services import free_port
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A running router.
+
+    Attributes:
+        process: with its log.
+        url: where it listens.
+        port: the same.
+        metrics_url: where it counts.
+    """
+
+    process: Background
+    url: str
+    port: int
+    metrics_url: str
+
+
+@contextmanager
+def running_router(engines: Sequence[str], port: int | None = None) -> Iterator[Router]:
+    """A router in front of these engines, once it listens: at least one of them must answer."""
+    port, metrics_port = port or free_port(), free_port()
+    settings = Settings(engine_urls=",".join(engines), router_port=port, router_metrics_port=metrics_port)
+    argv, environment = router_command(settings)
+    with running(argv, environment) as process:
+        router = Router(process, f"http://127.0.0.1:{port}", port, f"http://127.0.0.1:{metrics_port}/metrics")
+        wait_until(lambda: _listens(router), "the router to listen")
+        yield router
+
+
+def _listens(router: Router) -> bool:
+    assert router.process.process.poll() is None, router.process.output
+    try:
+        return httpx.get(router.url + LIVENESS).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,99 @@
+"""What the stores need of Redis 7.2+ or Valkey 8+, be it one server (`alone.py`) or a cluster (`cluster.py`).
+
+Every change is one Lua script on keys of one slot, so it is atomic on a cluster too. What makes it last is asked for
+on the connection that the script went over, in the same round trip: elsewhere `WAITAOF` would wait for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from redis.exceptions import NoPermissionError, ResponseError
+
+from server.errors import Unavailable
+from server.store.durability import Durability
+
+CONNECTIONS = 64
+CONNECT_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 2.0
+WRITE_TIMEOUT_S = 15.0
+WAITAOF_TIMEOUT_MS = 10_000
+WAITAOF = ("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
+
+Execute = Callable[..., Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One server process.
+
+    Attributes:
+        id: its name for life, which it keeps when its address changes; empty if it is not in a cluster.
+        execute: sends it a command: `execute("INFO")`.
+    """
+
+    id: str
+    execute: Execute
+
+
+class Servers(Protocol):
+    """One server, or a cluster. Raises redis-py's errors; `RedisConnection` translates them."""
+
+    async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
+        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`."""
+
+    def pipeline(self) -> AbstractAsyncContextManager[Any]:
+        """Commands that need not succeed together, in one round trip to each server that they concern."""
+
+    async def evaluate(
+        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
+    ) -> Any:
+        """Run a script on keys of one slot; return its answer once what it wrote is as durable as was found."""
+
+    async def durability(self) -> Durability:
+        """How writes become durable on the server where they do so least, of those that take writes now."""
+
+    async def members(self) -> list[Server]:
+        """All servers that keep data and can be asked."""
+
+    async def holders(self, name: str) -> list[str]:
+        """The ids of the servers whose files hold a key, whether or not they can be asked now."""
+
+    async def close(self) -> None:
+        """Close all connections."""
+
+
+async def durability_of(execute: Execute) -> Durability:
+    """How one server's writes become durable."""
+    try:
+        config = await execute("CONFIG GET", "appendonly", "appendfsync")
+    except (NoPermissionError, ResponseError):  # managed services hide CONFIG
+        return await _try_waitaof(execute)
+    found = {_text(name): _text(value) for name, value in config.items()}
+    if found.get("appendonly") != "yes" or found.get("appendfsync") == "no":
+        return Durability.NONE  # with `no` the server never learns what is on disk: WAITAOF would wait for ever
+    return Durability.ALWAYS if found.get("appendfsync") == "always" else await _try_waitaof(execute)
+
+
+async def _try_waitaof(execute: Execute) -> Durability:
+    """On a connection that wrote nothing WAITAOF answers at once: with an error if there is no file to wait for."""
+    try:
+        await execute("WAITAOF", 1, 0, 1)
+    except ResponseError:
+        return Durability.NONE
+    return Durability.WAITAOF
+
+
+def unconfirmed(where: str, timeout_ms: int) -> Unavailable:
+    """A write that may be lost; whoever sent it sends it again."""
+    return Unavailable(
+        f"Redis did not confirm within {timeout_ms / 1000:g} s that the write is {where}: send it again",
+        code="store_not_durable",
+    )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,230 @@
+"""A cluster, over redis-py's client for clusters, which finds the server of each key and follows when keys move.
+
+Writing is not left to that client: it would send what asks for durability to a server of its choice, and after a lost
+connection repeat only what had no answer, over another one. Here a script and what it waits for go to the primary of
+its keys over one connection, and all of it is repeated, there or wherever the keys have gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from redis import exceptions
+from redis.asyncio.cluster import ClusterNode, PipelineCommand, RedisCluster
+from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from server.store.durability import Durability
+from server.store.redis.servers.base import (
+    CONNECT_TIMEOUT_S,
+    CONNECTIONS,
+    WAITAOF,
+    WAITAOF_TIMEOUT_MS,
+    WRITE_TIMEOUT_S,
+    Server,
+    durability_of,
+    unconfirmed,
+)
+
+log = logging.getLogger("mta.store")
+
+SCHEMES = ("redis+cluster", "rediss+cluster")
+READ_RETRIES = 3
+PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
+"""Between the attempts to write: a replica takes over within seconds, or an operator is needed."""
+
+LAYOUT_S = 5.0
+"""How often whoever writes makes sure that no replicas have come: they must be waited for."""
+
+REPLICA_TIMEOUT_MS = 4_000
+_RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
+
+_PASSING = (
+    exceptions.AskError,  # MOVED is one, too
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ClusterDownError,
+    exceptions.SlotNotCoveredError,
+    exceptions.TryAgainError,
+    OSError,
+)
+"""What a write meets while a replica takes over, or while keys are on their way from server to server."""
+
+
+class _Client(RedisCluster):  # type: ignore[misc]  # untyped
+    """Finds the key of `XREADGROUP` by itself; redis-py would ask one server each time, were it dead or not."""
+
+    async def _determine_slot(self, command: str, *args: Any) -> int:
+        if command == "XREADGROUP":
+            return int(self.keyslot(args[args.index(b"STREAMS") + 1]))
+        return int(await super()._determine_slot(command, *args))
+
+
+class Cluster:
+    """`Servers` that share the keys, each with replicas or without.
+
+    A write is on the disk of its primary, and has reached one of its replicas if there are any: so it is still there
+    when that replica takes over.
+
+    Args:
+        url: `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
+            several, comma-separated: those that the others are found from.
+
+    Raises:
+        ValueError: when the URL cannot be read.
+    """
+
+    def __init__(self, url: str) -> None:
+        hosts, options = _read(url)
+        self._client: Any = _Client(
+            startup_nodes=[ClusterNode(host, port) for host, port in hosts],
+            max_connections=4 * CONNECTIONS,  # beyond `_room`: those that are being closed count, too
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=WRITE_TIMEOUT_S,
+            retry=Retry(NoBackoff(), READ_RETRIES),
+            reinitialize_steps=0,  # it would cut all connections off; `_follow` looks around often enough
+            **options,
+        )
+        self._room = asyncio.Semaphore(CONNECTIONS)  # the client fails where it should wait for a connection
+        self._layout: object = None
+        self._followed_s = -LAYOUT_S
+        self._not_durable: set[str] = set()
+
+    async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
+        async with self._room:
+            return await command(self._client)
+
+    @asynccontextmanager
+    async def pipeline(self) -> AsyncIterator[Any]:
+        async with self._room, self._client.pipeline(transaction=False) as pipe:
+            yield pipe
+
+    async def evaluate(
+        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
+    ) -> Any:
+        command = ("EVAL", script, len(names), *names, *arguments)
+        node, asking = None, False
+        for pause_s in (*PAUSES_S, None):
+            try:
+                async with self._room:
+                    if time.monotonic() > self._followed_s + LAYOUT_S:
+                        await self._follow()
+                    await self._client.initialize()
+                    home = node or self._client.get_node_from_key(names[0])
+                    return await self._evaluate(home, command, names[0], durability, asking=asking)
+            except _PASSING as error:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+                await self._look_around()
+                node, asking = self._redirected(error)
+        raise AssertionError("unreachable")
+
+    async def durability(self) -> Durability:
+        await self._follow()
+        nodes = self._client.get_primaries()
+        found = await asyncio.gather(*(durability_of(node.execute_command) for node in nodes))
+        not_durable = {node.name for node, how in zip(nodes, found, strict=True) if how is Durability.NONE}
+        if not_durable - self._not_durable:
+            log.warning("these servers of the cluster do not keep what they acknowledge: %s", sorted(not_durable))
+        self._not_durable = not_durable
+        return min(found, key=_RANKS.index)
+
+    async def members(self) -> list[Server]:
+        found = []
+        for _, nodes in await self._shards():
+            for fields in nodes:
+                places = ((fields.get("endpoint"), fields.get(port)) for port in ("port", "tls-port"))
+                known = [self._client.get_node(host=host, port=port) for host, port in places if host and port]
+                found += [Server(fields["id"], node.execute_command) for node in known if node][:1]
+        return found
+
+    async def holders(self, name: str) -> list[str]:
+        slot = self._client.keyslot(name)
+        for slots, nodes in await self._shards():
+            if any(first <= slot <= last for first, last in zip(slots[::2], slots[1::2], strict=True)):
+                return [fields["id"] for fields in nodes]
+        raise exceptions.SlotNotCoveredError(f"no server holds slot {slot}")
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _evaluate(
+        self, node: Any, command: Sequence[Any], name: str, durability: Durability, *, asking: bool
+    ) -> Any:
+        """On one connection: leave to use keys that are arriving, the script, and what it waits for."""
+        before = [("ASKING",)] if asking else []
+        # Wherever the server says that it fsyncs, too: one that takes over may not, and then this is an error.
+        after: list[tuple[object, ...]] = [WAITAOF] if durability is not Durability.NONE else []
+        replicated = bool(after) and len(self._client.nodes_manager.slots_cache[self._client.keyslot(name)]) > 1
+        if replicated:
+            after.append(("WAIT", 1, REPLICA_TIMEOUT_MS))
+        sent = [PipelineCommand(n, *parts) for n, parts in enumerate([*before, command, *after])]
+        await node.execute_pipeline(sent)
+        for part in sent:
+            if isinstance(part.result, Exception):
+                raise part.result
+        answer, *confirmed = [part.result for part in sent[len(before) :]]
+        if confirmed and confirmed[0][0] < 1:
+            raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
+        if replicated and confirmed[1] < 1:
+            await self._look_around()  # once the others count that replica as failed, writes no longer wait for it
+            raise unconfirmed("on a replica", REPLICA_TIMEOUT_MS)
+        return answer
+
+    def _redirected(self, error: Exception) -> tuple[Any, bool]:
+        """Which server an error names, if any, and whether leave must be asked there."""
+        if not isinstance(error, exceptions.AskError):
+            return None, False
+        node = self._client.get_node(host=error.host, port=error.port)
+        return node, not isinstance(error, exceptions.MovedError)
+
+    async def _look_around(self) -> None:
+        """Find out again which servers there are and what they hold; the old connections are closed when free."""
+        await self._client.nodes_manager.initialize()
+
+    async def _follow(self) -> None:
+        """Look around if anything has changed."""
+        self._followed_s = time.monotonic()
+        layout = await self._client.execute_command("CLUSTER SLOTS")
+        if layout != self._layout:
+            await self._look_around()
+            self._layout = layout
+
+    async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
+        """For each primary: its ranges of slots, first and last in turn; then its own fields and its replicas'."""
+        shards = await self._client.execute_command("CLUSTER SHARDS")
+        return [(shard["slots"], [_decoded(node) for node in shard["nodes"]]) for shard in shards]
+
+
+def _decoded(fields: dict[Any, Any]) -> dict[str, Any]:
+    return {_text(name): _text(value) for name, value in fields.items()}
+
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _read(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+    """Hosts with ports, and options of the client."""
+    parts = urlsplit(url)
+    login, at, hosts = parts.netloc.rpartition("@")
+    scheme = parts.scheme.removesuffix("+cluster")
+    found, options = [], {}
+    for host in hosts.split(","):
+        options = parse_url(urlunsplit((scheme, f"{login}{at}{host}", parts.path, parts.query, "")))
+        found.append((options.pop("host", ""), options.pop("port", 6379)))
+    if options.pop("db", 0):
+        raise ValueError("a cluster has no numbered databases")
+    if not all(host for host, _ in found):
+        raise ValueError("a host is missing")
+    if options.pop("connection_class", None) is SSLConnection:
+        options["ssl"] = True
+    return found, options
