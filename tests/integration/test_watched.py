@@ -16,7 +16,7 @@ from deploy.observe import dashboard
 from deploy.observe.pictures.prometheus import BINARY, HERE
 from deploy.observe.pictures.receiver import Span
 from deploy.observe.pictures.watched import PEOPLE, STACKED, Watched, use, watched
-from tests.support.documented import ROOT
+from tests.support.documented import ROOT, Reader, blocks_of
 
 needs_prometheus = pytest.mark.skipif(BINARY is None, reason="Prometheus is not installed")
 
@@ -135,6 +135,14 @@ def test_each_part_logs_objects(run: Watched, part: str) -> None:
     if part == "worker":
         [line] = [line for line in read if "held-out loss" in line["message"]]
         assert line["trace"] == spans_of(run, "adapt")[0].trace_id
+
+
+@needs_prometheus
+def test_what_docs_say_can_be_typed_gives_what_they_show(run: Watched) -> None:
+    reader = Reader(run.server.url, ROOT, {})
+    for block in blocks_of("docs/operations.md"):
+        if block.reason is None:
+            reader.try_block(block)
 
 
 @needs_prometheus
