@@ -71,7 +71,8 @@ NICENESS = 10
 DESCRIPTION = """\
 Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
 `POST /generate` answers as that user, and so do OpenAI's own routes under `/v1`. Errors have OpenAI's shape,
-`{"error": {"message", "type", "param", "code"}}`.
+`{"error": {"message", "type", "param", "code"}}`. Once API keys exist, every call needs one that has the call's scope:
+`Authorization: Bearer KEY`.
 """
 
 

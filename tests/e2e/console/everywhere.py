@@ -46,6 +46,19 @@ def _background(page: Page) -> list[int]:
 
 
 class TestEverywhere:
+    def test_the_key_goes_along_with_every_call_and_stays_in_the_tab(self, look: Looking) -> None:
+        page = look.visit("users")
+        page.get_by_label("API key").fill("mta_a-key")
+        with page.expect_navigation():
+            page.get_by_label("API key").press("Enter")
+        sent: list[tuple[str, str | None]] = []
+        page.on("request", lambda request: sent.append((request.url, request.headers.get("authorization"))))
+        answered(look.visit("playground", user="rosa", ask=QUESTIONS[1], tokens=4))
+        calls = {url.removeprefix(look.url): key for url, key in sent if "/console" not in url and look.url in url}
+        assert {"/generate", "/bank", "/ready"} <= calls.keys()
+        assert set(calls.values()) == {"Bearer mta_a-key"}
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+
     @each_place
     def test_axe_finds_nothing_serious_in_light_and_dark(self, look: Looking, place: str) -> None:
         page = _settled(look, place)

@@ -2,13 +2,11 @@
 
 const ROOT = new URL('../', import.meta.url);
 const SILENT_MS = 45_000; // the gateway says something every 15 s
-const JSON_TYPE = 'application/json';
 
 export class Failure extends Error {
-	constructor(message, { code = 'unknown', status = 0, param = null } = {}) {
+	constructor(message, status = 0) {
 		super(message);
-		this.name = 'Failure';
-		Object.assign(this, { code, status, param });
+		this.status = status;
 	}
 }
 
@@ -17,6 +15,12 @@ const BROKEN = 'The answer broke off: the connection to the gateway was lost.';
 const SILENT = 'Nothing has come from the gateway for 45 seconds, so this was given up. Try again.';
 
 export const gateway = (path = '') => new URL(path.replace(/^\//, ''), ROOT).href;
+
+/** The API key, which this tab alone keeps. */
+export const key = {
+	get: () => sessionStorage.getItem('key') ?? '',
+	set: (value) => sessionStorage.setItem('key', value),
+};
 
 export const userPath = (id) => `/users/${encodeURIComponent(id)}`;
 
@@ -28,7 +32,7 @@ export async function call(method, path, body, { signal, also = [] } = {}) {
 	try {
 		return await response.json();
 	} catch (error) {
-		throw wasStopped(error) ? error : new Failure(BROKEN, { code: 'broken_off' });
+		throw wasStopped(error) ? error : new Failure(BROKEN);
 	}
 }
 
@@ -46,7 +50,7 @@ export async function* events(method, path, body, signal) {
 	try {
 		for (;;) {
 			const { value, done } = await within(SILENT_MS, reader.read());
-			if (done) throw new Failure(BROKEN, { code: 'broken_off' });
+			if (done) throw new Failure(BROKEN);
 			const lines = (rest + value).split('\n');
 			rest = lines.pop();
 			for (const line of lines) {
@@ -56,25 +60,25 @@ export async function* events(method, path, body, signal) {
 				const data = line.slice(5).trim();
 				if (data === '[DONE]' || name === 'done') return;
 				const told = JSON.parse(data);
-				if (told.error && told.error.message) throw new Failure(told.error.message, told.error);
+				if (told.error && told.error.message) throw new Failure(told.error.message);
 				yield told;
 			}
 		}
 	} catch (error) {
 		if (wasStopped(error) || error instanceof Failure) throw error;
-		throw new Failure(BROKEN, { code: 'broken_off' });
+		throw new Failure(BROKEN);
 	} finally {
 		reader.cancel().catch(() => {});
 	}
 }
 
 async function send(method, path, body, signal, also) {
-	const sent = body === undefined ? {} : { body: JSON.stringify(body), headers: { 'Content-Type': JSON_TYPE } };
+	const headers = { ...(key.get() && { Authorization: `Bearer ${key.get()}` }), ...(body && { 'Content-Type': 'application/json' }) };
 	let response;
 	try {
-		response = await fetch(gateway(path), { method, signal, cache: 'no-store', ...sent });
+		response = await fetch(gateway(path), { method, signal, headers, body: body && JSON.stringify(body), cache: 'no-store' });
 	} catch (error) {
-		throw wasStopped(error) ? error : new Failure(GONE, { code: 'no_answer' });
+		throw wasStopped(error) ? error : new Failure(GONE);
 	}
 	if (response.ok || also.includes(response.status)) return response;
 	throw await refusal(response);
@@ -84,16 +88,16 @@ async function refusal(response) {
 	const { status } = response;
 	try {
 		const { error } = await response.json();
-		return new Failure(error.message, { ...error, status });
+		return new Failure(error.message, status);
 	} catch {
-		return new Failure(`The gateway answered with status ${status}, and with nothing that explains it.`, { status });
+		return new Failure(`The gateway answered with status ${status}, and with nothing that explains it.`, status);
 	}
 }
 
 function within(milliseconds, promise) {
 	let timer;
 	const late = new Promise((_, reject) => {
-		timer = setTimeout(() => reject(new Failure(SILENT, { code: 'silent' })), milliseconds);
+		timer = setTimeout(() => reject(new Failure(SILENT)), milliseconds);
 	});
 	return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }

@@ -1,6 +1,6 @@
 // The console: what is around its pages, and which page a link names.
 import { render } from './vendor/preact.js';
-import { call } from './api.js';
+import { call, key } from './api.js';
 import { html, useEffect, useRef, useState } from './parts/html.js';
 import { go, here } from './parts/links.js';
 import { Adapt } from './pages/adapt.js';
@@ -10,7 +10,7 @@ import { System } from './pages/system.js';
 import { Users } from './pages/users.js';
 
 const PAGES = { playground: Playground, users: Users, adapt: Adapt, bank: Bank, system: System };
-const TITLES = { playground: 'Playground', users: 'Users', adapt: 'Adapt', bank: 'Bank', system: 'System' };
+const titled = (name) => name[0].toUpperCase() + name.slice(1);
 const LOOK_MS = 5000;
 
 function Console() {
@@ -24,7 +24,7 @@ function Console() {
 	}, []);
 	const name = place.page in PAGES ? place.page : 'playground';
 	useEffect(() => {
-		document.title = `${TITLES[name]} · MTA console`;
+		document.title = `${titled(name)} · MTA console`;
 		if (seen.current !== name) main.current.querySelector('h1')?.focus();
 		seen.current = name;
 	}, [name]);
@@ -35,8 +35,10 @@ function Console() {
 			<span class="brand" aria-hidden="true">MTA</span>
 			<nav aria-label="Pages">
 				${Object.keys(PAGES).map((page) => html`<a key=${page} href=${go(page)}
-					aria-current=${page === name ? 'page' : undefined}>${TITLES[page]}</a>`)}
+					aria-current=${page === name ? 'page' : undefined}>${titled(page)}</a>`)}
 			</nav>
+			<input class="secret" type="password" aria-label="API key" placeholder="API key" autocomplete="off" value=${key.get()}
+				onChange=${(event) => { key.set(event.target.value.trim()); location.reload(); }} />
 			<${Readiness} />
 		</header>
 		<main ref=${main} id="main" tabindex="-1">

@@ -1,5 +1,5 @@
 // What is stored about one person, who speaks for them, and how to erase it.
-import { call, gateway, userPath } from '../api.js';
+import { call, text, userPath } from '../api.js';
 import { html, useEffect, useState } from '../parts/html.js';
 import { go, note } from '../parts/links.js';
 import { Anchors, Erased, Facts, Input, Notice, Sure, UserId } from '../parts/widgets.js';
@@ -37,6 +37,15 @@ export function Users({ params }) {
 		}
 	}
 
+	async function take() {
+		try {
+			const href = URL.createObjectURL(new Blob([await text(`${userPath(id)}/export`)]));
+			Object.assign(document.createElement('a'), { href, download: `${id}.json` }).click();
+		} catch (error) {
+			setFault(error);
+		}
+	}
+
 	const submit = (event) => { event.preventDefault(); look(typed.trim()); };
 	return html`
 		<h1 tabindex="-1">Users</h1>
@@ -57,7 +66,7 @@ export function Users({ params }) {
 			<${AddItems} key=${id} id=${id} onAdded=${() => look(id, true)} />
 			${user.user_id && html`<section class="card" aria-label="Take along or erase">
 				<h2>Take along, or erase</h2>
-				<p><a href=${gateway(`${userPath(id)}/export`)} download=${`${id}.json`}>Export</a> all that is stored about
+				<p><button type="button" class="link" onClick=${take}>Export</button> all that is stored about
 					${' '}<span class="mono">${id}</span> as JSON, or take it away: items, samples, jobs and adapters.</p>
 				<${Sure} label="Erase" question=${`Erase ${id} for good?`} onYes=${erase} />
 			</section>`}

@@ -71,24 +71,18 @@ export function Copy({ label, text }) {
 		const timer = said && setTimeout(() => setSaid(''), 2500);
 		return () => clearTimeout(timer);
 	}, [said]);
-	const copy = async () => setSaid((await toClipboard(text())) ? 'copied' : 'the browser refused');
+	const copy = async () => {
+		try {
+			await navigator.clipboard.writeText(text());
+			setSaid('copied');
+		} catch {
+			setSaid('the browser refused');
+		}
+	};
 	return html`<span class="copy">
 		<button type="button" class="quiet" onClick=${copy}>${label}</button>
 		<span role="status" class="dim">${said}</span>
 	</span>`;
-}
-
-async function toClipboard(text) {
-	try {
-		await navigator.clipboard.writeText(text);
-		return true;
-	} catch { // not on a secure origin: the older way still works
-		const area = document.body.appendChild(Object.assign(document.createElement('textarea'), { value: text }));
-		area.select();
-		const done = document.execCommand('copy');
-		area.remove();
-		return done;
-	}
 }
 
 /** A button that asks once more before it acts. */

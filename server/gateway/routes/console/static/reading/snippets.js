@@ -13,7 +13,7 @@ export const asBody = ({ user, prompt, maxTokens, temperature, history, strength
 });
 
 export const asCurl = (question) => [
-	`curl -s ${gateway('generate')} -H 'Content-Type: application/json'`,
+	`curl -s ${gateway('generate')} -H 'Content-Type: application/json' -H "Authorization: Bearer $MTA_API_KEY"`,
 	`  -d ${quoted(JSON.stringify(asBody(question)))}`,
 ].join(' \\\n');
 
@@ -22,9 +22,10 @@ export function asPython(question) {
 		.filter(([name, value]) => value !== { history: 0, strength: 1 }[name])
 		.map(([name, value]) => `"${name}": ${value}`);
 	return [
+		'import os',
 		'from openai import OpenAI',
 		'',
-		`client = OpenAI(base_url=${JSON.stringify(gateway('v1'))}, api_key="unused")`,
+		`client = OpenAI(base_url=${JSON.stringify(gateway('v1'))}, api_key=os.getenv("MTA_API_KEY", "none"))`,
 		'answer = client.chat.completions.create(',
 		'    model="mta",',
 		`    user=${JSON.stringify(question.user)},`,
