@@ -75,7 +75,7 @@ def test_figures_say_what_was_done(run: Watched) -> None:
         return float(found[0]["value"][1]) if found else 0.0
 
     assert total('mta_worker_jobs_total{outcome="succeeded"}') == 1
-    assert total('mta_generations_total{level="stacked",outcome="answered"}') >= 2
+    assert total('mta_generations_total{level="stacked",outcome="answered",tenant="default"}') >= 2
     assert total('mta_generations_total{outcome="refused"}') >= 1
     assert total('mta_tokens_total{level="stacked",kind="completion"}') > 0
     assert total('mta_engine_slots{job="engine"}') == 2
