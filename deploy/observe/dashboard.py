@@ -66,7 +66,7 @@ ROWS: dict[str, Sequence[Graph]] = {
             "Answers, by level", "reqps", (_rate('mta_generations_total{outcome="answered"}', "level"), "{{level}}")
         ),
         _graph("Generations, by tenant", "reqps", (_rate("mta_generations_total", "tenant"), "{{tenant}}")),
-        _graph("Tokens", "short", (_rate("mta_tokens_total", "level, kind"), "{{level}}, {{kind}}")),
+        _graph("Tokens a second", "short", (_rate("mta_tokens_total", "level, kind"), "{{level}}, {{kind}}")),
         _graph(
             "The line before the engines",
             "short",

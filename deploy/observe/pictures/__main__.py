@@ -17,6 +17,9 @@ from deploy.observe.pictures.plots import draw_dashboard, draw_traces
 from deploy.observe.pictures.watched import Watched, use, watched
 from server.settings import Settings
 
+STEPS = 150
+"""Of the job: enough to be seen in the graphs."""
+
 OUT = Path(__file__).resolve().parents[3] / "docs" / "pictures"
 
 
@@ -43,7 +46,7 @@ def main() -> None:
         bank = tiny_bank(folder / "bank", model, embedder, anchors=6)
         options = ("--bank", str(bank), "--model", str(model), "--max-loras", "4")
         with watched(folder, *options, MTA_EMBEDDER=str(embedder)) as run:
-            use(run, chosen.seconds)
+            use(run, chosen.seconds, STEPS)
             draw(run, chosen.out)
 
 

@@ -44,6 +44,10 @@ class Bar:
     def end_ns(self) -> int:
         return max(end for _, end in self.pieces)
 
+    @property
+    def ms(self) -> float:
+        return sum(end - start for start, end in self.pieces) / 1e6
+
 
 def bars_of(spans: Sequence[Span]) -> list[Bar]:
     """The lines of a trace, parents before children, by their beginnings."""
@@ -70,39 +74,27 @@ def draw_traces(request: Sequence[Span], job: Sequence[Span], answer: Sequence[S
     upper, lower, linked = bars_of(request), bars_of(job), bars_of(answer)
     heights = [len(upper), len(lower) + len(linked)]
     figure, panels = pyplot.subplots(2, 1, figsize=(11, 1.8 + 0.3 * sum(heights)), height_ratios=heights)
-    _draw_bars(panels[0], upper, "A streamed request whose recipe no slot holds yet: one trace")
+    _draw_bars(panels[0], upper, "A request for a recipe that nobody has asked for before: one trace")
     _draw_bars(
         panels[1],
         [*lower, *linked],
-        "An adapt request and its job: one trace; below the dashes the first answer by the adapter, linked to it",
+        "An adapt request and its job: one trace. Below the line the first answer by the adapter, linked to it",
     )
-    panels[1].axhline(len(linked) - 0.5, color=INK, linewidth=0.8, linestyle="--")
+    panels[1].axhline(len(lower) - 0.5, color=INK, linewidth=0.8, linestyle="--")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    panels[0].legend(handles, COLOURS, frameon=False, fontsize=8, loc="upper right")
+    panels[0].legend(handles, COLOURS, frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     _save(figure, path)
 
 
 def _draw_bars(panel: Any, bars: Sequence[Bar], title: str) -> None:
     first_ns = min(bar.start_ns for bar in bars)
     width_ms = (max(bar.end_ns for bar in bars) - first_ns) / 1e6
-    for row, bar in enumerate(reversed(bars)):
+    for row, bar in enumerate(bars):
         pieces = [((start - first_ns) / 1e6, max((end - start) / 1e6, width_ms / 400)) for start, end in bar.pieces]
         panel.broken_barh(pieces, (row - 0.35, 0.7), facecolors=COLOURS[bar.service])
-        took_ms = sum(end - start for start, end in bar.pieces) / 1e6
-        right = (bar.end_ns - first_ns) / 1e6
-        near = right < 0.7 * width_ms
-        panel.text(
-            right + width_ms / 150 if near else (bar.start_ns - first_ns) / 1e6 - width_ms / 150,
-            row,
-            f"{bar.name}  {took_ms:.1f} ms" if took_ms < 100 else f"{bar.name}  {took_ms:.0f} ms",
-            va="center",
-            ha="left" if near or bar.start_ns == first_ns else "right",
-            fontsize=8,
-            color=INK,
-        )
-    panel.set_yticks([])
-    panel.set_ylim(-0.6, len(bars) - 0.4)
-    panel.set_xlim(0, width_ms * 1.02)
+    panel.set_yticks(range(len(bars)), [f"{bar.name}   {bar.ms:.{0 if bar.ms >= 10 else 1}f} ms" for bar in bars])
+    panel.set_ylim(len(bars) - 0.4, -0.6)
+    panel.set_xlim(0, width_ms * 1.01)
     panel.set_xlabel("ms", fontsize=8)
     panel.set_title(title, fontsize=9, loc="left", color=INK)
     _plain(panel)

@@ -83,14 +83,14 @@ def watched(folder: Path, *options: str, **environment: str) -> Iterator[Watched
                 yield Watched(server, receiver, asking, time.time())
 
 
-def use(run: Watched, seconds: float) -> None:
+def use(run: Watched, seconds: float, steps: int = 6) -> None:
     """Have people use it: some write, ask and are streamed to, one is trained for and asks again, all for a while."""
     with run.client as client:
         for user, text in PEOPLE.items():
             client.put(f"/users/{user}/profile", json={"items": [{"text": text}]}).raise_for_status()
         _ask(client)
         wait_until(lambda: len(run.prometheus.asked("mta_ttft_seconds_count")) > 1, "the first answers to be seen")
-        config = {"steps": 6, "learning_rate": 0.05}
+        config = {"steps": steps, "learning_rate": 0.05}
         job = client.post(f"/users/{STACKED}/adapt", json={"samples": SAMPLES, "config": config}).raise_for_status()
         until_s = time.monotonic() + seconds
         ended = False
