@@ -158,6 +158,7 @@ def main(
         with _served(out / "tiny-data", *_tiny(out / "tiny")) as (gateway, engine, key):
             measure = ("-m", "bench.serving.gateway", "--gateway", gateway, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
+        run.step("overload", ("-m", "bench.fleet.overload"), (AS_IT_SAYS,))
         run.step("oracle", ("-m", "bench.oracle", "--bank", bank, "--users", users), ORACLE)
         # In float32: in bfloat16 an answer depends on what it is batched with, wherever two tokens nearly tie.
         with _served(out / "data", "--bank", str(bank), "--dtype", "float32") as (gateway, engine, key):

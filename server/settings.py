@@ -86,13 +86,13 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
-        "they compute in a batch, shared among the gateways that use the same Redis.",
+        "they compute in a batch, shared among the gateways in front of them that use the same Redis.",
     )
     queue_places: int | None = Field(
         None,
         ge=0,
-        description="Most generations that wait for a place in the engines; others get 429. By default as many as "
-        "there are places.",
+        description="Most generations that wait for a place in the engines; others get 429. By default half as many "
+        "as there are places.",
     )
     queue_timeout_s: float = Field(
         10,

@@ -80,7 +80,9 @@ def up(data: Path, *options: str, environment: Mapping[str, str] | None = None) 
 
 
 @contextmanager
-def running_gateway(bank: Path, redis_url: str, engine_url: str, engine_key: str, secret: str) -> Iterator[Background]:
+def running_gateway(
+    bank: Path, redis_url: str, engine_url: str, engine_key: str, secret: str, **settings: object
+) -> Iterator[Background]:
     """A gateway process alone, once it listens; its URL is in `gateway_url`.
 
     Args:
@@ -88,10 +90,12 @@ def running_gateway(bank: Path, redis_url: str, engine_url: str, engine_key: str
         redis_url: its store.
         engine_url, engine_key: its engine, which may be absent: then nothing can be generated.
         secret: keys its users.
+        settings: further settings by name, e.g. `queue_places=2`.
     """
     clean: dict[str, str | None] = {name: None for name in os.environ if name.startswith("MTA_")}
     kept = {name: os.environ[name] for name in ("MTA_CACHE_DIR", "MTA_EMBEDDER") if name in os.environ}
-    environment = clean | kept | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
+    given = {f"MTA_{name.upper()}": str(value) for name, value in settings.items()}
+    environment = clean | kept | given | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
     options = ("--bank", str(bank), "--redis-url", redis_url, "--engine-url", engine_url, "--port", str(free_port()))
     with running(mta("gateway", *options), environment) as process:
         process.wait_for(LISTENING, START_S)

@@ -61,7 +61,7 @@ def user_of(request: Request, user_id: str) -> User:
 
 async def _counted(request: Request, user_id: UserIdInPath) -> AsyncIterator[None]:
     user = user_of(request, user_id)
-    async with parts_of(request).limiter.counted(caller_of(request), user.key, 0) as counted:
+    async with parts_of(request).limiter.counted(caller_of(request), user.key) as counted:
         await counted.let_in()
         yield
 

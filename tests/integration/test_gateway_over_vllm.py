@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from bench.fleet.overload import Overload
+from bench.fleet.streams import Load
 from bench.rig.engine import Engine
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
@@ -91,3 +94,20 @@ def test_a_client_that_leaves_is_aborted_in_the_engine(
 def _metric(engine: Engine, name: str) -> float:
     lines = engine.client.get("/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+
+
+def test_two_gateways_bear_more_than_they_can_serve(gateway_settings: Settings, tiny_engine: Engine) -> None:
+    """The short form of `mta bench overload`, whose claims about time it leaves out."""
+    update = {"engine_url": tiny_engine.url, "send_timeout_s": 1, "engine_places": 8, "queue_places": 8}
+    settings = gateway_settings.model_copy(update=update)
+    loads: dict[str, Load] = {}
+    with GatewayThread(settings) as one, GatewayThread(settings) as other:
+        overload = Overload([one.url, other.url], 12, lambda what: lambda stream: None, loads)
+        found = dict(asyncio.run(overload.streams(16, 1)) + asyncio.run(overload.beyond(("overload", "readers"), 1)))
+    assert found["16 streams at once: lost"] == "0"
+    assert found["places still taken at the end"] == "0"
+    assert len(loads) == 5
+    for load in loads.values():
+        assert load.served
+        assert not load.failures
+        assert all(stream.chunks > 2 for stream in load.served)

@@ -81,6 +81,13 @@ def _scale() -> Main:
     return main
 
 
+@_command("overload", "Two gateways, 500 streams at once, twice what can be served, clients that do not read.")
+def _overload() -> Main:
+    from bench.fleet.overload import main
+
+    return main
+
+
 @_command("report", "Tables and pictures of docs/performance.md from the JSON files.")
 def _report() -> Main:
     from bench.page.__main__ import main

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,20 +96,23 @@ class Limiter:
         self._per_key = per_key
         self._per_user = per_user
         self._metrics = metrics
+        self._counts_tokens = per_key.tokens > 0 or per_user.tokens > 0
         self._held: defaultdict[str, set[str]] = defaultdict(set)
         self._working: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def counted(self, caller: Caller, user_key: str | None, tokens: int) -> AsyncIterator[Counted]:
+    async def counted(
+        self, caller: Caller, user_key: str | None, tokens: Callable[[], int] = lambda: 0
+    ) -> AsyncIterator[Counted]:
         """Count one request, for the duration of a `with` block.
 
         Args:
             caller: whose key it carries.
             user_key: whom it is for; None for nobody in particular.
-            tokens: about how many it needs. What it really used, the block sets; the difference is given back.
+            tokens: says about how many it needs. What it really used, the block sets; the difference is given back.
         """
         counted = Counted()
-        uses = self._uses(caller, user_key, requests=1, tokens=tokens)
+        uses = self._uses(caller, user_key, requests=1, tokens=tokens() if self._counts_tokens else 0)
         busy = f"running/{caller.name}" if self._per_key.concurrent else ""
         if not uses and not busy:
             yield counted

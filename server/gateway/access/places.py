@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
+from hashlib import blake2b
 from math import ceil
 
 from server.errors import Unavailable
@@ -12,11 +13,10 @@ from server.store.tenants.rates import Rates
 
 LOOK_S = 2.0
 _LEASE_S = 10.0
-_GATEWAYS = "gateways"
 
 
 class SharedPlaces:
-    """Shares the engines' places out evenly among the gateways that use one store.
+    """Shares the engines' places out evenly among the gateways that use them, and one store.
 
     Args:
         engines: say how many sequences they compute at once.
@@ -30,6 +30,7 @@ class SharedPlaces:
         self._given = given
         self._gateways = 1
         self._name = secrets.token_hex(8)
+        self._all = f"gateways/{blake2b(' '.join(sorted(engines.urls)).encode(), digest_size=8).hexdigest()}"
 
     def __call__(self) -> int | None:
         """The share, at least 1; None while no engine has said anything."""
@@ -43,9 +44,9 @@ class SharedPlaces:
         Raises:
             Unavailable: when the store cannot say; then their last number stays.
         """
-        self._gateways = await self._store.hold(_GATEWAYS, [self._name], _LEASE_S) or 1
+        self._gateways = await self._store.hold(self._all, [self._name], _LEASE_S) or 1
 
     async def leave(self) -> None:
         """Leave this share to the others at once; a store that cannot be told forgets it in a few seconds."""
         with suppress(Unavailable):
-            await self._store.let_go(_GATEWAYS, self._name)
+            await self._store.let_go(self._all, self._name)

@@ -53,7 +53,8 @@ class EngineQueue:
 
     Args:
         places: how many sequences the engines compute at once; None while nobody knows: then nothing waits.
-        most_waiting: longest line; None for as many as there are places.
+        most_waiting: longest line; None for half as many as there are places: then nobody waits much longer than half
+            an answer takes.
         patience_s: longest wait.
         metrics: shows how many wait, and for how long, and who is refused.
     """
@@ -72,6 +73,16 @@ class EngineQueue:
         self.waiting = 0
         metrics.queue_running.set_function(lambda: self.taken)
         metrics.queue_waiting.set_function(lambda: self.waiting)
+
+    def check(self, caller: str, patience_s: float | None) -> None:
+        """Refuse at once what `place` would refuse now: shedding costs less than finding out who is asking.
+
+        Raises:
+            TooMany: as `place` does.
+        """
+        places = self._places()
+        if places is not None and self.taken >= places:
+            self._see_to_room(caller, places, self._patience(patience_s), make=False)
 
     @asynccontextmanager
     async def place(self, caller: str, *, size: int = 1, patience_s: float | None = None) -> AsyncIterator[Place]:
@@ -100,14 +111,8 @@ class EngineQueue:
         if not self.waiting and self.taken + size <= places:
             self.taken += size
             return 0.0
-        patience_s = self._patience_s if patience_s is None else min(patience_s, self._patience_s)
-        start_s = time.monotonic()
-        mine = len(self._lines.get(caller, ()))
-        ahead = sum(min(len(line), mine + 1) for line in self._lines.values())
-        if (ahead + 1) * self._pace_s > patience_s:
-            raise self._refusal("queue_timeout")
-        if not self._make_room(caller, mine, places):
-            raise self._refusal("queue_full")
+        start_s, patience_s = time.monotonic(), self._patience(patience_s)
+        self._see_to_room(caller, places, patience_s, make=True)
         waiting = _Waiting(size, asyncio.get_running_loop().create_future())
         self._lines.setdefault(caller, deque()).append(waiting)
         self.waiting += 1
@@ -123,18 +128,25 @@ class EngineQueue:
             raise
         return time.monotonic() - start_s
 
-    def _make_room(self, caller: str, mine: int, places: int) -> bool:
-        """Whether there is room in the line; if need be, whoever came last of the longest line leaves it."""
-        most = places if self._most_waiting is None else self._most_waiting
+    def _patience(self, given_s: float | None) -> float:
+        return self._patience_s if given_s is None else min(given_s, self._patience_s)
+
+    def _see_to_room(self, caller: str, places: int, patience_s: float, *, make: bool) -> None:
+        """Refuse what cannot wait; if need be, `make` whoever came last of the longest line leave it instead."""
+        mine = len(self._lines.get(caller, ()))
+        ahead = sum(min(len(line), mine + 1) for line in self._lines.values())
+        if (ahead + 1) * self._pace_s > patience_s:
+            raise self._refusal("queue_timeout")
+        most = max(1, places // 2) if self._most_waiting is None else self._most_waiting
         if self.waiting < most:
-            return True
+            return
         longest = max(self._lines, key=lambda name: len(self._lines[name]), default=caller)
         if longest == caller or len(self._lines[longest]) <= mine + 1:
-            return False
-        last = self._lines[longest][-1]
-        self._remove(longest, last)
-        last.turn.set_exception(self._refusal("queue_full"))
-        return True
+            raise self._refusal("queue_full")
+        if make:
+            last = self._lines[longest][-1]
+            self._remove(longest, last)
+            last.turn.set_exception(self._refusal("queue_full"))
 
     def _step_out(self, caller: str, waiting: _Waiting) -> None:
         """Leave the line; or, if the turn came at the same moment, pass it on."""

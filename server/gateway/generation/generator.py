@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine_protocol import BASE_MODEL
@@ -123,9 +124,10 @@ class Generator:
         """
         limits = Limits(self._max_prompt_chars, self._engines.context)
         limits.check(asked)
+        self._queue.check(asked.caller.name, asked.patience_s)
         user_key = asked.user.key if asked.user else None
         async with AsyncExitStack() as stack:
-            counting = self._limiter.counted(asked.caller, user_key, limits.tokens(asked))
+            counting = self._limiter.counted(asked.caller, user_key, partial(limits.tokens, asked))
             counted = await stack.enter_async_context(counting)
             personalization = await self._personalizer.resolve(asked, timings)
             await counted.let_in()

@@ -103,9 +103,13 @@ def test_a_table_is_bold_where_a_difference_is_sure_and_says_what_that_means() -
     losses = {"task": task, "merged": task - 0.3 + chance.normal(0, 0.1, 12), "own": task + chance.normal(0, 0.1, 12)}
     records = _records({name: list(found) for name, found in losses.items()})
     lines = markdown(tables(summarise(records, TASK), records, TASK)).splitlines()
-    merged, own = (next(line for line in lines if line.startswith(f"| {name} ")) for name in ("merged", "own"))
-    assert merged.split(" | ")[4].startswith("**-0.")
-    assert "**" not in own.split(" | ")[4]
+    head, merged, own = (
+        next(line for line in lines if line.startswith(f"| {name} ")).split(" | ")
+        for name in ("method", "merged", "own")
+    )
+    against_task = head.index("loss against task")
+    assert merged[against_task].startswith("**-0.")
+    assert "**" not in own[against_task]
     assert lines[-1] == CAPTION
 
 

@@ -17,7 +17,7 @@ from server.gateway.operating.metrics import Metrics
 class Line:
     """A queue for two sequences and its callers; `served` names those who got a place, in order."""
 
-    def __init__(self, places: int | None = 2, most_waiting: int | None = None) -> None:
+    def __init__(self, places: int | None = 2, most_waiting: int | None = 2) -> None:
         self.places = places
         self.queue = EngineQueue(lambda: self.places, most_waiting=most_waiting, patience_s=60, metrics=Metrics())
         self.served: list[str] = []
@@ -95,6 +95,14 @@ async def test_beyond_a_full_line_nobody_waits(line: Line) -> None:
     assert (refused.status, refused.code) == (429, "overloaded")
     assert int(refused.headers["Retry-After"]) >= 1
     assert line.queue.waiting == 2
+
+
+async def test_by_default_half_as_many_wait_as_there_are_places() -> None:
+    line = Line(4, None)
+    await line.come("a1", "a2", "a3", "a4", "a5", "a6", "a7")
+    await line.refusal("a7")
+    assert (line.queue.taken, line.queue.waiting) == (4, 2)
+    await line.close()
 
 
 async def test_a_full_line_makes_room_for_callers_who_wait_less(line: Line) -> None:

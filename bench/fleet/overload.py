@@ -1,0 +1,274 @@
+"""More than can be served: many streams at once through two gateways, twice what they can bear, and slow readers.
+
+    streams   500 clients that stream all the time: none of their streams may be lost
+    overload  what the engine can bear, then that much arriving by chance, then twice that: what is too much is refused,
+              and the rest takes little longer
+    readers   half of what it can bear: alone, then beside clients of long answers who read a few bytes a second, and
+              others who never read. It must hardly notice them
+
+The engine is real; its model is tiny, so that the gateways have much to do. Ends with status 1 when a claim fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.progress import Progress
+
+from bench import script
+from bench.fleet.streams import Load, Loader, Stream, loading, reading
+from bench.report import console, report
+from bench.rig.engine import KEY
+from bench.rig.processes import wait_until
+from bench.rig.servers import vllm_server
+from bench.rig.subject import Subject, tiny
+from bench.rig.tiny import world
+from bench.rig.up import gateway_url, running_gateway
+from bench.rig.valkey import ValkeyProcess
+from bench.serving.front import SECRET
+from mta_client import Client
+
+PARTS = ("streams", "overload", "readers")
+GATEWAYS = 2
+USERS = 16
+PLACES = 16
+"""Sequences in a batch where there is to be more than fits."""
+MOST_LONGER = 1.5
+TURNS = 3
+"""Of two loads that are compared: what else the machine does, both have to bear."""
+SEND_TIMEOUT_S = 5
+SLOW_BYTES_PER_S = 500.0
+LONG_PATH = "/v1/chat/completions"
+LONG = {
+    "model": "base",
+    "messages": [{"role": "user", "content": "Tell me everything."}],
+    "max_tokens": 1900,
+    "stream": True,
+    "logprobs": True,
+    "top_logprobs": 20,
+}
+"""An answer of some megabytes: more than a socket's buffers take."""
+WRONG = "← wrong"
+
+Rows = list[tuple[str, object]]
+"""What was found, with `WRONG` where a claim fails."""
+Told = Callable[[Stream], object]
+
+
+def main(
+    *,
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all")
+    ] = None,
+    streams: Annotated[int, typer.Option(help="Clients that stream at once.", min=1)] = 500,
+    seconds: Annotated[float, typer.Option(help="For how long they do.", min=1)] = 180,
+    phase: Annotated[float, typer.Option(help="Seconds of each other measurement.", min=1)] = 30,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure what happens when more is asked of two gateways than the engine behind them can bear."""
+    chosen = part or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as scratch, Progress(console=console()) as progress:
+        subject = tiny(Path(scratch))
+        bar = _Bar(progress)
+        records: dict[str, Load] = {}
+        if "streams" in chosen:
+            with _fleet(subject, Path(scratch) / "streams", streams) as urls:
+                rows += asyncio.run(Overload(urls, tokens, bar, records).streams(streams, seconds))
+        if set(chosen) - {"streams"}:
+            with _fleet(subject, Path(scratch) / "overload", PLACES) as urls:
+                rows += asyncio.run(Overload(urls, tokens, bar, records).beyond(chosen, phase))
+    title = f"Overload: {GATEWAYS} gateways, one engine, {subject.title}, answers of {tokens} tokens"
+    report(title, rows, out, **{what: _summary(load) for what, load in records.items()})
+    if any(WRONG in str(value) for _, value in rows):
+        raise typer.Exit(1)
+
+
+class _Bar:
+    """A bar for each measurement, which counts its streams."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, what: str) -> Told:
+        task = self._progress.add_task(what, total=None)
+
+        def told(stream: Stream) -> None:
+            self._progress.advance(task)
+            self._progress.update(task, description=f"{what}: {self._progress.tasks[task].completed:.0f}")
+
+        return told
+
+
+@contextmanager
+def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]]:
+    """Gateways over an engine for so many sequences, and a store that knows the users; the gateways' URLs."""
+    folder.mkdir()
+    store = ValkeyProcess(folder / "valkey").start()
+    try:
+        with vllm_server(subject, max_num_seqs=sequences, max_loras=USERS) as server, ExitStack() as stack:
+            gateways = [
+                stack.enter_context(
+                    running_gateway(subject.bank, store.url, server.url, KEY, SECRET, send_timeout_s=SEND_TIMEOUT_S)
+                )
+                for _ in range(GATEWAYS)
+            ]
+            urls = [gateway_url(gateway) for gateway in gateways]
+            for url in urls:
+                with Client(url) as client:
+                    wait_until(client.ready, f"{url} to be ready")
+            with Client(urls[0]) as client:
+                for user in range(USERS):
+                    client.put_profile(f"user-{user}", [world(user)])
+            yield urls
+    finally:
+        store.kill()
+
+
+def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
+    """Requests of the users in turn, never the same prompt twice."""
+    for number in itertools.count():
+        user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
+        yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
+
+
+class Overload:
+    """The measurements.
+
+    Args:
+        urls: the gateways'.
+        tokens: of an answer.
+        begin: told what is measured next; what it returns is told of each stream that ends.
+        records: gets all loads, by what they were.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], tokens: int, begin: Callable[[str], Told], records: dict[str, Load]
+    ) -> None:
+        self._urls = urls
+        self._tokens = tokens
+        self._begin = begin
+        self._records = records
+
+    async def streams(self, clients: int, seconds: float) -> Rows:
+        """As many clients that stream all the time."""
+        what = f"{clients} streams at once"
+        async with loading(self._urls, _bodies(self._tokens)) as loader:
+            load = self._records[what] = await loader.closed(clients, seconds, self._begin(what))
+        lost = len(load.streams) - len(load.served)
+        chunks = sum(stream.chunks for stream in load.served)
+        return [
+            (f"{what}: begun", len(load.streams)),
+            (f"{what}: lost", _judged(str(lost), lost == 0)),
+            (f"{what}: chunks a second", round(chunks / load.seconds)),
+            (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
+            (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
+        ]
+
+    async def beyond(self, parts: Sequence[str], seconds: float) -> Rows:
+        """What can be borne, and the parts `overload` and `readers`."""
+        async with loading(self._urls, _bodies(self._tokens)) as loader:
+            await loader.closed(PLACES, min(seconds, 5), self._begin("warm-up"))
+            capacity = (await loader.closed(PLACES, seconds, self._begin("capacity"))).rate
+            rows: Rows = [("capacity: answers a second", round(capacity, 1))]
+            if "overload" in parts:
+                rows += await self._twice(loader, capacity, seconds)
+            if "readers" in parts:
+                rows += await self._readers(loader, capacity, seconds)
+        return rows
+
+    async def _twice(self, loader: Loader, capacity: float, seconds: float) -> Rows:
+        whats = [f"{times} x capacity offered" for times in (1, 2)]
+        for _ in range(TURNS):
+            for times, what in enumerate(whats, 1):
+                await self._offered(loader, times * capacity, seconds / TURNS, what)
+        once, twice = (self._records[what] for what in whats)
+        rise = [load.refused / len(load.streams) for load in (once, twice)]
+        ratio = twice.whole_ms(0.99) / once.whole_ms(0.99)
+        return [
+            *itertools.chain(*map(self._rows, whats)),
+            ("429s rise with what is offered", _judged(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
+            ("admitted: p99 at twice over p99 at capacity", _at_most_longer(ratio)),
+        ]
+
+    async def _readers(self, loader: Loader, capacity: float, seconds: float) -> Rows:
+        whats = [
+            f"half of capacity offered, {how}" for how in ("alone", f"beside {2 * len(self._urls)} that do not read")
+        ]
+        for _ in range(TURNS):
+            await self._offered(loader, capacity / 2, seconds / TURNS, whats[0])
+            slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
+            async with slow, idle:
+                await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until what is not read fills all buffers
+                await self._offered(loader, capacity / 2, seconds / TURNS, whats[1])
+            await asyncio.sleep(1)
+        alone, beside = (self._records[what] for what in whats)
+        ratio, left = beside.whole_ms(0.99) / alone.whole_ms(0.99), await self._taken()
+        return [
+            *itertools.chain(*map(self._rows, whats)),
+            ("p99 beside clients that do not read over p99 alone", _at_most_longer(ratio)),
+            ("places still taken at the end", _judged(f"{left:g}", left == 0)),
+        ]
+
+    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> None:
+        """One turn of a load, added to what is recorded of it."""
+        load = await loader.open(per_s, seconds, self._begin(what), seed=len(self._records))
+        before = self._records.get(what, Load((), 0.0))
+        self._records[what] = Load([*before.streams, *load.streams], before.seconds + load.seconds)
+
+    def _rows(self, what: str) -> Rows:
+        load = self._records[what]
+        return [
+            (f"{what}: served a second", round(load.rate, 1)),
+            (f"{what}: refused (429)", f"{load.refused} of {len(load.streams)}"),
+            (f"{what}: failed in any other way", _judged(str(load.failures or 0), not load.failures)),
+            (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
+            (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
+        ]
+
+    async def _taken(self) -> float:
+        """Places that the gateways have given away."""
+        taken = 0.0
+        async with httpx.AsyncClient() as client:
+            for url in self._urls:
+                lines = (await client.get(f"{url}/metrics")).text.splitlines()
+                taken += sum(float(line.split()[1]) for line in lines if line.startswith("mta_queue_running "))
+        return taken
+
+
+def _summary(load: Load) -> dict[str, Any]:
+    """A load for the record."""
+    return {
+        "seconds": load.seconds,
+        "refused": load.refused,
+        "failures": load.failures,
+        "served": [asdict(stream) for stream in load.served[:5000]],
+    }
+
+
+def _judged(shown: str, right: bool) -> str:
+    return shown if right else f"{shown} {WRONG}"
+
+
+def _at_most_longer(ratio: float) -> str:
+    return _judged(f"{ratio:.2f}, at most {MOST_LONGER}", ratio <= MOST_LONGER)
+
+
+def _two(of: Callable[[float], float]) -> str:
+    return f"{of(0.5):,.0f}, {of(0.99):,.0f}"
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,190 @@
+"""Streams through several gateways: all the time, or arriving by chance; and clients that hardly read, or never."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import orjson
+
+from bench.report import percentile
+
+DONE = b"data: [DONE]\n\n"
+GIVES_UP_S = 10.0
+"""After how long a client that reads nothing goes away, and asks again."""
+BROKEN = 0
+"""The status of a stream that began and did not come to its end, or of a connection that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """How a stream went.
+
+    Attributes:
+        status: HTTP's; `BROKEN` if it was cut short.
+        first_s, whole_s: seconds until the first and the last byte.
+        chunks: how many there were, the first and the last included.
+    """
+
+    status: int
+    first_s: float
+    whole_s: float
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How all streams of a while went, and how many seconds passed until the last one's end."""
+
+    streams: Sequence[Stream]
+    seconds: float
+
+    @property
+    def served(self) -> list[Stream]:
+        """Those that came to their end."""
+        return [stream for stream in self.streams if stream.status == 200]
+
+    @property
+    def rate(self) -> float:
+        """Streams served a second."""
+        return len(self.served) / self.seconds
+
+    @property
+    def refused(self) -> int:
+        """How many were told to come back."""
+        return self._statuses[429]
+
+    @property
+    def failures(self) -> dict[int, int]:
+        """How often there was each status that is neither 200 nor 429."""
+        return {status: count for status, count in self._statuses.items() if status not in (200, 429)}
+
+    @property
+    def _statuses(self) -> Counter[int]:
+        return Counter(stream.status for stream in self.streams)
+
+    def whole_ms(self, share: float) -> float:
+        """The time to the last byte below which that share of what was served lies."""
+        return 1000 * percentile([stream.whole_s for stream in self.served], share)
+
+    def first_ms(self, share: float) -> float:
+        """The same to the first byte."""
+        return 1000 * percentile([stream.first_s for stream in self.served], share)
+
+
+class Loader:
+    """Asks gateways; made by `loading`.
+
+    Args:
+        session: the HTTP session.
+        urls: the gateways'.
+        bodies: what is asked, one after the other.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], bodies: Iterable[dict[str, Any]]) -> None:
+        self._session = session
+        self._urls = urls
+        self._bodies = map(orjson.dumps, bodies)
+
+    async def stream(self, url: str) -> Stream:
+        """The next stream, read as fast as it comes."""
+        body = next(self._bodies)
+        start_s = time.perf_counter()
+        status, first_s, chunks, tail = BROKEN, 0.0, 0, b""
+        try:
+            async with self._session.post(f"{url}/generate", data=body) as response:
+                async for data in response.content.iter_any():
+                    first_s = first_s or time.perf_counter() - start_s
+                    chunks += data.count(b"data: ")
+                    tail = (tail + data)[-len(DONE) :]
+                status = BROKEN if response.status == 200 and tail != DONE else response.status
+        except (aiohttp.ClientError, OSError):
+            pass
+        return Stream(status, first_s, time.perf_counter() - start_s, chunks)
+
+    async def closed(self, clients: int, seconds: float, told: Callable[[Stream], object]) -> Load:
+        """Clients that ask again as soon as they are answered; after so many seconds they finish what they have.
+
+        Each asks one gateway, and each gateway has as many.
+        """
+        streams: list[Stream] = []
+        start_s = time.perf_counter()
+
+        async def client(url: str) -> None:
+            while time.perf_counter() < start_s + seconds:
+                streams.append(await self.stream(url))
+                told(streams[-1])
+
+        await asyncio.gather(*map(client, itertools.islice(itertools.cycle(self._urls), clients)))
+        return Load(streams, time.perf_counter() - start_s)
+
+    async def open(self, per_s: float, seconds: float, told: Callable[[Stream], object], seed: int = 0) -> Load:
+        """Arrivals of a Poisson process at the gateways in turn, however long the answers take."""
+        chance, under_way, urls = random.Random(seed), [], itertools.cycle(self._urls)
+        start_s = next_s = time.perf_counter()
+        while (next_s := next_s + chance.expovariate(per_s)) < start_s + seconds:
+            await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
+            under_way.append(asyncio.create_task(self.stream(next(urls))))
+            under_way[-1].add_done_callback(lambda task: told(task.result()))
+        return Load(await asyncio.gather(*under_way), time.perf_counter() - start_s)
+
+
+@asynccontextmanager
+async def loading(urls: Sequence[str], bodies: Iterable[dict[str, Any]]) -> AsyncIterator[Loader]:
+    """A loader with connections of its own."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    headers = {"Content-Type": "application/json"}
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
+        yield Loader(session, urls, bodies)
+
+
+@asynccontextmanager
+async def reading(urls: Sequence[str], path: str, body: dict[str, Any], per_s: float) -> AsyncIterator[None]:
+    """A client of each URL that asks again and again, and reads so many bytes a second, or none.
+
+    Its buffers are small, so that what it does not read waits in the gateway.
+    """
+    raw = orjson.dumps(body)
+    clients = [asyncio.create_task(_reader(url, path, raw, per_s)) for url in urls]
+    try:
+        yield
+    finally:
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+
+
+async def _reader(url: str, path: str, body: bytes, per_s: float) -> None:
+    place = urlsplit(url)
+    head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    while True:
+        with socket.socket() as plain:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plain.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(plain, (place.hostname, place.port))
+            reader, writer = await asyncio.open_connection(sock=plain, limit=4096)
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            try:
+                while True:
+                    if per_s == 0:
+                        await asyncio.sleep(GIVES_UP_S)
+                        break
+                    if not await reader.read(max(1, round(per_s / 10))):
+                        break
+                    await asyncio.sleep(0.1)
+            except OSError:
+                pass
+            finally:
+                writer.transport.abort()
+        await asyncio.sleep(0.1)

@@ -1,0 +1,61 @@
+"""How the engines' places are shared out among gateways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from server.errors import Unavailable
+from server.gateway.access.places import SharedPlaces
+
+
+class Leases:
+    """Who holds what, as the store knows it."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, set[str]] = {}
+        self.is_away = False
+
+    async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int:
+        if self.is_away:
+            raise Unavailable("away")
+        self.held.setdefault(name, set()).update(members)
+        return len(self.held[name])
+
+    async def let_go(self, name: str, member: str) -> None:
+        if self.is_away:
+            raise Unavailable("away")
+        self.held[name].discard(member)
+
+
+def engines(sequences: int | None, *urls: str) -> Any:
+    return SimpleNamespace(urls=urls, sequences=sequences)
+
+
+async def test_gateways_before_the_same_engines_share_their_places() -> None:
+    store: Any = Leases()
+    one, two = (SharedPlaces(engines(9, *urls), store, None) for urls in (("a", "b"), ("b", "a")))
+    other = SharedPlaces(engines(9, "c"), store, None)
+    assert one() == 9
+    for places in (one, two, other, one):
+        await places.look()
+    assert (one(), two(), other()) == (5, 5, 9)
+    await two.leave()
+    await one.look()
+    assert one() == 9
+
+
+async def test_what_is_not_known_is_not_shared() -> None:
+    store: Any = Leases()
+    assert SharedPlaces(engines(None, "a"), store, None)() is None
+    assert SharedPlaces(engines(9, "a"), store, 4)() == 4
+
+
+async def test_a_store_that_is_away_keeps_nobody_from_leaving() -> None:
+    store: Any = Leases()
+    places = SharedPlaces(engines(9, "a"), store, None)
+    await places.look()
+    store.is_away = True
+    await places.leave()
+    assert places() == 9
