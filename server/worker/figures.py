@@ -19,7 +19,10 @@ log = logging.getLogger("mta.worker")
 _BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
 GIVEN_UP = "given up"
-"""For another worker to take, or because its outcome is no longer wanted."""
+"""For another worker to take."""
+
+UNWANTED = "unwanted"
+"""Cancelled, superseded or erased meanwhile, or another worker's by now."""
 
 
 class WorkerFigures:
@@ -29,11 +32,11 @@ class WorkerFigures:
         self._registry = registry = CollectorRegistry()
         self.jobs = Counter(
             "mta_worker_jobs",
-            "Adapt jobs by how this worker left them: succeeded, rejected, failed, or given up for another to take.",
+            "Adapt jobs by how this worker left them.",
             ("outcome",),
             registry=registry,
         )
-        for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, GIVEN_UP):
+        for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, UNWANTED, GIVEN_UP):
             self.jobs.labels(outcome)  # from zero on: a first one is an increase
         self.wait = Histogram(
             "mta_worker_job_wait_seconds",
