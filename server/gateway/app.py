@@ -8,11 +8,12 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -30,35 +31,25 @@ from server.gateway.access.places import LOOK_S as COUNT_GATEWAYS_S
 from server.gateway.access.places import SharedPlaces
 from server.gateway.access.queue import EngineQueue
 from server.gateway.access.routes import guard
+from server.gateway.assembly import Shared, parts_over
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.engines.ways import Ways
-from server.gateway.generation.generator import Generator
-from server.gateway.generation.index_cache import IndexCache
-from server.gateway.generation.personalizer import Personalizer
-from server.gateway.generation.recall import Recall
 from server.gateway.http.bodies import Bodies
 from server.gateway.http.errors import add_error_handlers
 from server.gateway.http.middleware import Places, RequestLog
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import GENERATING, Metrics
-from server.gateway.parts import Parts
+from server.gateway.parts import Banks
 from server.gateway.routes import generate, jobs, operations, users
 from server.gateway.routes.console import bank as console_bank
 from server.gateway.routes.console import pages
 from server.gateway.routes.openai import routes as openai
-from server.gateway.users.adapting import Adapting
-from server.gateway.users.erasing import Erasing
-from server.gateway.users.exporting import Exporting
-from server.gateway.users.history import HistoryLimit
-from server.gateway.users.profiles import Profiles
-from server.gateway.users.sample_checks import SampleChecks
 from server.settings import Settings
 from server.store.durability import LOOK_S, Durability
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
-from server.store.samples import JobBudget
 from server.store.tenants.user_key import Tenants
 from server.watching.repeating import forever
 from server.watching.tracing import Tracing, open_tracing
@@ -85,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(1, thread_name_prefix="bodies") as body_thread:
             app.state.bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
-            async with _opened(settings, metrics, keys, tracing) as app.state.parts:
+            async with _opened(settings, metrics, keys, tracing) as app.state.banks:
                 yield
         await asyncio.to_thread(tracing.close)
 
@@ -109,16 +100,17 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 @asynccontextmanager
-async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing) -> AsyncIterator[Parts]:
+async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing) -> AsyncIterator[Banks]:
     """Open every part, refuse to start if one cannot serve, and close them in turn.
 
     Raises:
         MtaError: naming what is missing or damaged.
     """
-    bank_folder = settings.bank_folder()
+    folders = settings.banks
     tenants = Tenants(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
     embedder = await asyncio.to_thread(_open_embedder, settings)
-    bank = await asyncio.to_thread(ServingBank.open, bank_folder, embedder.id)
+    banks = await asyncio.to_thread(_open_banks, folders, embedder.id)
+    usual = next(iter(banks.values()))
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
         try:
@@ -131,21 +123,11 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", _stand_back))
-        signing = stores.signing(bank.manifest.short) if bank.signs else None
-        profiles = Profiles(
-            stores.profiles,
-            embedder=embedder,
-            task=bank.task,
-            executor=threads,
-            limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
-            signing=signing,
-        )
-        personalizer = Personalizer(bank, profiles)
         engines = Engines(session, settings.engines, engine_key)
         ways = Ways(settings.engine_url, engines)
         engine = EngineClient(session, ways, engine_key, metrics.retries.inc)
         tokenizer = TokenizerClient(session, engines, engine_key)
-        health = Health(stores.server, engines, bank.manifest.fingerprint, generating=settings.engine_url)
+        health = Health(stores.server, engines, usual.manifest.fingerprint, generating=settings.engine_url)
         metrics.watch(lambda: engines.figures, lambda: health.readiness)
         limiter = Limiter(
             stores.rates,
@@ -164,79 +146,61 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
             places, most_waiting=settings.queue_places, patience_s=settings.queue_timeout_s, metrics=metrics
         )
 
+        shorts = [bank.manifest.short for bank in banks.values()]
         for beside in (
             health.watch(),
-            forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, bank.manifest.short, metrics), log),
+            forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, shorts, metrics), log),
             forever(LOOK_S, stores.file.look, log),
             forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
             forever(COUNT_GATEWAYS_S, places.look, log),
             forever(RENEW_S, limiter.renew, log),
-            asyncio.to_thread(_load_search, bank.task),
+            asyncio.to_thread(_load_search, usual.task),
         ):
             stack.push_async_callback(_stopped, asyncio.create_task(beside))
-        metrics.bank.labels(bank.manifest.short).set(1)
-        indexes = IndexCache(settings.history_cache_mib << 20)
-        recall = Recall(profiles, bank.task, tokenizer, indexes)
-        generator = Generator(
-            personalizer,
-            recall,
-            engine,
-            engines,
-            limiter=limiter,
-            queue=queue,
-            max_prompt_chars=settings.max_prompt_chars,
-            metrics=metrics,
-        )
-        adapting = Adapting(
-            stores.jobs,
-            profiles,
-            checks=SampleChecks(tokenizer, engines),
-            manifest=bank.manifest,
-            task=bank.task,
-            max_sample_bytes=settings.max_item_bytes,
-            budget=JobBudget(settings.job_tokens, settings.job_seconds),
-            tracing=tracing,
-        )
-        erasing = Erasing(
-            stores.profiles,
-            adapters=stores.adapters,
-            jobs=stores.jobs,
-            signing=signing,
-            bank=bank.manifest.short,
-            log_file=stores.file,
-            engines=engines,
-        )
-        exporting = Exporting(
-            stores.profiles,
-            jobs=stores.jobs,
-            adapters=stores.adapters,
-            bank=bank_folder,
-            manifest=bank.manifest,
-        )
-        yield Parts(
+        for short in shorts:
+            metrics.bank.labels(short).set(1)
+        shared = Shared(
             settings=settings,
             tenants=tenants,
-            bank=bank,
-            profiles=profiles,
-            adapting=adapting,
-            erasing=erasing,
-            exporting=exporting,
-            personalizer=personalizer,
-            generator=generator,
+            stores=stores,
+            embedder=embedder,
+            embedding=threads,
+            engine=engine,
+            engines=engines,
+            tokenizer=tokenizer,
             limiter=limiter,
+            queue=queue,
             health=health,
             metrics=metrics,
             tracing=tracing,
         )
+        yield Banks(parts_over(banks, shared), keys)
 
 
-async def _count_jobs(jobs: JobStore, bank: str, metrics: Metrics) -> None:
-    """Count a bank's open jobs; while the store is away the last count stays, and `/ready` says why."""
+def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, ServingBank]:
+    """The banks by their folders, first the one for all tenants that name none.
+
+    Raises:
+        MtaError: when that one cannot be served.
+    """
+    first, *others = folders
+    banks = {first: ServingBank.open(first, embedder_id)}
+    for folder in others:
+        try:
+            banks[folder] = ServingBank.open(folder, embedder_id)
+        except MtaError as error:
+            log.warning("the next bank is for engines alone, tenants cannot name it here: %s", error)
+    return banks
+
+
+async def _count_jobs(jobs: JobStore, banks: Sequence[str], metrics: Metrics) -> None:
+    """Count the banks' open jobs; while the store is away the last count stays, and `/ready` says why."""
     with contextlib.suppress(Unavailable):
-        unfinished, waiting = await jobs.open_jobs(bank), await jobs.waiting_jobs(bank)
+        unfinished = sum([await jobs.open_jobs(bank) for bank in banks])
+        waiting = sum([await jobs.waiting_jobs(bank) for bank in banks])
         metrics.jobs.labels("queued").set(waiting)
         metrics.jobs.labels("running").set(max(0, unfinished - waiting))
-        metrics.oldest_job.set(await jobs.oldest_waiting_s(bank))
+        metrics.oldest_job.set(max([await jobs.oldest_waiting_s(bank) for bank in banks]))
 
 
 def _stand_back() -> None:

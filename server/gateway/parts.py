@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 from fastapi import Depends, Request
 
 from bank.lookup.serving import ServingBank
+from server.errors import Unavailable
 from server.gateway.access.caller import caller_of
+from server.gateway.access.known_keys import KnownKeys
 from server.gateway.access.limiter import Limiter
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
@@ -26,7 +28,7 @@ from server.watching.tracing import Tracing
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of one gateway."""
+    """The parts of one gateway over one bank."""
 
     settings: Settings
     tenants: Tenants
@@ -43,10 +45,51 @@ class Parts:
     tracing: Tracing
 
 
+@dataclass(frozen=True, slots=True)
+class Banks:
+    """The parts of one gateway over each bank that it serves.
+
+    Attributes:
+        parts: by the bank's 8 hex digits; the first are for tenants that name no bank.
+        keys: know which tenant names which.
+    """
+
+    parts: Mapping[str, Parts]
+    keys: KnownKeys
+
+    @property
+    def usual(self) -> Parts:
+        """Those for tenants that name no bank."""
+        return next(iter(self.parts.values()))
+
+    def of(self, tenant: str) -> Parts:
+        """Those for a tenant.
+
+        Raises:
+            Unavailable: when it names a bank that is not served here.
+        """
+        named = self.keys.bank_of(tenant)
+        if named is None:
+            return self.usual
+        if (parts := self.parts.get(named)) is None:
+            raise Unavailable(
+                f"this tenant's bank, {named}, is not served here, only {', '.join(self.parts)}: set MTA_BANK or "
+                "MTA_NEXT_BANK to its folder, or name another with `mta keys bank`",
+                code="no_bank",
+            )
+        return parts
+
+
 def parts_of(request: Request) -> Parts:
-    """The parts of the gateway that received a request."""
-    parts: Parts = request.app.state.parts
-    return parts
+    """The parts of the gateway that received a request, over the bank of the tenant that sent it."""
+    banks: Banks = request.app.state.banks
+    return banks.of(caller_of(request).tenant)
+
+
+def usual_parts(request: Request) -> Parts:
+    """The parts of the gateway that received a request, whoever sent it."""
+    banks: Banks = request.app.state.banks
+    return banks.usual
 
 
 def users_of(request: Request) -> UserKeys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -89,6 +90,31 @@ def revoke(
 
     key, was_valid = _in(_settings(data), revoked)
     typer.echo(f"key {key.id} ({key.name}) " + ("counts no more within 5 s" if was_valid else "was revoked before"))
+
+
+@app.command()
+def bank(
+    tenant: Annotated[str, typer.Argument(help="A tenant that has keys.")],
+    bank: Annotated[
+        str | None, typer.Argument(help="The bank's 8 hex digits (`mta bank info`).", show_default="the gateways' own")
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Have a tenant's users be served by a bank of their own, of those that gateways and engines have loaded.
+
+    Those are MTA_BANK and MTA_NEXT_BANK. Users' adapters belong to a bank: they are trained again for the new one.
+    """
+    if bank is not None and not re.fullmatch(r"[0-9a-f]{8}", bank):
+        raise MtaError(f"a bank is named by 8 hex digits, got {excerpt(bank)}: `mta bank info FOLDER` shows them")
+
+    async def named(keys: AccessKeys) -> None:
+        tenants = sorted({key.tenant for key in (await keys.all()).keys})
+        if tenant not in tenants:
+            raise MtaError(f"no key belongs to the tenant {excerpt(tenant)}, only to {', '.join(tenants) or 'none'}")
+        await keys.name_bank(tenant, bank or "")
+
+    _in(_settings(data), named)
+    typer.echo(f"tenant {tenant} is served by {f'the bank {bank}' if bank else 'the gateways’ own bank'} within 5 s")
 
 
 def _settings(data: Path | None) -> Settings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 
 from adapters.errors import MtaError, excerpt
@@ -36,6 +36,7 @@ class KnownKeys:
         self._anybody = Caller(tenant, "", _EVERYTHING)
         self._callers: dict[str, Caller] = {}
         self._revoked: frozenset[str] = frozenset()
+        self._banks: Mapping[str, str] = {}
         self._revision = 0
 
     @property
@@ -63,8 +64,13 @@ class KnownKeys:
         ring = await store.all()
         self._callers = {key.digest: _caller(key) for key in ring.keys if key.revoked_ms is None}
         self._revoked = frozenset(key.digest for key in ring.keys if key.revoked_ms is not None)
+        self._banks = ring.banks
         self._revision = ring.revision
         log.info("%d API keys count", len(self._callers))
+
+    def bank_of(self, tenant: str) -> str | None:
+        """The 8 hex digits of the bank that a tenant names; None where it names none."""
+        return self._banks.get(tenant)
 
     def check_host(self, host: str) -> None:
         """Refuse to listen where others than this machine's people can come from, while there is no key.

@@ -11,7 +11,7 @@ from server.gateway.access.caller import is_admin
 from server.gateway.engines.admin import AddressState, EngineState
 from server.gateway.operating.health import Readiness, Report, StoreState
 from server.gateway.operating.metrics import CONTENT_TYPE
-from server.gateway.parts import Parts, parts_of
+from server.gateway.parts import Parts, usual_parts
 
 router = APIRouter(tags=["operations"])
 
@@ -72,7 +72,7 @@ async def health(request: Request) -> HealthAnswer:
     """Whether this process is alive: 200 if it answers. The parts are as they were last seen; nothing is probed."""
     if not is_admin(request):
         return HealthAnswer()
-    parts = parts_of(request)
+    parts = usual_parts(request)
     return HealthAnswer(parts=_parts(parts, parts.health.last))
 
 
@@ -86,7 +86,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
     what is missing all the same. This is what was last seen, at most a few seconds ago; nothing is probed. Before the
     first look `status` is `not_yet_seen`; when the last one is too old to rely on, it is `stale`.
     """
-    parts = parts_of(request)
+    parts = usual_parts(request)
     report, readiness = parts.health.last, parts.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
     if not is_admin(request):
@@ -103,7 +103,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
-    return Response(parts_of(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    return Response(usual_parts(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _parts(parts: Parts, report: Report | None) -> PartsAnswer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -63,10 +63,12 @@ class KeyRing:
     Attributes:
         revision: grows with every change; 0 while no key has ever been made.
         keys: oldest first, revoked ones included.
+        banks: of tenants that name one, its 8 hex digits.
     """
 
     revision: int
     keys: Sequence[AccessKey]
+    banks: Mapping[str, str] = field(default_factory=dict)
 
 
 class AccessKeys(Protocol):
@@ -90,6 +92,14 @@ class AccessKeys(Protocol):
 
         Returns:
             Whether it is kept.
+        """
+
+    async def name_bank(self, tenant: str, bank: str) -> None:
+        """Have a tenant that has keys be served by a bank; on disk when it returns.
+
+        Args:
+            tenant: whose users are served by it.
+            bank: its 8 hex digits; empty for the gateways' own.
         """
 
     async def revoke(self, digest: str, now_ms: int) -> bool:

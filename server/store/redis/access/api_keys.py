@@ -11,6 +11,7 @@ from server.store.tenants.access_keys import AccessKey, KeyRing, Scope
 
 _REVISION = "revision"
 _REVOKED = "revoked:"
+_BANK = "bank:"
 
 # KEYS: the hash. ARGV: digest, record, whether it must be the first. A repeated call changes nothing but the revision.
 _ADD = """
@@ -28,6 +29,12 @@ if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
 if redis.call('HSETNX', KEYS[1], 'revoked:' .. ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
 return 1
+"""
+
+# KEYS: the hash. ARGV: the tenant's field, the bank.
+_NAME_BANK = """
+if ARGV[2] == '' then redis.call('HDEL', KEYS[1], ARGV[1]) else redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+redis.call('HINCRBY', KEYS[1], 'revision', 1)
 """
 
 
@@ -51,13 +58,12 @@ class RedisAccessKeys:
         with readable():
             fields = {name.decode(): raw for name, raw in found.items()}
             revision = int(fields.pop(_REVISION, 0))
-            revoked = {
-                name.removeprefix(_REVOKED): int(fields.pop(name)) for name in list(fields) if name.startswith(_REVOKED)
-            }
+            revoked = {digest: int(when_ms) for digest, when_ms in _taken(fields, _REVOKED)}
+            banks = {tenant: bank.decode() for tenant, bank in _taken(fields, _BANK)}
             known = [_decoded(digest, raw, revoked.get(digest)) for digest, raw in fields.items()]
         if bool(known) != bool(revision):
             raise Unavailable("the store holds a part of the API keys only", code="store_corrupt")
-        return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)))
+        return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks)
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
         record = {
@@ -70,8 +76,17 @@ class RedisAccessKeys:
         arguments = (key.digest, orjson.dumps(record), int(only_first))
         return bool(await self._connection.write(_ADD, (keys.ACCESS_KEYS,), *arguments))
 
+    async def name_bank(self, tenant: str, bank: str) -> None:
+        await self._connection.write(_NAME_BANK, (keys.ACCESS_KEYS,), f"{_BANK}{tenant}", bank)
+
     async def revoke(self, digest: str, now_ms: int) -> bool:
         return bool(await self._connection.write(_REVOKE, (keys.ACCESS_KEYS,), digest, now_ms))
+
+
+def _taken(fields: dict[str, bytes], beginning: str) -> list[tuple[str, bytes]]:
+    """The fields with a beginning, which is taken off, out of all fields."""
+    names = [name for name in fields if name.startswith(beginning)]
+    return [(name.removeprefix(beginning), fields.pop(name)) for name in names]
 
 
 def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:

@@ -1,0 +1,108 @@
+"""A tenant that names a bank is served by it; everybody else by the gateway's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+from typer.testing import CliRunner
+
+from bank.manifest import BankManifest, read_manifest
+from bench.rig.processes import wait_until
+from bench.rig.valkey import ValkeyProcess
+from server.cli import app
+from server.settings import Settings
+from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.servers.connection import RedisConnection
+from server.store.tenants.access_keys import Scope, access_key, new_secret
+from tests.integration.security.conftest import Keyed, ask
+from tests.support.fake_engine import FakeEngine
+from tests.support.gateway import GatewayThread, generate
+
+ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Path:
+    from bench.rig.tiny import tiny_bank  # imports torch
+
+    return tiny_bank(tmp_path_factory.mktemp("second") / "bank", tiny_model_folder, embedder_folder, anchors=4, seed=2)
+
+
+@pytest.fixture(scope="module")
+def two_banks(
+    gateway_settings: Settings, store: ValkeyProcess, second: Path, fake_engine_server: FakeEngine
+) -> Iterator[Keyed]:
+    """A gateway that has loaded both."""
+    secrets = {tenant: new_secret() for tenant in ("acme", "globex")}
+
+    async def make() -> None:
+        connection = RedisConnection(store.url)
+        await connection.check()
+        for tenant, secret in secrets.items():
+            await RedisAccessKeys(connection).add(access_key(secret, "app", tenant, Scope))
+        await connection.close()
+
+    asyncio.run(make())
+    settings = gateway_settings.model_copy(update={"redis_url": store.url, "next_bank": second})
+    before = fake_engine_server.knobs.banks
+    fake_engine_server.knobs.banks = (*before, read_manifest(second).fingerprint)
+    with GatewayThread(settings) as gateway:
+        yield Keyed(gateway, secrets)
+    fake_engine_server.knobs.banks = before
+
+
+@pytest.fixture
+def named(two_banks: Keyed, store: ValkeyProcess, second: Path, monkeypatch: pytest.MonkeyPatch) -> BankManifest:
+    """The second bank, which acme names by now."""
+    manifest = read_manifest(second)
+    monkeypatch.setenv("MTA_REDIS_URL", store.url)
+    name_bank("acme", manifest.short)
+    wait_until(lambda: bank_of(two_banks, "acme") == manifest.short, "the tenant's bank to be known")
+    return manifest
+
+
+def name_bank(*arguments: str) -> None:
+    assert CliRunner().invoke(app, ["keys", "bank", *arguments]).exit_code == 0
+
+
+def bank_of(two_banks: Keyed, tenant: str) -> str:
+    with two_banks.client(tenant) as client:
+        answer = client.get("/bank").json()
+        return str(answer.get("bank") or answer["error"]["code"])
+
+
+def test_a_tenant_is_served_by_the_bank_that_it_names(
+    two_banks: Keyed, named: BankManifest, store: ValkeyProcess, fake_engine: FakeEngine
+) -> None:
+    usual = two_banks.gateway.parts.bank.manifest.short
+    for tenant, bank in (("acme", named.short), ("globex", usual)):
+        with two_banks.client(tenant) as client:
+            recipe = client.put("/users/ada/profile", json=ITEMS).raise_for_status().json()["recipe"]
+            assert recipe.split(":")[1] == bank
+            assert generate(client, "ada").json()["personalization"]["level"] == "merged"
+            assert client.get("/users/ada").json()["recipe"].split(":")[1] == bank == bank_of(two_banks, tenant)
+            ask(client, "POST /users/{user_id}/adapt", {}, "ada").raise_for_status()
+    assert [seen.body["model"].split(":")[1] for seen in fake_engine.seen] == [named.short, usual]
+    with redis.Redis.from_url(store.url) as raw:
+        assert [raw.hlen(f"mta:{{jobs:{bank}}}:called") for bank in (named.short, usual)] == [1, 1]
+
+
+def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, named: BankManifest) -> None:
+    name_bank("acme", "00000000")
+    wait_until(lambda: bank_of(two_banks, "acme") == "no_bank", "the tenant's bank to be known")
+    assert bank_of(two_banks, "globex") == two_banks.gateway.parts.bank.manifest.short
+    assert httpx.get(f"{two_banks.gateway.url}/ready").status_code == httpx.codes.OK
+    name_bank("acme")
+    usual = two_banks.gateway.parts.bank.manifest.short
+    wait_until(lambda: bank_of(two_banks, "acme") == usual, "the gateway's own bank")
+
+
+@pytest.mark.parametrize(("tenant", "bank"), [("nobody", "0" * 8), ("acme", "0" * 7), ("acme", "A" * 8)])
+def test_what_is_no_tenant_or_no_bank_is_refused(two_banks: Keyed, named: BankManifest, tenant: str, bank: str) -> None:
+    assert CliRunner().invoke(app, ["keys", "bank", tenant, bank]).exit_code == 1
+    assert bank_of(two_banks, "acme") == named.short
