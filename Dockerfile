@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# Two images from one checkout: `gateway` holds neither torch nor vLLM, `engine` holds both and also trains banks.
+# Two images from one checkout: `gateway` holds neither torch nor vLLM, and the router as well; `engine` holds both, and
+# also trains banks and user adapters.
 #
 #   docker build --target gateway -t mta-gateway .
 #   docker build --target engine  -t mta-engine .                          (CUDA)
@@ -14,13 +15,15 @@ WORKDIR /app
 # Dependencies change with pyproject.toml, not with every edit of the source: they are installed first, with an empty
 # project, and the source on top of them.
 FROM base AS build
+# The cache is a mount, and no part of the image.
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/root/.cache pip install "uv>=0.9,<1" && uv venv /opt/venv
 ENV VIRTUAL_ENV=/opt/venv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 COPY pyproject.toml ./
 RUN touch README.md
 
 FROM build AS gateway-build
-RUN --mount=type=cache,target=/root/.cache uv pip install ".[tracing]"
+RUN --mount=type=cache,target=/root/.cache uv pip install ".[fleet,tracing]"
 COPY adapters adapters
 COPY bank bank
 COPY server server
@@ -45,16 +48,18 @@ RUN uv pip install --no-deps --reinstall-package mta-server .
 
 FROM base AS gateway
 COPY --from=gateway-build /opt/venv /opt/venv
-USER mta
+USER 10001
 EXPOSE 8000
 CMD ["mta", "gateway"]
 
 FROM base AS engine
 # libnuma: vLLM's CPU kernels link to it. The compiler: Triton builds its kernels' launchers when it starts.
+# Unpinned: Debian keeps one version in a release, and drops it when it mends it.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=engine-build /opt/venv /opt/venv
-USER mta
+USER 10001
 EXPOSE 8001
 CMD ["mta", "engine"]

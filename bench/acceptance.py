@@ -104,6 +104,11 @@ SOAK = (
 ADAPTED = tuple(
     Target(f"{kind}: seconds from POST", "at most 60", lambda value: value["median"] <= 60) for kind in ("lora", "core")
 )
+PACKAGES = (
+    Target("components in the SBOM", "all", lambda value: value > 0),
+    Target("known vulnerabilities", "none", lambda value: value in ("none", "none in those", "not checked")),
+    Target("packages looked up", "all", lambda value: len(set(_counts(value))) == 1, binding=False),
+)
 GATEWAY = (Target("whole, 1 concurrent: added at p50", "3 ms", lambda value: value["median"] <= 3, binding=False),)
 
 
@@ -151,6 +156,7 @@ def main(
     run, bank, users = Run(out, shown), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
     model = ("tests/contract/test_store_model.py", "--hypothesis-profile=long")
     run.step("the store's promises, 50,000 steps", ("-m", "pytest", "-q", *model))
+    run.step("packages", ("-m", "deploy.audit"), PACKAGES)
     build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
         run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)

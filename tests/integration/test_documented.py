@@ -15,6 +15,7 @@ from tests.support.documented import ROOT, Reader, blocks_of
 
 PAGES = (
     "README.md",
+    "docs/deploying.md",
     "docs/openai.md",
     *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/adopting/*.md")),
 )
