@@ -117,9 +117,9 @@ class Verdict(Frozen):
         people: how many there were.
         losses: their mean loss by method, nats a token.
         merged: the bank's own rule less `common`.
-        recalled: `common` with one past item in the prompt, less `common`.
-        both: the bank's own rule with the item, less that without.
-        beyond: the same less `common` with the item: what the adapters add to it.
+        recalled: `common` with `history` past items in the prompt, or one where that is 0, less `common`.
+        both: the bank's own rule with them, less that without.
+        beyond: the same less `common` with them: what the adapters add.
         prior: the bank's own rule less the histogram of the person's answers; None for free answers.
         history: how many past items prompts get by default.
     """

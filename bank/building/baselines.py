@@ -6,7 +6,6 @@ inside the bank's, as a bank with this common row and one anchor that changes no
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from bank.lookup.index import AnchorIndex
 from bank.manifest import INDEX_FILE, MANIFEST_FILE, BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model
-from bank.models.load import load_base, resolve_dtype
+from bank.models.load import load_base
 from bank.rules import WeightRule
 
 BASELINES = "baselines"
@@ -53,8 +52,8 @@ def build_baselines(
         raise BankError("--baselines trains the common row further, but this bank has none: drop --no-common")
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
+    options = options.resolved()
     learnt = pooled_lessons(people, task, options)
-    options = dataclasses.replace(options, dtype=resolve_dtype(options.dtype))
     model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), options.dtype)
     steps = sum(anchor_steps(options, anchor.items) for anchor in manifest.anchors)
     plan = TrainPlan(steps, options.batch_size, options.common_learning_rate, row_seed(options.seed, TASK_ROW))

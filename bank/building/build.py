@@ -7,7 +7,6 @@ killed and started again ends with the fingerprint it would have had.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.prior import fit_prior
 from bank.manifest import BankManifest, BaseModelId, EmbedderId
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
-from bank.models.load import load_base, resolve_dtype
+from bank.models.load import load_base
 
 EMBED_THREADS = 2
 
@@ -106,7 +105,7 @@ def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) 
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
-    options = dataclasses.replace(options, dtype=resolve_dtype(options.dtype))
+    options = options.resolved()
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
     key = inputs_key(options, task, people, base.hash, embedder.id)
     return _Job(options, task, people, candidates, model_folder, base, embedder, key)

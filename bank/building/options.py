@@ -88,6 +88,8 @@ Top = Annotated[int, Option("Most anchors in a user's recipe.", COUNT)]
 _USER_RANK, _TOP = 8, 2
 POSTERIOR = "posterior"
 TOPICS, LONGEST = "topics", "longest"
+HISTORY_SHARES = {"chat": 0.5}
+"""The default of `history_share`, for the tasks where it was found to help; elsewhere 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +138,13 @@ class BuildOptions:
     learning_rate: Annotated[float, Option("Peak learning rate of the anchors.", RATE)] = 1e-3
     common_learning_rate: Annotated[float, Option("Peak learning rate of the common row.", RATE)] = 1e-3
     history_share: Annotated[
-        float, Option("Share of the training items with past items of the same person in the prompt.", PART)
-    ] = 0.0
+        float | None,
+        Option(
+            "Share of the training items with past items of the same person in the prompt.",
+            PART,
+            shown_default="0.5 for chat, else 0",
+        ),
+    ] = None
     max_tokens: Annotated[int, Option("Longest training example.", COUNT)] = 512
     verdict: Annotated[bool, Option("Leave a few people out, and measure on them what the bank gains.")] = True
     describe: Annotated[
@@ -150,6 +157,13 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         check_limits(self)
+
+    def resolved(self) -> BuildOptions:
+        """The same, with what depends on task and machine decided."""
+        from bank.models.load import resolve_dtype
+
+        share = HISTORY_SHARES.get(self.task, 0.0) if self.history_share is None else self.history_share
+        return dataclasses.replace(self, dtype=resolve_dtype(self.dtype), history_share=share)
 
     def rule(self, calibration: Calibration | None = None) -> WeightRule:
         """The bank's rule of weights, with one for signatures where they are calibrated."""

@@ -116,7 +116,7 @@ def _jobs(
 
 def pooled_lessons(people: Sequence[History], task: Task, options: BuildOptions) -> list[Lesson]:
     """Everybody's items to learn from, one person after the other."""
-    return [lesson for person in people for lesson in lessons(person, task, options.history_share, options.seed)]
+    return [lesson for person in people for lesson in lessons(person, task, options.history_share or 0.0, options.seed)]
 
 
 def _plan(name: str, items: int, options: BuildOptions) -> TrainPlan:

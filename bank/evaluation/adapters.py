@@ -170,9 +170,9 @@ class Adapters:
     def _recipe(self, method: EvalMethod, evidence: Evidence, seed: int) -> FusionRecipe:
         """The recipe of a method that fuses, without what is trained on top of it."""
         manifest = self.bank.manifest
-        if method.base is Base.OWN:
+        if method.base in (Base.COMMON, Base.OWN):
             if not manifest.common:
-                raise BankError("`own` is trained on the common row, but this bank has none")
+                raise BankError(f"`{method.base}` needs the common row, but this bank has none")
             return FusionRecipe(manifest.short, manifest.method, True, ())
         share = self._strength if method.base is Base.STACKED else 1.0
         by_topic = method.base in (Base.MERGED, Base.STACKED) and (method.source or manifest.weights.source) == "topic"

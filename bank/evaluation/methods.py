@@ -15,14 +15,15 @@ HISTORY = "+history"
 class Base(StrEnum):
     """What adapter a method uses.
 
-    prior: no model at all, the person's smoothed histogram of answers. base: no adapter. task: the common row
-    trained further, for as long as all anchors took together. mean: all anchors, equal weights. random: as many
-    random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked: merged, and the user's
-    few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
+    prior: no model at all, the person's smoothed histogram of answers. base: no adapter. common: the common row, what
+    all share. task: that row trained further, for as long as all anchors took together. mean: all anchors, equal
+    weights. random: as many random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked:
+    merged, and the user's few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
     """
 
     PRIOR = "prior"
     BASE = "base"
+    COMMON = "common"
     TASK = "task"
     MEAN = "mean"
     RANDOM = "random"
@@ -34,9 +35,9 @@ class Base(StrEnum):
 SOURCES = ("topic", "evidence", "signature")
 """Where `merged:` and `stacked:` may take weights from, instead of the bank's own rule."""
 
-DEFAULT = "base,task,mean,random,merged,stacked,own"
+DEFAULT = "base,common,task,mean,random,merged,stacked,own"
 
-REMEMBERING = (Base.BASE, Base.TASK, Base.MERGED, Base.STACKED, Base.OWN)
+REMEMBERING = (Base.BASE, Base.COMMON, Base.TASK, Base.MERGED, Base.STACKED, Base.OWN)
 """The methods that are also evaluated with `HISTORIES` past items in the prompt: what an app would do instead."""
 
 HISTORIES = (1, 3)

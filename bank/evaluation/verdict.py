@@ -1,6 +1,6 @@
 """The end of `mta bank build`: what the bank gains for people who were left out of it, and whether history helps.
 
-A few people, a few of their last answers, one pass under each of two adapters, with and without a past item in the
+A few people, a few of their last answers, one pass under each of two adapters, without and with past items in the
 prompt. All of it is done by the code that serves: signature, recipe, and the choice of the item.
 """
 
@@ -36,8 +36,9 @@ from bank.models.load import load_base, resolve_dtype
 from bank.rules import Difference, Verdict
 
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
-RECALLED = "+history"
-_PAST_ITEMS = 1
+PAST_ITEMS = (1, 3)
+"""How many past items are tried; more have to be surely better than fewer to become the default."""
+
 _LEVEL = 0.95
 _NO_BOUND = 1e9
 """As good as infinity, which JSON has not."""
@@ -88,18 +89,18 @@ class _Judge:
         known, asked = History(person.user_id, person.items[:-ASKED]), person.pairs(task)[-ASKED:]
         adapters = {COMMON: self._common(), MERGED: self._merged(known)}
         index = ItemIndex(task, known.items)
-        memories = [index.memories(turn, _PAST_ITEMS) for turn, _ in asked]
-        longest = (1 + _PAST_ITEMS) * self.max_tokens
         plain = [encode_pair(tokenizer, *pair, self.max_tokens) for pair in asked]
-        recalled = [
-            encode_recalling(tokenizer, task, *pair, memories=quoted, max_tokens=longest)
-            for pair, quoted in zip(asked, memories, strict=True)
-        ]
+        prompts = {"": plain}
+        for count in PAST_ITEMS:
+            memories = [index.memories(turn, count) for turn, _ in asked]
+            prompts[recalling(count)] = [
+                encode_recalling(tokenizer, task, *pair, memories=quoted, max_tokens=(1 + count) * self.max_tokens)
+                for pair, quoted in zip(asked, memories, strict=True)
+            ]
         found: Losses = {}
         for name, adapter in adapters.items():
-            readings = self.scorer.read(adapter, [*plain, *recalled])
-            found[name] = fmean(reading.loss for reading in readings[: len(plain)])
-            found[name + RECALLED] = fmean(reading.loss for reading in readings[len(plain) :])
+            for history, examples in prompts.items():
+                found[name + history] = fmean(reading.loss for reading in self.scorer.read(adapter, examples))
         if prior := self.bank.manifest.prior:
             shares = personal_shares(prior, [answer for _, answer in known.pairs(task)])
             tokens = [example.output_tokens for example in plain]
@@ -135,17 +136,26 @@ def verdict(people: Sequence[Losses]) -> Verdict:
     def less(method: str, other: str) -> Difference:
         return difference([losses[method] - losses[other] for losses in people])
 
-    both = less(MERGED + RECALLED, MERGED)
+    one, more = PAST_ITEMS
+    history = one if less(MERGED + recalling(one), MERGED).lower else 0
+    if less(MERGED + recalling(more), MERGED + recalling(one)).lower and less(MERGED + recalling(more), MERGED).lower:
+        history = more
+    recalled = recalling(history or one)
     return Verdict(
         people=len(people),
         losses={name: fmean(losses[name] for losses in people) for name in people[0]},
         merged=less(MERGED, COMMON),
-        recalled=less(COMMON + RECALLED, COMMON),
-        both=both,
-        beyond=less(MERGED + RECALLED, COMMON + RECALLED),
+        recalled=less(COMMON + recalled, COMMON),
+        both=less(MERGED + recalled, MERGED),
+        beyond=less(MERGED + recalled, COMMON + recalled),
         prior=less(MERGED, PRIOR) if PRIOR in people[0] else None,
-        history=_PAST_ITEMS if both.lower else 0,
+        history=history,
     )
+
+
+def recalling(count: int) -> str:
+    """What the name of a method ends in that has so many past items in the prompt."""
+    return f"+history@h{count}"
 
 
 def difference(values: Sequence[float]) -> Difference:

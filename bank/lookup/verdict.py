@@ -10,13 +10,13 @@ def in_words(verdict: Verdict) -> str:
     sentences = [
         f"{_judgement(verdict)} Measured on {verdict.people} people left out of the bank, for a typical one of them, "
         f"nats a token, below 0 is better: the bank's adapters {_figure(verdict.merged)} against what all users share",
-        f"one past item in the prompt {_figure(verdict.both)} on top of that, "
+        f"{_items(verdict)} in the prompt {_figure(verdict.both)} on top of that, "
         f"{_figure(verdict.recalled)} without the adapters",
-        f"the adapters {_figure(verdict.beyond)} where the item is there anyway",
+        f"the adapters {_figure(verdict.beyond)} beside {_items(verdict)}",
     ]
     if verdict.prior:
         sentences.append(f"the adapters {_figure(verdict.prior)} against the histogram of a person's own answers")
-    history = f"Prompts get {verdict.history} past item by default." if verdict.history else ""
+    history = f"Prompts get {_items(verdict)} by default." if verdict.history else ""
     return f"{'; '.join(sentences)}. {history}".rstrip()
 
 
@@ -24,12 +24,17 @@ def _judgement(verdict: Verdict) -> str:
     if verdict.prior and verdict.prior.higher:
         return "Not worth serving: the histogram of a person's own answers, without any model, predicts them better."
     if verdict.history and not verdict.beyond.lower:
-        return "Not shown to be worth serving: one past item in the prompt alone does as well."
+        return f"Worth serving with {_items(verdict)} in the prompt; beside that the anchors add nothing sure."
     if verdict.merged.lower or verdict.beyond.lower:
         return "Worth serving."
     if verdict.merged.higher:
         return "Not worth serving: what all users share does better alone."
     return "Not shown to be worth serving: its gain is within chance."
+
+
+def _items(verdict: Verdict) -> str:
+    """How many past items the figures are about."""
+    return f"{verdict.history} past items" if verdict.history > 1 else "one past item"
 
 
 def _figure(difference: Difference) -> str:

@@ -36,9 +36,6 @@ TASKS = {"mail": "chat"}
 """The tasks of folders that are not named after theirs."""
 
 ANCHORS = {"mail": 10, "news_headline": 12, "movie_rating": 20}
-HISTORY_SHARES = {"mail": 0.5}
-"""Share of the training items with past items in the prompt, where that was found to help."""
-
 QUERIES = {"mail": 3, "news_headline": 6, "movie_rating": 8}
 PROFILES = {"mail": 6}
 """For folds: how many of a person's last items are queries, and how many before them are the profile."""
@@ -57,10 +54,6 @@ def main(
     ] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",
-    history_share: Annotated[
-        float | None,
-        typer.Option(help="`--history-share` of each bank.", min=0, max=1, show_default="0, mail 0.5"),
-    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Made-up people and a tiny model.")] = False,
 ) -> None:
     """Build, evaluate, and print the table."""
@@ -73,8 +66,7 @@ def main(
     name = TASKS.get(task, task)
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
-    share = HISTORY_SHARES.get(task, 0) if history_share is None else history_share
-    build = f"--history-share {share} --no-verdict {build}"
+    build = f"--no-verdict {build}"
     options = ["--methods", methods_of(name), *shlex.split(evaluate)]
     options += ["--write"] if name == "chat" else []
     options += ["--people", str(people)] if people else []

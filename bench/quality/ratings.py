@@ -1,30 +1,37 @@
-"""For tasks whose answers are scores: how far from the truth is the score that a model expects?
+"""For tasks whose answers are scores: how far from the truth is the score that a model expects, and what does it add to
+a person's habit?
 
 `mta eval` judges the likeliest score, as LaMP does: of two that are nearly equally likely it sees only one. Here a
 model is asked how likely each score is, and the mean of that distribution is what it expects.
+
+A habit needs no model (`prior`), and what a model knows of a person is for a part the same habit. So each method is
+also asked with the habit on top: each score's chance times how much likelier the person's histogram makes it than
+everybody's. In an engine that is a bias on five logits, a field of the request.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.progress import track
 
 from bank.building.baselines import BASELINES
 from bank.evaluation.adapters import Adapters
-from bank.evaluation.methods import parse_methods
-from bank.evaluation.people import read_people
+from bank.evaluation.methods import Base, parse_methods
+from bank.evaluation.people import Person, read_people
 from bank.evaluation.report.intervals import against_one
 from bank.evaluation.report.metrics import HIGHEST, LOWEST
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
+from bank.lookup.prior import personal_shares
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
@@ -35,11 +42,20 @@ from server.worker.training import user_plan
 
 MAX_TOKENS = 512
 SCORES = range(int(LOWEST), int(HIGHEST) + 1)
+TOKENS = 2
+"""Of an answer: the score and the end of the turn, which costs nothing."""
+
+PRIOR, BIASED = "prior", "+prior"
+
+Chances = Mapping[int, float]
+"""How likely each score is."""
 
 
 def main(
     *,
-    bank: Annotated[Path, typer.Option(help="A bank of a task whose answers are scores, built with --baselines.")],
+    bank: Annotated[
+        Path, typer.Option(help="A bank of a task whose answers are scores; for `task` built with --baselines.")
+    ],
     users: Annotated[Path, typer.Option(help="People with queries.")],
     people: Annotated[int | None, typer.Option(help="Only the first N people.", min=2, show_default="all")] = None,
     methods: Annotated[
@@ -48,13 +64,16 @@ def main(
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Report each method's mean absolute error of the expected score, and that less the others', with 95 % intervals.
+    """Report each method's loss and mean absolute error of the expected score, and both less the others'.
 
-    A star marks a difference that is sure, as in `mta eval`.
+    Intervals and stars are those of `mta eval`. The loss is that of the gold score among the five, over the answer's
+    tokens, so that it stands on the scale of `mta eval`.
     """
     cache, compared = Settings().cache_dir, parse_methods(methods)
     embedder = Embedder.load(ensure_embedder(None, cache))
-    here, task_bank = OpenBank.open(bank, embedder.id), OpenBank.open(bank / BASELINES, embedder.id)
+    here = OpenBank.open(bank, embedder.id)
+    further = any(method.base is Base.TASK for method in compared)
+    task_bank = OpenBank.open(bank / BASELINES, embedder.id) if further else None
     task = here.serving.task
     if task.kind != "score":
         raise typer.BadParameter(f"the bank is for {task.name}, whose answers are not scores", param_hint="--bank")
@@ -62,31 +81,62 @@ def main(
     config = AdaptConfig()
     plan, strength = user_plan(config), config.strength
     adapters = Adapters(here, task_bank, scorer, embedder, plan=plan, strength=strength, max_tokens=MAX_TOKENS)
+    prior = here.manifest.prior
+    assert prior, "every bank of scores has one"
     errors: dict[str, list[float]] = defaultdict(list)
+    losses: dict[str, list[float]] = defaultdict(list)
+
+    def note(name: str, person: Person, chances: Sequence[Chances]) -> None:
+        golds = [int(query.gold) for query in person.queries]
+        errors[name].append(fmean(abs(_expected(c) - gold) for c, gold in zip(chances, golds, strict=True)))
+        losses[name].append(fmean(-math.log(c[gold]) / TOKENS for c, gold in zip(chances, golds, strict=True)))
+
     for person in track(read_people(users, task)[:people], "asking", console=console()):
         evidence = adapters.evidence(person)
+        shares = personal_shares(prior, [answer for _, answer in person.history.pairs(task)])
+        habit = {score: shares[str(score)] for score in SCORES}
+        note(PRIOR, person, [habit] * len(person.queries))
         for method in compared:
             adapter = adapters.make(method, evidence, seed=0)
-            found = [abs(_expected(scorer, adapter, query.input) - float(query.gold)) for query in person.queries]
-            errors[method.name].append(float(np.mean(found)))
+            found = [_chances(scorer, adapter, query.input) for query in person.queries]
+            note(method.name, person, found)
+            note(method.name + BIASED, person, [_biased(chances, habit, prior.shares) for chances in found])
     scorer.bare()  # as in `bank.evaluation.session`
-    rows: list[tuple[str, object]] = [(name, f"{np.mean(each):.4f}") for name, each in errors.items()]
-    for other, theirs in errors.items():
+    rows = [*_rows("loss", losses), *_rows("error of the expected score", errors)]
+    report(f"Scores: losses and errors of {len(losses[PRIOR])} people", rows, out)
+
+
+def _rows(what: str, found: Mapping[str, Sequence[float]]) -> list[tuple[str, object]]:
+    """Each method's mean over people, then the differences."""
+    rows: list[tuple[str, object]] = [(f"{name}: {what}", f"{fmean(each):.4f}") for name, each in found.items()]
+    for other, theirs in found.items():
         differences = {
             name: [mine - their for mine, their in zip(each, theirs, strict=True)]
-            for name, each in errors.items()
+            for name, each in found.items()
             if name != other
         }
-        rows += [(f"{name} less {other}", str(interval)) for name, interval in against_one(differences).items()]
-    report(f"Mean absolute error of the expected score, {len(next(iter(errors.values())))} people", rows, out)
+        compared = against_one(differences).items()
+        rows += [(f"{what}: {name} less {other}", str(interval)) for name, interval in compared]
+    return rows
 
 
-def _expected(scorer: Scorer, adapter: PersonAdapter | None, turn: str) -> float:
-    """The mean of the scores, each weighted by how likely its answer is."""
+def _chances(scorer: Scorer, adapter: PersonAdapter | None, turn: str) -> Chances:
+    """How likely the model finds each score; they sum to 1."""
     examples = [encode_pair(scorer.tokenizer, turn, str(score), MAX_TOKENS) for score in SCORES]
     readings = scorer.read(adapter, examples)
     chances = [math.exp(-reading.loss * e.output_tokens) for reading, e in zip(readings, examples, strict=True)]
-    return sum(score * chance for score, chance in zip(SCORES, chances, strict=True)) / sum(chances)
+    return {score: chance / sum(chances) for score, chance in zip(SCORES, chances, strict=True)}
+
+
+def _biased(chances: Chances, habit: Chances, everybody: Mapping[str, float]) -> Chances:
+    """Chances with a person's habit on top."""
+    moved = {score: chances[score] * habit[score] / everybody[str(score)] for score in SCORES}
+    return {score: chance / sum(moved.values()) for score, chance in moved.items()}
+
+
+def _expected(chances: Chances) -> float:
+    """The mean of the scores, each weighted by how likely it is."""
+    return sum(score * chance for score, chance in chances.items())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from server.settings import Settings
 BUILD_OPTIONS = (
     *("--task", "chat"),
     *("--method", "shared"),
+    *("--history-share", "0"),  # what past answers would show, a manner's own adapter has learnt already
     "--no-common",  # an average of three manners would help none of them
     *("--steps", "16"),
     *("--learning-rate", "8e-3"),  # few steps, large ones: manners are easily learned

@@ -12,7 +12,7 @@ from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, P
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
 
 METHODS = {
-    *("base", "task", "mean", "random", "merged", "stacked", "own", "merged:topic", "merged:evidence"),
+    *("base", "common", "task", "mean", "random", "merged", "stacked", "own", "merged:topic", "merged:evidence"),
     "merged+history@h1",
 }
 PNG = b"\x89PNG"

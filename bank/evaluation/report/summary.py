@@ -14,7 +14,7 @@ from bank.evaluation.report.intervals import LEVEL, Interval, against_one, over_
 from bank.evaluation.report.metrics import evaluate
 from bank.items.tasks import Task
 
-COMPARED = ("prior", "task", "mean", "random", "merged:topic", "merged", "own")
+COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")
 """The methods whose losses a table compares all others with."""
 
 CAPTION = (

@@ -49,7 +49,7 @@ def test_a_name_says_what_varies() -> None:
     ],
 )
 def test_what_is_no_method_is_named_with_those_that_are(name: str) -> None:
-    with pytest.raises(BankError, match=r"is not a method\. Methods are prior, base, task"):
+    with pytest.raises(BankError, match=r"is not a method\. Methods are prior, base, common, task"):
         parse_methods(f"base,{name}")
 
 

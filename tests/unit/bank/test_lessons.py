@@ -122,6 +122,12 @@ def test_banks_without_history_keep_their_key() -> None:
     assert key().startswith("0b9a1fbbc32dd10f")
 
 
+def test_rows_know_history_by_default_where_that_was_found_to_help() -> None:
+    shares = [BuildOptions(task).resolved().history_share for task in ("chat", "movie_rating")]
+    assert shares == [0.5, 0.0]
+    assert BuildOptions("chat", history_share=0.0).resolved().history_share == 0.0
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_is_from_0_to_1(share: float) -> None:
     with pytest.raises(BankError, match=r"^--history-share must be from 0 to 1"):

@@ -17,14 +17,18 @@ from tests.unit.bank.test_weights import manifest
 PEOPLE = (0.0, 0.1, -0.1, 0.05, -0.05, 0.02)
 
 
-def measured(*, merged: float, recalled: float, both: float, prior: float | None = None) -> Verdict:
+def measured(
+    *, merged: float, recalled: float, both: float, prior: float | None = None, further: float = 0.0
+) -> Verdict:
     """The verdict over a few people whose losses are about these."""
     people = [
         {
             "common": 3.0 + own,
-            "common+history": recalled + 1.02 * own,
+            "common+history@h1": recalled + 1.02 * own,
+            "common+history@h3": recalled - further + 1.02 * own,
             "merged": merged + 1.01 * own,
-            "merged+history": both + 0.99 * own,
+            "merged+history@h1": both + 0.99 * own,
+            "merged+history@h3": both - further + 0.98 * own,
         }
         | ({"prior": prior + 0.98 * own} if prior is not None else {})
         for own in PEOPLE
@@ -52,7 +56,15 @@ def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None
         ({"merged": 2.9, "recalled": 3.1, "both": 3.0}, "Worth serving.", 0),
         ({"merged": 2.9, "recalled": 2.8, "both": 2.7}, "Worth serving.", 1),
         ({"merged": 3.0, "recalled": 2.8, "both": 2.7}, "Worth serving.", 1),
-        ({"merged": 2.9, "recalled": 2.7, "both": 2.7}, "Not shown to be worth serving: one past item", 1),
+        ({"merged": 3.0, "recalled": 2.8, "both": 2.7, "further": 0.1}, "Worth serving.", 3),
+        ({"merged": 3.0, "recalled": 2.8, "both": 2.7, "further": -0.1}, "Worth serving.", 1),
+        ({"merged": 3.0, "recalled": 3.2, "both": 3.2, "further": 0.1}, "Not shown to be worth serving", 0),
+        ({"merged": 3.0, "recalled": 3.1, "both": 3.1, "further": 0.3}, "Worth serving with 3 past items", 3),
+        (
+            {"merged": 2.9, "recalled": 2.7, "both": 2.7},
+            "Worth serving with one past item in the prompt; beside that",
+            1,
+        ),
         ({"merged": 3.0, "recalled": 3.0, "both": 3.0}, "Not shown to be worth serving: its gain", 0),
         ({"merged": 3.2, "recalled": 3.2, "both": 3.3}, "Not worth serving: what all users share", 0),
         ({"merged": 2.9, "recalled": 3.0, "both": 3.0, "prior": 2.5}, "Not worth serving: the histogram", 0),
