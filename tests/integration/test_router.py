@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
+from bench.fleet.ring import Ring
 from bench.rig.processes import wait_until
 from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
@@ -88,6 +89,19 @@ def test_a_recipe_is_always_served_by_the_same_engine(fleet: Fleet) -> None:
     assert served[0] | served[1] == set(fleet.recipes.values())
     assert not served[0] & served[1]
     assert all(served)
+
+
+def test_it_is_the_engine_that_a_simulated_fleet_would_choose(fleet: Fleet) -> None:
+    ring = Ring([engine.url for engine in fleet.engines])
+    with httpx.Client(base_url=fleet.router.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        for number in range(100):
+            session = f"mta1:0123abcd:cat:a03*{number + 1}+a17*{999 - number}"
+            body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+            client.post("/v1/chat/completions", json=body, headers={"X-Session-ID": session}).raise_for_status()
+    chosen = [{seen.headers["x-session-id"] for seen in engine.seen} for engine in fleet.engines]
+    assert sum(map(len, chosen)) == 100
+    for number, sessions in enumerate(chosen):
+        assert {ring.engine_of(session) for session in sessions} == {number}
 
 
 def test_a_request_reaches_the_engine_as_it_was_sent(fleet: Fleet) -> None:

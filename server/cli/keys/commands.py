@@ -68,11 +68,13 @@ def list_(data: Data = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("id", "ends in", "name", "tenant", "scopes", "made", "revoked", pad_edge=False)
-    for key in _in(_settings(data), lambda keys: keys.all()).keys:
+    table = Table("id", "ends in", "name", "tenant", "bank", "scopes", "made", "revoked", pad_edge=False)
+    ring = _in(_settings(data), lambda keys: keys.all())
+    for key in ring.keys:
         revoked = _date(key.revoked_ms) if key.revoked_ms is not None else ""
         scopes = ", ".join(sorted(key.scopes))
-        table.add_row(key.id, key.last, key.name, key.tenant, scopes, _date(key.created_ms), revoked)
+        bank = ring.banks.get(key.tenant, "")
+        table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, _date(key.created_ms), revoked)
     Console(markup=False).print(table)
 
 
@@ -138,14 +140,22 @@ def _settings(data: Path | None) -> Settings:
 
 
 def _in(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
-    """Have a command done in the store."""
+    """Have a command done in the store.
+
+    Raises:
+        MtaError: when the store cannot be used.
+    """
+    from server.errors import Unavailable
     from server.store.opening import open_stores
 
     async def done() -> T:
         async with open_stores(settings) as stores:
             return await command(stores.keys)
 
-    return asyncio.run(done())
+    try:
+        return asyncio.run(done())
+    except Unavailable as error:
+        raise MtaError(f"{error.explained}. Does `mta up` run, or is MTA_REDIS_URL right?") from error
 
 
 def _date(ms: int) -> str:

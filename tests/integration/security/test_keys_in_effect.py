@@ -93,7 +93,7 @@ def test_while_the_store_is_away_known_keys_count_and_nothing_opens(
             assert status(gateway, secret) == httpx.codes.OK
             assert status(gateway) == httpx.codes.UNAUTHORIZED
             assert status(gateway, secret, path="/users/ada") == httpx.codes.SERVICE_UNAVAILABLE
-        assert "MTA_REDIS_URL" in str(keys.run("list").exception) or keys.run("list").exit_code == 1
+        assert "MTA_REDIS_URL" in str(keys.run("list").exception)
     finally:
         store.start()
     assert status(gateways[0], secret) == httpx.codes.OK
