@@ -27,8 +27,8 @@ from bank.evaluation.methods import DEFAULT
 from bank.evaluation.records import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
 from bench import script
+from bench.page.report import console
 from bench.quality import methods_of
-from bench.report import console
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_model
 
