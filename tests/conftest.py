@@ -36,6 +36,7 @@ DEAR_FIRST = (
     "integration/test_worker_process.py",
     "integration/test_compose.py",
     "contract/test_store_model.py",
+    "integration/test_watched.py",
     "integration/test_documented.py",
     "integration/test_bank_rebuild.py",
     "integration/test_eval_engine.py",

@@ -114,6 +114,14 @@ def test_a_request_reaches_the_engine_as_it_was_sent(fleet: Fleet) -> None:
     assert seen.headers["x-session-id"] == seen.body["model"] == recipe
 
 
+def test_a_trace_goes_on_behind_the_router(fleet: Fleet) -> None:
+    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {KEY}", "X-Session-ID": "base", "traceparent": traceparent}
+    httpx.post(f"{fleet.router.url}/v1/chat/completions", json=body, headers=headers).raise_for_status()
+    assert fleet.seen[0].headers["traceparent"] == traceparent
+
+
 def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:
     generate(fleet.client, next(iter(fleet.recipes))).raise_for_status()
     for engine in fleet.engines:
