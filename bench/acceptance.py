@@ -28,7 +28,7 @@ from rich.table import Table
 
 from bank.models.folders import ensure_embedder
 from bench import script
-from bench.report import console, processor
+from bench.page.report import console, processor
 from bench.rig.tiny import tiny_bank, tiny_model
 from bench.rig.up import up
 from bench.rig.valkey import ValkeyProcess
@@ -161,6 +161,9 @@ def main(
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
         run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.scale.soak"), SOAK)
+        run.step("chaos", ("-m", "bench.fleet.chaos"), (AS_IT_SAYS,))
+        run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (AS_IT_SAYS,))
+        run.step("a simulated fleet", ("-m", "bench.fleet.simulate", "--check"))
         with _served(out / "tiny-data", *_tiny(out / "tiny")) as (gateway, engine, key):
             measure = ("-m", "bench.serving.gateway", "--gateway", gateway, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
@@ -179,6 +182,7 @@ def main(
         finally:
             store.kill()
         people = ("--users", users, "--bank", bank)
+        run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (AS_IT_SAYS,))
         run.step("two evaluators", ("-m", "bench.quality.engine", *people, "--people", 2), (AS_IT_SAYS,))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
     shown.print(_table(run.outcomes))

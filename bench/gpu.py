@@ -27,7 +27,7 @@ from rich.progress import Progress
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
 from bench import script
-from bench.report import Figures, Spread, tabulate
+from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
 from bench.rig.servers import Flavour, vllm_server
 from bench.rig.subject import Subject

@@ -15,7 +15,7 @@ import typer
 
 from adapters.errors import MtaError
 from bench import script
-from bench.report import report
+from bench.page.report import report
 
 ROOT = Path(__file__).parents[1]
 AUDIT_S = 900

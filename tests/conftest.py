@@ -22,6 +22,7 @@ DEAR_FIRST = (
     "e2e/test_demo_answers.py",  # makes the demo's bank, for which test_demo_run would wait
     "integration/test_stacked_engine.py",
     "integration/test_faults.py",
+    "integration/test_fleet.py",
     "integration/test_adapting.py",
     "integration/test_engine_oracle.py",
     "contract/test_engine.py",
@@ -35,6 +36,7 @@ DEAR_FIRST = (
     "integration/test_worker_process.py",
     "integration/test_compose.py",
     "contract/test_store_model.py",
+    "integration/test_watched.py",
     "integration/test_documented.py",
     "integration/test_bank_rebuild.py",
     "integration/test_eval_engine.py",

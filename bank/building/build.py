@@ -28,6 +28,7 @@ from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
+from bank.lookup.posterior import Curvature
 from bank.lookup.prior import fit_prior
 from bank.manifest import BankManifest, BaseModelId, EmbedderId
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
@@ -89,7 +90,7 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
 
 def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> _Job:
     """Read the inputs, and refuse before training whatever would be refused after it."""
-    task = get_task(options.task)
+    task, options = get_task(options.task), options.resolved()
     options.signs()
     bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
     people, aside = read_inputs(inputs, task, options)
@@ -105,7 +106,6 @@ def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) 
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
-    options = options.resolved()
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
     key = inputs_key(options, task, people, base.hash, embedder.id)
     return _Job(options, task, people, candidates, model_folder, base, embedder, key)
@@ -180,7 +180,7 @@ class _Build:
             return None
         self._progress.say("measuring how the loss bends along the anchors' rows")
         model, tokenizer = self._base
-        return measure_curvature(
+        measured = measure_curvature(
             Signer(model, trained.matrix(anchors), at_common=True),
             job.people,
             job.task,
@@ -191,6 +191,8 @@ class _Build:
             seed=job.options.seed,
             on_anchor=lambda done, of: self._progress.piece("measuring", done, of),
         )
+        Curvature.of(measured)  # what nobody could be served with is said now
+        return measured
 
     def assemble(
         self, selected: _Selected, trained: TrainedRows, calibration: Calibration | None, curvature: Vectors | None

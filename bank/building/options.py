@@ -86,10 +86,9 @@ def check_limits(options: Any) -> None:
 UserRank = Annotated[int, Option("Rank kept free for users' own stacked LoRAs.", NOT_NEGATIVE)]
 Top = Annotated[int, Option("Most anchors in a user's recipe.", COUNT)]
 _USER_RANK, _TOP = 8, 2
-POSTERIOR = "posterior"
-TOPICS, LONGEST = "topics", "longest"
-HISTORY_SHARES = {"chat": 0.5}
-"""The default of `history_share`, for the tasks where it was found to help; elsewhere 0."""
+POSTERIOR, TOPICS, LONGEST = "posterior", "topics", "longest"
+USUAL = {"chat": (0.5, POSTERIOR)}
+"""`history_share` and `weights` by default, where others than 0 and `auto` were found to help (docs/quality.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +117,14 @@ class BuildOptions:
         float | None, Option("What the anchors' weights sum to.", SHARE, shown_default="0.5; 1 with --no-common")
     ] = None
     weights: Annotated[
-        str,
+        str | None,
         Option(
             "What users' weights come from: topic, signature, posterior (steps in either direction, by signature), or "
             "auto (signature where possible).",
             _one_of("auto", "topic", "signature", POSTERIOR),
+            shown_default="posterior for chat, else auto",
         ),
-    ] = "auto"
+    ] = None
     signature_k: Annotated[int, Option("Like --k, by signature.", COUNT)] = _SIGNATURE.anchors
     signature_strength: Annotated[float, Option("Like --strength, by signature.", SHARE)] = _SIGNATURE.strength
     tau: Annotated[float, Option("How much a user's evidence counts.", FACTOR)] = _SIGNATURE.tau
@@ -162,8 +162,11 @@ class BuildOptions:
         """The same, with what depends on task and machine decided."""
         from bank.models.load import resolve_dtype
 
-        share = HISTORY_SHARES.get(self.task, 0.0) if self.history_share is None else self.history_share
-        return dataclasses.replace(self, dtype=resolve_dtype(self.dtype), history_share=share)
+        share, weights = USUAL.get(self.task, (0.0, "auto"))
+        if not (self.common and self.method is FusionMethod.SHARED and self.anchors <= MAX_ANCHORS):
+            weights = "auto"
+        share, weights = share if self.history_share is None else self.history_share, self.weights or weights
+        return dataclasses.replace(self, dtype=resolve_dtype(self.dtype), history_share=share, weights=weights)
 
     def rule(self, calibration: Calibration | None = None) -> WeightRule:
         """The bank's rule of weights, with one for signatures where they are calibrated."""

@@ -30,7 +30,7 @@ from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import resolve_dtype
 from bench import script
-from bench.report import report
+from bench.page.report import report
 from server.settings import Settings
 from server.store.samples import AdaptConfig, Sample
 from server.worker.training import AdapterTrainer

@@ -32,7 +32,7 @@ from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
 from bank.models.load import resolve_dtype
 from bench import script
-from bench.report import Spread, report
+from bench.page.report import Spread, report
 from mta_client import Client, Personalization
 from server.settings import Settings
 from server.store.jobs import parse_job_id

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from adapters.user_adapter import UserAdapterKind
 from bench import script
-from bench.report import Figures, Spread, tabulate
+from bench.page.report import Figures, Spread, tabulate
 from bench.rig.subject import BankOption, ModelOption, TinyOption, given, tiny
 from bench.rig.up import up
 from bench.serving.front import WORDS

@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from bench import script
 from bench.fleet.streams import Load, Loader, Stream, loading, reading
-from bench.report import console, report
+from bench.page.report import console, report
 from bench.rig.engine import KEY
 from bench.rig.processes import wait_until
 from bench.rig.servers import vllm_server

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 
-from bench.report import percentile
+from bench.page.report import percentile
 
 DONE = b"data: [DONE]\n\n"
 GIVES_UP_S = 10.0

@@ -26,7 +26,7 @@ from bank.models.folders import ensure_base_model
 from bench import script
 from bench.oracle.banks import Case, OpenBank, rewritten
 from bench.oracle.dense import token_logprobs
-from bench.report import report
+from bench.page.report import report
 from bench.rig.engine import Engine, running_engine
 from bench.rig.user_adapters import keep_user_adapter
 from bench.rig.valkey import ValkeyProcess

@@ -17,7 +17,7 @@ from adapters.errors import MtaError
 from bench import script
 from bench.page.markdown import fill
 from bench.page.pictures import draw
-from bench.report import console
+from bench.page.report import console
 
 
 def main(

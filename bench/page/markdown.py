@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.report import shown
+from bench.page.report import shown
 
 _BLOCK = re.compile(
     r"(?P<open><!-- figures: (?P<name>[\w-]+)(?: (?P<number>\d+))? -->\n).*?(?P<close><!-- end of figures -->)",

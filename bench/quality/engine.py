@@ -23,8 +23,8 @@ from bank.evaluation.records import RECORDS_FILE, Record
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
 from bench import script
+from bench.page.report import report
 from bench.quality import methods_of
-from bench.report import report
 from bench.rig.engine import KEY, running_engine
 from bench.rig.processes import mta
 from bench.rig.valkey import ValkeyProcess

@@ -35,7 +35,7 @@ from bank.lookup.prior import personal_shares
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
-from bench.report import console, report
+from bench.page.report import console, report
 from server.settings import Settings
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-from bench.rig.processes import Background, command_line, descendants, mta, running
+from bench.rig.processes import Background, children, command_line, mta, running
 from mta_client import Client
 from server.supervisor.services import free_port
 
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
 LISTENING = r"listening on (http://\S+)"
 START_S = 240.0
-_MARKS = {"valkey": "valkey-server 127.0.0.1", "engine": "server.engine ", "gateway": "server.cli gateway"}
+_MARKS = {
+    "valkey": "valkey-server",
+    "engine": "server.engine ",
+    "router": "vllm_router",
+    "gateway": "server.cli gateway",
+    "worker": "server.cli worker",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +47,23 @@ class Up:
         return self.process.process.pid
 
     def part(self, name: str) -> int | None:
-        """The pid of a part, the child of its guard; None while it does not run."""
-        for pid in descendants(self.pid):
-            try:
-                command = command_line(pid)
-            except FileNotFoundError:  # it ended while we looked
-                continue
-            if _MARKS[name] in command and "guard.py" not in command:
-                return pid
+        """The pid of a part, the child of its guard; None while it does not run. Of several engines: `engine-1`, …"""
+        kind, _, number = name.partition("-")
+        port = f"--port {self.address(name).rpartition(':')[2]} " if number else ""
+        for guard in children(self.pid):
+            with suppress(FileNotFoundError):  # it ended while we looked
+                command = command_line(guard)
+                if "guard.py" in command and _MARKS[kind] in command and port in command:
+                    return next(iter(children(guard)), None)
         return None
+
+    def address(self, name: str) -> str:
+        """Where a part listens, as `mta up` said."""
+        return self.process.wait_for(rf"^  {name} +starting +(\S+)")[1]
+
+    def starts(self, name: str) -> int:
+        """How often a part has become ready so far."""
+        return len(re.findall(rf"^  {name} +ready ", self.process.output, re.MULTILINE))
 
     def client(self, timeout_s: float = 60) -> httpx.Client:
         """A client of its gateway."""

@@ -18,7 +18,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.report import tabulate
+from bench.page.report import tabulate
 from bench.scale import anchors as anchors_part
 from bench.scale import importing as import_part
 from bench.scale import recipes as recipes_part

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from bank.lookup.index import FLAT_LIMIT
 from bank.lookup.serving import ServingBank
 from bank.manifest import INDEX_FILE
-from bench.report import Figures, percentile
+from bench.page.report import Figures, percentile
 from bench.rig.subject import tiny
 
 DIM = 384

@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 from rich.progress import Progress
 
-from bench.report import Figures, Spread, percentile
+from bench.page.report import Figures, Spread, percentile
 from bench.rig.engine import KEY
 from bench.rig.processes import memory_mib, mta
 from bench.rig.servers import vllm_server

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from bench.report import Figures
+from bench.page.report import Figures
 from bench.rig.engine import Engine
 from bench.rig.processes import descendants, memory_mib
 from bench.rig.servers import vllm_server

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_embedder
 from bench import script
-from bench.report import report
+from bench.page.report import report
 from bench.rig.engine import Engine, running_engine
 from bench.rig.processes import descendants
 from bench.rig.tiny import tiny_bank, tiny_model

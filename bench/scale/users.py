@@ -21,7 +21,7 @@ import redis
 from rich.progress import Progress
 
 from bank.lookup.signature import Signature
-from bench.report import Figures, percentile
+from bench.page.report import Figures, percentile
 from bench.rig.engine import KEY
 from bench.rig.processes import memory_mib
 from bench.rig.subject import tiny

@@ -31,7 +31,7 @@ from adapters.recipe import FusionRecipe
 from bank.matrix import open_matrix
 from bank.peft.peft_adapter import write_peft
 from bench import script
-from bench.report import Spread, report
+from bench.page.report import Spread, report
 from bench.rig.engine import Engine
 from bench.rig.limits import BF16_BYTES, Limits, Model
 from bench.rig.servers import vllm_server

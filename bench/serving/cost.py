@@ -29,7 +29,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.report import Figures, Spread, tabulate
+from bench.page.report import Figures, Spread, tabulate
 from bench.rig.engine import Engine
 from bench.rig.limits import Limits, Model
 from bench.rig.servers import vllm_server

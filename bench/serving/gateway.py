@@ -22,7 +22,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.report import Spread, percentile, report
+from bench.page.report import Spread, percentile, report
 from mta_client import Client
 
 USER = "bench-gateway"

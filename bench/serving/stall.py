@@ -18,7 +18,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.report import Figures, Spread, percentile, tabulate
+from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, TinyOption, given, tiny
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading

@@ -22,7 +22,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.report import Figures, Spread, percentile, tabulate
+from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.engine import Engine
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny

@@ -22,7 +22,7 @@ import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.report import report
+from bench.page.report import report
 from mta_client import Answer, Client
 
 NEAR_TIE = 0.25

@@ -26,11 +26,12 @@ from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
 from server.gateway.access.authentication import Authentication
 from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
-from server.gateway.access.limiter import RENEW_S, Allowance, Limiter
+from server.gateway.access.limiter import Limiter
 from server.gateway.access.places import LOOK_S as COUNT_GATEWAYS_S
 from server.gateway.access.places import SharedPlaces
 from server.gateway.access.queue import EngineQueue
 from server.gateway.access.routes import guard
+from server.gateway.access.running import RENEW_S
 from server.gateway.assembly import Shared, parts_over
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
@@ -50,6 +51,7 @@ from server.settings import Settings
 from server.store.durability import LOOK_S, Durability
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
+from server.store.tenants.rates import Allowance
 from server.store.tenants.user_key import Tenants
 from server.watching.repeating import forever
 from server.watching.tracing import Tracing, open_tracing

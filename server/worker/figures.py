@@ -11,12 +11,18 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from adapters.errors import MtaError
 from server.settings import Settings
-from server.store.jobs import Job
+from server.store.jobs import Job, JobState
 from server.watching.figures import StoreSeconds
 
 log = logging.getLogger("mta.worker")
 
 _BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+
+GIVEN_UP = "given up"
+"""For another worker to take."""
+
+UNWANTED = "unwanted"
+"""Cancelled, superseded or erased meanwhile, or another worker's by now."""
 
 
 class WorkerFigures:
@@ -26,10 +32,12 @@ class WorkerFigures:
         self._registry = registry = CollectorRegistry()
         self.jobs = Counter(
             "mta_worker_jobs",
-            "Adapt jobs by how this worker left them: succeeded, rejected, failed, or given up for another to take.",
+            "Adapt jobs by how this worker left them.",
             ("outcome",),
             registry=registry,
         )
+        for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, UNWANTED, GIVEN_UP):
+            self.jobs.labels(outcome)  # from zero on: a first one is an increase
         self.wait = Histogram(
             "mta_worker_job_wait_seconds",
             "From a job's request to its first try.",

@@ -31,7 +31,7 @@ from server.watching.logs import traceparent
 from server.watching.repeating import forever
 from server.watching.tracing import Tracing
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
-from server.worker.figures import WorkerFigures
+from server.worker.figures import GIVEN_UP, UNWANTED, WorkerFigures
 from server.worker.leased.holding import train_holding
 from server.worker.leased.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
 
@@ -119,13 +119,14 @@ class JobLoop:
         if lease is None:
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
-        outcome = "given up"
+        outcome: str = GIVEN_UP
         try:
             with self._figures.training(lease.job), self._tracing.span("adapt", follows=lease.job.traceparent):
                 traceparent.set(self._tracing.current())
                 outcome = await self._work(HeldLease(self._jobs, lease, asked_s))
                 self._tracing.note(outcome=outcome, tries=lease.job.tries)
         except LeaseLost:
+            outcome = UNWANTED
             log.info("%s: given up, the lease is lost", lease.job.id)
         except StoreSilent as error:
             log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)

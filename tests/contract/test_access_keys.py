@@ -15,6 +15,7 @@ from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
 from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants.access_keys import AccessKey, Scope, access_key, new_secret
+from server.store.tenants.rates import Allowance
 from tests.support.store_parts import StoreParts
 
 HASH = "mta:{access}:keys"
@@ -32,7 +33,8 @@ def secret() -> str:
 
 
 def key_of(secret: str) -> AccessKey:
-    return replace(access_key(secret, "app", "acme", (Scope.GENERATE, Scope.ADMIN)), created_ms=1)
+    limits = Allowance(requests=5, jobs=0)
+    return replace(access_key(secret, "app", "acme", (Scope.GENERATE, Scope.ADMIN), limits), created_ms=1)
 
 
 def sent(secret: str) -> list[tuple[bytes, bytes]]:
@@ -109,7 +111,7 @@ async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: Re
     await keys.look(store)
     await store.add(key)
     await keys.look(store)
-    assert keys.caller(sent(secret)) == Caller("acme", key.id, key.scopes)
+    assert keys.caller(sent(secret)) == Caller("acme", key.id, key.scopes, key.allowance)
     assert refused(keys, LOCAL) == "missing_api_key"
     assert refused(keys, sent(new_secret())) == "invalid_api_key"
     await store.revoke(key.digest, 1)

@@ -13,8 +13,10 @@ from bench.rig.valkey import ValkeyProcess
 from server.store.profiles import StoredVector
 from server.store.redis import keys
 from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.access.rates import RedisRates
 from server.store.redis.queue import RedisQueue
 from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.rates import Rate
 from tests.support.store_parts import BANK, EMBEDDER, KEYS, StoreParts, WorkerSteps, put_of, submitted
 
 _ROW = re.compile(r"^    (mta:.+?)  +(string|hash|list|set|zset|stream)  (.+)$", re.MULTILINE)
@@ -24,7 +26,11 @@ _PARTS = {
     "<queue>": f"(jobs|sign):{BANK}",
     "<bank>": BANK,
     "<server>": "[0-9a-f]{40}",
+    "<what>": "[a-z]+",
+    "<owner>": "(key|user|tenant)-[^/]+",
+    "<engines>": "[0-9a-f]{16}",
 }
+_EXPIRES = re.compile("7 days|after (twice the window|the last lease)")
 WEEK_S = 7 * 24 * 3600
 
 
@@ -46,7 +52,9 @@ class Row:
 def table() -> list[Row]:
     assert keys.__doc__
     rows = _ROW.findall(keys.__doc__)
-    return [Row(name, kind, "7 days" in rest) for names, kind, rest in rows for name in names.split(", ")]
+    return [
+        Row(name, kind, _EXPIRES.search(rest) is not None) for names, kind, rest in rows for name in names.split(", ")
+    ]
 
 
 async def test_whatever_is_written_stands_in_the_table(
@@ -60,6 +68,10 @@ async def test_whatever_is_written_stands_in_the_table(
         await submitted(parts.jobs, key)
         await parts.signing.ask(key)
     await RedisAccessKeys(parts.connection).add(access_key(new_secret(), "app", "acme", Scope))
+    rates = RedisRates(parts.connection)
+    assert await rates.take(Rate("tokens", "user-x", 5), 1)
+    for held in ("running/key-x", f"gateways/{'0' * 16}"):
+        assert await rates.hold(held, ["it"], 60)
     worker = WorkerSteps(parts)
     await worker.take()
     await worker.claim()

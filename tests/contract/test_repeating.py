@@ -35,6 +35,13 @@ async def test_a_submission_may_be_repeated_while_its_job_is_the_newest_and_goes
     assert (await submitted(jobs, user, append=True)).id.number == 4
 
 
+async def test_a_job_stays_in_the_trace_of_its_first_request(jobs: RedisJobs, user: str) -> None:
+    first = await submitted(jobs, user, traceparent="00-1-2-01")
+    again = await submitted(jobs, user, traceparent="00-3-4-01")
+    assert (again.id, again.traceparent) == (first.id, "00-1-2-01")
+    assert (await submitted(jobs, user, "b")).traceparent == ""
+
+
 async def test_idempotency_keys_are_forgotten_with_their_jobs(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:
     for number in range(KEPT_JOBS + 2):
         await submitted(jobs, user, idempotency_key=f"key {number}")

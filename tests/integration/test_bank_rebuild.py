@@ -85,6 +85,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 def command(bench: Bench, out: Path, *more: str) -> list[str]:
     options = {"users": bench.users, "task": "chat", "out": out, "model": bench.model, "embedder": bench.embedder}
     options |= {"anchors": 3, "rank": 4, "steps": 30, "common-steps": 5, "dtype": "float32"}
+    options |= {"weights": "auto", "history-share": 0}  # the quickest
     return [
         sys.executable, "-m", "server.cli", "bank", "build",
         *(text for name, value in options.items() for text in (f"--{name}", str(value))), *more,

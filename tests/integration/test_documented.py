@@ -17,6 +17,7 @@ PAGES = (
     "README.md",
     "docs/deploying.md",
     "docs/openai.md",
+    "docs/scaling.md",
     *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/adopting/*.md")),
 )
 PICTURES = {"mermaid"}

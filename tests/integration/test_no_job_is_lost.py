@@ -23,6 +23,7 @@ from adapters.recipe import UserAdapterId, parse_recipe
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import read_manifest
 from bench.rig.processes import Background, mta, wait_until
+from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import Job, JobId, parse_job_id
 from server.store.redis.adapters import RedisAdapters
@@ -30,7 +31,6 @@ from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from server.supervisor.services import free_port
-from tests.support.proxy import LossyProxy
 
 USERS = 200
 KILLS = 9

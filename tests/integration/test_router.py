@@ -12,11 +12,12 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
+from bench.fleet.ring import Ring
 from bench.rig.processes import wait_until
 from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
 from server.settings import Settings
-from tests.support.fake_engine import FakeEngine, Knobs
+from tests.support.fake_engine import KEY, FakeEngine, Knobs
 from tests.support.fake_engine.knobs import Seen
 from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
 
@@ -90,6 +91,19 @@ def test_a_recipe_is_always_served_by_the_same_engine(fleet: Fleet) -> None:
     assert all(served)
 
 
+def test_it_is_the_engine_that_a_simulated_fleet_would_choose(fleet: Fleet) -> None:
+    ring = Ring([engine.url for engine in fleet.engines])
+    with httpx.Client(base_url=fleet.router.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        for number in range(100):
+            session = f"mta1:0123abcd:cat:a03*{number + 1}+a17*{999 - number}"
+            body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+            client.post("/v1/chat/completions", json=body, headers={"X-Session-ID": session}).raise_for_status()
+    chosen = [{seen.headers["x-session-id"] for seen in engine.seen} for engine in fleet.engines]
+    assert sum(map(len, chosen)) == 100
+    for number, sessions in enumerate(chosen):
+        assert {ring.engine_of(session) for session in sessions} == {number}
+
+
 def test_a_request_reaches_the_engine_as_it_was_sent(fleet: Fleet) -> None:
     user, recipe = next(iter(fleet.recipes.items()))
     asked = {"max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "seed": 2**40 + 1, "stop": ["."]}
@@ -98,6 +112,14 @@ def test_a_request_reaches_the_engine_as_it_was_sent(fleet: Fleet) -> None:
     assert {name: seen.body[name] for name in asked} == asked
     assert seen.body["cache_salt"]
     assert seen.headers["x-session-id"] == seen.body["model"] == recipe
+
+
+def test_a_trace_goes_on_behind_the_router(fleet: Fleet) -> None:
+    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {KEY}", "X-Session-ID": "base", "traceparent": traceparent}
+    httpx.post(f"{fleet.router.url}/v1/chat/completions", json=body, headers=headers).raise_for_status()
+    assert fleet.seen[0].headers["traceparent"] == traceparent
 
 
 def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:

@@ -26,6 +26,7 @@ OPTIONS = BuildOptions(
     common_batch_size=4,
     learning_rate=1e-2,
     common_learning_rate=1e-2,
+    weights="auto",
     history_share=0.0,
     dtype="float32",
 )

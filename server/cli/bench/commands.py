@@ -15,14 +15,16 @@ from adapters.errors import MtaError
 Main = Callable[..., object]
 
 app = typer.Typer(name="bench", help="Measure this machine: tables, JSON, pictures.", no_args_is_help=True)
+fleet = typer.Typer(name="fleet", help="Two engines behind a router, and many more.", no_args_is_help=True)
+app.add_typer(fleet)
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def _command(name: str, about: str) -> Callable[[Callable[[], Main]], None]:
+def _command(name: str, about: str, group: typer.Typer = app) -> Callable[[Callable[[], Main]], None]:
     """Register a benchmark by a function that imports its `main`."""
 
     def register(load: Callable[[], Main]) -> None:
-        @app.command(name, help=about, add_help_option=False, context_settings=_PASSED_ON)
+        @group.command(name, help=about, add_help_option=False, context_settings=_PASSED_ON)
         def run(context: typer.Context) -> None:
             from bench import end_in_order
 
@@ -34,7 +36,7 @@ def _command(name: str, about: str) -> Callable[[Callable[[], Main]], None]:
                 raise MtaError(
                     f"{error.name} is not installed here: benchmarks need the extras `client` and `cpu` or `gpu`"
                 ) from error
-            inner(args=context.args, prog_name=f"mta bench {name}", standalone_mode=True)
+            inner(args=context.args, prog_name=context.command_path, standalone_mode=True)
 
     return register
 
@@ -91,5 +93,33 @@ def _overload() -> Main:
 @_command("report", "Tables and pictures of docs/performance.md from the JSON files.")
 def _report() -> Main:
     from bench.page.__main__ import main
+
+    return main
+
+
+@_command("chaos", "Whether everything promised is kept while every part is killed and paused under load.", fleet)
+def _chaos() -> Main:
+    from bench.fleet.chaos.__main__ import main
+
+    return main
+
+
+@_command("replicas", "Whether two engines behind the router answer as one.", fleet)
+def _replicas() -> Main:
+    from bench.fleet.replicas import main
+
+    return main
+
+
+@_command("simulate", "How warm and how even fleets of 10, 100 and 1,000 engines are.", fleet)
+def _simulate() -> Main:
+    from bench.fleet.simulate import main
+
+    return main
+
+
+@_command("rolling", "Whether every part, and the bank, can be exchanged under load without a failed request.", fleet)
+def _rolling() -> Main:
+    from bench.fleet.rolling import main
 
     return main

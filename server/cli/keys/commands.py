@@ -8,12 +8,13 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from adapters.errors import MtaError, excerpt
 from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, new_secret
+from server.store.tenants.rates import Allowance
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -27,6 +28,11 @@ Data = Annotated[
     Path | None, typer.Option(help="Data folder of the `mta up` whose keys are meant.", show_default="MTA_DATA_DIR")
 ]
 
+
+def _limit(what: str, setting: str) -> Any:
+    return typer.Option(help=f"{what}; 0 for any number.", min=0, show_default=f"MTA_{setting}")
+
+
 _EVERYTHING = tuple(Scope)
 _AN_APPS = (Scope.GENERATE, Scope.WRITE, Scope.ADAPT)
 
@@ -39,6 +45,10 @@ def create(
         list[Scope] | None,
         typer.Option(help="What it allows; may be repeated.", show_default="generate, write, adapt; --first: all"),
     ] = None,
+    requests: Annotated[int | None, _limit("Requests a minute", "KEY_REQUESTS")] = None,
+    tokens: Annotated[int | None, _limit("Tokens a minute", "KEY_TOKENS")] = None,
+    concurrent: Annotated[int | None, _limit("Requests at once", "KEY_CONCURRENT")] = None,
+    jobs: Annotated[int | None, _limit("Adapt jobs a day", "KEY_JOBS")] = None,
     first: Annotated[bool, typer.Option("--first", help="Make one only if none was ever made.")] = False,
     data: Data = None,
 ) -> None:
@@ -49,7 +59,11 @@ def create(
     settings = _settings(data)
     secret = new_secret()
     key = access_key(
-        secret, name, settings.tenant if tenant is None else tenant, scope or (_EVERYTHING if first else _AN_APPS)
+        secret,
+        name,
+        settings.tenant if tenant is None else tenant,
+        scope or (_EVERYTHING if first else _AN_APPS),
+        Allowance(requests, tokens, jobs, concurrent),
     )
     if not _in(settings, lambda keys: keys.add(key, only_first=first)):
         typer.echo(f"a key was made before, so none is made now: `{CREATE} NAME` makes another", err=True)
@@ -68,11 +82,15 @@ def list_(data: Data = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("id", "ends in", "name", "tenant", "scopes", "made", "revoked", pad_edge=False)
-    for key in _in(_settings(data), lambda keys: keys.all()).keys:
+    columns = ("id", "ends in", "name", "tenant", "bank", "scopes", "limits", "made", "revoked")
+    table = Table(*columns, pad_edge=False)
+    ring = _in(_settings(data), lambda keys: keys.all())
+    for key in ring.keys:
         revoked = _date(key.revoked_ms) if key.revoked_ms is not None else ""
-        scopes = ", ".join(sorted(key.scopes))
-        table.add_row(key.id, key.last, key.name, key.tenant, scopes, _date(key.created_ms), revoked)
+        scopes, bank = ", ".join(sorted(key.scopes)), ring.banks.get(key.tenant, "")
+        limits = ", ".join(f"{what} {most or 'any'}" for what, most in key.allowance.said.items())
+        made = _date(key.created_ms)
+        table.add_row(key.id, key.last, key.name, key.tenant, bank, scopes, limits, made, revoked)
     Console(markup=False).print(table)
 
 
@@ -138,14 +156,22 @@ def _settings(data: Path | None) -> Settings:
 
 
 def _in(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
-    """Have a command done in the store."""
+    """Have a command done in the store.
+
+    Raises:
+        MtaError: when the store cannot be used.
+    """
+    from server.errors import Unavailable
     from server.store.opening import open_stores
 
     async def done() -> T:
         async with open_stores(settings) as stores:
             return await command(stores.keys)
 
-    return asyncio.run(done())
+    try:
+        return asyncio.run(done())
+    except Unavailable as error:
+        raise MtaError(f"{error.explained}. Does `mta up` run, or is MTA_REDIS_URL right?") from error
 
 
 def _date(ms: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from server.errors import ApiError
 from server.store.tenants.access_keys import Scope
+from server.store.tenants.rates import AS_USUAL, Allowance
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +19,13 @@ class Caller:
         tenant: whose users the request may name.
         key_id: the key's public name, not its secret; empty while no key exists.
         scopes: what it may do.
+        allowance: how much of it, as far as the key says so.
     """
 
     tenant: str
     key_id: str
     scopes: frozenset[Scope]
+    allowance: Allowance = AS_USUAL
 
     @property
     def name(self) -> str:

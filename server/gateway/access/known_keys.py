@@ -112,7 +112,7 @@ class KnownKeys:
 
 
 def _caller(key: AccessKey) -> Caller:
-    return Caller(key.tenant, key.id, key.scopes)
+    return Caller(key.tenant, key.id, key.scopes, key.allowance)
 
 
 def _check_is_local(headers: Headers) -> None:

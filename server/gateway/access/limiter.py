@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,34 +15,15 @@ from typing import Any
 
 from server.errors import TooMany, Unavailable
 from server.gateway.access.caller import Caller
+from server.gateway.access.running import Running, Seat
 from server.gateway.operating.metrics import Metrics
-from server.store.tenants.rates import DAY_S, MINUTE_S, Left, Rate, Rates
+from server.store.tenants.rates import AS_USUAL, DAY_S, MINUTE_S, Allowance, Left, Rate, Rates
 
 log = logging.getLogger("mta.gateway")
-
-LEASE_S = 60.0
-RENEW_S = 15.0
-"""A gateway that dies takes its requests' places with it for `LEASE_S`; one that lives renews them in time."""
 
 _BUSY_S = 1.0
 _USER = "user-"
 _SHOWN = ("requests", "tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """What one key, or one user, may use; 0 for any amount.
-
-    Attributes:
-        requests, tokens: within a minute.
-        jobs: adapt jobs within a day.
-        concurrent: requests at once.
-    """
-
-    requests: int = 0
-    tokens: int = 0
-    jobs: int = 0
-    concurrent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +32,14 @@ class _Use:
 
     rate: Rate
     amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a request has been given."""
+
+    uses: Sequence[_Use]
+    seat: Seat
 
 
 class Counted:
@@ -64,7 +51,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.tokens: int | None = 0
-        self.allowed: asyncio.Task[Sequence[_Use]] | None = None
+        self.allowed: asyncio.Task[_Taken] | None = None
         self.shown: asyncio.Task[dict[str, str]] | None = None
 
     async def let_in(self) -> None:
@@ -86,7 +73,7 @@ class Limiter:
 
     Args:
         store: where they are counted.
-        per_key: what each key may use; all who need none are one.
+        per_key: what each key may use for which nothing else was said; all who need none are one.
         per_user: what each user may use.
         metrics: counts who is refused.
     """
@@ -96,8 +83,7 @@ class Limiter:
         self._per_key = per_key
         self._per_user = per_user
         self._metrics = metrics
-        self._counts_tokens = per_key.tokens > 0 or per_user.tokens > 0
-        self._held: defaultdict[str, set[str]] = defaultdict(set)
+        self._running = Running(store)
         self._working: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -112,17 +98,16 @@ class Limiter:
             tokens: says about how many it needs. What it really used, the block sets; the difference is given back.
         """
         counted = Counted()
-        uses = self._uses(caller, user_key, requests=1, tokens=tokens() if self._counts_tokens else 0)
-        busy = f"running/{caller.name}" if self._per_key.concurrent else ""
-        if not uses and not busy:
+        uses = self._uses(caller, user_key, {"requests": lambda: 1, "tokens": tokens})
+        most = self._per(caller).concurrent
+        if not uses and not most:
             yield counted
             return
-        member = secrets.token_hex(8)
-        counted.allowed = asyncio.create_task(self._take(uses, busy, member, counted))
+        counted.allowed = asyncio.create_task(self._take(uses, caller.name, most or 0, counted))
         try:
             yield counted
         finally:
-            self._later(self._settle(counted, busy, member))
+            self._later(self._settle(counted))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[_Use]:
         """Count an adapt job.
@@ -133,7 +118,8 @@ class Limiter:
         Raises:
             TooMany: when there have been as many as allowed.
         """
-        return await self._take(self._uses(caller, user_key, jobs=1), "", "", Counted())
+        taken = await self._take(self._uses(caller, user_key, {"jobs": lambda: 1}), caller.name, 0, Counted())
+        return taken.uses
 
     async def give_back(self, uses: Sequence[_Use]) -> None:
         """Count some uses no more."""
@@ -141,78 +127,77 @@ class Limiter:
             await self._quietly(self._store.take(use.rate, -use.amount))
 
     async def renew(self) -> None:
-        """Keep the places of requests in progress; to be called every `RENEW_S`."""
-        for name, members in list(self._held.items()):
-            await self._store.hold(name, sorted(members), LEASE_S)
+        """Keep counting the requests in progress; to be called every `RENEW_S`."""
+        await self._running.renew()
 
-    def _uses(self, caller: Caller, user_key: str | None, **amounts: int) -> list[_Use]:
-        owners = [(caller.name, self._per_key)]
+    def _per(self, caller: Caller) -> Allowance:
+        said = caller.allowance
+        return self._per_key if said == AS_USUAL else said.or_else(self._per_key)
+
+    def _uses(self, caller: Caller, user_key: str | None, amounts: Mapping[str, Callable[[], int]]) -> list[_Use]:
+        owners = [(caller.name, self._per(caller))]
         if user_key is not None:
             owners.append((f"{_USER}{user_key}", self._per_user))
         uses = []
         for owner, allowance in owners:
             for what, amount in amounts.items():
-                if amount and (most := getattr(allowance, what)):
+                if (most := getattr(allowance, what)) and (wanted := amount()):
                     window_s = DAY_S if what == "jobs" else MINUTE_S
                     # An estimate above the limit would be refused for ever.
-                    uses.append(_Use(Rate(what, owner, most, window_s), min(amount, most)))
+                    uses.append(_Use(Rate(what, owner, most, window_s), min(wanted, most)))
         return uses
 
-    async def _take(self, uses: Sequence[_Use], busy: str, member: str, counted: Counted) -> Sequence[_Use]:
+    async def _take(self, uses: Sequence[_Use], caller: str, most: int, counted: Counted) -> _Taken:
         """Use all of it, or raise and use nothing: a user who asks too often uses up nothing of their app's.
+
+        Args:
+            uses: what is wanted.
+            caller: who wants it.
+            most: how many requests of the caller there may be in progress; 0 for any number.
+            counted: gets the headers.
 
         Returns:
             What is counted: not what the store could not count.
         """
-        *fits, there = await asyncio.gather(*map(self._fits, uses), self._enter(busy, member))
-        taken = [use for use, fit in zip(uses, fits, strict=True) if fit]
+        fits, seat = await asyncio.gather(self._fit(uses), self._running.enter(caller, most))
+        taken = _Taken([use for use, fit in zip(uses, fits, strict=True) if fit], seat)
         counted.shown = asyncio.create_task(self._headers(uses))
-        if there and False not in fits:
+        if seat.free and False not in fits:
             return taken
-        await asyncio.gather(self.give_back(taken), self._leave(busy, member))
-        raise await self._refusal([use for use, fit in zip(uses, fits, strict=True) if fit is False], counted)
+        await asyncio.gather(self.give_back(taken.uses), self._running.leave(seat))
+        unfit = [use for use, fit in zip(uses, fits, strict=True) if fit is False]
+        raise await self._refusal(unfit, most, await counted.headers())
+
+    async def _fit(self, uses: Sequence[_Use]) -> list[bool | None]:
+        """Whether each is within its limit, and counted; None where the store cannot say."""
+        return await asyncio.gather(*map(self._fits, uses))
 
     async def _fits(self, use: _Use) -> bool | None:
-        """Whether it is within the limit, and counted; None where the store cannot say."""
         try:
             return await self._store.take(use.rate, use.amount)
         except Unavailable as error:
             log.warning("a request is not counted: %s", error.explained)
             return None
 
-    async def _enter(self, busy: str, member: str) -> bool:
-        """Whether there is room for one more request in progress."""
-        try:
-            if busy and await self._store.hold(busy, [member], LEASE_S, self._per_key.concurrent) is None:
-                return False
-        except Unavailable as error:
-            log.warning("a request is not counted: %s", error.explained)
-        else:
-            self._held[busy].add(member)
-        return True
-
-    async def _leave(self, busy: str, member: str) -> None:
-        if busy and member in self._held[busy]:
-            self._held[busy].discard(member)
-            await self._quietly(self._store.let_go(busy, member))
-        if not self._held[busy]:
-            del self._held[busy]
-
-    async def _settle(self, counted: Counted, busy: str, member: str) -> None:
+    async def _settle(self, counted: Counted) -> None:
         """Count the tokens that were really used, and the request as in progress no more."""
         assert counted.allowed
         try:
             taken = await counted.allowed
         except TooMany:
             return
-        for use in taken:
+        for use in taken.uses:
             if use.rate.what == "tokens" and counted.tokens is not None:
-                await self._quietly(self._store.take(use.rate, min(counted.tokens, use.rate.most) - use.amount))
-        await self._leave(busy, member)
+                await self._quietly(self._correct(use.rate, counted.tokens - use.amount))
+        await self._running.leave(taken.seat)
 
-    async def _refusal(self, unfit: Sequence[_Use], counted: Counted) -> TooMany:
+    async def _correct(self, rate: Rate, more: int) -> None:
+        """Count so much more, or less; what has been used beyond the limit counts as all that was left."""
+        if more and not await self._store.take(rate, more):
+            await self._store.take(rate, (await self._store.left(rate)).amount)
+
+    async def _refusal(self, unfit: Sequence[_Use], most: int, headers: Mapping[str, str]) -> TooMany:
         self._metrics.shed.labels(unfit[0].rate.what if unfit else "concurrent").inc()
-        headers = await counted.headers()
         if unfit:
             rate, wait_s = unfit[0].rate, max([await self._wait_s(use) for use in unfit])
             what = "adapt jobs a day" if rate.what == "jobs" else f"{rate.what} a minute"
@@ -224,8 +209,7 @@ class Limiter:
                 limits=headers,
             )
         return TooMany(
-            f"{self._per_key.concurrent} requests of this API key are in progress, the most at once: try again in a "
-            "moment",
+            f"{most} requests of this API key are in progress, the most at once: try again in a moment",
             retry_after_s=_BUSY_S,
             limits=headers,
         )

@@ -46,6 +46,9 @@ class Metrics:
             ("tenant", "level", "outcome"),
             registry=registry,
         )
+        for tenant in self._tenants | {OTHER}:
+            for outcome in ("refused", "limited", "unavailable", "failed"):
+                self.generations.labels(tenant, "", outcome)  # from zero on: a first failure is an increase
         self.stages = Histogram(
             "mta_stage_seconds",
             "Where generations spent their time.",
@@ -81,6 +84,8 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
+        for reason in ("queue_full", "queue_timeout"):
+            self.shed.labels(reason)
         self.fallbacks = Counter(
             "mta_fallbacks",
             "Generations served by less than the user's own recipe because the engine could not serve it.",

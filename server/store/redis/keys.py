@@ -31,11 +31,13 @@ Of all users::
     mta:{rewrite}:<server>    hash    the same, of each server of a cluster
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `revision`; `bank:<tenant>`
 
-Of limits (`server/store/redis/access/rates.py`); an owner is an API key's name, or a user key::
+Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
-    mta:rates:{<what>/<owner>/…}     string  what was used in this window                twice the window
-    mta:rates:{<what>/<owner>/…}/-1  string  what was used in the one before             the window
-    mta:held:<what>                  zset    who holds it → until when, ms               with the last lease
+    mta:rates:{<what>/<owner>/<n>/<n>/second}  string  what was used of so much in so many   after twice the window
+                                                       seconds; in the window before, with
+                                                       `/-1` behind the name
+    mta:held:running/<owner>  zset    requests in progress → until when, ms               after the last lease
+    mta:held:gateways/<engines>  zset  gateways before the same engines → the same        after the last lease
 
 From version 0.1, until a worker or a gateway takes them over::
 

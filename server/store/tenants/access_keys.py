@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from adapters.errors import MtaError, excerpt
+from server.store.tenants.rates import AS_USUAL, Allowance
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
@@ -40,6 +41,7 @@ class AccessKey:
         last: the secret's last four characters, to recognise it by.
         created_ms: when it was made, Unix time in milliseconds.
         revoked_ms: since when it counts no more; None while it does.
+        allowance: how much may be asked for with it, where that is not as usual.
     """
 
     digest: str
@@ -49,6 +51,7 @@ class AccessKey:
     last: str
     created_ms: int
     revoked_ms: int | None = None
+    allowance: Allowance = AS_USUAL
 
     @property
     def id(self) -> str:
@@ -115,7 +118,9 @@ def new_secret() -> str:
     return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
 
 
-def access_key(secret: str, name: str, tenant: str, scopes: Iterable[Scope]) -> AccessKey:
+def access_key(
+    secret: str, name: str, tenant: str, scopes: Iterable[Scope], allowance: Allowance = AS_USUAL
+) -> AccessKey:
     """What is kept of a secret that was made just now.
 
     Raises:
@@ -127,7 +132,9 @@ def access_key(secret: str, name: str, tenant: str, scopes: Iterable[Scope]) -> 
     allowed = frozenset(scopes)
     if not allowed:
         raise MtaError(f"a key without a scope allows nothing: give it some of {', '.join(Scope)}")
-    return AccessKey(digest_of(secret.encode()), name, tenant, allowed, secret[-4:], time.time_ns() // 1_000_000)
+    now_ms = time.time_ns() // 1_000_000
+    digest = digest_of(secret.encode())
+    return AccessKey(digest, name, tenant, allowed, secret[-4:], now_ms, allowance=allowance)
 
 
 def digest_of(secret: bytes) -> str:

@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 MINUTE_S = 60
 DAY_S = 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What one key, or one user, may use; 0 for any amount, None where nothing was said.
+
+    Attributes:
+        requests, tokens: within a minute.
+        jobs: adapt jobs within a day.
+        concurrent: requests at once.
+    """
+
+    requests: int | None = None
+    tokens: int | None = None
+    jobs: int | None = None
+    concurrent: int | None = None
+
+    def or_else(self, usual: Allowance) -> Allowance:
+        """What holds where nothing was said is as usual."""
+        return replace(usual, **self.said) if self.said else usual
+
+    @property
+    def said(self) -> dict[str, int]:
+        """What was said, by name."""
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
+
+
+AS_USUAL = Allowance()
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ def test_a_build_pools_everybodys_and_nobody_sees_anothers() -> None:
 
 def test_banks_without_history_keep_their_key() -> None:
     def key(**changes: object) -> str:
-        return inputs_key(BuildOptions("chat", **changes), CHAT, [person(*SUBJECTS)], "model", "embedder")  # type: ignore[arg-type]
+        return inputs_key(
+            BuildOptions("chat", **{"weights": "auto"} | changes), CHAT, [person(*SUBJECTS)], "model", "embedder"
+        )  # type: ignore[arg-type]
 
     keys = [key(), key(history_share=0.5), key(history_share=1.0), key(anchors_by="longest")]
     assert all(one != other for one, other in pairwise([*keys, keys[1]]))
@@ -122,9 +124,10 @@ def test_banks_without_history_keep_their_key() -> None:
     assert key().startswith("0b9a1fbbc32dd10f")
 
 
-def test_rows_know_history_by_default_where_that_was_found_to_help() -> None:
-    shares = [BuildOptions(task).resolved().history_share for task in ("chat", "movie_rating")]
-    assert shares == [0.5, 0.0]
+def test_the_defaults_are_what_was_found_to_help_with_a_task() -> None:
+    usual = [BuildOptions(task).resolved() for task in ("chat", "movie_rating")]
+    assert [(options.history_share, options.weights) for options in usual] == [(0.5, "posterior"), (0.0, "auto")]
+    assert BuildOptions("chat", common=False).resolved().weights == "auto"
     assert BuildOptions("chat", history_share=0.0).resolved().history_share == 0.0
 
 

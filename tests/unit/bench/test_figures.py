@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import Figures, Spread, command_line, percentile, report, shown, tabulate
+from bench.page.report import Figures, Spread, command_line, percentile, report, shown, tabulate
 
 
 def test_a_ratio_is_taken_pair_by_pair() -> None:

@@ -12,7 +12,7 @@ from adapters.errors import MtaError
 from bench.page.__main__ import main, read_results
 from bench.page.markdown import fill
 from bench.page.pictures import draw
-from bench.report import Figures, Spread, report, tabulate
+from bench.page.report import Figures, Spread, report, tabulate
 from bench.serving.cost import COLUMNS
 
 PAGE = """# Performance

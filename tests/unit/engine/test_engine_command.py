@@ -52,6 +52,17 @@ def test_slots_fit_a_share_of_the_memory(
     assert int(argv[argv.index("--max-cpu-loras") + 1]) >= 2 * slots
 
 
+def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_are_to(tmp_path: Path) -> None:
+    argv, environment = engine_command(Settings(bank=tmp_path), [bank(8, "q_proj")], tmp_path)
+    assert "--otlp-traces-endpoint" not in argv
+    assert not {"VLLM_LOGGING_CONFIG_PATH", "OTEL_SERVICE_NAME"} & environment.keys()
+    chosen = Settings(bank=tmp_path, otlp_endpoint="http://collector:4318/", log_format="json")
+    argv, environment = engine_command(chosen, [bank(8, "q_proj")], tmp_path)
+    assert argv[argv.index("--otlp-traces-endpoint") + 1] == "http://collector:4318/v1/traces"
+    assert environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
+    assert Path(environment["VLLM_LOGGING_CONFIG_PATH"]).is_file()
+
+
 def test_as_many_slots_as_one_asks_for(tmp_path: Path) -> None:
     argv, _ = engine_command(Settings(bank=tmp_path, max_loras=3), [bank(8, "q_proj")], tmp_path)
     assert argv[argv.index("--max-loras") + 1] == "3"

@@ -15,7 +15,7 @@ def test_tenants_that_nobody_named_share_a_label() -> None:
     metrics = Metrics({"acme"})
     for tenant in ("acme", *(f"tenant-{n}" for n in range(100))):
         metrics.count_generation(tenant, "merged", 200, broken=False)
-    assert shown(metrics, "mta_generations_total") == [
+    assert [line for line in shown(metrics, "mta_generations_total") if "merged" in line] == [
         'mta_generations_total{level="merged",outcome="answered",tenant="acme"} 1.0',
         'mta_generations_total{level="merged",outcome="answered",tenant="other"} 100.0',
     ]
@@ -36,5 +36,11 @@ def test_tenants_that_nobody_named_share_a_label() -> None:
 )
 def test_a_generation_ends_as_its_status_says(status: int, outcome: str) -> None:
     metrics = Metrics()
-    metrics.count_generation("a", "", status, broken=False)
-    assert f'outcome="{outcome}"' in shown(metrics, "mta_generations_total")[0]
+    metrics.count_generation("a", "base", status, broken=False)
+    [line] = [line for line in shown(metrics, "mta_generations_total") if "base" in line]
+    assert f'outcome="{outcome}"' in line
+
+
+def test_a_first_failure_is_an_increase() -> None:
+    lines = shown(Metrics({"acme"}), "mta_generations_total")
+    assert 'mta_generations_total{level="",outcome="unavailable",tenant="acme"} 0.0' in lines

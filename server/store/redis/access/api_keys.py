@@ -8,6 +8,7 @@ from server.errors import Unavailable
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection, readable
 from server.store.tenants.access_keys import AccessKey, KeyRing, Scope
+from server.store.tenants.rates import Allowance
 
 _REVISION = "revision"
 _REVOKED = "revoked:"
@@ -72,6 +73,7 @@ class RedisAccessKeys:
             "scopes": sorted(key.scopes),
             "last": key.last,
             "created_ms": key.created_ms,
+            "allowance": key.allowance.said,
         }
         arguments = (key.digest, orjson.dumps(record), int(only_first))
         return bool(await self._connection.write(_ADD, (keys.ACCESS_KEYS,), *arguments))
@@ -92,4 +94,14 @@ def _taken(fields: dict[str, bytes], beginning: str) -> list[tuple[str, bytes]]:
 def _decoded(digest: str, raw: bytes, revoked_ms: int | None) -> AccessKey:
     record = orjson.loads(raw)
     scopes = frozenset(map(Scope, record["scopes"]))
-    return AccessKey(digest, record["name"], record["tenant"], scopes, record["last"], record["created_ms"], revoked_ms)
+    known = {name: value for name, value in record.get("allowance", {}).items() if name in Allowance.__slots__}
+    return AccessKey(
+        digest,
+        record["name"],
+        record["tenant"],
+        scopes,
+        record["last"],
+        record["created_ms"],
+        revoked_ms,
+        Allowance(**known),
+    )

@@ -1,0 +1,138 @@
+"""`mta bench fleet chaos`: five minutes of mixed load while every part is killed and paused."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from bench import script
+from bench.fleet.chaos import census, verdict
+from bench.fleet.chaos.faults import Fault, Faults, shuffled
+from bench.fleet.chaos.load import TIMEOUT_S, Crowd, Imports, Person
+from bench.fleet.chaos.verdict import Claim
+from bench.fleet.machine import Machine, tiny_machine
+from bench.page.report import console, report
+from bench.rig.processes import descendants
+
+CROWDS, CROWD = 6, 8
+WARM_UP_S = 5.0
+LOSES = 0.001
+CALM_S = (0.5, 2.0)
+"""Between two faults, at random."""
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="How long it goes on, at least until every fault is over.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Of the faults and of what people do.")] = 1,
+    kills: Annotated[int, typer.Option(help="How often each part is killed.", min=1)] = 3,
+    pause_s: Annotated[float, typer.Option(help="How long each part is paused, once.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Kill and pause every part under mixed load; status 1 when something promised was not kept."""
+    faults = shuffled(random.Random(seed), kills, pause_s)
+    with tempfile.TemporaryDirectory() as scratch:
+        with tiny_machine(Path(scratch), seed=seed) as machine:
+            claims = under_load(Plan(Path(scratch), faults, seed, LOSES, 60 * minutes), machine)
+            family = [machine.up.pid, *descendants(machine.up.pid)]
+        left = census.left_over(family)
+        claims.append(Claim("processes left behind", f"{len(left)} of {len(family)}", not left))
+    report(f"chaos, seed {seed}, {len(faults)} faults", [claim.row for claim in claims], out)
+    if not all(claim.holds for claim in claims):
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens in a run.
+
+    Attributes:
+        folder: for the files of people that are imported.
+        faults: in order.
+        seed: of everything random.
+        loses: share of the store's answers that are lost meanwhile.
+        lasts_s: how long the load goes on at least.
+    """
+
+    folder: Path
+    faults: Sequence[Fault]
+    seed: int
+    loses: float
+    lasts_s: float = 0
+
+
+def under_load(plan: Plan, machine: Machine) -> list[Claim]:
+    """Inflict the faults while people ask and write; returns every claim with what was found."""
+    chance = random.Random(plan.seed)
+    crowds = [Crowd(machine.up.url, f"crowd-{number}", CROWD, f"{chance.random()}") for number in range(CROWDS)]
+    imports = Imports(machine.up.url, plan.folder)
+    begun_s, shown = time.monotonic(), console()
+    keys_before = census.kinds_of_keys(machine.store.url)
+    for thread in (*crowds, imports):
+        thread.start()
+    time.sleep(WARM_UP_S)
+    before, machine.lossy.share = census.taken(machine), plan.loses
+    inflicting = Faults(machine, chance)
+    for fault in plan.faults:
+        outage = inflicting.inflict(fault)
+        shown.print(f"{time.monotonic() - begun_s:6.1f} s  {fault.part:<8} whole again after {outage.mended_s:.1f} s")
+        time.sleep(chance.uniform(*CALM_S))
+    time.sleep(max(0.0, begun_s + plan.lasts_s - time.monotonic()))
+    machine.lossy.share = 0.0
+    for crowd in crowds:
+        crowd.stop()
+    imports.stop()
+    for thread in (*crowds, imports):
+        thread.join(2 * TIMEOUT_S)
+        assert not thread.is_alive(), f"{thread.name} hangs"
+    for crowd in crowds:
+        if crowd.failure:
+            raise crowd.failure
+    asked = [one for crowd in crowds for one in crowd.asked]
+    people = [person for crowd in crowds for person in crowd.people]
+    after = census.taken(machine)
+    with httpx.Client(base_url=machine.up.url, timeout=TIMEOUT_S) as client:
+        claims = [
+            *verdict.about_requests(asked, inflicting.outages),
+            *verdict.about_outages(inflicting.outages),
+            Claim("answers of the store that were lost", str(machine.lossy.lost), True),
+            Claim("files whose import failed", f"{imports.failures or 0}", not imports.failures),
+            *verdict.about_promises(client, [*people, *imports.people]),
+            verdict.about_jobs(client, people),
+            *_growth(before, after),
+            *_keys(client, [*people, *imports.people], keys_before, machine.store.url),
+        ]
+    return claims
+
+
+def _growth(before: dict[str, census.Taken], after: dict[str, census.Taken]) -> list[Claim]:
+    return [
+        Claim(
+            f"{name}: memory, descriptors",
+            f"{then.memory_mib:.0f} to {after[name].memory_mib:.0f} MiB, "
+            f"{then.descriptors} to {after[name].descriptors}",
+            not then.grew_to(after[name]),
+        )
+        for name, then in before.items()
+    ]
+
+
+def _keys(client: httpx.Client, people: Sequence[Person], before: Counter[str], store_url: str) -> list[Claim]:
+    """Erase everybody, and see what is left of them."""
+    for person in people:
+        with suppress(httpx.HTTPStatusError):  # erased before
+            client.delete(f"/users/{person.id}").raise_for_status()
+    return verdict.about_keys(census.kinds_of_keys(store_url) - before, len(people))
+
+
+if __name__ == "__main__":
+    script(main)

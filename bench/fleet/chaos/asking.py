@@ -1,0 +1,90 @@
+"""One generation over any of the routes, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import httpx
+
+
+class End(StrEnum):
+    """How a request ended."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused with a clear error"
+    BROKEN = "broken off with a clear error amid its stream"
+    CUT = "connection lost"
+    UNCLEAR = "neither answer nor clear error"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request. Times are of the monotonic clock.
+
+    Attributes:
+        what: its method and route.
+        begun_s, ended_s: from when to when.
+        end: how it ended.
+        reason: the error's code, or what else is known.
+        streaming: whether a part of the answer had come before it ended.
+    """
+
+    what: str
+    begun_s: float
+    ended_s: float
+    end: End
+    reason: str = ""
+    streaming: bool = False
+
+
+def ask(client: httpx.Client, method: str, path: str, body: object = None, headers: Any = None) -> tuple[Asked, Any]:
+    """Send a request that is answered whole; also what was answered, None if nothing was."""
+    begun_s, answer = time.monotonic(), None
+    try:
+        response = client.request(method, path, json=body, headers=headers)
+        end, reason, answer = _judged(response)
+    except httpx.TimeoutException as error:
+        end, reason = End.UNCLEAR, repr(error)
+    except httpx.TransportError as error:
+        end, reason = End.CUT, repr(error)
+    return Asked(f"{method} {path}", begun_s, time.monotonic(), end, reason), answer
+
+
+def stream(client: httpx.Client, path: str, body: object, headers: Any = None) -> Asked:
+    """Send a generation that is answered in pieces."""
+    begun_s, pieces = time.monotonic(), 0
+    end, reason = End.UNCLEAR, "the stream ended without [DONE]"
+    try:
+        with client.stream("POST", path, json=body, headers=headers) as response:
+            if not response.is_success:
+                response.read()
+                end, reason, _ = _judged(response)
+            else:
+                for line in response.iter_lines():
+                    if line == "data: [DONE]":
+                        end, reason = End.ANSWERED, ""
+                    elif line.startswith("data: "):
+                        event = json.loads(line.removeprefix("data: "))
+                        if "error" in event:
+                            end, reason = End.BROKEN, event["error"]["code"]
+                            break
+                        pieces += 1
+    except httpx.TimeoutException as error:
+        end, reason = End.UNCLEAR, repr(error)
+    except httpx.TransportError as error:
+        end, reason = End.CUT, repr(error)
+    return Asked(f"POST {path}, streamed", begun_s, time.monotonic(), end, reason, pieces > 0)
+
+
+def _judged(response: httpx.Response) -> tuple[End, str, Any]:
+    try:
+        answer = response.json()
+        if response.is_success:
+            return End.ANSWERED, "", answer
+        return End.REFUSED, str(answer["error"]["code"]), answer
+    except (ValueError, LookupError, TypeError):
+        return End.UNCLEAR, f"HTTP {response.status_code}: {response.text[:200]!r}", None

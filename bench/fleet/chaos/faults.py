@@ -1,0 +1,114 @@
+"""What befalls which part, in an order that a seed decides, and when it is over."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.fleet.machine import ENGINES, Machine
+from bench.rig.processes import descendants, standing_still, wait_until
+
+PARTS = ("gateway", "engine", "router", "worker", "valkey")
+STORE_AWAY_S = 1.0
+"""From the store's death to its restart, which is ours to do."""
+
+MEND_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that happens.
+
+    Attributes:
+        part: to which; `engine` is one of the two.
+        pause_s: how long it is paused; 0 kills it.
+    """
+
+    part: str
+    pause_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """A fault that is over. Times are of the monotonic clock.
+
+    Attributes:
+        fault: what it was.
+        begun_s: when it began.
+        over_s: when nothing was missing any more.
+    """
+
+    fault: Fault
+    begun_s: float
+    over_s: float
+
+    @property
+    def mended_s(self) -> float:
+        """How long it took until nothing was missing, after a killed part had died or a paused one went on."""
+        return self.over_s - self.begun_s - self.fault.pause_s
+
+    def during(self, begun_s: float, ended_s: float) -> bool:
+        """Whether something that took from `begun_s` to `ended_s` met it."""
+        return begun_s < self.over_s and ended_s > self.begun_s
+
+
+def shuffled(chance: random.Random, kills: int, pause_s: float) -> list[Fault]:
+    """Each part killed `kills` times and paused once, in any order."""
+    faults = [Fault(part) for part in PARTS for _ in range(kills)] + [Fault(part, pause_s) for part in PARTS]
+    chance.shuffle(faults)
+    return faults
+
+
+class Faults:
+    """Does it.
+
+    Args:
+        machine: to what.
+        chance: picks the engine.
+    """
+
+    def __init__(self, machine: Machine, chance: random.Random) -> None:
+        self._machine = machine
+        self._chance = chance
+        self.outages: list[Outage] = []
+
+    def inflict(self, fault: Fault) -> Outage:
+        """Let it happen, and return once nothing is missing any more."""
+        begun_s = time.monotonic()
+        name = self._chance.choice(ENGINES) if fault.part == "engine" else fault.part
+        if fault.part == "valkey":
+            self._store(fault)
+        elif fault.pause_s:
+            with standing_still(*self._family(name)):
+                time.sleep(fault.pause_s)
+        else:
+            self._kill(name)
+        wait_until(self._machine.whole, f"all parts after {fault}", MEND_S)
+        outage = Outage(fault, begun_s, time.monotonic())
+        self.outages.append(outage)
+        return outage
+
+    def _kill(self, name: str) -> None:
+        up = self._machine.up
+        starts, pid = up.starts(name), up.part(name)
+        assert pid, f"{name} does not run"
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: up.starts(name) > starts, f"{name} to be started again", MEND_S)
+
+    def _family(self, name: str) -> Sequence[int]:
+        pid = self._machine.up.part(name)
+        assert pid, f"{name} does not run"
+        return [pid, *descendants(pid)]
+
+    def _store(self, fault: Fault) -> None:
+        if fault.pause_s:
+            with standing_still(self._machine.store.pid):
+                time.sleep(fault.pause_s)
+        else:
+            self._machine.store.kill()
+            time.sleep(STORE_AWAY_S)
+            self._machine.store.start()

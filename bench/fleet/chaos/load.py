@@ -1,0 +1,185 @@
+"""People who ask and write, each by a thread of their own, and what they were promised."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from bench.fleet.chaos.asking import Asked, End, ask, stream
+from bench.rig.people import write_people
+from bench.rig.processes import mta
+from bench.rig.tiny import WORLDS
+
+TIMEOUT_S = 90.0
+"""Beyond every pause: nothing is sent again while the first may still be on its way."""
+
+AGAIN_S = 0.3
+TURNS = {"generate": 25, "stream": 25, "openai": 10, "openai stream": 10, "write": 18, "adapt": 4, "erase": 3}
+
+
+@dataclass(slots=True)
+class Person:
+    """What one person was promised.
+
+    Attributes:
+        id: the app's name for them.
+        texts: of all items that were acknowledged since they were last erased; None if they are erased.
+        erased: texts that must never be seen again.
+        jobs: those that were accepted since.
+    """
+
+    id: str
+    texts: list[str] | None = None
+    erased: list[str] = field(default_factory=list)
+    jobs: list[str] = field(default_factory=list)
+
+
+class Crowd(threading.Thread):
+    """Some people who take turns until told to stop.
+
+    A write is sent again until it is acknowledged, as an app would, so that it is known what must be there.
+
+    Args:
+        url: of the gateway.
+        name: of this crowd.
+        size: how many people.
+        seed: of what they do.
+        pause_s: between two turns.
+    """
+
+    def __init__(self, url: str, name: str, size: int, seed: str, pause_s: float = 0.1) -> None:
+        super().__init__(name=name, daemon=True)
+        self.people = [Person(f"{name}-{number}") for number in range(size)]
+        self.asked: list[Asked] = []
+        self.failure: BaseException | None = None
+        self._url = url
+        self._chance = random.Random(seed)
+        self._pause_s = pause_s
+        self._count = 0
+        self._stop_asked = threading.Event()
+
+    def stop(self) -> None:
+        """End after the present turn, which may have to wait for the fleet."""
+        self._stop_asked.set()
+
+    def run(self) -> None:
+        try:
+            with httpx.Client(base_url=self._url, timeout=TIMEOUT_S) as client:
+                while not self._stop_asked.wait(self._pause_s):
+                    self._turn(client)
+        except BaseException as failure:
+            self.failure = failure
+            raise
+
+    def _turn(self, client: httpx.Client) -> None:
+        person = self._chance.choice(self.people)
+        if person.texts is None:
+            self._write(client, person)
+            return
+        (turn,) = self._chance.choices(list(TURNS), list(TURNS.values()))
+        if turn == "write":
+            self._write(client, person)
+        elif turn == "adapt":
+            self._adapt(client, person)
+        elif turn == "erase":
+            self._until_done(client, "DELETE", f"/users/{person.id}", gone_is_done=True)
+            person.erased += person.texts
+            person.texts, person.jobs = None, []
+        else:
+            self._generate(client, person, turn)
+
+    def _generate(self, client: httpx.Client, person: Person, turn: str) -> None:
+        prompt = f"{self._chance.choice(WORLDS)}? {self._chance.random()}"
+        tokens = self._chance.choice((4, 8, 24))
+        streamed = {"stream": True} if "stream" in turn else {}
+        who: dict[str, object] = {"user_id": person.id, "prompt": prompt}
+        path, headers = "/generate", {}
+        if turn.startswith("openai"):
+            who = {"model": "mta", "messages": [{"role": "user", "content": prompt}]}
+            path, headers = "/v1/chat/completions", {"X-User-ID": person.id}
+        body = {**who, "max_tokens": tokens, **streamed}
+        self.asked.append(
+            stream(client, path, body, headers) if streamed else ask(client, "POST", path, body, headers)[0]
+        )
+
+    def _write(self, client: httpx.Client, person: Person) -> None:
+        """Replace the history of somebody new; of others, now and then, else add to it."""
+        self._count += 1
+        text = f"{self._chance.choice(WORLDS)}, as {person.id} said for the {self._count}th time"
+        path, items = f"/users/{person.id}/profile", [{"id": f"i{self._count}", "text": text}]
+        if person.texts is None or self._chance.random() < 0.1:
+            self._until_done(client, "PUT", path, {"items": items})
+            person.erased += person.texts or []
+            person.texts = [text]
+        else:
+            self._until_done(client, "POST", f"{path}/items", {"items": items})
+            person.texts.append(text)
+
+    def _adapt(self, client: httpx.Client, person: Person) -> None:
+        samples = [{"input": f"What about {world}?", "output": f"{world}, {person.id}!"} for world in WORLDS[:4]]
+        answer = self._until_done(client, "POST", f"/users/{person.id}/adapt", {"samples": samples})
+        person.jobs.append(answer["id"])
+
+    def _until_done(
+        self,
+        client: httpx.Client,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        gone_is_done: bool = False,
+    ) -> dict[str, str]:
+        """Send a write until it is acknowledged; of one that was already done nothing is left to find."""
+        while True:
+            asked, answer = ask(client, method, path, body)
+            self.asked.append(asked)
+            done: dict[str, str] = answer or {}
+            if asked.end is End.ANSWERED or (gone_is_done and asked.reason == "not_found"):
+                return done
+            assert asked.end is not End.REFUSED or not answer or answer["error"]["type"] == "service_unavailable", asked
+            time.sleep(AGAIN_S)
+
+
+class Imports(threading.Thread):
+    """Files of people, imported one after the other by `mta users import`.
+
+    Args:
+        url: of the gateway.
+        folder: for the files.
+        size: people in a file.
+        pause_s: between two files.
+    """
+
+    def __init__(self, url: str, folder: Path, size: int = 12, pause_s: float = 20.0) -> None:
+        super().__init__(name="imports", daemon=True)
+        self.people: list[Person] = []
+        self.failures: list[str] = []
+        self._url, self._folder, self._size, self._pause_s = url, folder, size, pause_s
+        self._stop_asked = threading.Event()
+
+    def stop(self) -> None:
+        """End after the present file."""
+        self._stop_asked.set()
+
+    def run(self) -> None:
+        number = 0
+        while not self._stop_asked.is_set():
+            number += 1
+            people = [
+                Person(f"imported-{number}-{i}", [f"{WORLDS[i % len(WORLDS)]}, by {number}-{i}"])
+                for i in range(self._size)
+            ]
+            everybody = [{"user_id": person.id, "profile": person.texts} for person in people]
+            file = write_people(self._folder / f"people-{number}.json", everybody)
+            command = mta("users", "import", str(file), "--url", self._url)
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ran.returncode:
+                self.failures.append(ran.stdout + ran.stderr)
+            self.people += people
+            self._stop_asked.wait(self._pause_s)

@@ -1,0 +1,137 @@
+"""The claims, each with what was found."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from bench.fleet.chaos.asking import Asked, End
+from bench.fleet.chaos.faults import Outage
+from bench.fleet.chaos.load import Person
+
+MOST_FAILED = 0.01
+"""Share of requests that may fail, before anything of their answer came, while one of two engines is down."""
+
+MEND_S = 60.0
+JOBS_END_S = 240.0
+TOMBSTONE = "epoch"
+SHARED_KINDS = 12
+"""Keys that belong to no user: queues, the log's rewriting, API keys, what was adapted."""
+
+ENDED = frozenset(("succeeded", "rejected", "failed", "cancelled", "superseded"))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One claim: what was found, and whether it holds."""
+
+    what: str
+    found: str
+    holds: bool
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """For a report."""
+        return self.what, self.found if self.holds else f"{self.found}  ← wrong"
+
+
+def about_requests(asked: Sequence[Asked], outages: Sequence[Outage]) -> list[Claim]:
+    """How requests ended, and how many failed while one of two engines was down."""
+    ends = Counter(one.end for one in asked)
+    unclear = Counter(one.reason for one in asked if one.end is End.UNCLEAR)
+    away = [outage for outage in outages if outage.fault.part == "gateway"]
+    cut = [one for one in asked if one.end is End.CUT]
+    unexplained = Counter(
+        one.reason for one in cut if not any(outage.during(one.begun_s, one.ended_s) for outage in away)
+    )
+    engines = [outage for outage in outages if outage.fault.part == "engine"]
+    beside = [one for one in asked if any(outage.during(one.begun_s, one.ended_s) for outage in engines)]
+    waiting = [one for one in beside if not one.streaming or one.end is End.ANSWERED]
+    failed = Counter(one.reason for one in waiting if one.end is not End.ANSWERED and one.reason != "not_found")
+    share = failed.total() / len(waiting) if waiting else 0.0
+    clear = ", ".join(f"{ends[end]:,} {end}" for end in (End.REFUSED, End.BROKEN, End.CUT))
+    return [
+        Claim("requests", f"{len(asked):,}: {ends[End.ANSWERED]:,} answered, {clear}", bool(asked)),
+        Claim(f"requests with {End.UNCLEAR}", _counted(unclear), not unclear),
+        Claim(
+            "connections lost while no gateway was down",
+            _counted(unexplained),
+            not unexplained,
+        ),
+        Claim(
+            "failed before their first token while one of two engines was down",
+            f"{_counted(failed)} of {len(waiting):,}, {share:.2%}",
+            share < MOST_FAILED,
+        ),
+    ]
+
+
+def about_outages(outages: Sequence[Outage]) -> list[Claim]:
+    """How long parts took to be back."""
+    claims = []
+    for part in sorted({outage.fault.part for outage in outages}):
+        of_part = [outage for outage in outages if outage.fault.part == part]
+        kills = [outage.mended_s for outage in of_part if not outage.fault.pause_s]
+        pauses = [outage.mended_s for outage in of_part if outage.fault.pause_s]
+        said = [f"{len(kills)} kills, whole again after {max(kills):.1f} s at most"] if kills else []
+        said += [f"{len(pauses)} pause, after {max(pauses):.1f} s"] if pauses else []
+        claims.append(Claim(f"{part}", "; ".join(said), max([*kills, *pauses]) <= MEND_S))
+    return claims
+
+
+def about_promises(client: httpx.Client, people: Iterable[Person]) -> list[Claim]:
+    """Whether all that was acknowledged is there, and nothing that was erased or replaced."""
+    missing, back, kept, gone = [], [], 0, 0
+    for person in people:
+        answer = client.get(f"/users/{person.id}/export")
+        text = answer.text if answer.is_success else ""
+        kept += len(person.texts or ())
+        gone += len(person.erased)
+        missing += [said for said in person.texts or () if said not in text]
+        back += [said for said in person.erased if f'"{said}"' in text]
+        if person.texts is None and answer.status_code != httpx.codes.NOT_FOUND:
+            back.append(f"{person.id}: HTTP {answer.status_code}")
+    return [
+        Claim("acknowledged writes that are missing", f"{len(missing)} of {kept:,}", not missing),
+        Claim("erased or replaced, and there again", f"{len(back)} of {gone:,}", not back),
+    ]
+
+
+def about_jobs(client: httpx.Client, people: Iterable[Person]) -> Claim:
+    """Whether every accepted job ended."""
+    open_jobs = {job for person in people for job in person.jobs}
+    accepted, states, deadline_s = len(open_jobs), Counter[str](), time.monotonic() + JOBS_END_S
+    while open_jobs and time.monotonic() < deadline_s:
+        for job in sorted(open_jobs):
+            state = client.get(f"/jobs/{job}").raise_for_status().json()["state"]
+            if state in ENDED:
+                states[state] += 1
+                open_jobs.remove(job)
+        time.sleep(0.5 if open_jobs else 0)
+    ended = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    holds = not open_jobs and not states["failed"]
+    return Claim("accepted jobs that did not end", f"{len(open_jobs)} of {accepted} ({ended})", holds)
+
+
+def about_keys(kinds: Counter[str], users: int) -> list[Claim]:
+    """What the store holds more than before, once everybody is erased: tombstones, and what belongs to no user."""
+    tombstones = kinds[TOMBSTONE]
+    others = {kind: count for kind, count in kinds.items() if kind != TOMBSTONE}
+    return [
+        Claim("tombstones, once everybody is erased", f"{tombstones} of {users} people", tombstones <= users),
+        Claim(
+            "other keys, once everybody is erased",
+            f"{sum(others.values())} {dict(sorted(others.items()))}",
+            sum(others.values()) <= SHARED_KINDS,
+        ),
+    ]
+
+
+def _counted(reasons: Counter[str]) -> str:
+    """How many, and the commonest reasons."""
+    common = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    return f"{reasons.total()}{f' ({common})' if common else ''}"

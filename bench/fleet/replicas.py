@@ -1,0 +1,125 @@
+"""Whether two engines behind the router answer as one, and each recipe lives on one of them only."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench import script
+from bench.fleet.machine import ENGINES, engine_client, until_routed
+from bench.page.report import report
+from bench.rig.engine import KEY
+from bench.rig.up import Up, up
+from mta_client import Client
+
+AT_A_TIME = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What two engines did.
+
+    Attributes:
+        answers: all of them.
+        differing: queries that one engine alone answers otherwise.
+        resident: the recipes that each engine held, before one was asked about the other's.
+        recipes: of all people.
+    """
+
+    answers: int
+    differing: list[str]
+    resident: Mapping[str, set[str]]
+    recipes: set[str]
+
+    @property
+    def twice(self) -> set[str]:
+        """Recipes that lived on both engines."""
+        return set.intersection(*self.resident.values()) & self.recipes
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """For a report."""
+        held = [(f"recipes on {name}", str(len(held & self.recipes))) for name, held in self.resident.items()]
+        equal = self.answers - len(self.differing)
+        everywhere = set.union(*self.resident.values()) >= self.recipes
+        return [
+            (
+                "answers equal to one engine's",
+                _judged(f"{equal} of {self.answers}", not self.differing),
+            ),
+            ("recipes", _judged(str(len(self.recipes)), everywhere)),
+            *held,
+            ("recipes on both engines", _judged(str(len(self.twice)), not self.twice)),
+        ]
+
+
+def _judged(value: str, good: bool) -> str:
+    return value if good else f"{value}  ← wrong"
+
+
+def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) -> Found:
+    """Have every query answered through the router, then all of them by the first engine alone.
+
+    Args:
+        started: with two engines that have the key `KEY`, in float32: else rounding differs with the batch.
+        people: in the LaMP per-user layout, with their queries.
+        max_tokens: of an answer.
+    """
+    asked: list[tuple[str, str, str]] = []
+    greedy = {"max_tokens": max_tokens, "temperature": 0}
+
+    def serve(person: Mapping[str, Any]) -> None:
+        client.put_profile(person["user_id"], person["profile"])
+        for query in person["query"]:
+            answer = client.generate(person["user_id"], query["input"], personalize="merged", history=0, **greedy)
+            assert answer.personalization.recipe
+            asked.append((answer.personalization.recipe, query["input"], answer.text))
+
+    with Client(started.url, timeout_s=600) as client, ThreadPoolExecutor(AT_A_TIME) as pool:
+        list(pool.map(serve, people))
+    resident = {}
+    for name in ENGINES:
+        with engine_client(started, name) as engine:
+            resident[name] = set(engine.get("/mta/v1/resident").raise_for_status().json()["resident"])
+    with engine_client(started, ENGINES[0]) as engine, ThreadPoolExecutor(AT_A_TIME) as pool:
+
+        def alone(recipe: str, text: str) -> str:
+            body = {"model": recipe, "messages": [{"role": "user", "content": text}], **greedy}
+            answer = engine.post("/v1/chat/completions", json=body).raise_for_status().json()
+            said: str = answer["choices"][0]["message"]["content"]
+            return said
+
+        again = list(pool.map(lambda one: alone(one[0], one[1]), asked))
+    differing = [text for (_, text, before), after in zip(asked, again, strict=True) if after != before]
+    return Found(len(asked), differing, resident, {recipe for recipe, _, _ in asked})
+
+
+def main(
+    users: Annotated[Path, typer.Option(help="Users in the LaMP per-user layout, with their queries.")],
+    bank: Annotated[Path, typer.Option(help="Folder of the bank.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Serve every user of a file by two engines, and compare with one; status 1 when they differ."""
+    people = json.loads(users.read_text(encoding="utf-8"))
+    options = ("--bank", str(bank), "--replicas", "2", "--dtype", "float32")
+    with (
+        tempfile.TemporaryDirectory() as data,
+        up(Path(data), *options, environment={"MTA_ENGINE_KEY": KEY}) as started,
+    ):
+        until_routed(started)
+        found = compared(started, people, max_tokens)
+    report(f"{len(people)} users, two engines", found.rows, out)
+    if any("wrong" in value for _, value in found.rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,238 @@
+"""`mta bench fleet rolling`: every part exchanged, and the bank, under load, without a failed request.
+
+Two gateways, a router and two engines as processes of their own, each asked to stop (SIGTERM) and started again, one at
+a time: engines with the next bank beside the present one, gateways with the next one, engines with that one alone, and
+the router. Clients do what a load balancer does: who gets no connection at one gateway asks the other.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from bank.manifest import read_manifest
+from bank.models.folders import ensure_embedder
+from bench import script
+from bench.page.report import console, report
+from bench.rig.engine import KEY
+from bench.rig.processes import Background, mta, running, wait_until
+from bench.rig.router import running_router
+from bench.rig.tiny import WORLDS, tiny_bank, tiny_model
+from bench.rig.valkey import ValkeyProcess
+from server.engine_protocol import STATUS
+from server.settings import Settings
+from server.supervisor.services import free_port
+
+CLIENTS, PEOPLE, TOKENS = 3, 8, 48
+PAUSE_S = 0.1
+READY_S, STOP_S = 120.0, 60.0
+CALM_S = 3.0
+"""Between two restarts: gateways look at engines every two seconds, routers every second."""
+
+Environment = dict[str, str | None]
+SECRET = "the secret of a fleet that is rolled"
+
+
+class Replaceable:
+    """A process that can be exchanged for another on the same port.
+
+    Args:
+        command: of `mta`, with its port.
+        url: asked whether it is ready.
+        headers: of that question.
+    """
+
+    def __init__(self, command: list[str], url: str, headers: dict[str, str] | None = None) -> None:
+        self._command, self._url, self._headers = command, url, headers or {}
+        self._running = ExitStack()
+        self._process: Background | None = None
+
+    def start(self, environment: Environment) -> None:
+        """Start it, and return once it is ready."""
+        self._process = process = self._running.enter_context(running(self._command, environment))
+
+        def ready() -> bool:
+            assert process.process.poll() is None, process.output
+            try:
+                return httpx.get(self._url, headers=self._headers, timeout=5).status_code == httpx.codes.OK
+            except httpx.TransportError:
+                return False
+
+        wait_until(ready, f"{self._command[-1]} to be ready", READY_S)
+
+    def stop(self) -> None:
+        """Ask it to stop, and return once it has."""
+        assert self._process
+        self._process.process.terminate()
+        self._process.wait(STOP_S)
+        self._running.close()
+
+    def exchange(self, environment: Environment) -> None:
+        """Stop it, and start another in its place."""
+        self.stop()
+        self.start(environment)
+
+
+class Load(threading.Thread):
+    """Somebody who asks without a pause, at whichever gateway takes the connection.
+
+    Args:
+        urls: the gateways'.
+        seed: of what is asked.
+    """
+
+    def __init__(self, urls: list[str], seed: int) -> None:
+        super().__init__(daemon=True)
+        self.failures: list[str] = []
+        self.recipes: Counter[str] = Counter()
+        self._clients = [httpx.Client(base_url=url, timeout=60) for url in urls]
+        self._chance = random.Random(seed)
+        self._stop_asked = threading.Event()
+
+    def stop(self) -> None:
+        """End after the present request."""
+        self._stop_asked.set()
+
+    def run(self) -> None:
+        while not self._stop_asked.wait(PAUSE_S):
+            user = f"rolled-{self._chance.randrange(PEOPLE)}"
+            body = {"user_id": user, "prompt": self._chance.choice(WORLDS), "max_tokens": TOKENS, "history": 0}
+            if self._chance.random() < 0.2:
+                self._one("PUT", f"/users/{user}/profile", {"items": [{"text": self._chance.choice(WORLDS)}]})
+            elif answer := self._one("POST", "/generate", body | {"stream": self._chance.random() < 0.5}):
+                self.recipes[_recipe(answer)[:13]] += 1
+
+    def _one(self, method: str, path: str, body: dict[str, object]) -> str | None:
+        for client in self._chance.sample(self._clients, len(self._clients)):
+            try:
+                response = client.request(method, path, json=body)
+            except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError) as error:
+                # Nothing came, and no gateway began anything: it did not take the connection, or had closed it.
+                if isinstance(error, httpx.ConnectError) or "without sending a response" in str(error):
+                    continue
+                self.failures.append(repr(error))
+                return None
+            if response.is_success and (not body.get("stream") or response.text.rstrip().endswith("data: [DONE]")):
+                return response.text
+            self.failures.append(f"{method} {path}: {response.status_code} {response.text[-200:]}")
+            return None
+        self.failures.append(f"{method} {path}: no gateway took the connection")
+        return None
+
+
+def _recipe(answer: str) -> str:
+    """The recipe that an answer names."""
+    return answer.partition('"recipe":"')[2].partition('"')[0]
+
+
+class Rolled:
+    """The fleet, its bank's next one, and what it takes to exchange its parts.
+
+    Args:
+        folder: for all data.
+        running: holds what runs.
+    """
+
+    def __init__(self, folder: Path, running: ExitStack) -> None:
+        model, embedder = tiny_model(folder / "model"), ensure_embedder(None, Settings().cache_dir)
+        bank, self.next = (tiny_bank(folder / name, model, embedder, seed=n) for n, name in enumerate(("bank", "next")))
+        store = ValkeyProcess(folder / "valkey").start()
+        running.callback(store.kill)
+        self._router_port = free_port()
+        engines = [free_port() for _ in range(2)]
+        self.engine_urls = [f"http://127.0.0.1:{port}" for port in engines]
+        self.settings: Environment = {
+            "MTA_REDIS_URL": store.url,
+            "MTA_ENGINE_KEY": KEY,
+            "MTA_ENGINE_URLS": ",".join(self.engine_urls),
+            "MTA_ENGINE_URL": f"http://127.0.0.1:{self._router_port}",
+            "MTA_SECRET": SECRET,
+            "MTA_MODEL": str(model),
+            "MTA_BANK": str(bank),
+            "OMP_NUM_THREADS": "1",  # two engines on one machine; one of them computes while the other starts
+        }
+        gateways = [free_port() for _ in range(2)]
+        self.gateway_urls = [f"http://127.0.0.1:{port}" for port in gateways]
+        key = {"Authorization": f"Bearer {KEY}"}
+        self.engines = [
+            Replaceable(mta("engine", "--port", str(port)), f"http://127.0.0.1:{port}{STATUS}", key) for port in engines
+        ]
+        self.gateways = [
+            Replaceable(mta("gateway", "--port", str(port)), f"http://127.0.0.1:{port}/ready") for port in gateways
+        ]
+        self._router = ExitStack()
+        for engine in self.engines:
+            engine.start(self.settings)
+            running.callback(engine.stop)
+        self.restart_router()
+        running.callback(self._router.close)
+        for gateway in self.gateways:
+            gateway.start(self.settings)
+            running.callback(gateway.stop)
+
+    def restart_router(self) -> None:
+        """Stop the router, if it runs, and start one on the same port."""
+        self._router.close()
+        self._router.enter_context(running_router(self.engine_urls, self._router_port))
+
+    def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Every exchange, in the order in which a new bank is rolled out; the router's comes last."""
+        both = {**self.settings, "MTA_NEXT_BANK": str(self.next)}
+        alone = {**self.settings, "MTA_BANK": str(self.next)}
+        for engine in self.engines:
+            yield "engine, with both banks", partial(engine.exchange, both)
+        for gateway in self.gateways:
+            yield "gateway, with the next bank", partial(gateway.exchange, alone)
+        for engine in self.engines:
+            yield "engine, with the next bank alone", partial(engine.exchange, alone)
+        yield "router", self.restart_router
+
+
+def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None) -> None:
+    """Exchange every part and the bank under load; status 1 when a request failed."""
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
+        rolled = Rolled(Path(scratch), running)
+        loads = [Load(rolled.gateway_urls, seed) for seed in range(CLIENTS)]
+        for load in loads:
+            load.start()
+        shown, exchanged = console(), 0
+        time.sleep(CALM_S)
+        for what, exchange in rolled.steps():
+            exchange()
+            time.sleep(CALM_S)
+            exchanged += 1
+            shown.print(f"exchanged: {what}; {sum(len(load.failures) for load in loads)} requests failed so far")
+        for load in loads:
+            load.stop()
+        for load in loads:
+            load.join(60)
+        asked = {"user_id": "rolled-0", "prompt": "Well?", "max_tokens": 1}
+        last = httpx.post(f"{rolled.gateway_urls[0]}/generate", json=asked).raise_for_status().text
+        moved = _recipe(last).startswith(f"mta1:{read_manifest(rolled.next).short}")
+    failures = [failure for load in loads for failure in load.failures]
+    recipes = sum((load.recipes for load in loads), Counter[str]())
+    rows = [
+        ("parts exchanged under load", str(exchanged)),
+        ("answers", f"{recipes.total():,}"),
+        ("answers by bank", ", ".join(f"{name}: {count:,}" for name, count in recipes.items())),
+        ("requests that failed", f"{len(failures)} {failures[:3]}  ← wrong" if failures else "0"),
+        ("the next bank serves", "yes" if moved else "no  ← wrong"),
+    ]
+    report("two gateways, a router and two engines, all exchanged under load", rows, out)
+    if failures or not moved:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,189 @@
+"""`mta bench fleet simulate`: how often a recipe is already where its request arrives, and how evenly requests fall,
+with 10, 100 and 1,000 engines.
+
+Users ask as often as Zipf's law says, each under a recipe of their own: the worst case, for near-equal users share one.
+Requests go where the router's ring sends them (`ring.py`), or, for comparison, anywhere. An engine keeps the recipes
+used last. With `--check` the same model is held against two real engines behind the real router.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import typer
+
+from bench import script
+from bench.fleet.machine import ENGINES, engine_client, tiny_machine
+from bench.fleet.ring import Ring, random_places
+from bench.page.report import Figures, tabulate
+from bench.rig.engine import KEY
+
+REPLICAS = (10, 100, 1000)
+CHECKED_REQUESTS, CHECKED_RECIPES, CHECKED_HELD, CHECKED_SLOTS = 400, 60, 16, 8
+NEAR = 0.1
+"""How far the share of warm requests may be from the simulated one: engines were seen to be 6 % warmer."""
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What became of all requests.
+
+    Attributes:
+        warm: share that found its recipe held.
+        busiest: requests of the busiest engine over the mean.
+        idlest: of the idlest.
+    """
+
+    warm: float
+    busiest: float
+    idlest: float
+
+
+def zipf(users: int, requests: int, exponent: float, generator: np.random.Generator) -> Numbers:
+    """Who asks, request by request: user n about 1/n^exponent as often as the first."""
+    shares = np.cumsum(1.0 / np.arange(1, users + 1) ** exponent)
+    who: Numbers = np.searchsorted(shares, generator.random(requests) * shares[-1]).astype(np.int64)
+    return who
+
+
+def served(asking: Numbers, engines: Numbers, replicas: int, held: int, begin: int = 0) -> Spread:
+    """Serve requests in order.
+
+    Args:
+        asking: each request's recipe.
+        engines: each request's engine.
+        replicas: how many engines there are.
+        held: recipes that an engine keeps.
+        begin: the first request that counts: those before it find engines cold.
+    """
+    kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(replicas)]
+    warm = 0
+    for number, (recipe, engine) in enumerate(zip(asking.tolist(), engines.tolist(), strict=True)):
+        mine = kept[engine]
+        if recipe in mine:
+            warm += number >= begin
+            mine.move_to_end(recipe)
+        else:
+            mine[recipe] = None
+            if len(mine) > held:
+                mine.popitem(last=False)
+    loads = np.bincount(engines, minlength=replicas) / (len(engines) / replicas)
+    return Spread(warm / (len(asking) - begin), float(loads.max()), float(loads.min()))
+
+
+def main(
+    *,
+    replicas: Annotated[list[int], typer.Option(help="How many engines; may be given several times.")] = REPLICAS,  # type: ignore[assignment]
+    users: Annotated[int, typer.Option(help="Users, each with a recipe of their own.", min=1000)] = 1_000_000,
+    exponent: Annotated[float, typer.Option(help="Of Zipf's law.")] = 0.6,
+    requests: Annotated[int, typer.Option(help="Requests for each engine; the later half counts.", min=100)] = 1500,
+    held: Annotated[int, typer.Option(help="Recipes that an engine keeps (MTA_MAX_CPU_LORAS).", min=1)] = 1024,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    check: Annotated[bool, typer.Option(help="Hold the model against two real engines.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Simulate fleets, and print how warm and how even they are; status 1 when `--check` finds another truth."""
+    asking = Asking(users, exponent, requests, seed)
+    title = f"{users:,} users, Zipf {exponent}, {requests:,} requests and {held:,} recipes an engine"
+    columns = ("engines", "warm by the ring", "warm anywhere", "busiest", "idlest", "busiest after a death")
+    tables = [Figures(title, columns, [_line(number, asking, held) for number in replicas])]
+    good = True
+    if check:
+        found = checked(seed)
+        good = found.misplaced == 0 and abs(found.warm - found.simulated) <= NEAR
+        rows = [
+            ["recipes elsewhere than simulated", found.misplaced],
+            ["share of requests that were warm", found.warm],
+            ["the same, simulated", found.simulated],
+        ]
+        tables.append(Figures(f"two real engines, {CHECKED_REQUESTS} requests", ("", "found"), rows))
+    tabulate(tables, out)
+    if not good:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How people ask; see `main`."""
+
+    users: int
+    exponent: float
+    requests: int
+    seed: int
+
+
+def _line(replicas: int, people: Asking, held: int) -> list[object]:
+    generator = np.random.default_rng(people.seed)
+    asking = zipf(people.users, replicas * people.requests, people.exponent, generator)
+    places = random_places(people.users, generator)[asking]
+    names = [f"http://10.{number >> 8}.{number & 255}.1:8001" for number in range(replicas)]
+    by_ring = Ring(names).engines_at(places)
+    half = len(asking) // 2
+    ring = served(asking, by_ring, replicas, held, half)
+    anywhere = served(asking, generator.integers(replicas, size=len(asking)), replicas, held, half)
+    # The ring is rebuilt without an engine that cannot be reached: its users go to all others.
+    after = Ring(names[1:]).engines_at(places) + 1
+    left = np.bincount(after, minlength=replicas)[1:] / (len(after) / replicas)
+    return [replicas, ring.warm, anywhere.warm, ring.busiest, ring.idlest, float(left.max())]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The model against two real engines.
+
+    Attributes:
+        misplaced: recipes that live elsewhere than on the simulated engine.
+        warm: share of requests whose recipe an engine held.
+        simulated: the same, simulated.
+    """
+
+    misplaced: int
+    warm: float
+    simulated: float
+
+
+def checked(seed: int) -> Checked:
+    """Send requests for more recipes than two engines hold through the real router, one at a time."""
+    generator = np.random.default_rng(seed)
+    asking = zipf(CHECKED_RECIPES, CHECKED_REQUESTS, 0.9, generator)
+    options = ("--max-loras", str(CHECKED_SLOTS))
+    environment = {"MTA_MAX_CPU_LORAS": str(CHECKED_HELD)}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tiny_machine(Path(scratch), *options, environment=environment) as machine,
+    ):
+        said = machine.ready()
+        assert said
+        urls = [engine["url"] for engine in said["parts"]["engines"]]
+        short = said["parts"]["bank"]["fingerprint"][:8]
+        recipes = [f"mta1:{short}:shared:c+a00*{n + 1}+a01*{900 - n}" for n in range(CHECKED_RECIPES)]
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=said["parts"]["engine_url"]["url"], headers=headers, timeout=60) as router:
+            for number in asking.tolist():
+                body = {"model": recipes[number], "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+                session = {"X-Session-ID": recipes[number]}
+                router.post("/v1/chat/completions", json=body, headers=session).raise_for_status()
+        ring = Ring(urls)
+        engines = np.array([ring.engine_of(recipes[number]) for number in asking.tolist()])
+        misplaced, prepares, fuses = 0, 0, 0
+        for number, name in enumerate(ENGINES):
+            with engine_client(machine.up, name) as engine:
+                resident = engine.get("/mta/v1/resident").raise_for_status().json()["resident"]
+                status = engine.get("/mta/v1/status").raise_for_status().json()
+            misplaced += sum(ring.engine_of(recipe) != number for recipe in resident if recipe in recipes)
+            prepares, fuses = prepares + status["prepares"], fuses + status["fuses"]
+    simulated = served(asking, engines, len(ENGINES), CHECKED_HELD)
+    return Checked(misplaced, 1 - fuses / prepares, simulated.warm)
+
+
+if __name__ == "__main__":
+    script(main)

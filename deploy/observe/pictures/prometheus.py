@@ -1,0 +1,119 @@
+"""A real Prometheus over processes of this machine, with our own configuration, in a hurry."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from bench.rig.processes import running, wait_until
+from deploy.observe.dashboard import WINDOW
+from server.supervisor.services import free_port
+
+HERE = Path(__file__).parents[1]
+HURRY_S = 1
+BINARY = shutil.which("prometheus")
+"""None where it is not installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Somebody who has metrics: where, and the key that they want."""
+
+    address: str
+    key: str = ""
+
+
+class Prometheus:
+    """One that runs."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.Client(base_url=url, timeout=30)
+
+    def asked(self, expression: str) -> list[dict[str, Any]]:
+        """What it answers now, one value a series."""
+        found: list[dict[str, Any]] = self._get("query", query=expression)["result"]
+        return found
+
+    def over_time(self, expression: str, start_s: float, end_s: float, step_s: float) -> list[dict[str, Any]]:
+        """What it answers for a span of time; of Grafana's variables the window of rates is filled in."""
+        expression = expression.replace(WINDOW, f"{max(4 * HURRY_S, round(4 * step_s))}s")
+        found: list[dict[str, Any]] = self._get("query_range", query=expression, start=start_s, end=end_s, step=step_s)[
+            "result"
+        ]
+        return found
+
+    def firing(self) -> set[str]:
+        """The names of the alerts that fire."""
+        alerts = self._get("alerts")["alerts"]
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+
+    def up(self, job: str) -> bool:
+        """Whether the last look at a job's targets found any, and all of them well."""
+        found = self.asked(f'min(up{{job="{job}"}})')
+        return bool(found) and found[0]["value"][1] == "1"
+
+    def looked(self) -> None:
+        """Return once everybody has been asked again, twice."""
+        start_s = time.time()
+        wait_until(
+            lambda: self.asked(f"min(timestamp(up)) > bool {start_s + 2 * HURRY_S}")[0]["value"][1] == "1", "a look"
+        )
+
+    def _get(self, what: str, **parameters: str | float) -> dict[str, Any]:
+        answer = self._http.get(f"/api/v1/{what}", params=parameters).json()
+        assert answer["status"] == "success", answer
+        data: dict[str, Any] = answer["data"]
+        return data
+
+
+@contextmanager
+def prometheus(folder: Path, targets: Mapping[str, Target]) -> Iterator[Prometheus]:
+    """One that asks these targets every second. Alerts fire at once, and a job waits long when it waits 2 s.
+
+    Args:
+        folder: for its files.
+        targets: by the names of the jobs in prometheus.yml.
+    """
+    assert BINARY, "prometheus is not installed"
+    rules = (HERE / "alerts.yml").read_text("utf-8")
+    rules = re.sub(r"for: \w+", "for: 0s", rules).replace("oldest_seconds) > 600", "oldest_seconds) > 2")
+    (folder / "alerts.yml").write_text(rules, "utf-8")
+    config = yaml.safe_load((HERE / "prometheus.yml").read_text("utf-8"))
+    config["global"] = {"scrape_interval": f"{HURRY_S}s", "evaluation_interval": f"{HURRY_S}s"}
+    del config["alerting"]
+    for job in config["scrape_configs"]:
+        target = targets[job["job_name"]]
+        del job["dns_sd_configs"]
+        job["static_configs"] = [{"targets": [target.address]}]
+        if "authorization" in job:
+            key = folder / f"{job['job_name']}.key"
+            key.write_text(target.key, "utf-8")
+            job["authorization"]["credentials_file"] = str(key)
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
+    address = f"127.0.0.1:{free_port()}"
+    options = {
+        "config.file": folder / "prometheus.yml",
+        "storage.tsdb.path": folder / "metrics",
+        "web.listen-address": address,
+        "log.level": "warn",
+    }
+    with running([BINARY, *(f"--{name}={value}" for name, value in options.items())], {}):
+        found = Prometheus(f"http://{address}")
+        wait_until(lambda: _answers(address), "Prometheus to start")
+        yield found
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"http://{address}/-/ready").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False

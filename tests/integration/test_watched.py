@@ -1,0 +1,178 @@
+"""A real run, watched by all means: metrics in a real Prometheus, alerts by real faults, traces, and logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.rig.processes import standing_still, wait_until
+from deploy.observe import dashboard
+from deploy.observe.pictures.prometheus import BINARY, HERE
+from deploy.observe.pictures.receiver import Span
+from deploy.observe.pictures.watched import PEOPLE, STACKED, Watched, use, watched
+from tests.support.documented import ROOT, Reader, blocks_of
+
+needs_prometheus = pytest.mark.skipif(BINARY is None, reason="Prometheus is not installed")
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bank_folder: Path, tiny_model_folder: Path, embedder_folder: Path
+) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("watched")
+    options = ("--bank", str(tiny_bank_folder), "--model", str(tiny_model_folder), "--max-loras", "2")
+    with watched(folder, *options, MTA_EMBEDDER=str(embedder_folder)) as run:
+        use(run, 6)
+        yield run
+
+
+def test_the_committed_dashboard_is_the_one_that_the_code_makes() -> None:
+    assert dashboard.FILE.read_text("utf-8") == dashboard.dashboard(), "run python -m deploy.observe.dashboard"
+
+
+@needs_prometheus
+def test_rules_and_configurations_are_what_prometheus_takes() -> None:
+    for command in (
+        ("promtool", "check", "rules", "alerts.yml"),
+        ("promtool", "test", "rules", "alerts_test.yml"),
+        ("promtool", "check", "config", "--syntax-only", "prometheus.yml"),
+    ):
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_explained_and_tested() -> None:
+    alerts = [line.split()[-1] for line in (HERE / "alerts.yml").read_text("utf-8").splitlines() if "- alert:" in line]
+    assert len(alerts) > 5
+    for name in alerts:
+        for file in (ROOT / "docs/operations.md", HERE / "alerts_test.yml"):
+            assert name in file.read_text("utf-8"), f"{file.name} says nothing of {name}"
+
+
+@needs_prometheus
+def test_every_query_of_the_dashboard_has_data(run: Watched) -> None:
+    end_s = time.time()
+    without = []
+    for graph in dashboard.graphs():
+        for query in graph.queries:
+            found = run.prometheus.over_time(query.expression, run.began_s, end_s, 1)
+            numbers = [float(value) for series in found for _, value in series["values"]]
+            if not any(map(math.isfinite, numbers)):
+                without.append(f"{graph.title}: {query.expression}")
+    assert without == []
+
+
+@needs_prometheus
+def test_figures_say_what_was_done(run: Watched) -> None:
+    def total(expression: str) -> float:
+        found = run.prometheus.asked(f"sum({expression})")
+        return float(found[0]["value"][1]) if found else 0.0
+
+    assert total('mta_worker_jobs_total{outcome="succeeded"}') == 1
+    assert total('mta_generations_total{level="stacked",outcome="answered",tenant="default"}') >= 2
+    assert total('mta_generations_total{outcome="refused"}') >= 1
+    assert total('mta_tokens_total{level="stacked",kind="completion"}') > 0
+    assert total('mta_engine_slots{job="engine"}') == 2
+    assert total('mta_engine_slots_resident{job="engine"}') == 2
+    assert total("mta_engine_slot_evictions_total") >= len(PEOPLE) - 2  # more people than slots
+
+
+@needs_prometheus
+def test_nothing_of_a_user_is_a_label(run: Watched) -> None:
+    for name in (*PEOPLE, "mta1:"):
+        assert run.prometheus.asked(f'count({{__name__!="",__name__=~".+",lora=~".*{name}.*"}})') == []
+    labels = run.prometheus._get("series", **{"match[]": '{job=~".+"}'})
+    shown = json.dumps(labels)
+    assert "mta1:" not in shown
+    assert f'"{STACKED}"' not in shown
+
+
+def spans_of(run: Watched, name: str) -> list[Span]:
+    return [span for span in run.receiver.spans if span.name == name]
+
+
+def test_one_trace_leads_from_the_gateway_through_the_engine(run: Watched) -> None:
+    request = spans_of(run, "POST /generate")[0]
+    wait_until(lambda: any(span.service == "mta-engine" for span in run.receiver.trace(request.trace_id)), "the engine")
+    within = {span.name: span for span in run.receiver.trace(request.trace_id)}
+    assert within["POST"].parent == request.id
+    assert within["llm_request"].parent == within["prepare"].parent == within["POST"].id
+    assert within["llm_request"].attributes["gen_ai.usage.completion_tokens"] > 0
+
+
+def test_one_trace_leads_from_a_job_to_what_its_worker_did_and_the_answer_by_it_is_linked(run: Watched) -> None:
+    wait_until(lambda: spans_of(run, "adapt") != [], "the worker's spans")
+    [adapt], [request] = spans_of(run, "adapt"), spans_of(run, "POST /users/{user_id}/adapt")
+    assert (adapt.service, adapt.trace_id, adapt.parent) == ("mta-worker", request.trace_id, request.id)
+    assert "train" in {span.name for span in run.receiver.trace(adapt.trace_id) if span.parent == adapt.id}
+    linked = [span for span in spans_of(run, "POST /generate") if adapt.trace_id in span.links]
+    assert linked
+    assert {span.attributes["mta.level"] for span in linked} == {"stacked"}
+
+
+def test_nothing_of_a_user_is_in_any_span(run: Watched) -> None:
+    raw = b"".join(run.receiver.bodies)
+    for secret in (STACKED, *PEOPLE.values(), "Tell me about it", "mta1:", "redis.call"):
+        assert secret.encode() not in raw, secret
+
+
+@pytest.mark.parametrize("part", ["gateway", "engine", "worker"])
+def test_each_part_logs_objects(run: Watched, part: str) -> None:
+    lines = [line for line in run.log(part).splitlines() if line and "==== mta up" not in line]
+    read = [json.loads(line) for line in lines if line.startswith("{")]
+    assert {"time", "level", "logger", "message"} <= read[0].keys()
+    assert len(read) > 0.9 * len(lines), [line for line in lines if not line.startswith("{")]
+    if part == "gateway":
+        [line] = [line for line in read if line.get("route") == "/users/{user_id}/adapt"]
+        assert (line["status"], len(line["request"]), len(line["trace"])) == (202, 24, 32)
+        assert line["trace"] == spans_of(run, "adapt")[0].trace_id
+    if part == "worker":
+        [line] = [line for line in read if "held-out loss" in line["message"]]
+        assert line["trace"] == spans_of(run, "adapt")[0].trace_id
+
+
+@needs_prometheus
+def test_what_docs_say_can_be_typed_gives_what_they_show(run: Watched) -> None:
+    reader = Reader(run.server.url, ROOT, {})
+    for block in blocks_of("docs/operations.md"):
+        if block.reason is None:
+            reader.try_block(block)
+
+
+@needs_prometheus
+def test_alerts_fire_when_an_engine_stands_still(run: Watched) -> None:
+    assert not run.prometheus.firing() & {"MtaPartDown", "MtaNotReady"}
+    pid = run.server.part("engine")
+    assert pid
+    with standing_still(pid):
+        wait_until(lambda: run.prometheus.firing() >= {"MtaPartDown", "MtaNotReady"}, "the alerts")
+    wait_until(lambda: not run.prometheus.firing() & {"MtaPartDown", "MtaNotReady"}, "them to end")
+
+
+@needs_prometheus
+def test_an_alert_fires_when_no_worker_takes_a_job(run: Watched) -> None:
+    worker = run.server.part("worker")
+    assert worker
+    with standing_still(worker), run.client as client:
+        samples = [{"input": "q", "output": "a"}] * 2
+        job = client.post("/users/ben/adapt", json={"samples": samples}).raise_for_status().json()
+        wait_until(lambda: "MtaJobsWait" in run.prometheus.firing(), "the alert")
+        client.delete(f"/jobs/{job['id']}").raise_for_status()
+
+
+@needs_prometheus
+def test_alerts_fire_when_the_store_is_gone(run: Watched) -> None:
+    valkey = run.server.part("valkey")
+    assert valkey
+    body = {"user_id": "ben", "prompt": "x", "max_tokens": 1}
+    with standing_still(valkey), run.client as client:
+        for _ in range(2):
+            assert client.post("/generate", json=body).status_code == 503
+        wanted = {"MtaStoreFails", "MtaGenerationsFail", "MtaNotReady"}
+        wait_until(lambda: run.prometheus.firing() >= wanted, "the alerts")

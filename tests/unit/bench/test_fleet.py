@@ -1,0 +1,97 @@
+"""What the fleet's benchmarks claim: each claim can fail; and what simulated fleets are made of."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bench.fleet.chaos.asking import Asked, End
+from bench.fleet.chaos.census import Taken
+from bench.fleet.chaos.faults import PARTS, Fault, Outage, shuffled
+from bench.fleet.chaos.verdict import Claim, about_keys, about_outages, about_requests
+from bench.fleet.ring import Ring, random_places
+from bench.fleet.simulate import served, zipf
+
+ENGINE_AWAY = Outage(Fault("engine"), 100.0, 120.0)
+GATEWAY_AWAY = Outage(Fault("gateway"), 200.0, 205.0)
+
+
+def asked(end: End, at_s: float, *, streaming: bool = False) -> Asked:
+    return Asked("POST /generate", at_s, at_s + 1, end, "", streaming)
+
+
+def failing(claims: list[Claim]) -> list[str]:
+    return [claim.what for claim in claims if not claim.holds]
+
+
+def verdict(*more: Asked) -> list[str]:
+    """What is wrong with a hundred answers from while an engine was down, and these."""
+    many = [asked(End.ANSWERED, 110.0)] * 100
+    return failing(about_requests([*many, *more], [ENGINE_AWAY, GATEWAY_AWAY]))
+
+
+def test_one_failure_in_a_hundred_while_an_engine_is_down_is_one_too_many() -> None:
+    (wrong,) = verdict(*[asked(End.REFUSED, 110.0)] * 2)
+    assert wrong.startswith("failed before their first token")
+    assert verdict(asked(End.REFUSED, 110.0)) == []
+    assert verdict(*[asked(End.REFUSED, 300.0)] * 9) == []
+    assert verdict(*[asked(End.BROKEN, 110.0, streaming=True)] * 9) == []
+
+
+def test_a_connection_is_lost_only_where_a_gateway_was_down() -> None:
+    assert verdict(asked(End.CUT, 199.5)) == []
+    assert verdict(asked(End.CUT, 206.0)) == ["connections lost while no gateway was down"]
+
+
+def test_every_request_ends_in_an_answer_or_a_clear_error() -> None:
+    assert verdict(asked(End.UNCLEAR, 300.0)) == ["requests with neither answer nor clear error"]
+
+
+def test_a_part_is_back_within_a_minute_not_counting_its_pause() -> None:
+    assert failing(about_outages([Outage(Fault("worker", 20.0), 0.0, 79.0)])) == []
+    assert failing(about_outages([Outage(Fault("worker"), 0.0, 61.0)])) == ["worker"]
+
+
+def test_nothing_is_left_of_the_erased_but_tombstones() -> None:
+    assert failing(about_keys(Counter({"epoch": 5, "mta:": 4}), users=5)) == []
+    assert failing(about_keys(Counter({"epoch": 5, "profile": 20}), users=5)) != []
+
+
+@pytest.mark.parametrize(("later", "grew"), [(Taken(310, 90), False), (Taken(320, 60), True), (Taken(200, 99), True)])
+def test_what_a_part_takes_may_not_grow_beyond_a_bound(later: Taken, grew: bool) -> None:
+    assert Taken(200, 50).grew_to(later) is grew
+
+
+def test_each_part_is_killed_as_often_as_asked_and_paused_once() -> None:
+    faults = shuffled(random.Random(0), 3, 20.0)
+    for part in PARTS:
+        assert faults.count(Fault(part)) == 3
+        assert faults.count(Fault(part, 20.0)) == 1
+
+
+def test_an_engine_keeps_the_recipes_that_were_used_last() -> None:
+    asking, engines = np.array([1, 2, 1, 3, 2, 1]), np.zeros(6, dtype=np.int64)
+    assert served(asking, engines, 1, held=2).warm == pytest.approx(1 / 6)
+    assert served(asking, engines, 1, held=3).warm == pytest.approx(3 / 6)
+    assert served(asking, engines, 1, held=3, begin=3).warm == pytest.approx(2 / 3)
+    assert served(asking, np.array([0, 1, 0, 1, 1, 0]), 2, held=2).warm == pytest.approx(3 / 6)
+
+
+def test_a_ring_is_even_and_moves_no_user_whose_engine_is_still_there() -> None:
+    urls = [f"http://engine-{number}:8001" for number in range(8)]
+    places = random_places(20_000, np.random.default_rng(1))
+    before, after = Ring(urls).engines_at(places), Ring(urls[:-1]).engines_at(places)
+    loads = np.bincount(before, minlength=8) / (len(places) / 8)
+    assert loads.min() > 0.7 and loads.max() < 1.35
+    stayed = before != 7
+    assert (before[stayed] == after[stayed]).all()
+    assert len(set(after[~stayed].tolist())) == 7
+
+
+def test_users_ask_as_zipf_says() -> None:
+    counts = np.bincount(zipf(1000, 200_000, 1.0, np.random.default_rng(2)), minlength=1000)
+    assert counts[0] / counts[9] == pytest.approx(10, rel=0.2)
+    assert counts[0] / counts[99] == pytest.approx(100, rel=0.4)
