@@ -84,7 +84,7 @@ def test_the_log_names_routes_and_never_users_or_prompts(environment: Environmen
         process.wait_for("listening on")
         httpx.put(f"{url}/users/unmistakable/profile", json={"items": [{"text": "secret history"}]}).raise_for_status()
         httpx.post(f"{url}/generate", json={"user_id": "unmistakable", "prompt": "secret prompt", "max_tokens": 1})
-        process.wait_for(r"PUT /users/\{user_id\}/profile 200 [\d.]+ ms$")
+        process.wait_for(r"PUT /users/\{user_id\}/profile 200 [\d.]+ ms request=[0-9a-f]{24}$")
         process.wait_for(r"POST /generate 200 [\d.]+ ms gen-[0-9a-f]+ merged$")
     assert "unmistakable" not in process.output
     assert "secret" not in process.output
