@@ -92,5 +92,4 @@ async def test_whatever_is_written_stands_in_the_table(
     assert expiring == {row.name for row in table() if row.expires}
     of_version_0_1 = {"mta:jobs", "mta:sign", "mta:jobs:open", "mta:sign:open", "mta:{rewrite}:due"}
     of_the_other = "mta:{rewrite}" if isinstance(server, ValkeyCluster) else "mta:{rewrite}:<server>"
-    of_limits = {row.name for row in table() if row.name.startswith(("mta:rates:", "mta:held:"))}  # test_rates.py
-    assert seen == {row.name for row in table()} - of_version_0_1 - of_limits - {of_the_other}
+    assert seen == {row.name for row in table()} - of_version_0_1 - {of_the_other}
