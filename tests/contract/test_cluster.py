@@ -65,8 +65,10 @@ def configured(node: ValkeyProcess, name: str, value: str) -> Iterator[None]:
     """A node with another setting, until the block ends."""
     before = ask(node, "CONFIG GET", name)[name]
     ask(node, "CONFIG SET", name, value)
-    yield
-    ask(node, "CONFIG SET", name, before)
+    try:
+        yield
+    finally:
+        ask(node, "CONFIG SET", name, before)
     wait_until(lambda: not rewriting(node), "the file that it begins anew")
 
 

@@ -256,7 +256,8 @@ def streamed_text(engine: Engine, recipe: str) -> str:
         lines = list(response.iter_lines())
     assert lines[-2] == "data: [DONE]"
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]  # a last chunk has the usage alone
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
 def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: str) -> None:
