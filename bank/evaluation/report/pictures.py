@@ -18,7 +18,6 @@ PRICES_FILE = "loss_by_price.png"
 _INK, _GOOD, _BAD, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"
 _COLOURS = ("#d1495b", "#2a9d8f", "#1f2933", "#e9a23b", "#3d6cb9", "#8a5fbf", "#9aa5b1", "#7a5c3e")
 _MARKS = ("o", "^", "s", "D")  # by how many past items the prompt has
-_BEYOND = 2.0
 
 
 def draw_gains(records: Sequence[Record], path: Path, *, against: str, methods: Sequence[str]) -> None:
@@ -48,37 +47,48 @@ def draw_gains(records: Sequence[Record], path: Path, *, against: str, methods: 
 def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
     """The loss of each method against what it costs: bytes kept of a user, and tokens that prompts get longer by.
 
-    A colour is an adapter, a mark how many past items the prompt has. What lies far above all others, as the base model
-    does where a task must be learnt first, is drawn at the upper edge with its loss beside it.
+    A colour is an adapter, a mark how many past items the prompt has; a line joins what differs in that alone. The base
+    model, which may lie far above all others, does not stretch the scale: it is drawn at the upper edge with its loss
+    beside it.
 
     Args:
         rows: of one table.
         path: where the picture goes.
     """
     methods = [parse_method(row.method) for row in rows]
-    adapters = list(dict.fromkeys(method.plain.name for method in reversed(methods)))
+    adapters = list(dict.fromkeys(method.plain.name for method in methods))
+    colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(reversed(adapters))}
     marks = {count: _MARKS[min(place, 3)] for place, count in enumerate(sorted({m.history for m in methods}))}
     shortest = min((row.prompt_tokens for row in rows if row.prompt_tokens), default=0.0)
-    low, middle = (float(np.quantile([row.loss for row in rows], share)) for share in (0, 0.5))
-    top = max(row.loss for row in rows if row.loss <= middle + _BEYOND * max(middle - low, 0.01))
+    top = max(
+        (row.loss for row, method in zip(rows, methods, strict=True) if method.base is not Base.BASE),
+        default=max(row.loss for row in rows),
+    )
     figure, panels = _panels(2, size=4.4)
+    joined: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in adapters}
     for row, method in zip(rows, methods, strict=True):
-        look = {
-            "color": _COLOURS[adapters.index(method.plain.name) % len(_COLOURS)],
-            "marker": marks[method.history],
-            "label": row.method,
-        }
-        longer = max(0.0, row.prompt_tokens - shortest)
-        for panel, price in zip(panels, (row.kept_bytes, longer), strict=True):
-            panel.scatter(price, min(row.loss, top), s=42, linewidth=0, alpha=0.85, clip_on=False, **look)
-            if row.loss > top:
-                panel.annotate(f"{row.loss:.2f} ↑", (price, top), (4, 4), textcoords="offset points", fontsize=7)
+        joined[method.plain.name].append(
+            (method.history, row.kept_bytes, max(0.0, row.prompt_tokens - shortest), row.loss)
+        )
+    for name, found in joined.items():
+        for place, panel in enumerate(panels, 1):
+            line = [(point[place], min(point[3], top)) for point in sorted(found)]
+            panel.plot(*zip(*line, strict=True), color=colours[name], linewidth=0.8, alpha=0.5)
+            for (history, *_, loss), (price, height) in zip(sorted(found), line, strict=True):
+                look = {"marker": marks[history], "s": 42, "linewidth": 0, "alpha": 0.85, "clip_on": False}
+                panel.scatter(price, height, color=colours[name], **look)
+                if loss > top:
+                    panel.annotate(f"{loss:.2f} ↑", (price, top), (4, 4), textcoords="offset points", fontsize=7)
     panels[0].set_xscale("symlog", linthresh=100)
     panels[0].set_xlim(left=-30)
     panels[0].set_xlabel("bytes kept of a user")
     panels[1].set_xlabel("tokens that prompts get longer by")
     panels[0].set_ylabel("loss, nats per token")
-    panels[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    for name in adapters:
+        panels[1].plot([], [], color=colours[name], linewidth=3, label=name)
+    for count, mark in marks.items():
+        panels[1].plot([], [], color=_PALE, marker=mark, linestyle="", label=f"past items in the prompt: {count}")
+    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
 
 
