@@ -61,7 +61,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tiny_model_folder: Path) -> dict[str, str]:
     """Settings of whoever wants little."""
     own = {"MTA_MODEL": str(tiny_model_folder), "MTA_DTYPE": "float32", "MTA_MAX_LORAS": "2"}
-    return own | {"MTA_ROUTER_METRICS_PORT": str(free_port())}
+    known = {"VLLM_CACHE_ROOT": str(Path.home() / ".cache" / "vllm")}  # of models: else each engine finds it out again
+    return own | known | {"MTA_ROUTER_METRICS_PORT": str(free_port())}
 
 
 class Fleet:

@@ -23,13 +23,16 @@ PORTS = ("6379", "8000", "8001", "8002", "9093", "9100")
 
 PATIENCE_S = 240.0
 _LOOPBACK = ("127.0.0.1", "localhost")
+_NOWHERE = "/proc/none"
+"""Where nobody can write, whoever they are."""
 
 
 class Site:
     """Where the containers of one deployment run; a context manager that ends them all.
 
-    What a process can heed of a container's walls it does: there are no variables but its own; a home and a working
-    folder are there for those alone that may write outside of what is mounted. `trespasses` says who wrote elsewhere.
+    What a process can heed of a container's walls it does: there are no variables but its own, and whoever may write
+    only to what is mounted has neither a home nor a folder for temporary files beside it. `trespasses` says what was
+    written into working folders.
 
     Args:
         folder: for whatever they write.
@@ -80,13 +83,13 @@ class Site:
 
     def environment(self, name: str) -> dict[str, str]:
         """All variables of a container's process."""
-        container, own = self.containers[name], self.folder / name
+        container, home = self.containers[name], self.folder / name / "home"
+        home.mkdir(parents=True, exist_ok=True)
         shared = {"PATH": self._path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        homeless = {"HOME": str(own / "home"), "TMPDIR": str(self._place(name, "/tmp") or own / "home")}
-        if not container.locked:
-            (own / "home").mkdir(parents=True, exist_ok=True)
+        shared["HOME"] = _NOWHERE if container.locked else str(home)
+        shared["TMPDIR"] = str(self._place(name, "/tmp") or shared["HOME"])
         written = {key: self._here(name, value) for key, value in container.environment.items()}
-        return shared | homeless | written | self._settings
+        return shared | written | self._settings
 
     def once(self, name: str, command: list[str] | None = None) -> str:
         """Run a container that ends by itself, or another command in it; what it prints."""
@@ -124,11 +127,8 @@ class Site:
         return {kind: self._passes(name, probe) for kind, probe in self.containers[name].probes.items()}
 
     def trespasses(self) -> list[Path]:
-        """What containers have written where they may not."""
-        own = [self.folder / name for name in self.containers]
-        found = [path for folder in own for path in (folder / "desk").glob("*")]
-        locked = [self.folder / name for name, container in self.containers.items() if container.locked]
-        return found + [folder / "home" for folder in locked if (folder / "home").exists()]
+        """What containers have written into their working folders: of the images, these are not theirs."""
+        return [path for name in self.containers for path in (self.folder / name / "desk").glob("*")]
 
     def _well(self, name: str) -> bool:
         process = self._processes[name]

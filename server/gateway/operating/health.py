@@ -153,7 +153,7 @@ class Health:
             return state
         status = "other_bank" if len(lacking) == len(self._fingerprints) else "lacks_bank"
         served = [bank[:8] for bank in state.banks]
-        detail = f"it serves the banks {served}, but this gateway also uses {', '.join(lacking)}"
+        detail = f"it serves the banks {served}, and not {', '.join(lacking)}, which this gateway uses"
         return replace(state, status=status, detail=detail)
 
     async def _ask_router(self) -> AddressState | None:
