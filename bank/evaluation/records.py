@@ -61,12 +61,10 @@ class Records:
         self._found: dict[tuple[str, str, int], dict[str, Record]] = defaultdict(dict)
         self._remember(self._read())
 
-    def has(
-        self, user_id: str, method: str, seed: int, queries: int, *, predicted: bool, written: bool = False
-    ) -> bool:
-        """Whether all queries of a person are recorded, with predictions and written texts where they are wanted."""
+    def has(self, user_id: str, method: str, seed: int, queries: int, *, predicted: bool, texts: int = 0) -> bool:
+        """Whether all queries of a person are recorded, with predictions and so many texts where they are wanted."""
         found = self.of(user_id, method, seed)
-        lacking = any((predicted and record.prediction is None) or (written and not record.written) for record in found)
+        lacking = any((predicted and record.prediction is None) or len(record.written) < texts for record in found)
         return len(found) == queries and not lacking
 
     def of(self, user_id: str, method: str, seed: int) -> list[Record]:

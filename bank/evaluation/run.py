@@ -22,9 +22,6 @@ from bank.items.tasks import AnswerKind, Task
 
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
-SAMPLES = 3
-"""Texts that are written for one query, under the adapters of the first seed."""
-
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
@@ -33,7 +30,8 @@ class EvalOptions:
     Attributes:
         methods: in the order in which they run.
         seeds: one run each; only what is random or trained differs between them.
-        write: whether texts are written at length, to see whose voice they have; for tasks with free answers.
+        writing: those of the methods that also write texts at length, to see whose voice they have; for tasks with free
+            answers. For each query as many texts as there are seeds, under the adapters of the first.
         predict: whether answers are generated, for the task's metrics.
         sample: how many people, from the first, get what is costly: few-shot training, points of curves and generated
             texts; all when None.
@@ -45,7 +43,7 @@ class EvalOptions:
     seeds: tuple[int, ...]
     predict: bool
     sample: int | None = None
-    write: bool = False
+    writing: tuple[EvalMethod, ...] = ()
     max_tokens: int = 512
 
     def methods_of(self, place: int) -> tuple[EvalMethod, ...]:
@@ -58,7 +56,7 @@ class EvalOptions:
 
     def writes(self, place: int, method: EvalMethod, kind: AnswerKind) -> bool:
         """Whether this method writes texts for the person at this place."""
-        return self.write and kind == "text" and self._sampled(place) and not method.varied
+        return method in self.writing and kind == "text" and self._sampled(place)
 
     def pieces(self, people: int) -> int:
         """How many (person, method, seed) there are."""
@@ -73,7 +71,7 @@ class _Wanted:
     """What a record is to have besides the loss."""
 
     prediction: bool
-    written: bool
+    texts: int
 
 
 class Evaluation:
@@ -127,8 +125,10 @@ class Evaluation:
         methods = self._options.methods_of(place)
         kind, options = self._task.kind, self._options
         first = seed == options.seeds[0]
+        texts = len(options.seeds) if first else 0
         wanted = {
-            m: _Wanted(options.predicts(place, m, kind), first and options.writes(place, m, kind)) for m in methods
+            m: _Wanted(options.predicts(place, m, kind), texts if options.writes(place, m, kind) else 0)
+            for m in methods
         }
         waiting = [m for m in methods if not self._has(person, m, seed, wanted[m])]
         on_done(len(methods) - len(waiting))
@@ -170,8 +170,7 @@ class Evaluation:
             readings = self._adapters.habits(person, examples)
         else:
             readings = self._scores.read(adapter, examples, NEW_TOKENS[self._task.kind] if wanted.prediction else 0)
-        samples = range(SAMPLES if wanted.written else 0)
-        written = [self._scores.write(adapter, examples, sample) for sample in samples]
+        written = [self._scores.write(adapter, examples, sample) for sample in range(wanted.texts)]
         timed = method.base is not Base.PRIOR and not method.varied
         first_ms = self._scores.first_token_ms(adapter, examples[0]) if timed else None
         kept_bytes = self._adapters.kept_bytes(method, evidence, adapter)
@@ -207,7 +206,7 @@ class Evaluation:
             seed,
             len(person.queries),
             predicted=wanted.prediction,
-            written=wanted.written,
+            texts=wanted.texts,
         )
 
 

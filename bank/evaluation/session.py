@@ -147,7 +147,7 @@ def evaluate(
     write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
     found = tables(rows, made, task)
     draw_prices(list(found.values())[-1], inputs.out / PRICES_FILE)
-    voices = _voices(people, made, task) if options.write else []
+    voices = _voices(people, made, task) if options.writing else []
     (inputs.out / TABLE_FILE).write_text(
         markdown(found) + ("\n" + authorship_table(voices) if voices else ""), encoding="utf-8"
     )

@@ -39,6 +39,11 @@ ANCHORS = {"mail": 10, "news_headline": 12, "movie_rating": 20}
 BUILDS = {"mail": "--anchors-by longest --common-steps 128 --common-batch-size 8 --steps 4"}
 """Options of `mta bank build` where the figures of docs/quality.md were not taken with its defaults."""
 
+WRITTEN = "task,common,base+history,common+history,merged+history,stacked+history"
+EVALS = {"mail": f"--no-predict --no-curves --write {WRITTEN}"}
+"""Options of `mta eval` for tasks whose answers are long: what they sound like says more than which words they share
+with the gold, and there is not the time for both."""
+
 QUERIES = {"mail": 3, "news_headline": 6, "movie_rating": 8}
 PROFILES = {"mail": 6}
 """For folds: how many of a person's last items are queries, and how many before them are the profile."""
@@ -70,8 +75,7 @@ def main(
     everybody = data / task / "anchors.json"
     size = anchors or ANCHORS.get(task, 12)
     build = f"--no-verdict {BUILDS.get(task, '')} {build}"
-    options = ["--methods", methods_of(name), *shlex.split(evaluate)]
-    options += ["--write"] if name == "chat" else []
+    options = ["--methods", methods_of(name), *shlex.split(f"{EVALS.get(task, '')} {evaluate}")]
     options += ["--people", str(people)] if people else []
     if not folds:
         bank = _bank(out / "bank", everybody, name, size, build)
@@ -105,7 +109,7 @@ def _quick(out: Path, seeds: int) -> None:
     bank = _bank(out / "bank", known, "chat", 3, small)
     methods = f"{DEFAULT},merged:topic,merged:evidence,merged+history@h1"
     _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
-         "--sample", 2, "--write")  # fmt: skip
+         "--sample", 2, "--write", "common,merged+history")  # fmt: skip
 
 
 def _bank(out: Path, users: Path, task: str, anchors: int, options: str) -> Path:

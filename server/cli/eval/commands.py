@@ -23,9 +23,10 @@ SampleSize = Annotated[
     typer.Option(help="How many people get what is costly: few-shot adapters, curves, texts.", min=2),
 ]
 Write = Annotated[
-    bool,
+    str | None,
     typer.Option(
-        "--write/--no-write", help="Also write texts at length, and see whose voice they have; for free answers."
+        help="Comma-separated: these methods also write texts at length, one a seed, to see whose voice they have.",
+        show_default="none",
     ),
 ]
 EngineUrl = Annotated[
@@ -50,7 +51,7 @@ def evaluate(
     sample: SampleSize = 10,
     predict: Predict = True,
     curves: Curves = True,
-    write: Write = False,
+    write: Write = None,
     last: Last = 0,
     profile: Annotated[int, typer.Option(help="With --last: how many earlier items form the profile.", min=1)] = 10,
     only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", show_default="all")] = None,
@@ -81,7 +82,9 @@ def evaluate(
     from server.worker.training import user_plan
 
     chosen = parse_methods(methods) if methods else default_methods(get_task(read_manifest(bank).task).kind)
-    options = EvalOptions(tuple(chosen), tuple(range(seeds)), predict, sample, write)
+    writing = parse_methods(write) if write else []
+    chosen += [method for method in writing if method not in chosen]
+    options = EvalOptions(tuple(chosen), tuple(range(seeds)), predict, sample, tuple(writing))
     config = AdaptConfig()
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
     inputs = EvalInputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,29 @@ def test_texts_are_asked_of_the_sample_and_short_answers_of_all(
     place: int, method: str, kind: AnswerKind, asked: bool
 ) -> None:
     assert OPTIONS.predicts(place, parse_method(method), kind) is asked
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "kind", "writes"),
+    [
+        (1, "merged", "text", True),
+        (2, "merged", "text", False),
+        (1, "base", "text", False),
+        (1, "merged", "score", False),
+    ],
+)
+def test_the_methods_that_write_at_length_do_so_for_the_sample_where_answers_are_free(
+    place: int, method: str, kind: AnswerKind, writes: bool
+) -> None:
+    options = replace(OPTIONS, writing=(parse_method("merged"),))
+    assert options.writes(place, parse_method(method), kind) is writes
+
+
+def test_a_record_with_fewer_texts_than_wanted_is_made_again(tmp_path: Path) -> None:
+    records = Records(tmp_path, "key")
+    records.add([replace(record("u", "merged", 0.5), written=["once"])])
+    assert records.has("u", "merged", 0, 1, predicted=False, texts=1)
+    assert not records.has("u", "merged", 0, 1, predicted=False, texts=3)
 
 
 def test_a_record_without_the_wanted_prediction_is_made_again_and_the_later_one_counts(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from server.store.redis.servers.base import (
     CONNECTIONS,
     WAITAOF,
     WAITAOF_TIMEOUT_MS,
-    WRITE_TIMEOUT_S,
     Server,
     durability_of,
     unconfirmed,
@@ -92,7 +91,7 @@ class Cluster:
             startup_nodes=[ClusterNode(host, port) for host, port in hosts],
             max_connections=4 * CONNECTIONS,  # beyond `_room`: those that are being closed count, too
             socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=WRITE_TIMEOUT_S,
+            socket_timeout=None,  # see `base.py`
             retry=Retry(NoBackoff(), READ_RETRIES),
             reinitialize_steps=0,  # it would cut all connections off; `_follow` looks around often enough
             **options,
@@ -170,7 +169,7 @@ class Cluster:
         before = [("ASKING",)] if asking else []
         # Wherever the server says that it fsyncs, too: one that takes over may not, and then this is an error.
         after: list[tuple[object, ...]] = [WAITAOF] if durability is not Durability.NONE else []
-        replicated = bool(after) and len(self._client.nodes_manager.slots_cache[self._client.keyslot(name)]) > 1
+        replicated = bool(after) and self._has_replicas(node, name)
         if replicated:
             after.append(("WAIT", 1, REPLICA_TIMEOUT_MS))
         sent = [PipelineCommand(n, *parts) for n, parts in enumerate([*before, command, *after])]
@@ -185,6 +184,14 @@ class Cluster:
             await self._look_around()  # once the others count that replica as failed, writes no longer wait for it
             raise unconfirmed("on a replica", REPLICA_TIMEOUT_MS)
         return answer
+
+    def _has_replicas(self, node: Any, name: str) -> bool:
+        """Whether replicas follow a server that is asked for a key, its own or one that is arriving there."""
+        slots = self._client.nodes_manager.slots_cache
+        held = slots[self._client.keyslot(name)]
+        if held[0] != node:
+            held = next((nodes for nodes in slots.values() if nodes[0] == node), ())
+        return len(held) > 1
 
     def _redirected(self, error: Exception) -> tuple[Any, bool]:
         """Which server an error names, if any, and whether leave must be asked there."""
@@ -232,11 +239,14 @@ class Cluster:
 
         It is compared with what the client holds, not with what was said last: the next server may know less.
         """
-        for first, _, *nodes in shards:
+        slots = self._client.nodes_manager.slots_cache
+        for first, last, *nodes in shards:
             said = [f"{_text(node[0]) or host}:{node[1]}" for node in nodes]
-            held = [node.name for node in self._client.nodes_manager.slots_cache.get(first, ())]
-            if said[:1] != held[:1] or set(said) != set(held):
-                return False
+            # Slots share a list, but for those that redis-py was redirected from: of these it forgets the replicas.
+            for held in {id(held): held for held in map(slots.get, range(first, last + 1))}.values():
+                names = [node.name for node in held or ()]
+                if said[:1] != names[:1] or set(said) != set(names):
+                    return False
         return True
 
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:

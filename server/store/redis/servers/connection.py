@@ -64,6 +64,11 @@ class RedisConnection:
         """What `check` last found."""
         return self._durability
 
+    @property
+    def shows_only_what_lasts(self) -> bool:
+        """Whether nothing can be read that is lost when a server dies: on one server that answers after its fsync."""
+        return self._durability is Durability.ALWAYS and isinstance(self._servers, Alone)
+
     async def check(self) -> Durability:
         """Reach the server, or every primary, and find out how writes become durable.
 
@@ -99,7 +104,9 @@ class RedisConnection:
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
         """Run a script on some keys of one slot; return its answer once its writes are on disk.
 
-        It may run twice, when its answer is lost: the second time it must change nothing and return the same.
+        It may run twice, when its answer is lost: the second time it must change nothing and return the same. But what
+        it then says is so it must write again: servers wait for what the same connection wrote, and for nothing if it
+        wrote nothing, although disk or replica may not have it yet.
         """
         self._refuse_if_not_durable()
         with _Measured(self._timed, "write"):
