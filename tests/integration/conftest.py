@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from pathlib import Path
 from typing import Protocol
 
+import httpx
 import pytest
 
 from adapters.recipe import FusionRecipe
@@ -42,6 +43,18 @@ def free_event_loop(gateway: GatewayThread) -> Iterator[None]:
     """Fails a test that kept the gateway's event loop for too long."""
     with never_held(gateway.thread):
         yield
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that starts in this test looks at its parts more often, so that nobody waits for it."""
+    monkeypatch.setattr("server.gateway.operating.health.PROBE_INTERVAL_S", 0.2)
+
+
+@pytest.fixture
+def known_context(client: httpx.Client) -> None:
+    """A gateway that has looked at its engine, and knows how much fits into a prompt."""
+    wait_until_ready(client)
 
 
 @pytest.fixture(scope="module")
