@@ -28,7 +28,7 @@ def untimed(kind: str, seconds: float, failed: bool) -> None:
     """For whoever does not want to know."""
 
 
-Span = Callable[[str], AbstractContextManager[None]]
+Span = Callable[[str], AbstractContextManager[object]]
 """Makes a block a part of the trace that it runs in, as `server.watching.tracing.Tracing.span` does; or
 `contextlib.nullcontext`."""
 
