@@ -112,7 +112,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
         try:
-            stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store))
+            stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store, span=tracing.span))
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         await keys.look(stores.keys)

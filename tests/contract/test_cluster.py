@@ -164,10 +164,7 @@ async def test_a_user_whose_keys_move_is_read_and_written_all_the_while(
         assert await RedisProfiles(unaware).load(key) is not None
         assert await RedisProfiles(unaware).erase(key, LATER_MS, 0)
         assert await connection.holders(keys.profile(key)) == [there]
-    ask(target, "FLUSHALL")
-    ask(source, f"CLUSTER SETSLOT {slot} IMPORTING {there}")
-    for node in (source, target, other):
-        ask(node, f"CLUSTER SETSLOT {slot} NODE {here}")
+    cluster.move(slot, target, source)
 
 
 async def test_what_was_erased_leaves_the_file_of_the_server_that_held_it(

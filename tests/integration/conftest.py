@@ -95,10 +95,15 @@ def trainer(tiny_bank_folder: Path, tiny_model_folder: Path) -> AdapterTrainer:
 @pytest.fixture
 def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess) -> Work:
     """A worker in the test's own process, on the stores that the gateway uses."""
-    bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+    return working(valkey.url, trainer, tiny_bank_folder)
+
+
+def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
+    """A worker in the test's own process, on the stores at a URL."""
+    bank = ServingBank.open(bank_folder, trainer.manifest.embedder.id)
 
     async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
-        connection = RedisConnection(valkey.url)
+        connection = RedisConnection(url)
         await connection.check()
         try:
             interrupted = Interrupted(trainer, meanwhile)

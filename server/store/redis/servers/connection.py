@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.durability import Durability, Timed, untimed
+from server.store.durability import Durability, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
 from server.store.redis.servers.cluster import SCHEMES, Cluster
@@ -45,18 +45,22 @@ class RedisConnection:
             `rediss+cluster://` with one host or several, comma-separated.
         require_durable: whether a server whose writes are not durable is refused; in a cluster, one such primary.
         timed: gets what every call took, but for those that wait for something to happen.
+        span: what a write is in a trace, however often it is sent until it lasts.
 
     Raises:
         MtaError: when the URL cannot be read.
     """
 
-    def __init__(self, url: str, *, require_durable: bool = True, timed: Timed = untimed) -> None:
+    def __init__(
+        self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
+    ) -> None:
         try:
             self._servers: Servers = Cluster(url) if urlsplit(url).scheme in SCHEMES else Alone(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._require_durable = require_durable
         self._timed = timed
+        self._span = span
         self._durability = Durability.NONE
 
     @property
@@ -109,7 +113,7 @@ class RedisConnection:
         wrote nothing, although disk or replica may not have it yet.
         """
         self._refuse_if_not_durable()
-        with _Measured(self._timed, "write"):
+        with _Measured(self._timed, "write"), self._span("store write"):
             async with _translated(WRITE_TIMEOUT_S):
                 return await self._servers.evaluate(script, names, arguments, self._durability)
 
