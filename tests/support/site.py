@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -26,13 +28,18 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 _NOWHERE = "/proc/none"
 """Where nobody can write, whoever they are."""
 
+_ALONE = ("unshare", "--mount")
+"""What the command after it mounts, it alone sees."""
+
+_READ_ONLY = "mount -o remount,bind,ro /"
+
 
 class Site:
     """Where the containers of one deployment run; a context manager that ends them all.
 
     What a process can heed of a container's walls it does: there are no variables but its own, and whoever may write
-    only to what is mounted has neither a home nor a folder for temporary files beside it. `trespasses` says what was
-    written into working folders.
+    only to what is mounted has neither a home nor a folder for temporary files beside it, and where this process may
+    mount, all the rest is read-only to it. `trespasses` says what was written into working folders.
 
     Args:
         folder: for whatever they write.
@@ -94,7 +101,7 @@ class Site:
     def once(self, name: str, command: list[str] | None = None) -> str:
         """Run a container that ends by itself, or another command in it; what it prints."""
         done = subprocess.run(
-            self._all_here(name, command or self.containers[name].command),
+            self._walled(name, self._all_here(name, command or self.containers[name].command)),
             env=self.environment(name),
             cwd=self._desk(name),
             capture_output=True,
@@ -114,7 +121,7 @@ class Site:
         for name in names:
             self.before[name] = self.probed(name)
         for name in names:
-            command = [*self._all_here(name, self.containers[name].command), *options]
+            command = self._walled(name, [*self._all_here(name, self.containers[name].command), *options])
             environment: dict[str, str | None] = dict.fromkeys(os.environ)
             self._processes[name] = self._running.enter_context(
                 running(command, environment | self.environment(name), self._desk(name))
@@ -150,6 +157,15 @@ class Site:
     def _all_here(self, name: str, words: list[str]) -> list[str]:
         return [self._here(name, word) for word in words]
 
+    def _walled(self, name: str, command: list[str]) -> list[str]:
+        """A command for which nothing can be written but what its container mounts so."""
+        container = self.containers[name]
+        if not (container.locked and _can_mount()):
+            return command
+        kept = [shlex.quote(str(self._place(name, path))) for path, writable in container.mounts.items() if writable]
+        walls = [*(f"mount --bind {place} {place}" for place in kept), _READ_ONLY, 'exec "$@"']
+        return [*_ALONE, "sh", "-c", " && ".join(walls), "sh", *command]
+
     def _here(self, name: str, word: str) -> str:
         """A word of a container's command or environment, as it is on this machine."""
         if word in PORTS:
@@ -180,6 +196,11 @@ class Site:
         desk = self.folder / name / "desk"
         desk.mkdir(parents=True, exist_ok=True)
         return desk
+
+
+@cache
+def _can_mount() -> bool:
+    return subprocess.run([*_ALONE, "sh", "-c", _READ_ONLY], capture_output=True, check=False).returncode == 0
 
 
 def _listens(port: str) -> bool:
