@@ -83,6 +83,13 @@ def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:
         assert by_port(ours) == by_port(theirs), name
 
 
+def test_what_the_pages_apply_are_overlays() -> None:
+    pages = {page: page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md")}
+    applied = {path for text in pages.values() for path in re.findall(r"kubectl apply (?:-k|--kustomize) (\S+)", text)}
+    assert applied
+    assert applied <= {f"deploy/k8s/overlays/{overlay}" for overlay in OVERLAYS}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_engines_are_named_as_far_as_they_may_grow(overlay: str) -> None:
     found = containers(overlay)
