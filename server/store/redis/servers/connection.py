@@ -16,7 +16,8 @@ from server.errors import Unavailable
 from server.store.durability import Durability, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
-from server.store.redis.servers.cluster import SCHEMES, Cluster
+from server.store.redis.servers.cluster import Cluster
+from server.store.redis.servers.cluster_url import SCHEMES
 
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
