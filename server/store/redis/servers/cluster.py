@@ -179,19 +179,18 @@ class Cluster:
         if confirmed and confirmed[0][0] < 1:
             raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
         if replicas and confirmed[1] < 1:
-            await self._look_around(
-                replicas[0]
-            )  # once the others count that replica as failed, writes no longer wait for it
+            # Once the others count that replica as failed, writes no longer wait for it.
+            await self._look_around(replicas[0])
             raise unconfirmed("on a replica", REPLICA_TIMEOUT_MS)
         return answer
 
-    def _replicas(self, node: Any, name: str) -> Sequence[Any]:
+    def _replicas(self, node: Any, name: str) -> tuple[Any, ...]:
         """Which servers follow one that is asked for a key, its own or one that is arriving there."""
         slots = self._client.nodes_manager.slots_cache
         held = slots[self._client.keyslot(name)]
         if held[0] != node:
             held = next((nodes for nodes in slots.values() if nodes[0] == node), ())
-        return held[1:]
+        return tuple(held[1:])
 
     def _redirected(self, error: Exception) -> tuple[Any, bool]:
         """Which server an error names, if any, and whether leave must be asked there."""
