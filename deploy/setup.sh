@@ -136,6 +136,7 @@ install_tools() {
   command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || missing+=(docker-compose)
   command -v kustomize >/dev/null || missing+=(kustomize)
   command -v promtool >/dev/null || missing+=(prometheus)
+  command -v prometheus-alertmanager >/dev/null || missing+=(prometheus-alertmanager)
   ((${#missing[@]})) || return 0
   if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
     say "not found: ${missing[*]}; the checks that need them will be skipped"

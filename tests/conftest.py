@@ -34,7 +34,7 @@ DEAR_FIRST = (
     "e2e/test_demo_run.py",
     "e2e/console/test_console.py",
     "integration/test_worker_process.py",
-    "integration/test_compose.py",
+    "integration/test_containers.py",
     "contract/test_store_model.py",
     "integration/test_watched.py",
     "integration/test_documented.py",

@@ -6,6 +6,7 @@ Any model will do whose graph takes `input_ids` and `attention_mask` [n, tokens]
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ class Embedder:
         Raises:
             BankError: when a file is missing or not an embedder's.
         """
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # from its import on it would report to its makers
         import onnxruntime
         import tokenizers
 

@@ -30,6 +30,7 @@ from bench.rig.processes import Background, mta, running, wait_until
 from bench.rig.router import running_router
 from bench.rig.tiny import WORLDS, tiny_bank, tiny_model
 from bench.rig.valkey import ValkeyProcess
+from mta_client import Client
 from server.engine_protocol import STATUS
 from server.settings import Settings
 from server.supervisor.services import free_port
@@ -180,6 +181,9 @@ class Rolled:
         for gateway in self.gateways:
             gateway.start(self.settings)
             running.callback(gateway.stop)
+        with Client(self.gateway_urls[0]) as client:
+            for user in range(PEOPLE):
+                client.put_profile(f"rolled-{user}", WORLDS[:1])
 
     def restart_router(self) -> None:
         """Stop the router, if it runs, and start one on the same port."""
@@ -222,15 +226,17 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSO
         moved = _recipe(last).startswith(f"mta1:{read_manifest(rolled.next).short}")
     failures = [failure for load in loads for failure in load.failures]
     recipes = sum((load.recipes for load in loads), Counter[str]())
+    impersonal = recipes.pop("", 0)
     rows = [
         ("parts exchanged under load", str(exchanged)),
         ("answers", f"{recipes.total():,}"),
         ("answers by bank", ", ".join(f"{name}: {count:,}" for name, count in recipes.items())),
+        ("answers by the base model", f"{impersonal}  ← wrong" if impersonal else "0"),
         ("requests that failed", f"{len(failures)} {failures[:3]}  ← wrong" if failures else "0"),
         ("the next bank serves", "yes" if moved else "no  ← wrong"),
     ]
     report("two gateways, a router and two engines, all exchanged under load", rows, out)
-    if failures or not moved:
+    if failures or impersonal or not moved:
         raise typer.Exit(1)
 
 

@@ -80,6 +80,17 @@ class ValkeyCluster:
         for node in self.nodes:
             node.kill()
 
+    def move(self, slot: int, source: ValkeyProcess, target: ValkeyProcess) -> None:
+        """Move a slot with its keys from one primary to another, as operators do: key by key."""
+        here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
+        ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
+        ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
+        while keys := ask(source, f"CLUSTER GETKEYSINSLOT {slot} 100"):
+            for key in keys:
+                ask(source, "MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+        for node in (target, source, *(node for node in self.primaries if node not in {source, target})):
+            ask(node, f"CLUSTER SETSLOT {slot} NODE {there}")
+
     def home_of(self, key: str) -> ValkeyProcess:
         """The primary that a key belonged to at first."""
         share = -(-SLOTS // len(self.primaries))

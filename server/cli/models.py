@@ -1,4 +1,4 @@
-"""`mta models`: prepare the base model and the embedder ahead of time, and print where they are."""
+"""`mta models`: prepare the base model, the embedder and the CPU kernel ahead of time, and print where they are."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def models(
         Path | None, typer.Option(help="Where default models are prepared.", show_default="MTA_CACHE_DIR")
     ] = None,
 ) -> None:
-    """Prepare the base model and the embedder, and print their folders.
+    """Prepare the base model, the embedder and, where vLLM is for CPUs, its kernel, and print where they are.
 
-    Every command that needs one prepares it on first use; this does so ahead of time.
+    Every command that needs one prepares it on first use, if it may write there; this does so ahead of time.
     """
     from bank.models.folders import ensure_base_model, ensure_embedder
+    from server.engine.command import is_cpu_build
+    from server.engine.fusing.kernels import native
 
     settings = load_settings()
     cache = cache_dir or settings.cache_dir
@@ -37,6 +39,10 @@ def models(
     embedder_folder = _timed("embedder", lambda: ensure_embedder(embedder or settings.embedder, cache))
     typer.echo(f"base model  {base_folder}")
     typer.echo(f"embedder    {embedder_folder}")
+    if is_cpu_build():
+        typer.echo("preparing the CPU kernel …", err=True)
+        if native.build(cache):
+            typer.echo(f"CPU kernel  {native.library_path(cache)}")
 
 
 def _timed(what: str, prepare: Callable[[], Path]) -> Path:

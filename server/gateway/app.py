@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
-import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -53,13 +51,11 @@ from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.tenants.rates import Allowance
 from server.store.tenants.user_key import Tenants
+from server.watching.priority import stand_back
 from server.watching.repeating import forever
 from server.watching.tracing import Tracing, open_tracing
 
 log = logging.getLogger("mta.gateway")
-
-NICENESS = 10
-"""Of threads that embed: they get about a tenth of a core that something else wants."""
 
 DESCRIPTION = """\
 Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
@@ -116,7 +112,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
     engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
     async with AsyncExitStack() as stack:
         try:
-            stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store))
+            stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store, span=tracing.span))
         except ApiError as error:
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         await keys.look(stores.keys)
@@ -124,12 +120,14 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
         if stores.server.durability is Durability.NONE:
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
-        threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", _stand_back))
+        # They stand back: on one machine, writes would slow answers down.
+        threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", stand_back))
         engines = Engines(session, settings.engines, engine_key)
         ways = Ways(settings.engine_url, engines)
         engine = EngineClient(session, ways, engine_key, metrics.retries.inc)
         tokenizer = TokenizerClient(session, engines, engine_key)
-        health = Health(stores.server, engines, usual.manifest.fingerprint, generating=settings.engine_url)
+        fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
+        health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
         metrics.watch(lambda: engines.figures, lambda: health.readiness)
         limiter = Limiter(
             stores.rates,
@@ -203,11 +201,6 @@ async def _count_jobs(jobs: JobStore, banks: Sequence[str], metrics: Metrics) ->
         metrics.jobs.labels("queued").set(waiting)
         metrics.jobs.labels("running").set(max(0, unfinished - waiting))
         metrics.oldest_job.set(max([await jobs.oldest_waiting_s(bank) for bank in banks]))
-
-
-def _stand_back() -> None:
-    """Have the scheduler prefer whatever else runs to this thread: on one machine, writes would slow answers down."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _open_embedder(settings: Settings) -> Embedder:

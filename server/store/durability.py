@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -25,6 +26,11 @@ Timed = Callable[[str, float, bool], None]
 
 def untimed(kind: str, seconds: float, failed: bool) -> None:
     """For whoever does not want to know."""
+
+
+Span = Callable[[str], AbstractContextManager[object]]
+"""Makes a block a part of the trace that it runs in, as `server.watching.tracing.Tracing.span` does; or
+`contextlib.nullcontext`."""
 
 
 class CheckedStore(Protocol):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from server.settings import Settings
 from server.store.adapters import AdapterStore
-from server.store.durability import CheckedStore, ForgetsOnDisk, Timed, untimed
+from server.store.durability import CheckedStore, ForgetsOnDisk, Span, Timed, untimed
 from server.store.jobs import JobStore
 from server.store.profiles import ProfileStore
 from server.store.redis.access.api_keys import RedisAccessKeys
@@ -48,7 +48,9 @@ class Stores:
 
 
 @asynccontextmanager
-async def open_stores(settings: Settings, *, checked: bool = True, timed: Timed = untimed) -> AsyncIterator[Stores]:
+async def open_stores(
+    settings: Settings, *, checked: bool = True, timed: Timed = untimed, span: Span = nullcontext
+) -> AsyncIterator[Stores]:
     """The stores that the settings name, for the duration of a `with` block.
 
     Args:
@@ -56,13 +58,14 @@ async def open_stores(settings: Settings, *, checked: bool = True, timed: Timed 
         checked: whether the server must be reachable, and durable if the settings require it. Otherwise a process
             starts while the store is down, and must write nothing that has to last.
         timed: gets what every call took.
+        span: what a write is in a trace.
 
     Raises:
         MtaError: when the URL cannot be read.
         Unavailable: when a checked server cannot be reached or is not durable.
     """
     must_last = checked and settings.require_durable_store
-    connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed)
+    connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed, span=span)
     try:
         if checked:
             await connection.check()

@@ -232,6 +232,12 @@ class ProfileStore(Protocol):
             UserErased: when the user has been erased since.
         """
 
+    async def settle(self, key: str) -> None:
+        """Return once what `read` has shown of a user lasts as what is committed does.
+
+        It may have shown a change that its writer was told to send again, since no disk or no replica had it in time.
+        """
+
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
         """Remove everything stored about a user, on disk before it returns.
 

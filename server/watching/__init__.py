@@ -1,1 +1,1 @@
-"""How a process is watched while it runs, alike in gateway, engine and worker: logs, traces, what it does for ever."""
+"""How a process runs and is watched, alike in gateway, engine and worker: logs, traces, what it does for ever."""

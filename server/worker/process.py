@@ -38,7 +38,7 @@ async def run_worker(settings: Settings) -> None:
         bank, trainer = _opened(settings)
     figures, tracing = WorkerFigures(), open_tracing(settings, "mta-worker")
     figures.publish(settings)
-    async with open_stores(settings, timed=figures.store) as stores:
+    async with open_stores(settings, timed=figures.store, span=tracing.span) as stores:
         working = asyncio.gather(*_loops(stores, bank, trainer, figures, tracing))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)

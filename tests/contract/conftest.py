@@ -1,18 +1,27 @@
-"""The servers that every store is held against, and the stores of a process over one."""
+"""The servers that every store is held against, the stores of a process over one, and the engines under test."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import aiohttp
 import pytest
 import redis.asyncio as redis
 from hypothesis import settings
 
+from bank.manifest import read_manifest
 from bench.rig.cluster import ValkeyCluster
+from bench.rig.engine import KEY, Engine
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
+from server.gateway.engines.admin import Engines
+from server.gateway.engines.chat import EngineClient, open_session
+from server.gateway.engines.tokenizer import TokenizerClient
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers import append_only_file
+from tests.support.engine import Subject, ways_to
+from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.store_parts import KEYS, StoreParts
 
 _numbers = itertools.count()
@@ -86,3 +95,41 @@ def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever was called is due at once."""
     monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)
+
+
+@pytest.fixture(scope="module", params=["fake", "vllm"])
+def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path) -> Iterator[Subject]:
+    if request.param == "fake":
+        banks = (read_manifest(tiny_bank_folder).fingerprint,)
+        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
+        yield Subject(
+            fake.url,
+            tiny_bank_folder,
+            generated=lambda: sum(seen.tokens for seen in fake.seen),
+            idle=lambda: all(seen.aborted or seen.ended for seen in fake.seen),
+        )
+        fake.stop()
+        return
+    engine: Engine = request.getfixturevalue("tiny_engine")
+    yield Subject(
+        engine.url,
+        tiny_bank_folder,
+        generated=lambda: engine.metric("vllm:generation_tokens_total"),
+        idle=lambda: engine.metric("vllm:num_requests_running") == 0,
+    )
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with open_session(timeout_s=60) as opened:
+        yield opened
+
+
+@pytest.fixture
+def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
+    return EngineClient(session, ways_to(session, subject.url), KEY)
+
+
+@pytest.fixture
+def tokenizer(subject: Subject, session: aiohttp.ClientSession) -> TokenizerClient:
+    return TokenizerClient(session, Engines(session, [subject.url], KEY), KEY)

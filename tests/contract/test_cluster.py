@@ -3,61 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
-import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import redis.asyncio as redis
 from redis.crc import key_slot
 
 from adapters.errors import MtaError
 from bench.rig.cluster import ValkeyCluster, ask
-from bench.rig.processes import standing_still, wait_until
+from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.durability import Durability
-from server.store.profiles import Change, Profile, StoredItem
 from server.store.redis import keys
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.store_parts import EMBEDDER, KEYS
+from tests.support.store_cluster import LATER_MS, change, opened, users_at
 
-LATER_MS = 1 << 52
 SECRET = "words that nobody shall find again"
-_numbers = itertools.count()
 
 
 @pytest.fixture
 async def connection(cluster: ValkeyCluster) -> AsyncIterator[RedisConnection]:
     async with opened(cluster) as connection:
         yield connection
-
-
-@asynccontextmanager
-async def opened(cluster: ValkeyCluster) -> AsyncIterator[RedisConnection]:
-    connection = RedisConnection(cluster.url)
-    await connection.check()
-    yield connection
-    await connection.close()
-
-
-def users_at(cluster: ValkeyCluster, home: ValkeyProcess) -> Iterator[str]:
-    """Keys of users whom no other test knows, and whom one of the primaries holds."""
-    for number in _numbers:
-        key = KEYS.key(f"user-of-a-cluster-{number}")
-        if cluster.home_of(keys.profile(key)) is home:
-            yield key
-
-
-def change(text: str) -> Change:
-    profile = Profile("somebody", 1, 1, EMBEDDER, np.ones(4, "f4") / 2)
-    return Change(profile, {"it": StoredItem(0, {"text": text})}, {}, ())
 
 
 @contextmanager
@@ -160,10 +132,7 @@ async def test_a_user_whose_keys_move_is_read_and_written_all_the_while(
         assert await RedisProfiles(unaware).load(key) is not None
         assert await RedisProfiles(unaware).erase(key, LATER_MS, 0)
         assert await connection.holders(keys.profile(key)) == [there]
-    ask(target, "FLUSHALL")
-    ask(source, f"CLUSTER SETSLOT {slot} IMPORTING {there}")
-    for node in (source, target, other):
-        ask(node, f"CLUSTER SETSLOT {slot} NODE {here}")
+    cluster.move(slot, target, source)
 
 
 async def test_what_was_erased_leaves_the_file_of_the_server_that_held_it(
@@ -204,81 +173,3 @@ async def test_a_url_names_hosts_a_login_and_how_to_encrypt() -> None:
     kept = client.connection_kwargs
     assert (kept["username"], kept["password"]) == ("me", "s@cret")
     assert kept["connection_class"].__name__ == "SSLConnection"
-
-
-@pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
-    """Three primaries, the first of which has a replica."""
-    running = ValkeyCluster(tmp_path_factory.mktemp("followed"), replicas=1).start()
-    yield running
-    running.kill()
-
-
-async def test_a_write_that_no_replica_has_received_is_not_acknowledged(
-    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.store.redis.servers.cluster.REPLICA_TIMEOUT_MS", 100)
-    users = users_at(followed, followed.primaries[0])
-    async with opened(followed) as connection:
-        store = RedisProfiles(connection)
-        assert await store.commit(next(users), b"", change("a"))
-        with standing_still(followed.replicas[0].pid):
-            with pytest.raises(Unavailable, match="on a replica"):
-                await store.commit(next(users), b"", change("a"))
-            elsewhere = next(users_at(followed, followed.primaries[1]))
-            assert await store.commit(elsewhere, b"", change("a"))
-
-
-@pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
-async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
-    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch, *, silent: bool
-) -> None:
-    """What was sent meanwhile was written after a while, or refused."""
-    monkeypatch.setattr("server.store.redis.servers.connection.WRITE_TIMEOUT_S", 3.0)
-    monkeypatch.setattr("server.store.redis.servers.cluster.LAYOUT_S", 1.0)
-    pair = (followed.primaries[0], followed.replicas[0])
-    (lost,) = [node for node in pair if ask(node, "ROLE")[0] == b"master"]
-    tried, written, refused = dict[str, int](), dict[str, int](), list[Unavailable]()
-    users = list(itertools.islice(users_at(followed, followed.primaries[0]), 4))
-
-    enough = False
-
-    async def write(store: RedisProfiles, user: str) -> None:
-        while not enough:
-            tried[user] = number = tried.get(user, 0) + 1
-            try:
-                snapshot = await store.read(user)
-                assert await store.commit(user, snapshot.version, change(str(number)), snapshot.epoch)
-            except Unavailable as error:
-                refused.append(error)
-                await asyncio.sleep(0.05)
-            else:
-                written[user] = number
-
-    async with opened(followed) as connection, asyncio.timeout(120):
-        store = RedisProfiles(connection)
-        writing = [asyncio.create_task(write(store, user)) for user in users]
-        try:
-            for name in ("before", "after"):
-                seen = dict(written)
-                while not all(written.get(user, 0) > seen.get(user, 0) + 10 for user in users):
-                    ended = [task for task in writing if task.done()]
-                    assert not ended, ended
-                    await asyncio.sleep(0.02)
-                if name == "before":
-                    os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
-        finally:
-            enough = True  # rather than cancelled: whoever is amid a write hears of its end
-        await asyncio.gather(*writing)
-        for user in users:
-            found = int((await store.read(user)).items["it"].fields["text"])
-            assert written[user] <= found <= tried[user]
-        assert {error.code for error in refused} <= {"store_unavailable", "store_not_durable"}
-        if silent:
-            os.kill(lost.pid, signal.SIGCONT)
-            return
-        lost.start()
-        while not all(map(followed.lists_replicas, followed.nodes)):
-            await asyncio.sleep(0.1)
-        assert len(await connection.holders(keys.profile(users[0]))) == 2
-        assert await connection.check() is Durability.ALWAYS

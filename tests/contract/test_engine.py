@@ -3,117 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
 
-from adapters.errors import MtaError
-from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
+from adapters.recipe import FusionMethod, Term, UserAdapterId
 from bank.manifest import read_manifest
-from bench.rig.engine import KEY, Engine
+from bench.rig.engine import KEY
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
-from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, open_session
+from server.gateway.engines.chat import AdapterMissing, EngineClient
 from server.gateway.engines.tokenizer import TokenizerClient
-from server.gateway.engines.ways import Ways
 from server.gateway.operating.health import Health
 from server.store.redis.servers.connection import RedisConnection
+from tests.support.engine import Subject, answer, ask, refusal, ways_to
 from tests.support.fake_engine import FakeEngine, Knobs
 
 CONTEXT = 512
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An engine under test.
-
-    Attributes:
-        url: where it is.
-        bank: folder of the bank that it serves.
-        generated: how many tokens it has generated so far.
-        idle: whether it generates nothing now.
-    """
-
-    url: str
-    bank: Path
-    generated: Callable[[], float]
-    idle: Callable[[], bool]
-
-    def recipe(self, **changes: Any) -> FusionRecipe:
-        """A recipe that it can serve, unless changes make it another."""
-        recipe = FusionRecipe(read_manifest(self.bank).short, FusionMethod.SHARED, True, (Term(0, 600), Term(3, 400)))
-        return replace(recipe, **changes)
-
-
-@pytest.fixture(scope="module", params=["fake", "vllm"])
-def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path) -> Iterator[Subject]:
-    if request.param == "fake":
-        banks = (read_manifest(tiny_bank_folder).fingerprint,)
-        fake = FakeEngine(Knobs(banks, token_delay_s=0.002, strict=True)).start()
-        yield Subject(
-            fake.url,
-            tiny_bank_folder,
-            generated=lambda: sum(seen.tokens for seen in fake.seen),
-            idle=lambda: all(seen.aborted or seen.ended for seen in fake.seen),
-        )
-        fake.stop()
-        return
-    engine: Engine = request.getfixturevalue("tiny_engine")
-    yield Subject(
-        engine.url,
-        tiny_bank_folder,
-        generated=lambda: engine.metric("vllm:generation_tokens_total"),
-        idle=lambda: engine.metric("vllm:num_requests_running") == 0,
-    )
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with open_session(timeout_s=60) as opened:
-        yield opened
-
-
-@pytest.fixture
-def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
-    return EngineClient(session, ways_to(session, subject.url), KEY)
-
-
-@pytest.fixture
-def tokenizer(subject: Subject, session: aiohttp.ClientSession) -> TokenizerClient:
-    return TokenizerClient(session, Engines(session, [subject.url], KEY), KEY)
-
-
-def ways_to(session: aiohttp.ClientSession, url: str) -> Ways:
-    """The only way, to an engine that stands alone."""
-    return Ways(url, Engines(session, [url], KEY))
-
-
-def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **sampling: Any) -> EngineRequest:
-    return EngineRequest(
-        request_id="gen-0123",
-        model=model,
-        messages=[{"role": "user", "content": text}],
-        sampling={"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **sampling},
-        prompt_param="prompt",
-        cache_salt="a salt",
-    )
-
-
-async def answer(client: EngineClient, request: EngineRequest) -> str:
-    async with client.generate(request) as stream:
-        return "".join([text async for text in stream.texts()])
-
-
-async def refusal(client: EngineClient, request: EngineRequest, kind: type[MtaError]) -> Any:
-    with pytest.raises(kind) as caught:
-        await answer(client, request)
-    return caught.value
 
 
 async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: EngineClient, subject: Subject) -> None:
@@ -246,9 +156,7 @@ async def test_the_prompts_length_is_known_at_the_first_token_even_if_the_answer
 
 async def test_it_counts_the_tokens_of_a_conversation(tokenizer: TokenizerClient) -> None:
     counts = [await tokenizer.count([{"role": "user", "content": "x" * length}]) for length in (10, 110)]
-    assert counts[0] is not None
-    assert counts[1] is not None
-    assert counts[1] - counts[0] == 100
+    assert (counts[1] or 0) - (counts[0] or 0) == 100
 
 
 async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
@@ -310,7 +218,7 @@ async def test_its_status_is_understood(
     states = {}
     for key in (KEY, "wrong"):
         engines = Engines(session, [subject.url], key)
-        health = Health(store, engines, manifest.fingerprint, generating=subject.url)
+        health = Health(store, engines, [manifest.fingerprint], generating=subject.url)
         states[key] = (await health.probe()).engines[0]
         assert engines.context == (CONTEXT if key == KEY else None)
     assert (states[KEY].status, states[KEY].banks) == ("ok", (manifest.fingerprint,))

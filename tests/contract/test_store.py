@@ -19,6 +19,7 @@ from server.store.profiles import Change, Profile, StoredItem, StoredVector
 from server.store.redis.profiles import TOMBSTONE_S, RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.user_key import UserKeys
+from tests.support.store_parts import StoreParts
 
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 DIM = 384
@@ -291,3 +292,20 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     yield start
     for server in running:
         server.kill()
+
+
+async def test_who_is_cancelled_amid_a_call_ends(server: ValkeyProcess) -> None:
+    async with StoreParts.opened(server.url) as parts:
+
+        async def ask() -> None:
+            while True:
+                await parts.profiles.epoch("somebody")
+
+        asking = [asyncio.create_task(ask()) for _ in range(40)]
+        await asyncio.sleep(0.2)
+        for task in asking:
+            task.cancel()
+        _, left = await asyncio.wait(asking, timeout=10)
+        for task in left:
+            task.cancel()
+        assert not left

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from pathlib import Path
 from typing import Protocol
 
+import httpx
 import pytest
 
 from adapters.recipe import FusionRecipe
@@ -42,6 +43,18 @@ def free_event_loop(gateway: GatewayThread) -> Iterator[None]:
     """Fails a test that kept the gateway's event loop for too long."""
     with never_held(gateway.thread):
         yield
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that starts in this test looks at its parts more often, so that nobody waits for it."""
+    monkeypatch.setattr("server.gateway.operating.health.PROBE_INTERVAL_S", 0.2)
+
+
+@pytest.fixture
+def known_context(client: httpx.Client) -> None:
+    """A gateway that has looked at its engine, and knows how much fits into a prompt."""
+    wait_until_ready(client)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +95,15 @@ def trainer(tiny_bank_folder: Path, tiny_model_folder: Path) -> AdapterTrainer:
 @pytest.fixture
 def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess) -> Work:
     """A worker in the test's own process, on the stores that the gateway uses."""
-    bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
+    return working(valkey.url, trainer, tiny_bank_folder)
+
+
+def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
+    """A worker in the test's own process, on the stores at a URL."""
+    bank = ServingBank.open(bank_folder, trainer.manifest.embedder.id)
 
     async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
-        connection = RedisConnection(valkey.url)
+        connection = RedisConnection(url)
         await connection.check()
         try:
             interrupted = Interrupted(trainer, meanwhile)

@@ -233,7 +233,9 @@ def send(gateway: GatewayThread, case: Case) -> tuple[int, Any]:
 
 
 def dump(settings: Settings) -> dict[bytes, bytes]:
-    """Everything in the store, but for the word that somebody was to be erased: it stays, whoever that was."""
+    """Everything in the store, but for the word that somebody was to be erased, which stays whoever that was, and for
+    the gateways' own signs of life."""
     with redis.from_url(settings.redis_url) as store:
-        kept = [name for name in store.keys("*") if name != b"mta:{rewrite}" and not name.endswith(b":epoch")]
+        others = (b"mta:{rewrite}", b"mta:held:gateways/")
+        kept = [name for name in store.keys("*") if not name.startswith(others) and not name.endswith(b":epoch")]
         return {name: store.dump(name) for name in kept}

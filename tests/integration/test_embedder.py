@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +37,13 @@ def folder() -> Path:
 @pytest.fixture(scope="module")
 def embedder(folder: Path) -> Embedder:
     return Embedder.load(folder)
+
+
+def test_its_runtime_reports_to_nobody(folder: Path, tmp_path: Path) -> None:
+    code = "import pathlib, sys; from bank.lookup.embedder import Embedder; Embedder.load(pathlib.Path(sys.argv[1]))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ORT_")}
+    subprocess.run([sys.executable, "-c", code, str(folder)], env=clean | {"HOME": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []  # what reports has a name for this machine, and a store of what it reports
 
 
 def reference(texts: list[str]) -> Vectors:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from server.gateway.operating.metrics import Metrics
-from tests.support.containers import BASE, CPU, ROOT, WORKLOADS, containers, manifests, services, with_hosts
+from tests.support.containers import BASE, CPU, FLEET, ROOT, WORKLOADS, containers, manifests, services, with_hosts
 
 OVERLAYS = ("cpu", "gpu")
 VERSIONS = ("1.31", "1.37")
@@ -65,8 +65,8 @@ def test_no_secret_is_in_them(overlay: str) -> None:
 
 
 def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:
-    """Which `test_compose.py` starts: the same commands, and the same variables but for the names of hosts."""
-    composed = services((BASE, CPU), tmp_path, "--env-file", "deploy/fleet.env", MTA_SECRET="s" * 32)
+    """The same commands, and the same variables but for the names of hosts; `test_containers.py` starts both."""
+    composed = services((BASE, CPU), tmp_path, "--env-file", FLEET, MTA_SECRET="s" * 32)
     found = containers("cpu")
     assert found.keys() == {"models", "valkey", "engine", "router", "worker", "keys", "gateway"}
     for name, container in found.items():
@@ -81,6 +81,13 @@ def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:
             return {key: with_hosts(value, lambda host, port: port) for key, value in values.items()}
 
         assert by_port(ours) == by_port(theirs), name
+
+
+def test_what_the_pages_apply_are_overlays() -> None:
+    pages = {page: page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md")}
+    applied = {path for text in pages.values() for path in re.findall(r"kubectl apply (?:-k|--kustomize) (\S+)", text)}
+    assert applied
+    assert applied <= {f"deploy/k8s/overlays/{overlay}" for overlay in OVERLAYS}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

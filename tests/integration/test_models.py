@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bank.errors import BankError
 from bank.items.prompt import chat_messages
 from bank.manifest import read_manifest
 from bank.models import folders
 from bank.models.folders import check_base_model, ensure_base_model, model_hash, model_name
+from server.cli import app
+from server.engine.command import is_cpu_build
 from server.settings import Settings
 
 
@@ -43,6 +47,20 @@ def test_the_default_model_answers_a_question(folder: Path) -> None:
 def test_the_default_models_folder_holds_plain_weights(folder: Path) -> None:
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert model_name("default", folder) == "SmolLM2-135M-Instruct"
+
+
+def test_the_command_prepares_all_that_those_need_who_may_only_read(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    monkeypatch.setattr("server.engine.fusing.kernels.native.build", lambda cache_dir: not built.append(cache_dir))
+    done = CliRunner().invoke(app, ["models", "--model", str(folder), "--cache-dir", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert built == [tmp_path] * is_cpu_build()
+    said = dict(re.split(r"  +", line) for line in done.stdout.splitlines())
+    assert said["base model"] == str(folder)
+    assert Path(said["embedder"]).is_relative_to(tmp_path)
+    assert (Path(said["CPU kernel"]).suffix == ".so") if built else ("CPU kernel" not in said)
 
 
 def toy(folder: Path, weights: bytes = b"w" * (1 << 20), **config: object) -> Path:

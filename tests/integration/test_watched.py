@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -104,6 +105,18 @@ def test_one_trace_leads_from_the_gateway_through_the_engine(run: Watched) -> No
     assert within["POST"].parent == request.id
     assert within["llm_request"].parent == within["prepare"].parent == within["POST"].id
     assert within["llm_request"].attributes["gen_ai.usage.completion_tokens"] > 0
+
+
+def test_a_trace_says_how_long_the_store_took_and_which_commands(run: Watched) -> None:
+    for name, command in (("POST /generate", "GET"), ("PUT /users/{user_id}/profile", "EVAL")):
+        request = spans_of(run, name)[0]
+        within = run.receiver.trace(request.trace_id)
+        asked = [span for span in within if span.attributes.get("db.system") == "redis"]
+        assert command in {span.name for span in asked}
+        assert all(request.start_ns <= span.start_ns <= span.end_ns <= request.end_ns for span in asked)
+        assert all(re.fullmatch("[A-Z ]+", span.name) for span in asked)
+    [write, *_] = [span for span in within if span.name == "store write"]
+    assert "EVAL" in {span.name for span in asked if span.parent == write.id}
 
 
 def test_one_trace_leads_from_a_job_to_what_its_worker_did_and_the_answer_by_it_is_linked(run: Watched) -> None:

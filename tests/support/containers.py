@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -68,35 +68,102 @@ def manifests(overlay: str) -> tuple[dict[str, Any], ...]:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """How to find out whether a container is well: a command that ends with 0, or a URL that answers 200."""
+
+    command: tuple[str, ...] = ()
+    url: str = ""
+
+
+@dataclass(frozen=True)
 class Container:
-    """A container of a pod.
+    """A container of a pod, or of a service of compose.
 
     Attributes:
         command: program and arguments.
         environment: with what it refers to filled in.
-        written: as the manifest has it.
+        hosts: the names by which others reach it.
+        mounts: where folders are mounted; true where it may write.
+        locked: whether it may write nowhere else.
+        probes: by their names in the file.
+        written: as the file has it.
         pod: the pod's specification.
     """
 
     command: list[str]
     environment: dict[str, str]
-    written: dict[str, Any]
+    hosts: tuple[str, ...]
+    mounts: dict[str, bool]
+    locked: bool
+    probes: dict[str, Probe]
+    written: dict[str, Any] = field(repr=False)
     pod: dict[str, Any] = field(repr=False)
 
 
+def composed(files: tuple[str, ...], bank: Path, *options: str, **environment: str) -> dict[str, Container]:
+    """The services of compose by their names."""
+    return {name: _service(name, one) for name, one in services(files, bank, *options, **environment).items()}
+
+
+def _service(name: str, written: dict[str, Any]) -> Container:
+    networks = [network or {} for network in written.get("networks", {}).values()]
+    check = written.get("healthcheck", {}).get("test", ())
+    assert not check or check[0] == "CMD"
+    return Container(
+        command=list(written["command"] or ()),
+        environment={key: value for key, value in written.get("environment", {}).items() if value is not None},
+        hosts=(name, *(alias for network in networks for alias in network.get("aliases", ()))),
+        mounts={one["target"]: not one.get("read_only") for one in written.get("volumes", ())}
+        | dict.fromkeys(written.get("tmpfs", ()), True),
+        locked=bool(written.get("read_only")),
+        probes={"healthcheck": Probe(tuple(check[1:]))} if check else {},
+        written=written,
+        pod={},
+    )
+
+
 def containers(overlay: str) -> dict[str, Container]:
-    """All containers by their names, those that run first included."""
+    """All containers of pods by their names, those that run first included."""
     documents = manifests(overlay)
     shared = {one["metadata"]["name"]: one["data"] for one in documents if one["kind"] == "ConfigMap"}
     found = {}
-    for pod in (one["spec"]["template"]["spec"] for one in documents if one["kind"] in WORKLOADS):
+    for workload in (one for one in documents if one["kind"] in WORKLOADS):
+        pod, hosts = workload["spec"]["template"]["spec"], _hosts(workload, documents)
         for written in (*pod.get("initContainers", ()), *pod["containers"]):
             environment = {}
             for source in written.get("envFrom", ()):
                 environment |= shared[source["configMapRef"]["name"]]
             environment |= {variable["name"]: _value(variable) for variable in written.get("env", ())}
-            found[written["name"]] = Container(written["command"], environment, written, pod)
+            found[written["name"]] = Container(
+                command=[*written["command"], *written.get("args", ())],
+                environment=environment,
+                hosts=hosts if written in pod["containers"] else (),
+                mounts={one["mountPath"]: not one.get("readOnly") for one in written.get("volumeMounts", ())},
+                locked=written["securityContext"]["readOnlyRootFilesystem"],
+                probes=dict(_probes(written)),
+                written=written,
+                pod=pod,
+            )
     return found
+
+
+def _hosts(workload: dict[str, Any], documents: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """The names of the services that lead to its pods; and, where each pod has a name of its own, the first one's."""
+    labels = workload["spec"]["template"]["metadata"]["labels"]
+    leading = [one for one in documents if one["kind"] == "Service"]
+    names = [one["metadata"]["name"] for one in leading if one["spec"]["selector"].items() <= labels.items()]
+    first = f"{workload['metadata']['name']}-0"
+    return (*names, *(f"{first}.{name}" for name in names if workload["kind"] == "StatefulSet"))
+
+
+def _probes(written: dict[str, Any]) -> Iterator[tuple[str, Probe]]:
+    ports = {port["name"]: port["containerPort"] for port in written.get("ports", ())}
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        match written.get(kind):
+            case {"httpGet": {"path": path, "port": port}}:
+                yield kind, Probe(url=f"http://127.0.0.1:{ports[port]}{path}")
+            case {"exec": {"command": command}}:
+                yield kind, Probe(tuple(command))
 
 
 def _value(variable: dict[str, Any]) -> str:

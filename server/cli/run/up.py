@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from contextlib import closing
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,7 +110,8 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
     def started() -> None:
         if live:
             live.close()
-        console.print(_welcome(f"http://{settings.host}:{settings.port}"), soft_wrap=True)
+        keyed = wants_key(settings.host, settings.port)
+        console.print(welcome(f"http://{settings.host}:{settings.port}", keyed=keyed), soft_wrap=True)
 
     try:
         await Supervisor(parts, data, live or PlainReport(console)).run(stop, hurry, started)
@@ -116,11 +120,22 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
             live.close()
 
 
-def _welcome(url: str) -> str:
+def wants_key(host: str, port: int) -> bool:
+    """Whether an API key exists, so that the gateway answers nobody without one."""
+    with closing(HTTPConnection(host, port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/bank")
+            return connection.getresponse().status == HTTPStatus.UNAUTHORIZED
+        except OSError:
+            return False
+
+
+def welcome(url: str, *, keyed: bool) -> str:
     """What to do next."""
+    key = ' -H "Authorization: Bearer $MTA_API_KEY"' if keyed else ""
     return (
         f"\nReady: {url} (console: {url}/console, API documentation: {url}/docs). Try\n\n"
-        f"  curl -s {url}/generate -H 'Content-Type: application/json' \\\n"
+        f"  curl -s {url}/generate{key} -H 'Content-Type: application/json' \\\n"
         """    -d '{"user_id": "ada", "prompt": "Write one sentence about rain."}'\n\n"""
         "Ctrl-C stops everything.\n"
     )

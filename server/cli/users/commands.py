@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -20,9 +19,6 @@ app = typer.Typer(help="People's profiles, over a gateway's HTTP API.", no_args_
 
 Url = Annotated[str | None, typer.Option(help="URL of the gateway.", show_default="http://127.0.0.1, at MTA_PORT")]
 UserId = Annotated[str, typer.Argument(help="The id that the app gives the user.", metavar="ID")]
-
-NICENESS = 10
-"""Of an import: where it runs beside the server, answers come first."""
 
 _SHORT_PATIENCE_S = 5.0
 _TELL_EVERY = 20
@@ -46,8 +42,9 @@ def import_(
     from server.cli.bank.progress import ConsoleProgress
     from server.cli.users.importing import Import, journal_of
     from server.cli.users.people import count_people
+    from server.watching.priority import stand_back
 
-    os.nice(NICENESS)
+    stand_back()
     total = count_people(file)
 
     async def run(progress: ConsoleProgress) -> Counts:

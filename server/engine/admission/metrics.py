@@ -88,7 +88,7 @@ class AdapterFigures(Collector):
     def brief(self) -> dict[str, int]:
         """What a gateway shows: as the workers said when they were last asked; this asks them again, and waits not."""
         self._question()
-        return {"prepares": self._check.count, "fuses": self._counts.get("fuses", 0)} | (
+        return {name: self._counts.get(name, 0) for name in ("prepares", "fuses")} | (
             {"slots_taken": self._counts["slots_taken"]} if "slots_taken" in self._counts else {}
         )
 
@@ -100,7 +100,8 @@ class AdapterFigures(Collector):
 
     async def _answered(self) -> None:
         try:
-            self._durations, self._counts = (await self._ask())[0]
+            self._durations, counts = (await self._ask())[0]
+            self._counts = {**counts, "prepares": self._check.count}  # of the same moment: they are compared
         except Exception as error:
             log.debug("the workers did not say what they measured: %s", error)
         finally:
@@ -124,7 +125,7 @@ class AdapterFigures(Collector):
         prepares = CounterMetricFamily("mta_engine_prepares", PREPARES, labels=("kind",))
         fused = counts.get("fuses", 0)
         prepares.add_metric(("cold",), fused)
-        prepares.add_metric(("warm",), max(0, self._check.count - fused))
+        prepares.add_metric(("warm",), max(0, counts.get("prepares", 0) - fused))
         yield prepares
 
 

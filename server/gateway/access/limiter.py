@@ -10,12 +10,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from server.errors import TooMany, Unavailable
 from server.gateway.access.caller import Caller
-from server.gateway.access.running import Running, Seat
+from server.gateway.access.counted import Counted, Taken, Use
+from server.gateway.access.running import Running
 from server.gateway.operating.metrics import Metrics
 from server.store.tenants.rates import AS_USUAL, DAY_S, MINUTE_S, Allowance, Left, Rate, Rates
 
@@ -24,48 +24,6 @@ log = logging.getLogger("mta.gateway")
 _BUSY_S = 1.0
 _USER = "user-"
 _SHOWN = ("requests", "tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """Some of what a rate allows."""
-
-    rate: Rate
-    amount: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """What a request has been given."""
-
-    uses: Sequence[_Use]
-    seat: Seat
-
-
-class Counted:
-    """A request that is counted: made by `Limiter`.
-
-    Attributes:
-        tokens: how many it used; None if nobody can say, and the estimate counts.
-    """
-
-    def __init__(self) -> None:
-        self.tokens: int | None = 0
-        self.allowed: asyncio.Task[_Taken] | None = None
-        self.shown: asyncio.Task[dict[str, str]] | None = None
-
-    async def let_in(self) -> None:
-        """Return once it is known to be within all limits.
-
-        Raises:
-            TooMany: when it is not.
-        """
-        if self.allowed:
-            await asyncio.shield(self.allowed)  # what it uses must be known, even if the client leaves now
-
-    async def headers(self) -> Mapping[str, str]:
-        """OpenAI's headers that say what is left; empty where nothing is limited."""
-        return await self.shown if self.shown else {}
 
 
 class Limiter:
@@ -109,7 +67,7 @@ class Limiter:
         finally:
             self._later(self._settle(counted))
 
-    async def take_job(self, caller: Caller, user_key: str) -> Sequence[_Use]:
+    async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
         """Count an adapt job.
 
         Returns:
@@ -121,7 +79,7 @@ class Limiter:
         taken = await self._take(self._uses(caller, user_key, {"jobs": lambda: 1}), caller.name, 0, Counted())
         return taken.uses
 
-    async def give_back(self, uses: Sequence[_Use]) -> None:
+    async def give_back(self, uses: Sequence[Use]) -> None:
         """Count some uses no more."""
         for use in uses:
             await self._quietly(self._store.take(use.rate, -use.amount))
@@ -134,7 +92,7 @@ class Limiter:
         said = caller.allowance
         return self._per_key if said == AS_USUAL else said.or_else(self._per_key)
 
-    def _uses(self, caller: Caller, user_key: str | None, amounts: Mapping[str, Callable[[], int]]) -> list[_Use]:
+    def _uses(self, caller: Caller, user_key: str | None, amounts: Mapping[str, Callable[[], int]]) -> list[Use]:
         owners = [(caller.name, self._per(caller))]
         if user_key is not None:
             owners.append((f"{_USER}{user_key}", self._per_user))
@@ -144,10 +102,10 @@ class Limiter:
                 if (most := getattr(allowance, what)) and (wanted := amount()):
                     window_s = DAY_S if what == "jobs" else MINUTE_S
                     # An estimate above the limit would be refused for ever.
-                    uses.append(_Use(Rate(what, owner, most, window_s), min(wanted, most)))
+                    uses.append(Use(Rate(what, owner, most, window_s), min(wanted, most)))
         return uses
 
-    async def _take(self, uses: Sequence[_Use], caller: str, most: int, counted: Counted) -> _Taken:
+    async def _take(self, uses: Sequence[Use], caller: str, most: int, counted: Counted) -> Taken:
         """Use all of it, or raise and use nothing: a user who asks too often uses up nothing of their app's.
 
         Args:
@@ -160,7 +118,7 @@ class Limiter:
             What is counted: not what the store could not count.
         """
         fits, seat = await asyncio.gather(self._fit(uses), self._running.enter(caller, most))
-        taken = _Taken([use for use, fit in zip(uses, fits, strict=True) if fit], seat)
+        taken = Taken([use for use, fit in zip(uses, fits, strict=True) if fit], seat)
         counted.shown = asyncio.create_task(self._headers(uses))
         if seat.free and False not in fits:
             return taken
@@ -168,11 +126,11 @@ class Limiter:
         unfit = [use for use, fit in zip(uses, fits, strict=True) if fit is False]
         raise await self._refusal(unfit, most, await counted.headers())
 
-    async def _fit(self, uses: Sequence[_Use]) -> list[bool | None]:
+    async def _fit(self, uses: Sequence[Use]) -> list[bool | None]:
         """Whether each is within its limit, and counted; None where the store cannot say."""
         return await asyncio.gather(*map(self._fits, uses))
 
-    async def _fits(self, use: _Use) -> bool | None:
+    async def _fits(self, use: Use) -> bool | None:
         try:
             return await self._store.take(use.rate, use.amount)
         except Unavailable as error:
@@ -196,7 +154,7 @@ class Limiter:
         if more and not await self._store.take(rate, more):
             await self._store.take(rate, (await self._store.left(rate)).amount)
 
-    async def _refusal(self, unfit: Sequence[_Use], most: int, headers: Mapping[str, str]) -> TooMany:
+    async def _refusal(self, unfit: Sequence[Use], most: int, headers: Mapping[str, str]) -> TooMany:
         self._metrics.shed.labels(unfit[0].rate.what if unfit else "concurrent").inc()
         if unfit:
             rate, wait_s = unfit[0].rate, max([await self._wait_s(use) for use in unfit])
@@ -214,7 +172,7 @@ class Limiter:
             limits=headers,
         )
 
-    async def _headers(self, uses: Sequence[_Use]) -> dict[str, str]:
+    async def _headers(self, uses: Sequence[Use]) -> dict[str, str]:
         """Of the key's limit and the user's the one that is nearer."""
         shown = [use.rate for use in uses if use.rate.what in _SHOWN]
         try:
@@ -228,7 +186,7 @@ class Limiter:
             headers[f"x-ratelimit-reset-{rate.what}"] = f"{_wait_s(rate, left, rate.most):.3f}s"
         return headers
 
-    async def _wait_s(self, use: _Use) -> float:
+    async def _wait_s(self, use: Use) -> float:
         """About how long it takes until a use fits."""
         try:
             return _wait_s(use.rate, await self._store.left(use.rate), use.amount)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from server.errors import Forbidden
@@ -47,9 +48,11 @@ ROUTES: Mapping[str, Scope | None] = {
     "GET /openapi.json": OPEN,
 }
 
+_SCHEME = "API key"
+
 
 def guard(app: FastAPI) -> None:
-    """Have every route that an application has by now let in only keys that may use it.
+    """Have every route that an application has by now let in only keys that may use it, and its document say so.
 
     The key is looked at before the body is read: a request without the right one costs next to nothing.
 
@@ -62,6 +65,17 @@ def guard(app: FastAPI) -> None:
         wanted = ROUTES[f"{method} {route.path}"]
         if wanted is not OPEN:
             route.app = _Guarded(route.app, wanted)
+            if isinstance(route, APIRoute):
+                route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # or none, while no key exists
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = made()
+        says = "Of `mta keys create`; nothing while no key exists."
+        document["components"]["securitySchemes"] = {_SCHEME: {"type": "http", "scheme": "bearer", "description": says}}
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way of adding to it
 
 
 class _Guarded:

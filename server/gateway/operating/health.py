@@ -50,12 +50,14 @@ class Report:
     Attributes:
         generating: the address that generations are sent to.
         engines: every engine on its own.
+        lacking: fingerprints of the banks that this gateway serves and no engine has.
         seen_s: when the look ended, by the monotonic clock.
     """
 
     store: StoreState
     generating: AddressState
     engines: tuple[EngineState, ...]
+    lacking: tuple[str, ...]
     seen_s: float
 
     @property
@@ -65,19 +67,21 @@ class Report:
 
     @property
     def readiness(self) -> Readiness:
-        """Whether requests can be fully served; one engine that has the bank is enough, and a router can be missed."""
+        """Whether requests can be fully served: one engine that has a bank is enough, and a router can be missed."""
         if self.age_s > STALE_AFTER_S:
             return Readiness.STALE
-        served = any(engine.status == "ok" for engine in self.engines)
-        return Readiness.READY if served and self.store.status == "ok" else Readiness.NOT_READY
+        return Readiness.NOT_READY if self.lacking or self.store.status != "ok" else Readiness.READY
 
     @property
     def missing(self) -> str | None:
         """What is missing while requests are served all the same, in a sentence; None if nothing is."""
         if self.readiness is not Readiness.READY:
             return None
-        down = sum(engine.status != "ok" for engine in self.engines)
+        partly = sum(engine.status == "lacks_bank" for engine in self.engines)
+        down = sum(engine.status != "ok" for engine in self.engines) - partly
         said = [f"{down} of {len(self.engines)} engines cannot be used, and the others serve"] if down else []
+        if partly:
+            said.append(f"{partly} of {len(self.engines)} engines lack a bank that another one has")
         if self.generating.status != "ok":
             said.append("MTA_ENGINE_URL cannot be used, and engines are asked directly")
         return "; ".join(said) or None
@@ -89,17 +93,18 @@ class Health:
     Args:
         store: where users are kept.
         engines: all engines.
-        fingerprint: of the bank that they must serve.
+        fingerprints: of the banks that they must serve.
         generating: the address that generates: an engine's or a router's.
     """
 
-    def __init__(self, store: CheckedStore, engines: Engines, fingerprint: str, *, generating: str) -> None:
+    def __init__(self, store: CheckedStore, engines: Engines, fingerprints: Sequence[str], *, generating: str) -> None:
         self._store = store
         self._engines = engines
-        self._fingerprint = fingerprint
+        self._fingerprints = fingerprints
         self._generating = generating.rstrip("/")
         self.last: Report | None = None
         self._was_ready = False
+        self._told: tuple[str, ...] = ()
 
     @property
     def readiness(self) -> Readiness:
@@ -109,13 +114,25 @@ class Health:
     async def probe(self) -> Report:
         """Probe every part now."""
         store, engines, router = await asyncio.gather(self._ask_store(), self._ask_engines(), self._ask_router())
-        self.last = Report(store, router or self._as_address(engines), engines, time.monotonic())
+        lacking = tuple(bank for bank in self._fingerprints if not any(bank in engine.banks for engine in engines))
+        self._tell(lacking if any(engine.banks for engine in engines) else ())
+        self.last = Report(store, router or self._as_address(engines), engines, lacking, time.monotonic())
         self._was_ready |= self.readiness is Readiness.READY
         return self.last
 
     async def watch(self) -> None:
         """Probe for ever."""
         await forever(lambda: PROBE_INTERVAL_S if self._was_ready else FIRST_INTERVAL_S, self.probe, log)
+
+    def _tell(self, lacking: tuple[str, ...]) -> None:
+        """Log which banks no engine has, of those that answer, once."""
+        if lacking and lacking != self._told:
+            log.error(
+                "not ready: engines answer, but none of them has the bank %s: name its folder in MTA_BANK or "
+                "MTA_NEXT_BANK of an engine, or leave it out here",
+                ", ".join(bank[:8] for bank in lacking),
+            )
+        self._told = lacking
 
     async def _ask_store(self) -> StoreState:
         try:
@@ -130,12 +147,14 @@ class Health:
         return tuple(map(self._judged, await self._engines.states(PROBE_TIMEOUT_S)))
 
     def _judged(self, state: EngineState) -> EngineState:
-        """The engine's own state, unless it is `ok` but lacks the bank."""
-        if state.status != "ok" or self._fingerprint in state.banks:
+        """The engine's own state, unless it is `ok` but lacks a bank."""
+        lacking = [bank[:8] for bank in self._fingerprints if bank not in state.banks]
+        if state.status != "ok" or not lacking:
             return state
+        status = "other_bank" if len(lacking) == len(self._fingerprints) else "lacks_bank"
         served = [bank[:8] for bank in state.banks]
-        detail = f"it serves the banks {served}, but this gateway uses {self._fingerprint[:8]}"
-        return replace(state, status="other_bank", detail=detail)
+        detail = f"it serves the banks {served}, and not {', '.join(lacking)}, which this gateway uses"
+        return replace(state, status=status, detail=detail)
 
     async def _ask_router(self) -> AddressState | None:
         """The router's state; None if generations go straight to an engine."""

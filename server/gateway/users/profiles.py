@@ -158,6 +158,7 @@ class Profiles:
             step = difference(snapshot.items, history)
             seen = snapshot.profile and snapshot.profile.seen_by(self._embedder.id)
             if seen and not step.put and not step.drop:
+                await self._store.settle(key)
                 return Changed(seen, 0)
             vectors, fresh = await self._vectors(snapshot, history, made)
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))

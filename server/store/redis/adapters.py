@@ -18,8 +18,11 @@ redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 return redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
 
-# KEYS: a list. ARGV: who is put on it.
-_LIST = "return redis.call('SADD', KEYS[1], ARGV[1])"
+# KEYS: a list. ARGV: who is put on it, again if need be: a script that changes nothing is not waited for.
+_LIST = """
+redis.call('SREM', KEYS[1], ARGV[1])
+return redis.call('SADD', KEYS[1], ARGV[1])
+"""
 
 
 class RedisAdapters:

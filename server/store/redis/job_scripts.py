@@ -1,7 +1,8 @@
 """The Lua scripts of jobs: each changes one user's keys in one step. The server's clock is the only one used.
 
 The scripts make a job's name from its number; it is in the same slot as the declared keys. Each script may run twice,
-since its answer can be lost on the way: the second run changes nothing and returns the same.
+since its answer can be lost on the way: the second run changes nothing and returns the same. What the caller is then
+told is so it writes again as it is, for else nobody waits until that lasts (`RedisConnection.write`).
 """
 
 from __future__ import annotations
@@ -43,15 +44,19 @@ SUBMIT = (
 local prefix, key, token = ARGV[1], ARGV[2], ARGV[3]
 if erased_since(KEYS[3], ARGV[4]) then return -1 end
 local last = tonumber(redis.call('HGET', KEYS[1], 'last') or redis.call('HGET', KEYS[3], 'last') or 0)
+local function again(number)
+  redis.call('HSET', KEYS[1], 'last', last)
+  return number
+end
 local oldest = math.max(1, last - ARGV[10] + 1)
 if key ~= '' then
   for number = last, oldest, -1 do
-    if redis.call('HGET', prefix .. number, 'key') == key then return number end
+    if redis.call('HGET', prefix .. number, 'key') == key then return again(number) end
   end
 else
   local state = redis.call('HGET', prefix .. last, 'state')
   local well = state == 'queued' or state == 'running' or state == 'succeeded'
-  if well and redis.call('HGET', prefix .. last, 'token') == token then return last end
+  if well and redis.call('HGET', prefix .. last, 'token') == token then return again(last) end
 end
 if now > tonumber(ARGV[5]) then return -2 end
 local known, kept, fresh = {}, 0, {}
@@ -87,8 +92,12 @@ CANCEL = (
     NOW
     + _END
     + """
-if redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1] then return 1 end
-if not open(KEYS[1]) then return 0 end
+local state = redis.call('HGET', KEYS[1], 'state')
+local mine = redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1]
+if not open(KEYS[1]) then
+  if state then redis.call('HSET', KEYS[1], 'state', state) end
+  return mine and 1 or 0
+end
 redis.call('HSET', KEYS[1], 'ended_by', ARGV[1])
 ended(KEYS[1], 'cancelled', ARGV[2])
 return 1
@@ -139,7 +148,10 @@ return 1
 """
 
 _MINE = """
-if redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1] then return 1 end
+if redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1] then
+  redis.call('HSET', KEYS[1], 'ended_by', ARGV[1])
+  return 1
+end
 if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
 """
 

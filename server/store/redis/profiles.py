@@ -35,7 +35,10 @@ _COMMIT = (
     ERASED_SINCE
     + """
 local current = redis.call('GET', KEYS[1]) or ''
-if current == ARGV[2] then return 1 end
+if current == ARGV[2] then
+  redis.call('SET', KEYS[1], current)
+  return 1
+end
 if erased_since(KEYS[4], ARGV[3]) then return -1 end
 if current ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
@@ -80,6 +83,13 @@ return redis.call('HMGET', KEYS[1], 'items', 'samples', 'jobs', 'adapters', 'key
 """
 )
 
+
+# KEYS: record. It is written as it is: who waits for that waits for all that was written before.
+_AGAIN = """
+local current = redis.call('GET', KEYS[1])
+if current then redis.call('SET', KEYS[1], current) end
+return 1
+"""
 
 # KEYS: record, items, vectors, epoch. All of one moment.
 _READ = """
@@ -136,6 +146,10 @@ class RedisProfiles:
         if written < 0:
             raise UserErased
         return bool(written)
+
+    async def settle(self, key: str) -> None:
+        if not self._connection.shows_only_what_lasts:
+            await self._connection.write(_AGAIN, (keys.profile(key),))
 
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
         names = (keys.epoch(key), *_names(key), keys.jobs(key), keys.samples(key), keys.adapter(key))

@@ -9,9 +9,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.routing import Route
 
+from server.cli.run import up
 from server.gateway.access.routes import OPEN, ROUTES, guard
 from server.store.tenants.access_keys import new_secret
 from tests.integration.security.conftest import KEYS, Keyed, ask
+from tests.support.gateway import GatewayThread
 
 CLOSED = [route for route, scope in ROUTES.items() if scope is not OPEN]
 OPENED = [route for route, scope in ROUTES.items() if scope is OPEN]
@@ -34,6 +36,25 @@ def test_a_route_that_nobody_put_into_the_table_is_not_served() -> None:
     app.add_api_route("/new", lambda: None)
     with pytest.raises(KeyError, match="GET /new"):
         guard(app)
+
+
+def test_the_document_says_which_routes_want_a_key(stranger: httpx.Client) -> None:
+    document = stranger.get("/openapi.json").raise_for_status().json()
+    [(name, scheme)] = document["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    said = {
+        f"{method.upper()} {path}": operation.get("security")
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }
+    assert said.keys() >= set(CLOSED)
+    assert said == {route: [{name: []}, {}] if route in CLOSED else None for route in said}
+
+
+def test_mta_up_shows_a_key_in_what_to_try_where_one_is_wanted(keyed: Keyed, gateway: GatewayThread) -> None:
+    for one, wanted in ((keyed.gateway, True), (gateway, False)):
+        assert up.wants_key("127.0.0.1", one.port) is wanted
+        assert ('-H "Authorization: Bearer $MTA_API_KEY"' in up.welcome(one.url, keyed=wanted)) is wanted
 
 
 @pytest.mark.parametrize("route", CLOSED)

@@ -76,6 +76,29 @@ def bank_of(two_banks: Keyed, tenant: str) -> str:
         return str(answer.get("bank") or answer["error"]["code"])
 
 
+def test_the_gateway_is_ready_once_each_bank_is_in_an_engine_and_tells_nobody_but_the_log_and_admins(
+    two_banks: Keyed, second: Path, fake_engine_server: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    lacking, both = read_manifest(second), fake_engine_server.knobs.banks
+    with two_banks.client("acme") as admin, httpx.Client(base_url=two_banks.gateway.url) as stranger:
+        wait_until(lambda: stranger.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready")
+        fake_engine_server.knobs.banks = both[:1]
+        try:
+            wait_until(lambda: stranger.get("/ready").status_code == httpx.codes.SERVICE_UNAVAILABLE, "it to find out")
+            said = stranger.get("/ready").text
+            [engine] = admin.get("/ready").json()["parts"]["engines"]
+        finally:
+            fake_engine_server.knobs.banks = both
+        wait_until(lambda: stranger.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready again")
+    assert '"not_ready"' in said
+    assert lacking.short not in said
+    assert engine["status"] == "lacks_bank"
+    assert lacking.short in engine["detail"]
+    [line] = [record.message for record in caplog.records if "none of them has the bank" in record.message]
+    assert lacking.short in line
+    assert read_manifest(two_banks.gateway.parts.settings.bank_folder()).short not in line
+
+
 def test_a_tenant_is_served_by_the_bank_that_it_names(
     two_banks: Keyed, named: BankManifest, store: ValkeyProcess, fake_engine: FakeEngine
 ) -> None:

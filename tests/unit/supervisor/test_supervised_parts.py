@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.router import router_part
 from server.supervisor.services import check_port, engine_part, free_port, gateway_part, valkey_part, worker_part
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Iterator[DataFolder]:
-    folder = DataFolder.open(tmp_path / "data")
-    yield folder
-    folder.close()
 
 
 def test_a_data_folder_in_use_is_refused_with_the_pid_of_its_user(data: DataFolder) -> None:

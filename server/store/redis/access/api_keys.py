@@ -24,10 +24,12 @@ redis.call('HINCRBY', KEYS[1], 'revision', 1)
 return 1
 """
 
-# KEYS: the hash. ARGV: digest, when.
+# KEYS: the hash. ARGV: digest, when. A repeated call changes nothing.
 _REVOKE = """
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-if redis.call('HSETNX', KEYS[1], 'revoked:' .. ARGV[1], ARGV[2]) == 0 then return 0 end
+local before = redis.call('HGET', KEYS[1], 'revoked:' .. ARGV[1])
+redis.call('HSET', KEYS[1], 'revoked:' .. ARGV[1], before or ARGV[2])
+if before then return 0 end
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
 return 1
 """

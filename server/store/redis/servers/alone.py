@@ -17,7 +17,6 @@ from server.store.redis.servers.base import (
     READ_TIMEOUT_S,
     WAITAOF,
     WAITAOF_TIMEOUT_MS,
-    WRITE_TIMEOUT_S,
     Server,
     durability_of,
     unconfirmed,
@@ -41,7 +40,7 @@ class Alone:
             max_connections=CONNECTIONS,
             timeout=READ_TIMEOUT_S,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=WRITE_TIMEOUT_S,
+            socket_timeout=None,  # see `base.py`
             retry=Retry(NoBackoff(), 1),
         )
         self._client: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers

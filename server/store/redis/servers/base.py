@@ -2,6 +2,9 @@
 
 Every change is one Lua script on keys of one slot, so it is atomic on a cluster too. What makes it last is asked for
 on the connection that the script went over, in the same round trip: elsewhere `WAITAOF` would wait for nothing.
+
+`RedisConnection` stops waiting when its time is up, and cancels what it waited for. redis-py is given no time of its
+own (`socket_timeout`): it would then send through `asyncio.wait_for`, in which Python 3.11 loses cancellations.
 """
 
 from __future__ import annotations

@@ -14,11 +14,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from redis import exceptions
 from redis.asyncio.cluster import ClusterNode, PipelineCommand, RedisCluster
-from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -28,15 +26,14 @@ from server.store.redis.servers.base import (
     CONNECTIONS,
     WAITAOF,
     WAITAOF_TIMEOUT_MS,
-    WRITE_TIMEOUT_S,
     Server,
     durability_of,
     unconfirmed,
 )
+from server.store.redis.servers.cluster_url import read_url
 
 log = logging.getLogger("mta.store")
 
-SCHEMES = ("redis+cluster", "rediss+cluster")
 READ_RETRIES = 3
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
 """Between the attempts to write: a replica takes over within seconds, or an operator is needed."""
@@ -87,12 +84,12 @@ class Cluster:
     """
 
     def __init__(self, url: str) -> None:
-        hosts, options = _read(url)
+        hosts, options = read_url(url)
         self._client: Any = _Client(
             startup_nodes=[ClusterNode(host, port) for host, port in hosts],
             max_connections=4 * CONNECTIONS,  # beyond `_room`: those that are being closed count, too
             socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=WRITE_TIMEOUT_S,
+            socket_timeout=None,  # see `base.py`
             retry=Retry(NoBackoff(), READ_RETRIES),
             reinitialize_steps=0,  # it would cut all connections off; `_follow` looks around often enough
             **options,
@@ -118,7 +115,7 @@ class Cluster:
         self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
     ) -> Any:
         command = ("EVAL", script, len(names), *names, *arguments)
-        node, asking = None, False
+        node, asking, home = None, False, None
         for pause_s in (*PAUSES_S, None):
             try:
                 async with self._room:
@@ -130,7 +127,7 @@ class Cluster:
                 if pause_s is None:
                     raise
                 await asyncio.sleep(pause_s)
-                await self._look_around()
+                await self._look_around(home)
                 node, asking = self._redirected(error)
         raise AssertionError("unreachable")
 
@@ -170,8 +167,8 @@ class Cluster:
         before = [("ASKING",)] if asking else []
         # Wherever the server says that it fsyncs, too: one that takes over may not, and then this is an error.
         after: list[tuple[object, ...]] = [WAITAOF] if durability is not Durability.NONE else []
-        replicated = bool(after) and len(self._client.nodes_manager.slots_cache[self._client.keyslot(name)]) > 1
-        if replicated:
+        replicas = self._replicas(node, name) if after else ()
+        if replicas:
             after.append(("WAIT", 1, REPLICA_TIMEOUT_MS))
         sent = [PipelineCommand(n, *parts) for n, parts in enumerate([*before, command, *after])]
         await node.execute_pipeline(sent)
@@ -181,10 +178,19 @@ class Cluster:
         answer, *confirmed = [part.result for part in sent[len(before) :]]
         if confirmed and confirmed[0][0] < 1:
             raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
-        if replicated and confirmed[1] < 1:
-            await self._look_around()  # once the others count that replica as failed, writes no longer wait for it
+        if replicas and confirmed[1] < 1:
+            # Once the others count that replica as failed, writes no longer wait for it.
+            await self._look_around(replicas[0])
             raise unconfirmed("on a replica", REPLICA_TIMEOUT_MS)
         return answer
+
+    def _replicas(self, node: Any, name: str) -> tuple[Any, ...]:
+        """Which servers follow one that is asked for a key, its own or one that is arriving there."""
+        slots = self._client.nodes_manager.slots_cache
+        held = slots[self._client.keyslot(name)]
+        if held[0] != node:
+            held = next((nodes for nodes in slots.values() if nodes[0] == node), ())
+        return tuple(held[1:])
 
     def _redirected(self, error: Exception) -> tuple[Any, bool]:
         """Which server an error names, if any, and whether leave must be asked there."""
@@ -193,8 +199,8 @@ class Cluster:
         node = self._client.get_node(host=error.host, port=error.port)
         return node, not isinstance(error, exceptions.MovedError)
 
-    async def _look_around(self) -> None:
-        """Find out again which servers there are and what they hold.
+    async def _look_around(self, silent: Any = None) -> None:
+        """Find out again which servers there are and what they hold, if need be from the one that may be silent.
 
         Connections are made anew, each when it is free; those to a server that is no primary any more at once, so that
         nobody waits for it: it may be silent.
@@ -203,7 +209,8 @@ class Cluster:
         for _ in self._client.get_nodes():
             with suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE_S):
-                    await self._client.nodes_manager.initialize()  # asks any server, another one each time
+                    # Asks any server, another one each time.
+                    await self._client.nodes_manager.initialize(last_failed_node_name=silent and silent.name)
                 break
         else:
             raise exceptions.TimeoutError("no server says which others there are")
@@ -232,11 +239,14 @@ class Cluster:
 
         It is compared with what the client holds, not with what was said last: the next server may know less.
         """
-        for first, _, *nodes in shards:
+        slots = self._client.nodes_manager.slots_cache
+        for first, last, *nodes in shards:
             said = [f"{_text(node[0]) or host}:{node[1]}" for node in nodes]
-            held = [node.name for node in self._client.nodes_manager.slots_cache.get(first, ())]
-            if said[:1] != held[:1] or set(said) != set(held):
-                return False
+            # Slots share a list, but for those that redis-py was redirected from: of these it forgets the replicas.
+            for held in {id(held): held for held in map(slots.get, range(first, last + 1))}.values():
+                names = [node.name for node in held or ()]
+                if said[:1] != names[:1] or set(said) != set(names):
+                    return False
         return True
 
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
@@ -251,21 +261,3 @@ def _decoded(fields: dict[Any, Any]) -> dict[str, Any]:
 
 def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _read(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-    """Hosts with ports, and options of the client."""
-    parts = urlsplit(url)
-    login, at, hosts = parts.netloc.rpartition("@")
-    scheme = parts.scheme.removesuffix("+cluster")
-    found, options = [], {}
-    for host in hosts.split(","):
-        options = parse_url(urlunsplit((scheme, f"{login}{at}{host}", parts.path, parts.query, "")))
-        found.append((options.pop("host", ""), options.pop("port", 6379)))
-    if options.pop("db", 0):
-        raise ValueError("a cluster has no numbered databases")
-    if not all(host for host, _ in found):
-        raise ValueError("a host is missing")
-    if options.pop("connection_class", None) is SSLConnection:
-        options["ssl"] = True
-    return found, options

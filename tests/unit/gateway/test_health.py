@@ -1,0 +1,87 @@
+"""When a gateway is ready, by what its engines say."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.gateway.engines.admin import EngineState
+from server.gateway.operating.health import Health, Readiness, Report
+from server.store.durability import Durability
+
+ONE, OTHER = "a1" * 32, "b2" * 32
+
+
+class Said:
+    """Engines that say which banks they have; None for one that is down."""
+
+    def __init__(self, *banks: tuple[str, ...] | None) -> None:
+        self.urls = tuple(f"http://engine-{place}" for place in range(len(banks)))
+        self._banks = banks
+
+    async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
+        return tuple(
+            EngineState(url, "unavailable") if has is None else EngineState(url, "ok", None, 512, has)
+            for url, has in zip(self.urls, self._banks, strict=True)
+        )
+
+
+class Well:
+    """A store that is."""
+
+    durability = Durability.ALWAYS
+
+    async def check(self) -> Durability:
+        return self.durability
+
+
+async def report(*banks: tuple[str, ...] | None) -> Report:
+    engines = Said(*banks)
+    return await Health(Well(), engines, [ONE, OTHER], generating=engines.urls[0]).probe()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("banks", "statuses", "ready"),
+    [
+        ([(ONE, OTHER)], ["ok"], True),
+        ([(ONE, OTHER, "c3" * 32), None], ["ok", "unavailable"], True),
+        ([(ONE,), (OTHER,)], ["lacks_bank", "lacks_bank"], True),
+        ([(ONE,), (ONE,)], ["lacks_bank", "lacks_bank"], False),
+        ([(ONE,), None], ["lacks_bank", "unavailable"], False),
+        ([("c3" * 32,), ()], ["other_bank", "other_bank"], False),
+        ([None], ["unavailable"], False),
+    ],
+)
+async def test_ready_is_whose_banks_are_each_in_an_engine(
+    banks: list[tuple[str, ...] | None], statuses: list[str], ready: bool
+) -> None:
+    found = await report(*banks)
+    assert [engine.status for engine in found.engines] == statuses
+    assert found.readiness is (Readiness.READY if ready else Readiness.NOT_READY)
+
+
+@pytest.mark.parametrize(
+    ("banks", "said"),
+    [
+        ([(ONE, OTHER)], None),
+        ([(ONE, OTHER), None], "1 of 2 engines cannot be used, and the others serve"),
+        ([(ONE, OTHER), (ONE,)], "1 of 2 engines lack a bank that another one has"),
+        ([(ONE,)], None),
+    ],
+)
+async def test_what_is_missing_while_requests_are_served_is_said(
+    banks: list[tuple[str, ...] | None], said: str | None
+) -> None:
+    assert (await report(*banks)).missing == said
+
+
+async def test_a_bank_that_no_engine_has_is_logged_once_and_nothing_while_none_answers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engines = Said(None)
+    health = Health(Well(), engines, [ONE, OTHER], generating=engines.urls[0])  # type: ignore[arg-type]
+    for banks, lines in ((None, 0), ((ONE,), 1), ((ONE,), 1), ((ONE, OTHER), 1), ((ONE,), 2), ((OTHER,), 3)):
+        engines._banks = (banks,)
+        await health.probe()
+        assert len(caplog.records) == lines
+    assert "has the bank b2b2b2b2:" in caplog.messages[0]
+    assert "has the bank a1a1a1a1:" in caplog.messages[2]

@@ -1,0 +1,92 @@
+"""Trivial parts, a supervisor that runs them, and what it says of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.rig.processes import PATIENCE_S
+from server.supervisor.data_folder import DataFolder
+from server.supervisor.part import Part
+from server.supervisor.status import State
+from server.supervisor.supervisor import Supervisor
+
+SLEEP = "import time; time.sleep(600)"
+STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP}"
+FAMILY = f"""
+import subprocess, sys
+# One child in our group, one in a session of its own, one that outlives its parent; none of them heeds SIGTERM.
+subprocess.Popen([sys.executable, "-c", {STUBBORN!r}])
+subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], start_new_session=True)
+orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+subprocess.run([sys.executable, "-c", orphan, {STUBBORN!r}])
+"""
+FAMILY_SIZE = 4  # the part and the three
+
+
+class Record:
+    """A report that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.states: list[tuple[str, State]] = []
+        self.details: list[str] = []
+
+    def __call__(self, part: str, state: State, detail: str = "") -> None:
+        self.states.append((part, state))
+        self.details.append(detail)
+
+    def count(self, part: str, state: State) -> int:
+        return self.states.count((part, state))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[DataFolder]:
+    folder = DataFolder.open(tmp_path / "data")
+    yield folder
+    folder.close()
+
+
+def python_part(name: str, folder: Path, code: str, **changes: float) -> Part:
+    """A part that runs `code`, and is ready once it has written its pid to `<name>.pid`."""
+    pid_file = folder / f"{name}.pid"
+    prelude = (
+        f"import os, pathlib; draft = pathlib.Path({str(pid_file)!r} + '.tmp'); draft.write_text(str(os.getpid()))\n"
+        f"draft.replace({str(pid_file)!r})\n"  # whoever reads it finds a whole pid
+    )
+
+    async def ready() -> bool:
+        return pid_file.exists()
+
+    times = {"start_timeout_s": PATIENCE_S, "stop_timeout_s": PATIENCE_S} | changes
+    return Part(
+        name, (sys.executable, "-c", code.strip() + "\n" + prelude + SLEEP), dict(os.environ), ready, "", **times
+    )
+
+
+def waits_for(path: Path, part: Part) -> Part:
+    """The part, as one that does nothing before `path` exists."""
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(path)!r}).exists(): time.sleep(0.01)\n"
+    return replace(part, command=(*part.command[:2], wait + part.command[2]))
+
+
+def pid_of(name: str, folder: Path) -> int:
+    return int((folder / f"{name}.pid").read_text())
+
+
+async def run_until(supervisor: Supervisor, condition: Callable[[], bool], *, hurry: bool = False) -> None:
+    """Run the supervisor, and stop it when the condition holds."""
+    stop, hurried, started = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    running = asyncio.create_task(supervisor.run(stop, hurried, started.set))
+    async with asyncio.timeout(PATIENCE_S):
+        while not running.done() and not (started.is_set() and condition()):
+            await asyncio.sleep(0.02)
+        stop.set()
+        if hurry:
+            hurried.set()
+        await running
