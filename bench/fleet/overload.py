@@ -171,7 +171,7 @@ class Overload:
         chunks = sum(stream.chunks for stream in load.served)
         return [
             (f"{what}: begun", len(load.streams)),
-            (f"{what}: lost", _judged(str(lost), lost == 0)),
+            (f"{what}: lost", _judged(f"{lost} {load.failures or ''}".strip(), lost == 0)),
             (f"{what}: chunks a second", round(chunks / load.seconds)),
             (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
             (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
