@@ -91,8 +91,8 @@ class Settings(BaseSettings):
     queue_places: int | None = Field(
         None,
         ge=0,
-        description="Most generations that wait for a place in the engines; others get 429. By default as many as "
-        "there are places: so nobody waits much longer than an answer takes, however much is asked.",
+        description="Most generations that wait for a place in the engines; others get 429. By default half as many "
+        "as there are places: so nobody waits much longer than half an answer takes, however much is asked.",
     )
     queue_timeout_s: float = Field(
         10,

@@ -32,11 +32,13 @@ class Stream:
 
     Attributes:
         status: HTTP's; `BROKEN` if it was cut short.
+        error: the code of an answer that is an error.
         first_s, whole_s: seconds until the first and the last byte.
         chunks: how many there were, the first and the last included.
     """
 
     status: int
+    error: str
     first_s: float
     whole_s: float
     chunks: int
@@ -62,16 +64,12 @@ class Load:
     @property
     def refused(self) -> int:
         """How many were told to come back."""
-        return self._statuses[429]
+        return sum(stream.status == 429 for stream in self.streams)
 
     @property
-    def failures(self) -> dict[int, int]:
-        """How often there was each status that is neither 200 nor 429."""
-        return {status: count for status, count in self._statuses.items() if status not in (200, 429)}
-
-    @property
-    def _statuses(self) -> Counter[int]:
-        return Counter(stream.status for stream in self.streams)
+    def failures(self) -> dict[str, int]:
+        """How often there was each status that is neither 200 nor 429, and each error's code."""
+        return Counter(f"{stream.status} {stream.error}" for stream in self.streams if stream.status not in (200, 429))
 
     def whole_ms(self, share: float) -> float:
         """The time to the last byte below which that share of what was served lies."""
@@ -100,17 +98,19 @@ class Loader:
         """The next stream, read as fast as it comes."""
         body = next(self._bodies)
         start_s = time.perf_counter()
-        status, first_s, chunks, tail = BROKEN, 0.0, 0, b""
+        status, error, first_s, chunks, tail = BROKEN, "", 0.0, 0, b""
         try:
             async with self._session.post(f"{url}/generate", data=body) as response:
+                if response.status != 200:
+                    error = (await response.json())["error"]["code"]
                 async for data in response.content.iter_any():
                     first_s = first_s or time.perf_counter() - start_s
                     chunks += data.count(b"data: ")
                     tail = (tail + data)[-len(DONE) :]
                 status = BROKEN if response.status == 200 and tail != DONE else response.status
-        except (aiohttp.ClientError, OSError):
-            pass
-        return Stream(status, first_s, time.perf_counter() - start_s, chunks)
+        except (aiohttp.ClientError, OSError) as failure:
+            error = repr(failure)
+        return Stream(status, error, first_s, time.perf_counter() - start_s, chunks)
 
     async def closed(self, clients: int, seconds: float, told: Callable[[Stream], object]) -> Load:
         """Clients that ask again as soon as they are answered; after so many seconds they finish what they have.

@@ -53,8 +53,8 @@ class EngineQueue:
 
     Args:
         places: how many sequences the engines compute at once; None while nobody knows: then nothing waits.
-        most_waiting: longest line; None for as many as there are places: then nobody waits much longer than an answer
-            takes.
+        most_waiting: longest line; None for half as many as there are places: then nobody waits much longer than half
+            an answer takes.
         patience_s: longest wait.
         metrics: shows how many wait, and for how long, and who is refused.
     """
@@ -137,7 +137,8 @@ class EngineQueue:
         ahead = sum(min(len(line), mine + 1) for line in self._lines.values())
         if (ahead + 1) * self._pace_s > patience_s:
             raise self._refusal("queue_timeout")
-        if self.waiting < (places if self._most_waiting is None else self._most_waiting):
+        most = max(1, places // 2) if self._most_waiting is None else self._most_waiting
+        if self.waiting < most:
             return
         longest = max(self._lines, key=lambda name: len(self._lines[name]), default=caller)
         if longest == caller or len(self._lines[longest]) <= mine + 1:

@@ -97,11 +97,11 @@ async def test_beyond_a_full_line_nobody_waits(line: Line) -> None:
     assert line.queue.waiting == 2
 
 
-async def test_by_default_as_many_wait_as_there_are_places() -> None:
-    line = Line(3, None)
+async def test_by_default_half_as_many_wait_as_there_are_places() -> None:
+    line = Line(4, None)
     await line.come("a1", "a2", "a3", "a4", "a5", "a6", "a7")
     await line.refusal("a7")
-    assert (line.queue.taken, line.queue.waiting) == (3, 3)
+    assert (line.queue.taken, line.queue.waiting) == (4, 2)
     await line.close()
 
 
