@@ -52,12 +52,16 @@ class Subject:
             MtaError: when the bank has no more.
         """
         generator, seen, manifest, tries = random.Random(seed), set(), self.manifest, 0
-        k, total = min(manifest.weights.anchors, len(manifest.anchors)), round(1000 * manifest.weights.strength)
+        rule = manifest.weights.posterior or manifest.weights
+        k, total = min(rule.anchors, len(manifest.anchors)), round(1000 * manifest.weights.strength)
         while (tries := tries + 1) < PATIENCE:
             anchors = sorted(generator.sample(range(len(manifest.anchors)), k))
-            weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)
+            if manifest.signed:
+                weights = [generator.choice((-1, 1)) * generator.randint(20, 500) for _ in anchors]
+            else:
+                weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)
             terms = tuple(Term(a, w) for a, w in zip(anchors, weights, strict=True))
-            recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms)
+            recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms, signed=manifest.signed)
             if recipe not in seen:
                 seen.add(recipe)
                 tries = 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from adapters.errors import MtaError
-from adapters.recipe import parse_recipe
+from adapters.fusion import check_recipe
+from adapters.recipe import FusionMethod, parse_recipe
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
+from bank.rules import PosteriorRule, WeightRule
 from bench.rig.subject import Subject, given, of_rank
 from bench.rig.tiny import hollow_model, tiny_bank
 
@@ -25,6 +28,15 @@ def test_recipes_are_canonical_and_never_the_same(subject: Subject) -> None:
     assert len(set(names)) == 500
     assert {parse_recipe(name).bank for name in names} == {subject.manifest.short}
     assert {len(parse_recipe(name).terms) for name in names} == {subject.manifest.weights.anchors}
+
+
+def test_a_bank_of_signed_steps_gets_recipes_that_it_fuses(subject: Subject) -> None:
+    rule = WeightRule(posterior=PosteriorRule(anchors=4))
+    stepping = replace(subject, manifest=subject.manifest.model_copy(update={"weights": rule}))
+    for name in stepping.names(100):
+        recipe = parse_recipe(name)
+        check_recipe(recipe, method=FusionMethod.SHARED, anchors=6, max_anchors=6, common=True, signed=True)
+        assert len(recipe.terms) == 4
 
 
 def test_a_seed_gives_the_same_recipes_again(subject: Subject) -> None:
