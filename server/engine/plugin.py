@@ -37,6 +37,7 @@ def register() -> None:
     check.install()
     forked_core.install()
     _keep_attention_off_amx()
+    _let_seeds_begin_again()
 
 
 def _keep_attention_off_amx() -> None:
@@ -58,3 +59,35 @@ def _keep_attention_off_amx() -> None:
         return "vec" if isa == "amx" else isa
 
     cpu_attn._get_attn_isa = choose_but_amx
+
+
+def _let_seeds_begin_again() -> None:
+    """Have CPUs' seeded generators take back draws, as vLLM asks of them.
+
+    A prompt that is read in several steps is sampled at the end of each, and what is drawn before the last is taken
+    back by moving the generator's offset. Generators on CPU have none: with vLLM 0.32 a request with a seed and a
+    temperature whose prompt does not fit into a step beside others ends the engine. Nothing that counts was drawn
+    before, so the generator begins again; an answer that made way for others midway draws the same numbers twice.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    import torch
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+    class BeginningAgain(torch.Generator):
+        def get_offset(self) -> int:
+            return 0
+
+        def set_offset(self, offset: int) -> torch.Generator:
+            return self.manual_seed(self.initial_seed())
+
+    settle = CachedRequestState.__post_init__
+
+    def settle_with_generator(state: Any) -> None:
+        settle(state)
+        if state.generator is not None:
+            state.generator = BeginningAgain().manual_seed(state.generator.initial_seed())
+
+    CachedRequestState.__post_init__ = settle_with_generator
