@@ -199,9 +199,10 @@ class _Build:
     ) -> BankParts:
         """All that the bank is put together from."""
         job = self._job
-        training = job.options.record(job.key, len(job.people))
+        training, rule = job.options.record(job.key, len(job.people)), job.options.rule()
         if calibration:
             training |= calibration.record()
+            rule = job.options.rule(calibration.slope, calibration.offsets.tolist())
         return BankParts(
             task=job.task.name,
             base_model=job.base,
@@ -209,7 +210,7 @@ class _Build:
             method=job.options.method,
             common=job.options.common,
             user_rank=job.options.user_rank,
-            weights=job.options.rule(calibration),
+            weights=rule,
             layout=trained.layout,
             rows=trained.rows,
             shared_a=trained.shared_a,

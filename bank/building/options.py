@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from adapters.recipe import FusionMethod
 from bank.errors import BankError
 from bank.lookup.signature import MAX_ANCHORS
 from bank.rules import PosteriorRule, SignatureRule, WeightRule
-
-if TYPE_CHECKING:
-    from bank.building.calibration import Calibration
 
 _SIGNATURE = SignatureRule()
 _POSTERIOR = PosteriorRule()
@@ -168,22 +165,22 @@ class BuildOptions:
         share, weights = share if self.history_share is None else self.history_share, self.weights or weights
         return dataclasses.replace(self, dtype=resolve_dtype(self.dtype), history_share=share, weights=weights)
 
-    def rule(self, calibration: Calibration | None = None) -> WeightRule:
-        """The bank's rule of weights, with one for signatures where they are calibrated."""
+    def rule(self, slope: float | None = None, offsets: Sequence[float] = ()) -> WeightRule:
+        """The bank's rule of weights, with one for signatures where a calibration has found its slope and offsets."""
         usual = _TOPIC_STRENGTH if self.common else 1.0
         strength = usual if self.strength is None else self.strength
         topic = WeightRule(anchors=min(self.k, self.anchors), strength=strength)
         if self.weights == POSTERIOR:
             return topic.model_copy(update={"posterior": PosteriorRule(anchors=self.anchors, decay=self.decay)})
-        if calibration is None:
+        if slope is None:
             return topic
         signature = SignatureRule(
             anchors=min(self.signature_k, self.anchors),
             strength=self.signature_strength if self.common else 1.0,
             tau=self.tau,
             kappa=self.kappa,
-            slope=calibration.slope,
-            offsets=tuple(calibration.offsets.tolist()),
+            slope=slope,
+            offsets=tuple(offsets),
         )
         return topic.model_copy(update={"signature": signature})
 

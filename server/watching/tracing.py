@@ -8,9 +8,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import MtaError
-from server.settings import Settings
-
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
@@ -19,7 +16,7 @@ TRACES_PATH = "/v1/traces"
 
 
 class Tracing:
-    """Traces nothing; `server/watching/spans.py` and `otlp.py` have those that do."""
+    """Traces nothing; `spans.py` and `otlp.py` have those that do, and `opening.py` chooses."""
 
     def watch_app(self, app: FastAPI) -> None:
         """Have every request to an application traced, but for those that only ask how it is."""
@@ -44,24 +41,3 @@ class Tracing:
 
     def close(self) -> None:
         """Send what was not sent yet."""
-
-
-def open_tracing(settings: Settings, service: str) -> Tracing:
-    """What traces this process, as the settings say.
-
-    Args:
-        settings: the process's.
-        service: what the process is, e.g. `mta-gateway`.
-
-    Raises:
-        MtaError: when traces are wanted and the packages for them are missing.
-    """
-    if not settings.otlp_endpoint:
-        return Tracing()
-    try:
-        from server.watching.otlp import OtlpTracing
-    except ImportError as error:
-        raise MtaError(
-            f"MTA_OTLP_ENDPOINT is set, but {error.name} is not installed: install mta-server[tracing], or unset it"
-        ) from error
-    return OtlpTracing(settings.otlp_endpoint, service, settings.trace_share)
