@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,13 @@ from bench.rig.processes import wait_until
 from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
 from server.settings import Settings
+from server.supervisor.router import OPTIONS
 from tests.support.fake_engine import KEY, FakeEngine, Knobs
 from tests.support.fake_engine.knobs import Seen
 from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
 
 PEOPLE = 12
+BREAKER_S = float(str(OPTIONS["cb-timeout-duration-secs"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,26 @@ def test_while_one_engine_is_down_every_request_is_answered_by_the_other(fleet: 
         down.start()
     assert fleet.becomes("ok", "ok")["detail"] is None
     wait_until(lambda: all(generate(fleet.client, user) for user in fleet.recipes) and bool(down.seen), "it to be back")
+
+
+def test_an_engine_that_is_back_serves_before_the_router_trusts_it_again(fleet: Fleet) -> None:
+    """One goes just after the other has come back: the router knows nobody, and engines are asked directly."""
+    first, second = fleet.engines
+    first.stop()
+    until_s = time.monotonic() + BREAKER_S + 0.5
+    while time.monotonic() < until_s:  # until the router has tried it again, and found it still gone
+        for user in fleet.recipes:
+            generate(fleet.client, user).raise_for_status()
+    first.start()
+    second.stop()
+    try:
+        for stream in (False, True):
+            for user in fleet.recipes:
+                answer = generate(fleet.client, user, stream=stream)
+                assert answer.is_success, answer.text
+    finally:
+        second.start()
+    fleet.becomes("ok", "ok")
 
 
 def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session(fleet: Fleet) -> None:

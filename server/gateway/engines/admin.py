@@ -136,10 +136,16 @@ class Engines:
     def places(self, thing: str) -> tuple[str, ...]:
         """Where to ask an engine directly: first the one that `thing` always goes to, then those that stand in for it.
 
+        Those that were not well when last asked come last: since then they may have come back.
+
         Args:
             thing: a recipe's name, or whatever else is to be spread over the engines.
         """
-        return tuple(sorted(self.answering, key=lambda url: blake2b(f"{url} {thing}".encode(), digest_size=8).digest()))
+
+        def order(url: str) -> tuple[bool, bytes]:
+            return url not in self.answering, blake2b(f"{url} {thing}".encode(), digest_size=8).digest()
+
+        return tuple(sorted(self.urls, key=order))
 
     async def drop(self, user_key: str) -> None:
         """Have every engine drop a user's adapters; failures are logged."""

@@ -29,6 +29,7 @@ _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never reused while 
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
 _NOT_REACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_NO_ENGINE = b"No available workers"  # says vllm-router where it has asked none, since it trusts none just now
 _MOST_SENDINGS = 2  # more would carry a request that kills engines through the fleet
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 _INTRICATE = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
@@ -38,6 +39,10 @@ Conversation = list[dict[str, Any]]
 """Messages in OpenAI's shape; `content` is a text, or absent beside tool calls."""
 Prompt = str | list[str] | list[int] | list[list[int]]
 """One text or several, or their token ids."""
+
+
+class NotTaken(Unavailable):
+    """No engine has the request, on this way: it can be sent on any other."""
 
 
 class AdapterMissing(MtaError):
@@ -116,9 +121,9 @@ class EngineClient:
                 return await stack.enter_async_context(self._sent(request, way))
             except (Unavailable, BrokeOff) as error:
                 failure = error
-            if isinstance(failure, Unavailable) and failure.__cause__:  # not a byte came from there
-                silent.add(way.url)
-            sent += not isinstance(failure.__cause__, _NOT_REACHED)
+            if isinstance(failure, NotTaken) or (isinstance(failure, Unavailable) and failure.__cause__):
+                silent.add(way.url)  # not a byte came from there, or from any engine behind it
+            sent += not isinstance(failure, NotTaken)
             if sent == _MOST_SENDINGS:
                 break
         assert failure
@@ -152,7 +157,8 @@ class EngineClient:
             raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
             message = "the engine cannot be reached now: send the request again"
-            raise Unavailable(message, code="engine_unavailable") from error
+            kind = NotTaken if isinstance(error, _NOT_REACHED) else Unavailable
+            raise kind(message, code="engine_unavailable") from error
 
 
 def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
@@ -181,8 +187,10 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
 
 async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
     """The error that a status other than 200 means."""
+    said = b""
     try:
-        error = orjson.loads(await response.read())["error"]
+        said = await response.read()
+        error = orjson.loads(said)["error"]
         message, param = for_clients(str(error["message"])), error.get("param")
         param = param and str(param).removeprefix("body.")
     except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -201,6 +209,8 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         )
     if status in (401, 403):
         return EngineFailed("the engine refused the gateway's key: MTA_ENGINE_KEY differs", code="engine_key")
+    if status == 503 and _NO_ENGINE in said:
+        return NotTaken("no engine can be reached now: send the request again", code="engine_unavailable")
     if status >= 500 or status == 429:
         return Unavailable(f"the engine cannot answer now: {message}", code="engine_unavailable")
     return EngineFailed(f"the engine answered {status}: {message}")

@@ -61,7 +61,7 @@ class TokenizerClient:
 
     async def _ask(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
         """Status and body of the answer."""
-        first, *others = self._engines.places(secrets.token_hex(4)) or self._engines.urls
+        first, *others = self._engines.places(secrets.token_hex(4))
         try:
             return await self._ask_at(first, messages)
         except Unavailable:
