@@ -1,0 +1,40 @@
+"""People made up to be stored, and a store to put them into."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import numpy as np
+
+from server.store.profiles import Change, Profile, StoredItem, StoredVector
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.connection import RedisConnection
+from tests.support.store_parts import EMBEDDER
+
+DIM = 384
+LATER_MS = 1 << 52
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[RedisProfiles]:
+    connection = RedisConnection(url)
+    await connection.check()
+    yield RedisProfiles(connection)
+    await connection.close()
+
+
+def vector(seed: int) -> np.ndarray:
+    raw = np.random.default_rng(seed).standard_normal(DIM).astype("f4")
+    return (raw / np.linalg.norm(raw)).astype("f2").astype("f4")
+
+
+def profile(user_id: str = "author-033", items: int = 0, **changes: object) -> Profile:
+    return replace(Profile(user_id, items, 1_700_000_000_000, EMBEDDER, vector(0)), **changes)
+
+
+def change(names: str = "", drop: str = "", **changes: object) -> Change:
+    items = {name: StoredItem(order, {"text": f"text of {name}"}) for order, name in enumerate(names)}
+    vectors = {name: StoredVector(EMBEDDER, vector(ord(name))) for name in names}
+    return Change(profile(items=len(names), **changes), items, vectors, tuple(drop))
