@@ -195,7 +195,7 @@ class Overload:
         for _ in range(TURNS):
             once.append(await self._offered(loader, capacity, seconds / TURNS, whats[0]))
             twice.append(await self._offered(loader, 2 * capacity, seconds / TURNS, whats[1]))
-        rise = [load.refused / len(load.streams) for load in map(self._records.__getitem__, whats)]
+        rise = [load.refused / len(load.streams) for load in (self._records[what] for what in whats)]
         return [
             *itertools.chain(*map(self._rows, whats)),
             ("429s rise with what is offered", _judged(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),

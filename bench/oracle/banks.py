@@ -53,7 +53,7 @@ class OpenBank:
         return [*(Case(self, method, recipe) for recipe in plain), *stacked]
 
     def _recipes(self) -> list[FusionRecipe]:
-        """Two anchors with and without the common row, one anchor, and the common row alone."""
+        """Two anchors with the common row, and without it where no step is taken from it; one anchor; the row."""
         common, signed, last = self.manifest.common, self.manifest.signed, len(self.manifest.anchors) - 1
         made = [
             (common, (Term(0, 571), Term(last, -429 if signed else 429))),

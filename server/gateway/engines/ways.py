@@ -40,7 +40,7 @@ class Ways:
         """The ways of a request, best first, each engine at most once as far as can be told.
 
         On the first a router sends the same model to the same engine. Another session leads elsewhere, unless by
-        chance it does not; and where the router itself cannot be reached, engines can be asked directly.
+        chance it does not; and where the router cannot be reached, or trusts none, engines can be asked directly.
         """
         yield Way(self._url, model)
         if self._url not in self._engines.urls:
