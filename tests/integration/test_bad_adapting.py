@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-import redis
 
 from server.settings import Settings
 from tests.support.gateway import GatewayThread, wait_until_ready
+from tests.support.stored import held_by
 
 pytestmark = pytest.mark.usefixtures("free_event_loop")
 
@@ -96,24 +96,19 @@ CASES = [
 ]
 
 
-def contents(settings: Settings) -> dict[bytes, bytes]:
-    with redis.Redis.from_url(settings.redis_url) as raw:
-        return {key: raw.dump(key) for key in raw.scan_iter()}
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_it_is_refused_by_name_and_changes_nothing(
     client: httpx.Client, new_user: Callable[[], str], gateway_settings: Settings, case: Case
 ) -> None:
     wait_until_ready(client)  # the engine's context of 512 is known from here on
-    before = contents(gateway_settings)
+    before = held_by(gateway_settings.redis_url)
     content = case.raw if case.raw is not None else json.dumps(case.body).encode()
     response = client.post(f"/users/{new_user()}/adapt", content=content, headers={"Content-Type": case.media})
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (case.status, case.param), error
     assert case.shown in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert contents(gateway_settings) == before
+    assert held_by(gateway_settings.redis_url) == before
 
 
 def test_samples_come_as_lines_too(client: httpx.Client, new_user: Callable[[], str], gateway: GatewayThread) -> None:

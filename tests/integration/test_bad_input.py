@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import redis
 
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
+from tests.support.stored import held_by
 
 USER = "somebody-known"
 MIB = 1 << 20
@@ -186,7 +186,7 @@ def known_user(gateway: GatewayThread) -> Iterator[None]:
 def test_bad_input_is_refused_by_name_and_touches_nothing(
     case: Case, gateway: GatewayThread, fake_engine: FakeEngine, gateway_settings: Settings
 ) -> None:
-    before = dump(gateway_settings)
+    before = held_by(gateway_settings.redis_url)
     status, answer = send(gateway, case)
     assert status == case.status
     assert set(answer) == {"error"}
@@ -196,7 +196,7 @@ def test_bad_input_is_refused_by_name_and_touches_nothing(
     assert case.shown in error["message"]
     assert len(error["message"]) < 600
     assert len(fake_engine.seen) == case.reaches_engine
-    assert dump(gateway_settings) == before
+    assert held_by(gateway_settings.redis_url) == before
 
 
 def test_there_are_enough_cases_and_none_twice() -> None:
@@ -230,12 +230,3 @@ def send(gateway: GatewayThread, case: Case) -> tuple[int, Any]:
         return response.status, json.loads(response.read())
     finally:
         connection.close()
-
-
-def dump(settings: Settings) -> dict[bytes, bytes]:
-    """Everything in the store, but for the word that somebody was to be erased, which stays whoever that was, and for
-    the gateways' own signs of life."""
-    with redis.from_url(settings.redis_url) as store:
-        others = (b"mta:{rewrite}", b"mta:held:gateways/")
-        kept = [name for name in store.keys("*") if not name.startswith(others) and not name.endswith(b":epoch")]
-        return {name: store.dump(name) for name in kept}

@@ -1,12 +1,14 @@
-"""People made up to be stored, and a store to put them into."""
+"""People made up to be stored, a store to put them into, and what a store holds."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from hashlib import blake2b
 
 import numpy as np
+import redis
 
 from server.store.profiles import Change, Profile, StoredItem, StoredVector
 from server.store.redis.profiles import RedisProfiles
@@ -38,3 +40,16 @@ def change(names: str = "", drop: str = "", **changes: object) -> Change:
     items = {name: StoredItem(order, {"text": f"text of {name}"}) for order, name in enumerate(names)}
     vectors = {name: StoredVector(EMBEDDER, vector(ord(name))) for name in names}
     return Change(profile(items=len(names), **changes), items, vectors, tuple(drop))
+
+
+def held_by(url: str, keys: str = "*") -> dict[str, str]:
+    """A digest of what each key holds, so that two of them are equal if nothing was changed, and short if they are not.
+
+    Left out is what changes whatever a request does: the gateways' own signs of life, every two seconds, and the word
+    that somebody was to be erased, which stays whoever that was.
+    """
+    others = ("mta:{rewrite}", "mta:held:gateways/")
+    with redis.from_url(url) as store:
+        names = [name.decode() for name in store.scan_iter(keys)]
+        kept = sorted(name for name in names if not name.startswith(others) and not name.endswith(":epoch"))
+        return {name: blake2b(store.dump(name) or b"", digest_size=8).hexdigest() for name in kept}
