@@ -12,21 +12,20 @@ The engine is real; its model is tiny, so that the gateways have much to do. End
 from __future__ import annotations
 
 import asyncio
-import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.progress import Progress
 
 from bench import script
-from bench.fleet.streams import Load, Loader, Stream, loading, reading
-from bench.page.report import Spread, console, report
+from bench.fleet.capacity import PLACES, SEND_TIMEOUT_S, USERS, WRONG, Overload, Rows, Told
+from bench.fleet.streams import Load, Stream
+from bench.page.report import console, report
 from bench.rig.engine import KEY
 from bench.rig.processes import wait_until
 from bench.rig.servers import vllm_server
@@ -39,29 +38,6 @@ from mta_client import Client
 
 PARTS = ("streams", "overload", "readers")
 GATEWAYS = 2
-USERS = 16
-PLACES = 16
-"""Sequences in a batch where there is to be more than fits."""
-MOST_LONGER = 1.5
-TURNS = 5
-"""Of two loads that are compared: what else the machine does, both have to bear."""
-SEND_TIMEOUT_S = 5
-SLOW_BYTES_PER_S = 500.0
-LONG_PATH = "/v1/chat/completions"
-LONG = {
-    "model": "base",
-    "messages": [{"role": "user", "content": "Tell me everything."}],
-    "max_tokens": 1900,
-    "stream": True,
-    "logprobs": True,
-    "top_logprobs": 20,
-}
-"""An answer of some megabytes: more than a socket's buffers take."""
-WRONG = "← wrong"
-
-Rows = list[tuple[str, object]]
-"""What was found, with `WRONG` where a claim fails."""
-Told = Callable[[Stream], object]
 
 
 def main(
@@ -137,117 +113,6 @@ def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]
         store.kill()
 
 
-def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
-    """Requests of the users in turn, never the same prompt twice."""
-    for number in itertools.count():
-        user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
-        yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
-
-
-class Overload:
-    """The measurements.
-
-    Args:
-        urls: the gateways'.
-        tokens: of an answer.
-        begin: told what is measured next; what it returns is told of each stream that ends.
-        records: gets all loads, by what they were.
-    """
-
-    def __init__(
-        self, urls: Sequence[str], tokens: int, begin: Callable[[str], Told], records: dict[str, Load]
-    ) -> None:
-        self._urls = urls
-        self._tokens = tokens
-        self._begin = begin
-        self._records = records
-
-    async def streams(self, clients: int, seconds: float) -> Rows:
-        """As many clients that stream all the time."""
-        what = f"{clients} streams at once"
-        async with loading(self._urls, _bodies(self._tokens)) as loader:
-            load = self._records[what] = await loader.closed(clients, seconds, self._begin(what))
-        lost = len(load.streams) - len(load.served)
-        chunks = sum(stream.chunks for stream in load.served)
-        return [
-            (f"{what}: begun", len(load.streams)),
-            (f"{what}: lost", _judged(f"{lost} {load.failures or ''}".strip(), lost == 0)),
-            (f"{what}: chunks a second", round(chunks / load.seconds)),
-            (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
-            (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
-        ]
-
-    async def beyond(self, parts: Sequence[str], seconds: float) -> Rows:
-        """What can be borne, and the parts `overload` and `readers`."""
-        async with loading(self._urls, _bodies(self._tokens)) as loader:
-            await loader.closed(PLACES, min(seconds, 5), self._begin("warm-up"))
-            capacity = (await loader.closed(PLACES, seconds / 2, self._begin("capacity"))).rate
-            rows: Rows = [("capacity: answers a second", round(capacity, 1))]
-            if "overload" in parts:
-                rows += await self._twice(loader, capacity, seconds)
-            if "readers" in parts:
-                rows += await self._readers(loader, capacity, seconds)
-        return rows
-
-    async def _twice(self, loader: Loader, capacity: float, seconds: float) -> Rows:
-        whats = [f"{times} x capacity offered" for times in (1, 2)]
-        once, twice = [], []
-        for _ in range(TURNS):
-            once.append(await self._offered(loader, capacity, seconds / TURNS, whats[0]))
-            twice.append(await self._offered(loader, 2 * capacity, seconds / TURNS, whats[1]))
-        rise = [load.refused / len(load.streams) for load in (self._records[what] for what in whats)]
-        return [
-            *itertools.chain(*map(self._rows, whats)),
-            ("429s rise with what is offered", _judged(f"{rise[0]:.0%} to {rise[1]:.0%}", rise[0] < rise[1])),
-            ("admitted: p99 at twice over p99 at capacity", _at_most_longer(twice, once)),
-        ]
-
-    async def _readers(self, loader: Loader, capacity: float, seconds: float) -> Rows:
-        whats = [
-            f"half of capacity offered, {how}" for how in ("alone", f"beside {2 * len(self._urls)} that do not read")
-        ]
-        alone, beside = [], []
-        for _ in range(TURNS):
-            alone.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[0]))
-            slow, idle = (reading(self._urls, LONG_PATH, LONG, per_s) for per_s in (SLOW_BYTES_PER_S, 0.0))
-            async with slow, idle:
-                await asyncio.sleep(min(seconds / 4, SEND_TIMEOUT_S))  # until what is not read fills all buffers
-                beside.append(await self._offered(loader, capacity / 2, seconds / TURNS, whats[1]))
-            await asyncio.sleep(1)
-        left = await self._taken()
-        return [
-            *itertools.chain(*map(self._rows, whats)),
-            ("p99 beside clients that do not read over p99 alone", _at_most_longer(beside, alone)),
-            ("places still taken at the end", _judged(f"{left:g}", left == 0)),
-        ]
-
-    async def _offered(self, loader: Loader, per_s: float, seconds: float, what: str) -> float:
-        """One turn of a load, added to what is recorded of it; its p99 in milliseconds."""
-        load = await loader.open(per_s, seconds, self._begin(what), seed=len(self._records))
-        before = self._records.get(what, Load((), 0.0))
-        self._records[what] = Load([*before.streams, *load.streams], before.seconds + load.seconds)
-        return load.whole_ms(0.99)
-
-    def _rows(self, what: str) -> Rows:
-        load = self._records[what]
-        return [
-            (f"{what}: served a second", round(load.rate, 1)),
-            (f"{what}: refused (429)", f"{load.refused} of {len(load.streams)}"),
-            (f"{what}: failed in any other way", _judged(str(load.failures or 0), not load.failures)),
-            (f"{what}: first chunk, p50 and p99, ms", _two(load.first_ms)),
-            (f"{what}: whole, p50 and p99, ms", _two(load.whole_ms)),
-        ]
-
-    async def _taken(self) -> float:
-        """Places that the gateways have given away."""
-        taken = 0.0
-        async with httpx.AsyncClient() as client:
-            for url in self._urls:
-                lines = (await client.get(f"{url}/metrics")).text.splitlines()
-                taken += sum(float(line.split()[1]) for line in lines if line.startswith("mta_queue_running "))
-        return taken
-
-
 def _summary(load: Load) -> dict[str, Any]:
     """A load for the record."""
     return {
@@ -256,20 +121,6 @@ def _summary(load: Load) -> dict[str, Any]:
         "failures": load.failures,
         "served": [asdict(stream) for stream in load.served[:5000]],
     }
-
-
-def _judged(shown: str, right: bool) -> str:
-    return shown if right else f"{shown} {WRONG}"
-
-
-def _at_most_longer(over: Sequence[float], under: Sequence[float]) -> str:
-    """The ratio of two loads' p99, turn by turn: the median decides, so that a hiccup is one turn."""
-    ratio = Spread.ratio(over, under)
-    return _judged(f"{ratio}, at most {MOST_LONGER}", ratio.median <= MOST_LONGER)
-
-
-def _two(of: Callable[[float], float]) -> str:
-    return f"{of(0.5):,.0f}, {of(0.99):,.0f}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.fleet.overload import Overload
+from bench.fleet.capacity import Overload
 from bench.fleet.streams import Load
 from bench.rig.engine import Engine
 from bench.rig.processes import wait_until
