@@ -179,6 +179,13 @@ class Settings(BaseSettings):
         ge=1,
         description="Threads that train user adapters; all cores by default.",
     )
+    worker_niceness: int = Field(
+        0,
+        ge=0,
+        le=19,
+        description="How far the worker of `mta up` stands back: at 10 answers hardly notice a job, but while they "
+        "keep all cores busy it takes many times as long.",
+    )
 
     @field_validator("profile_bytes")
     @classmethod

@@ -1,6 +1,6 @@
 """The guard of one part: a small process between `mta up` and the part; nothing the part starts outlives it.
 
-    python -I guard.py GRACE_S COMMAND [ARGUMENT…]
+    python -I guard.py GRACE_S NICENESS COMMAND [ARGUMENT…]
 
 Standard input is its only control. A byte asks the part to stop (SIGTERM); end of file (`mta up` closed it, or died in
 whatever way) means that everything must go: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends on its own,
@@ -10,6 +10,9 @@ the guard kills what the part left behind, such as vLLM's engine and worker proc
 Two properties of Linux make this hold. As a *subreaper* the guard inherits every orphan among its descendants, in
 whatever session or group it hides, so "no children" means that nothing is left. And by its *parent-death signal* the
 part dies with the guard, should the guard itself be killed.
+
+A part that stands back behind the others does so as a whole session: a kernel that groups by session
+(`sched_autogroup`) shares the cores out among sessions first, and weighs niceness only within one.
 
 Only the standard library: this file runs by path, in one small interpreter per part.
 """
@@ -23,6 +26,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -32,7 +36,7 @@ STDIN = 0
 
 def main() -> int:
     """Run the command in argv under guard; the exit status is the command's."""
-    grace_s, command = float(sys.argv[1]), sys.argv[2:]
+    grace_s, niceness, command = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -40,6 +44,8 @@ def main() -> int:
     # A handler rather than SIG_IGN, which the part would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
+    if niceness:
+        _stand_back(niceness)
     part = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -51,6 +57,13 @@ def main() -> int:
         _kill_children()
     code = part.returncode
     return code if code >= 0 else 128 - code
+
+
+def _stand_back(niceness: int) -> None:
+    """Have whatever else runs go first before us and what we start."""
+    os.nice(niceness)
+    with suppress(OSError):  # another kernel
+        Path("/proc/self/autogroup").write_text(str(niceness), "utf-8")
 
 
 def _stand_by(part: subprocess.Popen[bytes], grace_s: float) -> None:

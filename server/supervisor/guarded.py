@@ -45,7 +45,7 @@ class GuardedProcess:
             with suppress(OSError):  # a full disk must not prevent a start
                 os.write(handle, _RUN + f"{part.name} {now}\n".encode())
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", str(GUARD), str(GRACE_S), *part.command),
+                *(sys.executable, "-I", str(GUARD), str(GRACE_S), str(part.niceness), *part.command),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=handle,
                 stderr=handle,

@@ -134,6 +134,7 @@ def worker_part(settings: Settings, log: Path) -> Part:
         stop_timeout_s=WORKER_STOP_S,
         needs=("valkey",),
         spare=True,
+        niceness=settings.worker_niceness,
         start_when=answers_http(f"http://{settings.host}:{settings.port}/health"),
     )
 

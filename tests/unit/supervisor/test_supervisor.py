@@ -66,6 +66,26 @@ async def test_a_part_starts_when_another_is_far_enough(tmp_path: Path, data: Da
     assert record.count("late", State.READY) == 1
 
 
+async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: DataFolder) -> None:
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    found: dict[str, int] = {}
+    grouped: dict[str, int] = {}
+
+    def looked() -> bool:
+        for name in ("first", "back"):
+            pid = pid_of(name, tmp_path)
+            found[name] = os.getpriority(os.PRIO_PROCESS, pid)
+            group = Path(f"/proc/{pid}/autogroup")  # "/autogroup-123 nice 5", if the kernel groups by session
+            if group.exists() and (said := group.read_text().split()):
+                grouped[name] = int(said[-1])
+        return True
+
+    parts = [python_part("first", tmp_path, ""), python_part("back", tmp_path, "", niceness=5)]
+    await run_until(Supervisor(parts, data, Record()), looked)
+    assert found == {"first": usual, "back": min(usual + 5, 19)}
+    assert grouped in ({}, {"first": 0, "back": 5})
+
+
 async def test_a_part_that_fails_to_start_ends_those_beside_it(tmp_path: Path, data: DataFolder) -> None:
     beside = replace(python_part("beside", tmp_path, ""), needs=())
     broken = waits_for(tmp_path / "beside.pid", python_part("broken", tmp_path, "raise SystemExit('no such bank')"))
