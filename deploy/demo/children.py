@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from server.supervisor.guarded import GUARD
+from server.supervisor.guarded import guarded
 
 _STOP_GRACE_S = 10
 _OWN = ("MTA_CACHE_DIR", "MTA_DTYPE")
@@ -33,7 +33,7 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
     # The settings of a real server must not reach the demo's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}
     child = subprocess.Popen(
-        [sys.executable, "-I", str(GUARD), str(grace_s), sys.executable, "-m", "server.cli", *arguments],
+        guarded([sys.executable, "-m", "server.cli", *arguments], grace_s),
         env=environment,
         stdin=subprocess.PIPE,
         stdout=stdout,

@@ -7,19 +7,31 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from server.supervisor.part import Part
 
-GUARD = Path(__file__).with_name("guard.py")
+_GUARD = Path(__file__).with_name("guard.py")
 GRACE_S = 2.0
 """From the end of `mta up`, whatever its cause, to SIGKILL for what still runs."""
 
 _TAIL_BYTES = 16 << 10
 _RUN = b"==== mta up starts "
 """Starts the line in a log that marks the beginning of a run."""
+
+
+def guarded(command: Sequence[str], grace_s: float, niceness: int = 0) -> list[str]:
+    """The command, run under a guard.
+
+    Args:
+        command: program and arguments.
+        grace_s: how long it may take to stop, once our end of its standard input is closed.
+        niceness: above 0 it stands back behind others, with all that it starts.
+    """
+    return [sys.executable, "-I", str(_GUARD), str(grace_s), str(niceness), *command]
 
 
 class GuardedProcess:
@@ -45,7 +57,7 @@ class GuardedProcess:
             with suppress(OSError):  # a full disk must not prevent a start
                 os.write(handle, _RUN + f"{part.name} {now}\n".encode())
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", str(GUARD), str(GRACE_S), str(part.niceness), *part.command),
+                *guarded(part.command, GRACE_S, part.niceness),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=handle,
                 stderr=handle,
