@@ -186,7 +186,7 @@ def known_user(gateway: GatewayThread) -> Iterator[None]:
 def test_bad_input_is_refused_by_name_and_touches_nothing(
     case: Case, gateway: GatewayThread, fake_engine: FakeEngine, gateway_settings: Settings
 ) -> None:
-    before = held_by(gateway_settings.redis_url)
+    before = held(gateway_settings)
     status, answer = send(gateway, case)
     assert status == case.status
     assert set(answer) == {"error"}
@@ -196,7 +196,7 @@ def test_bad_input_is_refused_by_name_and_touches_nothing(
     assert case.shown in error["message"]
     assert len(error["message"]) < 600
     assert len(fake_engine.seen) == case.reaches_engine
-    assert held_by(gateway_settings.redis_url) == before
+    assert held(gateway_settings) == before
 
 
 def test_there_are_enough_cases_and_none_twice() -> None:
@@ -230,3 +230,11 @@ def send(gateway: GatewayThread, case: Case) -> tuple[int, Any]:
         return response.status, json.loads(response.read())
     finally:
         connection.close()
+
+
+def held(settings: Settings) -> dict[str, str]:
+    """What the store holds, but for the word that somebody was to be erased, which stays whoever that was."""
+    found = held_by(settings.redis_url)
+    return {
+        name: it for name, it in found.items() if not name.startswith("mta:{rewrite}") and not name.endswith(":epoch")
+    }
