@@ -170,7 +170,8 @@ class Evaluation:
             readings = self._adapters.habits(person, examples)
         else:
             readings = self._scores.read(adapter, examples, NEW_TOKENS[self._task.kind] if wanted.prediction else 0)
-        written = [self._scores.write(adapter, examples, sample) for sample in range(wanted.texts)]
+        texts = wanted.texts
+        written = self._scores.write(adapter, examples, texts) if texts else [[] for _ in examples]
         timed = method.base is not Base.PRIOR and not method.varied
         first_ms = self._scores.first_token_ms(adapter, examples[0]) if timed else None
         kept_bytes = self._adapters.kept_bytes(method, evidence, adapter)
@@ -189,7 +190,7 @@ class Evaluation:
                 rejected,
                 0 if method.base is Base.PRIOR else example.loss_from,
                 None if place else first_ms,
-                [texts[place] for texts in written],
+                written[place],
                 kept_bytes,
             )
             for place, (query, found, example) in enumerate(zip(person.queries, readings, examples, strict=True))

@@ -48,8 +48,14 @@ class Scores(Protocol):
             new_tokens: longest answer; 0 for no answers.
         """
 
-    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], seed: int) -> list[str]:
-        """Answer prompts at length, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens."""
+    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
+        """Answer prompts at length, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens.
+
+        Args:
+            adapter: as for `read`.
+            examples: prompts; their golds are not looked at.
+            texts: how many to write for each prompt.
+        """
 
     def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
         """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
@@ -92,12 +98,14 @@ class Scorer:
         answers = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [Reading(loss, answer.strip()) for loss, answer in zip(losses, answers, strict=True)]
 
-    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], seed: int) -> list[str]:
-        """As in `Scores`."""
+    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
+        """As in `Scores`; all in one batch, for a step of many rows costs little more than one of few."""
+        sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "num_return_sequences": texts}
         with self._under(adapter) as model, torch.random.fork_rng():
-            torch.manual_seed(seed)
-            made = self._generated(model, examples, WRITTEN_TOKENS, do_sample=True, temperature=TEMPERATURE, top_k=0)
-        return [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+            torch.manual_seed(0)
+            made = self._generated(model, examples, WRITTEN_TOKENS, **sampling)
+        written = [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+        return [written[first : first + texts] for first in range(0, len(written), texts)]
 
     @torch.no_grad()
     def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:

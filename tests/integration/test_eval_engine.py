@@ -88,6 +88,15 @@ def test_answers_are_those_in_process(
         assert answers(engine, adapter, examples, tokens) == answers(scorer, adapter, examples, tokens)
 
 
+def test_texts_are_as_many_as_asked_for_and_differ(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
+    examples = [encode_pair(scorer.tokenizer, turn, "Yes", 128) for turn in TURNS]
+    adapter = adapters(bank)["merged"]
+    for scores in (scorer, engine):
+        written = scores.write(adapter, examples, 3)
+        assert [len(set(texts)) for texts in written] == [3] * len(TURNS)
+        assert written == scores.write(adapter, examples, 3)
+
+
 def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
     elsewhere = PersonAdapter(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
     with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):

@@ -82,11 +82,12 @@ class EngineScores:
         texts = [answer["choices"][0]["text"].strip() for answer in answers]
         return [Reading(loss, text) for loss, text in zip(losses, texts, strict=True)]
 
-    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], seed: int) -> list[str]:
+    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
         """As in `bank.evaluation.scoring.Scores`."""
-        asked = {"max_tokens": WRITTEN_TOKENS, "temperature": TEMPERATURE, "seed": seed}
+        asked = {"max_tokens": WRITTEN_TOKENS, "temperature": TEMPERATURE, "n": texts, "seed": 0}
         bodies = [asked | {"prompt": list(example.ids[: example.loss_from])} for example in examples]
-        return [answer["choices"][0]["text"].strip() for answer in self._answers(adapter, bodies)]
+        answers = self._answers(adapter, bodies)
+        return [[choice["text"].strip() for choice in answer["choices"]] for answer in answers]
 
     def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
         """As in `bank.evaluation.scoring.Scores`; the salt keeps the engine from remembering the prompt."""
