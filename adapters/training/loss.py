@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -56,6 +57,17 @@ def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]
         losses = [float(tokens.mean()) for tokens in torch.split(_losses_of(logits, row).cpu(), row.counts)]
         likeliest = [ids.tolist() for ids in torch.split(logits.argmax(-1).cpu(), row.counts)]
         found += zip(losses, likeliest, strict=True)
+    return found
+
+
+@torch.no_grad()
+def first_tokens(model: Any, examples: Sequence[Example], among: Sequence[int]) -> list[list[float]]:
+    """How likely each of some ids is in the place of each example's first output token, 0 to 1."""
+    found: list[list[float]] = []
+    for row in pack(model, examples):
+        firsts = [0, *accumulate(row.counts)][:-1]
+        likely = _logits(model, row)[firsts].float().softmax(-1)
+        found += likely[:, list(among)].tolist()
     return found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from adapters.training.example import Example
 from adapters.training.user_run import UserPlan
 from bank.evaluation.adapters import Adapters, Evidence
 from bank.evaluation.methods import Base, EvalMethod
@@ -153,19 +154,7 @@ class Evaluation:
         self, adapter: PersonAdapter | None, evidence: Evidence, method: EvalMethod, seed: int, wanted: _Wanted
     ) -> list[Record]:
         person = evidence.person
-        tokenizer, length = self._tokenizer, self._options.max_tokens * (1 + method.history)
-        index = ItemIndex(self._task, person.history.items if method.history else ())
-        examples = [
-            encode_recalling(
-                tokenizer,
-                self._task,
-                query.input,
-                query.gold,
-                memories=index.memories(query.input, method.history),
-                max_tokens=length,
-            )
-            for query in person.queries
-        ]
+        examples = asked(self._tokenizer, self._task, person, method.history, self._options.max_tokens)
         if method.base is Base.PRIOR:
             readings = self._adapters.habits(person, examples)
         else:
@@ -209,6 +198,30 @@ class Evaluation:
             predicted=wanted.prediction,
             texts=wanted.texts,
         )
+
+
+def asked(tokenizer: ChatTokenizer, task: Task, person: Person, history: int, max_tokens: int) -> list[Example]:
+    """What a person is asked, with their most relevant past items in the prompt, and their answers.
+
+    Args:
+        tokenizer: the base model's.
+        task: the bank's.
+        person: with queries.
+        history: how many past items; each may make the prompt longer by `max_tokens`.
+        max_tokens: longest example without past items.
+    """
+    index = ItemIndex(task, person.history.items if history else ())
+    return [
+        encode_recalling(
+            tokenizer,
+            task,
+            query.input,
+            query.gold,
+            memories=index.memories(query.input, history),
+            max_tokens=max_tokens * (1 + history),
+        )
+        for query in person.queries
+    ]
 
 
 def evaluation_key(

@@ -14,7 +14,7 @@ import torch
 from adapters.lora import LoraWeights
 from adapters.training.attached import Attached, attached
 from adapters.training.example import Example
-from adapters.training.loss import read
+from adapters.training.loss import first_tokens, read
 from bank.evaluation.speakers import PersonAdapter
 
 WRITTEN_TOKENS, TEMPERATURE = 160, 0.7
@@ -97,6 +97,13 @@ class Scorer:
                 made = self._generated(model, examples, new_tokens)
         answers = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [Reading(loss, answer.strip()) for loss, answer in zip(losses, answers, strict=True)]
+
+    def chances(
+        self, adapter: PersonAdapter | None, examples: Sequence[Example], among: Sequence[int]
+    ) -> list[list[float]]:
+        """As `adapters.training.loss.first_tokens`, under an adapter."""
+        with self._under(adapter) as model:
+            return first_tokens(model, examples, among)
 
     def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
         """As in `Scores`; all in one batch, for a step of many rows costs little more than one of few."""

@@ -27,9 +27,9 @@ from bank.evaluation.methods import Base, parse_methods
 from bank.evaluation.people import Person, read_people
 from bank.evaluation.report.intervals import against_one
 from bank.evaluation.report.metrics import HIGHEST, LOWEST
+from bank.evaluation.run import asked
 from bank.evaluation.scoring import Scorer
-from bank.evaluation.speakers import OpenBank, PersonAdapter
-from bank.items.prompt import encode_pair
+from bank.evaluation.speakers import OpenBank
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import personal_shares
 from bank.models.folders import ensure_base_model, ensure_embedder
@@ -64,7 +64,7 @@ def main(
     model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Report each method's loss and mean absolute error of the expected score, and both less the others'.
+    """Report each method's loss and mean absolute error of the expected score, and both less those of the ones above.
 
     Intervals and stars are those of `mta eval`. The loss is that of the gold score among the five, over the answer's
     tokens, so that it stands on the scale of `mta eval`.
@@ -80,6 +80,9 @@ def main(
     scorer = Scorer(*load_base(ensure_base_model(model, cache), resolve_dtype("auto")))
     config = AdaptConfig()
     plan, strength = user_plan(config), config.strength
+    ids = [one for score in SCORES for one in scorer.tokenizer.encode(str(score), add_special_tokens=False)]
+    if len(ids) != len(SCORES):
+        raise typer.BadParameter("its scores have more than one token", param_hint="--model")
     adapters = Adapters(here, task_bank, scorer, embedder, plan=plan, strength=strength, max_tokens=MAX_TOKENS)
     prior = here.manifest.prior
     assert prior, "every bank of scores has one"
@@ -98,33 +101,28 @@ def main(
         note(PRIOR, person, [habit] * len(person.queries))
         for method in compared:
             adapter = adapters.make(method, evidence, seed=0)
-            found = [_chances(scorer, adapter, query.input) for query in person.queries]
+            examples = asked(scorer.tokenizer, task, person, method.history, MAX_TOKENS)
+            found = [_shares(each) for each in scorer.chances(adapter, examples, ids)]
             note(method.name, person, found)
             note(method.name + BIASED, person, [_biased(chances, habit, prior.shares) for chances in found])
     scorer.bare()  # as in `bank.evaluation.session`
     rows = [*_rows("loss", losses), *_rows("error of the expected score", errors)]
-    report(f"Scores: losses and errors of {len(losses[PRIOR])} people", rows, out)
+    report(f"Scores: losses and errors of {len(losses[PRIOR])} people", rows, out, losses=losses, errors=errors)
 
 
 def _rows(what: str, found: Mapping[str, Sequence[float]]) -> list[tuple[str, object]]:
-    """Each method's mean over people, then the differences."""
+    """Each method's mean over people, then its differences to those before it."""
     rows: list[tuple[str, object]] = [(f"{name}: {what}", f"{fmean(each):.4f}") for name, each in found.items()]
-    for other, theirs in found.items():
-        differences = {
-            name: [mine - their for mine, their in zip(each, theirs, strict=True)]
-            for name, each in found.items()
-            if name != other
-        }
+    for place, (other, theirs) in enumerate(found.items()):
+        later = list(found.items())[place + 1 :]
+        differences = {name: [mine - their for mine, their in zip(each, theirs, strict=True)] for name, each in later}
         compared = against_one(differences).items()
         rows += [(f"{what}: {name} less {other}", str(interval)) for name, interval in compared]
     return rows
 
 
-def _chances(scorer: Scorer, adapter: PersonAdapter | None, turn: str) -> Chances:
-    """How likely the model finds each score; they sum to 1."""
-    examples = [encode_pair(scorer.tokenizer, turn, str(score), MAX_TOKENS) for score in SCORES]
-    readings = scorer.read(adapter, examples)
-    chances = [math.exp(-reading.loss * e.output_tokens) for reading, e in zip(readings, examples, strict=True)]
+def _shares(chances: Sequence[float]) -> Chances:
+    """How likely the model finds each score among the scores."""
     return {score: chance / sum(chances) for score, chance in zip(SCORES, chances, strict=True)}
 
 

@@ -16,13 +16,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio.cluster import ClusterNode, PipelineCommand, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.cluster import PipelineCommand
 
 from server.store.durability import Durability
 from server.store.redis.servers.base import (
-    CONNECT_TIMEOUT_S,
     CONNECTIONS,
     WAITAOF,
     WAITAOF_TIMEOUT_MS,
@@ -30,11 +27,10 @@ from server.store.redis.servers.base import (
     durability_of,
     unconfirmed,
 )
-from server.store.redis.servers.cluster_url import read_url
+from server.store.redis.servers.cluster_client import cluster_client
 
 log = logging.getLogger("mta.store")
 
-READ_RETRIES = 3
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
 """Between the attempts to write: a replica takes over within seconds, or an operator is needed."""
 
@@ -60,15 +56,6 @@ _PASSING = (
 """What a write meets while a replica takes over, or while keys are on their way from server to server."""
 
 
-class _Client(RedisCluster):  # type: ignore[misc]  # untyped
-    """Finds the key of `XREADGROUP` by itself; redis-py would ask one server each time, were it dead or not."""
-
-    async def _determine_slot(self, command: str, *args: Any) -> int:
-        if command == "XREADGROUP":
-            return int(self.keyslot(args[args.index(b"STREAMS") + 1]))
-        return int(await super()._determine_slot(command, *args))
-
-
 class Cluster:
     """`Servers` that share the keys, each with replicas or without.
 
@@ -84,16 +71,7 @@ class Cluster:
     """
 
     def __init__(self, url: str) -> None:
-        hosts, options = read_url(url)
-        self._client: Any = _Client(
-            startup_nodes=[ClusterNode(host, port) for host, port in hosts],
-            max_connections=4 * CONNECTIONS,  # beyond `_room`: those that are being closed count, too
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=None,  # see `base.py`
-            retry=Retry(NoBackoff(), READ_RETRIES),
-            reinitialize_steps=0,  # it would cut all connections off; `_follow` looks around often enough
-            **options,
-        )
+        self._client = cluster_client(url)
         self._room = asyncio.Semaphore(CONNECTIONS)  # the client fails where it should wait for a connection
         self._following = asyncio.Lock()
         self._followed_s = -LAYOUT_S

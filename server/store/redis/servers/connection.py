@@ -17,7 +17,7 @@ from server.store.durability import Durability, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
 from server.store.redis.servers.cluster import Cluster
-from server.store.redis.servers.cluster_url import SCHEMES
+from server.store.redis.servers.cluster_client import SCHEMES
 
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "

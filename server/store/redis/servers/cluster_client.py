@@ -1,0 +1,68 @@
+"""redis-py's client for a cluster, made from a URL with more than one host."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from server.store.redis.servers.base import CONNECT_TIMEOUT_S, CONNECTIONS
+
+SCHEMES = ("redis+cluster", "rediss+cluster")
+READ_RETRIES = 3
+
+
+class _Client(RedisCluster):  # type: ignore[misc]  # untyped
+    """Finds the key of `XREADGROUP` by itself; redis-py would ask one server each time, were it dead or not."""
+
+    async def _determine_slot(self, command: str, *args: Any) -> int:
+        if command == "XREADGROUP":
+            return int(self.keyslot(args[args.index(b"STREAMS") + 1]))
+        return int(await super()._determine_slot(command, *args))
+
+
+def cluster_client(url: str) -> Any:
+    """The client for a URL; it connects when it is first used.
+
+    Raises:
+        ValueError: when the URL cannot be read.
+    """
+    hosts, options = _read_url(url)
+    return _Client(
+        startup_nodes=[ClusterNode(host, port) for host, port in hosts],
+        max_connections=4 * CONNECTIONS,  # those that are being closed count, too
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=None,  # see `base.py`
+        retry=Retry(NoBackoff(), READ_RETRIES),
+        reinitialize_steps=0,  # it would cut all connections off; `Cluster` looks around often enough
+        **options,
+    )
+
+
+def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+    """Hosts with ports, and options of redis-py's client.
+
+    Args:
+        url: one of `SCHEMES`, then what redis-py reads behind `redis://`, with one host or several, comma-separated.
+
+    Raises:
+        ValueError: when the URL cannot be read.
+    """
+    parts = urlsplit(url)
+    login, at, hosts = parts.netloc.rpartition("@")
+    scheme = parts.scheme.removesuffix("+cluster")
+    found, options = [], {}
+    for host in hosts.split(","):
+        options = parse_url(urlunsplit((scheme, f"{login}{at}{host}", parts.path, parts.query, "")))
+        found.append((options.pop("host", ""), options.pop("port", 6379)))
+    if options.pop("db", 0):
+        raise ValueError("a cluster has no numbered databases")
+    if not all(host for host, _ in found):
+        raise ValueError("a host is missing")
+    if options.pop("connection_class", None) is SSLConnection:
+        options["ssl"] = True
+    return found, options

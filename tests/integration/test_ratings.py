@@ -1,0 +1,48 @@
+"""What models expect of scores, and what they add to a person's habit; on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.training.example import Example
+from bank.evaluation.scoring import Scorer
+from bank.models.load import load_base
+from bench.quality.ratings import main
+from bench.rig.people import write_people
+from tests.support.bank_bench import Bench
+
+SCORES = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]
+
+
+def rater(number: int) -> dict[str, Any]:
+    """A dozen ratings to learn from, and two later ones."""
+    films = [{"id": f"{number}-{n}", "text": f"Film {n}", "score": str(s)} for n, s in enumerate(SCORES, number)]
+    asked = [{"id": f"q{number}-{n}", "input": f"Film {n}", "gold": "5"} for n in (30, 31)]
+    return {"user_id": f"rater-{number}", "profile": films, "query": asked}
+
+
+def test_each_method_with_and_without_the_habit(bench: Bench, tmp_path: Path) -> None:
+    users, out = write_people(tmp_path / "users.json", [rater(n) for n in range(5)]), tmp_path / "out.json"
+    bench.build("ratings", inputs={"users": users}, task="movie_rating")
+    folder, model = bench.folder / "ratings", str(bench.model)
+    main(bank=folder, users=users, people=2, methods="common,common+history@h2,merged", model=model, out=out)
+    figures = json.loads(out.read_text("utf-8"))["rows"]
+    for what in ("loss", "error of the expected score"):
+        each = {name: float(figures[f"{name}: {what}"]) for name in ("prior", "common", "common+prior", "merged+prior")}
+        assert all(0 < value < 4 for value in each.values())
+        assert each["common"] != each["common+prior"]
+    assert figures["common: loss"] != figures["common+history@h2: loss"]
+
+
+def test_chances_are_those_that_losses_are_made_of(tiny_model_folder: Path) -> None:
+    scorer = Scorer(*load_base(tiny_model_folder, "float32"))
+    prompts, ids = [(9, 8, 7), (6, 5), (9, 9, 9, 9)], (11, 12, 13)
+    chances = scorer.chances(None, [Example((*prompt, 40, 41), len(prompt)) for prompt in prompts], ids)
+    for prompt, found in zip(prompts, chances, strict=True):
+        readings = scorer.read(None, [Example((*prompt, one), len(prompt)) for one in ids])
+        assert found == pytest.approx([math.exp(-reading.loss) for reading in readings], rel=1e-4)
