@@ -65,11 +65,12 @@ def parse_item(raw: object, task: Task, position: int) -> Item:
 
 
 def item_text(item: Item, task: Task) -> str:
-    """The text that represents the item in the profile's embedding."""
+    """The text that represents the item in the profile's embedding; all it has if it was made for another task."""
     if is_pair(item.fields):
         turn, output = (item.fields[name] for name in PAIR)
         return f"{turn.removeprefix(task.instruction)}\n{output}"
-    names = [name for name in task.text if name in item.fields] or [PLAIN]
+    own = [name for name in task.text if name in item.fields]
+    names = own or ([PLAIN] if PLAIN in item.fields else item.fields)
     return "\n".join(item.fields[name] for name in names)
 
 
@@ -115,7 +116,7 @@ def _text(value: object, param: str) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ProfileError(f"{param} must be a finite number or text, got {value}", param)
-        return f"{value:g}"
+        return repr(value).removesuffix(".0")
     text = str(value)
     if "\0" in text or has_surrogate(text):
         raise ProfileError(f"{param} holds a NUL or a lone surrogate, which are not valid text: {excerpt(text)}", param)

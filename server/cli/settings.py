@@ -12,7 +12,7 @@ from rich.text import Text
 from server.settings import Settings, load_settings
 
 WIDTH_IN_FILES = 200
-_PASSWORD = re.compile(r"(?<=:)[^:@/]+(?=@)")  # of a URL
+_PASSWORD = re.compile(r"(://[^:/@]*:)[^/]+(?=@)")  # of a URL: up to its last @
 
 
 def settings() -> None:
@@ -23,6 +23,6 @@ def settings() -> None:
         column.overflow = "fold"
     for name, field in Settings.model_fields.items():
         value = getattr(current, name)
-        shown = "" if value is None else _PASSWORD.sub("***", str(value))  # a secret's text is asterisks already
+        shown = "" if value is None else _PASSWORD.sub(r"\1***", str(value))  # a secret's text is asterisks already
         table.add_row(f"MTA_{name.upper()}", Text(shown), Text(field.description or ""))
     Console(width=None if sys.stdout.isatty() else WIDTH_IN_FILES).print(table)

@@ -111,6 +111,18 @@ class TestRates:
                     "all tokens to be left",
                 )
 
+    def test_who_leaves_a_whole_answer_midway_is_charged_for_it(
+        self, limited: Limited, fake_engine: FakeEngine
+    ) -> None:
+        with limited("leavers", key_tokens=100) as client:
+            fake_engine.knobs.token_delay_s = 0.05
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/generate", json={"user_id": "ada", "prompt": "x", "max_tokens": 60}, timeout=0.5)
+            wait_until(lambda: fake_engine.seen[0].aborted, "the engine to be told")
+            fake_engine.knobs.token_delay_s = 0.0
+            left = shown(generate(client, "ada", max_tokens=300), "tokens")[1]
+            assert left == str(100 - 60)
+
     def test_requests_about_users_count_and_erasing_does_not(self, limited: Limited) -> None:
         with limited("writes", user_requests=2) as client:
             body = {"items": [{"text": "the sea"}]}
@@ -132,7 +144,9 @@ class TestRates:
             assert adapt("ada", "the sea").json()["id"] == first
             assert adapt("ada", "the sea again").status_code == 202
             assert "2 adapt jobs a day" in refused(adapt("ada", "and again"))["message"]
-            assert adapt("kai", "roses").status_code == 202
+            assert adapt("ada", "the sea again").status_code == 202  # its answer may have been lost
+            assert adapt("kai", "roses", idempotency_key="k").status_code == 202
+            assert adapt("kai", "roses", idempotency_key="k").status_code == 202
             assert "3 adapt jobs a day" in refused(adapt("kai", "more roses"))["message"]
 
 

@@ -79,13 +79,14 @@ def test_what_cannot_do_without_a_bank_asks_for_one(monkeypatch: pytest.MonkeyPa
         _ = Settings(next_bank=two).banks
 
 
-def test_the_command_lists_all_settings_and_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("login", ["user:", ":", "user:unmistakable@", "user:unmistakable:"])
+def test_the_command_lists_all_settings_and_shows_no_secret(login: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTA_SECRET", "unmistakable-secret")
     monkeypatch.setenv("MTA_ENGINE_KEY", "unmistakable-key")
-    monkeypatch.setenv("MTA_REDIS_URL", "redis://user:unmistakable-password@store:6379/0")
+    monkeypatch.setenv("MTA_REDIS_URL", f"redis://{login}unmistakable-password@store:6379/0")
     result = CliRunner().invoke(app, ["settings"])
     assert result.exit_code == 0
     for name in Settings.model_fields:
         assert f"MTA_{name.upper()}" in result.output
-    assert "redis://user:***@store:6379/0" in result.output
+    assert f"redis://{login.partition(':')[0]}:***@store:6379/0" in result.output
     assert "unmistakable" not in result.output

@@ -51,10 +51,13 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _rule(weights: Mapping[str, Any]) -> str:
     """The rule of weights in one line."""
     topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
-    signed = weights["signature"]
-    if not signed:
+    if stepping := weights["posterior"]:
+        rule = f"posterior, at most {stepping['anchors']} anchors, decay {stepping['decay']:g}"
+    elif signed := weights["signature"]:
+        rule = (
+            f"signature, at most {signed['anchors']} anchors, strength {signed['strength']:g}, τ {signed['tau']:g}, "
+            f"κ {signed['kappa']:g}"
+        )
+    else:
         return topic
-    return (
-        f"signature, at most {signed['anchors']} anchors, strength {signed['strength']:g}, τ {signed['tau']:g}, "
-        f"κ {signed['kappa']:g}; until there is one, {topic}"
-    )
+    return f"{rule}; until there is a signature, {topic}"

@@ -135,7 +135,7 @@ class EngineQueue:
         """Refuse what cannot wait; if need be, `make` whoever came last of the longest line leave it instead."""
         mine = len(self._lines.get(caller, ()))
         ahead = sum(min(len(line), mine + 1) for line in self._lines.values())
-        if (ahead + 1) * self._pace_s > patience_s:
+        if ahead and (ahead + 1) * self._pace_s > patience_s:  # with nobody ahead it waits, and the pace is learnt anew
             raise self._refusal("queue_timeout")
         most = max(1, places // 2) if self._most_waiting is None else self._most_waiting
         if self.waiting < most:
@@ -146,7 +146,8 @@ class EngineQueue:
         if make:
             last = self._lines[longest][-1]
             self._remove(longest, last)
-            last.turn.set_exception(self._refusal("queue_full"))
+            if not last.turn.done():  # it may be leaving at this moment
+                last.turn.set_exception(self._refusal("queue_full"))
 
     def _step_out(self, caller: str, waiting: _Waiting) -> None:
         """Leave the line; or, if the turn came at the same moment, pass it on."""
@@ -155,6 +156,7 @@ class EngineQueue:
                 self._leave(waiting.size)
         elif waiting in self._lines.get(caller, ()):
             self._remove(caller, waiting)
+            self._serve()  # who comes next may need fewer places
 
     def _remove(self, caller: str, waiting: _Waiting) -> None:
         line = self._lines[caller]
@@ -164,9 +166,13 @@ class EngineQueue:
         self.waiting -= 1
 
     def _leave(self, size: int) -> None:
-        """Give places back, and serve those whose turn it is."""
+        """Give places back."""
         self.taken -= size
         self._keep_pace()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Give places to those whose turn it is, as far as they go."""
         while self._lines:
             caller, line = next(iter(self._lines.items()))
             first, places = line[0], self._places()

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine_protocol import BASE_MODEL
-from server.errors import EngineFailed, Unavailable
+from server.errors import ApiError, EngineFailed, Unavailable
 from server.gateway.access.limiter import Limiter
 from server.gateway.access.queue import EngineQueue, Place
 from server.gateway.engines.admin import Engines
@@ -150,14 +150,19 @@ class Generator:
             if place.waited_s:
                 timings.record("queue", start_s, start_s + place.waited_s)
             candidates = may_speak(personalization, asked.personalize)
-            speaking, stream = await self._first_served(stack, wanted, candidates)
-            limits.check_answer(asked, stream.prompt_tokens)
-            if stream.first_token_s is not None:
-                timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
-                since_arrival_s = stream.first_token_s - timings.started_s
-                self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
-            left = await counted.headers()
+            counted.tokens = None  # the engine is at work: who leaves meanwhile is charged the estimate
             try:
+                speaking, stream = await self._first_served(stack, wanted, candidates)
+            except ApiError:
+                counted.tokens = 0
+                raise
+            try:
+                limits.check_answer(asked, stream.prompt_tokens)
+                if stream.first_token_s is not None:
+                    timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
+                    since_arrival_s = stream.first_token_s - timings.started_s
+                    self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
+                left = await counted.headers()
                 yield Answer(
                     wanted.request_id, speaking, history, stream, timings, self._metrics.inter_token, place, left
                 )

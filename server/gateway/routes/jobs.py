@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Path, Request, Response
 
 from adapters.errors import excerpt
-from server.errors import ApiError, NotFound
+from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.caller import caller_of
 from server.gateway.http.disconnect import ClientGone, unless_gone
 from server.gateway.http.errors import ErrorAnswer
@@ -43,14 +43,19 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     Samples can also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
     """
     parts, user = parts_of(request), user_of(request, user_id)
-    uses = await parts.limiter.take_job(caller_of(request), user.key)
-    known = await parts.adapting.job_ids(user) if uses else ()
     job = None
     try:
-        job = await parts.adapting.submit(user, body)
-    finally:
-        if job is None or job.id in known:  # refused, or a repeated request
-            await parts.limiter.give_back(uses)
+        uses = await parts.limiter.take_job(caller_of(request), user.key)
+    except TooMany:  # for new jobs: whoever lost the answer still gets the job
+        if (job := await parts.adapting.repeated(user, body)) is None:
+            raise
+    else:
+        known = await parts.adapting.job_ids(user) if uses else ()
+        try:
+            job = await parts.adapting.submit(user, body)
+        finally:
+            if job is None or job.id in known:  # refused, or a repeated request
+                await parts.limiter.give_back(uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return job_answer(job)
 

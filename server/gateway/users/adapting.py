@@ -72,13 +72,8 @@ class Adapting:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed.
             UserErased: when the user is erased meanwhile; nothing of them is stored.
         """
-        epoch = await self._profiles.epoch(user)
-        # Megabytes of samples take a large part of a second to read: not on the event loop.
-        given = await asyncio.to_thread(
-            lambda: [Sample(_messages(sample), sample.output) for sample in request.samples]
-        )
-        samples = await asyncio.to_thread(lambda: [self._encoded(place, sample) for place, sample in enumerate(given)])
-        config = replace(training_config(self._manifest, request.config), **asdict(self._budget))
+        epoch, config = await self._profiles.epoch(user), self._config(request)
+        given, samples = await self._read(request)
         await self._checks.check_template(given)
         await self._checks.check_lengths(samples)
         kept = await self._jobs.samples(user.key) if request.append else []
@@ -86,16 +81,7 @@ class Adapting:
         if await self._profiles.current(user) is None:
             items = await asyncio.to_thread(self._items, request.samples)
             await self._profiles.add(user, items, epoch)
-        submission = Submission(
-            samples,
-            request.append,
-            encode_config(config),
-            bank=self._manifest.short,
-            epoch=epoch,
-            idempotency_key=request.idempotency_key or "",
-            traceparent=self._tracing.current(),
-        )
-        job = await self._jobs.submit(user.key, submission, MAX_SAMPLES)
+        job = await self._jobs.submit(user.key, self._submission(request, samples, config, epoch), MAX_SAMPLES)
         if job is None:
             raise InvalidRequest(
                 f"samples: with those already kept there would be more than {MAX_SAMPLES}: send them without `append`",
@@ -103,6 +89,17 @@ class Adapting:
                 code="too_many_samples",
             )
         return job
+
+    async def repeated(self, user: User, request: AdaptRequest) -> Job | None:
+        """The job that the same request has made before, if it has; nothing is changed.
+
+        Raises:
+            InvalidRequest: as `submit`.
+        """
+        epoch, config = await self._profiles.epoch(user), self._config(request)
+        _, samples = await self._read(request)
+        # Without room for any sample there is no new job.
+        return await self._jobs.submit(user.key, self._submission(request, samples, config, epoch), 0)
 
     async def job_ids(self, user: User) -> list[JobId]:
         """A user's jobs that are remembered."""
@@ -140,6 +137,29 @@ class Adapting:
         if not ended:
             raise Conflict(f"job {job_id} has already ended: it is {job.state.value}", param="job_id", code="job_ended")
         return job
+
+    async def _read(self, request: AdaptRequest) -> tuple[list[Sample], list[bytes]]:
+        """The samples, and each as it is stored; megabytes take a large part of a second, so not on the event loop."""
+        given = await asyncio.to_thread(
+            lambda: [Sample(_messages(sample), sample.output) for sample in request.samples]
+        )
+        return given, await asyncio.to_thread(lambda: [self._encoded(place, one) for place, one in enumerate(given)])
+
+    def _config(self, request: AdaptRequest) -> AdaptConfig:
+        return replace(training_config(self._manifest, request.config), **asdict(self._budget))
+
+    def _submission(
+        self, request: AdaptRequest, samples: Sequence[bytes], config: AdaptConfig, epoch: str
+    ) -> Submission:
+        return Submission(
+            samples,
+            request.append,
+            encode_config(config),
+            bank=self._manifest.short,
+            epoch=epoch,
+            idempotency_key=request.idempotency_key or "",
+            traceparent=self._tracing.current(),
+        )
 
     def _encoded(self, place: int, sample: Sample) -> bytes:
         raw = encode_sample(sample)

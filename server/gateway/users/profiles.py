@@ -179,7 +179,7 @@ class Profiles:
         self, snapshot: Snapshot, history: StoredItems, made: dict[tuple[str, str], Vectors]
     ) -> tuple[dict[str, Vectors], dict[str, StoredVector]]:
         """The embedding of every item [E], and those of them that the store lacks."""
-        texts = {name: self._text(name, item) for name, item in history.items()}
+        texts = {name: item_text(Item(name, item.fields), self._task) for name, item in history.items()}
         kept = {
             name: stored.vector
             for name, stored in snapshot.vectors.items()
@@ -195,12 +195,6 @@ class Profiles:
             made.update(zip(batch, map(as_stored, rows), strict=True))
         vectors = {name: kept[name] if name in kept else made[name, text] for name, text in texts.items()}
         return vectors, {name: StoredVector(self._embedder.id, made[name, text]) for name, text in lacking}
-
-    def _text(self, name: str, item: StoredItem) -> str:
-        try:
-            return item_text(Item(name, item.fields), self._task)
-        except KeyError:  # written for the task of an earlier bank
-            return "\n".join(item.fields.values())
 
 
 class _NoItems(Exception):

@@ -34,6 +34,17 @@ def test_a_rating_may_be_a_number() -> None:
     )
 
 
+def test_numbers_keep_all_their_digits() -> None:
+    """As an id, `time.time()` tells items apart."""
+    ids = [parse_item({"id": number, "text": "a"}, CHAT, 0).id for number in (1700000000.123, 1700000999.9, 5.0, 5)]
+    assert ids == ["1700000000.123", "1700000999.9", "5", "5"]
+
+
+def test_an_item_of_another_task_is_embedded_by_all_it_has() -> None:
+    item = parse_item({"title": "On Tides", "abstract": "They rise."}, get_task("scholarly_title"), 0)
+    assert set(item_text(item, CHAT).split("\n")) == {"On Tides", "They rise."}
+
+
 def test_an_input_output_pair_serves_every_task_and_is_embedded_without_the_instruction() -> None:
     item = parse_item(
         {"input": "Generate a headline for the following article: It happened.", "output": "Big News"}, HEADLINE, 0

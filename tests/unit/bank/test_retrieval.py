@@ -38,6 +38,13 @@ def test_without_anything_to_quote_the_turn_stays_as_it_is(items: list[Item], co
     assert with_history(NEWS, TURN, items, count) == TURN
 
 
+@pytest.mark.parametrize("task", tasks().values(), ids=lambda task: task.name)
+def test_what_was_written_for_another_task_is_left_out(task: Task) -> None:
+    """The bank that serves somebody may have changed."""
+    elsewhere = [Item(name, dict.fromkeys(other.fields, "the sea")) for name, other in tasks().items()]
+    assert "the sea" in with_history(task, f"{task.instruction} the sea", elsewhere, 16)
+
+
 def test_ready_pairs_are_quoted_as_in_a_chat() -> None:
     pair = parse_item({"input": "Any plans?", "output": "The sea."}, NEWS, 0)
     assert with_history(NEWS, TURN, [pair], 1) == f'"The sea." is the answer to "Any plans?". {TURN}'

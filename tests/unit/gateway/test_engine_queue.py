@@ -132,6 +132,41 @@ async def test_who_leaves_at_the_moment_of_their_turn_passes_it_on(line: Line) -
     assert line.served == ["a1", "a2", "a4"]
 
 
+async def test_who_leaves_lets_those_by_who_need_fewer_places(line: Line) -> None:
+    await line.come("a1")
+    await line.come("b1", size=2)
+    await line.come("c1")
+    assert line.served == ["a1"]
+    await line.leave("b1")
+    assert line.served == ["a1", "c1"]
+
+
+async def test_room_is_made_at_the_expense_of_one_who_is_just_leaving(line: Line) -> None:
+    await line.come("a1", "a2", "a3", "a4")
+    coming = asyncio.create_task(line.come("b1"))
+    await asyncio.sleep(0)  # b1 is the next to run
+    line._tasks["a4"].cancel()
+    await coming
+    await line.end("a1", "a2")
+    assert line.served == ["a1", "a2", "a3", "b1"]
+
+
+async def test_after_one_long_answer_others_wait_again(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("server.gateway.access.queue.time", SimpleNamespace(monotonic=lambda: now_s))
+    await line.come("a1", "a2", "a3")
+    await line.end("a1")
+    await line.come("a4")
+    now_s += 100.0  # longer than anybody waits
+    await line.end("a2")
+    await line.come("a5")
+    with pytest.raises(TooMany):
+        line.queue.check("b", None)  # whoever has somebody ahead
+    now_s += 1.0
+    await line.end("a3")
+    assert line.served == ["a1", "a2", "a3", "a4", "a5"]
+
+
 async def test_patience_ends(line: Line) -> None:
     await line.come("a1", "a2", "a3")
     await line.come("a4", patience_s=0)
