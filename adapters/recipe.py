@@ -34,6 +34,8 @@ MAX_STEP = 4000
 
 MAX_ANCHORS = 1_000_000
 MAX_NAME_CHARS = 4096
+MAX_TERMS = 334
+"""As many as always fit into a name: 12 characters each (`+a1023*-4000`) beside 78 of head and user adapter."""
 
 _BANK = re.compile(r"[0-9a-f]{8}")
 _BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding: the last character carries three bits

@@ -32,6 +32,16 @@ BASELINES = "baselines"
 TASK_ROW = "task"
 
 
+def check_baselines(*, common: bool) -> None:
+    """Refuse, if need be before anything is trained.
+
+    Raises:
+        BankError: when there is no common row to continue from.
+    """
+    if not common:
+        raise BankError("--baselines trains the common row further, but this bank has none: drop --no-common")
+
+
 def build_baselines(
     inputs: BuildInputs, options: BuildOptions, manifest: BankManifest, progress: RowProgress
 ) -> BankManifest:
@@ -48,8 +58,7 @@ def build_baselines(
     out = inputs.out / BASELINES
     if (out / MANIFEST_FILE).exists() and read_manifest(out).training.get("of") == manifest.fingerprint:
         return read_manifest(out)
-    if not manifest.common:
-        raise BankError("--baselines trains the common row further, but this bank has none: drop --no-common")
+    check_baselines(common=manifest.common)
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
     options = options.resolved()

@@ -16,7 +16,7 @@ import numpy as np
 
 from adapters.recipe import anchor_id
 from bank.building.assemble import BankParts, bank_rank, write_bank
-from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer, measure_curvature
+from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer, check_enough, measure_curvature
 from bank.building.describing import typical_words
 from bank.building.options import LONGEST, POSTERIOR, BuildInputs, BuildOptions
 from bank.building.resume import Workbench, finished_bank, inputs_key, workbench
@@ -31,7 +31,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.posterior import Curvature
 from bank.lookup.prior import fit_prior
 from bank.manifest import BankManifest, BaseModelId, EmbedderId
-from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name
+from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name, prompts_hash
 from bank.models.load import load_base
 
 EMBED_THREADS = 2
@@ -103,11 +103,14 @@ def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) 
             f"{options.anchors} anchors were asked for, but only {len(candidates)} people have at least {MIN_ITEMS} "
             "items to train on: ask for fewer with --anchors, or give more people"
         )
+    if options.weights == "signature":
+        check_enough(len(candidates) - options.anchors)
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
-    key = inputs_key(options, task, people, base.hash, embedder.id)
+    models = (base.hash, prompts_hash(model_folder), embedder.id)
+    key = inputs_key(options, task, people, aside, models)
     return _Job(options, task, people, candidates, model_folder, base, embedder, key)
 
 

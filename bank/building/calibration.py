@@ -68,6 +68,19 @@ class Calibration:
         }
 
 
+def check_enough(people: int) -> None:
+    """Refuse to calibrate on so few people.
+
+    Raises:
+        BankError: when they are fewer than `MIN_PEOPLE`.
+    """
+    if people < MIN_PEOPLE:
+        raise BankError(
+            f"signatures need {MIN_PEOPLE} people or more who are not anchors to be calibrated on, got {people}: ask "
+            "for fewer --anchors, give more people, or build with --weights topic"
+        )
+
+
 def calibrate_signer(
     signer: Signer,
     people: Sequence[History],
@@ -92,11 +105,7 @@ def calibrate_signer(
     Raises:
         BankError: when there are too few people.
     """
-    if len(people) < MIN_PEOPLE:
-        raise BankError(
-            f"signatures need {MIN_PEOPLE} people or more who are not anchors to be calibrated on, got {len(people)}: "
-            "ask for fewer --anchors, give more people, or build with --weights topic"
-        )
+    check_enough(len(people))
     chance = random.Random(seed)
     order = chance.sample(range(len(people)), len(people))
     draws: list[Vectors] = []

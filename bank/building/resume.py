@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bank.building.options import POSTERIOR, TOPICS, BuildOptions
-from bank.building.selection import SAMPLED_ITEMS, SERVED_ITEMS
+from bank.building.options import BuildOptions
+from bank.building.selection import SERVED_ITEMS
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.profile import Vectors
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WORK_FOLDER = ".build"
 _LOCK_FILE = "lock"
-_BUILD_FORMAT = 4  # part of the key: raise it when the same inputs would give another bank
+_BUILD_FORMAT = 5  # part of the key: raise it when the same inputs would give another bank
 
 
 class Workbench:
@@ -138,25 +138,31 @@ def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
     raise BankError(f"{out} holds {found}: name another --out, or replace it with --force")
 
 
-def _chosen(options: BuildOptions) -> dict[str, Any]:
-    """The options that shape the bank, without what is not asked for: other banks stay as they were."""
-    fields = dataclasses.asdict(options)
-    del fields["verdict"]  # who is left out is in the people
-    unasked = {"decay": options.weights != POSTERIOR, "history_share": not options.history_share}
-    unasked |= {"anchors_by": options.anchors_by == TOPICS, "describe": not options.describe}
-    return {name: value for name, value in fields.items() if not unasked.get(name)}
+def inputs_key(
+    options: BuildOptions, task: Task, people: Sequence[History], aside: Sequence[History], models: Sequence[str]
+) -> str:
+    """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks.
 
-
-def inputs_key(options: BuildOptions, task: Task, people: Sequence[History], model_hash: str, embedder_id: str) -> str:
-    """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks."""
-    content: dict[str, object] = {
+    Args:
+        options: resolved.
+        task: whose items they are.
+        people: those that the bank is made of.
+        aside: those that it is measured on; the verdict is a part of it.
+        models: what tells base models, their prompts and embedders apart.
+    """
+    chosen = dataclasses.asdict(options)
+    del chosen["verdict"]  # what follows from it is who is left out
+    content = {
         "format": _BUILD_FORMAT,
-        "options": _chosen(options),
+        "options": chosen,
         "task": dataclasses.asdict(task),
-        "people": [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people],
-        "model": model_hash,
-        "embedder": embedder_id,
+        "people": _contents(people),
+        "aside": _contents(aside),
+        "models": list(models),
+        "served_items": SERVED_ITEMS,
     }
-    if any(len(person.items) > SAMPLED_ITEMS for person in people):
-        content["served_items"] = SERVED_ITEMS  # only where it matters: all other keys stay as they were
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(people: Sequence[History]) -> list[object]:
+    return [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people]

@@ -140,4 +140,7 @@ def _collect(work: Workbench, layout: RowLayout, jobs: Sequence[RowJob]) -> list
     """Rows as the matrix takes them: `[A | B]`, or `[B]` where A is shared; the common row last."""
     ordered = sorted(jobs, key=lambda job: job.name == COMMON)
     loaded = [work.load_row(job.name) for job in ordered]
+    for job, row in zip(ordered, loaded, strict=True):
+        if not all(numbers.isfinite().all() for numbers in row.values()):
+            raise BankError(f"training {job.name} went wrong: its numbers are not finite; try a lower --learning-rate")
     return [row["b"] if layout.shared_a else torch.cat([row["a"], row["b"]]) for row in loaded]

@@ -14,6 +14,7 @@ from bank.items.histories import History
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
+from bank.lookup.prior import answers_of
 
 MIN_ITEMS = 11
 """Fewest trainable items of a candidate: the paper's have more than ten."""
@@ -68,7 +69,7 @@ def left_out(people: Sequence[History], task: Task, needed: int) -> list[History
         Nobody when there are too few.
     """
     lengths = {person.user_id: len(person.pairs(task)) for person in people}
-    enough = [p for p in people if len(p.items) == lengths[p.user_id] >= ASKED + KNOWN]
+    enough = [p for p in people if len(p.items) == lengths[p.user_id] >= ASKED + KNOWN and _can_be_asked(p, task)]
     spare = sum(length >= MIN_ITEMS for length in lengths.values()) - needed
     wanted, chosen = min(MOST_ASIDE, len(people) // ASIDE_OF), list[History]()
     for person in sorted(enough, key=lambda person: lengths[person.user_id])[:wanted]:
@@ -77,6 +78,12 @@ def left_out(people: Sequence[History], task: Task, needed: int) -> list[History
         if spare >= 0:
             chosen.append(person)
     return chosen if len(chosen) >= FEWEST_ASIDE else []
+
+
+def _can_be_asked(person: History, task: Task) -> bool:
+    """Whether the task has the person's last answers: what it lacks has no share in anybody's histogram."""
+    allowed = answers_of(task)
+    return not allowed or all(answer in allowed for _, answer in person.pairs(task)[-ASKED:])
 
 
 def select_anchors(embeddings: Vectors | None, lengths: Sequence[int], count: int, seed: int) -> list[int]:

@@ -45,7 +45,9 @@ class Signer:
         self.centre = self._lora(self._common + self._mean)
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
-        """The signature of some items, for the bank with these 8 hex digits; an empty one when it is not finite."""
+        """The signature of some items, for the bank with these 8 hex digits; empty without any or if not finite."""
+        if not examples:
+            return empty_signature(bank, self._matrix.anchors)
         made = Signature(bank, output_tokens(examples), self.products(examples))
         return made if made.finite else empty_signature(bank, self._matrix.anchors)
 
@@ -66,6 +68,8 @@ class Signer:
 
     def measured_gains(self, examples: Sequence[Example]) -> Vectors:
         """By how many nats a token each anchor lowers the examples' loss, against the centre: one pass each, [N]."""
+        if not examples:
+            return np.zeros(self._matrix.anchors, np.float32)
         with attached(self._model, self.centre) as here:
             centre, losses = mean_loss(here.model, examples), []
             for anchor in range(self._matrix.anchors):

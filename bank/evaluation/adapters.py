@@ -7,11 +7,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from adapters.lora import LoraWeights
 from adapters.recipe import FusionRecipe
 from adapters.training.example import Example, output_tokens
 from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
-from adapters.user_adapter import encode_user_adapter
+from adapters.user_adapter import CoreWeights, encode_user_adapter
 from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.evaluation.methods import Base, EvalMethod
@@ -113,14 +114,22 @@ class Adapters:
         adapter = PersonAdapter(self.bank, self._recipe(method, evidence, seed))
         if not method.trained:
             return adapter
-        judgement = evidence.trained.get((method.plain, seed))
-        if judgement is None:
+        trained = self._trained(adapter, method, evidence, seed)
+        if trained is None and method.base is Base.STACKED:
+            return self.make(replace(method, base=Base.MERGED), evidence, seed)
+        return replace(adapter, trained=trained)
+
+    def _trained(
+        self, adapter: PersonAdapter, method: EvalMethod, evidence: Evidence, seed: int
+    ) -> LoraWeights | CoreWeights | None:
+        """What is trained on top of an adapter; None where it was rejected, or there is nothing to learn from."""
+        if not evidence.learnt:
+            return None
+        if (method.plain, seed) not in evidence.trained:
             plan = replace(self._plan, seed=seed)
             judgement = train_user(self._scorer.bare(), adapter.lora(), evidence.learnt, plan).finish()
             evidence.trained[method.plain, seed] = judgement
-        if judgement.weights is None and method.base is Base.STACKED:
-            return self.make(replace(method, base=Base.MERGED), evidence, seed)
-        return replace(adapter, trained=judgement.weights)
+        return evidence.trained[method.plain, seed].weights
 
     def habits(self, person: Person, examples: Sequence[Example]) -> list[Reading]:
         """What the person's past answers alone say of their next ones; no model reads anything.

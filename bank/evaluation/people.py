@@ -56,7 +56,7 @@ def read_people(path: Path, task: Task) -> list[Person]:
     histories = {history.user_id: history for history in read_histories(path, task)}
     people = []
     for raw in json.loads(path.read_text("utf-8")):
-        user_id = str(raw["user_id"])
+        user_id = str(raw.get("user_id", raw.get("id")))
         queries = tuple(_query(path, user_id, place, entry) for place, entry in enumerate(raw.get("query") or ()))
         if not queries:
             raise BankError(

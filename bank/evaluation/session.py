@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from adapters.training.user_run import UserPlan
-from bank.building.baselines import BASELINES
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, curves
@@ -119,7 +118,8 @@ def evaluate(
     if inputs.task not in (None, task.name):
         raise BankError(f"the bank at {inputs.bank} is for {task.name}, not for {inputs.task}")
     check_base_model(inputs.model_folder, {inputs.bank: bank.manifest})
-    task_bank = _task_bank(inputs, options)
+    further = any(method.base is Base.TASK for method in options.methods)
+    task_bank = bank.of_task(inputs.embedder.id) if further else None
     people = _people(inputs, task)
     if inputs.curves:
         longest = max(len(person.history.items) for person in people)
@@ -141,7 +141,7 @@ def evaluate(
     finally:
         scorer.bare()
     names = {method.name for method in options.methods}
-    made = [record for record in records.all() if record.method in names]
+    made = [record for record in records.all() if record.method in names and record.seed in options.seeds]
     rows = summarise(made, task)
     _draw(inputs, bank, adapters, people, made)
     write_lamp_files(made, task, inputs.out / LAMP_FOLDER)
@@ -164,8 +164,9 @@ def evaluate(
 
 def _voices(people: list[Person], records: list[Record], task: Task) -> list[AuthorshipRow]:
     """How texts are attributed, over the people for whom some were written."""
-    heard = {record.user_id for record in records if record.written}
-    return authorship([person for person in people if person.user_id in heard], records, task) if len(heard) > 1 else []
+    written = {record.user_id for record in records if record.written}
+    heard = [person for person in people if person.user_id in written and person.history.pairs(task)]
+    return authorship(heard, records, task) if len(heard) > 1 else []
 
 
 def _draw(inputs: EvalInputs, bank: OpenBank, adapters: Adapters, people: list[Person], records: list[Record]) -> None:
@@ -180,15 +181,6 @@ def _draw(inputs: EvalInputs, bank: OpenBank, adapters: Adapters, people: list[P
     embeddings = np.stack([adapters.evidence(person).embedding for person in people])
     nearest = [[w.anchor for w in topic_weights(bank.serving.index, bank.manifest.weights, e)] for e in embeddings]
     draw_map(anchors, embeddings, nearest, inputs.out / MAP_FILE)
-
-
-def _task_bank(inputs: EvalInputs, options: EvalOptions) -> OpenBank | None:
-    if not any(method.base is Base.TASK for method in options.methods):
-        return None
-    folder = inputs.bank / BASELINES
-    if not folder.is_dir():
-        raise BankError(f"method `task` needs the task's row: build the bank at {inputs.bank} again with --baselines")
-    return OpenBank.open(folder, inputs.embedder.id)
 
 
 def _people(inputs: EvalInputs, task: Task) -> list[Person]:

@@ -12,6 +12,8 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from adapters.user_adapter import CoreWeights, UserAdapter, stack
+from bank.building.baselines import BASELINES
+from bank.errors import BankError
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
@@ -40,6 +42,19 @@ class OpenBank:
         """
         serving = ServingBank.open(folder, embedder_id)
         return cls(serving, open_matrix(folder, serving.manifest), folder)
+
+    def of_task(self, embedder_id: str) -> OpenBank:
+        """The bank of the task's own row, which was trained from this one's common row.
+
+        Raises:
+            BankError: when there is none, or it was trained from another bank's.
+        """
+        folder = self.folder / BASELINES
+        found = OpenBank.open(folder, embedder_id) if folder.is_dir() else None
+        if found is None or found.manifest.training.get("of") != self.manifest.fingerprint:
+            said = "is that of another bank" if found else "is not there"
+            raise BankError(f"the task's row {said} ({folder}): build the bank at {self.folder} again with --baselines")
+        return found
 
     @property
     def manifest(self) -> BankManifest:

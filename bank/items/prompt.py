@@ -48,8 +48,11 @@ def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: in
     overflow = len(whole.ids) - max_tokens
     if overflow > 0:
         turn_ids = tokenizer.encode(turn, add_special_tokens=False)
-        shorter = tokenizer.decode(turn_ids[: max(0, len(turn_ids) - overflow)])
-        before = prompt_ids(tokenizer, chat_messages(shorter))
+        kept = max(0, len(turn_ids) - overflow)
+        before = prompt_ids(tokenizer, chat_messages(tokenizer.decode(turn_ids[:kept])))
+        while kept and len(before) + len(after) > max_tokens:  # cut within a character, it has more ids than before
+            kept -= 1
+            before = prompt_ids(tokenizer, chat_messages(tokenizer.decode(turn_ids[:kept])))
     return Example(tuple((before + after)[:max_tokens]), min(len(before), max_tokens))
 
 

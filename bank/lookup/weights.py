@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adapters.recipe import MAX_STEP, PER_MILLE, FusionRecipe, Term, per_mille
+from adapters.recipe import MAX_STEP, MAX_TERMS, PER_MILLE, FusionRecipe, Term, per_mille
 from bank.items.profile import Vectors
 from bank.lookup.index import AnchorIndex
 from bank.lookup.posterior import Curvature
@@ -123,7 +123,8 @@ def posterior_weights(
     """
     steps = curvature.step(signature.products, signature.tokens, rule.decay)
     cosines = index.vectors(range(index.anchors)) @ np.asarray(embedding, np.float32)
-    longest = sorted(range(index.anchors), key=lambda place: (-abs(steps[place]), place))[: rule.anchors]
+    most = min(rule.anchors, MAX_TERMS)
+    longest = sorted(range(index.anchors), key=lambda place: (-abs(steps[place]), place))[:most]
     return tuple(
         AnchorWeight(place, float(steps[place]), float(cosines[place]), float(signature.products[place]))
         for place in longest

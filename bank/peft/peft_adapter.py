@@ -85,6 +85,8 @@ def read_peft(folder: Path) -> PeftAdapter:
         if a[name].shape[0] != b[name].shape[1]:
             raise BankError(f"{folder}: {name} has A of rank {a[name].shape[0]} and B of rank {b[name].shape[1]}")
         b[name] = b[name] * _scaling(folder, config, name, a[name].shape[0])
+        if not (a[name].isfinite().all() and b[name].isfinite().all()):
+            raise BankError(f"{folder}: {name} holds numbers that are not finite: its training went wrong")
     return PeftAdapter(folder.resolve().name, a, b)
 
 

@@ -21,7 +21,6 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from bank.building.baselines import BASELINES
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, parse_methods
 from bank.evaluation.people import Person, read_people
@@ -73,7 +72,7 @@ def main(
     embedder = Embedder.load(ensure_embedder(None, cache))
     here = OpenBank.open(bank, embedder.id)
     further = any(method.base is Base.TASK for method in compared)
-    task_bank = OpenBank.open(bank / BASELINES, embedder.id) if further else None
+    task_bank = here.of_task(embedder.id) if further else None
     task = here.serving.task
     if task.kind != "score":
         raise typer.BadParameter(f"the bank is for {task.name}, whose answers are not scores", param_hint="--bank")

@@ -23,8 +23,6 @@ BUILD_OPTIONS = (
     *("--learning-rate", "8e-3"),  # few steps, large ones: manners are easily learned
     "--force",  # a bank of another base model is replaced
 )
-_HOLDS = "map"
-"""What banks have held since the last time that this changed: one built before is not taken for the demo's."""
 
 
 def build_bank(people: Sequence[dict[str, object]]) -> Path:
@@ -39,7 +37,7 @@ def build_bank(people: Sequence[dict[str, object]]) -> Path:
         DemoError: when the bank cannot be built.
     """
     text = json.dumps(people, indent=1, ensure_ascii=False)
-    key = hashlib.sha256("\0".join((text, *BUILD_OPTIONS, _HOLDS)).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join((text, *BUILD_OPTIONS)).encode()).hexdigest()[:16]
     kept = Settings().cache_dir / "demo" / key
     kept.mkdir(parents=True, exist_ok=True)
     users, bank = kept / "anchors.json", kept / "bank"

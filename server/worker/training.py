@@ -23,7 +23,7 @@ from bank.items.lessons import Past, recalling
 from bank.items.profile import Item
 from bank.items.prompt import encode_conversation, encode_pair
 from bank.items.tasks import Task, get_task
-from bank.lookup.signature import Signature, empty_signature
+from bank.lookup.signature import Signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bank.models.load import load_base
@@ -118,15 +118,12 @@ class AdapterTrainer:
         Raises:
             TrainingError: when an item cannot be encoded.
         """
-        bank = self.manifest.short
-        if not pairs:
-            return empty_signature(bank, self.matrix.anchors)
         examples = []
         for place, pair in enumerate(pairs):
             with blamed(f"items.{place}", SAMPLE_REMEDY):
                 examples.append(encode_pair(self.tokenizer, *pair, MAX_SIGNED_TOKENS))
             self._check(f"items.{place}", examples[-1])
-        return self._signer.signature(bank, examples)
+        return self._signer.signature(self.manifest.short, examples)
 
     @cached_property
     def _signer(self) -> Signer:

@@ -227,6 +227,16 @@ def test_what_a_bank_cannot_hold_is_refused_by_name(
         inbox.bring_in("no", [adapter], profiles=inbox.profiles_of("plain"))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_adapter_whose_training_went_wrong_is_refused(inbox: Inbox, tmp_path: Path, number: float) -> None:
+    adapter = make_adapter(tmp_path / "plain", inbox.model, 0)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[min(tensors)][0, 0] = number
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(BankError, match="not finite"):
+        inbox.bring_in("no", [adapter], profiles=inbox.profiles_of("plain"))
+
+
 @pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
 def test_half_a_lora_is_refused(inbox: Inbox, tmp_path: Path, lost: str) -> None:
     adapter = make_adapter(tmp_path / "plain", inbox.model, 0)

@@ -68,6 +68,7 @@ def test_two_builds_in_one_folder_are_refused(bench: Bench) -> None:
         ({"strength": 1.5}, "--strength must be above 0"),
         ({"epochs": 0.0}, "--epochs must be above 0"),
         ({"seed": -1}, "cannot be negative"),
+        ({"weights": "signature", "anchors": 4}, "signatures need 2 people or more who are not anchors"),
     ],
 )
 def test_options_that_make_no_bank_are_refused_before_anything_is_trained(

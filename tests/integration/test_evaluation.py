@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from adapters.training.trainer import initial_lora
 from adapters.training.user_trainer import Judgement
-from bank.building.baselines import build_baselines
+from bank.building.baselines import BASELINES, build_baselines
 from bank.building.options import BuildInputs
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
@@ -112,11 +114,31 @@ def test_a_killed_run_goes_on_and_a_torn_line_is_made_again(inputs: EvalInputs) 
 
 
 def test_a_bank_without_baselines_is_told_which_flag_it_lacks(inputs: EvalInputs, bench: Bench) -> None:
-    import dataclasses
-
-    bench.build("bare")
+    bench.build("bare", seed=1)
     with pytest.raises(BankError, match="--baselines"):
         run(dataclasses.replace(inputs, bank=bench.folder / "bare"))
+    shutil.copytree(inputs.bank / BASELINES, bench.folder / "bare" / BASELINES)
+    with pytest.raises(BankError, match="of another bank"):
+        run(dataclasses.replace(inputs, bank=bench.folder / "bare"))
+
+
+def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> None:
+    """And whoever has nothing else is evaluated as somebody of whom only topics are known."""
+    people = json.loads(inputs.users.read_text("utf-8"))
+    for item in people[0]["profile"]:
+        item["text"] = item.pop("input") + item.pop("output")
+    people[0]["id"] = people[0].pop("user_id")
+    users = write_people(bench.folder / "plain.json", people)
+    methods = "common,merged,merged:evidence,own,stacked"
+    where = dataclasses.replace(inputs, users=users, out=bench.folder / "plain")
+    chosen = tuple(parse_methods(methods))
+    options = EvalOptions(chosen, (0,), predict=False, writing=chosen[:1])
+    results = evaluate(where, options, PLAN, lambda pieces: lambda done: None, strength=CONFIG.strength)
+    assert [row.named.n for row in results.voices] == [2] * 2
+    lines = [json.loads(line) for line in (where.out / RECORDS_FILE).read_text("utf-8").splitlines()]
+    first = {line["method"]: line["loss"] for line in lines if line["query_id"] == people[0]["query"][0]["id"]}
+    assert first["common"] == first["own"]
+    assert first["merged"] == first["stacked"]
 
 
 def test_the_baselines_are_a_bank_of_their_own_that_is_not_trained_twice(inputs: EvalInputs) -> None:

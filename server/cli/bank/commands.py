@@ -50,7 +50,7 @@ def build(
     """
     settings = load_settings()
     prepare_to_train()
-    from bank.building.baselines import build_baselines
+    from bank.building.baselines import build_baselines, check_baselines
     from bank.building.build import build_bank
     from bank.evaluation.verdict import judge_bank
     from bank.lookup.verdict import in_words
@@ -66,6 +66,8 @@ def build(
         cache_dir=settings.cache_dir,
         force=force,
     )
+    if baselines:
+        check_baselines(common=options.common)
     with ConsoleProgress() as progress:
         try:
             manifest = judge_bank(inputs, options, build_bank(inputs, options, progress), progress)

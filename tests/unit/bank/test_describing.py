@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from bank.building.describing import typical_words
-from bank.building.options import BuildOptions
-from bank.building.resume import _chosen
 from bank.items.histories import History
 from bank.items.profile import parse_item
 from bank.items.tasks import get_task
@@ -30,8 +28,3 @@ def test_numbers_and_stop_words_tell_nothing() -> None:
         (),
         (),
     ]
-
-
-def test_a_bank_that_is_not_described_is_the_bank_that_it_was() -> None:
-    assert "describe" not in _chosen(BuildOptions(task="chat"))
-    assert _chosen(BuildOptions(task="chat", describe=True))["describe"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 
 from bank.building.options import BuildOptions
@@ -112,16 +110,14 @@ def test_a_build_pools_everybodys_and_nobody_sees_anothers() -> None:
     assert shown(pooled[6]).startswith("<user>And bread?")
 
 
-def test_banks_without_history_keep_their_key() -> None:
-    def key(**changes: object) -> str:
-        return inputs_key(
-            BuildOptions("chat", **{"weights": "auto"} | changes), CHAT, [person(*SUBJECTS)], "model", "embedder"
-        )  # type: ignore[arg-type]
+def test_a_key_tells_apart_what_would_be_another_bank() -> None:
+    def key(aside: str = "bread", model: str = "model", **changes: object) -> str:
+        options = BuildOptions("chat", **{"weights": "auto"} | changes)  # type: ignore[arg-type]
+        return inputs_key(options, CHAT, [person(*SUBJECTS)], [person(aside)], (model, "prompts", "embedder"))
 
-    keys = [key(), key(history_share=0.5), key(history_share=1.0), key(anchors_by="longest")]
-    assert all(one != other for one, other in pairwise([*keys, keys[1]]))
-    assert key() == key(history_share=0.0, anchors_by="topics", verdict=False)
-    assert key().startswith("0b9a1fbbc32dd10f")
+    others = [key("roses"), key(model="another"), key(history_share=1.0), key(anchors_by="longest"), key(describe=True)]
+    assert len({key(), *others}) == 1 + len(others)
+    assert key() == key(verdict=False)  # who is left out says that
 
 
 def test_the_defaults_are_what_was_found_to_help_with_a_task() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.recipe import FusionMethod, parse_recipe
+from adapters.recipe import FusionMethod, UserAdapterId, parse_recipe
 from bank.errors import BankError
+from bank.lookup.index import AnchorIndex
 from bank.lookup.posterior import Curvature
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
-from bank.lookup.weights import AnchorWeight, make_recipe
+from bank.lookup.weights import AnchorWeight, make_recipe, posterior_weights
 from bank.manifest import CURVATURE_FILE, INDEX_FILE, BankManifest, file_sha256, write_manifest
 from bank.rules import PosteriorRule, WeightRule
 from tests.unit.bank.test_weights import damage, index_at, manifest
@@ -77,6 +79,19 @@ def test_evidence_leads_to_signed_weights_and_topics_to_shares_in_the_same_forma
     topic = bank.personalise(embedding)
     assert (topic.source, topic.recipe.name) == ("topic", f"mta2:{written.short}:shared:c+a00*375+a01*125")
     assert bank.personalise(embedding, Signature("00000000", 9, np.ones(N, np.float32))) == topic
+
+
+def test_however_many_anchors_there_are_a_name_holds_the_longest_steps() -> None:
+    many = 1024
+    index = AnchorIndex.build(np.eye(many, 384, dtype=np.float32) + 0.001)
+    signature = Signature("9f2c41d0", 10**6, np.linspace(-4.0, 4.0, many, dtype=np.float32))
+    rule = PosteriorRule(anchors=many, decay=1.0)
+    weights = posterior_weights(index, rule, Curvature.of(np.eye(many)), index.vectors(range(1))[0], signature)
+    bank = manifest().model_copy(update={"weights": WeightRule(anchors=2, strength=0.5, posterior=rule)})
+    recipe = replace(make_recipe(bank, weights), user_adapter=UserAdapterId(f"{'a' * 26}", f"{'a' * 26}"))
+    assert parse_recipe(recipe.name) == recipe
+    assert len(weights) > 300
+    assert min(abs(weight.weight) for weight in weights) > 2.5
 
 
 def test_steps_are_shortened_by_a_share_bounded_and_dropped_where_they_round_to_nothing(tmp_path: Path) -> None:

@@ -67,6 +67,21 @@ def test_a_long_turn_loses_its_end_and_never_the_template() -> None:
     assert len(prompt + output) == 60
 
 
+@pytest.mark.parametrize("longest", range(52, 64))
+def test_a_turn_that_is_cut_within_a_character_takes_nothing_from_the_output(longest: int) -> None:
+    """Half a character is decoded as three bytes."""
+
+    class Bytes(CharTokenizer):
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            return list(text.encode())
+
+        def decode(self, token_ids: list[int]) -> str:
+            return bytes(token_ids).decode(errors="replace")
+
+    _, output = split(Bytes(), "\N{SURFER}" * 20, "yo", longest)
+    assert output == "yo<end>"
+
+
 def test_an_output_that_is_too_long_by_itself_is_cut() -> None:
     prompt, output = split(CharTokenizer(), "x" * 100, "y" * 100, max_tokens=60)
     assert prompt == "<user><end>\n<assistant>"

@@ -142,3 +142,17 @@ def test_who_has_items_of_plain_text_stays() -> None:
     plain = [History(person.user_id, (*person.items, Item("text", {"text": "hi"}))) for person in people]
     assert len(left_out(people, get_task("chat"), 0)) == 6
     assert left_out(plain, get_task("chat"), 0) == []
+
+
+def test_who_answers_what_the_task_lacks_stays() -> None:
+    """Nobody's histogram has a share for it."""
+
+    def raters(*lasts: str) -> list[History]:
+        scores = [("1",) * 8 + (last,) for last in lasts]
+        return [
+            History(f"p{n}", tuple(Item(f"{i}", {"text": "t", "score": score}) for i, score in enumerate(each)))
+            for n, each in enumerate(scores)
+        ]
+
+    assert [len(left_out(raters(*["5"] * 23, last), get_task("movie_rating"), 0)) for last in ("5", "4.5")] == [6, 6]
+    assert left_out(raters(*["4.5"] * 24), get_task("movie_rating"), 0) == []
