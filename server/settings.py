@@ -155,7 +155,7 @@ class Settings(BaseSettings):
     user_adapter_mib: int = Field(256, ge=1, description="User adapters an engine keeps beyond those in use, MiB.")
     max_model_len: int | None = Field(None, gt=0, description="Context in tokens; the model's own by default.")
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM takes whole ones, at least 1.")
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
 
     # Fleet
