@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, config, services
+from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, composed, config, containers, services
 
 COMBINATIONS = {"gpu": (BASE,), "cpu": (BASE, CPU)}
 IN_A_FLEET = ("--env-file", FLEET)
@@ -60,6 +61,18 @@ def test_who_observes_is_added_on_request_and_finds_its_files(tmp_path: Path) ->
     secrets = {secret["source"] for secret in added["prometheus"]["secrets"]}
     asked = set(re.findall(r"/run/secrets/(\w+)", (ROOT / "deploy/observe/prometheus.yml").read_text("utf-8")))
     assert asked == secrets
+
+
+def test_whom_prometheus_asks_has_metrics_there(tmp_path: Path) -> None:
+    jobs = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    assert {job["job_name"] for job in jobs} == {"engine", "gateway", "router", "worker"}
+    fleet, pods = composed((BASE,), tmp_path, *IN_A_FLEET), containers("gpu")
+    for job in jobs:
+        [looked] = job["dns_sd_configs"]
+        found = [one for one in fleet.values() if set(looked["names"]) & set(one.hosts)]
+        assert len(found) == (1 if job["job_name"] == "router" else 2)
+        assert all(str(looked["port"]) in one.environment.values() for one in found), job["job_name"]
+        assert looked["port"] in [port["containerPort"] for port in pods[job["job_name"]].written["ports"]]
 
 
 @pytest.mark.parametrize("command", DOCUMENTED)

@@ -24,7 +24,7 @@ OF_CORES = {"engine": "OMP_NUM_THREADS", "worker": "MTA_WORKER_THREADS"}
 OF_PODS_ALONE = {"HOME", *OF_CORES.values()}
 REACHED_BY = {
     "gateway": {"anybody"},
-    "router": {"gateway"},
+    "router": {"gateway", "observers"},
     "engine": {"gateway", "router", "observers"},
     "worker": {"observers"},
     "valkey": {"gateway", "engine", "worker"},
