@@ -88,7 +88,8 @@ def test_what_the_page_says_is_read_by_compose(command: str, tmp_path: Path) -> 
 
 
 def test_the_page_replaces_every_part_of_a_fleet_one_by_one(tmp_path: Path) -> None:
-    (parts,) = re.findall(r"for part in (.+); do", PAGE)
+    (before, parts) = re.findall(r"fleet.env build\n(.+)\n\$ for part in (.+); do", PAGE)[0]
+    assert " run --rm models " in before, "nobody else may write what engines of the new image read"
     fleet = services((BASE,), tmp_path, *IN_A_FLEET)
     assert set(parts.split()) == {name for name, service in fleet.items() if "build" in service} - {"keys", "models"}
 

@@ -104,6 +104,15 @@ def test_what_the_pages_apply_are_overlays() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_job_that_goes_first_can_be_applied_with_what_it_needs(overlay: str) -> None:
+    page = (ROOT / "docs/deploying.md").read_text("utf-8")
+    ((name, value),) = set(re.findall(r"kubectl apply -k \S+ -l (\w+)=(\w+)", page))
+    chosen = [one for one in manifests(overlay) if one["metadata"].get("labels", {}).get(name) == value]
+    assert {one["kind"] for one in chosen} == {"ConfigMap", "Job", "PersistentVolumeClaim"}
+    assert {one["metadata"]["name"].rpartition("-")[0] or one["metadata"]["name"] for one in chosen} == {"models"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_engines_are_named_as_far_as_they_may_grow(overlay: str) -> None:
     found = containers(overlay)
     most = {one["metadata"]["name"]: one["spec"]["maxReplicas"] for one in of_kind(overlay, "HorizontalPodAutoscaler")}
