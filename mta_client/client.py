@@ -64,20 +64,20 @@ class Client:
 
     def put_profile(self, user_id: str, items: Items) -> Profile:
         """Replace a user's history with these items."""
-        return self._call(Profile, "PUT", f"{_path(user_id)}/profile", {"items": _items(items)})
+        return self._call(Profile, "PUT", f"{_path('users', user_id)}/profile", {"items": _items(items)})
 
     def add_items(self, user_id: str, items: Items) -> Profile:
         """Add items to a user's history; an item whose `id` is already there is replaced."""
-        return self._call(Profile, "POST", f"{_path(user_id)}/profile/items", {"items": _items(items)})
+        return self._call(Profile, "POST", f"{_path('users', user_id)}/profile/items", {"items": _items(items)})
 
     def user(self, user_id: str) -> User:
         """What is stored about a user, and which anchors speak for them."""
-        return self._call(User, "GET", _path(user_id))
+        return self._call(User, "GET", _path("users", user_id))
 
     def forget(self, user_id: str, *, missing_ok: bool = False) -> Erased | None:
         """Erase a user; with `missing_ok`, returns None if nothing was stored about them."""
         try:
-            return self._call(Erased, "DELETE", _path(user_id))
+            return self._call(Erased, "DELETE", _path("users", user_id))
         except MtaError as error:
             if missing_ok and error.status == httpx.codes.NOT_FOUND:
                 return None
@@ -103,19 +103,19 @@ class Client:
             append: whether they are added to the previous ones instead.
             config: how to train, for example `kind` or `steps`.
         """
-        body = {"samples": [dict(sample) for sample in samples], "append": append, "config": config}
-        return self._call(Job, "POST", f"{_path(user_id)}/adapt", body)
+        body = {"samples": _dicts(samples), "append": append, "config": config}
+        return self._call(Job, "POST", f"{_path('users', user_id)}/adapt", body)
 
     def events(self, job_id: str) -> Generator[Job, None, None]:
         """Yield a job now and whenever it changes, until it has ended."""
-        with self._response("GET", f"/jobs/{job_id}/events") as response:
+        with self._response("GET", f"{_path('jobs', job_id)}/events") as response:
             for event in _events(response):
                 yield read(Job, event)
 
     def wait(self, job_id: str, *, timeout_s: float = 600.0, poll_s: float = 0.1) -> Job:
         """Wait until a job has ended, polling it every `poll_s`."""
         deadline_s = time.monotonic() + timeout_s
-        while (job := self._call(Job, "GET", f"/jobs/{job_id}")).ended_at is None:
+        while (job := self._call(Job, "GET", _path("jobs", job_id))).ended_at is None:
             if time.monotonic() > deadline_s:
                 raise MtaError(f"job {job_id} is still {job.state} after {timeout_s:.0f} s", "timed_out")
             time.sleep(poll_s)
@@ -132,7 +132,8 @@ class Client:
     @contextmanager
     def _response(self, method: str, path: str, body: object = None) -> Iterator[httpx.Response]:
         """A 2xx response, open while the block reads it; any failure becomes an `MtaError`."""
-        request = self._http.build_request(method, path, json=body)
+        with _sendable():
+            request = self._http.build_request(method, path, json=body)
         try:
             response = self._http.send(request, stream=True)
             try:
@@ -159,17 +160,32 @@ def _refusal(response: httpx.Response) -> MtaError:
         return MtaError(response.text[:2000], "not_understood", status=response.status_code)
 
 
-def _path(user_id: str) -> str:
-    return f"/users/{quote(user_id, safe='')}"
+@contextmanager
+def _sendable() -> Iterator[None]:
+    """Whatever is wrong with what a caller gives becomes an `MtaError`; also decorates functions that prepare it."""
+    try:
+        yield
+    except (TypeError, ValueError, RecursionError, httpx.InvalidURL) as error:
+        raise MtaError(f"this cannot be sent: {error}", "not_sendable") from error
 
 
+@_sendable()
+def _path(kind: str, its_id: str) -> str:
+    return f"/{kind}/{quote(its_id, safe='')}"
+
+
+@_sendable()
 def _items(items: Items) -> list[dict[str, Any]]:
     return [{"text": item} if isinstance(item, str) else dict(item) for item in items]
 
 
+@_sendable()
+def _dicts(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(one) for one in given]
+
+
 def _question(user_id: str, prompt: Prompt) -> dict[str, Any]:
-    said = {"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(message) for message in prompt]}
-    return {"user_id": user_id, **said}
+    return {"user_id": user_id, **({"prompt": prompt} if isinstance(prompt, str) else {"messages": _dicts(prompt)})}
 
 
 def _events(response: httpx.Response) -> Iterator[Mapping[str, Any]]:

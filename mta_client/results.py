@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,9 +17,9 @@ class MtaError(Exception):
 
     Attributes:
         message: what was wrong, for people.
-        code: the server's machine-readable reason; `no_answer`, `broken_off`, `timed_out` and `not_understood` are
-            the client's own.
-        status: the HTTP status; 0 when no answer came or a stream broke off.
+        code: the server's machine-readable reason; `not_sendable` (what was given is no text, URL or JSON, such as
+            a lone surrogate or NaN), `no_answer`, `broken_off`, `timed_out` and `not_understood` are the client's own.
+        status: the HTTP status; 0 when nothing was sent, no answer came or a stream broke off.
         param: the field at fault, if there is one.
     """
 
@@ -40,24 +40,29 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Personalization:
-    """Who speaks in an answer: `level` is `base`, `merged` or `stacked`, `reason` says why it is not higher."""
+    """Who speaks in an answer.
+
+    `level` is `base`, `merged` or `stacked`, and `reason` says why it is not higher; `history` counts the user's past
+    items in the prompt.
+    """
 
     level: str
     recipe: str | None
     source: str | None
     anchors: tuple[Anchor, ...]
+    history: int
     reason: str | None
     timings_ms: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer; `usage` counts tokens."""
+    """A whole answer; `usage` counts tokens, unless the engine does not report it."""
 
     id: str
     text: str
     finish_reason: str
-    usage: Mapping[str, int]
+    usage: Mapping[str, int] | None
     personalization: Personalization
 
 
@@ -86,13 +91,20 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """What is stored about a user, and which anchors speak for them."""
+    """What is stored about a user, which anchors speak for them, and `at` which point of the bank's map they lie.
+
+    `bytes` is what their profile takes in the store.
+    """
 
     user_id: str
     items: int
+    bytes: int
+    embedder: str
+    updated_at: str
     recipe: str
     source: str
     anchors: tuple[Anchor, ...]
+    at: Sequence[float] | None
     adapter: Mapping[str, Any] | None
 
 
@@ -110,14 +122,18 @@ class Job:
     """A training job's current state.
 
     `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`.
-    `held_out` has `before` and `after`.
+    `held_out` has `before` and `after`. `tries` is how often a worker has taken it.
     """
 
     id: str
     state: str
+    config: Mapping[str, Any]
     progress: Mapping[str, Any]
     held_out: Mapping[str, float | None]
+    created_at: str
+    started_at: str | None
     ended_at: str | None
+    tries: int
     adapter: str | None
     error: str | None
 

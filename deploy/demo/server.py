@@ -14,10 +14,10 @@ from deploy.demo.children import DemoError, mta
 from mta_client import Client
 from server.settings import Settings
 from server.supervisor.errors import StartError
-from server.supervisor.services import LOOPBACK, check_port, free_port
+from server.supervisor.services import LOOPBACK, STOP_S, check_port, free_port
 
 _READY_TIMEOUT_S = 300
-_STOP_GRACE_S = 35  # `mta up` promises 30
+_STOP_GRACE_S = STOP_S + 5
 _POLL_S = 0.25
 
 

@@ -154,7 +154,8 @@ def engine_command(
         environment["TORCHDYNAMO_DISABLE"] = "1"  # nor is any of vLLM's helpers compiled, while a request waits for it
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel_size > 1:
-            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(cores, settings.tensor_parallel_size))
+            if "VLLM_CPU_OMP_THREADS_BIND" not in environment:
+                environment |= _team_of_rank(cores, settings.tensor_parallel_size, environment.get("OMP_NUM_THREADS"))
         else:
             argv += ["--distributed-executor-backend", "server.engine.executor.InProcessExecutor"]
             environment["LD_PRELOAD"] = preloads(environment.get("LD_PRELOAD", ""))
@@ -162,10 +163,16 @@ def engine_command(
     return argv, environment
 
 
-def _share_cores(cores: Sequence[int], ranks: int) -> str:
-    """Cores for each rank, as vLLM reads them (`0,1|2,3`); by default it wants a NUMA node for every rank."""
+def _team_of_rank(cores: Sequence[int], ranks: int, threads: str | None) -> dict[str, str]:
+    """How many threads each rank has, and where; by default vLLM wants a NUMA node for every rank.
+
+    Cores are shared out as vLLM reads them (`0,1|2,3`). Fewer threads than cores are shared out instead, and bound to
+    none: a limit on cores leaves all of them to be seen.
+    """
+    if threads and threads.isdecimal() and int(threads) < len(cores):
+        return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(threads) // ranks))}
     shares = [cores[rank::ranks] or cores[:1] for rank in range(ranks)]
-    return "|".join(",".join(map(str, share)) for share in shares)
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in shares)}
 
 
 def is_cpu_build() -> bool:

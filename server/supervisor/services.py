@@ -37,7 +37,11 @@ _NOT_A_WORKERS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY"))
 ENGINE_START_S = 1800
 """A large model on a GPU is read from disk, compiled and captured first."""
 
-# Stopping the parts one by one, guards' grace included, takes less than 30 s even when every one has to be killed.
+STOP_S = 35
+"""Stopping the parts one by one takes less, guards' grace included, even when every one has to be killed.
+
+With several engines it is 10 s more for each, the router among them. docs/running.md says so.
+"""
 VALKEY_STOP_S = 5
 DRAIN_S = 5
 """How long engine and gateway may finish what they have begun, unless the settings say otherwise."""

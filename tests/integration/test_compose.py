@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, config, services
+from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, composed, config, containers, services
 
 COMBINATIONS = {"gpu": (BASE,), "cpu": (BASE, CPU)}
 IN_A_FLEET = ("--env-file", FLEET)
@@ -62,6 +63,18 @@ def test_who_observes_is_added_on_request_and_finds_its_files(tmp_path: Path) ->
     assert asked == secrets
 
 
+def test_whom_prometheus_asks_has_metrics_there(tmp_path: Path) -> None:
+    jobs = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    assert {job["job_name"] for job in jobs} == {"engine", "gateway", "router", "worker"}
+    fleet, pods = composed((BASE,), tmp_path, *IN_A_FLEET), containers("gpu")
+    for job in jobs:
+        [looked] = job["dns_sd_configs"]
+        found = [one for one in fleet.values() if set(looked["names"]) & set(one.hosts)]
+        assert len(found) == (1 if job["job_name"] == "router" else 2)
+        assert all(str(looked["port"]) in one.environment.values() for one in found), job["job_name"]
+        assert looked["port"] in [port["containerPort"] for port in pods[job["job_name"]].written["ports"]]
+
+
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_what_the_page_says_is_read_by_compose(command: str, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"MTA_SECRET=s\nMTA_ENGINE_KEY=k\nMTA_BANK_DIR={tmp_path}\n")
@@ -75,7 +88,8 @@ def test_what_the_page_says_is_read_by_compose(command: str, tmp_path: Path) -> 
 
 
 def test_the_page_replaces_every_part_of_a_fleet_one_by_one(tmp_path: Path) -> None:
-    (parts,) = re.findall(r"for part in (.+); do", PAGE)
+    (before, parts) = re.findall(r"fleet.env build\n(.+)\n\$ for part in (.+); do", PAGE)[0]
+    assert " run --rm models " in before, "nobody else may write what engines of the new image read"
     fleet = services((BASE,), tmp_path, *IN_A_FLEET)
     assert set(parts.split()) == {name for name, service in fleet.items() if "build" in service} - {"keys", "models"}
 

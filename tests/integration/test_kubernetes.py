@@ -18,10 +18,13 @@ VERSIONS = ("1.31", "1.37")
 COMPOSED = {"valkey": "redis"}
 """The service of compose that a container is, where the names differ."""
 
-OF_PODS_ALONE = {"HOME", "MTA_WORKER_THREADS"}
+OF_CORES = {"engine": "OMP_NUM_THREADS", "worker": "MTA_WORKER_THREADS"}
+"""What says how many threads compute, where the cores are limited."""
+
+OF_PODS_ALONE = {"HOME", *OF_CORES.values()}
 REACHED_BY = {
     "gateway": {"anybody"},
-    "router": {"gateway"},
+    "router": {"gateway", "observers"},
     "engine": {"gateway", "router", "observers"},
     "worker": {"observers"},
     "valkey": {"gateway", "engine", "worker"},
@@ -53,6 +56,16 @@ def test_every_container_is_without_root_and_cannot_change_its_image(overlay: st
         assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
         assert container.pod["automountServiceAccountToken"] is container.pod["enableServiceLinks"] is False
         assert container.written["resources"]["requests"].keys() >= {"cpu", "memory"}
+
+
+@pytest.mark.parametrize(("overlay", "limited"), [("cpu", {"engine", "worker"}), ("gpu", {"worker"})])
+def test_whose_cores_are_limited_has_as_many_threads(overlay: str, limited: set[str]) -> None:
+    """A quota leaves all the node's cores to be seen, and a thread for each would be started."""
+    found = containers(overlay)
+    assert {name for name, one in found.items() if "cpu" in one.written["resources"].get("limits", {})} == limited
+    for name in limited:
+        [variable] = [one for one in found[name].written["env"] if one["name"] == OF_CORES[name]]
+        assert variable["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -88,6 +101,15 @@ def test_what_the_pages_apply_are_overlays() -> None:
     applied = {path for text in pages.values() for path in re.findall(r"kubectl apply (?:-k|--kustomize) (\S+)", text)}
     assert applied
     assert applied <= {f"deploy/k8s/overlays/{overlay}" for overlay in OVERLAYS}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_job_that_goes_first_can_be_applied_with_what_it_needs(overlay: str) -> None:
+    page = (ROOT / "docs/deploying.md").read_text("utf-8")
+    ((name, value),) = set(re.findall(r"kubectl apply -k \S+ -l (\w+)=(\w+)", page))
+    chosen = [one for one in manifests(overlay) if one["metadata"].get("labels", {}).get(name) == value]
+    assert {one["kind"] for one in chosen} == {"ConfigMap", "Job", "PersistentVolumeClaim"}
+    assert {one["metadata"]["name"].rpartition("-")[0] or one["metadata"]["name"] for one in chosen} == {"models"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -174,7 +174,7 @@ def _value(variable: dict[str, Any]) -> str:
             kept = {"secret": SECRETS["MTA_SECRET"], "engine-key": SECRETS["MTA_ENGINE_KEY"], "redis-url": REDIS_URL}
             return kept[key]
         case {"valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}:
-            return "2"
+            return "1"
     raise AssertionError(f"nobody knows what {variable} is")
 
 

@@ -20,7 +20,7 @@ from bench.rig.processes import Background, running, wait_until
 from server.supervisor.services import free_port
 from tests.support.containers import ROOT, Container, Probe, with_hosts
 
-PORTS = ("6379", "8000", "8001", "8002", "9093", "9100")
+PORTS = ("6379", "8000", "8001", "8002", "9093", "9100", "29000")
 """Where containers listen, as their commands and variables say it."""
 
 PATIENCE_S = 240.0

@@ -81,7 +81,7 @@ def prometheus(folder: Path, targets: Mapping[str, Target]) -> Iterator[Promethe
 
     Args:
         folder: for its files.
-        targets: by the names of the jobs in prometheus.yml.
+        targets: by the names of the jobs in prometheus.yml; the others are left out.
     """
     assert BINARY, "prometheus is not installed"
     rules = (HERE / "alerts.yml").read_text("utf-8")
@@ -90,6 +90,7 @@ def prometheus(folder: Path, targets: Mapping[str, Target]) -> Iterator[Promethe
     config = yaml.safe_load((HERE / "prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": f"{HURRY_S}s", "evaluation_interval": f"{HURRY_S}s"}
     del config["alerting"]
+    config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] in targets]
     for job in config["scrape_configs"]:
         target = targets[job["job_name"]]
         del job["dns_sd_configs"]

@@ -86,6 +86,28 @@ def test_one_of_several_engines_keeps_to_its_share_of_the_cores(
     assert environment["OMP_NUM_THREADS"] == "2"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "threads", "expected"),
+    [
+        (1, None, {"OMP_NUM_THREADS": "4"}),
+        (1, "3", {"OMP_NUM_THREADS": "3"}),
+        (2, None, {"VLLM_CPU_OMP_THREADS_BIND": "4,6|5,7"}),
+        (2, "2", {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}),
+    ],
+)
+def test_threads_are_no_more_than_it_is_told_and_then_bound_to_no_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, threads: str | None, expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: True)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    _, environment = engine_command(Settings(bank=tmp_path, tensor_parallel_size=ranks), [bank(8, "q_proj")], tmp_path)
+    names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
+    assert {name: environment[name] for name in names if name in environment} == expected
+
+
 def test_one_of_several_engines_keeps_to_its_share_of_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: False)
     settings = Settings(bank=tmp_path, tensor_parallel_size=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import stat
 from pathlib import Path
@@ -15,9 +16,18 @@ from bench.rig.processes import PATIENCE_S, command_line, descendants
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
-from server.supervisor.guarded import GuardedProcess
+from server.supervisor.guarded import GRACE_S, GuardedProcess
 from server.supervisor.router import router_part
-from server.supervisor.services import check_port, engine_part, free_port, gateway_part, valkey_part, worker_part
+from server.supervisor.services import (
+    DRAIN_S,
+    STOP_S,
+    check_port,
+    engine_part,
+    free_port,
+    gateway_part,
+    valkey_part,
+    worker_part,
+)
 
 
 def test_a_data_folder_in_use_is_refused_with_the_pid_of_its_user(data: DataFolder) -> None:
@@ -65,6 +75,21 @@ async def test_valkey_is_durable_asks_for_its_password_and_shows_it_to_nobody(tm
         await process.stop(PATIENCE_S)
         data.close()
     assert list(data.valkey.glob("appendonlydir/*.aof"))
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 5])
+def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(tmp_path: Path, replicas: int) -> None:
+    data = DataFolder.open(tmp_path / "data")
+    settings = Settings(drain_s=DRAIN_S)
+    parts = [valkey_part(data)[0], gateway_part(settings), worker_part(settings, data.log("worker"))]
+    parts += [engine_part(settings, [], {})] * replicas + [router_part(settings)] * (replicas > 1)
+    data.close()
+    page = (Path(__file__).parents[3] / "docs/running.md").read_text("utf-8")
+    said = re.search(r"all within (\d+) s\s\(with `--replicas`, (\d+) s more for each engine\)", page)
+    assert said
+    assert int(said[1]) == STOP_S
+    more_s = int(said[2]) * replicas if replicas > 1 else 0
+    assert sum(part.stop_timeout_s + GRACE_S for part in parts) < STOP_S + more_s
 
 
 def test_the_gateway_gets_every_setting_by_environment_and_no_secret_by_argv(tmp_path: Path) -> None:
