@@ -34,7 +34,7 @@ def chat(
         from mta_client import Client
         from mta_client import MtaError as ClientError
     except ImportError as error:
-        raise MtaError(f'{error}: the extra `client` of this package brings what `mta chat` needs') from error
+        raise MtaError(f"{error}: the extra `client` of this package brings what `mta chat` needs") from error
     with Client(url) as client:
         try:
             client.health()
