@@ -19,7 +19,8 @@ class SignQueue(Protocol):
         """Wait for a user who needs one; by now they may be gone, or have it."""
 
     async def begin(self, user_key: str) -> int:
-        """Count a worker's attempt to make it; returns the number of attempts since `done`, from 1."""
+        """Count a worker's attempt to make it; returns the number of attempts since `done`, from 1; 0 for a user who is
+        no longer in the queue."""
 
     async def done(self, user_key: str) -> None:
         """Take a user out of the queue; a later `ask` queues them again."""

@@ -22,7 +22,7 @@ from adapters.recipe import FusionRecipe
 from adapters.training.user_trainer import Judgement, Training
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
-from server.errors import ApiError
+from server.errors import ApiError, Unavailable
 from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
@@ -115,7 +115,11 @@ class JobLoop:
     async def _take(self, job_id: JobId) -> None:
         """Train a job, if it still needs a worker."""
         asked_s = time.monotonic()
-        lease = await answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
+        try:
+            lease = await answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
+        except Unavailable as error:
+            log.error("%s: cannot be read, which is a try: %s", job_id, error.explained)
+            return  # its lease runs out
         if lease is None:
             return
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)

@@ -2,7 +2,7 @@
 
 Users are served merged meanwhile. Each is on the list of the old bank until an adapter of another bank is promoted, so
 an interrupted run can simply be started again: the same samples for the same bank are the same job, as long as it is
-waiting, running or succeeded.
+waiting, running or succeeded. Users whom another bank serves, since their tenant names it, are left alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from server.store.adapters import AdapterStore
 from server.store.jobs import JobStore, Submission
 from server.store.profiles import ProfileStore
 from server.store.samples import MAX_SAMPLES, JobBudget, default_config, encode_config
+from server.store.tenants.access_keys import KeyRing
+from server.store.tenants.user_key import Tenants
 
 PAUSE_S = 0.5
 
@@ -29,13 +31,36 @@ class Counts:
 
     Attributes:
         asked: have a job, made now or by an earlier run.
-        settled: need none: erased, adapted since, or without samples.
+        settled: need none: erased, adapted since, without samples, or served by another bank.
         waiting: have a profile from another embedder; their next request remakes it, for the next run to see.
     """
 
     asked: int = 0
     settled: int = 0
     waiting: int = 0
+
+
+class ServedBanks:
+    """Which bank serves whom, where tenants name banks.
+
+    Args:
+        ring: all tenants, and which bank each names.
+        own: the bank of those that name none.
+        users: knows a tenant's users by their keys.
+        tenant: whose users were stored before there were keys.
+    """
+
+    def __init__(self, ring: KeyRing, own: str, users: Tenants, tenant: str) -> None:
+        tenants = {tenant, *(key.tenant for key in ring.keys)}
+        self._banks = {name: ring.banks.get(name, own) for name in tenants}
+        self._users = users
+
+    def of(self, user_key: str, user_id: str) -> str:
+        """A user's bank; empty for a user of no tenant that is known, such as by another secret."""
+        for tenant, bank in self._banks.items():
+            if self._users.users(tenant).user(user_id).is_stored_under(user_key):
+                return bank
+        return ""
 
 
 class Readapting:
@@ -48,6 +73,7 @@ class Readapting:
         manifest: of the bank that is served now.
         at_a_time: most jobs that may be open at a time.
         budget: the limits of each job.
+        served: which bank serves whom; None where this one serves everybody.
     """
 
     def __init__(
@@ -59,6 +85,7 @@ class Readapting:
         manifest: BankManifest,
         at_a_time: int,
         budget: JobBudget,
+        served: ServedBanks | None = None,
     ) -> None:
         self._jobs = jobs
         self._adapters = adapters
@@ -66,14 +93,15 @@ class Readapting:
         self._manifest = manifest
         self._at_a_time = at_a_time
         self._budget = budget
+        self._served = served
 
     async def stale(self) -> dict[str, int]:
-        """Old banks, with how many users of each are on the list."""
+        """Other banks, with how many users of each are on the list."""
         counts = await self._adapters.adapted()
         return {bank: count for bank, count in counts.items() if bank != self._manifest.short and count}
 
     async def run(self, told: Callable[[Counts], None] = lambda counts: None) -> Counts:
-        """Work through the lists of all old banks; `told` is called after every user."""
+        """Work through the lists of all other banks; `told` is called after every user."""
         counts = Counts()
         for bank in await self.stale():
             async for user_key in self._adapters.adapted_users(bank):
@@ -85,7 +113,9 @@ class Readapting:
         epoch = await self._profiles.epoch(user_key)
         profile = await self._profiles.load(user_key)
         now = parse_recipe(profile.adapter.recipe).bank if profile and profile.adapter else ""
-        if profile is None or now != bank or not await self._jobs.samples(user_key):
+        if profile is not None and not self._serves(user_key, profile.user_id):
+            counts.settled += 1  # stays on the list, for the bank that does serve them
+        elif profile is None or now != bank or not await self._jobs.samples(user_key):
             counts.settled += 1
             await self._adapters.forget_adapted(user_key, but=now if now != bank else "")
         elif profile.seen_by(self._manifest.embedder.id) is None:
@@ -98,6 +128,9 @@ class Readapting:
             with suppress(UserErased):
                 await self._jobs.submit(user_key, kept, MAX_SAMPLES)
             counts.asked += 1
+
+    def _serves(self, user_key: str, user_id: str) -> bool:
+        return self._served is None or self._served.of(user_key, user_id) == self._manifest.short
 
     async def _room(self) -> None:
         """Wait until few enough jobs are open."""

@@ -182,6 +182,26 @@ async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while
     assert await signing.begin(user) == 1
 
 
+async def test_a_worker_that_is_slow_is_none_that_died(parts: StoreParts, user: str, raw: redis.Redis) -> None:
+    await parts.signing.ask(user)
+    for _ in range(3):
+        await raw.zadd(f"mta:{{sign:{BANK}}}:open", {user: 0})  # the time has come
+        assert await parts.signing.take("w", 1) == user
+        assert await parts.signing.overdue() == [user]  # while the worker waits for the model
+        assert await parts.signing.begin(user) == 1
+        await parts.signing.done(user)
+
+
+async def test_nothing_is_counted_of_a_user_who_is_erased_before_their_worker_begins(
+    parts: StoreParts, user: str, raw: redis.Redis
+) -> None:
+    await parts.signing.ask(user)
+    assert await parts.signing.take("w", 1) == user
+    await parts.signing.withdraw(user)
+    assert await parts.signing.begin(user) == 0
+    assert not await raw.exists(f"mta:{{sign:{BANK}}}:begun")
+
+
 async def test_workers_that_are_gone_are_forgotten(
     parts: StoreParts, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,10 @@ from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobState, Submission, Trained
 from server.store.profiles import AdapterNote, Change, Profile
 from server.store.samples import JobBudget, decode_config
-from server.worker.readapting import Counts, Readapting
-from tests.support.store_parts import EMBEDDER, KEYS, StoreParts
+from server.store.tenants.access_keys import KeyRing, Scope, access_key
+from server.store.tenants.user_key import Tenants
+from server.worker.readapting import Counts, Readapting, ServedBanks
+from tests.support.store_parts import EMBEDDER, KEYS, SECRET, TENANT, StoreParts
 
 A, B = "aaaaaaaa", "bbbbbbbb"
 ADA = KEYS.key("ada")
@@ -36,12 +38,18 @@ async def parts(server: ValkeyProcess) -> AsyncIterator[StoreParts]:
         yield parts
 
 
-async def readapted(parts: StoreParts, bank: str) -> Counts:
-    """What one run of `mta readapt` does while a bank is served."""
+def served(own: str, *, secret: str = SECRET, **named: str) -> ServedBanks:
+    """Which bank serves whom: Ada's tenant and one more, some of which name banks."""
+    ring = KeyRing(1, [access_key(tenant, "app", tenant, Scope) for tenant in (TENANT, "acme")], named)
+    return ServedBanks(ring, own, Tenants(secret, "default"), "default")
+
+
+async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = None) -> Counts:
+    """What one run of `mta readapt` does while a bank is served, to everybody where nothing else is said."""
     manifest: Any = SimpleNamespace(short=bank, embedder=SimpleNamespace(id=EMBEDDER), room=2, common=True)
     budget = JobBudget(max_tokens=1234, max_seconds=56)
     stores = parts.jobs, parts.adapters, parts.profiles
-    return await Readapting(*stores, manifest=manifest, at_a_time=4, budget=budget).run()
+    return await Readapting(*stores, manifest=manifest, at_a_time=4, budget=budget, served=served).run()
 
 
 async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
@@ -87,6 +95,19 @@ async def test_who_was_erased_or_has_no_samples_leaves_the_list(parts: StorePart
     await parts.profiles.erase(ADA, 1 << 52, 0)
     assert await readapted(parts, B) == Counts(settled=1)
     assert await readapted(parts, B) == Counts()
+
+
+async def test_whom_another_bank_serves_is_left_alone_and_stays_on_the_list_of_it(parts: StoreParts) -> None:
+    for by_other in (served(B, **{TENANT: A}), served(A, acme=B), served(B, acme=A, secret="not the gateways' own")):
+        assert await readapted(parts, B, by_other) == Counts(settled=1)
+    assert await parts.jobs.next_job(B, "w", 0.05) is None
+    assert await parts.adapters.adapted() == {A: 1}
+
+
+async def test_whom_the_bank_serves_gets_a_job_whether_their_tenant_names_it_or_none(parts: StoreParts) -> None:
+    for bank, by_bank in ((B, served(A, **{TENANT: B})), (A, served(A, acme=B))):
+        assert await readapted(parts, bank, by_bank) == Counts(asked=1)
+        assert (await trained(parts, bank)).state is JobState.SUCCEEDED
 
 
 async def test_its_jobs_have_the_budget_of_all_others(parts: StoreParts) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.asyncio as redis
 
 from adapters.training.user_trainer import Training
 from bank.lookup.serving import ServingBank
-from bench.rig.processes import wait_until
+from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
-from server.store.jobs import JobState, Lease
+from server.store.jobs import MAX_TRIES, JobState, Lease
+from server.store.redis import keys
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, encode_config
@@ -240,6 +242,33 @@ async def test_a_process_that_can_make_no_connection_for_want_of_memory_ends_and
         await worker.work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_job_whose_record_cannot_be_read_holds_up_no_other_and_fails_after_the_last_try(
+    desk: Desk,
+    worker: JobLoop,
+    store: ValkeyProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("server.worker.job_loop.SWEEP_S", 0.1)
+    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)
+    broken, behind = await desk.submit(), await desk.submit()
+    async with redis.from_url(store.url, decode_responses=True) as raw:
+        await raw.hset(keys.job(broken), "curve", "{")
+        working = asyncio.create_task(worker.run())
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not (await desk.job(behind)).state.ended:
+                    await asyncio.sleep(0.05)
+                while (state := await raw.hget(keys.job(broken), "state")) == "running":
+                    await asyncio.sleep(0.05)
+        finally:
+            working.cancel()
+    assert ((await desk.job(behind)).state, state) == (JobState.SUCCEEDED, "failed")
+    said = [record.message for record in caplog.records if record.message.startswith(f"{broken}: cannot be read")]
+    assert len(said) == MAX_TRIES
 
 
 async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: JobLoop) -> None:

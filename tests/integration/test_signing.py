@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -31,16 +31,33 @@ from tests.support.gateway import GatewayThread, generate
 PAIRS = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 
 
+class Awaited(asyncio.Lock):
+    """A lock that is held by others while something happens."""
+
+    def __init__(self, meanwhile: Callable[[], Awaitable[object]]) -> None:
+        super().__init__()
+        self._meanwhile = meanwhile
+
+    async def acquire(self) -> Literal[True]:
+        await self._meanwhile()
+        return await super().acquire()
+
+
 class Sign:
-    """Makes all signatures that are wanted now; `meanwhile` happens while the first is made."""
+    """Makes all signatures that are wanted now; `meanwhile` happens while the first is made, `before` while each waits
+    for the model."""
 
     def __init__(self, url: str, bank: ServingBank, trainer: AdapterTrainer) -> None:
         self._url, self._bank, self.trainer = url, bank, trainer
         self.made = 0
 
-    def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def __call__(
+        self,
+        meanwhile: Callable[[], object] = lambda: None,
+        before: Callable[[RedisSigning], Awaitable[object]] | None = None,
+    ) -> None:
         self.made, self._meanwhile = 0, meanwhile
-        asyncio.run(self._all())
+        asyncio.run(self._all(before))
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         self.made += 1
@@ -48,12 +65,13 @@ class Sign:
             self._meanwhile()
         return self.trainer.signature(pairs)
 
-    async def _all(self) -> None:
+    async def _all(self, before: Callable[[RedisSigning], Awaitable[object]] | None) -> None:
         connection = RedisConnection(self._url)
         await connection.check()
         try:
             queue, profiles = RedisSigning(connection, self._bank.manifest.short), RedisProfiles(connection)
-            loop = SigningLoop("test", queue, profiles, self._bank, self, model_lock=asyncio.Lock())
+            lock = Awaited(lambda: before(queue)) if before else asyncio.Lock()
+            loop = SigningLoop("test", queue, profiles, self._bank, self, model_lock=lock)
             await queue.overdue()
             while await loop.work_once(0.2):
                 pass
@@ -204,6 +222,26 @@ def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
     assert source(client, user_id) == "topic"
     put(client, user_id, PAIRS[:4])
     sign()
+    assert source(client, user_id) == "signature"
+
+
+def test_a_signature_that_waits_for_the_model_is_made_however_often_its_user_is_called_again(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)  # whoever waits is due at once
+    user_id, waits = new_user(), 0
+    put(client, user_id, PAIRS[:4])
+
+    async def wait(queue: RedisSigning) -> None:
+        nonlocal waits
+        waits += 1
+        if waits <= MAX_TRIES:
+            assert len(await queue.overdue()) == 1
+        elif waits == MAX_TRIES + 1:
+            put(client, user_id, PAIRS)
+
+    sign(before=wait)
+    assert sign.made == 2
     assert source(client, user_id) == "signature"
 
 

@@ -28,7 +28,8 @@ from tests.support.faults import FaultyConnection
 BANK = "9f2c41d0"
 RECIPE = f"mta1:{BANK}:shared:c"
 LEASE_S = 15.0
-KEYS = UserKeys("a secret for tests only", "tests")
+SECRET, TENANT = "a secret for tests only", "tests"
+KEYS = UserKeys(SECRET, TENANT)
 EMBEDDER = "3887c9b9af8fe702"
 _numbers = itertools.count()
 

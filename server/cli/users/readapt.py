@@ -10,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from server.settings import Settings
+    from server.store.tenants.access_keys import KeyRing
+    from server.worker.readapting import ServedBanks
 
 
 def readapt(
@@ -22,13 +24,15 @@ def readapt(
     """Make a job for every user whose adapter belongs to an old bank, from their stored samples; workers train them.
 
     If it is interrupted, run it again: it continues where it stopped. Users are served merged until they are adapted.
+    Where tenants name banks (`mta keys bank`), users whom another bank serves are left alone; MTA_SECRET, the gateways'
+    own, tells whose users they are. For a tenant's bank give --bank, and leave MTA_BANK as the gateways have it.
     """
     from server.settings import load_settings
 
-    asyncio.run(_run(load_settings(bank=bank, redis_url=redis_url), at_a_time))
+    asyncio.run(_run(load_settings(bank=bank, redis_url=redis_url), load_settings().bank, at_a_time))
 
 
-async def _run(settings: Settings, at_a_time: int) -> None:
+async def _run(settings: Settings, usual: Path | None, at_a_time: int) -> None:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
@@ -40,8 +44,15 @@ async def _run(settings: Settings, at_a_time: int) -> None:
     manifest = read_manifest(settings.bank_folder())
     async with open_stores(settings) as stores:
         budget = JobBudget(settings.job_tokens, settings.job_seconds)
+        ring = await stores.keys.all()
         work = Readapting(
-            stores.jobs, stores.adapters, stores.profiles, manifest=manifest, at_a_time=at_a_time, budget=budget
+            stores.jobs,
+            stores.adapters,
+            stores.profiles,
+            manifest=manifest,
+            at_a_time=at_a_time,
+            budget=budget,
+            served=_served(settings, ring, manifest.short, usual) if ring.banks else None,
         )
         stale = await work.stale()
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
@@ -55,3 +66,23 @@ async def _run(settings: Settings, at_a_time: int) -> None:
         f"bank {manifest.short}: {counts.asked} users have a job, {counts.settled} need none, "
         f"{counts.waiting} wait for a request to remake their profile"
     )
+
+
+def _served(settings: Settings, ring: KeyRing, bank: str, usual: Path | None) -> ServedBanks:
+    """Which bank serves whom.
+
+    Args:
+        settings: the process's.
+        ring: which tenant names which bank.
+        bank: the one to train for. Tenants that name none have it too, unless it is a tenant's and not the usual one.
+        usual: folder of MTA_BANK.
+    """
+    from bank.manifest import read_manifest
+    from server.store.tenants.user_key import Tenants
+    from server.worker.readapting import ServedBanks
+
+    own = bank
+    if bank in ring.banks.values():
+        own = read_manifest(usual).short if usual else ""
+    secret = settings.secret.get_secret_value() if settings.secret else None
+    return ServedBanks(ring, own, Tenants(secret, settings.tenant), settings.tenant)

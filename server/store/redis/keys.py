@@ -21,7 +21,7 @@ Of one queue, `jobs:<bank>` or `sign:<bank>`; neither these nor those below expi
     mta:{<queue>}:called      hash    user key → its entry in the stream: one call per user at a time
     mta:{<queue>}:open        zset    user key → when to check whether it is still going on, ms
     mta:{<queue>}:listed      zset    user key → when a request last announced work for them, ms
-    mta:{<queue>}:begun       hash    user key → how often a worker has begun
+    mta:{<queue>}:begun       hash    user key → how often a worker has begun, and not ended
 
 Of all users::
 

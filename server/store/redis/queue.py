@@ -85,15 +85,17 @@ class RedisQueue:
         """Acknowledge the call that `next` returned; returns the user's appointment at that time."""
         entry, appointment = self._taken.pop(user_key, (b"", ""))
         if entry:
-            await self._connection.write(
-                scripts.ACKNOWLEDGE, (self._keys.calls, self._keys.called), user_key, GROUP, entry
-            )
+            names = (self._keys.calls, self._keys.called, self._keys.begun)
+            await self._connection.write(scripts.ACKNOWLEDGE, names, user_key, GROUP, entry)
         return appointment
 
     async def begin(self, user_key: str) -> int:
-        """Count an attempt; returns how many there have been since `close`."""
+        """Count an attempt; returns how many there have been since `acknowledge`; 0 for who has left the queue."""
+        names = (self._keys.open, self._keys.begun)
         return int(
-            await self._connection.run(lambda redis: redis.hincrby(self._keys.begun, user_key, 1), WRITE_TIMEOUT_S)
+            await self._connection.run(
+                lambda redis: redis.eval(scripts.BEGIN, len(names), *names, user_key), WRITE_TIMEOUT_S
+            )
         )
 
     async def due(self) -> AsyncIterator[tuple[str, str, int]]:

@@ -37,11 +37,19 @@ return 1
 """
 )
 
-# KEYS: calls, called. ARGV: user key, group, entry.
+# KEYS: open, begun. ARGV: user key. Returns how often a worker has begun; 0, uncounted, for a user who is not in the
+# queue: nothing would ever remove what is counted of somebody who was erased meanwhile.
+BEGIN = """
+if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
+return redis.call('HINCRBY', KEYS[2], ARGV[1], 1)
+"""
+
+# KEYS: calls, called, begun. ARGV: user key, group, entry. Whoever acknowledges has survived what they began.
 ACKNOWLEDGE = """
 redis.call('XACK', KEYS[1], ARGV[2], ARGV[3])
 redis.call('XDEL', KEYS[1], ARGV[3])
 if redis.call('HGET', KEYS[2], ARGV[1]) == ARGV[3] then redis.call('HDEL', KEYS[2], ARGV[1]) end
+redis.call('HDEL', KEYS[3], ARGV[1])
 return 1
 """
 

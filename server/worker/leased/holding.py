@@ -15,7 +15,11 @@ from server.worker.leased.stall import Pulse
 
 
 async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Training]) -> Judgement:
-    """Train; when the lease is lost or the time is up, training ends at its next sign of life.
+    """Train; when the lease is lost or the time is up, training ends at its next sign of life, and so does this.
+
+    Whoever cancels this does not wait for that: a step may take longer than a process that is stopped has left to hand
+    its job back. The thread still has the model until then; nothing may use it after that, and nothing does, since the
+    process ends.
 
     Args:
         held: the lease, renewed meanwhile.
@@ -59,6 +63,9 @@ async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Trai
         judgement = training.result()
         assert judgement is not None, "training is left early only once the lease is lost"
         return judgement
+    except asyncio.CancelledError:
+        training.cancel()  # the thread goes on to its next sign of life, and what comes of it is dropped
+        raise
     finally:
         lost.set()
         while not await done():

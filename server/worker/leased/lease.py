@@ -7,7 +7,7 @@ import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeGuard, TypeVar
 
 from adapters.errors import TrainingError
 from adapters.training.user_run import Progress
@@ -35,8 +35,18 @@ class StoreSilent(Exception):
 
 
 async def answered(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The store's answer to a repeatable call, however long the store is away."""
-    return await _asked(lambda error: log.warning("%s", _reason(error)), call, *args, **kwargs)
+    """The store's answer to a repeatable call, however long the store is away.
+
+    Raises:
+        Unavailable: when what is stored cannot be read: asked again, the store would say the same.
+    """
+
+    def bear(error: Unavailable | TimeoutError) -> None:
+        if _is_damage(error):
+            raise error
+        log.warning("%s", _reason(error))
+
+    return await _asked(bear, call, *args, **kwargs)
 
 
 class HeldLease:
@@ -95,7 +105,7 @@ class HeldLease:
         return await _asked(self._bear, call, *args, **kwargs)
 
     def _bear(self, error: Unavailable | TimeoutError) -> None:
-        if isinstance(error, Unavailable) and error.code == "store_corrupt":
+        if _is_damage(error):
             raise TrainingError(f"{error.message}: delete the user and send the profile again") from error
         if time.monotonic() >= self._until_s:
             raise StoreSilent(_reason(error)) from error
@@ -126,6 +136,10 @@ def _raise_what_is_ours(error: BaseException) -> None:
         if isinstance(cause, MemoryError | RuntimeError) or getattr(cause, "errno", None) == errno.ENOMEM:
             raise RuntimeError(f"this process can no longer reach the store: {cause!r}") from error
         cause = cause.__cause__ or cause.__context__
+
+
+def _is_damage(error: Unavailable | TimeoutError) -> TypeGuard[Unavailable]:
+    return isinstance(error, Unavailable) and error.code == "store_corrupt"
 
 
 def _reason(error: Unavailable | TimeoutError) -> str:

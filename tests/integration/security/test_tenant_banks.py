@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,12 +17,16 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.settings import Settings
+from server.store.profiles import AdapterNote, Change
 from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.user_key import UserKeys
 from tests.integration.security.conftest import Keyed, ask
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, generate
+from tests.support.gateway import SECRET, GatewayThread, generate
 
 ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 
@@ -113,6 +118,40 @@ def test_a_tenant_is_served_by_the_bank_that_it_names(
     assert [seen.body["model"].split(":")[1] for seen in fake_engine.seen] == [named.short, usual]
     with redis.Redis.from_url(store.url) as raw:
         assert [raw.hlen(f"mta:{{jobs:{bank}}}:called") for bank in (named.short, usual)] == [1, 1]
+
+
+def test_readapting_leaves_alone_whom_another_bank_serves(
+    two_banks: Keyed, named: BankManifest, store: ValkeyProcess, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = two_banks.gateway.parts.settings.bank_folder()
+    monkeypatch.setenv("MTA_SECRET", SECRET)
+    for user, bank in (("rosa", named.short), ("kai", read_manifest(first).short)):
+        for tenant in ("acme", "globex"):
+            with two_banks.client(tenant) as client:
+                client.put(f"/users/{user}/profile", json=ITEMS).raise_for_status()
+                ask(client, "POST /users/{user_id}/adapt", {}, user).raise_for_status()
+            asyncio.run(_adapted(store.url, UserKeys(SECRET, tenant).key(user), bank))
+    for usual, options, counted in (
+        (first, (), "1 users have a job, 1 need none"),  # of the two rosas, globex's
+        (first, ("--bank", str(second)), "1 users have a job, 1 need none"),  # of the two kais, acme's
+        (second, (), "2 users have a job, 0 need none"),  # both kais, if all gateways have moved
+    ):
+        monkeypatch.setenv("MTA_BANK", str(usual))
+        ran = CliRunner().invoke(app, ["readapt", "--at-a-time", "100", *options])
+        assert counted in ran.output
+
+
+async def _adapted(url: str, user_key: str, bank: str) -> None:
+    """Have a user's adapter be of a bank."""
+    connection = RedisConnection(url)
+    await connection.check()
+    profiles = RedisProfiles(connection)
+    snapshot = await profiles.read(user_key)
+    assert snapshot.profile is not None
+    noted = replace(snapshot.profile, adapter=AdapterNote("a", f"mta1:{bank}:shared:c", 1, 1))
+    assert await profiles.commit(user_key, snapshot.version, Change(noted, {}, {}, ()))
+    await RedisAdapters(connection).list_adapted(user_key, bank)
+    await connection.close()
 
 
 def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, named: BankManifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Generator
 from types import SimpleNamespace
@@ -72,6 +73,25 @@ async def test_training_whose_lease_is_lost_is_left_after_the_step_that_is_being
     run = Run()
     with pytest.raises(LeaseLost):
         await train_holding(held(run, lost=True), 60, run.training)
+    assert (run.steps, run.left) == (2, True)
+
+
+async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_which_is_the_last() -> None:
+    run, renewed = Run(), asyncio.Event()
+
+    async def renew(progress: Progress, curve: Curve) -> None:
+        if progress.step:
+            renewed.set()
+
+    lease: Any = SimpleNamespace(renew=renew, lease=SimpleNamespace(job=SimpleNamespace(id="a.1")))
+    holding = asyncio.create_task(train_holding(lease, 60, run.training))
+    await renewed.wait()
+    holding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await holding
+    assert run.steps == 1
+    run.may_go_on.set()
+    await asyncio.get_running_loop().shutdown_default_executor()  # as the process does when it ends
     assert (run.steps, run.left) == (2, True)
 
 
