@@ -109,8 +109,7 @@ def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) 
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
     base = BaseModelId(name=model_name(inputs.model, model_folder), hash=model_hash(model_folder))
-    models = (base.hash, prompts_hash(model_folder), embedder.id)
-    key = inputs_key(options, task, people, aside, models)
+    key = inputs_key(options, task, people, aside, (base.hash, prompts_hash(model_folder), embedder.id))
     return _Job(options, task, people, candidates, model_folder, base, embedder, key)
 
 
