@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from bank.errors import BankError
-from bank.items.tasks import AnswerKind
+from bank.items.tasks import PAST_COUNTS, AnswerKind
 
 HISTORY = "+history"
 
@@ -38,9 +38,7 @@ SOURCES = ("topic", "evidence", "signature")
 DEFAULT = "base,common,task,mean,random,merged,stacked,own"
 
 REMEMBERING = (Base.BASE, Base.COMMON, Base.TASK, Base.MERGED, Base.STACKED, Base.OWN)
-"""The methods that are also evaluated with `HISTORIES` past items in the prompt: what an app would do instead."""
-
-HISTORIES = (1, 3)
+"""Those that also get past items into the prompt, what an app would do instead: as few and as many as rows know."""
 
 _WRITTEN = re.compile(
     r"(?P<base>[a-z]+)(?::(?P<source>[a-z]+))?(?:@(?P<what>[kn])(?P<count>[1-9][0-9]{0,2}))?"
@@ -124,7 +122,8 @@ def default_methods(kind: AnswerKind) -> list[EvalMethod]:
     """All methods for a task with such answers."""
     plain = [EvalMethod(Base.PRIOR)] if kind != "text" else []
     plain += parse_methods(DEFAULT)
-    return plain + [EvalMethod(base, history=count) for base in REMEMBERING for count in HISTORIES]
+    counts = PAST_COUNTS[kind]
+    return plain + [EvalMethod(base, history=count) for base in REMEMBERING for count in (min(counts), max(counts))]
 
 
 def curves(anchors: int, items: int) -> list[EvalMethod]:

@@ -26,7 +26,7 @@ from bank.items.lessons import encode_recalling
 from bank.items.profile import item_text, profile_embedding
 from bank.items.prompt import encode_pair
 from bank.items.retrieval import ItemIndex
-from bank.items.tasks import get_task
+from bank.items.tasks import PAST_COUNTS, Task, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import personal_shares, surprise
 from bank.lookup.signature import MAX_ITEMS
@@ -36,9 +36,6 @@ from bank.models.load import load_base, resolve_dtype
 from bank.rules import Difference, Verdict
 
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
-PAST_ITEMS = (1, 3)
-"""How many past items are tried; more have to be surely better than fewer to become the default."""
-
 _LEVEL = 0.95
 _NO_BOUND = 1e9
 """As good as infinity, which JSON has not."""
@@ -71,7 +68,14 @@ def judge_bank(
         progress.piece("measuring on people left out", place, len(aside))
         found.append(judge.losses(person))
     progress.piece("measuring on people left out", len(aside), len(aside))
-    return write_manifest(inputs.out, manifest.model_copy(update={"verdict": verdict(found)}))
+    tried = tried_of(judge.bank.serving.task)
+    return write_manifest(inputs.out, manifest.model_copy(update={"verdict": verdict(found, tried)}))
+
+
+def tried_of(task: Task) -> tuple[int, int]:
+    """How many past items are tried: the fewest and the most that rows are trained with."""
+    counts = PAST_COUNTS[task.kind]
+    return min(counts), max(counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class _Judge:
         index = ItemIndex(task, known.items)
         plain = [encode_pair(tokenizer, *pair, self.max_tokens) for pair in asked]
         prompts = {"": plain}
-        for count in PAST_ITEMS:
+        for count in tried_of(task):
             memories = [index.memories(turn, count) for turn, _ in asked]
             prompts[recalling(count)] = [
                 encode_recalling(tokenizer, task, *pair, memories=quoted, max_tokens=(1 + count) * self.max_tokens)
@@ -126,17 +130,18 @@ class _Judge:
         return PersonAdapter(self.bank, serving.personalise(embedding, signature).recipe)
 
 
-def verdict(people: Sequence[Losses]) -> Verdict:
+def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
     """What the losses of some people say of their bank.
 
     Args:
         people: each one's, all with the same methods.
+        tried: numbers of past items; the larger has to be surely better to become the default.
     """
 
     def less(method: str, other: str) -> Difference:
         return difference([losses[method] - losses[other] for losses in people])
 
-    one, more = PAST_ITEMS
+    one, more = tried
     history = one if less(MERGED + recalling(one), MERGED).lower else 0
     if less(MERGED + recalling(more), MERGED + recalling(one)).lower and less(MERGED + recalling(more), MERGED).lower:
         history = more

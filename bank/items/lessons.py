@@ -18,10 +18,7 @@ from bank.items.histories import History
 from bank.items.profile import Item, item_pair
 from bank.items.prompt import ChatTokenizer, chat_messages, encode_conversation, encode_pair
 from bank.items.retrieval import ItemIndex, remembering
-from bank.items.tasks import Task
-
-COUNTS = (1, 1, 1, 2, 3)
-"""How many past items a prompt gets, each of these as often: mostly one."""
+from bank.items.tasks import PAST_COUNTS, Task
 
 
 class Past:
@@ -50,7 +47,7 @@ class Past:
         chance = random.Random(f"{self._seed}:{turn}:{output}")
         if chance.random() >= self._share:
             return []
-        return self._index.memories(turn, chance.choice(COUNTS), self._places.get((turn, output)))
+        return self._index.memories(turn, chance.choice(PAST_COUNTS[self.task.kind]), self._places.get((turn, output)))
 
     @cached_property
     def _index(self) -> ItemIndex:

@@ -19,6 +19,9 @@ from bank.errors import BankError
 
 AnswerKind = Literal["labels", "score", "text"]
 
+PAST_COUNTS: Mapping[AnswerKind, tuple[int, ...]] = {"text": (1, 1, 1, 2, 3), "labels": (1, 3, 9), "score": (1, 3, 9)}
+"""How many past items prompts get, each of these as often: mostly one text, and more where each says little."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

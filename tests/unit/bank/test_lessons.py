@@ -9,10 +9,10 @@ from bank.building.resume import inputs_key
 from bank.building.rows import pooled_lessons
 from bank.errors import BankError
 from bank.items.histories import History
-from bank.items.lessons import COUNTS, Lesson, Past, encode_recalling, lessons
+from bank.items.lessons import Lesson, Past, encode_recalling, lessons
 from bank.items.profile import parse_item
 from bank.items.prompt import encode_pair
-from bank.items.tasks import get_task
+from bank.items.tasks import PAST_COUNTS, get_task
 from tests.unit.bank.test_prompt import CharTokenizer
 
 CHAT = get_task("chat")
@@ -52,7 +52,7 @@ def test_no_item_sees_itself_or_what_came_later(seed: int) -> None:
     subjects = ["the same"] * 6
     for place, lesson in enumerate(lessons(person(*subjects), CHAT, share=1, seed=seed)):
         seen = [n for n in range(6) if f'"{n}, on' in shown(lesson)]
-        assert seen == sorted(seen)[: max(COUNTS)]
+        assert seen == sorted(seen)[: max(PAST_COUNTS["text"])]
         assert all(n < place for n in seen)
         assert bool(seen) == (place > 0)
 
@@ -121,8 +121,8 @@ def test_a_key_tells_apart_what_would_be_another_bank() -> None:
 
 
 def test_the_defaults_are_what_was_found_to_help_with_a_task() -> None:
-    usual = [BuildOptions(task).resolved() for task in ("chat", "movie_rating")]
-    assert [(options.history_share, options.weights) for options in usual] == [(0.5, "posterior"), (0.0, "auto")]
+    usual = [BuildOptions(task).resolved() for task in ("chat", "movie_rating", "news_headline")]
+    assert [(options.history_share, options.weights) for options in usual] == [(0.5, "posterior")] * 2 + [(0.0, "auto")]
     assert BuildOptions("chat", common=False).resolved().weights == "auto"
     assert BuildOptions("chat", history_share=0.0).resolved().history_share == 0.0
 

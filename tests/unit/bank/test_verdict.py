@@ -33,7 +33,7 @@ def measured(
         | ({"prior": prior + 0.98 * own} if prior is not None else {})
         for own in PEOPLE
     ]
-    return verdict(people)
+    return verdict(people, (1, 3))
 
 
 def test_an_interval_says_what_the_signed_ranks_of_the_differences_say() -> None:
