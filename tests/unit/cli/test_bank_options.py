@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -13,8 +14,10 @@ from typer.testing import CliRunner
 from adapters.recipe import FusionMethod
 from bank.building.options import COUNT, RATE, BuildOptions, ImportOptions, Option, check_limits, options_of
 from bank.errors import BankError
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
 from server.cli import app
 from server.cli.bank.options import with_options
+from server.cli.bank.tables import _rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +95,27 @@ def test_the_help_shows_every_option_with_its_default(command: str, kind: type) 
             assert f"[default: ({option.shown_default})]" in shown
         elif isinstance(field.default, int | float) and not isinstance(field.default, bool):
             assert f"{option.help} [default: {field.default}]" in shown
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({}, "topic, at most 2 anchors, strength 0.5"),
+        (
+            {"posterior": PosteriorRule(anchors=16)},
+            "posterior, at most 16 anchors, decay 250; until there is a signature, topic",
+        ),
+        ({"signature": SignatureRule(slope=1.0)}, "signature, at most 16 anchors, strength 1, τ 2, κ 0; until"),
+    ],
+)
+def test_the_rule_of_weights_is_told_in_a_line(rule: dict[str, Any], words: str) -> None:
+    told = _rule(WeightRule(anchors=2, strength=0.5, **rule).model_dump(mode="json"))
+    assert told.startswith(words)
+
+
+def test_baselines_without_a_common_row_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "users.json").write_text("not even JSON", "utf-8")
+    options = ["--users", str(tmp_path / "users.json"), "--out", str(tmp_path / "bank"), "--task", "chat"]
+    result = CliRunner().invoke(app, ["bank", "build", *options, "--baselines", "--no-common"])
+    assert isinstance(result.exception, BankError)
+    assert "drop --no-common" in str(result.exception)
