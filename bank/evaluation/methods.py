@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from bank.errors import BankError
-from bank.items.tasks import PAST_COUNTS, AnswerKind
+from bank.items.tasks import AnswerKind, few_and_many
 
 HISTORY = "+history"
 
@@ -122,8 +122,7 @@ def default_methods(kind: AnswerKind) -> list[EvalMethod]:
     """All methods for a task with such answers."""
     plain = [EvalMethod(Base.PRIOR)] if kind != "text" else []
     plain += parse_methods(DEFAULT)
-    counts = PAST_COUNTS[kind]
-    return plain + [EvalMethod(base, history=count) for base in REMEMBERING for count in (min(counts), max(counts))]
+    return plain + [EvalMethod(base, history=count) for base in REMEMBERING for count in few_and_many(kind)]
 
 
 def curves(anchors: int, items: int) -> list[EvalMethod]:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import excerpt
+from adapters.training.example import Example
 from bank.errors import BankError
-from bank.items.histories import History, read_histories
+from bank.items.histories import History, identity_of, read_histories
+from bank.items.lessons import encode_recalling
+from bank.items.prompt import ChatTokenizer
+from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
 
 
@@ -56,7 +60,7 @@ def read_people(path: Path, task: Task) -> list[Person]:
     histories = {history.user_id: history for history in read_histories(path, task)}
     people = []
     for raw in json.loads(path.read_text("utf-8")):
-        user_id = str(raw.get("user_id", raw.get("id")))
+        user_id = str(identity_of(raw))
         queries = tuple(_query(path, user_id, place, entry) for place, entry in enumerate(raw.get("query") or ()))
         if not queries:
             raise BankError(
@@ -90,6 +94,30 @@ def split_histories(histories: list[History], task: Task, *, queries: int, profi
         )
         people.append(Person(kept, asked))
     return people
+
+
+def asked(tokenizer: ChatTokenizer, task: Task, person: Person, history: int, max_tokens: int) -> list[Example]:
+    """What a person is asked, with their most relevant past items in the prompt, and their answers.
+
+    Args:
+        tokenizer: the base model's.
+        task: the bank's.
+        person: with queries.
+        history: how many past items; each may make the prompt longer by `max_tokens`.
+        max_tokens: longest example without past items.
+    """
+    index = ItemIndex(task, person.history.items if history else ())
+    return [
+        encode_recalling(
+            tokenizer,
+            task,
+            query.input,
+            query.gold,
+            memories=index.memories(query.input, history),
+            max_tokens=max_tokens * (1 + history),
+        )
+        for query in person.queries
+    ]
 
 
 def _query(path: Path, user_id: str, place: int, raw: Any) -> Query:

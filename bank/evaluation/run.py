@@ -8,17 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from adapters.training.example import Example
 from adapters.training.user_run import UserPlan
 from bank.evaluation.adapters import Adapters, Evidence
 from bank.evaluation.methods import Base, EvalMethod
-from bank.evaluation.people import Person
+from bank.evaluation.people import Person, asked
 from bank.evaluation.records import Record, Records
 from bank.evaluation.scoring import Scores
 from bank.evaluation.speakers import OpenBank, PersonAdapter
-from bank.items.lessons import encode_recalling
 from bank.items.prompt import ChatTokenizer
-from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, Task
 
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
@@ -198,30 +195,6 @@ class Evaluation:
             predicted=wanted.prediction,
             texts=wanted.texts,
         )
-
-
-def asked(tokenizer: ChatTokenizer, task: Task, person: Person, history: int, max_tokens: int) -> list[Example]:
-    """What a person is asked, with their most relevant past items in the prompt, and their answers.
-
-    Args:
-        tokenizer: the base model's.
-        task: the bank's.
-        person: with queries.
-        history: how many past items; each may make the prompt longer by `max_tokens`.
-        max_tokens: longest example without past items.
-    """
-    index = ItemIndex(task, person.history.items if history else ())
-    return [
-        encode_recalling(
-            tokenizer,
-            task,
-            query.input,
-            query.gold,
-            memories=index.memories(query.input, history),
-            max_tokens=max_tokens * (1 + history),
-        )
-        for query in person.queries
-    ]
 
 
 def evaluation_key(

@@ -19,14 +19,13 @@ from bank.building.options import BuildInputs, BuildOptions
 from bank.building.rows import RowProgress
 from bank.building.selection import ASKED
 from bank.building.signer import Signer
+from bank.evaluation.people import Person, Query, asked
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.histories import History
-from bank.items.lessons import encode_recalling
 from bank.items.profile import item_text, profile_embedding
 from bank.items.prompt import encode_pair
-from bank.items.retrieval import ItemIndex
-from bank.items.tasks import PAST_COUNTS, Task, get_task
+from bank.items.tasks import few_and_many, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import personal_shares, surprise
 from bank.lookup.signature import MAX_ITEMS
@@ -68,14 +67,8 @@ def judge_bank(
         progress.piece("measuring on people left out", place, len(aside))
         found.append(judge.losses(person))
     progress.piece("measuring on people left out", len(aside), len(aside))
-    tried = tried_of(judge.bank.serving.task)
+    tried = few_and_many(judge.bank.serving.task.kind)
     return write_manifest(inputs.out, manifest.model_copy(update={"verdict": verdict(found, tried)}))
-
-
-def tried_of(task: Task) -> tuple[int, int]:
-    """How many past items are tried: the fewest and the most that rows are trained with."""
-    counts = PAST_COUNTS[task.kind]
-    return min(counts), max(counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +83,19 @@ class _Judge:
     def losses(self, person: History) -> Losses:
         """The losses of a person's last answers, of which the bank knows only what came before them."""
         task, tokenizer = self.bank.serving.task, self.scorer.tokenizer
-        known, asked = History(person.user_id, person.items[:-ASKED]), person.pairs(task)[-ASKED:]
+        known, pairs = History(person.user_id, person.items[:-ASKED]), person.pairs(task)[-ASKED:]
         adapters = {COMMON: self._common(), MERGED: self._merged(known)}
-        index = ItemIndex(task, known.items)
-        plain = [encode_pair(tokenizer, *pair, self.max_tokens) for pair in asked]
-        prompts = {"": plain}
-        for count in tried_of(task):
-            memories = [index.memories(turn, count) for turn, _ in asked]
-            prompts[recalling(count)] = [
-                encode_recalling(tokenizer, task, *pair, memories=quoted, max_tokens=(1 + count) * self.max_tokens)
-                for pair, quoted in zip(asked, memories, strict=True)
-            ]
+        judged = Person(known, tuple(Query(str(place), *pair) for place, pair in enumerate(pairs)))
+        counts = {"": 0} | {recalling(count): count for count in few_and_many(task.kind)}
+        prompts = {name: asked(tokenizer, task, judged, count, self.max_tokens) for name, count in counts.items()}
         found: Losses = {}
         for name, adapter in adapters.items():
             for history, examples in prompts.items():
                 found[name + history] = fmean(reading.loss for reading in self.scorer.read(adapter, examples))
         if prior := self.bank.manifest.prior:
             shares = personal_shares(prior, [answer for _, answer in known.pairs(task)])
-            tokens = [example.output_tokens for example in plain]
-            surprises = [surprise(shares, answer) / n for (_, answer), n in zip(asked, tokens, strict=True)]
+            tokens = [example.output_tokens for example in prompts[""]]
+            surprises = [surprise(shares, answer) / n for (_, answer), n in zip(pairs, tokens, strict=True)]
             found[PRIOR] = fmean(surprises)
         return found
 

@@ -74,11 +74,16 @@ def read_excluded(path: Path) -> frozenset[str]:
     """
     ids = set()
     for position, raw in enumerate(_read_list(path)):
-        found = raw.get("user_id", raw.get("id")) if isinstance(raw, Mapping) else raw
+        found = identity_of(raw) if isinstance(raw, Mapping) else raw
         if isinstance(found, bool) or not isinstance(found, str | int):
             raise BankError(f"{path}: entry {position} names nobody: give an id or user_id, got {excerpt(raw)}")
         ids.add(str(found))
     return frozenset(ids)
+
+
+def identity_of(raw: Mapping[str, Any]) -> Any:
+    """What an entry names its person by; in LaMP's own files that is the question's id."""
+    return raw.get("user_id", raw.get("id"))
 
 
 def _read_json(path: Path) -> Any:
@@ -114,7 +119,7 @@ def _person(path: Path, position: int, raw: Any, golds: Mapping[str, str] | None
     """One entry's person and raw items."""
     if not isinstance(raw, Mapping):
         raise BankError(f"{path}: entry {position} must be an object, got {excerpt(raw)}")
-    identity = raw.get("user_id", raw.get("id"))
+    identity = identity_of(raw)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise BankError(f"{path}: entry {position} has no user_id (or, in LaMP's own files, no id)")
     profile = raw.get("profile")

@@ -23,10 +23,9 @@ from rich.progress import track
 
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, parse_methods
-from bank.evaluation.people import Person, read_people
+from bank.evaluation.people import Person, asked, read_people
 from bank.evaluation.report.intervals import against_one
 from bank.evaluation.report.metrics import HIGHEST, LOWEST
-from bank.evaluation.run import asked
 from bank.evaluation.scoring import Scorer
 from bank.evaluation.speakers import OpenBank
 from bank.lookup.embedder import Embedder
