@@ -12,7 +12,7 @@ import torch
 
 from adapters.flat import flat_a, flat_b
 from adapters.fusion import fuse
-from adapters.recipe import FusionMethod, FusionRecipe
+from adapters.recipe import FusionMethod
 from adapters.training.trainer import StepReport, TrainPlan, train_lora
 from bank.building.assemble import BankParts, write_bank
 from bank.building.build import read_inputs
@@ -22,6 +22,7 @@ from bank.building.training import row_job, row_seed
 from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex
+from bank.lookup.weights import common_recipe
 from bank.manifest import INDEX_FILE, MANIFEST_FILE, BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model
@@ -73,8 +74,7 @@ def build_baselines(
     def on_step(report: StepReport) -> None:
         progress.step(TASK_ROW, steps, report)
 
-    common = FusionRecipe(manifest.short, manifest.method, True, ())
-    start = fuse(open_matrix(inputs.out, manifest), common, torch.float32)
+    start = fuse(open_matrix(inputs.out, manifest), common_recipe(manifest), torch.float32)
     trained = train_lora(model, job.examples, plan, start=start, on_step=on_step)
     return write_bank(out, _parts(inputs, manifest, trained, steps))
 

@@ -26,7 +26,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.prior import personal_shares, surprise
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
-from bank.lookup.weights import TOPIC_GRAIN, AnchorWeight, evident_weights, make_recipe, topic_weights
+from bank.lookup.weights import TOPIC_GRAIN, AnchorWeight, common_recipe, evident_weights, make_recipe, topic_weights
 from bank.rules import SignatureRule
 
 NUMBER_BYTES, EMBEDDED_BYTES = 4, 2
@@ -110,7 +110,7 @@ class Adapters:
             return None
         if method.base is Base.TASK:
             bank = self._task()
-            return PersonAdapter(bank, FusionRecipe(bank.manifest.short, bank.manifest.method, True, ()))
+            return PersonAdapter(bank, common_recipe(bank.manifest))
         adapter = PersonAdapter(self.bank, self._recipe(method, evidence, seed))
         if not method.trained:
             return adapter
@@ -182,7 +182,7 @@ class Adapters:
         if method.base in (Base.COMMON, Base.OWN):
             if not manifest.common:
                 raise BankError(f"`{method.base}` needs the common row, but this bank has none")
-            return FusionRecipe(manifest.short, manifest.method, True, ())
+            return common_recipe(manifest)
         share = self._strength if method.base is Base.STACKED else 1.0
         by_topic = method.base in (Base.MERGED, Base.STACKED) and (method.source or manifest.weights.source) == "topic"
         return make_recipe(manifest, self._weights(method, evidence, seed), share, TOPIC_GRAIN if by_topic else 1)

@@ -29,7 +29,8 @@ class EvalOptions:
         methods: in the order in which they run.
         seeds: one run each; only what is random or trained differs between them.
         writing: those of the methods that also write texts at length, to see whose voice they have; for tasks with free
-            answers. For each query as many texts as there are seeds, under the adapters of the first.
+            answers; under the adapters of the first seed.
+        texts: how many of them for each query.
         predict: whether answers are generated, for the task's metrics.
         sample: how many people, from the first, get what is costly: few-shot training, points of curves and generated
             texts; all when None.
@@ -42,6 +43,7 @@ class EvalOptions:
     predict: bool
     sample: int | None = None
     writing: tuple[EvalMethod, ...] = ()
+    texts: int = 3
     max_tokens: int = 512
 
     def methods_of(self, place: int) -> tuple[EvalMethod, ...]:
@@ -122,8 +124,7 @@ class Evaluation:
         """One person and seed; `evidences`, by how many items are known, are the person's for all seeds."""
         methods = self._options.methods_of(place)
         kind, options = self._task.kind, self._options
-        first = seed == options.seeds[0]
-        texts = len(options.seeds) if first else 0
+        texts = options.texts if seed == options.seeds[0] else 0
         wanted = {
             m: _Wanted(options.predicts(place, m, kind), texts if options.writes(place, m, kind) else 0)
             for m in methods

@@ -107,10 +107,10 @@ class Scorer:
 
     def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
         """As in `Scores`; all in one batch, for a step of many rows costs little more than one of few."""
-        sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "num_return_sequences": texts}
+        sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
         with self._under(adapter) as model, torch.random.fork_rng():
             torch.manual_seed(0)
-            made = self._generated(model, examples, WRITTEN_TOKENS, **sampling)
+            made = self._generated(model, examples, WRITTEN_TOKENS, texts, **sampling)
         written = [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
         return [written[first : first + texts] for first in range(0, len(written), texts)]
 
@@ -124,15 +124,23 @@ class Scorer:
             return (time.perf_counter() - start_s) * 1e3
 
     @torch.no_grad()
-    def _generated(self, model: Any, examples: Sequence[Example], new_tokens: int, **sampling: Any) -> Any:
+    def _generated(
+        self, model: Any, examples: Sequence[Example], new_tokens: int, texts: int = 1, **sampling: Any
+    ) -> Any:
+        """Token ids of so many answers to each prompt, one after the other; each prompt is read once."""
         prompts = [example.ids[: example.loss_from] for example in examples]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]).to(model.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(model.device)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        head = {"attention_mask": mask[:, :-1], "position_ids": places[:, :-1]}
+        cache = model(ids[:, :-1], **head, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(texts)
         made = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.repeat_interleave(texts, 0),
+            attention_mask=mask.repeat_interleave(texts, 0),
+            past_key_values=cache,
             max_new_tokens=new_tokens,
             pad_token_id=pad,
             **(sampling or {"do_sample": False}),

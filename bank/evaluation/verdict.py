@@ -13,7 +13,6 @@ from statistics import fmean, median
 
 import numpy as np
 
-from adapters.recipe import FusionRecipe
 from bank.building.build import EMBED_THREADS, read_inputs
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.rows import RowProgress
@@ -29,6 +28,7 @@ from bank.items.tasks import few_and_many, get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import personal_shares, surprise
 from bank.lookup.signature import MAX_ITEMS
+from bank.lookup.weights import common_recipe
 from bank.manifest import BankManifest, write_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
@@ -101,9 +101,7 @@ class _Judge:
 
     def _common(self) -> PersonAdapter | None:
         manifest = self.bank.manifest
-        if not manifest.common:
-            return None
-        return PersonAdapter(self.bank, FusionRecipe(manifest.short, manifest.method, True, ()))
+        return PersonAdapter(self.bank, common_recipe(manifest)) if manifest.common else None
 
     def _merged(self, known: History) -> PersonAdapter:
         serving, manifest = self.bank.serving, self.bank.manifest

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,8 @@ class AnchorIndex:
         index = faiss.IndexHNSWFlat(vectors.shape[1], _LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = _BUILD_DEPTH
         index.hnsw.efSearch = _SEARCH_DEPTH
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)  # links depend on the order of insertion: one thread, one file
-        try:
+        with _one_thread():  # links depend on the order of insertion: one thread, one file
             index.add(vectors)
-        finally:
-            faiss.omp_set_num_threads(threads)
         return cls(index)
 
     @classmethod
@@ -106,9 +103,20 @@ class AnchorIndex:
         query: npt.NDArray[np.float32] = np.ascontiguousarray(embedding, dtype=np.float32)
         if query.shape != (self.dim,) or not np.isfinite(query).all():
             raise BankError(f"an embedding of this bank has {self.dim} finite numbers, got shape {query.shape}")
-        import faiss
-
-        faiss.omp_set_num_threads(1)  # of this thread: one query is less work than waiting for a busy core
-        similarities, anchors = self._index.search(query[None], min(k, self.anchors))
+        with _one_thread():  # one query is less work than waiting for a busy core
+            similarities, anchors = self._index.search(query[None], min(k, self.anchors))
         found = [(int(a), float(s)) for a, s in zip(anchors[0], similarities[0], strict=True) if a >= 0]
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """FAISS on one thread until this ends; the number is the caller's thread's, and torch's too in the same process."""
+    import faiss
+
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)

@@ -131,6 +131,11 @@ def posterior_weights(
     )
 
 
+def common_recipe(manifest: BankManifest) -> FusionRecipe:
+    """The recipe of the bank's common row alone, in the format that its engines take."""
+    return FusionRecipe(manifest.short, manifest.method, True, (), signed=manifest.signed)
+
+
 def make_recipe(
     manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1
 ) -> FusionRecipe:

@@ -42,8 +42,8 @@ BUILDS = {
 }
 """Options of `mta bank build` where the figures of docs/quality.md were not taken with its defaults."""
 
-WRITTEN = "task,common,base+history,common+history,merged+history,stacked+history"
-EVALS = {"mail": f"--no-predict --no-curves --write {WRITTEN}"}
+WRITTEN = "task,base+history,common+history,merged+history,own+history,stacked+history"
+EVALS = {"mail": f"--no-predict --no-curves --sample 17 --write {WRITTEN}"}
 """Options of `mta eval` for tasks whose answers are long: what they sound like says more than which words they share
 with the gold, and there is not the time for both."""
 
@@ -60,6 +60,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Number of seeds for what is random or trained.", min=1)] = 3,
     folds: Annotated[int, typer.Option(help="Evaluate on N folds of the anchors' people instead.", min=0)] = 0,
     people: Annotated[int | None, typer.Option(help="At most N people of each part.")] = None,
+    bank: Annotated[
+        Path | None, typer.Option(help="Evaluate this bank instead of building one.", exists=True, show_default=False)
+    ] = None,
     anchors: Annotated[
         int | None, typer.Option(help="Number of anchors of each bank.", show_default="12, films 20")
     ] = None,
@@ -71,6 +74,8 @@ def main(
     if quick:
         _quick(out / "quick", seeds)
         return
+    if bank and folds:
+        raise typer.BadParameter("each fold builds a bank of its own: leave out --bank or --folds", param_hint="--bank")
     if data is None:
         raise typer.BadParameter("give the folder of the real histories, or --quick", param_hint="--data")
     out = out / task
@@ -81,7 +86,7 @@ def main(
     options = ["--methods", methods_of(name), *shlex.split(f"{EVALS.get(task, '')} {evaluate}")]
     options += ["--people", str(people)] if people else []
     if not folds:
-        bank = _bank(out / "bank", everybody, name, size, build)
+        bank = bank or _bank(out / "bank", everybody, name, size, build)
         _run("eval", "--users", data / task / "users.json", "--bank", bank, "--out", out, "--seeds", seeds, *options)
         return
     ids = [str(person["user_id"]) for person in json.loads(everybody.read_text("utf-8"))]

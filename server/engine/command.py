@@ -144,7 +144,7 @@ def engine_command(
     if share and on_cpu:
         cores = share.part(cores)
         argv = ["taskset", "--cpu-list", ",".join(map(str, cores)), *argv]
-        environment["OMP_NUM_THREADS"] = str(len(cores))
+        environment["OMP_NUM_THREADS"] = str(_threads(environment.get("OMP_NUM_THREADS"), len(cores)))
     elif share:
         ranks = settings.tensor_parallel_size
         devices = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(share.of * ranks)))).split(",")
@@ -163,14 +163,19 @@ def engine_command(
     return argv, environment
 
 
+def _threads(asked: str | None, cores: int) -> int:
+    """As many as there are cores, or fewer where fewer are asked for."""
+    return min(int(asked), cores) if asked and asked.isdecimal() and int(asked) else cores
+
+
 def _team_of_rank(cores: Sequence[int], ranks: int, threads: str | None) -> dict[str, str]:
     """How many threads each rank has, and where; by default vLLM wants a NUMA node for every rank.
 
     Cores are shared out as vLLM reads them (`0,1|2,3`). Fewer threads than cores are shared out instead, and bound to
     none: a limit on cores leaves all of them to be seen.
     """
-    if threads and threads.isdecimal() and int(threads) < len(cores):
-        return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(threads) // ranks))}
+    if (fewer := _threads(threads, len(cores))) < len(cores):
+        return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, fewer // ranks))}
     shares = [cores[rank::ranks] or cores[:1] for rank in range(ranks)]
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in shares)}
 

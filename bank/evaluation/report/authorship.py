@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from bank.errors import BankError
 from bank.evaluation.people import Person
 from bank.evaluation.records import Record
-from bank.evaluation.report.intervals import Interval, over_users
+from bank.evaluation.report.intervals import LEVEL, Interval, against_one, over_users
 from bank.items.tasks import Task
 
 GOLD = "gold"
@@ -34,11 +34,14 @@ class AuthorshipRow:
         method: its name, or `gold`.
         named: how often the right person comes first, mean over people.
         rank: of the right person among all, from 1, mean over people.
+        against: `named` less another method's, by that method's name, over the same people; all in one column are
+            tested together. Not for `gold`.
     """
 
     method: str
     named: Interval
     rank: Interval
+    against: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def authorship(people: Sequence[Person], records: Sequence[Record], task: Task) -> list[AuthorshipRow]:
@@ -60,21 +63,34 @@ def authorship(people: Sequence[Person], records: Sequence[Record], task: Task) 
         if record.written and record.user_id in names:
             texts[record.method][record.user_id] += record.written
     judge = _Judge(people, task)
-    rows = [_row(method, names, found, judge) for method, found in texts.items() if len(found) == len(people)]
+    ranks = {
+        method: [judge.ranks(name, found[name]) for name in names]
+        for method, found in texts.items()
+        if len(found) == len(people)
+    }
+    named = {method: [float(np.mean([rank == 1 for rank in of])) for of in found] for method, found in ranks.items()}
+    against = _compared({method: shares for method, shares in named.items() if method != GOLD})
+    rows = [
+        AuthorshipRow(
+            method, over_users(named[method]), over_users([float(np.mean(of)) for of in found]), against.get(method, {})
+        )
+        for method, found in ranks.items()
+    ]
     return sorted(rows, key=lambda row: row.named.mean)
 
 
 def markdown(rows: Sequence[AuthorshipRow]) -> str:
     """The rows as a Markdown table, with 95 % intervals over people."""
-    lines = ["| method | right person named first, % | mean rank |", "| --- | --- | --- |"]
+    others = [row.method for row in rows if row.method != GOLD]
+    head = ["method", "right person named first, %", "mean rank", *(f"named, less {name}" for name in others)]
+    lines = [head, ["---"] * len(head)]
     for row in rows:
         named, rank = row.named, row.rank
-        lines.append(
-            f"| {row.method} | {named.mean:.1%} ({named.low:.1%} to {named.high:.1%}) | "
-            f"{rank.mean:.2f} ({rank.low:.2f} to {rank.high:.2f}) |"
-        )
-    title = f"**Whose voice?** {rows[0].named.n} people; chance names {1 / rows[0].named.n:.1%}"
-    return "\n".join([title, "", *lines]) + "\n"
+        cells = [row.method, f"{named.mean:.1%} ({named.low:.1%} to {named.high:.1%})"]
+        cells.append(f"{rank.mean:.2f} ({rank.low:.2f} to {rank.high:.2f})")
+        lines.append([*cells, *(_cell(row.against.get(name)) for name in others)])
+    title = f"**Whose voice?** {rows[0].named.n} people; chance names {1 / rows[0].named.n:.1%}; bold: p below {LEVEL}"
+    return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
 
 
 class _Judge:
@@ -100,7 +116,22 @@ class _Judge:
         return [int(place) for place in 1 + (shares > own[:, None]).sum(axis=1)]
 
 
-def _row(method: str, names: Sequence[str], texts: Mapping[str, Sequence[str]], judge: _Judge) -> AuthorshipRow:
-    ranks = [judge.ranks(name, texts[name]) for name in names]
-    named = over_users([float(np.mean([rank == 1 for rank in found])) for found in ranks])
-    return AuthorshipRow(method, named, over_users([float(np.mean(found)) for found in ranks]))
+def _compared(named: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Interval]]:
+    """By method, its share less that of each other, over the same people."""
+    found: dict[str, dict[str, Interval]] = {method: {} for method in named}
+    for other, theirs in named.items():
+        column = {
+            method: [mine - their for mine, their in zip(ours, theirs, strict=True)]
+            for method, ours in named.items()
+            if method != other
+        }
+        for method, interval in against_one(column).items():
+            found[method][other] = interval
+    return found
+
+
+def _cell(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    text = f"{interval.mean:+.1%} ({interval.low:+.1%} to {interval.high:+.1%})"
+    return f"**{text}**" if interval.sure else text

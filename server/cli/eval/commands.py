@@ -25,7 +25,7 @@ SampleSize = Annotated[
 Write = Annotated[
     str | None,
     typer.Option(
-        help="Comma-separated: these methods also write texts at length, one a seed, to see whose voice they have.",
+        help="Comma-separated: these methods also write texts at length, to see whose voice they have.",
         show_default="none",
     ),
 ]
@@ -52,6 +52,7 @@ def evaluate(
     predict: Predict = True,
     curves: Curves = True,
     write: Write = None,
+    texts: Annotated[int, typer.Option(help="With --write: how many texts for each query.", min=1)] = 3,
     last: Last = 0,
     profile: Annotated[int, typer.Option(help="With --last: how many earlier items form the profile.", min=1)] = 10,
     only: Annotated[Path | None, typer.Option(help="Only these people: a file of ids.", show_default="all")] = None,
@@ -84,7 +85,7 @@ def evaluate(
     chosen = parse_methods(methods) if methods else default_methods(get_task(read_manifest(bank).task).kind)
     writing = parse_methods(write) if write else []
     chosen += [method for method in writing if method not in chosen]
-    options = EvalOptions(tuple(chosen), tuple(range(seeds)), predict, sample, tuple(writing))
+    options = EvalOptions(tuple(chosen), tuple(range(seeds)), predict, sample, tuple(writing), texts)
     config = AdaptConfig()
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
     inputs = EvalInputs(

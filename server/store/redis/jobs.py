@@ -30,9 +30,10 @@ from server.store.samples import Curve, decode_curve, encode_curve
 log = logging.getLogger("mta.store")
 
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
-_DIED = (
-    f"the worker died {MAX_TRIES} times while training this job, most likely for lack of memory: send fewer or "
-    "shorter samples, or give the worker more memory; its log says why it died"
+_NEVER_ENDED = (
+    f"this job was begun {MAX_TRIES} times and never ended, most likely since its workers died for lack of memory: "
+    "send fewer or shorter samples, or give workers more; or its record is damaged: send the samples again. "
+    "The workers' logs say which"
 )
 _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
@@ -117,7 +118,7 @@ class RedisJobs:
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
         token = token or secrets.token_hex(16)
         taken = await self._connection.write(
-            scripts.CLAIM, (keys.job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _DIED, KEPT_S
+            scripts.CLAIM, (keys.job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _NEVER_ENDED, KEPT_S
         )
         job = await self.job(job_id) if taken == 1 else None
         for queue in self._queues.values():  # from here on the lease says when to check again

@@ -24,12 +24,12 @@ VOICES = {
 TOPICS = ("tea", "rain", "chess", "bread", "mountains", "jazz")
 
 
-def person(name: str) -> Person:
+def person(name: str, voice: str | None = None) -> Person:
+    voice = voice or VOICES[name]
     items = tuple(
-        Item(f"{name}-{topic}", {"input": f"What of {topic}?", "output": VOICES[name].format(topic)})
-        for topic in TOPICS[:4]
+        Item(f"{name}-{topic}", {"input": f"What of {topic}?", "output": voice.format(topic)}) for topic in TOPICS[:4]
     )
-    queries = tuple(Query(f"{name}-{t}", f"What of {t}?", VOICES[name].format(t)) for t in TOPICS[4:])
+    queries = tuple(Query(f"{name}-{t}", f"What of {t}?", voice.format(t)) for t in TOPICS[4:])
     return Person(History(name, items), queries)
 
 
@@ -43,6 +43,12 @@ def records(method: str, voice_of: dict[str, str]) -> list[Record]:
         texts = [VOICES[voice_of[someone.user_id]].format(topic) for topic in ("trains", "soup")]
         made.append(Record("key", someone.user_id, "q", method, 0, 1.0, None, "", written=texts))
     return made
+
+
+def copied(someone: Person, other: Person, method: str) -> Record:
+    """What a method writes that makes someone sound like the other."""
+    texts = [query.gold for query in other.queries]
+    return Record("key", someone.user_id, "q", method, 0, 1.0, None, "", written=texts)
 
 
 def rows(*found: list[Record]) -> dict[str, AuthorshipRow]:
@@ -70,6 +76,24 @@ def test_the_table_says_what_chance_is() -> None:
     table = markdown(authorship(PEOPLE, records("own", SELF), CHAT))
     assert "4 people; chance names 25.0%" in table
     assert "| own | 100.0% (100.0% to 100.0%) | 1.00 (1.00 to 1.00) |" in table
+
+
+def test_methods_are_compared_over_the_same_people() -> None:
+    written = [*records("own", SELF), *records("base", dict.fromkeys(VOICES, "ann"))]
+    found = {row.method: row.against for row in authorship(PEOPLE, written, CHAT)}
+    assert found[GOLD] == {}
+    assert found["own"].keys() == {"base"}
+    assert (found["own"]["base"].mean, found["base"]["own"].mean) == (0.75, -0.75)
+    assert not found["own"]["base"].sure  # four people are too few
+    assert "| +75.0% (" in markdown(authorship(PEOPLE, written, CHAT))
+
+
+def test_many_people_make_a_difference_sure() -> None:
+    everybody = [person(f"{name}{n}", VOICES[name] + f" {n * 7919}" * 3) for n in range(3) for name in VOICES]
+    written = [text for one in everybody for text in (copied(one, one, "own"), copied(one, everybody[0], "base"))]
+    found = {row.method: row for row in authorship(everybody, written, CHAT)}
+    assert found["own"].against["base"].sure
+    assert f"| **{found['own'].against['base'].mean:+.1%} (" in markdown(list(found.values()))
 
 
 def test_profiles_without_anything_in_common_are_refused() -> None:

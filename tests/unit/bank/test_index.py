@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bank.errors import BankError
 from bank.items.profile import Vectors
@@ -79,15 +80,32 @@ def test_no_anchors_make_no_index() -> None:
         AnchorIndex.build(np.zeros((0, 4), dtype=np.float32))
 
 
-def test_a_search_takes_one_thread_wherever_it_runs() -> None:
+def test_a_search_takes_one_thread_wherever_it_runs_and_leaves_the_others_to_who_trains_after_it() -> None:
+    """Torch counts its threads where FAISS does, if both share a runtime; each thread has a number of its own."""
     import faiss
 
-    index, query = AnchorIndex.build(unit_rows(50, 16)), unit_rows(1, 16)[0]
+    inner, query = faiss.IndexFlatIP(16), unit_rows(1, 16)[0]
+    inner.add(unit_rows(50, 16))
+    during: list[int] = []
 
-    def threads() -> int:
-        faiss.omp_set_num_threads(2)  # each thread has a number of its own
-        index.search(query, 2)
-        return int(faiss.omp_get_max_threads())
+    class Watched:
+        d, ntotal = inner.d, inner.ntotal
 
-    with ThreadPoolExecutor(1) as pool:
-        assert (threads(), pool.submit(threads).result()) == (1, 1)
+        def search(self, vectors: Vectors, k: int) -> tuple[Vectors, Vectors]:
+            during.append(int(faiss.omp_get_max_threads()))
+            return inner.search(vectors, k)
+
+    def after() -> tuple[int, int]:
+        torch.set_num_threads(3)
+        faiss.omp_set_num_threads(3)
+        AnchorIndex(Watched()).search(query, 2)
+        return int(faiss.omp_get_max_threads()), torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert (after(), pool.submit(after).result()) == ((3, 3), (3, 3))
+    finally:
+        torch.set_num_threads(before)
+        faiss.omp_set_num_threads(before)
+    assert during == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 
 from adapters.recipe import FusionMethod, UserAdapterId, parse_recipe
 from bank.errors import BankError
+from bank.evaluation.adapters import Adapters
+from bank.evaluation.methods import parse_method
+from bank.evaluation.speakers import OpenBank
 from bank.lookup.index import AnchorIndex
 from bank.lookup.posterior import Curvature
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import Signature
-from bank.lookup.weights import AnchorWeight, make_recipe, posterior_weights
+from bank.lookup.weights import AnchorWeight, common_recipe, make_recipe, posterior_weights
 from bank.manifest import CURVATURE_FILE, INDEX_FILE, BankManifest, file_sha256, write_manifest
 from bank.rules import PosteriorRule, WeightRule
 from tests.unit.bank.test_weights import damage, index_at, manifest
@@ -100,6 +104,17 @@ def test_steps_are_shortened_by_a_share_bounded_and_dropped_where_they_round_to_
     assert make_recipe(written, weights).name.endswith(":c+a00*500+a02*-4000")
     assert make_recipe(written, weights, 0.5).name.endswith(":c+a00*250+a02*-4000")
     assert make_recipe(written, weights, 0.0).name.endswith(":c")
+
+
+def test_the_common_row_alone_is_a_recipe_of_the_banks_format(tmp_path: Path) -> None:
+    written, _ = signed_bank(tmp_path)
+    bank = OpenBank(ServingBank.open(tmp_path, "e" * 16), Mock(), tmp_path)
+    adapters = Adapters(bank, None, Mock(), Mock(), plan=Mock(), strength=0.5, max_tokens=64)
+    adapter = adapters.make(parse_method("common"), Mock(), seed=0)
+    assert adapter is not None
+    assert adapter.recipe.name == f"mta2:{written.short}:shared:c"
+    plain = written.model_copy(update={"weights": WeightRule(anchors=2)})
+    assert common_recipe(plain).name == f"mta1:{plain.short}:shared:c"
 
 
 def test_a_bank_whose_curvature_is_damaged_is_refused(tmp_path: Path) -> None:

@@ -76,14 +76,18 @@ def test_engines_share_out_what_there_is_and_none_goes_without(whole: int, of: i
     assert [Share(place, of).part(range(whole)) for place in range(of)] == parts
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(None, "2"), ("1", "1"), ("3", "2"), ("0", "2"), ("two", "2")])
 def test_one_of_several_engines_keeps_to_its_share_of_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str | None, expected: str
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4, 5, 6, 7})
     monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: True)
     argv, environment = engine_command(Settings(bank=tmp_path), [bank(8, "q_proj")], tmp_path, Share(1, 2))
     assert argv[:3] == ["taskset", "--cpu-list", "6,7"]
-    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["OMP_NUM_THREADS"] == expected
 
 
 @pytest.mark.parametrize(
