@@ -22,10 +22,14 @@ AUDIT_S = 900
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, and the SBOM beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures as JSON, and the SBOM beside it.", show_default="the SBOM alone, in out"),
+    ] = None,
 ) -> None:
     """List every package of this environment, and look each up among known vulnerabilities."""
-    sbom = (out or Path("audit.json")).with_name("sbom.cdx.json")
+    sbom = (out or Path("out/audit.json")).with_name("sbom.cdx.json")
+    sbom.parent.mkdir(parents=True, exist_ok=True)
     project = ("--pyproject", str(ROOT / "pyproject.toml"), "--output-reproducible", "--no-validate")
     _run("cyclonedx_py", "environment", *project, "--of", "JSON", "-o", str(sbom), sys.executable)
     components = json.loads(sbom.read_text("utf-8"))["components"]

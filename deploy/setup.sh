@@ -53,6 +53,12 @@ fingerprint() {
   { cat pyproject.toml deploy/setup.sh && engine_extra; } | cksum
 }
 
+# Whether PYTHON asks for another version than .venv has.
+other_python() {
+  local version='import platform; print(platform.python_version())'
+  [[ -n ${PYTHON:-} && $("$PYTHON" -c "$version" 2>&1) != $(.venv/bin/python -c "$version" 2>&1) ]]
+}
+
 # How far pip is: what it has fetched so far, and then how many of the packages it has unpacked.
 progress() {
   local unpacking
@@ -113,7 +119,7 @@ make_environment() {
   extra=$(engine_extra)
   rm -f "$STAMP"
   # An environment survives neither a move nor a change between the two builds of vLLM, which share their files.
-  if [[ $(cat "$ORIGIN" 2>/dev/null) != "$extra $PWD" ]]; then
+  if [[ $(cat "$ORIGIN" 2>/dev/null) != "$extra $PWD" ]] || other_python; then
     python=$(find_python)
     say "making .venv with $python ($("$python" --version))"
     rm -rf .venv
@@ -158,7 +164,7 @@ main() {
     exec 9>out/.setup.lock
     flock 9
   fi
-  if [[ ! -x .venv/bin/mta || $(cat "$STAMP" 2>/dev/null) != "$(fingerprint)" ]]; then
+  if [[ ! -x .venv/bin/mta || $(cat "$STAMP" 2>/dev/null) != "$(fingerprint)" ]] || other_python; then
     make_environment
   fi
   [[ ${1:-} != tools ]] || install_tools

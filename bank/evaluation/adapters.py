@@ -204,7 +204,8 @@ class Adapters:
             anchors = range(index.anchors)
             cosines, gains = index.vectors(anchors) @ evidence.embedding, self._measured_gains(evidence)
             tokens = output_tokens(self._signed(evidence))
-            return evident_weights(rule.signature or SignatureRule(), anchors, gains, cosines, tokens)
+            asked = rule.signature or SignatureRule(**({"anchors": method.k} if method.k else {}))
+            return evident_weights(asked, anchors, gains, cosines, tokens)
         return serving.personalise(evidence.embedding, self._signature(evidence)).weights
 
     def _signature(self, evidence: Evidence) -> Signature:

@@ -64,7 +64,7 @@ def main(
         Path | None, typer.Option(help="Evaluate this bank instead of building one.", exists=True, show_default=False)
     ] = None,
     anchors: Annotated[
-        int | None, typer.Option(help="Number of anchors of each bank.", show_default="12, films 20")
+        int | None, typer.Option(help="Number of anchors of each bank.", show_default="12, mails 10, films 20")
     ] = None,
     build: Annotated[str, typer.Option(help="Further options of `mta bank build`, in one string.")] = "",
     evaluate: Annotated[str, typer.Option("--eval", help="Further options of `mta eval`, in one string.")] = "",

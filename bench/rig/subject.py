@@ -45,6 +45,12 @@ class Subject:
         bank = self.manifest
         return f"{bank.base_model.name}, {bank.method.value}, rank {bank.rank} in slots of {bank.serving_rank}"
 
+    @property
+    def anchors(self) -> int:
+        """How many a recipe has of somebody whose answers the bank has as evidence, or else of anybody."""
+        weights = self.manifest.weights
+        return min((weights.posterior or weights.signature or weights).anchors, len(self.manifest.anchors))
+
     def recipes(self, seed: int = 0) -> Iterator[FusionRecipe]:
         """Recipes of as many anchors as the bank uses, each once, in a seeded order.
 
@@ -52,10 +58,9 @@ class Subject:
             MtaError: when the bank has no more.
         """
         generator, seen, manifest, tries = random.Random(seed), set(), self.manifest, 0
-        rule = manifest.weights.posterior or manifest.weights
-        k, total = min(rule.anchors, len(manifest.anchors)), round(1000 * manifest.weights.strength)
+        total = round(1000 * (manifest.weights.signature or manifest.weights).strength)
         while (tries := tries + 1) < PATIENCE:
-            anchors = sorted(generator.sample(range(len(manifest.anchors)), k))
+            anchors = sorted(generator.sample(range(len(manifest.anchors)), self.anchors))
             if manifest.signed:
                 weights = [generator.choice((-1, 1)) * generator.randint(20, 500) for _ in anchors]
             else:

@@ -34,7 +34,7 @@ EngineUrl = Annotated[
     typer.Option(help="Evaluate through this running engine; its key is MTA_ENGINE_KEY.", show_default=False),
 ]
 Last = Annotated[
-    int, typer.Option(help="If the file has no queries: make them from each person's last N items.", min=0)
+    int, typer.Option(help="Make the queries from each person's last N items, instead of reading them.", min=0)
 ]
 
 
@@ -82,8 +82,11 @@ def evaluate(
     from server.store.samples import AdaptConfig
     from server.worker.training import user_plan
 
-    chosen = parse_methods(methods) if methods else default_methods(get_task(read_manifest(bank).task).kind)
+    kind = get_task(read_manifest(bank).task).kind
+    chosen = parse_methods(methods) if methods else default_methods(kind)
     writing = parse_methods(write) if write else []
+    if writing and kind != "text":
+        raise typer.BadParameter(f"this bank's answers are {kind}, in which nobody has a voice", param_hint="--write")
     chosen += [method for method in writing if method not in chosen]
     options = EvalOptions(tuple(chosen), tuple(range(seeds)), predict, sample, tuple(writing), texts)
     config = AdaptConfig()

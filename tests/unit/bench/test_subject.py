@@ -13,7 +13,7 @@ from adapters.fusion import check_recipe
 from adapters.recipe import FusionMethod, parse_recipe
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
-from bank.rules import PosteriorRule, WeightRule
+from bank.rules import PosteriorRule, SignatureRule, WeightRule
 from bench.rig.subject import Subject, given, of_rank
 from bench.rig.tiny import hollow_model, tiny_bank
 
@@ -37,6 +37,12 @@ def test_a_bank_of_signed_steps_gets_recipes_that_it_fuses(subject: Subject) -> 
         recipe = parse_recipe(name)
         check_recipe(recipe, method=FusionMethod.SHARED, anchors=6, max_anchors=6, common=True, signed=True)
         assert len(recipe.terms) == 4
+
+
+def test_recipes_have_as_many_anchors_as_evidence_gives(subject: Subject) -> None:
+    rule = WeightRule(anchors=1, signature=SignatureRule(anchors=4))
+    evident = replace(subject, manifest=subject.manifest.model_copy(update={"weights": rule}))
+    assert {len(parse_recipe(name).terms) for name in evident.names(20)} == {4}
 
 
 def test_a_seed_gives_the_same_recipes_again(subject: Subject) -> None:
