@@ -17,22 +17,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from bank.models.folders import ensure_embedder
 from bench import script
-from bench.page.report import console, processor
-from bench.rig.tiny import tiny_bank, tiny_model
+from bench.page.report import console, processor, shown
+from bench.rig.subject import tiny
 from bench.rig.up import up
 from bench.rig.valkey import ValkeyProcess
-from server.settings import Settings
+from server.settings import load_settings
 
 TASK = "news_headline"
 ANCHORS = 12
@@ -132,18 +132,29 @@ class Run:
         if report:
             report.unlink(missing_ok=True)
             argv += ["--out", str(report)]
-        shown = shlex.join(["python", *argv])
+        line = shlex.join(["python", *argv])
         self._console.rule(f"[bold]{name}[/bold]", align="left")
-        self._console.print(shown, style="dim", soft_wrap=True)
+        self._console.print(line, style="dim", soft_wrap=True)
         start_s = time.monotonic()
         environment = os.environ | ({"MTA_ENGINE_KEY": key} if key else {})
         status = subprocess.run([sys.executable, *argv], env=environment, check=False).returncode
-        outcome = Outcome(name, shown, time.monotonic() - start_s, status)
+        outcome = Outcome(name, line, time.monotonic() - start_s, status)
         if report:
             outcome.figures = judge(report, targets)
         self.outcomes.append(outcome)
         self._console.print(f"{name}: {outcome.seconds:.0f} s, exit status {status}")
         return outcome.passed
+
+    @contextmanager
+    def needing(self, name: str) -> Iterator[None]:
+        """Steps that need something to run beside them; where it does not start, that is a step that failed."""
+        start_s = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            self._console.print(str(error), markup=False, soft_wrap=True)
+            said = Figure("what went wrong", str(error).partition("\n")[0], "nothing", met=False, binding=True)
+            self.outcomes.append(Outcome(name, "", time.monotonic() - start_s, 1, [said]))
 
 
 def main(
@@ -152,40 +163,40 @@ def main(
 ) -> None:
     """Run everything, and print one table at the end."""
     out.mkdir(parents=True, exist_ok=True)
-    shown = console()
-    run, bank, users = Run(out, shown), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
+    run, bank, users = Run(out, console()), out / f"{TASK}-{ANCHORS}", data / TASK / "users.json"
     model = ("tests/contract/test_store_model.py", "--hypothesis-profile=long")
     run.step("the store's promises, 50,000 steps", ("-m", "pytest", "-q", *model))
     run.step("packages", ("-m", "deploy.audit"), PACKAGES)
     build = ("--users", data / TASK / "anchors.json", "--task", TASK, "--anchors", ANCHORS, "--out", bank)
+    served = ("--bank", str(bank), "--model", load_settings().model)
+    people = ("--users", users, *served)
     if run.step("a bank of real people", ("-m", "server.cli", "bank", "build", *build, "--baselines")):
         run.step("fuse", ("-m", "bench.serving.cold", "--bank", bank), FUSE)
         run.step("soak", ("-m", "bench.scale.soak"), SOAK)
         run.step("chaos", ("-m", "bench.fleet.chaos"), (AS_IT_SAYS,))
         run.step("all exchanged under load", ("-m", "bench.fleet.rolling"), (AS_IT_SAYS,))
         run.step("a simulated fleet", ("-m", "bench.fleet.simulate", "--check"))
-        with _served(out / "tiny-data", *_tiny(out / "tiny")) as (gateway, engine, key):
-            measure = ("-m", "bench.serving.gateway", "--gateway", gateway, "--engine", engine, "--max-tokens", 32)
+        with run.needing("a tiny server"), _served(out / "tiny-data", *_tiny(out / "tiny")) as (url, engine, key):
+            measure = ("-m", "bench.serving.gateway", "--gateway", url, "--engine", engine, "--max-tokens", 32)
             run.step("gateway", measure, GATEWAY, key)
         run.step("overload", ("-m", "bench.fleet.overload"), (AS_IT_SAYS,))
-        run.step("oracle", ("-m", "bench.oracle", "--bank", bank, "--users", users), ORACLE)
+        run.step("oracle", ("-m", "bench.oracle", *people), ORACLE)
         # In float32: in bfloat16 an answer depends on what it is batched with, wherever two tokens nearly tie.
-        with _served(out / "data", "--bank", str(bank), "--dtype", "float32") as (gateway, engine, key):
-            serve = ("-m", "bench.serving.users", "--users", users, "--url", gateway, "--engine", engine)
+        with run.needing("an exact server"), _served(out / "data", *served, "--dtype", "float32") as (url, engine, key):
+            serve = ("-m", "bench.serving.users", "--users", users, "--url", url, "--engine", engine)
             run.step("users", serve, (AS_IT_SAYS,), key)
-        store = ValkeyProcess(out / "valkey").start()
-        try:
-            with _served(out / "adapt-data", "--bank", str(bank), "--redis-url", store.url) as (gateway, _, _):
-                adapt = ("-m", "bench.adapt.users", "--users", users, "--bank", bank, "--redis-url", store.url)
-                run.step("few-shot users", (*adapt, "--url", gateway), (AS_IT_SAYS, *ADAPTED))
-                run.step("beside a job", ("-m", "bench.adapt.beside", "--gateway", gateway), (AS_IT_SAYS,))
-        finally:
-            store.kill()
-        people = ("--users", users, "--bank", bank)
+        with run.needing("a server that adapts"), ExitStack() as ending:
+            store = ValkeyProcess(out / "valkey")
+            ending.callback(store.kill)
+            redis = ("--redis-url", store.start().url)
+            url, _, _ = ending.enter_context(_served(out / "adapt-data", *served, *redis))
+            adapt = ("-m", "bench.adapt.users", *people, *redis, "--url", url)
+            run.step("few-shot users", adapt, (AS_IT_SAYS, *ADAPTED))
+            run.step("beside a job", ("-m", "bench.adapt.beside", "--gateway", url), (AS_IT_SAYS,))
         run.step("two engines as one", ("-m", "bench.fleet.replicas", *people), (AS_IT_SAYS,))
         run.step("two evaluators", ("-m", "bench.quality.engine", *people, "--people", 2), (AS_IT_SAYS,))
         run.step("quality", ("-m", "server.cli", "eval", *people, "--out", out / "quality", "--no-predict"))
-    shown.print(_table(run.outcomes))
+    console().print(_table(run.outcomes))
     passed = all(outcome.passed for outcome in run.outcomes)
     content = {"machine": processor(), "passed": passed, "steps": [asdict(outcome) for outcome in run.outcomes]}
     (out / "acceptance.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -205,9 +216,8 @@ def _served(data: Path, *options: str) -> Iterator[tuple[str, str, str]]:
 
 def _tiny(folder: Path) -> tuple[str, ...]:
     """A tiny model and its bank, as options: what the gateway adds does not depend on the model behind it."""
-    model = tiny_model(folder / "model")
-    bank = tiny_bank(folder / "bank", model, ensure_embedder(None, Settings().cache_dir))
-    return "--bank", str(bank), "--model", str(model)
+    subject = tiny(folder)
+    return "--bank", str(subject.bank), "--model", str(subject.model)
 
 
 def judge(report: Path, targets: Iterable[Target]) -> list[Figure]:
@@ -217,12 +227,7 @@ def judge(report: Path, targets: Iterable[Target]) -> list[Figure]:
     for target in targets:
         judged = {label: value for label, value in rows.items() if label.startswith(target.row)}
         for label, value in judged.items():
-            shown = (
-                f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
-                if isinstance(value, dict)
-                else value
-            )
-            figures.append(Figure(label, str(shown), target.wanted, target.met(value), target.binding))
+            figures.append(Figure(label, shown(value), target.wanted, target.met(value), target.binding))
         if not judged:
             figures.append(Figure(target.row, "no such row", target.wanted, met=False, binding=True))
     return figures
@@ -236,7 +241,7 @@ def _table(outcomes: Iterable[Outcome]) -> Table:
         table.add_row(f"[bold]{outcome.step}[/bold]", f"{outcome.seconds:.0f} s", "", "", "", verdict)
         for figure in outcome.figures:
             mark = "" if figure.met else ("[bold red]missed[/bold red]" if figure.binding else "short of the aim")
-            table.add_row("", "", figure.label, figure.value, figure.wanted, mark)
+            table.add_row("", "", figure.label, escape(figure.value), figure.wanted, mark)
         table.add_section()
     return table
 

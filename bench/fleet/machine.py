@@ -17,7 +17,7 @@ from bench.rig.proxy import LossyProxy
 from bench.rig.tiny import tiny_bank, tiny_model
 from bench.rig.up import Up, up
 from bench.rig.valkey import ValkeyProcess
-from server.settings import Settings
+from server.settings import load_settings
 
 ENGINES = ("engine-1", "engine-2")
 
@@ -75,7 +75,8 @@ def tiny_machine(
         environment: more of its settings.
     """
     model = tiny_model(folder / "model")
-    bank = tiny_bank(folder / "bank", model, ensure_embedder(None, Settings().cache_dir), anchors=6)
+    settings = load_settings()
+    bank = tiny_bank(folder / "bank", model, ensure_embedder(settings.embedder, settings.cache_dir), anchors=6)
     store = ValkeyProcess(folder / "valkey").start()
     try:
         with LossyProxy(store.port, seed=seed) as lossy:

@@ -16,6 +16,7 @@ from bench import script
 from bench.fleet.machine import ENGINES, engine_client, until_routed
 from bench.page.report import report
 from bench.rig.engine import KEY
+from bench.rig.subject import BankOption, ModelOption, given
 from bench.rig.up import Up, up
 from mta_client import Client
 
@@ -103,13 +104,15 @@ def compared(started: Up, people: Sequence[Mapping[str, Any]], max_tokens: int) 
 
 def main(
     users: Annotated[Path, typer.Option(help="Users in the LaMP per-user layout, with their queries.")],
-    bank: Annotated[Path, typer.Option(help="Folder of the bank.")],
+    bank: BankOption = None,
+    model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 32,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Serve every user of a file by two engines, and compare with one; status 1 when they differ."""
     people = json.loads(users.read_text(encoding="utf-8"))
-    options = ("--bank", str(bank), "--replicas", "2", "--dtype", "float32")
+    subject = given(bank, model)
+    options = ("--bank", str(subject.bank), "--model", str(subject.model), "--replicas", "2", "--dtype", "float32")
     with (
         tempfile.TemporaryDirectory() as data,
         up(Path(data), *options, environment={"MTA_ENGINE_KEY": KEY}) as started,

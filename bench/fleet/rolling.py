@@ -29,15 +29,16 @@ from bench.rig.engine import KEY
 from bench.rig.processes import Background, mta, running, wait_until
 from bench.rig.router import running_router
 from bench.rig.tiny import WORLDS, tiny_bank, tiny_model
+from bench.rig.up import unset
 from bench.rig.valkey import ValkeyProcess
 from mta_client import Client
 from server.engine_protocol import STATUS
-from server.settings import Settings
+from server.settings import load_settings
 from server.supervisor.services import free_port
 
 CLIENTS, PEOPLE, TOKENS = 3, 8, 48
 PAUSE_S = 0.1
-READY_S, STOP_S = 120.0, 60.0
+READY_S, STOP_S, ANSWER_S = 120.0, 60.0, 60.0
 CALM_S = 3.0
 """Between two restarts: gateways look at engines every two seconds, routers every second."""
 
@@ -97,13 +98,16 @@ class Load(threading.Thread):
         super().__init__(daemon=True)
         self.failures: list[str] = []
         self.recipes: Counter[str] = Counter()
-        self._clients = [httpx.Client(base_url=url, timeout=60) for url in urls]
+        self._clients = [httpx.Client(base_url=url, timeout=ANSWER_S) for url in urls]
         self._chance = random.Random(seed)
         self._stop_asked = threading.Event()
 
     def stop(self) -> None:
-        """End after the present request."""
+        """End after the present request; one that does not end has failed."""
         self._stop_asked.set()
+        self.join(ANSWER_S)
+        if self.is_alive():
+            self.failures.append(f"an answer did not end within {ANSWER_S:.0f} s")
 
     def run(self) -> None:
         while not self._stop_asked.wait(PAUSE_S):
@@ -118,11 +122,12 @@ class Load(threading.Thread):
         for client in self._chance.sample(self._clients, len(self._clients)):
             try:
                 response = client.request(method, path, json=body)
-            except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError) as error:
+            except Exception as error:  # whatever ends a request; this thread must go on
                 # Nothing came, and no gateway began anything: it did not take the connection, or had closed it.
-                if isinstance(error, httpx.ConnectError) or "without sending a response" in str(error):
+                unheard = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                if unheard or "without sending a response" in str(error):
                     continue
-                self.failures.append(repr(error))
+                self.failures.append(f"{method} {path}: {error!r}")
                 return None
             if response.is_success and (not body.get("stream") or response.text.rstrip().endswith("data: [DONE]")):
                 return response.text
@@ -146,14 +151,15 @@ class Rolled:
     """
 
     def __init__(self, folder: Path, running: ExitStack) -> None:
-        model, embedder = tiny_model(folder / "model"), ensure_embedder(None, Settings().cache_dir)
+        chosen = load_settings()
+        model, embedder = tiny_model(folder / "model"), ensure_embedder(chosen.embedder, chosen.cache_dir)
         bank, self.next = (tiny_bank(folder / name, model, embedder, seed=n) for n, name in enumerate(("bank", "next")))
         store = ValkeyProcess(folder / "valkey").start()
         running.callback(store.kill)
         self._router_port = free_port()
         engines = [free_port() for _ in range(2)]
         self.engine_urls = [f"http://127.0.0.1:{port}" for port in engines]
-        self.settings: Environment = {
+        self.settings: Environment = unset() | {
             "MTA_REDIS_URL": store.url,
             "MTA_ENGINE_KEY": KEY,
             "MTA_ENGINE_URLS": ",".join(self.engine_urls),
@@ -219,8 +225,6 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSO
             shown.print(f"exchanged: {what}; {sum(len(load.failures) for load in loads)} requests failed so far")
         for load in loads:
             load.stop()
-        for load in loads:
-            load.join(60)
         asked = {"user_id": "rolled-0", "prompt": "Well?", "max_tokens": 1}
         last = httpx.post(f"{rolled.gateway_urls[0]}/generate", json=asked).raise_for_status().text
         moved = _recipe(last).startswith(f"mta1:{read_manifest(rolled.next).short}")

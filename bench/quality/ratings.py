@@ -34,7 +34,8 @@ from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
 from bench import script
 from bench.page.report import console, report
-from server.settings import Settings
+from bench.rig.subject import ModelOption
+from server.settings import load_settings
 from server.store.samples import AdaptConfig
 from server.worker.training import user_plan
 
@@ -59,7 +60,7 @@ def main(
     methods: Annotated[
         str, typer.Option(help="Comma-separated; only methods without training.")
     ] = "task,mean,merged:topic,merged",
-    model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
+    model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Report each method's loss and mean absolute error of the expected score, and both less those of the ones above.
@@ -67,15 +68,15 @@ def main(
     Intervals and stars are those of `mta eval`. The loss is that of the gold score among the five, over the answer's
     tokens, so that it stands on the scale of `mta eval`.
     """
-    cache, compared = Settings().cache_dir, parse_methods(methods)
-    embedder = Embedder.load(ensure_embedder(None, cache))
+    settings, compared = load_settings(model=model), parse_methods(methods)
+    embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     here = OpenBank.open(bank, embedder.id)
     further = any(method.base is Base.TASK for method in compared)
     task_bank = here.of_task(embedder.id) if further else None
     task = here.serving.task
     if task.kind != "score":
         raise typer.BadParameter(f"the bank is for {task.name}, whose answers are not scores", param_hint="--bank")
-    scorer = Scorer(*load_base(ensure_base_model(model, cache), resolve_dtype("auto")))
+    scorer = Scorer(*load_base(ensure_base_model(settings.model, settings.cache_dir), resolve_dtype("auto")))
     config = AdaptConfig()
     plan, strength = user_plan(config), config.strength
     ids = [one for score in SCORES for one in scorer.tokenizer.encode(str(score), add_special_tokens=False)]

@@ -18,6 +18,7 @@ from server.supervisor.services import free_port
 READY = r"^Ready: (http://127\.0\.0\.1:\d+)"
 LISTENING = r"listening on (http://\S+)"
 START_S = 240.0
+_KEPT = ("MTA_CACHE_DIR", "MTA_EMBEDDER")
 _MARKS = {
     "valkey": "valkey-server",
     "engine": "server.engine ",
@@ -75,10 +76,15 @@ class Up:
             return client.ready()
 
 
+def unset() -> dict[str, str | None]:
+    """The caller's settings, all to be removed but for the embedder and where models are prepared: a bank is served
+    with the embedder that it was made with."""
+    return {name: None for name in os.environ if name.startswith("MTA_") and name not in _KEPT}
+
+
 def up_command(data: Path, *options: str) -> tuple[list[str], dict[str, str | None]]:
-    """Command and environment of `mta up`, without the settings in the caller's environment."""
-    clean: dict[str, str | None] = {name: None for name in os.environ if name.startswith("MTA_")}
-    return mta("up", "--data", str(data), *options), clean
+    """Command and environment of `mta up`, with `unset` settings."""
+    return mta("up", "--data", str(data), *options), unset()
 
 
 @contextmanager
@@ -102,10 +108,8 @@ def running_gateway(
         secret: keys its users.
         settings: further settings by name, e.g. `queue_places=2`.
     """
-    clean: dict[str, str | None] = {name: None for name in os.environ if name.startswith("MTA_")}
-    kept = {name: os.environ[name] for name in ("MTA_CACHE_DIR", "MTA_EMBEDDER") if name in os.environ}
     given = {f"MTA_{name.upper()}": str(value) for name, value in settings.items()}
-    environment = clean | kept | given | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
+    environment = unset() | given | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
     options = ("--bank", str(bank), "--redis-url", redis_url, "--engine-url", engine_url, "--port", str(free_port()))
     with running(mta("gateway", *options), environment) as process:
         process.wait_for(LISTENING, START_S)

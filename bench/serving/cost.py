@@ -96,7 +96,14 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/cost.json"),
 ) -> None:
     """Measure the base model against recipes, and both against what the machine could do."""
-    chosen = [case for case in cases(tokens) if not only or any(text in case.label for text in only)]
+    if tiny_model and (bank or model or rank):
+        raise typer.BadParameter(
+            "it brings its own model and bank: leave out --bank, --model, --rank", param_hint="--tiny"
+        )
+    if bank and rank:
+        raise typer.BadParameter("a bank is made for each rank: leave out --bank", param_hint="--rank")
+    counts = slots or [16]
+    chosen = _chosen(cases(tokens), only or [""], min(counts))
     tables, readings = [], {}
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         where = Path(scratch)
@@ -107,7 +114,7 @@ def main(
         shape = Model.read(subjects[0].model)
         limits = Limits.measured(shape)
         plan = Plan(chosen, pairs, dtype, without_lora, where / "gateway" if gateway else None)
-        for subject, number in itertools.product(subjects, slots or [16]):
+        for subject, number in itertools.product(subjects, counts):
             title = f"{subject.title}, {number} slots, {dtype}"
             taken = _one_engine(plan, subject, number, progress, title)
             lines = [_line(case, found, limits, shape, subject) for case, found in taken]
@@ -119,6 +126,17 @@ def main(
     )
     typer.echo(note)
     tabulate(tables, out, bench="cost", note=note, limits=asdict(limits), pairs=pairs, tokens=tokens, readings=readings)
+
+
+def _chosen(rows: Sequence[Case], texts: Sequence[str], slots: int) -> list[Case]:
+    """The rows that have any of these texts; each text must have a row, and one of them must fit the fewest slots."""
+    for text in texts:
+        if not any(text in case.label for case in rows):
+            raise typer.BadParameter(f"no row has the text {text!r}", param_hint="--only")
+    found = [case for case in rows if any(text in case.label for text in texts)]
+    if min(case.recipes for case in found) > slots:
+        raise typer.BadParameter(f"no row of these has as few recipes as {slots}", param_hint="--slots")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,12 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def machine(browser: Browser, demo_bank: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def machine(
+    browser: Browser, demo_bank: Path, embedder_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Up]:
     """`mta up` over the demo's bank, where the demo's three people are known."""
-    with up(tmp_path_factory.mktemp("console") / "data", "--bank", str(demo_bank)) as started:
+    settings = {"MTA_EMBEDDER": str(embedder_folder)}
+    with up(tmp_path_factory.mktemp("console") / "data", "--bank", str(demo_bank), environment=settings) as started:
         with Client(started.url, trust_env=False) as client:
             for person in PEOPLE:
                 client.put_profile(person.user_id, person.lines)

@@ -1,12 +1,16 @@
-"""How acceptance judges a benchmark's report."""
+"""How acceptance judges a benchmark's report, and that nothing stops it from saying so."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import typer
 
+from bench import acceptance
 from bench.acceptance import FUSE, GATEWAY, ORACLE, SOAK, Figure, Outcome, Target, judge
 
 
@@ -57,3 +61,43 @@ def test_a_missed_aim_is_shown_but_fails_nothing(report: Path) -> None:
     assert Outcome("gateway", "", 0.0, 0, figures).passed
     assert not Outcome("fuse", "", 0.0, 0, [Figure("merge", "4", "5", met=False, binding=True)]).passed
     assert not Outcome("soak", "", 0.0, 1, []).passed
+
+
+def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(argv)
+        return subprocess.CompletedProcess(argv, 0)
+
+    def up(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("ended with status 1 before Ready:\nall its output")
+
+    class NoStore:
+        url = "redis://nowhere"
+
+        def __init__(self, _: Path) -> None: ...
+
+        def start(self) -> NoStore:
+            return self
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(acceptance, "up", up)
+    monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
+    monkeypatch.setattr(acceptance, "ValkeyProcess", NoStore)
+    monkeypatch.setenv("MTA_MODEL", "another")
+    with pytest.raises(typer.Exit):
+        acceptance.main(tmp_path, tmp_path / "out")
+    steps = {step["step"]: step for step in json.loads((tmp_path / "out/acceptance.json").read_text("utf-8"))["steps"]}
+    for name in ("a tiny server", "an exact server", "a server that adapts"):
+        assert steps[name]["status"] == 1
+        assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
+    assert steps["quality"]["status"] == 0
+    for module in ("bench.oracle", "bench.fleet.replicas", "bench.quality.engine"):
+        (command,) = (command for command in commands if module in command)
+        assert command[command.index("--model") + 1] == "another"

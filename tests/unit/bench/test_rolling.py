@@ -1,0 +1,93 @@
+"""What the load on a rolled fleet counts as a request that failed."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from bench.fleet import rolling
+from bench.rig.processes import wait_until
+
+Answers = Callable[..., httpx.Response]
+ANSWER = httpx.Response(200, text='{"recipe":"mta1:00000000:shared:c"}\n\ndata: [DONE]')
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], rolling.Load]:
+    """Somebody who asks two gateways that answer so."""
+    monkeypatch.setattr(rolling, "PAUSE_S", 0.001)
+
+    def start(answers: Answers) -> rolling.Load:
+        monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answers())
+        asking = rolling.Load(["http://one", "http://other"], seed=0)
+        asking.start()
+        return asking
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ReadTimeout("timed out"),
+        httpx.WriteError("broken pipe"),
+        httpx.RemoteProtocolError("peer closed connection without sending complete message body"),
+        httpx.DecodingError("not gzip"),
+    ],
+)
+def test_a_request_that_broke_has_failed_and_the_next_one_is_asked(
+    error: Exception, load: Callable[[Answers], rolling.Load]
+) -> None:
+    def broken() -> httpx.Response:
+        raise error
+
+    asking = load(broken)
+    wait_until(lambda: len(asking.failures) > 1, "two failures", 10)
+    asking.stop()
+    assert repr(error) in asking.failures[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectError("refused"),
+        httpx.ConnectTimeout("timed out"),
+        httpx.RemoteProtocolError("Server disconnected without sending a response."),
+    ],
+)
+def test_who_gets_no_connection_at_one_gateway_asks_the_other(
+    error: Exception, load: Callable[[Answers], rolling.Load]
+) -> None:
+    turns = itertools.cycle((True, False))
+
+    def every_other() -> httpx.Response:
+        if next(turns):
+            raise error
+        return ANSWER
+
+    asking = load(every_other)
+    wait_until(lambda: asking.recipes.total() > 1, "two answers", 10)
+    asking.stop()
+    assert asking.failures == []
+
+
+def test_an_answer_that_does_not_end_has_failed(
+    load: Callable[[Answers], rolling.Load], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rolling, "ANSWER_S", 0.05)
+    asked, over = threading.Event(), threading.Event()
+
+    def hanging() -> httpx.Response:
+        asked.set()
+        over.wait()
+        return ANSWER
+
+    asking = load(hanging)
+    asked.wait(5)
+    asking.stop()
+    over.set()
+    assert len(asking.failures) == 1
