@@ -43,7 +43,7 @@ BUILDS = {
 """Options of `mta bank build` where the figures of docs/quality.md were not taken with its defaults."""
 
 WRITTEN = "task,base+history,common+history,merged+history,own+history,stacked+history"
-EVALS = {"mail": f"--no-predict --no-curves --sample 17 --write {WRITTEN}"}
+EVALS = {"mail": f"--no-predict --no-curves --write {WRITTEN}"}
 """Options of `mta eval` for tasks whose answers are long: what they sound like says more than which words they share
 with the gold, and there is not the time for both."""
 
