@@ -1,14 +1,14 @@
 """What few-shot adapting gains for people the bank does not know: the loss of later items, bytes, seconds.
 
-For each person: the recipe of their first items, a user adapter trained on the first `--samples` of them with the code
-that the worker runs, and the loss of their later items under the fused adapter alone and with the user adapter. People
-must not be in the bank (`mta bank build --exclude`).
+For each person: the recipe of their first `--samples` items, by signature where the bank has such, a user adapter
+trained on these items with the code that the worker runs, and the loss of their later items under the fused adapter
+alone and with the user adapter. People must not be in the bank (`mta bank build --exclude`).
 """
 
 from __future__ import annotations
 
-import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -21,17 +21,19 @@ from adapters.fusion import fuse
 from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
 from adapters.user_adapter import UserAdapter, UserAdapterKind, decode_user_adapter, stack
-from bank.items.histories import read_histories
+from bank.items.histories import read_excluded, read_histories
 from bank.items.profile import item_text, profile_embedding
 from bank.items.prompt import chat_messages, encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
+from bank.lookup.signature import MAX_ITEMS
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import resolve_dtype
 from bench import script
 from bench.page.report import report
-from server.settings import Settings
+from bench.rig.subject import ModelOption
+from server.settings import load_settings
 from server.store.samples import AdaptConfig, Sample
 from server.worker.training import AdapterTrainer
 
@@ -48,33 +50,34 @@ def main(
     samples: Annotated[int, typer.Option(help="How many first items to adapt to.", min=2)] = 10,
     people: Annotated[int, typer.Option(help="How many people.", min=2)] = 12,
     setting: Annotated[list[str] | None, typer.Option(help="`kind:rank:steps:rate:strength`; may be repeated.")] = None,
-    model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
+    model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure the loss of later items, stacked less merged, with its 95 % interval over people."""
-    manifest = read_manifest(bank)
-    folder = ensure_base_model(model, Settings().cache_dir)
+    manifest, settings = read_manifest(bank), load_settings(model=model)
+    folder = ensure_base_model(settings.model, settings.cache_dir)
     trainer = AdapterTrainer.open(bank, manifest, folder, resolve_dtype("auto"))
-    embedder = Embedder.load(ensure_embedder(None, Settings().cache_dir))
+    embedder = Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir))
     lookup = ServingBank.open(bank, embedder.id)
-    ids = set(json.loads(only.read_text("utf-8"))) if only else None
+    ids = read_excluded(only) if only else None
     chosen = [p for p in read_histories(users, lookup.task) if ids is None or p.user_id in ids][:people]
     configs = [_config(text) for text in setting or SETTINGS]
     readings: dict[str, list[dict[str, Any]]] = {_name(config): [] for config in configs}
     for person in track(chosen, f"{len(chosen)} people, {len(configs)} settings"):
-        first, later = person.items[:samples], person.items[samples : samples + LATER]
-        texts = [item_text(item, lookup.task) for item in first]
-        profile = profile_embedding(embedder.embed(texts))
-        pairs = person.pairs(lookup.task)
-        taken = [Sample(chat_messages(turn), output) for turn, output in pairs[:samples]]
-        tests = [encode_pair(trainer.tokenizer, *pair, MAX_TOKENS) for pair in pairs[samples : samples + len(later)]]
-        fused = fuse(trainer.matrix, lookup.personalise(profile).recipe, torch.float32)
+        first = replace(person, items=person.items[:samples])
+        later = replace(person, items=person.items[samples : samples + LATER])
+        profile = profile_embedding(embedder.embed([item_text(item, lookup.task) for item in first.items]))
+        pairs = first.pairs(lookup.task)
+        signature = trainer.signature(pairs[-MAX_ITEMS:]) if lookup.signs else None
+        taken = [Sample(chat_messages(turn), output) for turn, output in pairs]
+        tests = [encode_pair(trainer.tokenizer, *pair, MAX_TOKENS) for pair in later.pairs(lookup.task)]
+        fused = fuse(trainer.matrix, lookup.personalise(profile, signature).recipe, torch.float32)
         with attached(trainer.model, fused) as here:
             merged = mean_loss(here.model, tests)
         for config in configs:
-            recipe = lookup.personalise(profile, share=config.strength).recipe
+            recipe = lookup.personalise(profile, signature, config.strength).recipe
             start_s = time.perf_counter()
-            judgement = trainer.train(recipe, taken, config).finish()
+            judgement = trainer.train(recipe, taken, config, first.items).finish()
             reading = {"merged": merged, "stacked": merged, "seconds": time.perf_counter() - start_s, "bytes": 0}
             reading |= {"steps": judgement.steps, "before": judgement.before, "after": judgement.after}
             if judgement.weights is not None:

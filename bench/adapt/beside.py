@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -23,6 +24,7 @@ from rich.progress import Progress
 
 from bench import script
 from bench.page.report import Spread, percentile, report
+from bench.rig.client import authorization
 from bench.serving.gateway import stream_chunks
 
 USERS = ("bench-beside-a", "bench-beside-b")
@@ -34,6 +36,7 @@ ITEMS = {
 WORDS = "the tide turned and the boats went home before the rain could reach the harbour wall again that evening "
 SAMPLES = [{"input": f"Tell me about day {n}. {WORDS * 2}", "output": f"Day {n}: {WORDS}"} for n in range(10)]
 PATIENCE_S = 120.0
+POLL_S = 0.2
 
 
 @dataclass(slots=True)
@@ -81,40 +84,51 @@ async def _measure(
     blocks: dict[str, list[Block]] = {"with": [], "without": []}
     cancels_ms: list[float] = []
     numbers = itertools.count()
-    async with aiohttp.ClientSession(gateway, connector=aiohttp.TCPConnector(keepalive_timeout=4)) as session:
-        for user, texts in ITEMS.items():
-            await _ask(session, "PUT", f"/users/{user}/profile", {"items": [{"text": text} for text in texts]})
-        with Progress() as progress:
-            task = progress.add_task("A B A B", total=2 * (pairs + 1))
-            for _, side in itertools.product(range(pairs + 1), blocks):
-                async with _training(session, cancels_ms) if side == "with" else nullcontext():
-                    blocks[side].append(await _block(session, numbers, requests, concurrency, max_tokens))
-                progress.advance(task)
-        await _ask(session, "DELETE", f"/users/{TRAINED}")
+    connector = aiohttp.TCPConnector(keepalive_timeout=4)
+    async with aiohttp.ClientSession(gateway, headers=authorization(), connector=connector) as session:
+        try:
+            for user, texts in ITEMS.items():
+                await _ask(session, "PUT", f"/users/{user}/profile", {"items": [{"text": text} for text in texts]})
+            with Progress() as progress:
+                task = progress.add_task("A B A B", total=2 * (pairs + 1))
+                for _, side in itertools.product(range(pairs + 1), blocks):
+                    async with training(session, cancels_ms) if side == "with" else nullcontext():
+                        blocks[side].append(await _block(session, numbers, requests, concurrency, max_tokens))
+                    progress.advance(task)
+        finally:
+            for user in (*USERS, TRAINED):
+                async with session.delete(f"/users/{user}"):
+                    pass  # not all of them are known if the run ended early
     return blocks, cancels_ms
 
 
 @asynccontextmanager
-async def _training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> AsyncIterator[None]:
-    """Jobs in training, one after the other, while the block lasts; the last is cancelled, and that is timed."""
-    begun, job = asyncio.Event(), dict[str, Any]()
+async def training(session: aiohttp.ClientSession, cancels_ms: list[float]) -> AsyncIterator[None]:
+    """Jobs in training, one after the other, while the block lasts; the last is cancelled, and that is timed.
+
+    Raises:
+        ExceptionGroup: when a job fails or cannot be posted, which ends the block at once, or none begins in time.
+    """
+    begun, over, job = asyncio.Event(), asyncio.Event(), dict[str, Any]()
 
     async def train() -> None:
-        while True:
-            job.update(await _ask(session, "POST", f"/users/{TRAINED}/adapt", {"samples": SAMPLES}))
-            while not job["ended_at"]:
-                await asyncio.sleep(0.2)
+        while not over.is_set():
+            # A key of its own: without one, the same samples are the job that has just succeeded.
+            body = {"samples": SAMPLES, "idempotency_key": secrets.token_hex(16)}
+            job.update(await _ask(session, "POST", f"/users/{TRAINED}/adapt", body))
+            while not (job["ended_at"] or over.is_set()):
+                await asyncio.sleep(POLL_S)
                 job.update(await _ask(session, "GET", f"/jobs/{job['id']}"))
                 if job["progress"]["step"]:
                     begun.set()
+            if job["state"] == "failed":
+                raise RuntimeError(f"job {job['id']} failed: {job['error']}")
 
-    training = asyncio.create_task(train())
-    try:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(train())
         await asyncio.wait_for(begun.wait(), PATIENCE_S)
         yield
-    finally:
-        training.cancel()
-        await asyncio.gather(training, return_exceptions=True)
+        over.set()  # not a cancellation: a job that is just being posted must be known, to be cancelled
     start_s = time.perf_counter()
     async with session.delete(f"/jobs/{job['id']}") as response:
         if response.status == 200:  # it had not ended on its own

@@ -1,8 +1,9 @@
 """Few-shot adapting from end to end: real users against a running `mta up`, and whether it helped them.
 
 For each kind of user adapter, one user after the other: their profile items are posted as samples, the job is awaited,
-and all their queries are answered. Then the gold answers of those queries are scored in process, under the merged
-adapter and with the very bytes that the server promoted; a rejected adapter counts as merged.
+and all their queries are answered. Then the gold answers of those queries are scored in process: under the adapter that
+merged answers get, and with the very bytes that the server promoted, on the recipe that they were trained on; a
+rejected adapter counts as merged. In a bank with signatures the job is posted once the server has read the profile.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from bank.models.folders import ensure_base_model
 from bank.models.load import resolve_dtype
 from bench import script
 from bench.page.report import Spread, report
+from bench.rig.client import until_signed
+from bench.rig.subject import ModelOption
 from mta_client import Client, Personalization
-from server.settings import Settings
+from server.settings import load_settings
 from server.store.jobs import parse_job_id
 from server.worker.training import AdapterTrainer
 
@@ -50,8 +53,9 @@ class Reading:
         state: how the job ended.
         seconds: from POST to the first whole answer after the job's end.
         levels: of the answers to all queries.
-        recipe: of the first answer.
-        adapter: the one stacked on it, if any.
+        recipe: of an answer without the user's adapter.
+        adapter: the one that speaks in the first answer, if any.
+        beneath: of that answer: the recipe that the adapter was trained on.
         raw: the promoted bytes; empty without an adapter.
         merged, stacked: loss of the gold answers, nats per token.
     """
@@ -63,6 +67,7 @@ class Reading:
     levels: list[str] = field(default_factory=list)
     recipe: str = ""
     adapter: UserAdapterId | None = None
+    beneath: str = ""
     raw: bytes = b""
     merged: float = 0.0
     stacked: float = 0.0
@@ -78,11 +83,11 @@ def main(
     kind: Annotated[
         list[UserAdapterKind] | None, typer.Option(help="Kind of adapter; may be repeated.", show_default="both")
     ] = None,
-    model: Annotated[str, typer.Option(help="Base model: folder, hub id or `default`.")] = "default",
+    model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Adapt all users with every kind, generate, and score; status 1 when a job fails or an answer is not stacked."""
-    manifest = read_manifest(bank)
+    manifest, settings = read_manifest(bank), load_settings(model=model)
     task, kinds = get_task(manifest.task), kind or list(UserAdapterKind)
     persons = read_histories(users, task)[:people]
     queries = {person["user_id"]: person["query"] for person in json.loads(users.read_text(encoding="utf-8"))}
@@ -95,7 +100,8 @@ def main(
                     reading.levels.append(_speaking(client, person.user_id, query["input"]).level)
                 reading.raw = _promoted(store, reading.adapter)
                 readings.append(reading)
-    trainer = AdapterTrainer.open(bank, manifest, ensure_base_model(model, Settings().cache_dir), resolve_dtype("auto"))
+    folder = ensure_base_model(settings.model, settings.cache_dir)
+    trainer = AdapterTrainer.open(bank, manifest, folder, resolve_dtype("auto"))
     for reading in track(readings, "score the gold answers"):
         _score(trainer, reading, queries[reading.user_id])
     rows = [row for one in kinds for row in _rows(one.value, [r for r in readings if r.kind == one.value])]
@@ -110,19 +116,23 @@ def _adapted(client: Client, person: History, task: Task, kind: str) -> Reading:
     samples = [{"input": turn, "output": output} for turn, output in person.pairs(task)]
     client.forget(person.user_id, missing_ok=True)
     client.put_profile(person.user_id, [{"id": item.id, **item.fields} for item in person.items])
+    until_signed(client, [person.user_id])
     start_s = time.perf_counter()
     job = client.wait(client.adapt(person.user_id, samples, kind=kind).id)
     who = _speaking(client, person.user_id, samples[0]["input"])
     seconds = time.perf_counter() - start_s
+    merged = _speaking(client, person.user_id, samples[0]["input"], personalize="merged")
     job_id = parse_job_id(job.id)
     assert job_id is not None
     adapter = UserAdapterId(job_id.user_key, job.adapter) if job.adapter and who.level == "stacked" else None
-    return Reading(person.user_id, kind, job.state, seconds, recipe=who.recipe or "", adapter=adapter)
+    assert merged.recipe
+    beneath = who.recipe or ""
+    return Reading(person.user_id, kind, job.state, seconds, recipe=merged.recipe, adapter=adapter, beneath=beneath)
 
 
-def _speaking(client: Client, user_id: str, prompt: str) -> Personalization:
+def _speaking(client: Client, user_id: str, prompt: str, personalize: str = "auto") -> Personalization:
     """The personalization of a short answer."""
-    return client.generate(user_id, prompt, max_tokens=24, temperature=0).personalization
+    return client.generate(user_id, prompt, personalize=personalize, max_tokens=24, temperature=0).personalization
 
 
 def _promoted(store: Any, adapter: UserAdapterId | None) -> bytes:
@@ -143,7 +153,8 @@ def _score(trainer: AdapterTrainer, reading: Reading, queries: list[dict[str, st
         reading.merged = reading.stacked = mean_loss(here.model, golds)
     if reading.raw:
         user = decode_user_adapter(trainer.manifest.layout, reading.raw)
-        with attached(trainer.model, stack(fused, user, torch.float32)) as here:
+        beneath = fuse(trainer.matrix, parse_recipe(reading.beneath), torch.float32)
+        with attached(trainer.model, stack(beneath, user, torch.float32)) as here:
             reading.stacked = mean_loss(here.model, golds)
 
 

@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from bench import script
 from bench.page.report import Spread, percentile, report
+from bench.rig.client import authorization
 from mta_client import Client
 
 USER = "bench-gateway"
@@ -110,8 +111,9 @@ def _sides(gateway: str, engine: str, key: str, max_tokens: int) -> dict[str, Si
         changed = client.put_profile(USER, ITEMS)
     sampling = {"max_tokens": max_tokens, "temperature": 0}
     direct = sampling | {"model": changed.recipe}
+    asked = sampling | {"user_id": USER, "personalize": "merged", "history": 0}
     return {
-        "gateway": Side(f"{gateway}/generate", {}, sampling | {"user_id": USER, "personalize": "merged"}, False),
+        "gateway": Side(f"{gateway}/generate", authorization(), asked, False),
         "engine": Side(f"{engine}/v1/chat/completions", {"Authorization": f"Bearer {key}"}, direct, True),
     }
 
