@@ -13,6 +13,9 @@ from bank.evaluation.report.intervals import LEVEL, Interval
 from bank.evaluation.report.summary import MethodRow, columns
 from bank.evaluation.session import TABLE_FILE
 
+_ASIDE = (Base.PRIOR, Base.RANDOM)
+"""What eighty columns have no room to compare with; each has a row of its own."""
+
 
 def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
     """Print rows of methods, each table under its title, and how to read them."""
@@ -43,7 +46,7 @@ def print_voices(rows: Sequence[AuthorshipRow], console: Console) -> None:
 
 def _table(title: str, rows: Sequence[MethodRow]) -> Table:
     metrics, compared = columns(rows)
-    compared = [name for name in compared if name != Base.PRIOR]  # eighty columns have no room: it has a row of its own
+    compared = [name for name in compared if name not in _ASIDE]
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for name in ("loss", *metrics, *("less\n" + other.replace(":", ":\n") for other in compared)):
