@@ -84,7 +84,7 @@ UserRank = Annotated[int, Option("Rank kept free for users' own stacked LoRAs.",
 Top = Annotated[int, Option("Most anchors in a user's recipe.", COUNT)]
 _USER_RANK, _TOP = 8, 2
 POSTERIOR, TOPICS, LONGEST = "posterior", "topics", "longest"
-USUAL = {"chat": (0.5, POSTERIOR), "movie_rating": (0.5, POSTERIOR)}
+USUAL = dict.fromkeys(("chat", "movie_rating", "news_headline"), (0.5, POSTERIOR))
 """`history_share` and `weights` by default, where others than 0 and `auto` were found to help (docs/quality.md)."""
 
 
@@ -119,7 +119,7 @@ class BuildOptions:
             "What users' weights come from: topic, signature, posterior (steps in either direction, by signature), or "
             "auto (signature where possible).",
             _one_of("auto", "topic", "signature", POSTERIOR),
-            shown_default="posterior for chat and movie_rating, else auto",
+            shown_default=f"posterior for {', '.join(USUAL)}, else auto",
         ),
     ] = None
     signature_k: Annotated[int, Option("Like --k, by signature.", COUNT)] = _SIGNATURE.anchors
@@ -139,7 +139,7 @@ class BuildOptions:
         Option(
             "Share of the training items with past items of the same person in the prompt.",
             PART,
-            shown_default="0.5 for chat and movie_rating, else 0",
+            shown_default=f"0.5 for {', '.join(USUAL)}, else 0",
         ),
     ] = None
     max_tokens: Annotated[int, Option("Longest training example.", COUNT)] = 512

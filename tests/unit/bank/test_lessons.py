@@ -121,8 +121,8 @@ def test_a_key_tells_apart_what_would_be_another_bank() -> None:
 
 
 def test_the_defaults_are_what_was_found_to_help_with_a_task() -> None:
-    usual = [BuildOptions(task).resolved() for task in ("chat", "movie_rating", "news_headline")]
-    assert [(options.history_share, options.weights) for options in usual] == [(0.5, "posterior")] * 2 + [(0.0, "auto")]
+    usual = [BuildOptions(task).resolved() for task in ("chat", "movie_rating", "news_headline", "citation")]
+    assert [(options.history_share, options.weights) for options in usual] == [(0.5, "posterior")] * 3 + [(0.0, "auto")]
     assert BuildOptions("chat", common=False).resolved().weights == "auto"
     assert BuildOptions("chat", history_share=0.0).resolved().history_share == 0.0
 
