@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,16 @@ def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
         )
     for name, found in joined.items():
         for place, panel in enumerate(panels, 1):
+            above: dict[float, list[str]] = defaultdict(list)
             line = [(point[place], min(point[3], top)) for point in sorted(found)]
             panel.plot(*zip(*line, strict=True), color=colours[name], linewidth=0.8, alpha=0.5)
             for (history, *_, loss), (price, height) in zip(sorted(found), line, strict=True):
                 look = {"marker": marks[history], "s": 42, "linewidth": 0, "alpha": 0.85, "clip_on": False}
                 panel.scatter(price, height, color=colours[name], **look)
                 if loss > top:
-                    panel.annotate(f"{loss:.2f} ↑", (price, top), (4, 4), textcoords="offset points", fontsize=7)
+                    above[price].append(f"{loss:.2f}")
+            for price, losses in above.items():
+                panel.annotate(f"{', '.join(losses)} ↑", (price, top), (4, 4), textcoords="offset points", fontsize=7)
     panels[0].set_xscale("symlog", linthresh=100)
     panels[0].set_xlim(left=-30)
     panels[0].set_xlabel("bytes kept of a user")
