@@ -13,14 +13,14 @@ from bank.evaluation.report.intervals import LEVEL, Interval
 from bank.evaluation.report.summary import MethodRow, columns
 from bank.evaluation.session import TABLE_FILE
 
-_ASIDE = (Base.PRIOR, Base.RANDOM)
-"""What eighty columns have no room to compare with; each has a row of its own."""
+_ASIDE = (Base.PRIOR, Base.RANDOM, Base.COMMON, Base.MEAN)
+"""What is not compared with where there is no room for it, the first one first; each has a row of its own."""
 
 
 def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
     """Print rows of methods, each table under its title, and how to read them."""
     for title, rows in found.items():
-        console.print(_table(title, rows))
+        console.print(_table(title, rows, console.width))
         console.print()
         console.print(_prices(rows))
         console.print()
@@ -44,9 +44,12 @@ def print_voices(rows: Sequence[AuthorshipRow], console: Console) -> None:
     console.print(table)
 
 
-def _table(title: str, rows: Sequence[MethodRow]) -> Table:
+def _table(title: str, rows: Sequence[MethodRow], width: int) -> Table:
     metrics, compared = columns(rows)
-    compared = [name for name in compared if name not in _ASIDE]
+    names = max(len(row.method) for row in rows) + 1
+    room = (width - names - len(" 0.000") * (1 + len(metrics))) // len(" -0.000*")
+    for name in _ASIDE:
+        compared = [other for other in compared if other != name or len(compared) <= room]
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for name in ("loss", *metrics, *("less\n" + other.replace(":", ":\n") for other in compared)):

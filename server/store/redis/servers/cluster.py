@@ -32,7 +32,7 @@ from server.store.redis.servers.cluster_client import cluster_client
 log = logging.getLogger("mta.store")
 
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
-"""Between the attempts to write: a replica takes over within seconds, or an operator is needed."""
+"""Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed."""
 
 LAYOUT_S = 5.0
 """How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
@@ -80,7 +80,14 @@ class Cluster:
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         async with self._room:
             await self._follow()
-            return await command(self._client)
+            for pause_s in (*PAUSES_S, None):
+                try:
+                    return await command(self._client)
+                except exceptions.ClusterError as error:
+                    if pause_s is None or type(error) is not exceptions.ClusterError:
+                        raise
+                    await asyncio.sleep(pause_s)  # its keys move: servers sent it to each other, and none did it
+        raise AssertionError("unreachable")
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[Any]:
