@@ -48,8 +48,8 @@ def _table(title: str, rows: Sequence[MethodRow], width: int) -> Table:
     metrics, compared = columns(rows)
     names = max(len(row.method) for row in rows) + 1
     room = (width - names - len(" 0.000") * (1 + len(metrics))) // len(" -0.000*")
-    for name in _ASIDE:
-        compared = [other for other in compared if other != name or len(compared) <= room]
+    for aside in _ASIDE:
+        compared = [name for name in compared if name != aside or len(compared) <= room]
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for name in ("loss", *metrics, *("less\n" + other.replace(":", ":\n") for other in compared)):
