@@ -204,8 +204,8 @@ class Adapters:
             anchors = range(index.anchors)
             cosines, gains = index.vectors(anchors) @ evidence.embedding, self._measured_gains(evidence)
             tokens = output_tokens(self._signed(evidence))
-            asked = rule.signature or SignatureRule(**({"anchors": method.k} if method.k else {}))
-            return evident_weights(asked, anchors, gains, cosines, tokens)
+            usual = SignatureRule(anchors=method.k) if method.k else SignatureRule()
+            return evident_weights(rule.signature or usual, anchors, gains, cosines, tokens)
         return serving.personalise(evidence.embedding, self._signature(evidence)).weights
 
     def _signature(self, evidence: Evidence) -> Signature:

@@ -15,7 +15,7 @@ import numpy as np
 from bank.errors import BankError
 from bank.evaluation.people import Person
 from bank.evaluation.records import Record
-from bank.evaluation.report.intervals import LEVEL, Interval, against_one, over_users
+from bank.evaluation.report.intervals import LEVEL, Interval, cell, compared, over_users
 from bank.items.tasks import Task
 
 GOLD = "gold"
@@ -69,7 +69,8 @@ def authorship(people: Sequence[Person], records: Sequence[Record], task: Task) 
         if len(found) == len(people)
     }
     named = {method: [float(np.mean([rank == 1 for rank in of])) for of in found] for method, found in ranks.items()}
-    against = _compared({method: shares for method, shares in named.items() if method != GOLD})
+    by_person = {method: dict(zip(names, shares, strict=True)) for method, shares in named.items() if method != GOLD}
+    against = compared(by_person)
     rows = [
         AuthorshipRow(
             method, over_users(named[method]), over_users([float(np.mean(of)) for of in found]), against.get(method, {})
@@ -88,7 +89,7 @@ def markdown(rows: Sequence[AuthorshipRow]) -> str:
         named, rank = row.named, row.rank
         cells = [row.method, f"{named.mean:.1%} ({named.low:.1%} to {named.high:.1%})"]
         cells.append(f"{rank.mean:.2f} ({rank.low:.2f} to {rank.high:.2f})")
-        lines.append([*cells, *(_cell(row.against.get(name)) for name in others)])
+        lines.append([*cells, *(cell(row.against.get(name), "+.1%") for name in others)])
     title = f"**Whose voice?** {rows[0].named.n} people; chance names {1 / rows[0].named.n:.1%}; bold: p below {LEVEL}"
     return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
 
@@ -114,24 +115,3 @@ class _Judge:
         shares = self._model.predict_proba(texts)
         own = shares[:, list(self._model.classes_).index(name)]
         return [int(place) for place in 1 + (shares > own[:, None]).sum(axis=1)]
-
-
-def _compared(named: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Interval]]:
-    """By method, its share less that of each other, over the same people."""
-    found: dict[str, dict[str, Interval]] = {method: {} for method in named}
-    for other, theirs in named.items():
-        column = {
-            method: [mine - their for mine, their in zip(ours, theirs, strict=True)]
-            for method, ours in named.items()
-            if method != other
-        }
-        for method, interval in against_one(column).items():
-            found[method][other] = interval
-    return found
-
-
-def _cell(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    text = f"{interval.mean:+.1%} ({interval.low:+.1%} to {interval.high:+.1%})"
-    return f"**{text}**" if interval.sure else text

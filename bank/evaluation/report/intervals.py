@@ -7,7 +7,7 @@ were no difference, each user's could just as well have the other sign.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,6 +76,44 @@ def against_one(differences: Mapping[str, Sequence[float]], seed: int = 0) -> di
         name: replace(over_users(values, seed), p=p)
         for (name, values), p in zip(differences.items(), adjusted, strict=True)
     }
+
+
+def compared(
+    values: Mapping[str, Mapping[str, float]], untested: Collection[str] = ()
+) -> Mapping[str, Mapping[str, Interval]]:
+    """By method, its values less those of each method which covers all of its users, in the order of `values`.
+
+    The differences from one method, all over the same users, are tested together.
+
+    Args:
+        values: of each method, by user.
+        untested: methods whose differences get an interval and no test.
+    """
+    found: dict[str, dict[str, Interval]] = {method: {} for method in values}
+    for other, theirs in values.items():
+        differences = {
+            method: [value - theirs[user] for user, value in ours.items()]
+            for method, ours in values.items()
+            if method != other and theirs.keys() >= ours.keys()
+        }
+        column = {
+            method: less
+            for method, less in differences.items()
+            if len(less) == len(theirs) and not {method, other} & set(untested)
+        }
+        tested = against_one(column)
+        for method, less in differences.items():
+            found[method][other] = tested.get(method) or over_users(less)
+    return found
+
+
+def cell(interval: Interval | None, form: str) -> str:
+    """A difference in a Markdown table, bold where it is significant; `form` is a number's, e.g. `+.4f`."""
+    if interval is None:
+        return ""
+    mean, low, high = (format(value, form) for value in (interval.mean, interval.low, interval.high))
+    text = f"{mean} ({low} to {high})"
+    return f"**{text}**" if interval.sure else text
 
 
 def sign_flip_p(differences: Sequence[Sequence[float]], seed: int = 0) -> list[float]:

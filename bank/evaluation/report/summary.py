@@ -10,7 +10,7 @@ import numpy as np
 
 from bank.evaluation.methods import parse_method
 from bank.evaluation.records import Record
-from bank.evaluation.report.intervals import LEVEL, Interval, against_one, over_users
+from bank.evaluation.report.intervals import LEVEL, Interval, cell, compared
 from bank.evaluation.report.metrics import evaluate
 from bank.items.tasks import Task
 
@@ -57,7 +57,7 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
     for record in records:
         by_method[record.method].append(record)
     losses = user_losses(records)
-    against = _compared(losses)
+    against = compared(losses, {method for method in losses if parse_method(method).varied})
     rows = []
     for method, found in by_method.items():
         answers = [record.prediction for record in found if record.prediction is not None]
@@ -106,29 +106,6 @@ def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
     return "\n\n".join([*blocks, CAPTION]) + "\n"
 
 
-def _compared(losses: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, Interval]]:
-    """By method, its loss less that of each method which covers all of its users, in the order of `losses`.
-
-    The differences in one column of a table, all over the same users, are tested together; points of curves are not.
-    """
-    found: dict[str, dict[str, Interval]] = {method: {} for method in losses}
-    for other, theirs in losses.items():
-        differences = {
-            method: [loss - theirs[user] for user, loss in ours.items()]
-            for method, ours in losses.items()
-            if method != other and theirs.keys() >= ours.keys()
-        }
-        column = {
-            method: values
-            for method, values in differences.items()
-            if len(values) == len(theirs) and not (parse_method(method).varied or parse_method(other).varied)
-        }
-        tested = against_one(column)
-        for method, values in differences.items():
-            found[method][other] = tested.get(method) or over_users(values)
-    return found
-
-
 def _sample(records: Sequence[Record]) -> set[str]:
     """Users with records of every method, and with predictions of every method that has some."""
     users: dict[str, set[str]] = defaultdict(set)
@@ -141,7 +118,7 @@ def _sample(records: Sequence[Record]) -> set[str]:
 
 
 def _table(rows: Sequence[MethodRow]) -> str:
-    metrics, compared = columns(rows)
+    metrics, others = columns(rows)
     head = [
         "method",
         "loss",
@@ -149,27 +126,20 @@ def _table(rows: Sequence[MethodRow]) -> str:
         "first token, ms",
         "bytes kept",
         *metrics,
-        *(f"loss against {name}" for name in compared),
+        *(f"loss against {name}" for name in others),
     ]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         values = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
         first_ms = "" if row.first_token_ms is None else f"{row.first_token_ms:.0f}"
         cells = [row.method, f"{row.loss:.4f}", f"{row.prompt_tokens:.0f}", first_ms, f"{row.kept_bytes:.0f}", *values]
-        lines.append([*cells, *(_cell(row.against.get(name)) for name in compared)])
+        lines.append([*cells, *(cell(row.against.get(name), "+.4f") for name in others)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def as_json(rows: Sequence[MethodRow]) -> list[dict[str, object]]:
     """Rows as JSON values."""
     return [asdict(row) for row in rows]
-
-
-def _cell(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    text = f"{interval.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
-    return f"**{text}**" if interval.sure else text
 
 
 def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:

@@ -78,15 +78,15 @@ class Cluster:
         self._not_durable: set[str] = set()
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
-        async with self._room:
-            await self._follow()
-            for pause_s in (*PAUSES_S, None):
-                try:
+        for pause_s in (*PAUSES_S, None):
+            try:
+                async with self._room:
+                    await self._follow()
                     return await command(self._client)
-                except exceptions.ClusterError as error:
-                    if pause_s is None or type(error) is not exceptions.ClusterError:
-                        raise
-                    await asyncio.sleep(pause_s)  # its keys move: servers sent it to each other, and none did it
+            except exceptions.ClusterError as error:
+                if pause_s is None or type(error) is not exceptions.ClusterError:
+                    raise
+                await asyncio.sleep(pause_s)  # its keys move: servers sent it to each other, and none did it
         raise AssertionError("unreachable")
 
     @asynccontextmanager
