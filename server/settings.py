@@ -55,7 +55,8 @@ class Settings(BaseSettings):
         description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated.",
     )
     require_durable_store: bool = Field(
-        True, description="Refuse a Redis whose writes are not durable; false: only warn, and say so in /ready."
+        True,
+        description="Refuse a Redis that may lose or evict acknowledged writes; false: warn, and say so in /ready.",
     )
     secret: SecretStr | None = Field(
         None,

@@ -46,7 +46,7 @@ from server.gateway.routes.console import bank as console_bank
 from server.gateway.routes.console import pages
 from server.gateway.routes.openai import routes as openai
 from server.settings import Settings
-from server.store.durability import LOOK_S, Durability
+from server.store.durability import LOOK_S
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.tenants.rates import Allowance
@@ -118,8 +118,8 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         await keys.look(stores.keys)
         keys.check_host(settings.host)
-        if stores.server.durability is Durability.NONE:
-            log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
+        if not stores.server.durability.lasts:
+            log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         # They stand back: on one machine, writes would slow answers down.
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", stand_back))

@@ -139,7 +139,7 @@ class Health:
             durability = await self._store.check()
         except ApiError as error:
             return StoreState("unavailable", self._store.durability, error.explained)
-        if durability is Durability.NONE:
+        if not durability.lasts:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
         return StoreState("ok", durability)
 

@@ -6,7 +6,7 @@ import pytest
 
 from server.gateway.engines.admin import EngineState
 from server.gateway.operating.health import Health, Readiness, Report
-from server.store.durability import Durability
+from server.store.durability import Durability, Memory
 
 ONE, OTHER = "a1" * 32, "b2" * 32
 
@@ -29,6 +29,7 @@ class Well:
     """A store that is."""
 
     durability = Durability.ALWAYS
+    memory: Memory | None = None
 
     async def check(self) -> Durability:
         return self.durability
