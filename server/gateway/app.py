@@ -129,7 +129,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
         tokenizer = TokenizerClient(session, engines, engine_key)
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
-        metrics.watch(lambda: engines.figures, lambda: health.readiness)
+        metrics.watch(lambda: engines.figures, lambda: health.readiness, lambda: stores.server.memory)
         limiter = Limiter(
             stores.rates,
             per_key=Allowance(

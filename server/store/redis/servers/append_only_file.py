@@ -22,7 +22,7 @@ from redis.exceptions import ResponseError
 from server.errors import Unavailable
 from server.store.durability import LOOK_S, Asked
 from server.store.redis import keys
-from server.store.redis.job_scripts import NOW
+from server.store.redis.job_scripts import ALLOW_OOM, NOW
 from server.store.redis.servers.base import Server
 from server.store.redis.servers.connection import RedisConnection
 
@@ -46,7 +46,8 @@ REWRITE_MS = 600_000
 # KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the time, and when a rewrite is due that is sure to begin
 # after the erasure: the one that is already due may begin too early.
 _ASK = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 redis.call('HSET', KEYS[1], 'asked', now)
 local from = now + ARGV[2]
@@ -65,7 +66,8 @@ return {now, due}
 # KEYS: rewrite. ARGV: the server's run, its count of rewrites, interval. Returns whether the caller should begin
 # one now. A time too far ahead to have been set by this clock counts as reached.
 _TAKE = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 local due = tonumber(redis.call('HGET', KEYS[1], 'due') or now + 1)
 if due > now and due < now + 2 * ARGV[3] then return 0 end
@@ -77,7 +79,8 @@ return 1
 # KEYS: rewrite. ARGV: the server's run, its count of rewrites, whether the last succeeded, interval, time to erase,
 # time to begin (ms). Returns whether the caller may begin one: not while another is about to.
 _SETTLE = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 local began = tonumber(redis.call('HGET', KEYS[1], 'began'))
 if not began then return 1 end

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
@@ -20,9 +20,16 @@ from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.cluster_client import SCHEMES
 from server.store.redis.servers.memory import evicting
 
+FULL_RETRY_S = 60
+"""Somebody has to make room first."""
+
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
     "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept losses"
+)
+_FULL = (
+    "the store is full, and nothing was stored: send the request again once there is room; users can be erased and API "
+    "keys revoked all the same"
 )
 _EVICTS = (
     "Redis drops acknowledged writes to make room (maxmemory-policy: {}): set `maxmemory-policy noeviction`, or "
@@ -184,5 +191,7 @@ async def _translated(timeout_s: float) -> AsyncIterator[None]:
     except TimeoutError as error:
         message = f"the store did not answer within {timeout_s:g} s: send the request again"
         raise Unavailable(message, code="store_unavailable") from error
+    except OutOfMemoryError as error:
+        raise Unavailable(_FULL, code="store_full", retry_after_s=FULL_RETRY_S) from error
     except (RedisError, RedisClusterException, OSError) as error:
         raise Unavailable("the store cannot be used now: send the request again", code="store_unavailable") from error
