@@ -47,6 +47,13 @@ class Settings(BaseSettings):
         description="Where `mta up` keeps Valkey's files and the secret; survives restarts.",
     )
 
+    store_mib: int | None = Field(
+        None,
+        ge=16,
+        description="Most that the Valkey of `mta up` may store, MiB; by default an eighth of the machine's memory, or "
+        "of a container's limit.",
+    )
+
     # Gateway
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")

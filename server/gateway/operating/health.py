@@ -178,5 +178,5 @@ class Health:
 def _no_room(memory: Memory) -> str:
     return (
         f"{memory.used_bytes >> 20} of {memory.most_bytes >> 20} MiB are taken, and nothing new is stored; erasing "
-        "users and revoking keys work: make room, or raise maxmemory"
+        "users and revoking keys work: make room, or raise maxmemory (of `mta up`: MTA_STORE_MIB)"
     )
