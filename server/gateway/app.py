@@ -46,7 +46,7 @@ from server.gateway.routes.console import bank as console_bank
 from server.gateway.routes.console import pages
 from server.gateway.routes.openai import routes as openai
 from server.settings import Settings
-from server.store.durability import LOOK_S
+from server.store.durability import LOOK_S, ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.tenants.rates import Allowance
@@ -151,7 +151,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
         for beside in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, shorts, metrics), log),
-            forever(LOOK_S, stores.file.look, log),
+            forever(LOOK_S, partial(_look_at_file, stores.file, metrics), log),
             forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
             forever(COUNT_GATEWAYS_S, places.look, log),
             forever(RENEW_S, limiter.renew, log),
@@ -202,6 +202,11 @@ async def _count_jobs(jobs: JobStore, banks: Sequence[str], metrics: Metrics) ->
         metrics.jobs.labels("queued").set(waiting)
         metrics.jobs.labels("running").set(max(0, unfinished - waiting))
         metrics.oldest_job.set(max([await jobs.oldest_waiting_s(bank) for bank in banks]))
+
+
+async def _look_at_file(file: ForgetsOnDisk, metrics: Metrics) -> None:
+    metrics.rewrite_overdue.set(await file.overdue_s())
+    await file.look()
 
 
 def _open_embedder(settings: Settings) -> Embedder:

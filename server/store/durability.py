@@ -108,5 +108,8 @@ class ForgetsOnDisk(Protocol):
             Unavailable: when the store cannot be used; then the caller should erase nothing yet.
         """
 
+    async def overdue_s(self) -> float:
+        """For how long a rewrite that was promised should have been done; 0 if none is late."""
+
     async def look(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""

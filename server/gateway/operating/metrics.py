@@ -118,6 +118,11 @@ class Metrics:
             "How long the oldest queued job has waited.",
             registry=registry,
         )
+        self.rewrite_overdue = Gauge(
+            "mta_rewrite_overdue_seconds",
+            "For how long the store's file holds erased users beyond the time that was promised.",
+            registry=registry,
+        )
         self.store = StoreSeconds(registry)
         ProcessCollector(registry=registry)
 
