@@ -1,7 +1,8 @@
 """The store's promises as a model: whatever dies, is lost or comes late, in whatever order, against a real Valkey.
 
 No acknowledged write is lost. Nothing of an erased user is left but their tombstone, and nothing that was under way
-brings them back. Every acknowledged job ends, and ends once. `--hypothesis-profile=long` takes 25 times as many steps.
+brings them back. Every acknowledged job ends, and ends once. A full store lets users go. `--hypothesis-profile=long`
+takes 25 times as many steps.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class Store(RuleBasedStateMachine):
         parts, expected, key = self.world.gateways[gateway], self.world.users[user], KEYS.key(user)
         before = self.world.run(parts.profiles.epoch(key))
         outcome = self.world.tried(parts, parts.erase(user), fault, place)
+        assert fault or not isinstance(outcome, ApiError)  # however full the store is
         if self.world.run(parts.profiles.epoch(key)) == before:
             assert isinstance(outcome, ApiError)
             return
@@ -197,6 +199,10 @@ class Store(RuleBasedStateMachine):
         parts = self.world.workers[worker].parts
         self.world.tried(parts, parts.jobs.overdue(BANK))
         self.world.tried(parts, parts.signing.overdue())
+
+    @rule(full=st.sampled_from([True, False, False]))
+    def fill(self, full: bool) -> None:
+        self.world.fill(full=full)
 
     @precondition(lambda self: FAKE_TIME is not None)
     @rule(by_s=JUMPS_S)

@@ -61,6 +61,7 @@ class StoreWorld:
         self.loop = asyncio.Runner()
         self.raw = redis.Redis.from_url(server.url)
         self.raw.flushall()
+        self.fill(full=False)
         self.ahead_s = 0.0
         if FAKE_TIME:
             server.set_clock(0)
@@ -92,8 +93,13 @@ class StoreWorld:
         finally:
             parts.connection.fail(None)
 
+    def fill(self, *, full: bool) -> None:
+        """Have no room for anything from now on, or enough again."""
+        self.raw.config_set("maxmemory", int(full))
+
     def settle(self) -> None:
         """Let a worker do whatever is to be done, until nothing is."""
+        self.fill(full=False)
         worker = WorkerSteps(self.connected())
         for _ in range(40):
             if FAKE_TIME:
