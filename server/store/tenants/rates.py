@@ -93,7 +93,7 @@ class Rates(Protocol):
         """
 
     async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
-        """Hold it for `lease_s` from now; a member that has let go meanwhile, or whose lease is lost, is passed over."""
+        """Hold it for `lease_s` from now. A member that let go meanwhile, or was never among them, stays without."""
 
     async def let_go(self, name: str, member: str) -> None:
         """Hold it no more."""
