@@ -51,7 +51,7 @@ class JobId:
 
     Attributes:
         user_key: see `server/store/tenants/user_key.py`.
-        number: from 1, increasing with each of the user's jobs.
+        number: random for the user's first job, then one more for each: those of before an erasure do not come again.
     """
 
     user_key: str

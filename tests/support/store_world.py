@@ -26,13 +26,15 @@ class Expected:
     Attributes:
         text: of their item; None for an unknown user.
         erasures: how often they were erased.
-        newest: number of the newest job.
+        newest: number of the newest job; 0 without one.
+        former: numbers of the jobs that went with an erasure.
         acknowledged: jobs that were answered with 2xx and whose user was not erased since.
     """
 
     text: str | None = None
     erasures: int = 0
     newest: int = 0
+    former: frozenset[int] = frozenset()
     acknowledged: set[int] = field(default_factory=set)
 
 
@@ -96,14 +98,7 @@ class StoreWorld:
         """Let a worker do whatever is to be done, until nothing is."""
         worker = WorkerSteps(self.connected())
         for _ in range(40):
-            if FAKE_TIME:
-                self.ahead_s += 100
-                self.server.set_clock(self.ahead_s)
-            else:
-                self.raw.delete(f"mta:{{jobs:{BANK}}}:listed")
-                for name in (f"mta:{{jobs:{BANK}}}:open", f"mta:{{sign:{BANK}}}:open"):
-                    for member in self.raw.zrange(name, 0, -1):
-                        self.raw.zadd(name, {member: 0})
+            self._wait()
             self.run(worker.parts.jobs.overdue(BANK))
             self.run(worker.parts.signing.overdue())
             self.run(worker.take())
@@ -122,6 +117,20 @@ class StoreWorld:
             if self.text_of(user) is None:  # as `mta readapt` does
                 self.run(worker.parts.adapters.forget_adapted(KEYS.key(user)))
         self.gateways.append(worker.parts)
+
+    def _wait(self) -> None:
+        """Let whatever was waited for be due."""
+        if FAKE_TIME:
+            self.ahead_s += 100
+            self.server.set_clock(self.ahead_s)
+            return
+        self.raw.delete(f"mta:{{jobs:{BANK}}}:listed")
+        for name in (f"mta:{{jobs:{BANK}}}:open", f"mta:{{sign:{BANK}}}:open"):
+            for member in self.raw.zrange(name, 0, -1):
+                self.raw.zadd(name, {member: 0})
+        for job in self.raw.keys("mta:*:job:*"):
+            if self.raw.hexists(job, "lease"):
+                self.raw.hset(job, "lease_until", 1)
 
     async def close(self) -> None:
         """End all processes."""
