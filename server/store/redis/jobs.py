@@ -1,6 +1,6 @@
 """Jobs and samples on Redis (keys: `server/store/redis/keys.py`).
 
-A job's hash holds its record (`_FIELDS`); the submission's `token`, `key` and `epoch`; `lease`, `lease_until` and
+A job's hash holds its record (`_FIELDS`); the submission's `token` and `epoch`; `lease`, `lease_until` and
 `lease_ms` while a worker has it; and the token that it was `ended_by`. Workers are woken by a separate queue per bank
 (`queue.py`), which holds user keys: only a user's newest job is ever open. `overdue` walks what is due there, not the
 jobs.
@@ -39,7 +39,7 @@ _NEVER_ENDED = (
 )
 _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
-    "adapter", "error", "curve", "traceparent",
+    "adapter", "error", "curve", "traceparent", "key",
 )  # fmt: skip
 _WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
 
@@ -266,4 +266,5 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error", "traceparent")}
     taken |= {name: int(texts[name] or 0) for name in _WHOLE}
     taken |= {name: float(texts[name]) if texts[name] else None for name in ("loss", "before", "after")}
-    return Job(job_id, JobState(texts["state"]), curve=decode_curve(texts["curve"]), **taken)
+    curve = decode_curve(texts["curve"])
+    return Job(job_id, JobState(texts["state"]), curve=curve, idempotency_key=texts["key"], **taken)
