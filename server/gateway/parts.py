@@ -111,7 +111,7 @@ async def _counted(request: Request, user_id: UserIdInPath) -> AsyncIterator[Non
 
 
 LIMITED = Depends(_counted)
-"""Has a route about a user count against the limits on requests. Generations count themselves; erasing never does."""
+"""Has a route about a user count against the limits on requests. Generations count themselves, erasing afterwards."""
 
 
 class UserRoute(JsonRoute):

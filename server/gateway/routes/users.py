@@ -97,9 +97,10 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Everything that is stored about the user, as one JSON object.
 
-    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs`, and `adapter`: the user
-    adapter as it is stored and, in `peft`, the whole adapter that serves them, as the `config` and the `weights`
-    (base64) of a PEFT folder; `says` tells what it is, or why there is none.
+    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs` with the idempotency key and
+    the trace of each one's request, and `adapter`: the user adapter as it is stored and, in `peft`, the whole adapter
+    that serves them, as the `config` and the `weights` (base64) of a PEFT folder; `says` tells what it is, or why there
+    is none.
     """
     export = await parts_of(request).exporting.export(user_of(request, user_id))
     if export is None:
