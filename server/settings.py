@@ -84,7 +84,8 @@ class Settings(BaseSettings):
     max_header_bytes: int = Field(32 << 10, ge=1024, description="Most bytes of a request's line and headers.")
     header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
-    body_timeout_s: float = Field(60, gt=0, description="Longest time for a request's body to arrive.")
+    # At most 300: for how long it is remembered that somebody unknown was erased must be longer.
+    body_timeout_s: float = Field(60, gt=0, le=300, description="Longest time for a request's body to arrive.")
     send_timeout_s: float = Field(
         60,
         gt=0,

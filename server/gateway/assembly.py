@@ -100,7 +100,7 @@ def _parts(folder: Path, bank: ServingBank, shared: Shared, history_bytes: int) 
         stores.profiles,
         adapters=stores.adapters,
         jobs=stores.jobs,
-        signing=signing,
+        signing=stores.signing,
         bank=bank.manifest.short,
         log_file=stores.file,
         engines=shared.engines,

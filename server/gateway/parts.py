@@ -14,6 +14,7 @@ from server.gateway.access.known_keys import KnownKeys
 from server.gateway.access.limiter import Limiter
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
+from server.gateway.http.json_body import JsonRoute, SamplesRoute
 from server.gateway.http.requests import UserIdInPath
 from server.gateway.operating.health import Health
 from server.gateway.operating.metrics import Metrics
@@ -110,4 +111,22 @@ async def _counted(request: Request, user_id: UserIdInPath) -> AsyncIterator[Non
 
 
 LIMITED = Depends(_counted)
-"""Has a route about a user count against the limits on requests. Generations count themselves; erasing never does."""
+"""Has a route about a user count against the limits on requests. Generations count themselves, erasing afterwards."""
+
+
+class UserRoute(JsonRoute):
+    """A route that writes what its body says of a user: who is erased while the body arrives stays erased."""
+
+    async def accepted(self, request: Request) -> None:
+        user = user_of(request, request.path_params["user_id"])
+        request.state.epoch = await parts_of(request).profiles.epoch(user)
+
+
+class UserSamplesRoute(UserRoute, SamplesRoute):
+    """The same, for bodies with samples."""
+
+
+def epoch_of(request: Request) -> str:
+    """The epoch of the user of a `UserRoute` when the request was accepted."""
+    epoch: str = request.state.epoch
+    return epoch

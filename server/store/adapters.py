@@ -45,8 +45,11 @@ class AdapterStore(Protocol):
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
         """Keep an adapter that belongs to nobody for `ttl_s`, so that engines can serve it."""
 
+    async def banks(self) -> list[str]:
+        """The banks (8 hex digits) that users were ever queued for, or user adapters trained on."""
+
     async def adapted(self) -> dict[str, int]:
-        """The banks (8 hex digits) that user adapters were trained on, with the number of users of each."""
+        """The banks that user adapters were trained on, with the number of users of each."""
 
     def adapted_users(self, bank: str) -> AsyncIterator[str]:
         """The keys of users whose adapter was trained on a bank; by now some may have another, or none."""

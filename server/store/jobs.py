@@ -51,7 +51,7 @@ class JobId:
 
     Attributes:
         user_key: see `server/store/tenants/user_key.py`.
-        number: from 1, increasing with each of the user's jobs.
+        number: random for the user's first job, then one more for each: those of before an erasure do not come again.
     """
 
     user_key: str
@@ -83,6 +83,7 @@ class Job:
         adapter: id of the promoted user adapter; empty without one.
         error: why it failed, for people; empty otherwise.
         traceparent: of the request's trace; empty if that was not traced.
+        idempotency_key: as the request gave it; empty for none.
     """
 
     id: JobId
@@ -102,6 +103,7 @@ class Job:
     adapter: str = ""
     error: str = ""
     traceparent: str = ""
+    idempotency_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

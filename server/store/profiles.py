@@ -238,6 +238,13 @@ class ProfileStore(Protocol):
         It may have shown a change that its writer was told to send again, since no disk or no replica had it in time.
         """
 
+    async def erase_nobody(self, key: str) -> tuple[bool, Erasure | None]:
+        """Erase a user of whom nothing is stored, so that what is under way stores nothing either; nobody else.
+
+        Returns:
+            Whether nothing is stored, and if so, the last erasure that is remembered.
+        """
+
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
         """Remove everything stored about a user, on disk before it returns.
 

@@ -98,7 +98,7 @@ class Readapting:
     async def stale(self) -> dict[str, int]:
         """Other banks, with how many users of each are on the list."""
         counts = await self._adapters.adapted()
-        return {bank: count for bank, count in counts.items() if bank != self._manifest.short and count}
+        return {bank: count for bank, count in counts.items() if bank != self._manifest.short}
 
     async def run(self, told: Callable[[Counts], None] = lambda counts: None) -> Counts:
         """Work through the lists of all other banks; `told` is called after every user."""

@@ -18,7 +18,7 @@ from server.store.tenants.access_keys import AccessKey, Scope, access_key, new_s
 from server.store.tenants.rates import Allowance
 from tests.support.store_parts import StoreParts
 
-HASH = "mta:{access}:keys"
+HASH, RING = "mta:{access}:keys", "mta:{access}:ring"
 LOCAL = [(b"host", b"127.0.0.1:8000")]
 
 
@@ -50,12 +50,12 @@ def refused(keys: KnownKeys, headers: list[tuple[bytes, bytes]]) -> str:
 async def test_what_was_added_is_there_and_the_secret_is_not(
     store: RedisAccessKeys, raw: redis.Redis, secret: str
 ) -> None:
-    assert await store.revision() == 0
+    assert await store.revision() == ("", 0)
     assert (await store.all()).keys == []
     key = key_of(secret)
     assert await store.add(key)
     ring = await store.all()
-    assert (ring.keys, ring.revision) == ([key], await store.revision())
+    assert (ring.keys, ring.id, ring.revision) == ([key], *await store.revision())
     assert hashlib.sha256(secret.encode()).hexdigest() == key.digest
     kept = repr(await raw.hgetall(HASH))
     assert key.digest in kept
@@ -66,12 +66,12 @@ async def test_what_was_added_is_there_and_the_secret_is_not(
 async def test_a_revoked_key_stays_known_as_such(store: RedisAccessKeys, secret: str) -> None:
     key = key_of(secret)
     await store.add(key)
-    before = await store.revision()
+    ring, before = await store.revision()
     assert await store.revoke(key.digest, 7)
     assert not await store.revoke(key.digest, 8)
     assert not await store.revoke(key_of(new_secret()).digest, 8)
     assert (await store.all()).keys == [replace(key, revoked_ms=7)]
-    assert await store.revision() == before + 1
+    assert await store.revision() == (ring, before + 1)
 
 
 async def test_the_first_key_is_made_once_however_many_try(store: RedisAccessKeys) -> None:
@@ -139,7 +139,7 @@ async def test_a_store_that_is_away_or_empty_opens_nothing(
     keys = KnownKeys("default")
     await store.add(key_of(secret))
     await keys.look(store)
-    before = keys.caller(sent(secret))
+    before, ring = keys.caller(sent(secret)), (await store.all()).id
 
     async def away(*_: object) -> int:
         raise Unavailable("the store cannot be used now")
@@ -155,9 +155,44 @@ async def test_a_store_that_is_away_or_empty_opens_nothing(
     assert refused(keys, LOCAL) == "missing_api_key"
     assert "lost API keys" in caplog.text
     await raw.hset(HASH, "revision", 1_000)
+    await raw.set(RING, ring)
     with pytest.raises(Unavailable):
         await keys.look(store)
     assert keys.caller(sent(secret)) == before
+
+
+async def test_another_ring_at_any_revision_is_no_newer_one(
+    store: RedisAccessKeys, raw: redis.Redis, secret: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys, others = KnownKeys("default"), [new_secret() for _ in range(3)]
+    await store.add(key_of(secret))
+    await keys.look(store)
+    before = keys.caller(sent(secret))
+    await raw.flushall()
+    for other in others:  # at a revision as high as the first ring's, and higher
+        await store.add(key_of(other))
+        await keys.look(store)
+        assert keys.caller(sent(secret)) == before
+        assert refused(keys, sent(other)) == "invalid_api_key"
+    assert caplog.text.count("lost API keys") == len(others)
+
+
+async def test_a_ring_that_was_made_before_rings_had_ids_gets_one_with_its_next_change(
+    store: RedisAccessKeys, raw: redis.Redis, secret: str
+) -> None:
+    keys, key = KnownKeys("default"), key_of(secret)
+    await store.add(key)
+    await raw.delete(RING)
+    await keys.look(store)
+    assert keys.caller(sent(secret)) == Caller("acme", key.id, key.scopes, key.allowance)
+    await store.revoke(key.digest, 1)
+    ring = await store.all()
+    assert len(ring.id) == 16
+    await keys.look(store)
+    assert refused(keys, sent(secret)) == "revoked_api_key"
+    for change in (store.add(key_of(new_secret())), store.name_bank("acme", "9f2c41d0")):
+        await change
+        assert (await store.all()).id == ring.id
 
 
 async def test_a_store_that_cannot_be_read_at_the_start_is_not_one_without_keys(

@@ -12,7 +12,7 @@ from tests.support.store_parts import BANK, LEASE_S, claimed, state, submitted
 
 async def test_a_job_is_queued_with_its_samples_and_announced(jobs: RedisJobs, user: str) -> None:
     job = await submitted(jobs, user, "one", "two", config='{"kind":"core"}')
-    assert (job.id, job.state, job.config, job.tries) == (JobId(user, 1), JobState.QUEUED, '{"kind":"core"}', 0)
+    assert (job.id.user_key, job.state, job.config, job.tries) == (user, JobState.QUEUED, '{"kind":"core"}', 0)
     assert job.created_ms > 0
     assert await jobs.samples(user) == [b"one", b"two"]
     assert await jobs.next_job(BANK, "w", 1) == job.id
@@ -23,12 +23,12 @@ async def test_samples_are_replaced_or_added_and_never_too_many(jobs: RedisJobs,
     await submitted(jobs, user, "a", "b")
     await submitted(jobs, user, "c")
     assert await jobs.samples(user) == [b"c"]
-    await submitted(jobs, user, "d", append=True)
+    newest = (await submitted(jobs, user, "d", append=True)).id
     assert await jobs.samples(user) == [b"c", b"d"]
     one_more = Submission([b"e"], append=True, config="{}", bank=BANK)
     assert await jobs.submit(user, one_more, max_samples=2) is None
     assert await jobs.samples(user) == [b"c", b"d"]
-    assert await jobs.job(JobId(user, 4)) is None
+    assert (await jobs.jobs(user))[-1].id == newest
 
 
 async def test_a_newer_job_supersedes_the_older_ones_queued_or_running(jobs: RedisJobs, user: str) -> None:
@@ -86,7 +86,6 @@ async def test_what_is_going_on_or_has_ended_is_not_announced(jobs: RedisJobs, u
     await claimed(jobs, (await submitted(jobs, user)).id)
     await jobs.next_job(BANK, "w", 1)
     assert await jobs.overdue(BANK) == []
-    await submitted(jobs, user, "other")
-    await jobs.cancel(JobId(user, 2))
+    await jobs.cancel((await submitted(jobs, user, "other")).id)
     await jobs.next_job(BANK, "w", 1)
     assert await jobs.overdue(BANK) == []

@@ -10,7 +10,7 @@ import redis.asyncio as redis
 from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import FAKE_TIME, ValkeyProcess
 from server.errors import Unavailable
-from server.store.jobs import JobId, JobState, Trained
+from server.store.jobs import KEPT_JOBS, JobState, Trained
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.queue import RedisQueue
 from server.store.redis.signing import RedisSigning
@@ -44,11 +44,11 @@ async def test_a_job_whose_gateway_died_before_it_could_announce_it_is_found(
     with pytest.raises(Unavailable):
         await submitted(RedisJobs(connection), user)
     await connection.close()
-    assert (await jobs.job(JobId(user, 1))) is not None
+    (job,) = await jobs.jobs(user)
     assert await raw.xlen(CALLS) == 0
     await raw.zadd(OPEN, {user: 0})  # the time has come
-    assert await jobs.overdue(BANK) == [JobId(user, 1)]
-    assert await jobs.next_job(BANK, "w", 1) == JobId(user, 1)
+    assert await jobs.overdue(BANK) == [job.id]
+    assert await jobs.next_job(BANK, "w", 1) == job.id
 
 
 async def test_a_job_that_is_made_long_after_it_was_listed_is_refused(
@@ -57,7 +57,7 @@ async def test_a_job_that_is_made_long_after_it_was_listed_is_refused(
     monkeypatch.setattr("server.store.redis.jobs.LISTED_MS", -1000)
     with pytest.raises(Unavailable, match="too long"):
         await submitted(jobs, user)
-    assert await jobs.job(JobId(user, 1)) is None
+    assert await jobs.jobs(user) == []
     assert await jobs.samples(user) == []
 
 
@@ -153,7 +153,7 @@ async def test_a_job_of_a_later_version_that_cannot_be_read_keeps_nobody_else_wa
     jobs: RedisJobs, user: str, raw: redis.Redis, no_grace: None
 ) -> None:
     job, other = await submitted(jobs, user), KEYS.key("behind it")
-    await raw.hset(f"mta:{{{user}}}:job:1", "state", "paused")
+    await raw.hset(f"mta:{{{user}}}:job:{job.id.number}", "state", "paused")
     behind = await submitted(jobs, other)
     await raw.delete(CALLS)
     assert await jobs.overdue(BANK) == [behind.id]
@@ -223,3 +223,19 @@ async def test_an_erased_user_leaves_the_queues(parts: StoreParts, user: str, ra
     await parts.signing.withdraw(user)
     assert [name async for name in raw.scan_iter() if user.encode() in name] == [f"mta:{{{user}}}:epoch".encode()]
     assert await raw.xlen(CALLS) == await raw.zcard(OPEN) == 0
+
+
+async def test_an_erased_user_leaves_the_queues_of_every_bank_that_there_has_been(
+    parts: StoreParts, raw: redis.Redis
+) -> None:
+    user = KEYS.key("moved")
+    await submitted(parts.jobs, user, bank=OTHER_BANK)
+    await RedisSigning(parts.connection, OTHER_BANK).ask(user)
+    for number in range(KEPT_JOBS):  # until nothing of the user's own says which bank that was
+        await submitted(parts.jobs, user, f"sample {number}")
+    assert await parts.erase("moved")
+    assert [name async for name in raw.scan_iter() if user.encode() in name] == [f"mta:{{{user}}}:epoch".encode()]
+    for work in ("jobs", "sign"):
+        for bank in (BANK, OTHER_BANK):
+            kept = [await raw.exists(f"mta:{{{work}:{bank}}}:{what}") for what in ("open", "called", "listed")]
+            assert (work, bank, kept, await raw.xlen(f"mta:{{{work}:{bank}}}:calls")) == (work, bank, [0, 0, 0], 0)

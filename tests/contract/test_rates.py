@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from typing import Any
 
 import pytest
 import redis.asyncio as redis
 
 from server.errors import Unavailable
+from server.gateway.access.running import Running
 from server.store.redis.access.rates import RedisRates
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.rates import Rate
@@ -86,6 +88,60 @@ class TestLeases:
 
     async def test_any_number_can_be_counted(self, rates: RedisRates) -> None:
         assert await rates.hold("gateways", ["a", "b", "c"], 30) == 3
+
+
+class TestSeats:
+    """Requests in progress, as a gateway keeps them."""
+
+    async def test_renewing_does_not_bring_back_who_left_meanwhile(
+        self, rates: RedisRates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running = Running(rates)
+        seat, reached, gate, run = (
+            await running.enter("key-x", 1),
+            asyncio.Event(),
+            asyncio.Event(),
+            parts.connection.run,
+        )
+
+        async def late(*arguments: Any) -> Any:
+            reached.set()
+            await gate.wait()
+            return await run(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(parts.connection, "run", late)
+            renewing = asyncio.create_task(running.renew())
+            await reached.wait()
+        await running.leave(seat)
+        gate.set()
+        await renewing
+        assert (await running.enter("key-x", 1)).free
+
+    async def test_a_seat_whose_answer_was_lost_is_left_with_its_request(
+        self, rates: RedisRates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running, run = Running(rates), parts.connection.run
+
+        async def lost(*arguments: Any) -> Any:
+            await run(*arguments)
+            raise Unavailable("lost on its way from the store")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(parts.connection, "run", lost)
+            seat = await running.enter("key-x", 1)
+        assert seat.free
+        assert not (await running.enter("key-x", 1)).free
+        await running.leave(seat)
+        assert (await running.enter("key-x", 1)).free
+
+    async def test_who_goes_on_keeps_its_seat(self, rates: RedisRates, raw: redis.Redis) -> None:
+        running = Running(rates)
+        await running.enter("key-x", 1)
+        await raw.pexpire("mta:held:running/key-x", 50_000)
+        await running.renew()
+        assert await raw.pttl("mta:held:running/key-x") > 50_000
+        assert not (await running.enter("key-x", 1)).free
 
 
 async def test_a_store_that_is_away_is_said_to_be(rate: Rate) -> None:

@@ -9,7 +9,7 @@ import redis.asyncio as redis
 
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
-from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Trained
+from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Trained, parse_job_id
 from server.store.redis.jobs import RedisJobs
 from tests.support.faults import Fault
 from tests.support.store_parts import StoreParts, submitted
@@ -28,11 +28,11 @@ async def test_a_submission_may_be_repeated_while_its_job_is_the_newest_and_goes
     assert (await submitted(jobs, user, append=True)).id == first.id
     assert await jobs.end(lease, Trained(JobState.FAILED, error="for a reason"))
     second = await submitted(jobs, user, append=True)
-    assert second.id.number == 2  # whoever asks again after a failure wants another try
+    assert second.id.number == first.id.number + 1  # whoever asks again after a failure wants another try
     assert await jobs.samples(user) == [b"a"]  # equal samples are kept once
     await submitted(jobs, user, "b", append=True)
     assert await jobs.samples(user) == [b"a", b"b"]
-    assert (await submitted(jobs, user, append=True)).id.number == 4
+    assert (await submitted(jobs, user, append=True)).id.number == first.id.number + 3
 
 
 async def test_a_job_stays_in_the_trace_of_its_first_request(jobs: RedisJobs, user: str) -> None:
@@ -62,7 +62,7 @@ async def test_a_submission_whose_answer_is_lost_is_one_job_when_it_is_sent_agai
         except Unavailable:
             assert fault is Fault.LOST_ANSWER
         job = await submitted(parts.jobs, user, append=append)
-        assert job.id == JobId(user, 1)
+        assert await parts.jobs.jobs(user) == [job]
         assert await parts.jobs.samples(user) == [b"a"]
 
 
@@ -94,4 +94,32 @@ async def test_samples_of_an_erased_user_are_refused(parts: StoreParts, user: st
     with pytest.raises(UserErased):
         await submitted(parts.jobs, user, epoch=epoch)
     assert await parts.jobs.samples(user) == []
-    assert (await submitted(parts.jobs, user, epoch=await parts.profiles.epoch(user))).id.number == 1
+    assert (await submitted(parts.jobs, user, epoch=await parts.profiles.epoch(user))).state is JobState.QUEUED
+
+
+async def test_who_is_erased_before_their_new_job_is_read_back_is_told_so(
+    parts: StoreParts, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = parts.jobs.job
+
+    async def erased_before(job_id: JobId) -> Job | None:
+        assert await parts.profiles.erase(user, LATER_MS, 0)
+        return await read(job_id)
+
+    monkeypatch.setattr(parts.jobs, "job", erased_before)
+    with pytest.raises(UserErased):
+        await submitted(parts.jobs, user)
+
+
+async def test_a_job_id_is_not_used_again_though_nothing_remembers_it(
+    parts: StoreParts, user: str, raw: redis.Redis
+) -> None:
+    given = set()
+    for _ in range(3):
+        jobs = [(await submitted(parts.jobs, user, text)).id for text in "ab"]
+        assert jobs[1].number == jobs[0].number + 1
+        assert [parse_job_id(str(job)) for job in jobs] == jobs
+        assert given.isdisjoint(jobs)
+        given.update(jobs)
+        await parts.profiles.erase(user, LATER_MS, 0)
+        await raw.delete(f"mta:{{{user}}}:epoch")  # its time is over

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 import pytest
+import redis.asyncio as redis
 
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store.profiles import Change
-from server.store.redis.profiles import TOMBSTONE_S, RedisProfiles
+from server.store.redis.profiles import NOBODY_S, TOMBSTONE_S, RedisProfiles
+from tests.support.store_parts import KEYS, StoreParts
 from tests.support.stored import LATER_MS, change, opened, profile, vector
 
 
@@ -156,3 +158,38 @@ async def test_a_record_that_cannot_be_read_is_reported(store: RedisProfiles, se
         await raw.set(f"mta:{{{user}}}:profile", b"\x07garbage")
     with pytest.raises(Unavailable, match="cannot read"):
         await store.load(user)
+
+
+async def test_erasing_nobody_is_one_write_that_is_kept_for_minutes_and_no_rewrite(
+    parts: StoreParts, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = [], parts.connection.write
+
+    async def noted(script: str, names: Sequence[str], *arguments: object) -> object:
+        written.append(names[0])
+        return await write(script, names, *arguments)
+
+    monkeypatch.setattr(parts.connection, "write", noted)
+    tombstone = f"mta:{{{KEYS.key('nobody')}}}:epoch"
+    for _ in range(2):
+        assert await parts.erase("nobody") is None
+    assert written == [tombstone] * 2
+    assert [name async for name in raw.scan_iter()] == [tombstone.encode()]
+    assert 0 < await raw.ttl(tombstone) <= NOBODY_S < 3600
+
+
+async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StoreParts, raw: redis.Redis) -> None:
+    key = KEYS.key("somebody")
+    await parts.profiles.commit(key, b"", change("a"))
+    erasure = await parts.erase("somebody")
+    assert erasure is not None
+    assert erasure.rewritten_by_ms > 0
+    await raw.expire(f"mta:{{{key}}}:epoch", TOMBSTONE_S - 100)
+    assert await parts.erase("somebody") == erasure
+    assert NOBODY_S < await raw.ttl(f"mta:{{{key}}}:epoch") <= TOMBSTONE_S - 100
+    before = await parts.profiles.read(key)
+    await raw.expire(f"mta:{{{key}}}:epoch", 1)
+    assert await parts.erase("somebody") == erasure
+    assert await raw.ttl(f"mta:{{{key}}}:epoch") > 1  # longer than what was under way takes
+    with pytest.raises(UserErased):
+        await parts.profiles.commit(key, before.version, change("a"), before.epoch)

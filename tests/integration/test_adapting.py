@@ -176,7 +176,7 @@ def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_
     client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, gateway: GatewayThread
 ) -> None:
     fake_engine.knobs.user_adapters = True
-    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    key, _, first = adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status().json()["id"].partition(".")
     work()
     url = gateway.parts.settings.redis_url
     asyncio.run(_make_stale(url, gateway.key(ada)))
@@ -186,7 +186,7 @@ def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_
     for _ in range(2):  # the second time it finds the job there
         counts = asyncio.run(_readapt(url, manifest))
         assert (counts.asked, counts.waiting) == (1, 0)
-    job = f"{gateway.key(ada)}.2"
+    job = f"{key}.{int(first) + 1}"
     assert client.get(f"/jobs/{job}").json()["state"] == "queued"
     work()
     assert client.get(f"/jobs/{job}").json()["state"] == "succeeded"

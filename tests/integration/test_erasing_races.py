@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +83,32 @@ def test_a_write_that_waits_for_the_embedder_does_not_bring_an_erased_user_back(
     body = SAMPLES if path == "adapt" else ITEMS
     answer = erased_while(gate, client, user, lambda: client.request(verb, f"/users/{user}/{path}", json=body))
     assert refused(answer)
+    assert client.get(f"/users/{user}").status_code == httpx.codes.NOT_FOUND
+    assert left_of(gateway, valkey, user) == [b"epoch"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("method", ["PUT profile", "POST profile/items", "POST adapt"])
+def test_a_body_that_ends_after_its_user_was_erased_stores_nothing(
+    client: httpx.Client, gateway: GatewayThread, valkey: ValkeyProcess, new_user: Callable[[], str], *, known: bool,
+    method: str,
+) -> None:  # fmt: skip
+    user = new_user()
+    if known:
+        client.put(f"/users/{user}/profile", json={"items": [{"text": "something else"}]}).raise_for_status()
+    verb, _, path = method.partition(" ")
+    body = json.dumps(SAMPLES if path == "adapt" else ITEMS).encode()
+    head = f"{verb} /users/{user}/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
+        connection.sendall(f"{head}Expect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 100")  # from here on the body is awaited
+        assert client.delete(f"/users/{user}").status_code == (httpx.codes.OK if known else httpx.codes.NOT_FOUND)
+        connection.sendall(body)
+        with connection.makefile("rb") as answer:
+            assert answer.readline() == b"HTTP/1.1 409 Conflict\r\n"
+            headers = http.client.parse_headers(answer)
+            error = json.loads(answer.read(int(headers["Content-Length"])))["error"]
+    assert error["code"] == "user_erased"
     assert client.get(f"/users/{user}").status_code == httpx.codes.NOT_FOUND
     assert left_of(gateway, valkey, user) == [b"epoch"]
 

@@ -43,12 +43,13 @@ def test_the_items_of_an_export_make_the_same_profile_again(client: httpx.Client
 def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter(
     client: httpx.Client, ada: str, work: Work, kind: str
 ) -> None:
-    body = {"samples": SAMPLES, "config": {"kind": kind, "learning_rate": 0.02}}
+    body = {"samples": SAMPLES, "config": {"kind": kind, "learning_rate": 0.02}, "idempotency_key": "once"}
     job = client.post(f"/users/{ada}/adapt", json=body).raise_for_status().json()
     work()
     export = client.get(f"/users/{ada}/export").raise_for_status().json()
     assert [sample["output"] for sample in export["samples"]] == [sample["output"] for sample in SAMPLES]
-    assert export["jobs"] == [client.get(f"/jobs/{job['id']}").json()]
+    told = client.get(f"/jobs/{job['id']}").json()
+    assert export["jobs"] == [told | {"idempotency_key": "once", "traceparent": None}]
     adapter = export["adapter"]
     noted = client.get(f"/users/{ada}").json()["adapter"]
     assert (adapter["id"], adapter["recipe"], adapter["bytes"]) == (noted["id"], noted["recipe"], noted["bytes"])

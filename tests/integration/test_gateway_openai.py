@@ -80,7 +80,12 @@ class TestNames:
         models = client.get("/v1/models").raise_for_status().json()
         assert (models["object"], [model["id"] for model in models["data"]]) == ("list", ["mta", "base"])
         assert all(model.keys() == {"id", "object", "created", "owned_by"} for model in models["data"])
+        assert [client.get(f"/v1/models/{name}").raise_for_status().json() for name in ("mta", "base")] == models[
+            "data"
+        ]
         recipe = generate(client, ada).json()["personalization"]["recipe"]
+        for name in (recipe, "gpt-4", "meta-llama%2FLlama"):
+            assert error_of(client.get(f"/v1/models/{name}")) == (404, "model", "model_not_found")
         for name in (recipe, "gpt-4", ""):
             assert error_of(ask(client, ada, model=name)) == (404, "model", "model_not_found")
 

@@ -14,6 +14,8 @@ import openai
 import pytest
 
 from bench.rig.processes import wait_until
+from server.errors import Unavailable
+from server.gateway.users.adapting import Adapting
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
@@ -148,6 +150,33 @@ class TestRates:
             assert adapt("kai", "roses", idempotency_key="k").status_code == 202
             assert adapt("kai", "roses", idempotency_key="k").status_code == 202
             assert "3 adapt jobs a day" in refused(adapt("kai", "more roses"))["message"]
+
+    def test_a_job_that_the_store_did_not_take_is_none(self, limited: Limited, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def away(*_: object) -> None:
+            raise Unavailable("the store cannot be used now")
+
+        body = {"samples": [{"input": "Any plans?", "output": "the sea"}]}
+        with limited("jobs-that-failed", user_jobs=1) as client:
+            for step in ("job_ids", "submit"):
+                with monkeypatch.context() as patched:
+                    patched.setattr(Adapting, step, away)
+                    assert client.post("/users/ada/adapt", json=body).status_code == 503
+            assert client.post("/users/ada/adapt", json=body).status_code == 202
+
+    def test_erasing_counts_only_where_there_was_nobody_and_is_never_refused(
+        self, limited: Limited, new_user: NewUser
+    ) -> None:
+        with limited("erasing", key_requests=5) as client:
+            known = [new_user() for _ in range(3)]
+            for user in known:
+                items = {"items": [{"text": "up at five for the waves"}]}
+                client.put(f"/users/{user}/profile", json=items).raise_for_status()
+            for user in (known[0], known[0], known[1]):
+                assert client.delete(f"/users/{user}").status_code == 200
+            assert [client.delete(f"/users/{new_user()}").status_code for _ in range(2)] == [404, 404]
+            assert "5 requests a minute" in refused(client.delete(f"/users/{new_user()}"))["message"]
+            refused(client.get(f"/users/{known[2]}"))
+            assert client.delete(f"/users/{known[2]}").status_code == 200
 
 
 class TestAtOnce:

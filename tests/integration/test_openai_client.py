@@ -56,6 +56,10 @@ def test_the_headers_and_fields_that_are_ours_travel_with_it(client: OpenAI) -> 
 
 def test_models_are_listed(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["mta", "base"]
+    assert [client.models.retrieve(name).id for name in ("mta", "base")] == ["mta", "base"]
+    with pytest.raises(openai.NotFoundError) as error:
+        client.models.retrieve("gpt-4")
+    assert (error.value.code, error.value.param) == ("model_not_found", "model")
 
 
 def test_prompts_are_continued_as_they_are(client: OpenAI) -> None:

@@ -76,6 +76,7 @@ def test_every_route_is_tried() -> None:
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
         ("GET", "/v1/models"),
+        ("GET", "/v1/models/{model}"),
         ("PUT", "/users/{user_id}/profile"),
         ("POST", "/users/{user_id}/profile/items"),
         ("GET", "/users/{user_id}"),

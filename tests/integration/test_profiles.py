@@ -82,11 +82,11 @@ def items(*names: str) -> list[Item]:
 
 async def test_adding_one_item_embeds_one_text(store: RedisProfiles, embedder: CountingEmbedder, user: User) -> None:
     writing = profiles(store, embedder)
-    await writing.replace(user, items("waves", "roses", "chess"))
+    await writing.replace(user, items("waves", "roses", "chess"), "")
     embedder.texts.clear()
-    await writing.add(user, items("bread"))
+    await writing.add(user, items("bread"), "")
     assert embedder.texts == ["a text about bread"]
-    await writing.add(user, [Item("bread", {"text": "another text"})])
+    await writing.add(user, [Item("bread", {"text": "another text"})], "")
     assert embedder.texts == ["a text about bread", "another text"]
 
 
@@ -94,17 +94,17 @@ async def test_a_repeated_or_shrinking_history_embeds_nothing(
     store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     writing = profiles(store, embedder)
-    await writing.replace(user, items("waves", "roses", "chess"))
+    await writing.replace(user, items("waves", "roses", "chess"), "")
     embedder.texts.clear()
-    await writing.replace(user, items("waves", "roses", "chess"))
-    await writing.replace(user, items("chess", "waves"))
+    await writing.replace(user, items("waves", "roses", "chess"), "")
+    await writing.replace(user, items("chess", "waves"), "")
     assert embedder.texts == []
 
 
 async def test_the_embedding_is_the_unit_mean_of_the_items(
     store: RedisProfiles, embedder: CountingEmbedder, inner: Embedder, user: User
 ) -> None:
-    await profiles(store, embedder).replace(user, items("waves", "roses"))
+    await profiles(store, embedder).replace(user, items("waves", "roses"), "")
     profile = await profiles(store, embedder).current(user)
     mean = inner.embed(["a text about waves", "a text about roses"]).mean(axis=0)
     assert profile is not None
@@ -115,7 +115,7 @@ async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
     store: RedisProfiles, inner: Embedder, user: User
 ) -> None:
     old, new = CountingEmbedder(inner, "00" * 8), CountingEmbedder(inner)
-    await profiles(store, old).replace(user, items("waves", "roses"))
+    await profiles(store, old).replace(user, items("waves", "roses"), "")
     reading = profiles(store, new)
     profile = await reading.current(user)
     assert profile is not None
@@ -128,7 +128,7 @@ async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
 async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
     store: RedisProfiles, inner: Embedder, user: User
 ) -> None:
-    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"))
+    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"), "")
     new = CountingEmbedder(inner)
     new.gate.clear()
     reading = profiles(store, new)
@@ -144,19 +144,19 @@ async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
     store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta1:9f2c41d0:shared:c", 27_000, 1)
-    await service.add(user, items("surf"))
+    await service.add(user, items("surf"), "")
     key = user.key
     snapshot = await store.read(key)
     assert snapshot.profile is not None
     await store.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
-    assert (await service.add(user, items("waves"))).profile.adapter == note
-    assert (await service.replace(user, items("bread"))).profile.adapter == note
+    assert (await service.add(user, items("waves"), "")).profile.adapter == note
+    assert (await service.replace(user, items("bread"), "")).profile.adapter == note
 
 
 async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisProfiles, inner: Embedder, user: User) -> None:
-    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"))
+    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"), "")
     new = CountingEmbedder(inner)
-    changed = await profiles(store, new).add(user, items("chess"))
+    changed = await profiles(store, new).add(user, items("chess"), "")
     assert changed.changed == 1
     assert len(new.texts) == 3
     snapshot = await store.read(user.key)
@@ -167,13 +167,13 @@ async def test_lost_item_embeddings_are_remade_when_they_are_needed(
     store: RedisProfiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user: User
 ) -> None:
     writing = profiles(store, embedder)
-    before = await writing.replace(user, items("waves", "roses"))
+    before = await writing.replace(user, items("waves", "roses"), "")
     async with redis.from_url(valkey.url) as raw:
         assert await raw.delete(f"mta:{{{user.key}}}:vectors") == 1
     embedder.texts.clear()
-    assert (await writing.replace(user, items("waves", "roses"))).changed == 0
+    assert (await writing.replace(user, items("waves", "roses"), "")).changed == 0
     assert embedder.texts == []
-    after = await writing.add(user, items("chess"))
+    after = await writing.add(user, items("chess"), "")
     assert len(embedder.texts) == 3
     assert after.profile.items == before.profile.items + 1
 
@@ -183,10 +183,10 @@ async def test_a_writer_that_loses_a_race_does_not_embed_again(
 ) -> None:
     writing = profiles(store, embedder)
     embedder.gate.clear()
-    slow = asyncio.create_task(writing.add(user, items("waves")))
+    slow = asyncio.create_task(writing.add(user, items("waves"), ""))
     await asyncio.sleep(0.05)
     other = CountingEmbedder(embedder._inner)
-    await profiles(store, other).add(user, items("roses"))
+    await profiles(store, other).add(user, items("roses"), "")
     embedder.gate.set()
     assert (await slow).profile.items == 2
     assert embedder.texts == ["a text about waves"]
@@ -196,7 +196,7 @@ async def test_a_long_history_is_embedded_in_short_turns(
     store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     names = [f"n{number}" for number in range(3 * EMBED_BATCH)]
-    await profiles(store, embedder).replace(user, items(*names))
+    await profiles(store, embedder).replace(user, items(*names), "")
     assert embedder.largest_batch <= EMBED_BATCH
     assert len(embedder.texts) == len(names)
 
@@ -205,7 +205,7 @@ async def test_embedding_never_holds_up_the_event_loop(
     store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     embedder.gate.clear()
-    writing = asyncio.create_task(profiles(store, embedder).replace(user, items("waves")))
+    writing = asyncio.create_task(profiles(store, embedder).replace(user, items("waves"), ""))
     for _ in range(20):  # the loop turns while the embedder is stuck
         await asyncio.sleep(0.005)
     assert not writing.done()
@@ -217,13 +217,13 @@ async def test_evidence_that_this_version_does_not_know_survives_a_change(
     store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
     writing = profiles(store, embedder)
-    await writing.replace(user, items("waves"))
+    await writing.replace(user, items("waves"), "")
     key = user.key
     snapshot = await store.read(key)
     assert snapshot.profile is not None
     signed = replace(snapshot.profile, extra={200: b"signature" * 170})
     assert await store.commit(key, snapshot.version, Change(signed, {}, {}, ()))
-    await writing.add(user, items("roses"))
+    await writing.add(user, items("roses"), "")
     profile = await writing.current(user)
     assert profile is not None
     assert profile.extra == {200: b"signature" * 170}
@@ -235,7 +235,7 @@ async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(
 ) -> None:
     old, new = CountingEmbedder(inner), CountingEmbedder(inner, "11" * 8)
     gateways = [profiles(store, embedder) for embedder in (old, new)]
-    await gateways[0].replace(user, items("waves", "roses"))
+    await gateways[0].replace(user, items("waves", "roses"), "")
     signed_at = (await gateways[0].current(user)).updated_ms  # type: ignore[union-attr]
     seen = [await gateway.current(user) for gateway in gateways]
     assert [profile and profile.embedder for profile in seen] == [old.id, new.id]
@@ -250,7 +250,7 @@ async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(
             assert profile.updated_ms == signed_at
         assert await raw.get(name) == record
         assert old.texts == new.texts == []
-    await gateways[1].add(user, items("bread"))
+    await gateways[1].add(user, items("bread"), "")
     for gateway, embedder in zip(gateways, (old, new), strict=True):
         profile = await gateway.current(user)
         assert profile is not None

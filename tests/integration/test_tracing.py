@@ -107,6 +107,9 @@ def test_an_answer_by_an_adapter_is_linked_to_the_job_that_made_it(
     [train] = requests(receiver.trace(adapt.trace_id), "train")
     assert (train.parent, train.attributes["mta.samples"]) == (adapt.id, 8)
     assert requests(receiver.spans, "POST /generate")[-1].links == (adapt.trace_id,)
+    export = client.get(f"/users/{USER}/export").raise_for_status().json()
+    kept = export["jobs"][0]["traceparent"], export["adapter"]["traceparent"]
+    assert [traceparent.split("-")[1] for traceparent in kept] == [adapt.trace_id] * 2
 
 
 def test_nothing_of_a_user_is_in_what_is_sent(

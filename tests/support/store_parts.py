@@ -58,7 +58,7 @@ class StoreParts:
                 self.profiles,
                 adapters=self.adapters,
                 jobs=self.jobs,
-                signing=self.signing,
+                signing=lambda bank: RedisSigning(self.connection, bank),
                 bank=BANK,
                 log_file=AppendOnlyFile(self.connection),
                 engines=Engines(session, (), None),

@@ -26,24 +26,29 @@ class Expected:
     Attributes:
         text: of their item; None for an unknown user.
         erasures: how often they were erased.
-        newest: number of the newest job.
+        was_nobody: whether there was nothing to be erased the last time.
+        newest: number of the newest job; 0 without one.
+        former: numbers of the jobs that went with an erasure.
         acknowledged: jobs that were answered with 2xx and whose user was not erased since.
     """
 
     text: str | None = None
     erasures: int = 0
+    was_nobody: bool = False
     newest: int = 0
+    former: frozenset[int] = frozenset()
     acknowledged: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class UnderWay:
-    """A profile write that has begun."""
+    """A profile write that has begun; `jumped_s` is by how much the clock had been set forward by then, in all."""
 
     user: str
     text: str
     snapshot: Snapshot
     erasures: int
+    jumped_s: float
 
 
 class StoreWorld:

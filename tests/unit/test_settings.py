@@ -21,7 +21,13 @@ def test_options_go_before_the_environment_and_none_is_not_given(monkeypatch: py
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("MTA_PORT", "http"), ("MTA_PORT", "70000"), ("MTA_PROFILE_ITEMS", "0"), ("MTA_DTYPE", "int4")],
+    [
+        ("MTA_PORT", "http"),
+        ("MTA_PORT", "70000"),
+        ("MTA_PROFILE_ITEMS", "0"),
+        ("MTA_DTYPE", "int4"),
+        ("MTA_BODY_TIMEOUT_S", "301"),
+    ],
 )
 def test_a_value_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)

@@ -19,7 +19,7 @@ MOST_FAILED = 0.01
 MEND_S = 60.0
 JOBS_END_S = 240.0
 TOMBSTONE = "epoch"
-SHARED_KINDS = 12
+SHARED_KINDS = 13
 """Keys that belong to no user: queues, the log's rewriting, API keys, what was adapted."""
 
 ENDED = frozenset(("succeeded", "rejected", "failed", "cancelled", "superseded"))

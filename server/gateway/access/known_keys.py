@@ -37,6 +37,7 @@ class KnownKeys:
         self._callers: dict[str, Caller] = {}
         self._revoked: frozenset[str] = frozenset()
         self._banks: Mapping[str, str] = {}
+        self._ring = ""
         self._revision = 0
 
     @property
@@ -50,13 +51,15 @@ class KnownKeys:
         Raises:
             Unavailable: when the store cannot say; then what is known stays.
         """
-        revision = await store.revision()
-        if revision < self._revision:
+        found, revision = await store.revision()
+        if revision < self._revision or (self._ring and found != self._ring):
             log.error(
-                "the store has lost API keys (revision %d after %d): those known here still count; restart the "
-                "gateways once it is meant to be so",
+                "the store has lost API keys (revision %d of ring %s after %d of %s): those known here still count; "
+                "restart the gateways once it is meant to be so",
                 revision,
+                found or "none",
                 self._revision,
+                self._ring or "none",
             )
             return
         if revision == self._revision:
@@ -65,7 +68,7 @@ class KnownKeys:
         self._callers = {key.digest: _caller(key) for key in ring.keys if key.revoked_ms is None}
         self._revoked = frozenset(key.digest for key in ring.keys if key.revoked_ms is not None)
         self._banks = ring.banks
-        self._revision = ring.revision
+        self._ring, self._revision = ring.id, ring.revision
         log.info("%d API keys count", len(self._callers))
 
     def bank_of(self, tenant: str) -> str | None:

@@ -25,6 +25,7 @@ ROUTES: Mapping[str, Scope | None] = {
     "POST /v1/chat/completions": Scope.GENERATE,
     "POST /v1/completions": Scope.GENERATE,
     "GET /v1/models": Scope.GENERATE,
+    "GET /v1/models/{model:path}": Scope.GENERATE,
     "GET /bank": Scope.GENERATE,
     "PUT /users/{user_id}/profile": Scope.WRITE,
     "POST /users/{user_id}/profile/items": Scope.WRITE,

@@ -44,22 +44,20 @@ class Running:
         if not most:
             return Seat()
         member = secrets.token_hex(8)
+        self._held[caller].add(member)
         try:
             if await self._store.hold(_name(caller), [member], LEASE_S, most) is None:
+                self._drop(caller, member)
                 return Seat(caller, free=False)
-        except Unavailable as error:
+        except Unavailable as error:  # it may be counted all the same: its answer was lost
             log.warning("a request in progress is not counted: %s", error.explained)
-            return Seat()
-        self._held[caller].add(member)
         return Seat(caller, member)
 
     async def leave(self, seat: Seat) -> None:
         """Give a seat back."""
         if not seat.member:
             return
-        self._held[seat.caller].discard(seat.member)
-        if not self._held[seat.caller]:
-            del self._held[seat.caller]
+        self._drop(seat.caller, seat.member)
         try:
             await self._store.let_go(_name(seat.caller), seat.member)
         except Unavailable as error:
@@ -68,7 +66,12 @@ class Running:
     async def renew(self) -> None:
         """Keep the seats of what is still in progress; to be called every `RENEW_S`."""
         for caller, members in list(self._held.items()):
-            await self._store.hold(_name(caller), sorted(members), LEASE_S)
+            await self._store.renew(_name(caller), sorted(members), LEASE_S)
+
+    def _drop(self, caller: str, member: str) -> None:
+        self._held[caller].discard(member)
+        if not self._held[caller]:
+            del self._held[caller]
 
 
 def _name(caller: str) -> str:

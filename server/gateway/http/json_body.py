@@ -54,6 +54,7 @@ class JsonRoute(APIRoute):
             in_lines = self.lines is not None and _media_type(request) in _LINES
             if not in_lines:
                 _check_media_type(request, self.lines is not None)
+            await self.accepted(request)
             try:
                 body = await bodies_of(request).read(request, of_lines if in_lines else of_json)
             except ClientDisconnect:
@@ -61,6 +62,9 @@ class JsonRoute(APIRoute):
             return await handle(_ReadRequest(request, body))
 
         return strict
+
+    async def accepted(self, request: Request) -> None:
+        """Called when all of a request but its body is there: for what must be known of that moment."""
 
 
 class SamplesRoute(JsonRoute):

@@ -170,6 +170,12 @@ def job_answer(job: Job) -> JobAnswer:
     )
 
 
+def exported_job(job: Job) -> dict[str, Any]:
+    """A job with what a client sent beside it."""
+    sent = {"idempotency_key": job.idempotency_key or None, "traceparent": job.traceparent or None}
+    return job_answer(job).model_dump(mode="json") | sent
+
+
 def iso(unix_ms: int) -> str:
     """UTC, ISO 8601, to the millisecond."""
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")

@@ -56,7 +56,7 @@ _LAST: Chunk = {
 STREAMED = b"".join((*map(event, (_FIRST, _WORD, _LAST)), DONE)).decode()
 
 _JOB = JobAnswer(
-    id="q5kxv7d2m4zr3yh6wncb2tpaei.1",
+    id="q5kxv7d2m4zr3yh6wncb2tpaei.1871290335",
     state=JobState.RUNNING,
     config={"kind": "lora", "rank": 2, "steps": 16, "learning_rate": 0.001, "holdout": 0.2, "strength": 0.5},
     progress=Progress(

@@ -13,10 +13,9 @@ from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.caller import caller_of
 from server.gateway.http.disconnect import ClientGone, unless_gone
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.http.json_body import SamplesRoute
 from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, EventSender, event
-from server.gateway.parts import LIMITED, parts_of, user_of, users_of
+from server.gateway.parts import LIMITED, UserSamplesRoute, epoch_of, parts_of, user_of, users_of
 from server.gateway.routes.answers import JobAnswer, job_answer
 from server.gateway.routes.examples import FOLLOWED
 from server.gateway.users.adapting import Adapting
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 router = APIRouter(
-    route_class=SamplesRoute, tags=["adapt"], responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
+    route_class=UserSamplesRoute,
+    tags=["adapt"],
+    responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
 )
 JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` returned it.", max_length=64)]
 
@@ -42,17 +43,17 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     one made from the samples. The adapter is served once it has lowered the loss on samples it was not trained on.
     Samples can also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
     """
-    parts, user = parts_of(request), user_of(request, user_id)
-    job = None
+    parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
+    job, known = None, list[JobId]()
     try:
         uses = await parts.limiter.take_job(caller_of(request), user.key)
     except TooMany:  # for new jobs: whoever lost the answer still gets the job
-        if (job := await parts.adapting.repeated(user, body)) is None:
+        if (job := await parts.adapting.repeated(user, body, epoch)) is None:
             raise
     else:
-        known = await parts.adapting.job_ids(user) if uses else ()
         try:
-            job = await parts.adapting.submit(user, body)
+            known = await parts.adapting.job_ids(user) if uses else known
+            job = await parts.adapting.submit(user, body, epoch)
         finally:
             if job is None or job.id in known:  # refused, or a repeated request
                 await parts.limiter.give_back(uses)

@@ -14,24 +14,24 @@ from adapters.errors import excerpt
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
+from server.gateway.access.caller import caller_of
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import ItemsRequest, UserIdInPath
-from server.gateway.parts import LIMITED, Parts, parts_of, user_of
+from server.gateway.parts import LIMITED, Parts, UserRoute, epoch_of, parts_of, user_of
 from server.gateway.routes.answers import (
     AdapterAnswer,
     ErasedAnswer,
     ProfileAnswer,
     UserAnswer,
     anchors,
+    exported_job,
     iso,
-    job_answer,
 )
 from server.gateway.users.profiles import Changed
 from server.store.tenants.user_key import User
 
 router = APIRouter(
-    route_class=JsonRoute,
+    route_class=UserRoute,
     prefix="/users/{user_id}",
     tags=["users"],
     responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
@@ -45,7 +45,7 @@ async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRe
     By default the newest 512 within 2 MiB are kept. Repeating the request changes nothing.
     """
     parts = parts_of(request)
-    return await _change(parts, user_of(request, user_id), body, parts.profiles.replace)
+    return await _change(parts, user_of(request, user_id), epoch_of(request), body, parts.profiles.replace)
 
 
 @router.post("/profile/items", dependencies=[LIMITED])
@@ -55,7 +55,7 @@ async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest)
     Repeating the request changes nothing.
     """
     parts = parts_of(request)
-    return await _change(parts, user_of(request, user_id), body, parts.profiles.add)
+    return await _change(parts, user_of(request, user_id), epoch_of(request), body, parts.profiles.add)
 
 
 @router.get("", dependencies=[LIMITED])
@@ -97,32 +97,43 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Everything that is stored about the user, as one JSON object.
 
-    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs`, and `adapter`: the user
-    adapter as it is stored and, in `peft`, the whole adapter that serves them, as the `config` and the `weights`
-    (base64) of a PEFT folder; `says` tells what it is, or why there is none.
+    That is the fields of their record, `items`, the items' `vectors`, `samples`, `jobs` with the idempotency key and
+    the trace of each one's request, and `adapter`: the user adapter as it is stored and, in `peft`, the whole adapter
+    that serves them, as the `config` and the `weights` (base64) of a PEFT folder; `says` tells what it is, or why there
+    is none.
     """
     export = await parts_of(request).exporting.export(user_of(request, user_id))
     if export is None:
         raise _unknown(user_id)
-    jobs = [job_answer(job).model_dump(mode="json") for job in export.jobs]
+    jobs = [exported_job(job) for job in export.jobs]
     return StreamingResponse(export.pieces(jobs), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 @router.delete("")
 async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
-    """Erase everything stored about the user. Engines drop the user's adapter within 30 seconds."""
-    erasure = await parts_of(request).erasing.erase(user_of(request, user_id))
+    """Erase everything stored about the user. Engines drop the user's adapter within 30 seconds.
+
+    No limit is in the way; where nothing was stored, the request counts against the API key afterwards.
+    """
+    parts = parts_of(request)
+    erasure = await parts.erasing.erase(user_of(request, user_id))
     if erasure is None:
+        async with parts.limiter.counted(caller_of(request), None) as counted:  # afterwards: no limit is in the way
+            await counted.let_in()
         raise _unknown(user_id)
     return ErasedAnswer(user_id=user_id, erased=erasure.erased, log_rewritten_by=iso(erasure.rewritten_by_ms))
 
 
 async def _change(
-    parts: Parts, user: User, body: ItemsRequest, change: Callable[[User, Sequence[Item]], Awaitable[Changed]]
+    parts: Parts,
+    user: User,
+    epoch: str,
+    body: ItemsRequest,
+    change: Callable[[User, Sequence[Item], str], Awaitable[Changed]],
 ) -> ProfileAnswer:
     # Megabytes of items take a large part of a second to read: not on the event loop.
     items = await asyncio.to_thread(_items, parts, body.items)
-    changed = await change(user, items)
+    changed = await change(user, items, epoch)
     parts.metrics.profile_changes.inc(changed.changed)
     speaking = parts.personalizer.speaking_for(user, changed.profile)
     return ProfileAnswer(

@@ -65,14 +65,19 @@ class Adapting:
         self._budget = budget
         self._tracing = tracing
 
-    async def submit(self, user: User, request: AdaptRequest) -> Job:
+    async def submit(self, user: User, request: AdaptRequest, epoch: str) -> Job:
         """Store the samples and create the job that trains on them.
+
+        Args:
+            user: whose samples.
+            request: what was asked for.
+            epoch: the user's when the request was accepted.
 
         Raises:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed.
             UserErased: when the user is erased meanwhile; nothing of them is stored.
         """
-        epoch, config = await self._profiles.epoch(user), self._config(request)
+        config = self._config(request)
         given, samples = await self._read(request)
         await self._checks.check_template(given)
         await self._checks.check_lengths(samples)
@@ -90,13 +95,13 @@ class Adapting:
             )
         return job
 
-    async def repeated(self, user: User, request: AdaptRequest) -> Job | None:
-        """The job that the same request has made before, if it has; nothing is changed.
+    async def repeated(self, user: User, request: AdaptRequest, epoch: str) -> Job | None:
+        """The job that the same request has made before, if it has; nothing is changed. Arguments as of `submit`.
 
         Raises:
             InvalidRequest: as `submit`.
         """
-        epoch, config = await self._profiles.epoch(user), self._config(request)
+        config = self._config(request)
         _, samples = await self._read(request)
         # Without room for any sample there is no new job.
         return await self._jobs.submit(user.key, self._submission(request, samples, config, epoch), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from server.gateway.engines.admin import Engines
 from server.store.adapters import AdapterStore
@@ -18,9 +19,9 @@ class Erasing:
 
     Args:
         profiles: where they are kept.
-        adapters: lists which bank each user's adapter belongs to.
+        adapters: lists which bank each user's adapter belongs to, and which banks there have been.
         jobs: its queues may hold them.
-        signing: so may this queue; None where the bank has no signatures.
+        signing: so may these queues, by the bank's 8 hex digits.
         bank: the 8 hex digits of the bank that is served.
         log_file: the file that still holds them on disk.
         engines: hold their adapters in memory.
@@ -32,7 +33,7 @@ class Erasing:
         *,
         adapters: AdapterStore,
         jobs: JobStore,
-        signing: SignQueue | None,
+        signing: Callable[[str], SignQueue],
         bank: str,
         log_file: ForgetsOnDisk,
         engines: Engines,
@@ -58,14 +59,17 @@ class Erasing:
         return next((erasure for erasure in erasures if erasure), None)
 
     async def _erase(self, key: str) -> Erasure | None:
-        asked = await self._log_file.ask_for_rewrite(key)
-        erasure = await self._profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
+        is_nobody, erasure = await self._profiles.erase_nobody(key)
+        if not is_nobody:
+            asked = await self._log_file.ask_for_rewrite(key)
+            erasure = await self._profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
+        if erasure is None:
+            return None
         await self._adapters.forget_adapted(key)
-        for bank in {self._bank, *(erasure.banks if erasure else ())}:
+        for bank in {self._bank, *erasure.banks, *await self._adapters.banks()}:
             await self._jobs.withdraw(key, bank)
-        if self._signing is not None:
-            await self._signing.withdraw(key)
-        if erasure and erasure.erased.adapters:
+            await self._signing(bank).withdraw(key)
+        if erasure.erased.adapters:
             task = asyncio.create_task(self._engines.drop(key))
             self._dropping.add(task)
             task.add_done_callback(self._dropping.discard)

@@ -163,6 +163,7 @@ def _adapter(note: AdapterNote, stored: StoredAdapter | None, says: str) -> dict
         "recipe": note.recipe,
         "created_ms": note.created_ms,
         "bytes": note.size_bytes,
+        "traceparent": note.made_in or None,
         "sha256": stored.sha256 if stored else None,
         "says": says,
         "stored": _text(stored.raw) if stored else None,

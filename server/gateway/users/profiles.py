@@ -92,27 +92,26 @@ class Profiles:
         return profile.user_id if profile else None
 
     async def epoch(self, user: User) -> str:
-        """The user's epoch, which a write of several steps reads when it begins."""
+        """The user's epoch, which a request that writes reads when it is accepted."""
         return await self._store.epoch(user.key)
 
-    async def replace(self, user: User, items: Sequence[Item]) -> Changed:
+    async def replace(self, user: User, items: Sequence[Item], epoch: str) -> Changed:
         """Replace the history with these items.
-
-        Raises:
-            UserErased: when the user is erased before the change is written; then nothing is written.
-        """
-        return await self._change(user, lambda history: replaced(history, items, self._limit))
-
-    async def add(self, user: User, items: Sequence[Item], epoch: str | None = None) -> Changed:
-        """Add items to the history; an item whose id is already there is replaced.
 
         Args:
             user: whose history.
             items: oldest first.
-            epoch: the user's, if the request has already read it.
+            epoch: the user's when the request was accepted.
 
         Raises:
             UserErased: when the user is erased before the change is written; then nothing is written.
+        """
+        return await self._change(user, lambda history: replaced(history, items, self._limit), epoch)
+
+    async def add(self, user: User, items: Sequence[Item], epoch: str) -> Changed:
+        """Add items to the history; an item whose id is already there is replaced.
+
+        Args, raises: as `replace`.
         """
         return await self._change(user, lambda history: added(history, items, self._limit), epoch)
 

@@ -54,11 +54,16 @@ class RedisAdapters:
 
     async def list_adapted(self, user_key: str, bank: str) -> None:
         """Put a user on a bank's list, for good: in a cluster nothing that is written for the user makes it last."""
-        await self._connection.write(_LIST, (keys.ADAPTED,), bank)
+        await self._connection.write(_LIST, (keys.BANKS,), bank)
         await self._connection.write(_LIST, (keys.adapted(bank),), user_key)
 
+    async def banks(self) -> list[str]:
+        banks = await self._connection.run(lambda redis: redis.smembers(keys.BANKS))
+        return sorted(value.decode() for value in banks)
+
     async def adapted(self) -> dict[str, int]:
-        return {bank: await self._count(bank) for bank in await self._banks()}
+        counts = {bank: await self._count(bank) for bank in await self.banks()}
+        return {bank: count for bank, count in counts.items() if count}
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
         cursor = 0
@@ -70,15 +75,11 @@ class RedisAdapters:
                 return
 
     async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
-        banks = [bank for bank in await self._banks() if bank != but]
+        banks = [bank for bank in await self.banks() if bank != but]
         async with self._connection.pipeline(WRITE_TIMEOUT_S) as pipe:
             for bank in banks:
                 pipe.srem(keys.adapted(bank), user_key)
             await pipe.execute()
-
-    async def _banks(self) -> list[str]:
-        banks = await self._connection.run(lambda redis: redis.smembers(keys.ADAPTED))
-        return sorted(value.decode() for value in banks)
 
     async def _count(self, bank: str) -> int:
         return int(await self._connection.run(lambda redis: redis.scard(keys.adapted(bank))))

@@ -36,9 +36,9 @@ end
 """
 
 # KEYS: jobs, samples, epoch. ARGV: prefix of job names, idempotency key, token, the epoch seen, deadline (ms), bank,
-# config, whether to append, most samples, jobs kept, how long an ended one is kept (s), traceparent, then samples.
-# Returns the job's number, 0 if there would be too many samples, -1 if the user was erased, -2 if the deadline has
-# passed.
+# config, whether to append, most samples, jobs kept, how long an ended one is kept (s), traceparent, the number before
+# a user's first job, then samples. Returns the job's number, 0 if there would be too many samples, -1 if the user was
+# erased, -2 if the deadline has passed.
 SUBMIT = (
     NOW
     + ERASED_SINCE
@@ -46,7 +46,7 @@ SUBMIT = (
     + """
 local prefix, key, token = ARGV[1], ARGV[2], ARGV[3]
 if erased_since(KEYS[3], ARGV[4]) then return -1 end
-local last = tonumber(redis.call('HGET', KEYS[1], 'last') or redis.call('HGET', KEYS[3], 'last') or 0)
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or ARGV[13])
 local function again(number)
   redis.call('HSET', KEYS[1], 'last', last)
   return number
@@ -67,7 +67,7 @@ local appended = ARGV[8] == '1'
 for _, sample in ipairs(appended and redis.call('LRANGE', KEYS[2], 0, -1) or {}) do
   known[sample], kept = true, kept + 1
 end
-for i = 13, #ARGV do
+for i = 14, #ARGV do
   if not known[ARGV[i]] then known[ARGV[i]], fresh[#fresh + 1] = true, ARGV[i] end
 end
 if kept + #fresh > tonumber(ARGV[9]) then return 0 end

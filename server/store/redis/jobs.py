@@ -1,6 +1,6 @@
 """Jobs and samples on Redis (keys: `server/store/redis/keys.py`).
 
-A job's hash holds its record (`_FIELDS`); the submission's `token`, `key` and `epoch`; `lease`, `lease_until` and
+A job's hash holds its record (`_FIELDS`); the submission's `token` and `epoch`; `lease`, `lease_until` and
 `lease_ms` while a worker has it; and the token that it was `ended_by`. Workers are woken by a separate queue per bank
 (`queue.py`), which holds user keys: only a user's newest job is ever open. `overdue` walks what is due there, not the
 jobs.
@@ -30,6 +30,8 @@ from server.store.samples import Curve, decode_curve, encode_curve
 log = logging.getLogger("mta.store")
 
 _TOO_MANY, _ERASED, _LATE = 0, -1, -2
+_FIRST_NUMBERS = 1 << 32
+"""A user's first job has one of so many numbers, since nothing remembers those of before an erasure."""
 _NEVER_ENDED = (
     f"this job was begun {MAX_TRIES} times and never ended, most likely since its workers died for lack of memory: "
     "send fewer or shorter samples, or give workers more; or its record is damaged: send the samples again. "
@@ -37,7 +39,7 @@ _NEVER_ENDED = (
 )
 _FIELDS = (
     "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
-    "adapter", "error", "curve", "traceparent",
+    "adapter", "error", "curve", "traceparent", "key",
 )  # fmt: skip
 _WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
 
@@ -73,6 +75,7 @@ class RedisJobs:
             KEPT_JOBS,
             KEPT_S,
             submission.traceparent,
+            secrets.randbelow(_FIRST_NUMBERS),
             *submission.samples,
         )
         if number == _TOO_MANY:
@@ -82,7 +85,9 @@ class RedisJobs:
         if number == _LATE:
             raise Unavailable("the store took too long to accept the samples: send the request again")
         job = await self.job(JobId(user_key, int(number)))
-        if job is not None and not job.state.ended:
+        if job is None:
+            raise UserErased
+        if not job.state.ended:
             await queue.call(user_key, listed_ms)
         return job
 
@@ -93,10 +98,17 @@ class RedisJobs:
 
     async def jobs(self, user_key: str) -> list[Job]:
         newest = await self._newest(user_key)
-        last = newest.number if newest else 0
-        numbers = range(max(1, last - KEPT_JOBS + 1), last + 1)
-        found = [await self.job(JobId(user_key, number)) for number in numbers]
-        return [job for job in found if job is not None]
+        if newest is None:
+            return []
+        oldest = max(1, newest.number - KEPT_JOBS + 1)
+        ids = [JobId(user_key, number) for number in range(oldest, newest.number + 1)]
+        async with self._connection.pipeline() as pipe:
+            for job_id in ids:
+                pipe.hmget(keys.job(job_id), _FIELDS)
+            found = await pipe.execute()
+        with readable():
+            jobs = [_decoded(job_id, values) for job_id, values in zip(ids, found, strict=True)]
+        return [job for job in jobs if job is not None]
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
         ended = await self._connection.write(scripts.CANCEL, (keys.job(job_id),), secrets.token_hex(16), KEPT_S)
@@ -254,4 +266,5 @@ def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error", "traceparent")}
     taken |= {name: int(texts[name] or 0) for name in _WHOLE}
     taken |= {name: float(texts[name]) if texts[name] else None for name in ("loss", "before", "after")}
-    return Job(job_id, JobState(texts["state"]), curve=decode_curve(texts["curve"]), **taken)
+    curve = decode_curve(texts["curve"])
+    return Job(job_id, JobState(texts["state"]), curve=curve, idempotency_key=texts["key"], **taken)

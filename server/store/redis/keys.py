@@ -12,8 +12,9 @@ Of one user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:jobs     hash    `last` → number of the newest job                   -
     mta:{<user key>}:job:<n>  hash    a job's record (`server/store/redis/jobs.py`)       7 days after it ended, or 20
                                                                                           jobs later
-    mta:{<user key>}:epoch    hash    tombstone: the `epoch` it began, what the erasure   7 days after the user
-                                      removed, and `last` as above                        was erased
+    mta:{<user key>}:epoch    hash    tombstone: the `epoch` it began, and what the       7 days after the user
+                                      erasure removed                                     was erased; 10 minutes
+                                                                                          if there was none
 
 Of one queue, `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
 
@@ -25,11 +26,12 @@ Of one queue, `jobs:<bank>` or `sign:<bank>`; neither these nor those below expi
 
 Of all users::
 
-    mta:adapted               set     banks that user adapters were trained on
+    mta:adapted               set     banks that users were queued for, or user adapters trained on
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
     mta:{rewrite}:<server>    hash    the same, of each server of a cluster
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `revision`; `bank:<tenant>`
+    mta:{access}:ring         string  the random id of that hash, apart from it since earlier versions read all of it
 
 Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
@@ -58,10 +60,11 @@ from server.store.jobs import JobId
 
 Work = Literal["jobs", "sign"]
 
-ADAPTED = "mta:adapted"
+BANKS = "mta:adapted"
 REWRITE = "mta:{rewrite}"
 OLD_REWRITE = f"{REWRITE}:due"
 ACCESS_KEYS = "mta:{access}:keys"
+ACCESS_RING = "mta:{access}:ring"
 RATES = "mta:rates"
 
 
@@ -107,7 +110,7 @@ def rewrite(server: str) -> str:
 
 
 def adapted(bank: str) -> str:
-    return f"{ADAPTED}:{bank}"
+    return f"{BANKS}:{bank}"
 
 
 def held(name: str) -> str:

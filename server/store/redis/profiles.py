@@ -29,6 +29,8 @@ from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection, readable
 
 TOMBSTONE_S = 7 * 24 * 3600
+NOBODY_S = 600
+"""How long it is remembered that nobody was erased: longer than any request takes whose body is still arriving."""
 
 _FORGET = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
 """The latter from Valkey 8.1 on, where the former is one of three such logs."""
@@ -61,14 +63,14 @@ return 1
 )
 
 # KEYS: epoch, record, items, vectors, jobs, samples, adapter. ARGV: prefix of job names, how many jobs are kept, how
-# long the tombstone stays (s), the new epoch, deadline (ms), by when the file is rewritten (ms). Returns what the
-# tombstone then says, except the new epoch; nothing if the deadline has passed. A tombstone without counts is that of
-# a user who never existed. The number of the last job stays, so that no number is ever used twice.
+# long the tombstone of somebody stays, and of nobody (s), the new epoch, deadline (ms), by when the file is rewritten
+# (ms). Returns what the tombstone then says, except the new epoch; nothing if there is somebody and the deadline has
+# passed. A tombstone without counts is that of a user who never existed.
 _ERASE = (
     ALLOW_OOM
     + NOW
     + """
-if now > tonumber(ARGV[5]) then return {} end
+if now > tonumber(ARGV[6]) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
 local items, samples = redis.call('HLEN', KEYS[3]), redis.call('LLEN', KEYS[6])
 local adapters, jobs, banks = redis.call('EXISTS', KEYS[7]), 0, {}
 local last = tonumber(redis.call('HGET', KEYS[5], 'last') or 0)
@@ -80,11 +82,11 @@ end
 local keys = jobs + redis.call('DEL', unpack(KEYS, 2))
 if keys > 0 then
   redis.call('HSET', KEYS[1], 'items', items, 'samples', samples, 'jobs', jobs, 'adapters', adapters, 'keys', keys,
-    'rewritten_by', ARGV[6], 'banks', table.concat(banks, ' '))
-  if last > 0 then redis.call('HSET', KEYS[1], 'last', last) end
+    'rewritten_by', ARGV[7], 'banks', table.concat(banks, ' '))
 end
-redis.call('HSET', KEYS[1], 'epoch', ARGV[4])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('HSET', KEYS[1], 'epoch', ARGV[5])
+local stays = tonumber(keys > 0 and ARGV[3] or ARGV[4])
+if redis.call('TTL', KEYS[1]) < stays then redis.call('EXPIRE', KEYS[1], stays) end
 return redis.call('HMGET', KEYS[1], 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
 """
 )
@@ -157,17 +159,17 @@ class RedisProfiles:
         if not self._connection.shows_only_what_lasts:
             await self._connection.write(_AGAIN, (keys.profile(key),))
 
+    async def erase_nobody(self, key: str) -> tuple[bool, Erasure | None]:
+        answer = await self._erase(key, 0, 0)
+        return bool(answer), _erasure(answer)
+
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
-        names = (keys.epoch(key), *_names(key), keys.jobs(key), keys.samples(key), keys.adapter(key))
-        arguments = (KEPT_JOBS, TOMBSTONE_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
-        answer = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
+        answer = await self._erase(key, deadline_ms, rewritten_by_ms)
         if not answer:
             raise Unavailable("the store took too long to erase the user: send the request again")
-        *counts, rewritten_by, banks = answer
-        if rewritten_by is None:
-            return None
-        await self._forget_commands()
-        return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
+        if (erasure := _erasure(answer)) is not None:
+            await self._forget_commands()
+        return erasure
 
     async def _forget_commands(self) -> None:
         """Ask all servers to forget the commands that they log, with what people wrote; as far as they let us."""
@@ -180,6 +182,21 @@ class RedisProfiles:
             for name in _names(key):
                 pipe.execute_command("MEMORY USAGE", name, "SAMPLES", 0)
             return sum(size or 0 for size in await pipe.execute())
+
+    async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
+        names = (keys.epoch(key), *_names(key), keys.jobs(key), keys.samples(key), keys.adapter(key))
+        arguments = (KEPT_JOBS, TOMBSTONE_S, NOBODY_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
+        answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
+        return answer
+
+
+def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
+    """What a tombstone says was erased; None for one that says nothing of it."""
+    said = [value for value in tombstone if value is not None]
+    if not said:
+        return None
+    *counts, rewritten_by, banks = said
+    return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:

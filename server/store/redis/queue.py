@@ -42,9 +42,11 @@ class RedisQueue:
 
     def __init__(self, connection: RedisConnection, work: keys.Work, bank: str) -> None:
         self._connection = connection
+        self._bank = bank
         self._keys = keys.queue(work, bank)
         self._taken: dict[str, tuple[bytes, str]] = {}  # by user key: entry, and appointment then
         self._has_group = False
+        self._is_listed = False
 
     async def enlist(self, user_key: str) -> int:
         """Begin to check on a user, before the work to be checked on is created.
@@ -53,11 +55,13 @@ class RedisQueue:
             The time of the listing, in ms by the server's clock: pass it to `call` once the work is created, which must
             be within `LISTED_MS`.
         """
+        await self._list()
         names = (self._keys.open, self._keys.listed)
         return int(await self._connection.write(scripts.ENLIST, names, user_key, LISTED_MS + GRACE_MS))
 
     async def call(self, user_key: str, listed_ms: int = 0) -> bool:
         """Wake a worker for a user, unless a call is still unread; returns whether one was made."""
+        await self._list()
         names = (self._keys.calls, self._keys.called, self._keys.open, self._keys.listed)
         return bool(await self._connection.write(scripts.CALL, names, user_key, GRACE_MS, listed_ms, GROUP))
 
@@ -155,6 +159,12 @@ class RedisQueue:
             if consumer["idle"] > GONE_MS and not consumer["pending"]:
                 name = consumer["name"]
                 await self._delete(name)
+
+    async def _list(self) -> None:
+        """Put the bank on the list of those whose queues an erasure looks into, once for all users."""
+        if not self._is_listed:
+            await self._connection.run(lambda redis: redis.sadd(keys.BANKS, self._bank))
+            self._is_listed = True
 
     async def _delete(self, consumer: bytes) -> None:
         await self._connection.run(lambda redis: redis.xgroup_delconsumer(self._keys.calls, GROUP, consumer))

@@ -70,11 +70,13 @@ class KeyRing:
         revision: grows with every change; 0 while no key has ever been made.
         keys: oldest first, revoked ones included.
         banks: of tenants that name one, its 8 hex digits.
+        id: random, given with its first change; empty for a ring that an earlier version made, until its next change.
     """
 
     revision: int
     keys: Sequence[AccessKey]
     banks: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
 
 
 class AccessKeys(Protocol):
@@ -83,8 +85,8 @@ class AccessKeys(Protocol):
     A key is never forgotten, only revoked: a store in which one was made never looks like one in which none was.
     """
 
-    async def revision(self) -> int:
-        """What `KeyRing.revision` would be."""
+    async def revision(self) -> tuple[str, int]:
+        """What `KeyRing.id` and `KeyRing.revision` would be."""
 
     async def all(self) -> KeyRing:
         """All of them."""

@@ -92,5 +92,8 @@ class Rates(Protocol):
             How many hold it now; None if there is no room for all of the members.
         """
 
+    async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
+        """Hold it for `lease_s` from now. A member that let go meanwhile, or was never among them, stays without."""
+
     async def let_go(self, name: str, member: str) -> None:
         """Hold it no more."""

@@ -47,8 +47,9 @@ def test_the_document_says_which_routes_want_a_key(stranger: httpx.Client) -> No
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
     }
-    assert said.keys() >= set(CLOSED)
-    assert said == {route: [{name: []}, {}] if route in CLOSED else None for route in said}
+    closed = {route.replace(":path", "") for route in CLOSED}
+    assert said.keys() >= closed
+    assert said == {route: [{name: []}, {}] if route in closed else None for route in said}
 
 
 def test_mta_up_shows_a_key_in_what_to_try_where_one_is_wanted(keyed: Keyed, gateway: GatewayThread) -> None:

@@ -16,7 +16,7 @@ from server.gateway.http.errors import ErrorAnswer, fault_of
 from server.gateway.http.requests import AdaptRequest, GenerateRequest, ItemsRequest
 from server.gateway.routes.answers import ErasedAnswer, GenerateAnswer, JobAnswer, ProfileAnswer
 from server.gateway.routes.chunks import Chunk
-from server.gateway.routes.openai.answers import ChatCompletion, ModelsAnswer, TextCompletion
+from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, TextCompletion
 from server.gateway.routes.openai.fields import FIELDS, Fate
 from server.gateway.routes.openai.requests import ChatRequest, CompletionRequest
 from server.settings import Settings
@@ -36,6 +36,7 @@ SHAPES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
     "POST /v1/chat/completions": (ChatRequest, ChatCompletion),
     "POST /v1/completions": (CompletionRequest, TextCompletion),
     "GET /v1/models": (None, ModelsAnswer),
+    "GET /v1/models/mta": (None, ModelAnswer),
 }
 """What each call of the README sends and is answered."""
 

@@ -1,11 +1,11 @@
-"""`POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models`."""
+"""`POST /v1/chat/completions`, `POST /v1/completions`, `GET /v1/models`, `GET /v1/models/{model}`."""
 
 from __future__ import annotations
 
 import unicodedata
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Path, Request, Response
 
 from adapters.errors import excerpt
 from server.engine_protocol import BASE_MODEL
@@ -86,16 +86,16 @@ async def models() -> ModelsAnswer:
     return ModelsAnswer(data=[ModelAnswer(id=name) for name in _MODELS])
 
 
+@router.get("/models/{model:path}", responses={"4XX": {"model": ErrorAnswer}})
+async def model(model: Annotated[str, Path(description="Its name.", examples=[PERSONAL_MODEL])]) -> ModelAnswer:
+    """One of them."""
+    return ModelAnswer(id=_known(model))
+
+
 def _common(request: Request, body: OpenAIRequest, header: str | None, patience_s: float | None) -> dict[str, Any]:
     """What both kinds of request ask of the generator."""
-    if body.model not in _MODELS:
-        raise NotFound(
-            f"the model {excerpt(body.model)} does not exist: there are {' and '.join(_MODELS)}",
-            param="model",
-            code="model_not_found",
-        )
     personalize = body.personalize
-    if body.model == BASE_MODEL:
+    if _known(body.model) == BASE_MODEL:
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
@@ -112,6 +112,21 @@ def _common(request: Request, body: OpenAIRequest, header: str | None, patience_
         "patience_s": patience_s,
         "user_param": "user",
     }
+
+
+def _known(model: str) -> str:
+    """The model's name.
+
+    Raises:
+        NotFound: when there is none of that name.
+    """
+    if model not in _MODELS:
+        raise NotFound(
+            f"the model {excerpt(model)} does not exist: there are {' and '.join(_MODELS)}",
+            param="model",
+            code="model_not_found",
+        )
+    return model
 
 
 def _user_id(user: str | None, header: str | None) -> str | None:

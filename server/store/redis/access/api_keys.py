@@ -1,6 +1,11 @@
-"""API keys on Redis: one hash for all (`server/store/redis/keys.py`), read as a whole and changed by scripts."""
+"""API keys on Redis: one hash for all (`server/store/redis/keys.py`), read as a whole and changed by scripts.
+
+The first change gives the ring its id; a ring of an earlier version gets it with the next.
+"""
 
 from __future__ import annotations
+
+import secrets
 
 import orjson
 
@@ -15,36 +20,40 @@ _REVISION = "revision"
 _REVOKED = "revoked:"
 _BANK = "bank:"
 
-# KEYS: the hash. ARGV: digest, record, whether it must be the first. A repeated call changes nothing.
+# KEYS: the hash, the ring's id. ARGV: an id, digest, record, whether it must be the first. A repeated call changes
+# nothing.
 _ADD = (
     ALLOW_OOM
     + """
-local before = redis.call('HGET', KEYS[1], ARGV[1])
-if not before and ARGV[3] == '1' and redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], before or ARGV[2])
+local before = redis.call('HGET', KEYS[1], ARGV[2])
+if not before and ARGV[4] == '1' and redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[2], before or ARGV[3])
 if before then return 1 end
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
+redis.call('SETNX', KEYS[2], ARGV[1])
 return 1
 """
 )
 
-# KEYS: the hash. ARGV: digest, when. A repeated call changes nothing.
+# KEYS: the hash, the ring's id. ARGV: an id, digest, when. A repeated call changes nothing.
 _REVOKE = (
     ALLOW_OOM
     + """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-local before = redis.call('HGET', KEYS[1], 'revoked:' .. ARGV[1])
-redis.call('HSET', KEYS[1], 'revoked:' .. ARGV[1], before or ARGV[2])
+if redis.call('HEXISTS', KEYS[1], ARGV[2]) == 0 then return 0 end
+local before = redis.call('HGET', KEYS[1], 'revoked:' .. ARGV[2])
+redis.call('HSET', KEYS[1], 'revoked:' .. ARGV[2], before or ARGV[3])
 if before then return 0 end
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
+redis.call('SETNX', KEYS[2], ARGV[1])
 return 1
 """
 )
 
-# KEYS: the hash. ARGV: the tenant's field, the bank.
+# KEYS: the hash, the ring's id. ARGV: an id, the tenant's field, the bank.
 _NAME_BANK = """
-if ARGV[2] == '' then redis.call('HDEL', KEYS[1], ARGV[1]) else redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+if ARGV[3] == '' then redis.call('HDEL', KEYS[1], ARGV[2]) else redis.call('HSET', KEYS[1], ARGV[2], ARGV[3]) end
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
+redis.call('SETNX', KEYS[2], ARGV[1])
 """
 
 
@@ -58,13 +67,19 @@ class RedisAccessKeys:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def revision(self) -> int:
-        found = await self._connection.run(lambda redis: redis.hget(keys.ACCESS_KEYS, _REVISION))
+    async def revision(self) -> tuple[str, int]:
+        async with self._connection.pipeline() as pipe:
+            pipe.get(keys.ACCESS_RING)
+            pipe.hget(keys.ACCESS_KEYS, _REVISION)
+            ring, found = await pipe.execute()
         with readable():
-            return int(found or 0)
+            return (ring or b"").decode(), int(found or 0)
 
     async def all(self) -> KeyRing:
-        found = await self._connection.run(lambda redis: redis.hgetall(keys.ACCESS_KEYS))
+        async with self._connection.pipeline() as pipe:
+            pipe.get(keys.ACCESS_RING)
+            pipe.hgetall(keys.ACCESS_KEYS)
+            ring, found = await pipe.execute()
         with readable():
             fields = {name.decode(): raw for name, raw in found.items()}
             revision = int(fields.pop(_REVISION, 0))
@@ -73,7 +88,8 @@ class RedisAccessKeys:
             known = [_decoded(digest, raw, revoked.get(digest)) for digest, raw in fields.items()]
         if bool(known) != bool(revision):
             raise Unavailable("the store holds a part of the API keys only", code="store_corrupt")
-        return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks)
+        ordered = sorted(known, key=lambda key: (key.created_ms, key.digest))
+        return KeyRing(revision, ordered, banks, (ring or b"").decode())
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
         record = {
@@ -85,13 +101,17 @@ class RedisAccessKeys:
             "allowance": key.allowance.said,
         }
         arguments = (key.digest, orjson.dumps(record), int(only_first))
-        return bool(await self._connection.write(_ADD, (keys.ACCESS_KEYS,), *arguments))
+        return bool(await self._change(_ADD, *arguments))
 
     async def name_bank(self, tenant: str, bank: str) -> None:
-        await self._connection.write(_NAME_BANK, (keys.ACCESS_KEYS,), f"{_BANK}{tenant}", bank)
+        await self._change(_NAME_BANK, f"{_BANK}{tenant}", bank)
 
     async def revoke(self, digest: str, now_ms: int) -> bool:
-        return bool(await self._connection.write(_REVOKE, (keys.ACCESS_KEYS,), digest, now_ms))
+        return bool(await self._change(_REVOKE, digest, now_ms))
+
+    async def _change(self, script: str, *arguments: object) -> object:
+        names = (keys.ACCESS_KEYS, keys.ACCESS_RING)
+        return await self._connection.write(script, names, secrets.token_hex(8), *arguments)
 
 
 def _taken(fields: dict[str, bytes], beginning: str) -> list[tuple[str, bytes]]:

@@ -34,6 +34,15 @@ return redis.call('ZCARD', KEYS[1])
 """
 )
 
+# KEYS: who holds it. ARGV: lease (ms), members. Whoever is not among the holders stays without.
+_RENEW = (
+    NOW
+    + """
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[i]) end
+return redis.call('PEXPIRE', KEYS[1], ARGV[1])
+"""
+)
+
 
 class RedisRates:
     """`server.store.tenants.rates.Rates` on Redis."""
@@ -55,6 +64,9 @@ class RedisRates:
             lambda redis: redis.eval(_HOLD, 1, keys.held(name), allowed, lease_ms, *members)
         )
         return None if count < 0 else int(count)
+
+    async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
+        await self._connection.run(lambda redis: redis.eval(_RENEW, 1, keys.held(name), int(lease_s * 1000), *members))
 
     async def let_go(self, name: str, member: str) -> None:
         await self._connection.run(lambda redis: redis.zrem(keys.held(name), member))
