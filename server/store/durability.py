@@ -40,6 +40,10 @@ class CheckedStore(Protocol):
     def durability(self) -> Durability:
         """What `check` last found."""
 
+    @property
+    def unserved(self) -> str | None:
+        """Who cannot be served while most can, in a sentence, as `check` last found; None if nobody."""
+
     async def check(self) -> Durability:
         """Reach the store and find out how its writes become durable.
 

@@ -36,7 +36,7 @@ class Readiness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The store's state; `detail` says in a sentence what is wrong with it."""
+    """The store's state: `ok`, `partial` while it serves most users, or `unavailable`; `detail` says why."""
 
     status: str
     durability: Durability
@@ -70,7 +70,7 @@ class Report:
         """Whether requests can be fully served: one engine that has a bank is enough, and a router can be missed."""
         if self.age_s > STALE_AFTER_S:
             return Readiness.STALE
-        return Readiness.NOT_READY if self.lacking or self.store.status != "ok" else Readiness.READY
+        return Readiness.NOT_READY if self.lacking or self.store.status == "unavailable" else Readiness.READY
 
     @property
     def missing(self) -> str | None:
@@ -84,6 +84,8 @@ class Report:
             said.append(f"{partly} of {len(self.engines)} engines lack a bank that another one has")
         if self.generating.status != "ok":
             said.append("MTA_ENGINE_URL cannot be used, and engines are asked directly")
+        if self.store.status != "ok" and self.store.detail:
+            said.append(self.store.detail)
         return "; ".join(said) or None
 
 
@@ -141,6 +143,8 @@ class Health:
             return StoreState("unavailable", self._store.durability, error.explained)
         if durability is Durability.NONE:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
+        if self._store.unserved:
+            return StoreState("partial", durability, self._store.unserved)
         return StoreState("ok", durability)
 
     async def _ask_engines(self) -> tuple[EngineState, ...]:

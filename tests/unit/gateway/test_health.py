@@ -29,6 +29,7 @@ class Well:
     """A store that is."""
 
     durability = Durability.ALWAYS
+    unserved: str | None = None
 
     async def check(self) -> Durability:
         return self.durability

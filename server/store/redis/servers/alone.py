@@ -49,6 +49,10 @@ class Alone:
         )
         self._client: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
 
+    @property
+    def unserved(self) -> None:
+        """It serves all or none."""
+
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         return await self._anew(lambda: command(self._client))
 

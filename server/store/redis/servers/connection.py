@@ -15,7 +15,7 @@ from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.durability import Durability, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
-from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
+from server.store.redis.servers.base import CHECK_TIMEOUT_S, READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.cluster_client import SCHEMES
 
@@ -70,6 +70,11 @@ class RedisConnection:
         return self._durability
 
     @property
+    def unserved(self) -> str | None:
+        """What `check` last found."""
+        return self._servers.unserved
+
+    @property
     def shows_only_what_lasts(self) -> bool:
         """Whether nothing can be read that is lost when a server dies: on one server that answers after its fsync."""
         return self._durability is Durability.ALWAYS and isinstance(self._servers, Alone)
@@ -80,7 +85,7 @@ class RedisConnection:
         Raises:
             Unavailable: when it cannot be reached, or is not durable although that is required.
         """
-        async with _translated(READ_TIMEOUT_S):
+        async with _translated(CHECK_TIMEOUT_S):
             self._durability = await self._servers.durability()
         self._refuse_if_not_durable()
         return self._durability
