@@ -27,7 +27,7 @@ from server.store.redis.servers.base import (
     durability_of,
     unconfirmed,
 )
-from server.store.redis.servers.cluster_client import Away, cluster_client
+from server.store.redis.servers.cluster_client import READ_RETRIES, Away, cluster_client
 
 log = logging.getLogger("mta.store")
 
@@ -161,13 +161,14 @@ class Cluster:
 
     async def _look_at(self, node: Any) -> Durability | str | None:
         """How durable a primary's writes are; the state of the cluster if it serves nobody; None if it is away."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
-                info = await node.execute_command("CLUSTER INFO")
-                state = str(info["cluster_state"])
-                return await durability_of(node.execute_command) if state == "ok" else state
-        except (*_PASSING, TimeoutError):
-            return None
+                for _ in range(1 + READ_RETRIES):  # connections end, too, because the client makes them anew
+                    with suppress(*_PASSING):
+                        info = await node.execute_command("CLUSTER INFO")
+                        state = str(info["cluster_state"])
+                        return await durability_of(node.execute_command) if state == "ok" else state
+        return None
 
     def _note_unserved(self, away: set[str], serving: set[Any]) -> None:
         """Raises `ClusterDownError` unless most slots are served."""
