@@ -13,6 +13,7 @@ import pytest
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
+from bench.rig.watched import WatchedValkey
 from server.settings import Settings
 from server.store.redis import keys
 from tests.support.fake_engine import FakeEngine
@@ -89,3 +90,23 @@ def test_a_gateway_serves_who_can_be_served_while_one_primary_of_three_is_gone(
         wait_until(lambda: ready(client)[1]["parts"]["redis"]["status"] == "ok", "it to be back")
         for user in homes:
             put(client, user).raise_for_status()
+
+
+def test_a_gateway_goes_on_by_itself_once_sentinel_let_a_replica_take_over(
+    gateway_settings: Settings, tmp_path: Path
+) -> None:
+    watched = WatchedValkey(tmp_path, sentinels=3).start()
+    try:
+        settings = gateway_settings.model_copy(update={"redis_url": watched.url})
+        with GatewayThread(settings) as gateway, gateway.client() as client:
+            wait_until_ready(client)
+            put(client, "ada").raise_for_status()
+            client.delete("/users/ada").raise_for_status()
+            put(client, "bob").raise_for_status()
+            watched.primary.kill()
+            wait_until(lambda: ready(client)[0] == 503, "the gateway to see it")
+            wait_until_ready(client)
+            put(client, "cleo").raise_for_status()
+            assert [client.get(f"/users/{user}").status_code for user in ("ada", "bob", "cleo")] == [404, 200, 200]
+    finally:
+        watched.kill()

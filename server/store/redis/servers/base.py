@@ -27,6 +27,7 @@ CHECK_TIMEOUT_S = 3.0
 """In a cluster a silent server may be met twice, each time for a second."""
 
 WAITAOF_TIMEOUT_MS = 10_000
+REPLICA_TIMEOUT_MS = 4_000
 WAITAOF = ("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
 
 Execute = Callable[..., Awaitable[Any]]

@@ -21,6 +21,7 @@ from redis.asyncio.cluster import PipelineCommand
 from server.store.durability import Durability
 from server.store.redis.servers.base import (
     CONNECTIONS,
+    REPLICA_TIMEOUT_MS,
     WAITAOF,
     WAITAOF_TIMEOUT_MS,
     Server,
@@ -45,7 +46,6 @@ AWAY_S = 5.0
 """How long nobody is sent to a server that did not answer when it was looked at; gateways look every two seconds."""
 
 SLOTS = 16384
-REPLICA_TIMEOUT_MS = 4_000
 _RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
 
 _PASSING = (

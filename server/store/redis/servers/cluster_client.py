@@ -15,7 +15,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from server.store.redis.servers.base import CONNECT_TIMEOUT_S, CONNECTIONS
 
-SCHEMES = ("redis+cluster", "rediss+cluster")
 READ_RETRIES = 3
 
 
@@ -77,7 +76,8 @@ def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
     """Hosts with ports, and options of redis-py's client.
 
     Args:
-        url: one of `SCHEMES`, then what redis-py reads behind `redis://`, with one host or several, comma-separated.
+        url: `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
+            several, comma-separated.
 
     Raises:
         ValueError: when the URL cannot be read.

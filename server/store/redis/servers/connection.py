@@ -17,12 +17,18 @@ from server.store.durability import Durability, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import CHECK_TIMEOUT_S, READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
 from server.store.redis.servers.cluster import Cluster
-from server.store.redis.servers.cluster_client import SCHEMES
+from server.store.redis.servers.sentinel import Sentinel
 
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
     "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept losses"
 )
+_KINDS: dict[str, Callable[[str], Servers]] = {
+    "redis+cluster": Cluster,
+    "rediss+cluster": Cluster,
+    "redis+sentinel": Sentinel,
+    "rediss+sentinel": Sentinel,
+}
 
 
 @contextmanager
@@ -43,7 +49,8 @@ class RedisConnection:
 
     Args:
         url: as in redis-py: `redis://`, `rediss://` or `unix://`; of a cluster, `redis+cluster://` or
-            `rediss+cluster://` with one host or several, comma-separated.
+            `rediss+cluster://` with one host or several, comma-separated; of servers that Sentinel watches, as
+            `sentinel.FORM` says.
         require_durable: whether a server whose writes are not durable is refused; in a cluster, one such primary.
         timed: gets what every call took, but for those that wait for something to happen.
         span: what a write is in a trace, however often it is sent until it lasts.
@@ -56,7 +63,7 @@ class RedisConnection:
         self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
     ) -> None:
         try:
-            self._servers: Servers = Cluster(url) if urlsplit(url).scheme in SCHEMES else Alone(url)
+            self._servers: Servers = _KINDS.get(urlsplit(url).scheme, Alone)(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._require_durable = require_durable
