@@ -106,7 +106,8 @@ def test_a_gateway_goes_on_by_itself_once_sentinel_let_a_replica_take_over(
             watched.primary.kill()
             wait_until(lambda: ready(client)[0] == 503, "the gateway to see it")
             wait_until_ready(client)
-            put(client, "cleo").raise_for_status()
+            # The dead one is a replica now, which writes wait for until it is taken for down.
+            wait_until(lambda: put(client, "cleo").is_success, "writes to go on")
             assert [client.get(f"/users/{user}").status_code for user in ("ada", "bob", "cleo")] == [404, 200, 200]
     finally:
         watched.kill()
