@@ -47,6 +47,13 @@ class Settings(BaseSettings):
         description="Where `mta up` keeps Valkey's files and the secret; survives restarts.",
     )
 
+    store_mib: int | None = Field(
+        None,
+        ge=16,
+        description="Most that the Valkey of `mta up` may store, MiB; by default an eighth of the machine's memory, or "
+        "of a container's limit.",
+    )
+
     # Gateway
     host: str = Field("127.0.0.1", description="Address the gateway listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
@@ -55,7 +62,8 @@ class Settings(BaseSettings):
         description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated.",
     )
     require_durable_store: bool = Field(
-        True, description="Refuse a Redis whose writes are not durable; false: only warn, and say so in /ready."
+        True,
+        description="Refuse a Redis that may lose or evict acknowledged writes; false: warn, and say so in /ready.",
     )
     secret: SecretStr | None = Field(
         None,

@@ -79,6 +79,17 @@ class ValkeyProcess:
 
     def start(self) -> ValkeyProcess:
         """Start the server and wait until it answers."""
+        command = self.begin()
+        assert self._process is not None
+        deadline = time.monotonic() + 20
+        while not answers(self.port):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} did not start: {(self._folder / 'server.log').read_text()}")
+            time.sleep(0.02)
+        return self
+
+    def begin(self) -> list[str]:
+        """Start the server; its command."""
         self._folder.mkdir(parents=True, exist_ok=True)
         command = [
             *(str(self._binary), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
@@ -95,12 +106,7 @@ class ValkeyProcess:
             }
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        deadline = time.monotonic() + 20
-        while not answers(self.port):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{command} did not start: {(self._folder / 'server.log').read_text()}")
-            time.sleep(0.02)
-        return self
+        return command
 
     def set_clock(self, ahead_s: float) -> None:
         """Set the server's clock this far ahead of the machine's (below zero: behind it), from now on."""

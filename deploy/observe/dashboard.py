@@ -154,6 +154,7 @@ ROWS: dict[str, Sequence[Graph]] = {
             ("up", "{{job}} {{instance}}"),
             ("mta_ready", "{{instance}} is ready"),
         ),
+        _graph("Store's memory", "bytes", ("max(mta_store_used_bytes)", "taken"), ("max(mta_store_max_bytes)", "all")),
         _graph("Store's failures", "ops", (_rate('mta_store_seconds_count{outcome="failed"}', "job"), "{{job}}")),
         _graph(
             "Processor", "percentunit", (_rate("process_cpu_seconds_total", "job, instance"), "{{job}} {{instance}}")

@@ -46,7 +46,7 @@ from server.gateway.routes.console import bank as console_bank
 from server.gateway.routes.console import pages
 from server.gateway.routes.openai import routes as openai
 from server.settings import Settings
-from server.store.durability import LOOK_S, Durability
+from server.store.durability import LOOK_S, ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.tenants.rates import Allowance
@@ -118,8 +118,8 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
             raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
         await keys.look(stores.keys)
         keys.check_host(settings.host)
-        if stores.server.durability is Durability.NONE:
-            log.warning("Redis does not guarantee to keep acknowledged writes: profiles can be lost")
+        if not stores.server.durability.lasts:
+            log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         # They stand back: on one machine, writes would slow answers down.
         threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", stand_back))
@@ -129,7 +129,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
         tokenizer = TokenizerClient(session, engines, engine_key)
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
-        metrics.watch(lambda: engines.figures, lambda: health.readiness)
+        metrics.watch(lambda: engines.figures, lambda: health.readiness, lambda: stores.server.memory)
         limiter = Limiter(
             stores.rates,
             per_key=Allowance(
@@ -151,7 +151,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
         for beside in (
             health.watch(),
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, shorts, metrics), log),
-            forever(LOOK_S, stores.file.look, log),
+            forever(LOOK_S, partial(_look_at_file, stores.file, metrics), log),
             forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
             forever(COUNT_GATEWAYS_S, places.look, log),
             forever(RENEW_S, limiter.renew, log),
@@ -202,6 +202,11 @@ async def _count_jobs(jobs: JobStore, banks: Sequence[str], metrics: Metrics) ->
         metrics.jobs.labels("queued").set(waiting)
         metrics.jobs.labels("running").set(max(0, unfinished - waiting))
         metrics.oldest_job.set(max([await jobs.oldest_waiting_s(bank) for bank in banks]))
+
+
+async def _look_at_file(file: ForgetsOnDisk, metrics: Metrics) -> None:
+    metrics.rewrite_overdue.set(await file.overdue_s())
+    await file.look()
 
 
 def _open_embedder(settings: Settings) -> Embedder:

@@ -1,4 +1,4 @@
-"""How durable a store's writes are, how to find out, what calls take, and how erased data leaves the disk."""
+"""How durable a store's writes are, how full it is, what calls take, and how erased data leaves the disk."""
 
 from __future__ import annotations
 
@@ -18,6 +18,39 @@ class Durability(StrEnum):
     ALWAYS = "appendfsync always"
     WAITAOF = "WAITAOF after each write"
     NONE = "none"
+    EVICTS = "none: keys are evicted"
+
+    @property
+    def lasts(self) -> bool:
+        """Whether what was acknowledged stays."""
+        return self not in (Durability.NONE, Durability.EVICTS)
+
+
+FULL_SHARE = 0.99
+"""From where on a store counts as full: the next write may need more than is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A store's memory; of several servers, the fullest one's.
+
+    Attributes:
+        used_bytes: what is taken.
+        most_bytes: beyond that it refuses to store anything; 0 if nobody said.
+    """
+
+    used_bytes: int
+    most_bytes: int
+
+    @property
+    def share(self) -> float:
+        """How much of it is taken; 0 where there is no maximum."""
+        return self.used_bytes / self.most_bytes if self.most_bytes else 0.0
+
+    @property
+    def full(self) -> bool:
+        """Whether new writes are refused, or are about to be."""
+        return self.share >= FULL_SHARE
 
 
 Timed = Callable[[str, float, bool], None]
@@ -44,11 +77,15 @@ class CheckedStore(Protocol):
     def unserved(self) -> str | None:
         """Who cannot be served while most can, in a sentence, as `check` last found; None if nobody."""
 
+    @property
+    def memory(self) -> Memory | None:
+        """What `check` last found; None if the store does not say."""
+
     async def check(self) -> Durability:
         """Reach the store and find out how its writes become durable.
 
         Raises:
-            Unavailable: when it cannot be reached, or is not durable although that is required.
+            Unavailable: when it cannot be reached, or may lose what it acknowledges although that is forbidden.
         """
 
 
@@ -74,6 +111,9 @@ class ForgetsOnDisk(Protocol):
         Raises:
             Unavailable: when the store cannot be used; then the caller should erase nothing yet.
         """
+
+    async def overdue_s(self) -> float:
+        """For how long a rewrite that was promised should have been done; 0 if none is late."""
 
     async def look(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""

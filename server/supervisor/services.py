@@ -49,8 +49,12 @@ BEYOND_DRAIN_S = 3
 WORKER_STOP_S = 3
 
 
-def valkey_part(data: DataFolder) -> tuple[Part, str]:
+def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
     """A durable Valkey on the data folder, on a free port, with a new password.
+
+    Args:
+        data: where its files are.
+        most_bytes: what it may store; its process takes up to twice as much while it rewrites its file.
 
     Returns:
         The part, and its URL with the password in it.
@@ -68,7 +72,11 @@ def valkey_part(data: DataFolder) -> tuple[Part, str]:
         "appendfsync": "always",  # an answered write is on disk
         "save": '""',  # the append-only file is the only copy
         "daemonize": "no",
+        "maxmemory": most_bytes,
         "maxmemory-policy": "noeviction",
+        "slowlog-max-len": 0,  # these logs would keep what people wrote
+        "commandlog-large-request-max-len": 0,
+        "commandlog-large-reply-max-len": 0,
     }
     config.unlink(missing_ok=True)
     with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

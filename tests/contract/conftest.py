@@ -87,6 +87,7 @@ def user() -> str:
 def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrites of the append-only file follow quickly on each other."""
     quick = {"INTERVAL_MS": 1500, "ASKED_MS": 300, "CLOCKS_MS": 0, "BEGIN_MS": 500, "LOOK_S": 0.05, "REWRITE_MS": 0}
+    quick |= {"RETRY_MS": 300}
     for name, value in quick.items():
         monkeypatch.setattr(append_only_file, name, value)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import redis.asyncio as redis
+from redis.exceptions import ResponseError
 
 from bench.rig.valkey import ValkeyProcess
+from server.errors import Unavailable
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.base import Server
 from server.store.redis.servers.connection import RedisConnection
@@ -47,6 +53,25 @@ async def looked(file: AppendOnlyFile, seconds: float) -> None:
         await asyncio.sleep(0.05)
 
 
+async def rewritten(raw: redis.Redis) -> None:
+    """Have the server rewrite its file now."""
+    await raw.bgrewriteaof()
+    async with asyncio.timeout(30):
+        while (info := await raw.info("persistence"))["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"]:
+            await asyncio.sleep(0.02)
+
+
+@contextmanager
+def files_at_most(server: ValkeyProcess, size: int) -> Iterator[None]:
+    """Let the server and its children write no file beyond a size, until the block ends; who tries dies."""
+    before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
+
+
 async def settled(raw: redis.Redis) -> bool:
     return not await raw.hexists("mta:{rewrite}", "due")
 
@@ -55,6 +80,19 @@ async def until_settled(raw: redis.Redis, file: AppendOnlyFile) -> None:
     async with asyncio.timeout(30):
         while not await settled(raw):
             await looked(file, 0.1)
+
+
+async def until_failed(raw: redis.Redis, file: AppendOnlyFile, caplog: pytest.LogCaptureFixture) -> list[int]:
+    """Look until four failures were told, each once; returns by how much later each was to be followed, in ms."""
+    retries_ms: list[int] = []
+    async with asyncio.timeout(60):
+        while len(retries_ms) < 4:
+            await file.look()
+            if f"failed {len(retries_ms) + 1} times in a row" in caplog.text:
+                retries_ms.append(int(await raw.hget("mta:{rewrite}", "retry")))
+            await asyncio.sleep(0.02)
+    assert len([line for line in caplog.messages if "times in a row" in line]) == 4
+    return [later - earlier for earlier, later in pairwise(retries_ms)]
 
 
 async def test_what_was_erased_is_gone_by_the_time_that_was_promised(
@@ -113,6 +151,49 @@ async def test_a_rewrite_that_the_server_did_not_live_to_end_is_begun_again(
     await raw.connection_pool.disconnect()
     await until_settled(raw, file)
     assert not on_disk(one_server)
+
+
+async def test_a_rewrite_that_fails_is_tried_again_ever_more_rarely_and_told_each_time(
+    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    await raw.set("much", random.randbytes(2 << 20))
+    await rewritten(raw)  # what the server appends to is short from here on
+    await file.ask_for_rewrite("a user")
+    await raw.delete("secret")
+    with files_at_most(one_server, 1 << 20):  # the process that rewrites would write more, and dies of it
+        before = (await raw.info("persistence"))["aof_rewrites"]
+        later_ms = await until_failed(raw, file, caplog)
+        assert (await raw.info("persistence"))["aof_rewrites"] - before == 4
+        assert await file.overdue_s() > 0
+    assert [more_ms >= least_ms for more_ms, least_ms in zip(later_ms, (600, 1200, 1500), strict=True)] == [True] * 3
+    assert on_disk(one_server)
+    await until_settled(raw, file)
+    assert not on_disk(one_server)
+    assert await file.overdue_s() == 0
+    assert sorted(await raw.hkeys("mta:{rewrite}")) == [b"asked", b"last"]
+
+
+async def test_a_server_that_refuses_to_rewrite_is_asked_ever_more_rarely(
+    raw: redis.Redis, file: AppendOnlyFile, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    async def refusing(self: RedisConnection, server: Server, command: str) -> object:
+        if command != "BGREWRITEAOF":
+            return await ask(self, server, command)
+        asked.append(command)
+        raise Unavailable("not now") from ResponseError("unknown command")
+
+    ask = RedisConnection.ask
+    await file.ask_for_rewrite("a user")
+    with monkeypatch.context() as patched:
+        patched.setattr(RedisConnection, "ask", refusing)
+        later_ms = await until_failed(raw, file, caplog)
+        assert len(asked) == 4
+    assert [more_ms >= least_ms for more_ms, least_ms in zip(later_ms, (600, 1200, 1500), strict=True)] == [True] * 3
+    assert "unknown command" in caplog.messages[-1]
+    assert await file.overdue_s() > 0
+    await until_settled(raw, file)
 
 
 async def test_many_erasures_are_not_as_many_rewrites(raw: redis.Redis, file: AppendOnlyFile) -> None:

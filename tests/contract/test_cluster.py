@@ -83,6 +83,21 @@ async def test_one_primary_decides_how_durable_all_are(
     await lenient.close()
 
 
+async def test_one_server_that_may_evict_is_refused_wherever_the_user_is(cluster: ValkeyCluster) -> None:
+    weak = cluster.primaries[1]
+    strict, lenient = RedisConnection(cluster.url), RedisConnection(cluster.url, require_durable=False)
+    with configured(weak, "maxmemory-policy", "allkeys-lru"):
+        with pytest.raises(Unavailable, match=f"{ask(weak, 'CLUSTER MYID').decode()} allkeys-lru"):
+            await strict.check()
+        with pytest.raises(Unavailable, match="maxmemory-policy noeviction"):
+            await RedisProfiles(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
+        assert await lenient.check() is Durability.EVICTS
+        assert await RedisProfiles(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
+    assert (await strict.check()).lasts
+    await strict.close()
+    await lenient.close()
+
+
 async def test_a_primary_that_no_longer_keeps_what_it_acknowledges_acknowledges_nothing(
     cluster: ValkeyCluster, connection: RedisConnection
 ) -> None:

@@ -75,6 +75,41 @@ async def test_a_server_that_does_not_is_refused_or_on_request_only_noted(
     await lenient.close()
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-lru", "volatile-ttl", "allkeys-random"])
+@pytest.mark.parametrize("hidden", [(), ("--rename-command", "CONFIG", "")])
+async def test_a_server_that_may_evict_is_refused_as_one_that_may_lose_writes(
+    start_server: Callable[..., ValkeyProcess], policy: str, hidden: tuple[str, ...], user: str
+) -> None:
+    url = start_server(*DURABLE, *hidden, "--maxmemory-policy", policy).url
+    strict, lenient = RedisConnection(url), RedisConnection(url, require_durable=False)
+    for refused in (strict.check(), RedisProfiles(strict).commit(user, b"", change("a"))):
+        with pytest.raises(Unavailable, match=f"{policy}.*`maxmemory-policy noeviction`") as caught:
+            await refused
+        assert caught.value.code == "store_not_durable"
+    assert not (await lenient.check()).lasts
+    assert await RedisProfiles(lenient).commit(user, b"", change("a"))
+    await strict.close()
+    await lenient.close()
+
+
+async def test_a_server_that_begins_to_evict_while_it_is_used_is_noticed(
+    start_server: Callable[..., ValkeyProcess], user: str
+) -> None:
+    server = start_server(*DURABLE)
+    connection = RedisConnection(server.url)
+    await connection.check()
+    async with server.client() as raw:
+        await raw.config_set("maxmemory-policy", "allkeys-lru")
+        with pytest.raises(Unavailable, match="allkeys-lru"):
+            await connection.check()
+        with pytest.raises(Unavailable, match="allkeys-lru"):
+            await RedisProfiles(connection).commit(user, b"", change("a"))
+        await raw.config_set("maxmemory-policy", "noeviction")
+    await connection.check()
+    assert await RedisProfiles(connection).commit(user, b"", change("a"))
+    await connection.close()
+
+
 @pytest.mark.parametrize(("options", "waits"), [(EVERYSEC, 1), (DURABLE, 0)])
 async def test_every_write_waits_for_the_disk_where_the_server_does_not_by_itself(
     start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], waits: int, user: str

@@ -1,4 +1,4 @@
-"""A gateway whose store is away, and `/metrics`."""
+"""A gateway whose store is away or full, and `/metrics`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,54 @@ class TestStoreAway:
         level = client.post("/generate", json=generation).raise_for_status().json()["personalization"]["level"]
         assert level == "merged"
         wait_until_ready(client)
+
+
+@pytest.mark.usefixtures("quick_looks")
+class TestStoreFull:
+    """The store is at its `maxmemory`."""
+
+    ROOM = 8 << 20
+
+    @pytest.fixture
+    def client(self, gateway_settings: Settings, tmp_path: Path, fake_engine: FakeEngine) -> Iterator[httpx.Client]:
+        store = ValkeyProcess(tmp_path, (*DURABLE, "--maxmemory", str(self.ROOM))).start()
+        settings = gateway_settings.model_copy(update={"redis_url": store.url})
+        with GatewayThread(settings) as gateway, gateway.client() as client:
+            wait_until_ready(client)
+            yield client
+        store.kill()
+
+    def test_what_would_be_stored_is_refused_and_all_else_goes_on(
+        self, client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine
+    ) -> None:
+        def put(items: int, size: int) -> httpx.Response:
+            stored.append(new_user())
+            body = {"items": [{"text": str(number) * size} for number in range(items)]}
+            return client.put(f"/users/{stored[-1]}/profile", json=body)
+
+        stored: list[str] = []
+        assert client.get("/ready").json()["detail"] is None
+        for items, size in ((5, 40_000), (1, 4_000)):
+            while (refused := put(items, size)).status_code == httpx.codes.OK:
+                pass
+        item = {"items": [{"text": "x" * 4_000}]}
+        for response in (refused, client.post(f"/users/{stored[0]}/profile/items", json=item)):
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "store_full"
+            assert int(response.headers["Retry-After"]) > 0
+        wait_until(lambda: client.get("/ready").json()["detail"] is not None, "the gateway to find out")
+        ready = client.get("/ready").raise_for_status().json()
+        assert ready["status"] == "ready"
+        assert ready["detail"].startswith("store_full: ")
+        assert ready["parts"]["redis"]["status"] == "full"
+        assert value(client, "mta_store_max_bytes") == self.ROOM
+        assert value(client, "mta_store_used_bytes") > 0.99 * self.ROOM
+        answer = client.post("/generate", json={"user_id": stored[0], "prompt": "x", "max_tokens": 1})
+        assert answer.raise_for_status().json()["personalization"]["level"] == "merged"
+        for user_id in stored[:3]:
+            assert client.delete(f"/users/{user_id}").raise_for_status().json()["erased"]["items"] == 5
+        wait_until(lambda: client.get("/ready").json()["detail"] is None, "the gateway to find room")
+        assert put(1, 4_000).status_code == httpx.codes.OK
 
 
 def test_a_store_that_may_lose_writes_is_noted_when_that_was_accepted(

@@ -16,6 +16,7 @@ import pytest
 from bench.rig.processes import alive, command_line, descendants, listening, mta, running, wait_until
 from bench.rig.up import Up, up, up_command
 from bench.rig.valkey import ValkeyProcess
+from server.engine.sizing import memory_bytes
 from tests.support.fake_engine import KEY, FakeEngine
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
@@ -67,6 +68,14 @@ def test_each_part_has_its_line_and_the_last_one_says_what_to_try(running_up: Up
         assert client.put("/users/ada/profile", json=PROFILE).status_code == 200
         answer = client.post("/generate", json={"user_id": "ada", "prompt": "Hello"}).json()
         assert answer["personalization"]["level"] == "merged"
+
+
+def test_the_store_may_fill_a_share_of_the_memory(running_up: Up) -> None:
+    options = dict(line.split(" ", 1) for line in (running_up.data / "valkey.conf").read_text().splitlines())
+    assert memory_bytes() // 16 < int(options["maxmemory"]) <= memory_bytes() // 8
+    with running_up.client() as client:
+        [shown] = [line for line in client.get("/metrics").text.splitlines() if line.startswith("mta_store_max_bytes ")]
+        assert float(shown.split()[1]) == int(options["maxmemory"])
 
 
 def test_only_the_loopback_address_is_listened_on(running_up: Up) -> None:

@@ -10,6 +10,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.engine.command import Share, check_engine, engine_command
+from server.engine.sizing import memory_bytes
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.part import Part
@@ -24,6 +25,9 @@ from server.supervisor.services import (
     valkey_part,
     worker_part,
 )
+
+STORE_SHARE = 8
+"""Valkey may store one part in so many of the memory that is here; engine and worker want the rest."""
 
 
 def parts_of(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]]:
@@ -42,7 +46,7 @@ def parts_of(settings: Settings, data: DataFolder) -> tuple[Settings, list[Part]
     if "drain_s" not in settings.model_fields_set:
         update["drain_s"] = DRAIN_S
     if own_store:
-        part, update["redis_url"] = valkey_part(data)
+        part, update["redis_url"] = valkey_part(data, (settings.store_mib or memory_bytes() // STORE_SHARE >> 20) << 20)
         parts.append(part)
     settings = settings.model_copy(update=update)
     if not own_engines:  # engines elsewhere have workers elsewhere

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from server.errors import ApiError
 from server.gateway.engines.admin import AddressState, Engines, EngineState
-from server.store.durability import CheckedStore, Durability
+from server.store.durability import CheckedStore, Durability, Memory
 from server.watching.repeating import forever
 
 log = logging.getLogger("mta.gateway")
@@ -23,6 +23,12 @@ FIRST_INTERVAL_S = 0.25
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 15.0
 """A round of probes takes 4 s at most, so an older report means that the watch hangs or has died."""
+
+_FULL = "full"
+_PARTIAL = "partial"
+_USABLE = ("ok", _PARTIAL, _FULL)
+"""A full store takes nothing new, and serves all the same: no balancer may take those away who can still erase. Nor may
+one that serves most users, and not all."""
 
 
 class Readiness(StrEnum):
@@ -36,7 +42,7 @@ class Readiness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The store's state: `ok`, `partial` while it serves most users, or `unavailable`; `detail` says why."""
+    """The store's state: `ok`, `partial` while it serves most users, `full`, or `unavailable`; `detail` says why."""
 
     status: str
     durability: Durability
@@ -70,7 +76,7 @@ class Report:
         """Whether requests can be fully served: one engine that has a bank is enough, and a router can be missed."""
         if self.age_s > STALE_AFTER_S:
             return Readiness.STALE
-        return Readiness.NOT_READY if self.lacking or self.store.status == "unavailable" else Readiness.READY
+        return Readiness.NOT_READY if self.lacking or self.store.status not in _USABLE else Readiness.READY
 
     @property
     def missing(self) -> str | None:
@@ -79,12 +85,13 @@ class Report:
             return None
         partly = sum(engine.status == "lacks_bank" for engine in self.engines)
         down = sum(engine.status != "ok" for engine in self.engines) - partly
-        said = [f"{down} of {len(self.engines)} engines cannot be used, and the others serve"] if down else []
+        said = [f"store_full: {self.store.detail}"] if self.store.status == _FULL else []
+        said += [f"{down} of {len(self.engines)} engines cannot be used, and the others serve"] if down else []
         if partly:
             said.append(f"{partly} of {len(self.engines)} engines lack a bank that another one has")
         if self.generating.status != "ok":
             said.append("MTA_ENGINE_URL cannot be used, and engines are asked directly")
-        if self.store.status != "ok" and self.store.detail:
+        if self.store.status == _PARTIAL and self.store.detail:
             said.append(self.store.detail)
         return "; ".join(said) or None
 
@@ -141,10 +148,12 @@ class Health:
             durability = await self._store.check()
         except ApiError as error:
             return StoreState("unavailable", self._store.durability, error.explained)
-        if durability is Durability.NONE:
+        if (memory := self._store.memory) and memory.full:
+            return StoreState(_FULL, durability, "; ".join(filter(None, (_no_room(memory), self._store.unserved))))
+        if not durability.lasts:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
         if self._store.unserved:
-            return StoreState("partial", durability, self._store.unserved)
+            return StoreState(_PARTIAL, durability, self._store.unserved)
         return StoreState("ok", durability)
 
     async def _ask_engines(self) -> tuple[EngineState, ...]:
@@ -170,3 +179,10 @@ class Health:
         """The state of the engine that generates, which has been probed already."""
         state = engines[self._engines.urls.index(self._generating)]
         return AddressState(state.url, state.status, state.detail)
+
+
+def _no_room(memory: Memory) -> str:
+    return (
+        f"{memory.used_bytes >> 20} of {memory.most_bytes >> 20} MiB are taken, and nothing new is stored; erasing "
+        "users and revoking keys work: make room, or raise maxmemory (of `mta up`: MTA_STORE_MIB)"
+    )

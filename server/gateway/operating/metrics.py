@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from server.gateway.engines.admin import EngineFigures
 from server.gateway.operating.health import Readiness
 from server.gateway.operating.seen import SeenParts
+from server.store.durability import Memory
 from server.watching.figures import BUCKETS_S, StoreSeconds
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -117,12 +118,22 @@ class Metrics:
             "How long the oldest queued job has waited.",
             registry=registry,
         )
+        self.rewrite_overdue = Gauge(
+            "mta_rewrite_overdue_seconds",
+            "For how long the store's file holds erased users beyond the time that was promised.",
+            registry=registry,
+        )
         self.store = StoreSeconds(registry)
         ProcessCollector(registry=registry)
 
-    def watch(self, engines: Callable[[], Sequence[EngineFigures | None]], readiness: Callable[[], Readiness]) -> None:
+    def watch(
+        self,
+        engines: Callable[[], Sequence[EngineFigures | None]],
+        readiness: Callable[[], Readiness],
+        memory: Callable[[], Memory | None],
+    ) -> None:
         """Show what is known of the other parts, as it is known whenever somebody asks."""
-        self._registry.register(SeenParts(engines, readiness))
+        self._registry.register(SeenParts(engines, readiness, memory))
 
     def count(self, route: str, method: str, status: int, level: str) -> None:
         """Count a request that is over."""

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from server.gateway.engines.admin import EngineFigures
 from server.gateway.operating.health import Readiness
+from server.store.durability import Memory
 
 
 class SeenParts(Collector):
@@ -18,18 +19,27 @@ class SeenParts(Collector):
     Args:
         engines: what each last said of itself.
         readiness: as `/ready` has it.
+        memory: the store's.
     """
 
     def __init__(
-        self, engines: Callable[[], Sequence[EngineFigures | None]], readiness: Callable[[], Readiness]
+        self,
+        engines: Callable[[], Sequence[EngineFigures | None]],
+        readiness: Callable[[], Readiness],
+        memory: Callable[[], Memory | None],
     ) -> None:
         self._engines = engines
         self._readiness = readiness
+        self._memory = memory
 
     def collect(self) -> Iterator[Metric]:
         """All of it, as it is known now."""
         ready = self._readiness() is Readiness.READY
         yield GaugeMetricFamily("mta_ready", "Whether requests can be fully served, as /ready says.", float(ready))
+        if memory := self._memory():
+            yield GaugeMetricFamily("mta_store_used_bytes", "What the store's memory holds.", memory.used_bytes)
+            if memory.most_bytes:
+                yield GaugeMetricFamily("mta_store_max_bytes", "The most that it may hold.", memory.most_bytes)
         up = GaugeMetricFamily("mta_engine_up", "Whether an engine answers.", labels=("engine",))
         slots = GaugeMetricFamily("mta_engine_slots", "An engine's LoRA slots.", labels=("engine",))
         resident = GaugeMetricFamily(

@@ -7,6 +7,9 @@ told is so it writes again as it is, for else nobody waits until that lasts (`Re
 
 from __future__ import annotations
 
+ALLOW_OOM = "#!lua flags=allow-oom"
+"""Begins a script that a server runs even at its `maxmemory`: what lets users go, and what decides which keys count."""
+
 NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -22,7 +22,7 @@ from server.store.profile_record import (
 )
 from server.store.profiles import Change, Erased, Erasure, Profile, Snapshot, StoredItem
 from server.store.redis import keys
-from server.store.redis.job_scripts import ERASED_SINCE, NOW
+from server.store.redis.job_scripts import ALLOW_OOM, ERASED_SINCE, NOW
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection, readable
 
@@ -60,7 +60,8 @@ return 1
 # tombstone then says, except the new epoch; nothing if the deadline has passed. A tombstone without counts is that of
 # a user who never existed. The number of the last job stays, so that no number is ever used twice.
 _ERASE = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 if now > tonumber(ARGV[5]) then return {} end
 local items, samples = redis.call('HLEN', KEYS[3]), redis.call('LLEN', KEYS[6])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.store.redis.job_scripts import NOW
+from server.store.redis.job_scripts import ALLOW_OOM, NOW
 
 # KEYS: open, listed. ARGV: user key, time until the check (ms). Returns when it was listed, never the same twice.
 ENLIST = (
@@ -67,7 +67,8 @@ return {now, due}
 # KEYS: calls, called, open, listed, begun. ARGV: user key, group, the appointment that the caller saw, how long a
 # listing holds (ms). A user who was called or listed since has another appointment, and keeps it.
 CLOSE = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 if (redis.call('ZSCORE', KEYS[3], ARGV[1]) or '') ~= ARGV[3] then return 0 end
 local listed = tonumber(redis.call('ZSCORE', KEYS[4], ARGV[1]) or now - ARGV[4])

@@ -6,7 +6,7 @@ import pytest
 
 from server.gateway.engines.admin import EngineState
 from server.gateway.operating.health import Health, Readiness, Report
-from server.store.durability import Durability
+from server.store.durability import Durability, Memory
 
 ONE, OTHER = "a1" * 32, "b2" * 32
 
@@ -30,6 +30,9 @@ class Well:
 
     durability = Durability.ALWAYS
     unserved: str | None = None
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        self.memory = memory
 
     async def check(self) -> Durability:
         return self.durability
@@ -73,6 +76,18 @@ async def test_what_is_missing_while_requests_are_served_is_said(
     banks: list[tuple[str, ...] | None], said: str | None
 ) -> None:
     assert (await report(*banks)).missing == said
+
+
+@pytest.mark.parametrize(
+    ("used", "most", "full"), [(98, 100, False), (99, 100, True), (120, 100, True), (99, 0, False)]
+)
+async def test_a_full_store_is_said_and_leaves_a_gateway_ready(used: int, most: int, full: bool) -> None:
+    engines = Said((ONE,))
+    store = Well(Memory(used << 20, most << 20))
+    found = await Health(store, engines, [ONE], generating=engines.urls[0]).probe()  # type: ignore[arg-type]
+    assert found.readiness is Readiness.READY
+    assert (found.missing or "").startswith(f"store_full: {used} of {most} MiB") is full
+    assert found.store.status == ("full" if full else "ok")
 
 
 async def test_a_bank_that_no_engine_has_is_logged_once_and_nothing_while_none_answers(

@@ -51,9 +51,9 @@ def test_an_emptied_secret_is_refused_not_replaced(tmp_path: Path) -> None:
         DataFolder.open(tmp_path / "data")
 
 
-async def test_valkey_is_durable_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
+async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
     data = DataFolder.open(tmp_path / 'a "quoted" folder')
-    part, url = valkey_part(data)
+    part, url = valkey_part(data, 100 << 20)
     password = url.split(":")[2].split("@")[0]
     config = Path(part.command[1])
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
@@ -66,6 +66,11 @@ async def test_valkey_is_durable_asks_for_its_password_and_shows_it_to_nobody(tm
         async with redis.asyncio.Redis.from_url(url, decode_responses=True) as client:
             assert (await client.config_get("append*"))["appendonly"] == "yes"
             assert (await client.config_get("append*"))["appendfsync"] == "always"
+            assert await client.config_get("maxmemory") == {"maxmemory": str(100 << 20)}
+            assert await client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            logs = await client.config_get("slowlog-max-len", "commandlog-*-max-len")
+            assert len(logs) == 4
+            assert set(logs.values()) == {"0"}  # none of them keeps what people wrote
         async with redis.asyncio.Redis.from_url(url.replace(password, "")) as stranger:
             with pytest.raises(redis.AuthenticationError):
                 await stranger.ping()
@@ -81,7 +86,7 @@ async def test_valkey_is_durable_asks_for_its_password_and_shows_it_to_nobody(tm
 def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(tmp_path: Path, replicas: int) -> None:
     data = DataFolder.open(tmp_path / "data")
     settings = Settings(drain_s=DRAIN_S)
-    parts = [valkey_part(data)[0], gateway_part(settings), worker_part(settings, data.log("worker"))]
+    parts = [valkey_part(data, 100 << 20)[0], gateway_part(settings), worker_part(settings, data.log("worker"))]
     parts += [engine_part(settings, [], {})] * replicas + [router_part(settings)] * (replicas > 1)
     data.close()
     page = (Path(__file__).parents[3] / "docs/running.md").read_text("utf-8")

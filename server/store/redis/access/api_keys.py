@@ -6,6 +6,7 @@ import orjson
 
 from server.errors import Unavailable
 from server.store.redis import keys
+from server.store.redis.job_scripts import ALLOW_OOM
 from server.store.redis.servers.connection import RedisConnection, readable
 from server.store.tenants.access_keys import AccessKey, KeyRing, Scope
 from server.store.tenants.rates import Allowance
@@ -15,7 +16,9 @@ _REVOKED = "revoked:"
 _BANK = "bank:"
 
 # KEYS: the hash. ARGV: digest, record, whether it must be the first. A repeated call changes nothing but the revision.
-_ADD = """
+_ADD = (
+    ALLOW_OOM
+    + """
 if ARGV[3] == '1' and redis.call('EXISTS', KEYS[1]) == 1 and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
   return 0
 end
@@ -23,9 +26,12 @@ redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
 return 1
 """
+)
 
 # KEYS: the hash. ARGV: digest, when. A repeated call changes nothing.
-_REVOKE = """
+_REVOKE = (
+    ALLOW_OOM
+    + """
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
 local before = redis.call('HGET', KEYS[1], 'revoked:' .. ARGV[1])
 redis.call('HSET', KEYS[1], 'revoked:' .. ARGV[1], before or ARGV[2])
@@ -33,6 +39,7 @@ if before then return 0 end
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
 return 1
 """
+)
 
 # KEYS: the hash. ARGV: the tenant's field, the bank.
 _NAME_BANK = """

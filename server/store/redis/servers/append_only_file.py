@@ -2,8 +2,8 @@
 
 Each server has a file of its own. The hash `keys.rewrite(server)` holds its state, with times in ms: `asked`, when a
 rewrite was last requested; `due`, when the next is due, absent when all requests are done; `last`, when the last
-successful one began; and for the one in progress, when it `began`, the server's `run`, and its `count` of rewrites
-before.
+successful one began; for the one in progress, when it `began`, the server's `run`, and its `count` of rewrites before;
+and while they fail, how many `failures` there were in a row, and when to `retry`.
 
 A rewrite is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The
 erasure follows within `ASKED_MS` or not at all. So a successful rewrite that began later than that after the request
@@ -22,7 +22,7 @@ from redis.exceptions import ResponseError
 from server.errors import Unavailable
 from server.store.durability import LOOK_S, Asked
 from server.store.redis import keys
-from server.store.redis.job_scripts import NOW
+from server.store.redis.job_scripts import ALLOW_OOM, NOW
 from server.store.redis.servers.base import Server
 from server.store.redis.servers.connection import RedisConnection
 
@@ -43,10 +43,14 @@ BEGIN_MS = 30_000
 REWRITE_MS = 600_000
 """How long a rewrite is assumed to take in the promised time."""
 
+RETRY_MS = 60_000
+"""How long after a failed rewrite the next one is begun; each further failure doubles it, up to `INTERVAL_MS`."""
+
 # KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the time, and when a rewrite is due that is sure to begin
 # after the erasure: the one that is already due may begin too early.
 _ASK = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 redis.call('HSET', KEYS[1], 'asked', now)
 local from = now + ARGV[2]
@@ -65,27 +69,65 @@ return {now, due}
 # KEYS: rewrite. ARGV: the server's run, its count of rewrites, interval. Returns whether the caller should begin
 # one now. A time too far ahead to have been set by this clock counts as reached.
 _TAKE = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 local due = tonumber(redis.call('HGET', KEYS[1], 'due') or now + 1)
 if due > now and due < now + 2 * ARGV[3] then return 0 end
+local retry = tonumber(redis.call('HGET', KEYS[1], 'retry') or 0)
+if retry > now and retry <= now + ARGV[3] then return 0 end
 redis.call('HSET', KEYS[1], 'began', now, 'run', ARGV[1], 'count', ARGV[2])
 return 1
 """
 )
 
-# KEYS: rewrite. ARGV: the server's run, its count of rewrites, whether the last succeeded, interval, time to erase,
-# time to begin (ms). Returns whether the caller may begin one: not while another is about to.
-_SETTLE = (
+_FAIL = """
+local function failed(first, longest)
+  redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
+  local failures = redis.call('HINCRBY', KEYS[1], 'failures', 1)
+  redis.call('HSET', KEYS[1], 'retry', now + math.min(first * 2 ^ (failures - 1), longest))
+  return -failures
+end
+"""
+
+# KEYS: rewrite. ARGV: time until the next try, interval (ms). Returns how often rewrites have failed, below zero.
+_REFUSED = (
+    ALLOW_OOM
+    + NOW
+    + _FAIL
+    + """
+if redis.call('HEXISTS', KEYS[1], 'began') == 1 then return failed(tonumber(ARGV[1]), tonumber(ARGV[2])) end
+return -tonumber(redis.call('HGET', KEYS[1], 'failures') or 0)
+"""
+)
+
+# KEYS: rewrite. ARGV: how long a rewrite may take (ms). Returns for how long one should have been done, ms.
+_OVERDUE = (
     NOW
+    + """
+return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
+"""
+)
+
+# KEYS: rewrite. ARGV: the server's run, its count of rewrites, whether the last succeeded, interval, time to erase,
+# time to begin, time until the next try (ms). Returns whether the caller may begin one: not while another is about to;
+# below zero, how often rewrites have failed in a row, one of them just now.
+_SETTLE = (
+    ALLOW_OOM
+    + NOW
+    + _FAIL
     + """
 local began = tonumber(redis.call('HGET', KEYS[1], 'began'))
 if not began then return 1 end
 local same = redis.call('HGET', KEYS[1], 'run') == ARGV[1]
 local counted = tonumber(redis.call('HGET', KEYS[1], 'count')) < tonumber(ARGV[2])
-if same and not counted and now >= began and now - began < tonumber(ARGV[6]) then return 0 end
-redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
-if not (same and counted and ARGV[3] == '1') then return 1 end
+if same and not counted then  -- nobody has begun it
+  if now >= began and now - began < tonumber(ARGV[6]) then return 0 end
+  redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
+  return 1
+end
+if not same or ARGV[3] ~= '1' then return failed(tonumber(ARGV[7]), tonumber(ARGV[4])) end
+redis.call('HDEL', KEYS[1], 'began', 'run', 'count', 'failures', 'retry')
 redis.call('HSET', KEYS[1], 'last', began)
 local from = tonumber(redis.call('HGET', KEYS[1], 'asked') or 0) + ARGV[5]
 if from <= began then
@@ -108,6 +150,11 @@ class AppendOnlyFile:
         """Request a rewrite of the files that leaves out what is about to be erased of a user."""
         return await self._ask(await self._connection.holders(keys.profile(user_key)))
 
+    async def overdue_s(self) -> float:
+        """For how long a rewrite that was promised should have been done, on the server where that is longest."""
+        states = [keys.rewrite(server.id) for server in await self._connection.members()]
+        return max([await self._overdue_ms(state) for state in states], default=0) / 1000
+
     async def look(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
         members = await self._connection.members()
@@ -123,7 +170,10 @@ class AppendOnlyFile:
         states = [keys.rewrite(server) for server in servers]
         asked = [await self._connection.write(_ASK, (state,), INTERVAL_MS, ASKED_MS) for state in states]
         now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
-        return Asked(now_ms + ASKED_MS - CLOCKS_MS, due_ms + round(2 * LOOK_S * 1000) + REWRITE_MS)
+        return Asked(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
+
+    async def _overdue_ms(self, state: str) -> int:
+        return int(await self._connection.run(lambda redis: redis.eval(_OVERDUE, 1, state, _taken_ms())))
 
     async def _look_at(self, server: Server) -> None:
         state, info = keys.rewrite(server.id), await self._connection.ask(server, "INFO")
@@ -131,15 +181,18 @@ class AppendOnlyFile:
             return
         run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
         well = int(info.get("aof_last_bgrewrite_status") == "ok")
-        if not await self._connection.write(_SETTLE, (state,), run, count, well, INTERVAL_MS, ASKED_MS, BEGIN_MS):
-            return
-        if await self._connection.write(_TAKE, (state,), run, count, INTERVAL_MS):
+        times = (INTERVAL_MS, ASKED_MS, BEGIN_MS, RETRY_MS)
+        may = int(await self._connection.write(_SETTLE, (state,), run, count, well, *times))
+        if may < 0:
+            _tell(server, -may, "it did not end well, which its own log says more of")
+        if may > 0 and await self._connection.write(_TAKE, (state,), run, count, INTERVAL_MS):
             await self._begin(server, enabled=bool(info.get("aof_enabled")))
 
     async def _begin(self, server: Server, *, enabled: bool) -> None:
         state = keys.rewrite(server.id)
         if not enabled:  # there is no file
-            await self._connection.run(lambda redis: redis.hdel(state, "began", "run", "count", "due"))
+            held = ("began", "run", "count", "due", "failures", "retry")
+            await self._connection.run(lambda redis: redis.hdel(state, *held))
             return
         try:
             await self._connection.ask(server, "BGREWRITEAOF")
@@ -147,5 +200,21 @@ class AppendOnlyFile:
             if not isinstance(error.__cause__, ResponseError):
                 raise
             # Another is running, or a managed service does it on its own.
-            log.warning("the append-only file is not rewritten now: %s", error.__cause__)
-            await self._connection.run(lambda redis: redis.hdel(state, "began", "run", "count"))
+            failures = -int(await self._connection.write(_REFUSED, (state,), RETRY_MS, INTERVAL_MS))
+            _tell(server, failures, str(error.__cause__))
+
+
+def _taken_ms() -> int:
+    """How long after it is due a rewrite is done at the latest, if nothing goes wrong."""
+    return round(2 * LOOK_S * 1000) + REWRITE_MS
+
+
+def _tell(server: Server, failures: int, why: str) -> None:
+    log.error(
+        "the append-only file%s still holds erased users: rewriting it failed %d times in a row (%s), and is tried "
+        "again in %.0f s",
+        f" of {server.id}" if server.id else "",
+        failures,
+        why,
+        min(RETRY_MS * 2 ** (failures - 1), INTERVAL_MS) / 1000,
+    )

@@ -9,19 +9,31 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
 
 from adapters.errors import MtaError
 from server.errors import Unavailable
-from server.store.durability import Durability, Span, Timed, untimed
+from server.store.durability import Durability, Memory, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
 from server.store.redis.servers.base import CHECK_TIMEOUT_S, READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
 from server.store.redis.servers.cluster import Cluster
+from server.store.redis.servers.memory import evicting
 from server.store.redis.servers.sentinel import Sentinel
+
+FULL_RETRY_S = 60
+"""Somebody has to make room first."""
 
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
     "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept losses"
+)
+_FULL = (
+    "the store is full, and nothing was stored: send the request again once there is room; users can be erased and API "
+    "keys revoked all the same"
+)
+_EVICTS = (
+    "Redis drops acknowledged writes to make room (maxmemory-policy: {}): set `maxmemory-policy noeviction`, or "
+    "MTA_REQUIRE_DURABLE_STORE=false to accept losses"
 )
 _KINDS: dict[str, Callable[[str], Servers]] = {
     "redis+cluster": Cluster,
@@ -51,7 +63,8 @@ class RedisConnection:
         url: as in redis-py: `redis://`, `rediss://` or `unix://`; of a cluster, `redis+cluster://` or
             `rediss+cluster://` with one host or several, comma-separated; of servers that Sentinel watches, as
             `sentinel.FORM` says.
-        require_durable: whether a server whose writes are not durable is refused; in a cluster, one such primary.
+        require_durable: whether a server that may lose or evict what it acknowledged is refused; in a cluster, one such
+            primary, or one server that evicts.
         timed: gets what every call took, but for those that wait for something to happen.
         span: what a write is in a trace, however often it is sent until it lasts.
 
@@ -70,6 +83,8 @@ class RedisConnection:
         self._timed = timed
         self._span = span
         self._durability = Durability.NONE
+        self._evicting: list[str] = []
+        self._memory: Memory | None = None
 
     @property
     def durability(self) -> Durability:
@@ -82,18 +97,25 @@ class RedisConnection:
         return self._servers.unserved
 
     @property
+    def memory(self) -> Memory | None:
+        """What `check` last found."""
+        return self._memory
+
+    @property
     def shows_only_what_lasts(self) -> bool:
         """Whether nothing can be read that is lost when a server dies: on one server that answers after its fsync."""
         return self._durability is Durability.ALWAYS and isinstance(self._servers, Alone)
 
     async def check(self) -> Durability:
-        """Reach the server, or every primary, and find out how writes become durable.
+        """Reach the server, or every primary, and find out how writes become durable, and how full it is.
 
         Raises:
             Unavailable: when it cannot be reached, or is not durable although that is required.
         """
         async with _translated(CHECK_TIMEOUT_S):
-            self._durability = await self._servers.durability()
+            durability = await self._servers.durability()
+            self._evicting, self._memory = await evicting(await self._servers.members())
+            self._durability = Durability.EVICTS if self._evicting and durability.lasts else durability
         self._refuse_if_not_durable()
         return self._durability
 
@@ -150,8 +172,10 @@ class RedisConnection:
         await self._servers.close()
 
     def _refuse_if_not_durable(self) -> None:
-        if self._durability is Durability.NONE and self._require_durable:
-            raise Unavailable(_NOT_DURABLE, code="store_not_durable")
+        if self._require_durable and not self._durability.lasts:
+            evicts = self._durability is Durability.EVICTS
+            message = _EVICTS.format(", ".join(self._evicting)) if evicts else _NOT_DURABLE
+            raise Unavailable(message, code="store_not_durable")
 
 
 class _Measured:
@@ -179,5 +203,7 @@ async def _translated(timeout_s: float) -> AsyncIterator[None]:
     except TimeoutError as error:
         message = f"the store did not answer within {timeout_s:g} s: send the request again"
         raise Unavailable(message, code="store_unavailable") from error
+    except OutOfMemoryError as error:
+        raise Unavailable(_FULL, code="store_full", retry_after_s=FULL_RETRY_S) from error
     except (RedisError, RedisClusterException, OSError) as error:
         raise Unavailable("the store cannot be used now: send the request again", code="store_unavailable") from error

@@ -1,0 +1,169 @@
+"""A store at its `maxmemory`, filled by writes: it says so, takes nothing more, and lets whoever is in it go."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+import redis.asyncio as redis
+
+from bench.rig.cluster import ValkeyCluster, ask
+from bench.rig.valkey import ValkeyProcess
+from server.errors import Unavailable
+from server.store.redis import keys
+from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.queue import RedisQueue
+from server.store.redis.servers.append_only_file import AppendOnlyFile
+from server.store.tenants.access_keys import Scope, access_key, new_secret
+from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, put_of, submitted
+
+ROOM_BYTES = 400_000
+ANN, BOB, CAI = "ann", "bob", "cai"
+SAMPLE = "a sample of ann's"
+
+Nodes = Sequence[ValkeyProcess]
+
+
+@pytest.fixture
+def nodes(server: ValkeyProcess | ValkeyCluster) -> Nodes:
+    """The servers that take writes."""
+    return [server] if isinstance(server, ValkeyProcess) else server.primaries
+
+
+@pytest.fixture
+async def keyring(parts: StoreParts) -> RedisAccessKeys:
+    """API keys, of which one, made while there was room, has leaked."""
+    keyring = RedisAccessKeys(parts.connection)
+    await keyring.add(access_key(new_secret(), "leaked", "acme", (Scope.GENERATE,)))
+    return keyring
+
+
+@pytest.fixture
+async def full(
+    server: ValkeyProcess | ValkeyCluster, nodes: Nodes, parts: StoreParts, keyring: RedisAccessKeys
+) -> AsyncIterator[StoreParts]:
+    """Stores on servers without room. Ann has a profile, a user adapter, samples, a job and a call in them; a job of
+    Cai's was announced and never stored."""
+    await _put(parts, ANN, "about ann")
+    worker, key = WorkerSteps(parts), KEYS.key(ANN)
+    await submitted(parts.jobs, key, SAMPLE)
+    await worker.take()
+    await worker.claim()
+    assert await worker.promote()
+    await submitted(parts.jobs, key, SAMPLE, "another")
+    await parts.signing.ask(key)
+    await _put(parts, CAI, "about cai")
+    await RedisQueue(parts.connection, "jobs", BANK).enlist(KEYS.key(CAI))
+    for node in nodes:
+        ask(node, "CONFIG SET", "maxmemory", ask(node, "INFO", "memory")["used_memory"] + ROOM_BYTES)
+        await _fill(parts, lambda user, node=node: node is _home(server, user))
+    for node in nodes:  # what is let go now and then makes no room
+        ask(node, "CONFIG SET", "maxmemory", ask(node, "INFO", "memory")["maxmemory"] - ROOM_BYTES // 2)
+    yield parts
+    for node in nodes:
+        ask(node, "CONFIG SET", "maxmemory", 0)
+
+
+def _home(server: ValkeyProcess | ValkeyCluster, user: str) -> ValkeyProcess:
+    return server if isinstance(server, ValkeyProcess) else server.home_of(keys.profile(KEYS.key(user)))
+
+
+async def _put(parts: StoreParts, user: str, text: str) -> None:
+    key = KEYS.key(user)
+    snapshot = await parts.profiles.read(key)
+    assert await parts.profiles.commit(key, snapshot.version, put_of(user, text, snapshot), snapshot.epoch)
+
+
+async def _fill(parts: StoreParts, chosen: Callable[[str], bool]) -> None:
+    for user in filter(chosen, (f"one of many {number}" for number in itertools.count())):
+        try:
+            await _put(parts, user, "x" * 10_000)
+        except Unavailable as error:
+            assert error.code == "store_full"
+            return
+
+
+async def test_what_would_be_stored_is_refused_as_too_much_for_it(full: StoreParts) -> None:
+    for refused in (
+        _put(full, BOB, "about bob"),
+        submitted(full.jobs, KEYS.key(BOB)),
+        full.signing.ask(KEYS.key(BOB)),
+        full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
+    ):
+        with pytest.raises(Unavailable, match="full") as caught:
+            await refused
+        assert (caught.value.status, caught.value.code) == (503, "store_full")
+    with pytest.raises(Unavailable, match="full"):
+        async with full.connection.pipeline() as pipe:
+            pipe.set("mta:{bob}:samples", "x")
+            await pipe.execute()
+
+
+async def test_it_is_used_all_the_same_and_says_how_full_it_is(full: StoreParts) -> None:
+    assert (await full.connection.check()).lasts
+    memory = full.connection.memory
+    assert memory is not None
+    assert memory.full
+    assert memory.used_bytes > memory.most_bytes > 0
+    assert await full.profiles.load(KEYS.key(ANN)) is not None
+
+
+async def test_a_user_is_erased_from_it(full: StoreParts, raw: redis.Redis) -> None:
+    key = KEYS.key(ANN)
+    erasure = await full.erase(ANN)
+    assert erasure is not None
+    assert (erasure.erased.items, erasure.erased.samples, erasure.erased.jobs) == (1, 2, 2)
+    assert erasure.erased.adapters == 1
+    assert [name async for name in raw.scan_iter(f"*{key}*")] == [keys.epoch(key).encode()]
+    assert await full.erase(ANN) == erasure
+    assert await full.erase(CAI)
+    assert not await raw.sismember(keys.adapted(BANK), key)
+    for queue in (keys.queue("jobs", BANK), keys.queue("sign", BANK)):
+        assert not await raw.hexists(queue.called, key)
+        assert await raw.xlen(queue.calls) == 0
+    with pytest.raises(Unavailable, match="full"):
+        await _put(full, BOB, "about bob")
+
+
+async def test_its_file_forgets_who_was_erased(
+    quick_rewrites: None, full: StoreParts, raw: redis.Redis, nodes: Nodes
+) -> None:
+    assert _on_disk(nodes)
+    await full.erase(ANN)
+    file = AppendOnlyFile(full.connection)
+    async with asyncio.timeout(30):
+        while _on_disk(nodes):
+            await file.look()
+            await asyncio.sleep(0.05)
+
+
+def _on_disk(nodes: Nodes) -> bool:
+    return any(SAMPLE.encode() in path.read_bytes() for node in nodes for path in node.folder.rglob("*.aof"))
+
+
+async def test_a_key_is_revoked_in_it_and_another_takes_its_place(full: StoreParts, keyring: RedisAccessKeys) -> None:
+    [leaked] = (await keyring.all()).keys
+    assert await keyring.revoke(leaked.digest, 7)
+    assert not await keyring.revoke(leaked.digest, 8)
+    another = access_key(new_secret(), "another", "acme", (Scope.GENERATE,))
+    assert await keyring.add(another)
+    assert {key.digest: key.revoked_ms for key in (await keyring.all()).keys} == {
+        leaked.digest: 7,
+        another.digest: None,
+    }
+
+
+async def test_there_is_room_again_once_enough_was_erased(full: StoreParts, nodes: Nodes, raw: redis.Redis) -> None:
+    erased = 0
+    for number in itertools.count():
+        if erased and not any(_full(node) for node in nodes):
+            break
+        erased += await full.erase(f"one of many {number}") is not None
+    await _put(full, BOB, "about bob")
+
+
+def _full(node: ValkeyProcess) -> bool:
+    memory = ask(node, "INFO", "memory")
+    return bool(memory["used_memory"] > memory["maxmemory"])

@@ -1,0 +1,120 @@
+"""The store as compose and Kubernetes start it, with a server's own program: what it is told, and what probes find."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+import yaml
+
+from bench.rig.processes import wait_until
+from bench.rig.valkey import DURABLE, ValkeyProcess
+from tests.support.containers import ROOT
+
+SLOW_TO_LOAD = ("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
+"""20 ms for each key, and heed to whoever asks meanwhile."""
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The store of a deployment: its command, its container's limit in GiB, and the commands that probe it."""
+
+    command: list[str]
+    limit_gib: int
+    probes: list[list[str]]
+
+    @property
+    def options(self) -> list[str]:
+        """Of its server, but for where it keeps its files and listens."""
+        kept = list(self.command[1:])
+        for own in ("--dir", "--port"):
+            del kept[(place := kept.index(own)) : place + 2]
+        return kept
+
+
+def _of_compose() -> Shipped:
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["redis"]
+    return Shipped(
+        service["command"], int(service["mem_limit"].removesuffix("g")), [service["healthcheck"]["test"][1:]]
+    )
+
+
+def _of_pods() -> Shipped:
+    documents = yaml.safe_load_all((ROOT / "deploy/k8s/base/valkey.yaml").read_text("utf-8"))
+    pod = next(one["spec"]["template"]["spec"] for one in documents if one["kind"] == "StatefulSet")
+    [container] = pod["containers"]
+    probes = [container[kind]["exec"]["command"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")]
+    return Shipped(container["command"], int(container["resources"]["limits"]["memory"].removesuffix("Gi")), probes)
+
+
+@pytest.fixture(params=[_of_compose, _of_pods], ids=["compose", "pods"])
+def shipped(request: pytest.FixtureRequest) -> Shipped:
+    found: Shipped = request.param()
+    return found
+
+
+@pytest.fixture
+def server(shipped: Shipped, tmp_path: Path) -> Iterator[ValkeyProcess]:
+    running = ValkeyProcess(tmp_path, shipped.options).start()
+    yield running
+    running.kill()
+
+
+def test_it_has_a_maximum_with_room_for_the_fork_and_drops_nothing(shipped: Shipped, server: ValkeyProcess) -> None:
+    with redis.Redis.from_url(server.url) as raw:
+        memory = raw.info("memory")
+    assert 0 < 2 * memory["maxmemory"] <= shipped.limit_gib << 30
+    assert memory["maxmemory_policy"] == "noeviction"
+
+
+def test_no_log_of_it_keeps_what_commands_carried(server: ValkeyProcess) -> None:
+    with redis.Redis.from_url(server.url) as raw:
+        raw.config_set("slowlog-log-slower-than", 0)
+        raw.set("large", "x" * (2 << 20))
+        raw.get("large")
+        assert raw.slowlog_len() == 0
+        assert [raw.execute_command("COMMANDLOG LEN", kind) for kind in ("slow", "large-request", "large-reply")] == [
+            0,
+            0,
+            0,
+        ]
+
+
+def test_probes_find_it_well_once_it_answers_and_not_while_it_loads(shipped: Shipped, tmp_path: Path) -> None:
+    if not shutil.which("valkey-cli"):
+        pytest.skip("valkey-cli, which probes the store, is not installed (Debian: valkey-tools)")
+    server = ValkeyProcess(tmp_path, DURABLE).start()
+
+    def answers() -> list[int]:
+        commands = [[str(server.port) if word == "6379" else word for word in probe] for probe in shipped.probes]
+        return [subprocess.run(command, capture_output=True, check=False).returncode for command in commands]
+
+    well = [0] * len(shipped.probes)
+    try:
+        assert answers() == well
+        with redis.Redis.from_url(server.url) as raw:
+            raw.mset({f"key-{number}": "x" * 200 for number in range(800)})
+            raw.bgrewriteaof()  # the delay is one of its base file's
+            wait_until(lambda: raw.info("persistence")["aof_rewrites"] == 1, "the file to be rewritten")
+            wait_until(lambda: not raw.info("persistence")["aof_rewrite_in_progress"], "the file to be rewritten")
+        server.kill()
+        assert 0 not in answers()
+        loading = ValkeyProcess(tmp_path, (*DURABLE, *SLOW_TO_LOAD))
+        loading.port = server.port
+        loading.begin()
+        server = loading
+        wait_until(lambda: _says(server, "LOADING"), "it to load")
+        assert 0 not in answers()
+        assert _says(server, "LOADING")
+    finally:
+        server.kill()
+
+
+def _says(server: ValkeyProcess, error: str) -> bool:
+    command = ["valkey-cli", "-p", str(server.port), "ping"]
+    return error in subprocess.run(command, capture_output=True, text=True, check=False).stdout
