@@ -59,6 +59,11 @@ class WatchedValkey:
             raise
         return self
 
+    def set_clock(self, ahead_s: float) -> None:
+        """Set both servers' clocks this far ahead of the machine's."""
+        for server in self.servers:
+            server.set_clock(ahead_s)
+
     def kill(self) -> None:
         """SIGKILL to all."""
         for process in (*self.sentinels, *self.servers):

@@ -36,7 +36,7 @@ LOOK_S = 5.0
 waited for."""
 
 PATIENCE_S = 1.0
-"""How long to wait for a Sentinel's answer, before another is asked."""
+"""How long to wait for a Sentinel's answer, before another is asked; for the last one, whoever asks decides."""
 
 _PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 """What whoever uses the primary meets when it is none any more."""
@@ -181,9 +181,9 @@ class Sentinel:
             ConnectionError: naming what each of them said.
         """
         said = []
-        for sentinel in tuple(self._sentinels):
+        for sentinel in (asked := tuple(self._sentinels)):
             try:
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(PATIENCE_S if sentinel is not asked[-1] else None):
                     primary = await sentinel.sentinel_master(self._service)
                     replicas = await sentinel.sentinel_slaves(self._service)
             except (exceptions.RedisError, OSError) as error:
