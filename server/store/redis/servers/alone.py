@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -22,6 +22,8 @@ from server.store.redis.servers.base import (
     durability_of,
     unconfirmed,
 )
+
+T = TypeVar("T")
 
 
 class Alone:
@@ -103,7 +105,7 @@ class Alone:
             raise ReadOnlyError(f"it is a replica of {place} and takes no writes")
         return await durability_of(self._client.execute_command)
 
-    async def _anew(self, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def _anew(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do it once more, over a new connection, where the server takes no writes: then nothing was written."""
         try:
             return await work()

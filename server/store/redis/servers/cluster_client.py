@@ -18,7 +18,7 @@ from server.store.redis.servers.base import CONNECT_TIMEOUT_S, CONNECTIONS
 READ_RETRIES = 3
 
 
-class Away(RedisConnectionError):
+class Away(RedisConnectionError):  # type: ignore[misc]  # untyped
     """A server did not answer a moment ago, so it is not asked: who waits for it holds the place of others."""
 
 
