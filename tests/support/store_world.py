@@ -137,6 +137,10 @@ class StoreWorld:
                 for name in (f"mta:{{jobs:{BANK}}}:open", f"mta:{{sign:{BANK}}}:open"):
                     for member in self.raw.zrange(name, 0, -1):
                         self.raw.zadd(name, {member: 0})
+                for user in self.users:  # whoever holds a lease has been silent for longer
+                    for name in self.raw.keys(f"mta:{{{KEYS.key(user)}}}:job:*"):
+                        if self.raw.hexists(name, "lease_until"):
+                            self.raw.hset(name, "lease_until", 0)
             self.run(worker.parts.jobs.overdue(BANK))
             self.run(worker.parts.signing.overdue())
             self.run(worker.take())
