@@ -129,18 +129,7 @@ class StoreWorld:
         """Let a worker do whatever is to be done, until nothing is."""
         worker = WorkerSteps(self.connected())
         for _ in range(40):
-            if FAKE_TIME:
-                self.ahead_s += 100
-                self.server.set_clock(self.ahead_s)
-            else:
-                self.raw.delete(f"mta:{{jobs:{BANK}}}:listed")
-                for name in (f"mta:{{jobs:{BANK}}}:open", f"mta:{{sign:{BANK}}}:open"):
-                    for member in self.raw.zrange(name, 0, -1):
-                        self.raw.zadd(name, {member: 0})
-                for user in self.users:  # whoever holds a lease has been silent for longer
-                    for name in self.raw.keys(f"mta:{{{KEYS.key(user)}}}:job:*"):
-                        if self.raw.hexists(name, "lease_until"):
-                            self.raw.hset(name, "lease_until", 0)
+            self._let_time_pass()
             self.run(worker.parts.jobs.overdue(BANK))
             self.run(worker.parts.signing.overdue())
             self.run(worker.take())
@@ -159,6 +148,20 @@ class StoreWorld:
             if self.text_of(user) is None:  # as `mta readapt` does
                 self.run(worker.parts.adapters.forget_adapted(KEYS.key(user)))
         self.gateways.append(worker.parts)
+
+    def _let_time_pass(self) -> None:
+        """Whatever is to be waited for has come, where need be in the store's own records."""
+        if FAKE_TIME:
+            self.ahead_s += 100
+            self.server.set_clock(self.ahead_s)
+            return
+        self.raw.delete(f"mta:{{jobs:{BANK}}}:listed")
+        for name in (f"mta:{{jobs:{BANK}}}:open", f"mta:{{sign:{BANK}}}:open"):
+            for member in self.raw.zrange(name, 0, -1):
+                self.raw.zadd(name, {member: 0})
+        for name in self.raw.keys("mta:{*}:job:*"):
+            if self.raw.hexists(name, "lease_until"):
+                self.raw.hset(name, "lease_until", 0)
 
     async def close(self) -> None:
         """End all processes."""
