@@ -148,6 +148,9 @@ class Settings(BaseSettings):
 
     # Commands that call a gateway
     api_key: SecretStr | None = Field(None, description="API key that they send; `mta keys create` makes one.")
+    first_key: SecretStr | None = Field(
+        None, description="API key of the operator's own making, which `mta keys create --given` keeps."
+    )
 
     # Engine
     engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")

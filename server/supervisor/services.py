@@ -32,7 +32,7 @@ TRIES = 100
 _LOOPBACK_VLLM = {"VLLM_HOST_IP": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 _VALKEY_CONFIG = "valkey.conf"
-_NOT_A_WORKERS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY"))
+_NOT_A_WORKERS = frozenset(("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"))
 
 ENGINE_START_S = 1800
 """A large model on a GPU is read from disk, compiled and captured first."""

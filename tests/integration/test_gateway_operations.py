@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import redis
 
 from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess
@@ -125,6 +127,21 @@ def test_a_store_that_may_lose_writes_is_noted_when_that_was_accepted(
             assert "MTA_REQUIRE_DURABLE_STORE" in state["detail"]
     finally:
         volatile.kill()
+
+
+def test_a_rewrite_that_is_late_is_shown(gateway_settings: Settings, tmp_path: Path, fake_engine: FakeEngine) -> None:
+    store, now_ms = ValkeyProcess(tmp_path, DURABLE).start(), time.time_ns() // 1_000_000
+    with redis.Redis.from_url(store.url) as raw:
+        times = {"due": now_ms - 3_600_000, "failures": 9, "retry": now_ms + 3_000_000}
+        raw.hset("mta:{rewrite}", mapping=times)
+    try:
+        with (
+            GatewayThread(gateway_settings.model_copy(update={"redis_url": store.url})) as gateway,
+            gateway.client() as client,
+        ):
+            wait_until(lambda: value(client, "mta_rewrite_overdue_seconds") > 2000, "the gateway to look")
+    finally:
+        store.kill()
 
 
 class TestMetrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 BASE, CPU, FLEET = "docker-compose.yml", "deploy/docker-compose.cpu.yml", "deploy/fleet.env"
 SECRETS = {"MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": "k" * 32}
+FIRST_KEY = f"mta_{hashlib.sha256(b'a first key').hexdigest()}"
 WORKLOADS = ("Deployment", "Job", "StatefulSet")
 REDIS_URL = "redis://valkey:6379/0"
 
@@ -50,7 +52,7 @@ def config(files: tuple[str, ...], environment: Mapping[str, str], *options: str
 
 def services(files: tuple[str, ...], bank: Path, *options: str, **environment: str) -> dict[str, dict[str, Any]]:
     """The services as compose reads them, every variable filled in."""
-    done = config(files, SECRETS | {"MTA_BANK_DIR": str(bank)} | environment, *options)
+    done = config(files, SECRETS | {"MTA_BANK_DIR": str(bank), "MTA_FIRST_KEY": FIRST_KEY} | environment, *options)
     assert done.returncode == 0, done.stderr
     parsed: dict[str, dict[str, Any]] = json.loads(done.stdout)["services"]
     return parsed
@@ -172,7 +174,7 @@ def _value(variable: dict[str, Any]) -> str:
             return value
         case {"valueFrom": {"secretKeyRef": {"name": "mta", "key": key}}}:
             kept = {"secret": SECRETS["MTA_SECRET"], "engine-key": SECRETS["MTA_ENGINE_KEY"], "redis-url": REDIS_URL}
-            return kept[key]
+            return (kept | {"first-key": FIRST_KEY})[key]
         case {"valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}:
             return "1"
     raise AssertionError(f"nobody knows what {variable} is")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from adapters.errors import MtaError, excerpt
-from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, new_secret
+from server.store.tenants.access_keys import CREATE, AccessKey, Scope, access_key, given_secret, new_secret
 from server.store.tenants.rates import Allowance
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def create(
     concurrent: Annotated[int | None, _limit("Requests at once", "KEY_CONCURRENT")] = None,
     jobs: Annotated[int | None, _limit("Adapt jobs a day", "KEY_JOBS")] = None,
     first: Annotated[bool, typer.Option("--first", help="Make one only if none was ever made.")] = False,
+    given: Annotated[
+        bool, typer.Option("--given", help="Keep the one in MTA_FIRST_KEY, and print nothing of it; without one, none.")
+    ] = False,
     data: Data = None,
 ) -> None:
     """Make a key and print it: this once, for only its SHA-256 is kept.
@@ -57,7 +60,11 @@ def create(
     From the first key on no gateway answers without one.
     """
     settings = _settings(data)
-    secret = new_secret()
+    supplied = settings.first_key.get_secret_value() if given and settings.first_key else ""
+    if given and not supplied:
+        typer.echo(f"MTA_FIRST_KEY holds no key, so none is kept: `{CREATE} {name} --first` makes one", err=True)
+        return
+    secret = given_secret(supplied) if given else new_secret()
     key = access_key(
         secret,
         name,
@@ -67,6 +74,9 @@ def create(
     )
     if not _in(settings, lambda keys: keys.add(key, only_first=first)):
         typer.echo(f"a key was made before, so none is made now: `{CREATE} NAME` makes another", err=True)
+        return
+    if given:
+        typer.echo(f"the key in MTA_FIRST_KEY is kept as {key.id} ({name}, tenant {key.tenant})", err=True)
         return
     typer.echo(secret)
     typer.echo(

@@ -7,8 +7,10 @@ compares epochs: a write that was in progress when its user was erased is refuse
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 
 from server.errors import Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS
@@ -27,6 +29,9 @@ from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection, readable
 
 TOMBSTONE_S = 7 * 24 * 3600
+
+_FORGET = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
+"""The latter from Valkey 8.1 on, where the former is one of three such logs."""
 
 # KEYS: record, items, vectors, epoch. ARGV: the expected record, the new record, the epoch seen, how many puts, then
 # (id, item, vector) for each, an empty item or vector meaning "unchanged", then the ids to drop. Returns 1 if it is
@@ -161,7 +166,14 @@ class RedisProfiles:
         *counts, rewritten_by, banks = answer
         if rewritten_by is None:
             return None
+        await self._forget_commands()
         return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
+
+    async def _forget_commands(self) -> None:
+        """Ask all servers to forget the commands that they log, with what people wrote; as far as they let us."""
+        with suppress(Unavailable):
+            asked = [(server, command) for server in await self._connection.members() for command in _FORGET]
+            await asyncio.gather(*(self._connection.ask(*one) for one in asked), return_exceptions=True)
 
     async def stored_bytes(self, key: str) -> int:
         async with self._connection.pipeline() as pipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from server.store.tenants.rates import AS_USUAL, Allowance
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
+FEWEST_KINDS = 10
+"""Random characters are of more kinds: of 64 hexadecimal ones, all but one in a billion."""
 MAX_NAME_CHARS = 64
 CREATE = "mta keys create"
 """The command that makes a key; errors name it."""
@@ -116,6 +119,20 @@ class AccessKeys(Protocol):
 def new_secret() -> str:
     """A secret of 256 bits, with a beginning by which scanners find those that leaked."""
     return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+
+
+def given_secret(text: str) -> str:
+    """A secret of somebody else's making, of at least as many characters as ours.
+
+    Raises:
+        MtaError: when it has another form, or cannot be random; it does not repeat it.
+    """
+    if re.fullmatch(PREFIX + r"[A-Za-z0-9_-]{43,100}", text) and len(set(text.removeprefix(PREFIX))) >= FEWEST_KINDS:
+        return text
+    raise MtaError(
+        f"MTA_FIRST_KEY must be `{PREFIX}` and 43 to 100 random letters, digits, `-` or `_`, and is not (it has "
+        f'{len(text)} characters of {len(set(text))} kinds): `echo "{PREFIX}$(openssl rand -hex 32)"` makes one'
+    )
 
 
 def access_key(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from adapters.errors import MtaError
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.settings import Settings
+from server.store.tenants.access_keys import digest_of
 from tests.support.gateway import GatewayThread
 
 ID = re.compile(r"key ([0-9a-f]{12}) ")
@@ -79,6 +82,67 @@ def test_keys_count_in_every_gateway_and_no_more_once_revoked(gateways: list[Gat
         wait_until(lambda gateway=gateway: status(gateway, first) == 401, "the key to be revoked")  # type: ignore[misc]
         assert status(gateway) == httpx.codes.UNAUTHORIZED, "nothing opens when the last key is gone"
     assert keys.run("create", "third", "--first").stdout == ""
+
+
+class TestGiven:
+    """The operator makes the first key, `mta keys` keeps it."""
+
+    GIVEN = "mta_" + "0123456789abcdef" * 4
+
+    @pytest.fixture
+    def keys(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Keys]]:
+        """Of a store of its own."""
+        monkeypatch.setenv("COLUMNS", "200")
+        store = ValkeyProcess(tmp_path).start()
+        monkeypatch.setenv("MTA_REDIS_URL", store.url)
+        yield Keys
+        store.kill()
+
+    def given(self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch, secret: str) -> Result:
+        monkeypatch.setenv("MTA_FIRST_KEY", secret)
+        return keys.run("create", "first", "--first", "--given")
+
+    def test_it_counts_and_is_printed_nowhere_however_often_it_is_given(
+        self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        key_id, listed = digest_of(self.GIVEN.encode())[:12], []
+        for _ in range(3):
+            kept = self.given(keys, monkeypatch, self.GIVEN)
+            assert (kept.exit_code, kept.stdout) == (0, "")
+            assert self.GIVEN[4:12] not in kept.output
+            assert key_id in kept.stderr
+            listed.append(keys.run("list").stdout)
+        assert listed[0].count(key_id) == 1
+        assert "admin" in listed[0]
+        assert listed[1:] == listed[:1] * 2
+        another = self.given(keys, monkeypatch, "mta_" + "fedcba9876543210" * 4)
+        assert (another.exit_code, another.stdout) == (0, "")
+        assert "none is made now" in another.stderr
+        assert keys.run("list").stdout == listed[0]
+
+    @pytest.mark.parametrize(
+        "secret",
+        ["short", "mta_" + "0123456789" * 3, "0123456789abcdef" * 4, "mta_" + "ab" * 40, f"{GIVEN}\n", f"{GIVEN} x"],
+    )
+    def test_one_that_others_could_guess_is_refused_and_not_repeated(
+        self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch, secret: str
+    ) -> None:
+        refused = self.given(keys, monkeypatch, secret)
+        assert isinstance(refused.exception, MtaError)
+        assert "MTA_FIRST_KEY must be `mta_`" in str(refused.exception)
+        assert secret.strip() not in str(refused.exception) + refused.output
+        assert "mta_" not in keys.run("list").stdout
+
+    @pytest.mark.parametrize("secret", ["", None])
+    def test_without_one_none_is_made_and_it_is_said_how_to(
+        self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch, secret: str | None
+    ) -> None:
+        monkeypatch.delenv("MTA_FIRST_KEY", raising=False)
+        none = self.given(keys, monkeypatch, secret) if secret is not None else keys.run("create", "first", "--given")
+        assert (none.exit_code, none.stdout) == (0, "")
+        assert "`mta keys create first --first`" in none.stderr
+        made, _ = keys.create("first", "--first")
+        assert made.startswith("mta_")
 
 
 def test_a_key_can_have_limits_of_its_own(

@@ -15,14 +15,14 @@ _REVISION = "revision"
 _REVOKED = "revoked:"
 _BANK = "bank:"
 
-# KEYS: the hash. ARGV: digest, record, whether it must be the first. A repeated call changes nothing but the revision.
+# KEYS: the hash. ARGV: digest, record, whether it must be the first. A repeated call changes nothing.
 _ADD = (
     ALLOW_OOM
     + """
-if ARGV[3] == '1' and redis.call('EXISTS', KEYS[1]) == 1 and redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
-  return 0
-end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+local before = redis.call('HGET', KEYS[1], ARGV[1])
+if not before and ARGV[3] == '1' and redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], before or ARGV[2])
+if before then return 1 end
 redis.call('HINCRBY', KEYS[1], 'revision', 1)
 return 1
 """
