@@ -59,7 +59,8 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
-        description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated.",
+        description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated; "
+        "of servers that Sentinel watches, redis+sentinel:// and the Sentinels, comma-separated, then /service.",
     )
     require_durable_store: bool = Field(
         True,

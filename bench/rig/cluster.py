@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 import redis.asyncio
@@ -109,7 +109,14 @@ class ValkeyCluster:
         return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == len(self.nodes)
 
 
-def ask(node: ValkeyProcess, command: str, *arguments: object) -> Any:
+class Asked(Protocol):
+    """A server with a URL."""
+
+    @property
+    def url(self) -> str: ...
+
+
+def ask(node: Asked, command: str, *arguments: object) -> Any:
     """One node's answer to a command."""
     with redis.Redis.from_url(node.url) as raw:
         return raw.execute_command(command, *arguments)

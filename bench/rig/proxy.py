@@ -17,14 +17,14 @@ class LossyProxy:
     """Forwards a port, in a thread of its own; a context manager that returns once it listens.
 
     Args:
-        to_port: of the server, on this machine.
+        to_port: of the server, on this machine; another one counts for connections that are made from then on.
         share: of the answers that are lost, with their connection; the server has done what it was asked for by then.
         seed: of the choice.
     """
 
     def __init__(self, to_port: int, share: float = 0.0, seed: int = 0) -> None:
         self.port, self.share, self.lost = free_port(), share, 0
-        self._to_port = to_port
+        self.to_port = to_port
         self._chance = random.Random(seed)
         self._loop = asyncio.new_event_loop()
         self._listening = threading.Event()
@@ -48,7 +48,7 @@ class LossyProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to_port)
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.to_port)
         except OSError:
             writer.transport.abort()
             return

@@ -82,7 +82,7 @@ class ValkeyProcess:
         command = self.begin()
         assert self._process is not None
         deadline = time.monotonic() + 20
-        while not self._answers():
+        while not answers(self.port):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command} did not start: {(self._folder / 'server.log').read_text()}")
             time.sleep(0.02)
@@ -128,10 +128,12 @@ class ValkeyProcess:
             self._process.wait()
             self._process = None
 
-    def _answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
-        except OSError:
-            return False
+
+def answers(port: int) -> bool:
+    """Whether a server on this machine says PONG, or asks for a password."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
+    except OSError:
+        return False

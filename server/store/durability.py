@@ -74,6 +74,10 @@ class CheckedStore(Protocol):
         """What `check` last found."""
 
     @property
+    def unserved(self) -> str | None:
+        """Who cannot be served while most can, in a sentence, as `check` last found; None if nobody."""
+
+    @property
     def memory(self) -> Memory | None:
         """What `check` last found; None if the store does not say."""
 

@@ -1,8 +1,9 @@
 """The store's promises as a model: whatever dies, is lost or comes late, in whatever order, against a real Valkey.
 
-No acknowledged write is lost. Nothing of an erased user is left but their tombstone, and nothing that was under way
-brings them back. Every acknowledged job ends, and ends once. A full store lets users go. `--hypothesis-profile=long`
-takes 25 times as many steps.
+No acknowledged write is lost, also when a replica takes over. Nothing of an erased user is left but their tombstone,
+and nothing that was under way brings them back. Every acknowledged job ends, and ends once. What a full store refuses
+changes nothing; users are erased and API keys revoked there as elsewhere. `--hypothesis-profile=long` takes 25 times as
+many steps.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from bench.rig.valkey import FAKE_TIME, ValkeyProcess
+from bench.rig.cluster import ask
+from bench.rig.valkey import FAKE_TIME
+from bench.rig.watched import WatchedValkey
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
+from server.store.redis import keys
 from server.store.redis.profiles import NOBODY_S
+from server.store.redis.servers import sentinel
+from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.faults import Fault
 from tests.support.store_parts import BANK, KEYS, WorkerSteps, put_of
 from tests.support.store_world import Expected, StoreWorld, UnderWay
@@ -33,7 +39,10 @@ MOST_AHEAD_S = 3 * 24 * 3600  # below a tombstone's life: whatever is under way 
 STEPS = {"default": 2_000, "long": 50_000}
 STEPS_A_RUN = 50
 
-server: ValkeyProcess
+CUT_OFF_MS = 50
+"""How long a write waits for a replica that is cut off from its primary."""
+
+server: WatchedValkey
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,13 +50,16 @@ def one_server() -> Iterator[None]:
     """In memory: what a disk would add to this test is time."""
     global server  # noqa: PLW0603  hypothesis makes the machine without arguments
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    server = ValkeyProcess(folder, clock=FAKE_TIME is not None).start()
+    server = WatchedValkey(folder, clock=FAKE_TIME is not None).start()
     yield
     server.kill()
 
 
 class Store(RuleBasedStateMachine):
-    """Two gateways, two workers, two users, one Valkey."""
+    """Two gateways, two workers, two users, one store of a primary and a replica.
+
+    In each run the replica takes over once, for that takes a second.
+    """
 
     @initialize()
     def begin(self) -> None:
@@ -55,6 +67,7 @@ class Store(RuleBasedStateMachine):
         self.under_way: list[UnderWay] = []
         self.texts = 0
         self.jumped_s = 0.0
+        self.failed_over = False
 
     @rule(user=USERS, gateway=TWO)
     def begin_a_put(self, user: str, gateway: int) -> None:
@@ -79,10 +92,11 @@ class Store(RuleBasedStateMachine):
             assert found == expected.text
         elif outcome is True:
             assert found == put.text
-        elif outcome is False:
+        elif outcome is False or self.world.full:
             assert found == expected.text
         else:
             assert found in (expected.text, put.text)
+        assert not (self.world.full and outcome is True)
         expected.text = found
         if outcome is True:
             self.world.tried(parts, parts.signing.ask(KEYS.key(put.user)))
@@ -98,6 +112,7 @@ class Store(RuleBasedStateMachine):
         assert newest in (expected.newest, expected.newest + 1) or (expected.newest == 0 and not before)
         assert newest not in expected.former
         assert outcome is not None
+        assert not (self.world.full and newest > expected.newest)
         if not isinstance(outcome, ApiError):
             assert outcome.id == JobId(key, newest)
             expected.acknowledged.add(newest)
@@ -124,7 +139,7 @@ class Store(RuleBasedStateMachine):
         before, former = self.world.run(parts.profiles.epoch(key)), expected.former | self.world.states(user).keys()
         was_nobody = not [name for name in self.world.raw.keys(f"*{{{key}}}*") if not name.endswith(b":epoch")]
         outcome = self.world.tried(parts, parts.erase(user), fault, place)
-        assert fault or not isinstance(outcome, ApiError)  # however full the store is
+        assert fault or not isinstance(outcome, ApiError)
         if self.world.run(parts.profiles.epoch(key)) == before:
             assert isinstance(outcome, ApiError)
             return
@@ -207,9 +222,54 @@ class Store(RuleBasedStateMachine):
         self.world.tried(parts, parts.jobs.overdue(BANK))
         self.world.tried(parts, parts.signing.overdue())
 
+    @rule(gateway=TWO, fault=FAULTS)
+    def make_a_key(self, gateway: int, fault: Fault | None) -> None:
+        parts, key = self.world.gateways[gateway], access_key(new_secret(), "somebody", "tests", [Scope.ADMIN])
+        outcome = self.world.tried(parts, parts.keys.add(key), fault)
+        if outcome is True or self.world.raw.hexists(keys.ACCESS_KEYS, key.digest):
+            self.world.revoked[key.digest] = False
+        self.world.check_keys()
+
+    @precondition(lambda self: self.world.revoked)
+    @rule(which=st.integers(0, 9), gateway=TWO, fault=FAULTS)
+    def revoke_a_key(self, which: int, gateway: int, fault: Fault | None) -> None:
+        parts, digest = self.world.gateways[gateway], list(self.world.revoked)[which % len(self.world.revoked)]
+        outcome = self.world.tried(parts, parts.keys.revoke(digest, 1), fault)
+        assert fault or not isinstance(outcome, ApiError)
+        if fault is not Fault.LOST_REQUEST:
+            self.world.revoked[digest] = True
+        self.world.check_keys()
+
     @rule(full=st.sampled_from([True, False, False]))
-    def fill(self, full: bool) -> None:
+    def fill(self, *, full: bool) -> None:
+        """There is room for nothing new, or there is again."""
         self.world.fill(full=full)
+
+    @precondition(lambda self: not self.failed_over)
+    @rule(lost=st.booleans())
+    def fail_over(self, *, lost: bool) -> None:
+        """The replica takes over: from a primary that hands over, or that has died a moment after it answered."""
+        self.failed_over = True
+        self.world.fail_over(lost=lost)
+
+    @precondition(lambda self: not self.failed_over)
+    @rule(user=USERS, gateway=TWO)
+    def write_while_cut_off_and_fail_over(self, user: str, gateway: int) -> None:
+        """The replica no longer gets what the primary writes, and takes over: so none of it may be acknowledged."""
+        self.failed_over = True
+        parts, key = self.world.gateways[gateway], KEYS.key(user)
+        self.texts += 1
+        snapshot = self.world.run(parts.profiles.read(key))
+        ask(server.replica, "REPLICAOF", "NO", "ONE")
+        patience_ms, sentinel.REPLICA_TIMEOUT_MS = sentinel.REPLICA_TIMEOUT_MS, CUT_OFF_MS
+        try:
+            change = put_of(user, f"text {self.texts}", snapshot)
+            work = parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
+            assert isinstance(self.world.tried(parts, work), Unavailable)
+            assert isinstance(self.world.tried(parts, parts.erase(user)), Unavailable)
+        finally:
+            sentinel.REPLICA_TIMEOUT_MS = patience_ms
+        self.world.fail_over(lost=True)
 
     @precondition(lambda self: FAKE_TIME is not None)
     @rule(by_s=JUMPS_S)
@@ -222,7 +282,9 @@ class Store(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "world"):
             return
+        self.world.fill(full=False)
         self.world.settle()
+        self.world.check_keys()
         for user, expected in self.world.users.items():
             key = KEYS.key(user)
             self.world.observe(user)

@@ -17,12 +17,14 @@ import redis.asyncio as redis
 from bank.items.profile import Item, Vectors
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
-from bench.rig.valkey import ValkeyProcess
+from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import EMBED_BATCH, Profiles
 from server.store.profiles import AdapterNote, Change
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
+from server.store.redis.signing import RedisSigning
+from server.store.signing import SignQueue
 from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret for tests only", "profiles")
@@ -71,9 +73,9 @@ def user() -> User:
     return KEYS.user(f"user-{next(_numbers)}")
 
 
-def profiles(store: RedisProfiles, embedder: CountingEmbedder) -> Profiles:
+def profiles(store: RedisProfiles, embedder: CountingEmbedder, signing: SignQueue | None = None) -> Profiles:
     executor, limit = ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20)
-    return Profiles(store, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit)
+    return Profiles(store, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit, signing=signing)
 
 
 def items(*names: str) -> list[Item]:
@@ -88,6 +90,17 @@ async def test_adding_one_item_embeds_one_text(store: RedisProfiles, embedder: C
     assert embedder.texts == ["a text about bread"]
     await writing.add(user, [Item("bread", {"text": "another text"})], "")
     assert embedder.texts == ["a text about bread", "another text"]
+
+
+async def test_a_write_stands_though_the_queue_for_signatures_is_away(
+    store: RedisProfiles, embedder: CountingEmbedder, user: User, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a cluster, it is on another server."""
+    nobody = RedisConnection(f"redis://127.0.0.1:{free_port()}", require_durable=False)
+    writing = profiles(store, embedder, RedisSigning(nobody, "9f2c41d0"))
+    assert (await writing.replace(user, items("waves"))).changed == 1
+    assert "a signature could not be requested" in caplog.text
+    await nobody.close()
 
 
 async def test_a_repeated_or_shrinking_history_embeds_nothing(

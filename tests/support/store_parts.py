@@ -17,6 +17,7 @@ from server.gateway.users.erasing import Erasing
 from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profiles import AdapterNote, Change, Erasure, Profile, Snapshot, StoredItem, StoredSignature
+from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
@@ -40,6 +41,7 @@ class StoreParts:
     def __init__(self, url: str) -> None:
         self.connection = FaultyConnection(url)
         self.profiles, self.jobs = RedisProfiles(self.connection), RedisJobs(self.connection)
+        self.keys = RedisAccessKeys(self.connection)
         self.adapters, self.signing = RedisAdapters(self.connection), RedisSigning(self.connection, BANK)
 
     @classmethod

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, TypeVar
 
 import redis
 
-from bench.rig.valkey import FAKE_TIME, ValkeyProcess
+from bench.rig.cluster import ask
+from bench.rig.valkey import FAKE_TIME
+from bench.rig.watched import WatchedValkey
 from server.errors import ApiError
 from server.store.jobs import JobId, JobState
 from server.store.profiles import Snapshot
@@ -52,7 +54,7 @@ class UnderWay:
 
 
 class StoreWorld:
-    """Two gateways, two workers, two users, one Valkey, which holds nothing at first.
+    """Two gateways, two workers, two users, one store that Sentinel watches, which holds nothing at first.
 
     Args:
         server: the store.
@@ -61,12 +63,13 @@ class StoreWorld:
     steps: ClassVar[int] = 0
     """How often anything was tried, in all worlds."""
 
-    def __init__(self, server: ValkeyProcess) -> None:
+    def __init__(self, server: WatchedValkey) -> None:
         self.server = server
         self.loop = asyncio.Runner()
-        self.raw = redis.Redis.from_url(server.url)
-        self.raw.flushall()
+        self._raw = [redis.Redis.from_url(each.url) for each in server.servers]
+        self.full = False
         self.fill(full=False)
+        self.raw.flushall()
         self.ahead_s = 0.0
         if FAKE_TIME:
             server.set_clock(0)
@@ -74,6 +77,35 @@ class StoreWorld:
         self.workers = [WorkerSteps(self.connected()) for _ in range(2)]
         self.users = {user: Expected() for user in ("ada", "bob")}
         self.ended: dict[JobId, JobState] = {}
+        self.revoked: dict[str, bool] = {}  # by an API key's digest
+
+    @property
+    def raw(self) -> redis.Redis:
+        """A client of the server that is the primary now."""
+        return self._raw[self.server.servers.index(self.server.primary)]
+
+    def fill(self, *, full: bool) -> None:
+        """Leave room for nothing, or for all."""
+        self.full = full
+        for server in self.server.servers:
+            ask(server, "CONFIG SET", "maxmemory", ask(server, "INFO", "memory")["used_memory"] // 2 if full else 0)
+
+    def fail_over(self, *, lost: bool) -> None:
+        """The replica takes over; what is known to be so still is."""
+        self.server.fail_over(lost=lost)
+        if FAKE_TIME:
+            self.server.set_clock(self.ahead_s)
+        self.fill(full=self.full)  # a server that was started anew has forgotten it
+        for user, expected in self.users.items():
+            assert self.text_of(user) == expected.text
+            assert self.newest(user) == expected.newest
+            self.observe(user)
+        self.check_keys()
+
+    def check_keys(self) -> None:
+        """Every API key that was made is there, and revoked if it was."""
+        ring = self.run(self.gateways[0].keys.all())
+        assert {key.digest: key.revoked_ms is not None for key in ring.keys} == self.revoked
 
     def connected(self) -> StoreParts:
         """Another process."""
@@ -98,13 +130,8 @@ class StoreWorld:
         finally:
             parts.connection.fail(None)
 
-    def fill(self, *, full: bool) -> None:
-        """Have no room for anything from now on, or enough again."""
-        self.raw.config_set("maxmemory", int(full))
-
     def settle(self) -> None:
         """Let a worker do whatever is to be done, until nothing is."""
-        self.fill(full=False)
         worker = WorkerSteps(self.connected())
         for _ in range(40):
             self._let_time_pass()

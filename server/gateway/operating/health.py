@@ -25,8 +25,10 @@ STALE_AFTER_S = 15.0
 """A round of probes takes 4 s at most, so an older report means that the watch hangs or has died."""
 
 _FULL = "full"
-_USABLE = ("ok", _FULL)
-"""A full store takes nothing new, and serves all the same: no balancer may take those away who can still erase."""
+_PARTIAL = "partial"
+_USABLE = ("ok", _PARTIAL, _FULL)
+"""A full store takes nothing new, and serves all the same: no balancer may take those away who can still erase. Nor may
+one that serves most users, and not all."""
 
 
 class Readiness(StrEnum):
@@ -40,7 +42,7 @@ class Readiness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The store's state; `detail` says in a sentence what is wrong with it."""
+    """The store's state: `ok`, `partial` while it serves most users, `full`, or `unavailable`; `detail` says why."""
 
     status: str
     durability: Durability
@@ -89,6 +91,8 @@ class Report:
             said.append(f"{partly} of {len(self.engines)} engines lack a bank that another one has")
         if self.generating.status != "ok":
             said.append("MTA_ENGINE_URL cannot be used, and engines are asked directly")
+        if self.store.status == _PARTIAL and self.store.detail:
+            said.append(self.store.detail)
         return "; ".join(said) or None
 
 
@@ -145,9 +149,11 @@ class Health:
         except ApiError as error:
             return StoreState("unavailable", self._store.durability, error.explained)
         if (memory := self._store.memory) and memory.full:
-            return StoreState(_FULL, durability, _no_room(memory))
+            return StoreState(_FULL, durability, "; ".join(filter(None, (_no_room(memory), self._store.unserved))))
         if not durability.lasts:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
+        if self._store.unserved:
+            return StoreState(_PARTIAL, durability, self._store.unserved)
         return StoreState("ok", durability)
 
     async def _ask_engines(self) -> tuple[EngineState, ...]:

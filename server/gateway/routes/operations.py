@@ -82,9 +82,10 @@ async def health(request: Request) -> HealthAnswer:
 async def ready(request: Request, response: Response) -> ReadyAnswer:
     """Whether requests can be fully served: 503 if not.
 
-    Ready means that the store can be used, and that for each bank that is served at least one engine with it can be
-    reached; `detail` says what is missing all the same. This is what was last seen, at most a few seconds ago; nothing
-    is probed. Before the first look `status` is `not_yet_seen`; when the last one is too old to rely on, it is `stale`.
+    Ready means that most users can be served from the store, and that for each bank that is served at least one engine
+    with it can be reached; `detail` says what is missing all the same. This is what was last seen, at most a few
+    seconds ago; nothing is probed. Before the first look `status` is `not_yet_seen`; when the last one is too old to
+    rely on, it is `stale`.
     """
     parts = usual_parts(request)
     report, readiness = parts.health.last, parts.health.readiness

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from server.store.profile_record import as_stored
 from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
 from server.store.signing import SignQueue
 from server.store.tenants.user_key import User
+
+log = logging.getLogger("mta.gateway")
 
 EMBED_BATCH = 16
 """Texts per turn on an embedding thread: a long history does not keep a short one waiting."""
@@ -165,14 +168,20 @@ class Profiles:
             profile = _following(snapshot.profile, profile, same_items=not step.put and not step.drop)
             change = Change(profile, step.put, fresh, step.drop)
             if await self._store.commit(key, snapshot.version, change, epoch):
-                if self._signing is not None:
-                    await self._signing.ask(key)
+                await self._ask_to_sign(user)
                 return Changed(profile, step.changed)
             await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
             code="contention",
         )
+
+    async def _ask_to_sign(self, user: User) -> None:
+        """A queue on a server that is away fails no write: whoever is answered without a signature asks again."""
+        try:
+            await self.want_signature(user)
+        except Unavailable as error:
+            log.warning("a signature could not be requested: %s", error.explained)
 
     async def _vectors(
         self, snapshot: Snapshot, history: StoredItems, made: dict[tuple[str, str], Vectors]

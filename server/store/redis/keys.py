@@ -29,7 +29,7 @@ Of all users::
     mta:adapted               set     banks that users were queued for, or user adapters trained on
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
-    mta:{rewrite}:<server>    hash    the same, of each server of a cluster
+    mta:{rewrite}:<server>    hash    the same, of each server of several
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `revision`; `bank:<tenant>`
     mta:{access}:ring         string  the random id of that hash, apart from it since earlier versions read all of it
 

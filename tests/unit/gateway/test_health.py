@@ -29,6 +29,7 @@ class Well:
     """A store that is."""
 
     durability = Durability.ALWAYS
+    unserved: str | None = None
 
     def __init__(self, memory: Memory | None = None) -> None:
         self.memory = memory
@@ -87,6 +88,14 @@ async def test_a_full_store_is_said_and_leaves_a_gateway_ready(used: int, most: 
     assert found.readiness is Readiness.READY
     assert (found.missing or "").startswith(f"store_full: {used} of {most} MiB") is full
     assert found.store.status == ("full" if full else "ok")
+
+
+async def test_a_store_that_serves_most_users_is_ready_and_says_whom_it_does_not_serve() -> None:
+    store, engines = Well(), Said((ONE, OTHER))
+    store.unserved = "33% of all users cannot be served"
+    found = await Health(store, engines, [ONE], generating=engines.urls[0]).probe()  # type: ignore[arg-type]
+    assert (found.readiness, found.store.status) == (Readiness.READY, "partial")
+    assert found.missing == "33% of all users cannot be served"
 
 
 async def test_a_bank_that_no_engine_has_is_logged_once_and_nothing_while_none_answers(

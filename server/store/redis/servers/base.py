@@ -23,7 +23,11 @@ CONNECTIONS = 64
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 2.0
 WRITE_TIMEOUT_S = 15.0
+CHECK_TIMEOUT_S = 3.0
+"""In a cluster a silent server may be met twice, each time for a second."""
+
 WAITAOF_TIMEOUT_MS = 10_000
+REPLICA_TIMEOUT_MS = 4_000
 WAITAOF = ("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
 
 Execute = Callable[..., Awaitable[Any]]
@@ -44,6 +48,10 @@ class Server:
 
 class Servers(Protocol):
     """One server, or a cluster. Raises redis-py's errors; `RedisConnection` translates them."""
+
+    @property
+    def unserved(self) -> str | None:
+        """Who cannot be served while most can, as `durability` last found; None if nobody."""
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`."""

@@ -21,13 +21,14 @@ from redis.asyncio.cluster import PipelineCommand
 from server.store.durability import Durability
 from server.store.redis.servers.base import (
     CONNECTIONS,
+    REPLICA_TIMEOUT_MS,
     WAITAOF,
     WAITAOF_TIMEOUT_MS,
     Server,
     durability_of,
     unconfirmed,
 )
-from server.store.redis.servers.cluster_client import cluster_client
+from server.store.redis.servers.cluster_client import READ_RETRIES, Away, cluster_client
 
 log = logging.getLogger("mta.store")
 
@@ -41,7 +42,10 @@ replica that has come must be waited for."""
 PATIENCE_S = 1.0
 """How long to wait for a server that is asked which servers there are, before another is."""
 
-REPLICA_TIMEOUT_MS = 4_000
+AWAY_S = 5.0
+"""How long nobody is sent to a server that did not answer when it was looked at; gateways look every two seconds."""
+
+SLOTS = 16384
 _RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
 
 _PASSING = (
@@ -76,6 +80,11 @@ class Cluster:
         self._following = asyncio.Lock()
         self._followed_s = -LAYOUT_S
         self._not_durable: set[str] = set()
+        self._unserved: str | None = None
+
+    @property
+    def unserved(self) -> str | None:
+        return self._unserved
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         for pause_s in (*PAUSES_S, None):
@@ -107,9 +116,10 @@ class Cluster:
                     await self._follow()
                     await self._client.initialize()
                     home = node or self._client.get_node_from_key(names[0])
+                    self._client.refuse_away(home)
                     return await self._evaluate(home, command, names[0], durability, asking=asking)
             except _PASSING as error:
-                if pause_s is None:
+                if pause_s is None or (isinstance(error, Away) and not self._replicas(home, names[0])):
                     raise
                 await asyncio.sleep(pause_s)
                 await self._look_around(home)
@@ -117,14 +127,18 @@ class Cluster:
         raise AssertionError("unreachable")
 
     async def durability(self) -> Durability:
+        """Where most users can be served, how durable it is for these; `unserved` says who cannot."""
         await self._follow(at_once=True)
         nodes = self._client.get_primaries()
-        found = await asyncio.gather(*(durability_of(node.execute_command) for node in nodes))
-        not_durable = {node.name for node, how in zip(nodes, found, strict=True) if how is Durability.NONE}
+        found = dict(zip(nodes, await asyncio.gather(*map(self._look_at, nodes)), strict=True))
+        self._client.stay_away({node for node, how in found.items() if how is None}, AWAY_S)
+        serving = {node: how for node, how in found.items() if isinstance(how, Durability)}
+        self._note_unserved({node.name for node in nodes if node not in serving}, set(serving))
+        not_durable = {node.name for node, how in serving.items() if how is Durability.NONE}
         if not_durable - self._not_durable:
             log.warning("these servers of the cluster do not keep what they acknowledge: %s", sorted(not_durable))
         self._not_durable = not_durable
-        return min(found, key=_RANKS.index)
+        return min(serving.values(), key=_RANKS.index)
 
     async def members(self) -> list[Server]:
         found = []
@@ -144,6 +158,28 @@ class Cluster:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+    async def _look_at(self, node: Any) -> Durability | str | None:
+        """How durable a primary's writes are; the state of the cluster if it serves nobody; None if it is away."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                for _ in range(1 + READ_RETRIES):  # connections end, too, because the client makes them anew
+                    with suppress(*_PASSING):
+                        info = await node.execute_command("CLUSTER INFO")
+                        state = str(info["cluster_state"])
+                        return await durability_of(node.execute_command) if state == "ok" else state
+        return None
+
+    def _note_unserved(self, away: set[str], serving: set[Any]) -> None:
+        """Raises `ClusterDownError` unless most slots are served."""
+        served = sum(held[0] in serving for held in self._client.nodes_manager.slots_cache.values())
+        said = f"{1 - served / SLOTS:.0%} of all users cannot be served: {', '.join(sorted(away))} cannot be used"
+        unserved = said if served < SLOTS else None
+        if unserved and unserved != self._unserved:
+            log.error("%s", unserved)
+        self._unserved = unserved
+        if served <= SLOTS / 2:
+            raise exceptions.ClusterDownError(said)
 
     async def _evaluate(
         self, node: Any, command: Sequence[Any], name: str, durability: Durability, *, asking: bool
@@ -210,14 +246,20 @@ class Cluster:
             if time.monotonic() < self._followed_s + LAYOUT_S and not at_once:
                 return
             await self._client.initialize()
-            for node in random.sample(nodes := self._client.get_nodes(), len(nodes)):
-                with suppress(*_PASSING):
-                    async with asyncio.timeout(PATIENCE_S):
-                        shards = await node.execute_command("CLUSTER SLOTS")
-                    if not self._knows(shards, node.host):
-                        await self._look_around()
-                    break
+            with suppress(*_PASSING):
+                node, shards = await self._ask_any("CLUSTER SLOTS")
+                if not self._knows(shards, node.host):
+                    await self._look_around()
             self._followed_s = time.monotonic()
+
+    async def _ask_any(self, command: str) -> tuple[Any, Any]:
+        """A server and its answer: another one each time, and only at last one that is away."""
+        nodes = self._client.get_nodes()
+        for node in sorted(random.sample(nodes, len(nodes)), key=self._client.is_away):
+            with suppress(*_PASSING):
+                async with asyncio.timeout(PATIENCE_S):
+                    return node, await node.execute_command(command)
+        raise exceptions.ConnectionError("no server of the cluster answers")
 
     def _knows(self, shards: Sequence[Any], host: str) -> bool:
         """Whether the client knows which primary holds which slots, and who follows it, as the server at a host says.
@@ -236,7 +278,7 @@ class Cluster:
 
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
         """For each primary: its ranges of slots, first and last in turn; then its own fields and its replicas'."""
-        shards = await self._client.execute_command("CLUSTER SHARDS")
+        _, shards = await self._ask_any("CLUSTER SHARDS")
         return [(shard["slots"], [_decoded(node) for node in shard["nodes"]]) for shard in shards]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -9,15 +11,42 @@ from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from server.store.redis.servers.base import CONNECT_TIMEOUT_S, CONNECTIONS
 
-SCHEMES = ("redis+cluster", "rediss+cluster")
 READ_RETRIES = 3
 
 
+class Away(RedisConnectionError):  # type: ignore[misc]  # untyped
+    """A server did not answer a moment ago, so it is not asked: who waits for it holds the place of others."""
+
+
 class _Client(RedisCluster):  # type: ignore[misc]  # untyped
-    """Finds the key of `XREADGROUP` by itself; redis-py would ask one server each time, were it dead or not."""
+    """Leaves servers alone that are away.
+
+    It finds the key of `XREADGROUP` by itself; redis-py would ask one server each time, were it dead or not.
+    """
+
+    _away: Collection[Any] = ()
+    _until_s = 0.0
+
+    def stay_away(self, nodes: Collection[Any], for_s: float) -> None:
+        """Send nothing to these servers for a while, and to all others."""
+        self._away, self._until_s = nodes, time.monotonic() + for_s
+
+    def is_away(self, node: Any) -> bool:
+        """Whether a server is to be left alone."""
+        return node in self._away and time.monotonic() < self._until_s
+
+    def refuse_away(self, node: Any) -> None:
+        """Raises `Away` of a server that is to be left alone."""
+        if self.is_away(node):
+            raise Away(f"{node.name} did not answer when it was last looked at")
+
+    async def _execute_command(self, target_node: Any, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_away(target_node)
+        return await super()._execute_command(target_node, *args, **kwargs)
 
     async def _determine_slot(self, command: str, *args: Any) -> int:
         if command == "XREADGROUP":
@@ -47,7 +76,8 @@ def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
     """Hosts with ports, and options of redis-py's client.
 
     Args:
-        url: one of `SCHEMES`, then what redis-py reads behind `redis://`, with one host or several, comma-separated.
+        url: `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
+            several, comma-separated.
 
     Raises:
         ValueError: when the URL cannot be read.

@@ -15,10 +15,10 @@ from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
-from server.store.redis.servers.base import READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
+from server.store.redis.servers.base import CHECK_TIMEOUT_S, READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
 from server.store.redis.servers.cluster import Cluster
-from server.store.redis.servers.cluster_client import SCHEMES
 from server.store.redis.servers.memory import evicting
+from server.store.redis.servers.sentinel import Sentinel
 
 FULL_RETRY_S = 60
 """Somebody has to make room first."""
@@ -35,6 +35,12 @@ _EVICTS = (
     "Redis drops acknowledged writes to make room (maxmemory-policy: {}): set `maxmemory-policy noeviction`, or "
     "MTA_REQUIRE_DURABLE_STORE=false to accept losses"
 )
+_KINDS: dict[str, Callable[[str], Servers]] = {
+    "redis+cluster": Cluster,
+    "rediss+cluster": Cluster,
+    "redis+sentinel": Sentinel,
+    "rediss+sentinel": Sentinel,
+}
 
 
 @contextmanager
@@ -55,7 +61,8 @@ class RedisConnection:
 
     Args:
         url: as in redis-py: `redis://`, `rediss://` or `unix://`; of a cluster, `redis+cluster://` or
-            `rediss+cluster://` with one host or several, comma-separated.
+            `rediss+cluster://` with one host or several, comma-separated; of servers that Sentinel watches, as
+            `sentinel.FORM` says.
         require_durable: whether a server that may lose or evict what it acknowledged is refused; in a cluster, one such
             primary, or one server that evicts.
         timed: gets what every call took, but for those that wait for something to happen.
@@ -69,7 +76,7 @@ class RedisConnection:
         self, url: str, *, require_durable: bool = True, timed: Timed = untimed, span: Span = nullcontext
     ) -> None:
         try:
-            self._servers: Servers = Cluster(url) if urlsplit(url).scheme in SCHEMES else Alone(url)
+            self._servers: Servers = _KINDS.get(urlsplit(url).scheme, Alone)(url)
         except ValueError as error:
             raise MtaError(f"MTA_REDIS_URL is not a Redis URL: {error}") from error
         self._require_durable = require_durable
@@ -83,6 +90,11 @@ class RedisConnection:
     def durability(self) -> Durability:
         """What `check` last found."""
         return self._durability
+
+    @property
+    def unserved(self) -> str | None:
+        """What `check` last found."""
+        return self._servers.unserved
 
     @property
     def memory(self) -> Memory | None:
@@ -100,7 +112,7 @@ class RedisConnection:
         Raises:
             Unavailable: when it cannot be reached, or is not durable although that is required.
         """
-        async with _translated(READ_TIMEOUT_S):
+        async with _translated(CHECK_TIMEOUT_S):
             durability = await self._servers.durability()
             self._evicting, self._memory = await evicting(await self._servers.members())
             self._durability = Durability.EVICTS if self._evicting and durability.lasts else durability

