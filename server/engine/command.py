@@ -17,7 +17,7 @@ from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model
 from server.engine.forked_core import preloads
 from server.engine.fusing.kernels import native
-from server.engine.sizing import FEWEST, slots_on_cpu
+from server.engine.sizing import slots_on_cpu
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 from server.watching.logs import VLLM_CONFIG
@@ -88,7 +88,7 @@ def engine_command(
     on_cpu = is_cpu_build()
     cores = sorted(os.sched_getaffinity(0))
     number_bytes = 4 if settings.dtype == "float32" else 2
-    slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else FEWEST)
+    slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else settings.max_num_seqs)
     turns = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     options: dict[str, object] = {
         "model": model_folder,

@@ -68,6 +68,16 @@ def test_as_many_slots_as_one_asks_for(tmp_path: Path) -> None:
     assert argv[argv.index("--max-loras") + 1] == "3"
 
 
+@pytest.mark.parametrize("sequences", [4, 32, 100])
+def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: int
+) -> None:
+    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: False)
+    argv, _ = engine_command(Settings(bank=tmp_path, max_num_seqs=sequences), [bank(8, "q_proj")], tmp_path)
+    assert argv[argv.index("--max-loras") + 1] == argv[argv.index("--max-num-seqs") + 1] == str(sequences)
+    assert int(argv[argv.index("--max-cpu-loras") + 1]) >= 2 * sequences
+
+
 @pytest.mark.parametrize(
     ("whole", "of", "parts"),
     [(4, 2, [[0, 1], [2, 3]]), (3, 2, [[0], [1, 2]]), (2, 2, [[0], [1]]), (1, 2, [[0], [0]]), (2, 3, [[0], [0], [1]])],
