@@ -75,7 +75,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         compiled = kernels(Settings().cache_dir) if self._across else None
         self._sum_across = compiled.weighted_sum_across if compiled else None
         self._ahead = Ahead(self._fuse)
-        on_arrival(self.notice)
+        on_arrival(self)
         return wrapped
 
     @property
@@ -104,10 +104,18 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     def notice(self, request: LoRARequest) -> None:
         """Fuse what a request will need, unless it is here; called from the thread that receives requests."""
+        self._ahead.begin(request.lora_name, needed=lambda: self._lacks(request))
+
+    def _lacks(self, request: LoRARequest) -> bool:
+        """Whether a request's recipe is not in the CPU tier; may be asked in any thread."""
         name: str = request.lora_name
-        if is_recipe_name(name):
-            held = self._adapter_manager.held_recipe
-            self._ahead.begin(name, needed=lambda: held(request.lora_int_id) != name)
+        return is_recipe_name(name) and self._adapter_manager.held_recipe(request.lora_int_id) != name
+
+    def unfused(self, requests: Sequence[LoRARequest]) -> set[int]:
+        """The ids of waiting requests' adapters that are still to be fused; they are, in this order."""
+        needed = {request.lora_int_id: request.lora_name for request in requests if self._lacks(request)}
+        missing = self._ahead.missing(needed.values())
+        return {lora_id for lora_id, name in needed.items() if name in missing}
 
     def _fuse(self, name: str) -> FlatLora:
         """What a recipe stands for, its user adapter included; runs in the thread of `Ahead`."""
@@ -153,6 +161,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         for lora_id in wanted:
             self._adapter_manager.get_adapter(lora_id)
             self._adapter_manager._active_adapters.touch(lora_id)
+        self._ahead.hurry([request.lora_name for request in wanted.values() if self._lacks(request)])
         for lora_id, request in wanted.items():
             start = time.perf_counter()
             self._ensure_registered(request)

@@ -17,8 +17,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from adapters.flat import FlatLora
-from bench.rig.processes import PATIENCE_S
-from server.engine.fusing.ahead import AHEAD, STALE_S, Ahead
+from bench.rig.processes import PATIENCE_S, wait_until
+from server.engine.fusing.ahead import AHEAD, Ahead
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 
@@ -184,6 +184,7 @@ def test_what_arrives_together_is_fused_in_turn(manager: CountingManager) -> Non
     manager.gate.clear()
     for lora_id in (1, 2):
         manager.notice(recipe(lora_id))
+    assert manager.fusing.wait(PATIENCE_S)
     manager.gate.set()
     manager._apply_adapters({recipe(2)})
     manager._apply_adapters({recipe(1), recipe(2)})
@@ -234,15 +235,55 @@ def test_requests_that_wait_keep_no_more_than_a_few_fusions(manager: CountingMan
     assert manager._ahead.names == [recipe(lora_id).lora_name for lora_id in range(1, AHEAD + 1)]
 
 
-def test_fusions_that_nobody_came_for_make_room_once_they_are_old() -> None:
-    now = 0.0
-    ahead = Ahead(str.upper, clock=lambda: now)
+def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for() -> None:
+    ahead = Ahead(str.upper)
     for number in range(AHEAD):
         ahead.begin(f"old {number}")
-    now = STALE_S
     ahead.begin("new")
+    assert "new" not in ahead.names
+    while ahead.missing(["old 1", "new"]):
+        pass
     assert ahead.names == [*(f"old {number}" for number in range(1, AHEAD)), "new"]
     assert ahead.take("old 0") == "OLD 0"
+    assert len(ahead.names) == AHEAD
+
+
+def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_they_are_taken() -> None:
+    ahead, waiting = Ahead(str.upper), [f"{number}" for number in range(2 * AHEAD)]
+    for taken in range(AHEAD):
+        while ahead.missing(waiting[taken:]) != set(waiting[taken + AHEAD :]):
+            pass
+        assert ahead.names == waiting[taken : taken + AHEAD]
+        ahead.take(waiting[taken])
+        ahead.done(waiting[taken])
+
+
+def test_a_step_waits_for_its_own_fusions_and_for_none_that_is_only_in_the_line(manager: CountingManager) -> None:
+    manager.gate.clear()
+    for lora_id in (1, 2, 3, 4, 5):
+        manager.notice(recipe(lora_id))
+    assert manager.fusing.wait(PATIENCE_S)
+    step = Thread(target=manager._apply_adapters, args=(dict.fromkeys((recipe(5), recipe(4))),))
+    step.start()
+    wait_until(lambda: [name for name, _ in manager._ahead._line][:1] == [recipe(5).lora_name], "the step to wait")
+    manager.gate.set()
+    step.join(PATIENCE_S)
+    assert manager.fused[:3] == [recipe(lora_id).lora_name for lora_id in (1, 5, 4)]
+    manager._apply_adapters({recipe(2), recipe(3)})
+    assert manager.fused[3:] == [recipe(lora_id).lora_name for lora_id in (2, 3)]
+
+
+def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingManager) -> None:
+    foreign = LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder")
+    manager._apply_adapters({recipe(1)})
+    manager.gate.clear()
+    assert manager.unfused([recipe(1), recipe(2), foreign]) == {2}
+    manager.gate.set()
+    while manager.unfused([recipe(2)]):
+        pass
+    manager._apply_adapters({recipe(2)})
+    assert manager.unfused([recipe(1), recipe(2)]) == set()
+    assert manager.fused == [recipe(1).lora_name, recipe(2).lora_name]
 
 
 def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
@@ -257,7 +298,7 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
 
     ahead = Ahead(fuse)
     ahead.begin("x")
-    while not ahead._begun["x"][0].done():
+    while not ahead._begun["x"].done():
         pass
     assert ahead.names == []
     assert ahead.take("x") == "fused"
