@@ -65,12 +65,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         }
         for matrix in self._matrices.values():
             matrix.touch()
-        short, matrix = next(iter(self._matrices.items()))
-        if matrix.shared_a is not None:
-            layout = matrix.layout
-            b = torch.zeros(layout.b_numbers // layout.rank, layout.rank, dtype=self.lora_config.lora_dtype)
-            empty = FlatLora(layout.modules, (matrix.shared_a,), b)
-            self._adapter_manager.make_ready(self._model_of(1, "", short, empty))
         self._across = self._adapter_manager.lie_across
         compiled = kernels(Settings().cache_dir) if self._across else None
         self._sum_across = compiled.weighted_sum_across if compiled else None
@@ -121,13 +115,16 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         """What a recipe stands for, its user adapter included; runs in the thread of `Ahead`."""
         with self.figures.fuse.timed():
             flat = self._flat(name)
-            return flat.across() if self._across else flat
+            flat = flat.across() if self._across else flat
+            flat = flat.pinned() if self._pinned else flat
+        self._adapter_manager.prepare(self._model_of(1, name, parse_recipe(name).bank, flat))
+        return flat
 
     def _flat(self, name: str) -> FlatLora:
         recipe = parse_recipe(name)
         matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
         if recipe.user_adapter is None:
-            return fuse_flat(matrix, recipe, dtype, pin_memory=self._pinned, sum_across=self._sum_across)
+            return fuse_flat(matrix, recipe, dtype, sum_across=self._sum_across)
         user = decode_user_adapter(matrix.layout, self._users[name])
         rounded = torch.float32 if user.kind is UserAdapterKind.CORE else dtype
         return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from adapters.lora import ModuleShape
 from server.engine import sizing
 from server.engine.command import Share, engine_command
+from server.engine.fusing.cells import Cells
 from server.settings import Settings
 
 
@@ -38,13 +41,16 @@ def test_it_gets_no_secret_but_its_own_key(tmp_path: Path, monkeypatch: pytest.M
     assert not {"s" * 32, "k" * 32} & set(argv)
 
 
+SLOT = 8192 + 2 * sizing.VIEWS * sizing.VIEW_BYTES
+"""Bytes of A and B of rank 8, of 64 and 192 numbers, of two modules, and of the views by which they are written."""
+
+
 @pytest.mark.parametrize(
-    ("memory", "slots"), [(0, 8), (16 * 8192 * 9, 9), (16 * 8192 * 31 - 1, 30), (16 * 8192 * 65, 64), (2**50, 64)]
+    ("memory", "slots"), [(0, 8), (16 * SLOT * 9, 9), (16 * SLOT * 31 - 1, 30), (16 * SLOT * 65, 64), (2**50, 64)]
 )
 def test_slots_fit_a_share_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, slots: int
 ) -> None:
-    """A slot of rank 8 has A and B, of 64 and 192 numbers, of two modules: 8 KiB."""
     monkeypatch.setattr(sizing, "memory_bytes", lambda: memory)
     banks = [bank(8, "q_proj"), bank(4, "q_proj", "v_proj")]
     argv, _ = engine_command(Settings(bank=tmp_path), banks, tmp_path)
@@ -66,6 +72,22 @@ def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_ar
 def test_as_many_slots_as_one_asks_for(tmp_path: Path) -> None:
     argv, _ = engine_command(Settings(bank=tmp_path, max_loras=3), [bank(8, "q_proj")], tmp_path)
     assert argv[argv.index("--max-loras") + 1] == "3"
+
+
+def test_a_slots_size_counts_the_views_by_which_it_is_written() -> None:
+    """As many as a plain and a stacked adapter need together, and as large as they are."""
+    slots, modules = 64, 40
+    stacks = [(torch.zeros(slots, 1, 16, 16), torch.zeros(slots, 1, 16, 16)) for _ in range(modules)]
+    before = _resident_bytes()
+    kept = [Cells.of_slots(stacks, ranks, shares_a=True) for ranks in ((8,), (8, 2))]
+    taken = _resident_bytes() - before
+    views = sum(len(run.cells) for cells in kept for run in cells[0].runs) + sum(len(cells[0].rest) for cells in kept)
+    assert views == modules * sizing.VIEWS
+    assert taken / slots < 1.5 * views * sizing.VIEW_BYTES
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("sequences", [4, 32, 100])

@@ -15,8 +15,10 @@ from vllm.lora.model_manager import AdapterLRUCache
 
 from adapters.flat import FlatLora
 from adapters.lora import ModuleShape
+from server.engine.fusing.cells import Cells
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 
+BANK = "00000000"
 SLOTS, RANK, OWN, ROOM, HIDDEN = 2, 2, 1, 4, 8
 MODULES = (ModuleShape("q", HIDDEN, HIDDEN),)
 SHARED_A = torch.ones(RANK, HIDDEN)
@@ -49,20 +51,29 @@ class BareSlots(FusedSlots):
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
         self._note_nothing_written()
 
-    def serve(self, lora_id: int, recipe: str, number: float, bank: str = "00000000") -> None:
-        """Bring an adapter into a slot whose B is this number everywhere."""
-        self.serve_flat(
-            lora_id, recipe, FlatLora(MODULES, (SHARED_A.flatten(),), torch.full((HIDDEN, RANK), number)), bank
-        )
+    def plain(self, lora_id: int, recipe: str, number: float, bank: str = BANK) -> FusedLoRAModel:
+        """An adapter whose B is this number everywhere."""
+        return self.model(lora_id, recipe, (), torch.full((HIDDEN, RANK), number), bank)
 
-    def serve_stacked(self, lora_id: int, recipe: str, number: float) -> None:
+    def stacked(self, lora_id: int, recipe: str, number: float) -> FusedLoRAModel:
         """The same, with a user's A of the same number stacked on the bank's."""
         own = torch.full((OWN * HIDDEN,), number)
-        b = torch.full((HIDDEN, RANK + OWN), number)
-        self.serve_flat(lora_id, recipe, FlatLora(MODULES, (SHARED_A.flatten(), own), b), "00000000")
+        return self.model(lora_id, recipe, (own,), torch.full((HIDDEN, RANK + OWN), number), BANK)
 
-    def serve_flat(self, lora_id: int, recipe: str, flat: FlatLora, bank: str) -> None:
-        self.add_adapter(FusedLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True))
+    def model(
+        self, lora_id: int, recipe: str, own: tuple[torch.Tensor, ...], b: torch.Tensor, bank: str
+    ) -> FusedLoRAModel:
+        flat = FlatLora(MODULES, (SHARED_A.flatten(), *own), b)
+        return FusedLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True)
+
+    def serve(self, lora_id: int, recipe: str, number: float, bank: str = BANK) -> None:
+        """Bring a plain adapter into a slot."""
+        self.add_adapter(self.plain(lora_id, recipe, number, bank))
+        self.activate_adapter(lora_id)
+
+    def serve_stacked(self, lora_id: int, recipe: str, number: float) -> None:
+        """Bring a stacked one into a slot."""
+        self.add_adapter(self.stacked(lora_id, recipe, number))
         self.activate_adapter(lora_id)
 
     @property
@@ -131,14 +142,16 @@ def test_a_slot_of_another_bank_is_zeroed_first(slots: BareSlots) -> None:
     assert other.number(1) == (0, 9 * HIDDEN * ROOM)
 
 
-def test_slots_made_ready_hold_what_all_share_and_their_first_tenant_writes_the_rest(slots: BareSlots) -> None:
-    flat = FlatLora(MODULES, (SHARED_A.flatten(),), torch.zeros(HIDDEN, RANK))
-    slots.make_ready(FusedLoRAModel(1, "", flat, {"q": "q"}, bank="00000000", shares_a=True))
-    assert slots.numbers == [(A, 0), (A, 0)]
-    assert slots.written == set()
-    other_a = FlatLora(MODULES, (torch.zeros(RANK * HIDDEN),), torch.ones(HIDDEN, RANK))
-    slots.serve_flat(1, "ann", other_a, "00000000")
-    assert slots.numbers[0] == (A, B), "A was there, and must not have been copied again"
+def test_once_prepared_no_step_finds_out_where_an_adapter_goes(
+    slots: BareSlots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first of a kind nor the first of it in a slot."""
+    slots.prepare(slots.plain(1, "ann", 1.0))
+    slots.prepare(slots.stacked(1, "ann", 1.0))
+    monkeypatch.setattr(Cells, "of_slots", None)
+    slots.serve(1, "ann", 1.0)
+    slots.serve_stacked(2, "bob", 3.0)
+    assert slots.numbers == [(A, B), (A + 3 * OWN * HIDDEN, 3 * HIDDEN * (RANK + OWN))]
 
 
 def test_what_vllm_slices_first_is_written_by_vllm(slots: BareSlots) -> None:
