@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from adapters.lora import ModuleShape
+from bank.errors import BankError
 from server.engine import sizing
-from server.engine.command import Share, engine_command
+from server.engine.command import Share, check_engine, engine_command
 from server.engine.fusing.cells import Cells
 from server.settings import Settings
 
@@ -20,6 +22,35 @@ from server.settings import Settings
 def bank(rank: int, *modules: str) -> Any:
     shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules]
     return SimpleNamespace(serving_rank=rank, target_modules=modules, modules=shapes)
+
+
+DENSE = {"model_type": "qwen3", "hidden_size": 64, "num_experts": 1, "vision_config": {"num_experts": None}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mixtral", "num_local_experts": 8},
+        {"model_type": "qwen3_moe", "num_experts": 128},
+        {"model_type": "deepseek_v3", "n_routed_experts": 256, "n_shared_experts": 1},
+        {"model_type": "ernie4_5_vl_moe", "moe_num_experts": [64, 64]},
+        {"model_type": "llama4", "text_config": {"num_local_experts": 16}},
+        {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}},
+        {"model_type": "nemotron", "block_configs": [{"block_type": "mlp"}, {"n_routed_experts": 128}]},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_mixture_of_experts_is_refused_on_cpus_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    for written, on_cpu, refused in ((config, True, True), (config, False, False), (DENSE, True, False)):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        monkeypatch.setattr("server.engine.command.is_cpu_build", lambda answer=on_cpu: answer)
+        settings = Settings(bank=tmp_path / "none", model=str(tmp_path), engine_key="k" * 32)  # type: ignore[arg-type]
+        with pytest.raises(BankError) as caught:
+            check_engine(settings)
+        assert ("Mixture of Experts" in str(caught.value)) is refused
+        assert refused or "no bank" in str(caught.value)
 
 
 def test_slots_fit_every_bank(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 from vllm.lora.model_manager import AdapterLRUCache
 
 from adapters.flat import FlatLora
@@ -79,6 +80,25 @@ class BareSlots(FusedSlots):
     @property
     def numbers(self) -> list[tuple[float, float]]:
         return [self.modules["q"].number(index) for index in range(SLOTS)]
+
+
+PAIR = (ModuleShape("q", HIDDEN, HIDDEN), ModuleShape("v", HIDDEN, HIDDEN))
+
+
+class PackedLayer(MergedColumnParallelLinearWithLoRA):  # type: ignore[misc]
+    """vLLM's way of writing a packed layer's slots on one of two ranks, over no layer; a slice is all of it."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.n_slices, self.tp_size = 2, 2
+        self.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, ROOM, HIDDEN) for _ in PAIR)
+        self.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, HIDDEN, ROOM) for _ in PAIR)
+
+    def slice_lora_a(self, lora_a: list[Any]) -> list[Any]:
+        return lora_a
+
+    def slice_lora_b(self, lora_b: list[Any]) -> list[Any]:
+        return lora_b
 
 
 A, B = float(SHARED_A.sum()), float(HIDDEN * RANK)
@@ -160,3 +180,23 @@ def test_what_vllm_slices_first_is_written_by_vllm(slots: BareSlots) -> None:
     slots.modules["q"].slice_lora_b = lambda b: b / 2
     slots.serve(1, "ann", 2.0)
     assert slots.numbers[0] == (A, B)
+
+
+def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSlots) -> None:
+    """Packing folds alpha over rank into B, in place, and vLLM packs an adapter whenever it comes into a slot."""
+    layer = slots.modules["qv"] = PackedLayer()
+    slots.packed_modules = {"qv": ["q", "v"]}
+    del slots.modules["q"]
+    flat = FlatLora(PAIR, (torch.ones(RANK * 2 * HIDDEN),), torch.full((2 * HIDDEN, RANK), 3.0))
+    names = {module.name: module.name for module in PAIR}
+    slots.add_adapter(FusedLoRAModel(1, "ann", flat, names, bank=BANK, shares_a=False))
+    for other in range(2, 12):
+        slots.activate_adapter(1)
+        index = slots.lora_index_to_id.index(1)
+        assert [float(b[index].sum()) for b in layer.lora_b_stacked] == [3 * B, 3 * B]
+        assert [float(a[index].sum()) for a in layer.lora_a_stacked] == [A, A]
+        slots.deactivate_adapter(1)
+        slots.add_adapter(FusedLoRAModel(other, "bob", flat, names, bank=BANK, shares_a=False))
+        slots.activate_adapter(other)
+        slots.remove_adapter(other)
+    assert (flat.b == 3).all()
