@@ -4,30 +4,48 @@ Blocks take turns. While a few warm streams are answered, requests of one short 
 process: in one block each from a user never seen before, in the next from users whose recipes are resident, in the
 third there are none. The price is the ratio of the gaps' p99 in the first two blocks of a turn.
 
-    mta bench stall --rank 128 --burst 20       # many at once whose adapters take long to fuse
+    mta bench stall --rank 64 --burst 14       # many at once, whose adapters take longer to fuse
+    mta bench stall --line 20                  # without an engine, at the size of an 8B Llama at rank 16
+
+With `--line` a step needs one adapter while so many fusions of others are in the line before it. What it waits is
+compared with the same where nobody else is in the line. The rows are random, the fusions are real.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import torch
 import typer
-from rich.progress import Progress
+from rich.progress import Progress, track
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapters.fusion import fuse_flat
+from adapters.layout import RowLayout
+from adapters.matrix import MetaMatrix
+from adapters.recipe import parse_recipe
+from adapters.training.trainer import linear_modules
 from bench import script
+from bench.gpu import SHAPES, Shape
 from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, TinyOption, given, of_rank, tiny
 from bench.serving.histograms import ON_THE_LOOP, totals
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
+from server.engine.fusing.ahead import AHEAD, Ahead
+from server.engine.fusing.kernels import native
+from server.settings import Settings
 
 KINDS = ("never-seen users", "resident users", "nobody")
+LINE_RANK, LINE_ROWS = 16, 3
 RESIDENT = 4
 """Recipes of resident users, those of the warm streams among them."""
 
@@ -47,10 +65,17 @@ def main(
     rank: Annotated[
         int | None, typer.Option(help="A bank of random rows of this rank, for a model without one.", min=1)
     ] = None,
+    line: Annotated[
+        int | None,
+        typer.Option(help="Fusions in the line before a step's own; starts no engine.", min=1, max=AHEAD - 1),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/stall.json"),
 ) -> None:
     """Measure inter-token p50 and p99 of warm streams beside arrivals."""
+    if line is not None:
+        tabulate([_behind(line, rank or LINE_RANK, pairs)], out, bench="stall")
+        return
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
         if rank is not None:
             subject = of_rank(Path(scratch), model, rank)
@@ -112,6 +137,41 @@ def main(
         "first token of who arrives, ms",
     )
     tabulate([Figures(title, columns, lines)], out, bench="stall", p99_ms=p99)
+
+
+def _behind(line: int, rank: int, pairs: int) -> Figures:
+    """What a step waits for its adapter while others are in the line, and while nobody is."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[Shape.LLAMA_8B]))
+    layout = RowLayout(linear_modules(model), rank, shared_a=True)
+    rows = (torch.randn(LINE_ROWS, layout.row_numbers) * 0.01).to(torch.bfloat16)
+    matrix = MetaMatrix(layout, rows, LINE_ROWS - 1, True, torch.zeros(layout.a_numbers, dtype=torch.bfloat16))
+    compiled = native.kernels(Settings().cache_dir)
+    sum_across = compiled.weighted_sum_across if compiled else None
+    ahead = Ahead(lambda name: fuse_flat(matrix, parse_recipe(name), sum_across=sum_across))
+    terms = ((first, other) for first in range(1, 500) for other in range(1, 500))
+    names = (f"mta1:00000000:shared:c+a00*{first}+a01*{other}" for first, other in terms)
+
+    def waited_ms(before: int) -> float:
+        others, mine = list(itertools.islice(names, before)), next(names)
+        for name in others:
+            ahead.begin(name)
+        start = time.perf_counter()
+        ahead.take(mine)
+        waited = 1000 * (time.perf_counter() - start)
+        for name in (mine, *others):
+            ahead.take(name)
+            ahead.done(name)
+        return waited
+
+    turns = [(waited_ms(0), waited_ms(line)) for _ in track(range(pairs + 1), "nobody and a line in turn")][1:]
+    alone, behind = ([turn[place] for turn in turns] for place in (0, 1))
+    lines: list[list[object]] = [
+        ["nobody", Spread.of(alone), None],
+        [f"{line} others", Spread.of(behind), Spread.ratio(behind, alone)],
+    ]
+    title = f"Llama, 8B, shared, rank {rank}, bfloat16: what a step waits for an adapter that it needs, {pairs} times"
+    return Figures(title, ("who is in the line", "waited, ms", "over nobody"), lines)
 
 
 @dataclass(frozen=True, slots=True)
