@@ -73,7 +73,7 @@ class Cells:
 
     runs: tuple[Run, ...]
     same: int | None
-    rest: Sequence[torch.Tensor]
+    rest: list[torch.Tensor]
 
     @classmethod
     def of_slots(
@@ -92,7 +92,7 @@ class Cells:
             runs.append(Run.of_a(block, [a[:, 0, start : start + rows].view(slots, -1) for a, _ in stacks]))
             start += rows
         rest = [part for a, b in stacks for part in (a[:, 0, rank:], b[:, 0, :, rank:]) if part[0].numel()]
-        rests = _apart(rest) if rest else [[] for _ in range(slots)]
+        rests: list[list[torch.Tensor]] = _apart(rest) if rest else [[] for _ in range(slots)]
         same = 1 if shares_a else None
         return [cls(of_slot, same, rest) for of_slot, rest in zip(zip(*runs, strict=True), rests, strict=True)]
 
