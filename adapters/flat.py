@@ -48,6 +48,10 @@ class FlatLora:
             return self
         return FlatLora(self.modules, self.a, torch.stack(self.b.unbind(1)).t())
 
+    def pinned(self) -> FlatLora:
+        """The same in page-locked memory, from which GPUs copy fast; what is there already stays where it is."""
+        return FlatLora(self.modules, tuple(block.pin_memory() for block in self.a), self.b.pin_memory())
+
     def weights(self) -> LoraWeights:
         """Each module's A and B; views where A is a single block."""
         cuts = [cut_a(RowLayout(self.modules, r, shared_a=False), a) for r, a in zip(self.ranks, self.a, strict=True)]

@@ -73,15 +73,13 @@ def check_recipe(
             )
 
 
-def fuse(
-    matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16, *, pin_memory: bool = False
-) -> LoraWeights:
+def fuse(matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
     """Build the adapter that a recipe stands for, without its user adapter, module by module; see `fuse_flat`.
 
     Returns:
         A [R', H_in] and B [H_out, R'] per module; for `shared`, A are views of the one frozen A.
     """
-    return fuse_flat(matrix, recipe, dtype, pin_memory=pin_memory).weights()
+    return fuse_flat(matrix, recipe, dtype).weights()
 
 
 def fuse_flat(
@@ -89,7 +87,6 @@ def fuse_flat(
     recipe: FusionRecipe,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    pin_memory: bool = False,
     sum_across: SumAcross | None = None,
 ) -> FlatLora:
     """Build the adapter that a recipe stands for, without its user adapter.
@@ -101,7 +98,6 @@ def fuse_flat(
         matrix: the bank's rows.
         recipe: a recipe that `check_recipe` accepts for this bank.
         dtype: what A and B are rounded to.
-        pin_memory: whether the sum of a `shared` fusion goes to page-locked memory, for a copy to a GPU.
         sum_across: sums the B of a `shared` fusion to bf16, where there is something better than PyTorch.
 
     Returns:
@@ -116,7 +112,7 @@ def fuse_flat(
             b = sum_across(matrix.rows, rows, weights, layout.rank).t()
         else:
             b = _weighted_sum(matrix.rows, rows, weights, dtype).view(-1, layout.rank)
-        return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b.pin_memory() if pin_memory else b)
+        return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b)
     if recipe.method is FusionMethod.CAT:
         blocks = [matrix.rows[row] for row in rows]
     else:

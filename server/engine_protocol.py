@@ -16,9 +16,10 @@ BASE_MODEL = "base"
 PRIVATE = "/mta/v1"
 
 STATUS = f"{PRIVATE}/status"
-"""GET: what the engine serves. The gateway reads `banks`, their fingerprints, `max_model_len`, in tokens, and
-`max_num_seqs`, how many sequences a batch holds; and shows, where they are told, of the `slots` those `slots_taken`,
-and of all `prepares` those that were `fuses`."""
+"""GET: what the engine serves. The gateway reads `banks`, their fingerprints, `max_model_len`, in tokens,
+`max_num_seqs`, how many sequences a batch holds, and `slots`, how many recipes it mixes: it sends no more than the
+fewer of the two. It shows, where they are told, of the slots those `slots_taken`, and of all `prepares` those that were
+`fuses`."""
 
 RESIDENT = f"{PRIVATE}/resident"
 """GET: what the workers hold; for operators."""

@@ -96,7 +96,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
-        "they compute in a batch, shared among the gateways in front of them that use the same Redis.",
+        "they compute in a batch, or their slots if those are fewer, shared among the gateways in front of them that "
+        "use the same Redis.",
     )
     queue_places: int | None = Field(
         None,
@@ -161,7 +162,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Adapter slots: recipes that one batch can mix. By default, on CPU, as many as fit a sixteenth of "
-        "the memory, 8 to 64; on a GPU 8.",
+        "the memory, 8 to 64; on a GPU as many as a batch holds requests.",
     )
     max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
     max_adapter_names: int = Field(1024, ge=1, description="Idle recipes whose ids the engine remembers.")

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bank.errors import BankError
 from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE
@@ -94,10 +95,7 @@ def model_hash(folder: Path) -> str:
     Raises:
         BankError: when the folder holds no model.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BankError(f"no base model at {folder}: cannot read config.json: {error}") from error
+    config = model_config(folder)
     weights = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES and not p.name.startswith("."))
     if not weights:
         raise BankError(f"no base model at {folder}: there is no {' or '.join(f'*{s}' for s in _WEIGHT_SUFFIXES)}")
@@ -112,6 +110,19 @@ def model_hash(folder: Path) -> str:
                 file.seek(last * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in a folder.
+
+    Raises:
+        BankError: when it cannot be read.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BankError(f"no base model at {folder}: cannot read config.json: {error}") from error
+    return config
 
 
 def prompts_hash(folder: Path) -> str:

@@ -106,11 +106,12 @@ class Loader:
         await asyncio.gather(*(client() for _ in range(clients)))
         return answers, time.perf_counter() - start_s
 
-    async def arriving(self, asks: Iterable[Ask], per_s: float, seed: int = 0) -> list[Answer]:
-        """Open loop: arrivals of a Poisson process, however long the answers take."""
+    async def arriving(self, asks: Iterable[Ask], per_s: float, burst: int = 1, seed: int = 0) -> list[Answer]:
+        """Open loop: arrivals of a Poisson process, so many at the same moment, however long the answers take."""
         chance, under_way = random.Random(seed), []
-        for ask in asks:
-            await asyncio.sleep(chance.expovariate(per_s))
+        for number, ask in enumerate(asks):
+            if number % burst == 0:
+                await asyncio.sleep(chance.expovariate(per_s / burst))
             under_way.append(asyncio.create_task(self.stream(ask)))
         return await asyncio.gather(*under_way)
 

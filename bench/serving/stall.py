@@ -3,27 +3,49 @@
 Blocks take turns. While a few warm streams are answered, requests of one short prompt and one token arrive as a Poisson
 process: in one block each from a user never seen before, in the next from users whose recipes are resident, in the
 third there are none. The price is the ratio of the gaps' p99 in the first two blocks of a turn.
+
+    mta bench stall --rank 64 --burst 14       # many at once, whose adapters take longer to fuse
+    mta bench stall --line 20                  # without an engine, at the size of an 8B Llama at rank 16
+
+With `--line` a step needs one adapter while so many fusions of others are in the line before it. What it waits is
+compared with the same where nobody else is in the line. The rows are random, the fusions are real.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import torch
 import typer
-from rich.progress import Progress
+from rich.progress import Progress, track
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapters.fusion import fuse_flat
+from adapters.layout import RowLayout
+from adapters.matrix import MetaMatrix
+from adapters.recipe import parse_recipe
+from adapters.training.trainer import linear_modules
 from bench import script
+from bench.gpu import SHAPES, Shape
 from bench.page.report import Figures, Spread, percentile, tabulate
 from bench.rig.servers import vllm_server
-from bench.rig.subject import BankOption, ModelOption, TinyOption, given, tiny
+from bench.rig.subject import BankOption, ModelOption, TinyOption, given, of_rank, tiny
+from bench.serving.histograms import ON_THE_LOOP, totals
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
+from server.engine.fusing.ahead import AHEAD, Ahead
+from server.engine.fusing.kernels import native
+from server.settings import Settings
 
 KINDS = ("never-seen users", "resident users", "nobody")
+LINE_RANK, LINE_ROWS = 16, 3
 RESIDENT = 4
 """Recipes of resident users, those of the warm streams among them."""
 
@@ -35,48 +57,74 @@ def main(
     tiny_model: TinyOption = False,
     per_s: Annotated[float, typer.Option(help="Arrivals a second.", min=0.1)] = 5,
     arrivals: Annotated[int, typer.Option(help="Arrivals in a block.", min=1)] = 25,
+    burst: Annotated[int, typer.Option(help="How many of them arrive at the same moment.", min=1)] = 1,
     streams: Annotated[int, typer.Option(help="Warm streams.", min=1, max=RESIDENT)] = 2,
     prompt: Annotated[int, typer.Option(help="Tokens of the arrivals' prompts.", min=1)] = 32,
     pairs: Annotated[int, typer.Option(help="Turns, after one for warm-up.", min=1)] = 5,
     slots: Annotated[int, typer.Option(help="Adapter slots.", min=RESIDENT + 1)] = 16,
+    rank: Annotated[
+        int | None, typer.Option(help="A bank of random rows of this rank, for a model without one.", min=1)
+    ] = None,
+    line: Annotated[
+        int | None,
+        typer.Option(help="Fusions in the line before a step's own; starts no engine.", min=1, max=AHEAD - 1),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the served model.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/stall.json"),
 ) -> None:
     """Measure inter-token p50 and p99 of warm streams beside arrivals."""
+    if line is not None:
+        tabulate([_behind(line, rank or LINE_RANK, pairs)], out, bench="stall")
+        return
     with tempfile.TemporaryDirectory() as scratch, Progress() as progress:
-        subject = tiny(Path(scratch), anchors=64) if tiny_model else given(bank, model)
+        if rank is not None:
+            subject = of_rank(Path(scratch), model, rank)
+        else:
+            subject = tiny(Path(scratch), anchors=64) if tiny_model else given(bank, model)
         bar = progress.add_task("blocks in turn", total=len(KINDS) * (pairs + 1))
         with vllm_server(subject, max_loras=slots, dtype=dtype, max_num_seqs=16) as engine:
 
-            async def measure() -> dict[str, list[tuple[list[Answer], list[float]]]]:
+            def waited_ms() -> float:
+                """What steps have waited for adapters so far."""
+                return 1000 * sum(t.seconds for t in totals(engine.client.get("/metrics").text, ON_THE_LOOP).values())
+
+            async def measure() -> dict[str, list[_Block]]:
                 recipes, prompts = (recipe.name for recipe in subject.recipes()), Prompts(subject.model)
                 resident = [next(recipes) for _ in range(RESIDENT)]
-                found: dict[str, list[tuple[list[Answer], list[float]]]] = {kind: [] for kind in KINDS}
+                found: dict[str, list[_Block]] = {kind: [] for kind in KINDS}
                 async with loading(engine) as (loader,):
                     for turn in range(pairs + 1):
                         for kind in KINDS:
                             await loader.together(Ask(name, prompts(prompt), 2) for name in resident)
                             names = _names(kind, arrivals, recipes, resident)
                             asks = [Ask(name, prompts(prompt), 1) for name in names]
-                            block = await _block(
-                                loader, resident[:streams], prompts, asks=asks, per_s=per_s, seconds=arrivals / per_s
+                            before_ms = waited_ms()
+                            answers, gaps = await _block(
+                                loader,
+                                resident[:streams],
+                                prompts,
+                                asks=asks,
+                                per_s=per_s,
+                                burst=burst,
+                                seconds=arrivals / per_s,
                             )
                             if turn:
-                                found[kind].append(block)
+                                found[kind].append(_Block(answers, gaps, waited_ms() - before_ms))
                             progress.advance(bar)
                 return found
 
             found = asyncio.run(measure())
-    p99 = {kind: [percentile(gaps, 0.99) for _, gaps in blocks] for kind, blocks in found.items()}
+    p99 = {kind: [percentile(block.gaps_ms, 0.99) for block in blocks] for kind, blocks in found.items()}
     lines: list[list[object]] = []
     for kind, blocks in found.items():
-        firsts = [answer.first_ms for answers, _ in blocks for answer in answers]
+        firsts = [answer.first_ms for block in blocks for answer in block.answers]
         over = [Spread.ratio(p99[kind], p99[other]) if kind != other else None for other in KINDS[1:]]
-        p50 = Spread.of([median(gaps) for _, gaps in blocks])
-        lines.append([kind, p50, Spread.of(p99[kind]), *over, Spread.of(firsts) if firsts else None])
+        p50, longest = (Spread.of([of(block.gaps_ms) for block in blocks]) for of in (median, max))
+        waited = Spread.of([block.waited_ms for block in blocks])
+        lines.append([kind, p50, Spread.of(p99[kind]), *over, longest, waited, Spread.of(firsts) if firsts else None])
     title = (
         f"{subject.title}, {dtype}, {slots} slots, {streams} warm streams: {pairs} blocks of {arrivals} arrivals at "
-        f"{per_s:g} a second, prompts of {prompt} tokens"
+        f"{per_s:g} a second{f', {burst} at a time' if burst > 1 else ''}, prompts of {prompt} tokens"
     )
     columns = (
         "who arrives",
@@ -84,9 +132,55 @@ def main(
         "p99, ms",
         "p99 over resident's",
         "p99 over nobody's",
+        "longest, ms",
+        "steps waited for adapters, ms a block",
         "first token of who arrives, ms",
     )
     tabulate([Figures(title, columns, lines)], out, bench="stall", p99_ms=p99)
+
+
+def _behind(line: int, rank: int, pairs: int) -> Figures:
+    """What a step waits for its adapter while others are in the line, and while nobody is."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[Shape.LLAMA_8B]))
+    layout = RowLayout(linear_modules(model), rank, shared_a=True)
+    rows = (torch.randn(LINE_ROWS, layout.row_numbers) * 0.01).to(torch.bfloat16)
+    matrix = MetaMatrix(layout, rows, LINE_ROWS - 1, True, torch.zeros(layout.a_numbers, dtype=torch.bfloat16))
+    compiled = native.kernels(Settings().cache_dir)
+    sum_across = compiled.weighted_sum_across if compiled else None
+    ahead = Ahead(lambda name: fuse_flat(matrix, parse_recipe(name), sum_across=sum_across))
+    terms = ((first, other) for first in range(1, 500) for other in range(1, 500))
+    names = (f"mta1:00000000:shared:c+a00*{first}+a01*{other}" for first, other in terms)
+
+    def waited_ms(before: int) -> float:
+        others, mine = list(itertools.islice(names, before)), next(names)
+        for name in others:
+            ahead.begin(name)
+        start = time.perf_counter()
+        ahead.take(mine)
+        waited = 1000 * (time.perf_counter() - start)
+        for name in (mine, *others):
+            ahead.take(name)
+            ahead.done(name)
+        return waited
+
+    turns = [(waited_ms(0), waited_ms(line)) for _ in track(range(pairs + 1), "nobody and a line in turn")][1:]
+    alone, behind = ([turn[place] for turn in turns] for place in (0, 1))
+    lines: list[list[object]] = [
+        ["nobody", Spread.of(alone), None],
+        [f"{line} others", Spread.of(behind), Spread.ratio(behind, alone)],
+    ]
+    title = f"Llama, 8B, shared, rank {rank}, bfloat16: what a step waits for an adapter that it needs, {pairs} times"
+    return Figures(title, ("who is in the line", "waited, ms", "over nobody"), lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """How the arrivals of a block were answered, the warm streams' gaps, and what steps waited for adapters in all."""
+
+    answers: list[Answer]
+    gaps_ms: list[float]
+    waited_ms: float
 
 
 def _names(kind: str, count: int, recipes: Iterator[str], resident: Sequence[str]) -> list[str]:
@@ -97,7 +191,14 @@ def _names(kind: str, count: int, recipes: Iterator[str], resident: Sequence[str
 
 
 async def _block(
-    loader: Loader, warm: Sequence[str], prompts: Prompts, *, asks: Sequence[Ask], per_s: float, seconds: float
+    loader: Loader,
+    warm: Sequence[str],
+    prompts: Prompts,
+    *,
+    asks: Sequence[Ask],
+    per_s: float,
+    burst: int,
+    seconds: float,
 ) -> tuple[list[Answer], list[float]]:
     """The arrivals' answers, and the gaps of the warm streams, which are asked again until the arrivals are over."""
     gaps: list[float] = []
@@ -108,7 +209,7 @@ async def _block(
             gaps.extend((await loader.stream(Ask(name, prompts(8), 32))).gaps_ms)
 
     warm_streams = asyncio.gather(*map(stream, warm))
-    answers = await loader.arriving(asks, per_s)
+    answers = await loader.arriving(asks, per_s, burst)
     if not asks:
         await asyncio.sleep(seconds)
     over.set()

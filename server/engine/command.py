@@ -14,16 +14,19 @@ from pydantic import SecretStr
 
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
-from bank.models.folders import check_base_model, ensure_base_model
+from bank.models.folders import check_base_model, ensure_base_model, model_config
 from server.engine.forked_core import preloads
 from server.engine.fusing.kernels import native
-from server.engine.sizing import FEWEST, slots_on_cpu
+from server.engine.sizing import slots_on_cpu
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 from server.watching.logs import VLLM_CONFIG
 from server.watching.tracing import TRACES_PATH
 
 T = TypeVar("T")
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call the number of a layer's experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,12 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
         if PLUGIN not in {entry.name for entry in entry_points(group=group)}:
             raise BankError(f"the entry point {group}: {PLUGIN} is not installed: run `pip install .` again")
     model_folder = ensure_base_model(settings.model, settings.cache_dir)
+    if is_cpu_build() and (experts := _experts(model_config(model_folder))) > 1:
+        raise BankError(
+            f"the base model at {model_folder} is a Mixture of Experts ({experts} a layer): vLLM serves those on GPUs "
+            "alone, and on CPU, where its kernels find no Triton, the engine would end at the first request. Take a "
+            "dense model, or a GPU"
+        )
     banks = {folder: read_manifest(folder) for folder in folders}
     for folder, manifest in banks.items():
         verify_files(folder, manifest, (MATRIX_FILE,))
@@ -72,6 +81,17 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     if is_cpu_build():
         native.build(settings.cache_dir)
     return list(banks.values()), model_folder
+
+
+def _experts(config: object) -> int:
+    """The most experts of a layer that a model's configuration, or a part of it, tells of."""
+    if isinstance(config, list):
+        return max(map(_experts, config), default=0)
+    if not isinstance(config, dict):
+        return 0
+    told = [config.get(name) for name in EXPERTS]
+    numbers = [n for value in told for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+    return max([*numbers, *map(_experts, config.values())], default=0)
 
 
 def engine_command(
@@ -88,7 +108,7 @@ def engine_command(
     on_cpu = is_cpu_build()
     cores = sorted(os.sched_getaffinity(0))
     number_bytes = 4 if settings.dtype == "float32" else 2
-    slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else FEWEST)
+    slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else settings.max_num_seqs)
     turns = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     options: dict[str, object] = {
         "model": model_folder,

@@ -14,6 +14,9 @@ SHARE = 16
 FEWEST, MOST = 8, 64
 """On CPU; beyond `MOST` a batch has fewer requests than there are slots."""
 
+VIEWS, VIEW_BYTES = 9, 600
+"""Of each module and slot: the tensors by which a plain and a stacked adapter are written (`fusing/cells.py`)."""
+
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where a container's limit stands, in the two versions of control groups."""
 
@@ -30,10 +33,10 @@ def slots_on_cpu(manifests: Sequence[BankManifest], number_bytes: int) -> int:
 
 
 def slot_bytes(manifests: Sequence[BankManifest], number_bytes: int) -> int:
-    """Bytes of one slot: A and B of every module that any bank adapts, at the highest serving rank."""
+    """Bytes of one slot: A and B of every module that any bank adapts, at the highest serving rank, and their views."""
     rank = max(manifest.serving_rank for manifest in manifests)
     widths = {m.name: m.h_in + m.h_out for manifest in manifests for m in manifest.modules}
-    return rank * sum(widths.values()) * number_bytes
+    return rank * sum(widths.values()) * number_bytes + len(widths) * VIEWS * VIEW_BYTES
 
 
 def memory_bytes(limits: Sequence[Path] = LIMITS) -> int:

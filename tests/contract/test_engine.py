@@ -239,6 +239,19 @@ async def test_its_context_stays_known_while_it_is_away(session: aiohttp.ClientS
     assert [*known, engines.context] == [CONTEXT, 1024, 1024]
 
 
+async def test_what_engines_compute_at_once_is_no_more_than_has_a_slot_of_its_own(
+    session: aiohttp.ClientSession,
+) -> None:
+    """Whose recipe finds no slot waits inside the engine, where no turn and no patience counts."""
+    told = [{"max_num_seqs": 32, "slots": 8}, {"max_num_seqs": 4, "slots": 8}, {"max_num_seqs": 5, "slots": None}]
+    fakes = [FakeEngine(Knobs(figures=figures)).start() for figures in told]  # type: ignore[arg-type]
+    engines = Engines(session, [fake.url for fake in fakes], KEY)
+    await engines.states(PATIENCE_S)
+    assert engines.sequences == 8 + 4 + 5
+    for fake in fakes:
+        fake.stop()
+
+
 @pytest.mark.parametrize(("key", "told"), [(KEY, True), ("wrong", False)])
 async def test_it_takes_a_drop_and_one_that_does_not_is_logged(
     subject: Subject, session: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture, key: str, told: bool

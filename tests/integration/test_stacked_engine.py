@@ -112,6 +112,23 @@ def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any, 
     torch.testing.assert_close(again, merged, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("kind", list(UserAdapterKind))
+def test_who_loses_the_only_slot_and_gets_it_back_ten_times_has_the_same_adapter(
+    stacked: Served, kind: UserAdapterKind
+) -> None:
+    """Its weights are kept meanwhile: whatever were done to them in place would be done each time."""
+    recipe, engine = stacked.recipe(), stacked.engine
+    stacked.keep(recipe, user_of(stacked, kind, recipe))
+    names, ids = (recipe.name, recipe.plain.name), tokens_of(engine)
+    first = {name: engine.prompt_logprobs(name, ids) for name in names}
+    fused, written = engine.metric("mta_engine_fuses_total"), engine.metric("mta_engine_slot_write_seconds_count")
+    for _ in range(10):
+        assert {name: engine.prompt_logprobs(name, ids) for name in names} == first
+    assert first[names[0]] != first[names[1]]
+    assert engine.metric("mta_engine_slot_write_seconds_count") == written + 20
+    assert engine.metric("mta_engine_fuses_total") == fused
+
+
 def refused(stacked: Served, recipe: FusionRecipe) -> str:
     response = stacked.engine.chat(recipe.name)
     assert response.status_code == httpx.codes.NOT_FOUND

@@ -1,4 +1,7 @@
-"""Whose turn it is when more recipes wait than there are slots; runs in the engine core.
+"""Whose turn it is when adapters are still being fused, or when more recipes wait than there are slots.
+
+Runs in the engine core. A step would wait for the fusions of all requests in it, and everybody in it with them. So a
+request is left out of steps until its adapter is fused, as long as anything else can run.
 
 vLLM passes over a waiting request whose recipe finds no slot, and admits those behind it whose recipes have one: like
 goes with like, and the batch stays full. But as long as such requests keep coming, a slot may never become free. So
@@ -17,6 +20,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from server.engine.fusing.ahead import Fuser
+
 PATIENCE_S = 2.0
 """How long others may be admitted before a request because their recipes have slots and its own has none."""
 
@@ -25,11 +30,17 @@ DRAINED = 4
 
 
 class _Turns(Scheduler):  # type: ignore[misc]
-    """vLLM's scheduler, with an end to being passed over."""
+    """vLLM's scheduler, without steps that wait for a fusion, and with an end to being passed over.
+
+    Attributes:
+        fuser: fuses in this process; None where that is done elsewhere, or before any request has come.
+    """
+
+    fuser: Fuser | None = None
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step's schedule, made without those who have to stand back."""
-        back = held_back(self.waiting, self.running, self.lora_config.max_loras, time.time()) if self.waiting else set()
+        back = self._back() if self.waiting else set()
         if not back:
             return super().schedule(*args, **kwargs)
         order = list(self.waiting)
@@ -44,6 +55,17 @@ class _Turns(Scheduler):  # type: ignore[misc]
             for request in [*preempted, *(request for request in order if request in kept)]:
                 self.waiting.add_request(request)
 
+    def _back(self) -> set[Request]:
+        """The waiting requests that stand back in the next step."""
+        back = held_back(self.waiting, self.running, self.lora_config.max_loras, time.time())
+        if self.fuser is None:
+            return back
+        asked = [request for request in self.waiting if request.lora_request]
+        unfused = self.fuser.unfused([request.lora_request for request in asked])
+        if not self.running and all(_recipe(request) in unfused for request in self.waiting):
+            unfused.discard(_recipe(next(iter(self.waiting))))  # nothing else can run: the step waits for the first
+        return back | {request for request in asked if _recipe(request) in unfused}
+
 
 class FairScheduler(_Turns):
     """Where steps are scheduled one after the other, as on CPUs."""
@@ -51,6 +73,11 @@ class FairScheduler(_Turns):
 
 class FairAsyncScheduler(_Turns, AsyncScheduler):  # type: ignore[misc]
     """Where a step is scheduled while the one before it runs, as on GPUs."""
+
+
+def _recipe(request: Request) -> int:
+    """The id of a request's adapter; 0 for none."""
+    return request.lora_request.lora_int_id if request.lora_request else 0
 
 
 def held_back(waiting: Iterable[Request], running: Iterable[Request], slots: int, now: float) -> set[Request]:

@@ -1,28 +1,36 @@
 """Fusing ahead of use: in a thread of its own, while the model computes.
 
 The engine core hears of a request in the thread that receives it, often a whole step before it can be scheduled. Where
-the worker lives in the same process, that moment starts the fusion; the step that needs it waits for what is left.
+the worker lives in the same process, that moment starts the fusion, and the scheduler leaves the request out of steps
+until it is done (`admission/turns.py`). A step that needs an adapter all the same waits for its fusion and no other
+than the one that is running.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 Made = TypeVar("Made")
 
 AHEAD = 32
-"""Fusions that are kept for requests still waiting; what comes after that is fused when it is needed."""
+"""Fusions that are kept for requests still waiting; those of later ones begin as these are taken."""
 
-STALE_S = 60.0
-"""Age after which one that nobody has taken, because its request was aborted, may go for another."""
+
+class Fuser(Protocol):
+    """What fuses adapters for the requests of this process's engine core."""
+
+    def notice(self, request: Any) -> None:
+        """Fuse what a request that has just arrived will need."""
+
+    def unfused(self, requests: Sequence[Any]) -> set[int]:
+        """The ids of waiting requests' adapters that are still to be fused."""
 
 
 class Ahead(Generic[Made]):
@@ -30,14 +38,13 @@ class Ahead(Generic[Made]):
 
     Args:
         fuse: makes what a recipe's name stands for; called in the one thread that does all of them.
-        clock: seconds.
     """
 
-    def __init__(self, fuse: Callable[[str], Made], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, fuse: Callable[[str], Made]) -> None:
         self._fuse = fuse
-        self._clock = clock
         self._lock = Lock()
-        self._begun: OrderedDict[str, tuple[Future[Made], float]] = OrderedDict()
+        self._begun: dict[str, Future[Made]] = {}
+        self._line: deque[tuple[str, Future[Made]]] = deque()
         threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, "mta-fuse", torch.set_num_threads, (1,))
         self._pool.submit(int).result()  # the thread starts here, where no core is chosen for it
@@ -46,27 +53,33 @@ class Ahead(Generic[Made]):
     def begin(self, name: str, needed: Callable[[], bool] = lambda: True) -> None:
         """Start to fuse a recipe, unless that has begun or it is not needed (which must be quick to say)."""
         with self._lock:
-            if name in self._begun or not needed():
-                return
-            if len(self._begun) >= AHEAD:
-                oldest, (_, since) = next(iter(self._begun.items()))
-                if self._clock() - since < STALE_S:
-                    return
-                del self._begun[oldest]
-            self._begun[name] = self._pool.submit(self._fuse, name), self._clock()
+            if name not in self._begun and len(self._begun) < AHEAD and needed():
+                self._enter(name)
+
+    def missing(self, names: Iterable[str]) -> set[str]:
+        """Those of some recipes that are not fused yet; they are fused in this order, as far as there is room."""
+        with self._lock:
+            wanted = list(dict.fromkeys(names))
+            self._enter_all(wanted[:AHEAD])
+            return {name for name in wanted if name not in self._begun or not self._begun[name].done()}
+
+    def hurry(self, names: Iterable[str]) -> None:
+        """Have these fused next, in this order."""
+        with self._lock:
+            first = list(dict.fromkeys(names))
+            self._enter_all(first)
+            waiting = {name: future for name, future in self._line if self._begun.get(name) is future}
+            order = [name for name in first if name in waiting] + [name for name in waiting if name not in first]
+            self._line = deque((name, waiting[name]) for name in order)
 
     def take(self, name: str) -> Made:
-        """What a recipe stands for; waits for its fusion, after those that began before it. `done` comes after it.
+        """What a recipe stands for; waits for its fusion, which is hurried. `done` comes after it.
 
         The thread does it even if it has not begun: with several threads, as its caller has them, the same work takes
         many times as long on a machine whose cores are busy.
         """
-        with self._lock:
-            begun, _ = self._begun.get(name, (None, 0.0))
-            if begun is None or (begun.done() and begun.exception() is not None):
-                begun = self._pool.submit(self._fuse, name)
-                self._begun[name] = begun, self._clock()
-        return begun.result()
+        self.hurry([name])
+        return self._begun[name].result()
 
     def done(self, name: str) -> None:
         """Keep it no longer: whoever took it holds it where `needed` looks."""
@@ -77,7 +90,7 @@ class Ahead(Generic[Made]):
         """Leave nothing of these; waits for one that is running."""
         with self._lock:
             begun = [self._begun.pop(name) for name in names if name in self._begun]
-        for future, _ in begun:
+        for future in begun:
             if not future.cancel():
                 future.exception()
 
@@ -85,12 +98,41 @@ class Ahead(Generic[Made]):
     def names(self) -> list[str]:
         """The recipes whose fusion is under way or kept."""
         with self._lock:
-            begun = [(name, future) for name, (future, _) in self._begun.items()]
+            begun = list(self._begun.items())
         return [name for name, future in begun if not future.done() or future.exception() is None]
 
+    def _enter_all(self, names: Sequence[str]) -> None:
+        """Begin what has not begun or has failed; what else is kept makes room, the oldest first."""
+        others = [name for name in self._begun if name not in names]
+        for name in names:
+            begun = self._begun.get(name)
+            if begun is None or (begun.done() and begun.exception() is not None):
+                if len(self._begun) >= AHEAD and others:
+                    self._begun.pop(others.pop(0)).cancel()
+                self._enter(name)
 
-def on_arrival(notice: Callable[[Any], None]) -> None:
-    """Have this process's engine core, if it has one, pass on the adapter of each request when it is received."""
+    def _enter(self, name: str) -> None:
+        self._begun[name] = future = Future[Made]()
+        self._line.append((name, future))
+        self._pool.submit(self._fuse_next)
+
+    def _fuse_next(self) -> None:
+        """Fuse the first in the line, if any is left; runs as often as something entered it."""
+        with self._lock:
+            name, future = self._line.popleft() if self._line else ("", None)
+            if future is None or not future.set_running_or_notify_cancel():
+                return
+        try:
+            future.set_result(self._fuse(name))
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def on_arrival(fuser: Fuser) -> None:
+    """Tell a fuser of the adapter of each request that this process's engine core, if it has one, receives.
+
+    The core's scheduler asks the same fuser which requests must still wait.
+    """
     core: Any = sys.modules.get("vllm.v1.engine.core")
     if core is None:
         return
@@ -98,7 +140,8 @@ def on_arrival(notice: Callable[[Any], None]) -> None:
 
     def notice_and_preprocess(self: Any, request: Any) -> Any:
         if request.lora_request is not None:
-            notice(request.lora_request)
+            self.scheduler.fuser = fuser
+            fuser.notice(request.lora_request)
         return preprocess(self, request)
 
     core.EngineCore.preprocess_add_request = notice_and_preprocess

@@ -65,17 +65,11 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         }
         for matrix in self._matrices.values():
             matrix.touch()
-        short, matrix = next(iter(self._matrices.items()))
-        if matrix.shared_a is not None:
-            layout = matrix.layout
-            b = torch.zeros(layout.b_numbers // layout.rank, layout.rank, dtype=self.lora_config.lora_dtype)
-            empty = FlatLora(layout.modules, (matrix.shared_a,), b)
-            self._adapter_manager.make_ready(self._model_of(1, "", short, empty))
         self._across = self._adapter_manager.lie_across
         compiled = kernels(Settings().cache_dir) if self._across else None
         self._sum_across = compiled.weighted_sum_across if compiled else None
         self._ahead = Ahead(self._fuse)
-        on_arrival(self.notice)
+        on_arrival(self)
         return wrapped
 
     @property
@@ -104,22 +98,33 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     def notice(self, request: LoRARequest) -> None:
         """Fuse what a request will need, unless it is here; called from the thread that receives requests."""
+        self._ahead.begin(request.lora_name, needed=lambda: self._lacks(request))
+
+    def _lacks(self, request: LoRARequest) -> bool:
+        """Whether a request's recipe is not in the CPU tier; may be asked in any thread."""
         name: str = request.lora_name
-        if is_recipe_name(name):
-            held = self._adapter_manager.held_recipe
-            self._ahead.begin(name, needed=lambda: held(request.lora_int_id) != name)
+        return is_recipe_name(name) and self._adapter_manager.held_recipe(request.lora_int_id) != name
+
+    def unfused(self, requests: Sequence[LoRARequest]) -> set[int]:
+        """The ids of waiting requests' adapters that are still to be fused; they are, in this order."""
+        needed = {request.lora_int_id: request.lora_name for request in requests if self._lacks(request)}
+        missing = self._ahead.missing(needed.values())
+        return {lora_id for lora_id, name in needed.items() if name in missing}
 
     def _fuse(self, name: str) -> FlatLora:
         """What a recipe stands for, its user adapter included; runs in the thread of `Ahead`."""
         with self.figures.fuse.timed():
             flat = self._flat(name)
-            return flat.across() if self._across else flat
+            flat = flat.across() if self._across else flat
+            flat = flat.pinned() if self._pinned else flat
+        self._adapter_manager.prepare(self._model_of(1, name, parse_recipe(name).bank, flat))
+        return flat
 
     def _flat(self, name: str) -> FlatLora:
         recipe = parse_recipe(name)
         matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
         if recipe.user_adapter is None:
-            return fuse_flat(matrix, recipe, dtype, pin_memory=self._pinned, sum_across=self._sum_across)
+            return fuse_flat(matrix, recipe, dtype, sum_across=self._sum_across)
         user = decode_user_adapter(matrix.layout, self._users[name])
         rounded = torch.float32 if user.kind is UserAdapterKind.CORE else dtype
         return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)
@@ -153,6 +158,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         for lora_id in wanted:
             self._adapter_manager.get_adapter(lora_id)
             self._adapter_manager._active_adapters.touch(lora_id)
+        self._ahead.hurry([request.lora_name for request in wanted.values() if self._lacks(request)])
         for lora_id, request in wanted.items():
             start = time.perf_counter()
             self._ensure_registered(request)

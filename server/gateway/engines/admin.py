@@ -75,6 +75,12 @@ class EngineFigures:
     fuses: int | None = None
     max_num_seqs: int | None = None
 
+    @property
+    def places(self) -> int:
+        """Sequences that are computed at once even if each has a recipe of its own; 0 where nobody knows."""
+        batch = self.max_num_seqs or 0
+        return min(batch, self.slots or batch)
+
 
 @dataclass(frozen=True, slots=True)
 class AddressState:
@@ -96,7 +102,8 @@ class Engines:
     Attributes:
         answering: the URLs of those that were well when last asked.
         context: the model's context in tokens, the shortest that engines last reported; None until one has.
-        sequences: how many the engines compute at once, all that answer; as last known if none does, None before.
+        sequences: how many the engines compute at once whatever their recipes, all that answer; as last known if none
+            does, None before.
         figures: what each engine last said of its adapters and batches, in the order of `urls`; None while it says
             nothing.
     """
@@ -116,8 +123,7 @@ class Engines:
         self.answering = tuple(state.url for state in states if state.status == "ok")
         told = [state.max_model_len for state in states if state.max_model_len]
         self.context = min(told, default=self.context)
-        batches = sum(figures.max_num_seqs or 0 for figures in self.figures if figures)
-        self.sequences = batches or self.sequences
+        self.sequences = sum(figures.places for figures in self.figures if figures) or self.sequences
         return tuple(states)
 
     async def router_state(self, url: str, timeout_s: float) -> AddressState:

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from adapters.lora import ModuleShape
+from bank.errors import BankError
 from server.engine import sizing
-from server.engine.command import Share, engine_command
+from server.engine.command import Share, check_engine, engine_command
+from server.engine.fusing.cells import Cells
 from server.settings import Settings
 
 
 def bank(rank: int, *modules: str) -> Any:
     shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules]
     return SimpleNamespace(serving_rank=rank, target_modules=modules, modules=shapes)
+
+
+DENSE = {"model_type": "qwen3", "hidden_size": 64, "num_experts": 1, "vision_config": {"num_experts": None}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mixtral", "num_local_experts": 8},
+        {"model_type": "qwen3_moe", "num_experts": 128},
+        {"model_type": "deepseek_v3", "n_routed_experts": 256, "n_shared_experts": 1},
+        {"model_type": "ernie4_5_vl_moe", "moe_num_experts": [64, 64]},
+        {"model_type": "llama4", "text_config": {"num_local_experts": 16}},
+        {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}},
+        {"model_type": "nemotron", "block_configs": [{"block_type": "mlp"}, {"n_routed_experts": 128}]},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_mixture_of_experts_is_refused_on_cpus_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    for written, on_cpu, refused in ((config, True, True), (config, False, False), (DENSE, True, False)):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        monkeypatch.setattr("server.engine.command.is_cpu_build", lambda answer=on_cpu: answer)
+        settings = Settings(bank=tmp_path / "none", model=str(tmp_path), engine_key="k" * 32)  # type: ignore[arg-type]
+        with pytest.raises(BankError) as caught:
+            check_engine(settings)
+        assert ("Mixture of Experts" in str(caught.value)) is refused
+        assert refused or "no bank" in str(caught.value)
 
 
 def test_slots_fit_every_bank(tmp_path: Path) -> None:
@@ -38,13 +72,16 @@ def test_it_gets_no_secret_but_its_own_key(tmp_path: Path, monkeypatch: pytest.M
     assert not {"s" * 32, "k" * 32} & set(argv)
 
 
+SLOT = 8192 + 2 * sizing.VIEWS * sizing.VIEW_BYTES
+"""Bytes of A and B of rank 8, of 64 and 192 numbers, of two modules, and of the views by which they are written."""
+
+
 @pytest.mark.parametrize(
-    ("memory", "slots"), [(0, 8), (16 * 8192 * 9, 9), (16 * 8192 * 31 - 1, 30), (16 * 8192 * 65, 64), (2**50, 64)]
+    ("memory", "slots"), [(0, 8), (16 * SLOT * 9, 9), (16 * SLOT * 31 - 1, 30), (16 * SLOT * 65, 64), (2**50, 64)]
 )
 def test_slots_fit_a_share_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, slots: int
 ) -> None:
-    """A slot of rank 8 has A and B, of 64 and 192 numbers, of two modules: 8 KiB."""
     monkeypatch.setattr(sizing, "memory_bytes", lambda: memory)
     banks = [bank(8, "q_proj"), bank(4, "q_proj", "v_proj")]
     argv, _ = engine_command(Settings(bank=tmp_path), banks, tmp_path)
@@ -66,6 +103,32 @@ def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_ar
 def test_as_many_slots_as_one_asks_for(tmp_path: Path) -> None:
     argv, _ = engine_command(Settings(bank=tmp_path, max_loras=3), [bank(8, "q_proj")], tmp_path)
     assert argv[argv.index("--max-loras") + 1] == "3"
+
+
+def test_a_slots_size_counts_the_views_by_which_it_is_written() -> None:
+    """As many as a plain and a stacked adapter need together, and as large as they are."""
+    slots, modules = 64, 40
+    stacks = [(torch.zeros(slots, 1, 16, 16), torch.zeros(slots, 1, 16, 16)) for _ in range(modules)]
+    before = _resident_bytes()
+    kept = [Cells.of_slots(stacks, ranks, shares_a=True) for ranks in ((8,), (8, 2))]
+    taken = _resident_bytes() - before
+    views = sum(len(run.cells) for cells in kept for run in cells[0].runs) + sum(len(cells[0].rest) for cells in kept)
+    assert views == modules * sizing.VIEWS
+    assert taken / slots < 1.5 * views * sizing.VIEW_BYTES
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("sequences", [4, 32, 100])
+def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: int
+) -> None:
+    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: False)
+    argv, _ = engine_command(Settings(bank=tmp_path, max_num_seqs=sequences), [bank(8, "q_proj")], tmp_path)
+    assert argv[argv.index("--max-loras") + 1] == argv[argv.index("--max-num-seqs") + 1] == str(sequences)
+    assert int(argv[argv.index("--max-cpu-loras") + 1]) >= 2 * sequences
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from threading import Event, Thread
+from dataclasses import replace
+from functools import partial
+from threading import Event, Thread, current_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +19,14 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from adapters.flat import FlatLora
-from bench.rig.processes import PATIENCE_S
-from server.engine.fusing.ahead import AHEAD, STALE_S, Ahead
+from adapters.layout import RowLayout
+from adapters.lora import LoraWeights, ModuleShape
+from adapters.matrix import MetaMatrix
+from adapters.user_adapter import UserAdapter, encode_user_adapter
+from bench.rig.processes import PATIENCE_S, wait_until
+from server.engine.fusing.ahead import AHEAD, Ahead
 from server.engine.fusing.manager import FusingLoRAManager
-from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
+from server.engine.fusing.slots import FusedLoRAModel, FusedSlots, Tenancy
 
 SLOTS, CPU_TIER = 2, 4
 BANK = "00000000"
@@ -37,6 +43,7 @@ class BareSlots(FusedSlots):
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
         self._note_nothing_written()
         self.activated: list[int] = []
+        self.prepared: list[tuple[Tenancy, str]] = []
 
     def _stacks_of(self, model: FusedLoRAModel) -> list[Any]:
         """Something to write to."""
@@ -44,6 +51,10 @@ class BareSlots(FusedSlots):
 
     def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
         """Nothing, without layers to write to."""
+
+    def prepare(self, model: FusedLoRAModel) -> None:
+        """Note what is prepared, and where."""
+        self.prepared.append((model.tenancy, current_thread().name))
 
     def activate_adapter(self, lora_id: int) -> bool:
         made: bool = super().activate_adapter(lora_id)
@@ -61,11 +72,12 @@ class CountingManager(FusingLoRAManager):
         self._vllm_names = {BANK: {}}
         self._matrices: Any = {BANK: SimpleNamespace(shared_a=None)}
         self._ahead = Ahead(self._fuse)
+        self._across = self._pinned = False
         self.fused: list[str] = []
         self.fusing, self.gate = Event(), Event()
         self.gate.set()
 
-    def _fuse(self, name: str) -> FlatLora:
+    def _flat(self, name: str) -> FlatLora:
         self.fused.append(name)
         self.fusing.set()
         assert self.gate.wait(PATIENCE_S)
@@ -184,6 +196,7 @@ def test_what_arrives_together_is_fused_in_turn(manager: CountingManager) -> Non
     manager.gate.clear()
     for lora_id in (1, 2):
         manager.notice(recipe(lora_id))
+    assert manager.fusing.wait(PATIENCE_S)
     manager.gate.set()
     manager._apply_adapters({recipe(2)})
     manager._apply_adapters({recipe(1), recipe(2)})
@@ -234,15 +247,55 @@ def test_requests_that_wait_keep_no_more_than_a_few_fusions(manager: CountingMan
     assert manager._ahead.names == [recipe(lora_id).lora_name for lora_id in range(1, AHEAD + 1)]
 
 
-def test_fusions_that_nobody_came_for_make_room_once_they_are_old() -> None:
-    now = 0.0
-    ahead = Ahead(str.upper, clock=lambda: now)
+def test_fusions_that_nobody_waits_for_make_room_for_those_that_are_waited_for() -> None:
+    ahead = Ahead(str.upper)
     for number in range(AHEAD):
         ahead.begin(f"old {number}")
-    now = STALE_S
     ahead.begin("new")
+    assert "new" not in ahead.names
+    while ahead.missing(["old 1", "new"]):
+        pass
     assert ahead.names == [*(f"old {number}" for number in range(1, AHEAD)), "new"]
     assert ahead.take("old 0") == "OLD 0"
+    assert len(ahead.names) == AHEAD
+
+
+def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_they_are_taken() -> None:
+    ahead, waiting = Ahead(str.upper), [f"{number}" for number in range(2 * AHEAD)]
+    for taken in range(AHEAD):
+        while ahead.missing(waiting[taken:]) != set(waiting[taken + AHEAD :]):
+            pass
+        assert ahead.names == waiting[taken : taken + AHEAD]
+        ahead.take(waiting[taken])
+        ahead.done(waiting[taken])
+
+
+def test_a_step_waits_for_its_own_fusions_and_for_none_that_is_only_in_the_line(manager: CountingManager) -> None:
+    manager.gate.clear()
+    for lora_id in (1, 2, 3, 4, 5):
+        manager.notice(recipe(lora_id))
+    assert manager.fusing.wait(PATIENCE_S)
+    step = Thread(target=manager._apply_adapters, args=(dict.fromkeys((recipe(5), recipe(4))),))
+    step.start()
+    wait_until(lambda: [name for name, _ in manager._ahead._line][:1] == [recipe(5).lora_name], "the step to wait")
+    manager.gate.set()
+    step.join(PATIENCE_S)
+    assert manager.fused[:3] == [recipe(lora_id).lora_name for lora_id in (1, 5, 4)]
+    manager._apply_adapters({recipe(2), recipe(3)})
+    assert manager.fused[3:] == [recipe(lora_id).lora_name for lora_id in (2, 3)]
+
+
+def test_who_waits_is_unfused_until_their_adapter_is_ready(manager: CountingManager) -> None:
+    foreign = LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder")
+    manager._apply_adapters({recipe(1)})
+    manager.gate.clear()
+    assert manager.unfused([recipe(1), recipe(2), foreign]) == {2}
+    manager.gate.set()
+    while manager.unfused([recipe(2)]):
+        pass
+    manager._apply_adapters({recipe(2)})
+    assert manager.unfused([recipe(1), recipe(2)]) == set()
+    assert manager.fused == [recipe(1).lora_name, recipe(2).lora_name]
 
 
 def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
@@ -257,10 +310,65 @@ def test_a_fusion_that_failed_ahead_is_tried_again_when_it_is_needed() -> None:
 
     ahead = Ahead(fuse)
     ahead.begin("x")
-    while not ahead._begun["x"][0].done():
+    while not ahead._begun["x"].done():
         pass
     assert ahead.names == []
     assert ahead.take("x") == "fused"
+
+
+def test_the_thread_that_fuses_an_adapter_finds_where_it_goes(manager: CountingManager) -> None:
+    manager._apply_adapters({recipe(1)})
+    ((tenancy, thread),) = manager._adapter_manager.prepared
+    assert tenancy == (BANK, ())
+    assert thread.startswith("mta-fuse")
+
+
+LAYOUT = RowLayout((ModuleShape("q", 8, 6),), 4, shared_a=True)
+
+
+class Pinning:
+    """Stands in for page-locked memory where no GPU is: which tensors were put there, and by which threads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pointers, self.threads = set[int](), set[str]()
+
+        def pin(tensor: torch.Tensor) -> torch.Tensor:
+            self.threads.add(current_thread().name[:8])
+            self.pointers.add(tensor.data_ptr())
+            return tensor
+
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+
+
+@pytest.mark.parametrize("method", ["shared", "cat"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_on_a_gpu_the_thread_that_fuses_pins_whatever_is_copied_to_a_slot(
+    monkeypatch: pytest.MonkeyPatch, method: str, stacked: bool
+) -> None:
+    manager = CountingManager()
+    layout = replace(LAYOUT, shared_a=method == "shared")
+    rows = torch.randn(3, layout.row_numbers).to(torch.bfloat16)
+    shared_a = torch.randn(layout.a_numbers).to(torch.bfloat16) if layout.shared_a else None
+    manager._matrices = {BANK: MetaMatrix(layout, rows, 2, True, shared_a)}
+    manager.lora_config = SimpleNamespace(lora_dtype=torch.bfloat16)
+    manager._pinned, manager._sum_across = True, None
+    plain, pinning = f"mta1:{BANK}:{method}:c+a01*300", Pinning(monkeypatch)
+    name = f"{plain}:u-{'a' * 25}e.{'a' * 25}e" if stacked else plain
+    own = LoraWeights(2, {"q": torch.randn(2, 8)}, {"q": torch.randn(6, 2)})
+    manager._users[name] = encode_user_adapter(layout, UserAdapter(plain, own))
+    monkeypatch.setattr(manager, "_flat", partial(FusingLoRAManager._flat, manager))
+    flat = manager._ahead.take(name)
+    assert {tensor.data_ptr() for tensor in (flat.b, *flat.a)} <= pinning.pointers
+    assert pinning.threads == {"mta-fuse"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_pinned_already_is_not_copied_again() -> None:
+    flat = FlatLora(LAYOUT.modules, (torch.zeros(32).pin_memory(),), torch.zeros(6, 4))
+    pinned = flat.pinned()
+    assert pinned.a[0].data_ptr() == flat.a[0].data_ptr()
+    assert pinned.b.is_pinned()
 
 
 def test_an_adapter_from_a_folder_counts_as_loaded_not_as_fused(

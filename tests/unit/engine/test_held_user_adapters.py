@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ from adapters.errors import UserAdapterError
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
-from adapters.user_adapter import CoreWeights, UserAdapter, encode_user_adapter
+from adapters.user_adapter import CoreWeights, UserAdapter, decode_user_adapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S
+from server.engine.admission import user_adapters
 from server.engine.admission.user_adapters import UserAdapters
 from server.errors import Unavailable
 from server.store.adapters import StoredAdapter
@@ -166,6 +168,44 @@ async def test_dropping_a_user_says_how_much_is_still_in_use() -> None:
     world.in_use.clear()
     assert await world.adapters.drop("b" * 25 + "e") == 0
     assert set(world.workers.held) == {recipe("c").name}
+
+
+class Checking:
+    """Decoding that goes on until the test lets it end, in whichever thread it runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.gate = threading.Event(), threading.Event()
+        monkeypatch.setattr(user_adapters, "decode_user_adapter", self._decode)
+
+    def _decode(self, layout: RowLayout, raw: bytes) -> UserAdapter:
+        self.begun.set()
+        assert self.gate.wait(PATIENCE_S), "the event loop waits for the decoding"
+        return decode_user_adapter(layout, raw)
+
+
+async def test_while_an_adapter_is_checked_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, checking = World(), Checking(monkeypatch)
+    world.keep("b")
+    asking = asyncio.create_task(world.adapters.ensure(recipe("b")))
+    await until(checking.begun.is_set)
+    checking.gate.set()
+    await asking
+    assert list(world.workers.held) == [recipe("b").name]
+
+
+async def test_who_is_dropped_while_their_adapter_is_checked_is_sent_to_no_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, checking = World(), Checking(monkeypatch)
+    world.keep("b")
+    asking = asyncio.create_task(world.adapters.ensure(recipe("b")))
+    await until(checking.begun.is_set)
+    assert await world.adapters.drop("b" * 25 + "e") == 0
+    checking.gate.set()
+    with pytest.raises(UserAdapterError, match="does not exist"):
+        await asking
+    assert "hold" not in world.workers.told
+    assert len(world.adapters) == 0
 
 
 async def begun(world: World, name: str) -> asyncio.Task[None]:

@@ -11,12 +11,15 @@ pytest.importorskip("vllm")
 
 import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
 from vllm.lora.model_manager import AdapterLRUCache
 
 from adapters.flat import FlatLora
 from adapters.lora import ModuleShape
+from server.engine.fusing.cells import Cells
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 
+BANK = "00000000"
 SLOTS, RANK, OWN, ROOM, HIDDEN = 2, 2, 1, 4, 8
 MODULES = (ModuleShape("q", HIDDEN, HIDDEN),)
 SHARED_A = torch.ones(RANK, HIDDEN)
@@ -49,25 +52,53 @@ class BareSlots(FusedSlots):
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
         self._note_nothing_written()
 
-    def serve(self, lora_id: int, recipe: str, number: float, bank: str = "00000000") -> None:
-        """Bring an adapter into a slot whose B is this number everywhere."""
-        self.serve_flat(
-            lora_id, recipe, FlatLora(MODULES, (SHARED_A.flatten(),), torch.full((HIDDEN, RANK), number)), bank
-        )
+    def plain(self, lora_id: int, recipe: str, number: float, bank: str = BANK) -> FusedLoRAModel:
+        """An adapter whose B is this number everywhere."""
+        return self.model(lora_id, recipe, (), torch.full((HIDDEN, RANK), number), bank)
 
-    def serve_stacked(self, lora_id: int, recipe: str, number: float) -> None:
+    def stacked(self, lora_id: int, recipe: str, number: float) -> FusedLoRAModel:
         """The same, with a user's A of the same number stacked on the bank's."""
         own = torch.full((OWN * HIDDEN,), number)
-        b = torch.full((HIDDEN, RANK + OWN), number)
-        self.serve_flat(lora_id, recipe, FlatLora(MODULES, (SHARED_A.flatten(), own), b), "00000000")
+        return self.model(lora_id, recipe, (own,), torch.full((HIDDEN, RANK + OWN), number), BANK)
 
-    def serve_flat(self, lora_id: int, recipe: str, flat: FlatLora, bank: str) -> None:
-        self.add_adapter(FusedLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True))
+    def model(
+        self, lora_id: int, recipe: str, own: tuple[torch.Tensor, ...], b: torch.Tensor, bank: str
+    ) -> FusedLoRAModel:
+        flat = FlatLora(MODULES, (SHARED_A.flatten(), *own), b)
+        return FusedLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True)
+
+    def serve(self, lora_id: int, recipe: str, number: float, bank: str = BANK) -> None:
+        """Bring a plain adapter into a slot."""
+        self.add_adapter(self.plain(lora_id, recipe, number, bank))
+        self.activate_adapter(lora_id)
+
+    def serve_stacked(self, lora_id: int, recipe: str, number: float) -> None:
+        """Bring a stacked one into a slot."""
+        self.add_adapter(self.stacked(lora_id, recipe, number))
         self.activate_adapter(lora_id)
 
     @property
     def numbers(self) -> list[tuple[float, float]]:
         return [self.modules["q"].number(index) for index in range(SLOTS)]
+
+
+PAIR = (ModuleShape("q", HIDDEN, HIDDEN), ModuleShape("v", HIDDEN, HIDDEN))
+
+
+class PackedLayer(MergedColumnParallelLinearWithLoRA):  # type: ignore[misc]
+    """vLLM's way of writing a packed layer's slots on one of two ranks, over no layer; a slice is all of it."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.n_slices, self.tp_size = 2, 2
+        self.lora_a_stacked = tuple(torch.zeros(SLOTS, 1, ROOM, HIDDEN) for _ in PAIR)
+        self.lora_b_stacked = tuple(torch.zeros(SLOTS, 1, HIDDEN, ROOM) for _ in PAIR)
+
+    def slice_lora_a(self, lora_a: list[Any]) -> list[Any]:
+        return lora_a
+
+    def slice_lora_b(self, lora_b: list[Any]) -> list[Any]:
+        return lora_b
 
 
 A, B = float(SHARED_A.sum()), float(HIDDEN * RANK)
@@ -131,14 +162,16 @@ def test_a_slot_of_another_bank_is_zeroed_first(slots: BareSlots) -> None:
     assert other.number(1) == (0, 9 * HIDDEN * ROOM)
 
 
-def test_slots_made_ready_hold_what_all_share_and_their_first_tenant_writes_the_rest(slots: BareSlots) -> None:
-    flat = FlatLora(MODULES, (SHARED_A.flatten(),), torch.zeros(HIDDEN, RANK))
-    slots.make_ready(FusedLoRAModel(1, "", flat, {"q": "q"}, bank="00000000", shares_a=True))
-    assert slots.numbers == [(A, 0), (A, 0)]
-    assert slots.written == set()
-    other_a = FlatLora(MODULES, (torch.zeros(RANK * HIDDEN),), torch.ones(HIDDEN, RANK))
-    slots.serve_flat(1, "ann", other_a, "00000000")
-    assert slots.numbers[0] == (A, B), "A was there, and must not have been copied again"
+def test_once_prepared_no_step_finds_out_where_an_adapter_goes(
+    slots: BareSlots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first of a kind nor the first of it in a slot."""
+    slots.prepare(slots.plain(1, "ann", 1.0))
+    slots.prepare(slots.stacked(1, "ann", 1.0))
+    monkeypatch.setattr(Cells, "of_slots", None)
+    slots.serve(1, "ann", 1.0)
+    slots.serve_stacked(2, "bob", 3.0)
+    assert slots.numbers == [(A, B), (A + 3 * OWN * HIDDEN, 3 * HIDDEN * (RANK + OWN))]
 
 
 def test_what_vllm_slices_first_is_written_by_vllm(slots: BareSlots) -> None:
@@ -147,3 +180,23 @@ def test_what_vllm_slices_first_is_written_by_vllm(slots: BareSlots) -> None:
     slots.modules["q"].slice_lora_b = lambda b: b / 2
     slots.serve(1, "ann", 2.0)
     assert slots.numbers[0] == (A, B)
+
+
+def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSlots) -> None:
+    """Packing folds alpha over rank into B, in place, and vLLM packs an adapter whenever it comes into a slot."""
+    layer = slots.modules["qv"] = PackedLayer()
+    slots.packed_modules = {"qv": ["q", "v"]}
+    del slots.modules["q"]
+    flat = FlatLora(PAIR, (torch.ones(RANK * 2 * HIDDEN),), torch.full((2 * HIDDEN, RANK), 3.0))
+    names = {module.name: module.name for module in PAIR}
+    slots.add_adapter(FusedLoRAModel(1, "ann", flat, names, bank=BANK, shares_a=False))
+    for other in range(2, 12):
+        slots.activate_adapter(1)
+        index = slots.lora_index_to_id.index(1)
+        assert [float(b[index].sum()) for b in layer.lora_b_stacked] == [3 * B, 3 * B]
+        assert [float(a[index].sum()) for a in layer.lora_a_stacked] == [A, A]
+        slots.deactivate_adapter(1)
+        slots.add_adapter(FusedLoRAModel(other, "bob", flat, names, bank=BANK, shares_a=False))
+        slots.activate_adapter(other)
+        slots.remove_adapter(other)
+    assert (flat.b == 3).all()

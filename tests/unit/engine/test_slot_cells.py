@@ -24,15 +24,6 @@ def apart(dtype: torch.dtype) -> Stacks:
     ]
 
 
-def together(dtype: torch.dtype) -> Stacks:
-    """All modules' B, and all their A, as views of one tensor over all slots."""
-    b = torch.full((SLOTS, 1, sum(m.h_out for m in MODULES), ROOM), 7, dtype=dtype)
-    a = torch.full((SLOTS, ROOM * sum(m.h_in for m in MODULES)), 7, dtype=dtype)
-    a_parts = torch.split(a, [ROOM * m.h_in for m in MODULES], dim=1)
-    bs = torch.split(b, [m.h_out for m in MODULES], dim=2)
-    return [(part.view(SLOTS, 1, ROOM, m.h_in), b) for m, part, b in zip(MODULES, a_parts, bs, strict=True)]
-
-
 def lying_across(dtype: torch.dtype) -> Stacks:
     """Every module's tensors by themselves, B along H_out."""
     return [(a, b.transpose(2, 3).contiguous().transpose(2, 3)) for a, b in apart(dtype)]
@@ -46,7 +37,7 @@ def adapter(ranks: tuple[int, ...], dtype: torch.dtype) -> FlatLora:
 
 
 @pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("stacks_of", [apart, together, lying_across])
+@pytest.mark.parametrize("stacks_of", [apart, lying_across])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ranks", [(8,), (5,), (8, 4), (8, 1), (6, 6), (16,), (1, 2, 3)])
 def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
@@ -55,7 +46,7 @@ def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
     stacks, flat = stacks_of(dtype), adapter(ranks, dtype)
     weights, rank = flat.weights(), sum(ranks)
     flat = flat.across() if across else flat
-    Cells.of(1, stacks, ranks, shares_a=True).write(flat)
+    Cells.of_slots(stacks, ranks, shares_a=True)[1].write(flat)
     for module, (a, b) in zip(MODULES, stacks, strict=True):
         assert torch.equal(a[1, 0, :rank], weights.a[module.name])
         assert torch.equal(b[1, 0, :, :rank], weights.b[module.name])
@@ -66,16 +57,9 @@ def test_a_slot_holds_every_modules_matrices_and_zero_beside_them(
             assert (b[other] == 7).all()
 
 
-def test_neighbours_are_written_as_one_piece() -> None:
-    joined = Cells.of(1, together(torch.bfloat16), (8,), shares_a=True).runs[0]
-    alone = Cells.of(1, apart(torch.bfloat16), (8,), shares_a=True).runs[0]
-    assert (len(joined.cells), len(alone.cells)) == (1, len(MODULES))
-    assert joined.dtype == torch.complex128
-
-
 def test_the_shared_a_is_written_unless_it_is_there() -> None:
     stacks, flat = apart(torch.bfloat16), adapter((8, 4), torch.bfloat16)
-    cells = Cells.of(0, stacks, (8, 4), shares_a=True)
+    cells = Cells.of_slots(stacks, (8, 4), shares_a=True)[0]
     cells.write(flat, a_is_there=True, rest_is_clear=True)
     first, own = stacks[0][0][0, 0, :8], stacks[0][0][0, 0, 8:12]
     assert (first == 7).all()
@@ -84,12 +68,18 @@ def test_the_shared_a_is_written_unless_it_is_there() -> None:
     assert torch.equal(first, flat.a[0][: first.numel()].view(first.shape))
 
 
+def test_numbers_are_copied_as_wide_as_rows_and_slots_allow() -> None:
+    runs = {ranks: Cells.of_slots(apart(torch.bfloat16), ranks, shares_a=True)[1].runs for ranks in ((8,), (5,))}
+    assert [run.dtype for run in runs[8,]] == [torch.complex128, torch.complex128]
+    assert [run.dtype for run in runs[5,]] == [torch.bfloat16, torch.complex128]
+
+
 def test_bits_that_are_no_number_are_copied_as_they_are() -> None:
     """Wide types are only a way to copy: no pattern of bits may change."""
     stacks = apart(torch.bfloat16)
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
     rows = sum(m.h_out for m in MODULES)
-    cells = Cells.of(0, stacks, (8,), shares_a=True)
+    cells = Cells.of_slots(stacks, (8,), shares_a=True)[0]
     for chunk in torch.split(every, rows * 8):
         bits = torch.zeros(rows * 8, dtype=torch.uint16)
         bits[: len(chunk)] = chunk

@@ -1,8 +1,9 @@
-"""Whose turn it is when slots are short: the order in which requests are admitted, and that nobody waits for ever."""
+"""Whose turn it is when slots are short or adapters unfused: who is admitted, and that nobody waits for ever."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,3 +114,53 @@ def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> Non
         steps += 1
         assert steps < 5, "nothing ever ends the wait"
     assert late in fair.running
+
+
+class Fusing:
+    """Has fused nothing of what a test lists, and knows in which order it was asked for."""
+
+    def __init__(self, *unfused: int) -> None:
+        self.left, self.asked = set(unfused), list[int]()
+
+    def notice(self, request: Any) -> None:
+        raise AssertionError("a scheduler hears of no arrivals")
+
+    def unfused(self, requests: Sequence[Any]) -> set[int]:
+        self.asked = [request.lora_int_id for request in requests]
+        return self.left & set(self.asked)
+
+
+def test_who_is_not_fused_is_left_out_while_others_run_and_keeps_their_place() -> None:
+    nine, one, plain, ten, again = waiting = [Asked(9), Asked(1), Asked(0), Asked(10), Asked(9)]
+    fair = Bare(waiting, FULL[:1])
+    fair.fuser = Fusing(9, 10)
+    assert fair.schedule() == [one, plain]
+    assert list(fair.waiting) == [nine, ten, again]
+    fair.fuser.left = {10}
+    assert fair.schedule() == [nine, again]
+    assert list(fair.waiting) == [ten]
+
+
+def test_who_is_not_fused_is_left_out_while_somebody_waiting_can_run() -> None:
+    nine, one = waiting = [Asked(9), Asked(1)]
+    fair = Bare(waiting, [])
+    fair.fuser = Fusing(9)
+    assert fair.schedule() == [one]
+    assert list(fair.waiting) == [nine]
+
+
+def test_where_nothing_else_can_run_a_step_waits_for_the_first_and_for_no_other() -> None:
+    nine, ten, again = waiting = [Asked(9), Asked(10), Asked(9)]
+    fair = Bare(waiting, [])
+    fair.fuser = Fusing(9, 10)
+    assert fair.schedule() == [nine, again]
+    assert list(fair.waiting) == [ten]
+    assert fair.fuser.asked == [9, 10, 9]
+
+
+def test_who_is_not_fused_and_who_makes_way_stand_back_together() -> None:
+    nine, one, ten, two = waiting = [Asked(9, LONG), Asked(1), Asked(10), Asked(2)]
+    fair = Bare(waiting, FULL)
+    fair.fuser = Fusing(10)
+    assert fair.schedule() == [two]
+    assert list(fair.waiting) == [nine, one, ten]
