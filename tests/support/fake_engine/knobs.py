@@ -24,6 +24,7 @@ class Knobs:
         dies: cut the connection before the first token of so many more generations.
         fail_after: send an error event after so many tokens.
         garbage: send this instead of a chunk.
+        finish_reasons: how its choices end, in turns over them.
         lacks: models that are answered with 404.
         status: HTTP status of every answer, instead of generating.
         user_adapters: whether it has whatever user adapter it is asked for.
@@ -42,6 +43,7 @@ class Knobs:
     dies: int = 0
     fail_after: int | None = None
     garbage: bytes | None = None
+    finish_reasons: tuple[str, ...] = ("length",)
     lacks: Callable[[str], bool] = lambda model: False
     status: int | None = None
     user_adapters: bool = False
