@@ -20,6 +20,7 @@ class Knobs:
         context: tokens that prompt and answer may have together; a token is a character of the prompt.
         admit_s: pause before it answers at all.
         token_delay_s: pause before each token.
+        hold_after: say no more after so many tokens, until it is turned.
         die_after: cut the connection after so many tokens.
         dies: cut the connection before the first token of so many more generations.
         fail_after: send an error event after so many tokens.
@@ -39,6 +40,7 @@ class Knobs:
     context: int = 512
     admit_s: float = 0.0
     token_delay_s: float = 0.0
+    hold_after: int | None = None
     die_after: int | None = None
     dies: int = 0
     fail_after: int | None = None

@@ -223,6 +223,8 @@ class FakeEngine:
                 }
                 await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
                 return response
+            while seen.tokens == self.knobs.hold_after:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(self.knobs.token_delay_s)
             if not seen.tokens and "messages" in seen.body:  # vLLM opens a message with its first token
                 await response.write(chunks(seen, "", **usage))
