@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 
 def prepare_to_train(threads: int | None = None) -> None:
@@ -14,3 +15,13 @@ def prepare_to_train(threads: int | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def end_on_signals() -> None:
+    """Have SIGINT and SIGTERM end a process in which there is nothing to close yet, until its event loop takes over.
+
+    The default action would not do: the kernel spares process 1, which this is in a container. Nor would an exception,
+    which a callback of the interpreter may swallow.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
