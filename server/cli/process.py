@@ -6,8 +6,10 @@ import os
 import signal
 
 
-def prepare_to_train(threads: int | None = None) -> None:
-    """Set how many threads torch has (all cores by default) and how they wait; torch reads it when it is loaded.
+def prepare_to_train(threads: int | None = None, *, gpu: bool = True) -> None:
+    """Set how many threads torch has (all cores by default), how they wait, and whether it may see a GPU.
+
+    Torch reads it when it is loaded.
 
     They spin for a moment at each barrier, then sleep. Spinning on, the default, makes training many times slower when
     anything else runs beside it; never spinning halves its speed on an idle machine.
@@ -15,6 +17,8 @@ def prepare_to_train(threads: int | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def end_on_signals() -> None:

@@ -28,7 +28,7 @@ def worker(
 
     end_on_signals()
     settings = load_settings(bank=bank, model=model, redis_url=redis_url, worker_threads=threads)
-    prepare_to_train(settings.worker_threads)
+    prepare_to_train(settings.worker_threads, gpu=settings.worker_gpu_share != 0)
     log_to_stderr(settings.log_format)
 
     with heavy_imports():
