@@ -160,8 +160,8 @@ class Settings(BaseSettings):
         None,
         gt=0,
         lt=1,
-        description="Share of each GPU's memory that an engine takes, at once. By default what `mta up` plans, elsewhere "
-        "vLLM's own.",
+        description="Share of each GPU's memory that an engine takes, at once. By default what `mta up` plans, "
+        "elsewhere vLLM's own.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
 

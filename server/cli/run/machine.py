@@ -62,7 +62,7 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
 
 
 def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[Part], str | None]:
-    """The settings by which the engines are found; one engine, or several and a router; and the worker's GPU, if any."""
+    """The settings by which the engines are found; one engine, or several and a router; the worker's GPU, if any."""
     settings = settings.model_copy(
         update={"engine_key": settings.engine_key or SecretStr(secrets.token_urlsafe(32)), "engine_host": LOOPBACK}
     )
