@@ -109,7 +109,7 @@ def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) 
         where += f", within {worker_share:.0%} of it"
     names = ", ".join(f"GPU {card.name}" for card in taken)
     said = f"{names}: {_gib(usable)} of {_gib(total)} can be used, the engine takes {engine_share:.0%} of all"
-    return Plan(engine_share, worker_share, place and place.name, f"{said}, the worker trains on {where}")
+    return Plan(engine_share, worker_share, place.name if place else None, f"{said}, the worker trains on {where}")
 
 
 def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> Needs:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bank.manifest import read_manifest
+from bank.models.load import limit_gpu
+from server.cli.process import prepare_to_train
 from server.cli.run import machine
 from server.cli.run.card import CUDA_BYTES, GIB, MOST, Card, Needs, cards, needs_of, plan
 from server.cli.run.machine import parts_of
@@ -165,3 +168,20 @@ def test_up_prints_the_plan_and_starts_both_by_it(
     assert worker.environment.get("CUDA_VISIBLE_DEVICES") == ("0" if on_card else None)
     assert (float(worker.environment["MTA_WORKER_GPU_SHARE"]) > 0) is on_card
     assert (share < 0.9) is on_card
+
+
+def test_a_worker_without_a_share_sees_no_gpu_and_one_with_a_share_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    prepare_to_train(gpu=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    prepare_to_train(gpu=False)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    for share in (None, 0.0, 0.25):
+        limit_gpu(share)
+    assert limits == [0.25]
