@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Personalization:
     """Who speaks in an answer.
 
     `level` is `base`, `merged` or `stacked`, and `reason` says why it is not higher; `history` counts the user's past
-    items in the prompt.
+    items in the prompt, and `history_reason` says why there are none where they could not be read in time.
     """
 
     level: str
@@ -53,6 +53,7 @@ class Personalization:
     history: int
     reason: str | None
     timings_ms: Mapping[str, float]
+    history_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ class Job:
 
 def read(kind: type[T], answer: Mapping[str, Any]) -> T:
     """Build a value from an answer; raises KeyError or TypeError if the answer has a different shape."""
-    taken = {field.name: answer[field.name] for field in fields(kind)}
+    wanted = [field for field in fields(kind) if field.name in answer or field.default is MISSING]
+    taken = {field.name: answer[field.name] for field in wanted}
     if "anchors" in taken:
         taken["anchors"] = tuple(read(Anchor, anchor) for anchor in taken["anchors"])
     if taken.get("personalization"):

@@ -170,6 +170,13 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, gt=0, description="Context in tokens; the model's own by default.")
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM takes whole ones, at least 1.")
+    engine_gpu_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of each GPU's memory that an engine takes, at once. By default what `mta up` plans, "
+        "elsewhere vLLM's own.",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
 
     # Fleet
@@ -192,6 +199,13 @@ class Settings(BaseSettings):
         default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,
         description="Threads that train user adapters; all cores by default.",
+    )
+    worker_gpu_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Most of the GPU's memory that training takes, as a share; 0 trains on the CPU. By default what "
+        "`mta up` plans, elsewhere no limit.",
     )
     worker_niceness: int = Field(
         0,

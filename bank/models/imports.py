@@ -1,11 +1,15 @@
-"""Imports that take seconds, in fewer of them."""
+"""Imports that take seconds, in fewer of them, and the end of a process that has made them."""
 
 from __future__ import annotations
 
+import atexit
 import gc
+import logging
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 UNUSED = ("sklearn", "scipy")
 """transformers loads them, where they are installed, for speculative decoding and for losses of object detectors."""
@@ -30,3 +34,33 @@ def heavy_imports(*for_later: str) -> Iterator[None]:
                 del sys.modules[name]
         gc.enable()
         gc.freeze()  # what was imported stays: it need not be looked at again
+
+
+def run_to_the_end(main: Callable[[], object]) -> None:
+    """Run a process's main function; where it made heavy imports, the process ends with it, at once.
+
+    Else the interpreter would be torn down: seconds of work, and nanobind takes what `heavy_imports` keeps for leaks,
+    which it lists where people look for the reason of the end.
+    """
+    status: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+        if not gc.get_freeze_count():
+            raise
+    except BaseException as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if not gc.get_freeze_count():
+            raise
+        traceback.print_exc()
+    if not gc.get_freeze_count():
+        return
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))

@@ -45,6 +45,12 @@ def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     return model.requires_grad_(False), tokenizer
 
 
+def limit_gpu(share: float | None) -> None:
+    """Take at most this share of the GPU's memory, what CUDA needs for itself aside; None for any."""
+    if share and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
 def resolve_dtype(dtype: str) -> str:
     """`auto` as bfloat16 where the machine multiplies it fast, else float32; anything else unchanged."""
     if dtype != "auto":

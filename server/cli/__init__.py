@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from adapters.errors import MtaError
+from bank.models.imports import run_to_the_end
 from server.cli import models, settings
 from server.cli.bank import commands as bank
 from server.cli.bench import commands as bench
@@ -18,11 +24,34 @@ from server.cli.users import commands as users
 
 app = typer.Typer(
     name="mta",
-    help="Online personalisation server: one base model, one bank of adapters, millions of users.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+_LOST: dict[type[BaseException], signal.Signals] = {
+    KeyboardInterrupt: signal.SIGINT,
+    SystemExit: signal.SIGTERM,  # `bench.end_in_order`
+}
+"""What handlers of signals raise."""
+_AGAIN_S = 0.05
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mta {version('mta-server')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Online personalisation server: one base model, one bank of adapters, millions of users."""
+
+
 app.command("up")(up.up)
 app.add_typer(bank.app, name="bank")
 app.command("eval")(eval.evaluate)
@@ -41,8 +70,24 @@ app.command("settings")(settings.settings)
 
 def main() -> None:
     """Entry point of the console script: known errors become one line on stderr and exit status 1."""
+    sys.unraisablehook = _signalled_again
+    run_to_the_end(_run)
+
+
+def _run() -> None:
     try:
         app()
     except MtaError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
+
+
+def _signalled_again(lost: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose exception was raised where none reaches anybody, in a callback of the interpreter."""
+    number = _LOST.get(lost.exc_type)
+    if number is None:
+        sys.__unraisablehook__(lost)
+        return
+    timer = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()

@@ -129,6 +129,8 @@ def engine_command(
     }
     if settings.max_model_len is not None:
         options["max-model-len"] = settings.max_model_len
+    if settings.engine_gpu_share is not None and not on_cpu:
+        options["gpu-memory-utilization"] = settings.engine_gpu_share
     # Routers drop the request for usage in every chunk, by which the gateway knows the prompt's length in time.
     argv = [sys.executable, "-m", "server.engine", "--enable-lora", "--enable-force-include-usage"]
     for option, value in options.items():

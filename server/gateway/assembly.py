@@ -16,6 +16,7 @@ from server.gateway.engines.chat import EngineClient
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.index_cache import IndexCache
+from server.gateway.generation.indexing import Indexing
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.recall import Recall
 from server.gateway.operating.health import Health
@@ -78,7 +79,12 @@ def _parts(folder: Path, bank: ServingBank, shared: Shared, history_bytes: int) 
     personalizer = Personalizer(bank, profiles)
     generator = Generator(
         personalizer,
-        Recall(profiles, bank.task, shared.tokenizer, IndexCache(history_bytes)),
+        Recall(
+            bank.task,
+            shared.tokenizer,
+            Indexing(profiles, bank.task, IndexCache(history_bytes)),
+            settings.queue_timeout_s,
+        ),
         shared.engine,
         shared.engines,
         limiter=shared.limiter,

@@ -22,7 +22,7 @@ class Part:
         start_timeout_s: how long it may take to become ready.
         stop_timeout_s: how long it may take to finish what it is doing; after that it is killed.
         needs: of the parts beside it, those that must be ready before it starts; None for all that stand before it.
-        spare: whether the others serve without it, should it have died too often to be started again.
+        spare: whether the others serve without it, should it not start, or have died too often to be started again.
         niceness: above 0 it stands back behind the other parts where they want the same cores.
         start_when: asks another part whether it is far enough for this one to start.
     """

@@ -10,7 +10,7 @@ import random
 import secrets
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -130,12 +130,19 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
     )
 
 
-def worker_part(settings: Settings, log: Path) -> Part:
+def worker_part(settings: Settings, log: Path, after: Sequence[str] = (), gpu: str | None = None) -> Part:
     """The process that trains user adapters; it says in `log` that it is ready. It lets the gateway go first.
 
     It knows users only by their keys, and no engine: it gets neither secret.
+
+    Args:
+        settings: all of them.
+        log: its own.
+        after: the engines that must have taken their memory first.
+        gpu: the only one that it sees, as CUDA names it; None for whatever is there.
     """
     environment = dict(os.environ) | _as_environment(settings)
+    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     return Part(
         name="worker",
         command=(sys.executable, "-m", "server.cli", "worker"),
@@ -144,7 +151,7 @@ def worker_part(settings: Settings, log: Path) -> Part:
         address=f"{settings.worker_threads} threads",
         start_timeout_s=600,
         stop_timeout_s=WORKER_STOP_S,
-        needs=("valkey",),
+        needs=("valkey", *after),
         spare=True,
         niceness=settings.worker_niceness,
         start_when=answers_http(f"http://{settings.host}:{settings.port}/health"),

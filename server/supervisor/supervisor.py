@@ -32,8 +32,9 @@ class Supervisor:
     def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report, backoff: Backoff | None = None) -> None:
         self._parts = tuple(parts)
         self._data = data
+        self._report = report
         self._keepers = [_Keeper(part, data, report, backoff or Backoff()) for part in parts]
-        self._ready = {part.name: asyncio.Event() for part in parts}
+        self._tried = {part.name: asyncio.Event() for part in parts}  # ready, or a spare one whose first start failed
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, started: Callable[[], None]) -> None:
         """Run until `stop` is set; no part is left when this returns or raises.
@@ -41,11 +42,11 @@ class Supervisor:
         Args:
             stop: ends the run, at any time.
             hurry: once set, parts get no more time to finish.
-            started: called once, when every part is ready.
+            started: called once, when every part is ready, or is spare and has failed to be.
 
         Raises:
-            StartError: when a part does not become ready on its first start, or one that the others cannot do without
-                has died too often; includes the end of its log.
+            StartError: when a part that the others cannot do without does not become ready on its first start, or has
+                died too often; includes the end of its log.
         """
         life = asyncio.create_task(self._live(started))
         stopping = asyncio.create_task(stop.wait())
@@ -76,21 +77,26 @@ class Supervisor:
             await asyncio.gather(*living, return_exceptions=True)
 
     async def _run(self, place: int) -> None:
-        """Start one part, as soon as those it needs are ready, and keep it running for ever."""
+        """Start one part, as soon as those it needs have been, and keep it running for ever."""
         part, keeper = self._parts[place], self._keepers[place]
         for other in self._parts[:place]:
             if part.needs is None or other.name in part.needs:
-                await self._ready[other.name].wait()
+                await self._tried[other.name].wait()
         while part.start_when is not None and not await part.start_when():  # noqa: ASYNC110  another process
             await asyncio.sleep(POLL_S)
-        await keeper.start()
-        self._ready[part.name].set()
+        try:
+            await keeper.start()
+        except StartError as error:
+            if not part.spare:
+                raise
+            self._report(part.name, State.DOWN, str(error))
+        self._tried[part.name].set()
         await keeper.keep()
 
     async def _tell(self, started: Callable[[], None]) -> None:
-        """Call `started` once every part is ready."""
-        for ready in self._ready.values():
-            await ready.wait()
+        """Call `started` once every part has been started."""
+        for tried in self._tried.values():
+            await tried.wait()
         started()
 
     async def _empty_large_logs(self) -> None:

@@ -16,7 +16,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
 from bank.models.imports import heavy_imports
-from bank.models.load import resolve_dtype
+from bank.models.load import limit_gpu, resolve_dtype
 from server.settings import Settings
 from server.store.opening import Stores, open_stores
 from server.watching.opening import open_tracing
@@ -35,6 +35,7 @@ async def run_worker(settings: Settings) -> None:
     Raises:
         MtaError: when a part cannot be opened, or the parts do not match.
     """
+    limit_gpu(settings.worker_gpu_share)
     with heavy_imports():
         bank, trainer = _opened(settings)
     figures, tracing = WorkerFigures(), open_tracing(settings, "mta-worker")

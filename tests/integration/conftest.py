@@ -16,6 +16,7 @@ from adapters.training.user_trainer import Judgement, Training
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
+from bank.rules import Difference, Verdict
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
@@ -55,6 +56,15 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 def known_context(client: httpx.Client) -> None:
     """A gateway that has looked at its engine, and knows how much fits into a prompt."""
     wait_until_ready(client)
+
+
+@pytest.fixture
+def helpful(gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank that was found to gain by one past item in the prompt."""
+    better = Difference(mean=-0.2, low=-0.3, high=-0.1)
+    found = Verdict(people=7, losses={}, merged=better, recalled=better, both=better, beyond=better, history=1)
+    manifest = gateway.parts.bank.manifest.model_copy(update={"verdict": found})
+    monkeypatch.setattr(gateway.parts.bank, "manifest", manifest)
 
 
 @pytest.fixture(scope="module")

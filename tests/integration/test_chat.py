@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 from collections.abc import Iterator
 
 import pytest
+import typer
 
 from bench.rig.processes import PATIENCE_S, mta, wait_until
+from server.cli.users.chat import chat
 from server.supervisor.services import free_port
 from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine.answers import WORDS
 from tests.support.gateway import GatewayThread
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, terminal
 
@@ -63,19 +68,63 @@ def test_the_strength_is_the_recipes(talk: Terminal, fake_engine: FakeEngine) ->
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine: FakeEngine) -> None:
-    fake_engine.knobs.token_delay_s = 0.5
+    fake_engine.knobs.hold_after = 1
     talk.type("hello\n")
-    wait_until(lambda: fake_engine.seen[-1:] != [] and fake_engine.seen[-1].tokens > 0, "the first token")
+    talk.wait_for(f"({'|'.join(WORDS)}) ")
     talk.type(CTRL_C)
     talk.wait_for(f"merged, {FIRST}, stopped")
     wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
     talk.wait_for("> ")
     talk.type(f"half a question{CTRL_C}")
     talk.wait_for("> ")
-    fake_engine.knobs.token_delay_s = 0
+    fake_engine.knobs.hold_after = None
     ask(talk, "hello again", "merged")
     talk.type(CTRL_D)
     assert talk.process.wait(PATIENCE_S) == 0
+
+
+def test_ctrl_c_stops_an_answer_that_has_not_begun(talk: Terminal, fake_engine: FakeEngine) -> None:
+    fake_engine.knobs.admit_s = 600
+    talk.type("hello\n")
+    wait_until(lambda: fake_engine.seen != [], "the engine to be asked")
+    talk.type(CTRL_C)
+    talk.wait_for("no token, stopped")
+    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
+    talk.wait_for("> ")
+
+
+class Dying:
+    """Somebody presses Ctrl-C as it is forgotten: what is raised at such a moment reaches nobody."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
+    gateway: GatewayThread,
+    ada: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    pieces: int,
+) -> None:
+    said: list[str] = []
+    echo = typer.echo
+
+    def echoing(text: str = "", *, nl: bool = True) -> None:
+        echo(text, nl=nl)
+        if not nl:
+            if len(said) == pieces:
+                Dying()
+            said.append(text)
+
+    lines = iter(["hello", "hello again", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(typer, "echo", echoing)
+    chat(ada, gateway.url, 8)
+    first, second = re.findall("stopped|[0-9]+ tokens", capsys.readouterr().out)
+    assert (first, second) == ("stopped", "8 tokens")
 
 
 def test_an_error_of_the_engine_is_said_and_the_conversation_goes_on(talk: Terminal, fake_engine: FakeEngine) -> None:

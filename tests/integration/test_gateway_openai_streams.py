@@ -71,6 +71,18 @@ def test_what_is_no_completion_is_the_engines_fault(
     assert error["type"] == "engine_error"
 
 
+@BOTH
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_which_the_engine_aborted_a_choice_is_no_answer(
+    client: httpx.Client, fake_engine: FakeEngine, route: str, stream: bool
+) -> None:
+    fake_engine.knobs.finish_reasons = ("stop", "abort")
+    response = either(client, route, stream=stream, n=2, temperature=1)
+    *chunks, last = chunks_of(response) if stream else [response.json()]
+    assert last["error"]["type"] == "engine_error"
+    assert "[DONE]" not in chunks
+
+
 def test_an_engine_without_the_adapter_answers_as_the_base_model(
     client: httpx.Client, ada: str, fake_engine: FakeEngine
 ) -> None:

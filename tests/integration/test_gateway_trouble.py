@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import pytest
 from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
+from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, wait_until_ready
+from tests.support.past import ITEMS, put
 
 NewUser = Callable[[], str]
 
@@ -39,6 +41,23 @@ class TestFallback:
         assert chunks[0]["model"] == "base"
         assert chunks[-1] == "[DONE]"
 
+    def test_without_the_users_adapter_todays_own_recipe_speaks_and_not_the_one_beneath_the_adapter(
+        self, client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, gateway: GatewayThread
+    ) -> None:
+        user_id = new_user()
+        put(client, user_id, ITEMS)
+        asyncio.run(give_adapter(gateway, user_id))
+        merged = generate(client, user_id, personalize="merged").raise_for_status().json()["personalization"]
+        fake_engine.knobs.user_adapters, fake_engine.knobs.lacks = True, lambda model: ":u-" in model
+        who = generate(client, user_id).raise_for_status().json()["personalization"]
+        beneath, spoke = (seen.body["model"] for seen in fake_engine.seen[-2:])
+        assert not beneath.startswith(f"{merged['recipe']}:u-")
+        assert spoke == merged["recipe"]
+        assert [who[name] for name in ("level", "recipe", "source", "anchors")] == [
+            merged[name] for name in ("level", "recipe", "source", "anchors")
+        ]
+        assert who["reason"] == "the engine cannot serve this user's adapter"
+
     def test_who_insists_on_merged_is_refused(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
         fake_engine.knobs.lacks = lambda model: model != "base"
         response = generate(client, ada, personalize="merged")
@@ -58,7 +77,14 @@ class TestBrokenEngine:
     """The engine fails before or in the middle of an answer."""
 
     @pytest.mark.parametrize(
-        "knobs", [{"die_after": 2}, {"fail_after": 2}, {"garbage": b"data: {]\n\n"}, {"garbage": b"data: {}\n\n"}]
+        "knobs",
+        [
+            {"die_after": 2},
+            {"fail_after": 2},
+            {"garbage": b"data: {]\n\n"},
+            {"garbage": b"data: {}\n\n"},
+            {"finish_reasons": ("abort",)},
+        ],
     )
     def test_a_stream_ends_in_an_error_event_without_done(
         self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any]
@@ -83,7 +109,13 @@ class TestBrokenEngine:
 
     @pytest.mark.parametrize(
         ("knobs", "status"),
-        [({"die_after": 2}, 503), ({"fail_after": 0}, 503), ({"garbage": b"7"}, 502), ({"garbage": b"{"}, 502)],
+        [
+            ({"die_after": 2}, 503),
+            ({"fail_after": 0}, 503),
+            ({"garbage": b"7"}, 502),
+            ({"garbage": b"{"}, 502),
+            ({"finish_reasons": ("abort",)}, 502),
+        ],
     )
     def test_a_whole_answer_becomes_an_error(
         self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any], status: int

@@ -9,7 +9,6 @@ import httpx
 import pytest
 import redis
 
-from bank.rules import Difference, Verdict
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, wait_until_ready
@@ -40,15 +39,6 @@ ROUTES = {
     "/generate": {"prompt": TURN, "max_tokens": 4},
     "/v1/chat/completions": CHAT,
 }
-
-
-@pytest.fixture
-def helpful(gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bank that was found to gain by one past item in the prompt."""
-    better = Difference(mean=-0.2, low=-0.3, high=-0.1)
-    found = Verdict(people=7, losses={}, merged=better, recalled=better, both=better, beyond=better, history=1)
-    manifest = gateway.parts.bank.manifest.model_copy(update={"verdict": found})
-    monkeypatch.setattr(gateway.parts.bank, "manifest", manifest)
 
 
 @pytest.mark.parametrize("route", ROUTES)

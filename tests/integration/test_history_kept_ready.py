@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from bank.items.tasks import Task
 from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, generate, give_adapter
+from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter
 from tests.support.past import ITEMS, TURN, asked, pair, put
 
 pytestmark = pytest.mark.usefixtures("known_context")
@@ -104,6 +105,60 @@ def test_requests_that_come_while_a_history_is_indexed_share_the_work_and_hold_u
     assert len(indexed) == 1
 
 
+@pytest.mark.parametrize("history", ["auto", 1])
+@pytest.mark.parametrize("route", ["/generate", "/v1/chat/completions"])
+@pytest.mark.usefixtures("helpful")
+def test_who_waits_too_long_for_others_histories_is_answered_without_one_and_told_so(
+    client: httpx.Client,
+    new_user: NewUser,
+    fake_engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    route: str,
+    history: int | str,
+) -> None:
+    first, second, gate = new_user(), new_user(), threading.Event()
+    indexed = counted(monkeypatch, gate)
+    for user_id in (first, second):
+        put(client, user_id, ITEMS)
+    turn = {"prompt": TURN} if route == "/generate" else {"messages": [{"role": "user", "content": TURN}]}
+    who = {"user_id" if route == "/generate" else "user": second}
+    body = who | turn | {"max_tokens": 4, "history": history}
+    before = left_out(client)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(generate, client, first, prompt=TURN, history=1)
+        wait_until(lambda: bool(indexed), "the index to be begun")
+        answer = client.post(route, json=body, headers={"X-Queue-Timeout": "0.1"}).raise_for_status().json()
+        assert asked(fake_engine) == TURN
+        gate.set()
+        assert waiting.result().json()["personalization"]["history"] == 1
+    told = answer["personalization"]
+    assert (told["level"], told["history"]) == ("merged", 0)
+    assert "could not be read in time" in told["history_reason"]
+    assert left_out(client) == before + 1
+    wait_until(lambda: len(indexed) == 2, "the second history to be indexed")  # for the next request
+    answer = client.post(route, json=body).raise_for_status().json()
+    assert (answer["personalization"]["history"], answer["personalization"]["history_reason"]) == (1, None)
+    assert len(indexed) == 2
+
+
+def test_a_stream_says_it_in_its_first_chunk(
+    client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.gateway.generation.indexing.MOST_WAITING", 0)
+    first, second, gate = new_user(), new_user(), threading.Event()
+    indexed = counted(monkeypatch, gate)
+    for user_id in (first, second):
+        put(client, user_id, ITEMS)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(generate, client, first, prompt=TURN, history=1)
+        wait_until(lambda: bool(indexed), "the index to be begun")
+        chunks = chunks_of(generate(client, second, prompt=TURN, history=1, stream=True))
+        gate.set()
+        waiting.result().raise_for_status()
+    assert "could not be read in time" in chunks[0]["personalization"]["history_reason"]
+
+
 def test_what_another_gateway_changes_is_seen_at_once(
     client: httpx.Client, other_gateway: GatewayThread, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
@@ -141,6 +196,12 @@ def reads(settings: Settings) -> int:
     """How often whole hashes were read from the store so far."""
     with redis.from_url(settings.redis_url) as store:
         return int(store.info("commandstats").get("cmdstat_hgetall", {}).get("calls", 0))
+
+
+def left_out(client: httpx.Client) -> float:
+    """How many answers went without the past items that they wanted."""
+    (line,) = re.findall(r"^mta_histories_left_out_total (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    return float(line)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, gate: threading.Event | None = None) -> list[int]:

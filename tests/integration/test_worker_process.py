@@ -83,6 +83,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
         first.send(signal.SIGTERM)
         assert first.wait() == 0
         assert "returned to the queue" in first.output
+        assert "leaked" not in first.output
     assert (job()["state"], job()["tries"]) == ("queued", 0)
     with worker():
         wait_until(lambda: job()["state"] == "running", "another worker to take it up")

@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.process import end_on_signals
 from server.watching.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ def gateway(
     embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")] = None,
 ) -> None:
     """Start the gateway. Secrets come from MTA_SECRET and MTA_ENGINE_KEY; `mta settings` lists all settings."""
-    # Until the event loop takes over there is nothing to close. The default action would not do: the kernel spares
-    # process 1, which this is in a container.
-    for number in _SIGNALS:
-        signal.signal(number, lambda *_: sys.exit())
+    end_on_signals()
     gc.disable()  # collections would take a tenth of the start
     import uvloop
 

@@ -83,7 +83,7 @@ def _run(settings: Settings, console: Console) -> None:
     try:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
         console.print("  checking the bank, the base model and the embedder")
-        settings, parts = parts_of(settings, data)
+        settings, parts = parts_of(settings, data, lambda line: console.print(f"  {line}", soft_wrap=True))
         asyncio.run(_supervise(settings, parts, data, console))
     finally:
         data.close()

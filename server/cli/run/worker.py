@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bank.models.imports import heavy_imports
-from server.cli.process import prepare_to_train
+from server.cli.process import end_on_signals, prepare_to_train
 from server.watching.logs import log_to_stderr
 
 
@@ -26,8 +26,9 @@ def worker(
     """Train user adapters, one job at a time, until stopped. Run as many as you like."""
     from server.settings import load_settings
 
+    end_on_signals()
     settings = load_settings(bank=bank, model=model, redis_url=redis_url, worker_threads=threads)
-    prepare_to_train(settings.worker_threads)
+    prepare_to_train(settings.worker_threads, gpu=settings.worker_gpu_share != 0)
     log_to_stderr(settings.log_format)
 
     with heavy_imports():

@@ -95,12 +95,12 @@ class Gateway:
             except ValueError as error:
                 raise MtaError(f"{excerpt(self.url)} is not the URL of a gateway: {error}") from error
             if response.status in _BUSY:
-                self._bear(_reason(raw, response.status), response.headers.get("Retry-After"))
+                self._bear(reason_of(raw, response.status), response.headers.get("Retry-After"))
                 continue
             self._ill_since_s, self._failures = None, 0
             if not response.ok:
                 hint = "; MTA_API_KEY is where this command takes it from" if response.status == 401 else ""
-                raise Refused(_reason(raw, response.status) + hint, response.status)
+                raise Refused(reason_of(raw, response.status) + hint, response.status)
             return raw
 
     async def json(self, method: str, path: str, body: object = None) -> Any:
@@ -139,7 +139,7 @@ def user_path(user_id: str, *rest: str) -> str:
     return "/".join(("/users", quote(user_id, safe=""), *rest))
 
 
-def _reason(raw: bytes, status: int) -> str:
+def reason_of(raw: bytes, status: int) -> str:
     """What an error says, which may also come from a proxy."""
     try:
         return str(orjson.loads(raw)["error"]["message"])

@@ -24,8 +24,15 @@ Piece = tuple[str, dict[str, Any]]
 _USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 
 
+_ABORTED = "abort"
+"""How vLLM ends what it gave up on, e.g. as it was stopped: as if the text were complete."""
+
+
 class BrokeOff(EngineFailed):
-    """The connection to the engine ended before the answer did."""
+    """The engine ended before the answer did, or gave it up."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine broke off in the middle of the answer: send the request again")
 
 
 class EngineStream:
@@ -91,7 +98,7 @@ class EngineStream:
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError, EOFError) as error:
-            raise BrokeOff("the engine broke off in the middle of the answer: send the request again") from error
+            raise BrokeOff from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise EngineFailed("the engine sent something that is not a completion") from error
         if self.finish_reason is None:
@@ -107,6 +114,8 @@ class EngineStream:
             self.usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
         if not chunk["choices"]:
             return ""
+        if any(choice.get("finish_reason") == _ABORTED for choice in chunk["choices"]):
+            raise BrokeOff
         choice = chunk["choices"][0]
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         part = choice[self._part]

@@ -19,7 +19,7 @@ from server.gateway.engines.stream import EngineStream, Piece
 from server.gateway.generation.asked import Asked
 from server.gateway.generation.limits import Limits
 from server.gateway.generation.personalizer import Personalization, Personalizer, may_speak
-from server.gateway.generation.recall import Recall
+from server.gateway.generation.recall import Recall, Recalled
 from server.gateway.generation.timings import Timings
 from server.gateway.operating.metrics import Metrics
 from server.watching.logs import request_id
@@ -37,7 +37,7 @@ class Answer:
     Attributes:
         id: of the request; it is in the engine's logs too.
         personalization: who speaks.
-        history: how many past items are in the prompt.
+        recalled: the prompt, and how many past items are in it.
         stream: the engine's.
         timings: complete once `texts` or `pieces` has ended.
         place: in the engines; given back once they have said all.
@@ -47,7 +47,7 @@ class Answer:
 
     id: str
     personalization: Personalization
-    history: int
+    recalled: Recalled
     stream: EngineStream
     timings: Timings
     inter_token: Histogram
@@ -132,20 +132,23 @@ class Generator:
             personalization = await self._personalizer.resolve(asked, timings)
             await counted.let_in()
             start_s = time.perf_counter()
-            messages, history = await self._recall.messages(asked, personalization.profile, limits)
+            recalled = await self._recall.messages(asked, personalization.profile, limits)
             if asked.history:
                 timings.record("history", start_s)
+            if recalled.reason:
+                self._metrics.histories_left_out.inc()
             wanted = EngineRequest(
                 request_id=f"{asked.id_prefix}-{request_id.get()}",
                 model=personalization.model,
-                messages=messages,
+                messages=recalled.messages,
                 sampling=asked.sampling,
                 prompt_param=asked.prompt_param,
-                stream=asked.stream or (asked.splittable and not limits.allow_whole(messages, asked.max_tokens)),
+                stream=asked.stream
+                or (asked.splittable and not limits.allow_whole(recalled.messages, asked.max_tokens)),
                 prompt=asked.prompt,
                 cache_salt=asked.cache_salt,
             )
-            waiting = self._queue.place(asked.caller.name, size=asked.sequences, patience_s=asked.patience_s)
+            waiting = self._queue.place(asked.caller.name, size=asked.sequences, patience_s=recalled.patience_s)
             place = await stack.enter_async_context(waiting)
             if place.waited_s:
                 timings.record("queue", start_s, start_s + place.waited_s)
@@ -164,7 +167,7 @@ class Generator:
                     self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
                 left = await counted.headers()
                 yield Answer(
-                    wanted.request_id, speaking, history, stream, timings, self._metrics.inter_token, place, left
+                    wanted.request_id, speaking, recalled, stream, timings, self._metrics.inter_token, place, left
                 )
             finally:
                 counted.tokens = stream.usage.get("total_tokens")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from bank.items.profile import Item
 from bank.items.prompt import chat_messages
-from bank.items.retrieval import JOIN, ItemIndex, remembering
+from bank.items.retrieval import JOIN, remembering
 from bank.items.tasks import Task
 from server.gateway.engines.chat import Conversation
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.asked import Asked
-from server.gateway.generation.index_cache import IndexCache
+from server.gateway.generation.indexing import Indexing
 from server.gateway.generation.limits import Limits, chars_of, most_tokens, size_bytes
-from server.gateway.users.profiles import Profiles
 from server.store.profiles import Profile
-from server.store.tenants.user_key import User
 
 _ANSWER_MARK_TOKENS = 64
 """More than a chat template adds before the answer, which the engine's count leaves out."""
@@ -25,27 +23,44 @@ _FEWEST_TOKENS = 1 / 8
 """The fewest tokens per byte that a text is assumed to have; if one has fewer, it gets fewer items than would fit."""
 
 
+_LEFT_OUT = "the user's past items could not be read in time, for others' were before them: they are ready in a moment"
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What the model is asked.
+
+    Attributes:
+        messages: the conversation for the engine.
+        items: how many past items are in it.
+        reason: why there are none although some were wanted, if it was for want of time.
+        patience_s: how long the request may still wait; None for as long as is usual.
+    """
+
+    messages: Conversation
+    items: int
+    reason: str | None
+    patience_s: float | None
+
+
 class Recall:
     """Puts a user's history into their prompts.
 
     Args:
-        profiles: where it is kept.
         task: renders it.
         tokenizer: counts tokens, on the engine.
-        cache: keeps it indexed.
+        indexing: has it ready to be searched.
+        patience_s: how long a request may wait, in all, unless it says less; for a history half of that.
     """
 
-    def __init__(self, profiles: Profiles, task: Task, tokenizer: TokenizerClient, cache: IndexCache) -> None:
-        self._profiles = profiles
+    def __init__(self, task: Task, tokenizer: TokenizerClient, indexing: Indexing, patience_s: float) -> None:
         self._task = task
         self._tokenizer = tokenizer
-        self._cache = cache
-        self._building = asyncio.Lock()
+        self._indexing = indexing
+        self._patience_s = patience_s
 
-    async def messages(self, asked: Asked, profile: Profile | None, limits: Limits) -> tuple[Conversation, int]:
+    async def messages(self, asked: Asked, profile: Profile | None, limits: Limits) -> Recalled:
         """The conversation for the engine, with as much history as the request asks for and is sure to fit.
-
-        How many items that are is the second value.
 
         Args:
             asked: within the limits that hold without a history.
@@ -57,25 +72,14 @@ class Recall:
         """
         messages, room = asked.messages, limits.room(asked)
         if not asked.history or asked.user is None or profile is None or room is None or messages[-1]["role"] != "user":
-            return messages, 0
-        index = await self._index(asked.user, profile)
-        memories = await asyncio.to_thread(index.memories, messages[-1]["content"], asked.history)
-        return await self._fitted(messages, memories, room, limits.prompt_chars)
-
-    async def _index(self, user: User, profile: Profile) -> ItemIndex:
-        """A user's items, ready to be searched; only one history is indexed at a time, while other requests go on."""
-        key = user.key
-        version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
-        if (kept := self._cache.get(key, version)) is not None:
-            return kept
-        stored = await self._profiles.items(user)
-        async with self._building:
-            if (kept := self._cache.get(key, version)) is not None:
-                return kept
-            items = [Item(name, item.fields) for name, item in stored.items()]
-            index = await asyncio.to_thread(ItemIndex, self._task, items)
-            self._cache.put(key, version, index)
-        return index
+            return Recalled(messages, 0, None, asked.patience_s)
+        patience_s = self._patience_s if asked.patience_s is None else min(asked.patience_s, self._patience_s)
+        found = await self._indexing.index(asked.user, profile, asked.caller.name, patience_s / 2)
+        patience_s = max(0.0, patience_s - found.waited_s)
+        if found.index is None:
+            return Recalled(messages, 0, _LEFT_OUT, patience_s)
+        memories = await asyncio.to_thread(found.index.memories, messages[-1]["content"], asked.history)
+        return Recalled(*await self._fitted(messages, memories, room, limits.prompt_chars), None, patience_s)
 
     async def _fitted(
         self, messages: Conversation, memories: Sequence[str], room: int, most_chars: int

@@ -66,8 +66,8 @@ def _history(value: Any) -> int | Literal["auto"]:
 
 
 _HISTORY = (
-    "How many of the user's most relevant past items go into the prompt; fewer if it has no room. `auto`: as many as "
-    "were found to help when the bank was built."
+    "How many of the user's most relevant past items go into the prompt; fewer if it has no room, none if they cannot "
+    "be read in time. `auto`: as many as were found to help when the bank was built."
 )
 _HISTORY_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_HISTORY}, {"const": AUTO}]}
 History = Annotated[
@@ -105,7 +105,8 @@ QueueTimeout = Annotated[
         alias="X-Queue-Timeout",
         ge=0,
         allow_inf_nan=False,
-        description="Most seconds that the request may wait for a place in the engines, if that is less than usual.",
+        description="Most seconds that the request may wait for a place in the engines, if that is less than usual. At "
+        "most half of them it waits for past items, while those of others are read.",
     ),
 ]
 

@@ -92,6 +92,11 @@ class Metrics:
             "Generations served by less than the user's own recipe because the engine could not serve it.",
             registry=registry,
         )
+        self.histories_left_out = Counter(
+            "mta_histories_left_out",
+            "Generations without the past items that they wanted, which could not be read in time.",
+            registry=registry,
+        )
         self.retries = Counter(
             "mta_retries",
             "Generations sent to the engines a second time, for nothing came of the first.",

@@ -44,6 +44,9 @@ class PersonalizationAnswer(BaseModel, frozen=True):
         description="`profile`: store. `recipe`: index and weights. `history`: past items. `engine_ttft`: engine, "
         "until the first token that it streams. `engine`: engine in total. `total`: from the request's arrival."
     )
+    history_reason: str | None = Field(
+        description="Why no past items are in the prompt although some were wanted, if they could not be read in time."
+    )
 
 
 class Usage(BaseModel, frozen=True):
@@ -189,7 +192,8 @@ def personalization_answer(answer: Answer) -> PersonalizationAnswer:
         recipe=personalization.shown,
         source=personalization.source,
         anchors=anchors(personalization),
-        history=answer.history,
+        history=answer.recalled.items,
+        history_reason=answer.recalled.reason,
         reason=personalization.reason,
         timings_ms=answer.timings.ms,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import cycle, pairwise
 from typing import Any
 
 from aiohttp import web
@@ -76,20 +77,21 @@ def words_of(body: dict[str, Any], context: int) -> list[str]:
     return [f"{WORDS[digest[i % 32] % len(WORDS)]} " for i in range(min(most, left))]
 
 
-def whole(seen: Seen, words: list[str]) -> dict[str, Any]:
+def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[str, Any]:
     text = "".join(words)
     said = {"text": text} if "prompt" in seen.body else {"message": {"role": "assistant", "content": text}}
     choices = [
-        {"index": index, **said, "logprobs": _logprobs(seen.body, words), "finish_reason": "length"}
-        for index in choices_of(seen.body)
+        {"index": index, **said, "logprobs": _logprobs(seen.body, words), "finish_reason": reason}
+        for index, reason in zip(choices_of(seen.body), cycle(finish_reasons), strict=False)
     ]
     kind = "text_completion" if "prompt" in seen.body else "chat.completion"
     return _named(seen, kind) | {"choices": choices, "usage": usage_of(seen), "kv_transfer_params": {"host": "inner"}}
 
 
-def chunks(seen: Seen, word: str | None, finish_reason: str | None = None, **more: Any) -> bytes:
+def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,), **more: Any) -> bytes:
     """A chunk for each choice: its opening if `word` is empty, its end if it is None."""
-    return b"".join(chunk(seen, index, word, finish_reason, **more) for index in choices_of(seen.body))
+    ends = zip(choices_of(seen.body), cycle(finish_reasons), strict=False)
+    return b"".join(chunk(seen, index, word, reason, **more) for index, reason in ends)
 
 
 def chunk(

@@ -20,10 +20,12 @@ class Knobs:
         context: tokens that prompt and answer may have together; a token is a character of the prompt.
         admit_s: pause before it answers at all.
         token_delay_s: pause before each token.
+        hold_after: say no more after so many tokens, until it is turned.
         die_after: cut the connection after so many tokens.
         dies: cut the connection before the first token of so many more generations.
         fail_after: send an error event after so many tokens.
         garbage: send this instead of a chunk.
+        finish_reasons: how its choices end, in turns over them.
         lacks: models that are answered with 404.
         status: HTTP status of every answer, instead of generating.
         user_adapters: whether it has whatever user adapter it is asked for.
@@ -38,10 +40,12 @@ class Knobs:
     context: int = 512
     admit_s: float = 0.0
     token_delay_s: float = 0.0
+    hold_after: int | None = None
     die_after: int | None = None
     dies: int = 0
     fail_after: int | None = None
     garbage: bytes | None = None
+    finish_reasons: tuple[str, ...] = ("length",)
     lacks: Callable[[str], bool] = lambda model: False
     status: int | None = None
     user_adapters: bool = False

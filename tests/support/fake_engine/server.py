@@ -199,7 +199,7 @@ class FakeEngine:
             seen.tokens += 1
         if self.knobs.garbage:
             return web.Response(body=self.knobs.garbage, content_type="application/json")
-        return web.json_response(whole(seen, words))
+        return web.json_response(whole(seen, words, self.knobs.finish_reasons))
 
     async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -223,11 +223,13 @@ class FakeEngine:
                 }
                 await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
                 return response
+            while seen.tokens == self.knobs.hold_after:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(self.knobs.token_delay_s)
             if not seen.tokens and "messages" in seen.body:  # vLLM opens a message with its first token
                 await response.write(chunks(seen, "", **usage))
             await response.write(self.knobs.garbage or chunks(seen, word, **usage))
             seen.tokens += 1
-        await response.write(chunks(seen, None, "length", **usage))
+        await response.write(chunks(seen, None, self.knobs.finish_reasons, **usage))
         await response.write(chunk(seen, None, usage=usage_of(seen)) + b"data: [DONE]\n\n")
         return response

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from bench.rig.processes import PATIENCE_S, alive
+from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.errors import StartError
 from server.supervisor.part import Backoff
+from server.supervisor.services import worker_part
 from server.supervisor.status import State
 from server.supervisor.supervisor import Supervisor
 from tests.unit.supervisor.conftest import SLEEP, Record, pid_of, python_part, run_until, waits_for
@@ -157,6 +159,48 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
             await running
     assert record.count("brief", State.STARTING) == 3
     assert not alive(pid_of("steady", tmp_path))
+
+
+async def test_a_spare_part_whose_first_start_fails_ends_nothing_and_is_started_again(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    record, mended = Record(), tmp_path / "mended"
+    code = f"import pathlib\nif not pathlib.Path({str(mended)!r}).exists(): raise SystemExit('no room on the card')"
+    parts = [python_part("steady", tmp_path, ""), replace(python_part("worker", tmp_path, code), spare=True)]
+
+    def mended_and_back() -> bool:
+        if record.count("worker", State.DOWN) > 1:
+            mended.touch()
+        return record.count("worker", State.READY) == 1
+
+    await run_until(Supervisor(parts, data, record, Backoff(first_s=0.01)), mended_and_back)
+    assert "no room on the card" in record.details[record.states.index(("worker", State.DOWN))]
+    assert record.count("steady", State.STARTING) == 1
+
+
+async def test_a_spare_part_that_never_starts_is_given_up_while_the_others_go_on(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    record = Record()
+    never = replace(python_part("worker", tmp_path, "raise SystemExit('no room on the card')"), spare=True)
+    supervisor = Supervisor([python_part("steady", tmp_path, ""), never], data, record, Backoff(first_s=0.01, most=3))
+    await run_until(supervisor, lambda: record.count("worker", State.GIVEN_UP) == 1)
+    assert "no room on the card" in record.details[record.states.index(("worker", State.GIVEN_UP))]
+    assert record.count("worker", State.STARTING) == 3
+    assert record.states.index(("steady", State.STOPPING)) > record.states.index(("worker", State.GIVEN_UP))
+
+
+async def test_a_worker_on_the_engines_card_starts_once_the_engine_has_taken_its_share(
+    tmp_path: Path, data: DataFolder
+) -> None:
+    record = Record()
+    parts = [
+        replace(python_part("valkey", tmp_path, ""), needs=()),
+        replace(python_part("engine", tmp_path, ""), needs=()),
+        replace(python_part("worker", tmp_path, ""), needs=worker_part(Settings(), tmp_path, ["engine"]).needs),
+    ]
+    await run_until(Supervisor(parts, data, record), lambda: record.count("worker", State.READY) == 1)
+    assert record.states.index(("worker", State.STARTING)) > record.states.index(("engine", State.READY))
 
 
 async def test_a_part_that_ends_before_it_is_ready_fails_the_start_with_the_end_of_its_log(

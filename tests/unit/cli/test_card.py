@@ -1,0 +1,187 @@
+"""How engine and worker share a GPU: a plan that is made of numbers alone, and what `mta up` makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bank.manifest import read_manifest
+from bank.models.load import limit_gpu
+from server.cli.process import prepare_to_train
+from server.cli.run import machine
+from server.cli.run.card import CUDA_BYTES, GIB, MOST, Card, Needs, cards, needs_of, plan
+from server.cli.run.machine import parts_of
+from server.engine import command
+from server.settings import Settings
+from server.supervisor.data_folder import DataFolder
+
+SMALL = Needs(engine=3 * GIB, worker=3 * GIB)
+EIGHT_BILLION = Needs(engine=20 * GIB, worker=21 * GIB)
+LARGE = Card("0", 80 * GIB, 79 * GIB)
+
+
+def card(total_gib: float, free_gib: float | None = None, name: str = "0") -> Card:
+    return Card(name, int(total_gib * GIB), int((total_gib if free_gib is None else free_gib) * GIB))
+
+
+@pytest.mark.parametrize(
+    ("one", "needs", "on_card"),
+    [
+        (card(80), SMALL, True),
+        (card(80), EIGHT_BILLION, True),
+        (card(8), SMALL, True),
+        (card(6), SMALL, False),
+        (card(24), EIGHT_BILLION, False),
+        (card(44), EIGHT_BILLION, False),  # the engine would keep less than half
+        (card(80, 30), EIGHT_BILLION, False),  # somebody else has the rest
+    ],
+)
+def test_the_worker_is_on_the_card_only_if_the_engine_keeps_what_it_needs_and_half(
+    one: Card, needs: Needs, on_card: bool
+) -> None:
+    shares = plan([one], 1, needs, Settings())
+    assert (shares.worker > 0, shares.worker_card) == (on_card, "0" if on_card else None)
+    assert ("on the CPU" in shares.said) is not on_card
+    if on_card:
+        assert shares.engine is not None
+        assert shares.engine * one.total >= max(needs.engine, 0.49 * MOST * one.total)
+
+
+@pytest.mark.parametrize("total_gib", [6, 8, 16, 24, 40, 48, 80, 141])
+@pytest.mark.parametrize("free", [1.0, 0.97, 0.7, 0.3])
+@pytest.mark.parametrize("needs", [SMALL, EIGHT_BILLION])
+def test_both_together_never_take_more_than_is_free(total_gib: float, free: float, needs: Needs) -> None:
+    one = card(total_gib, free * total_gib)
+    shares = plan([one], 1, needs, Settings())
+    assert shares.engine is not None
+    taken = shares.engine * one.total + (shares.worker * one.total + CUDA_BYTES if shares.worker else 0)
+    assert taken <= min(one.free, MOST * one.total) + 2048  # a share of hundredths is exact to less than that
+
+
+def test_a_card_that_no_engine_has_is_the_workers_and_the_engines_keep_theirs() -> None:
+    shares = plan([LARGE, card(80, 79, "1"), card(24, 23, "2")], 2, EIGHT_BILLION, Settings())
+    assert (shares.engine, shares.worker_card) == (0.92, "2")
+    assert shares.worker * 24 * GIB <= EIGHT_BILLION.worker - CUDA_BYTES
+    shares = plan([LARGE, card(8, 8, "1")], 1, EIGHT_BILLION, Settings())
+    assert shares.worker_card == "0"  # the other one is too small
+
+
+def test_several_engines_get_the_share_that_all_of_their_cards_have() -> None:
+    shares = plan([LARGE, card(80, 40, "1")], 2, SMALL, Settings())
+    assert shares.engine == 0.46
+    assert shares.worker_card == "1"
+
+
+def test_what_the_settings_say_stays() -> None:
+    shares = plan([LARGE], 1, SMALL, Settings(worker_gpu_share=0))
+    assert (shares.engine, shares.worker, shares.worker_card) == (0.92, 0, None)
+    shares = plan([LARGE], 1, SMALL, Settings(engine_gpu_share=0.5))
+    assert (shares.engine, shares.worker_card) == (0.5, "0")
+    shares = plan([LARGE], 1, SMALL, Settings(engine_gpu_share=0.91))
+    assert (shares.engine, shares.worker) == (0.91, 0)
+    shares = plan([card(24)], 1, EIGHT_BILLION, Settings(worker_gpu_share=0.25))
+    assert (shares.engine, shares.worker, shares.worker_card) == (0.62, 0.25, "0")
+
+
+def test_where_nobody_says_what_there_is_vllm_decides_and_the_worker_stays_away() -> None:
+    shares = plan([], 1, SMALL, Settings())
+    assert (shares.engine, shares.worker) == (None, 0)
+    assert "not known" in shares.said
+
+
+def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """A driver's tool that says these lines."""
+    tool = folder / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_cards_are_as_the_driver_says_and_cuda_orders_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    driver(tmp_path, monkeypatch, "0, GPU-aa, 81920, 80000", "1, GPU-bb, 24576, 24000")
+    one, other = Card("0", 81920 << 20, 80000 << 20), Card("1", 24576 << 20, 24000 << 20)
+    assert cards() == [one, other]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert cards() == [other, one]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb")
+    assert cards() == [replace(other, name="GPU-bb")]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    driver(tmp_path, monkeypatch, "0, GPU-aa, [N/A], [N/A]")
+    assert cards() == []
+
+
+def test_what_is_needed_follows_the_model(tmp_path: Path, tiny_bank_folder: Path) -> None:
+    manifests = [read_manifest(tiny_bank_folder)]
+    config = {
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_size": 4096,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(16 * GIB)
+    half = needs_of(tmp_path, manifests, Settings())
+    assert 18 * GIB < half.worker < 22 * GIB
+    assert 19 * GIB < half.engine < 20 * GIB  # the weights, 1 GiB of cache, 2 to compute in, a little for slots
+    assert needs_of(tmp_path, manifests, Settings(dtype="float32")).engine > half.engine + 16 * GIB
+    assert needs_of(tmp_path, manifests, Settings(tensor_parallel_size=2)).engine < half.engine - 8 * GIB
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    assert needs_of(tmp_path, manifests, Settings()).engine < half.engine - 7 * GIB
+
+
+@pytest.mark.parametrize(("total_mib", "on_card"), [(81920, True), (4096, False)])
+def test_up_prints_the_plan_and_starts_both_by_it(
+    tmp_path: Path,
+    tiny_bank_folder: Path,
+    tiny_model_folder: Path,
+    embedder_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    total_mib: int,
+    on_card: bool,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for module in (machine, command):
+        monkeypatch.setattr(module, "is_cpu_build", lambda: False)
+    driver(tmp_path, monkeypatch, f"0, GPU-aa, {total_mib}, {total_mib}")
+    settings = Settings(bank=tiny_bank_folder, model=str(tiny_model_folder), embedder=embedder_folder)
+    data, said = DataFolder.open(tmp_path / "data"), []
+    try:
+        _, parts = parts_of(settings, data, said.append)
+    finally:
+        data.close()
+    assert len(said) == 1
+    assert ("the worker trains on GPU 0" in said[0]) is on_card
+    named = {part.name: part for part in parts}
+    argv, worker = named["engine"].command, named["worker"]
+    share = float(argv[argv.index("--gpu-memory-utilization") + 1])
+    assert f"the engine takes {share:.0%}" in said[0]
+    assert ("engine" in (worker.needs or ())) is on_card
+    assert worker.environment.get("CUDA_VISIBLE_DEVICES") == ("0" if on_card else None)
+    assert (float(worker.environment["MTA_WORKER_GPU_SHARE"]) > 0) is on_card
+    assert (share < 0.9) is on_card
+
+
+def test_a_worker_without_a_share_sees_no_gpu_and_one_with_a_share_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    prepare_to_train(gpu=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    prepare_to_train(gpu=False)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    for share in (None, 0.0, 0.25):
+        limit_gpu(share)
+    assert limits == [0.25]

@@ -1,0 +1,214 @@
+"""The line of histories that are to be indexed: short, shared, one at a time, in turns over the callers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from bank.items.tasks import get_task
+from server.errors import Unavailable
+from server.gateway.access.caller import Caller
+from server.gateway.engines.tokenizer import TokenizerClient
+from server.gateway.generation.asked import Asked
+from server.gateway.generation.index_cache import IndexCache
+from server.gateway.generation.indexing import MOST_WAITING, Indexing
+from server.gateway.generation.limits import Limits
+from server.gateway.generation.recall import Recall
+from server.gateway.http.requests import Personalize
+from server.store.profiles import Profile, StoredItem
+from server.store.tenants.user_key import User, UserKeys
+
+KEYS = UserKeys("a secret that only tests know", "default")
+NOBODY = cast(TokenizerClient, None)
+"""Who is not asked to count tokens."""
+ASKED = Asked(
+    id_prefix="gen",
+    user=KEYS.user("ada"),
+    personalize=Personalize.AUTO,
+    strength=1,
+    messages=[{"role": "user", "content": "hello"}],
+    history=1,
+    max_tokens=4,
+    sampling={},
+    stream=False,
+    splittable=True,
+    cache_salt="",
+    caller=Caller("app", "default", frozenset()),
+    patience_s=None,
+    user_param="user_id",
+    prompt_param="prompt",
+)
+
+
+class Held:
+    """Histories that are read one by one, as the test lets them be."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+        self.gate = asyncio.Semaphore(0)
+        self.fails = False
+
+    async def items(self, user: User) -> Mapping[str, StoredItem]:
+        self.read.append(user.id)
+        await self.gate.acquire()
+        if self.fails:
+            raise Unavailable("the store is down")
+        return {}
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def indexing(held: Held) -> Indexing:
+    return Indexing(held, get_task("chat"), IndexCache(1 << 20))
+
+
+def profile(user_id: str) -> Profile:
+    return Profile(user_id, 1, 1, "embedder", np.zeros(4, np.float16))
+
+
+def ask(indexing: Indexing, user_id: str, caller: str = "app", patience_s: float = 60) -> asyncio.Task[Any]:
+    async def asking() -> Any:
+        return (await indexing.index(KEYS.user(user_id), profile(user_id), caller, patience_s)).index
+
+    return asyncio.create_task(asking())
+
+
+async def settled() -> None:
+    """Return once all that can be done has been done."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def until_read(held: Held, count: int) -> None:
+    async with asyncio.timeout(30):
+        while len(held.read) < count:
+            await asyncio.sleep(0.001)
+
+
+async def test_callers_take_turns(indexing: Indexing, held: Held) -> None:
+    asking = [ask(indexing, f"many-{n}", "one with many") for n in range(4)]
+    await settled()
+    asking += [ask(indexing, "few", "one with few")]
+    await settled()
+    for _ in asking:
+        held.gate.release()
+    assert None not in await asyncio.gather(*asking)
+    assert held.read == ["many-0", "many-1", "few", "many-2", "many-3"]
+
+
+async def test_a_caller_whose_line_is_full_goes_without_at_once_and_others_do_not(
+    indexing: Indexing, held: Held
+) -> None:
+    waiting = [ask(indexing, f"user-{n}") for n in range(1 + MOST_WAITING)]
+    await settled()
+    assert await ask(indexing, "one too many") is None
+    other = ask(indexing, "another's", "another")
+    await settled()
+    assert not other.done()
+    for _ in range(2 + MOST_WAITING):
+        held.gate.release()
+    assert None not in await asyncio.gather(other, *waiting)
+
+
+async def test_what_is_begun_at_once_needs_no_patience(indexing: Indexing, held: Held) -> None:
+    first, second = ask(indexing, "first", patience_s=0), ask(indexing, "second", patience_s=0)
+    assert await second is None
+    held.gate.release()
+    assert await first is not None
+
+
+async def test_whoever_asks_for_the_same_history_shares_the_work_and_a_place_in_the_line(
+    indexing: Indexing, held: Held
+) -> None:
+    busy = ask(indexing, "busy")
+    asking = [ask(indexing, "ada") for _ in range(MOST_WAITING + 5)]
+    await settled()
+    held.gate.release()
+    held.gate.release()
+    assert len({id(index) for index in await asyncio.gather(*asking)}) == 1
+    assert await busy is not None
+    assert held.read == ["busy", "ada"]
+
+
+async def test_whoever_leaves_takes_no_work_along_and_makes_no_room_for_a_second_one(
+    indexing: Indexing, held: Held
+) -> None:
+    leaving, other = ask(indexing, "ada"), ask(indexing, "bob")
+    await until_read(held, 1)
+    leaving.cancel()
+    await settled()
+    assert held.read == ["ada"]
+    staying = ask(indexing, "ada")
+    held.gate.release()
+    assert await staying is not None
+    await until_read(held, 2)
+    held.gate.release()
+    assert await other is not None
+
+
+async def test_a_store_that_fails_is_told_to_who_waits_and_the_next_one_goes_on(indexing: Indexing, held: Held) -> None:
+    held.fails = True
+    first, second = ask(indexing, "ada"), ask(indexing, "bob")
+    held.gate.release()
+    with pytest.raises(Unavailable):
+        await first
+    held.fails = False
+    held.gate.release()
+    assert await second is not None
+
+
+async def test_only_one_history_is_indexed_at_a_time(
+    indexing: Indexing, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    class Slow:
+        size_bytes = 1
+
+        def __init__(self, *_: Any) -> None:
+            nonlocal at_once, most
+            with lock:
+                at_once += 1
+                most = max(most, at_once)
+            threading.Event().wait(0.01)
+            with lock:
+                at_once -= 1
+
+    monkeypatch.setattr("server.gateway.generation.indexing.ItemIndex", Slow)
+    for _ in range(8):
+        held.gate.release()
+    await asyncio.gather(*(ask(indexing, f"user-{n}", f"app-{n}") for n in range(8)))
+    assert most == 1
+
+
+@pytest.mark.parametrize(("given_s", "left_s"), [(None, 0.2), (0.1, 0.05), (60, 0.2)])
+async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_is_not(
+    indexing: Indexing, held: Held, given_s: float | None, left_s: float
+) -> None:
+    recall = Recall(get_task("chat"), NOBODY, indexing, patience_s=0.4)
+    busy = ask(indexing, "busy")
+    await until_read(held, 1)
+    request = replace(ASKED, patience_s=given_s)
+    recalled = await recall.messages(request, profile("ada"), Limits(1000, 512))
+    assert (recalled.messages, recalled.items) == (ASKED.messages, 0)
+    assert recalled.reason
+    assert recalled.patience_s is not None
+    assert 0 <= recalled.patience_s < left_s + 0.01
+    busy.cancel()
+
+
+async def test_a_request_that_needs_no_history_keeps_its_patience(indexing: Indexing) -> None:
+    recall = Recall(get_task("chat"), NOBODY, indexing, patience_s=0.4)
+    for given_s in (None, 0.1):
+        request = replace(ASKED, history=0, patience_s=given_s)
+        assert (await recall.messages(request, profile("ada"), Limits(1000, 512))).patience_s == given_s
