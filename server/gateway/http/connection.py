@@ -14,20 +14,21 @@ MAX_PIPELINED = 8
 """Most requests that wait on one connection for earlier answers; no known client sends even a second."""
 LINGER_S = 2.0
 """How long we read and drop what a refused client still sends: closing at once would lose the answer."""
-STALLED_S = 1.0
-"""After how long a client that takes nothing is not waited for any more by others."""
+STALLED_S = 5.0
+"""After how long a client that takes nothing of what an engine is generating for it is hung up on: whatever an answer
+has of ordinary length fits into the buffers between, so that nobody ordinary gets here."""
 
 
 class Connection(HttpToolsProtocol):
     """Bounds the size and time of all that a client sends except bodies, which are bounded where they are read.
 
     A timer runs while no answer is in progress and no body is awaited: until the first byte, through the headers, and
-    when a body goes on after its answer. Another runs while a client takes nothing of what fills its buffers.
+    when a body goes on after its answer. Two others run while a client takes nothing of what fills its buffers.
 
     Args:
         max_header_bytes: most bytes in a row that are not body: request line and headers, or trailers.
         header_timeout_s: how long the timer runs.
-        send_timeout_s: how long the other one does, until the client is hung up on.
+        send_timeout_s: how long the longer one does, until the client is hung up on.
         uvicorn: passed on to uvicorn's protocol.
     """
 
@@ -141,8 +142,8 @@ class Connection(HttpToolsProtocol):
 
     def _on_stall(self) -> None:
         notes = self.cycle.scope["state"].get("notes") if self.cycle is not None else None
-        if notes is not None and notes.on_stall is not None:
-            notes.on_stall()
+        if notes is not None and notes.generating:
+            self.transport.abort()  # the request's end tells the engine, then its place is given back
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
