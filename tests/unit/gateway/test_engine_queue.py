@@ -283,9 +283,9 @@ class TestShares:
         assert line.served[-1] == "b4"
 
     async def test_no_place_idles_while_somebody_waits_who_may_have_it(self, line: Line) -> None:
-        line.queue = EngineQueue(lambda: 8, most_waiting=50, patience_s=60, metrics=Metrics())
+        line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60, metrics=Metrics())
         for name in "abc":
-            await line.come(*(f"{name}{n}" for n in range(12)))
+            await line.come(*(f"{name}{n}" for n in range(30)))
         ended: list[str] = []
         while len(ended) < 20:
             running = [name for name in line.served if name not in ended]
