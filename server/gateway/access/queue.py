@@ -145,16 +145,13 @@ class EngineQueue:
         if ahead and (ahead + 1) * self._pace_s > patience_s:  # with nobody ahead it waits, and the pace is learnt anew
             raise self._refusal("queue_timeout")
         most = max(1, places // 2) if self._most_waiting is None else self._most_waiting
-        if self.waiting < most:
+        if self._line.newcomers < most:
             return
         longest = self._line.longest()
         if longest is None or longest == caller or self._line.length(longest) <= self._line.length(caller) + 1:
             raise self._refusal("queue_full")
-        last = self._line.last_of(longest)
-        if last is None:
-            raise self._refusal("queue_full")
         if make:
-            self._line.refuse(longest, last, self._refusal("queue_full"))
+            self._line.refuse_last(longest, self._refusal("queue_full"))
 
     def _leave(self, caller: str, size: int) -> None:
         """Give places back."""

@@ -172,28 +172,30 @@ class Line:
         self._shares.give_back(caller, size)
         self._serve()
 
+    @property
+    def newcomers(self) -> int:
+        """How many of those who wait may be refused."""
+        return sum(map(self.length, self._lines))
+
     def length(self, caller: str) -> int:
-        """How many of a caller's wait."""
-        return len(self._lines.get(caller, ()))
+        """How many of a caller's newcomers wait."""
+        return sum(waiting.may_be_refused for waiting in self._lines.get(caller, ()))
 
     def ahead_of(self, caller: str) -> int:
         """How many would be served before another one of the caller's, for callers take turns."""
         mine = self.length(caller)
-        return sum(min(len(line), mine + 1) for line in self._lines.values())
+        return sum(min(self.length(other), mine + 1) for other in self._lines)
 
     def longest(self) -> str | None:
         """The caller who has most waiting."""
         return max(self._lines, key=self.length, default=None)
 
-    def last_of(self, caller: str) -> Waiting | None:
-        """Who came last of a caller's, of those that may be refused."""
-        return next((waiting for waiting in reversed(self._lines[caller]) if waiting.may_be_refused), None)
-
-    def refuse(self, caller: str, waiting: Waiting, error: Exception) -> None:
-        """Send somebody away."""
-        self._remove(caller, waiting)
-        if not waiting.turn.done():  # it may be leaving at this moment
-            waiting.turn.set_exception(error)
+    def refuse_last(self, caller: str, error: Exception) -> None:
+        """Send away which of a caller's newcomers came last."""
+        last = next(waiting for waiting in reversed(self._lines[caller]) if waiting.may_be_refused)
+        self._remove(caller, last)
+        if not last.turn.done():  # it may be leaving at this moment
+            last.turn.set_exception(error)
 
     def _step_out(self, caller: str, waiting: Waiting) -> None:
         """Leave the line; or, if the turn came at the same moment, pass it on."""
