@@ -100,13 +100,13 @@ class Limiter:
         Args:
             caller: whose key it carries.
             user_key: whom it is for, where that is known before its body.
-            generates: whether it needs tokens: then it must find one left.
+            generates: whether it needs tokens: then there must be one left.
 
         Raises:
             TooMany: when it is not within the limits.
         """
         counted, most = Counted(caller), self._per(caller).concurrent or 0
-        uses = self._of_key(caller, {"requests": 1} | ({"tokens": 1} if generates else {}))
+        uses = self._of_key(caller, {"requests": 1} | ({"tokens": 0} if generates else {}))
         uses += self._of_user(user_key, {"requests": 1})
         try:
             if uses or most:
@@ -125,11 +125,8 @@ class Limiter:
             tokens: says about how many it needs. What it really used, the block sets; the difference is given back.
         """
         needs = self._per(counted.caller).tokens or (user_key is not None and self._per_user.tokens)
-        amounts = {"requests": 1, "tokens": tokens() if needs else 0}
-        uses = [use for use in self._of_key(counted.caller, amounts) if use.rate.what == "tokens"]
-        known = {use.rate: use.amount for use in counted.uses}
-        uses = [replace(use, amount=use.amount - known.get(use.rate, 0)) for use in uses]
-        uses += self._of_user(user_key, amounts)
+        amounts = {"tokens": tokens()} if needs else {}
+        uses = self._of_key(counted.caller, amounts) + self._of_user(user_key, {"requests": 1} | amounts)
         if uses:
             counted.body = asyncio.create_task(self._take(counted, uses, 0))
 
@@ -190,7 +187,7 @@ class Limiter:
         raise self._refusal(refused, most, counted)
 
     async def _try(self, uses: Sequence[Use], counted: Counted) -> Sequence[Use]:
-        """Use some of an owner's rates; those that do not fit, so that nothing is used."""
+        """Use some of an owner's rates, and return those that do not fit; where 0 is used, 1 has to be left."""
         try:
             found = await self._store.take(uses)
         except Unavailable as error:
@@ -199,18 +196,16 @@ class Limiter:
         counted.levels.update({level.rate: level for level in found.levels})
         if found.counted:
             counted.uses += uses
-        return [use for use, fits in zip(uses, found.fit, strict=True) if not fits]
+        known = zip(uses, found.fit, found.levels, strict=True)
+        return [use for use, fits, level in known if not fits or level.left < (not use.amount)]
 
     async def _settle(self, counted: Counted) -> None:
         """Count the tokens that were really used, and the request as in progress no more."""
         if counted.body:
             await asyncio.gather(counted.body, return_exceptions=True)
         if counted.tokens is not None:
-            taken: dict[Rate, int] = {}
-            for use in counted.uses:
-                if use.rate.what == "tokens":
-                    taken[use.rate] = taken.get(use.rate, 0) + use.amount
-            await self._correct([Use(rate, counted.tokens - amount) for rate, amount in taken.items()])
+            taken = [use for use in counted.uses if use.rate.what == "tokens" and use.amount]
+            await self._correct([replace(use, amount=counted.tokens - use.amount) for use in taken])
         await self._running.leave(counted.seat)
 
     async def _correct(self, uses: Sequence[Use]) -> None:
@@ -221,7 +216,7 @@ class Limiter:
     def _refusal(self, unfit: Sequence[Use], most: int, counted: Counted) -> TooMany:
         self._metrics.shed.labels(unfit[0].rate.what if unfit else "concurrent").inc()
         if unfit:
-            rate, wait_s = unfit[0].rate, max(counted.levels[use.rate].fits_in_s(use.amount) for use in unfit)
+            rate, wait_s = unfit[0].rate, max(counted.levels[use.rate].fits_in_s(use.amount or 1) for use in unfit)
             what = "adapt jobs a day" if rate.what == "jobs" else f"{rate.what} a minute"
             whose = "user" if rate.owner.startswith(_USER) else "API key"
             return TooMany(
@@ -254,7 +249,7 @@ def _uses(owner: str, allowance: Allowance, amounts: Mapping[str, int]) -> list[
     return [
         Use(Rate(what, owner, most, DAY_S if what == "jobs" else MINUTE_S), min(amount, most))
         for what, amount in amounts.items()
-        if amount and (most := getattr(allowance, what))
+        if (most := getattr(allowance, what))
     ]
 
 

@@ -44,33 +44,45 @@ class Takes(StrEnum):
     """A request that needs tokens; what they are, its body says."""
 
 
-ROUTES: Mapping[str, tuple[Scope | None, Takes]] = {
-    "POST /generate": (Scope.GENERATE, Takes.GENERATION),
-    "POST /v1/chat/completions": (Scope.GENERATE, Takes.GENERATION),
-    "POST /v1/completions": (Scope.GENERATE, Takes.GENERATION),
-    "GET /v1/models": (Scope.GENERATE, Takes.REQUEST),
-    "GET /bank": (Scope.GENERATE, Takes.REQUEST),
-    "PUT /users/{user_id}/profile": (Scope.WRITE, Takes.REQUEST),
-    "POST /users/{user_id}/profile/items": (Scope.WRITE, Takes.REQUEST),
-    "GET /users/{user_id}": (Scope.WRITE, Takes.REQUEST),
-    "GET /users/{user_id}/export": (Scope.WRITE, Takes.REQUEST),
-    "DELETE /users/{user_id}": (Scope.WRITE, Takes.PLACE),
-    "POST /users/{user_id}/adapt": (Scope.ADAPT, Takes.REQUEST),
-    "GET /jobs/{job_id}": (Scope.ADAPT, Takes.REQUEST),
-    "GET /jobs/{job_id}/events": (Scope.ADAPT, Takes.STREAM),
-    "DELETE /jobs/{job_id}": (Scope.ADAPT, Takes.REQUEST),
-    "GET /metrics": (Scope.ADMIN, Takes.NOTHING),
-    "GET /health": (OPEN, Takes.NOTHING),  # in detail to admin alone, and so is the next
-    "GET /ready": (OPEN, Takes.NOTHING),
-    "GET /": (OPEN, Takes.PLACE),
-    "GET /console": (OPEN, Takes.PLACE),
-    "GET /console/": (OPEN, Takes.PLACE),
-    "GET /console/{path:path}": (OPEN, Takes.PLACE),
-    "GET /docs": (OPEN, Takes.PLACE),
-    "GET /docs/oauth2-redirect": (OPEN, Takes.PLACE),
-    "GET /redoc": (OPEN, Takes.PLACE),
-    "GET /openapi.json": (OPEN, Takes.PLACE),
+ROUTES: Mapping[str, Scope | None] = {
+    "POST /generate": Scope.GENERATE,
+    "POST /v1/chat/completions": Scope.GENERATE,
+    "POST /v1/completions": Scope.GENERATE,
+    "GET /v1/models": Scope.GENERATE,
+    "GET /bank": Scope.GENERATE,
+    "PUT /users/{user_id}/profile": Scope.WRITE,
+    "POST /users/{user_id}/profile/items": Scope.WRITE,
+    "GET /users/{user_id}": Scope.WRITE,
+    "GET /users/{user_id}/export": Scope.WRITE,
+    "DELETE /users/{user_id}": Scope.WRITE,
+    "POST /users/{user_id}/adapt": Scope.ADAPT,
+    "GET /jobs/{job_id}": Scope.ADAPT,
+    "GET /jobs/{job_id}/events": Scope.ADAPT,
+    "DELETE /jobs/{job_id}": Scope.ADAPT,
+    "GET /metrics": Scope.ADMIN,
+    "GET /health": OPEN,  # in detail to admin alone, and so is the next
+    "GET /ready": OPEN,
+    "GET /": OPEN,
+    "GET /console": OPEN,
+    "GET /console/": OPEN,
+    "GET /console/{path:path}": OPEN,
+    "GET /docs": OPEN,
+    "GET /docs/oauth2-redirect": OPEN,
+    "GET /redoc": OPEN,
+    "GET /openapi.json": OPEN,
 }
+
+TAKES: Mapping[str, Takes] = {
+    "POST /generate": Takes.GENERATION,
+    "POST /v1/chat/completions": Takes.GENERATION,
+    "POST /v1/completions": Takes.GENERATION,
+    "GET /jobs/{job_id}/events": Takes.STREAM,
+    "DELETE /users/{user_id}": Takes.PLACE,
+    "GET /metrics": Takes.NOTHING,
+    "GET /health": Takes.NOTHING,
+    "GET /ready": Takes.NOTHING,
+}
+"""Any other open route takes a place, and any other is a request."""
 
 STREAMS = 4
 """The part of all requests in progress that may be event streams of jobs: a quarter."""
@@ -94,7 +106,9 @@ def guard(app: FastAPI, most: int, metrics: Metrics) -> None:
     for route in app.routes:
         assert isinstance(route, Route), route
         (method,) = (route.methods or set()) - {"HEAD"}
-        wanted, takes = ROUTES[f"{method} {route.path}"]
+        name = f"{method} {route.path}"
+        wanted = ROUTES[name]
+        takes = TAKES.get(name, Takes.PLACE if wanted is OPEN else Takes.REQUEST)
         route.app = _Guarded(route.app, wanted, takes, of_kind.get(takes, [places]), metrics)
         if wanted is not OPEN and isinstance(route, APIRoute):
             route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # or none, while no key exists
