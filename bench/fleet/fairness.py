@@ -47,10 +47,12 @@ USERS = 8
 KEYS = ("ada", "bob", "kai", "eve")
 """The fourth does its worst."""
 LEAST_SERVED, MOST_LONGER = 0.8, 1.5
-STREAMS, TRICKLING, WIDE, UNREAD, DELETING = 64, 32, 8, 16, 2
-"""How many connections the worst has of each kind."""
+WORST = {"events": 64, "trickling": 32, "wide": 8, "unread": 16, "deletes": 2}
+"""What the fourth does at its worst, and over how many connections."""
 SMALL_BODY = 64 << 10
 AGAIN_S = 0.05
+BEFORE_S = 4.0
+"""How long the three have been there when a measurement begins; the fourth begins halfway."""
 
 Key = dict[str, str]
 
@@ -63,22 +65,26 @@ def main(
     seconds: Annotated[float, typer.Option(help="Of each load, over all turns.", min=1)] = 60,
     turns: Annotated[int, typer.Option(help="Turns of each load.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
+    worst: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(WORST)}; may be repeated.", show_default="all")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Measure what one key's requests cost the others, and its own."""
-    chosen = part or list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    chosen, does = part or list(PARTS), worst or list(WORST)
+    for given, known in ((chosen, PARTS), (does, WORST)):
+        if unknown := set(given) - set(known):
+            raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     with tempfile.TemporaryDirectory() as scratch:
         subject = tiny(Path(scratch))
         store = ValkeyProcess(Path(scratch) / "valkey").start()
         try:
             keys = asyncio.run(_keys(store.url))
             with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
-                given = (subject.bank, store.url, engine.url, KEY, SECRET)
-                with running_gateway(*given) as process:
+                parts = (subject.bank, store.url, engine.url, KEY, SECRET)
+                with running_gateway(*parts) as process:
                     url = gateway_url(process)
-                    bench = Fairness(url, keys, _prepare(url, keys), tokens)
+                    bench = Fairness(url, keys, _prepare(url, keys), tokens, does)
                     rows = asyncio.run(bench.measure(chosen, seconds, turns))
         finally:
             store.kill()
@@ -117,17 +123,19 @@ class Fairness:
         keys: headers of `KEYS`.
         job: of the last key.
         tokens: of an answer.
+        worst: what the last key does, of `WORST`.
 
     Attributes:
         loads: all of them, by what they were.
     """
 
-    def __init__(self, url: str, keys: Sequence[Key], job: str, tokens: int) -> None:
+    def __init__(self, url: str, keys: Sequence[Key], job: str, tokens: int, worst: Sequence[str]) -> None:
         self.loads: dict[str, list[Load]] = {}
         self._url = url
         self._keys = keys
         self._job = job
         self._tokens = tokens
+        self._worst_of_all = worst
 
     async def measure(self, parts: Sequence[str], seconds: float, turns: int) -> Rows:
         """What the engine can bear, and the parts."""
@@ -167,8 +175,10 @@ class Fairness:
             behaving = asyncio.create_task(fourth.open(per_s, seconds, lambda _: None, seed=1000 + turn))
             await self._offered(whats[0], three, per_s, seconds, turn)
             await behaving
+            before = [asyncio.create_task(loader.open(per_s, BEFORE_S, lambda _: None)) for loader in three]
+            await asyncio.sleep(BEFORE_S / 2)
             async with self._worst(worst):
-                await asyncio.sleep(min(5.0, seconds / 4))  # until it has what it can get
+                await asyncio.wait(before)
                 await self._offered(whats[1], three, per_s, seconds, turn)
         rate = self._ratio(whats, lambda load: load.rate)
         longer = self._ratio(whats, lambda load: load.whole_ms(0.99))
@@ -236,21 +246,23 @@ class Fairness:
                 while not answer.done():
                     writer.write(b" ")
                     await asyncio.wait([answer], timeout=1)
-                return int((answer.result().split() or [0, b"0"])[1])
+                return int((answer.result().split() or [b"", b"0"])[1])
             finally:
                 writer.transport.abort()
 
         kinds = {
-            "event streams": (follow, STREAMS),
-            "trickling bodies": (trickle, TRICKLING),
-            f"requests for {PLACES} answers": (self._ask_for_many(key, []), WIDE),
-            "deletes of nobody": (delete, DELETING),
+            "events": follow,
+            "trickling": trickle,
+            "wide": self._ask_for_many(key, []),
+            "deletes": delete,
         }
         async with AsyncExitStack() as stack:
-            for what, (act, clients) in kinds.items():
-                await stack.enter_async_context(self._again_and_again({what: act}, clients, key, counts))
-            urls = [self._url] * UNREAD
-            await stack.enter_async_context(reading(urls, LONG_PATH, LONG, 0.0, key))
+            for what in self._worst_of_all:
+                if what in kinds:
+                    clients = self._again_and_again({what: kinds[what]}, WORST[what], key, counts)
+                else:
+                    clients = reading([self._url] * WORST[what], LONG_PATH, LONG, 0.0, key)
+                await stack.enter_async_context(clients)
             yield
 
     def _ask_for_many(self, key: Key, took: list[float]) -> Callable[[aiohttp.ClientSession], Awaitable[int]]:

@@ -14,7 +14,7 @@ MAX_PIPELINED = 8
 """Most requests that wait on one connection for earlier answers; no known client sends even a second."""
 LINGER_S = 2.0
 """How long we read and drop what a refused client still sends: closing at once would lose the answer."""
-STALLED_S = 5.0
+STALLED_S = 2.0
 """After how long a client that takes nothing of what an engine is generating for it is hung up on: whatever an answer
 has of ordinary length fits into the buffers between, so that nobody ordinary gets here."""
 
