@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -14,6 +15,9 @@ MAX_PIPELINED = 8
 """Most requests that wait on one connection for earlier answers; no known client sends even a second."""
 LINGER_S = 2.0
 """How long we read and drop what a refused client still sends: closing at once would lose the answer."""
+UNREAD_BYTES = 128 << 10
+"""About how much of an answer the kernel keeps for a client that does not read: by itself it would take megabytes, and
+an engine would go on for a minute before anybody noticed."""
 STALLED_S = 2.0
 """After how long a client that takes nothing of what an engine is generating for it is hung up on: whatever an answer
 has of ordinary length fits into the buffers between, so that nobody ordinary gets here."""
@@ -47,6 +51,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if (plain := transport.get_extra_info("socket")) is not None:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
         self._start_timer(self._header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
