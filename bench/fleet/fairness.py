@@ -50,6 +50,8 @@ LEAST_SERVED, MOST_LONGER = 0.8, 1.5
 WORST = {"events": 64, "trickling": 32, "wide": 8, "unread": 16, "deletes": 2}
 """What the fourth does at its worst, and over how many connections."""
 SMALL_BODY = 64 << 10
+UNREAD = {name: value for name, value in LONG.items() if name not in ("logprobs", "top_logprobs")}
+"""More than a socket's buffers take; no more work for the engine than any other answer of this length."""
 AGAIN_S = 0.05
 BEFORE_S = 4.0
 """How long the three have been there when a measurement begins; the fourth begins halfway."""
@@ -261,7 +263,7 @@ class Fairness:
                 if what in kinds:
                     clients = self._again_and_again({what: kinds[what]}, WORST[what], key, counts)
                 else:
-                    clients = reading([self._url] * WORST[what], LONG_PATH, LONG, 0.0, key)
+                    clients = reading([self._url] * WORST[what], LONG_PATH, UNREAD, 0.0, key)
                 await stack.enter_async_context(clients)
             yield
 

@@ -142,6 +142,11 @@ class TestRequests:
                 assert "1 requests of this API key" in refused.json()["error"]["message"]
             wait_until(lambda: client.get("/v1/models").status_code == 200, "the stream to be over")
 
+    def test_whoever_has_an_answer_may_ask_again_at_once(self, keyed: Keyed) -> None:
+        with keyed.client("one at once") as client:
+            assert {client.get("/v1/models").status_code for _ in range(20)} == {200}
+            assert {generate(client, "ada").status_code for _ in range(5)} == {200}
+
     def test_reading_jobs_counts_and_erasing_does_not(self, keyed: Keyed) -> None:
         with keyed.client("two a minute") as client:
             statuses = [client.get(f"/jobs/{'a' * 26}.1").status_code for _ in range(3)]

@@ -109,6 +109,8 @@ class Limiter:
         uses = self._of_key(caller, {"requests": 1} | ({"tokens": 0} if generates else {}))
         uses += self._of_user(user_key, {"requests": 1})
         try:
+            if most and self._working:  # a client that has its answer may ask again at once
+                await asyncio.wait(self._working)
             if uses or most:
                 await self._take(counted, uses, most)
             yield counted

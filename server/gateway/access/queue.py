@@ -60,7 +60,7 @@ class EngineQueue:
         self._most_waiting = most_waiting
         self._patience_s = patience_s
         self._metrics = metrics
-        self._shares = Shares(places, newcomers=0)
+        self._shares = Shares(places, come_back=True)
         self._line = Line(self._shares)
         self._pace_s = 0.0
         self._last_s: float | None = None

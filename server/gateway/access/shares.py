@@ -16,23 +16,25 @@ LATELY_S = 60.0
 class Shares:
     """How many places each caller has.
 
-    A caller's share is all places divided evenly among the callers who are there. It may take another one within its
-    share; and beyond it, as long as enough stay free for what the others had lately, up to their shares. So however
-    many one caller would like, the others find what they need, and what nobody needs lies idle for nobody.
+    Where clients decide how long they keep them, a caller may have as many as it leaves free: alone, half of them. So however
+    many callers come, the next one finds some.
+
+    Where they soon come back by themselves, a caller's share is all places divided evenly among the callers who are there. It may take
+    another one within its share; and beyond it, as long as enough stay free for what the others had lately, up to their
+    shares. So the others find what they need, and what nobody needs lies idle for nobody.
 
     Args:
         places: how many there are; None while nobody knows: then everybody may take one.
-        newcomers: for how many callers who are not there a share is kept: 1 where whoever finds no place is refused, so
-            that a caller alone has half of them; 0 where one waits.
+        come_back: whether they do so by themselves.
 
     Attributes:
         taken: how many are.
     """
 
-    def __init__(self, places: Callable[[], int | None], newcomers: int = 1) -> None:
+    def __init__(self, places: Callable[[], int | None], *, come_back: bool = False) -> None:
         self.taken = 0
         self._places = places
-        self._newcomers = newcomers
+        self._come_back = come_back
         self._held: Counter[str] = Counter()
         self._most: dict[str, tuple[int, float]] = {}  # by caller, of which there are no more than keys, and when
 
@@ -56,15 +58,19 @@ class Shares:
             return False
         if self.is_within_share(caller, size, waiting):
             return True
+        if not self._come_back:
+            return False
         others = (self._held.keys() | waiting()) - {caller}
         share = self._share(others)
         kept = sum(max(0.0, min(share, self._lately(other)) - self._held[other]) for other in others)
-        return self.free - size >= kept + self._newcomers * share
+        return self.free - size >= kept
 
     def is_within_share(self, caller: str, size: int, waiting: Callable[[], set[str]] = set) -> bool:
         """Whether a caller's share has so many more places, free or not; a first one, however wide, it always has."""
-        held = self._held[caller]
-        return not held or held + size <= self._share((self._held.keys() | waiting()) - {caller})
+        if not (held := self._held[caller]):
+            return True
+        share = self._share((self._held.keys() | waiting()) - {caller}) if self._come_back else self.free
+        return held + size <= share
 
     def take(self, caller: str, size: int = 1) -> None:
         """Count places as taken."""
@@ -82,7 +88,7 @@ class Shares:
 
     def _share(self, others: set[str]) -> float:
         places = self._places()
-        return math.inf if places is None else math.ceil(places / (len(others) + 1 + self._newcomers))
+        return math.inf if places is None else math.ceil(places / (len(others) + 1))
 
     def _lately(self, caller: str) -> int:
         """How many places a caller had at most within the last `LATELY_S`."""
