@@ -16,12 +16,12 @@ LATELY_S = 60.0
 class Shares:
     """How many places each caller has.
 
-    Where clients decide how long they keep them, a caller may have as many as it leaves free: alone, half of them. So however
-    many callers come, the next one finds some.
+    Where clients decide how long they keep them, a caller may have as many as it leaves free: alone, half of them. So
+    however many callers come, the next one finds some.
 
-    Where they soon come back by themselves, a caller's share is all places divided evenly among the callers who are there. It may take
-    another one within its share; and beyond it, as long as enough stay free for what the others had lately, up to their
-    shares. So the others find what they need, and what nobody needs lies idle for nobody.
+    Where they soon come back by themselves, a caller's share is all places divided evenly among the callers who are
+    there. It may take another one within its share; and beyond it, as long as enough stay free for what the others had
+    lately, up to their shares. So the others find what they need, and what nobody needs lies idle for nobody.
 
     Args:
         places: how many there are; None while nobody knows: then everybody may take one.
