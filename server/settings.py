@@ -80,7 +80,10 @@ class Settings(BaseSettings):
     engine_key: SecretStr | None = Field(None, description="Key that engines require. `mta up` makes one.")
     engine_timeout_s: float = Field(600, gt=0, description="Longest silence of the engine within one answer.")
     max_requests: int = Field(
-        512, gt=0, description="Most requests in progress at once; others get 503. Operations' own are exempt."
+        512,
+        gt=0,
+        description="Most requests in progress at once, of one key half; others get 503 or 429. Operations' own are "
+        "exempt.",
     )
     max_header_bytes: int = Field(32 << 10, ge=1024, description="Most bytes of a request's line and headers.")
     header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")

@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from bench.page.report import percentile
 DONE = b"data: [DONE]\n\n"
 GIVES_UP_S = 10.0
 """After how long a client that reads nothing goes away, and asks again."""
+NO_KEY: Mapping[str, str] = {}
 BROKEN = 0
 """The status of a stream that began and did not come to its end, or of a connection that failed."""
 
@@ -140,23 +141,27 @@ class Loader:
 
 
 @asynccontextmanager
-async def loading(urls: Sequence[str], bodies: Iterable[dict[str, Any]]) -> AsyncIterator[Loader]:
-    """A loader with connections of its own."""
+async def loading(
+    urls: Sequence[str], bodies: Iterable[dict[str, Any]], key: Mapping[str, str] = NO_KEY
+) -> AsyncIterator[Loader]:
+    """A loader with connections of its own; `key` is the header with its API key."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **key}
     timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
         yield Loader(session, urls, bodies)
 
 
 @asynccontextmanager
-async def reading(urls: Sequence[str], path: str, body: dict[str, Any], per_s: float) -> AsyncIterator[None]:
+async def reading(
+    urls: Sequence[str], path: str, body: dict[str, Any], per_s: float, key: Mapping[str, str] = NO_KEY
+) -> AsyncIterator[None]:
     """A client of each URL that asks again and again, and reads so many bytes a second, or none.
 
     Its buffers are small, so that what it does not read waits in the gateway.
     """
     raw = orjson.dumps(body)
-    clients = [asyncio.create_task(_reader(url, path, raw, per_s)) for url in urls]
+    clients = [asyncio.create_task(_reader(url, path, raw, per_s, key)) for url in urls]
     try:
         yield
     finally:
@@ -165,9 +170,10 @@ async def reading(urls: Sequence[str], path: str, body: dict[str, Any], per_s: f
         await asyncio.gather(*clients, return_exceptions=True)
 
 
-async def _reader(url: str, path: str, body: bytes, per_s: float) -> None:
+async def _reader(url: str, path: str, body: bytes, per_s: float, key: Mapping[str, str]) -> None:
     place = urlsplit(url)
     head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in key.items())
     while True:
         with socket.socket() as plain:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -23,6 +23,7 @@ from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
 from server.gateway.access.authentication import Authentication
+from server.gateway.access.caller import name_of
 from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
 from server.gateway.access.limiter import Limiter
 from server.gateway.access.places import LOOK_S as COUNT_GATEWAYS_S
@@ -30,14 +31,15 @@ from server.gateway.access.places import SharedPlaces
 from server.gateway.access.queue import EngineQueue
 from server.gateway.access.routes import guard
 from server.gateway.access.running import RENEW_S
+from server.gateway.access.shares import Line, Shares
 from server.gateway.assembly import Shared, parts_over
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.engines.ways import Ways
-from server.gateway.http.bodies import Bodies
+from server.gateway.http.bodies import LARGE_AT_ONCE, Bodies
 from server.gateway.http.errors import add_error_handlers
-from server.gateway.http.middleware import Places, RequestLog
+from server.gateway.http.middleware import RequestLog
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import GENERATING, Metrics
 from server.gateway.parts import Banks
@@ -74,7 +76,13 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ThreadPoolExecutor(1, thread_name_prefix="bodies") as body_thread:
-            app.state.bodies = Bodies(body_thread, settings.max_body_bytes, settings.body_timeout_s)
+            large = Line(Shares(lambda: LARGE_AT_ONCE))
+            app.state.bodies = Bodies(
+                body_thread,
+                settings.max_body_bytes,
+                settings.body_timeout_s,
+                lambda request: large.place(name_of(request)),
+            )
             async with _opened(settings, metrics, keys, tracing) as app.state.banks:
                 yield
         await asyncio.to_thread(tracing.close)
@@ -87,12 +95,11 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     # The last one added is the outermost.
-    app.add_middleware(Places, most=settings.max_requests)
     app.add_middleware(Authentication, keys=keys)
     app.add_middleware(RequestLog, counts=metrics, generating=GENERATING, tracing=tracing)
     for part in (generate, openai, users, jobs, operations, console_bank, pages):
         app.include_router(part.router)
-    guard(app)
+    guard(app, settings.max_requests, metrics)
     add_error_handlers(app)
     tracing.watch_app(app)
     return app

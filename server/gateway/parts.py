@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from bank.lookup.serving import ServingBank
 from server.errors import Unavailable
@@ -15,7 +15,6 @@ from server.gateway.access.limiter import Limiter
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.http.json_body import JsonRoute, SamplesRoute
-from server.gateway.http.requests import UserIdInPath
 from server.gateway.operating.health import Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting
@@ -101,17 +100,6 @@ def users_of(request: Request) -> UserKeys:
 def user_of(request: Request, user_id: str) -> User:
     """The user whom a request names: always one of the tenant's own."""
     return users_of(request).user(user_id)
-
-
-async def _counted(request: Request, user_id: UserIdInPath) -> AsyncIterator[None]:
-    user = user_of(request, user_id)
-    async with parts_of(request).limiter.counted(caller_of(request), user.key) as counted:
-        await counted.let_in()
-        yield
-
-
-LIMITED = Depends(_counted)
-"""Has a route about a user count against the limits on requests. Generations count themselves, erasing afterwards."""
 
 
 class UserRoute(JsonRoute):

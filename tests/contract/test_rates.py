@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ import redis.asyncio as redis
 
 from server.errors import Unavailable
 from server.gateway.access.running import Running
-from server.store.redis.access.rates import RedisRates
+from server.store.redis.access.rates import _TAKE, RedisRates
 from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.rates import Rate
+from server.store.tenants.rates import Rate, Use
 from tests.support.store_parts import StoreParts
 
+SCRIPTS = "server.store.redis.access.rates"
 _numbers = itertools.count()
 
 
@@ -29,44 +32,119 @@ def rate() -> Rate:
     return Rate("requests", f"owner-{next(_numbers)}", 5)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the time that the server's scripts see, in seconds."""
+
+    def set_to(now_s: float) -> None:
+        time = f"{{{int(now_s)}, {int(now_s % 1 * 1e6)}}}"
+        monkeypatch.setattr(f"{SCRIPTS}._TAKE", _TAKE.replace("redis.call('TIME')", time))
+
+    return set_to
+
+
+async def take(rates: RedisRates, rate: Rate, amount: int) -> bool:
+    return (await rates.take([Use(rate, amount)])).counted
+
+
+async def left(rates: RedisRates, rate: Rate) -> int:
+    (level,) = (await rates.take([Use(rate, 0)])).levels
+    return level.left
+
+
 class TestRates:
-    """Sliding windows."""
+    """Token buckets."""
 
     async def test_no_more_is_taken_than_there_is(self, rates: RedisRates, rate: Rate) -> None:
-        taken = await asyncio.gather(*(rates.take(rate, 1) for _ in range(9)))
-        assert sum(taken) == 5
-        left = await rates.left(rate)
-        assert left.amount == 0
-        assert 0 < left.more_in_s <= 60
+        assert sum(await asyncio.gather(*(take(rates, rate, 1) for _ in range(9)))) == 5
+        refused = await rates.take([Use(rate, 1)])
+        assert not refused.counted
+        assert refused.levels[0].left == 0
+        assert 0 < refused.levels[0].fits_in_s(1) <= 12
 
     async def test_all_or_nothing(self, rates: RedisRates, rate: Rate) -> None:
-        assert await rates.take(rate, 3)
-        assert not await rates.take(rate, 3)
-        assert await rates.take(rate, 2)
+        assert await take(rates, rate, 3)
+        assert not await take(rates, rate, 3)
+        assert await take(rates, rate, 2)
+
+    async def test_of_several_rates_all_or_nothing(self, rates: RedisRates, rate: Rate) -> None:
+        tokens = Rate("tokens", rate.owner, 100)
+        assert (await rates.take([Use(rate, 1), Use(tokens, 80)])).counted
+        refused = await rates.take([Use(rate, 1), Use(tokens, 80)])
+        assert refused.fit == [True, False]
+        assert [level.left for level in refused.levels] == [4, 20]
+        assert [await left(rates, one) for one in (rate, tokens)] == [4, 20]
 
     async def test_what_is_given_back_can_be_taken_again(self, rates: RedisRates, rate: Rate) -> None:
-        assert await rates.take(rate, 5)
-        assert await rates.take(rate, -4)
-        assert (await rates.left(rate)).amount == 4
-        assert await rates.take(rate, 4)
+        assert await take(rates, rate, 5)
+        await rates.correct([Use(rate, -4)])
+        assert await left(rates, rate) == 4
+        assert await take(rates, rate, 4)
+
+    async def test_a_refund_never_leaves_more_than_the_limit(
+        self, rates: RedisRates, clock: Callable[[float], None]
+    ) -> None:
+        rate = Rate("tokens", f"owner-{next(_numbers)}", 1000)
+        for minute in range(12):  # an answer in each, which took a minute and a half, and none of its estimate
+            clock(1000 + 120 * minute)
+            assert await take(rates, rate, 600)
+            clock(1000 + 120 * minute + 90)
+            await rates.correct([Use(rate, -600)])
+        assert await left(rates, rate) == 1000
+        assert sum([await take(rates, rate, 100) for _ in range(100)]) == 10
+
+    async def test_more_than_the_limit_counts_as_all_of_it(self, rates: RedisRates, rate: Rate) -> None:
+        await rates.correct([Use(rate, 500)])
+        level = (await rates.take([Use(rate, 1)])).levels[0]
+        assert (level.left, level.fits_in_s(rate.most) <= rate.window_s) == (0, True)
 
     async def test_owners_do_not_share(self, rates: RedisRates, rate: Rate) -> None:
-        other = Rate(rate.what, rate.owner + "x", rate.most)
-        assert await rates.take(rate, 5)
-        assert (await rates.left(other)) == await rates.left(Rate("tokens", rate.owner, 5))
-        assert (await rates.left(other)).amount == 5
+        assert await take(rates, rate, 5)
+        assert await left(rates, Rate(rate.what, rate.owner + "x", rate.most)) == 5
+        assert await left(rates, Rate("tokens", rate.owner, 5)) == 5
 
-    async def test_use_is_forgotten(self, rates: RedisRates) -> None:
+    async def test_use_leaks_evenly_and_after_a_window_all_is_there_but_no_more(
+        self, rates: RedisRates, rate: Rate, clock: Callable[[float], None]
+    ) -> None:
+        clock(1000)
+        assert await take(rates, rate, 5)
+        clock(1011)
+        assert not await take(rates, rate, 1)
+        clock(1012)
+        assert await take(rates, rate, 1)
+        assert not await take(rates, rate, 1)
+        clock(100_000)
+        assert await left(rates, rate) == 5
+        assert not await take(rates, rate, 6)
+
+    async def test_a_clock_that_was_set_back_holds_nobody_up(
+        self, rates: RedisRates, rate: Rate, clock: Callable[[float], None]
+    ) -> None:
+        clock(10_000)
+        assert await take(rates, rate, 5)
+        clock(1000)
+        assert not await take(rates, rate, 1)
+        clock(1012)
+        assert await take(rates, rate, 1)
+
+    async def test_another_limit_holds_at_once(self, rates: RedisRates, rate: Rate) -> None:
+        assert await take(rates, rate, 5)
+        assert await left(rates, replace(rate, most=20)) == 15
+        assert await left(rates, replace(rate, most=2)) == 0
+
+    async def test_the_server_s_own_clock_counts(self, rates: RedisRates) -> None:
         rate = Rate("requests", f"owner-{next(_numbers)}", 1, 1)
-        assert await rates.take(rate, 1)
+        assert await take(rates, rate, 1)
         async with asyncio.timeout(30):
-            while not await rates.take(rate, 1):
+            while not await take(rates, rate, 1):
                 await asyncio.sleep(0.1)
 
     async def test_nothing_stays(self, rates: RedisRates, rate: Rate, raw: redis.Redis) -> None:
-        await rates.take(rate, 1)
+        await take(rates, rate, 1)
         await rates.hold("x", ["a"], 30)
-        assert all([await raw.pttl(key) > 0 for key in await raw.keys("*")])
+        assert all([0 < await raw.pttl(key) <= 30_000 for key in await raw.keys("*")])
+        await rates.correct([Use(rate, -1)])
+        assert not await raw.keys("mta:rates:*")
 
 
 class TestLeases:
@@ -147,7 +225,8 @@ class TestSeats:
 async def test_a_store_that_is_away_is_said_to_be(rate: Rate) -> None:
     connection = RedisConnection("redis://127.0.0.1:1", require_durable=False)
     rates = RedisRates(connection)
-    for asked in (rates.take(rate, 1), rates.left(rate), rates.hold("x", ["a"], 1), rates.let_go("x", "a")):
+    uses = [Use(rate, 1)]
+    for asked in (rates.take(uses), rates.correct(uses), rates.hold("x", ["a"], 1), rates.let_go("x", "a")):
         with pytest.raises(Unavailable):
             await asked
     await connection.close()

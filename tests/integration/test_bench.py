@@ -37,6 +37,25 @@ def test_cost_of_a_tiny_model_straight_and_through_a_gateway(tmp_path: Path) -> 
     assert content["command"].startswith("mta bench cost --tiny")
 
 
+def test_what_one_key_costs_the_others(tmp_path: Path) -> None:
+    out = tmp_path / "fairness.json"
+    few = ("--seconds", "3", "--turns", "1", "--tokens", "4")
+    done = subprocess.run(
+        [*RUN, "fairness", *few, "--out", str(out)], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr[-4000:]  # three seconds say nothing of the claims
+    content = json.loads(out.read_text("utf-8"))
+    did = content["rows"]["what the fourth did"]
+    assert all(f" {what}" in did for what in ("events", "trickling", "wide", "deletes")), did
+    assert {name for name in content["rows"] if "over" in name} == {
+        "answers a second, beside over alone",
+        "p99, beside over alone",
+        "the three's answers a second, worst over behaving",
+        "the three's p99, worst over behaving",
+    }
+    assert len(content["loads"]) == 4
+
+
 def test_users_and_anchors_by_the_store_and_the_gateway_themselves(tmp_path: Path) -> None:
     few = ("--part", "users", "--part", "anchors", "--users", "1000", "--lookups", "100", "--anchors", "60")
     written = ran(tmp_path / "scale.json", *RUN, "scale", *few)

@@ -164,7 +164,10 @@ class TestPassing:
         ask(client, ada, stream=stream, **sent, **ignored).raise_for_status()
         seen, keys = fake_engine.seen[-1], UserKeys(SECRET, "default")
         options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        own = {"model": seen.body["model"], "cache_salt": keys.cache_salt} | (options if stream else {})
+        own = {
+            "model": seen.body["model"],
+            "cache_salt": keys.cache_salt,
+        } | options  # several come in pieces: their places come back
         assert seen.body == HELLO | sent | own
         assert seen.headers["X-Session-ID"] == seen.body["model"]
         assert ada not in json.dumps(seen.body) + json.dumps(seen.headers)

@@ -44,6 +44,11 @@ def shown(response: httpx.Response, what: str) -> tuple[str | None, ...]:
     return tuple(response.headers.get(f"x-ratelimit-{name}-{what}") for name in SHOWN)
 
 
+def left_of(response: httpx.Response) -> int:
+    """How many tokens the headers say are left."""
+    return int(response.headers["x-ratelimit-remaining-tokens"])
+
+
 def refused(response: httpx.Response, code: str = "rate_limit_exceeded") -> dict[str, Any]:
     """The error of a 429."""
     assert response.status_code == 429, response.text
@@ -91,13 +96,7 @@ class TestRates:
             used = answer.json()["usage"]["total_tokens"]
             assert used < 70
             assert shown(answer, "tokens")[:2] == ("100", str(100 - 1 - 60))
-            left: list[str | None] = []
-
-            def settled() -> bool:
-                left.append(shown(generate(client, "ada", max_tokens=300), "tokens")[1])
-                return left[-1] == str(100 - used)
-
-            wait_until(settled, f"{100 - used} tokens to be left, at last {left[-1:]}")
+            wait_until(lambda: left_of(generate(client, "ada", max_tokens=300)) >= 100 - used, "some to be given back")
             assert "100 tokens a minute" in refused(generate(client, "ada", max_tokens=60))["message"]
             assert chat(client, max_tokens=1, stream=True).status_code == 200
 
@@ -122,8 +121,7 @@ class TestRates:
                 client.post("/generate", json={"user_id": "ada", "prompt": "x", "max_tokens": 60}, timeout=0.5)
             wait_until(lambda: fake_engine.seen[0].aborted, "the engine to be told")
             fake_engine.knobs.token_delay_s = 0.0
-            left = shown(generate(client, "ada", max_tokens=300), "tokens")[1]
-            assert left == str(100 - 60)
+            assert 100 - 60 <= left_of(generate(client, "ada", max_tokens=300)) < 100 - 20  # some leaks meanwhile
 
     def test_requests_about_users_count_and_erasing_does_not(self, limited: Limited) -> None:
         with limited("writes", user_requests=2) as client:

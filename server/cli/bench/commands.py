@@ -90,6 +90,13 @@ def _overload() -> Main:
     return main
 
 
+@_command("fairness", "What one key costs the others: requests for many answers, and whatever else it can think of.")
+def _fairness() -> Main:
+    from bench.fleet.fairness import main
+
+    return main
+
+
 @_command("report", "Tables and pictures of docs/performance.md from the JSON files.")
 def _report() -> Main:
     from bench.page.__main__ import main

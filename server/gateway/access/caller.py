@@ -45,6 +45,12 @@ def caller_of(request: Mapping[str, Any]) -> Caller:
     return found
 
 
+def name_of(request: Mapping[str, Any]) -> str:
+    """Stands for who sent a request where turns are taken; all who sent no key that counts are one."""
+    found = request["state"]["caller"]
+    return found.name if isinstance(found, Caller) else ""
+
+
 def is_admin(request: Mapping[str, Any]) -> bool:
     """Whether the sender may know how the server is doing."""
     found = request["state"]["caller"]

@@ -60,6 +60,14 @@ class Asked:
         return self._prompts > 1
 
     @property
+    def comes_in_pieces(self) -> bool:
+        """Whether the engine sends in pieces what the client may want whole: its places come back one by one.
+
+        Not with tools: what a model says to them the engine reads better as a whole.
+        """
+        return self.stream or (self.sequences > 1 and "tools" not in self.sampling)
+
+    @property
     def sequences(self) -> int:
         """How many answers are generated."""
         return self._prompts * int(self.sampling.get("n", 1))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, EngineFailed, Unavailable
-from server.gateway.access.limiter import Limiter
-from server.gateway.access.queue import EngineQueue, Place
+from server.gateway.access.limiter import Counted, Limiter
+from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
 from server.gateway.engines.stream import EngineStream, Piece
+from server.gateway.generation.answer_stream import AnswerStream, parts_of
 from server.gateway.generation.asked import Asked
 from server.gateway.generation.limits import Limits
 from server.gateway.generation.personalizer import Personalization, Personalizer, may_speak
@@ -38,9 +39,8 @@ class Answer:
         id: of the request; it is in the engine's logs too.
         personalization: who speaks.
         recalled: the prompt, and how many past items are in it.
-        stream: the engine's.
+        stream: the engines'.
         timings: complete once `texts` or `pieces` has ended.
-        place: in the engines; given back once they have said all.
         left: headers that say what the caller may still use.
         inter_token: gets the time between pieces that the engine streams.
     """
@@ -48,10 +48,9 @@ class Answer:
     id: str
     personalization: Personalization
     recalled: Recalled
-    stream: EngineStream
+    stream: AnswerStream
     timings: Timings
     inter_token: Histogram
-    place: Place
     left: Mapping[str, str]
 
     def texts(self) -> AsyncIterator[str]:
@@ -71,7 +70,6 @@ class Answer:
                     self.inter_token.observe(now_s - last_s)
                 last_s = now_s
             yield part
-        self.place.release()
         self.timings.record("engine", self.stream.sent_s)
         self.timings.finish()
 
@@ -112,11 +110,12 @@ class Generator:
         self._metrics = metrics
 
     @asynccontextmanager
-    async def answer(self, asked: Asked, timings: Timings) -> AsyncIterator[Answer]:
+    async def answer(self, asked: Asked, counted: Counted, timings: Timings) -> AsyncIterator[Answer]:
         """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
 
         Args:
             asked: well-formed.
+            counted: the request, which is within its key's own limits; it is told what else is used.
             timings: gets every stage up to the first piece, and the rest at the end of the answer's pieces.
 
         Raises:
@@ -127,8 +126,7 @@ class Generator:
         self._queue.check(asked.caller.name, asked.patience_s)
         user_key = asked.user.key if asked.user else None
         async with AsyncExitStack() as stack:
-            counting = self._limiter.counted(asked.caller, user_key, partial(limits.tokens, asked))
-            counted = await stack.enter_async_context(counting)
+            self._limiter.count_body(counted, user_key, partial(limits.tokens, asked))
             personalization = await self._personalizer.resolve(asked, timings)
             await counted.let_in()
             start_s = time.perf_counter()
@@ -143,34 +141,50 @@ class Generator:
                 messages=recalled.messages,
                 sampling=asked.sampling,
                 prompt_param=asked.prompt_param,
-                stream=asked.stream
+                stream=asked.comes_in_pieces
                 or (asked.splittable and not limits.allow_whole(recalled.messages, asked.max_tokens)),
                 prompt=asked.prompt,
                 cache_salt=asked.cache_salt,
             )
-            waiting = self._queue.place(asked.caller.name, size=asked.sequences, patience_s=recalled.patience_s)
+            parts, caller = parts_of(wanted, self._queue.widest), asked.caller.name
+            waiting = self._queue.place(caller, size=parts[0].sequences, patience_s=recalled.patience_s)
             place = await stack.enter_async_context(waiting)
             if place.waited_s:
                 timings.record("queue", start_s, start_s + place.waited_s)
             candidates = may_speak(personalization, asked.personalize)
             counted.tokens = None  # the engine is at work: who leaves meanwhile is charged the estimate
             try:
-                speaking, stream = await self._first_served(stack, wanted, candidates)
+                speaking, first = await self._first_served(stack, parts[0].request, candidates)
             except ApiError:
                 counted.tokens = 0
                 raise
+            stream = AnswerStream(
+                parts,
+                first,
+                place,
+                wait=lambda size: self._queue.place(caller, size=size, begun=True),
+                begin=lambda request: self._begin(replace(request, model=speaking.model)),
+            )
             try:
                 limits.check_answer(asked, stream.prompt_tokens)
                 if stream.first_token_s is not None:
                     timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
                     since_arrival_s = stream.first_token_s - timings.started_s
                     self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
-                left = await counted.headers()
-                yield Answer(
-                    wanted.request_id, speaking, recalled, stream, timings, self._metrics.inter_token, place, left
-                )
+                await stack.enter_async_context(stream)
+                left, times = counted.headers(), self._metrics.inter_token
+                yield Answer(wanted.request_id, speaking, recalled, stream, timings, times, left)
             finally:
                 counted.tokens = stream.usage.get("total_tokens")
+
+    @asynccontextmanager
+    async def _begin(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
+        """Another part of an answer; the engine could serve its model a moment ago."""
+        try:
+            async with self._engine.generate(request) as stream:
+                yield stream
+        except AdapterMissing as error:
+            raise Unavailable(f"the engine cannot serve this recipe any more: {error}", code="no_adapter") from error
 
     async def _first_served(
         self, stack: AsyncExitStack, wanted: EngineRequest, candidates: Iterable[Personalization]

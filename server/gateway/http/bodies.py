@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TypeVar
 
 from fastapi import Request
@@ -15,7 +15,8 @@ from server.errors import TooLarge, TooSlow, Unavailable
 SMALL_BYTES = 64 << 10
 """Bodies up to this size are parsed on the event loop: it takes a millisecond or two."""
 LARGE_AT_ONCE = 16
-"""Most larger bodies held in memory; uvicorn stops reading the others once they are no longer small."""
+"""Most larger bodies held in memory, of one caller a share; uvicorn stops reading the others once they are no longer
+small."""
 
 T = TypeVar("T")
 
@@ -27,13 +28,20 @@ class Bodies:
         thread: parses large ones. Only one thread: it shares the interpreter with the event loop.
         max_bytes: largest body.
         timeout_s: longest time for one to arrive.
+        large: waits for one of the `LARGE_AT_ONCE` places for a request's large body, and holds it.
     """
 
-    def __init__(self, thread: Executor, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        thread: Executor,
+        max_bytes: int,
+        timeout_s: float,
+        large: Callable[[Request], AbstractAsyncContextManager[None]],
+    ) -> None:
         self._thread = thread
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._large = large
 
     async def read(self, request: Request, work: Callable[[bytes], T]) -> T:
         """Read the body and return what `work` makes of it.
@@ -66,7 +74,7 @@ class Bodies:
                         )
                     if small and size > SMALL_BYTES:
                         waiting = True
-                        await held.enter_async_context(self._large)
+                        await held.enter_async_context(self._large(request))
                         waiting = False
                     chunks.append(chunk)
         except TimeoutError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -14,20 +15,24 @@ MAX_PIPELINED = 8
 """Most requests that wait on one connection for earlier answers; no known client sends even a second."""
 LINGER_S = 2.0
 """How long we read and drop what a refused client still sends: closing at once would lose the answer."""
-STALLED_S = 1.0
-"""After how long a client that takes nothing is not waited for any more by others."""
+UNREAD_BYTES = 128 << 10
+"""About how much of an answer the kernel keeps for a client that does not read: by itself it would take megabytes, and
+an engine would go on for a minute before anybody noticed."""
+STALLED_S = 2.0
+"""After how long a client that takes nothing of what an engine is generating for it is hung up on: whatever an answer
+has of ordinary length fits into the buffers between, so that nobody ordinary gets here."""
 
 
 class Connection(HttpToolsProtocol):
     """Bounds the size and time of all that a client sends except bodies, which are bounded where they are read.
 
     A timer runs while no answer is in progress and no body is awaited: until the first byte, through the headers, and
-    when a body goes on after its answer. Another runs while a client takes nothing of what fills its buffers.
+    when a body goes on after its answer. Two others run while a client takes nothing of what fills its buffers.
 
     Args:
         max_header_bytes: most bytes in a row that are not body: request line and headers, or trailers.
         header_timeout_s: how long the timer runs.
-        send_timeout_s: how long the other one does, until the client is hung up on.
+        send_timeout_s: how long the longer one does, until the client is hung up on.
         uvicorn: passed on to uvicorn's protocol.
     """
 
@@ -46,6 +51,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if (plain := transport.get_extra_info("socket")) is not None:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
         self._start_timer(self._header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -141,8 +148,8 @@ class Connection(HttpToolsProtocol):
 
     def _on_stall(self) -> None:
         notes = self.cycle.scope["state"].get("notes") if self.cycle is not None else None
-        if notes is not None and notes.on_stall is not None:
-            notes.on_stall()
+        if notes is not None and notes.generating:
+            self.transport.abort()  # the request's end tells the engine, then its place is given back
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()

@@ -1,17 +1,14 @@
-"""Around every request: its start time, a log line, a count and a place. Pure ASGI: streams pass through untouched."""
+"""Around every request: its start time, a log line and a count. Pure ASGI: streams pass through untouched."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from server.errors import Unavailable
 from server.gateway.http.disconnect import CLIENT_GONE
-from server.gateway.http.errors import error_response
 from server.watching.logs import request_id, traceparent
 
 if TYPE_CHECKING:
@@ -35,7 +32,7 @@ class RequestNotes:
         level: how personal a generation is.
         gone: whether the client left before the answer.
         broken: whether a stream ended in an error.
-        on_stall: called when the client takes nothing of what is sent to it for a while.
+        generating: whether an engine is at work for it: then a client that takes nothing is soon hung up on.
     """
 
     started_s: float
@@ -44,7 +41,7 @@ class RequestNotes:
     level: str = ""
     gone: bool = False
     broken: bool = False
-    on_stall: Callable[[], None] | None = None
+    generating: bool = False
 
 
 def notes_of(scope: Scope) -> RequestNotes:
@@ -126,37 +123,3 @@ class RequestLog:
                 f" {notes.level}" if notes.level else "",
                 extra={"fields": {"method": method, "route": route, "status": status, "ms": took_ms}},
             )
-
-
-class Places:
-    """Limits how many requests are served at once and tells the rest to come back; operations' own are always served.
-
-    Args:
-        app: what serves.
-        most: most requests in progress, from their headers to the end of their answers.
-    """
-
-    ALWAYS = frozenset(("/health", "/ready", "/metrics"))
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app = app
-        self._most = most
-        self._taken = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self.ALWAYS:
-            await self._app(scope, receive, send)
-            return
-        if self._taken >= self._most:
-            error = Unavailable(
-                f"{self._most} requests are in progress, the most at once: try again in a moment",
-                code="overloaded",
-                retry_after_s=1,
-            )
-            await error_response(error)(scope, receive, send)
-            return
-        self._taken += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._taken -= 1

@@ -85,7 +85,7 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
-        for reason in ("queue_full", "queue_timeout"):
+        for reason in ("places", "queue_full", "queue_timeout"):
             self.shed.labels(reason)
         self.fallbacks = Counter(
             "mta_fallbacks",

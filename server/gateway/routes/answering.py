@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from fastapi import Response
 
 from server.errors import ApiError
+from server.gateway.access.limiter import counted_of
 from server.gateway.generation.asked import Asked
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.timings import Timings
@@ -60,7 +61,7 @@ class Answering(Response):
             self._parts.metrics.disconnects.inc()
 
     async def _whole(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._parts.generator.answer(self._asked, timings) as answer:
+        async with self._parts.generator.answer(self._asked, counted_of(scope), timings) as answer:
             self._begin(scope, answer)
             content = await self._form.whole(answer)
         self._observe(answer)
@@ -71,10 +72,12 @@ class Answering(Response):
     async def _stream(self, timings: Timings, scope: Scope, receive: Receive, send: Send) -> None:
         async with EventSender(send, lambda: self._known_headers(timings)) as sender:
             try:
-                async with self._parts.generator.answer(self._asked, timings) as answer:
+                async with self._parts.generator.answer(self._asked, counted_of(scope), timings) as answer:
                     self._begin(scope, answer)
+                    notes_of(scope).generating = True
                     async for data in self._form.events(answer):
                         await sender.write(data)
+                    notes_of(scope).generating = False
                     self._observe(answer)
                     await sender.write(DONE)
             except ApiError as error:
@@ -93,7 +96,6 @@ class Answering(Response):
         """Keep the answer for the headers, and note for the log and the count what only this route knows."""
         self._answer, notes = answer, notes_of(scope)
         notes.answer_id, notes.level = answer.id, answer.personalization.level.value
-        notes.on_stall = answer.place.release
         self._parts.tracing.note(level=notes.level)
         if made_in := answer.personalization.made_in:
             self._parts.tracing.link(made_in)

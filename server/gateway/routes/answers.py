@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, Field
 
-from server.gateway.engines.stream import EngineStream
+from server.gateway.generation.answer_stream import AnswerStream
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level, Personalization
 from server.store.jobs import Job, JobState
@@ -207,7 +207,7 @@ def anchors(personalization: Personalization) -> list[AnchorAnswer]:
     ]
 
 
-def usage_answer(stream: EngineStream) -> Usage | None:
+def usage_answer(stream: AnswerStream) -> Usage | None:
     """The token counts of a finished answer."""
     return Usage(**stream.usage) if stream.usage else None
 

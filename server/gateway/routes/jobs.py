@@ -15,7 +15,7 @@ from server.gateway.http.disconnect import ClientGone, unless_gone
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, EventSender, event
-from server.gateway.parts import LIMITED, UserSamplesRoute, epoch_of, parts_of, user_of, users_of
+from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
 from server.gateway.routes.answers import JobAnswer, job_answer
 from server.gateway.routes.examples import FOLLOWED
 from server.gateway.users.adapting import Adapting
@@ -35,7 +35,7 @@ JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` 
 _POLL_S = 0.5
 
 
-@router.post("/users/{user_id}/adapt", status_code=202, dependencies=[LIMITED])
+@router.post("/users/{user_id}/adapt", status_code=202)
 async def adapt(request: Request, response: Response, user_id: UserIdInPath, body: AdaptRequest) -> JobAnswer:
     """Train a small adapter for the user on samples of how they want to be answered.
 

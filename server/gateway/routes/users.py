@@ -17,7 +17,7 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.access.caller import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.requests import ItemsRequest, UserIdInPath
-from server.gateway.parts import LIMITED, Parts, UserRoute, epoch_of, parts_of, user_of
+from server.gateway.parts import Parts, UserRoute, epoch_of, parts_of, user_of
 from server.gateway.routes.answers import (
     AdapterAnswer,
     ErasedAnswer,
@@ -38,7 +38,7 @@ router = APIRouter(
 )
 
 
-@router.put("/profile", dependencies=[LIMITED])
+@router.put("/profile")
 async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
     """Replace the user's history with these items.
 
@@ -48,7 +48,7 @@ async def replace_profile(request: Request, user_id: UserIdInPath, body: ItemsRe
     return await _change(parts, user_of(request, user_id), epoch_of(request), body, parts.profiles.replace)
 
 
-@router.post("/profile/items", dependencies=[LIMITED])
+@router.post("/profile/items")
 async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest) -> ProfileAnswer:
     """Add items to the user's history; an item whose `id` is already there is replaced.
 
@@ -58,7 +58,7 @@ async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest)
     return await _change(parts, user_of(request, user_id), epoch_of(request), body, parts.profiles.add)
 
 
-@router.get("", dependencies=[LIMITED])
+@router.get("")
 async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     """What is stored about the user, and which anchors speak for them."""
     parts, user = parts_of(request), user_of(request, user_id)
@@ -92,7 +92,6 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     "/export",
     response_class=Response,
     responses={200: {"content": {"application/json": {}}}},
-    dependencies=[LIMITED],
 )
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Everything that is stored about the user, as one JSON object.
@@ -118,8 +117,7 @@ async def erase_user(request: Request, user_id: UserIdInPath) -> ErasedAnswer:
     parts = parts_of(request)
     erasure = await parts.erasing.erase(user_of(request, user_id))
     if erasure is None:
-        async with parts.limiter.counted(caller_of(request), None) as counted:  # afterwards: no limit is in the way
-            await counted.let_in()
+        parts.limiter.count_afterwards(caller_of(request))
         raise _unknown(user_id)
     return ErasedAnswer(user_id=user_id, erased=erasure.erased, log_rewritten_by=iso(erasure.rewritten_by_ms))
 

@@ -35,9 +35,7 @@ Of all users::
 
 Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
-    mta:rates:{<what>/<owner>/<n>/<n>/second}  string  what was used of so much in so many   after twice the window
-                                                       seconds; in the window before, with
-                                                       `/-1` behind the name
+    mta:rates:{<owner>}:<what>  string  how much is used, and when that was so, µs         after a window at most
     mta:held:running/<owner>  zset    requests in progress → until when, ms               after the last lease
     mta:held:gateways/<engines>  zset  gateways before the same engines → the same        after the last lease
 
@@ -65,7 +63,6 @@ REWRITE = "mta:{rewrite}"
 OLD_REWRITE = f"{REWRITE}:due"
 ACCESS_KEYS = "mta:{access}:keys"
 ACCESS_RING = "mta:{access}:ring"
-RATES = "mta:rates"
 
 
 def profile(user_key: str) -> str:
@@ -111,6 +108,11 @@ def rewrite(server: str) -> str:
 
 def adapted(bank: str) -> str:
     return f"{BANKS}:{bank}"
+
+
+def rate(owner: str, what: str) -> str:
+    """All of an owner's are in one slot."""
+    return f"mta:rates:{{{owner}}}:{what}"
 
 
 def held(name: str) -> str:

@@ -56,28 +56,64 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
-    """What is left of a rate: how much can be used now, and after how many seconds there will be more."""
+class Use:
+    """Some of what a rate allows; below zero, some that is given back."""
 
+    rate: Rate
     amount: int
-    more_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How much of a rate is used at a moment: 0 to `most`; it falls evenly, by all of `most` within the window."""
+
+    rate: Rate
+    used: float
+
+    @property
+    def left(self) -> int:
+        """How much can be used now."""
+        return int(self.rate.most - self.used)
+
+    def fits_in_s(self, amount: int) -> float:
+        """In how many seconds so much can be used."""
+        return max(0.0, self.used + amount - self.rate.most) * self.rate.window_s / self.rate.most
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What came of some uses.
+
+    Attributes:
+        fit: which of them there was room for; they were counted if there was for all.
+        levels: of each one's rate, afterwards.
+    """
+
+    fit: Sequence[bool]
+    levels: Sequence[Level]
+
+    @property
+    def counted(self) -> bool:
+        """Whether the uses were counted."""
+        return all(self.fit)
 
 
 class Rates(Protocol):
     """Counts for all gateways together. Every method raises `Unavailable` when the store cannot be reached.
 
-    Windows slide: use is forgotten bit by bit. What is counted may be lost with the server, unlike what users store.
+    A rate is a bucket: what is used leaks out evenly, and whoever has used nothing for a window can use the whole
+    limit at once, never more. What is counted may be lost with the server, unlike what users store.
     """
 
-    async def take(self, rate: Rate, amount: int) -> bool:
-        """Use some of what a rate allows, if there is so much left; a negative amount gives it back.
+    async def take(self, uses: Sequence[Use]) -> Levels:
+        """Use some of what an owner's rates allow: all of it, or nothing if there is too little left of one.
 
-        Returns:
-            Whether it was there.
+        Args:
+            uses: all of one owner, no rate twice. An amount of 0 only asks.
         """
 
-    async def left(self, rate: Rate) -> Left:
-        """What is left of a rate."""
+    async def correct(self, uses: Sequence[Use]) -> None:
+        """Count so much more or less of an owner's rates, whatever is left: no level leaves 0 to `most`."""
 
     async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         """Be among those who hold something, for some time or until `let_go`; calling it again renews that.

@@ -85,8 +85,8 @@ async def test_who_finds_a_place_does_not_wait(line: Line) -> None:
 async def test_callers_take_turns(line: Line) -> None:
     line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60, metrics=Metrics())
     await line.come("a1", "a2", "a3", "a4", "a5", "b1", "c1", "b2")
-    await line.end("a1", "a2", "a3", "b1", "c1", "a4", "b2")
-    assert line.served == ["a1", "a2", "a3", "b1", "c1", "a4", "b2", "a5"]
+    await line.end("a1", "a2", "b1", "c1", "a3", "b2", "a4")
+    assert line.served == ["a1", "a2", "b1", "a3", "c1", "b2", "a4", "a5"]
 
 
 async def test_beyond_a_full_line_nobody_waits(line: Line) -> None:
@@ -111,7 +111,7 @@ async def test_a_full_line_makes_room_for_callers_who_wait_less(line: Line) -> N
     await line.come("c1")
     await line.refusal("c1")  # nobody waits twice any more
     await line.end("a1", "a2")
-    assert line.served == ["a1", "a2", "a3", "b1"]
+    assert line.served == ["a1", "a2", "b1", "a3"]
 
 
 async def test_who_leaves_frees_the_place_in_the_line_and_in_the_engines(line: Line) -> None:
@@ -132,15 +132,6 @@ async def test_who_leaves_at_the_moment_of_their_turn_passes_it_on(line: Line) -
     assert line.served == ["a1", "a2", "a4"]
 
 
-async def test_who_leaves_lets_those_by_who_need_fewer_places(line: Line) -> None:
-    await line.come("a1")
-    await line.come("b1", size=2)
-    await line.come("c1")
-    assert line.served == ["a1"]
-    await line.leave("b1")
-    assert line.served == ["a1", "c1"]
-
-
 async def test_room_is_made_at_the_expense_of_one_who_is_just_leaving(line: Line) -> None:
     await line.come("a1", "a2", "a3", "a4")
     coming = asyncio.create_task(line.come("b1"))
@@ -148,7 +139,7 @@ async def test_room_is_made_at_the_expense_of_one_who_is_just_leaving(line: Line
     line._tasks["a4"].cancel()
     await coming
     await line.end("a1", "a2")
-    assert line.served == ["a1", "a2", "a3", "b1"]
+    assert line.served == ["a1", "a2", "b1", "a3"]
 
 
 async def test_after_one_long_answer_others_wait_again(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,15 +185,113 @@ async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypat
 async def test_a_request_takes_as_many_places_as_it_has_answers(line: Line) -> None:
     await line.come("a1")
     await line.come("b1", size=2)
-    await line.come("c1")
-    assert line.served == ["a1"]  # c1 does not overtake
+    assert line.served == ["a1"]
     await line.end("a1")
     assert line.served == ["a1", "b1"]
+    await line.come("c1")
     await line.end("b1")
     assert line.served == ["a1", "b1", "c1"]
     await line.end("c1")
     await line.come("a2", size=100)  # more than there are: alone
     assert line.served[-1] == "a2"
+
+
+class TestWide:
+    """Requests for several sequences at once."""
+
+    async def test_others_pass_it_for_half_of_its_patience_then_places_are_kept(
+        self, line: Line, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now_s = 0.0
+        monkeypatch.setattr("server.gateway.access.shares.time", SimpleNamespace(monotonic=lambda: now_s))
+        line.queue = EngineQueue(lambda: 4, most_waiting=10, patience_s=60, metrics=Metrics())
+        await line.come("a1", "b1", "c1")
+        await line.come("d1", size=4)
+        now_s = 29.0
+        await line.come("e1")
+        assert line.served == ["a1", "b1", "c1", "e1"]
+        await line.come("f1")
+        now_s = 31.0
+        await line.end("a1")
+        await line.come("g1")  # one is free, and is kept
+        await line.end("b1", "c1")
+        assert line.served == ["a1", "b1", "c1", "e1"]
+        await line.end("e1")
+        assert line.served == ["a1", "b1", "c1", "e1", "d1"]
+        await line.end("d1")
+        assert line.served[5:] == ["f1", "g1"]
+
+    async def test_whoever_waits_behind_it_with_the_same_key_passes_too(self, line: Line) -> None:
+        await line.come("a1")
+        await line.come("a2", size=2)
+        await line.come("a3")
+        assert line.served == ["a1", "a3"]
+
+    async def test_once_it_has_left_nothing_is_kept_for_it(self, line: Line) -> None:
+        await line.come("a1")
+        await line.come("b1", size=2, patience_s=0.01)
+        await line.come("c1")
+        assert line.served == ["a1", "c1"]
+        await line.refusal("b1")
+        assert (line.queue.taken, line.queue.waiting) == (2, 0)
+
+    async def test_its_places_come_back_one_by_one(self, line: Line) -> None:
+        async with line.queue.place("a", size=2) as place:
+            await line.come("b1", "c1")
+            place.release(1)
+            await settled()
+            assert line.served == ["b1"]
+            place.release(1)
+            place.release(1)
+            await settled()
+            assert line.served == ["b1", "c1"]
+            assert line.queue.taken == 2
+
+    async def test_another_part_of_an_answer_is_not_refused(self, line: Line) -> None:
+        await line.come("a1", "b1", "a2", "b2")
+        async with AsyncExitStack() as stack:
+            part = stack.enter_async_context(line.queue.place("a", patience_s=0, begun=True))
+            waiting = asyncio.create_task(part)
+            await settled()
+            await line.come("c1", "d1")
+            assert not waiting.done()
+            await line.leave("a2")
+            await line.end("a1", "b1")
+            await asyncio.wait_for(waiting, 10)
+
+
+class TestShares:
+    """How much of the engines a caller may have."""
+
+    async def test_a_caller_alone_has_all_of_it(self, line: Line) -> None:
+        line.places = 8
+        await line.come(*(f"a{n}" for n in range(8)))
+        assert len(line.served) == 8
+
+    async def test_who_asks_for_more_than_a_share_leaves_others_what_they_had_lately(self, line: Line) -> None:
+        line.queue = EngineQueue(lambda: 8, most_waiting=50, patience_s=60, metrics=Metrics())
+        await line.come("b1", "b2", "c1", "c2")
+        await line.end("b2", "c2")
+        await line.come(*(f"a{n}" for n in range(8)))
+        assert line.served[4:] == ["a0", "a1", "a2", "a3"]
+        await line.come("b3", "c3")
+        assert line.served[-2:] == ["b3", "c3"]
+        await line.end("b3", "b1", "c3", "c1")
+        assert line.queue.taken == 8  # whoever has the engines to itself may use them
+        await line.come("b4")
+        await line.end("a0")
+        assert line.served[-1] == "b4"
+
+    async def test_no_place_idles_while_somebody_waits_who_may_have_it(self, line: Line) -> None:
+        line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60, metrics=Metrics())
+        for name in "abc":
+            await line.come(*(f"{name}{n}" for n in range(30)))
+        ended: list[str] = []
+        while len(ended) < 20:
+            running = [name for name in line.served if name not in ended]
+            assert len(running) == line.queue.taken == 8
+            await line.end(running[0])
+            ended.append(running[0])
 
 
 async def test_places_come_and_go_with_the_engines(line: Line) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from server.gateway.generation.generator import Answer
 from server.gateway.http.streaming import event
 from server.gateway.routes.answers import PersonalizationAnswer, personalization_answer
+from server.gateway.routes.openai.joining import joined
 from server.gateway.routes.openai.requests import StreamOptions
 
 _INTERNAL = ("kv_transfer_params", "ec_transfer_params")
@@ -75,7 +76,8 @@ class OpenAIForm:
         self._options = options
 
     async def whole(self, answer: Answer) -> bytes:
-        (value,) = [value async for _, value in answer.pieces()]
+        values = [value async for _, value in answer.pieces()]
+        value = values[0] if answer.stream.first_token_s is None else joined(values, self._kind)
         self._make_public(value, answer, self._kind)
         value["personalization"] = personalization_answer(answer).model_dump()
         return orjson.dumps(value)

@@ -1,21 +1,52 @@
-"""Limits on Redis: sliding windows, and leases as sorted sets.
+"""Limits on Redis: token buckets, and leases as sorted sets.
 
 None of it is waited for until it is on disk: at worst a crash forgives what was used in the last seconds.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from server.store.redis import keys
 from server.store.redis.job_scripts import NOW
 from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.rates import Left, Rate
+from server.store.tenants.rates import Level, Levels, Use
 
-if TYPE_CHECKING:
-    from server.store.redis.access.windows import Windows
+# KEYS: a bucket for each use: how much is used, and when that was so, µs. It expires when nothing is.
+# ARGV: whether to count whatever is left, then of each use most, window (µs) and amount.
+# Returns of each whether there was room, and what is used. If not for all, nothing is counted.
+_TAKE = """
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local fit, used, ahead, all = {}, {}, {}, true
+for i = 1, #KEYS do
+  local most, window, amount = tonumber(ARGV[i * 3 - 1]), tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1])
+  local known = redis.call('GET', KEYS[i])
+  used[i] = 0
+  if known then
+    local before, at = string.match(known, '^(%S+) (%S+)$')
+    local leaked = math.max(0, now - tonumber(at)) * most / window
+    used[i] = math.max(0, math.min(most, tonumber(before)) - leaked)
+    ahead[i] = tonumber(at) > now  -- the clock was set back: from now on it leaks again
+  end
+  fit[i] = used[i] + amount <= most
+  all = all and fit[i]
+end
+local answer = {}
+for i = 1, #KEYS do
+  local most, window, amount = tonumber(ARGV[i * 3 - 1]), tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1])
+  local counts = amount ~= 0 and (ARGV[1] == '1' or all)
+  if counts then used[i] = math.max(0, math.min(most, used[i] + amount)) end
+  local left_ms = math.ceil(used[i] * window / most / 1000)
+  if (counts or ahead[i]) and left_ms > 0 then
+    redis.call('SET', KEYS[i], string.format('%.17g %.0f', used[i], now), 'PX', left_ms)
+  elseif counts then
+    redis.call('DEL', KEYS[i])
+  end
+  answer[i * 2 - 1], answer[i * 2] = fit[i] and 1 or 0, string.format('%.17g', used[i])
+end
+return answer
+"""
 
 # KEYS: who holds it, by when that ends. ARGV: most (-1: any number), lease (ms), members. Returns how many hold it, or
 # -1 if there is no room.
@@ -49,14 +80,12 @@ class RedisRates:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
-        self._opened: Windows | None = None
 
-    async def take(self, rate: Rate, amount: int) -> bool:
-        return bool(await self._connection.run(lambda redis: self._windows(redis).take(rate, amount)))
+    async def take(self, uses: Sequence[Use]) -> Levels:
+        return await self._count(uses, anyway=False)
 
-    async def left(self, rate: Rate) -> Left:
-        amount, more_at_s = await self._connection.run(lambda redis: self._windows(redis).left(rate))
-        return Left(min(int(amount), rate.most), max(0.0, more_at_s - time.time()))
+    async def correct(self, uses: Sequence[Use]) -> None:
+        await self._count(uses, anyway=True)
 
     async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         allowed, lease_ms = -1 if most is None else most, int(lease_s * 1000)
@@ -71,9 +100,9 @@ class RedisRates:
     async def let_go(self, name: str, member: str) -> None:
         await self._connection.run(lambda redis: redis.zrem(keys.held(name), member))
 
-    def _windows(self, redis: Any) -> Windows:
-        if self._opened is None:
-            from server.store.redis.access.windows import Windows  # whoever limits nothing need not load the library
-
-            self._opened = Windows(redis)
-        return self._opened
+    async def _count(self, uses: Sequence[Use], *, anyway: bool) -> Levels:
+        names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
+        given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
+        found = await self._connection.run(lambda redis: redis.eval(_TAKE, len(names), *names, int(anyway), *given))
+        levels = [Level(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
+        return Levels([bool(fit) for fit in found[0::2]], levels)

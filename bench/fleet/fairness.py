@@ -1,0 +1,329 @@
+"""What one key costs others: a gateway, an engine, four keys that each ask by chance for a sixth of what it can bear.
+
+    wide     a key's short requests at half of that, alone and beside its own requests for 32 answers at once
+    greedy   three keys at half of that, beside a fourth that does as they do, and beside a fourth that does its worst:
+             event streams, bodies that trickle, requests for 32 answers, streams that it does not read, deletes of
+             nobody, each again as soon as it is refused
+
+The engine is real, its model is tiny. Ends with status 1 when a claim fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import typer
+
+from bench import script
+from bench.fleet.capacity import LONG, LONG_PATH, WRONG, Rows
+from bench.fleet.streams import Load, Loader, loading, reading
+from bench.page.report import Spread, percentile, report
+from bench.rig.engine import KEY
+from bench.rig.processes import wait_until
+from bench.rig.servers import vllm_server
+from bench.rig.subject import tiny
+from bench.rig.tiny import world
+from bench.rig.up import gateway_url, running_gateway
+from bench.rig.valkey import ValkeyProcess
+from bench.serving.front import SECRET
+from mta_client import Client
+from server.settings import Settings
+from server.store.opening import open_stores
+from server.store.tenants.access_keys import Scope, access_key, new_secret
+
+PARTS = ("wide", "greedy")
+PLACES = 32
+"""Sequences in a batch, and answers that are asked for at once."""
+USERS = 8
+KEYS = ("ada", "bob", "kai", "eve")
+"""The fourth does its worst."""
+LEAST_SERVED, MOST_LONGER = 0.8, 1.5
+WORST = {"events": 64, "trickling": 32, "wide": 8, "unread": 16, "deletes": 2}
+"""What the fourth does at its worst, and over how many connections."""
+SMALL_BODY = 64 << 10
+UNREAD = {name: value for name, value in LONG.items() if name not in ("logprobs", "top_logprobs")}
+"""More than a socket's buffers take; no more work for the engine than any other answer of this length."""
+AGAIN_S = 0.05
+BEFORE_S = 4.0
+"""How long the three have been there when a measurement begins; the fourth begins halfway."""
+
+Key = dict[str, str]
+
+
+def main(
+    *,
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(PARTS)}; may be repeated.", show_default="all")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of each load, over all turns.", min=1)] = 60,
+    turns: Annotated[int, typer.Option(help="Turns of each load.", min=1)] = 3,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 32,
+    worst: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(WORST)}; may be repeated.", show_default="all")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Measure what one key's requests cost the others, and its own."""
+    chosen, does = part or list(PARTS), worst or list(WORST)
+    for given, known in ((chosen, PARTS), (does, WORST)):
+        if unknown := set(given) - set(known):
+            raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = tiny(Path(scratch))
+        store = ValkeyProcess(Path(scratch) / "valkey").start()
+        try:
+            keys = asyncio.run(_keys(store.url))
+            with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
+                parts = (subject.bank, store.url, engine.url, KEY, SECRET)
+                with running_gateway(*parts) as process:
+                    url = gateway_url(process)
+                    bench = Fairness(url, keys, _prepare(url, keys), tokens, does)
+                    rows = asyncio.run(bench.measure(chosen, seconds, turns))
+        finally:
+            store.kill()
+    title = f"Fairness: a gateway, an engine of {PLACES} places, {subject.title}, answers of {tokens} tokens"
+    loads = {what: [asdict(load) for load in loads] for what, loads in bench.loads.items()}
+    report(title, rows, out, loads=loads)
+    if any(WRONG in str(value) for _, value in rows):
+        raise typer.Exit(1)
+
+
+async def _keys(url: str) -> list[Key]:
+    """A key of a tenant of its own for each of `KEYS`, as a header."""
+    secrets = {name: new_secret() for name in KEYS}
+    async with open_stores(Settings(redis_url=url)) as stores:
+        for name, secret in secrets.items():
+            await stores.keys.add(access_key(secret, name, name, frozenset(Scope)))
+    return [{"Authorization": f"Bearer {secret}"} for secret in secrets.values()]
+
+
+def _prepare(url: str, keys: Sequence[Key]) -> str:
+    """Give every key its users, and the last one a job that no worker takes; the job's id."""
+    for key in keys:
+        with Client(url, key=key["Authorization"].removeprefix("Bearer ")) as client:
+            wait_until(client.ready, f"{url} to be ready")
+            for user in range(USERS):
+                client.put_profile(f"user-{user}", [world(user)])
+            job = client.adapt("user-0", [{"input": "Any plans?", "output": "To the sea, at dawn."}])
+    return job.id
+
+
+class Fairness:
+    """The measurements.
+
+    Args:
+        url: the gateway's.
+        keys: headers of `KEYS`.
+        job: of the last key.
+        tokens: of an answer.
+        worst: what the last key does, of `WORST`.
+
+    Attributes:
+        loads: all of them, by what they were.
+    """
+
+    def __init__(self, url: str, keys: Sequence[Key], job: str, tokens: int, worst: Sequence[str]) -> None:
+        self.loads: dict[str, list[Load]] = {}
+        self._url = url
+        self._keys = keys
+        self._job = job
+        self._tokens = tokens
+        self._worst_of_all = worst
+
+    async def measure(self, parts: Sequence[str], seconds: float, turns: int) -> Rows:
+        """What the engine can bear, and the parts."""
+        async with AsyncExitStack() as stack:
+            loaders = [
+                await stack.enter_async_context(loading([self._url], _bodies(self._tokens), key)) for key in self._keys
+            ]
+            await loaders[0].closed(PLACES, min(seconds, 5), lambda _: None)
+            capacity = (await loaders[0].closed(PLACES, seconds / turns, lambda _: None)).rate
+            rows: Rows = [("capacity: answers a second", round(capacity, 1))]
+            if "wide" in parts:
+                rows += await self._wide(loaders[0], capacity / 2, seconds / turns, turns)
+            if "greedy" in parts:
+                rows += await self._greedy(loaders, capacity / 6, seconds / turns, turns)
+        return rows
+
+    async def _wide(self, loader: Loader, per_s: float, seconds: float, turns: int) -> Rows:
+        whats = ["short ones, alone", f"short ones, beside {PLACES} answers at once"]
+        wide: list[float] = []
+        for turn in range(turns):
+            await self._offered(whats[0], [loader], per_s, seconds, turn)
+            async with self._again_and_again({"wide": self._ask_for_many(self._keys[0], wide)}, 1):
+                await self._offered(whats[1], [loader], per_s, seconds, turn)
+        return [
+            *itertools.chain(*map(self._rows, whats)),
+            ("answers a second, beside over alone", str(self._ratio(whats, lambda load: load.rate))),
+            ("p99, beside over alone", str(self._ratio(whats, lambda load: load.whole_ms(0.99)))),
+            (f"requests for {PLACES} answers: answered", len(wide)),
+            ("they took, p50, s", f"{percentile(wide, 0.5):.2f}" if wide else "-"),
+        ]
+
+    async def _greedy(self, loaders: Sequence[Loader], per_s: float, seconds: float, turns: int) -> Rows:
+        whats = ["three keys, the fourth as they", "three keys, the fourth at its worst"]
+        *three, fourth = loaders
+        worst: dict[str, int] = {}
+        for turn in range(turns):
+            behaving = asyncio.create_task(fourth.open(per_s, seconds, lambda _: None, seed=1000 + turn))
+            await self._offered(whats[0], three, per_s, seconds, turn)
+            await behaving
+            before = [asyncio.create_task(loader.open(per_s, BEFORE_S, lambda _: None)) for loader in three]
+            await asyncio.sleep(BEFORE_S / 2)
+            async with self._worst(worst):
+                await asyncio.wait(before)
+                await self._offered(whats[1], three, per_s, seconds, turn)
+        rate = self._ratio(whats, lambda load: load.rate)
+        longer = self._ratio(whats, lambda load: load.whole_ms(0.99))
+        return [
+            *itertools.chain(*map(self._rows, whats)),
+            ("what the fourth did", ", ".join(f"{number} {what}" for what, number in sorted(worst.items()))),
+            (
+                "the three's answers a second, worst over behaving",
+                _judged(f"{rate}, at least {LEAST_SERVED}", rate.median >= LEAST_SERVED),
+            ),
+            (
+                "the three's p99, worst over behaving",
+                _judged(f"{longer}, at most {MOST_LONGER}", longer.median <= MOST_LONGER),
+            ),
+        ]
+
+    async def _offered(self, what: str, loaders: Sequence[Loader], per_s: float, seconds: float, turn: int) -> None:
+        """One turn of a load, with as much from each loader; the same arrivals in the same turn of another."""
+        found = await asyncio.gather(
+            *(
+                loader.open(per_s, seconds, lambda _: None, seed=len(loaders) * turn + number)
+                for number, loader in enumerate(loaders)
+            )
+        )
+        streams = [stream for load in found for stream in load.streams]
+        self.loads.setdefault(what, []).append(Load(streams, max(load.seconds for load in found)))
+
+    def _ratio(self, whats: Sequence[str], of: Callable[[Load], float]) -> Spread:
+        before, beside = (list(map(of, self.loads[what])) for what in whats)
+        return Spread.ratio(beside, before)
+
+    def _rows(self, what: str) -> Rows:
+        loads = self.loads[what]
+        streams = sum(len(load.streams) for load in loads)
+        return [
+            (f"{what}: answers a second", str(Spread.of([load.rate for load in loads]))),
+            (f"{what}: refused (429)", f"{sum(load.refused for load in loads)} of {streams}"),
+            (f"{what}: failed in any other way", str(sum([sum(load.failures.values()) for load in loads]))),
+            (f"{what}: whole, p99, ms", str(Spread.of([load.whole_ms(0.99) for load in loads]))),
+        ]
+
+    @asynccontextmanager
+    async def _worst(self, counts: dict[str, int]) -> AsyncIterator[None]:
+        """The last key does its worst."""
+        key = self._keys[-1]
+        numbers = itertools.count()
+        place = urlsplit(self._url)
+
+        async def follow(session: aiohttp.ClientSession) -> int:
+            async with session.get(f"{self._url}/jobs/{self._job}/events") as response:
+                await response.read()
+                return response.status
+
+        async def delete(session: aiohttp.ClientSession) -> int:
+            async with session.delete(f"{self._url}/users/nobody-{next(numbers)}") as response:
+                return response.status
+
+        async def trickle(session: aiohttp.ClientSession) -> int:
+            reader, writer = await asyncio.open_connection(place.hostname, place.port)
+            try:
+                head = f"PUT /users/user-0/profile HTTP/1.1\r\nHost: {place.netloc}\r\n"
+                head += f"Authorization: {key['Authorization']}\r\nContent-Type: application/json\r\n"
+                writer.write(f"{head}Content-Length: 200000\r\n\r\n".encode() + b" " * (SMALL_BODY + 1))
+                answer = asyncio.create_task(reader.readline())
+                while not answer.done():
+                    writer.write(b" ")
+                    await asyncio.wait([answer], timeout=1)
+                return int((answer.result().split() or [b"", b"0"])[1])
+            finally:
+                writer.transport.abort()
+
+        kinds = {
+            "events": follow,
+            "trickling": trickle,
+            "wide": self._ask_for_many(key, []),
+            "deletes": delete,
+        }
+        async with AsyncExitStack() as stack:
+            for what in self._worst_of_all:
+                if what in kinds:
+                    clients = self._again_and_again({what: kinds[what]}, WORST[what], key, counts)
+                else:
+                    clients = reading([self._url] * WORST[what], LONG_PATH, UNREAD, 0.0, key)
+                await stack.enter_async_context(clients)
+            yield
+
+    def _ask_for_many(self, key: Key, took: list[float]) -> Callable[[aiohttp.ClientSession], Awaitable[int]]:
+        """A request for as many answers as there are places, four times as long as the others'."""
+        body = {"model": "base", "messages": [{"role": "user", "content": "Tell me everything."}], "n": PLACES}
+        body |= {"max_tokens": 4 * self._tokens}
+        clock = asyncio.get_running_loop().time
+
+        async def ask(session: aiohttp.ClientSession) -> int:
+            start_s = clock()
+            async with session.post(f"{self._url}/v1/chat/completions", json=body, headers=key) as response:
+                await response.read()
+                if response.status == 200:
+                    took.append(clock() - start_s)
+                return response.status
+
+        return ask
+
+    @asynccontextmanager
+    async def _again_and_again(
+        self,
+        acts: dict[str, Callable[[aiohttp.ClientSession], Awaitable[int]]],
+        clients: int,
+        key: Key | None = None,
+        counts: dict[str, int] | None = None,
+    ) -> AsyncIterator[None]:
+        """Clients that do something until the block ends, and begin again soon after it ends or is refused."""
+        counts = {} if counts is None else counts
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, headers=key or {}) as session:
+
+            async def client(what: str, act: Callable[[aiohttp.ClientSession], Awaitable[int]]) -> None:
+                while True:
+                    status = 0
+                    with suppress(aiohttp.ClientError, OSError):
+                        counts[what] = counts.get(what, 0) + 1
+                        status = await act(session)
+                    counts[f"{what}: {status}"] = counts.get(f"{what}: {status}", 0) + 1
+                    await asyncio.sleep(AGAIN_S)
+
+            tasks = [asyncio.create_task(client(what, act)) for what, act in acts.items() for _ in range(clients)]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _bodies(tokens: int) -> Iterator[dict[str, Any]]:
+    """Requests of the users in turn, never the same prompt twice."""
+    for number in itertools.count():
+        user, prompt = f"user-{number % USERS}", f"Write the sentence number {number}."
+        yield {"user_id": user, "prompt": prompt, "max_tokens": tokens, "stream": True, "history": 0}
+
+
+def _judged(shown: str, right: bool) -> str:
+    return shown if right else f"{shown} {WRONG}"
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,206 @@
+"""What the engines say to one request, be it one request to them or several: a wide one goes in parts.
+
+A request for many answers would wait until as many places are free at once, and keep them until its last sequence has
+ended. So it goes to the engines in parts of a few sequences each, which wait one after another, and every sequence that
+ends gives its place back. Clients see one answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+from server.gateway.access.queue import Place
+from server.gateway.engines.chat import EngineRequest
+from server.gateway.engines.stream import EngineStream, Piece
+
+_AHEAD = 64
+"""Most chunks that are read ahead of a client."""
+_GREEDY = 1e-5
+"""Below this temperature vLLM samples nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of an answer's requests to the engines.
+
+    Attributes:
+        request: for some of the answer's choices.
+        first: index of the first of them in the whole answer.
+        sequences: how many they are.
+        brings_prompt: whether its prompt's tokens count; not again where several parts have the same prompt.
+    """
+
+    request: EngineRequest
+    first: int
+    sequences: int
+    brings_prompt: bool = True
+
+
+def parts_of(request: EngineRequest, most: int | None) -> list[Part]:
+    """A request in parts of at most so many sequences; None for any number.
+
+    The choices are those that the whole would have: the engine adds a choice's place among a prompt's to the seed, so
+    that a part begins with a seed further on.
+    """
+    several = isinstance(request.prompt, list) and not isinstance(request.prompt[0], int)
+    prompts: list[Any] = request.prompt if several else [request.prompt]  # type: ignore[assignment]
+    n: int = request.sampling.get("n", 1)
+    if most is None or len(prompts) * n <= most:
+        return [Part(request, 0, len(prompts) * n)]
+    if n > 1 and request.sampling.get("temperature", 1) < _GREEDY:
+        return [Part(request, 0, most)]  # the engine refuses it, whatever its width: it samples nothing
+    parts: list[Part] = []
+
+    def add(first: int, sequences: int, *, brings_prompt: bool = True, **changed: Any) -> None:
+        name = f"{request.request_id}-{len(parts)}" if parts else request.request_id
+        parts.append(Part(replace(request, request_id=name, **changed), first, sequences, brings_prompt))
+
+    if n <= most:
+        for start in range(0, len(prompts), most // n):
+            some = prompts[start : start + most // n]
+            add(start * n, len(some) * n, prompt=some)
+        return parts
+    for number, prompt in enumerate(prompts):
+        for start in range(0, n, most):
+            size = min(most, n - start)
+            sampling = {**request.sampling, "n": size}
+            if "seed" in sampling:
+                sampling["seed"] = (sampling["seed"] + start + (1 << 63)) % (1 << 64) - (1 << 63)
+            add(number * n + start, size, brings_prompt=not start, sampling=sampling, prompt=prompt)
+    return parts
+
+
+class AnswerStream:
+    """An answer in progress: iterate `texts` or `pieces`; everything is known when that ends.
+
+    A context manager: at its end parts that are still in progress are aborted, as they are when one of them fails.
+
+    Args:
+        parts: all of the answer's.
+        first: what the engine says to the first of them, which has begun.
+        place: of the first.
+        wait: for places for so many sequences of a part that is not the first.
+        begin: has the engine begin with a part.
+
+    Attributes:
+        sent_s, first_token_s, prompt_tokens: of the first part; see `EngineStream`.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        first: EngineStream,
+        place: Place,
+        *,
+        wait: Callable[[int], AbstractAsyncContextManager[Place]],
+        begin: Callable[[EngineRequest], AbstractAsyncContextManager[EngineStream]],
+    ) -> None:
+        self.sent_s = first.sent_s
+        self.first_token_s = first.first_token_s
+        self.prompt_tokens = first.prompt_tokens
+        self._parts = parts
+        self._first = first
+        self._place = place
+        self._wait = wait
+        self._begin = begin
+        self._streams: list[tuple[Part, EngineStream]] = [(parts[0], first)]
+        self._read: asyncio.Queue[tuple[Part, Piece] | Exception | None] = asyncio.Queue(_AHEAD)
+        self._reading: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if len(self._parts) > 1:
+            self._reading = asyncio.create_task(self._read_all())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._reading:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's, of the first choice; None before its end."""
+        return self._first.finish_reason
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Token counts of all parts, as far as the engine reported them."""
+        told = [(part, stream.usage) for part, stream in self._streams if stream.usage]
+        if not told:
+            return {}
+        prompt = sum(usage["prompt_tokens"] for part, usage in told if part.brings_prompt)
+        completion = sum(usage["completion_tokens"] for _, usage in told)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    async def texts(self) -> AsyncIterator[str]:
+        """The pieces of text, none empty; see `pieces`."""
+        async for text, _ in self.pieces():
+            if text:
+                yield text
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """All that the engines say: chunks, or the whole answer.
+
+        Raises:
+            EngineFailed: when an engine breaks off, or sends something that is not an answer.
+        """
+        if self._reading is None:
+            async for piece in self._noted(self._first, self._place):
+                yield piece
+            return
+        last: list[dict[str, Any]] = []  # whole answers, or what follows a stream's last choice
+        created: int | None = None
+        while (read := await self._read.get()) is not None:
+            if isinstance(read, Exception):
+                raise read
+            part, (text, value) = read
+            created = created or value.get("created")
+            value["created"] = created
+            for choice in value["choices"]:
+                choice["index"] += part.first
+            if self.first_token_s is not None and value["choices"]:
+                yield text, value
+            else:
+                last.append(value)
+        if last:
+            choices = sorted((choice for value in last for choice in value["choices"]), key=lambda one: one["index"])
+            yield "", last[0] | {"choices": choices, "usage": self.usage or None}
+
+    async def _read_all(self) -> None:
+        try:
+            async with AsyncExitStack() as places, asyncio.TaskGroup() as reading:
+                reading.create_task(self._read_part(self._parts[0], self._first, self._place))
+                for part in self._parts[1:]:
+                    place = await places.enter_async_context(self._wait(part.sequences))
+                    reading.create_task(self._begin_part(part, place))
+        except* Exception as errors:
+            await self._read.put(errors.exceptions[0])  # no group: tasks are not nested
+        else:
+            await self._read.put(None)
+
+    async def _begin_part(self, part: Part, place: Place) -> None:
+        async with self._begin(part.request) as stream:
+            self._streams.append((part, stream))
+            await self._read_part(part, stream, place)
+
+    async def _read_part(self, part: Part, stream: EngineStream, place: Place) -> None:
+        async for piece in self._noted(stream, place):
+            await self._read.put((part, piece))
+
+    async def _noted(self, stream: EngineStream, place: Place) -> AsyncIterator[Piece]:
+        """A part's pieces; a sequence that has ended gives its place back."""
+        ended: set[int] = set()
+        async for text, value in stream.pieces():
+            for choice in value["choices"]:
+                if self.first_token_s is not None and choice.get("finish_reason") and choice["index"] not in ended:
+                    ended.add(choice["index"])
+                    place.release(1)
+            yield text, value
+        place.release()
