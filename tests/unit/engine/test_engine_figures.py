@@ -166,6 +166,8 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An engine core of this process."""
 
     class EngineCore:
+        scheduler = SimpleNamespace(fuser=None)
+
         def preprocess_add_request(self, request: Any) -> str:
             return f"preprocessed {request.id}"
 
@@ -175,12 +177,14 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_the_adapter_of_a_request_is_known_when_it_arrives(core: Any) -> None:
     seen: list[str] = []
-    on_arrival(seen.append)
+    fuser = SimpleNamespace(notice=seen.append)
+    on_arrival(fuser)
     assert core.preprocess_add_request(SimpleNamespace(id=1, lora_request=None)) == "preprocessed 1"
     assert core.preprocess_add_request(SimpleNamespace(id=2, lora_request="x")) == "preprocessed 2"
     assert seen == ["x"]
+    assert core.scheduler.fuser is fuser
 
 
 def test_a_worker_without_an_engine_core_hears_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "vllm.v1.engine.core", raising=False)
-    on_arrival(pytest.fail)
+    on_arrival(SimpleNamespace(notice=pytest.fail))
