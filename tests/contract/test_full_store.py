@@ -14,9 +14,11 @@ from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.redis import keys
 from server.store.redis.access.api_keys import RedisAccessKeys
+from server.store.redis.access.rates import RedisRates
 from server.store.redis.queue import RedisQueue
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.rates import Rate, Use
 from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, put_of, submitted
 
 ROOM_BYTES = 400_000
@@ -153,6 +155,15 @@ async def test_a_key_is_revoked_in_it_and_another_takes_its_place(full: StorePar
         leaked.digest: 7,
         another.digest: None,
     }
+
+
+async def test_limits_hold_for_whoever_filled_it(full: StoreParts) -> None:
+    rates, use = RedisRates(full.connection), Use(Rate("requests", "key-1", 1), 1)
+    assert (await rates.take([use])).counted
+    assert not (await rates.take([use])).counted
+    assert await rates.hold("running/key-1", ["one"], 60, 1) == 1
+    assert await rates.hold("running/key-1", ["two"], 60, 1) is None
+    await rates.renew("running/key-1", ["one"], 60)
 
 
 async def test_there_is_room_again_once_enough_was_erased(full: StoreParts, nodes: Nodes, raw: redis.Redis) -> None:

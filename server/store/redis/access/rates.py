@@ -1,6 +1,7 @@
 """Limits on Redis: token buckets, and leases as sorted sets.
 
-None of it is waited for until it is on disk: at worst a crash forgives what was used in the last seconds.
+None of it is waited for until it is on disk: at worst a crash forgives what was used in the last seconds. A full store
+counts too: what is counted is small and expires, and whoever filled the store is to be held to their limits.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.store.redis import keys
-from server.store.redis.job_scripts import NOW
+from server.store.redis.job_scripts import ALLOW_OOM, NOW
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.rates import Level, Levels, Use
 
 # KEYS: a bucket for each use: how much is used, and when that was so, µs. It expires when nothing is.
 # ARGV: whether to count whatever is left, then of each use most, window (µs) and amount.
 # Returns of each whether there was room, and what is used. If not for all, nothing is counted.
-_TAKE = """
+_TAKE = (
+    ALLOW_OOM
+    + """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local fit, used, ahead, all = {}, {}, {}, true
@@ -47,11 +50,13 @@ for i = 1, #KEYS do
 end
 return answer
 """
+)
 
 # KEYS: who holds it, by when that ends. ARGV: most (-1: any number), lease (ms), members. Returns how many hold it, or
 # -1 if there is no room.
 _HOLD = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 local most, lease = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -67,7 +72,8 @@ return redis.call('ZCARD', KEYS[1])
 
 # KEYS: who holds it. ARGV: lease (ms), members. Whoever is not among the holders stays without.
 _RENEW = (
-    NOW
+    ALLOW_OOM
+    + NOW
     + """
 for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[i]) end
 return redis.call('PEXPIRE', KEYS[1], ARGV[1])
