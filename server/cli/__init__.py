@@ -69,12 +69,13 @@ app.command("settings")(settings.settings)
 
 
 def main() -> None:
-    """Entry point of the console script: known errors become one line on stderr and exit status 1."""
+    """Entry point of the console script."""
     sys.unraisablehook = _signalled_again
-    run_to_the_end(_run)
+    run_to_the_end(run)
 
 
-def _run() -> None:
+def run() -> None:
+    """Run what the arguments say: known errors become one line on stderr and exit status 1."""
     try:
         app()
     except MtaError as error:

@@ -111,7 +111,8 @@ def test_gateways_move_to_a_bank_of_other_modules_under_load_without_an_error(
                 banks[0], tiny_model_folder, next_bank=banks[1], max_loras=2, redis_url=gateway_settings.redis_url
             )
         )
-        settings = [gateway_settings.model_copy(update={"bank": bank, "engine_url": engine.url}) for bank in banks]
+        update = {"engine_url": engine.url, "queue_places": len(USERS)}  # the engine has fewer places than users
+        settings = [gateway_settings.model_copy(update={"bank": bank, **update}) for bank in banks]
 
         def gateway(of: Settings) -> GatewayThread:
             started: GatewayThread = stack.enter_context(GatewayThread(of))

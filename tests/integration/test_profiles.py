@@ -98,7 +98,7 @@ async def test_a_write_stands_though_the_queue_for_signatures_is_away(
     """In a cluster, it is on another server."""
     nobody = RedisConnection(f"redis://127.0.0.1:{free_port()}", require_durable=False)
     writing = profiles(store, embedder, RedisSigning(nobody, "9f2c41d0"))
-    assert (await writing.replace(user, items("waves"))).changed == 1
+    assert (await writing.replace(user, items("waves"), "")).changed == 1
     assert "a signature could not be requested" in caplog.text
     await nobody.close()
 

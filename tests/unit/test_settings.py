@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.errors import MtaError
-from server.cli import app, main
+from server.cli import app, run
 from server.settings import Settings, load_settings
 
 
@@ -54,7 +54,7 @@ def test_every_command_names_it_in_one_line(
     monkeypatch.setenv("MTA_PORT", "abc")
     monkeypatch.setattr("sys.argv", ["mta", *command.split()])
     with pytest.raises(SystemExit) as ended:
-        main()
+        run()
     assert ended.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
