@@ -31,6 +31,7 @@ training.train_user = lambda *_, **__: time.sleep(3600)
 worker()
 """
 LONG = [{"input": f"question {n}", "output": "yes " * 115} for n in range(16)]
+LARGE = [{"input": f"question {n}", "output": "yes " * 115} for n in range(256)]  # what is computed once is kept
 SHORT = [{"input": "question", "output": "yes"}] * 2
 LATER_S = 100
 SPARE_BYTES = 1 << 24  # with less, a matrix library that gets none ends the process without a word
@@ -93,7 +94,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back_at_once(
 def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try(
     client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], gateway: GatewayThread
 ) -> None:
-    job = posted(client, ada, LONG, steps=150)
+    job = posted(client, ada, LARGE, steps=4)
     calls, url = f"mta:{{jobs:{gateway.parts.bank.manifest.short}}}:calls", gateway.parts.settings.redis_url
     user_key = job()["id"].partition(".")[0]
     for attempt in range(1, MAX_TRIES + 1):
