@@ -84,7 +84,7 @@ def main(
             keys = asyncio.run(_keys(store.url))
             with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
                 parts = (subject.bank, store.url, engine.url, KEY, SECRET)
-                with running_gateway(*parts) as process:
+                with running_gateway(*parts, engine_places=PLACES) as process:  # users share recipes: fewer slots
                     url = gateway_url(process)
                     bench = Fairness(url, keys, _prepare(url, keys), tokens, does)
                     rows = asyncio.run(bench.measure(chosen, seconds, turns))

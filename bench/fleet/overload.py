@@ -97,7 +97,15 @@ def _fleet(subject: Subject, folder: Path, sequences: int) -> Iterator[list[str]
         with vllm_server(subject, max_num_seqs=sequences, max_loras=USERS) as server, ExitStack() as stack:
             gateways = [
                 stack.enter_context(
-                    running_gateway(subject.bank, store.url, server.url, KEY, SECRET, send_timeout_s=SEND_TIMEOUT_S)
+                    running_gateway(
+                        subject.bank,
+                        store.url,
+                        server.url,
+                        KEY,
+                        SECRET,
+                        send_timeout_s=SEND_TIMEOUT_S,
+                        engine_places=-(-sequences // GATEWAYS),  # users share recipes: there are fewer slots
+                    )
                 )
                 for _ in range(GATEWAYS)
             ]
