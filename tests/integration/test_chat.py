@@ -75,7 +75,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine:
     talk.wait_for(f"merged, {FIRST}, stopped")
     wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
     talk.wait_for("> ")
-    talk.type(f"half a question{CTRL_C}")
+    talk.type("half a question")
+    talk.wait_for("half a question")  # it is being read: a signal just before that is seen with the next key
+    talk.type(CTRL_C)
     talk.wait_for("> ")
     fake_engine.knobs.hold_after = None
     ask(talk, "hello again", "merged")
