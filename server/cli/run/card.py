@@ -6,7 +6,6 @@ go then. The worker starts after it, within what the plan leaves, or on the CPU.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from math import floor
 from pathlib import Path
 
 from bank.manifest import BankManifest
+from bank.models.folders import model_config
 from server.engine.sizing import slot_bytes
 from server.settings import Settings
 
@@ -114,7 +114,7 @@ def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) 
 
 def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> Needs:
     """About what an engine and a worker need; too much rather than too little."""
-    config = json.loads((model_folder / "config.json").read_text("utf-8"))
+    config = model_config(model_folder)
     stored = _NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", 2)
     weights = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in model_folder.glob(kind))
     number = _NUMBER_BYTES.get(settings.dtype, 2)
