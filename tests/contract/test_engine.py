@@ -17,6 +17,7 @@ from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient
+from server.gateway.engines.stream import texts_of
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.operating.health import Health
 from server.store.redis.servers.connection import RedisConnection
@@ -28,7 +29,7 @@ CONTEXT = 512
 
 async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: EngineClient, subject: Subject) -> None:
     async with client.generate(ask(subject.recipe().name)) as stream:
-        pieces = [text async for text in stream.texts()]
+        pieces = [text async for text in texts_of(stream.pieces())]
     assert all(pieces)
     assert stream.first_token_s is not None
     assert stream.first_token_s > stream.sent_s
@@ -41,7 +42,7 @@ async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: 
 async def test_a_whole_answer_is_the_streamed_one(client: EngineClient, subject: Subject) -> None:
     request = ask(subject.recipe().name, max_tokens=24)
     async with client.generate(replace(request, stream=False)) as whole:
-        pieces = [text async for text in whole.texts()]
+        pieces = [text async for text in texts_of(whole.pieces())]
     assert pieces == [await answer(client, request)]
     assert whole.first_token_s is None
     assert whole.prompt_tokens == whole.usage["prompt_tokens"]
@@ -79,7 +80,7 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
     roles = ("system", "user", "assistant", "user")
     messages = [{"role": role, "content": f"I am the {role} 🌊"} for role in roles]
     async with client.generate(replace(ask(subject.recipe().name), messages=messages)) as stream:
-        async for _ in stream.texts():
+        async for _ in texts_of(stream.pieces()):
             pass
     assert stream.usage["completion_tokens"] == 8
     assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1

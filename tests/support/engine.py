@@ -17,6 +17,7 @@ from bank.manifest import read_manifest
 from bench.rig.engine import KEY
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, EngineRequest
+from server.gateway.engines.stream import texts_of
 from server.gateway.engines.ways import Ways
 
 
@@ -66,7 +67,7 @@ def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **samplin
 
 async def answer(client: EngineClient, request: EngineRequest) -> str:
     async with client.generate(request) as stream:
-        return "".join([text async for text in stream.texts()])
+        return "".join([text async for text in texts_of(stream.pieces())])
 
 
 async def refusal(client: EngineClient, request: EngineRequest, kind: type[MtaError]) -> Any:

@@ -12,13 +12,14 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from server.errors import TooMany, Unavailable
 from server.gateway.access.caller import Caller
 from server.gateway.access.running import Running, Seat
 from server.gateway.operating.metrics import Metrics
-from server.store.tenants.rates import AS_USUAL, DAY_S, MINUTE_S, Allowance, Level, Rate, Rates, Use
+from server.store.tenants.rates import AS_USUAL, DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use
 
 log = logging.getLogger("mta.gateway")
 
@@ -42,7 +43,7 @@ class Counted:
         self.caller = caller
         self.tokens: int | None = 0
         self.uses: list[Use] = []
-        self.levels: dict[Rate, Level] = {}
+        self.levels: dict[Rate, BucketLevel] = {}
         self.seat = Seat()
         self.body: asyncio.Task[None] | None = None
 
@@ -89,7 +90,7 @@ class Limiter:
         self._per_user = per_user
         self._metrics = metrics
         self._running = Running(store)
-        self._working: set[asyncio.Task[None]] = set()
+        self._working: dict[str, set[asyncio.Task[None]]] = {}  # by caller; none is empty
 
     @asynccontextmanager
     async def counted(
@@ -109,14 +110,14 @@ class Limiter:
         uses = self._of_key(caller, {"requests": 1} | ({"tokens": 0} if generates else {}))
         uses += self._of_user(user_key, {"requests": 1})
         try:
-            if most and self._working:  # a client that has its answer may ask again at once
-                await asyncio.wait(self._working)
+            if most and (settling := self._working.get(caller.name)):  # who has an answer may ask again at once
+                await asyncio.wait(settling)
             if uses or most:
                 await self._take(counted, uses, most)
             yield counted
         finally:
             if uses or most or counted.body:
-                self._later(self._settle(counted))
+                self._later(caller, self._settle(counted))
 
     def count_body(self, counted: Counted, user_key: str | None, tokens: Callable[[], int]) -> None:
         """Count what only a generation's body tells; `Counted.let_in` says whether it fits.
@@ -135,7 +136,7 @@ class Limiter:
     def count_afterwards(self, caller: Caller) -> None:
         """Count a request that is never refused, for which nobody waits, against its key."""
         if uses := self._of_key(caller, {"requests": 1}):
-            self._later(self._correct(uses))
+            self._later(caller, self._correct(uses))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
         """Count an adapt job.
@@ -239,11 +240,16 @@ class Limiter:
         except Unavailable as error:
             log.warning("what a request used could not be settled: %s", error.explained)
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do what nobody waits for."""
+    def _later(self, caller: Caller, work: Coroutine[Any, Any, None]) -> None:
+        """Do what nobody waits for but the caller's next request."""
         task = asyncio.create_task(work)
-        self._working.add(task)
-        task.add_done_callback(self._working.discard)
+        self._working.setdefault(caller.name, set()).add(task)
+        task.add_done_callback(partial(self._done, caller.name))
+
+    def _done(self, name: str, task: asyncio.Task[None]) -> None:
+        self._working[name].discard(task)
+        if not self._working[name]:
+            del self._working[name]
 
 
 def _uses(owner: str, allowance: Allowance, amounts: Mapping[str, int]) -> list[Use]:

@@ -36,7 +36,7 @@ class BrokeOff(EngineFailed):
 
 
 class EngineStream:
-    """An answer in progress: call `begin`, then iterate `texts` or `pieces`; everything is known when that ends.
+    """An answer in progress: call `begin`, then iterate `pieces`; everything is known when that ends.
 
     Attributes:
         sent_s: when the request was sent, by the performance counter.
@@ -69,12 +69,6 @@ class EngineStream:
         if self._streamed:
             self.first_token_s = time.perf_counter()
         self.prompt_tokens = self.usage.get("prompt_tokens")
-
-    async def texts(self) -> AsyncIterator[str]:
-        """The pieces of text, none empty; see `pieces`."""
-        async for text, _ in self.pieces():
-            if text:
-                yield text
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """All that the engine sends: chunks, or the whole answer.
@@ -120,6 +114,13 @@ class EngineStream:
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         part = choice[self._part]
         return (part if self._part == "text" else part.get("content")) or ""
+
+
+async def texts_of(pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    """The texts of an answer's pieces, none empty."""
+    async for text, _ in pieces:
+        if text:
+            yield text
 
 
 def for_clients(message: str) -> str:

@@ -25,7 +25,7 @@ _GREEDY = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SubRequest:
     """One of an answer's requests to the engines.
 
     Attributes:
@@ -41,7 +41,7 @@ class Part:
     brings_prompt: bool = True
 
 
-def parts_of(request: EngineRequest, most: int | None) -> list[Part]:
+def in_parts(request: EngineRequest, most: int | None) -> list[SubRequest]:
     """A request in parts of at most so many sequences; None for any number.
 
     The choices are those that the whole would have: the engine adds a choice's place among a prompt's to the seed, so
@@ -51,14 +51,14 @@ def parts_of(request: EngineRequest, most: int | None) -> list[Part]:
     prompts: list[Any] = request.prompt if several else [request.prompt]  # type: ignore[assignment]
     n: int = request.sampling.get("n", 1)
     if most is None or len(prompts) * n <= most:
-        return [Part(request, 0, len(prompts) * n)]
+        return [SubRequest(request, 0, len(prompts) * n)]
     if n > 1 and request.sampling.get("temperature", 1) < _GREEDY:
-        return [Part(request, 0, most)]  # the engine refuses it, whatever its width: it samples nothing
-    parts: list[Part] = []
+        return [SubRequest(request, 0, most)]  # the engine refuses it, whatever its width: it samples nothing
+    parts: list[SubRequest] = []
 
     def add(first: int, sequences: int, *, brings_prompt: bool = True, **changed: Any) -> None:
         name = f"{request.request_id}-{len(parts)}" if parts else request.request_id
-        parts.append(Part(replace(request, request_id=name, **changed), first, sequences, brings_prompt))
+        parts.append(SubRequest(replace(request, request_id=name, **changed), first, sequences, brings_prompt))
 
     if n <= most:
         for start in range(0, len(prompts), most // n):
@@ -76,7 +76,7 @@ def parts_of(request: EngineRequest, most: int | None) -> list[Part]:
 
 
 class AnswerStream:
-    """An answer in progress: iterate `texts` or `pieces`; everything is known when that ends.
+    """An answer in progress: iterate `pieces`; everything is known when that ends.
 
     A context manager: at its end parts that are still in progress are aborted, as they are when one of them fails.
 
@@ -93,7 +93,7 @@ class AnswerStream:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[SubRequest],
         first: EngineStream,
         place: Place,
         *,
@@ -108,8 +108,8 @@ class AnswerStream:
         self._place = place
         self._wait = wait
         self._begin = begin
-        self._streams: list[tuple[Part, EngineStream]] = [(parts[0], first)]
-        self._read: asyncio.Queue[tuple[Part, Piece] | Exception | None] = asyncio.Queue(_AHEAD)
+        self._streams: list[tuple[SubRequest, EngineStream]] = [(parts[0], first)]
+        self._read: asyncio.Queue[tuple[SubRequest, Piece] | Exception | None] = asyncio.Queue(_AHEAD)
         self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -138,12 +138,6 @@ class AnswerStream:
         prompt = sum(usage["prompt_tokens"] for part, usage in told if part.brings_prompt)
         completion = sum(usage["completion_tokens"] for _, usage in told)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-    async def texts(self) -> AsyncIterator[str]:
-        """The pieces of text, none empty; see `pieces`."""
-        async for text, _ in self.pieces():
-            if text:
-                yield text
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """All that the engines say: chunks, or the whole answer.
@@ -185,12 +179,12 @@ class AnswerStream:
         else:
             await self._read.put(None)
 
-    async def _begin_part(self, part: Part, place: Place) -> None:
+    async def _begin_part(self, part: SubRequest, place: Place) -> None:
         async with self._begin(part.request) as stream:
             self._streams.append((part, stream))
             await self._read_part(part, stream, place)
 
-    async def _read_part(self, part: Part, stream: EngineStream, place: Place) -> None:
+    async def _read_part(self, part: SubRequest, stream: EngineStream, place: Place) -> None:
         async for piece in self._noted(stream, place):
             await self._read.put((part, piece))
 

@@ -15,8 +15,8 @@ from server.gateway.access.limiter import Counted, Limiter
 from server.gateway.access.queue import EngineQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
-from server.gateway.engines.stream import EngineStream, Piece
-from server.gateway.generation.answer_stream import AnswerStream, parts_of
+from server.gateway.engines.stream import EngineStream, Piece, texts_of
+from server.gateway.generation.answer_stream import AnswerStream, in_parts
 from server.gateway.generation.asked import Asked
 from server.gateway.generation.limits import Limits
 from server.gateway.generation.personalizer import Personalization, Personalizer, may_speak
@@ -54,11 +54,11 @@ class Answer:
     left: Mapping[str, str]
 
     def texts(self) -> AsyncIterator[str]:
-        """The pieces of text; see `EngineStream.texts`."""
-        return self._timed(self.stream.texts())
+        """The pieces of text, none empty; see `AnswerStream.pieces`."""
+        return self._timed(texts_of(self.stream.pieces()))
 
     def pieces(self) -> AsyncIterator[Piece]:
-        """All that the engine sends; see `EngineStream.pieces`."""
+        """All that the engine sends; see `AnswerStream.pieces`."""
         return self._timed(self.stream.pieces())
 
     async def _timed(self, parts: AsyncIterator[T]) -> AsyncIterator[T]:
@@ -146,7 +146,7 @@ class Generator:
                 prompt=asked.prompt,
                 cache_salt=asked.cache_salt,
             )
-            parts, caller = parts_of(wanted, self._queue.widest), asked.caller.name
+            parts, caller = in_parts(wanted, self._queue.widest), asked.caller.name
             waiting = self._queue.place(caller, size=parts[0].sequences, patience_s=recalled.patience_s)
             place = await stack.enter_async_context(waiting)
             if place.waited_s:

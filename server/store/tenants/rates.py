@@ -64,7 +64,7 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class BucketLevel:
     """How much of a rate is used at a moment: 0 to `most`; it falls evenly, by all of `most` within the window."""
 
     rate: Rate
@@ -81,7 +81,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Levels:
+class BucketLevels:
     """What came of some uses.
 
     Attributes:
@@ -90,7 +90,7 @@ class Levels:
     """
 
     fit: Sequence[bool]
-    levels: Sequence[Level]
+    levels: Sequence[BucketLevel]
 
     @property
     def counted(self) -> bool:
@@ -105,7 +105,7 @@ class Rates(Protocol):
     limit at once, never more. What is counted may be lost with the server, unlike what users store.
     """
 
-    async def take(self, uses: Sequence[Use]) -> Levels:
+    async def take(self, uses: Sequence[Use]) -> BucketLevels:
         """Use some of what an owner's rates allow: all of it, or nothing if there is too little left of one.
 
         Args:

@@ -14,7 +14,7 @@ from server.errors import EngineFailed
 from server.gateway.access.queue import EngineQueue, Place
 from server.gateway.engines.chat import EngineRequest
 from server.gateway.engines.stream import EngineStream
-from server.gateway.generation.answer_stream import AnswerStream, parts_of
+from server.gateway.generation.answer_stream import AnswerStream, in_parts
 from server.gateway.operating.metrics import Metrics
 from server.gateway.routes.openai.joining import joined
 
@@ -81,7 +81,7 @@ async def answering(
     engine: Engine, queue: EngineQueue, wanted: EngineRequest, most: int
 ) -> AsyncIterator[AnswerStream]:
     """An answer whose first part has begun, with an empty piece."""
-    parts = parts_of(wanted, most)
+    parts = in_parts(wanted, most)
     place: Place
     async with queue.place("a", size=parts[0].sequences) as place, engine.begin(parts[0].request) as first:
         engine.say("id", piece(0, ""))
@@ -103,23 +103,23 @@ class TestParts:
 
     def test_what_is_narrow_enough_stays_whole(self) -> None:
         wanted = request(n=4, seed=1)
-        assert [part.request for part in parts_of(wanted, 4)] == [wanted]
-        assert [part.request for part in parts_of(wanted, None)] == [wanted]
+        assert [part.request for part in in_parts(wanted, 4)] == [wanted]
+        assert [part.request for part in in_parts(wanted, None)] == [wanted]
 
     def test_seeds_go_on_as_the_engine_s_do(self) -> None:
-        parts = parts_of(request(n=7, seed=(1 << 63) - 4), 3)
+        parts = in_parts(request(n=7, seed=(1 << 63) - 4), 3)
         assert [(part.request.sampling["n"], part.first) for part in parts] == [(3, 0), (3, 3), (1, 6)]
         assert [part.request.sampling["seed"] for part in parts] == [(1 << 63) - 4, (1 << 63) - 1, -(1 << 63) + 2]
         assert [part.brings_prompt for part in parts] == [True, False, False]
         assert len({part.request.request_id for part in parts}) == 3
 
     def test_several_prompts(self) -> None:
-        parts = parts_of(request(["a", "b", "c"], n=2), 4)
+        parts = in_parts(request(["a", "b", "c"], n=2), 4)
         assert [(part.request.prompt, part.first, part.sequences) for part in parts] == [
             (["a", "b"], 0, 4),
             (["c"], 4, 2),
         ]
-        parts = parts_of(request([[1, 2], [3]], n=3), 2)
+        parts = in_parts(request([[1, 2], [3]], n=3), 2)
         assert [(part.request.prompt, part.request.sampling["n"], part.first) for part in parts] == [
             ([1, 2], 2, 0),
             ([1, 2], 1, 2),
@@ -129,7 +129,7 @@ class TestParts:
         assert [part.brings_prompt for part in parts] == [True, False, True, False]
 
     def test_what_the_engine_refuses_is_refused_in_parts_too(self) -> None:
-        (part,) = parts_of(request(n=9, temperature=0), 1)
+        (part,) = in_parts(request(n=9, temperature=0), 1)
         assert (part.request.sampling["n"], part.sequences) == (9, 1)
 
 

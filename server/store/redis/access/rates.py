@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from server.store.redis import keys
 from server.store.redis.job_scripts import ALLOW_OOM, NOW
 from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.rates import Level, Levels, Use
+from server.store.tenants.rates import BucketLevel, BucketLevels, Use
 
 # KEYS: a bucket for each use: how much is used, and when that was so, µs. It expires when nothing is.
 # ARGV: whether to count whatever is left, then of each use most, window (µs) and amount.
@@ -87,7 +87,7 @@ class RedisRates:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def take(self, uses: Sequence[Use]) -> Levels:
+    async def take(self, uses: Sequence[Use]) -> BucketLevels:
         return await self._count(uses, anyway=False)
 
     async def correct(self, uses: Sequence[Use]) -> None:
@@ -106,9 +106,9 @@ class RedisRates:
     async def let_go(self, name: str, member: str) -> None:
         await self._connection.run(lambda redis: redis.zrem(keys.held(name), member))
 
-    async def _count(self, uses: Sequence[Use], *, anyway: bool) -> Levels:
+    async def _count(self, uses: Sequence[Use], *, anyway: bool) -> BucketLevels:
         names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
         given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
         found = await self._connection.run(lambda redis: redis.eval(_TAKE, len(names), *names, int(anyway), *given))
-        levels = [Level(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
-        return Levels([bool(fit) for fit in found[0::2]], levels)
+        levels = [BucketLevel(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
+        return BucketLevels([bool(fit) for fit in found[0::2]], levels)
