@@ -5,14 +5,14 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── Unauthorized 401     no API key, or one that does not count
 ├── Forbidden 403        the key does not allow this
 ├── NotFound 404         no such user, route, recipe
-├── WrongMethod 405
-├── TooSlow 408          the request did not arrive in time
+├── WrongMethod 405      the route exists, but not for this method
+├── TooSlow 408          it did not arrive within MTA_HEADER_TIMEOUT_S or MTA_BODY_TIMEOUT_S
 ├── Conflict 409         what the request acts on has already ended
 │   └── UserErased       the user was erased while the request was in progress
-├── TooLarge 413         a body above the limit
-├── WrongMediaType 415
+├── TooLarge 413         a body above MTA_MAX_BODY_BYTES
+├── WrongMediaType 415   the body is not JSON
 ├── TooMany 429          a limit is reached, or too many wait; carries Retry-After
-├── HeadersTooLarge 431
+├── HeadersTooLarge 431  above MTA_MAX_HEADER_BYTES
 ├── EngineFailed 502     the engine's answer makes no sense, or broke off
 └── Unavailable 503      a part is down; carries Retry-After
 """
@@ -27,13 +27,7 @@ from adapters.errors import MtaError
 
 
 class ApiError(MtaError):
-    """An error with an HTTP status.
-
-    Args:
-        message: what was wrong, the offending value, what to do.
-        param: the request field at fault, in dots (`items.3.text`), or None.
-        code: a short machine-readable reason; the class's own by default.
-    """
+    """An error with an HTTP status. `param` is the request field at fault, in dots (`items.3.text`)."""
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
@@ -47,7 +41,6 @@ class ApiError(MtaError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Response headers that belong to the error."""
         return {}
 
     @property
@@ -57,14 +50,10 @@ class ApiError(MtaError):
 
 
 class InvalidRequest(ApiError):
-    """A field of the request is wrong."""
-
     status, kind, default_code = 400, "invalid_request_error", "invalid_value"
 
 
 class Unauthorized(ApiError):
-    """The request carries no API key, or one that does not count."""
-
     status, kind, default_code = 401, "authentication_error", "invalid_api_key"
 
     @property
@@ -73,38 +62,26 @@ class Unauthorized(ApiError):
 
 
 class Forbidden(ApiError):
-    """The caller may not do this."""
-
     status, kind, default_code = 403, "permission_error", "missing_scope"
 
 
 class NotFound(ApiError):
-    """What the request names does not exist."""
-
     status, kind, default_code = 404, "not_found_error", "not_found"
 
 
 class WrongMethod(ApiError):
-    """The route exists, but not for this method."""
-
     status, kind, default_code = 405, "invalid_request_error", "method_not_allowed"
 
 
 class TooSlow(ApiError):
-    """The request did not arrive within `MTA_HEADER_TIMEOUT_S` or `MTA_BODY_TIMEOUT_S`."""
-
     status, kind, default_code = 408, "invalid_request_error", "request_timeout"
 
 
 class Conflict(ApiError):
-    """The request comes too late."""
-
     status, kind, default_code = 409, "invalid_request_error", "conflict"
 
 
 class UserErased(Conflict):
-    """A write that lost to an erasure: nothing of it is stored."""
-
     default_code = "user_erased"
 
     def __init__(self) -> None:
@@ -116,26 +93,15 @@ class UserErased(Conflict):
 
 
 class TooLarge(ApiError):
-    """The body is above `MTA_MAX_BODY_BYTES`."""
-
     status, kind, default_code = 413, "invalid_request_error", "body_too_large"
 
 
 class WrongMediaType(ApiError):
-    """The body is not JSON."""
-
     status, kind, default_code = 415, "invalid_request_error", "unsupported_media_type"
 
 
 class TooMany(ApiError):
-    """The request is one too many now; try again after `retry_after_s`.
-
-    Args:
-        message: what there are too many of.
-        code: `rate_limit_exceeded`, or `overloaded`.
-        retry_after_s: when there is likely to be room.
-        limits: headers that say how much of each limit is left.
-    """
+    """One request too many; `limits` are headers that say how much of each limit is left."""
 
     status, kind, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
 
@@ -152,20 +118,14 @@ class TooMany(ApiError):
 
 
 class HeadersTooLarge(ApiError):
-    """Request line and headers are above `MTA_MAX_HEADER_BYTES`."""
-
     status, kind, default_code = 431, "invalid_request_error", "headers_too_large"
 
 
 class EngineFailed(ApiError):
-    """The engine gave an answer that makes no sense, or broke off."""
-
     status, kind, default_code = 502, "engine_error", "engine_failed"
 
 
 class Unavailable(ApiError):
-    """A part that the request needs is down; try again after `retry_after_s`."""
-
     status, kind, default_code = 503, "service_unavailable", "unavailable"
 
     def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 5) -> None:

@@ -53,10 +53,8 @@ from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.tenants.rates import Allowance
 from server.store.tenants.user_key import Tenants
-from server.watching.opening import open_tracing
-from server.watching.priority import stand_back
-from server.watching.repeating import forever
-from server.watching.tracing import Tracing
+from server.watching.background import forever, stand_back
+from server.watching.tracing import Tracing, open_tracing
 
 log = logging.getLogger("mta.gateway")
 

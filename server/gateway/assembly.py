@@ -95,7 +95,7 @@ def _parts(folder: Path, bank: ServingBank, shared: Shared, history_bytes: int) 
     adapting = Adapting(
         stores.jobs,
         profiles,
-        checks=SampleChecks(shared.tokenizer, shared.engines),
+        checks=SampleChecks(shared.tokenizer, lambda: shared.engines.context),
         manifest=bank.manifest,
         task=bank.task,
         max_sample_bytes=settings.max_item_bytes,
@@ -109,7 +109,7 @@ def _parts(folder: Path, bank: ServingBank, shared: Shared, history_bytes: int) 
         signing=stores.signing,
         bank=bank.manifest.short,
         log_file=stores.file,
-        engines=shared.engines,
+        drop=shared.engines.drop,
     )
     exporting = Exporting(
         stores.profiles, jobs=stores.jobs, adapters=stores.adapters, bank=folder, manifest=bank.manifest

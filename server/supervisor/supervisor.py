@@ -11,7 +11,7 @@ from server.supervisor.errors import StartError
 from server.supervisor.guarded import GuardedProcess
 from server.supervisor.part import Backoff, Part
 from server.supervisor.status import Report, State
-from server.watching.repeating import forever
+from server.watching.background import forever
 
 log = logging.getLogger("mta.up")
 

@@ -1,4 +1,4 @@
-"""Log lines for people or for machines, each with the ids of the request and the trace that it belongs to."""
+"""Log lines for people or for machines, with the ids of the request and the trace that each belongs to."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 LogFormat = Literal["text", "json"]
 
 VLLM_CONFIG = Path(__file__).with_name("vllm_logging.json")
-"""For `VLLM_LOGGING_CONFIG_PATH`: all that an engine's process logs, as `JsonFormatter` has it."""
+"""For `VLLM_LOGGING_CONFIG_PATH`: an engine's process logs by `JsonFormatter`."""
 
 request_id: ContextVar[str] = ContextVar("mta_request_id", default="")
 traceparent: ContextVar[str] = ContextVar("mta_traceparent", default="")
-"""Of the trace that the work at hand belongs to, as in W3C's header of the same name; empty where nothing is traced."""
+"""W3C's header of the current trace; empty where nothing is traced."""
 
 
 def trace_id() -> str:
-    """Of the trace that the work at hand belongs to, 32 hex digits; empty where nothing is traced."""
+    """The current trace's id, 32 hex digits; empty where nothing is traced."""
     return traceparent.get()[3:35]  # after the header's version
 
 
@@ -36,7 +36,7 @@ def log_to_stderr(log_format: LogFormat) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, who says it, and what; then the ids, unless the line says them itself."""
+    """Time, level, logger and message; then the ids, unless the message has them."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s%(ids)s")
@@ -49,8 +49,8 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: `time`, `level`, `logger`, `message`; `request` and `trace` where there are such; the fields
-    that a line brings along as `extra={"fields": …}`; `error`, a traceback."""
+    """One object a line: `time`, `level`, `logger`, `message`; `request` and `trace` where known; the fields of
+    `extra={"fields": …}`; `error`, a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -68,8 +68,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class Noting:
-    """ASGI middleware of an engine: its lines on a request carry the ids that the gateway sent along."""
+class RequestIds:
+    """ASGI middleware of an engine: its log lines on a request carry the ids that the gateway sent."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,53 +1,126 @@
-"""Traces by OpenTelemetry, sent to a collector by OTLP over HTTP."""
+"""Traces by OpenTelemetry, sent to a collector by OTLP over HTTP.
+
+Instrumentations put into spans whatever they see: paths that hold user ids, queries, addresses of clients, messages of
+exceptions. So what may leave the process is listed here, and the rest goes, whatever a later version of them may add.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.instrumentation.aiohttp_client import create_trace_config
-from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-from opentelemetry.instrumentation.redis import RedisInstrumentor
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
-from opentelemetry.trace import Link, SpanKind
+from opentelemetry.trace import SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace.status import Status
 
-from server.watching.spans import W3C, SpanTracing
-from server.watching.stripped import StrippingExporter
-from server.watching.tracing import TRACES_PATH
+from server.watching.tracing import TRACES_PATH, Tracing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+_W3C = TraceContextTextMapPropagator()
 
 _EXPORT_TIMEOUT_S = 2
 """What a process waits for a silent collector, also when it ends."""
 
 _NOT_TRACED = r"^https?://[^/]+/(health|ready|metrics|docs|openapi\.json|console.*)$"
 
+_OURS = "mta."
+_KEPT = frozenset(
+    (
+        *("http.method", "http.request.method", "http.route", "http.status_code", "http.response.status_code"),
+        *("db.system", "db.system.name", "error.type", "exception.type"),
+    )
+)
+_KEPT_OF_CLIENTS = _KEPT | {
+    *("http.url", "url.full", "net.peer.name", "net.peer.port", "server.address", "server.port")
+}
+"""Of calls to engines and the store, whose URLs hold no one's id."""
 
-class Requests(Sampler):
-    """Traces begin with requests and jobs, not with what a process does by itself, such as looking at its parts.
 
-    Args:
-        share: of those that nobody has decided about yet.
-    """
+class SpanTracing(Tracing):
+    """Adds spans, by default to the provider that somebody else has set up, as vLLM does."""
+
+    def __init__(self, provider: trace.TracerProvider | None = None) -> None:
+        self._tracer = trace.get_tracer("mta", tracer_provider=provider)
+
+    def current(self) -> str:
+        carrier: dict[str, str] = {}
+        _W3C.inject(carrier)
+        return carrier.get("traceparent", "")
+
+    @contextmanager
+    def span(self, name: str, *, follows: str = "") -> Iterator[None]:
+        context = _W3C.extract({"traceparent": follows}) if follows else None
+        # Errors name what they are about, which no span may.
+        with self._tracer.start_as_current_span(name, context, record_exception=False, set_status_on_exception=False):
+            yield
+
+    def note(self, **attributes: str | int | float) -> None:
+        trace.get_current_span().set_attributes({f"{_OURS}{name}": value for name, value in attributes.items()})
+
+    def link(self, traceparent: str) -> None:
+        other = trace.get_current_span(_W3C.extract({"traceparent": traceparent})).get_span_context()
+        if other.is_valid:
+            trace.get_current_span().add_link(other)
+
+
+class OtlpTracing(SpanTracing):
+    """Traces a share of requests, with their calls to engines, the store's commands, and what the process adds."""
+
+    def __init__(self, endpoint: str, service: str, share: float) -> None:
+        # Here, since an engine, which has its own spans by vLLM, may lack them.
+        from opentelemetry.instrumentation.aiohttp_client import create_trace_config
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+        from opentelemetry.instrumentation.redis import RedisInstrumentor
+
+        self._requests, self._calls, self._commands = FastAPIInstrumentor, create_trace_config, RedisInstrumentor()
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.name": service}), sampler=RequestSampler(share), shutdown_on_exit=False
+        )
+        exporter = _StrippingExporter(endpoint=endpoint.rstrip("/") + TRACES_PATH, timeout=_EXPORT_TIMEOUT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        super().__init__(self._provider)
+        propagate.set_global_textmap(_W3C)  # and no baggage: what clients put there is nobody's business
+        self._commands.instrument(tracer_provider=self._provider)
+
+    def watch_app(self, app: FastAPI) -> None:
+        self._requests.instrument_app(
+            app,
+            tracer_provider=self._provider,
+            excluded_urls=_NOT_TRACED,
+            exclude_spans=["receive", "send"],  # a span for every piece of a stream
+        )
+
+    def session_options(self) -> dict[str, Any]:
+        return {"trace_configs": [self._calls(tracer_provider=self._provider)]}
+
+    def close(self) -> None:
+        self._commands.uninstrument()
+        self._provider.shutdown()
+
+
+class RequestSampler(Sampler):
+    """Traces begin with requests and jobs, not with what a process does by itself, such as looking at its parts."""
 
     def __init__(self, share: float) -> None:
         self._begun = TraceIdRatioBased(share)
 
     def should_sample(  # noqa: PLR0917  OpenTelemetry's signature
         self,
-        parent_context: Context | None,
+        parent_context: Any,
         trace_id: int,
         name: str,
         kind: SpanKind | None = None,
         attributes: Any = None,
-        links: Sequence[Link] | None = None,
+        links: Any = None,
         trace_state: Any = None,
     ) -> SamplingResult:
         parent = trace.get_current_span(parent_context).get_span_context()
@@ -58,39 +131,36 @@ class Requests(Sampler):
         return SamplingResult(Decision.DROP)
 
     def get_description(self) -> str:
-        return f"Requests({self._begun.rate:g})"
+        return f"RequestSampler({self._begun.rate:g})"
 
 
-class OtlpTracing(SpanTracing):
-    """Traces requests, calls to engines, the store's commands, and what the process adds.
+class _StrippingExporter(OTLPSpanExporter):
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return super().export([_stripped(span) for span in spans])
 
-    Args:
-        endpoint: the collector's base URL.
-        service: what the process is.
-        share: of requests that are traced.
-    """
 
-    def __init__(self, endpoint: str, service: str, share: float) -> None:
-        self._provider = TracerProvider(
-            resource=Resource.create({"service.name": service}), sampler=Requests(share), shutdown_on_exit=False
-        )
-        exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + TRACES_PATH, timeout=_EXPORT_TIMEOUT_S)
-        self._provider.add_span_processor(BatchSpanProcessor(StrippingExporter(exporter)))
-        super().__init__(self._provider)
-        propagate.set_global_textmap(W3C)  # and no baggage: what clients put there is nobody's business
-        RedisInstrumentor().instrument(tracer_provider=self._provider)
+def _stripped(span: ReadableSpan) -> ReadableSpan:
+    """The span without what could name a user or quote one."""
+    attributes = _only(_KEPT_OF_CLIENTS if span.kind is SpanKind.CLIENT else _KEPT, span.attributes)
+    name = span.name
+    if span.kind is SpanKind.SERVER:  # its own name may be a path
+        method = attributes.get("http.request.method") or attributes.get("http.method") or "HTTP"
+        name = f"{method} {attributes.get('http.route', 'unmatched')}"
+    return ReadableSpan(
+        name=name,
+        context=span.get_span_context(),
+        parent=span.parent,
+        resource=span.resource,
+        attributes=attributes,
+        events=[Event(event.name, _only(_KEPT, event.attributes), event.timestamp) for event in span.events],
+        links=span.links,
+        kind=span.kind,
+        status=Status(span.status.status_code),  # without its description, which is an exception's message
+        start_time=span.start_time,
+        end_time=span.end_time,
+        instrumentation_scope=span.instrumentation_scope,
+    )
 
-    def watch_app(self, app: FastAPI) -> None:
-        FastAPIInstrumentor.instrument_app(
-            app,
-            tracer_provider=self._provider,
-            excluded_urls=_NOT_TRACED,
-            exclude_spans=["receive", "send"],  # a span for every piece of a stream
-        )
 
-    def session_options(self) -> dict[str, Any]:
-        return {"trace_configs": [create_trace_config(tracer_provider=self._provider)]}
-
-    def close(self) -> None:
-        RedisInstrumentor().uninstrument()
-        self._provider.shutdown()
+def _only(kept: frozenset[str], attributes: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (attributes or {}).items() if name in kept or name.startswith(_OURS)}

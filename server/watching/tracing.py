@@ -8,18 +8,22 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import MtaError
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from server.settings import Settings
 
 TRACES_PATH = "/v1/traces"
 """Where collectors take spans, by OTLP over HTTP."""
 
 
 class Tracing:
-    """Traces nothing; `spans.py` and `otlp.py` have those that do, and `opening.py` chooses."""
+    """Traces nothing; `otlp.py` has those that do."""
 
     def watch_app(self, app: FastAPI) -> None:
-        """Have every request to an application traced, but for those that only ask how it is."""
+        """Trace every request to an application, but for those that only ask how it is."""
 
     def session_options(self) -> dict[str, Any]:
         """Arguments for an aiohttp session whose requests are traced, and carry the trace on."""
@@ -30,14 +34,32 @@ class Tracing:
         return ""
 
     def span(self, name: str, *, follows: str = "") -> AbstractContextManager[None]:
-        """What runs in the block, as a part of the trace that it runs in, or of the one that it follows."""
+        """Makes a block a span of the trace that it runs in, or of the one of the traceparent `follows`."""
         return nullcontext()
 
     def note(self, **attributes: str | int | float) -> None:
-        """Say something about what runs now. Never ids of users, or anything that they wrote."""
+        """Add attributes to the current span. Never ids of users, or anything that they wrote."""
 
     def link(self, traceparent: str) -> None:
-        """Say that what runs now came to be by something in another trace."""
+        """Link the current span to one in another trace, which led to it."""
 
     def close(self) -> None:
         """Send what was not sent yet."""
+
+
+def open_tracing(settings: Settings, service: str) -> Tracing:
+    """The process's tracing, as the settings say; `service` is what it is, e.g. `mta-gateway`.
+
+    Raises:
+        MtaError: when traces are wanted and the packages for them are missing.
+    """
+    if not settings.otlp_endpoint:
+        return Tracing()
+    try:
+        from server.watching.otlp import OtlpTracing
+
+        return OtlpTracing(settings.otlp_endpoint, service, settings.trace_share)
+    except ImportError as error:
+        raise MtaError(
+            f"MTA_OTLP_ENDPOINT is set, but {error.name} is not installed: install mta-server[tracing], or unset it"
+        ) from error

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from adapters.errors import MtaError
 from server.settings import Settings
 from server.store.jobs import Job, JobState
-from server.watching.figures import StoreSeconds
+from server.watching.background import StoreSeconds
 
 log = logging.getLogger("mta.worker")
 

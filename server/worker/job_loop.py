@@ -27,8 +27,8 @@ from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
+from server.watching.background import forever
 from server.watching.logs import traceparent
-from server.watching.repeating import forever
 from server.watching.tracing import Tracing
 from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.worker.figures import GIVEN_UP, UNWANTED, WorkerFigures

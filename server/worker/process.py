@@ -19,8 +19,7 @@ from bank.models.imports import heavy_imports
 from bank.models.load import limit_gpu, resolve_dtype
 from server.settings import Settings
 from server.store.opening import Stores, open_stores
-from server.watching.opening import open_tracing
-from server.watching.tracing import Tracing
+from server.watching.tracing import Tracing, open_tracing
 from server.worker.figures import WorkerFigures
 from server.worker.job_loop import JobLoop
 from server.worker.signing_loop import SigningLoop

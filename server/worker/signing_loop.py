@@ -15,7 +15,7 @@ from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
-from server.watching.repeating import forever
+from server.watching.background import forever
 from server.worker.figures import WorkerFigures
 from server.worker.leased.stall import STALL_S, Stalled
 

@@ -20,9 +20,6 @@ from bank.rules import Difference, Verdict
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, Sample
 from server.watching.tracing import Tracing
 from server.worker.job_loop import JobLoop
@@ -30,6 +27,7 @@ from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
 from tests.support.gateway import GatewayThread, wait_until_ready
+from tests.support.store_parts import StoreParts
 from tests.support.watchdog import never_held
 
 
@@ -113,16 +111,11 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
     bank = ServingBank.open(bank_folder, trainer.manifest.embedder.id)
 
     async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
-        connection = RedisConnection(url)
-        await connection.check()
-        try:
+        async with StoreParts.opened(url) as parts:
             interrupted = Interrupted(trainer, meanwhile)
-            profiles = RedisProfiles(connection)
-            worker = JobLoop("test", RedisJobs(connection), profiles, bank, interrupted, tracing=tracing)
+            worker = JobLoop("test", parts.jobs, parts.profiles, bank, interrupted, tracing=tracing)
             while await worker.work_once(0.1):
                 pass
-        finally:
-            await connection.close()
 
     return lambda meanwhile=lambda: None, tracing=None: asyncio.run(all_of_it(meanwhile, tracing))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,18 +20,38 @@ from server.errors import InvalidRequest
 from server.gateway.http.requests import AdaptOptions
 from server.gateway.users.adapting import training_config
 from server.store.profiles import Change
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import AdaptConfig, JobBudget
 from server.worker.readapting import Counts, Readapting
-from tests.integration.conftest import Work
+from server.worker.training import AdapterTrainer
+from tests.integration.conftest import Work, working
 from tests.support.adapting import SAMPLES, adapt, job_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
+from tests.support.store_parts import StoreParts
+from tests.support.stored import opened
 
 NewUser = Callable[[], str]
+LIVELY = {"learning_rate": 0.02}
+"""Learns something in the few steps there are."""
+
+
+@pytest.fixture(scope="module")
+def kai(gateway: GatewayThread, trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess) -> str:
+    """Somebody with an adapter of their own, whom no test changes."""
+    with gateway.client() as client:
+        client.put("/users/kai-who-adapted/profile", json={"items": [{"text": world(0)}]}).raise_for_status()
+        adapt(client, "kai-who-adapted", config=LIVELY).raise_for_status()
+    working(valkey.url, trainer, tiny_bank_folder)()
+    return "kai-who-adapted"
+
+
+@pytest.fixture
+def adapted(client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work) -> str:
+    """Ada, who has an adapter that the engine serves."""
+    fake_engine.knobs.user_adapters = True
+    adapt(client, ada, config=LIVELY).raise_for_status()
+    work()
+    return ada
 
 
 @pytest.mark.parametrize("kind", ["core", "lora"])
@@ -69,7 +90,7 @@ def test_beneath_a_users_adapter_the_anchors_have_a_share_of_their_strength(
     client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, strength: float | None
 ) -> None:
     fake_engine.knobs.user_adapters = True
-    adapt(client, ada, config={"learning_rate": 0.02, "strength": strength}).raise_for_status()
+    adapt(client, ada, config=LIVELY | {"strength": strength}).raise_for_status()
     work()
     share = AdaptConfig().strength if strength is None else strength
     merged, stacked = (
@@ -87,44 +108,37 @@ def test_without_a_common_row_anchors_keep_their_strength_and_less_is_refused(ga
 
 
 def test_an_engine_that_lacks_the_adapter_serves_the_plain_fusion_and_the_answer_says_so(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work
+    client: httpx.Client, kai: str
 ) -> None:
-    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
-    work()
-    who = generate(client, ada).json()["personalization"]
+    who = generate(client, kai).json()["personalization"]
     assert (who["level"], who["reason"]) == ("merged", "the engine cannot serve this user's adapter")
     assert ":u-" not in who["recipe"]
 
 
 def test_an_adapter_stays_with_its_recipe_when_the_profile_changes(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work
+    client: httpx.Client, adapted: str, fake_engine: FakeEngine
 ) -> None:
-    fake_engine.knobs.user_adapters = True
-    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
-    work()
-    generate(client, ada).raise_for_status()
+    generate(client, adapted).raise_for_status()
     before = fake_engine.seen[-1].body["model"]
-    client.put(f"/users/{ada}/profile", json={"items": [{"text": world(4)}]}).raise_for_status()
-    who = generate(client, ada).json()["personalization"]
+    client.put(f"/users/{adapted}/profile", json={"items": [{"text": world(4)}]}).raise_for_status()
+    who = generate(client, adapted).json()["personalization"]
     assert (who["level"], fake_engine.seen[-1].body["model"]) == ("stacked", before)
-    assert generate(client, ada, personalize="merged").json()["personalization"]["recipe"] not in before
+    assert generate(client, adapted, personalize="merged").json()["personalization"]["recipe"] not in before
 
 
 def test_clients_are_never_told_whose_adapter_is_stacked_on_a_recipe(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work
+    client: httpx.Client, kai: str, fake_engine: FakeEngine
 ) -> None:
     fake_engine.knobs.user_adapters = True
-    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
-    work()
-    told = [generate(client, ada, stream=stream) for stream in (False, True)] + [client.get(f"/users/{ada}")]
+    told = [generate(client, kai, stream=stream) for stream in (False, True)] + [client.get(f"/users/{kai}")]
     assert ":u-" in fake_engine.seen[-1].body["model"]
     for status in (400, 418, 500):
         fake_engine.knobs.status = status
-        told.append(generate(client, ada))
+        told.append(generate(client, kai))
     fake_engine.knobs.status, fake_engine.knobs.fail_after = None, 0
-    told.append(generate(client, ada, stream=True))
+    told.append(generate(client, kai, stream=True))
     fake_engine.knobs.fail_after = 2
-    told.append(generate(client, ada, stream=True))
+    told.append(generate(client, kai, stream=True))
     assert [answer.status_code for answer in told] == [200, 200, 200, 400, 502, 503, 502, 200]
     for answer in told:
         assert "mta1:" in answer.text
@@ -138,30 +152,24 @@ def test_a_user_without_a_profile_gets_one_of_the_samples(client: httpx.Client, 
 
 
 def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
-    client: httpx.Client, ada: str, work: Work, valkey: ValkeyProcess, *, gateway: Any, fake_engine: FakeEngine
+    client: httpx.Client, adapted: str, work: Work, valkey: ValkeyProcess, *, gateway: Any, fake_engine: FakeEngine
 ) -> None:
-    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
-    work()
     erased = {}
-    job = adapt(client, ada).json()
-    work(lambda: erased.update(client.delete(f"/users/{ada}").json()["erased"]))
-    assert {name: erased[name] for name in ("items", "samples", "jobs", "adapters")} == {
-        "items": 3,
-        "samples": len(SAMPLES),
-        "jobs": 2,
-        "adapters": 1,
-    }
+    job = adapt(client, adapted).json()
+    work(lambda: erased.update(client.delete(f"/users/{adapted}").json()["erased"]))
+    counted = {"items": 3, "samples": len(SAMPLES), "jobs": 2, "adapters": 1}
+    assert {name: erased[name] for name in counted} == counted
     assert client.get(f"/jobs/{job['id']}").status_code == 404
-    key = gateway.key(ada)
+    key = gateway.key(adapted)
     assert keys_of(valkey, key) == [f"mta:{{{key}}}:epoch".encode()]
     wait_until(lambda: fake_engine.dropped == [key], "the engine to be told")
-    assert generate(client, ada).json()["personalization"]["level"] == "base"
+    assert generate(client, adapted).json()["personalization"]["level"] == "base"
 
 
 def test_a_job_of_a_user_who_was_erased_and_made_again_meanwhile_promotes_nothing(
     client: httpx.Client, ada: str, work: Work
 ) -> None:
-    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
+    adapt(client, ada, config=LIVELY).raise_for_status()
 
     def begin_anew() -> None:
         client.delete(f"/users/{ada}").raise_for_status()
@@ -176,7 +184,7 @@ def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_
     client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, gateway: GatewayThread
 ) -> None:
     fake_engine.knobs.user_adapters = True
-    key, _, first = adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status().json()["id"].partition(".")
+    key, _, first = adapt(client, ada, config=LIVELY).raise_for_status().json()["id"].partition(".")
     work()
     url = gateway.parts.settings.redis_url
     asyncio.run(_make_stale(url, gateway.key(ada)))
@@ -196,29 +204,23 @@ def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_
 
 async def _make_stale(url: str, key: str) -> None:
     """As if the user's adapter had been trained on an earlier bank."""
-    connection = RedisConnection(url)
-    await connection.check()
-    profiles = RedisProfiles(connection)
-    snapshot = await profiles.read(key)
-    assert snapshot.profile is not None
-    assert snapshot.profile.adapter is not None
-    note = replace(snapshot.profile.adapter, recipe="mta1:00000000:shared:c")
-    await profiles.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
-    await connection.close()
+    async with opened(url) as profiles:
+        snapshot = await profiles.read(key)
+        assert snapshot.profile is not None
+        assert snapshot.profile.adapter is not None
+        note = replace(snapshot.profile.adapter, recipe="mta1:00000000:shared:c")
+        await profiles.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
     with redis.Redis.from_url(url) as raw:
         raw.sadd("mta:adapted", "00000000")
         raw.sadd("mta:adapted:00000000", key)
 
 
 async def _readapt(url: str, manifest: BankManifest) -> Counts:
-    connection = RedisConnection(url)
-    await connection.check()
-    try:
-        stores = RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection)
+    async with StoreParts.opened(url) as parts:
         room = 1000  # more than other tests leave waiting
-        return await Readapting(*stores, manifest=manifest, at_a_time=room, budget=JobBudget(1000, 60)).run()
-    finally:
-        await connection.close()
+        budget = JobBudget(1000, 60)
+        stores = parts.jobs, parts.adapters, parts.profiles
+        return await Readapting(*stores, manifest=manifest, at_a_time=room, budget=budget).run()
 
 
 def keys_of(valkey: ValkeyProcess, user_key: str) -> list[bytes]:

@@ -23,7 +23,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "static"
     (folder / "lib").mkdir(parents=True)
     (folder / "index.html").write_text("<!doctype html><title>here</title>")
-    (folder / "lib" / "app.mjs").write_text("export const one = 1;")
+    (folder / "lib" / "app.js").write_text("export const one = 1;")
     (tmp_path / "secret.txt").write_text("not for anybody")
     monkeypatch.setattr(pages, "_FILES", StaticFiles(directory=folder))
     return folder
@@ -42,14 +42,14 @@ def test_the_page_may_load_nothing_but_its_own_files(client: httpx.Client, path:
 
 
 def test_a_file_has_its_type_and_is_sent_once_while_it_stays_the_same(client: httpx.Client, files: Path) -> None:
-    first = client.get("/console/lib/app.mjs").raise_for_status()
+    first = client.get("/console/lib/app.js").raise_for_status()
     assert first.headers["Content-Type"] == "text/javascript; charset=utf-8"
     known = {"If-None-Match": first.headers["ETag"]}
-    again = client.get("/console/lib/app.mjs", headers=known)
+    again = client.get("/console/lib/app.js", headers=known)
     assert (again.status_code, again.content) == (304, b"")
     assert "Content-Security-Policy" in again.headers
-    (files / "lib" / "app.mjs").write_text("export const one = 1 + 0;")
-    assert client.get("/console/lib/app.mjs", headers=known).status_code == 200
+    (files / "lib" / "app.js").write_text("export const one = 1 + 0;")
+    assert client.get("/console/lib/app.js", headers=known).status_code == 200
 
 
 @pytest.mark.usefixtures("files")

@@ -7,7 +7,7 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,6 @@ import httpx
 import pytest
 import redis
 
-from bank.items.profile import Vectors
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from tests.support.gateway import GatewayThread
@@ -33,19 +32,6 @@ class Gate:
     def wait(self) -> None:
         self.reached.set()
         assert self.opened.wait(30)
-
-
-class SlowEmbedder:
-    """The embedder, behind a gate."""
-
-    def __init__(self, embedder: Any, gate: Gate) -> None:
-        self._embedder, self._gate = embedder, gate
-        self.id = embedder.id
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        self._gate.wait()
-        vectors: Vectors = self._embedder.embed(texts)
-        return vectors
 
 
 def erased_while(gate: Gate, client: httpx.Client, user: str, request: Callable[[], httpx.Response]) -> httpx.Response:
@@ -77,8 +63,9 @@ def test_a_write_that_waits_for_the_embedder_does_not_bring_an_erased_user_back(
     user = new_user()
     if known and method != "POST adapt":  # which embeds for whoever has no profile alone
         client.put(f"/users/{user}/profile", json={"items": [{"text": "something else"}]}).raise_for_status()
-    gate, profiles = Gate(), gateway.parts.profiles
-    monkeypatch.setattr(profiles, "_embedder", SlowEmbedder(profiles._embedder, gate))
+    gate, embedder = Gate(), gateway.parts.profiles._embedder
+    embed = embedder.embed
+    monkeypatch.setattr(embedder, "embed", lambda texts: (gate.wait(), embed(texts))[1])
     verb, _, path = method.partition(" ")
     body = SAMPLES if path == "adapt" else ITEMS
     answer = erased_while(gate, client, user, lambda: client.request(verb, f"/users/{user}/{path}", json=body))
@@ -156,18 +143,3 @@ def test_the_file_is_asked_to_forget_before_anything_is_erased(
     assert client.get(f"/users/{ada}").status_code == httpx.codes.OK
     answer = client.delete(f"/users/{ada}").raise_for_status().json()
     assert answer["erased"]["items"] == 3
-
-
-def test_what_version_0_1_stored_under_another_form_of_the_name_is_erased_too(
-    client: httpx.Client, gateway: GatewayThread, valkey: ValkeyProcess
-) -> None:
-    composed, decomposed = "Jos\u00e9-of-0.1", "Jose\u0301-of-0.1"
-    client.put(f"/users/{composed}/profile", json=ITEMS).raise_for_status()
-    key = gateway.key(composed)
-    (former,) = gateway.parts.tenants.users("default").user(composed).former
-    with redis.Redis.from_url(valkey.url) as raw:
-        for name in raw.scan_iter(f"mta:{{{key}}}:*"):
-            raw.rename(name, name.replace(key.encode(), former.encode()))
-        assert client.get(f"/users/{decomposed}").status_code == httpx.codes.NOT_FOUND
-        assert client.delete(f"/users/{decomposed}").json()["erased"]["items"] == 1
-        assert [name.rpartition(b":")[2] for name in raw.scan_iter(f"mta:{{{former}}}:*")] == [b"epoch"]

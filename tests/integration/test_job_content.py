@@ -1,22 +1,32 @@
-"""What is wrong with one job's content, or with one user's items, ends that job with its reason, never the worker."""
+"""What a job reads: how many tokens, and what is wrong with its content, which ends that job alone and says why."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 import torch
 
+from adapters.recipe import FusionRecipe, Term
 from adapters.training.example import Example
 from adapters.training.loss import mean_loss
+from adapters.training.user_trainer import FEW, FOLDS
+from bank.items.profile import Item
+from bank.items.prompt import encode_conversation
 from bank.lookup.serving import ServingBank
+from bank.manifest import BankManifest
+from server.store import samples as counting
 from server.store.jobs import JobState
+from server.store.samples import AdaptConfig, Sample, tokens_read
 from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.desk import CONFIG, SAMPLES, Desk
 
+FEW_STEPS = AdaptConfig(steps=2, learning_rate=1e-6)  # too few steps to be ended early
 ALTERNATING = (
     "{% for message in messages %}{% if message['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
@@ -152,3 +162,57 @@ def test_warming_up_leaves_the_model_and_what_it_will_train_as_they_were(trainer
     assert {name for name, _ in trainer.model.named_parameters()} <= set(before)
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
     assert mean_loss(trainer.model, [example]) == loss
+
+
+def test_jobs_are_counted_by_the_numbers_that_training_goes_by() -> None:
+    assert (counting.FOLDS, counting.FEW) == (FOLDS, FEW)
+
+
+def some(count: int) -> list[Sample]:
+    return [
+        Sample([{"role": "user", "content": f"{n:02d}?"}], f"{n:02d} yes, that is number {n:02d}") for n in range(count)
+    ]
+
+
+def lengths_of(trainer: AdapterTrainer, samples: list[Sample]) -> list[int]:
+    return [len(encode_conversation(trainer.tokenizer, list(s.messages), s.output).ids) for s in samples]
+
+
+def ids_read(
+    trainer: AdapterTrainer, samples: list[Sample], config: AdaptConfig = FEW_STEPS, items: list[Item] | None = None
+) -> int:
+    """How many ids the model is given while a job trains."""
+    manifest = trainer.manifest
+    recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, (Term(0, 600), Term(3, 400)))
+    read = 0
+
+    def count_ids(module: Any, positional: Any, named: dict[str, torch.Tensor]) -> None:
+        nonlocal read
+        read += named["input_ids"].numel()
+
+    hook = trainer.model.register_forward_pre_hook(count_ids, with_kwargs=True)
+    try:
+        trainer.train(recipe, samples, config, items or []).finish()
+    finally:
+        hook.remove()
+    return read
+
+
+@pytest.mark.parametrize("count", [1, 3, FEW + 1])
+def test_a_job_reads_about_as_much_as_it_is_said_to_and_never_more(trainer: AdapterTrainer, count: int) -> None:
+    samples = some(count)
+    said = tokens_read(FEW_STEPS, lengths_of(trainer, samples))
+    assert 0.8 * said < ids_read(trainer, samples) <= said
+
+
+def test_past_items_stand_before_samples_only_as_far_as_the_job_may_read_them(trainer: AdapterTrainer) -> None:
+    samples, past = some(4), [Item(f"{n}", {"input": f"past {n}?", "output": f"it is past {n}"}) for n in range(6)]
+    knows = BankManifest.model_copy(trainer.manifest, update={"training": {"history_share": 1.0}})
+    knowing = AdapterTrainer(knows, trainer.matrix, trainer.model, trainer.tokenizer)
+    plain = ids_read(trainer, samples)
+    least = tokens_read(FEW_STEPS, lengths_of(trainer, samples))
+    free, none = (ids_read(knowing, samples, replace(FEW_STEPS, max_tokens=most), past) for most in (10**6, least))
+    some_room = (plain + free) // 2
+    assert (
+        none == plain < ids_read(knowing, samples, replace(FEW_STEPS, max_tokens=some_room), past) <= some_room < free
+    )

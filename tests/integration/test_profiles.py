@@ -26,8 +26,10 @@ from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.signing import RedisSigning
 from server.store.signing import SignQueue
 from server.store.tenants.user_key import User, UserKeys
+from tests.support.stored import opened
 
 KEYS = UserKeys("a secret for tests only", "profiles")
+OLD = "00" * 8
 
 _numbers = itertools.count()
 
@@ -62,10 +64,13 @@ def embedder(inner: Embedder) -> CountingEmbedder:
 
 @pytest.fixture
 async def store(valkey: ValkeyProcess) -> AsyncIterator[RedisProfiles]:
-    connection = RedisConnection(valkey.url)
-    await connection.check()
-    yield RedisProfiles(connection)
-    await connection.close()
+    async with opened(valkey.url) as store:
+        yield store
+
+
+@pytest.fixture
+def writing(store: RedisProfiles, embedder: CountingEmbedder) -> Profiles:
+    return profiles(store, embedder)
 
 
 @pytest.fixture
@@ -78,12 +83,18 @@ def profiles(store: RedisProfiles, embedder: CountingEmbedder, signing: SignQueu
     return Profiles(store, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit, signing=signing)
 
 
+async def changed(store: RedisProfiles, user: User, **fields: object) -> None:
+    """Write fields of the record, as others do."""
+    snapshot = await store.read(user.key)
+    assert snapshot.profile is not None
+    assert await store.commit(user.key, snapshot.version, Change(replace(snapshot.profile, **fields), {}, {}, ()))
+
+
 def items(*names: str) -> list[Item]:
     return [Item(name, {"text": f"a text about {name}"}) for name in names]
 
 
-async def test_adding_one_item_embeds_one_text(store: RedisProfiles, embedder: CountingEmbedder, user: User) -> None:
-    writing = profiles(store, embedder)
+async def test_adding_one_item_embeds_one_text(writing: Profiles, embedder: CountingEmbedder, user: User) -> None:
     await writing.replace(user, items("waves", "roses", "chess"), "")
     embedder.texts.clear()
     await writing.add(user, items("bread"), "")
@@ -104,9 +115,8 @@ async def test_a_write_stands_though_the_queue_for_signatures_is_away(
 
 
 async def test_a_repeated_or_shrinking_history_embeds_nothing(
-    store: RedisProfiles, embedder: CountingEmbedder, user: User
+    writing: Profiles, embedder: CountingEmbedder, user: User
 ) -> None:
-    writing = profiles(store, embedder)
     await writing.replace(user, items("waves", "roses", "chess"), "")
     embedder.texts.clear()
     await writing.replace(user, items("waves", "roses", "chess"), "")
@@ -127,7 +137,7 @@ async def test_the_embedding_is_the_unit_mean_of_the_items(
 async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
     store: RedisProfiles, inner: Embedder, user: User
 ) -> None:
-    old, new = CountingEmbedder(inner, "00" * 8), CountingEmbedder(inner)
+    old, new = CountingEmbedder(inner, OLD), CountingEmbedder(inner)
     await profiles(store, old).replace(user, items("waves", "roses"), "")
     reading = profiles(store, new)
     profile = await reading.current(user)
@@ -141,7 +151,7 @@ async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
 async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
     store: RedisProfiles, inner: Embedder, user: User
 ) -> None:
-    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"), "")
+    await profiles(store, CountingEmbedder(inner, OLD)).replace(user, items("waves", "roses"), "")
     new = CountingEmbedder(inner)
     new.gate.clear()
     reading = profiles(store, new)
@@ -158,28 +168,23 @@ async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
 ) -> None:
     service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta1:9f2c41d0:shared:c", 27_000, 1)
     await service.add(user, items("surf"), "")
-    key = user.key
-    snapshot = await store.read(key)
-    assert snapshot.profile is not None
-    await store.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
+    await changed(store, user, adapter=note)
     assert (await service.add(user, items("waves"), "")).profile.adapter == note
     assert (await service.replace(user, items("bread"), "")).profile.adapter == note
 
 
 async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisProfiles, inner: Embedder, user: User) -> None:
-    await profiles(store, CountingEmbedder(inner, "00" * 8)).replace(user, items("waves", "roses"), "")
+    await profiles(store, CountingEmbedder(inner, OLD)).replace(user, items("waves", "roses"), "")
     new = CountingEmbedder(inner)
     changed = await profiles(store, new).add(user, items("chess"), "")
     assert changed.changed == 1
     assert len(new.texts) == 3
-    snapshot = await store.read(user.key)
-    assert {vector.embedder for vector in snapshot.vectors.values()} == {inner.id}
+    assert {vector.embedder for vector in (await store.read(user.key)).vectors.values()} == {inner.id}
 
 
 async def test_lost_item_embeddings_are_remade_when_they_are_needed(
-    store: RedisProfiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user: User
+    writing: Profiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user: User
 ) -> None:
-    writing = profiles(store, embedder)
     before = await writing.replace(user, items("waves", "roses"), "")
     async with redis.from_url(valkey.url) as raw:
         assert await raw.delete(f"mta:{{{user.key}}}:vectors") == 1
@@ -192,9 +197,8 @@ async def test_lost_item_embeddings_are_remade_when_they_are_needed(
 
 
 async def test_a_writer_that_loses_a_race_does_not_embed_again(
-    store: RedisProfiles, embedder: CountingEmbedder, user: User
+    store: RedisProfiles, writing: Profiles, embedder: CountingEmbedder, user: User
 ) -> None:
-    writing = profiles(store, embedder)
     embedder.gate.clear()
     slow = asyncio.create_task(writing.add(user, items("waves"), ""))
     await asyncio.sleep(0.05)
@@ -227,20 +231,14 @@ async def test_embedding_never_holds_up_the_event_loop(
 
 
 async def test_evidence_that_this_version_does_not_know_survives_a_change(
-    store: RedisProfiles, embedder: CountingEmbedder, user: User
+    store: RedisProfiles, writing: Profiles, user: User
 ) -> None:
-    writing = profiles(store, embedder)
     await writing.replace(user, items("waves"), "")
-    key = user.key
-    snapshot = await store.read(key)
-    assert snapshot.profile is not None
-    signed = replace(snapshot.profile, extra={200: b"signature" * 170})
-    assert await store.commit(key, snapshot.version, Change(signed, {}, {}, ()))
+    await changed(store, user, extra={200: b"signature" * 170})
     await writing.add(user, items("roses"), "")
     profile = await writing.current(user)
     assert profile is not None
     assert profile.extra == {200: b"signature" * 170}
-    assert (await store.read(key)).profile is not None
 
 
 async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(

@@ -24,13 +24,22 @@ def adapt(client: httpx.Client, user_id: str, *samples: dict[str, Any], **fields
     return client.post(f"/users/{user_id}/adapt", json={"samples": list(samples), **fields})
 
 
+@pytest.fixture(scope="module")
+def small(gateway_settings: Settings, fake_engine_server: FakeEngine) -> Iterator[GatewayThread]:
+    """A gateway that lets jobs read little."""
+    fake_engine_server.reset()
+    with GatewayThread(gateway_settings.model_copy(update={"job_tokens": 20_000, "job_seconds": 60})) as gateway:
+        with gateway.client() as client:
+            wait_until_ready(client)  # it knows the engine's context of 512
+        yield gateway
+
+
 @pytest.fixture
-def strict(gateway_settings: Settings, fake_engine: FakeEngine) -> Iterator[httpx.Client]:
-    """A gateway that has asked nothing yet, over an engine with a strict template and a context of 512."""
+def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[httpx.Client]:
+    """It has asked nothing yet, and the engine has a strict template."""
     fake_engine.knobs.strict = True
-    small = gateway_settings.model_copy(update={"job_tokens": 20_000, "job_seconds": 60})
-    with GatewayThread(small) as gateway, gateway.client() as client:
-        wait_until_ready(client)  # it knows the context
+    small.parts.adapting._checks._accepted.clear()
+    with small.client() as client:
         yield client
 
 

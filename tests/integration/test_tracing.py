@@ -12,7 +12,7 @@ import pytest
 
 from deploy.observe.pictures.receiver import Receiver, Span, receiving
 from server.settings import Settings
-from server.watching.opening import open_tracing
+from server.watching.tracing import open_tracing
 from tests.integration.conftest import Work
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready

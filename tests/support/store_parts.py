@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-import aiohttp
 import numpy as np
 
 from bank.lookup.signature import Signature
-from server.gateway.engines.admin import Engines
 from server.gateway.users.erasing import Erasing
 from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
@@ -50,22 +48,27 @@ class StoreParts:
         """Connected, until the block ends."""
         parts = cls(url)
         await parts.connection.check()
-        yield parts
-        await parts.connection.close()
+        try:
+            yield parts
+        finally:
+            await parts.connection.close()
 
     async def erase(self, user: str) -> Erasure | None:
         """As the gateway does; there are no engines."""
-        async with aiohttp.ClientSession() as session:
-            erasing = Erasing(
-                self.profiles,
-                adapters=self.adapters,
-                jobs=self.jobs,
-                signing=lambda bank: RedisSigning(self.connection, bank),
-                bank=BANK,
-                log_file=AppendOnlyFile(self.connection),
-                engines=Engines(session, (), None),
-            )
-            return await erasing.erase(KEYS.user(user))
+
+        async def drop(user_key: str) -> None:
+            pass
+
+        erasing = Erasing(
+            self.profiles,
+            adapters=self.adapters,
+            jobs=self.jobs,
+            signing=lambda bank: RedisSigning(self.connection, bank),
+            bank=BANK,
+            log_file=AppendOnlyFile(self.connection),
+            drop=drop,
+        )
+        return await erasing.erase(KEYS.user(user))
 
 
 async def submitted(jobs: RedisJobs, user_key: str, *samples: str, **fields: object) -> Job:

@@ -42,7 +42,7 @@ def import_(
     from server.cli.bank.progress import ConsoleProgress
     from server.cli.users.importing import Import, journal_of
     from server.cli.users.people import count_people
-    from server.watching.priority import stand_back
+    from server.watching.background import stand_back
 
     stand_back()
     total = count_people(file)

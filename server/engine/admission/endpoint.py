@@ -29,9 +29,8 @@ from server.engine.banks import read_manifests
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
 from server.store.opening import open_stores
-from server.watching.figures import StoreSeconds
-from server.watching.logs import Noting
-from server.watching.repeating import forever
+from server.watching.background import StoreSeconds, forever
+from server.watching.logs import RequestIds
 from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.engine")
@@ -61,7 +60,7 @@ class MtaEndpointPlugin:
         app.include_router(_router())
         app.add_middleware(HoldNames, names=self._require_names)
         app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
-        app.add_middleware(Noting)
+        app.add_middleware(RequestIds)
         build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
         drain = Drain(Settings().drain_s)
         app.build_middleware_stack = lambda: Door(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
@@ -118,7 +117,7 @@ def _tracing(settings: Settings) -> Tracing:
     """Adds to the traces that vLLM sends."""
     if not settings.otlp_endpoint:
         return Tracing()
-    from server.watching.spans import SpanTracing
+    from server.watching.otlp import SpanTracing
 
     return SpanTracing()
 

@@ -8,27 +8,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal
 
 from server.errors import ApiError
 from server.gateway.engines.admin import AddressState, Engines, EngineState
 from server.store.durability import CheckedStore, Durability, Memory
-from server.watching.repeating import forever
+from server.watching.background import forever
 
 log = logging.getLogger("mta.gateway")
 
 PROBE_INTERVAL_S = 2.0
 FIRST_INTERVAL_S = 0.25
-"""Until all was ready once: whoever starts the server is waiting for that."""
+"""Until all was ready once: who starts the server waits for that."""
 
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 15.0
-"""A round of probes takes 4 s at most, so an older report means that the watch hangs or has died."""
+"""A round of probes takes 4 s at most: an older result means that the watch hangs or has ended."""
 
 _FULL = "full"
 _PARTIAL = "partial"
 _USABLE = ("ok", _PARTIAL, _FULL)
-"""A full store takes nothing new, and serves all the same: no balancer may take those away who can still erase. Nor may
-one that serves most users, and not all."""
+"""A full store takes nothing new and still serves, so balancers must keep sending requests, erasures among them; so
+must they while most users are served."""
 
 
 class Readiness(StrEnum):
@@ -50,30 +51,66 @@ class StoreState:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """One look at every part that can fail while the gateway runs. Bank and embedder were checked at startup.
+class Unseen:
+    """A part that has not been probed yet."""
+
+    status: Literal[Readiness.NOT_YET_SEEN] = Readiness.NOT_YET_SEEN
+
+
+@dataclass(frozen=True, slots=True)
+class BankPart:
+    """The bank that is served, which was checked at startup; recipes begin with 8 hex digits of its fingerprint."""
+
+    fingerprint: str
+    task: str
+    anchors: int
+    status: Literal["ok"] = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderPart:
+    """The embedder, which was checked at startup."""
+
+    id: str
+    dim: int
+    status: Literal["ok"] = "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class PartStates:
+    """Every part, as it was last seen."""
+
+    bank: BankPart
+    embedder: EmbedderPart
+    redis: StoreState | Unseen
+    engine_url: AddressState | Unseen
+    engines: tuple[EngineState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The state of every part that can fail while the gateway runs.
 
     Attributes:
         generating: the address that generations are sent to.
-        engines: every engine on its own.
         lacking: fingerprints of the banks that this gateway serves and no engine has.
-        seen_s: when the look ended, by the monotonic clock.
+        probed_s: when the probes ended, by the monotonic clock.
     """
 
     store: StoreState
     generating: AddressState
     engines: tuple[EngineState, ...]
     lacking: tuple[str, ...]
-    seen_s: float
+    probed_s: float
 
     @property
     def age_s(self) -> float:
-        """How long ago the look ended."""
-        return time.monotonic() - self.seen_s
+        """How long ago the probes ended."""
+        return time.monotonic() - self.probed_s
 
     @property
     def readiness(self) -> Readiness:
-        """Whether requests can be fully served: one engine that has a bank is enough, and a router can be missed."""
+        """One engine that has a bank is enough, and a router may be down."""
         if self.age_s > STALE_AFTER_S:
             return Readiness.STALE
         return Readiness.NOT_READY if self.lacking or self.store.status not in _USABLE else Readiness.READY
@@ -100,9 +137,7 @@ class Health:
     """Watches the parts.
 
     Args:
-        store: where users are kept.
-        engines: all engines.
-        fingerprints: of the banks that they must serve.
+        fingerprints: of the banks that the engines must serve.
         generating: the address that generates: an engine's or a router's.
     """
 
@@ -111,21 +146,21 @@ class Health:
         self._engines = engines
         self._fingerprints = fingerprints
         self._generating = generating.rstrip("/")
-        self.last: Report | None = None
+        self.last: ProbeResult | None = None
         self._was_ready = False
-        self._told: tuple[str, ...] = ()
+        self._logged: tuple[str, ...] = ()
 
     @property
     def readiness(self) -> Readiness:
-        """Whether requests could be fully served at the last look; nothing is probed."""
+        """By the last probes; nothing is probed."""
         return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
 
-    async def probe(self) -> Report:
+    async def probe(self) -> ProbeResult:
         """Probe every part now."""
-        store, engines, router = await asyncio.gather(self._ask_store(), self._ask_engines(), self._ask_router())
+        store, engines, router = await asyncio.gather(self._probe_store(), self._probe_engines(), self._probe_router())
         lacking = tuple(bank for bank in self._fingerprints if not any(bank in engine.banks for engine in engines))
-        self._tell(lacking if any(engine.banks for engine in engines) else ())
-        self.last = Report(store, router or self._as_address(engines), engines, lacking, time.monotonic())
+        self._log_lacking(lacking if any(engine.banks for engine in engines) else ())
+        self.last = ProbeResult(store, router or self._as_address(engines), engines, lacking, time.monotonic())
         self._was_ready |= self.readiness is Readiness.READY
         return self.last
 
@@ -133,17 +168,17 @@ class Health:
         """Probe for ever."""
         await forever(lambda: PROBE_INTERVAL_S if self._was_ready else FIRST_INTERVAL_S, self.probe, log)
 
-    def _tell(self, lacking: tuple[str, ...]) -> None:
-        """Log which banks no engine has, of those that answer, once."""
-        if lacking and lacking != self._told:
+    def _log_lacking(self, lacking: tuple[str, ...]) -> None:
+        """Log once which banks no engine that answers has."""
+        if lacking and lacking != self._logged:
             log.error(
                 "not ready: engines answer, but none of them has the bank %s: name its folder in MTA_BANK or "
                 "MTA_NEXT_BANK of an engine, or leave it out here",
                 ", ".join(bank[:8] for bank in lacking),
             )
-        self._told = lacking
+        self._logged = lacking
 
-    async def _ask_store(self) -> StoreState:
+    async def _probe_store(self) -> StoreState:
         try:
             durability = await self._store.check()
         except ApiError as error:
@@ -156,20 +191,21 @@ class Health:
             return StoreState(_PARTIAL, durability, self._store.unserved)
         return StoreState("ok", durability)
 
-    async def _ask_engines(self) -> tuple[EngineState, ...]:
-        return tuple(map(self._judged, await self._engines.states(PROBE_TIMEOUT_S)))
+    async def _probe_engines(self) -> tuple[EngineState, ...]:
+        """What engines say, but for those that are `ok` and lack a bank."""
+        states = await self._engines.states(PROBE_TIMEOUT_S)
+        return tuple(self._judged(state) if state.status == "ok" else state for state in states)
 
     def _judged(self, state: EngineState) -> EngineState:
-        """The engine's own state, unless it is `ok` but lacks a bank."""
         lacking = [bank[:8] for bank in self._fingerprints if bank not in state.banks]
-        if state.status != "ok" or not lacking:
+        if not lacking:
             return state
         status = "other_bank" if len(lacking) == len(self._fingerprints) else "lacks_bank"
         served = [bank[:8] for bank in state.banks]
         detail = f"it serves the banks {served}, and not {', '.join(lacking)}, which this gateway uses"
         return replace(state, status=status, detail=detail)
 
-    async def _ask_router(self) -> AddressState | None:
+    async def _probe_router(self) -> AddressState | None:
         """The router's state; None if generations go straight to an engine."""
         if self._generating in self._engines.urls:
             return None

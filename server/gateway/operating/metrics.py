@@ -5,15 +5,16 @@ A tenant is a label only where the settings name it; all others together are `ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from server.gateway.engines.admin import EngineFigures
 from server.gateway.operating.health import Readiness
-from server.gateway.operating.seen import SeenParts
 from server.store.durability import Memory
-from server.watching.figures import BUCKETS_S, StoreSeconds
+from server.watching.background import BUCKETS_S, StoreSeconds
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
@@ -25,108 +26,67 @@ _OUTCOMES = {429: "limited", 499: "gone", 503: "unavailable"}
 
 
 class Metrics:
-    """The metrics of one gateway, in a registry of its own.
-
-    Args:
-        tenants: those that labels name.
-    """
+    """The metrics of one gateway, in a registry of its own; labels name these `tenants` alone."""
 
     def __init__(self, tenants: Iterable[str] = ()) -> None:
         self._registry = registry = CollectorRegistry()
         self._tenants = frozenset(tenants)
-        self.requests = Counter(
-            "mta_requests",
-            "Requests answered; level is set for generations.",
-            ("route", "method", "status", "level"),
-            registry=registry,
+
+        def counter(name: str, says: str, *labels: str) -> Counter:
+            return Counter(name, says, labels, registry=registry)
+
+        def gauge(name: str, says: str, *labels: str) -> Gauge:
+            return Gauge(name, says, labels, registry=registry)
+
+        def seconds(name: str, says: str, *labels: str) -> Histogram:
+            return Histogram(name, says, labels, buckets=BUCKETS_S, registry=registry)
+
+        self.requests = counter(
+            "mta_requests", "Requests answered; level is set for generations.", "route", "method", "status", "level"
         )
-        self.generations = Counter(
+        self.generations = counter(
             "mta_generations",
             "Generations by how they ended: answered, refused (4xx), limited (429), unavailable (503), failed (other "
             "5xx), broken (an error amid a stream) or gone (the client left).",
-            ("tenant", "level", "outcome"),
-            registry=registry,
+            *("tenant", "level", "outcome"),
         )
         for tenant in self._tenants | {OTHER}:
             for outcome in ("refused", "limited", "unavailable", "failed"):
                 self.generations.labels(tenant, "", outcome)  # from zero on: a first failure is an increase
-        self.stages = Histogram(
-            "mta_stage_seconds",
-            "Where generations spent their time.",
-            ("stage",),
-            buckets=BUCKETS_S,
-            registry=registry,
+        self.stages = seconds("mta_stage_seconds", "Where generations spent their time.", "stage")
+        self.ttft = seconds(
+            "mta_ttft_seconds", "From the arrival of a request to its first token, where the engine streams.", "level"
         )
-        self.ttft = Histogram(
-            "mta_ttft_seconds",
-            "From the arrival of a request to its first token, where the engine streams.",
-            ("level",),
-            buckets=BUCKETS_S,
-            registry=registry,
+        self.inter_token = seconds("mta_inter_token_seconds", "Between two pieces of a streamed answer, a token each.")
+        self.tokens = counter("mta_tokens", "Tokens read and written.", "level", "kind")
+        self.queue_waiting = gauge("mta_queue_waiting", "Generations that wait for the engine.")
+        self.queue_running = gauge("mta_queue_running", "Generations that the engine works on.")
+        self.queue_seconds = seconds(
+            "mta_queue_seconds", "How long generations waited for the engine, given up ones included."
         )
-        self.inter_token = Histogram(
-            "mta_inter_token_seconds",
-            "Between two pieces of a streamed answer, a token each.",
-            buckets=BUCKETS_S,
-            registry=registry,
-        )
-        self.tokens = Counter("mta_tokens", "Tokens read and written.", ("level", "kind"), registry=registry)
-        self.queue_waiting = Gauge("mta_queue_waiting", "Generations that wait for the engine.", registry=registry)
-        self.queue_running = Gauge("mta_queue_running", "Generations that the engine works on.", registry=registry)
-        self.queue_seconds = Histogram(
-            "mta_queue_seconds",
-            "How long generations waited for the engine, given up ones included.",
-            buckets=BUCKETS_S,
-            registry=registry,
-        )
-        self.shed = Counter(
-            "mta_shed",
-            "Requests turned away, by the reason.",
-            ("reason",),
-            registry=registry,
-        )
+        self.shed = counter("mta_shed", "Requests turned away, by the reason.", "reason")
         for reason in ("places", "queue_full", "queue_timeout"):
             self.shed.labels(reason)
-        self.fallbacks = Counter(
+        self.fallbacks = counter(
             "mta_fallbacks",
             "Generations served by less than the user's own recipe because the engine could not serve it.",
-            registry=registry,
         )
-        self.histories_left_out = Counter(
+        self.histories_left_out = counter(
             "mta_histories_left_out",
             "Generations without the past items that they wanted, which could not be read in time.",
-            registry=registry,
         )
-        self.retries = Counter(
-            "mta_retries",
-            "Generations sent to the engines a second time, for nothing came of the first.",
-            registry=registry,
+        self.retries = counter(
+            "mta_retries", "Generations sent to the engines a second time, for nothing came of the first."
         )
-        self.broken_streams = Counter(
-            "mta_broken_streams", "Streams that ended in an error event.", ("code",), registry=registry
-        )
-        self.disconnects = Counter(
-            "mta_disconnects", "Generations whose client left before the end.", registry=registry
-        )
-        self.profile_changes = Counter(
-            "mta_profile_changes", "Profile items added, removed or replaced.", registry=registry
-        )
-        self.bank = Gauge("mta_bank_info", "The bank served.", ("bank",), registry=registry)
-        self.jobs = Gauge(
-            "mta_jobs",
-            "About how many adapt jobs of the bank are queued or running.",
-            ("state",),
-            registry=registry,
-        )
-        self.oldest_job = Gauge(
-            "mta_jobs_oldest_seconds",
-            "How long the oldest queued job has waited.",
-            registry=registry,
-        )
-        self.rewrite_overdue = Gauge(
+        self.broken_streams = counter("mta_broken_streams", "Streams that ended in an error event.", "code")
+        self.disconnects = counter("mta_disconnects", "Generations whose client left before the end.")
+        self.profile_changes = counter("mta_profile_changes", "Profile items added, removed or replaced.")
+        self.bank = gauge("mta_bank_info", "The bank served.", "bank")
+        self.jobs = gauge("mta_jobs", "About how many adapt jobs of the bank are queued or running.", "state")
+        self.oldest_job = gauge("mta_jobs_oldest_seconds", "How long the oldest queued job has waited.")
+        self.rewrite_overdue = gauge(
             "mta_rewrite_overdue_seconds",
             "For how long the store's file holds erased users beyond the time that was promised.",
-            registry=registry,
         )
         self.store = StoreSeconds(registry)
         ProcessCollector(registry=registry)
@@ -137,8 +97,8 @@ class Metrics:
         readiness: Callable[[], Readiness],
         memory: Callable[[], Memory | None],
     ) -> None:
-        """Show what is known of the other parts, as it is known whenever somebody asks."""
-        self._registry.register(SeenParts(engines, readiness, memory))
+        """Show what is known of engines, readiness (as `/ready` has it) and the store's memory at each scrape."""
+        self._registry.register(_PartsCollector(engines, readiness, memory))
 
     def count(self, route: str, method: str, status: int, level: str) -> None:
         """Count a request that is over."""
@@ -162,5 +122,49 @@ class Metrics:
         self.tokens.labels(level, "completion").inc(usage.get("completion_tokens", 0))
 
     def text(self) -> bytes:
-        """Everything, in Prometheus's text format."""
+        """All metrics, in Prometheus's text format."""
         return generate_latest(self._registry)
+
+
+class _PartsCollector(Collector):
+    """What the gateway last saw of its parts; engines are named by their place in the settings."""
+
+    def __init__(
+        self,
+        engines: Callable[[], Sequence[EngineFigures | None]],
+        readiness: Callable[[], Readiness],
+        memory: Callable[[], Memory | None],
+    ) -> None:
+        self._engines = engines
+        self._readiness = readiness
+        self._memory = memory
+
+    def collect(self) -> Iterator[Metric]:
+        ready = self._readiness() is Readiness.READY
+        yield GaugeMetricFamily("mta_ready", "Whether requests can be fully served, as /ready says.", float(ready))
+        if memory := self._memory():
+            yield GaugeMetricFamily("mta_store_used_bytes", "What the store's memory holds.", memory.used_bytes)
+            if memory.most_bytes:
+                yield GaugeMetricFamily("mta_store_max_bytes", "The most that it may hold.", memory.most_bytes)
+        up = GaugeMetricFamily("mta_engine_up", "Whether an engine answers.", labels=("engine",))
+        slots = GaugeMetricFamily("mta_engine_slots", "An engine's LoRA slots.", labels=("engine",))
+        resident = GaugeMetricFamily(
+            "mta_engine_slots_resident", "How many of an engine's slots hold an adapter.", labels=("engine",)
+        )
+        prepares = CounterMetricFamily(
+            "mta_engine_prepares",
+            "Requests that an engine made an adapter ready for: warm ones found it there, cold ones had it fused.",
+            labels=("engine", "kind"),
+        )
+        for place, figures in enumerate(self._engines()):
+            engine = str(place)
+            up.add_metric((engine,), float(figures is not None))
+            if figures is None:
+                continue
+            for family, value in ((slots, figures.slots), (resident, figures.slots_taken)):
+                if value is not None:
+                    family.add_metric((engine,), value)
+            if figures.prepares is not None and figures.fuses is not None:
+                prepares.add_metric((engine, "cold"), figures.fuses)
+                prepares.add_metric((engine, "warm"), max(0, figures.prepares - figures.fuses))
+        yield from (up, slots, resident, prepares)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mta.gateway")
 
 
-class Form(Protocol):
+class AnswerFormat(Protocol):
     """How a route writes an answer."""
 
     async def whole(self, answer: Answer) -> str | bytes:
@@ -37,14 +37,14 @@ class Form(Protocol):
         ...
 
     def headers(self, answer: Answer) -> dict[str, str]:
-        """Headers besides `Server-Timing`."""
+        """Headers besides `Server-Timing` and what is left of limits."""
         ...
 
 
-class Answering(Response):
-    """Generates while it is being sent; when the client leaves, the engine is told to stop."""
+class AnswerResponse(Response):
+    """Generates while it is being sent; when the client leaves, the engine stops."""
 
-    def __init__(self, parts: Parts, asked: Asked, form: Form) -> None:
+    def __init__(self, parts: Parts, asked: Asked, form: AnswerFormat) -> None:
         super().__init__()
         self._parts = parts
         self._asked = asked
@@ -80,16 +80,17 @@ class Answering(Response):
                     notes_of(scope).generating = False
                     self._observe(answer)
                     await sender.write(DONE)
-            except ApiError as error:
+            except Exception as error:
                 if not sender.begun:
                     raise
-                await self._break_off(error, scope, sender)
-            except Exception:
-                if not sender.begun:
-                    raise
-                log.exception("%s broke", notes_of(scope).answer_id or "a stream")
-                failed = ApiError("the gateway failed in the middle of the answer")
-                await self._break_off(failed, scope, sender)
+                if isinstance(error, ApiError):
+                    log.warning("%s", error.explained)
+                else:
+                    log.exception("%s broke", notes_of(scope).answer_id or "a stream")
+                    error = ApiError("the gateway failed in the middle of the answer")
+                notes_of(scope).broken = True
+                self._parts.metrics.broken_streams.labels(error.code).inc()
+                await sender.write(event(ErrorAnswer.of(error)))
             await sender.end()
 
     def _begin(self, scope: Scope, answer: Answer) -> None:
@@ -106,11 +107,4 @@ class Answering(Response):
         return {"Server-Timing": timings.header()} | known
 
     def _observe(self, answer: Answer) -> None:
-        """Count what an answer took, now that it is complete."""
         self._parts.metrics.observe(answer.timings.ms, answer.personalization.level.value, answer.stream.usage)
-
-    async def _break_off(self, error: ApiError, scope: Scope, sender: EventSender) -> None:
-        log.warning("%s", error.explained)
-        notes_of(scope).broken = True
-        self._parts.metrics.broken_streams.labels(error.code).inc()
-        await sender.write(event(ErrorAnswer.of(error)))

@@ -1,21 +1,21 @@
-"""What clients get: the shapes of JSON answers, and how they are built from what the gateway knows."""
+"""The shapes of JSON answers, and how they are made from what the gateway knows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import orjson
 from pydantic import BaseModel, Field
 
-from server.gateway.generation.answer_stream import AnswerStream
 from server.gateway.generation.generator import Answer
-from server.gateway.generation.personalizer import Level, Personalization
+from server.gateway.generation.personalizer import AnchorShare, Level
 from server.store.jobs import Job, JobState
 from server.store.profiles import Erased
 
 
-class AnchorAnswer(BaseModel, frozen=True):
+class AnchorAnswer(BaseModel, frozen=True, from_attributes=True):
     """One anchor that speaks for the user."""
 
     id: str = Field(examples=["a03"])
@@ -48,6 +48,21 @@ class PersonalizationAnswer(BaseModel, frozen=True):
         description="Why no past items are in the prompt although some were wanted, if they could not be read in time."
     )
 
+    @classmethod
+    def of(cls, answer: Answer) -> Self:
+        """What is known of an answer so far."""
+        who = answer.personalization
+        return cls(
+            level=who.level,
+            recipe=who.shown,
+            source=who.source,
+            anchors=anchors(who.anchors),
+            history=answer.recalled.items,
+            history_reason=answer.recalled.reason,
+            reason=who.reason,
+            timings_ms=answer.timings.ms,
+        )
+
 
 class Usage(BaseModel, frozen=True):
     """Token counts."""
@@ -55,6 +70,11 @@ class Usage(BaseModel, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+    @classmethod
+    def of(cls, answer: Answer) -> Self | None:
+        """Of a complete answer."""
+        return cls(**answer.stream.usage) if answer.stream.usage else None
 
 
 class GenerateAnswer(BaseModel, frozen=True):
@@ -105,7 +125,7 @@ class UserAnswer(BaseModel, frozen=True):
     adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
 
 
-class Progress(BaseModel, frozen=True):
+class JobProgress(BaseModel, frozen=True):
     """A job's progress, over all its training runs. Losses are in nats per output token."""
 
     step: int
@@ -132,7 +152,7 @@ class JobAnswer(BaseModel, frozen=True):
     id: str
     state: JobState = Field(description="All but the first two are final. `rejected`: trained, but no better.")
     config: dict[str, Any]
-    progress: Progress
+    progress: JobProgress
     held_out: HeldOut
     created_at: str
     started_at: str | None
@@ -140,6 +160,29 @@ class JobAnswer(BaseModel, frozen=True):
     tries: int = Field(description="How often a worker has taken it.")
     adapter: str | None = Field(description="Id of the user adapter that it made.")
     error: str | None = Field(description="Why it failed, and what to do.")
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """A job as clients see it."""
+        return cls(
+            id=str(job.id),
+            state=job.state,
+            config=orjson.loads(job.config),
+            progress=JobProgress(
+                step=job.step,
+                steps=job.of,
+                phase=job.curve.phase or ("preparing" if job.state is JobState.RUNNING else job.state.value),
+                loss=list(job.curve.loss),
+                held_out=list(job.curve.held_out),
+            ),
+            held_out=HeldOut(before=job.before, after=job.after),
+            created_at=iso(job.created_ms),
+            started_at=iso(job.started_ms) if job.started_ms else None,
+            ended_at=iso(job.ended_ms) if job.ended_ms else None,
+            tries=job.tries,
+            adapter=job.adapter or None,
+            error=job.error or None,
+        )
 
 
 class ErasedAnswer(BaseModel, frozen=True):
@@ -150,33 +193,10 @@ class ErasedAnswer(BaseModel, frozen=True):
     log_rewritten_by: str = Field(description="By when it is gone from the store's file on disk too. UTC, ISO 8601.")
 
 
-def job_answer(job: Job) -> JobAnswer:
-    """A job as clients see it."""
-    return JobAnswer(
-        id=str(job.id),
-        state=job.state,
-        config=orjson.loads(job.config),
-        progress=Progress(
-            step=job.step,
-            steps=job.of,
-            phase=job.curve.phase or ("preparing" if job.state is JobState.RUNNING else job.state.value),
-            loss=list(job.curve.loss),
-            held_out=list(job.curve.held_out),
-        ),
-        held_out=HeldOut(before=job.before, after=job.after),
-        created_at=iso(job.created_ms),
-        started_at=iso(job.started_ms) if job.started_ms else None,
-        ended_at=iso(job.ended_ms) if job.ended_ms else None,
-        tries=job.tries,
-        adapter=job.adapter or None,
-        error=job.error or None,
-    )
-
-
 def exported_job(job: Job) -> dict[str, Any]:
     """A job with what a client sent beside it."""
     sent = {"idempotency_key": job.idempotency_key or None, "traceparent": job.traceparent or None}
-    return job_answer(job).model_dump(mode="json") | sent
+    return JobAnswer.of(job).model_dump(mode="json") | sent
 
 
 def iso(unix_ms: int) -> str:
@@ -184,41 +204,6 @@ def iso(unix_ms: int) -> str:
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
-def personalization_answer(answer: Answer) -> PersonalizationAnswer:
-    """Who speaks, and where the time went so far."""
-    personalization = answer.personalization
-    return PersonalizationAnswer(
-        level=personalization.level,
-        recipe=personalization.shown,
-        source=personalization.source,
-        anchors=anchors(personalization),
-        history=answer.recalled.items,
-        history_reason=answer.recalled.reason,
-        reason=personalization.reason,
-        timings_ms=answer.timings.ms,
-    )
-
-
-def anchors(personalization: Personalization) -> list[AnchorAnswer]:
-    """The anchors as clients see them."""
-    return [
-        AnchorAnswer(id=share.id, weight=share.weight, similarity=share.similarity, gain=share.gain)
-        for share in personalization.anchors
-    ]
-
-
-def usage_answer(stream: AnswerStream) -> Usage | None:
-    """The token counts of a finished answer."""
-    return Usage(**stream.usage) if stream.usage else None
-
-
-def generate_answer(answer: Answer, text: str) -> GenerateAnswer:
-    """The JSON answer, once the text is complete."""
-    assert answer.stream.finish_reason
-    return GenerateAnswer(
-        id=answer.id,
-        text=text,
-        finish_reason=answer.stream.finish_reason,
-        usage=usage_answer(answer.stream),
-        personalization=personalization_answer(answer),
-    )
+def anchors(shares: Iterable[AnchorShare]) -> list[AnchorAnswer]:
+    """Anchors as clients see them."""
+    return [AnchorAnswer.model_validate(share) for share in shares]

@@ -2,26 +2,83 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from bank.items.prompt import chat_messages
+from server.engine_protocol import BASE_MODEL
 from server.gateway.access.caller import Caller, caller_of
 from server.gateway.generation.asked import Asked
 from server.gateway.generation.generator import Answer
+from server.gateway.generation.personalizer import Level
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import GenerateRequest, QueueTimeout, items_wanted
-from server.gateway.http.streaming import event
+from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
-from server.gateway.routes.answering import Answering
-from server.gateway.routes.answers import GenerateAnswer, generate_answer
-from server.gateway.routes.chunks import Chunks
-from server.gateway.routes.examples import GENERATED, STREAMED
+from server.gateway.routes.answering import AnswerResponse
+from server.gateway.routes.answers import AnchorAnswer, GenerateAnswer, PersonalizationAnswer, Usage
 from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
+
+
+def _chunk(
+    names: tuple[str, int, str], delta: dict[str, str], finish_reason: str | None = None, **beside: object
+) -> bytes:
+    """A piece of a streamed answer in OpenAI's shape, as an event. A plain dictionary: one is made for every token.
+
+    Args:
+        names: the answer's id, when it was begun in Unix seconds, and its recipe.
+        beside: of the first chunk `personalization`, of the last `usage` and `timings_ms`.
+    """
+    return event(
+        {
+            "id": names[0],
+            "object": "chat.completion.chunk",
+            "created": names[1],
+            "model": names[2],
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
+            **beside,
+        }
+    )
+
+
+_EXAMPLE = GenerateAnswer(  # nothing in it is null: FastAPI leaves null fields out
+    id="gen-1b0330fa255959863cff0464",
+    text="up early, straight to the water",
+    finish_reason="stop",
+    usage=Usage(prompt_tokens=17, completion_tokens=9, total_tokens=26),
+    personalization=PersonalizationAnswer(
+        level=Level.MERGED,
+        recipe="mta1:9f2c41d0:shared:c+a03*803+a17*197",
+        source="signature",
+        anchors=[
+            AnchorAnswer(id="a03", weight=0.803, similarity=0.9142, gain=0.0613),
+            AnchorAnswer(id="a17", weight=0.197, similarity=0.2245, gain=0.0397),
+        ],
+        history=0,
+        history_reason="the user's past items could not be read in time",
+        reason="the engine cannot serve this user's adapter",
+        timings_ms={"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
+    ),
+)
+_NAMES = (_EXAMPLE.id, 1790000000, "mta1:9f2c41d0:shared:c+a03*803+a17*197")
+_STREAMED = b"".join(
+    (
+        _chunk(_NAMES, {"role": "assistant", "content": ""}, personalization=_EXAMPLE.personalization),
+        _chunk(_NAMES, {"content": "up"}),
+        _chunk(_NAMES, {}, "stop", usage=_EXAMPLE.usage, timings_ms=_EXAMPLE.personalization.timings_ms),
+        DONE,
+    )
+).decode()
+_CONTENT: dict[str, Any] = {
+    "application/json": {"example": _EXAMPLE.model_dump(mode="json")},
+    "text/event-stream": {"example": _STREAMED},
+}
 
 router = APIRouter(route_class=JsonRoute, tags=["generate"])
 
@@ -29,16 +86,7 @@ router = APIRouter(route_class=JsonRoute, tags=["generate"])
 @router.post(
     "/generate",
     response_model=GenerateAnswer,
-    responses={
-        200: {
-            "content": {
-                "application/json": {"example": GENERATED.model_dump(mode="json")},
-                "text/event-stream": {"example": STREAMED},
-            }
-        },
-        "4XX": {"model": ErrorAnswer},
-        "5XX": {"model": ErrorAnswer},
-    },
+    responses={200: {"content": _CONTENT}, "4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
 )
 async def generate(request: Request, body: GenerateRequest, x_queue_timeout: QueueTimeout = None) -> Response:
     """Answer a prompt in the user's own manner.
@@ -52,7 +100,7 @@ async def generate(request: Request, body: GenerateRequest, x_queue_timeout: Que
     parts = parts_of(request)
     usual = parts.bank.manifest.history_default
     asked = asked_of(body, users_of(request), caller_of(request), history=usual, patience_s=x_queue_timeout)
-    return Answering(parts, asked, _Texts())
+    return AnswerResponse(parts, asked, _GenerateFormat())
 
 
 def asked_of(
@@ -82,19 +130,26 @@ def asked_of(
     )
 
 
-class _Texts:
-    """The form of `/generate`: texts."""
+class _GenerateFormat:
+    """Texts, and chunks of them."""
 
     async def whole(self, answer: Answer) -> str:
         text = "".join([piece async for piece in answer.texts()])
-        return generate_answer(answer, text).model_dump_json()
+        assert answer.stream.finish_reason
+        return GenerateAnswer(
+            id=answer.id,
+            text=text,
+            finish_reason=answer.stream.finish_reason,
+            usage=Usage.of(answer),
+            personalization=PersonalizationAnswer.of(answer),
+        ).model_dump_json()
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        chunks = Chunks(answer)
-        yield event(chunks.first())
+        names = answer.id, int(time.time()), answer.personalization.shown or BASE_MODEL
+        yield _chunk(names, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
         async for text in answer.texts():
-            yield event(chunks.text(text))
-        yield event(chunks.last())
+            yield _chunk(names, {"content": text})
+        yield _chunk(names, {}, answer.stream.finish_reason, usage=Usage.of(answer), timings_ms=answer.timings.ms)
 
     def headers(self, answer: Answer) -> dict[str, str]:
         return {}

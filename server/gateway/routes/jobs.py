@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Path, Request, Response
@@ -16,10 +17,9 @@ from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, EventSender, event
 from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
-from server.gateway.routes.answers import JobAnswer, job_answer
-from server.gateway.routes.examples import FOLLOWED
+from server.gateway.routes.answers import HeldOut, JobAnswer, JobProgress
 from server.gateway.users.adapting import Adapting
-from server.store.jobs import Job, JobId, parse_job_id
+from server.store.jobs import Job, JobId, JobState, parse_job_id
 from server.store.tenants.user_key import UserKeys
 
 if TYPE_CHECKING:
@@ -33,6 +33,27 @@ router = APIRouter(
 JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` returned it.", max_length=64)]
 
 _POLL_S = 0.5
+
+_EXAMPLE = JobAnswer(
+    id="q5kxv7d2m4zr3yh6wncb2tpaei.1871290335",
+    state=JobState.RUNNING,
+    config={"kind": "lora", "rank": 2, "steps": 16, "learning_rate": 0.001, "holdout": 0.2, "strength": 0.5},
+    progress=JobProgress(
+        step=4,
+        steps=24,
+        phase="fold 1 of 2",
+        loss=[(1, 2.41), (2, 2.2), (3, 2.06), (4, 1.93)],
+        held_out=[(0, 2.38), (2, 2.21), (4, 2.04)],
+    ),
+    held_out=HeldOut(before=None, after=None),
+    created_at="2026-11-27T08:03:41.208+00:00",
+    started_at="2026-11-27T08:03:41.733+00:00",
+    ended_at=None,
+    tries=1,
+    adapter=None,
+    error=None,
+)
+_EVENTS = {"text/event-stream": {"example": event(_EXAMPLE, "job").decode()}}
 
 
 @router.post("/users/{user_id}/adapt", status_code=202)
@@ -58,32 +79,32 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
             if job is None or job.id in known:  # refused, or a repeated request
                 await parts.limiter.give_back(uses)
     response.headers["Location"] = f"/jobs/{job.id}"
-    return job_answer(job)
+    return JobAnswer.of(job)
 
 
 @router.get("/jobs/{job_id}")
 async def read_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """The job's current state."""
-    return job_answer(await parts_of(request).adapting.job(users_of(request), _parsed(job_id)))
+    return JobAnswer.of(await parts_of(request).adapting.job(users_of(request), _parsed(job_id)))
 
 
 @router.delete("/jobs/{job_id}")
 async def cancel_job(request: Request, job_id: JobIdInPath) -> JobAnswer:
     """Cancel a job that has not ended; training stops within a step, and nothing of it is kept."""
-    return job_answer(await parts_of(request).adapting.cancel(users_of(request), _parsed(job_id)))
+    return JobAnswer.of(await parts_of(request).adapting.cancel(users_of(request), _parsed(job_id)))
 
 
-@router.get("/jobs/{job_id}/events", responses={200: {"content": {"text/event-stream": {"example": FOLLOWED}}}})
+@router.get("/jobs/{job_id}/events", responses={200: {"content": _EVENTS}})
 async def follow_job(request: Request, job_id: JobIdInPath) -> Response:
     """The job as server-sent events named `job`, now and whenever it changes, until it has ended; then one, `done`.
 
     While nothing changes, a comment (`: keep-alive`) comes every 15 seconds.
     """
     users, adapting = users_of(request), parts_of(request).adapting
-    return _Following(adapting, users, await adapting.job(users, _parsed(job_id)))
+    return _JobEvents(adapting, users, await adapting.job(users, _parsed(job_id)))
 
 
-class _Following(Response):
+class _JobEvents(Response):
     """Polls a job while it is being sent, until the job ends or the client leaves."""
 
     def __init__(self, adapting: Adapting, users: UserKeys, job: Job) -> None:
@@ -99,20 +120,22 @@ class _Following(Response):
     async def _follow(self, send: Send) -> None:
         async with EventSender(send, dict) as sender:
             try:
-                await self._tell(sender)
+                async for job in self._changes():
+                    await sender.write(event(JobAnswer.of(job), "job"))
+                await sender.write(b"event: done\n" + DONE)
             except ApiError as error:
                 await sender.write(event(ErrorAnswer.of(error)))
             await sender.end()
 
-    async def _tell(self, sender: EventSender) -> None:
+    async def _changes(self) -> AsyncIterator[Job]:
+        """The job now, and whenever it has changed, until it has ended."""
         job = self._job
-        await sender.write(event(job_answer(job), "job"))
+        yield job
         while not job.state.ended:
             await asyncio.sleep(_POLL_S)
             before, job = job, await self._adapting.job(self._users, job.id)
             if job != before:
-                await sender.write(event(job_answer(job), "job"))
-        await sender.write(b"event: done\n" + DONE)
+                yield job
 
 
 def _parsed(text: str) -> JobId:

@@ -27,7 +27,7 @@ from server.gateway.routes.answers import (
     exported_job,
     iso,
 )
-from server.gateway.users.profiles import Changed
+from server.gateway.users.profiles import ProfileUpdate
 from server.store.tenants.user_key import User
 
 router = APIRouter(
@@ -74,7 +74,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         updated_at=iso(profile.updated_ms),
         recipe=speaking.model,
         source=str(speaking.source),
-        anchors=anchors(speaking),
+        anchors=anchors(speaking.anchors),
         at=parts.bank.atlas.at(profile.embedding) if parts.bank.atlas else None,
         adapter=AdapterAnswer(
             id=profile.adapter.id,
@@ -127,7 +127,7 @@ async def _change(
     user: User,
     epoch: str,
     body: ItemsRequest,
-    change: Callable[[User, Sequence[Item], str], Awaitable[Changed]],
+    change: Callable[[User, Sequence[Item], str], Awaitable[ProfileUpdate]],
 ) -> ProfileAnswer:
     # Megabytes of items take a large part of a second to read: not on the event loop.
     items = await asyncio.to_thread(_items, parts, body.items)
@@ -140,7 +140,7 @@ async def _change(
         kept=changed.profile.items,
         changed=changed.changed,
         recipe=speaking.model,
-        anchors=anchors(speaking),
+        anchors=anchors(speaking.anchors),
     )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from adapters.errors import excerpt
-from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
@@ -31,18 +30,7 @@ from server.watching.tracing import Tracing
 
 
 class Adapting:
-    """Accepts samples, creates jobs, and looks them up.
-
-    Args:
-        jobs: where they are kept.
-        profiles: a user without one gets one made from the samples.
-        checks: asks the engine about samples.
-        manifest: the bank's, which says how much rank is left for users.
-        task: the bank's, which parses items.
-        max_sample_bytes: largest sample.
-        budget: the most that each job may use.
-        tracing: a job belongs to the trace of its request.
-    """
+    """Accepts samples, creates jobs, and looks them up."""
 
     def __init__(
         self,
@@ -66,12 +54,9 @@ class Adapting:
         self._tracing = tracing
 
     async def submit(self, user: User, request: AdaptRequest, epoch: str) -> Job:
-        """Store the samples and create the job that trains on them.
+        """Store the samples and create the job that trains on them; a user without a profile gets one made of them.
 
-        Args:
-            user: whose samples.
-            request: what was asked for.
-            epoch: the user's when the request was accepted.
+        `epoch` is the user's when the request was accepted.
 
         Raises:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed.
@@ -96,43 +81,32 @@ class Adapting:
         return job
 
     async def repeated(self, user: User, request: AdaptRequest, epoch: str) -> Job | None:
-        """The job that the same request has made before, if it has; nothing is changed. Arguments as of `submit`.
-
-        Raises:
-            InvalidRequest: as `submit`.
-        """
+        """The job that the same request has made before, if it has; nothing is changed. Otherwise as `submit`."""
         config = self._config(request)
         _, samples = await self._read(request)
         # Without room for any sample there is no new job.
         return await self._jobs.submit(user.key, self._submission(request, samples, config, epoch), 0)
 
     async def job_ids(self, user: User) -> list[JobId]:
-        """A user's jobs that are remembered."""
+        """The user's jobs that are remembered."""
         return [job.id for job in await self._jobs.jobs(user.key)]
 
     async def job(self, users: UserKeys, job_id: JobId) -> Job:
-        """A job by its id.
-
-        Args:
-            users: of the tenant that asks.
-            job_id: perhaps another tenant's.
+        """A job of a tenant's.
 
         Raises:
             NotFound: when the tenant has no such job, or no longer.
         """
         job, owner = await asyncio.gather(self._jobs.job(job_id), self._profiles.owner(job_id.user_key))
-        if job is None or owner is None or not users.user(owner).is_stored_under(job_id.user_key):
+        if job is None or owner is None or users.key(owner) != job_id.user_key:
             raise _unknown(job_id)
         return job
 
     async def cancel(self, users: UserKeys, job_id: JobId) -> Job:
         """Cancel a job; a worker that is training it stops at its next step.
 
-        Args:
-            users, job_id: as of `job`.
-
         Raises:
-            NotFound: when there is none.
+            NotFound: as `job`.
             Conflict: when it has already ended.
         """
         await self.job(users, job_id)
@@ -144,11 +118,13 @@ class Adapting:
         return job
 
     async def _read(self, request: AdaptRequest) -> tuple[list[Sample], list[bytes]]:
-        """The samples, and each as it is stored; megabytes take a large part of a second, so not on the event loop."""
-        given = await asyncio.to_thread(
-            lambda: [Sample(_messages(sample), sample.output) for sample in request.samples]
-        )
-        return given, await asyncio.to_thread(lambda: [self._encoded(place, one) for place, one in enumerate(given)])
+        """The samples, and each as it is stored."""
+
+        def read() -> tuple[list[Sample], list[bytes]]:
+            given = [Sample(_messages(sample), sample.output) for sample in request.samples]
+            return given, [self._encoded(place, sample) for place, sample in enumerate(given)]
+
+        return await asyncio.to_thread(read)  # megabytes take a large part of a second
 
     def _config(self, request: AdaptRequest) -> AdaptConfig:
         return replace(training_config(self._manifest, request.config), **asdict(self._budget))
@@ -190,17 +166,11 @@ class Adapting:
         return raw
 
     def _items(self, samples: Sequence[SampleRequest]) -> list[Item]:
-        """The samples as items of a profile."""
-        items = []
-        for place, sample in enumerate(samples):
-            pair = {"input": _messages(sample)[-1]["content"], "output": sample.output}
-            try:
-                items.append(parse_item(pair, self._task, place))
-            except ProfileError as error:
-                raise InvalidRequest(
-                    f"samples.{place} cannot become a profile item: {error}", param=f"samples.{place}"
-                ) from error
-        return items
+        """The samples as items of a profile: as pairs of texts that are not blank, they are of any task."""
+        return [
+            parse_item({"input": _messages(sample)[-1]["content"], "output": sample.output}, self._task, place)
+            for place, sample in enumerate(samples)
+        ]
 
 
 def training_config(manifest: BankManifest, options: AdaptOptions) -> AdaptConfig:

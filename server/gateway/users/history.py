@@ -1,7 +1,7 @@
 """How a history changes: pure functions over its items, oldest first.
 
-Repeating a change changes nothing: an item that is already there with the same content keeps its place, and a full
-history loses older items than those just given.
+Repeating a change changes nothing: an item that is there with the same content keeps its place, and a full history
+loses older items than those just given.
 """
 
 from __future__ import annotations
@@ -19,20 +19,15 @@ StoredItems = Mapping[str, StoredItem]
 
 @dataclass(frozen=True, slots=True)
 class HistoryLimit:
-    """How much of a history is kept: the newest items that are within both limits.
-
-    Attributes:
-        items: most items.
-        size_bytes: most bytes of all of them, as JSON of their fields.
-    """
+    """The newest items within both limits are kept; `size_bytes` counts all of them, as JSON of their fields."""
 
     items: int
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """What separates two histories.
+class HistoryDiff:
+    """What turns one history into another.
 
     Attributes:
         put: items to write: new, replaced, or moved.
@@ -46,7 +41,7 @@ class Difference:
 
 
 def replaced(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
-    """The history that holds only the given items, the newest within the limit, in the order given."""
+    """The given items alone, the newest within the limit, in the order given."""
     fresh = _newest(_distinct(given), limit)
     if list(fresh) == list(current):  # the same items in the same order: their places stay as they are
         return {name: StoredItem(current[name].order, fields) for name, fields in fresh.items()}
@@ -54,7 +49,7 @@ def replaced(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -
 
 
 def added(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> dict[str, StoredItem]:
-    """The history with the given items added, cut to the limit: the oldest that were not given go first."""
+    """The history with the given items added; beyond the limit, the oldest that were not given go first."""
     distinct = _distinct(given)
     untouched = {name: item.fields for name, item in current.items() if name not in distinct}
     kept = _newest(untouched | distinct, limit)
@@ -64,16 +59,15 @@ def added(current: StoredItems, given: Sequence[Item], limit: HistoryLimit) -> d
     return merged | {name: StoredItem(order, kept[name]) for order, name in enumerate(new, order)}
 
 
-def difference(before: StoredItems, after: StoredItems) -> Difference:
-    """What must be written to turn one history into the other."""
+def difference(before: StoredItems, after: StoredItems) -> HistoryDiff:
     put = {name: item for name, item in after.items() if before.get(name) != item}
     drop = tuple(name for name in before if name not in after)
     moved = sum(name in before and before[name].fields == item.fields for name, item in put.items())
-    return Difference(put, drop, len(put) - moved + len(drop))
+    return HistoryDiff(put, drop, len(put) - moved + len(drop))
 
 
 def _distinct(given: Sequence[Item]) -> dict[str, Mapping[str, str]]:
-    """The fields of items by id; of items with the same id the last one counts, at its place."""
+    """Fields by id; of items with the same id the last one counts, at its place."""
     distinct: dict[str, Mapping[str, str]] = {}
     for item in given:
         distinct.pop(item.id, None)

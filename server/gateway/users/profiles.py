@@ -31,8 +31,8 @@ MAX_ATTEMPTS = 64
 _MAX_PAUSE_S = 0.05
 
 
-class Embeds(Protocol):
-    """The part of `bank.lookup.embedder.Embedder` that is needed."""
+class TextEmbedder(Protocol):
+    """What is used of `bank.lookup.embedder.Embedder`."""
 
     id: str
 
@@ -40,13 +40,8 @@ class Embeds(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
-    """The outcome of a change.
-
-    Attributes:
-        profile: as it is now.
-        changed: how many items were added, removed, or have new content.
-    """
+class ProfileUpdate:
+    """The profile after a change, and how many items were added, removed, or have new content."""
 
     profile: Profile
     changed: int
@@ -56,19 +51,15 @@ class Profiles:
     """Changes and reads profiles.
 
     Args:
-        store: where they are kept.
-        embedder: makes embeddings, on the threads of `executor`.
-        task: how the bank reads items.
-        executor: the embedding threads.
-        limit: how much is kept of each user's history.
-        signing: told of users whose items have changed; None where the bank has no signatures.
+        executor: the embedder's threads.
+        signing: gets users whose items have changed; None where the bank has no signatures.
     """
 
     def __init__(
         self,
         store: ProfileStore,
         *,
-        embedder: Embeds,
+        embedder: TextEmbedder,
         task: Task,
         executor: Executor,
         limit: HistoryLimit,
@@ -83,7 +74,7 @@ class Profiles:
         self._refreshing: dict[str, asyncio.Task[Profile | None]] = {}
 
     async def current(self, user: User) -> Profile | None:
-        """The profile with an embedding by the current embedder, or None for an unknown user."""
+        """The profile with an embedding by the current embedder; None for an unknown user."""
         profile = await self._store.load(user.key)
         if profile is None:
             return None
@@ -98,24 +89,16 @@ class Profiles:
         """The user's epoch, which a request that writes reads when it is accepted."""
         return await self._store.epoch(user.key)
 
-    async def replace(self, user: User, items: Sequence[Item], epoch: str) -> Changed:
-        """Replace the history with these items.
-
-        Args:
-            user: whose history.
-            items: oldest first.
-            epoch: the user's when the request was accepted.
+    async def replace(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+        """Replace the history with these items, oldest first; `epoch` is the user's when the request was accepted.
 
         Raises:
             UserErased: when the user is erased before the change is written; then nothing is written.
         """
         return await self._change(user, lambda history: replaced(history, items, self._limit), epoch)
 
-    async def add(self, user: User, items: Sequence[Item], epoch: str) -> Changed:
-        """Add items to the history; an item whose id is already there is replaced.
-
-        Args, raises: as `replace`.
-        """
+    async def add(self, user: User, items: Sequence[Item], epoch: str) -> ProfileUpdate:
+        """Add items to the history; an item whose id is there is replaced. Otherwise as `replace`."""
         return await self._change(user, lambda history: added(history, items, self._limit), epoch)
 
     async def items(self, user: User) -> Mapping[str, StoredItem]:
@@ -128,11 +111,11 @@ class Profiles:
             await self._signing.ask(user.key)
 
     async def stored_bytes(self, user: User) -> int:
-        """Memory that the user's profile, items and vectors take in the store."""
+        """Memory of profile, items and vectors in the store."""
         return await self._store.stored_bytes(user.key)
 
     async def _refreshed(self, user: User) -> Profile | None:
-        """Remake an embedding that another embedder made; concurrent requests wait for the same work."""
+        """Remake another embedder's embedding; concurrent requests wait for the same work."""
         task = self._refreshing.get(user.key)
         if task is None:
             task = self._refreshing[user.key] = asyncio.create_task(self._refresh(user))
@@ -147,8 +130,8 @@ class Profiles:
 
     async def _change(
         self, user: User, apply: Callable[[StoredItems], StoredItems], epoch: str | None = None
-    ) -> Changed:
-        """Read, apply, embed what has no embedding yet, and commit; start over if someone else was faster."""
+    ) -> ProfileUpdate:
+        """Read, apply, embed what has no embedding yet, and commit; start over after a lost race."""
         key = user.key
         made: dict[tuple[str, str], Vectors] = {}  # by id and text: survives a lost race
         for attempt in range(MAX_ATTEMPTS):
@@ -161,27 +144,23 @@ class Profiles:
             seen = snapshot.profile and snapshot.profile.seen_by(self._embedder.id)
             if seen and not step.put and not step.drop:
                 await self._store.settle(key)
-                return Changed(seen, 0)
+                return ProfileUpdate(seen, 0)
             vectors, fresh = await self._vectors(snapshot, history, made)
             embedding = as_stored(profile_embedding(np.stack(list(vectors.values()))))
             profile = Profile(user.id, len(history), 0, self._embedder.id, embedding)
             profile = _following(snapshot.profile, profile, same_items=not step.put and not step.drop)
             change = Change(profile, step.put, fresh, step.drop)
             if await self._store.commit(key, snapshot.version, change, epoch):
-                await self._ask_to_sign(user)
-                return Changed(profile, step.changed)
+                try:
+                    await self.want_signature(user)
+                except Unavailable as error:  # no write fails for that: the next answer without a signature requests it
+                    log.warning("a signature could not be requested: %s", error.explained)
+                return ProfileUpdate(profile, step.changed)
             await asyncio.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.001 * 2**attempt)))
         raise Unavailable(
             f"too many other requests are changing this profile: gave up after {MAX_ATTEMPTS} attempts",
             code="contention",
         )
-
-    async def _ask_to_sign(self, user: User) -> None:
-        """A queue on a server that is away fails no write: whoever is answered without a signature asks again."""
-        try:
-            await self.want_signature(user)
-        except Unavailable as error:
-            log.warning("a signature could not be requested: %s", error.explained)
 
     async def _vectors(
         self, snapshot: Snapshot, history: StoredItems, made: dict[tuple[str, str], Vectors]
@@ -214,8 +193,7 @@ def _same_content(before: StoredItem | None, after: StoredItem | None) -> bool:
 
 
 def _following(before: Profile | None, profile: Profile, *, same_items: bool) -> Profile:
-    """The record that replaces another: all that it held besides the items stays, and so does its embedding by another
-    embedder while the items are the same."""
+    """The record that replaces another: all but the items stays, also an embedding of the same items by another."""
     now_ms = time.time_ns() // 1_000_000
     if before is None:
         return replace(profile, updated_ms=now_ms)

@@ -1,23 +1,21 @@
-"""What only the engine can say about samples: whether the model's chat template accepts them, and how long they are."""
+"""What only the engine can say about samples: whether the chat template accepts them, and how long they are."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from adapters.errors import excerpt
 from server.errors import InvalidRequest, Unavailable
-from server.gateway.engines.admin import Engines
-from server.gateway.engines.tokenizer import TokenizerClient
-from server.gateway.users.job_budget import check_budget
 from server.store.samples import AdaptConfig, Sample, decode_sample, tokens_read
 
 AT_A_TIME = 8
-"""Concurrent questions to the engine for one request."""
+"""Concurrent requests to the engine for one adapt request."""
 
 PATIENCE_S = 10.0
-"""How long a request goes on asking."""
+"""After that no further batch of them is begun."""
 
 MOST_SHAPES = 4096
 """Most sequences of roles that are remembered."""
@@ -26,32 +24,35 @@ T = TypeVar("T")
 A = TypeVar("A")
 
 
+class Tokenizer(Protocol):
+    """What is used of `server.gateway.engines.tokenizer.TokenizerClient`."""
+
+    async def refusal(self, messages: list[dict[str, str]]) -> str | None: ...
+
+    async def count(self, messages: list[dict[str, str]]) -> int | None: ...
+
+
 class SampleChecks:
     """Asks the engine about samples. If it cannot say, they are accepted: the worker checks again.
 
     Args:
-        tokenizer: the engine's.
-        engines: know the model's context.
+        context: the model's, in tokens; None while it is unknown.
     """
 
-    def __init__(self, tokenizer: TokenizerClient, engines: Engines) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Callable[[], int | None]) -> None:
         self._tokenizer = tokenizer
-        self._engines = engines
-        self._taken: set[str] = set()
+        self._context = context
+        self._accepted: set[str] = set()
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
-        """Refuse samples that the chat template does not accept.
+        """Refuse samples that the chat template does not accept, by the first of them.
 
-        It goes by the roles and their order, so each sequence of them is asked about once; accepted ones are
-        remembered.
-
-        Raises:
-            InvalidRequest: naming the first sample that is refused.
+        A template goes by the roles and their order, so each sequence of them is checked once.
         """
         first: dict[str, int] = {}
         for place, sample in enumerate(samples):
             first.setdefault(_roles(sample), place)
-        places = [place for roles, place in first.items() if roles not in self._taken]
+        places = [place for roles, place in first.items() if roles not in self._accepted]
         try:
             async for place, reason in _asked(lambda place: self._tokenizer.refusal(_answered(samples[place])), places):
                 if reason is not None:
@@ -61,19 +62,15 @@ class SampleChecks:
                         param=f"samples.{place}.input",
                         code="refused_by_template",
                     )
-                if len(self._taken) >= MOST_SHAPES:
-                    self._taken.clear()
-                self._taken.add(_roles(samples[place]))
+                if len(self._accepted) >= MOST_SHAPES:
+                    self._accepted.clear()
+                self._accepted.add(_roles(samples[place]))
         except Unavailable:
             return
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
-        """Refuse samples longer than the context; a token is at least a byte, so most need no counting.
-
-        Raises:
-            InvalidRequest: naming the sample.
-        """
-        context = self._engines.context
+        """Refuse samples longer than the context; a token is at least a byte, so most need no counting."""
+        context = self._context()
         if context is None:
             return
         doubtful = [place for place, raw in enumerate(raw_samples) if len(raw) > context]
@@ -86,14 +83,12 @@ class SampleChecks:
                 )
 
     async def check_budget(self, config: AdaptConfig, raw_samples: Sequence[bytes]) -> None:
-        """Refuse a job that would read more tokens than its configuration allows (`job_budget.py`).
+        """Refuse a job that would read more tokens than its configuration allows: a job's time must be bounded.
 
         Tokens are counted only if the bytes, which are more, would be too many.
-
-        Raises:
-            InvalidRequest: naming what to lower.
         """
-        lengths = [min(len(raw), self._engines.context or len(raw)) for raw in raw_samples]
+        context = self._context()
+        lengths = [min(len(raw), context or len(raw)) for raw in raw_samples]
         if tokens_read(config, lengths) > config.max_tokens:
             places = range(len(raw_samples))
             async for place, tokens in _asked(lambda place: self._count(raw_samples[place]), places):
@@ -102,6 +97,36 @@ class SampleChecks:
 
     async def _count(self, raw: bytes) -> int | None:
         return await self._tokenizer.count(_answered(decode_sample(raw)))
+
+
+def check_budget(config: AdaptConfig, lengths: Sequence[int]) -> None:
+    """Refuse a job over so many samples of these lengths in tokens, naming what to lower.
+
+    Raises:
+        InvalidRequest: naming `config.steps`, or `samples` if no number of steps would fit.
+    """
+    tokens, budget = tokens_read(config, lengths), config.max_tokens
+    if tokens <= budget:
+        return
+    fitting = (steps for steps in range(config.steps - 1, 0, -1) if _of(config, steps, lengths) <= budget)
+    steps = next(fitting, None)
+    if steps is None:
+        raise InvalidRequest(
+            f"samples: {len(lengths)} samples with {sum(lengths)} tokens in all make a job that reads about "
+            f"{_of(config, 1, lengths)} tokens even in a single step, but at most {budget} are allowed: send fewer",
+            param="samples",
+            code="job_too_large",
+        )
+    raise InvalidRequest(
+        f"config.steps {config.steps} makes a job that reads about {tokens} tokens over its {len(lengths)} samples, "
+        f"but at most {budget} are allowed: with {steps} steps it would fit",
+        param="config.steps",
+        code="job_too_large",
+    )
+
+
+def _of(config: AdaptConfig, steps: int, lengths: Sequence[int]) -> int:
+    return tokens_read(replace(config, steps=steps), lengths)
 
 
 async def _asked(ask: Callable[[T], Awaitable[A]], things: Sequence[T]) -> AsyncIterator[tuple[T, A]]:

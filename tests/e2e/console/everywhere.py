@@ -1,16 +1,22 @@
-"""What holds on every page: accessible, readable in light and dark, at any width, by keyboard."""
+"""What holds on every page: accessible, readable, understandable when parts fail; and what its modules compute."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
+from bench.rig.processes import wait_until
+from bench.rig.up import Up
 from deploy.console.browser import Looking
 from deploy.demo.personas import QUESTIONS
-from tests.e2e.console.playground import answered
+from tests.e2e.console.playground import answer, answered
 
 PLACES: dict[str, dict[str, Any]] = {
     "playground": {"user": "rosa", "ask": QUESTIONS[1], "tokens": 24},
@@ -110,3 +116,119 @@ class TestEverywhere:
         expect(page.locator(".text[aria-busy=true]")).not_to_have_count(0)
         answered(page)
         expect(page.locator(".text[aria-busy=true]")).to_have_count(0)
+
+
+RESTART_S = 240.0
+BEGUN = 'data: {"choices": [{"delta": {"content": "It began"}, "finish_reason": null}]}\n\n'
+
+
+class TestTrouble:
+    @pytest.fixture
+    def healed(self, machine: Up) -> Iterator[Up]:
+        """The server, ready again after the test."""
+        yield machine
+        wait_until(machine.ready, "the engine's restart", RESTART_S)
+
+    def test_an_engine_killed_in_the_middle_of_an_answer(self, look: Looking, healed: Up) -> None:
+        page = look.visit("playground", user="rosa", ask="Tell me a very long story.", tokens=2000)
+        expect(answer(page, "rosa").locator(".caret")).to_be_visible()
+        engine = healed.part("engine")
+        assert engine
+        os.kill(engine, signal.SIGKILL)
+        for title in ("rosa", "Base model"):
+            expect(answer(page, title).get_by_role("alert")).to_contain_text("The answer broke off.")
+        expect(page.locator(".caret")).to_have_count(0)
+        expect(page.locator("[aria-busy=true]")).to_have_count(0)
+        expect(page.get_by_role("link", name="not ready")).to_be_visible()
+        look.visit("system")
+        expect(page.get_by_role("region", name="Parts")).to_contain_text("Not ready")
+        wait_until(healed.ready, "the engine's restart", RESTART_S)
+        expect(page.get_by_role("region", name="Parts")).to_contain_text("Ready: requests are answered")
+        look.visit("playground", user="rosa", ask="Hello?", tokens=4)
+        answered(page)
+
+    def test_a_gateway_that_does_not_answer(self, look: Looking) -> None:
+        page = look.visit("users")
+        page.route("**/users/*", lambda route: route.abort())
+        page.get_by_label("User id").fill("rosa")
+        page.get_by_role("button", name="Look up").click()
+        expect(page.get_by_role("alert")).to_contain_text("The gateway does not answer")
+        expect(page.get_by_text("Looking …")).to_have_count(0)
+        page.unroute("**/users/*")
+        page.get_by_role("button", name="Try again").click()
+        expect(page.get_by_role("region", name="What is stored")).to_be_visible()
+
+    def test_a_stream_that_ends_without_its_end(self, look: Looking) -> None:
+        page = look.visit("playground")
+
+        def cut(route: Route) -> None:
+            route.fulfill(body=BEGUN, content_type="text/event-stream")
+
+        page.route("**/generate", cut)
+        page.get_by_role("radio", name="A user by id").check()
+        page.get_by_label("User id").fill("rosa")
+        page.get_by_label("Question").fill("Hello?")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        card = answer(page, "rosa")
+        expect(card.get_by_role("alert")).to_contain_text(re.compile("broke off.*connection"))
+        expect(card.locator(".text")).to_contain_text("It began")
+
+    def test_a_refusal_is_shown_in_the_servers_words(self, look: Looking) -> None:
+        page = look.visit("playground", user="rosa", ask="Hello?", tokens=4096, temperature=1.5, history=16)
+        page.get_by_label("Question").fill("Hello? " * 20_000)
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(answer(page, "rosa").get_by_role("alert")).to_contain_text(re.compile("prompt|tokens"))
+
+
+BEFORE = """# HELP tokens_seconds Between tokens.
+tokens_seconds_bucket{le="0.1",level="merged"} 10
+tokens_seconds_bucket{le="0.2",level="merged"} 10
+tokens_seconds_bucket{le="+Inf",level="merged"} 10
+asked_total{route="/a \\"b\\"",level="x"} 7
+asked_total{route="/c",level=""} 100
+"""
+AFTER = """tokens_seconds_bucket{le="0.1",level="merged"} 60
+tokens_seconds_bucket{le="0.2",level="merged"} 109
+tokens_seconds_bucket{le="+Inf",level="merged"} 110
+asked_total{route="/a \\"b\\"",level="x"} 9
+asked_total{route="/c",level=""} 3
+"""
+
+
+def _in(look: Looking, module: str, does: str, *values: object) -> Any:
+    """What an expression over a module of the console (`m`) and values (`v`) gives."""
+    look.visit("users")
+    script = f"async ([path, v]) => {{ const m = await import(path); return {does}; }}"
+    return look.page.evaluate(script, [f"/console/reading/{module}.js", list(values)])
+
+
+class TestReading:
+    @pytest.mark.parametrize(("q", "seconds"), [(0.5, 0.1), (0.25, 0.05), (0.99, 0.2), (1.0, 0.2)])
+    def test_a_quantile_is_of_what_was_observed_in_between(self, look: Looking, q: float, seconds: float) -> None:
+        does = "m.quantile(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'tokens_seconds', v[2])"
+        assert _in(look, "metrics", does, BEFORE, AFTER, q) == pytest.approx(seconds)
+        assert _in(look, "metrics", does, AFTER, AFTER, q) is None
+
+    def test_growth_counts_from_nothing_when_a_counter_has_begun_anew(self, look: Looking) -> None:
+        does = """['x', ''].map((level) =>
+            m.growth(m.parseMetrics(v[0]), m.parseMetrics(v[1]), 'asked_total', (labels) => labels.level === level))"""
+        assert _in(look, "metrics", does, BEFORE, AFTER) == [2, 3]
+        assert _in(look, "metrics", "m.growth(m.parseMetrics(''), m.parseMetrics(''), 'asked_total')") is None
+
+    @pytest.mark.parametrize(
+        ("left", "right", "marked"),
+        [
+            ("the cat sat", "the dog sat", (["cat"], ["dog"])),
+            ("one two", "one two", ([], [])),
+            ("", "all new", ([], ["all new"])),
+            ("a\n\nb c", "b c", (["a"], [])),
+            ("x\ny", "z", (["x", "y"], ["z"])),
+            ("Same words", "same words", (["Same"], ["same"])),
+        ],
+    )
+    def test_words_that_differ_are_marked_and_no_text_is_lost(
+        self, look: Looking, left: str, right: str, marked: tuple[list[str], list[str]]
+    ) -> None:
+        sides = _in(look, "diff", "m.compared(v[0], v[1])", left, right)
+        assert ["".join(text for text, _ in side) for side in sides] == [left, right]
+        assert tuple([text for text, differs in side if differs] for side in sides) == marked

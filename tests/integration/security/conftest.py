@@ -12,11 +12,10 @@ import pytest
 
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from server.store.redis.access.api_keys import RedisAccessKeys
-from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread
+from tests.support.store_parts import StoreParts
 
 APP = frozenset((Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
 KEYS: Mapping[str, tuple[str, frozenset[Scope]]] = {
@@ -109,13 +108,10 @@ def shared_name(acme: httpx.Client, new_user: Callable[[], str]) -> str:
 
 
 async def _make(url: str, secrets: Mapping[str, str]) -> None:
-    connection = RedisConnection(url)
-    await connection.check()
-    keys = RedisAccessKeys(connection)
-    for name, secret in secrets.items():
-        tenant, scopes = KEYS[name]
-        key = access_key(secret, name, tenant, scopes)
-        await keys.add(key)
-        if name == "revoked":
-            await keys.revoke(key.digest, 1)
-    await connection.close()
+    async with StoreParts.opened(url) as parts:
+        for name, secret in secrets.items():
+            tenant, scopes = KEYS[name]
+            key = access_key(secret, name, tenant, scopes)
+            await parts.keys.add(key)
+            if name == "revoked":
+                await parts.keys.revoke(key.digest, 1)

@@ -18,15 +18,12 @@ from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.settings import Settings
 from server.store.profiles import AdapterNote, Change
-from server.store.redis.access.api_keys import RedisAccessKeys
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.user_key import UserKeys
 from tests.integration.security.conftest import Keyed, ask
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, GatewayThread, generate
+from tests.support.store_parts import StoreParts
 
 ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 
@@ -46,11 +43,9 @@ def two_banks(
     secrets = {tenant: new_secret() for tenant in ("acme", "globex")}
 
     async def make() -> None:
-        connection = RedisConnection(store.url)
-        await connection.check()
-        for tenant, secret in secrets.items():
-            await RedisAccessKeys(connection).add(access_key(secret, "app", tenant, Scope))
-        await connection.close()
+        async with StoreParts.opened(store.url) as parts:
+            for tenant, secret in secrets.items():
+                await parts.keys.add(access_key(secret, "app", tenant, Scope))
 
     asyncio.run(make())
     settings = gateway_settings.model_copy(update={"redis_url": store.url, "next_bank": second})
@@ -143,15 +138,12 @@ def test_readapting_leaves_alone_whom_another_bank_serves(
 
 async def _adapted(url: str, user_key: str, bank: str) -> None:
     """Have a user's adapter be of a bank."""
-    connection = RedisConnection(url)
-    await connection.check()
-    profiles = RedisProfiles(connection)
-    snapshot = await profiles.read(user_key)
-    assert snapshot.profile is not None
-    noted = replace(snapshot.profile, adapter=AdapterNote("a", f"mta1:{bank}:shared:c", 1, 1))
-    assert await profiles.commit(user_key, snapshot.version, Change(noted, {}, {}, ()))
-    await RedisAdapters(connection).list_adapted(user_key, bank)
-    await connection.close()
+    async with StoreParts.opened(url) as parts:
+        snapshot = await parts.profiles.read(user_key)
+        assert snapshot.profile is not None
+        noted = replace(snapshot.profile, adapter=AdapterNote("a", f"mta1:{bank}:shared:c", 1, 1))
+        assert await parts.profiles.commit(user_key, snapshot.version, Change(noted, {}, {}, ()))
+        await parts.adapters.list_adapted(user_key, bank)
 
 
 def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, named: BankManifest) -> None:

@@ -16,7 +16,7 @@ from server.gateway.engines.chat import EngineRequest
 from server.gateway.engines.stream import EngineStream
 from server.gateway.generation.answer_stream import AnswerStream, in_parts
 from server.gateway.operating.metrics import Metrics
-from server.gateway.routes.openai.joining import joined
+from server.gateway.routes.openai.answers import joined
 
 
 def request(prompt: Any = None, **sampling: Any) -> EngineRequest:

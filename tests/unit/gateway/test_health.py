@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.gateway.engines.admin import EngineState
-from server.gateway.operating.health import Health, Readiness, Report
+from server.gateway.operating.health import Health, ProbeResult, Readiness
 from server.store.durability import Durability, Memory
 
 ONE, OTHER = "a1" * 32, "b2" * 32
@@ -38,7 +38,7 @@ class Well:
         return self.durability
 
 
-async def report(*banks: tuple[str, ...] | None) -> Report:
+async def report(*banks: tuple[str, ...] | None) -> ProbeResult:
     engines = Said(*banks)
     return await Health(Well(), engines, [ONE, OTHER], generating=engines.urls[0]).probe()  # type: ignore[arg-type]
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from server.watching.logs import VLLM_CONFIG, JsonFormatter, Noting, TextFormatter, request_id, trace_id, traceparent
+from server.watching.logs import (
+    VLLM_CONFIG,
+    JsonFormatter,
+    RequestIds,
+    TextFormatter,
+    request_id,
+    trace_id,
+    traceparent,
+)
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -75,7 +83,7 @@ async def test_an_engines_lines_carry_the_ids_that_the_gateway_sent() -> None:
         seen.append((request_id.get(), trace_id()))
 
     headers = [(b"x-request-id", b"gen-1"), (b"traceparent", PARENT.encode())]
-    await Noting(app)({"type": "http", "headers": headers}, None, None)  # type: ignore[arg-type]
+    await RequestIds(app)({"type": "http", "headers": headers}, None, None)  # type: ignore[arg-type]
     assert seen == [("gen-1", TRACE)]
 
 

@@ -12,7 +12,7 @@ router = APIRouter(include_in_schema=False)
 
 STATIC = Path(__file__).parent / "static"
 _FILES = StaticFiles(directory=STATIC, check_dir=False)
-"""Starlette's: nothing outside the folder, whatever the path; entity tags, and 304 where one is known."""
+"""Serves nothing outside the folder, whatever the path; knows entity tags and ranges."""
 
 HEADERS = {
     # The page may load its own files and call its own server: whatever text of a user's it shows, nothing else runs.
@@ -26,14 +26,10 @@ HEADERS = {
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
-    ".json": "application/json",
     ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".woff2": "font/woff2",
 }
-"""The types of what a page loads; others' are guessed from tables of the system, which images may lack."""
+"""Others are guessed from tables of the system, which images may lack."""
 
 
 @router.get("/")
@@ -56,11 +52,6 @@ async def file(request: Request, path: str) -> Response:
 
 
 async def _file(request: Request, path: str) -> Response:
-    """A file.
-
-    Raises:
-        HTTPException: when there is none.
-    """
     response = await _FILES.get_response(path, request.scope)
     if response.status_code == 200 and (kind := _TYPES.get(Path(path).suffix)):
         response.headers["Content-Type"] = kind

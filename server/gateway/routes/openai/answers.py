@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import orjson
@@ -10,8 +10,7 @@ from pydantic import BaseModel, Field
 
 from server.gateway.generation.generator import Answer
 from server.gateway.http.streaming import event
-from server.gateway.routes.answers import PersonalizationAnswer, personalization_answer
-from server.gateway.routes.openai.joining import joined
+from server.gateway.routes.answers import PersonalizationAnswer
 from server.gateway.routes.openai.requests import StreamOptions
 
 _INTERNAL = ("kv_transfer_params", "ec_transfer_params")
@@ -19,6 +18,8 @@ _INTERNAL = ("kv_transfer_params", "ec_transfer_params")
 
 _NULLABLE = {"content", "refusal", "logprobs", "finish_reason", "usage"}
 """What may be null in OpenAI's schema; whatever else is null there is not there at all."""
+
+_PIECEWISE = frozenset(("index", "delta", "text", "logprobs"))
 
 
 class _Completion(BaseModel, frozen=True):
@@ -61,14 +62,8 @@ class ModelsAnswer(BaseModel, frozen=True):
     data: list[ModelAnswer]
 
 
-class OpenAIForm:
-    """The form of OpenAI's routes.
-
-    Args:
-        model: as the request named it.
-        kind: the answer's `object`, without a chunk's ending.
-        options: what its stream carries besides the answer.
-    """
+class OpenAIFormat:
+    """Writes answers of a `kind`, their `object` without a chunk's ending; `model` as the request named it."""
 
     def __init__(self, model: str, kind: str, options: StreamOptions) -> None:
         self._model = model
@@ -79,7 +74,7 @@ class OpenAIForm:
         values = [value async for _, value in answer.pieces()]
         value = values[0] if answer.stream.first_token_s is None else joined(values, self._kind)
         self._make_public(value, answer, self._kind)
-        value["personalization"] = personalization_answer(answer).model_dump()
+        value["personalization"] = PersonalizationAnswer.of(answer).model_dump()
         return orjson.dumps(value)
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
@@ -94,7 +89,7 @@ class OpenAIForm:
             elif chunk["choices"] and not self._options.continuous_usage_stats:
                 chunk["usage"] = None
             if not begun:
-                chunk["personalization"] = personalization_answer(answer)
+                chunk["personalization"] = PersonalizationAnswer.of(answer)
                 begun = True
             yield event(chunk)
 
@@ -111,3 +106,37 @@ class OpenAIForm:
         for part in (value, value.get("usage") or {}, *value["choices"], *said):
             for name in [name for name, inner in part.items() if inner is None and name not in _NULLABLE]:
                 del part[name]
+
+
+def joined(chunks: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The answer that an engine would have given in one piece, out of all its chunks, the last with the usage.
+
+    They are of one choice or several, in any order between the choices: its places in the engines came back one by one.
+    """
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for piece in chunk["choices"]:
+            if (choice := choices.get(piece["index"])) is None:
+                said = {"message": {"role": "assistant", "content": "", "refusal": None}}
+                choice = choices[piece["index"]] = {
+                    "index": piece["index"],
+                    **(said if "delta" in piece else {"text": ""}),
+                    "logprobs": None,
+                    "finish_reason": None,
+                }
+            _add(choice, piece)
+    common = {name: value for name, value in chunks[0].items() if name != "choices"}
+    ordered = [choices[index] for index in sorted(choices)]
+    return common | {"object": kind, "choices": ordered, "usage": chunks[-1].get("usage")}
+
+
+def _add(choice: dict[str, Any], piece: dict[str, Any]) -> None:
+    for name, said in piece.get("delta", {}).items():
+        if isinstance(said, str) and name != "role":
+            choice["message"][name] = (choice["message"].get(name) or "") + said
+    if "text" in piece:
+        choice["text"] += piece["text"]
+    for name, values in (piece.get("logprobs") or {}).items():
+        known = choice["logprobs"] = choice["logprobs"] or {}
+        known[name] = [*(known.get(name) or ()), *values] if isinstance(values, list) else values
+    choice |= {name: value for name, value in piece.items() if value is not None and name not in _PIECEWISE}

@@ -1,4 +1,7 @@
-"""What clients of OpenAI's API send; strict like all requests. Null means the same as nothing."""
+"""What clients of OpenAI's API send; strict like all requests. Null means the same as nothing.
+
+What is neither a field here nor ignored is refused. What is not ours the engine gets as it came.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import orjson
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.gateway.engines.chat import Prompt
+from server.errors import InvalidRequest
 from server.gateway.http.requests import (
     MAX_MESSAGES,
     SEED_MAX,
@@ -20,9 +23,14 @@ from server.gateway.http.requests import (
     UserId,
     Wanted,
 )
-from server.gateway.routes.openai.fields import PASSED, by_the_table
 
 PERSONAL_MODEL = "mta"
+OURS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}
+IGNORED = frozenset(("store", "metadata", "service_tier"))
+STEERING = frozenset(
+    ("cache_salt", "priority", "request_id", "session_id", "kv_transfer_params", "vllm_xargs", "chat_template")
+)
+"""Fields that would steer the engine."""
 MAX_CHOICES = 128
 """Most answers to one request: prompts times `n`."""
 _MOST = (1 << 31) - 1
@@ -37,15 +45,17 @@ def _text_of(value: Any) -> Any:
     """A content in parts as one text, joined as vLLM joins them."""
     if not isinstance(value, list):
         return value
-    for part in value:
-        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-            raise PydanticCustomError("parts", "must be a text, or parts of type text")
-        if not isinstance(part["text"], str):
-            raise PydanticCustomError("parts", "must be a text, or parts of type text")
-    return "\n".join(part["text"] for part in value)
+    texts = [
+        part["text"]
+        for part in value
+        if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+    ]
+    if len(texts) < len(value) or not all(isinstance(text, str) for text in texts):
+        raise PydanticCustomError("parts", "must be a text, or parts of type text")
+    return "\n".join(texts)
 
 
-def _prompt(value: Any) -> Prompt:
+def _prompt(value: Any) -> str | list[Any]:
     prompts = value if isinstance(value, list) else [value]
     texts, ids = all(isinstance(one, str) and one for one in prompts), all(map(_are_ids, prompts))
     if not prompts or not (texts or ids or _are_ids(value)):
@@ -178,8 +188,18 @@ class OpenAIRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_the_table(cls, value: Any) -> Any:
-        return by_the_table(value, cls.model_fields) if isinstance(value, dict) else value
+    def _known_fields(cls, value: Any) -> Any:
+        """The fields without ignored ones and nulls; unknown ones stay, and the validation refuses them."""
+        if not isinstance(value, dict):
+            return value
+        if steering := next((name for name in value if name in STEERING), None):
+            raise InvalidRequest(
+                f"{steering} steers the engine, which is the server's own business: leave it out",
+                param=steering,
+                code="refused_field",
+            )
+        known = cls.model_fields
+        return {n: field for n, field in value.items() if n not in IGNORED and (field is not None or n not in known)}
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -190,7 +210,7 @@ class OpenAIRequest(Strict):
     @property
     def passed(self) -> dict[str, Any]:
         """What the engine gets as it came."""
-        return self.model_dump(include=set(PASSED), exclude_unset=True)
+        return self.model_dump(exclude=OURS, exclude_unset=True)
 
 
 class ChatRequest(OpenAIRequest):
@@ -209,7 +229,7 @@ class ChatRequest(OpenAIRequest):
 class CompletionRequest(OpenAIRequest):
     """A continuation of a prompt as it is, without a chat template."""
 
-    prompt: Annotated[Prompt, PlainValidator(_prompt), WithJsonSchema(_PROMPTS)]
+    prompt: Annotated[str | list[Any], PlainValidator(_prompt), WithJsonSchema(_PROMPTS)]
     max_tokens: int | None = Field(None, ge=0, le=_MOST, description="16 by default; 0 only with `echo`.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None

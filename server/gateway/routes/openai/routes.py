@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Request, Response
@@ -16,13 +17,12 @@ from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.requests import Personalize, QueueTimeout, items_wanted
 from server.gateway.parts import parts_of, users_of
-from server.gateway.routes.answering import Answering
-from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIForm, TextCompletion
+from server.gateway.routes.answering import AnswerResponse
+from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIFormat, TextCompletion
 from server.gateway.routes.openai.requests import (
     PERSONAL_MODEL,
     ChatRequest,
     CompletionRequest,
-    OpenAIRequest,
     StreamOptions,
 )
 from server.store.tenants.user_key import check_user_id
@@ -49,16 +49,7 @@ async def chat_completions(
     `service_tier` are ignored; what steers the engine is refused. Without `max_tokens` an answer may be as long as the
     context allows.
     """
-    asked = Asked(
-        id_prefix="chatcmpl",
-        messages=[message.model_dump(exclude_unset=True) for message in body.messages],
-        history=items_wanted(body.history, parts_of(request).bank.manifest.history_default),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        max_tokens_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
-        prompt_param="messages",
-        **_common(request, body, x_user_id, x_queue_timeout),
-    )
-    return _answering(request, asked, body, "chat.completion")
+    return _answer(request, body, x_user_id, x_queue_timeout)
 
 
 @router.post("/completions", response_model=TextCompletion, responses=_RESPONSES)
@@ -69,15 +60,7 @@ async def completions(
 
     Everything else is as for chat completions.
     """
-    asked = Asked(
-        id_prefix="cmpl",
-        messages=[],
-        prompt=body.prompt,
-        max_tokens=body.max_tokens,
-        prompt_param="prompt",
-        **_common(request, body, x_user_id, x_queue_timeout),
-    )
-    return _answering(request, asked, body, "text_completion")
+    return _answer(request, body, x_user_id, x_queue_timeout)
 
 
 @router.get("/models")
@@ -92,34 +75,48 @@ async def model(model: Annotated[str, Path(description="Its name.", examples=[PE
     return ModelAnswer(id=_known(model))
 
 
-def _common(request: Request, body: OpenAIRequest, header: str | None, patience_s: float | None) -> dict[str, Any]:
-    """What both kinds of request ask of the generator."""
+def _answer(
+    request: Request, body: ChatRequest | CompletionRequest, header: str | None, patience_s: float | None
+) -> Response:
     personalize = body.personalize
     if _known(body.model) == BASE_MODEL:
         if personalize is Personalize.MERGED:
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
-    users, user_id = users_of(request), _user_id(body.user, header)
-    return {
-        "user": None if user_id is None else users.user(user_id),
-        "personalize": personalize,
-        "strength": body.strength,
-        "sampling": body.passed,
-        "stream": body.stream,
-        "splittable": False,  # logprobs, tool calls and several choices are not put together again
-        "cache_salt": users.cache_salt,
-        "caller": caller_of(request),
-        "patience_s": patience_s,
-        "user_param": "user",
-    }
+    parts, users, user_id = parts_of(request), users_of(request), _user_id(body.user, header)
+    asked = Asked(
+        id_prefix="cmpl",
+        user=None if user_id is None else users.user(user_id),
+        personalize=personalize,
+        strength=body.strength,
+        messages=[],
+        max_tokens=body.max_tokens,
+        sampling=body.passed,
+        stream=body.stream,
+        splittable=False,  # logprobs, tool calls and several choices are not put together again
+        cache_salt=users.cache_salt,
+        caller=caller_of(request),
+        patience_s=patience_s,
+        user_param="user",
+        prompt_param="prompt",
+    )
+    if isinstance(body, ChatRequest):
+        kind, of_its_own = "chat.completion", body.max_completion_tokens
+        asked = replace(
+            asked,
+            id_prefix="chatcmpl",
+            messages=[message.model_dump(exclude_unset=True) for message in body.messages],
+            history=items_wanted(body.history, parts.bank.manifest.history_default),
+            max_tokens=of_its_own or body.max_tokens,
+            max_tokens_param="max_completion_tokens" if of_its_own else "max_tokens",
+            prompt_param="messages",
+        )
+    else:
+        kind, asked = "text_completion", replace(asked, prompt=body.prompt)
+    return AnswerResponse(parts, asked, OpenAIFormat(body.model, kind, body.stream_options or StreamOptions()))
 
 
 def _known(model: str) -> str:
-    """The model's name.
-
-    Raises:
-        NotFound: when there is none of that name.
-    """
     if model not in _MODELS:
         raise NotFound(
             f"the model {excerpt(model)} does not exist: there are {' and '.join(_MODELS)}",
@@ -130,11 +127,6 @@ def _known(model: str) -> str:
 
 
 def _user_id(user: str | None, header: str | None) -> str | None:
-    """Who asks.
-
-    Raises:
-        InvalidRequest: when the header is no user id, or names another user than the field.
-    """
     if header is None:
         return user
     try:
@@ -148,8 +140,3 @@ def _user_id(user: str | None, header: str | None) -> str | None:
             f"user is {excerpt(user)}, but X-User-ID is {excerpt(named)}: send one of them", param="user"
         )
     return named
-
-
-def _answering(request: Request, asked: Asked, body: OpenAIRequest, kind: str) -> Response:
-    options = body.stream_options or StreamOptions()
-    return Answering(parts_of(request), asked, OpenAIForm(body.model, kind, options))

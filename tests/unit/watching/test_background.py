@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from server.errors import Unavailable
-from server.watching.repeating import forever
+from server.watching.background import forever
 
 log = logging.getLogger("tests.watching")
 

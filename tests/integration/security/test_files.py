@@ -1,7 +1,9 @@
-"""Who reaches whom in compose, read from the file itself, profiles and all."""
+"""What files say: who reaches whom in compose, and that `docs/security.md` names tests that there are."""
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +37,25 @@ def test_no_inner_part_publishes_a_port() -> None:
 def test_whoever_holds_the_secret_of_users_is_a_gateway() -> None:
     holders = {name for name, service in SERVICES.items() if "MTA_SECRET" in service.get("environment", {})}
     assert holders == {name for name in SERVICES if "gateway" in name}
+
+
+FEWEST_CASES = 40
+_CASE = re.compile(r"^\| .+ \| .+ \| `(tests/[^`]+)` \|$", re.M)
+
+
+def test_every_case_has_a_test() -> None:
+    cases = _CASE.findall((ROOT / "docs" / "security.md").read_text("utf-8"))
+    assert len(set(cases)) == len(cases) >= FEWEST_CASES
+    assert [case for case in cases if not _exists(case)] == []
+
+
+def _exists(case: str) -> bool:
+    """Whether a file has the test that an id of pytest's names."""
+    file, *names = case.split("::")
+    inside: list[ast.stmt] = ast.parse((ROOT / file).read_text("utf-8")).body
+    for name in names:
+        found = [node for node in inside if getattr(node, "name", "") == name]
+        if not found:
+            return False
+        inside = getattr(found[0], "body", [])
+    return bool(names)

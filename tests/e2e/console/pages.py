@@ -1,0 +1,223 @@
+"""The pages of users, of adapting, of the bank and of the system, each by what a person does there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from bench.rig.up import Up
+from deploy.console.browser import TRAINING_MS, Looking
+from deploy.demo import adapting
+from deploy.demo.personas import QUESTIONS
+from mta_client import Client, MtaError
+from tests.e2e.console.playground import answer, answered
+
+HOSTILE = "<img_src=x_onerror=alert(1)>"
+MARKUP = "<img src=x onerror=\"document.title='owned'\"><script>alert(2)</script>"
+MOST_ITEMS = 512
+
+
+class TestUsers:
+    def test_a_user_is_found_by_the_exact_id(self, look: Looking) -> None:
+        page = look.visit("users")
+        page.get_by_label("User id").fill("rosa")
+        page.get_by_role("button", name="Look up").click()
+        stored = page.get_by_role("region", name="What is stored")
+        expect(stored).to_contain_text("4 items")
+        expect(stored).to_contain_text("mta1:")
+        speaking = page.get_by_role("region", name="Anchors that speak")
+        expect(speaking.get_by_role("listitem")).to_have_count(2)
+        expect(speaking).to_contain_text("by topic")
+        expect(speaking).to_contain_text("similarity")
+        expect(page.get_by_role("region", name="Adapter", exact=True)).to_contain_text("None")
+        assert page.url.endswith("#/users?id=rosa")
+
+    def test_somebody_new_becomes_known_and_is_erased(self, look: Looking, api: Client) -> None:
+        page = look.visit("users", id="newcomer")
+        expect(page.get_by_text("Nothing is stored about")).to_be_visible()
+        page.get_by_label("What they have written").fill("The tide was out.\nThe tide came in.")
+        page.get_by_role("button", name="Add 2 items").click()
+        expect(page.get_by_text("2 items changed, 2 items kept.")).to_be_visible()
+        expect(page.get_by_role("region", name="What is stored")).to_contain_text("2 items")
+        page.get_by_role("button", name="Erase").click()
+        page.get_by_role("button", name="Keep").click()
+        page.get_by_role("button", name="Erase").click()
+        page.get_by_role("button", name="Erase").click()
+        expect(page.get_by_text("Erased newcomer: 2 items")).to_be_visible()
+        with pytest.raises(MtaError):
+            api.user("newcomer")
+
+    def test_what_people_write_is_text_and_never_markup(self, look: Looking, api: Client) -> None:
+        api.put_profile(HOSTILE, [MARKUP, "A quiet day by the sea."])
+        page = look.visit("users", id=HOSTILE)
+        expect(page.get_by_role("heading", name=HOSTILE)).to_be_visible()
+        page.get_by_label("What they have written").fill(MARKUP)
+        page.get_by_role("button", name="Add").click()
+        expect(page.get_by_text("items kept.")).to_be_visible()
+        look.visit("bank", user=HOSTILE)
+        expect(page.get_by_role("heading", name=HOSTILE)).to_be_visible()
+        look.visit("adapt", user=HOSTILE)
+        page.get_by_label("Samples", exact=True).fill(
+            '{"input": "<b>Who?</b>", "output": "<img src=x onerror=alert(3)>"}'
+        )
+        expect(page.get_by_text("<img src=x onerror=alert(3)>", exact=True)).to_have_count(1)  # the sample, shown
+        look.visit("playground", user=HOSTILE, ask=f"Repeat after me: {MARKUP}", tokens=24)
+        answered(page)
+        expect(answer(page, HOSTILE)).to_contain_text("merged from anchors")
+        assert page.locator("img").count() == 0
+        assert page.title() == "Playground · MTA console"
+
+    def test_512_items_are_shown_as_quickly_said_as_four(self, look: Looking, api: Client) -> None:
+        lines = "\n".join(f"Line {n}: the garden at hour {n}." for n in range(MOST_ITEMS))
+        page = look.visit("users", id="prolific")
+        page.get_by_label("What they have written").fill(lines)
+        page.get_by_role("button", name=f"Add {MOST_ITEMS} items").click()
+        expect(page.get_by_role("region", name="What is stored")).to_contain_text(f"{MOST_ITEMS} items")
+        assert api.user("prolific").items == MOST_ITEMS
+        look.visit("playground", user="prolific", ask="What grows?", tokens=8)
+        answered(page)
+
+
+CSV = 'input,output\n"What, now?","A walk,\nthen ""tea""."\nAnd then?,Sleep.\nAnd after?,\n'
+ENDED = re.compile("Succeeded|Rejected")
+
+
+def _fill(page: Page, samples: str) -> None:
+    page.get_by_label("Samples", exact=True).fill(samples)
+
+
+class TestAdapt:
+    def test_samples_are_trained_on_and_answers_shown_before_and_after(self, look: Looking) -> None:
+        page = look.visit("adapt", user="kai")
+        _fill(page, "\n".join(map(json.dumps, adapting.samples())))
+        page.get_by_label("Questions to ask").fill(QUESTIONS[0])
+        page.get_by_label("Steps at most").fill("4")
+        page.get_by_role("button", name=f"Train on {adapting.SAMPLES} samples").click()
+        training = page.get_by_role("region", name="Training")
+        expect(training.get_by_role("status")).to_contain_text(ENDED, timeout=TRAINING_MS)
+        expect(training.get_by_role("img", name=re.compile(r"Training loss from \d"))).to_be_visible()
+        expect(training.locator("canvas")).to_have_count(1)
+        expect(training).to_contain_text(re.compile(r"Held out, before\s*\d\.\d{3}"))
+        versus = page.get_by_role("region", name="Before and after")
+        expect(versus.get_by_text("merged from anchors")).not_to_have_count(0)
+        if "Succeeded" in training.inner_text():
+            expect(versus.get_by_text("with an adapter of their own")).to_have_count(1)
+        link = page.url
+        page.goto("about:blank")
+        page.goto(link)  # the same job, found again
+        expect(page.get_by_role("region", name="Training").get_by_role("status")).to_contain_text(ENDED)
+
+    @pytest.mark.parametrize(
+        ("samples", "found", "fault"),
+        [
+            (CSV, "2 samples", "row 4 has no output"),
+            ('[{"input": "a", "output": "b"}]', "1 sample", ""),
+            ('{"samples": [{"input": "a", "output": "b"}]}', "1 sample", ""),
+            ('{"input": "a", "output": "b"}\n{"input"', "1 sample", "line 2 is not JSON"),
+            ("question;answer\na;b", "0 samples", "neither JSON nor CSV"),
+        ],
+    )
+    def test_samples_come_in_several_forms(self, look: Looking, samples: str, found: str, fault: str) -> None:
+        page = look.visit("adapt")
+        _fill(page, samples)
+        expect(page.get_by_role("button", name=f"Train on {found}", exact=True)).to_be_visible()
+        if fault:
+            expect(page.get_by_text(fault)).to_be_visible()
+
+    def test_a_file_can_be_chosen_or_dropped(self, look: Looking, tmp_path: Path) -> None:
+        page = look.visit("adapt")
+        chosen = tmp_path / "samples.csv"
+        chosen.write_text(CSV)
+        page.get_by_label("Or choose a file").set_input_files(chosen)
+        expect(page.get_by_role("button", name="Train on 2 samples")).to_be_enabled()
+        dropped = page.evaluate_handle(
+            """() => { const data = new DataTransfer();
+            data.items.add(new File(['{"input": "a", "output": "b"}'], 'one.ndjson')); return data; }"""
+        )
+        page.locator(".drop").dispatch_event("drop", {"dataTransfer": dropped})
+        expect(page.get_by_role("button", name="Train on 1 sample", exact=True)).to_be_enabled()
+
+    def test_training_can_be_cancelled(self, look: Looking) -> None:
+        page = look.visit("adapt", user="morgan")
+        _fill(page, "\n".join(map(json.dumps, adapting.samples())))
+        page.get_by_label("Steps at most").fill("500")
+        page.get_by_role("button", name="Train on").click()
+        page.get_by_role("button", name="Cancel training").click()
+        expect(page.get_by_role("region", name="Training").get_by_role("status")).to_contain_text("Cancelled")
+        expect(page.get_by_role("button", name="Cancel training")).to_have_count(0)
+        expect(page.get_by_role("button", name="Train on")).to_be_enabled()
+
+    def test_a_job_that_is_not_there_is_said_to_be_so(self, look: Looking) -> None:
+        page = look.visit("adapt", job="aaaaaaaaaaaaaaaaaaaaaaaaaa.1")
+        expect(page.get_by_role("alert")).to_contain_text(re.compile("job", re.I))
+
+
+class TestBank:
+    def test_the_map_shows_every_anchor_and_a_user_among_those_who_speak(self, look: Looking, machine: Up) -> None:
+        told = httpx.get(f"{machine.url}/bank").raise_for_status().json()
+        page = look.visit("bank")
+        atlas = page.get_by_role("region", name="Map of the anchors")
+        expect(atlas.locator(".anchor")).to_have_count(len(told["anchors"]))
+        page.get_by_label("Show a user").fill("rosa")
+        page.get_by_role("button", name="Show", exact=True).click()
+        expect(atlas.locator("line")).to_have_count(2)
+        expect(atlas.locator(".speaks")).to_have_count(2)
+        expect(atlas.locator(".person")).to_have_count(1)
+        speaking = [anchor["id"] for anchor in httpx.get(f"{machine.url}/users/rosa").json()["anchors"]]
+        drawn = atlas.get_by_role("img").get_attribute("aria-label") or ""
+        assert all(name in drawn for name in ("rosa", *speaking))
+        assert page.url.endswith("#/bank?user=rosa")
+
+    def test_the_rule_is_said_in_words_and_each_anchor_has_its_items(self, look: Looking, machine: Up) -> None:
+        told = httpx.get(f"{machine.url}/bank").raise_for_status().json()
+        page = look.visit("bank")
+        expect(page.get_by_role("region", name="The rule of weights")).to_contain_text(told["rule"]["says"])
+        rows = page.get_by_role("region", name="Anchors", exact=True).locator("tbody tr")
+        expect(rows).to_have_count(len(told["anchors"]))
+        expect(rows.first).to_contain_text(str(told["anchors"][0]["items"]))
+        expect(page.get_by_role("region", name="About the bank")).to_contain_text(told["bank"])
+
+
+MILLISECONDS = re.compile(r"\d ms|\d s")
+
+
+class TestSystem:
+    def test_every_part_is_shown_with_its_state(self, look: Looking) -> None:
+        page = look.visit("system")
+        parts = page.get_by_role("region", name="Parts")
+        expect(parts.get_by_role("listitem")).to_have_count(5)
+        for part in ("Bank ok", "Embedder ok", "Store ok", "Generating address ok", "Engine ok"):
+            expect(parts).to_contain_text(part)
+
+    def test_an_answer_shows_in_the_figures(self, look: Looking, api: Client) -> None:
+        page = look.visit("system")
+        expect(page.get_by_role("region", name="Requests")).to_contain_text("0 a second")
+        api.generate("rosa", "Hello?", max_tokens=2)  # no stream: it has no first token
+        list(api.stream("rosa", "What should I read?", max_tokens=12, temperature=0))
+        for tile in ("First token", "Between tokens"):
+            expect(page.get_by_role("region", name=tile)).to_contain_text(MILLISECONDS)
+        expect(page.get_by_role("region", name="Answers")).not_to_contain_text("0 a second")
+        expect(page.get_by_role("region", name="Adapter slots")).to_contain_text(re.compile(r"\d+ of \d+ resident"))
+        expect(page.get_by_role("region", name="Adapters asked for")).to_contain_text(
+            re.compile(r"\d+ warm\s*\d+ cold")
+        )
+        expect(page.get_by_role("region", name="Training jobs")).to_contain_text(
+            re.compile(r"\d+ queued\s*\d+ running")
+        )
+
+    def test_it_can_be_paused(self, look: Looking) -> None:
+        page = look.visit("system")
+        page.get_by_role("region", name="Parts").wait_for()
+        page.get_by_role("button", name="Pause").click()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.wait_for_timeout(4500)
+        assert not [url for url in asked if url.endswith("/metrics")]
+        page.get_by_role("button", name="Go on").click()
+        with page.expect_request("**/metrics"):
+            pass
