@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from server.errors import TooMany
-from server.gateway.access.shares import Line, Shares
+from server.gateway.access.shares import FairShares, Line
 from server.gateway.operating.metrics import Metrics
 
 _MOST_RETRY_S = 60.0
@@ -60,7 +60,7 @@ class EngineQueue:
         self._most_waiting = most_waiting
         self._patience_s = patience_s
         self._metrics = metrics
-        self._shares = Shares(places, come_back=True)
+        self._shares = FairShares(places)
         self._line = Line(self._shares)
         self._pace_s = 0.0
         self._last_s: float | None = None

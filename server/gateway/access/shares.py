@@ -10,33 +10,33 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-LATELY_S = 60.0
+LATELY_S = 30.0
+"""Over which a mean is taken: what is longer ago counts e times less."""
+_PRESENT_S = 10.0
+"""For how long a caller who has no place is still there."""
+_KEPT = 2.0
+"""How many times their mean others find free: of so many who come by chance, three standard deviations more than that
+are rare from nine places on."""
+_CREDIT_S = 1.0
 
 
 class Shares:
-    """How many places each caller has.
+    """How many places each caller has, where clients decide how long they keep them.
 
-    Where clients decide how long they keep them, a caller may have as many as it leaves free: alone, half of them. So
-    however many callers come, the next one finds some.
-
-    Where they soon come back by themselves, a caller's share is all places divided evenly among the callers who are
-    there. It may take another one within its share; and beyond it, as long as enough stay free for what the others had
-    lately, up to their shares. So the others find what they need, and what nobody needs lies idle for nobody.
+    A caller may have as many as it leaves free: alone, half of them. So however many callers come, the next one finds
+    some.
 
     Args:
         places: how many there are; None while nobody knows: then everybody may take one.
-        come_back: whether they do so by themselves.
 
     Attributes:
         taken: how many are.
     """
 
-    def __init__(self, places: Callable[[], int | None], *, come_back: bool = False) -> None:
+    def __init__(self, places: Callable[[], int | None]) -> None:
         self.taken = 0
         self._places = places
-        self._come_back = come_back
         self._held: Counter[str] = Counter()
-        self._most: dict[str, tuple[int, float]] = {}  # by caller, of which there are no more than keys, and when
 
     @property
     def free(self) -> float:
@@ -44,40 +44,22 @@ class Shares:
         places = self._places()
         return math.inf if places is None else places - self.taken
 
-    def may_take(self, caller: str, size: int = 1, waiting: Callable[[], set[str]] = set) -> bool:
-        """Whether a caller may take so many places now.
+    def may_take(self, caller: str, size: int = 1) -> bool:
+        """Whether a caller may take so many places now; more than there are it may when all are free."""
+        return not self.taken or (size <= self.free and self.is_within_share(caller, size))
 
-        Args:
-            caller: who.
-            size: how many at once; more than there are fit when all are free.
-            waiting: the callers in line, who are there too.
-        """
-        if not self.taken:
-            return True
-        if size > self.free:
-            return False
-        if self.is_within_share(caller, size, waiting):
-            return True
-        if not self._come_back:
-            return False
-        others = (self._held.keys() | waiting()) - {caller}
-        share = self._share(others)
-        kept = sum(max(0.0, min(share, self._lately(other)) - self._held[other]) for other in others)
-        return self.free - size >= kept
-
-    def is_within_share(self, caller: str, size: int, waiting: Callable[[], set[str]] = set) -> bool:
+    def is_within_share(self, caller: str, size: int = 1) -> bool:
         """Whether a caller's share has so many more places, free or not; a first one, however wide, it always has."""
-        if not (held := self._held[caller]):
-            return True
-        share = self._share((self._held.keys() | waiting()) - {caller}) if self._come_back else self.free
-        return held + size <= share
+        held = self._held[caller]
+        return not held or held + size <= self._share(caller)
+
+    def comes(self, caller: str) -> None:
+        """Know that a caller is there, though it has no place yet."""
 
     def take(self, caller: str, size: int = 1) -> None:
         """Count places as taken."""
         self._held[caller] += size
         self.taken += size
-        if self._held[caller] >= self._lately(caller):
-            self._most[caller] = self._held[caller], time.monotonic()
 
     def give_back(self, caller: str, size: int = 1) -> None:
         """Count places as free again."""
@@ -86,14 +68,95 @@ class Shares:
             del self._held[caller]
         self.taken -= size
 
-    def _share(self, others: set[str]) -> float:
-        places = self._places()
-        return math.inf if places is None else math.ceil(places / (len(others) + 1))
+    def _share(self, caller: str) -> float:
+        return self.free
 
-    def _lately(self, caller: str) -> int:
-        """How many places a caller had at most within the last `LATELY_S`."""
-        most, when_s = self._most.get(caller, (0, 0.0))
-        return most if time.monotonic() < when_s + LATELY_S else self._held[caller]
+
+class _Mean:
+    """How many places were held lately, on average."""
+
+    def __init__(self, now_s: float) -> None:
+        self.value = 0.0
+        self.since_s = now_s
+
+    def add(self, held: int, now_s: float) -> float:
+        """Count that so many were held until now; after how many seconds."""
+        passed_s = now_s - self.since_s
+        self.value += (1 - math.exp(-passed_s / LATELY_S)) * (held - self.value)
+        self.since_s = now_s
+        return passed_s
+
+
+class _Use(_Mean):
+    """One caller's use: `credit`, the places that it left unused of its share lately, times seconds."""
+
+    credit = 0.0
+
+
+class FairShares(Shares):
+    """How many places each caller has, where they come back by themselves.
+
+    A caller's share is all places divided evenly among the callers who are there. Within its share it may take what is
+    free. Beyond it, it may take what it has left unused lately, so that who comes by chance may come in bursts; and
+    what leaves enough to the others: twice what they had on average. So what nobody needs lies idle for nobody, and
+    who takes all that it may, all the time, has no more than its share of what others need.
+    """
+
+    def __init__(self, places: Callable[[], int | None]) -> None:
+        super().__init__(places)
+        self._all = _Mean(time.monotonic())
+        self._uses: OrderedDict[str, _Use] = OrderedDict()  # of those who are there; seen longest ago comes first
+
+    def may_take(self, caller: str, size: int = 1) -> bool:
+        """As `Shares.may_take`, and beyond the share as above."""
+        use, held = self._seen(caller), self._held[caller]
+        if super().may_take(caller, size):
+            return True
+        if size > self.free:
+            return False
+        if held + size <= self._share(caller) + use.credit:
+            return True
+        self._all.add(self.taken, use.since_s)
+        return self.free - size >= _KEPT * (self._all.value - use.value) - (self.taken - held)
+
+    def comes(self, caller: str) -> None:
+        """As `Shares.comes`: from now on the caller counts."""
+        self._seen(caller)
+
+    def take(self, caller: str, size: int = 1) -> None:
+        """As `Shares.take`."""
+        self._all.add(self.taken, self._seen(caller).since_s)
+        super().take(caller, size)
+
+    def give_back(self, caller: str, size: int = 1) -> None:
+        """As `Shares.give_back`."""
+        self._all.add(self.taken, self._seen(caller).since_s)
+        super().give_back(caller, size)
+
+    def _seen(self, caller: str) -> _Use:
+        """A caller's use until now; forgets callers who have not been there for long."""
+        now_s = time.monotonic()
+        while self._uses:
+            other, oldest = next(iter(self._uses.items()))
+            if now_s < oldest.since_s + _PRESENT_S:
+                break
+            if other in self._held:
+                self._count(other, oldest, now_s)
+            else:
+                del self._uses[other]
+        use = self._uses.setdefault(caller, _Use(now_s))
+        self._count(caller, use, now_s)
+        return use
+
+    def _count(self, caller: str, use: _Use, now_s: float) -> None:
+        self._uses.move_to_end(caller)
+        share, held = self._share(caller), self._held[caller]
+        unused = share - held if math.isfinite(share) else 0.0
+        use.credit = min(_CREDIT_S * share, use.credit + use.add(held, now_s) * unused)
+
+    def _share(self, caller: str) -> float:
+        places = self._places()
+        return math.inf if places is None else math.ceil(places / (len(self._uses) + (caller not in self._uses)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,7 +203,7 @@ class Line:
 
     def enters(self, caller: str, size: int) -> bool:
         """Take places if that can be done at once."""
-        if not self._shares.may_take(caller, size, self._callers) or any(
+        if not self._shares.may_take(caller, size) or any(
             self._keeps(other, waiting) for other, line in self._lines.items() for waiting in line
         ):
             return False
@@ -164,6 +227,7 @@ class Line:
         """
         keeps_from_s = time.monotonic() + passed_for_s
         waiting = Waiting(size, keeps_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
+        self._shares.comes(caller)
         self._lines.setdefault(caller, []).append(waiting)
         self.waiting += 1
         try:
@@ -236,8 +300,8 @@ class Line:
         beyond = None
         for caller, line in self._lines.items():
             for waiting in line:
-                if self._shares.may_take(caller, waiting.size, self._callers):
-                    if self._shares.is_within_share(caller, waiting.size, self._callers):
+                if self._shares.may_take(caller, waiting.size):
+                    if self._shares.is_within_share(caller, waiting.size):
                         return caller, waiting
                     beyond = beyond or (caller, waiting)
                 elif self._keeps(caller, waiting):
@@ -249,8 +313,5 @@ class Line:
         return (
             time.monotonic() >= waiting.keeps_from_s
             and waiting.size > self._shares.free
-            and self._shares.is_within_share(caller, waiting.size, self._callers)
+            and self._shares.is_within_share(caller, waiting.size)
         )
-
-    def _callers(self) -> set[str]:
-        return set(self._lines)

@@ -268,19 +268,15 @@ class TestShares:
         await line.come(*(f"a{n}" for n in range(8)))
         assert len(line.served) == 8
 
-    async def test_who_asks_for_more_than_a_share_leaves_others_what_they_had_lately(self, line: Line) -> None:
+    async def test_who_asks_for_more_than_a_share_comes_after_those_who_do_not(self, line: Line) -> None:
         line.queue = EngineQueue(lambda: 8, most_waiting=50, patience_s=60, metrics=Metrics())
-        await line.come("b1", "b2", "c1", "c2")
-        await line.end("b2", "c2")
-        await line.come(*(f"a{n}" for n in range(8)))
-        assert line.served[4:] == ["a0", "a1", "a2", "a3"]
-        await line.come("b3", "c3")
-        assert line.served[-2:] == ["b3", "c3"]
-        await line.end("b3", "b1", "c3", "c1")
-        assert line.queue.taken == 8  # whoever has the engines to itself may use them
-        await line.come("b4")
-        await line.end("a0")
-        assert line.served[-1] == "b4"
+        await line.come("b1", "c1", *(f"a{n}" for n in range(8)))
+        assert line.queue.taken == 8
+        await line.come("b2", "c2")
+        await line.end("a0", "a1")
+        assert line.served[-2:] == ["b2", "c2"]
+        await line.end("b1", "b2", "c1", "c2")
+        assert line.queue.taken == 6  # whoever has the engines to itself may use them
 
     async def test_no_place_idles_while_somebody_waits_who_may_have_it(self, line: Line) -> None:
         line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60, metrics=Metrics())

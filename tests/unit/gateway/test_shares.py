@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 
 from server.gateway.access import shares
-from server.gateway.access.shares import LATELY_S, Shares
+from server.gateway.access.shares import LATELY_S, FairShares, Shares
 
 
 def taken(places: Shares, *callers: str, at_most: int = 100) -> dict[str, int]:
@@ -32,22 +33,59 @@ def test_however_many_want_all_of_it_a_newcomer_finds_a_place() -> None:
     assert taken(places, "a", "f") == {"a": 0, "f": 2}
 
 
-def test_where_places_come_back_a_caller_alone_gets_all_of_it() -> None:
-    assert taken(Shares(lambda: 7, come_back=True), "a") == {"a": 7}
-    assert taken(Shares(lambda: 7, come_back=True), "a", "b", "c") == {"a": 3, "b": 2, "c": 2}
+class TestFairShares:
+    """A caller has its share; beyond it, what it left unused, and what others do not need."""
 
-
-def test_what_others_had_a_minute_ago_is_kept_for_them_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr(shares, "time", SimpleNamespace(monotonic=lambda: now_s))
-    places = Shares(lambda: 8, come_back=True)
-    for _ in range(3):
-        places.take("b")
-    places.give_back("b", 2)
-    assert taken(places, "a")["a"] == 5
-    now_s = LATELY_S
-    assert taken(places, "a")["a"] == 2
+
+    @pytest.fixture(autouse=True)
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shares, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+
+    @pytest.fixture
+    def places(self) -> FairShares:
+        return FairShares(lambda: 8)
+
+    def test_alone_a_caller_gets_all_of_it(self, places: FairShares) -> None:
+        assert taken(places, "a") == {"a": 8}
+
+    def test_those_who_are_there_get_the_same(self, places: FairShares) -> None:
+        for caller in "abcd":
+            places.comes(caller)
+        assert taken(places, *"abcd") == dict.fromkeys("abcd", 2)
+
+    def test_who_has_no_place_at_this_moment_still_counts_for_some_seconds(self, places: FairShares) -> None:
+        for caller in "ab":
+            places.take(caller)
+        places.give_back("a")
+        self.now_s = 9.0
+        places.comes("b")
+        assert not places.is_within_share("b", 4)
+        self.now_s = 10.0
+        places.comes("b")
+        assert places.is_within_share("b", 4)
+
+    def test_twice_of_what_others_had_on_average_is_left_to_them(self, places: FairShares) -> None:
+        for caller in "aaaabb":
+            places.take(caller)
+        self.now_s = 1000.0
+        places.give_back("b", 2)
+        assert taken(places, "a")["a"] == 0
+        for _ in range(4):
+            self.now_s += LATELY_S * math.log(2) / 4
+            places.comes("b")
+        assert taken(places, "a")["a"] == 2
+
+    def test_who_left_some_of_its_share_unused_may_take_as_much_more_once(self, places: FairShares) -> None:
+        for caller in "abb":
+            places.take(caller)
+        self.now_s = 0.5
+        assert taken(places, "b")["b"] == 3  # up to its share of 4, and 0.5 s times the 2 that it left
+        self.now_s = 100.0
+        places.give_back("b", 2)
+        assert taken(places, "b")["b"] == 1  # it has used them all the time
 
 
 def test_while_nobody_knows_how_many_there_are_everybody_may() -> None:
-    assert taken(Shares(lambda: None), "a", "b", at_most=5) == {"a": 5, "b": 5}
+    for places in (Shares(lambda: None), FairShares(lambda: None)):
+        assert taken(places, "a", "b", at_most=5) == {"a": 5, "b": 5}
