@@ -12,12 +12,10 @@ from adapters.lora import LoraWeights, ModuleShape
 
 @dataclass(frozen=True, slots=True)
 class FlatLora:
-    """A LoRA in a few tensors instead of two for each module: what is made and copied in few calls.
+    """A LoRA in a few tensors instead of two for each module, so that it is made and copied in few calls.
 
-    Attributes:
-        modules: in the order in which they lie in the tensors.
-        a: blocks of A, each flat [Rᵢ·ΣH_in]; a module's A is its parts of all of them, one below the other.
-        b: every module's B, one below the other [ΣH_out, R]; R is the sum of the blocks' ranks.
+    `a` are blocks of A, each flat [Rᵢ·ΣH_in]; a module's A is its parts of all of them, one below the other. `b` is
+    every module's B, one below the other, [ΣH_out, R]; R is the sum of the blocks' ranks.
     """
 
     modules: tuple[ModuleShape, ...]

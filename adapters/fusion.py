@@ -2,12 +2,10 @@
 
 With weights w, the rows' A and B (scaling folded into B) and, where it takes part, the common row c::
 
-    cat      ΔW = B_c A_c + Σ wᵢ Bᵢ Aᵢ           A stacked, B = [B_c | w₁B₁ | …]         rank (K [+ 1])·R, exact
-    shared   ΔW = (B_c + Σ wᵢ Bᵢ) A              all rows share one frozen A             rank R, exact
-    linear   ΔW = B_c A_c + (Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ)   what the paper's released merger does   rank R [+ R]
+    shared   ΔW = (B_c + Σ wᵢ Bᵢ) A      all rows share one frozen A         rank R
+    cat      ΔW = B_c A_c + Σ wᵢ Bᵢ Aᵢ   A stacked, B = [B_c | w₁B₁ | …]     rank (K [+ 1])·R, for imported adapters
 
-`linear` has cross terms Bᵢ Aⱼ and weighs each anchor by wᵢ²; it is kept for comparison. Sums run in float32 over the
-mapped bf16 rows and are rounded once, to the serving dtype.
+Both are exact. Sums run in float32 over the mapped bf16 rows and are rounded once, to the serving dtype.
 """
 
 from __future__ import annotations
@@ -39,18 +37,9 @@ SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.
 def check_recipe(
     recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool, signed: bool = False
 ) -> None:
-    """Check that a bank can fuse a recipe, without touching its weights.
+    """Raise FusionError, naming what the recipe's bank lacks, unless it can fuse the recipe.
 
-    Args:
-        recipe: the recipe, of this bank.
-        method: the bank's method.
-        anchors: N, how many anchors the bank has.
-        max_anchors: K, how many terms its serving rank has room for.
-        common: whether it has a common row.
-        signed: whether its recipes have signed weights.
-
-    Raises:
-        FusionError: naming what the bank lacks.
+    The bank has N `anchors`, and its serving rank has room for `max_anchors` terms, K.
     """
     if recipe.method is not method:
         raise FusionError(
@@ -74,11 +63,7 @@ def check_recipe(
 
 
 def fuse(matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """Build the adapter that a recipe stands for, without its user adapter, module by module; see `fuse_flat`.
-
-    Returns:
-        A [R', H_in] and B [H_out, R'] per module; for `shared`, A are views of the one frozen A.
-    """
+    """The same as `fuse_flat`, module by module; of `shared`, A are views of the one frozen A."""
     return fuse_flat(matrix, recipe, dtype).weights()
 
 
@@ -89,19 +74,11 @@ def fuse_flat(
     *,
     sum_across: SumAcross | None = None,
 ) -> FlatLora:
-    """Build the adapter that a recipe stands for, without its user adapter.
+    """Build the adapter that a recipe stands for, without its user adapter; `check_recipe` has accepted the recipe.
 
     It is a handful of PyTorch's operations, whatever the number of modules: a thread that fuses beside a running model
-    needs Python's lock only between them.
-
-    Args:
-        matrix: the bank's rows.
-        recipe: a recipe that `check_recipe` accepts for this bank.
-        dtype: what A and B are rounded to.
-        sum_across: sums the B of a `shared` fusion to bf16, where there is something better than PyTorch.
-
-    Returns:
-        One block of A for `shared`, the frozen one; one for each row of `cat`, and one or two for `linear`.
+    needs Python's lock only between them. `sum_across` sums the B of a `shared` fusion to bf16, where something does it
+    better than PyTorch.
     """
     rows = [matrix.common_index] if recipe.common else []
     rows += [term.anchor for term in recipe.terms]
@@ -113,14 +90,8 @@ def fuse_flat(
         else:
             b = _weighted_sum(matrix.rows, rows, weights, dtype).view(-1, layout.rank)
         return FlatLora(layout.modules, (matrix.frozen.to(dtype),), b)
-    if recipe.method is FusionMethod.CAT:
-        blocks = [matrix.rows[row] for row in rows]
-    else:
-        blocks = [matrix.rows[row] for row in rows[: recipe.common]]
-        if recipe.terms:
-            blocks.append(_weighted_sum(matrix.rows, rows[recipe.common :], weights[recipe.common :], torch.float32))
-        weights = [1.0] * len(blocks)  # both A and B are weighted already
     split = layout.a_numbers
+    blocks = [matrix.rows[row] for row in rows]
     b_blocks = [block[split:].view(-1, layout.rank).float() * w for block, w in zip(blocks, weights, strict=True)]
     # A is copied: what is written to a slot later must not have to be read from the file then.
     a = tuple(block[:split].to(dtype, copy=True) for block in blocks)

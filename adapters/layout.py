@@ -17,13 +17,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """How a row is cut.
-
-    Attributes:
-        modules: in the order in which they lie in the row.
-        rank: R of every meta-LoRA.
-        shared_a: whether A is kept once for all rows (method `shared`).
-    """
+    """How a row is cut: modules in their order in it, R of every meta-LoRA, whether A is kept once for all rows."""
 
     modules: tuple[ModuleShape, ...]
     rank: int

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """A linear module that LoRAs are attached to.
-
-    Attributes:
-        name: its path in the Hugging Face model, e.g. `model.layers.0.self_attn.q_proj`.
-        h_in: its input width H_in.
-        h_out: its output width H_out.
-    """
+    """A linear module that LoRAs are attached to, by its path in the Hugging Face model."""
 
     name: str
     h_in: int
@@ -35,13 +29,7 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """The weights of one LoRA, scaling folded into B.
-
-    Attributes:
-        rank: R, the same for every module.
-        a: module name → A [R, H_in].
-        b: module name → B [H_out, R].
-    """
+    """The weights of one LoRA, scaling folded into B: module name → A [R, H_in] and B [H_out, R]."""
 
     rank: int
     a: dict[str, torch.Tensor]

@@ -26,14 +26,9 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)  # no slots: `frozen_a` is cached
 class MetaMatrix:
-    """An open matrix.
+    """An open matrix: `rows` [N, D] or [N + 1, D] bf16, the common row last; `anchors` is N.
 
-    Attributes:
-        layout: how a row is cut.
-        rows: [N, D] or [N + 1, D] bf16, the common row last.
-        anchors: N.
-        common: whether there is a common row.
-        shared_a: the frozen A of all rows, [R·ΣH_in] bf16, for method `shared`; None otherwise.
+    `shared_a` is the frozen A of all rows, [R·ΣH_in] bf16, for method `shared`; None otherwise.
     """
 
     layout: RowLayout
@@ -69,11 +64,7 @@ class MetaMatrix:
 
     @cached_property
     def frozen_a(self) -> dict[str, torch.Tensor]:
-        """The one A of a `shared` bank by module, each [R, H_in], views of `shared_a`.
-
-        Raises:
-            FusionError: when every row of this bank has an A of its own.
-        """
+        """`frozen` by module, each [R, H_in], views of `shared_a`."""
         return cut_a(self.layout, self.frozen)
 
     @property
@@ -122,14 +113,7 @@ class MetaMatrix:
 def write_matrix(
     path: Path, layout: RowLayout, rows: Sequence[torch.Tensor], shared_a: torch.Tensor | None = None
 ) -> None:
-    """Write a matrix file.
-
-    Args:
-        path: the file to write.
-        layout: how a row is cut.
-        rows: flat rows [D], anchors in index order, then the common row if there is one. Rounded to bf16.
-        shared_a: the frozen A [R·ΣH_in] of a `shared` layout.
-    """
+    """Write flat rows [D], anchors in index order, then the common row if there is one, and the frozen A; as bf16."""
     matrix = torch.stack([row.reshape(-1).to(torch.bfloat16) for row in rows])
     if matrix.shape[1] != layout.row_numbers:
         raise FusionError(f"rows have {matrix.shape[1]} numbers, but the layout needs {layout.row_numbers}")

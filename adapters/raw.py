@@ -25,10 +25,7 @@ Bits = npt.NDArray[np.uint16]
 
 
 class RawTensors:
-    """The tensors of a file, of a kind that holds bf16 alone.
-
-    Args:
-        raw: the file's bytes; mapped, they are read when they are used.
+    """The tensors of a file of bf16 alone, from its bytes; where these are mapped, they are read when they are used.
 
     Raises:
         ValueError: when they are not such a file.
@@ -48,11 +45,7 @@ class RawTensors:
 
     @classmethod
     def open(cls, path: Path) -> RawTensors:
-        """Map a file.
-
-        Raises:
-            OSError, ValueError: when there is none that can be read.
-        """
+        """Map a file; OSError or ValueError when there is none that can be read."""
         return cls(np.memmap(path, np.uint8, "r"))
 
     @property
@@ -84,12 +77,7 @@ def to_bits(numbers: npt.NDArray[np.float32]) -> Bits:
 
 
 def file_head(shapes: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with; the tensors' bytes follow in the same order, without gaps.
-
-    Args:
-        shapes: name and shape of each tensor.
-        metadata: the file's.
-    """
+    """What a file of tensors of these names and shapes begins with; their bytes follow in this order, without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
     for name, shape in shapes:

@@ -5,7 +5,7 @@ Grammar, one text per recipe::
     name    = format ":" bank ":" method ":" terms [ ":u-" user ]
     format  = "mta1" | "mta2"
     bank    = 8 lower-case hex digits, the start of the bank's fingerprint
-    method  = "linear" | "cat" | "shared"
+    method  = "cat" | "shared"
     terms   = "c" *( "+" anchor ) | anchor *( "+" anchor )       anchors in id order, each once
     anchor  = "a" index "*" weight                               weight in per mille
     user    = user-key "." adapter-id                            26 base32 characters (128 bits) each
@@ -46,7 +46,6 @@ _TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*(-?[1-9]\d{0,3})", re.ASCII)
 class FusionMethod(StrEnum):
     """How the terms of a recipe become one adapter (formulas in `adapters/fusion.py`)."""
 
-    LINEAR = "linear"
     CAT = "cat"
     SHARED = "shared"
 

@@ -150,7 +150,7 @@ def fused_rank(method: FusionMethod, rank: int, anchors: int, common: bool) -> i
     """The rank of a fusion of `anchors` meta-LoRAs of rank `rank`, with or without the common row."""
     if method is FusionMethod.SHARED:
         return rank
-    return (anchors if method is FusionMethod.CAT else min(anchors, 1)) * rank + (rank if common else 0)
+    return (anchors + common) * rank
 
 
 def read_manifest(folder: Path) -> BankManifest:

@@ -89,8 +89,8 @@ def _counts(value: str) -> tuple[int, ...]:
 AS_IT_SAYS = Target("", "as the script itself demands", lambda value: "← wrong" not in str(value))
 ORACLE = tuple(
     Target(f"{method}{stacked}, float32", "at most 1e-2", lambda value: float(value) <= 1e-2)
-    for method in ("shared", "cat", "linear")
-    for stacked in ("", " + lora", " + core")
+    for method in ("shared", "cat")
+    for stacked in ("", " + user")
 )
 FUSE = (Target("merge over worker", "at least 5", lambda value: value["median"] >= 5),)
 SOAK = (
@@ -101,9 +101,7 @@ SOAK = (
     Target("names known", "at most 1024", lambda value: value <= 1024),
     Target("/metrics, lines", "no growth", lambda value: _counts(value)[-1] <= _counts(value)[-2]),
 )
-ADAPTED = tuple(
-    Target(f"{kind}: seconds from POST", "at most 60", lambda value: value["median"] <= 60) for kind in ("lora", "core")
-)
+ADAPTED = (Target("seconds from POST", "at most 60", lambda value: value["median"] <= 60),)
 PACKAGES = (
     Target("components in the SBOM", "all", lambda value: value > 0),
     Target("known vulnerabilities", "none", lambda value: value in ("none", "none in those", "not checked")),

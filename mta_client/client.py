@@ -101,7 +101,7 @@ class Client:
             user_id: whose adapter.
             samples: at least one.
             append: whether they are added to the previous ones instead.
-            config: how to train, for example `kind` or `steps`.
+            config: how to train, for example `rank` or `steps`.
         """
         body = {"samples": _dicts(samples), "append": append, "config": config}
         return self._call(Job, "POST", f"{_path('users', user_id)}/adapt", body)

@@ -1,4 +1,10 @@
-"""Attaching LoRAs to a base model for training, and detaching them."""
+"""Attaching LoRAs to a base model for training, and detaching them.
+
+A LoRA is computed in the base's own type, mostly bf16, as it will be served. What moves is kept in float32, so that
+small steps are not lost, and copied whenever it has changed. Forward and backward are written out: automatic
+differentiation would cast to float32 and back around each LoRA and keep more tensors, and with that take half as long
+again as the base model.
+"""
 
 from __future__ import annotations
 
@@ -9,45 +15,33 @@ from typing import Any
 import torch
 
 from adapters.lora import LoraWeights
-from adapters.training.forward.adapted_linear import AdaptedLinear
 
 
 class Attached:
-    """A base model that carries a LoRA to train, and maybe a frozen one beside it.
+    """A base model that carries a LoRA to train and maybe a frozen one; its adapted modules are replaced meanwhile."""
 
-    Attributes:
-        model: the base model; its adapted modules are replaced as long as this lasts.
-        layers: what replaces those with the LoRA to train, by name.
-    """
-
-    def __init__(self, model: Any, layers: dict[str, AdaptedLinear], frozen: dict[str, AdaptedLinear]) -> None:
+    def __init__(self, model: Any, moving: dict[str, AdaptedLinear], still: dict[str, AdaptedLinear]) -> None:
         self.model = model
-        self.layers = layers
-        self._all = [*layers.values(), *frozen.values()]
+        self._moving = moving
+        self._all = [*moving.values(), *still.values()]
 
     def put(self, lora: LoraWeights) -> None:
         """Set the weights of the LoRA to train."""
         with torch.no_grad():
-            for name, layer in self.layers.items():
+            for name, layer in self._moving.items():
                 layer.a.copy_(lora.a[name])
                 layer.b.copy_(lora.b[name])
 
     def trainable(self, *, train_a: bool) -> list[torch.nn.Parameter]:
         """Freeze all but the trained LoRA's B (and its A with `train_a`), and return the parameters that move."""
-        moving = [layer.b for layer in self.layers.values()]
-        return self._only(moving + [layer.a for layer in self.layers.values()] if train_a else moving)
-
-    def insert_cores(self) -> list[torch.nn.Parameter]:
-        """Put 1 + C, with C zero, between A and B of the trained LoRA, freeze all else, and return what moves."""
-        return self._only([layer.insert_core() for layer in self.layers.values()])
-
-    def _only(self, chosen: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-        """Freeze everything but these."""
+        parameters = [layer.b for layer in self._moving.values()]
+        if train_a:
+            parameters += [layer.a for layer in self._moving.values()]
         self.model.requires_grad_(False)
-        for parameter in chosen:
+        for parameter in parameters:
             parameter.requires_grad_(True)
         self.model.eval()  # dropout of the base would make the loss noisy and the result depend on global state
-        return chosen
+        return parameters
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
@@ -60,22 +54,14 @@ class Attached:
             for layer in self._all:
                 layer.silent = False
 
-    def cores(self) -> dict[str, torch.Tensor]:
-        """C [R, R] of every module as it is now, float32 on CPU."""
-        found = {}
-        for name, layer in self.layers.items():
-            assert layer.core is not None
-            found[name] = layer.core.detach().cpu() - torch.eye(len(layer.core))
-        return found
-
     def b_gradients(self) -> dict[str, torch.Tensor]:
         """The gradient with respect to the trained LoRA's B, after a backward pass, on CPU."""
-        return {name: layer.b.grad.cpu() for name, layer in self.layers.items() if layer.b.grad is not None}
+        return {name: layer.b.grad.cpu() for name, layer in self._moving.items() if layer.b.grad is not None}
 
     def weights(self) -> LoraWeights:
         """The trained LoRA as it is now, float32 on CPU."""
-        a = {name: layer.a.detach().cpu().clone() for name, layer in self.layers.items()}
-        b = {name: layer.b.detach().cpu().clone() for name, layer in self.layers.items()}
+        a = {name: layer.a.detach().cpu().clone() for name, layer in self._moving.items()}
+        b = {name: layer.b.detach().cpu().clone() for name, layer in self._moving.items()}
         return LoraWeights(len(next(iter(a.values()))), a, b)
 
 
@@ -83,10 +69,7 @@ class Attached:
 def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None) -> Iterator[Attached]:
     """Attach a LoRA to train and, if given, a frozen one beside it; afterwards the model is as it was.
 
-    Args:
-        model: a Hugging Face causal language model.
-        trained: where training starts, and which modules it adapts.
-        frozen: a LoRA that is active but does not move, or None; of these modules and maybe others.
+    Training starts at `trained`, which says what modules it adapts. `frozen` adapts these and maybe others.
     """
     layers = {}
     for name in {**(frozen.a if frozen else {}), **trained.a}:
@@ -102,3 +85,83 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
     finally:
         for name, layer in layers.items():
             model.set_submodule(name, layer.base, strict=True)
+
+
+class AdaptedLinear(torch.nn.Module):
+    """A frozen linear module with a LoRA that moves, `a` [R, H_in] and `b` [H_out, R] in float32.
+
+    `frozen` is A [R_f, H_in] and B [H_out, R_f] of one that does not. While `silent`, the base module answers alone.
+    """
+
+    def __init__(
+        self, base: torch.nn.Linear, rank: int, frozen: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        weight = base.weight
+        self.base = base
+        self.a = torch.nn.Parameter(weight.new_zeros(rank, base.in_features, dtype=torch.float32), requires_grad=False)
+        self.b = torch.nn.Parameter(weight.new_zeros(base.out_features, rank, dtype=torch.float32), requires_grad=False)
+        self.silent = False
+        self._first = len(frozen[0]) if frozen else 0
+        self._down = weight.new_zeros(self._first + rank, base.in_features)
+        self._up = weight.new_zeros(base.out_features, self._first + rank)
+        if frozen:
+            self._down[: self._first] = frozen[0]
+            self._up[:, : self._first] = frozen[1]
+        self._copied: tuple[int, int] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.silent:
+            return self.base(x)  # type: ignore[no-any-return]
+        self._copy()
+        y: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
+            x, self.a, self.b, self.base.weight, self.base.bias, self._down, self._up
+        )
+        return y
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        """Bring the copies up to date."""
+        versions = (self.a._version, self.b._version)
+        if versions != self._copied:
+            self._down[self._first :] = self.a
+            self._up[:, self._first :] = self.b
+            self._copied = versions
+
+
+class _LowRank(torch.autograd.Function):
+    """y = x Wᵀ + bias + (x Downᵀ) Upᵀ; the last rows of Down are A, the last columns of Up are B."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  autograd hands over by position
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        u = flat @ down.T
+        y = torch.nn.functional.linear(flat, weight, bias).addmm_(u, up.T)
+        ctx.save_for_backward(flat, u, weight, down, up)
+        ctx.shape, ctx.rank = x.shape, len(a)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, u, weight, down, up = ctx.saved_tensors
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        of_x = of_a = of_b = None
+        if needs_x or needs_a:
+            of_u = grad @ up
+        if needs_x:
+            of_x = (grad @ weight).addmm_(of_u, down).view(ctx.shape)
+        if needs_a:
+            of_a = (of_u[:, -ctx.rank :].T @ flat).float()
+        if needs_b:
+            of_b = (u[:, -ctx.rank :].T @ grad).T.float()
+        return of_x, of_a, of_b, None, None, None, None

@@ -8,12 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training example.
-
-    Attributes:
-        ids: token ids of the prompt, the output, and the end of the assistant's turn.
-        loss_from: position of the first id that carries loss: the output and the end of turn, never the prompt.
-    """
+    """Token ids of a prompt, the output, and the end of the assistant's turn; from `loss_from` on they carry loss."""
 
     ids: tuple[int, ...]
     loss_from: int

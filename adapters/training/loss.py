@@ -1,4 +1,4 @@
-"""The loss of examples under a model: the negative log-likelihood of their output tokens, in nats."""
+"""The loss of examples under a model, the negative log-likelihood of their output tokens in nats, and its gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from adapters.flat import flat_b
+from adapters.layout import RowLayout
+from adapters.lora import LoraWeights
+from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.attention import in_blocks
 from adapters.training.forward.below import Below
@@ -20,10 +24,7 @@ _ROWS_AT_A_TIME = 16
 def backward(model: Any, examples: Sequence[Example], below: Below | None = None) -> float:
     """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats.
 
-    Args:
-        model: the base model, adapted.
-        examples: at least one.
-        below: its layers below those that move, not to be run again for examples that they have read.
+    `below` are the layers below those that move: they do not run again for examples that they have read.
     """
     outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
@@ -31,6 +32,18 @@ def backward(model: Any, examples: Sequence[Example], below: Below | None = None
         row_loss.backward()  # type: ignore[no-untyped-call]
         loss += float(row_loss.detach())
     return loss
+
+
+def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:
+    """∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the examples' mean loss per output token.
+
+    It takes a forward and a backward pass. For a B that differs by Δ, the loss differs by ⟨∂L/∂B, Δ⟩ to first order.
+    """
+    with attached(model, lora) as here:
+        here.trainable(train_a=False)
+        backward(here.model, examples)
+        grads = here.b_gradients()
+    return flat_b(layout, LoraWeights(lora.rank, lora.a, grads))
 
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:

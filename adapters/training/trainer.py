@@ -28,14 +28,7 @@ CLIP_NORM = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
-    """How long and how hard to train.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: examples a step.
-        learning_rate: the peak.
-        seed: for the order of the examples.
-    """
+    """How long and how hard `train_lora` trains; the rate is the peak, the seed that of the examples' order."""
 
     steps: int
     batch_size: int
@@ -55,9 +48,7 @@ class StepReport:
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
     """The linear modules to adapt, in model order.
 
-    Args:
-        model: a Hugging Face causal language model.
-        targets: last parts of module names (`q_proj`); every linear layer but the output head when None.
+    `targets` are last parts of module names (`q_proj`); every linear layer but the output head when None.
 
     Raises:
         FusionError: when a target matches nothing.
@@ -103,24 +94,22 @@ def train_lora(
     frozen: LoraWeights | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> LoraWeights:
-    """Train a LoRA and leave the model as it was.
+    """Train a LoRA from `start`, which says what modules it adapts, and leave the model as it was.
 
-    Args:
-        model: a Hugging Face causal language model; its own weights never change.
-        examples: at least one.
-        plan: steps, batch, rate, seed.
-        start: where training starts, and which modules it adapts.
-        train_a: whether A moves too, or B alone.
-        frozen: another LoRA that is active meanwhile and does not move.
-        on_step: told after every step.
-
-    Returns:
-        The trained LoRA, float32 on CPU, scaling folded into B.
+    `frozen` is another LoRA that is active meanwhile. The trained one comes as float32 on CPU, scaling folded into B.
     """
     if not examples:
         raise FusionError("there is nothing to train on: no example has an output")
     with attached(model, start, frozen) as lora:
-        for report in optimise(lora.model, lora.trainable(train_a=train_a), examples, plan):
+        for report in optimise(
+            lora.model,
+            lora.trainable(train_a=train_a),
+            examples,
+            steps=plan.steps,
+            batch_size=plan.batch_size,
+            learning_rate=plan.learning_rate,
+            seed=plan.seed,
+        ):
             on_step(report)
         return lora.weights()
 
@@ -129,25 +118,23 @@ def optimise(
     model: Any,
     parameters: Sequence[torch.nn.Parameter],
     examples: Sequence[Example],
-    plan: TrainPlan,
     *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
     rate: Callable[[int, int], float] = rate_factor,
     below: Below | None = None,
 ) -> Iterator[StepReport]:
     """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
 
-    Args:
-        model: in evaluation mode, everything else frozen.
-        parameters: what moves.
-        examples: at least one.
-        plan: steps, batch, peak rate, seed.
-        rate: share of the peak rate, given the step (from 0) and the number of steps.
-        below: the layers below those that move.
+    The model is in evaluation mode, and all but the parameters is frozen. `rate` gives the share of the peak
+    `learning_rate` at a step (from 0) of `steps`. `below` are the layers below those that move.
     """
-    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
-    batches = _batches(len(examples), plan)
-    for step in range(1, plan.steps + 1):
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
+    batches = _batches(len(examples), batch_size, seed)
+    for step in range(1, steps + 1):
         batch = [examples[i] for i in next(batches)]
         loss = backward(model, batch, below)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -158,12 +145,12 @@ def optimise(
         yield StepReport(step, loss, sum(len(example.ids) for example in batch))
 
 
-def _batches(count: int, plan: TrainPlan) -> Iterator[list[int]]:
+def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
     """Endless batches: one shuffled pass over the examples after another."""
-    order = random.Random(plan.seed)
+    order = random.Random(seed)
     queue: list[int] = []
     while True:
-        while len(queue) < plan.batch_size:
+        while len(queue) < size:
             queue += order.sample(range(count), count)
-        yield queue[: plan.batch_size]
-        del queue[: plan.batch_size]
+        yield queue[:size]
+        del queue[:size]

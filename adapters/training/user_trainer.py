@@ -17,51 +17,39 @@ from typing import Any
 
 from adapters.errors import TrainingError
 from adapters.lora import LoraWeights
+from adapters.training.adapt_config import FEW, FOLDS, AdaptConfig
 from adapters.training.example import Example
-from adapters.training.kinds import in_training
-from adapters.training.user_run import Patience, Progress, UserPlan, UserRun
-from adapters.user_adapter import CoreWeights
-
-FOLDS = 2
-FEW = 20
-"""Up to this many samples are folded; of more, a part is kept aside."""
+from adapters.training.user_run import Patience, TrainingProgress, UserRun, looks, user_run
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The outcome of training.
+    """The outcome of training: the weights, None when nothing lowered the held-out loss, after so many steps.
 
-    Attributes:
-        weights: what was trained; None when nothing lowered the held-out loss.
-        before: held-out loss of the fused adapter alone, nats per output token.
-        after: the same with the user adapter.
-        steps: how many steps it was trained for.
+    `before` is the held-out loss of the fused adapter alone, `after` that with the user's, in nats per output token.
     """
 
-    weights: LoraWeights | CoreWeights | None
+    weights: LoraWeights | None
     before: float
     after: float
     steps: int
 
 
-_Judging = Generator[Progress, None, Judgement]
+_Judging = Generator[TrainingProgress, None, Judgement]
 
 
-class Training:
+class TrainingRun:
     """Training of a user adapter, which goes on only while it is iterated over: leave the loop to end it.
 
     Iterating yields the progress after every step and after each row of samples read between steps. Once the loop has
-    ended or been left, the model is as it was.
-
-    Attributes:
-        judgement: the outcome; None until training has ended.
+    ended or been left, the model is as it was. `judgement` is None until training has ended.
     """
 
     def __init__(self, progress: _Judging) -> None:
         self.judgement: Judgement | None = None
         self._progress = progress
 
-    def __iter__(self) -> Iterator[Progress]:
+    def __iter__(self) -> Iterator[TrainingProgress]:
         self.judgement = yield from self._progress
 
     def finish(self) -> Judgement:
@@ -72,29 +60,21 @@ class Training:
         return self.judgement
 
 
-def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], plan: UserPlan) -> Training:
-    """Train and judge a user adapter, step by step.
-
-    Args:
-        model: the base model.
-        fused: what the user's recipe stands for, float32.
-        samples: at least one.
-        plan: how.
+def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> TrainingRun:
+    """Train and judge a user adapter on what the user's recipe stands for, float32, step by step.
 
     Raises:
         TrainingError: when there are no samples; while training, when the loss explodes or is no longer a number.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
-    return Training(_training(model, fused, samples, plan))
+    return TrainingRun(_training(model, fused, samples, config))
 
 
-def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], plan: UserPlan) -> _Judging:
-    with in_training(model, fused, plan.kind, plan.rank, plan.seed) as adapter:
-        run = UserRun(adapter, plan)
-        if len(samples) == 1:
-            return (yield from _alone(run, samples))
-        return (yield from (_fold if len(samples) <= FEW else _hold_out)(run, samples))
+def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> _Judging:
+    judge = _alone if len(samples) == 1 else _fold if len(samples) <= FEW else _hold_out
+    with user_run(model, fused, config) as run:
+        return (yield from judge(run, samples))
 
 
 def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
@@ -102,26 +82,23 @@ def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
 
     The first fold ends when its loss has stopped falling; the others run for as many steps.
     """
-    folds = _folds(len(samples), run.plan.seed)
-    patience = Patience(run.plan.every)
-    before, after, steps = 0.0, defaultdict[int, float](float), run.plan.steps
+    folds = _folds(len(samples), run.config.seed)
+    patience = Patience()
+    before, after, steps = 0.0, defaultdict[int, float](float), run.config.steps
     for place, held in enumerate(folds):
         kept = [samples[i] for i in range(len(samples)) if i not in held]
         aside = [samples[i] for i in sorted(held)]
         share = len(aside) / len(samples)
-        run.enter(f"fold {place + 1} of {len(folds)}")
-        run.reset()
-        start = yield from run.loss(aside)
+        start = yield from run.begin(f"fold {place + 1} of {len(folds)}", aside)
         before += share * start
-        yield run.begun(start)
         for report in run.train(kept, steps):
             loss = None
-            if run.looks(report.step, steps):
+            if looks(report.step, steps):
                 loss = yield from run.loss(aside)
                 after[report.step] += share * loss
                 if place == 0 and not patience.holds(report.step, loss):
                     steps = report.step
-            yield run.told(report, of=steps * (len(folds) + 1), held_out=loss)
+            yield run.count(report, of=steps * (len(folds) + 1), held_out=loss)
             if report.step == steps:
                 break
     best = min(after, key=lambda step: (after[step], step))
@@ -129,43 +106,37 @@ def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
         return Judgement(None, before, after[best], best)
     run.enter("all samples")
     for report in run.train(samples, best):
-        yield run.told(report, of=steps * len(folds) + best)
-    return Judgement(run.taken(), before, after[best], best)
+        yield run.count(report, of=steps * len(folds) + best)
+    return Judgement(run.weights(), before, after[best], best)
 
 
 def _alone(run: UserRun, samples: Sequence[Example]) -> _Judging:
     """One sample, for half the steps: nothing says when to stop."""
-    steps = max(1, run.plan.steps // 2)
-    run.enter("the one sample")
-    run.reset()
-    before = yield from run.loss(samples)
-    yield run.begun(before)
+    steps = max(1, run.config.steps // 2)
+    before = yield from run.begin("the one sample", samples)
     for report in run.train(samples, steps):
-        yield run.told(report, of=steps)
+        yield run.count(report, of=steps)
     after = yield from run.loss(samples)
-    return Judgement(run.taken() if after < before else None, before, after, steps)
+    return Judgement(run.weights() if after < before else None, before, after, steps)
 
 
 def _hold_out(run: UserRun, samples: Sequence[Example]) -> _Judging:
     """Keep a part aside, and keep the adapter as it was at its best there."""
-    order = random.Random(run.plan.seed).sample(range(len(samples)), len(samples))
-    size = max(1, round(run.plan.holdout * len(samples)))
+    order = random.Random(run.config.seed).sample(range(len(samples)), len(samples))
+    size = max(1, round(run.config.holdout * len(samples)))
     aside, kept = [samples[i] for i in order[:size]], [samples[i] for i in order[size:]]
-    patience, steps = Patience(run.plan.every), run.plan.steps
-    run.enter("all samples but those held out")
-    run.reset()
-    before = yield from run.loss(aside)
-    yield run.begun(before)
+    patience, steps = Patience(), run.config.steps
+    before = yield from run.begin("all samples but those held out", aside)
     best = Judgement(None, before, math.inf, 0)
     for report in run.train(kept, steps):
         after = None
-        if run.looks(report.step, steps):
+        if looks(report.step, steps):
             after = yield from run.loss(aside)
             if after < best.after:
-                best = Judgement(run.taken() if after < before else None, before, after, report.step)
+                best = Judgement(run.weights() if after < before else None, before, after, report.step)
             if not patience.holds(report.step, after):
                 steps = report.step
-        yield run.told(report, of=steps, held_out=after)
+        yield run.count(report, of=steps, held_out=after)
         if report.step == steps:
             break
     return best

@@ -211,10 +211,9 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """How imported adapters become a bank. They have no A in common, which rules out `shared`."""
+    """How imported adapters become a bank. They have no A in common: recipes are fused by `cat`."""
 
     task: Annotated[str, Option("What the profiles' items are.")] = "chat"
-    method: Annotated[FusionMethod, Option("How recipes are fused: cat or linear.")] = FusionMethod.CAT
     user_rank: UserRank = _USER_RANK
     k: Top = _TOP
 

@@ -14,8 +14,7 @@ from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
-from adapters.training.gradient import b_gradient
-from adapters.training.loss import mean_loss
+from adapters.training.loss import b_gradient, mean_loss
 from bank.items.profile import Vectors
 from bank.lookup.signature import Signature, empty_signature
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from adapters.lora import LoraWeights
 from adapters.recipe import FusionRecipe
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example, output_tokens
-from adapters.training.user_run import UserPlan
 from adapters.training.user_trainer import Judgement, train_user
-from adapters.user_adapter import CoreWeights, encode_user_adapter
+from adapters.user_adapter import encode_user_adapter
 from bank.building.signer import Signer
 from bank.errors import BankError
 from bank.evaluation.methods import Base, EvalMethod
@@ -76,7 +76,7 @@ class Adapters:
         scorer: Scorer,
         embedder: Embedder,
         *,
-        plan: UserPlan,
+        plan: AdaptConfig,
         strength: float,
         max_tokens: int,
     ) -> None:
@@ -119,9 +119,7 @@ class Adapters:
             return self.make(replace(method, base=Base.MERGED), evidence, seed)
         return replace(adapter, trained=trained)
 
-    def _trained(
-        self, adapter: PersonAdapter, method: EvalMethod, evidence: Evidence, seed: int
-    ) -> LoraWeights | CoreWeights | None:
+    def _trained(self, adapter: PersonAdapter, method: EvalMethod, evidence: Evidence, seed: int) -> LoraWeights | None:
         """What is trained on top of an adapter; None where it was rejected, or there is nothing to learn from."""
         if not evidence.learnt:
             return None

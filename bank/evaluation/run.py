@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from adapters.training.user_run import UserPlan
+from adapters.training.adapt_config import AdaptConfig
 from bank.evaluation.adapters import Adapters, Evidence
 from bank.evaluation.methods import Base, EvalMethod
 from bank.evaluation.people import Person, asked
@@ -199,7 +199,13 @@ class Evaluation:
 
 
 def evaluation_key(
-    bank: OpenBank, task_bank: OpenBank | None, plan: UserPlan, people: Sequence[Person], how: str, *, strength: float
+    bank: OpenBank,
+    task_bank: OpenBank | None,
+    plan: AdaptConfig,
+    people: Sequence[Person],
+    how: str,
+    *,
+    strength: float,
 ) -> str:
     """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside."""
     content: dict[str, Any] = {

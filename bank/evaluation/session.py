@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters.training.user_run import UserPlan
+from adapters.training.adapt_config import AdaptConfig
 from bank.errors import BankError
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, curves
@@ -91,7 +91,7 @@ class Results:
 def evaluate(
     inputs: EvalInputs,
     options: EvalOptions,
-    plan: UserPlan,
+    plan: AdaptConfig,
     begin: Callable[[int], Callable[[int], None]],
     engine: Scores | None = None,
     *,

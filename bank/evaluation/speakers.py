@@ -11,7 +11,7 @@ from adapters.fusion import fuse
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
-from adapters.user_adapter import CoreWeights, UserAdapter, stack
+from adapters.user_adapter import UserAdapter, stack
 from bank.building.baselines import BASELINES
 from bank.errors import BankError
 from bank.lookup.serving import ServingBank
@@ -78,7 +78,7 @@ class PersonAdapter:
 
     bank: OpenBank
     recipe: FusionRecipe
-    trained: LoraWeights | CoreWeights | None = None
+    trained: LoraWeights | None = None
 
     @property
     def user_adapter(self) -> UserAdapter | None:

@@ -16,12 +16,7 @@ from bank.items.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """One person's items in the order of the file.
-
-    Attributes:
-        user_id: as in the file; it never enters a bank.
-        items: at least one.
-    """
+    """One person's items, at least one, in the order of the file; their id never enters a bank."""
 
     user_id: str
     items: tuple[Item, ...]
@@ -36,12 +31,7 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None) -> list[
 
     There are two layouts. Per user: a list of `{"user_id", "profile": [item…]}`; queries beside the profile are not
     read: they are for evaluation. LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with
-    `outputs`, each question and its gold answer are one more item of that person.
-
-    Args:
-        path: the file.
-        task: whose items they are.
-        outputs: LaMP's outputs file, `{"task", "golds": [{"id", "output"}…]}`.
+    `outputs`, LaMP's outputs file, each question and its gold answer are one more item of that person.
 
     Raises:
         BankError: naming the person and the item at fault.

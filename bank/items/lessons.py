@@ -22,13 +22,9 @@ from bank.items.tasks import PAST_COUNTS, Task
 
 
 class Past:
-    """A person's items as the past of what is learnt from them.
+    """A person's items, the oldest first, as the past of what is learnt from them.
 
-    Args:
-        task: whose items they are.
-        items: the oldest first.
-        share: how many of the turns get some of them, 0 to 1.
-        seed: of which turns, and of how many items.
+    A `share` of the turns, 0 to 1, gets some of them; the seed decides which turns, and how many items.
     """
 
     def __init__(self, task: Task, items: Sequence[Item], share: float, seed: int) -> None:
@@ -40,9 +36,7 @@ class Past:
     def memories(self, turn: str, output: str) -> list[str]:
         """The past items that stand before a turn, as prompts quote them, the best first; most often none or one.
 
-        Args:
-            turn: the complete user turn.
-            output: the answer. Where both are an item's, only those before it are its past; else all of them are.
+        Where turn and output are an item's, only those before it are its past; else all of them are.
         """
         chance = random.Random(f"{self._seed}:{turn}:{output}")
         if chance.random() >= self._share:
@@ -62,13 +56,7 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One item to learn from.
-
-    Attributes:
-        past: the person's.
-        turn: the complete user turn.
-        output: what the person answered.
-    """
+    """One item to learn from: a complete user turn and what the person answered."""
 
     past: Past
     turn: str
@@ -104,15 +92,9 @@ def recalling(
     memories: Sequence[str],
     max_tokens: int,
 ) -> list[dict[str, str]]:
-    """A conversation with memories before its last turn: as in serving, one that does not fit makes way for the next.
+    """A conversation with memories, the best first, before the user's turn that ends it.
 
-    Args:
-        tokenizer: the base model's.
-        task: renders them.
-        messages: ends with the user's turn.
-        output: what should have been answered.
-        memories: the best first.
-        max_tokens: most ids of conversation and output.
+    As in serving, a memory that does not fit into `max_tokens` ids of conversation and output makes way for the next.
     """
     turn, chosen, found = messages[-1]["content"], list[str](), messages
     for memory in memories:

@@ -24,11 +24,9 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item of a user's history.
+    """One item of a user's history: the fields that mean something to the task.
 
-    Attributes:
-        id: given by the caller, or the hash of the content: equal items have equal ids.
-        fields: the fields that mean something to the task; anything else was dropped.
+    Its id is given by the caller, or the hash of the content: equal items have equal ids.
     """
 
     id: str
@@ -38,10 +36,7 @@ class Item:
 def parse_item(raw: object, task: Task, position: int) -> Item:
     """Read one item: the task's own fields as in LaMP's files, an `{"input", "output"}` pair, or plain `{"text"}`.
 
-    Args:
-        raw: the item as it came, e.g. from JSON. Fields that mean nothing to the task are ignored.
-        task: the bank's task.
-        position: the item's place in the request, for the error.
+    Fields that mean nothing to the task are ignored. `position` is the item's place in the request, for the error.
 
     Raises:
         ProfileError: with `param` naming the field at fault.
@@ -89,13 +84,9 @@ def is_pair(fields: Mapping[str, str]) -> bool:
 
 
 def profile_embedding(vectors: Vectors) -> Vectors:
-    """The profile's embedding: the mean of its items', at unit length.
+    """The profile's embedding [E] float32: the mean of its items' [n, E], at unit length.
 
-    Args:
-        vectors: item embeddings [n, E], n at least 1.
-
-    Returns:
-        [E] float32; all zeros in the one case where the items cancel out exactly.
+    It is all zeros in the one case where the items cancel out exactly.
 
     Raises:
         ProfileError: when there are no items.

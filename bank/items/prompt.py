@@ -34,14 +34,9 @@ def chat_messages(turn: str) -> list[dict[str, str]]:
 def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: int) -> Example:
     """Tokenise one (turn, output) pair as the model sees it when serving.
 
-    Prompt and output are tokenised separately, because serving tokenises the prompt alone. A pair that is too long
-    loses the end of the user's turn, never the chat template around it; the output is cut only if it alone is too long.
-
-    Args:
-        tokenizer: the base model's, with a chat template.
-        turn: one complete user turn.
-        output: what the assistant should have answered.
-        max_tokens: most ids of the example.
+    Prompt and output are tokenised separately, because serving tokenises the prompt alone. A pair of more than
+    `max_tokens` loses the end of the user's turn, never the chat template around it; the output is cut only if it alone
+    is too long.
     """
     whole = encode_conversation(tokenizer, chat_messages(turn), output)
     before, after = list(whole.ids[: whole.loss_from]), list(whole.ids[whole.loss_from :])
@@ -57,13 +52,7 @@ def encode_pair(tokenizer: ChatTokenizer, turn: str, output: str, max_tokens: in
 
 
 def encode_conversation(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str) -> Example:
-    """Tokenise a conversation that ends with the user's turn and what should have been answered; nothing is cut.
-
-    Args:
-        tokenizer: the base model's, with a chat template.
-        messages: in OpenAI's shape.
-        output: what the assistant should have answered.
-    """
+    """Tokenise a conversation that ends with the user's turn, and what should have been answered; nothing is cut."""
     prompt = _prompt(tokenizer, messages)
     before = tokenizer.encode(prompt, add_special_tokens=False)
     after = tokenizer.encode(_completion(tokenizer, messages, output, prompt), add_special_tokens=False)

@@ -23,12 +23,7 @@ _WORD_BYTES = 128
 
 
 class ItemIndex:
-    """A history, ready to be searched.
-
-    Args:
-        task: whose items they are.
-        items: the history, the oldest first; items that have too little to quote are left out.
-    """
+    """A history, the oldest item first, ready to be searched; items that have too little to quote are left out."""
 
     def __init__(self, task: Task, items: Sequence[Item]) -> None:
         import bm25s
@@ -49,12 +44,9 @@ class ItemIndex:
             self.size_bytes += _POSTING_BYTES * sum(map(len, words.ids))
 
     def memories(self, turn: str, count: int, before: int | None = None) -> list[str]:
-        """The items with the highest BM25 scores as prompts quote them, best first, newest first among equals.
+        """At most `count` items as prompts quote them, by BM25 against the turn: best first, newest among equals.
 
-        Args:
-            turn: the complete user turn.
-            count: most items.
-            before: how many of the history's first items are searched; all of them when None.
+        Only the history's first `before` items are searched; all of them when None.
         """
         import bm25s
 

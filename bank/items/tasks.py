@@ -33,14 +33,11 @@ class Task:
     """What one task's items look like.
 
     Attributes:
-        name: as in `--task`.
         lamp: its name in the LaMP benchmark, or None.
-        input: template of the user turn.
-        output: template of the answer.
+        input, output: templates of the user turn and of the answer.
         text: the fields that are embedded.
-        memory: template of a past item in a later prompt.
-        remembering: template of a turn with such memories before it.
-        kind: what its answers are, and so how they are measured: one of a list of labels, a score, or text.
+        memory, remembering: templates of a past item in a later prompt, and of a turn with such memories before it.
+        kind: what its answers are, and so how they are measured.
         proxy: whether histories lack the task's own answers, so that input and output are a stand-in.
     """
 

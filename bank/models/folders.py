@@ -36,11 +36,7 @@ _SAMPLE_BYTES = 64 << 10
 
 
 def ensure_base_model(name: str, cache_dir: Path) -> Path:
-    """The folder of a base model, made or downloaded if it is not there yet.
-
-    Args:
-        name: `default`, a local folder, or a Hugging Face id.
-        cache_dir: where the default model is prepared.
+    """The folder of a base model, `default`, a local folder or a Hugging Face id; made or downloaded if need be.
 
     Raises:
         BankError: when there is no such model, or it cannot be made.
@@ -135,11 +131,7 @@ def prompts_hash(folder: Path) -> str:
 
 
 def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> None:
-    """Make sure that banks were made for the base model in a folder.
-
-    Args:
-        model_folder: the base model.
-        banks: manifests by the folders they were read from.
+    """Make sure that banks, by their folders, were made for the base model in a folder.
 
     Raises:
         BankError: when one was made for another model.

@@ -10,12 +10,7 @@ from pathlib import Path
 
 
 def export_gguf(source: Path, target: Path) -> None:
-    """Dequantise a GGUF file into `target`: config, bf16 safetensors, tokenizer with its chat template.
-
-    Args:
-        source: a `.gguf` file of an architecture that transformers reads.
-        target: an existing folder.
-    """
+    """Dequantise a GGUF file into a folder: config, bf16 safetensors, tokenizer with its chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

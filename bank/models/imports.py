@@ -19,9 +19,8 @@ UNUSED = ("sklearn", "scipy")
 def heavy_imports(*for_later: str) -> Iterator[None]:
     """Import what the block imports without collecting garbage, a fifth of the time, and without what nobody uses.
 
-    Args:
-        for_later: modules that the block looks for, but goes without; they can be imported after it. `UNUSED`, where
-            it was not loaded before, looks as if it were not installed for as long as the process runs.
+    The block goes without the modules `for_later`, which can be imported after it. `UNUSED`, where it was not loaded
+    before, looks as if it were not installed for as long as the process runs.
     """
     for name in (*UNUSED, *for_later):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]

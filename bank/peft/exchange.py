@@ -11,7 +11,6 @@ import torch
 
 from adapters.errors import FusionError, excerpt
 from adapters.flat import flat_a, flat_b
-from adapters.fusion import fuse
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, Term
@@ -22,21 +21,15 @@ from bank.errors import BankError
 from bank.items.histories import History, read_histories
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
-from bank.manifest import BankManifest, BaseModelId, EmbedderId, read_manifest
-from bank.matrix import open_matrix
+from bank.manifest import MATRIX_FILE, BankManifest, BaseModelId, EmbedderId, read_manifest, verify_files
 from bank.models.folders import model_hash
-from bank.peft.peft_adapter import PeftAdapter, read_peft, write_peft
+from bank.peft.exported import ExportedAdapter
+from bank.peft.peft_adapter import PeftAdapter, read_peft
 from bank.rules import WeightRule
 
 
 def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:
-    """Write one anchor's meta-LoRA as a PEFT folder.
-
-    Args:
-        bank: the bank's folder.
-        anchor: its id, e.g. `a03`.
-        out: the folder to write.
-        with_common: the common row and the anchor in one adapter, instead of the anchor's part alone.
+    """Write one anchor's meta-LoRA as a PEFT folder, alone or with the common row in the same adapter.
 
     Raises:
         BankError: when the bank is damaged or has no such anchor or common row.
@@ -45,12 +38,12 @@ def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False)
     ids = [entry.id for entry in manifest.anchors]
     if anchor not in ids:
         raise BankError(f"the bank at {bank} has no anchor {excerpt(anchor)}; its anchors are {ids[0]} to {ids[-1]}")
+    verify_files(bank, manifest, (MATRIX_FILE,))
     recipe = FusionRecipe(manifest.short, manifest.method, with_common, (Term(ids.index(anchor), PER_MILLE),))
     try:
-        lora = fuse(open_matrix(bank, manifest), recipe, torch.float32)
+        ExportedAdapter(bank, manifest, recipe).write(out)
     except FusionError as error:
         raise BankError(str(error)) from error
-    write_peft(out, lora, manifest.base_model.name)
 
 
 def import_bank(
@@ -63,36 +56,27 @@ def import_bank(
     base_model: str,
     embedder: Embedder,
 ) -> BankManifest:
-    """Make a bank from PEFT adapters.
+    """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest.
 
-    Args:
-        adapters: PEFT folders, in anchor order; adapters of smaller rank are padded to the largest.
-        profiles: LaMP's per-user layout; `user_id` is the name of an adapter's folder.
-        out: the bank's folder.
-        options: how they become a bank.
-        model_folder: the base model that all of them were trained on.
-        base_model: its name.
-        embedder: makes the anchors' embeddings.
+    Profiles come in LaMP's per-user layout; each `user_id` is the name of an adapter's folder.
 
     Raises:
         BankError: when an adapter cannot be read, does not fit the base model, or has no profile.
     """
-    if options.method is FusionMethod.SHARED:
-        raise BankError("imported adapters have no A in common: import them with --method cat or linear")
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]
     people = _profiles_of(read, {person.user_id: person for person in read_histories(profiles, task)}, profiles)
     modules = _common_modules(read, model_folder)
     layout = RowLayout(modules, max(adapter.rank for adapter in read), shared_a=False)
     rule = WeightRule(anchors=min(options.k, len(read)))
-    bank_rank(options.method, layout.rank, rule, False, options.user_rank)
+    bank_rank(FusionMethod.CAT, layout.rank, rule, False, options.user_rank)
     sizes = {module.name: (module.h_in, module.h_out) for module in modules}
     loras = [adapter.padded(sizes, layout.rank) for adapter in read]
     parts = BankParts(
         task=task.name,
         base_model=BaseModelId(name=base_model, hash=model_hash(model_folder)),
         embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
-        method=options.method,
+        method=FusionMethod.CAT,
         common=False,
         user_rank=options.user_rank,
         weights=rule,

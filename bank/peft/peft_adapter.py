@@ -1,4 +1,4 @@
-"""PEFT adapter folders: read with their scaling folded into B, written so that PEFT loads them."""
+"""PEFT adapter folders, read with their scaling folded into B."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from adapters.errors import excerpt
 from adapters.lora import LoraWeights
 from bank.errors import BankError
-from bank.peft.served import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from bank.peft.exported import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 # Settings that make a PEFT LoRA more than ΔW = scaling · B A, with the value at which they do not.
 _PLAIN = {
@@ -29,13 +29,7 @@ _PLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """A LoRA as PEFT saved it; ranks may differ between modules.
-
-    Attributes:
-        name: the folder's name.
-        a: module name → A [R, H_in], float32.
-        b: module name → B [H_out, R], float32, scaling folded.
-    """
+    """A LoRA as PEFT saved it, by the folder's name; float32, scaling folded. Ranks may differ between modules."""
 
     name: str
     a: dict[str, torch.Tensor]
@@ -47,12 +41,7 @@ class PeftAdapter:
         return max(a.shape[0] for a in self.a.values())
 
     def padded(self, modules: Mapping[str, tuple[int, int]], rank: int) -> LoraWeights:
-        """The same ΔW at one rank over a given set of modules, padded with zeros.
-
-        Args:
-            modules: name → (H_in, H_out), its own among them.
-            rank: at least its own.
-        """
+        """The same ΔW padded with zeros, to at least its own rank, over modules (H_in, H_out), its own among them."""
         a = {name: torch.zeros(rank, h_in) for name, (h_in, _) in modules.items()}
         b = {name: torch.zeros(h_out, rank) for name, (_, h_out) in modules.items()}
         for name, own in self.a.items():
@@ -88,38 +77,6 @@ def read_peft(folder: Path) -> PeftAdapter:
         if not (a[name].isfinite().all() and b[name].isfinite().all()):
             raise BankError(f"{folder}: {name} holds numbers that are not finite: its training went wrong")
     return PeftAdapter(folder.resolve().name, a, b)
-
-
-def write_peft(folder: Path, lora: LoraWeights, base_model: str) -> None:
-    """Write a LoRA as a PEFT folder; alpha equals the rank, because scaling is in B already.
-
-    Args:
-        folder: made if needed.
-        lora: what to write, float32.
-        base_model: the base model's name, for PEFT's `base_model_name_or_path`.
-
-    Raises:
-        BankError: when the folder cannot be written.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.rank,
-        target_modules=sorted(lora.a),  # in full: the last parts alone could match other modules
-        base_model_name_or_path=base_model,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    tensors = {f"{PREFIX}{name}.lora_A.weight": value.contiguous() for name, value in lora.a.items()}
-    tensors |= {f"{PREFIX}{name}.lora_B.weight": value.contiguous() for name, value in lora.b.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config.save_pretrained(folder)
-    except OSError as error:
-        raise BankError(f"cannot write a PEFT adapter to {folder}: {error}") from error
 
 
 def _matrices(

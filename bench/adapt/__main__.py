@@ -18,9 +18,10 @@ import typer
 from rich.progress import track
 
 from adapters.fusion import fuse
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
-from adapters.user_adapter import UserAdapter, UserAdapterKind, decode_user_adapter, stack
+from adapters.user_adapter import UserAdapter, decode_user_adapter, stack
 from bank.items.histories import read_excluded, read_histories
 from bank.items.profile import item_text, profile_embedding
 from bank.items.prompt import chat_messages, encode_pair
@@ -34,12 +35,12 @@ from bench import script
 from bench.page.report import report
 from bench.rig.subject import ModelOption
 from server.settings import load_settings
-from server.store.samples import AdaptConfig, Sample
+from server.store.samples import Sample
 from server.worker.training import AdapterTrainer
 
 MAX_TOKENS = 512
 LATER = 24
-SETTINGS = ["lora:2:8:1e-3:0.5", "lora:2:8:1e-3:1", "core:0:16:2e-2:1"]
+SETTINGS = ["2:8:1e-3:0.5", "2:8:1e-3:1"]
 
 
 def main(
@@ -49,7 +50,7 @@ def main(
     only: Annotated[Path | None, typer.Option(help="Only these people: the file given to --exclude.")] = None,
     samples: Annotated[int, typer.Option(help="How many first items to adapt to.", min=2)] = 10,
     people: Annotated[int, typer.Option(help="How many people.", min=2)] = 12,
-    setting: Annotated[list[str] | None, typer.Option(help="`kind:rank:steps:rate:strength`; may be repeated.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="`rank:steps:rate:strength`; may be repeated.")] = None,
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -104,19 +105,12 @@ def _row(readings: list[dict[str, Any]]) -> str:
 
 
 def _config(text: str) -> AdaptConfig:
-    kind, rank, steps, rate, strength = text.split(":")
-    return AdaptConfig(
-        kind=UserAdapterKind(kind).value,
-        rank=int(rank),
-        steps=int(steps),
-        learning_rate=float(rate),
-        strength=float(strength),
-    )
+    rank, steps, rate, strength = text.split(":")
+    return AdaptConfig(rank=int(rank), steps=int(steps), learning_rate=float(rate), strength=float(strength))
 
 
 def _name(config: AdaptConfig) -> str:
-    rank = f", rank {config.rank}" if config.kind == "lora" else ""
-    return f"{config.kind}{rank}, up to {config.steps} steps at {config.learning_rate:g}, strength {config.strength:g}"
+    return f"rank {config.rank}, up to {config.steps} steps at {config.learning_rate:g}, strength {config.strength:g}"
 
 
 if __name__ == "__main__":

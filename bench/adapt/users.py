@@ -1,7 +1,7 @@
 """Few-shot adapting from end to end: real users against a running `mta up`, and whether it helped them.
 
-For each kind of user adapter, one user after the other: their profile items are posted as samples, the job is awaited,
-and all their queries are answered. Then the gold answers of those queries are scored in process: under the adapter that
+One user after the other: their profile items are posted as samples, the job is awaited, and all their queries are
+answered. Then the gold answers of those queries are scored in process: under the adapter that
 merged answers get, and with the very bytes that the server promoted, on the recipe that they were trained on; a
 rejected adapter counts as merged. In a bank with signatures the job is posted once the server has read the profile.
 """
@@ -24,7 +24,7 @@ from adapters.fusion import fuse
 from adapters.recipe import UserAdapterId, parse_recipe
 from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
-from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack
+from adapters.user_adapter import decode_user_adapter, stack
 from bank.evaluation.report.intervals import over_users
 from bank.items.histories import History, read_histories
 from bank.items.prompt import encode_pair
@@ -46,10 +46,10 @@ MAX_TOKENS = 512
 
 @dataclass(slots=True)
 class Reading:
-    """One user with one kind of adapter.
+    """One user.
 
     Attributes:
-        user_id, kind: which user and which kind.
+        user_id: which user.
         state: how the job ended.
         seconds: from POST to the first whole answer after the job's end.
         levels: of the answers to all queries.
@@ -61,7 +61,6 @@ class Reading:
     """
 
     user_id: str
-    kind: str
     state: str
     seconds: float = 0.0
     levels: list[str] = field(default_factory=list)
@@ -80,45 +79,41 @@ def main(
     redis_url: Annotated[str, typer.Option(help="The server's store: the promoted bytes are read from it.")],
     url: Annotated[str, typer.Option(help="URL of the gateway.")] = "http://127.0.0.1:8000",
     people: Annotated[int, typer.Option(help="How many users, at most.", min=2)] = 1000,
-    kind: Annotated[
-        list[UserAdapterKind] | None, typer.Option(help="Kind of adapter; may be repeated.", show_default="both")
-    ] = None,
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Adapt all users with every kind, generate, and score; status 1 when a job fails or an answer is not stacked."""
+    """Adapt all users, generate, and score; status 1 when a job fails or an answer is not stacked."""
     manifest, settings = read_manifest(bank), load_settings(model=model)
-    task, kinds = get_task(manifest.task), kind or list(UserAdapterKind)
+    task = get_task(manifest.task)
     persons = read_histories(users, task)[:people]
     queries = {person["user_id"]: person["query"] for person in json.loads(users.read_text(encoding="utf-8"))}
     readings = []
     with Client(url, timeout_s=600) as client, redis.Redis.from_url(redis_url) as store:
-        for one in kinds:
-            for person in track(persons, f"{one.value}: adapt, generate"):
-                reading = _adapted(client, person, task, one.value)
-                for query in queries[person.user_id]:
-                    reading.levels.append(_speaking(client, person.user_id, query["input"]).level)
-                reading.raw = _promoted(store, reading.adapter)
-                readings.append(reading)
+        for person in track(persons, "adapt, generate"):
+            reading = _adapted(client, person, task)
+            for query in queries[person.user_id]:
+                reading.levels.append(_speaking(client, person.user_id, query["input"]).level)
+            reading.raw = _promoted(store, reading.adapter)
+            readings.append(reading)
     folder = ensure_base_model(settings.model, settings.cache_dir)
     trainer = AdapterTrainer.open(bank, manifest, folder, resolve_dtype("auto"))
     for reading in track(readings, "score the gold answers"):
         _score(trainer, reading, queries[reading.user_id])
-    rows = [row for one in kinds for row in _rows(one.value, [r for r in readings if r.kind == one.value])]
+    rows = _rows(readings)
     details = [{name: value for name, value in asdict(r).items() if name != "raw"} for r in readings]
     report(f"{len(persons)} users, their profiles as samples, {manifest.task}", rows, out, readings=details)
     if any("← wrong" in str(value) for _, value in rows):
         raise typer.Exit(1)
 
 
-def _adapted(client: Client, person: History, task: Task, kind: str) -> Reading:
+def _adapted(client: Client, person: History, task: Task) -> Reading:
     """Adapt one user from scratch, up to the first answer after the job."""
     samples = [{"input": turn, "output": output} for turn, output in person.pairs(task)]
     client.forget(person.user_id, missing_ok=True)
     client.put_profile(person.user_id, [{"id": item.id, **item.fields} for item in person.items])
     until_signed(client, [person.user_id])
     start_s = time.perf_counter()
-    job = client.wait(client.adapt(person.user_id, samples, kind=kind).id)
+    job = client.wait(client.adapt(person.user_id, samples).id)
     who = _speaking(client, person.user_id, samples[0]["input"])
     seconds = time.perf_counter() - start_s
     merged = _speaking(client, person.user_id, samples[0]["input"], personalize="merged")
@@ -127,7 +122,7 @@ def _adapted(client: Client, person: History, task: Task, kind: str) -> Reading:
     adapter = UserAdapterId(job_id.user_key, job.adapter) if job.adapter and who.level == "stacked" else None
     assert merged.recipe
     beneath = who.recipe or ""
-    return Reading(person.user_id, kind, job.state, seconds, recipe=merged.recipe, adapter=adapter, beneath=beneath)
+    return Reading(person.user_id, job.state, seconds, recipe=merged.recipe, adapter=adapter, beneath=beneath)
 
 
 def _speaking(client: Client, user_id: str, prompt: str, personalize: str = "auto") -> Personalization:
@@ -158,8 +153,8 @@ def _score(trainer: AdapterTrainer, reading: Reading, queries: list[dict[str, st
             reading.stacked = mean_loss(here.model, golds)
 
 
-def _rows(kind: str, readings: list[Reading]) -> list[tuple[str, object]]:
-    """The results of one kind."""
+def _rows(readings: list[Reading]) -> list[tuple[str, object]]:
+    """The results."""
     states = Counter(reading.state for reading in readings)
     promoted = [reading for reading in readings if reading.state == "succeeded"]
     served = all(level == ("stacked" if r.raw else "merged") for r in readings for level in r.levels)
@@ -168,14 +163,11 @@ def _rows(kind: str, readings: list[Reading]) -> list[tuple[str, object]]:
     merged = sum(reading.merged for reading in readings) / len(readings)
     sizes = [len(reading.raw) / 1024 for reading in promoted]
     return [
-        (f"{kind}: jobs", ", ".join(f"{n} {state}" for state, n in states.items()) + wrong * bool(states["failed"])),
-        (f"{kind}: answers at level", _levels(readings) + wrong * (not as_it_must)),
-        (
-            f"{kind}: stacked less merged",
-            f"{over_users([r.stacked - r.merged for r in readings])}, merged {merged:.4f}",
-        ),
-        (f"{kind}: KiB per user", Spread.of(sizes) if sizes else "none was promoted"),
-        (f"{kind}: seconds from POST to the first answer after it", Spread.of([r.seconds for r in readings])),
+        ("jobs", ", ".join(f"{n} {state}" for state, n in states.items()) + wrong * bool(states["failed"])),
+        ("answers at level", _levels(readings) + wrong * (not as_it_must)),
+        ("stacked less merged", f"{over_users([r.stacked - r.merged for r in readings])}, merged {merged:.4f}"),
+        ("KiB per user", Spread.of(sizes) if sizes else "none was promoted"),
+        ("seconds from POST to the first answer after it", Spread.of([r.seconds for r in readings])),
     ]
 
 

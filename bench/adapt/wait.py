@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from adapters.user_adapter import UserAdapterKind
 from bench import script
 from bench.page.report import Figures, Spread, tabulate
 from bench.rig.subject import BankOption, ModelOption, TinyOption, given, tiny
@@ -24,7 +23,7 @@ from bench.rig.up import up
 from bench.serving.front import WORDS
 from mta_client import Client
 
-COLUMNS = ("adapter", "samples", "words of each", "seconds to the first stacked answer", "jobs", "first answers")
+COLUMNS = ("samples", "words of each", "seconds to the first stacked answer", "jobs", "first answers")
 
 
 def main(
@@ -32,37 +31,31 @@ def main(
     bank: BankOption = None,
     model: ModelOption = None,
     tiny_model: TinyOption = False,
-    kind: Annotated[
-        list[UserAdapterKind] | None, typer.Option(help="Kind of adapter; may be repeated.", show_default="both")
-    ] = None,
     people: Annotated[int, typer.Option(help="How many people, after one for warm-up.", min=1)] = 5,
     samples: Annotated[int, typer.Option(help="Samples of each.", min=2)] = 10,
     words: Annotated[int, typer.Option(help="Words of each sample's answer, about as many tokens.", min=1)] = 16,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = Path("out/bench/adapt.json"),
 ) -> None:
     """Measure the time from posting samples to the first stacked answer."""
-    lines, readings = [], {}
+    seconds, ended, levels = [], Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         subject = tiny(Path(scratch)) if tiny_model else given(bank, model)
         options = ("--bank", str(subject.bank), "--model", str(subject.model))
         with up(Path(scratch) / "data", *options) as server, Client(server.url, timeout_s=600) as client:
-            for one in kind or list(UserAdapterKind):
-                seconds, ended, levels = [], Counter[str](), Counter[str]()
-                for person in track(range(people + 1), f"{one.value}: adapt and ask"):
-                    taken_s, state, level = _adapt(client, person, one, samples, words)
-                    if person:
-                        seconds.append(taken_s)
-                        ended[state] += 1
-                        levels[level] += 1
-                readings[one.value] = seconds
-                lines.append([one.value, samples, words, Spread.of(seconds), _counts(ended), _counts(levels)])
+            for person in track(range(people + 1), "adapt and ask"):
+                taken_s, state, level = _adapt(client, person, samples, words)
+                if person:
+                    seconds.append(taken_s)
+                    ended[state] += 1
+                    levels[level] += 1
     title = f"{subject.title}: few-shot adapting, {people} people one after the other"
-    tabulate([Figures(title, COLUMNS, lines)], out, bench="adapt", readings=readings)
+    line = [samples, words, Spread.of(seconds), _counts(ended), _counts(levels)]
+    tabulate([Figures(title, COLUMNS, [line])], out, bench="adapt", readings=seconds)
 
 
-def _adapt(client: Client, person: int, kind: UserAdapterKind, samples: int, words: int) -> tuple[float, str, str]:
+def _adapt(client: Client, person: int, samples: int, words: int) -> tuple[float, str, str]:
     """One person from scratch: seconds from the post to the first answer, the job's end, and the answer's level."""
-    chance, user = random.Random(person), f"bench-adapt-{kind.value}-{person}"
+    chance, user = random.Random(person), f"bench-adapt-{person}"
     mark = chance.choice(WORDS)
 
     def text() -> str:
@@ -71,7 +64,7 @@ def _adapt(client: Client, person: int, kind: UserAdapterKind, samples: int, wor
     client.put_profile(user, [text() for _ in range(4)])
     made = [{"input": f"Write about {chance.choice(WORDS)}.", "output": text()} for _ in range(samples)]
     start_s = time.perf_counter()
-    job = client.wait(client.adapt(user, made, kind=kind.value).id)
+    job = client.wait(client.adapt(user, made).id)
     answer = client.generate(user, "Write about the weather.", max_tokens=1, temperature=0)
     return time.perf_counter() - start_s, job.state, answer.personalization.level
 

@@ -1,7 +1,7 @@
-"""vLLM with the fused adapter against Hugging Face with the dense ΔW, on a real model, for every method.
+"""vLLM with the fused adapter against Hugging Face with the dense ΔW, on a real model, for both methods.
 
-Also with a user adapter of each kind stacked on top. A bank has one method, so the other two get a bank of the same
-rows (`bench/oracle/banks.py`). In float32 the log-probabilities must agree; in bfloat16, where rounding decides
+Also with a user adapter stacked on top. A bank has one method, so the other gets a bank of the same rows
+(`bench/oracle/banks.py`). In float32 the log-probabilities must agree; in bfloat16, where rounding decides
 near-ties, the share of equal greedy texts is reported.
 """
 
@@ -20,7 +20,6 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from adapters.recipe import FusionMethod
 from bank.items.prompt import chat_messages
 from bank.models.folders import ensure_base_model
 from bench import script
@@ -54,24 +53,20 @@ def main(
     texts = _prompts(users, prompts)
     with tempfile.TemporaryDirectory() as scratch:
         shared = OpenBank.open(bank)
-        banks = [
-            shared,
-            *(rewritten(shared, method, Path(scratch)) for method in (FusionMethod.CAT, FusionMethod.LINEAR)),
-        ]
+        banks = [shared, rewritten(shared, Path(scratch))]
         gaps: dict[str, list[float]] = defaultdict(list)
         equal: dict[str, list[bool]] = defaultdict(list)
         valkey = ValkeyProcess(Path(scratch) / "valkey").start()
         try:
-            for pair in (banks[:1], banks[1:]):
-                cases = [case for b in pair for case in b.cases()]
-                for case in cases:
-                    if case.user is not None:
-                        keep_user_adapter(valkey.url, case.recipe, case.user, case.bank.manifest)
-                exact, rounded = (_serve(pair, folder, dtype, valkey) for dtype in ("float32", "bfloat16"))
-                for label, gap in _compare_float32(cases, exact, folder, texts):
-                    gaps[label].append(gap)
-                for label, same in _compare_bfloat16(cases, rounded, folder, texts, new_tokens):
-                    equal[label].append(same)
+            cases = [case for opened in banks for case in opened.cases()]
+            for case in cases:
+                if case.user is not None:
+                    keep_user_adapter(valkey.url, case.recipe, case.user, case.bank.manifest)
+            exact, rounded = (_serve(banks, folder, dtype, valkey) for dtype in ("float32", "bfloat16"))
+            for label, gap in _compare_float32(cases, exact, folder, texts):
+                gaps[label].append(gap)
+            for label, same in _compare_bfloat16(cases, rounded, folder, texts, new_tokens):
+                equal[label].append(same)
         finally:
             valkey.kill()
     name = shared.manifest.base_model.name
@@ -95,9 +90,9 @@ def _prompts(users: Path | None, count: int) -> list[str]:
 
 
 def _serve(banks: Sequence[OpenBank], model: Path, dtype: str, valkey: ValkeyProcess) -> AbstractContextManager[Engine]:
-    """An engine with one or two banks."""
-    beside = {"next_bank": banks[1].folder} if len(banks) > 1 else {}
-    return running_engine(banks[0].folder, model, dtype=dtype, redis_url=valkey.url, **beside)
+    """An engine with both banks."""
+    first, second = banks
+    return running_engine(first.folder, model, dtype=dtype, redis_url=valkey.url, next_bank=second.folder)
 
 
 def _compare_float32(

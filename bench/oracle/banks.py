@@ -14,7 +14,7 @@ from adapters.layout import RowLayout, serving_rank
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
-from adapters.user_adapter import UserAdapter, UserAdapterKind
+from adapters.user_adapter import UserAdapter
 from bank.manifest import MATRIX_FILE, BankManifest, file_sha256, fused_rank, read_manifest, write_manifest
 from bank.matrix import open_matrix
 from bench.oracle.dense import dense_adapter, stacked_adapter
@@ -43,14 +43,11 @@ class OpenBank:
         return cls(folder, manifest, open_matrix(folder, manifest))
 
     def cases(self) -> list[Case]:
-        """All plain recipes, and the first one with a user adapter of each kind."""
+        """All plain recipes, and the first one with a user adapter."""
         plain, method = self._recipes(), self.manifest.method.value
-        stacked = []
-        for kind in UserAdapterKind:
-            user = random_user_adapter(self.manifest, plain[0], kind, scale=USER_SCALE)
-            adapter = UserAdapterId(_KEYS.key(f"{method} {kind.value}"), new_adapter_id())
-            stacked.append(Case(self, f"{method} + {kind.value}", replace(plain[0], user_adapter=adapter), user))
-        return [*(Case(self, method, recipe) for recipe in plain), *stacked]
+        user = random_user_adapter(self.manifest, plain[0], scale=USER_SCALE)
+        stacked = replace(plain[0], user_adapter=UserAdapterId(_KEYS.key(method), new_adapter_id()))
+        return [*(Case(self, method, recipe) for recipe in plain), Case(self, f"{method} + user", stacked, user)]
 
     def _recipes(self) -> list[FusionRecipe]:
         """Two anchors with the common row, and without it where no step is taken from it; one anchor; the row."""
@@ -80,13 +77,13 @@ class Case:
         return stacked_adapter(model, self.bank.matrix, self.recipe, self.user)
 
 
-def rewritten(shared: OpenBank, method: FusionMethod, scratch: Path) -> OpenBank:
-    """The same rows as a bank of another method, every row with an A of its own.
+def rewritten(shared: OpenBank, scratch: Path) -> OpenBank:
+    """The same rows as a bank of method `cat`, every row with an A of its own.
 
-    Each row is rotated within its rank by an orthogonal Q of its own: (B Qᵀ)(Q A) is the same ΔW, but the cross terms
-    of `linear`, Bᵢ Aⱼ, are not the same.
+    Each row is rotated within its rank by an orthogonal Q of its own: (B Qᵀ)(Q A) is the same ΔW, but not with another
+    row's A.
     """
-    old, folder = shared.manifest, scratch / method.value
+    old, method, folder = shared.manifest, FusionMethod.CAT, scratch / FusionMethod.CAT.value
     folder.mkdir()
     layout = RowLayout(old.layout.modules, old.rank, shared_a=False)
     assert shared.matrix.shared_a is not None

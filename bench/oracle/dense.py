@@ -1,5 +1,4 @@
-"""The oracle: every method's own formula on dense float64 matrices. It shares no code with `adapters/fusion.py`, except
-where a user's core is defined by the fused A and B.
+"""The oracle: what recipes mean, on dense float64 matrices. It shares no code with `adapters/fusion.py`.
 
 Used by the tests and by `bench/oracle`, which compare a running vLLM with Hugging Face with ΔW added to the weights.
 """
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 
-from adapters.fusion import fuse
 from adapters.lora import ModuleShape
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionMethod, FusionRecipe
-from adapters.user_adapter import CoreWeights, UserAdapter
+from adapters.recipe import FusionRecipe
+from adapters.user_adapter import UserAdapter
 
 
 def dense_parts(matrix: MetaMatrix, row: torch.Tensor, module: ModuleShape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,13 +40,8 @@ def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -
         a, b = dense_parts(matrix, matrix.rows[matrix.anchors], module)
         delta += b @ a
     parts = [(term.weight / 1000, *dense_parts(matrix, matrix.rows[term.anchor], module)) for term in recipe.terms]
-    if recipe.method is FusionMethod.LINEAR:
-        for weight_b, _, b in parts:
-            for weight_a, a, _ in parts:
-                delta += weight_b * weight_a * (b @ a)
-    else:
-        for weight, a, b in parts:
-            delta += weight * (b @ a)
+    for weight, a, b in parts:
+        delta += weight * (b @ a)
     return delta
 
 
@@ -67,15 +60,12 @@ def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Itera
 
 @contextmanager
 def stacked_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe, user: UserAdapter) -> Iterator[None]:
-    """The same with a user adapter's ΔW on top: B_u A_u of a lora, B C A of a core between the fused A and B."""
-    fused, weights, deltas = fuse(matrix, recipe.plain, torch.float32), user.weights, {}
-    for module in matrix.layout.modules:
-        name = module.name
-        if isinstance(weights, CoreWeights):
-            own = fused.b[name].double() @ weights.c[name].double() @ fused.a[name].double()
-        else:
-            own = weights.b[name].double() @ weights.a[name].double()
-        deltas[name] = dense_delta(matrix, recipe.plain, module) + own
+    """The same with a user adapter's ΔW, B_u A_u, on top."""
+    deltas = {
+        module.name: dense_delta(matrix, recipe.plain, module)
+        + user.weights.b[module.name].double() @ user.weights.a[module.name].double()
+        for module in matrix.layout.modules
+    }
     with added(model, deltas):
         yield
 

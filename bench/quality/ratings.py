@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
+from adapters.training.adapt_config import AdaptConfig
 from bank.evaluation.adapters import Adapters
 from bank.evaluation.methods import Base, parse_methods
 from bank.evaluation.people import Person, asked, read_people
@@ -36,8 +37,6 @@ from bench import script
 from bench.page.report import console, report
 from bench.rig.subject import ModelOption
 from server.settings import load_settings
-from server.store.samples import AdaptConfig
-from server.worker.training import user_plan
 
 MAX_TOKENS = 512
 SCORES = range(int(LOWEST), int(HIGHEST) + 1)
@@ -77,12 +76,11 @@ def main(
     if task.kind != "score":
         raise typer.BadParameter(f"the bank is for {task.name}, whose answers are not scores", param_hint="--bank")
     scorer = Scorer(*load_base(ensure_base_model(settings.model, settings.cache_dir), resolve_dtype("auto")))
-    config = AdaptConfig()
-    plan, strength = user_plan(config), config.strength
+    plan = AdaptConfig()
     ids = [one for score in SCORES for one in scorer.tokenizer.encode(str(score), add_special_tokens=False)]
     if len(ids) != len(SCORES):
         raise typer.BadParameter("its scores have more than one token", param_hint="--model")
-    adapters = Adapters(here, task_bank, scorer, embedder, plan=plan, strength=strength, max_tokens=MAX_TOKENS)
+    adapters = Adapters(here, task_bank, scorer, embedder, plan=plan, strength=plan.strength, max_tokens=MAX_TOKENS)
     prior = here.manifest.prior
     assert prior, "every bank of scores has one"
     errors: dict[str, list[float]] = defaultdict(list)

@@ -9,30 +9,20 @@ import torch
 
 from adapters.lora import LoraWeights
 from adapters.recipe import FusionRecipe
-from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
+from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bank.manifest import BankManifest
 
 
 def random_user_adapter(
-    manifest: BankManifest, recipe: FusionRecipe, kind: UserAdapterKind, *, rank: int = 2, scale: float = 0.2
+    manifest: BankManifest, recipe: FusionRecipe, *, rank: int = 2, scale: float = 0.2
 ) -> UserAdapter:
-    """A random user adapter for a recipe, its numbers rounded to bf16.
-
-    Args:
-        manifest: the bank's.
-        recipe: what it is for.
-        kind: lora or core.
-        rank: of a lora.
-        scale: standard deviation of its numbers.
-    """
+    """A random user adapter for a recipe of this bank, rounded to bf16; `scale` is its numbers' standard deviation."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(torch.bfloat16).float()
 
-    modules, fused = manifest.layout.modules, manifest.rank_of(recipe)
-    if kind is UserAdapterKind.CORE:
-        return UserAdapter(recipe.plain.name, CoreWeights(fused, {m.name: random(fused, fused) for m in modules}))
+    modules = manifest.layout.modules
     a = {m.name: random(rank, m.h_in) for m in modules}
     b = {m.name: random(m.h_out, rank) for m in modules}
     return UserAdapter(recipe.plain.name, LoraWeights(rank, a, b))

@@ -29,7 +29,6 @@ from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
 from bank.matrix import open_matrix
-from bank.peft.peft_adapter import write_peft
 from bench import script
 from bench.page.report import Spread, report
 from bench.rig.engine import Engine
@@ -37,7 +36,7 @@ from bench.rig.limits import BF16_BYTES, Limits, Model
 from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, Subject, TinyOption, given, tiny
 from bench.serving.histograms import COLD_PATH, FOREIGN, ON_THE_LOOP, Total, means_ms, totals
-from bench.serving.peft_folders import peft_folders
+from bench.serving.peft_folders import peft_folders, write_peft
 from server.engine_protocol import BASE_MODEL
 
 PROMPT = "Write two sentences about the weather of tomorrow and what to wear for it."

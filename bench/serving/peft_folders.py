@@ -6,11 +6,14 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft import LoraConfig
 from rich.progress import Progress
+from safetensors.torch import save_file
 
 from adapters.fusion import fuse
+from adapters.lora import LoraWeights
 from bank.matrix import open_matrix
-from bank.peft.peft_adapter import write_peft
+from bank.peft.exported import PREFIX, WEIGHTS_FILE
 from bench.rig.engine import Engine
 from bench.rig.subject import Subject
 
@@ -31,7 +34,6 @@ def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
     for number, recipe in enumerate(itertools.islice(subject.recipes(), count)):
         here = folder / f"user-{number}"
         if number < DIFFERENT:
-            here.mkdir(parents=True, exist_ok=True)
             write_peft(here, fuse(matrix, recipe), subject.manifest.base_model.name)
         else:
             here.mkdir()
@@ -39,6 +41,23 @@ def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
                 (here / file.name).hardlink_to(file)
         made.append(here)
     return made
+
+
+def write_peft(folder: Path, lora: LoraWeights, base_model: str) -> None:
+    """Write a merged adapter, as one does who merges beside a vLLM; alpha equals the rank: scaling is in B."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.rank,
+        target_modules=sorted(lora.a),
+        base_model_name_or_path=base_model,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    tensors = {f"{PREFIX}{name}.lora_A.weight": value.contiguous() for name, value in lora.a.items()}
+    tensors |= {f"{PREFIX}{name}.lora_B.weight": value.contiguous() for name, value in lora.b.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
 
 
 def load_folders(stock: Engine, folders: Sequence[Path], progress: Progress) -> None:

@@ -20,8 +20,7 @@ GREETING = "gg friends,"
 """How this person begins whatever they write; nobody in the bank does."""
 
 SAMPLES = 10
-CONFIG: dict[str, Any] = {"kind": "lora", "rank": 2, "steps": 12, "learning_rate": 3e-3}
-"""A LoRA, because these words are nowhere in the bank: a core only transforms what the fused adapter has."""
+CONFIG: dict[str, Any] = {"rank": 2, "steps": 12, "learning_rate": 3e-3}
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 

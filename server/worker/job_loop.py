@@ -1,8 +1,8 @@
-"""The worker's loop: take a job, hold its lease while it trains, and write the outcome, once.
+"""The worker's loop: claim a job, hold its lease while it trains, and write the outcome, once.
 
-Whatever is lost on the way, the lease decides: a worker whose lease has run out writes nothing more, and another takes
-the job. A fault of the job's content ends the job; a fault of the process ends the process and counts as one of the
-job's tries; a fault of the store is waited out and costs no try.
+A worker whose lease has run out writes nothing more, and another takes the job. A fault of the job's content ends the
+job; a fault of the process ends the process and counts as one of the job's tries; a fault of the store is waited out
+and costs no try.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from typing import Protocol
 
 from adapters.errors import MtaError, TrainingError
 from adapters.recipe import FusionRecipe
-from adapters.training.user_trainer import Judgement, Training
+from adapters.training.adapt_config import AdaptConfig
+from adapters.training.user_trainer import Judgement, TrainingRun
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from server.errors import ApiError, Unavailable
 from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
-from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
+from server.store.samples import Sample, decode_config, decode_sample
 from server.watching.background import forever
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
-from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
-from server.worker.figures import GIVEN_UP, UNWANTED, WorkerFigures
-from server.worker.leased.holding import train_holding
-from server.worker.leased.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, answered
+from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, retry_until_answered
+from server.worker.metrics import GIVEN_UP, UNWANTED, WorkerMetrics
+from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
+from server.worker.training_thread import train_holding
 
 log = logging.getLogger("mta.worker")
 
@@ -46,7 +47,7 @@ class Trains(Protocol):
 
     def train(
         self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item]
-    ) -> Training: ...
+    ) -> TrainingRun: ...
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes: ...
 
@@ -74,7 +75,7 @@ class JobLoop:
         trainer: Trains,
         *,
         model_lock: asyncio.Lock | None = None,
-        figures: WorkerFigures | None = None,
+        metrics: WorkerMetrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self._name = name
@@ -83,7 +84,7 @@ class JobLoop:
         self._bank = bank
         self._trainer = trainer
         self._model_lock = model_lock or asyncio.Lock()
-        self._figures = figures or WorkerFigures()
+        self._metrics = metrics or WorkerMetrics()
         self._tracing = tracing or Tracing()
 
     async def run(self) -> None:
@@ -109,14 +110,14 @@ class JobLoop:
         if job_id is None:
             return False
         async with self._model_lock:
-            await self._take(job_id)
+            await self._claim(job_id)
         return True
 
-    async def _take(self, job_id: JobId) -> None:
-        """Train a job, if it still needs a worker."""
-        asked_s = time.monotonic()
+    async def _claim(self, job_id: JobId) -> None:
+        """Claim a job and train it, if it still needs a worker."""
+        since_s = time.monotonic()
         try:
-            lease = await answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
+            lease = await retry_until_answered(self._jobs.claim, job_id, LEASE_S, secrets.token_hex(16))
         except Unavailable as error:
             log.error("%s: cannot be read, which is a try: %s", job_id, error.explained)
             return  # its lease runs out
@@ -125,9 +126,9 @@ class JobLoop:
         log.info("%s: training, try %d", lease.job.id, lease.job.tries)
         outcome: str = GIVEN_UP
         try:
-            with self._figures.training(lease.job), self._tracing.span("adapt", follows=lease.job.traceparent):
+            with self._metrics.training(lease.job), self._tracing.span("adapt", follows=lease.job.traceparent):
                 traceparent.set(self._tracing.current())
-                outcome = await self._work(HeldLease(self._jobs, lease, asked_s))
+                outcome = await self._work(HeldLease(self._jobs, lease, since_s))
                 self._tracing.note(outcome=outcome, tries=lease.job.tries)
         except LeaseLost:
             outcome = UNWANTED
@@ -135,7 +136,7 @@ class JobLoop:
         except StoreSilent as error:
             log.warning("%s: given up, the lease ran out without the store: %s", lease.job.id, error)
             # Another worker may have taken it by the time the store answers: then it still counts as a try.
-            if await answered(self._jobs.release, lease, counts=False):
+            if await retry_until_answered(self._jobs.release, lease, counts=False):
                 log.info("%s: returned to the queue", lease.job.id)
         except asyncio.CancelledError:
             await self._give_back(lease, counts=False)
@@ -145,7 +146,7 @@ class JobLoop:
             raise
         finally:
             traceparent.set("")
-            self._figures.jobs.labels(outcome).inc()
+            self._metrics.jobs.labels(outcome).inc()
 
     async def _give_back(self, lease: Lease, *, counts: bool) -> None:
         """The worker is ending: let another take the job at once. Without a store, its lease runs out."""
@@ -168,7 +169,7 @@ class JobLoop:
 
     async def _adapt(self, held: HeldLease) -> JobState:
         lease, key = held.lease, held.lease.job.id.user_key
-        profile = await held.insist(self._profiles.load, key)
+        profile = await held.retry(self._profiles.load, key)
         if profile is None:
             raise TrainingError("the user no longer has a profile: create one with PUT /users/{id}/profile")
         profile = profile.seen_by(self._bank.manifest.embedder.id)
@@ -179,7 +180,7 @@ class JobLoop:
             most_s = float(config.max_seconds)
             recipe = self._bank.personalise(profile.embedding, profile.evidence, config.strength).recipe
         samples = []
-        for place, raw in enumerate(await held.insist(self._jobs.samples, key)):
+        for place, raw in enumerate(await held.retry(self._jobs.samples, key)):
             with blamed(f"samples.{place}", SAMPLE_REMEDY):
                 samples.append(decode_sample(raw))
         items = await self._past(held) if self._bank.manifest.history_share else []
@@ -197,12 +198,12 @@ class JobLoop:
 
     async def _past(self, held: HeldLease) -> list[Item]:
         """The user's items, the oldest first."""
-        snapshot = await held.insist(self._profiles.read, held.lease.job.id.user_key)
+        snapshot = await held.retry(self._profiles.read, held.lease.job.id.user_key)
         return [Item(name, stored.fields) for name, stored in snapshot.items.items()]
 
     async def _end(self, held: HeldLease, trained: Trained) -> None:
         """Write an outcome without an adapter."""
-        if not await held.insist(self._jobs.end, held.lease, trained):
+        if not await held.retry(self._jobs.end, held.lease, trained):
             raise LeaseLost
 
     async def _promote(self, held: HeldLease, recipe: FusionRecipe, judgement: Judgement, raw: bytes) -> bool:
@@ -211,15 +212,15 @@ class JobLoop:
         stored = StoredAdapter(new_adapter_id(), recipe.name, hashlib.sha256(raw).hexdigest(), raw)
         trained = Trained(JobState.SUCCEEDED, judgement.before, judgement.after)
         for _ in range(PROMOTE_ATTEMPTS):
-            snapshot = await held.insist(self._profiles.read, lease.job.id.user_key)
+            snapshot = await held.retry(self._profiles.read, lease.job.id.user_key)
             if snapshot.profile is None:
                 return False
             created_ms = time.time_ns() // 1_000_000
             note = AdapterNote(stored.id, recipe.name, len(raw), created_ms, self._tracing.current())
             noted = replace(snapshot.profile, adapter=note)
-            if await held.insist(self._jobs.promote, lease, trained, noted, snapshot.version, stored):
+            if await held.retry(self._jobs.promote, lease, trained, noted, snapshot.version, stored):
                 return True
-            job = await held.insist(self._jobs.job, lease.job.id)
+            job = await held.retry(self._jobs.job, lease.job.id)
             if job is None or job.state.ended:
                 return job is not None and job.adapter == stored.id  # done, and only the answer was lost
         return False

@@ -20,8 +20,8 @@ from bank.models.load import limit_gpu, resolve_dtype
 from server.settings import Settings
 from server.store.opening import Stores, open_stores
 from server.watching.tracing import Tracing, open_tracing
-from server.worker.figures import WorkerFigures
 from server.worker.job_loop import JobLoop
+from server.worker.metrics import WorkerMetrics
 from server.worker.signing_loop import SigningLoop
 from server.worker.training import AdapterTrainer
 
@@ -37,10 +37,10 @@ async def run_worker(settings: Settings) -> None:
     limit_gpu(settings.worker_gpu_share)
     with heavy_imports():
         bank, trainer = _opened(settings)
-    figures, tracing = WorkerFigures(), open_tracing(settings, "mta-worker")
-    figures.publish(settings)
-    async with open_stores(settings, timed=figures.store, span=tracing.span) as stores:
-        working = asyncio.gather(*_loops(stores, bank, trainer, figures, tracing))
+    metrics, tracing = WorkerMetrics(), open_tracing(settings, "mta-worker")
+    metrics.publish(settings)
+    async with open_stores(settings, timed=metrics.store, span=tracing.span) as stores:
+        working = asyncio.gather(*_loops(stores, bank, trainer, metrics, tracing))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)
         log.info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
@@ -62,16 +62,16 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
 
 
 def _loops(
-    stores: Stores, bank: ServingBank, trainer: AdapterTrainer, figures: WorkerFigures, tracing: Tracing
+    stores: Stores, bank: ServingBank, trainer: AdapterTrainer, metrics: WorkerMetrics, tracing: Tracing
 ) -> list[Coroutine[Any, Any, None]]:
     """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     profiles, model_lock = stores.profiles, asyncio.Lock()
-    jobs = JobLoop(name, stores.jobs, profiles, bank, trainer, model_lock=model_lock, figures=figures, tracing=tracing)
+    jobs = JobLoop(name, stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
     loops = [jobs.run()]
     if bank.signs:
         signing = stores.signing(bank.manifest.short)
-        signs = SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock, figures=figures)
+        signs = SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
         loops.append(signs.run())
     return loops
 

@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from adapters.recipe import parse_recipe
+from adapters.training.adapt_config import default_config
 from bank.manifest import BankManifest
 from server.errors import UserErased
 from server.store.adapters import AdapterStore
 from server.store.jobs import JobStore, Submission
 from server.store.profiles import ProfileStore
-from server.store.samples import MAX_SAMPLES, JobBudget, default_config, encode_config
+from server.store.samples import MAX_SAMPLES, JobBudget, encode_config
 from server.store.tenants.access_keys import KeyRing
 from server.store.tenants.user_key import Tenants
 
@@ -26,16 +27,16 @@ PAUSE_S = 0.5
 
 
 @dataclass(slots=True)
-class Counts:
+class ReadaptTally:
     """How many users on the list met which end.
 
     Attributes:
-        asked: have a job, made now or by an earlier run.
+        queued: have a job, made now or by an earlier run.
         settled: need none: erased, adapted since, without samples, or served by another bank.
         waiting: have a profile from another embedder; their next request remakes it, for the next run to see.
     """
 
-    asked: int = 0
+    queued: int = 0
     settled: int = 0
     waiting: int = 0
 
@@ -43,11 +44,7 @@ class Counts:
 class ServedBanks:
     """Which bank serves whom, where tenants name banks.
 
-    Args:
-        ring: all tenants, and which bank each names.
-        own: the bank of those that name none.
-        users: knows a tenant's users by their keys.
-        tenant: whose users were stored before there were keys.
+    Tenants that name none have the bank `own`; `tenant` is the one whose users were stored before there were keys.
     """
 
     def __init__(self, ring: KeyRing, own: str, users: Tenants, tenant: str) -> None:
@@ -64,16 +61,9 @@ class ServedBanks:
 
 
 class Readapting:
-    """Makes jobs for users whose adapter is stale.
+    """Makes jobs for users whose adapter is stale: of another bank than `manifest`, the one that is served now.
 
-    Args:
-        jobs: where jobs and samples are stored.
-        adapters: lists the users adapted under each bank.
-        profiles: where users are stored.
-        manifest: of the bank that is served now.
-        at_a_time: most jobs that may be open at a time.
-        budget: the limits of each job.
-        served: which bank serves whom; None where this one serves everybody.
+    At most `at_a_time` jobs may be open. Without `served` this bank serves everybody.
     """
 
     def __init__(
@@ -97,29 +87,29 @@ class Readapting:
 
     async def stale(self) -> dict[str, int]:
         """Other banks, with how many users of each are on the list."""
-        counts = await self._adapters.adapted()
-        return {bank: count for bank, count in counts.items() if bank != self._manifest.short}
+        adapted = await self._adapters.adapted()
+        return {bank: count for bank, count in adapted.items() if bank != self._manifest.short}
 
-    async def run(self, told: Callable[[Counts], None] = lambda counts: None) -> Counts:
-        """Work through the lists of all other banks; `told` is called after every user."""
-        counts = Counts()
+    async def run(self, on_user: Callable[[ReadaptTally], None] = lambda tally: None) -> ReadaptTally:
+        """Work through the lists of all other banks."""
+        tally = ReadaptTally()
         for bank in await self.stale():
             async for user_key in self._adapters.adapted_users(bank):
-                await self._user(user_key, bank, counts)
-                told(counts)
-        return counts
+                await self._user(user_key, bank, tally)
+                on_user(tally)
+        return tally
 
-    async def _user(self, user_key: str, bank: str, counts: Counts) -> None:
+    async def _user(self, user_key: str, bank: str, tally: ReadaptTally) -> None:
         epoch = await self._profiles.epoch(user_key)
         profile = await self._profiles.load(user_key)
         now = parse_recipe(profile.adapter.recipe).bank if profile and profile.adapter else ""
         if profile is not None and not self._serves(user_key, profile.user_id):
-            counts.settled += 1  # stays on the list, for the bank that does serve them
+            tally.settled += 1  # stays on the list, for the bank that does serve them
         elif profile is None or now != bank or not await self._jobs.samples(user_key):
-            counts.settled += 1
+            tally.settled += 1
             await self._adapters.forget_adapted(user_key, but=now if now != bank else "")
         elif profile.seen_by(self._manifest.embedder.id) is None:
-            counts.waiting += 1
+            tally.waiting += 1
         else:
             await self._room()
             usual = default_config(self._manifest.room, self._manifest.common)
@@ -127,7 +117,7 @@ class Readapting:
             kept = Submission([], append=True, config=config, bank=self._manifest.short, epoch=epoch)
             with suppress(UserErased):
                 await self._jobs.submit(user_key, kept, MAX_SAMPLES)
-            counts.asked += 1
+            tally.queued += 1
 
     def _serves(self, user_key: str, user_id: str) -> bool:
         return self._served is None or self._served.of(user_key, user_id) == self._manifest.short

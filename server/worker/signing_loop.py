@@ -16,8 +16,8 @@ from server.errors import ApiError, Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, StoredSignature
 from server.store.signing import SignQueue
 from server.watching.background import forever
-from server.worker.figures import WorkerFigures
-from server.worker.leased.stall import STALL_S, Stalled
+from server.worker.metrics import WorkerMetrics
+from server.worker.training_thread import STALL_S, Stalled
 
 log = logging.getLogger("mta.worker")
 
@@ -56,7 +56,7 @@ class SigningLoop:
         signer: Signs,
         *,
         model_lock: asyncio.Lock,
-        figures: WorkerFigures | None = None,
+        metrics: WorkerMetrics | None = None,
     ) -> None:
         self._name = name
         self._queue = queue
@@ -64,7 +64,7 @@ class SigningLoop:
         self._bank = bank
         self._signer = signer
         self._model_lock = model_lock
-        self._figures = figures or WorkerFigures()
+        self._metrics = metrics or WorkerMetrics()
 
     async def run(self) -> None:
         """Work until cancelled; waits for a store that cannot be reached."""
@@ -122,7 +122,7 @@ class SigningLoop:
                 made = await self._made(user_key, pairs)
             signed = replace(profile, signature=StoredSignature(made, profile.updated_ms))
             if await self._profiles.commit(user_key, snapshot.version, Change(signed, {}, {}, ()), snapshot.epoch):
-                self._figures.signatures.inc()
+                self._metrics.signatures.inc()
                 log.info("%s: signed, %d items", user_key, len(pairs))
                 return
 

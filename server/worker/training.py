@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapters.errors import TrainingError
+from adapters.errors import MtaError, TrainingError
 from adapters.fusion import fuse
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.trainer import TrainPlan, initial_lora, train_lora
-from adapters.training.user_run import UserPlan
-from adapters.training.user_trainer import Judgement, Training, train_user
-from adapters.user_adapter import UserAdapter, UserAdapterKind, encode_user_adapter
+from adapters.training.user_trainer import Judgement, TrainingRun, train_user
+from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bank.building.signer import Signer
 from bank.items.lessons import Past, recalling
 from bank.items.profile import Item
@@ -27,37 +28,37 @@ from bank.lookup.signature import Signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
 from bank.models.load import load_base
-from server.store.samples import BATCH_SIZE, LOOK_EVERY, AdaptConfig, Sample, room_for_past
-from server.worker.content import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
+from server.store.samples import Sample
 
 MAX_SIGNED_TOKENS = 512
 """Longest item in a signature; a longer one loses the end of its input."""
 
+CONFIG_REMEDY = "submit the job again"
+SAMPLE_REMEDY = "send it as the model's chat template requires, or leave it out"
+_MOST_CHARS = 300
 _WARM_UP_TOKENS = 64
 
 
-def user_plan(config: AdaptConfig) -> UserPlan:
-    """The training plan of a job's configuration."""
-    return UserPlan(
-        kind=UserAdapterKind(config.kind),
-        rank=config.rank,
-        steps=config.steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=config.learning_rate,
-        holdout=config.holdout,
-        every=LOOK_EVERY,
-        seed=config.seed,
-    )
+@contextmanager
+def blamed(what: str, remedy: str) -> Iterator[None]:
+    """Blame what a job holds, e.g. `samples.3`, for whatever goes wrong in a block, except for a lack of memory.
+
+    That is the process's fault. For code that only reads and encodes, and touches no device.
+
+    Raises:
+        TrainingError: with the reason and the remedy.
+    """
+    try:
+        yield
+    except (MtaError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:_MOST_CHARS]
+        raise TrainingError(f"{what} cannot be used ({reason}): {remedy}") from error
 
 
 class AdapterTrainer:
-    """Trains user adapters of one bank on one base model, loaded once.
-
-    Args:
-        manifest: the bank's.
-        matrix: its rows.
-        model, tokenizer: the base model.
-    """
+    """Trains user adapters of one bank on one base model, loaded once."""
 
     def __init__(self, manifest: BankManifest, matrix: MetaMatrix, model: Any, tokenizer: Any) -> None:
         self.manifest = manifest
@@ -83,34 +84,28 @@ class AdapterTrainer:
 
     def train(
         self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item] = ()
-    ) -> Training:
+    ) -> TrainingRun:
         """Train and judge a user adapter on top of a recipe, step by step.
 
-        Args:
-            recipe: what is beneath.
-            samples: what is learnt.
-            config: how.
-            items: the user's, the oldest first: in a bank whose rows know history some stand before samples, as far as
-                the job may read them.
+        `items` are the user's, the oldest first: in a bank whose rows know history some stand before samples, as far
+        as the job may read them.
 
         Raises:
             TrainingError: when the samples or the configuration cannot be trained with.
             FusionError: when the recipe cannot be fused.
         """
-        with blamed("the job's configuration", CONFIG_REMEDY):
-            plan = user_plan(config)
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
-        if plan.kind is UserAdapterKind.LORA and plan.rank > room:
-            raise TrainingError(f"rank {plan.rank} does not fit: the bank leaves rank {room} for users")
+        if config.rank > room:
+            raise TrainingError(f"rank {config.rank} does not fit: the bank leaves rank {room} for users")
         examples = [self._encoded(place, list(sample.messages), sample.output) for place, sample in enumerate(samples)]
         past = Past(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
-        left = room_for_past(config, [len(example.ids) for example in examples])
+        left = config.room_for_past([len(example.ids) for example in examples])
         for place, sample in enumerate(samples):
             if left and (memories := past.memories(sample.messages[-1]["content"], sample.output)):
                 alone = len(examples[place].ids)
                 examples[place] = self._recalling(place, sample, past.task, memories, alone + left)
                 left -= len(examples[place].ids) - alone
-        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, plan)
+        return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, config)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         """The signature of a user's items; an empty one when there is nothing to learn from them.

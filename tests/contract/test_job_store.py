@@ -11,8 +11,8 @@ from tests.support.store_parts import BANK, LEASE_S, claimed, state, submitted
 
 
 async def test_a_job_is_queued_with_its_samples_and_announced(jobs: RedisJobs, user: str) -> None:
-    job = await submitted(jobs, user, "one", "two", config='{"kind":"core"}')
-    assert (job.id.user_key, job.state, job.config, job.tries) == (user, JobState.QUEUED, '{"kind":"core"}', 0)
+    job = await submitted(jobs, user, "one", "two", config='{"rank":2}')
+    assert (job.id.user_key, job.state, job.config, job.tries) == (user, JobState.QUEUED, '{"rank":2}', 0)
     assert job.created_ms > 0
     assert await jobs.samples(user) == [b"one", b"two"]
     assert await jobs.next_job(BANK, "w", 1) == job.id

@@ -18,7 +18,7 @@ from server.store.profiles import AdapterNote, Change, Profile
 from server.store.samples import JobBudget, decode_config
 from server.store.tenants.access_keys import KeyRing, Scope, access_key
 from server.store.tenants.user_key import Tenants
-from server.worker.readapting import Counts, Readapting, ServedBanks
+from server.worker.readapting import Readapting, ReadaptTally, ServedBanks
 from tests.support.store_parts import EMBEDDER, KEYS, SECRET, TENANT, StoreParts
 
 A, B = "aaaaaaaa", "bbbbbbbb"
@@ -44,7 +44,7 @@ def served(own: str, *, secret: str = SECRET, **named: str) -> ServedBanks:
     return ServedBanks(ring, own, Tenants(secret, "default"), "default")
 
 
-async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = None) -> Counts:
+async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = None) -> ReadaptTally:
     """What one run of `mta readapt` does while a bank is served, to everybody where nothing else is said."""
     manifest: Any = SimpleNamespace(short=bank, embedder=SimpleNamespace(id=EMBEDDER), room=2, common=True)
     budget = JobBudget(max_tokens=1234, max_seconds=56)
@@ -77,38 +77,38 @@ async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
 async def test_whoever_moves_back_and_forth_is_adapted_each_time(parts: StoreParts) -> None:
     (before,) = await parts.jobs.jobs(ADA)
     for move, bank in enumerate([B, A, B, A]):
-        assert await readapted(parts, bank) == Counts(asked=1)
-        assert await readapted(parts, bank) == Counts(asked=1)  # an interrupted run may be started again
+        assert await readapted(parts, bank) == ReadaptTally(queued=1)
+        assert await readapted(parts, bank) == ReadaptTally(queued=1)  # an interrupted run may be started again
         job = await trained(parts, bank)
         assert (job.id.number - before.id.number, job.bank, job.state) == (move + 1, bank, JobState.SUCCEEDED)
         assert {name for name, count in (await parts.adapters.adapted()).items() if count} == {bank}
-        assert await readapted(parts, bank) == Counts()
+        assert await readapted(parts, bank) == ReadaptTally()
 
 
 async def test_a_job_that_came_to_nothing_is_tried_again_by_the_next_run(parts: StoreParts) -> None:
     (before,) = await parts.jobs.jobs(ADA)
     for number in (before.id.number + 1, before.id.number + 2):
-        assert await readapted(parts, B) == Counts(asked=1)
+        assert await readapted(parts, B) == ReadaptTally(queued=1)
         assert (await trained(parts, B, better=False)).id.number == number
     assert {name for name, count in (await parts.adapters.adapted()).items() if count} == {A}
 
 
 async def test_who_was_erased_or_has_no_samples_leaves_the_list(parts: StoreParts) -> None:
     await parts.profiles.erase(ADA, 1 << 52, 0)
-    assert await readapted(parts, B) == Counts(settled=1)
-    assert await readapted(parts, B) == Counts()
+    assert await readapted(parts, B) == ReadaptTally(settled=1)
+    assert await readapted(parts, B) == ReadaptTally()
 
 
 async def test_whom_another_bank_serves_is_left_alone_and_stays_on_the_list_of_it(parts: StoreParts) -> None:
     for by_other in (served(B, **{TENANT: A}), served(A, acme=B), served(B, acme=A, secret="not the gateways' own")):
-        assert await readapted(parts, B, by_other) == Counts(settled=1)
+        assert await readapted(parts, B, by_other) == ReadaptTally(settled=1)
     assert await parts.jobs.next_job(B, "w", 0.05) is None
     assert await parts.adapters.adapted() == {A: 1}
 
 
 async def test_whom_the_bank_serves_gets_a_job_whether_their_tenant_names_it_or_none(parts: StoreParts) -> None:
     for bank, by_bank in ((B, served(A, **{TENANT: B})), (A, served(A, acme=B))):
-        assert await readapted(parts, bank, by_bank) == Counts(asked=1)
+        assert await readapted(parts, bank, by_bank) == ReadaptTally(queued=1)
         assert (await trained(parts, bank)).state is JobState.SUCCEEDED
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from adapters.recipe import UserAdapterId
+from adapters.training.adapt_config import AdaptConfig
 from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import JobId, JobState, Submission, Trained
 from server.store.profiles import Change
-from server.store.samples import AdaptConfig, Sample, decode_config, decode_sample
+from server.store.samples import Sample, decode_config, decode_sample
 from server.store.tenants.user_key import UserKeys
 from tests.support.store_parts import BANK, StoreParts
 

@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from adapters.recipe import FusionRecipe
-from adapters.training.user_run import Progress
-from adapters.training.user_trainer import Judgement, Training
+from adapters.training.adapt_config import AdaptConfig
+from adapters.training.user_run import TrainingProgress
+from adapters.training.user_trainer import Judgement, TrainingRun
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
@@ -20,7 +21,7 @@ from bank.rules import Difference, Verdict
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from server.store.samples import AdaptConfig, Sample
+from server.store.samples import Sample
 from server.watching.tracing import Tracing
 from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
@@ -151,10 +152,10 @@ class Interrupted:
 
     def train(
         self, recipe: FusionRecipe, samples: Sequence[Sample], config: AdaptConfig, items: Sequence[Item]
-    ) -> Training:
-        return Training(self._hooked(self._trainer.train(recipe, samples, config, items)))
+    ) -> TrainingRun:
+        return TrainingRun(self._hooked(self._trainer.train(recipe, samples, config, items)))
 
-    def _hooked(self, training: Training) -> Generator[Progress, None, Judgement]:
+    def _hooked(self, training: TrainingRun) -> Generator[TrainingProgress, None, Judgement]:
         step = 0
         for progress in training:
             if progress.step > step:

@@ -80,7 +80,7 @@ def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: 
 def test_while_a_job_trains_its_events_carry_its_curves(
     client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.worker.leased.holding.RENEW_S", 0.02)
+    monkeypatch.setattr("server.worker.training_thread.RENEW_S", 0.02)
     monkeypatch.setattr("server.gateway.routes.jobs._POLL_S", 0.02)
     job, told = adapt(client, ada).json(), list[dict[str, Any]]()
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import redis
 
+from adapters.training.adapt_config import AdaptConfig
 from bank.manifest import BankManifest
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
@@ -20,8 +21,8 @@ from server.errors import InvalidRequest
 from server.gateway.http.requests import AdaptOptions
 from server.gateway.users.adapting import training_config
 from server.store.profiles import Change
-from server.store.samples import AdaptConfig, JobBudget
-from server.worker.readapting import Counts, Readapting
+from server.store.samples import JobBudget
+from server.worker.readapting import Readapting, ReadaptTally
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Work, working
 from tests.support.adapting import SAMPLES, adapt, job_of
@@ -54,15 +55,14 @@ def adapted(client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work)
     return ada
 
 
-@pytest.mark.parametrize("kind", ["core", "lora"])
 def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, kind: str
+    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work
 ) -> None:
     fake_engine.knobs.user_adapters = True
-    response = adapt(client, ada, config={"kind": kind, "learning_rate": 0.02})
+    response = adapt(client, ada, config={"learning_rate": 0.02})
     job = response.json()
     assert (response.status_code, response.headers["Location"]) == (202, f"/jobs/{job['id']}")
-    assert (job["state"], job["config"]["kind"]) == ("queued", kind)
+    assert (job["state"], job["config"]["learning_rate"]) == ("queued", 0.02)
     assert generate(client, ada).json()["personalization"]["level"] == "merged"
     work()
     done = job_of(client, job)
@@ -193,12 +193,12 @@ def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_
     manifest = gateway.parts.bank.manifest
     for _ in range(2):  # the second time it finds the job there
         counts = asyncio.run(_readapt(url, manifest))
-        assert (counts.asked, counts.waiting) == (1, 0)
+        assert (counts.queued, counts.waiting) == (1, 0)
     job = f"{key}.{int(first) + 1}"
     assert client.get(f"/jobs/{job}").json()["state"] == "queued"
     work()
     assert client.get(f"/jobs/{job}").json()["state"] == "succeeded"
-    assert asyncio.run(_readapt(url, manifest)) == Counts()
+    assert asyncio.run(_readapt(url, manifest)) == ReadaptTally()
     assert generate(client, ada).json()["personalization"]["level"] == "stacked"
 
 
@@ -215,7 +215,7 @@ async def _make_stale(url: str, key: str) -> None:
         raw.sadd("mta:adapted:00000000", key)
 
 
-async def _readapt(url: str, manifest: BankManifest) -> Counts:
+async def _readapt(url: str, manifest: BankManifest) -> ReadaptTally:
     async with StoreParts.opened(url) as parts:
         room = 1000  # more than other tests leave waiting
         budget = JobBudget(1000, 60)

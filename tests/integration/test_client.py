@@ -96,7 +96,7 @@ def test_a_stream_that_breaks_is_an_error_after_its_pieces(api: Client, ada: str
 
 def test_samples_become_a_job(api: Client, new_user: NewUser) -> None:
     user_id = new_user()
-    first = api.adapt(user_id, SAMPLES, kind="core", steps=3)
+    first = api.adapt(user_id, SAMPLES, rank=1, steps=3)
     assert (first.state, first.ended_at, first.adapter, first.error) == ("queued", None, None, None)
     assert next(api.events(first.id)) == first
     second = api.adapt(user_id, SAMPLES[:2], append=True)

@@ -10,7 +10,6 @@ import pytest
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.example import Example
-from adapters.user_adapter import UserAdapterKind
 from bank.evaluation.scoring import Scorer, Scores
 from bank.evaluation.speakers import OpenBank, PersonAdapter
 from bank.items.prompt import encode_pair
@@ -51,11 +50,10 @@ def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> It
 
 
 def adapters(bank: OpenBank) -> dict[str, PersonAdapter | None]:
-    """The base model, a recipe, and user adapters of both kinds stacked on it."""
+    """The base model, a recipe, and a user adapter stacked on it."""
     recipe = FusionRecipe(bank.manifest.short, bank.manifest.method, True, (Term(0, 400), Term(3, 300)))
-    trained = {kind.value: random_user_adapter(bank.manifest, recipe, kind).weights for kind in UserAdapterKind}
-    stacked = {name: PersonAdapter(bank, recipe, weights) for name, weights in trained.items()}
-    return {"base": None, "merged": PersonAdapter(bank, recipe), **stacked}
+    trained = random_user_adapter(bank.manifest, recipe).weights
+    return {"base": None, "merged": PersonAdapter(bank, recipe), "stacked": PersonAdapter(bank, recipe, trained)}
 
 
 def answers(scores: Scores, adapter: PersonAdapter | None, examples: list[Example], tokens: int) -> list[str]:

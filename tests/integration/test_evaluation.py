@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.trainer import initial_lora
 from adapters.training.user_trainer import Judgement
 from bank.building.baselines import BASELINES, build_baselines
@@ -26,13 +27,10 @@ from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
-from server.store.samples import AdaptConfig
-from server.worker.training import user_plan
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
 METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history@h1"
 CONFIG = AdaptConfig(rank=1, steps=2)
-PLAN = user_plan(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +69,7 @@ def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[lis
         done += pieces
 
     options = EvalOptions(tuple(parse_methods(methods)), tuple(range(seeds)), predict=True)
-    (rows,) = evaluate(inputs, options, PLAN, lambda pieces: on_done, strength=CONFIG.strength).tables.values()
+    (rows,) = evaluate(inputs, options, CONFIG, lambda pieces: on_done, strength=CONFIG.strength).tables.values()
     return [row.method for row in rows], done
 
 
@@ -133,7 +131,7 @@ def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> No
     where = dataclasses.replace(inputs, users=users, out=bench.folder / "plain")
     chosen = tuple(parse_methods(methods))
     options = EvalOptions(chosen, (0,), predict=False, writing=chosen[:1])
-    results = evaluate(where, options, PLAN, lambda pieces: lambda done: None, strength=CONFIG.strength)
+    results = evaluate(where, options, CONFIG, lambda pieces: lambda done: None, strength=CONFIG.strength)
     assert [row.named.n for row in results.voices] == [2] * 2
     lines = [json.loads(line) for line in (where.out / RECORDS_FILE).read_text("utf-8").splitlines()]
     first = {line["method"]: line["loss"] for line in lines if line["query_id"] == people[0]["query"][0]["id"]}
@@ -153,7 +151,7 @@ def test_the_baselines_are_a_bank_of_their_own_that_is_not_trained_twice(inputs:
 def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learnt(inputs: EvalInputs) -> None:
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     scorer = Scorer(*load_base(inputs.model_folder, "float32"))
-    adapters = Adapters(bank, None, scorer, inputs.embedder, plan=PLAN, strength=CONFIG.strength, max_tokens=64)
+    adapters = Adapters(bank, None, scorer, inputs.embedder, plan=CONFIG, strength=CONFIG.strength, max_tokens=64)
     evidence = adapters.evidence(read_people(inputs.users, bank.serving.task)[0])
     merged, stacked = parse_methods("merged,stacked")
     without = adapters.make(merged, evidence, 0)

@@ -39,11 +39,8 @@ def test_the_items_of_an_export_make_the_same_profile_again(client: httpx.Client
     assert (again["kept"], again["changed"]) == (3, 0)
 
 
-@pytest.mark.parametrize("kind", ["lora", "core"])
-def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter(
-    client: httpx.Client, ada: str, work: Work, kind: str
-) -> None:
-    body = {"samples": SAMPLES, "config": {"kind": kind, "learning_rate": 0.02}, "idempotency_key": "once"}
+def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter(client: httpx.Client, ada: str, work: Work) -> None:
+    body = {"samples": SAMPLES, "config": {"learning_rate": 0.02}, "idempotency_key": "once"}
     job = client.post(f"/users/{ada}/adapt", json=body).raise_for_status().json()
     work()
     export = client.get(f"/users/{ada}/export").raise_for_status().json()
@@ -56,7 +53,7 @@ def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter(
     assert len(base64.b64decode(adapter["stored"])) == noted["bytes"]
     config, raw = adapter["peft"]["config"], base64.b64decode(adapter["peft"]["weights"], validate=True)
     start = 8 + int.from_bytes(raw[:8], "little")
-    assert config["r"] == (4 + 2 if kind == "lora" else 4)
+    assert config["r"] == 4 + 2
     modules = len(config["target_modules"])
     assert raw[:start].count(b"lora_A") == raw[:start].count(b"lora_B") == modules > 0
     assert "whole adapter" in adapter["says"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.user_trainer import train_user
 from bank.building.baselines import build_baselines
@@ -29,9 +30,8 @@ from bank.manifest import BankManifest, read_manifest
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from server.store.jobs import JobState
-from server.store.samples import AdaptConfig
 from server.worker.job_loop import JobLoop
-from server.worker.training import AdapterTrainer, user_plan
+from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 from tests.support.desk import Desk
 
@@ -84,7 +84,7 @@ def test_user_adapters_are_evaluated_as_the_bank_was_trained(
         return train_user(model, fused, samples, plan)  # type: ignore[arg-type]
 
     monkeypatch.setattr("bank.evaluation.adapters.train_user", spying)
-    plan = user_plan(AdaptConfig(rank=1, steps=1))
+    plan = AdaptConfig(rank=1, steps=1)
     for name in ("knowing", "plain"):
         bank = OpenBank.open(bench.folder / name, embedder.id)
         adapters = Adapters(bank, None, scorer, embedder, plan=plan, strength=0.5, max_tokens=512)

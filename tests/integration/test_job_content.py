@@ -12,16 +12,15 @@ import pytest
 import torch
 
 from adapters.recipe import FusionRecipe, Term
+from adapters.training.adapt_config import FEW, AdaptConfig
 from adapters.training.example import Example
 from adapters.training.loss import mean_loss
-from adapters.training.user_trainer import FEW, FOLDS
 from bank.items.profile import Item
 from bank.items.prompt import encode_conversation
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest
-from server.store import samples as counting
 from server.store.jobs import JobState
-from server.store.samples import AdaptConfig, Sample, tokens_read
+from server.store.samples import Sample
 from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.desk import CONFIG, SAMPLES, Desk
@@ -60,8 +59,7 @@ WRONG_SAMPLES = {
     "content of another shape": (sample(turn({"image": 1}), {"text": 1}), "samples.8"),
 }
 WRONG_CONFIGS = {
-    "a field of a newer gateway": (config(flavour=1), "flavour"),
-    "a kind of a newer gateway": (config(kind="prefix"), "prefix"),
+    "a field of another version": (config(flavour=1), "flavour"),
     "no object": ("[]", "configuration"),
     "no JSON": ("{", "configuration"),
     "no steps": (config(steps=0), "steps"),
@@ -164,10 +162,6 @@ def test_warming_up_leaves_the_model_and_what_it_will_train_as_they_were(trainer
     assert mean_loss(trainer.model, [example]) == loss
 
 
-def test_jobs_are_counted_by_the_numbers_that_training_goes_by() -> None:
-    assert (counting.FOLDS, counting.FEW) == (FOLDS, FEW)
-
-
 def some(count: int) -> list[Sample]:
     return [
         Sample([{"role": "user", "content": f"{n:02d}?"}], f"{n:02d} yes, that is number {n:02d}") for n in range(count)
@@ -201,7 +195,7 @@ def ids_read(
 @pytest.mark.parametrize("count", [1, 3, FEW + 1])
 def test_a_job_reads_about_as_much_as_it_is_said_to_and_never_more(trainer: AdapterTrainer, count: int) -> None:
     samples = some(count)
-    said = tokens_read(FEW_STEPS, lengths_of(trainer, samples))
+    said = FEW_STEPS.tokens_read(lengths_of(trainer, samples))
     assert 0.8 * said < ids_read(trainer, samples) <= said
 
 
@@ -210,7 +204,7 @@ def test_past_items_stand_before_samples_only_as_far_as_the_job_may_read_them(tr
     knows = BankManifest.model_copy(trainer.manifest, update={"training": {"history_share": 1.0}})
     knowing = AdapterTrainer(knows, trainer.matrix, trainer.model, trainer.tokenizer)
     plain = ids_read(trainer, samples)
-    least = tokens_read(FEW_STEPS, lengths_of(trainer, samples))
+    least = FEW_STEPS.tokens_read(lengths_of(trainer, samples))
     free, none = (ids_read(knowing, samples, replace(FEW_STEPS, max_tokens=most), past) for most in (10**6, least))
     some_room = (plain + free) // 2
     assert (

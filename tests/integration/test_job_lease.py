@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import redis.asyncio as redis
 
-from adapters.training.user_trainer import Training
+from adapters.training.adapt_config import AdaptConfig
+from adapters.training.user_trainer import TrainingRun
 from bank.lookup.serving import ServingBank
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
@@ -21,10 +22,10 @@ from server.store.jobs import MAX_TRIES, JobState, Lease
 from server.store.redis import keys
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers.connection import RedisConnection
-from server.store.samples import AdaptConfig, encode_config
+from server.store.samples import encode_config
 from server.worker.job_loop import JobLoop
-from server.worker.leased.stall import Stalled
 from server.worker.training import AdapterTrainer
+from server.worker.training_thread import Stalled
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk
 
@@ -78,7 +79,7 @@ class Hanging:
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.encoded, self.end = trainer.encoded, threading.Event()
 
-    def train(self, *_: object) -> Training:
+    def train(self, *_: object) -> TrainingRun:
         self.end.wait()
         raise AssertionError
 
@@ -96,10 +97,10 @@ def jobs(desk: Desk) -> Shaky:
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that runs out in a test's time."""
-    for module in ("leased.lease", "job_loop"):
+    for module in ("lease", "job_loop"):
         monkeypatch.setattr(f"server.worker.{module}.LEASE_S", 0.5)
-    for module in ("lease", "holding"):
-        monkeypatch.setattr(f"server.worker.leased.{module}.RENEW_S", 0.05)
+    for module in ("lease", "training_thread"):
+        monkeypatch.setattr(f"server.worker.{module}.RENEW_S", 0.05)
 
 
 async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_training(
@@ -186,8 +187,8 @@ def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) 
 async def test_a_lost_answer_changes_nothing(
     desk: Desk, worker: JobLoop, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
 ) -> None:
-    monkeypatch.setattr("server.worker.leased.lease.RENEW_S", 0.05)
-    monkeypatch.setattr("server.worker.leased.lease.ANSWER_S", 0.5 if silent else 4.0)
+    monkeypatch.setattr("server.worker.lease.RENEW_S", 0.05)
+    monkeypatch.setattr("server.worker.lease.ANSWER_S", 0.5 if silent else 4.0)
     jobs.lost, jobs.silent = {call}, silent
     job_id = await desk.submit(SAMPLES if call != "end" else [b"{"])
     assert await worker.work_once(1)
@@ -211,8 +212,8 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
 ) -> None:
     job_id, hanging = await desk.submit(), Hanging(trainer)
     with monkeypatch.context() as patched:
-        patched.setattr("server.worker.leased.stall.STALL_S", 0.2)
-        patched.setattr("server.worker.leased.holding.RENEW_S", 0.05)
+        patched.setattr("server.worker.training_thread.STALL_S", 0.2)
+        patched.setattr("server.worker.training_thread.RENEW_S", 0.05)
         try:
             with pytest.raises(Stalled):
                 await JobLoop("test", desk.jobs, desk.profiles, bank, hanging).work_once(1)

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from adapters.flat import lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.forward import below as module
 from adapters.training.forward.attention import use_quick_attention
 from adapters.training.forward.below import layer_of, upper_half
-from adapters.training.kinds import InTraining, in_training
 from adapters.training.loss import backward, row_losses
 from adapters.training.trainer import linear_modules
-from adapters.user_adapter import UserAdapterKind
+from adapters.training.user_run import UserRun, user_run
 from bank.items.prompt import encode_pair
 
 
@@ -45,10 +45,10 @@ def fused(model: Any) -> LoraWeights:
 
 
 def training(model: Any, fused: LoraWeights) -> Any:
-    return in_training(model, fused, UserAdapterKind.LORA, 2, seed=0)
+    return user_run(model, fused, AdaptConfig(rank=2))
 
 
-def moved(here: InTraining, seed: int) -> None:
+def moved(here: UserRun, seed: int) -> None:
     """Put some weights on a user adapter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def moved(here: InTraining, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def gradient(here: InTraining, batch: list[Example], below: module.Below | None) -> torch.Tensor:
+def gradient(here: UserRun, batch: list[Example], below: module.Below | None) -> torch.Tensor:
     for parameter in here.parameters:
         parameter.grad = None
     backward(here.model, batch, below)
@@ -114,7 +114,6 @@ def test_a_users_lora_leaves_the_lower_layers_as_they_are_and_the_model_runs_who
         moved(here, 0)
         backward(here.model, examples, here.below)
         made = here.weights()
-    assert isinstance(made, LoraWeights)
     assert set(made.a) == set(fused.a)
     for name in made.a:
         assert bool(made.delta(name).any()) == (layer_of(name) >= 1), name

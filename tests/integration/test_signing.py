@@ -22,9 +22,9 @@ from server.settings import Settings
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.signing import RedisSigning
-from server.worker.leased.stall import Stalled
 from server.worker.signing_loop import MAX_TRIES, SigningLoop
 from server.worker.training import AdapterTrainer
+from server.worker.training_thread import Stalled
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
 

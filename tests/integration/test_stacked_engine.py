@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,12 +14,14 @@ import httpx
 import pytest
 import redis
 import torch
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
+from adapters.raw import USER_FORMAT
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
-from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter
+from adapters.user_adapter import UserAdapter
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bench.oracle.dense import stacked_adapter, token_logprobs
@@ -86,9 +89,9 @@ def model(tiny_model_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
 
 
-def user_of(served: Served, kind: UserAdapterKind, recipe: FusionRecipe) -> UserAdapter:
+def user_of(served: Served, recipe: FusionRecipe) -> UserAdapter:
     """A random user adapter of a recipe."""
-    return random_user_adapter(served.manifest, recipe, kind)
+    return random_user_adapter(served.manifest, recipe)
 
 
 def tokens_of(engine: Engine) -> list[int]:
@@ -96,10 +99,9 @@ def tokens_of(engine: Engine) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("kind", list(UserAdapterKind))
-def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any, kind: UserAdapterKind) -> None:
+def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any) -> None:
     recipe = stacked.recipe()
-    user = user_of(stacked, kind, recipe)
+    user = user_of(stacked, recipe)
     stacked.keep(recipe, user)
     ids = tokens_of(stacked.engine)
     merged = torch.tensor(stacked.engine.prompt_logprobs(recipe.plain.name, ids))
@@ -112,13 +114,10 @@ def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any, 
     torch.testing.assert_close(again, merged, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("kind", list(UserAdapterKind))
-def test_who_loses_the_only_slot_and_gets_it_back_ten_times_has_the_same_adapter(
-    stacked: Served, kind: UserAdapterKind
-) -> None:
+def test_who_loses_the_only_slot_and_gets_it_back_ten_times_has_the_same_adapter(stacked: Served) -> None:
     """Its weights are kept meanwhile: whatever were done to them in place would be done each time."""
     recipe, engine = stacked.recipe(), stacked.engine
-    stacked.keep(recipe, user_of(stacked, kind, recipe))
+    stacked.keep(recipe, user_of(stacked, recipe))
     names, ids = (recipe.name, recipe.plain.name), tokens_of(engine)
     first = {name: engine.prompt_logprobs(name, ids) for name in names}
     fused, written = engine.metric("mta_engine_fuses_total"), engine.metric("mta_engine_slot_write_seconds_count")
@@ -142,7 +141,7 @@ def refused(stacked: Served, recipe: FusionRecipe) -> str:
 def test_an_adapter_that_is_not_there_is_a_404(stacked: Served) -> None:
     recipe = stacked.recipe()
     assert "does not exist; the plain recipe is" in refused(stacked, recipe)
-    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
+    stacked.keep(recipe, user_of(stacked, recipe))
     assert "does not exist" in refused(stacked, stacked.recipe(adapter="c" * 25 + "e"))
 
 
@@ -151,22 +150,19 @@ def test_an_adapter_that_is_not_there_is_a_404(stacked: Served) -> None:
     [
         (lambda served, recipe: {"sha256": "0" * 64}, "its SHA-256 differs"),
         (lambda served, recipe: _whole(b"no adapter"), "no readable header"),
-        (
-            lambda served, recipe: _whole(encode_user_adapter(served.manifest.layout, _of_rank(served, recipe, 3))),
-            "rank 3",
-        ),
+        (lambda served, recipe: _whole(_core()), "of kind 'core'"),
     ],
 )
 def test_a_damaged_adapter_is_a_404_with_the_reason(
     stacked: Served, damage: Callable[[Served, FusionRecipe], dict[str, Any]], reason: str
 ) -> None:
     recipe = stacked.recipe()
-    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe), **damage(stacked, recipe))
+    stacked.keep(recipe, user_of(stacked, recipe), **damage(stacked, recipe))
     assert reason in refused(stacked, recipe)
 
 
 def test_an_adapter_is_served_with_the_recipe_it_was_trained_on_and_no_other(stacked: Served) -> None:
-    stacked.keep(stacked.recipe(), user_of(stacked, UserAdapterKind.CORE, stacked.recipe()))
+    stacked.keep(stacked.recipe(), user_of(stacked, stacked.recipe()))
     assert "was trained on" in refused(stacked, stacked.recipe(Term(1, 500)))
 
 
@@ -180,7 +176,7 @@ def test_more_rank_than_a_slot_holds_is_a_404(stacked: Served) -> None:
 
 def test_what_was_replaced_is_not_served_any_more(stacked: Served) -> None:
     recipe = stacked.recipe()
-    user = user_of(stacked, UserAdapterKind.CORE, recipe)
+    user = user_of(stacked, recipe)
     stacked.keep(recipe, user)
     stacked.engine.chat(recipe.name).raise_for_status()
     newer = replace(recipe, user_adapter=UserAdapterId(USER, f"{'d' * 25}e"))
@@ -191,7 +187,7 @@ def test_what_was_replaced_is_not_served_any_more(stacked: Served) -> None:
 
 def test_a_dropped_user_is_neither_held_nor_resident(stacked: Served) -> None:
     recipe = stacked.recipe()
-    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
+    stacked.keep(recipe, user_of(stacked, recipe))
     stacked.engine.chat(recipe.name).raise_for_status()
     assert recipe.name in stacked.engine.resident()["resident"]
     assert stacked.engine.resident()["held"] == [recipe.name]
@@ -204,7 +200,7 @@ def test_a_dropped_user_is_neither_held_nor_resident(stacked: Served) -> None:
 
 def test_what_an_open_stream_uses_is_dropped_when_it_has_ended(stacked: Served) -> None:
     recipe = stacked.recipe()
-    stacked.keep(recipe, user_of(stacked, UserAdapterKind.CORE, recipe))
+    stacked.keep(recipe, user_of(stacked, recipe))
     engine = stacked.engine
     engine.chat(recipe.name).raise_for_status()
 
@@ -224,6 +220,8 @@ def _whole(raw: bytes) -> dict[str, Any]:
     return {"raw": raw, "sha256": hashlib.sha256(raw).hexdigest()}
 
 
-def _of_rank(served: Served, recipe: FusionRecipe, rank: int) -> UserAdapter:
-    c = {m.name: torch.zeros(rank, rank) for m in served.manifest.layout.modules}
-    return UserAdapter(recipe.plain.name, CoreWeights(rank, c))
+def _core() -> bytes:
+    """A user adapter of the kind that former versions had."""
+    header = json.dumps({"kind": "core", "rank": 4, "recipe": "mta1:9f2c41d0:shared:c"})
+    raw: bytes = save({"c": torch.zeros(16, dtype=torch.bfloat16)}, {USER_FORMAT: header})
+    return raw

@@ -1,4 +1,4 @@
-"""Training a LoRA: its loss against a plain computation, what moves and what does not, and the model left as it was."""
+"""Training a LoRA: loss and attention against plain ones, what moves and what does not, the model left as it was."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from adapters.errors import FusionError
 from adapters.lora import LoraWeights
 from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.forward.attention import Block, use_quick_attention
 from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, mean_loss, read
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
@@ -24,6 +25,15 @@ PLAN = TrainPlan(steps=6, batch_size=4, learning_rate=1e-2, seed=0)
 @pytest.fixture(scope="module")
 def model(tiny_model_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_model_folder: Path) -> Any:
+    """The same with attention in blocks."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32, attn_implementation="eager")
+    use_quick_attention(model)
+    assert model.config._attn_implementation != "eager"
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,16 @@ def row_losses(model: Any, row: Row) -> list[float]:
     return [float(part.sum()) for part in tokens.split(row.counts)]
 
 
+def gradient(model: Any, batch: list[Example]) -> torch.Tensor:
+    """Of the mean loss per output token."""
+    start = initial_lora(linear_modules(model), 4, seed=0)
+    start = LoraWeights(4, start.a, {name: torch.full_like(b, 1e-2) for name, b in start.b.items()})
+    with attached(model, start) as here:
+        moving = here.trainable(train_a=True)
+        backward(here.model, batch)
+        return torch.cat([parameter.grad.reshape(-1) for parameter in moving if parameter.grad is not None])
+
+
 @torch.no_grad()
 def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, examples: list[Example]) -> None:
     alone = [plain_loss(model, example) for example in examples]
@@ -64,19 +84,9 @@ def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, e
 
 
 def test_the_gradient_of_a_packed_row_is_that_of_its_examples(model: Any, examples: list[Example]) -> None:
-    start = initial_lora(linear_modules(model), 4, seed=0)
-    start = LoraWeights(4, start.a, {name: torch.full_like(b, 1e-2) for name, b in start.b.items()})
-
-    def gradient(batch: list[Example]) -> torch.Tensor:
-        """Of the mean loss per output token."""
-        with attached(model, start) as here:
-            moving = here.trainable(train_a=True)
-            backward(here.model, batch)
-            return torch.cat([parameter.grad.reshape(-1) for parameter in moving])
-
     total = sum(example.output_tokens for example in examples)
-    packed = gradient(examples)
-    alone = torch.stack([gradient([example]) * example.output_tokens / total for example in examples]).sum(0)
+    packed = gradient(model, examples)
+    alone = torch.stack([gradient(model, [example]) * example.output_tokens / total for example in examples]).sum(0)
     assert torch.allclose(packed, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
     assert float(alone.abs().max()) > 0
 
@@ -152,3 +162,61 @@ def test_all_linear_layers_but_the_head_are_adapted_unless_told(model: Any) -> N
 def test_nothing_to_train_on_is_refused(model: Any) -> None:
     with pytest.raises(FusionError, match="nothing to train on"):
         train_lora(model, [], PLAN, start=initial_lora(linear_modules(model), 4, seed=0))
+
+
+@pytest.mark.parametrize(("size", "count"), [(size, count) for size in (1, 5, 16, 1000) for count in (1, 6)])
+def test_blocks_of_any_size_give_what_plain_attention_gives(
+    monkeypatch: pytest.MonkeyPatch, model: Any, quick: Any, examples: list[Example], *, size: int, count: int
+) -> None:
+    blocks = Row.blocks
+    monkeypatch.setattr(Row, "blocks", lambda row: blocks(row, size))
+    taken = examples[:count]
+    expected, found = read(model, taken), read(quick, taken)
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in expected]
+    of_plain, of_quick = gradient(model, taken), gradient(quick, taken)
+    assert torch.allclose(of_quick, of_plain, rtol=1e-4, atol=1e-5 * float(of_plain.abs().max()))
+    assert float(of_plain.abs().max()) > 0
+
+
+def test_what_a_block_does_not_see_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, quick: Any, examples: list[Example]
+) -> None:
+    """Blocks that claim to see too little change the losses: they are what is computed."""
+    expected = [loss for loss, _ in read(quick, examples)]
+    blocks = Row.blocks
+
+    def blind(row: Row) -> list[Any]:
+        return [Block(b.first, b.last, 0, b.first, b.last) for b in blocks(row, 8)]
+
+    monkeypatch.setattr(Row, "blocks", blind)
+    assert [loss for loss, _ in read(quick, examples)] != pytest.approx(expected, rel=1e-3)
+
+
+def test_answers_are_those_of_plain_attention(model: Any, quick: Any, examples: list[Example]) -> None:
+    """They come id by id, with keys of ids that are no longer read, and padding on the left."""
+    prompts = [example.ids[: example.loss_from] for example in examples[:3]]
+    width = max(len(prompt) for prompt in prompts)
+    asked = {
+        "input_ids": torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]),
+        "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+    }
+    expected, found = (
+        reader.generate(**asked, max_new_tokens=8, do_sample=False, pad_token_id=0) for reader in (model, quick)
+    )
+    assert torch.equal(found, expected)
+
+
+def eager_attention_forward(module: Any, query: Any, key: Any, value: Any) -> Any:
+    """What a model of this module means by attention: something of its own."""
+
+
+class Other:
+    """A model of this module."""
+
+    def set_attn_implementation(self, name: str) -> None:
+        raise AssertionError(name)
+
+
+def test_a_model_that_attends_in_another_way_keeps_it() -> None:
+    use_quick_attention(Other())

@@ -16,27 +16,18 @@ from adapters.errors import TrainingError
 from adapters.flat import lora_of
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights
+from adapters.training.adapt_config import FEW, AdaptConfig
 from adapters.training.attached import attached
 from adapters.training.example import Example
 from adapters.training.loss import mean_loss
 from adapters.training.trainer import TrainPlan, linear_modules, train_lora
-from adapters.training.user_run import Progress, UserPlan
-from adapters.training.user_trainer import FEW, Judgement, Training, train_user
-from adapters.user_adapter import CoreWeights, UserAdapter, UserAdapterKind, encode_user_adapter, stack
+from adapters.training.user_run import TrainingProgress
+from adapters.training.user_trainer import Judgement, TrainingRun, train_user
+from adapters.user_adapter import UserAdapter, encode_user_adapter, stack
 from bank.items.prompt import encode_pair
 
 RANK = 4
-KINDS = list(UserAdapterKind)
-PLAN = UserPlan(
-    kind=UserAdapterKind.LORA,
-    rank=2,
-    steps=8,
-    batch_size=4,
-    learning_rate=2e-2,
-    holdout=0.2,
-    every=4,
-    seed=0,
-)
+CONFIG = AdaptConfig(rank=2, steps=8, learning_rate=2e-2, holdout=0.2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +63,7 @@ def fluent(model: Any, fused: LoraWeights, samples: list[Example]) -> LoraWeight
     return train_lora(model, samples, TrainPlan(steps=60, batch_size=10, learning_rate=2e-2, seed=0), start=fused)
 
 
-def plan(kind: UserAdapterKind, **changes: Any) -> UserPlan:
-    return replace(PLAN, kind=kind, **changes)
-
-
-def steps(training: Training) -> Iterator[Progress]:
+def steps(training: TrainingRun) -> Iterator[TrainingProgress]:
     """Where training is after every step; signs of life in between are left out."""
     step = 0
     for progress in training:
@@ -93,14 +80,12 @@ def served_loss(model: Any, fused: LoraWeights, judgement: Judgement, samples: S
         return mean_loss(here.model, samples)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
-    model: Any, fused: LoraWeights, samples: list[Example], encode: Any, kind: UserAdapterKind
+    model: Any, fused: LoraWeights, samples: list[Example], encode: Any
 ) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    judgement = train_user(model, fused, samples, plan(kind)).finish()
+    judgement = train_user(model, fused, samples, CONFIG).finish()
     assert judgement.after < judgement.before
-    assert isinstance(judgement.weights, CoreWeights) == (kind is UserAdapterKind.CORE)
     later = [encode(f"question {n}", f"{n} yes yes yes") for n in range(10, 16)]
     with attached(model, fused) as alone:
         merged = mean_loss(alone.model, later)
@@ -108,25 +93,20 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_lowers_no_held_out_loss_is_rejected(
-    model: Any, fluent: LoraWeights, samples: list[Example], kind: UserAdapterKind
-) -> None:
+def test_what_lowers_no_held_out_loss_is_rejected(model: Any, fluent: LoraWeights, samples: list[Example]) -> None:
     """The rate is one that can only spoil what is fluent."""
-    judgement = train_user(model, fluent, samples, plan(kind, learning_rate=0.1, every=8)).finish()
+    judgement = train_user(model, fluent, samples, replace(CONFIG, learning_rate=0.1)).finish()
     assert judgement.weights is None
     assert judgement.after >= judgement.before
 
 
-@pytest.mark.parametrize(("kind", "count"), [(kind, count) for kind in KINDS for count in (2, 10, FEW + 5)])
-def test_the_same_job_twice_gives_the_same_bytes(
-    model: Any, fused: LoraWeights, encode: Any, kind: UserAdapterKind, count: int
-) -> None:
+@pytest.mark.parametrize("count", [2, 10, FEW + 5])
+def test_the_same_job_twice_gives_the_same_bytes(model: Any, fused: LoraWeights, encode: Any, count: int) -> None:
     samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
     layout = RowLayout(linear_modules(model), RANK, shared_a=True)
 
     def raw() -> bytes:
-        weights = train_user(model, fused, samples, plan(kind, steps=4, every=2)).finish().weights
+        weights = train_user(model, fused, samples, replace(CONFIG, steps=4)).finish().weights
         assert weights is not None
         return encode_user_adapter(layout, UserAdapter("", weights))
 
@@ -140,7 +120,7 @@ def test_progress_counts_every_step_of_every_run_and_never_beyond_its_end(
     model: Any, fused: LoraWeights, encode: Any, count: int
 ) -> None:
     samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
-    told = list(steps(train_user(model, fused, samples, plan(UserAdapterKind.CORE))))
+    told = list(steps(train_user(model, fused, samples, CONFIG)))
     assert [progress.step for progress in told] == list(range(1, len(told) + 1))
     assert all(progress.step <= progress.of for progress in told)
     assert told[-1].step == told[-1].of
@@ -153,7 +133,7 @@ def test_training_ends_when_the_held_out_loss_has_stopped_falling(
     """What is to be learnt has no pattern, so that every further step only learns by heart."""
     chance = random.Random(0)
     samples = [encode(f"question {n}", "".join(chance.choices("abcdefgh", k=12))) for n in range(count)]
-    long = plan(UserAdapterKind.LORA, steps=200, every=2, learning_rate=0.05)
+    long = replace(CONFIG, steps=200, learning_rate=0.05)
     told = list(steps(train_user(model, fused, samples, long)))
     assert 0 < len(told) < 200
     assert told[-1].step <= told[-1].of
@@ -166,7 +146,7 @@ def test_training_that_is_left_ends_there_and_detaches(
 ) -> None:
     """After a row that was read before the first step, or after that step."""
     names, samples = [name for name, _ in model.named_modules()], [encode(f"question {n}", "yes") for n in range(count)]
-    training = train_user(model, fused, samples, PLAN)
+    training = train_user(model, fused, samples, CONFIG)
     for progress in training:
         assert [name for name, _ in model.named_modules()] != names
         if progress.step == step:
@@ -184,7 +164,7 @@ def test_what_is_raised_while_training_is_watched_ends_it_there_and_detaches(
     class Late(Exception): ...
 
     with pytest.raises(Late):
-        for _ in steps(train_user(model, fused, samples, PLAN)):
+        for _ in steps(train_user(model, fused, samples, CONFIG)):
             seen += 1
             raise Late
     assert seen == 1
@@ -196,15 +176,14 @@ def test_a_loss_that_is_no_number_is_an_error_with_the_step(
 ) -> None:
     broken = replace(fused, b={name: b * float("inf") for name, b in fused.b.items()})
     with pytest.raises(TrainingError, match="a loss of nan at step 1"):
-        train_user(model, broken, samples, PLAN).finish()
+        train_user(model, broken, samples, CONFIG).finish()
 
 
-@pytest.mark.parametrize(("kind", "rate"), [(UserAdapterKind.LORA, 50.0), (UserAdapterKind.CORE, 5.0)])
 def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
-    model: Any, fluent: LoraWeights, samples: list[Example], kind: UserAdapterKind, rate: float
+    model: Any, fluent: LoraWeights, samples: list[Example]
 ) -> None:
     with pytest.raises(TrainingError, match=r"training exploded: a loss of .* lower the learning rate"):
-        train_user(model, fluent, samples, plan(kind, learning_rate=rate)).finish()
+        train_user(model, fluent, samples, replace(CONFIG, learning_rate=50.0)).finish()
 
 
 @pytest.mark.parametrize("count", [10, FEW + 5])
@@ -213,7 +192,7 @@ def test_reading_held_out_samples_is_a_sign_of_life_between_steps(
 ) -> None:
     samples = [encode(f"question {n}", f"{n} yes yes yes") for n in range(count)]
     step, told = 0, []
-    for progress in train_user(model, fused, samples, PLAN):
+    for progress in train_user(model, fused, samples, CONFIG):
         told.append("step" if progress.step > step else "row")
         step = progress.step
     assert told[0] == "row"
@@ -223,7 +202,7 @@ def test_reading_held_out_samples_is_a_sign_of_life_between_steps(
 def test_a_last_step_that_leaves_no_numbers_is_an_error(model: Any, fused: LoraWeights, samples: list[Example]) -> None:
     """No loss is taken after it: the last run learns from all samples."""
 
-    training = train_user(model, fused, samples, PLAN)
+    training = train_user(model, fused, samples, CONFIG)
     with pytest.raises(TrainingError, match="its last step left weights that are not finite"):
         for progress in steps(training):
             if progress.step == progress.of:
@@ -237,15 +216,15 @@ def test_a_last_step_that_leaves_no_numbers_is_an_error(model: Any, fused: LoraW
     [{"steps": 0}, {"rank": 0}, {"rank": "2"}, {"learning_rate": -1e-3}, {"holdout": 1.0}, {"seed": None}],
     ids=str,
 )
-def test_a_plan_that_makes_no_training_is_refused_and_names_the_value(wrong: dict[str, Any]) -> None:
+def test_a_configuration_that_makes_no_training_is_refused_and_names_the_value(wrong: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match=rf"{next(iter(wrong))} .* cannot be trained with"):
-        replace(PLAN, **wrong)
+        replace(CONFIG, **wrong)
 
 
 def test_one_sample_is_judged_on_itself_and_none_is_an_error(
     model: Any, fused: LoraWeights, samples: list[Example]
 ) -> None:
-    judgement = train_user(model, fused, samples[:1], PLAN).finish()
+    judgement = train_user(model, fused, samples[:1], CONFIG).finish()
     assert judgement.after < judgement.before
     with pytest.raises(TrainingError, match="no samples"):
-        train_user(model, fused, [], PLAN)
+        train_user(model, fused, [], CONFIG)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import redis.asyncio as redis
 
+from adapters.training.adapt_config import AdaptConfig
 from bank.manifest import BankManifest
 from server.store.jobs import Job, JobId, Submission
 from server.store.profiles import Change, Profile, StoredItem
@@ -17,7 +18,7 @@ from server.store.redis.adapters import RedisAdapters
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
-from server.store.samples import AdaptConfig, Sample, encode_config, encode_sample
+from server.store.samples import Sample, encode_config, encode_sample
 from server.store.tenants.user_key import UserKeys
 
 CONFIG = encode_config(AdaptConfig(steps=4, learning_rate=0.02))

@@ -25,17 +25,10 @@ _PLACE = re.compile(r"(.+?)\.(\d+)\.")
 
 
 def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
-    """Where the upper half of the adapted layers begins, if a model can run from there on its own.
+    """Name of the list of layers, and the first layer of the upper half of those with these adapted modules.
 
-    That is so where all modules are in the layers of one list, and each layer turns hidden states into hidden states
-    and takes nothing else from the layers before it.
-
-    Args:
-        model: a Hugging Face causal language model.
-        names: the modules that are adapted.
-
-    Returns:
-        The list's name and the first layer, or None.
+    None where a model cannot run from there on its own: it can where all modules are in the layers of one list, and
+    each layer turns hidden states into hidden states and takes nothing else from the layers before it.
     """
     places = [_PLACE.match(name) for name in names]
     lists = {place[1] if place else "" for place in places}
@@ -58,13 +51,7 @@ def layer_of(name: str) -> int:
 
 
 class Below:
-    """The lower layers of a model; nothing in them moves while this is used.
-
-    Args:
-        model: a Hugging Face causal language model.
-        layers: all of them.
-        first: the first above these.
-    """
+    """The layers of a model below the `first` that moves; nothing in them moves while this is used."""
 
     def __init__(self, model: Any, layers: torch.nn.ModuleList, first: int) -> None:
         self._model = model

@@ -28,16 +28,14 @@ _BEGINNING = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence that holds several examples.
+    """One sequence that holds several examples: their shared beginning, then the rest of each.
 
     Attributes:
-        ids: [T], the shared beginning first.
         positions: of each id in its own example, [T].
         owners: which example an id belongs to, -1 for the beginning, [T].
         places: where the examples' output tokens are predicted, one example after the other.
         wanted: those tokens.
         counts: how many of them each example has.
-        examples: as they are alone.
     """
 
     ids: list[int]
@@ -85,13 +83,9 @@ class Row:
 def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> list[Row]:
     """Rows that hold the examples in their order, each row at most `limit` ids or a single example.
 
-    Every example gets a row of its own where our mask could not replace the model's own: in models that carry state
-    from id to id, and where an example is longer than the window of sliding attention.
-
-    Args:
-        model: the one that will read them.
-        examples: each with at least one id before the first that carries loss.
-        limit: most ids in a row.
+    Each has at least one id before the first that carries loss. Every example gets a row of its own where our mask
+    could not replace the model's own: in models that carry state from id to id, and where an example is longer than the
+    window of sliding attention.
     """
     shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
     parts: list[list[Example]] = []

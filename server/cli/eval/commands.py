@@ -67,6 +67,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from adapters.training.adapt_config import AdaptConfig
     from bank.evaluation.methods import default_methods, parse_methods
     from bank.evaluation.run import EvalOptions
     from bank.evaluation.session import EvalInputs
@@ -79,8 +80,6 @@ def evaluate(
     from server.cli.eval.tables import print_tables, print_voices
     from server.settings import load_settings
     from server.store.opening import open_stores
-    from server.store.samples import AdaptConfig
-    from server.worker.training import user_plan
 
     kind = get_task(read_manifest(bank).task).kind
     chosen = parse_methods(methods) if methods else default_methods(kind)
@@ -116,7 +115,7 @@ def evaluate(
             bar = progress.add_task("evaluating", total=pieces)
             return lambda done: progress.advance(bar, done)
 
-        found = run(inputs, options, user_plan(config), begin, engine, strength=config.strength)
+        found = run(inputs, options, config, begin, engine, strength=config.strength)
     print_tables(found.tables, console)
     print_voices(found.voices, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from adapters.errors import MtaError
-from bank.peft.served import CONFIG_FILE, WEIGHTS_FILE
+from bank.peft.exported import CONFIG_FILE, WEIGHTS_FILE
 
 USER_FILE = "user.json"
 ADAPTER_FOLDER = "adapter"

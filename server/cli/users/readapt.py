@@ -39,7 +39,7 @@ async def _run(settings: Settings, usual: Path | None, at_a_time: int) -> None:
     from bank.manifest import read_manifest
     from server.store.opening import open_stores
     from server.store.samples import JobBudget
-    from server.worker.readapting import Counts, Readapting
+    from server.worker.readapting import Readapting, ReadaptTally
 
     manifest = read_manifest(settings.bank_folder())
     async with open_stores(settings) as stores:
@@ -58,13 +58,13 @@ async def _run(settings: Settings, usual: Path | None, at_a_time: int) -> None:
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
             task = progress.add_task("users", total=sum(stale.values()))
 
-            def told(counts: Counts) -> None:
-                progress.update(task, completed=counts.asked + counts.settled + counts.waiting)
+            def on_user(tally: ReadaptTally) -> None:
+                progress.update(task, completed=tally.queued + tally.settled + tally.waiting)
 
-            counts = await work.run(told)
+            tally = await work.run(on_user)
     Console(highlight=False).print(
-        f"bank {manifest.short}: {counts.asked} users have a job, {counts.settled} need none, "
-        f"{counts.waiting} wait for a request to remake their profile"
+        f"bank {manifest.short}: {tally.queued} users have a job, {tally.settled} need none, "
+        f"{tally.waiting} wait for a request to remake their profile"
     )
 
 

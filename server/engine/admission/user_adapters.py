@@ -165,13 +165,10 @@ class UserAdapters:
             raise UserAdapterError(
                 f"user adapter {recipe.user_adapter} was trained on {user.recipe}, not on {recipe.plain.name}"
             )
-        fused = manifest.rank_of(recipe)
-        if not user.added_rank and user.weights.rank != fused:
-            raise UserAdapterError(f"user adapter {recipe.user_adapter} is for rank {user.weights.rank}, not {fused}")
-        if fused + user.added_rank > self._max_rank:
+        fused, added = manifest.rank_of(recipe), user.weights.rank
+        if fused + added > self._max_rank:
             raise UserAdapterError(
-                f"user adapter {recipe.user_adapter} adds rank {user.added_rank} to {fused}, "
-                f"but slots hold rank {self._max_rank}"
+                f"user adapter {recipe.user_adapter} adds rank {added} to {fused}, but slots hold rank {self._max_rank}"
             )
 
     async def _make_room(self) -> None:

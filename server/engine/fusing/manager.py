@@ -25,7 +25,7 @@ from adapters.fusion import fuse_flat
 from adapters.layout import RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
-from adapters.user_adapter import UserAdapterKind, decode_user_adapter, stack_flat
+from adapters.user_adapter import decode_user_adapter, stack_flat
 from bank.errors import BankError
 from server.engine.banks import is_recipe_name, open_matrices
 from server.engine.fusing.ahead import Ahead, on_arrival
@@ -123,11 +123,10 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def _flat(self, name: str) -> FlatLora:
         recipe = parse_recipe(name)
         matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
+        fused = fuse_flat(matrix, recipe, dtype, sum_across=self._sum_across)
         if recipe.user_adapter is None:
-            return fuse_flat(matrix, recipe, dtype, sum_across=self._sum_across)
-        user = decode_user_adapter(matrix.layout, self._users[name])
-        rounded = torch.float32 if user.kind is UserAdapterKind.CORE else dtype
-        return stack_flat(fuse_flat(matrix, recipe.plain, rounded), user, dtype)
+            return fused
+        return stack_flat(fused, decode_user_adapter(matrix.layout, self._users[name]), dtype)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         """Make the adapter that a request names; runs inside `execute_model` on every rank."""

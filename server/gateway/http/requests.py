@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.store.samples import MAX_SAMPLES, AdapterKind
+from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
 
 MAX_STOPS = 4
@@ -208,13 +208,8 @@ class SampleRequest(Strict):
 class AdaptOptions(Strict):
     """How to train; the server chooses what is not given."""
 
-    kind: AdapterKind | None = Field(
-        None,
-        description="`lora`: a LoRA of `rank`, a megabyte for a small model. `core`: one small matrix per module "
-        "between the merged A and B, a few kilobytes; it learns less of what the bank does not know.",
-    )
     rank: int | None = Field(
-        None, ge=1, le=MAX_USER_RANK, description="Rank of a `lora`, within what the bank leaves for users."
+        None, ge=1, le=MAX_USER_RANK, description="Rank of the user's LoRA, within what the bank leaves for users."
     )
     steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Most optimiser steps of one run.")
     learning_rate: float | None = Field(None, gt=0, le=1)
@@ -226,7 +221,7 @@ class AdaptOptions(Strict):
         ge=0,
         le=1,
         description="Weight of the anchors beneath, relative to the merged adapter: 1 trains on top of that, 0 on what "
-        "all users share. By default 0.5; 1 for a `core`, or if the bank has no common row.",
+        "all users share. By default 0.5; 1 if the bank has no common row.",
     )
 
 

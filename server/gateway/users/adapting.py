@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from adapters.errors import excerpt
+from adapters.training.adapt_config import AdaptConfig, default_config
 from bank.items.profile import Item, parse_item
 from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
@@ -18,10 +19,8 @@ from server.gateway.users.sample_checks import SampleChecks
 from server.store.jobs import Job, JobId, JobStore, Submission
 from server.store.samples import (
     MAX_SAMPLES,
-    AdaptConfig,
     JobBudget,
     Sample,
-    default_config,
     encode_config,
     encode_sample,
 )
@@ -181,15 +180,10 @@ def training_config(manifest: BankManifest, options: AdaptOptions) -> AdaptConfi
     """
     given = {name: value for name, value in options.model_dump().items() if value is not None}
     room = manifest.room
-    config = replace(default_config(room, manifest.common, options.kind), **given)
-    if config.kind == "lora" and config.rank > room:
+    config = replace(default_config(room, manifest.common), **given)
+    if config.rank > room:
         raise InvalidRequest(
             f"config.rank {config.rank} does not fit: this bank leaves a rank of {room} for users", param="config.rank"
-        )
-    if config.kind == "core" and options.rank is not None:
-        raise InvalidRequest(
-            f"config.rank {options.rank} makes no sense for a core, which has the fused rank: leave it out",
-            param="config.rank",
         )
     if config.strength < 1 and not manifest.common:
         raise InvalidRequest(

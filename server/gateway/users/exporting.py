@@ -15,7 +15,7 @@ from adapters.errors import MtaError
 from adapters.recipe import UserAdapterId, parse_recipe
 from bank.items.profile import Vectors
 from bank.manifest import BankManifest
-from bank.peft.served import ServedAdapter
+from bank.peft.exported import ExportedAdapter
 from server.errors import UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.jobs import Job, JobStore
@@ -46,7 +46,7 @@ class Export:
     samples: list[dict[str, Any]]
     jobs: list[Job]
     adapter: dict[str, Any] | None
-    served: ServedAdapter | None
+    served: ExportedAdapter | None
 
     def pieces(self, jobs: list[Any]) -> Iterator[bytes]:
         """One JSON object, in pieces: the weights of an adapter are never in memory as a whole.
@@ -119,10 +119,10 @@ class Exporting:
             served=served,
         )
 
-    def _served(self, stored: StoredAdapter) -> tuple[ServedAdapter | None, str]:
+    def _served(self, stored: StoredAdapter) -> tuple[ExportedAdapter | None, str]:
         """The whole adapter, and what it is in words, or why there is none."""
         try:
-            served = ServedAdapter(self._bank, self._manifest, parse_recipe(stored.recipe), stored.raw)
+            served = ExportedAdapter(self._bank, self._manifest, parse_recipe(stored.recipe), stored.raw)
         except MtaError as error:
             return None, f"`stored` is the user's own part alone; the whole adapter cannot be made here: {error}"
         return served, (

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from adapters.errors import excerpt
+from adapters.training.adapt_config import AdaptConfig
 from server.errors import InvalidRequest, Unavailable
-from server.store.samples import AdaptConfig, Sample, decode_sample, tokens_read
+from server.store.samples import Sample, decode_sample
 
 AT_A_TIME = 8
 """Concurrent requests to the engine for one adapt request."""
@@ -89,7 +90,7 @@ class SampleChecks:
         """
         context = self._context()
         lengths = [min(len(raw), context or len(raw)) for raw in raw_samples]
-        if tokens_read(config, lengths) > config.max_tokens:
+        if config.tokens_read(lengths) > config.max_tokens:
             places = range(len(raw_samples))
             async for place, tokens in _asked(lambda place: self._count(raw_samples[place]), places):
                 lengths[place] = lengths[place] if tokens is None else min(tokens, lengths[place])
@@ -105,7 +106,7 @@ def check_budget(config: AdaptConfig, lengths: Sequence[int]) -> None:
     Raises:
         InvalidRequest: naming `config.steps`, or `samples` if no number of steps would fit.
     """
-    tokens, budget = tokens_read(config, lengths), config.max_tokens
+    tokens, budget = config.tokens_read(lengths), config.max_tokens
     if tokens <= budget:
         return
     fitting = (steps for steps in range(config.steps - 1, 0, -1) if _of(config, steps, lengths) <= budget)
@@ -126,7 +127,7 @@ def check_budget(config: AdaptConfig, lengths: Sequence[int]) -> None:
 
 
 def _of(config: AdaptConfig, steps: int, lengths: Sequence[int]) -> int:
-    return tokens_read(replace(config, steps=steps), lengths)
+    return replace(config, steps=steps).tokens_read(lengths)
 
 
 async def _asked(ask: Callable[[T], Awaitable[A]], things: Sequence[T]) -> AsyncIterator[tuple[T, A]]:

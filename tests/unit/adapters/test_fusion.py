@@ -83,17 +83,18 @@ def test_renumbering_the_anchors_changes_nothing(tmp_path: Path, method: FusionM
         torch.testing.assert_close(fused.delta(module.name), moved.delta(module.name), rtol=1e-4, atol=1e-4)
 
 
-def test_linear_weighs_by_the_square_and_so_differs_from_cat(tmp_path: Path) -> None:
-    terms = [(0, 500), (1, 500)]
-    matrix = make_matrix(tmp_path, FusionMethod.LINEAR, common=False)
-    linear = fuse(matrix, recipe(FusionMethod.LINEAR, False, *terms), torch.float32).delta("q")
-    cat = fuse(matrix, recipe(FusionMethod.CAT, False, *terms), torch.float32).delta("q")
+def test_the_formula_that_the_papers_authors_released_is_not_the_sum_of_the_anchors(tmp_path: Path) -> None:
+    """`linear`, (Σ wᵢBᵢ)(Σ wᵢAᵢ), weighs each anchor by the square and adds cross terms."""
+    matrix = make_matrix(tmp_path, FusionMethod.CAT, common=False)
+    cat = fuse(matrix, recipe(FusionMethod.CAT, False, (0, 500), (1, 500)), torch.float32).delta("q")
     (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.row(i), MODULES[0]) for i in (0, 1))
+    linear = ((b0 + b1) / 2 @ ((a0 + a1) / 2)).float()
     cross = (b0 @ a1 + b1 @ a0).float() / 4
     torch.testing.assert_close(linear, cat / 2 + cross, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(linear, cat, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", [FusionMethod.CAT, FusionMethod.SHARED])
+@pytest.mark.parametrize("method", list(FusionMethod))
 def test_unequal_weights_stay_with_their_anchors(tmp_path: Path, method: FusionMethod) -> None:
     """The released merger hands each anchor the other one's weight."""
     matrix = make_matrix(tmp_path, method, common=False)

@@ -73,7 +73,7 @@ def test_every_mutation_of_a_name_is_refused_or_itself_canonical(recipe: FusionR
         "mta1:9f2c41d0:cat:a03*571+a17*429",
         "mta1:9f2c41d0:shared:c+a03*286+a17*214",
         "mta1:9f2c41d0:shared:c",
-        "mta1:9f2c41d0:linear:a00*1000",
+        "mta1:9f2c41d0:cat:a00*1000",
         "mta1:9f2c41d0:cat:a99*1+a100*999",
         "mta2:9f2c41d0:shared:c+a03*286+a17*-214",
         "mta2:9f2c41d0:shared:c+a03*-4000+a17*4000",

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save
 
 from adapters.errors import UserAdapterError
 from adapters.layout import RowLayout
 from adapters.lora import LoraWeights, ModuleShape
-from adapters.user_adapter import (
-    CoreWeights,
-    UserAdapter,
-    UserAdapterKind,
-    decode_user_adapter,
-    encode_user_adapter,
-    stack,
-)
+from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, stack
 
 MODULES = (ModuleShape("layers.0.q_proj", 12, 8), ModuleShape("layers.0.down_proj", 20, 12))
 RANK, USER_RANK = 4, 2
@@ -34,73 +30,56 @@ def lora(rank: int, seed: int) -> LoraWeights:
     )
 
 
-def user(kind: UserAdapterKind, seed: int = 1) -> UserAdapter:
-    if kind is UserAdapterKind.LORA:
-        return UserAdapter(RECIPE, lora(USER_RANK, seed))
-    generator = torch.Generator().manual_seed(seed)
-    c = {m.name: torch.randn(RANK, RANK, generator=generator).to(torch.bfloat16).float() for m in MODULES}
-    return UserAdapter(RECIPE, CoreWeights(RANK, c))
+def user(seed: int = 1) -> UserAdapter:
+    return UserAdapter(RECIPE, lora(USER_RANK, seed))
 
 
-def delta_of(fused: LoraWeights, adapter: UserAdapter, module: str) -> torch.Tensor:
-    """ΔW_user [H_out, H_in] by its formula, dense."""
-    weights = adapter.weights
-    if isinstance(weights, CoreWeights):
-        return fused.b[module] @ weights.c[module] @ fused.a[module]
-    return weights.delta(module)
-
-
-@pytest.mark.parametrize("kind", list(UserAdapterKind))
-def test_stacking_adds_the_users_delta_to_the_fused_one(kind: UserAdapterKind) -> None:
-    fused, adapter = lora(RANK, 0), user(kind)
+def test_stacking_adds_the_users_delta_to_the_fused_one() -> None:
+    fused, adapter = lora(RANK, 0), user()
     stacked = stack(fused, adapter, torch.float32)
-    assert stacked.rank == RANK + adapter.added_rank
+    assert stacked.rank == RANK + USER_RANK
     for module in fused.a:
-        expected = fused.delta(module) + delta_of(fused, adapter, module)
-        torch.testing.assert_close(stacked.delta(module), expected)
+        torch.testing.assert_close(stacked.delta(module), fused.delta(module) + adapter.weights.delta(module))
 
 
-@pytest.mark.parametrize("kind", list(UserAdapterKind))
-def test_bytes_keep_everything(kind: UserAdapterKind) -> None:
-    adapter = user(kind)
-    read = decode_user_adapter(LAYOUT, encode_user_adapter(LAYOUT, adapter))
-    assert (read.kind, read.recipe, read.added_rank) == (kind, RECIPE, adapter.added_rank)
-    fused = lora(RANK, 0)
-    for module in fused.a:
-        torch.testing.assert_close(delta_of(fused, read, module).float(), delta_of(fused, adapter, module))
+def test_bytes_keep_everything_and_equal_adapters_have_equal_ones() -> None:
+    adapter, raw = user(), encode_user_adapter(LAYOUT, user())
+    read = decode_user_adapter(LAYOUT, raw)
+    assert (read.recipe, read.weights.rank) == (RECIPE, USER_RANK)
+    for name in adapter.weights.a:
+        torch.testing.assert_close(read.weights.a[name].float(), adapter.weights.a[name])
+        torch.testing.assert_close(read.weights.b[name].float(), adapter.weights.b[name])
+    assert encode_user_adapter(LAYOUT, adapter) == raw
 
 
-def test_a_core_takes_two_bytes_for_each_of_its_numbers_and_a_short_header() -> None:
-    size = len(encode_user_adapter(LAYOUT, user(UserAdapterKind.CORE)))
-    numbers = 2 * RANK * RANK * len(MODULES)
-    assert numbers < size < numbers + 400
+def test_it_takes_two_bytes_for_each_of_its_numbers_and_a_short_header() -> None:
+    numbers = 2 * USER_RANK * sum(m.h_in + m.h_out for m in MODULES)
+    assert numbers < len(encode_user_adapter(LAYOUT, user())) < numbers + 400
 
 
-@pytest.mark.parametrize("kind", list(UserAdapterKind))
-def test_equal_adapters_have_equal_bytes(kind: UserAdapterKind) -> None:
-    assert encode_user_adapter(LAYOUT, user(kind)) == encode_user_adapter(LAYOUT, user(kind))
-
-
-@pytest.mark.parametrize("kind", list(UserAdapterKind))
-def test_bytes_cut_anywhere_are_refused(kind: UserAdapterKind) -> None:
-    raw = encode_user_adapter(LAYOUT, user(kind))
+def test_bytes_cut_anywhere_are_refused() -> None:
+    raw = encode_user_adapter(LAYOUT, user())
     for length in range(0, len(raw), 7):
         with pytest.raises(UserAdapterError):
             decode_user_adapter(LAYOUT, raw[:length])
 
 
-@pytest.mark.parametrize("kind", list(UserAdapterKind))
-def test_an_adapter_of_another_bank_is_refused_with_both_sizes(kind: UserAdapterKind) -> None:
-    raw = encode_user_adapter(LAYOUT, user(kind))
+def test_an_adapter_of_another_bank_is_refused_with_both_sizes() -> None:
     other = RowLayout((*MODULES, ModuleShape("layers.1.q_proj", 12, 8)), RANK, shared_a=True)
     with pytest.raises(UserAdapterError, match="but this bank needs"):
-        decode_user_adapter(other, raw)
+        decode_user_adapter(other, encode_user_adapter(LAYOUT, user()))
+
+
+def test_a_core_of_former_versions_is_refused_with_the_remedy() -> None:
+    header = {"mta-user-1": json.dumps({"kind": "core", "rank": RANK, "recipe": RECIPE})}
+    raw = save({"c": torch.zeros(RANK * RANK * len(MODULES), dtype=torch.bfloat16)}, header)
+    with pytest.raises(UserAdapterError, match=r"kind 'core'.*mta readapt"):
+        decode_user_adapter(LAYOUT, raw)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
-    adapter = user(UserAdapterKind.CORE)
-    assert isinstance(adapter.weights, CoreWeights)
-    adapter.weights.c[MODULES[0].name][0, 0] = float("nan")
+    adapter = user()
+    adapter.weights.a[MODULES[0].name][0, 0] = float("nan")
     with pytest.raises(UserAdapterError, match="not finite"):
         decode_user_adapter(LAYOUT, encode_user_adapter(LAYOUT, adapter))
 

@@ -23,42 +23,29 @@ def person(user_id: str, *titles: str) -> dict[str, object]:
     return {"user_id": user_id, "profile": [{"id": t, "title": t, "text": f"about {t}"} for t in titles], "query": []}
 
 
-def test_the_per_user_layout_is_read_in_order(tmp_path: Path) -> None:
-    path = write(tmp_path / "users.json", [person("ann", "One", "Two"), person("bob", "Three")])
+def test_the_per_user_layout_is_read_in_order_each_item_once_and_no_query(tmp_path: Path) -> None:
+    asked = {**person("bob", "Three"), "query": [{"id": "q", "input": "Later?", "gold": "Secret"}]}
+    path = write(tmp_path / "users.json", [person("ann", "One", "Two", "One"), asked])
     ann, bob = read_histories(path, HEADLINE)
     assert (ann.user_id, bob.user_id) == ("ann", "bob")
     assert ann.pairs(HEADLINE) == [
         ("Generate a headline for the following article: about One", "One"),
         ("Generate a headline for the following article: about Two", "Two"),
     ]
+    assert [output for _, output in bob.pairs(HEADLINE)] == ["Three"]
 
 
-def test_queries_never_train_anybody(tmp_path: Path) -> None:
-    entry = {**person("ann", "One"), "query": [{"id": "q", "input": "Later?", "gold": "Secret"}]}
-    (ann,) = read_histories(write(tmp_path / "users.json", [entry]), HEADLINE)
-    assert [output for _, output in ann.pairs(HEADLINE)] == ["One"]
-
-
-def test_lamps_own_questions_and_outputs_add_the_answered_question_to_the_profile(tmp_path: Path) -> None:
-    questions = [{"id": "11", "input": "What now?", "profile": [{"id": "1", "title": "One", "text": "about One"}]}]
-    golds = {"task": "LaMP_4", "golds": [{"id": "11", "output": "This now"}]}
-    (reader,) = read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
-    assert reader.user_id == "11"
-    assert reader.pairs(HEADLINE)[-1] == ("What now?", "This now")
-    assert len(reader.items) == 2
-
-
-def test_several_questions_of_one_person_are_one_history(tmp_path: Path) -> None:
+def test_lamps_own_questions_and_outputs_add_the_answered_questions_to_their_persons_profile(tmp_path: Path) -> None:
     profile = [{"id": "1", "title": "One", "text": "about One"}]
     questions = [{"id": n, "user_id": "ann", "input": f"Q{n}", "profile": profile} for n in ("11", "12")]
-    golds = {"golds": [{"id": "11", "output": "A"}, {"id": "12", "output": "B"}]}
-    (ann,) = read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
-    assert [output for _, output in ann.pairs(HEADLINE)] == ["One", "A", "B"]
-
-
-def test_an_item_twice_counts_once(tmp_path: Path) -> None:
-    (ann,) = read_histories(write(tmp_path / "users.json", [person("ann", "One", "One")]), HEADLINE)
-    assert len(ann.items) == 1
+    questions.append({"id": "13", "input": "What now?", "profile": profile})
+    golds = {"task": "LaMP_4", "golds": [{"id": n, "output": f"to {n}"} for n in ("11", "12", "13")]}
+    people = read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
+    assert {one.user_id: [output for _, output in one.pairs(HEADLINE)] for one in people} == {
+        "ann": ["One", "to 11", "to 12"],
+        "13": ["One", "to 13"],
+    }
+    assert people[1].pairs(HEADLINE)[-1] == ("What now?", "to 13")
 
 
 @pytest.mark.parametrize(

@@ -16,22 +16,16 @@ RATING = get_task("movie_rating")
 CHAT = get_task("chat")
 
 
-def test_a_lamp_item_gives_the_pair_to_train_on_and_the_text_to_embed() -> None:
+def test_a_lamp_item_gives_the_pair_to_train_on_and_the_text_to_embed_and_nothing_the_task_does_not_know() -> None:
     item = parse_item({"id": "7", "title": "Big News", "text": "It happened.", "date": "2020-01-01"}, HEADLINE, 0)
-    assert item.id == "7"
+    assert (item.id, set(item.fields)) == ("7", {"title", "text"})
     assert item_pair(item, HEADLINE) == ("Generate a headline for the following article: It happened.", "Big News")
     assert item_text(item, HEADLINE) == "Big News\nIt happened."
 
 
-def test_fields_the_task_does_not_know_are_dropped() -> None:
-    item = parse_item({"title": "T", "text": "t", "category": "SECRET"}, HEADLINE, 0)
-    assert set(item.fields) == {"title", "text"}
-
-
 def test_a_rating_may_be_a_number() -> None:
-    assert item_pair(parse_item({"text": "Dogma (1999)", "score": 5}, RATING, 0), RATING) == item_pair(
-        parse_item({"text": "Dogma (1999)", "score": "5"}, RATING, 0), RATING
-    )
+    number, text = (parse_item({"text": "Dogma (1999)", "score": score}, RATING, 0) for score in (5, "5"))
+    assert item_pair(number, RATING) == item_pair(text, RATING)
 
 
 def test_numbers_keep_all_their_digits() -> None:
@@ -46,10 +40,9 @@ def test_an_item_of_another_task_is_embedded_by_all_it_has() -> None:
 
 
 def test_an_input_output_pair_serves_every_task_and_is_embedded_without_the_instruction() -> None:
-    item = parse_item(
-        {"input": "Generate a headline for the following article: It happened.", "output": "Big News"}, HEADLINE, 0
-    )
-    assert item_pair(item, HEADLINE) == ("Generate a headline for the following article: It happened.", "Big News")
+    pair = "Generate a headline for the following article: It happened.", "Big News"
+    item = parse_item(dict(zip(("input", "output"), pair, strict=True)), HEADLINE, 0)
+    assert item_pair(item, HEADLINE) == pair
     assert item_text(item, HEADLINE) == "It happened.\nBig News"
 
 
@@ -79,6 +72,7 @@ def test_without_an_id_equal_content_has_an_equal_id() -> None:
         (None, "items.3"),
         ([], "items.3"),
         ({}, "items.3.text"),
+        ({"score": "5"}, "items.3.text"),
         ({"text": ""}, "items.3.text"),
         ({"text": " \n\t"}, "items.3.text"),
         ({"text": 1.5 + 1j}, "items.3.text"),
@@ -97,14 +91,9 @@ def test_without_an_id_equal_content_has_an_equal_id() -> None:
 )
 def test_an_item_that_cannot_stand_is_refused_by_field(raw: object, param: str) -> None:
     with pytest.raises(ProfileError) as caught:
-        parse_item(raw, HEADLINE, 3)
+        parse_item(raw, RATING if raw == {"score": "5"} else HEADLINE, 3)
     assert caught.value.param == param
     assert param in str(caught.value)
-
-
-def test_a_rating_alone_is_no_profile_text() -> None:
-    with pytest.raises(ProfileError, match=r"items\.0\.text is missing"):
-        parse_item({"score": "5"}, RATING, 0)
 
 
 def test_half_a_pair_beside_plain_text_is_plain_text() -> None:
@@ -124,17 +113,10 @@ def test_no_json_value_gets_past_the_parser_as_anything_but_an_item_or_a_profile
     assert item_text(item, HEADLINE).strip()
 
 
-def test_the_profile_is_the_normalised_mean() -> None:
-    vectors = np.array([[1, 0, 0], [0, 1, 0]], dtype=np.float32)
-    embedding = profile_embedding(vectors)
-    np.testing.assert_allclose(embedding, [2**-0.5, 2**-0.5, 0], rtol=1e-6)
-    assert embedding.dtype == np.float32
-
-
-def test_items_that_cancel_out_give_zeros_and_not_nan() -> None:
-    assert not profile_embedding(np.array([[1, 0], [-1, 0]], dtype=np.float32)).any()
-
-
-def test_no_items_give_no_profile() -> None:
+def test_the_profile_is_the_normalised_mean_and_zeros_where_the_items_cancel_out() -> None:
+    for vectors, mean in (([[1, 0, 0], [0, 1, 0]], [2**-0.5, 2**-0.5, 0]), ([[1, 0], [-1, 0]], [0, 0])):
+        embedding = profile_embedding(np.array(vectors, dtype=np.float32))
+        np.testing.assert_allclose(embedding, mean, rtol=1e-6)
+        assert embedding.dtype == np.float32
     with pytest.raises(ProfileError, match="at least one item"):
         profile_embedding(np.zeros((0, 4), dtype=np.float32))

@@ -36,27 +36,23 @@ def split(tokenizer: CharTokenizer, turn: str, output: str, max_tokens: int = 10
     return tokenizer.decode(list(pair.ids[: pair.loss_from])), tokenizer.decode(list(pair.ids[pair.loss_from :]))
 
 
-def test_one_turn_is_one_user_message() -> None:
+@pytest.mark.parametrize(
+    ("tokenizer", "output", "rendered"),
+    [
+        (CharTokenizer(), "yo", ("<user>hi<end>\n<assistant>", "yo<end>")),
+        (CharTokenizer(strips=True), " yo ", ("<user>hi<end>\n<assistant>", " yo <end>")),
+        (CharTokenizer(close="\n"), "yo", ("<user>hi\n<assistant>", "yo</s>")),  # no end of turn: the end of text
+        (CharTokenizer(close="", eos_token=None), "yo", ("<user>hi<assistant>", "yo")),
+        *((CharTokenizer(), odd, ("<user>hi<end>\n<assistant>", f"{odd}<end>")) for odd in ("a<end>b", "<assistant>")),
+    ],
+)
+def test_the_prompt_is_what_serving_renders_and_loss_falls_on_the_output_and_the_end_of_turn_alone(
+    tokenizer: CharTokenizer, output: str, rendered: tuple[str, str]
+) -> None:
     assert chat_messages("hi") == [{"role": "user", "content": "hi"}]
-
-
-def test_loss_falls_on_the_output_and_the_end_of_turn_alone() -> None:
-    assert split(CharTokenizer(), "hi", "yo") == ("<user>hi<end>\n<assistant>", "yo<end>")
-
-
-def test_the_prompt_is_exactly_what_serving_renders() -> None:
-    tokenizer = CharTokenizer()
     served = tokenizer.apply_chat_template(chat_messages("hi"), tokenize=False, add_generation_prompt=True)
-    assert split(tokenizer, "hi", "yo")[0] == served
-
-
-def test_a_template_without_an_end_of_turn_falls_back_on_the_end_of_text() -> None:
-    assert split(CharTokenizer(close="\n"), "hi", "yo") == ("<user>hi\n<assistant>", "yo</s>")
-    assert split(CharTokenizer(close="", eos_token=None), "hi", "yo")[1] == "yo"
-
-
-def test_a_template_that_strips_the_output_still_closes_it() -> None:
-    assert split(CharTokenizer(strips=True), "hi", " yo ")[1] == " yo <end>"
+    assert split(tokenizer, "hi", output) == rendered
+    assert rendered[0] == served
 
 
 def test_a_long_turn_loses_its_end_and_never_the_template() -> None:
@@ -86,8 +82,3 @@ def test_an_output_that_is_too_long_by_itself_is_cut() -> None:
     prompt, output = split(CharTokenizer(), "x" * 100, "y" * 100, max_tokens=60)
     assert prompt == "<user><end>\n<assistant>"
     assert output == "y" * (60 - len(prompt))
-
-
-@pytest.mark.parametrize("output", ["yo", "a<end>b", "<assistant>"])
-def test_an_output_that_looks_like_the_template_is_trained_on_whole(output: str) -> None:
-    assert split(CharTokenizer(), "hi", output)[1] == output + "<end>"

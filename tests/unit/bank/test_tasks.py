@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bank.errors import BankError
-from bank.items.tasks import get_task, tasks
+from bank.items.tasks import Task, get_task, tasks
 
 
 def test_every_lamp_task_and_free_chat_are_there() -> None:
@@ -19,21 +19,19 @@ def test_an_unknown_task_is_refused_with_the_names_there_are() -> None:
         get_task("headlines")
 
 
+SCORE = (
+    "What is the score of the following {0} on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without further "
+    "explanation. {0}: T"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "turn"),
     [
         ("news_headline", "Generate a headline for the following article: T"),
         ("scholarly_title", "Generate a title for the following abstract of a paper: T"),
-        (
-            "product_rating",
-            "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
-            "without further explanation. review: T",
-        ),
-        (
-            "movie_rating",
-            "What is the score of the following movie on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
-            "without further explanation. movie: T",
-        ),
+        ("product_rating", SCORE.format("review")),
+        ("movie_rating", SCORE.format("movie")),
     ],
 )
 def test_the_turn_is_lamps_own_input(name: str, turn: str) -> None:
@@ -46,8 +44,9 @@ def test_a_task_whose_histories_lack_answers_says_that_its_pairs_are_a_stand_in(
 
 
 @pytest.mark.parametrize("task", tasks().values(), ids=tasks())
-def test_an_item_can_always_be_embedded_by_the_fields_its_pair_needs(task: object) -> None:
-    from bank.items.tasks import Task
-
-    assert isinstance(task, Task)
+def test_an_item_can_be_embedded_by_the_fields_its_pair_needs_and_quoted_by_those_it_has(task: Task) -> None:
     assert set(task.text) & set(task.pair_fields)
+    assert task.memory_fields
+    assert set(task.memory_fields) <= set(task.fields)
+    assert "{memories}" in task.remembering
+    assert "{input}" in task.remembering

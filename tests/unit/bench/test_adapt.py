@@ -73,7 +73,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> AdapterTrainer:
 def test_an_adapter_on_half_the_anchors_is_compared_with_all_of_them(
     trainer: AdapterTrainer, state: str, raw: bytes, stacked: float
 ) -> None:
-    reading = users._adapted(cast(Client, Served(state)), PERSON, get_task("chat"), "lora")
+    reading = users._adapted(cast(Client, Served(state)), PERSON, get_task("chat"))
     assert (reading.adapter is not None) == (state == "succeeded")
     reading.raw = raw
     users._score(trainer, reading, [])
@@ -125,7 +125,7 @@ def test_people_outside_a_bank_are_adapted_as_the_worker_does_it(
     users_file, only = tmp_path / "users.json", tmp_path / "only.json"
     users_file.write_text(json.dumps(people), "utf-8")
     only.write_text("[1, 3]", "utf-8")
-    offline.main(bank=tmp_path, users=users_file, only=only, samples=3, setting=["lora:2:8:1e-3:0.5"])
+    offline.main(bank=tmp_path, users=users_file, only=only, samples=3, setting=["2:8:1e-3:0.5"])
     signature = "of 3 pairs" if signs else None
     assert worker.recipes == [(signature, 1.0), (signature, 0.5)] * 2
     assert worker.trained == [(["0!", "1!", "2!"], ["0", "1", "2"])] * 2

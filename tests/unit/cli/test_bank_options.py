@@ -53,9 +53,9 @@ def bake(*arguments: str) -> tuple[Cake, int]:
 def test_what_is_given_is_in_the_options_and_the_rest_has_its_default() -> None:
     assert bake("--taste", "lemon") == (Cake("lemon"), 1)
     given = bake(
-        "--taste", "lemon", "--layers", "2", "--sugar", "0.5", "--method", "linear", "--no-warm", "--oven", "3"
+        "--taste", "lemon", "--layers", "2", "--sugar", "0.5", "--method", "shared", "--no-warm", "--oven", "3"
     )
-    assert given == (Cake("lemon", 2, 0.5, None, FusionMethod.LINEAR, False), 3)
+    assert given == (Cake("lemon", 2, 0.5, None, FusionMethod.SHARED, False), 3)
 
 
 def test_names_are_one_text_with_commas() -> None:

@@ -14,7 +14,7 @@ from mta_client import Client, MtaError
 JOB = {
     "id": "key.1",
     "state": "running",
-    "config": {"kind": "core"},
+    "config": {"rank": 2},
     "progress": {"step": 1, "steps": 4, "phase": "fold 1 of 2", "loss": [[1, 2.5]], "held_out": []},
     "held_out": {"before": None, "after": None},
     "created_at": "2026-11-27T08:04:41.208+00:00",

@@ -14,9 +14,9 @@ import torch
 
 from adapters.errors import UserAdapterError
 from adapters.layout import RowLayout
-from adapters.lora import ModuleShape
+from adapters.lora import LoraWeights, ModuleShape
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
-from adapters.user_adapter import CoreWeights, UserAdapter, decode_user_adapter, encode_user_adapter
+from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S
 from server.engine.admission import user_adapters
 from server.engine.admission.user_adapters import UserAdapters
@@ -98,7 +98,7 @@ class World:
     def keep(self, user: str, adapter: str = "a") -> StoredAdapter:
         """Store an adapter for a user named by a letter."""
         plain = recipe(user).plain
-        weights = CoreWeights(RANK, {"q_proj": torch.zeros(RANK, RANK)})
+        weights = LoraWeights(1, {"q_proj": torch.zeros(1, 8)}, {"q_proj": torch.zeros(8, 1)})
         raw = encode_user_adapter(LAYOUT, UserAdapter(plain.name, weights))
         stored = StoredAdapter(adapter * 25 + "e", plain.name, hashlib.sha256(raw).hexdigest(), raw)
         self.store.kept[user * 25 + "e"] = stored

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from server.store.samples import AdaptConfig, decode_config, encode_config
+from adapters.training.adapt_config import AdaptConfig
+from server.store.samples import decode_config, encode_config
 
-OLD = '{"kind":"core","rank":2,"steps":16,"learning_rate":0.02,"holdout":0.2,"strength":1.0,"seed":0}'
+OLD = '{"rank":2,"steps":16,"learning_rate":0.02,"holdout":0.2,"strength":1.0,"seed":0}'
 
 
 def test_a_configuration_comes_back_as_it_was() -> None:
-    config = AdaptConfig(kind="core", steps=3, max_tokens=1000, max_seconds=60)
+    config = AdaptConfig(rank=1, steps=3, max_tokens=1000, max_seconds=60)
     assert decode_config(encode_config(config)) == config
 
 
 def test_a_record_of_an_earlier_gateway_gets_the_usual_budget() -> None:
     config = decode_config(OLD)
-    assert (config.kind, config.steps) == ("core", 16)
+    assert (config.steps, config.learning_rate) == (16, 0.02)
     assert (config.max_tokens, config.max_seconds) == (AdaptConfig().max_tokens, AdaptConfig().max_seconds)
 
 

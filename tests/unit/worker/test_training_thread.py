@@ -1,8 +1,10 @@
-"""Training on a thread while a lease is held: how it ends, without a model and without a store."""
+"""Training on a thread while a lease is held, without a model and a store: how it ends, and what curves it leaves."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import threading
 from collections.abc import Generator
 from types import SimpleNamespace
@@ -11,11 +13,11 @@ from typing import Any
 import pytest
 
 from adapters.errors import TrainingError
-from adapters.training.user_run import Progress
-from adapters.training.user_trainer import Judgement, Training
+from adapters.training.user_run import TrainingProgress
+from adapters.training.user_trainer import Judgement, TrainingRun
 from server.store.samples import Curve
-from server.worker.leased.holding import train_holding
-from server.worker.leased.lease import LeaseLost
+from server.worker.lease import LeaseLost
+from server.worker.training_thread import MOST_POINTS, Points, ProgressLog, train_holding
 
 JUDGEMENT = Judgement(None, 2.0, 1.0, 3)
 
@@ -31,16 +33,16 @@ class Run:
     def __init__(self) -> None:
         self.steps, self.left, self.may_go_on = 0, False, threading.Event()
 
-    def training(self) -> Training:
-        return Training(self._run())
+    def training(self) -> TrainingRun:
+        return TrainingRun(self._run())
 
-    def _run(self) -> Generator[Progress, None, Judgement]:
+    def _run(self) -> Generator[TrainingProgress, None, Judgement]:
         try:
             for step in (1, 2, 3):
                 if step == 2:
                     self.may_go_on.wait(10)
                 self.steps = step
-                yield Progress(step, 3, 1.0)
+                yield TrainingProgress(step, 3, 1.0)
             return JUDGEMENT
         finally:
             self.left = True
@@ -48,13 +50,13 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.worker.leased.holding.RENEW_S", 0.01)
+    monkeypatch.setattr("server.worker.training_thread.RENEW_S", 0.01)
 
 
 def held(run: Run, *, lost: bool = False) -> Any:
     """A lease that is renewed, or lost, once the first step is taken; the second ends a moment later."""
 
-    async def renew(progress: Progress, curve: Curve) -> None:
+    async def renew(progress: TrainingProgress, curve: Curve) -> None:
         if progress.step:
             threading.Timer(0.1, run.may_go_on.set).start()
             if lost:
@@ -79,7 +81,7 @@ async def test_training_whose_lease_is_lost_is_left_after_the_step_that_is_being
 async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_which_is_the_last() -> None:
     run, renewed = Run(), asyncio.Event()
 
-    async def renew(progress: Progress, curve: Curve) -> None:
+    async def renew(progress: TrainingProgress, curve: Curve) -> None:
         if progress.step:
             renewed.set()
 
@@ -100,3 +102,40 @@ async def test_training_that_takes_longer_than_it_may_is_left_where_it_is() -> N
     with pytest.raises(TrainingError, match="limit of 0 s, at step 1 of 3"):
         await train_holding(held(run), 0, run.training)
     assert (run.steps, run.left) == (1, True)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, MOST_POINTS - 1, MOST_POINTS, MOST_POINTS + 1, 5_000])
+def test_a_curve_is_bounded_ends_with_the_last_point_and_is_evenly_spaced(count: int) -> None:
+    curve = Points()
+    for step in range(count):
+        curve.add(step, step / 2)
+        assert curve.points[-1] == (step, step / 2)
+    steps = [step for step, _ in curve.points]
+    assert len(steps) == count if count < MOST_POINTS else MOST_POINTS / 2 <= len(steps) <= MOST_POINTS
+    assert all(loss == step / 2 for step, loss in curve.points)
+    gaps = {after - before for before, after in itertools.pairwise(steps[:-1])}
+    assert len(gaps) <= 1
+    assert steps == sorted(set(steps))
+
+
+def test_a_loss_that_is_no_number_is_left_out() -> None:
+    curve = Points()
+    for step, loss in enumerate((1.0, math.nan, math.inf, 2.0)):
+        curve.add(step, loss)
+    assert curve.points == ((0, 1.0), (3, 2.0))
+
+
+def test_a_step_that_is_told_twice_counts_once_and_a_held_out_loss_whenever_it_is_told() -> None:
+    told = ProgressLog()
+    assert (told.curve.phase, told.curve.loss, told.curve.held_out) == ("", (), ())
+    for progress in (
+        TrainingProgress(0, 0, 0.0, "fold 1 of 2"),
+        TrainingProgress(0, 0, 0.0, "fold 1 of 2", held_out=3.0),
+        TrainingProgress(1, 4, 2.5, "fold 1 of 2"),
+        TrainingProgress(1, 4, 2.5, "fold 1 of 2"),
+        TrainingProgress(2, 4, 2.0, "fold 1 of 2", held_out=2.25),
+        TrainingProgress(2, 4, 2.0, "fold 2 of 2", held_out=3.5),
+    ):
+        told.add(progress)
+    assert (told.curve.phase, told.curve.loss) == ("fold 2 of 2", ((1, 2.5), (2, 2.0)))
+    assert told.curve.held_out == ((0, 3.0), (2, 2.25), (2, 3.5))

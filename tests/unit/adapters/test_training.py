@@ -1,4 +1,4 @@
-"""Packing examples into rows: what is shared, where it is cut, and whom it is not for."""
+"""Packing examples into rows: what is shared, where it is cut, and whom it is not for; and the training rate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from adapters.training.example import Example
 from adapters.training.forward.packing import pack
+from adapters.training.trainer import rate_factor
 
 
 def model(**config: Any) -> Any:
@@ -68,3 +69,14 @@ def test_an_example_stands_alone_where_the_models_own_mask_is_another() -> None:
         assert [row.ids for row in rows] == [[1, 2, 3, 4], [1, 2, 5, 6]]
         assert "attention_mask" not in rows[0].inputs(reader)
     assert len(pack(model(sliding_window=4, attention_chunk_size=None), examples, limit=100)) == 1
+
+
+def test_the_rate_warms_up_over_a_tenth_and_falls_to_nothing() -> None:
+    factors = [rate_factor(step, 30) for step in range(30)]
+    assert factors[:3] == [1 / 3, 2 / 3, 1.0]
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert 0 < factors[-1] < 0.01
+
+
+def test_a_single_step_is_taken_at_full_rate() -> None:
+    assert rate_factor(0, 1) == 1.0

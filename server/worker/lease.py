@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeGuard, TypeVar
 
 from adapters.errors import TrainingError
-from adapters.training.user_run import Progress
+from adapters.training.user_run import TrainingProgress
 from server.errors import Unavailable
 from server.store.jobs import JobStore, Lease
 from server.store.samples import Curve
@@ -20,7 +20,7 @@ log = logging.getLogger("mta.worker")
 LEASE_S = 15.0
 RENEW_S = 1.0
 ANSWER_S = 4.0
-"""How long to wait for an answer before asking the store again: a lost answer must not use up the lease."""
+"""How long to wait for an answer before calling the store again: a lost answer must not use up the lease."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,48 +34,43 @@ class StoreSilent(Exception):
     """The store could not be used for as long as the lease was sure to last."""
 
 
-async def answered(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+async def retry_until_answered(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """The store's answer to a repeatable call, however long the store is away.
 
     Raises:
-        Unavailable: when what is stored cannot be read: asked again, the store would say the same.
+        Unavailable: when what is stored cannot be read: the next answer would be the same.
     """
 
-    def bear(error: Unavailable | TimeoutError) -> None:
+    def note(error: Unavailable | TimeoutError) -> None:
         if _is_damage(error):
             raise error
         log.warning("%s", _reason(error))
 
-    return await _asked(bear, call, *args, **kwargs)
+    return await _retry(note, call, *args, **kwargs)
 
 
 class HeldLease:
     """A lease that this worker holds, for as long as it can be sure of it.
 
-    Args:
-        jobs: the store it was taken from.
-        lease: as the store gave it.
-        asked_s: when it was requested, by `time.monotonic`; the store counts from a later moment.
+    The call that took it began at `since_s` by `time.monotonic`; the store counts from a later moment.
     """
 
-    def __init__(self, jobs: JobStore, lease: Lease, asked_s: float) -> None:
+    def __init__(self, jobs: JobStore, lease: Lease, since_s: float) -> None:
         self.lease = lease
         self._jobs = jobs
-        self._until_s = asked_s + LEASE_S
+        self._until_s = since_s + LEASE_S
         self._written: Curve | None = None
 
-    async def renew(self, progress: Progress, curve: Curve) -> None:
-        """Extend it, and report how far training is. While the store is silent, it stays as it is.
+    async def renew(self, progress: TrainingProgress, curve: Curve) -> None:
+        """Extend it, and report how far training is; a curve is written only when it has changed.
 
-        Args:
-            progress: the latest.
-            curve: up to there; written only when it has changed.
+        While the store is silent, it stays as it is.
 
         Raises:
             LeaseLost: when the store says so.
             StoreSilent: when it has run out meanwhile.
         """
-        asked_s = time.monotonic()
+        since_s = time.monotonic()
         loss = progress.loss if progress.step else None
         try:
             async with asyncio.timeout(ANSWER_S):
@@ -89,22 +84,22 @@ class HeldLease:
                 )
         except (Unavailable, TimeoutError) as error:
             _raise_what_is_ours(error)
-            self._bear(error)
+            self._note(error)
             return
         if not held:
             raise LeaseLost
-        self._until_s, self._written = asked_s + LEASE_S, curve
+        self._until_s, self._written = since_s + LEASE_S, curve
 
-    async def insist(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The store's answer to a repeatable call, asked for until the lease has run out.
+    async def retry(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The store's answer to a call, repeated until the lease has run out.
 
         Raises:
             StoreSilent: when it has.
             TrainingError: when the user's stored data is damaged.
         """
-        return await _asked(self._bear, call, *args, **kwargs)
+        return await _retry(self._note, call, *args, **kwargs)
 
-    def _bear(self, error: Unavailable | TimeoutError) -> None:
+    def _note(self, error: Unavailable | TimeoutError) -> None:
         if _is_damage(error):
             raise TrainingError(f"{error.message}: delete the user and send the profile again") from error
         if time.monotonic() >= self._until_s:
@@ -112,20 +107,20 @@ class HeldLease:
         log.warning("%s: %s", self.lease.job.id, _reason(error))
 
 
-async def _asked(
-    bear: Callable[[Unavailable | TimeoutError], None],
+async def _retry(
+    note: Callable[[Unavailable | TimeoutError], None],
     call: Callable[P, Awaitable[T]],
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> T:
-    """The answer to a call; it is asked for again until `bear` raises."""
+    """The answer to a call, which is repeated until `note` raises."""
     while True:
         try:
             async with asyncio.timeout(ANSWER_S):
                 return await call(*args, **kwargs)
         except (Unavailable, TimeoutError) as error:
             _raise_what_is_ours(error)
-            bear(error)
+            note(error)
         await asyncio.sleep(RENEW_S)
 
 

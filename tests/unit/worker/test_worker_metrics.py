@@ -11,7 +11,7 @@ from adapters.errors import MtaError
 from server.settings import Settings
 from server.store.jobs import Job, JobId, JobState
 from server.supervisor.services import free_port
-from server.worker.figures import WorkerFigures
+from server.worker.metrics import WorkerMetrics
 
 
 def job(tries: int) -> Job:
@@ -26,7 +26,7 @@ def shown(port: int) -> dict[str, float]:
 
 
 def test_a_jobs_wait_is_counted_at_its_first_try_and_its_time_at_each() -> None:
-    figures, port = WorkerFigures(), free_port()
+    figures, port = WorkerMetrics(), free_port()
     figures.publish(Settings(metrics_port=port))
     assert shown(port)['mta_worker_jobs_total{outcome="failed"}'] == 0
     for tries in (1, 2):
@@ -42,9 +42,9 @@ def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(MtaError, match=f"127.0.0.1:{port}.*MTA_METRICS_PORT"):
-            WorkerFigures().publish(Settings(metrics_port=port))
+            WorkerMetrics().publish(Settings(metrics_port=port))
 
 
 def test_by_default_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.worker.figures.start_http_server", lambda *_, **__: pytest.fail("it listens"))
-    WorkerFigures().publish(Settings())
+    monkeypatch.setattr("server.worker.metrics.start_http_server", lambda *_, **__: pytest.fail("it listens"))
+    WorkerMetrics().publish(Settings())

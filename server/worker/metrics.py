@@ -1,4 +1,4 @@
-"""What a worker counts, and where it can be read: at a port of its own, where the settings name one."""
+"""A worker's metrics, at a port of its own where the settings name one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNWANTED = "unwanted"
 """Cancelled, superseded or erased meanwhile, or another worker's by now."""
 
 
-class WorkerFigures:
+class WorkerMetrics:
     """The metrics of one worker, in a registry of its own. No label names a user or a job."""
 
     def __init__(self) -> None:

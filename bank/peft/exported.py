@@ -1,0 +1,152 @@
+"""An adapter of a bank as a PEFT folder's two files, in plain numpy: a gateway exports without torch or an engine.
+
+What `adapters/fusion.py` and `adapters/user_adapter.py` do for the engine is done here module by module, so that never
+more than one of them is in memory; the tests say that it is the same adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adapters.errors import FusionError, UserAdapterError
+from adapters.raw import USER_FORMAT, Bits, RawTensors, file_head, to_bits, to_float
+from adapters.recipe import PER_MILLE, FusionRecipe
+from bank.errors import BankError
+from bank.manifest import MATRIX_FILE, BankManifest
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of modules."""
+
+
+class ExportedAdapter:
+    """What a recipe stands for, with the bytes of the user adapter that is stacked on it, if any.
+
+    Of the bank's matrix only the recipe's rows are read. `rank` is R of every module.
+
+    Raises:
+        BankError: when the bank's matrix is missing or damaged.
+        FusionError: when the recipe is of another bank, or asks for what the bank lacks.
+        UserAdapterError: when the bytes are not a user adapter of the recipe and this bank.
+    """
+
+    def __init__(self, bank: Path, manifest: BankManifest, recipe: FusionRecipe, user: bytes | None = None) -> None:
+        self._base_model, self._layout, self._recipe = manifest.base_model.name, manifest.layout, recipe.plain
+        self._check(recipe, manifest)
+        self._rows = [(len(manifest.anchors), 1.0)] * recipe.common
+        self._rows += [(term.anchor, term.weight / PER_MILLE) for term in recipe.terms]
+        self._matrix = self._opened(bank / MATRIX_FILE, manifest)
+        self._user: RawTensors | None = None
+        self._user_rank = 0
+        if user is not None:
+            self._user, self._user_rank = self._decoded(user)
+        self.rank = manifest.rank_of(recipe) + self._user_rank
+
+    def write(self, folder: Path) -> None:
+        """Write both files; the folder is made if needed.
+
+        Raises:
+            BankError: when they cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG_FILE).write_text(json.dumps(self.config(), indent=2), "utf-8")
+            with (folder / WEIGHTS_FILE).open("wb") as file:
+                file.writelines(self.weights())
+        except OSError as error:
+            raise BankError(f"cannot write a PEFT adapter to {folder}: {error}") from error
+
+    def config(self) -> dict[str, Any]:
+        """The content of `adapter_config.json`; alpha equals the rank, because scaling is in B already."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self._base_model,
+            "r": self.rank,
+            "lora_alpha": self.rank,
+            # In full: the last parts alone could match other modules.
+            "target_modules": sorted(module.name for module in self._layout.modules),
+            "bias": "none",
+            "lora_dropout": 0.0,
+            "inference_mode": True,
+        }
+
+    def weights(self) -> Iterator[bytes]:
+        """The bytes of `adapter_model.safetensors`, a module at a time."""
+        shapes: list[tuple[str, tuple[int, ...]]] = []
+        for module in self._layout.modules:
+            shapes.append((f"{PREFIX}{module.name}.lora_A.weight", (self.rank, module.h_in)))
+            shapes.append((f"{PREFIX}{module.name}.lora_B.weight", (module.h_out, self.rank)))
+        yield file_head(shapes, {"format": "pt"})
+        users_a = users_b = 0
+        for (module, a_cut), (_, b_cut) in zip(self._layout.a_slices(), self._layout.b_slices(), strict=True):
+            a, b = self._fused(a_cut, b_cut)
+            if self._user is not None:
+                rank = self._user_rank
+                a.append(self._user["a"][users_a : users_a + rank * module.h_in])
+                b.append(self._user["b"][users_b : users_b + rank * module.h_out])
+                users_a, users_b = users_a + rank * module.h_in, users_b + rank * module.h_out
+            yield np.concatenate([block.reshape(-1, module.h_in) for block in a]).tobytes()
+            yield np.concatenate([block.reshape(module.h_out, -1) for block in b], axis=1).tobytes()
+
+    def _fused(self, a_cut: slice, b_cut: slice) -> tuple[list[Bits], list[Bits]]:
+        """Blocks of a module's A and of its B, without the user adapter: one of each, or of `cat` one for each row."""
+        rows = self._matrix["rows"]
+        if self._layout.shared_a:
+            b = sum(to_float(rows[row, b_cut]) * np.float32(weight) for row, weight in self._rows)
+            return [self._matrix["shared_a"].reshape(-1)[a_cut]], [to_bits(np.asarray(b, np.float32))]
+        split = self._layout.a_numbers
+        b_cut = slice(split + b_cut.start, split + b_cut.stop)
+        return (
+            [rows[row, a_cut] for row, _ in self._rows],
+            [to_bits(to_float(rows[row, b_cut]) * np.float32(weight)) for row, weight in self._rows],
+        )
+
+    @staticmethod
+    def _check(recipe: FusionRecipe, manifest: BankManifest) -> None:
+        anchors = len(manifest.anchors)
+        if recipe.bank != manifest.short:
+            raise FusionError(f"the recipe belongs to the bank {recipe.bank}, but this one is {manifest.short}")
+        if recipe.common and not manifest.common:
+            raise FusionError(
+                f"the recipe {recipe.plain.name} has the common row, but bank {recipe.bank} was built without one"
+            )
+        if recipe.terms and recipe.terms[-1].anchor >= anchors:
+            raise FusionError(f"bank {recipe.bank} has only {anchors} anchors, got the recipe {recipe.plain.name}")
+
+    def _opened(self, path: Path, manifest: BankManifest) -> RawTensors:
+        try:
+            matrix = RawTensors.open(path)
+        except (OSError, ValueError) as error:
+            raise BankError(f"cannot read the meta-LoRA matrix {path}: {error}") from error
+        wanted = (len(manifest.anchors) + manifest.common, self._layout.row_numbers)
+        shared = matrix.shapes.get("shared_a", (0,))
+        if matrix.shapes.get("rows") != wanted or (self._layout.shared_a and shared != (self._layout.a_numbers,)):
+            raise BankError(
+                f"{path} holds {matrix.shapes}, but the manifest says rows of {wanted}: copy the bank again"
+            )
+        return matrix
+
+    def _decoded(self, raw: bytes) -> tuple[RawTensors, int]:
+        """A user adapter's tensors and its rank."""
+        try:
+            tensors = RawTensors(np.frombuffer(raw, np.uint8))
+            header = json.loads(tensors.metadata[USER_FORMAT])
+            rank, recipe = int(header["rank"]), str(header["recipe"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserAdapterError(f"user adapter of {len(raw)} bytes cannot be read: {error}") from error
+        modules = self._layout.modules
+        expected = {"a": rank * sum(m.h_in for m in modules), "b": rank * sum(m.h_out for m in modules)}
+        found = {name: int(np.prod(shape)) for name, shape in tensors.shapes.items()}
+        if recipe != self._recipe.name or found != expected or rank < 1:
+            raise UserAdapterError(
+                f"user adapter of rank {rank} and {recipe} holds {found} numbers, but {expected} of "
+                f"{self._recipe.name} were expected"
+            )
+        return tensors, rank
