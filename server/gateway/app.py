@@ -202,11 +202,10 @@ def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, Serving
 async def _count_jobs(jobs: JobStore, banks: Sequence[str], metrics: Metrics) -> None:
     """Count the banks' open jobs; while the store is away the last count stays, and `/ready` says why."""
     with contextlib.suppress(Unavailable):
-        unfinished = sum([await jobs.open_jobs(bank) for bank in banks])
-        waiting = sum([await jobs.waiting_jobs(bank) for bank in banks])
-        metrics.jobs.labels("queued").set(waiting)
-        metrics.jobs.labels("running").set(max(0, unfinished - waiting))
-        metrics.oldest_job.set(max([await jobs.oldest_waiting_s(bank) for bank in banks]))
+        found = [await jobs.backlog(bank) for bank in banks]
+        metrics.jobs.labels("queued").set(sum(each.waiting for each in found))
+        metrics.jobs.labels("running").set(sum(each.open - each.waiting for each in found))
+        metrics.oldest_job.set(max(each.oldest_s for each in found))
 
 
 async def _look_at_file(file: ForgetsOnDisk, metrics: Metrics) -> None:

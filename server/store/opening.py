@@ -10,16 +10,15 @@ from server.settings import Settings
 from server.store.adapters import AdapterStore
 from server.store.durability import CheckedStore, ForgetsOnDisk, Span, Timed, untimed
 from server.store.jobs import JobStore
-from server.store.profiles import ProfileStore
+from server.store.profiles import ProfileStore, SignQueue
 from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.access.rates import RedisRates
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.queue import RedisSigning
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
-from server.store.redis.signing import RedisSigning
-from server.store.signing import SignQueue
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.rates import Rates
 

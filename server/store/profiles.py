@@ -262,3 +262,26 @@ class ProfileStore(Protocol):
 
     async def stored_bytes(self, key: str) -> int:
         """Memory that the user's profile, items and vectors take in the store."""
+
+
+class SignQueue(Protocol):
+    """Users who need a signature for one bank. Every method raises `Unavailable` when the store cannot be used.
+
+    A user who is already waiting is queued once. A user whose worker died is taken again.
+    """
+
+    async def ask(self, user_key: str) -> None:
+        """Have a worker make a user's signature."""
+
+    async def take(self, wait_s: float) -> str | None:
+        """Wait for a user who needs one; by now they may be gone, or have it."""
+
+    async def begin(self, user_key: str) -> int:
+        """Count a worker's attempt to make it; returns the number of attempts since `done`, from 1; 0 for a user who is
+        no longer in the queue."""
+
+    async def done(self, user_key: str) -> None:
+        """Take a user out of the queue, unless they were asked for again since they were taken."""
+
+    async def withdraw(self, user_key: str) -> None:
+        """Remove an erased user from the queue."""

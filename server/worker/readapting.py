@@ -114,7 +114,7 @@ class Readapting:
             await self._room()
             usual = default_config(self._manifest.room, self._manifest.common)
             config = encode_config(replace(usual, **asdict(self._budget)))
-            kept = Submission([], append=True, config=config, bank=self._manifest.short, epoch=epoch)
+            kept = Submission([], True, config, bank=self._manifest.short, epoch=epoch, background=True)
             with suppress(UserErased):
                 await self._jobs.submit(user_key, kept, MAX_SAMPLES)
             tally.queued += 1
@@ -125,6 +125,6 @@ class Readapting:
     async def _room(self) -> None:
         """Wait until few enough jobs are open."""
         while True:
-            if await self._jobs.open_jobs(self._manifest.short) < self._at_a_time:
+            if (await self._jobs.backlog(self._manifest.short)).open < self._at_a_time:
                 return
             await asyncio.sleep(PAUSE_S)

@@ -75,14 +75,14 @@ async def test_a_job_that_is_given_back_is_announced_and_taken_up_at_once(
     jobs: RedisJobs, user: str, *, counts: bool
 ) -> None:
     job_id = (await submitted(jobs, user)).id
-    assert await jobs.next_job(BANK, "w", 1) == job_id
+    assert await jobs.next_job(BANK, 1) == job_id
     lease = await claimed(jobs, job_id)
     assert await jobs.renew(lease, LEASE_S, step=3, of=40, loss=1.25)
     assert await jobs.release(lease, counts=counts)
     job = await jobs.job(lease.job.id)
     assert job is not None
     assert (job.state, job.tries, job.started_ms, job.step) == (JobState.QUEUED, int(counts), 0, 0)
-    assert await jobs.next_job(BANK, "w", 1) == lease.job.id
+    assert await jobs.next_job(BANK, 1) == lease.job.id
     again = await claimed(jobs, lease.job.id)
     assert again.job.tries == 1 + counts
     assert not await jobs.release(lease, counts=False)

@@ -200,7 +200,6 @@ class Store(RuleBasedStateMachine):
         other = self.world.workers[1 - worker]
         if self.world.workers[worker].lease is not None and other.lease is None:
             self.jump(61.0)
-            self.world.tried(other.parts, other.parts.jobs.overdue(BANK))
             self.take_and_claim(1 - worker, fault, 0)
 
     @rule(worker=TWO, fault=FAULTS, place=PLACES)
@@ -213,14 +212,8 @@ class Store(RuleBasedStateMachine):
 
     @rule(worker=TWO)
     def die(self, worker: int) -> None:
-        """And start again under another name."""
+        """And start again."""
         self.world.workers[worker] = WorkerSteps(self.world.connected())
-
-    @rule(worker=TWO)
-    def sweep(self, worker: int) -> None:
-        parts = self.world.workers[worker].parts
-        self.world.tried(parts, parts.jobs.overdue(BANK))
-        self.world.tried(parts, parts.signing.overdue())
 
     @rule(gateway=TWO, fault=FAULTS)
     def make_a_key(self, gateway: int, fault: Fault | None) -> None:

@@ -16,13 +16,11 @@ Of one user (`server/store/tenants/user_key.py`)::
                                       erasure removed                                     was erased; 10 minutes
                                                                                           if there was none
 
-Of one queue, `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
+Of one queue (`queue.py`), `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
 
-    mta:{<queue>}:calls       stream  user keys; read by a consumer group, entries go when acknowledged
-    mta:{<queue>}:called      hash    user key → its entry in the stream: one call per user at a time
-    mta:{<queue>}:open        zset    user key → when to check whether it is still going on, ms
-    mta:{<queue>}:listed      zset    user key → when a request last announced work for them, ms
-    mta:{<queue>}:begun       hash    user key → how often a worker has begun, and not ended
+    mta:{<queue>}:due         zset    user key → when to look at the user, ms
+    mta:{<queue>}:background  zset    the same, of what nobody asked for
+    mta:{<queue>}:tries       hash    user key → how often a worker has begun with them, and not ended
 
 Of all users::
 
@@ -39,19 +37,11 @@ Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or
     mta:held:running/<owner>  zset    requests in progress → until when, ms               after the last lease
     mta:held:gateways/<engines>  zset  gateways before the same engines → the same        after the last lease
 
-From version 0.1, until a worker or a gateway takes them over::
-
-    mta:jobs, mta:sign        stream  a queue for all banks
-    mta:jobs:open             zset    job id → when to check, ms
-    mta:sign:open             zset    user key → the same
-    mta:{rewrite}:due         string  when the append-only file is rewritten
-
 Scripts are passed these names. Only a job record's is built in Lua, from `job_prefix` and a number.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from server.store.jobs import JobId
@@ -60,7 +50,6 @@ Work = Literal["jobs", "sign"]
 
 BANKS = "mta:adapted"
 REWRITE = "mta:{rewrite}"
-OLD_REWRITE = f"{REWRITE}:due"
 ACCESS_KEYS = "mta:{access}:keys"
 ACCESS_RING = "mta:{access}:ring"
 
@@ -119,30 +108,10 @@ def held(name: str) -> str:
     return f"mta:held:{name}"
 
 
-@dataclass(frozen=True, slots=True)
-class QueueKeys:
-    """The keys of one queue; `old` and `old_open` are version 0.1's for the same work."""
-
-    calls: str
-    called: str
-    open: str
-    listed: str
-    begun: str
-    old: str
-    old_open: str
-
-
-def queue(work: Work, bank: str) -> QueueKeys:
+def queue(work: Work, bank: str) -> tuple[str, str, str]:
+    """The names of one queue's keys: due, background, tries."""
     prefix = f"mta:{{{work}:{bank}}}:"
-    return QueueKeys(
-        calls=f"{prefix}calls",
-        called=f"{prefix}called",
-        open=f"{prefix}open",
-        listed=f"{prefix}listed",
-        begun=f"{prefix}begun",
-        old=f"mta:{work}",
-        old_open=f"mta:{work}:open",
-    )
+    return f"{prefix}due", f"{prefix}background", f"{prefix}tries"
 
 
 def _of_user(user_key: str, what: str) -> str:

@@ -158,9 +158,6 @@ class AppendOnlyFile:
     async def look(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
         members = await self._connection.members()
-        if await self._connection.run(lambda redis: redis.exists(keys.OLD_REWRITE)):
-            await self._ask([server.id for server in members])
-            await self._connection.run(lambda redis: redis.delete(keys.OLD_REWRITE))
         looked = await asyncio.gather(*map(self._look_at, members), return_exceptions=True)
         for error in looked:  # that one server is away keeps nobody from looking at the others
             if error is not None:

@@ -23,10 +23,7 @@ class Away(RedisConnectionError):  # type: ignore[misc]  # untyped
 
 
 class _Client(RedisCluster):  # type: ignore[misc]  # untyped
-    """Leaves servers alone that are away.
-
-    It finds the key of `XREADGROUP` by itself; redis-py would ask one server each time, were it dead or not.
-    """
+    """Leaves servers alone that are away."""
 
     _away: Collection[Any] = ()
     _until_s = 0.0
@@ -47,11 +44,6 @@ class _Client(RedisCluster):  # type: ignore[misc]  # untyped
     async def _execute_command(self, target_node: Any, *args: Any, **kwargs: Any) -> Any:
         self.refuse_away(target_node)
         return await super()._execute_command(target_node, *args, **kwargs)
-
-    async def _determine_slot(self, command: str, *args: Any) -> int:
-        if command == "XREADGROUP":
-            return int(self.keyslot(args[args.index(b"STREAMS") + 1]))
-        return int(await super()._determine_slot(command, *args))
 
 
 def cluster_client(url: str) -> Any:

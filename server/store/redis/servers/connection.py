@@ -65,7 +65,7 @@ class RedisConnection:
             `sentinel.FORM` says.
         require_durable: whether a server that may lose or evict what it acknowledged is refused; in a cluster, one such
             primary, or one server that evicts.
-        timed: gets what every call took, but for those that wait for something to happen.
+        timed: gets what every call took.
         span: what a write is in a trace, however often it is sent until it lasts.
 
     Raises:
@@ -126,17 +126,9 @@ class RedisConnection:
             async with _translated(timeout_s), self._servers.pipeline() as pipe:
                 yield pipe
 
-    async def run(
-        self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S, *, waits: bool = False
-    ) -> Any:
-        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`.
-
-        Args:
-            command: asks the client.
-            timeout_s: the longest that it may take.
-            waits: whether it waits for something to happen, so that its time says nothing of the server.
-        """
-        with _Measured(untimed if waits else self._timed, "command"):
+    async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
+        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
+        with _Measured(self._timed, "command"):
             async with _translated(timeout_s):
                 return await self._servers.run(command)
 
