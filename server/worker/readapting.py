@@ -55,7 +55,7 @@ class ServedBanks:
     def of(self, user_key: str, user_id: str) -> str:
         """A user's bank; empty for a user of no tenant that is known, such as by another secret."""
         for tenant, bank in self._banks.items():
-            if self._users.users(tenant).user(user_id).is_stored_under(user_key):
+            if self._users.users(tenant).key(user_id) == user_key:
                 return bank
         return ""
 

@@ -205,14 +205,3 @@ async def test_many_erasures_are_not_as_many_rewrites(raw: redis.Redis, file: Ap
     assert (await raw.info("persistence"))[
         "aof_rewrites"
     ] <= before + 2  # the first ones fell due too early for the last
-
-
-async def test_an_erasure_remembered_by_version_0_1_is_not_forgotten(
-    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
-) -> None:
-    await raw.delete("secret")
-    await raw.set("mta:{rewrite}:due", 1)
-    await file.look()
-    await until_settled(raw, file)
-    assert not on_disk(one_server)
-    assert not await raw.exists("mta:{rewrite}:due")

@@ -24,7 +24,7 @@ from server.store.redis.servers.connection import RedisConnection
 from tests.support.store_cluster import LATER_MS, change, opened, users_at
 from tests.support.store_parts import claimed, submitted
 
-REPLICA_TIMEOUT_MS = "server.store.redis.servers.cluster.REPLICA_TIMEOUT_MS"
+REPLICA_TIMEOUT_MS = "server.store.redis.servers.base.REPLICA_TIMEOUT_MS"
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ async def test_what_the_primary_acknowledges_its_replica_has(
 async def test_a_write_that_no_replica_has_received_is_not_acknowledged_until_it_is_taken_for_down(
     watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis.servers.sentinel.REPLICA_TIMEOUT_MS", 100)
+    monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
     store = RedisProfiles(connection)
     with standing_still(watched.replica.pid):
         with pytest.raises(Unavailable, match="on a replica"):
@@ -142,7 +142,7 @@ async def test_who_was_the_primary_acknowledges_nothing_when_it_wakes(
     watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its replica has taken over, and it has not heard of it: nobody follows it."""
-    monkeypatch.setattr("server.store.redis.servers.sentinel.REPLICA_TIMEOUT_MS", 100)
+    monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
     store = RedisProfiles(connection)
     assert await store.commit(user, b"", change("a"))
     ask(watched.replica, "REPLICAOF", "NO", "ONE")

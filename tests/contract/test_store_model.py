@@ -24,7 +24,7 @@ from server.errors import ApiError, Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
 from server.store.redis import keys
 from server.store.redis.profiles import NOBODY_S
-from server.store.redis.servers import sentinel
+from server.store.redis.servers import base
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.faults import Fault
 from tests.support.store_parts import BANK, KEYS, WorkerSteps, put_of
@@ -254,14 +254,14 @@ class Store(RuleBasedStateMachine):
         self.texts += 1
         snapshot = self.world.run(parts.profiles.read(key))
         ask(server.replica, "REPLICAOF", "NO", "ONE")
-        patience_ms, sentinel.REPLICA_TIMEOUT_MS = sentinel.REPLICA_TIMEOUT_MS, CUT_OFF_MS
+        patience_ms, base.REPLICA_TIMEOUT_MS = base.REPLICA_TIMEOUT_MS, CUT_OFF_MS
         try:
             change = put_of(user, f"text {self.texts}", snapshot)
             work = parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
             assert isinstance(self.world.tried(parts, work), Unavailable)
             assert isinstance(self.world.tried(parts, parts.erase(user)), Unavailable)
         finally:
-            sentinel.REPLICA_TIMEOUT_MS = patience_ms
+            base.REPLICA_TIMEOUT_MS = patience_ms
         self.world.fail_over(lost=True)
 
     @precondition(lambda self: FAKE_TIME is not None)

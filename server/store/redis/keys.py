@@ -28,8 +28,8 @@ Of all users::
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
     mta:{rewrite}:<server>    hash    the same, of each server of several
-    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `revision`; `bank:<tenant>`
-    mta:{access}:ring         string  the random id of that hash, apart from it since earlier versions read all of it
+    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`; of all:
+                                      `revision`, `ring` (a random id)
 
 Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
@@ -51,7 +51,6 @@ Work = Literal["jobs", "sign"]
 BANKS = "mta:adapted"
 REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
-ACCESS_RING = "mta:{access}:ring"
 
 
 def profile(user_key: str) -> str:

@@ -17,10 +17,9 @@ from server.store.redis.servers.base import (
     CONNECTIONS,
     READ_TIMEOUT_S,
     WAITAOF,
-    WAITAOF_TIMEOUT_MS,
     Server,
+    check_confirmed,
     durability_of,
-    unconfirmed,
 )
 
 T = TypeVar("T")
@@ -92,9 +91,8 @@ class Alone:
             pipe.eval(script, len(names), *names, *arguments)
             if durability is Durability.WAITAOF:
                 pipe.execute_command(*WAITAOF)
-            answer, *fsynced = await pipe.execute()
-        if fsynced and fsynced[0][0] < 1:
-            raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
+            answer, *confirmed = await pipe.execute()
+        check_confirmed(confirmed)
         return answer
 
     async def _look(self) -> Durability:

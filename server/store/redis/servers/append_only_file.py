@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
-from server.store.durability import LOOK_S, Asked
+from server.store.durability import LOOK_S, Rewrite
 from server.store.redis import keys
 from server.store.redis.job_scripts import ALLOW_OOM, NOW
 from server.store.redis.servers.base import Server
@@ -146,7 +146,7 @@ class AppendOnlyFile:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def ask_for_rewrite(self, user_key: str) -> Asked:
+    async def ask_for_rewrite(self, user_key: str) -> Rewrite:
         """Request a rewrite of the files that leaves out what is about to be erased of a user."""
         return await self._ask(await self._connection.holders(keys.profile(user_key)))
 
@@ -163,11 +163,11 @@ class AppendOnlyFile:
             if error is not None:
                 raise error
 
-    async def _ask(self, servers: Sequence[str]) -> Asked:
+    async def _ask(self, servers: Sequence[str]) -> Rewrite:
         states = [keys.rewrite(server) for server in servers]
         asked = [await self._connection.write(_ASK, (state,), INTERVAL_MS, ASKED_MS) for state in states]
         now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
-        return Asked(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
+        return Rewrite(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
 
     async def _overdue_ms(self, state: str) -> int:
         return int(await self._connection.run(lambda redis: redis.eval(_OVERDUE, 1, state, _taken_ms())))
