@@ -42,6 +42,7 @@ Scripts are passed these names. Only a job record's is built in Lua, from `job_p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from server.store.jobs import JobId
@@ -53,40 +54,17 @@ REWRITE = "mta:{rewrite}"
 ACCESS_KEYS = "mta:{access}:keys"
 
 
-def profile(user_key: str) -> str:
-    return _of_user(user_key, "profile")
+def _of_user(what: str) -> Callable[[str], str]:
+    return lambda user_key: f"mta:{{{user_key}}}:{what}"
 
 
-def items(user_key: str) -> str:
-    return _of_user(user_key, "items")
-
-
-def vectors(user_key: str) -> str:
-    return _of_user(user_key, "vectors")
-
-
-def samples(user_key: str) -> str:
-    return _of_user(user_key, "samples")
-
-
-def adapter(user_key: str) -> str:
-    return _of_user(user_key, "adapter")
-
-
-def jobs(user_key: str) -> str:
-    return _of_user(user_key, "jobs")
-
-
-def job_prefix(user_key: str) -> str:
-    return _of_user(user_key, "job:")
+profile, items, vectors = _of_user("profile"), _of_user("items"), _of_user("vectors")
+samples, adapter, epoch = _of_user("samples"), _of_user("adapter"), _of_user("epoch")
+jobs, job_prefix = _of_user("jobs"), _of_user("job:")
 
 
 def job(job_id: JobId) -> str:
     return f"{job_prefix(job_id.user_key)}{job_id.number}"
-
-
-def epoch(user_key: str) -> str:
-    return _of_user(user_key, "epoch")
 
 
 def rewrite(server: str) -> str:
@@ -111,7 +89,3 @@ def queue(work: Work, bank: str) -> tuple[str, str, str]:
     """The names of one queue's keys: due, background, tries."""
     prefix = f"mta:{{{work}:{bank}}}:"
     return f"{prefix}due", f"{prefix}background", f"{prefix}tries"
-
-
-def _of_user(user_key: str, what: str) -> str:
-    return f"mta:{{{user_key}}}:{what}"

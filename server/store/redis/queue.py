@@ -23,14 +23,9 @@ from server.store.redis import keys
 from server.store.redis.job_scripts import ALLOW_OOM, NOW
 from server.store.redis.servers.connection import RedisConnection
 
-POLL_S = 0.4
-"""How often an idle worker looks whether anybody is due: a command each time, and nothing is written."""
-
-GRACE_MS = 10_000
-"""How long a worker that has taken a user has to begin, until others look again."""
-
-LISTED_MS = 60_000
-"""How long a request has to create the work that it listed a user for."""
+POLL_S = 0.4  # how often an idle worker looks whether anybody is due: one command, and nothing is written
+GRACE_MS = 10_000  # how long a worker that has taken a user has to begin, until others look again
+LISTED_MS = 60_000  # how long a request has to create the work that it listed a user for
 
 # KEYS of all: the set of what is due, that of the background, tries. The server's clock is the only one used.
 

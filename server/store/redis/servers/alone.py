@@ -26,16 +26,10 @@ T = TypeVar("T")
 
 
 class Alone:
-    """`Servers` that are one.
+    """`Servers` that are one, at a URL as in redis-py; raises `ValueError` when it cannot be read.
 
-    Behind its address may be another one tomorrow. Whoever meets a server that takes no writes drops all connections:
-    they are made anew, to whoever has the address then.
-
-    Args:
-        url: as in redis-py: `redis://`, `rediss://` or `unix://`.
-
-    Raises:
-        ValueError: when the URL cannot be read.
+    Behind the address may be another server tomorrow. Whoever meets one that takes no writes drops all connections:
+    they are made anew, to the server that has the address then.
     """
 
     def __init__(self, url: str) -> None:
@@ -104,7 +98,7 @@ class Alone:
         return await durability_of(self._client.execute_command)
 
     async def _anew(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do it once more, over a new connection, where the server takes no writes: then nothing was written."""
+        """Repeat it over a new connection if the server takes no writes: then nothing was written."""
         try:
             return await work()
         except ReadOnlyError:
@@ -116,7 +110,7 @@ class Alone:
             raise
 
     async def _drop(self) -> None:
-        """Connect anew: at once, or as soon as who uses a connection has done with it."""
+        """Connect anew: at once, or as soon as a connection is free."""
         pool = self._client.connection_pool
         await pool.update_active_connections_for_reconnect()
         await pool.disconnect(inuse_connections=False)

@@ -24,18 +24,13 @@ from server.store.redis.servers.cluster_client import READ_RETRIES, Away, cluste
 
 log = logging.getLogger("mta.store")
 
+# Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed.
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
-"""Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed."""
-
+# How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
+# replica that has come must be waited for.
 LAYOUT_S = 5.0
-"""How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
-replica that has come must be waited for."""
-
-PATIENCE_S = 1.0
-"""How long to wait for a server that is asked which servers there are, before another is."""
-
-AWAY_S = 5.0
-"""How long nobody is sent to a server that did not answer when it was looked at; gateways look every two seconds."""
+PATIENCE_S = 1.0  # how long to wait for a server that is asked which servers there are, before another is
+AWAY_S = 5.0  # how long nothing is sent to a server that did not answer to `durability`, asked every two seconds
 
 SLOTS = 16384
 _RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
@@ -58,12 +53,8 @@ class Cluster:
     A write is on the disk of its primary, and has reached one of its replicas if there are any: so it is still there
     when that replica takes over.
 
-    Args:
-        url: `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
-            several, comma-separated: those that the others are found from.
-
-    Raises:
-        ValueError: when the URL cannot be read.
+    Its URL is `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
+    several, comma-separated: those that the others are found from; `ValueError` when it cannot be read.
     """
 
     def __init__(self, url: str) -> None:

@@ -29,7 +29,7 @@ class _Client(RedisCluster):  # type: ignore[misc]  # untyped
     _until_s = 0.0
 
     def stay_away(self, nodes: Collection[Any], for_s: float) -> None:
-        """Send nothing to these servers for a while, and to all others."""
+        """Send nothing to these servers for a while."""
         self._away, self._until_s = nodes, time.monotonic() + for_s
 
     def is_away(self, node: Any) -> bool:
@@ -47,11 +47,7 @@ class _Client(RedisCluster):  # type: ignore[misc]  # untyped
 
 
 def cluster_client(url: str) -> Any:
-    """The client for a URL; it connects when it is first used.
-
-    Raises:
-        ValueError: when the URL cannot be read.
-    """
+    """The client for a URL, as of `Cluster`; it connects when it is first used. Raises `ValueError`."""
     hosts, options = _read_url(url)
     return _Client(
         startup_nodes=[ClusterNode(host, port) for host, port in hosts],
@@ -65,15 +61,7 @@ def cluster_client(url: str) -> Any:
 
 
 def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-    """Hosts with ports, and options of redis-py's client.
-
-    Args:
-        url: `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
-            several, comma-separated.
-
-    Raises:
-        ValueError: when the URL cannot be read.
-    """
+    """Hosts with ports, and options of redis-py's client; raises `ValueError`."""
     parts = urlsplit(url)
     login, at, hosts = parts.netloc.rpartition("@")
     scheme = parts.scheme.removesuffix("+cluster")

@@ -24,12 +24,10 @@ log = logging.getLogger("mta.store")
 
 FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]"
 
+# How often to ask who is the primary and who follows it. Errors do not always tell: a replica that has come must be
+# waited for.
 LOOK_S = 5.0
-"""How often to ask who is the primary and who follows it. Errors do not always tell: a replica that has come must be
-waited for."""
-
-PATIENCE_S = 1.0
-"""How long to wait for a Sentinel's answer, before another is asked; for the last one, whoever asks decides."""
+PATIENCE_S = 1.0  # how long to wait for a Sentinel, before another is asked; for the last one, the caller decides
 
 _PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 """What whoever uses the primary meets when it is none any more."""
@@ -57,12 +55,9 @@ class Sentinel:
     A write is on the primary's disk, and has reached one of the replicas if there are any: so it is still there when
     that replica takes over.
 
-    Args:
-        url: as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`. Login and options are those
-            of the servers, `sentinel_username` and `sentinel_password` among the options the Sentinels'.
-
-    Raises:
-        ValueError: when the URL cannot be read.
+    Its URL is as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`; `ValueError` when it cannot
+    be read. Login and options are those of the servers; the options `sentinel_username` and `sentinel_password` are the
+    Sentinels' login.
     """
 
     def __init__(self, url: str) -> None:
