@@ -52,8 +52,10 @@ async def test_the_same_idempotency_key_is_the_same_job(jobs: RedisJobs, user: s
 
 
 async def test_only_the_newest_jobs_are_remembered(jobs: RedisJobs, user: str) -> None:
+    assert await jobs.jobs(user) == []
     all_jobs = [(await submitted(jobs, user, idempotency_key=f"key {i}")).id for i in range(KEPT_JOBS + 3)]
     assert [await jobs.job(job) is not None for job in all_jobs] == [False] * 3 + [True] * KEPT_JOBS
+    assert [job.id for job in await jobs.jobs(user)] == all_jobs[3:]
     assert (await submitted(jobs, user, idempotency_key="key 0")).id not in all_jobs  # forgotten, so it is new
 
 

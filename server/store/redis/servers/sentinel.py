@@ -55,7 +55,7 @@ class Sentinel:
     A write is on the primary's disk, and has reached one of the replicas if there are any: so it is still there when
     that replica takes over.
 
-    Its URL is as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`; `ValueError` when it cannot
+    Its URL is as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`; `ValueError` if it cannot
     be read. Login and options are those of the servers; the options `sentinel_username` and `sentinel_password` are the
     Sentinels' login.
     """
