@@ -31,7 +31,7 @@ from tests.support.store_parts import BANK, KEYS, WorkerSteps, put_of
 from tests.support.store_world import Expected, StoreWorld, UnderWay
 
 USERS = st.sampled_from(["ada", "bob"])
-TWO = st.integers(0, 1)
+TWO, BOOL = st.integers(0, 1), st.booleans()
 FAULTS = st.one_of(st.none(), st.none(), st.sampled_from(Fault))
 PLACES = st.integers(0, 4)
 JUMPS_S = st.sampled_from([1.0, 11.0, 16.0, 61.0, 3600.0, -5.0, -3600.0])
@@ -101,12 +101,14 @@ class Store(RuleBasedStateMachine):
         if outcome is True:
             self.world.tried(parts, parts.signing.ask(KEYS.key(put.user)))
 
-    @rule(user=USERS, gateway=TWO, sample=st.integers(0, 2), append=st.booleans(), fault=FAULTS, place=PLACES)
-    def adapt(self, *, user: str, gateway: int, sample: int, append: bool, fault: Fault | None, place: int) -> None:
+    @rule(user=USERS, gateway=TWO, sample=TWO, append=BOOL, background=BOOL, fault=FAULTS, place=PLACES)
+    def adapt(
+        self, *, user: str, gateway: int, sample: int, append: bool, background: bool, fault: Fault | None, place: int
+    ) -> None:
         parts, expected, key = self.world.gateways[gateway], self.world.users[user], KEYS.key(user)
         before = self.world.states(user)
         epoch = self.world.run(parts.profiles.epoch(key))
-        submission = Submission([b"sample %d" % sample], append, "{}", BANK, epoch)
+        submission = Submission([b"sample %d" % sample], append, "{}", BANK, epoch, background=background)
         outcome = self.world.tried(parts, parts.jobs.submit(key, submission, 100), fault, place % 3)
         newest = self.world.newest(user)
         assert newest in (expected.newest, expected.newest + 1) or (expected.newest == 0 and not before)

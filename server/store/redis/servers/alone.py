@@ -17,7 +17,7 @@ from server.store.redis.servers.base import (
     CONNECTIONS,
     READ_TIMEOUT_S,
     WAITAOF,
-    Server,
+    StoreServer,
     check_confirmed,
     durability_of,
 )
@@ -68,8 +68,8 @@ class Alone:
     async def durability(self) -> Durability:
         return await self._anew(self._look)
 
-    async def members(self) -> list[Server]:
-        return [Server("", self._client.execute_command)]
+    async def members(self) -> list[StoreServer]:
+        return [StoreServer("", self._client.execute_command)]
 
     async def holders(self, name: str) -> list[str]:
         return [""]

@@ -24,7 +24,7 @@ from server.errors import Unavailable
 from server.store.durability import LOOK_S, Rewrite
 from server.store.redis import keys
 from server.store.redis.job_scripts import ALLOW_OOM, NOW
-from server.store.redis.servers.base import Server
+from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.connection import RedisConnection
 
 log = logging.getLogger("mta.store")
@@ -153,7 +153,7 @@ class AppendOnlyFile:
     async def _overdue_ms(self, state: str) -> int:
         return int(await self._connection.run(lambda redis: redis.eval(_OVERDUE, 1, state, _taken_ms())))
 
-    async def _look_at(self, server: Server) -> None:
+    async def _look_at(self, server: StoreServer) -> None:
         state, info = keys.rewrite(server.id), await self._connection.ask(server, "INFO")
         if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
@@ -166,7 +166,7 @@ class AppendOnlyFile:
         if outcome > 0:
             await self._begin(server, enabled=bool(info.get("aof_enabled")))
 
-    async def _begin(self, server: Server, *, enabled: bool) -> None:
+    async def _begin(self, server: StoreServer, *, enabled: bool) -> None:
         state = keys.rewrite(server.id)
         if not enabled:  # there is no file
             held = ("began", "run", "count", "due", "failures", "retry")
@@ -187,7 +187,7 @@ def _taken_ms() -> int:
     return round(2 * LOOK_S * 1000) + REWRITE_MS
 
 
-def _log_failure(server: Server, failures: int, why: str) -> None:
+def _log_failure(server: StoreServer, failures: int, why: str) -> None:
     log.error(
         "the append-only file%s still holds erased users: rewriting it failed %d times in a row (%s), and is tried "
         "again in %.0f s",

@@ -37,7 +37,7 @@ Execute = Callable[..., Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class StoreServer:
     """One server process, and how to send it a command: `execute("INFO")`.
 
     `id` is its name for life, which it keeps when its address changes; empty if it is not in a cluster.
@@ -68,7 +68,7 @@ class Servers(Protocol):
     async def durability(self) -> Durability:
         """How writes become durable on the server where they do so least, of those that take writes now."""
 
-    async def members(self) -> list[Server]:
+    async def members(self) -> list[StoreServer]:
         """All servers that keep data and can be asked."""
 
     async def holders(self, name: str) -> list[str]:
@@ -99,7 +99,7 @@ async def _try_waitaof(execute: Execute) -> Durability:
     return Durability.WAITAOF
 
 
-async def memory_of(servers: Sequence[Server]) -> tuple[list[str], Memory | None]:
+async def memory_of(servers: Sequence[StoreServer]) -> tuple[list[str], Memory | None]:
     """Which servers may drop keys to make room, each with its policy; and the memory of the fullest.
 
     It is read from `INFO`, for managed services hide `CONFIG`. A server that cannot be asked, or refuses, says nothing;
@@ -117,7 +117,7 @@ async def memory_of(servers: Sequence[Server]) -> tuple[list[str], Memory | None
     return evicting, fullest
 
 
-async def _memory_info(server: Server) -> dict[str, Any]:
+async def _memory_info(server: StoreServer) -> dict[str, Any]:
     with suppress(RedisError, OSError, TimeoutError):
         async with asyncio.timeout(MEMORY_TIMEOUT_S):
             return dict(await server.execute("INFO", "memory"))

@@ -19,7 +19,7 @@ from redis import exceptions
 from redis.asyncio.cluster import PipelineCommand
 
 from server.store.durability import Durability
-from server.store.redis.servers.base import CONNECTIONS, Server, check_confirmed, confirmations, durability_of
+from server.store.redis.servers.base import CONNECTIONS, StoreServer, check_confirmed, confirmations, durability_of
 from server.store.redis.servers.cluster_client import READ_RETRIES, Away, cluster_client
 
 log = logging.getLogger("mta.store")
@@ -123,13 +123,13 @@ class Cluster:
         self._not_durable = not_durable
         return min(serving.values(), key=_RANKS.index)
 
-    async def members(self) -> list[Server]:
+    async def members(self) -> list[StoreServer]:
         found = []
         for _, nodes in await self._shards():
             for fields in nodes:
                 places = ((fields.get("endpoint"), fields.get(port)) for port in ("port", "tls-port"))
                 known = [self._client.get_node(host=host, port=port) for host, port in places if host and port]
-                found += [Server(fields["id"], node.execute_command) for node in known if node][:1]
+                found += [StoreServer(fields["id"], node.execute_command) for node in known if node][:1]
         return found
 
     async def holders(self, name: str) -> list[str]:

@@ -19,8 +19,8 @@ from server.store.redis.servers.base import (
     CHECK_TIMEOUT_S,
     READ_TIMEOUT_S,
     WRITE_TIMEOUT_S,
-    Server,
     Servers,
+    StoreServer,
     memory_of,
 )
 from server.store.redis.servers.cluster import Cluster
@@ -141,7 +141,7 @@ class RedisConnection:
             async with _translated(WRITE_TIMEOUT_S):
                 return await self._servers.evaluate(script, names, arguments, self._durability)
 
-    async def members(self) -> list[Server]:
+    async def members(self) -> list[StoreServer]:
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.members()
 
@@ -149,7 +149,7 @@ class RedisConnection:
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.holders(name)
 
-    async def ask(self, server: Server, command: str) -> Any:
+    async def ask(self, server: StoreServer, command: str) -> Any:
         """One server's answer to a command; errors become `Unavailable`."""
         async with _translated(READ_TIMEOUT_S):
             return await server.execute(command)

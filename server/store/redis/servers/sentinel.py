@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 
 from server.store.durability import Durability
 from server.store.redis.servers.alone import Alone
-from server.store.redis.servers.base import CONNECT_TIMEOUT_S, Server, check_confirmed, confirmations
+from server.store.redis.servers.base import CONNECT_TIMEOUT_S, StoreServer, check_confirmed, confirmations
 
 log = logging.getLogger("mta.store")
 
@@ -104,10 +104,10 @@ class Sentinel:
         watched = await self._look(at_once=True)
         return await watched.server.durability()
 
-    async def members(self) -> list[Server]:
+    async def members(self) -> list[StoreServer]:
         watched = await self._look()
-        found = [Server(watched.primary, _execute(watched.server))]
-        return found + [Server(name, _execute(self._server(name))) for name in sorted(watched.replicas)]
+        found = [StoreServer(watched.primary, _execute(watched.server))]
+        return found + [StoreServer(name, _execute(self._server(name))) for name in sorted(watched.replicas)]
 
     async def holders(self, name: str) -> list[str]:
         watched = await self._look()
