@@ -28,7 +28,6 @@ from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import Sample, decode_config, decode_sample
-from server.watching.background import forever
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, retry_until_answered

@@ -67,8 +67,9 @@ class RedisAdapters:
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
         name, after = keys.adapted(bank), 0
         while True:
-            scan = self._connection.run(lambda redis, after=after: redis.sscan(name, after, count=_BATCH))
-            after, members = await scan
+            async with self._connection.pipeline() as pipe:
+                pipe.sscan(name, after, count=_BATCH)
+                [(after, members)] = await pipe.execute()
             for member in members:
                 yield member.decode()
             if after == 0:
