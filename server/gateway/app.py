@@ -58,6 +58,10 @@ from server.watching.tracing import Tracing, open_tracing
 
 log = logging.getLogger("mta.gateway")
 
+MAX_BODY_BYTES = 8 << 20
+BODY_TIMEOUT_S = 60.0
+"""For a body to arrive. For how long it is remembered that somebody unknown was erased must be longer."""
+
 DESCRIPTION = """\
 Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
 `POST /generate` answers as that user, and so do OpenAI's own routes under `/v1`. Errors have OpenAI's shape,
@@ -77,8 +81,8 @@ def create_app(settings: Settings) -> FastAPI:
             large = Line(Shares(lambda: LARGE_AT_ONCE))
             app.state.bodies = Bodies(
                 body_thread,
-                settings.max_body_bytes,
-                settings.body_timeout_s,
+                MAX_BODY_BYTES,
+                BODY_TIMEOUT_S,
                 lambda request: large.place(name_of(request)),
             )
             async with _opened(settings, metrics, keys, tracing) as app.state.banks:
@@ -127,7 +131,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         # They stand back: on one machine, writes would slow answers down.
-        threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", stand_back))
+        threads = stack.enter_context(ThreadPoolExecutor(1, "embed", stand_back))
         engines = Engines(session, settings.engines, engine_key)
         ways = Ways(settings.engine_url, engines)
         engine = EngineClient(session, ways, engine_key, metrics.retries.inc)

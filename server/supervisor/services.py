@@ -122,7 +122,7 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
         command=tuple(argv),
         environment=dict(environment) | _LOOPBACK_VLLM,
         ready=answers_http(f"{settings.engine_url}{STATUS}", key),
-        address=f"{settings.engine_host}:{settings.engine_port}",
+        address=f"{settings.inner_host}:{settings.engine_port}",
         start_timeout_s=ENGINE_START_S,
         stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=(),

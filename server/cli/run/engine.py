@@ -14,7 +14,7 @@ def engine(
     model: Annotated[
         str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_ENGINE_HOST")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_INNER_HOST")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="MTA_ENGINE_PORT")] = None,
 ) -> None:
     """Start the engine: check the bank and the model, then become the vLLM process.
@@ -25,7 +25,7 @@ def engine(
     from server.settings import load_settings
     from server.watching.logs import log_to_stderr
 
-    settings = load_settings(bank=bank, model=model, engine_host=host, engine_port=port)
+    settings = load_settings(bank=bank, model=model, inner_host=host, engine_port=port)
     log_to_stderr(settings.log_format)
     argv, environment = prepare_engine(settings)
     os.execve(argv[0], argv, environment)

@@ -67,9 +67,7 @@ def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -
 
 def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[Part], str | None]:
     """The settings by which the engines are found; one engine, or several and a router; the worker's GPU, if any."""
-    settings = settings.model_copy(
-        update={"engine_key": settings.engine_key or SecretStr(secrets.token_urlsafe(32)), "engine_host": LOOPBACK}
-    )
+    settings = settings.model_copy(update={"engine_key": settings.engine_key or SecretStr(secrets.token_urlsafe(32))})
     checked, parts, urls, several = check_engine(settings), [], [], settings.replicas > 1
     manifests, model_folder = checked
     gpu = None
@@ -88,8 +86,7 @@ def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, 
         parts.append(engine_part(own, *command, f"engine-{place + 1}" if several else "engine"))
     settings = settings.model_copy(update={"engine_url": urls[0], "engine_urls": ",".join(urls)})
     if several:
-        found: dict[str, object] = {"router_host": LOOPBACK, "router_port": free_port()}
-        found |= {"engine_url": f"http://{LOOPBACK}:{found['router_port']}", "router_metrics_port": free_port()}
-        settings = settings.model_copy(update=found)
-        parts.append(router_part(settings))
+        port = free_port()
+        settings = settings.model_copy(update={"router_port": port, "engine_url": f"http://{LOOPBACK}:{port}"})
+        parts.append(router_part(settings.model_copy(update={"metrics_port": free_port()})))
     return settings, parts, gpu

@@ -12,7 +12,7 @@ def router(
     engine_urls: Annotated[
         str | None, typer.Option(help="Every engine's URL, comma-separated.", show_default="MTA_ENGINE_URLS")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_ROUTER_HOST")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_INNER_HOST")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="MTA_ROUTER_PORT")] = None,
 ) -> None:
     """Start the router: become the vllm-router process, which sends the same recipe to the same engine.
@@ -22,5 +22,5 @@ def router(
     from server.settings import load_settings
     from server.supervisor.router import router_command
 
-    argv, environment = router_command(load_settings(engine_urls=engine_urls, router_host=host, router_port=port))
+    argv, environment = router_command(load_settings(engine_urls=engine_urls, inner_host=host, router_port=port))
     os.execve(argv[0], argv, environment)

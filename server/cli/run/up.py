@@ -75,9 +75,11 @@ def _run(settings: Settings, console: Console) -> None:
     """Check everything that can be checked, then start."""
     from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.services import check_port, free_port
+    from server.supervisor.services import LOOPBACK, check_port, free_port
 
-    settings = settings.model_copy(update={"host": "127.0.0.1", "port": settings.port or free_port()})
+    settings = settings.model_copy(
+        update={"host": LOOPBACK, "inner_host": LOOPBACK, "port": settings.port or free_port()}
+    )
     check_port(settings.port)
     data = DataFolder.open(settings.data_dir.expanduser().resolve())
     try:
