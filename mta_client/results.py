@@ -21,7 +21,10 @@ class MtaError(Exception):
             a lone surrogate or NaN), `no_answer`, `broken_off`, `timed_out` and `not_understood` are the client's own.
         status: the HTTP status; 0 when nothing was sent, no answer came or a stream broke off.
         param: the field at fault, if there is one.
+        retry_after_s: when to try again, where the server says so.
     """
+
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, code: str, *, status: int = 0, param: str | None = None) -> None:
         super().__init__(f"{message} ({status} {code})" if status else message)

@@ -55,7 +55,7 @@ def test_the_extras_exist_and_bring_what_each_part_needs() -> None:
     for named in extras.values():
         assert named <= PROJECT["optional-dependencies"].keys()
     assert extras["gateway-build"] == {"fleet", "tracing"}  # the router runs in this image, too
-    assert extras["engine-build"] == {"client", "cpu", "gpu", "tracing"}
+    assert extras["engine-build"] == {"cpu", "gpu", "tracing"}
 
 
 @pytest.mark.parametrize("stage", ["gateway", "engine"])

@@ -34,7 +34,7 @@ def _command(name: str, about: str, group: typer.Typer = app) -> Callable[[Calla
                 inner.command()(load())
             except ModuleNotFoundError as error:
                 raise MtaError(
-                    f"{error.name} is not installed here: benchmarks need the extras `client` and `cpu` or `gpu`"
+                    f"{error.name} is not installed here: benchmarks need the extra `cpu` or `gpu`"
                 ) from error
             inner(args=context.args, prog_name=context.command_path, standalone_mode=True)
 

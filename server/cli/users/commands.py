@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
-    from server.cli.users.gateway import Gateway
+    from mta_client import Client
     from server.cli.users.importing import Counts
 
 T = TypeVar("T")
@@ -41,23 +40,20 @@ def import_(
     """
     from server.cli.bank.progress import ConsoleProgress
     from server.cli.users.importing import Import, journal_of
+    from server.cli.users.patience import PatientGateway, client_of
     from server.cli.users.people import count_people
     from server.watching.background import stand_back
 
     stand_back()
     total = count_people(file)
 
-    async def run(progress: ConsoleProgress) -> Counts:
-        def tell(counts: Counts) -> None:
-            if counts.seen == total or counts.seen % _TELL_EVERY == 0:
-                progress.piece("people", counts.seen, total)
+    def tell(counts: Counts) -> None:
+        if counts.seen == total or counts.seen % _TELL_EVERY == 0:
+            progress.piece("people", counts.seen, total)
 
-        async with _gateway(url) as gateway:
-            return await Import(gateway, journal, tell).run(file, at_a_time)
-
-    with journal_of(file, state) as journal, ConsoleProgress() as progress:
+    with journal_of(file, state) as journal, ConsoleProgress() as progress, client_of(url) as client:
         progress.piece("people", 0, total)
-        counts = asyncio.run(run(progress))
+        counts = Import(PatientGateway(client), journal, tell).run(file, at_a_time)
     typer.echo(
         f"{counts.imported} imported, {counts.before} were already, {counts.failed} failed"
         + (f": see {journal.failed}" if counts.failed else "")
@@ -69,10 +65,9 @@ def import_(
 @app.command()
 def show(user_id: UserId, url: Url = None) -> None:
     """Show what is stored of a user, and which anchors speak for them."""
-    from server.cli.users.gateway import user_path
     from server.cli.users.tables import print_user
 
-    print_user(_ask(url, lambda gateway: gateway.json("GET", user_path(user_id))))
+    print_user(_call(url, lambda client: client.user(user_id)))
 
 
 @app.command()
@@ -82,13 +77,12 @@ def erase(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
 ) -> None:
     """Erase everything that is stored of a user, for good."""
-    from server.cli.users.gateway import user_path
-
     if not yes:
         typer.confirm(f"Erase everything that is stored of {user_id!r}?", abort=True)
-    answer = _ask(url, lambda gateway: gateway.json("DELETE", user_path(user_id)))
-    counts = ", ".join(f"{count} {what}" for what, count in answer["erased"].items())
-    typer.echo(f"erased: {counts}; gone from the store's file on disk by {answer['log_rewritten_by']}")
+    answer = _call(url, lambda client: client.forget(user_id))
+    assert answer
+    counts = ", ".join(f"{count} {what}" for what, count in answer.erased.items())
+    typer.echo(f"erased: {counts}; gone from the store's file on disk by {answer.log_rewritten_by}")
 
 
 @app.command()
@@ -101,27 +95,16 @@ def export(
 ) -> None:
     """Write everything that is stored of a user to a folder: `user.json`, and `adapter/` as PEFT loads it."""
     from server.cli.users.export_folder import default_folder, write_export
-    from server.cli.users.gateway import user_path
 
-    document: dict[str, Any] = _ask(url, lambda gateway: gateway.json("GET", user_path(user_id, "export")))
+    document = _call(url, lambda client: client.export(user_id))
     for path in write_export(out or default_folder(user_id), document):
         typer.echo(str(path))
     if document["adapter"]:
         typer.echo(document["adapter"]["says"])
 
 
-def _ask(url: str | None, question: Callable[[Gateway], Awaitable[T]]) -> T:
-    async def ask() -> T:
-        async with _gateway(url, _SHORT_PATIENCE_S) as gateway:
-            return await question(gateway)
+def _call(url: str | None, method: Callable[[Client], T]) -> T:
+    from server.cli.users.patience import PatientGateway, client_of
 
-    return asyncio.run(ask())
-
-
-def _gateway(url: str | None, patience_s: float | None = None) -> Gateway:
-    from server.cli.users.gateway import PATIENCE_S, Gateway
-    from server.settings import load_settings
-
-    settings = load_settings()
-    key = settings.api_key.get_secret_value() if settings.api_key else None
-    return Gateway(url or f"http://127.0.0.1:{settings.port}", patience_s or PATIENCE_S, key)
+    with client_of(url) as client:
+        return PatientGateway(client, _SHORT_PATIENCE_S).call(method)
