@@ -69,7 +69,7 @@ def test_the_gateways_image_has_every_module_that_its_commands_import(tmp_path: 
     """With the folders that are copied into it, and none of the others."""
     for folder in re.findall(r"^COPY (\w+) \w+$", stages()["gateway-build"], flags=re.MULTILINE):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    others = {"bench", "mta_client", "tests", "deploy", "torch", "transformers", "vllm"}
+    others = {"bench", "tests", "deploy", "torch", "transformers", "vllm"}
     code = f"""
 import sys
 class Missing:
