@@ -10,12 +10,10 @@ import os
 import sys
 
 from server.settings import Settings
-from server.supervisor.part import Part
-from server.supervisor.probes import answers_http
+from server.supervisor.parts import Part, answers_http
 from server.supervisor.services import BEYOND_DRAIN_S, ENGINE_START_S
 
-METRICS_PORT = 29000
-"""Unless the settings name another."""
+METRICS_PORT = 29000  # unless the settings name another
 LIVENESS = "/liveness"
 """Answers 200 as soon as the router listens, whatever its engines do."""
 
@@ -52,10 +50,7 @@ OPTIONS: dict[str, object] = {
 
 
 def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of the router in front of `MTA_ENGINE_URLS`.
-
-    It gets no secret: the engines' key passes through with each request.
-    """
+    """argv and environment of the router in front of `MTA_ENGINE_URLS`; no secret: keys pass through with requests."""
     argv = [sys.executable, "-m", "vllm_router.launch_router"]
     argv += ["--host", settings.inner_host, "--port", str(settings.router_port)]
     argv += ["--prometheus-host", settings.inner_host, "--prometheus-port", str(settings.metrics_port or METRICS_PORT)]
