@@ -136,9 +136,7 @@ class Client:
             try:
                 if not response.is_success:
                     response.read()
-                    refusal, pause = _refusal(response), response.headers.get("Retry-After", "")
-                    refusal.retry_after_s = float(pause) if pause.isdecimal() else None
-                    raise refusal
+                    raise _refusal(response)
                 yield response
             finally:
                 response.close()
@@ -152,11 +150,16 @@ class Client:
 
 def _refusal(response: httpx.Response) -> MtaError:
     """The error in a 4xx or 5xx answer, which may also come from a proxy."""
+    pause = response.headers.get("Retry-After", "")
+    told: dict[str, Any] = {
+        "status": response.status_code,
+        "retry_after_s": float(pause) if pause.isdecimal() else None,
+    }
     try:
         error = response.json()["error"]
-        return MtaError(error["message"], error["code"], status=response.status_code, param=error["param"])
+        return MtaError(error["message"], error["code"], param=error["param"], **told)
     except (ValueError, LookupError, TypeError):
-        return MtaError(response.text[:2000], "not_understood", status=response.status_code)
+        return MtaError(response.text[:2000], "not_understood", **told)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from adapters.errors import MtaError
 from bank.peft.peft_adapter import read_peft
 from bench.rig.valkey import free_port
 from server.cli import app
-from server.cli.users.importing import Counts, Import, journal_of
+from server.cli.users.importing import Import, ImportCounts, journal_of
 from server.cli.users.patience import PatientGateway, Refused
 from tests.integration.conftest import Work
 from tests.support.gateway import GatewayThread
@@ -196,7 +196,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield asked
 
 
-async def imported(stub: Stub, path: Path, at_a_time: int = 3, patience_s: float = 60) -> Counts:
+async def imported(stub: Stub, path: Path, at_a_time: int = 3, patience_s: float = 60) -> ImportCounts:
     with journal_of(path) as journal, mta_client.Client(stub.url) as client:
         return await asyncio.to_thread(Import(PatientGateway(client, patience_s), journal).run, path, at_a_time)
 

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from mta_client import Client
-    from server.cli.users.importing import Counts
+    from server.cli.users.importing import ImportCounts
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def import_(
     stand_back()
     total = count_people(file)
 
-    def tell(counts: Counts) -> None:
+    def tell(counts: ImportCounts) -> None:
         if counts.seen == total or counts.seen % _TELL_EVERY == 0:
             progress.piece("people", counts.seen, total)
 

@@ -15,20 +15,14 @@ import orjson
 
 from adapters.errors import MtaError
 from server.cli.users.patience import PatientGateway, Refused
-from server.cli.users.people import Person, read_people
+from server.cli.users.people import PersonEntry, read_people
 
 _OUT = Path("out")
 
 
 @dataclass(slots=True)
-class Counts:
-    """How far an import is.
-
-    Attributes:
-        imported: written by this run.
-        before: that an earlier run had written.
-        failed: that cannot be.
-    """
+class ImportCounts:
+    """How many people this run has imported, an earlier run had, and cannot be."""
 
     imported: int = 0
     before: int = 0
@@ -36,16 +30,14 @@ class Counts:
 
     @property
     def seen(self) -> int:
-        """All of them."""
+        """All of these."""
         return self.imported + self.before + self.failed
 
 
 class Journal:
-    """What is done, a hash a line, and what failed, with reasons; a context manager.
+    """What is done, a hash a line, and what failed in this run, with reasons; a context manager.
 
-    Args:
-        done: the file of what is done; it stays, and the next run reads it.
-        failed: the file of what failed in this run.
+    The file of what is done stays, and the next run reads it.
 
     Raises:
         MtaError: when the files cannot be written.
@@ -84,7 +76,7 @@ class Journal:
         self._done.write(digest.hex().encode() + b"\n")
         self._done.flush()
 
-    def fail(self, person: Person, reason: str) -> None:
+    def fail(self, person: PersonEntry, reason: str) -> None:
         """Note why somebody failed."""
         if self._failures is None:
             self._failures = self._files.enter_context(_private(self.failed))
@@ -94,27 +86,20 @@ class Journal:
 
 @dataclass(slots=True)
 class Import:
-    """One run.
-
-    Attributes:
-        gateway: where to.
-        journal: what is done.
-        told: called after every person.
-        counts: how far it is.
-    """
+    """One run; `on_count` is called after every person."""
 
     gateway: PatientGateway
     journal: Journal
-    told: Callable[[Counts], None] = lambda counts: None
-    counts: Counts = field(default_factory=Counts)
+    on_count: Callable[[ImportCounts], None] = lambda counts: None
+    counts: ImportCounts = field(default_factory=ImportCounts)
 
-    def run(self, path: Path, at_a_time: int) -> Counts:
+    def run(self, path: Path, at_a_time: int) -> ImportCounts:
         """Import the people of a file, with so many requests in flight at most.
 
         Raises:
             MtaError: when the file cannot be read, or the gateway is away for too long; what is done is noted.
         """
-        sent: set[Future[tuple[Person, str]]] = set()
+        sent: set[Future[tuple[PersonEntry, str]]] = set()
         with ThreadPoolExecutor(at_a_time) as threads:
             try:
                 for person in read_people(path):
@@ -122,7 +107,7 @@ class Import:
                         self._note(person, person.fault)
                     elif person.digest(self.gateway.url) in self.journal:
                         self.counts.before += 1
-                        self.told(self.counts)
+                        self.on_count(self.counts)
                     else:
                         sent.add(threads.submit(self._send, person))
                         if len(sent) == at_a_time:
@@ -132,7 +117,7 @@ class Import:
                 self.gateway.stop()
         return self.counts
 
-    def _send(self, person: Person) -> tuple[Person, str]:
+    def _send(self, person: PersonEntry) -> tuple[PersonEntry, str]:
         """Them, and why their profile was refused; nothing if it was not."""
         try:
             self.gateway.call(lambda client: client.put_profile(person.user_id, person.items))
@@ -140,21 +125,21 @@ class Import:
             return person, str(error)
         return person, ""
 
-    def _settle(self, sent: set[Future[tuple[Person, str]]], when: str) -> set[Future[tuple[Person, str]]]:
+    def _settle(self, sent: set[Future[tuple[PersonEntry, str]]], when: str) -> set[Future[tuple[PersonEntry, str]]]:
         """Note what has been answered, and return the rest."""
         answered, rest = wait(sent, return_when=when)
         for one in sorted(answered, key=lambda one: one.exception() is not None):
             self._note(*one.result())
         return rest
 
-    def _note(self, person: Person, failed: str) -> None:
+    def _note(self, person: PersonEntry, failed: str) -> None:
         if failed:
             self.journal.fail(person, failed)
             self.counts.failed += 1
         else:
             self.journal.add(person.digest(self.gateway.url))
             self.counts.imported += 1
-        self.told(self.counts)
+        self.on_count(self.counts)
 
 
 def journal_of(path: Path, state: Path | None = None) -> Journal:
