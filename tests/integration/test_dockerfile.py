@@ -78,7 +78,7 @@ class Missing:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
 sys.path.insert(0, {str(tmp_path)!r})
-import server.gateway.app, server.supervisor.router, server.cli.run.gateway, server.cli.run.router
+import server.gateway.app, server.supervisor.router, server.cli.run.gateway, server.cli.run.processes
 from server.cli import main
 sys.argv = ['mta', 'keys', 'create', '--help']
 main()

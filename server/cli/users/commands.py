@@ -65,9 +65,33 @@ def import_(
 @app.command()
 def show(user_id: UserId, url: Url = None) -> None:
     """Show what is stored of a user, and which anchors speak for them."""
-    from server.cli.users.tables import print_user
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+    from rich.text import Text
 
-    print_user(_call(url, lambda client: client.user(user_id)))
+    user = _call(url, lambda client: client.user(user_id))
+    described = "none"
+    if adapter := user.adapter:
+        stale = ", of another bank: not served until it is trained again" if adapter["stale"] else ""
+        made = f"{decimal(adapter['bytes'])}, of {adapter['created_at']}{stale}"
+        described = f"{adapter['id']}, {made}; on {adapter['recipe']}"
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in {
+        "user": user.user_id,
+        "items": f"{user.items}, with their vectors {decimal(user.bytes)}",
+        "updated": user.updated_at,
+        "recipe": f"{user.recipe} (weights by {user.source})",
+        "adapter": described,
+    }.items():
+        facts.add_row(name, Text(value, overflow="fold"))
+    anchors = Table("anchor", "weight", "similarity", "predicted gain", title="Who speaks", title_justify="left")
+    for anchor in user.anchors:
+        numbers = (anchor.weight, anchor.similarity, anchor.gain)
+        anchors.add_row(anchor.id, *("–" if number is None else f"{number:.3f}" for number in numbers))
+    console = Console(highlight=False)
+    console.print(facts)
+    console.print(anchors)
 
 
 @app.command()
