@@ -67,7 +67,7 @@ def test_every_command_names_it_in_one_line(
     [
         ("MTA_TENNANT", "MTA_TENANT"),
         ("mta_prot", "MTA_PORT"),
-        ("MTA_MAX_BODY_BYTES", "MTA_PROFILE_BYTES"),
+        ("MTA_ROUTER_HOST", "MTA_ROUTER_PORT"),
         ("MTA_", "MTA_"),
     ],
 )
