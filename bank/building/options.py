@@ -99,7 +99,8 @@ class BuildOptions(_Checked):
         if not (self.common and self.method is FusionMethod.SHARED and self.anchors <= MAX_ANCHORS):
             weights = "auto"
         share, weights = share if self.history_share is None else self.history_share, self.weights or weights
-        return dataclasses.replace(self, dtype=resolve_dtype(self.dtype), history_share=share, weights=weights)
+        found: dict[str, Any] = {"dtype": resolve_dtype(self.dtype), "history_share": share, "weights": weights}
+        return dataclasses.replace(self, **found)
 
     def rule(self, slope: float | None = None, offsets: Sequence[float] = ()) -> WeightRule:
         """The bank's rule of weights, with one for signatures where a calibration has found its slope and offsets."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from server.settings import Settings
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.part import Part
+    from server.supervisor.parts import Part
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
