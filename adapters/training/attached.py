@@ -20,10 +20,9 @@ from adapters.lora import LoraWeights
 class Attached:
     """A base model that carries a LoRA to train and maybe a frozen one; its adapted modules are replaced meanwhile."""
 
-    def __init__(self, model: Any, moving: dict[str, AdaptedLinear], still: dict[str, AdaptedLinear]) -> None:
+    def __init__(self, model: Any, moving: dict[str, AdaptedLinear]) -> None:
         self.model = model
         self._moving = moving
-        self._all = [*moving.values(), *still.values()]
 
     def put(self, lora: LoraWeights) -> None:
         """Set the weights of the LoRA to train."""
@@ -42,17 +41,6 @@ class Attached:
             parameter.requires_grad_(True)
         self.model.eval()  # dropout of the base would make the loss noisy and the result depend on global state
         return parameters
-
-    @contextmanager
-    def silenced(self) -> Iterator[None]:
-        """The base model alone, until the block ends."""
-        for layer in self._all:
-            layer.silent = True
-        try:
-            yield
-        finally:
-            for layer in self._all:
-                layer.silent = False
 
     def b_gradients(self) -> dict[str, torch.Tensor]:
         """The gradient with respect to the trained LoRA's B, after a backward pass, on CPU."""
@@ -75,8 +63,7 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
     for name in {**(frozen.a if frozen else {}), **trained.a}:
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
         layers[name] = AdaptedLinear(model.get_submodule(name), trained.rank if name in trained.a else 0, beside)
-    still = {name: layer for name, layer in layers.items() if name not in trained.a}
-    here = Attached(model, {name: layers[name] for name in trained.a}, still)
+    here = Attached(model, {name: layers[name] for name in trained.a})
     here.put(trained)
     try:
         for name, layer in layers.items():
@@ -90,7 +77,7 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
 class AdaptedLinear(torch.nn.Module):
     """A frozen linear module with a LoRA that moves, `a` [R, H_in] and `b` [H_out, R] in float32.
 
-    `frozen` is A [R_f, H_in] and B [H_out, R_f] of one that does not. While `silent`, the base module answers alone.
+    `frozen` is A [R_f, H_in] and B [H_out, R_f] of one that does not.
     """
 
     def __init__(
@@ -101,7 +88,6 @@ class AdaptedLinear(torch.nn.Module):
         self.base = base
         self.a = torch.nn.Parameter(weight.new_zeros(rank, base.in_features, dtype=torch.float32), requires_grad=False)
         self.b = torch.nn.Parameter(weight.new_zeros(base.out_features, rank, dtype=torch.float32), requires_grad=False)
-        self.silent = False
         self._first = len(frozen[0]) if frozen else 0
         self._down = weight.new_zeros(self._first + rank, base.in_features)
         self._up = weight.new_zeros(base.out_features, self._first + rank)
@@ -111,8 +97,6 @@ class AdaptedLinear(torch.nn.Module):
         self._copied: tuple[int, int] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.silent:
-            return self.base(x)  # type: ignore[no-any-return]
         self._copy()
         y: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
             x, self.a, self.b, self.base.weight, self.base.bias, self._down, self._up

@@ -62,25 +62,15 @@ def row_losses(model: Any, examples: Sequence[Example], below: Below | None = No
 
 
 @torch.no_grad()
-def read(model: Any, examples: Sequence[Example]) -> list[tuple[float, list[int]]]:
-    """Each example's own mean loss per output token, and the likeliest id at each of its output positions."""
-    found: list[tuple[float, list[int]]] = []
+def read(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) -> list[tuple[float, list[float]]]:
+    """Each example's mean loss per output token, and how likely each of some ids is as its first, 0 to 1."""
+    found: list[tuple[float, list[float]]] = []
     for row in pack(model, examples):
         logits = _logits(model, row)
         losses = [float(tokens.mean()) for tokens in torch.split(_losses_of(logits, row).cpu(), row.counts)]
-        likeliest = [ids.tolist() for ids in torch.split(logits.argmax(-1).cpu(), row.counts)]
-        found += zip(losses, likeliest, strict=True)
-    return found
-
-
-@torch.no_grad()
-def first_tokens(model: Any, examples: Sequence[Example], among: Sequence[int]) -> list[list[float]]:
-    """How likely each of some ids is in the place of each example's first output token, 0 to 1."""
-    found: list[list[float]] = []
-    for row in pack(model, examples):
         firsts = [0, *accumulate(row.counts)][:-1]
-        likely = _logits(model, row)[firsts].float().softmax(-1)
-        found += likely[:, list(among)].tolist()
+        chances = logits[firsts].float().softmax(-1)[:, list(among)]
+        found += zip(losses, chances.tolist(), strict=True)
     return found
 
 

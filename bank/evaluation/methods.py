@@ -1,115 +1,273 @@
-"""The methods that are compared, by name: which adapter is used, and how many past items stand in the prompt."""
+"""The methods that are compared, by name: each is a function that makes a user's adapter with the code that serves."""
 
 from __future__ import annotations
 
+import json
+import random
 import re
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+from adapters.lora import LoraWeights
+from adapters.training.adapt_config import AdaptConfig
+from adapters.training.example import Example
+from adapters.training.user_trainer import train_user
+from adapters.user_adapter import encode_user_adapter
+from bank.building.signer import Signer
 from bank.errors import BankError
+from bank.evaluation.people import EvalUser, encode_queries
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer, Scores
+from bank.items.lessons import lessons
+from bank.items.profile import Vectors, item_text, profile_embedding
+from bank.items.prompt import encode_pair
 from bank.items.tasks import AnswerKind, few_and_many
+from bank.lookup.embedder import Embedder
+from bank.lookup.prior import SCORES, personal_shares, surprise
+from bank.lookup.serving import ServingBank
+from bank.lookup.signature import MAX_ITEMS, Signature
+from bank.lookup.weights import AnchorWeight, common_recipe, make_recipe
 
-HISTORY = "+history"
+NUMBER_BYTES, EMBEDDED_BYTES = 4, 2
+"""A number of a signature or a histogram, and one of a profile's embedding, as they are kept."""
 
-
-class Base(StrEnum):
-    """What adapter a method uses.
-
-    prior: no model at all, the person's smoothed histogram of answers. base: no adapter. common: the common row, what
-    all share. task: that row trained further, for as long as all anchors took together. mean: all anchors, equal
-    weights. random: as many random anchors as topics would pick, equal weights. merged: the bank's own rule. stacked:
-    merged, and the user's few-shot adapter. own: the common row and such a few-shot adapter, no anchors.
-    """
-
-    PRIOR = "prior"
-    BASE = "base"
-    COMMON = "common"
-    TASK = "task"
-    MEAN = "mean"
-    RANDOM = "random"
-    MERGED = "merged"
-    STACKED = "stacked"
-    OWN = "own"
-
-
-SOURCES = ("topic", "evidence", "signature")
-"""Where `merged:` and `stacked:` may take weights from, instead of the bank's own rule."""
-
-DEFAULT = "base,common,task,mean,random,merged,stacked,own"
-
-REMEMBERING = (Base.BASE, Base.COMMON, Base.TASK, Base.MERGED, Base.STACKED, Base.OWN)
-"""Those that also get past items into the prompt, what an app would do instead: as few and as many as rows know."""
-
-_WRITTEN = re.compile(
-    r"(?P<base>[a-z]+)(?::(?P<source>[a-z]+))?(?:@(?P<what>[kn])(?P<count>[1-9][0-9]{0,2}))?"
+_TYPED = re.compile(
+    r"(?P<adapter>[a-z:]+)(?:@(?P<what>[kn])(?P<count>[1-9][0-9]{0,2}))?"
     r"(?P<history>\+history(?:@h(?P<items>[1-9]|1[0-6]))?)?"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class EvalMethod:
-    """One method.
+class Method:
+    """One method, as `merged+history@h3`, or a point of a curve, as `merged@k4` and `merged@n5`."""
 
-    Attributes:
-        base: its adapter.
-        source: where merged weights come from; None for the bank's rule.
-        k: most anchors that are fused, written `@k4`; None for the rule's.
-        items: how many of the profile's last items are known, written `@n5`; None for all.
-        history: how many of the user's most relevant past items stand in the prompt, written `+history@h3`.
-    """
-
-    base: Base
-    source: str | None = None
-    k: int | None = None
-    items: int | None = None
-    history: int = 0
+    adapter: str  # a key of `METHODS`
+    history: int = 0  # how many of the user's most relevant past items stand in the prompt
+    k: int | None = None  # most anchors that are fused; None for the rule's
+    items: int | None = None  # how many of the profile's last items are known; None for all
 
     @property
     def name(self) -> str:
-        """The name as users write it."""
-        source = f":{self.source}" if self.source else ""
-        varied = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
-        history = f"{HISTORY}@h{self.history}" if self.history else ""
-        return f"{self.base.value}{source}{varied}{history}"
+        """As users type it."""
+        point = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
+        return f"{self.adapter}{point}" + (f"+history@h{self.history}" if self.history else "")
 
     @property
-    def plain(self) -> EvalMethod:
-        """The same method without history: its adapter is the same."""
-        return replace(self, history=0)
-
-    @property
-    def varied(self) -> bool:
-        """Whether it is a point on a curve: a method with its own k or number of items."""
+    def on_curve(self) -> bool:
         return self.k is not None or self.items is not None
 
     @property
     def trained(self) -> bool:
         """Whether it trains an adapter for each user."""
-        return self.base in (Base.STACKED, Base.OWN)
+        return self.adapter in ("stacked", "own")
+
+    @property
+    def random(self) -> bool:
+        """Whether it does something else with another seed."""
+        return self.trained or self.adapter == "random"
 
 
-def parse_method(name: str) -> EvalMethod:
+@dataclass(slots=True)
+class Evidence:
+    """What is known of a user before any query; made once, however many methods and seeds need it."""
+
+    user: EvalUser
+    signed: Sequence[Example]  # the profile items that signatures are made of
+    learnt: Sequence[Example]  # all of them, some with past items in the prompt where the bank's rows know history
+    embedding: Vectors  # of the profile, [E]
+    signature: Signature | None = None  # until a method needs it
+    trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
+    """Outcomes of few-shot training, by recipe and seed; None where nothing lowered the held-out loss."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Evaluator:
+    """A bank and a base model, and what methods do with them."""
+
+    bank: OpenBank
+    scorer: Scorer  # the base model
+    embedder: Embedder
+    max_tokens: int  # longest example; each past item in the prompt may bring as much again
+    task_bank: OpenBank | None = None  # the one that `--baselines` made, for `task`
+    engine: Scores | None = None  # reads queries instead of the scorer, which then only signs and trains
+    config: AdaptConfig = field(default_factory=AdaptConfig)  # of few-shot training; its seed is not used
+    _signer: Signer | None = field(init=False, default=None)
+
+    @property
+    def reader(self) -> Scores:
+        """What reads queries."""
+        return self.engine or self.scorer
+
+    def evidence(self, user: EvalUser) -> Evidence:
+        """What methods start from."""
+        task, tokenizer, longest = self.bank.serving.task, self.scorer.tokenizer, self.max_tokens
+        signed = [encode_pair(tokenizer, *pair, longest) for pair in user.history.pairs(task)[-MAX_ITEMS:]]
+        learnt = lessons(user.history, task, self.bank.manifest.history_share, seed=0)
+        embedded = self.embedder.embed([item_text(item, task) for item in user.history.items])
+        return Evidence(
+            user, signed, [lesson.example(tokenizer, longest) for lesson in learnt], profile_embedding(embedded)
+        )
+
+    def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
+        """A method's adapter for the user; None for the bare model. The seed is for random anchors and training.
+
+        Raises:
+            BankError: when the method needs what the bank lacks.
+        """
+        if method.k:
+            return self._fused(evidence, serving=_with_k(self.bank.serving, method.k))
+        return METHODS[method.adapter](self, evidence, seed)
+
+    def bare(self, evidence: Evidence, seed: int) -> None:
+        """No adapter."""
+
+    def common(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """The common row alone, what all users share."""
+        if not self.bank.manifest.common:
+            raise BankError("`common` and `own` need the common row, but this bank has none")
+        return EvalAdapter(self.bank, common_recipe(self.bank.manifest))
+
+    def task(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """The common row trained further, for as long as all anchors took together."""
+        if self.task_bank is None:
+            raise BankError("`task` needs the task's row: build the bank with --baselines")
+        return EvalAdapter(self.task_bank, common_recipe(self.task_bank.manifest))
+
+    def mean(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """All anchors with equal weights."""
+        return self._equal(range(len(self.bank.manifest.anchors)))
+
+    def random(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """As many random anchors as topics would pick, with equal weights."""
+        anchors, count = range(len(self.bank.manifest.anchors)), self.bank.manifest.weights.anchors
+        drawn = random.Random(f"{seed}:{evidence.user.user_id}").sample(anchors, min(count, len(anchors)))
+        return self._equal(drawn)
+
+    def by_topic(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """The anchors nearest by topic: the paper's rule."""
+        return EvalAdapter(self.bank, self.bank.serving.personalise(evidence.embedding).recipe)
+
+    def merged(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """What serving fuses for the user by the bank's own rule."""
+        return self._fused(evidence)
+
+    def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """Merged at part of its strength, and the user's few-shot adapter; merged where that was rejected."""
+        found = self._trained(self._fused(evidence, self.config.strength), evidence, seed)
+        return found if found.trained else self._fused(evidence)
+
+    def own(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        """The common row and a few-shot adapter, no anchors."""
+        return self._trained(self.common(evidence, seed), evidence, seed)
+
+    def read(
+        self, method: Method, evidence: Evidence, adapter: EvalAdapter | None, new_tokens: int = 0
+    ) -> tuple[list[Example], list[Reading]]:
+        """The user's queries as the model sees them, and what it makes of them; `new_tokens` as in `Scores`."""
+        task = self.bank.serving.task
+        examples = encode_queries(self.scorer.tokenizer, task, evidence.user, method.history, self.max_tokens)
+        if method.adapter == "prior":
+            return examples, self._habits(evidence.user, examples)
+        return examples, self.reader.read(adapter, examples, new_tokens, chances=task.kind == "score")
+
+    def kept_bytes(self, method: Method, evidence: Evidence, adapter: EvalAdapter | None) -> int:
+        """What a server keeps of the user for a method: embedding, signature, user adapter, past items, a histogram."""
+        manifest, kept = self.bank.manifest, 0
+        if method.adapter == "prior" and manifest.prior:
+            kept += NUMBER_BYTES * len(manifest.prior.shares)
+        if method.adapter in ("merged", "merged:topic", "stacked"):
+            kept += EMBEDDED_BYTES * manifest.embedder.dim
+        if method.adapter in ("merged", "stacked") and self.bank.serving.signs:
+            kept += NUMBER_BYTES * len(manifest.anchors)
+        if adapter and (user := adapter.user_adapter):
+            kept += len(encode_user_adapter(manifest.layout, user))
+        if method.history:
+            items = evidence.user.history.items
+            kept += sum(len(json.dumps(dict(item.fields), ensure_ascii=False).encode()) for item in items)
+        return kept
+
+    def _habits(self, user: EvalUser, examples: Sequence[Example]) -> list[Reading]:
+        """What the user's past answers alone say of their next ones; no model reads anything.
+
+        A surprise is shared among an answer's tokens, as a model's loss is.
+        """
+        prior, task = self.bank.manifest.prior, self.bank.serving.task
+        if prior is None:
+            raise BankError(
+                f"this bank has no histogram of answers: the answers of {task.name} are free, or its adapters were "
+                "imported: leave out `prior`"
+            )
+        shares = personal_shares(prior, [gold for _, gold in user.history.pairs(task)])
+        likeliest = max(shares, key=lambda answer: shares[answer])
+        chances = [shares[score] for score in SCORES] if task.kind == "score" else []
+        return [
+            Reading(surprise(shares, query.gold) / example.output_tokens, likeliest, chances)
+            for query, example in zip(user.queries, examples, strict=True)
+        ]
+
+    def _fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
+        """What serving fuses for the user, by signature where the bank has them; `share` as in `make_recipe`."""
+        serving = serving or self.bank.serving
+        if serving.signs and evidence.signature is None:
+            model = self.scorer.bare()
+            self._signer = self._signer or Signer(model, self.bank.matrix, at_common=self.bank.manifest.signed)
+            evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signed)
+        return EvalAdapter(self.bank, serving.personalise(evidence.embedding, evidence.signature, share).recipe)
+
+    def _equal(self, anchors: Sequence[int]) -> EvalAdapter:
+        rule = self.bank.manifest.weights
+        weight = (rule.signature or rule).strength / len(anchors)
+        recipe = make_recipe(self.bank.manifest, [AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
+        return EvalAdapter(self.bank, recipe)
+
+    def _trained(self, beneath: EvalAdapter, evidence: Evidence, seed: int) -> EvalAdapter:
+        """With few-shot training on top, where there is something to learn from and it was not rejected."""
+        key = (beneath.recipe.name, seed)
+        if evidence.learnt and key not in evidence.trained:
+            config = replace(self.config, seed=seed)
+            judgement = train_user(self.scorer.bare(), beneath.lora(), evidence.learnt, config).finish()
+            evidence.trained[key] = judgement.weights
+        return replace(beneath, trained=evidence.trained.get(key))
+
+
+METHODS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = {
+    "prior": Evaluator.bare,  # no model reads anything: see `Evaluator.read`
+    "base": Evaluator.bare,
+    "common": Evaluator.common,
+    "task": Evaluator.task,
+    "mean": Evaluator.mean,
+    "random": Evaluator.random,
+    "merged:topic": Evaluator.by_topic,
+    "merged": Evaluator.merged,
+    "stacked": Evaluator.stacked,
+    "own": Evaluator.own,
+}
+
+DEFAULT = "base,common,task,mean,random,merged,stacked,own"
+
+REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")
+"""Those that also get past items into the prompt, what an app would do instead: as few and as many as rows know."""
+
+
+def parse_method(name: str) -> Method:
     """A method from its name.
 
     Raises:
         BankError: when it is not a method, listing those there are.
     """
-    written = _WRITTEN.fullmatch(name)
-    if written and written["base"] in list(Base):
-        base, source, count = Base(written["base"]), written["source"], written["count"]
-        merges = base in (Base.MERGED, Base.STACKED)
-        history = int(written["items"] or 1) if written["history"] else 0
-        if source in (None, *SOURCES) and (merges or not (source or count)) and not (history and base is Base.PRIOR):
-            k, items = (int(count) if count and written["what"] == what else None for what in "kn")
-            return EvalMethod(base, source, k, items, history)
+    typed = _TYPED.fullmatch(name)
+    if typed and typed["adapter"] in METHODS:
+        k, items = (int(typed["count"]) if typed["what"] == what else None for what in "kn")
+        history = int(typed["items"] or 1) if typed["history"] else 0
+        varied, remembers = typed["what"] is not None, history > 0
+        if not (varied and typed["adapter"] != "merged") and not (remembers and typed["adapter"] == "prior"):
+            return Method(typed["adapter"], history, k, items)
     raise BankError(
-        f"{name!r} is not a method. Methods are {', '.join(Base)}; merged and stacked take "
-        f"{', '.join(':' + known for known in SOURCES)}, and @k4 (the best 4 anchors) or @n5 (the last 5 items); "
-        f"each but prior takes {HISTORY}@h3 (3 past items in the prompt; {HISTORY} alone is one)"
+        f"{name!r} is not a method. Methods are {', '.join(METHODS)}; merged takes @k4 (the best 4 anchors) or @n5 "
+        "(the last 5 items); each but prior takes +history@h3 (3 past items in the prompt; +history alone is one)"
     )
 
 
-def parse_methods(text: str) -> list[EvalMethod]:
+def parse_methods(text: str) -> list[Method]:
     """Methods from their names, joined by commas; each once.
 
     Raises:
@@ -118,20 +276,25 @@ def parse_methods(text: str) -> list[EvalMethod]:
     return list(dict.fromkeys(parse_method(name.strip()) for name in text.split(",")))
 
 
-def default_methods(kind: AnswerKind) -> list[EvalMethod]:
+def default_methods(kind: AnswerKind) -> list[Method]:
     """All methods for a task with such answers."""
-    plain = [EvalMethod(Base.PRIOR)] if kind != "text" else []
-    plain += parse_methods(DEFAULT)
-    return plain + [EvalMethod(base, history=count) for base in REMEMBERING for count in few_and_many(kind)]
+    plain = parse_methods(DEFAULT if kind == "text" else f"prior,{DEFAULT}")
+    return plain + [Method(adapter, count) for adapter in REMEMBERING for count in few_and_many(kind)]
 
 
-def curves(anchors: int, items: int) -> list[EvalMethod]:
-    """Points of two curves: `merged` by how many anchors are fused, and by how many items are known.
-
-    Args:
-        anchors: how many the bank has.
-        items: how many the longest profile has.
-    """
+def curves(anchors: int, items: int) -> list[Method]:
+    """`merged` by how many of the bank's anchors are fused, and by how many items of the longest profile are known."""
     ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {anchors})
     ns = [n for n in (1, 2, 5, 10, 20) if n < items]
-    return [EvalMethod(Base.MERGED, k=k) for k in ks] + [EvalMethod(Base.MERGED, items=n) for n in ns]
+    return [Method("merged", k=k) for k in ks] + [Method("merged", items=n) for n in ns]
+
+
+def _with_k(serving: ServingBank, k: int) -> ServingBank:
+    """The bank with another k in its rule of weights."""
+    rule = serving.manifest.weights
+    changes: dict[str, object] = {"anchors": k}
+    for name, part in (("signature", rule.signature), ("posterior", rule.posterior)):
+        if part:
+            changes[name] = part.model_copy(update={"anchors": k})
+    weights = rule.model_copy(update=changes)
+    return ServingBank(serving.manifest.model_copy(update={"weights": weights}), serving.index, serving.curvature)

@@ -1,4 +1,4 @@
-"""People to evaluate on, each with a profile, and with queries later than all of it."""
+"""Users to evaluate on, each with a profile, and with queries later than all of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bank.items.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One question to be answered as the person would: `gold` is their own answer."""
+    """One question to be answered as the user would: `gold` is their own answer."""
 
     id: str
     input: str
@@ -28,31 +28,25 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
-    """One person.
-
-    Attributes:
-        history: their profile.
-        queries: at least one.
-    """
+class EvalUser:
+    """A user whose `history` is the profile, with at least one query."""
 
     history: History
     queries: tuple[Query, ...]
 
     @property
     def user_id(self) -> str:
-        """As in the file."""
         return self.history.user_id
 
-    def knowing(self, items: int | None) -> Person:
-        """The same person with only their last `items` items known; all of them when None."""
-        return (
-            self if items is None else replace(self, history=replace(self.history, items=self.history.items[-items:]))
-        )
+    def knowing(self, items: int | None) -> EvalUser:
+        """The same user with only their last `items` items known; all of them when None."""
+        if items is None:
+            return self
+        return replace(self, history=replace(self.history, items=self.history.items[-items:]))
 
 
-def read_people(path: Path, task: Task) -> list[Person]:
-    """Read people with their queries, in the LaMP per-user layout.
+def read_people(path: Path, task: Task) -> list[EvalUser]:
+    """Read users with their queries, in the LaMP per-user layout.
 
     Raises:
         BankError: naming the person without queries, or with a malformed one.
@@ -67,56 +61,40 @@ def read_people(path: Path, task: Task) -> list[Person]:
                 f"{path}: person {excerpt(user_id)} has no queries to evaluate on: give `query`, or make queries of "
                 "the last items with `mta eval --last N`"
             )
-        people.append(Person(histories[user_id], queries))
+        people.append(EvalUser(histories[user_id], queries))
     return people
 
 
-def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[Person]:
-    """People from whole histories: their last items become queries, the ones before them the profile.
+def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[EvalUser]:
+    """Users from whole histories: the last items become queries, the ones before them the profile.
 
-    Args:
-        histories: in time order.
-        task: whose items they are.
-        queries: items that become queries.
-        profile: items before them that are the profile.
-
-    Returns:
-        Those whose history is long enough.
+    Whoever has too few items, or one that is no (input, output) pair, is left out.
     """
     people = []
     for history in histories:
         pairs = history.pairs(task)
         if len(pairs) != len(history.items) or len(pairs) < queries + profile:
             continue
-        kept = History(history.user_id, history.items[-queries - profile : -queries])
-        asked = tuple(
-            Query(f"{history.user_id}-{place}", turn, gold) for place, (turn, gold) in enumerate(pairs[-queries:])
-        )
-        people.append(Person(kept, asked))
+        known = History(history.user_id, history.items[-queries - profile : -queries])
+        later = enumerate(pairs[-queries:])
+        people.append(EvalUser(known, tuple(Query(f"{history.user_id}-{place}", *pair) for place, pair in later)))
     return people
 
 
-def asked(tokenizer: ChatTokenizer, task: Task, person: Person, history: int, max_tokens: int) -> list[Example]:
-    """What a person is asked, with their most relevant past items in the prompt, and their answers.
+def encode_queries(
+    tokenizer: ChatTokenizer, task: Task, user: EvalUser, history: int, max_tokens: int
+) -> list[Example]:
+    """A user's queries and answers, with their `history` most relevant past items in the prompt.
 
-    Args:
-        tokenizer: the base model's.
-        task: the bank's.
-        person: with queries.
-        history: how many past items; each may make the prompt longer by `max_tokens`.
-        max_tokens: longest example without past items.
+    Each past item may make the prompt longer by `max_tokens`, the longest example without any.
     """
-    index = ItemIndex(task, person.history.items if history else ())
+    index = ItemIndex(task, user.history.items if history else ())
+    longest = max_tokens * (1 + history)
     return [
         encode_recalling(
-            tokenizer,
-            task,
-            query.input,
-            query.gold,
-            memories=index.memories(query.input, history),
-            max_tokens=max_tokens * (1 + history),
+            tokenizer, task, query.input, query.gold, memories=index.memories(query.input, history), max_tokens=longest
         )
-        for query in person.queries
+        for query in user.queries
     ]
 
 

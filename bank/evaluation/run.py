@@ -1,220 +1,197 @@
-"""An evaluation: every method over every person, for every seed, unless it is already recorded."""
+"""The loop of an evaluation: every method over every user, for every seed, unless it is recorded already.
+
+Records are appended as they are made, one line a query, so that a killed run can go on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
 
+from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
-from bank.evaluation.adapters import Adapters, Evidence
-from bank.evaluation.methods import Base, EvalMethod
-from bank.evaluation.people import Person, asked
-from bank.evaluation.records import Record, Records
-from bank.evaluation.scoring import Scores
-from bank.evaluation.speakers import OpenBank, PersonAdapter
-from bank.items.prompt import ChatTokenizer
-from bank.items.tasks import AnswerKind, Task
+from bank.errors import BankError
+from bank.evaluation.methods import Evaluator, Evidence, Method
+from bank.evaluation.people import EvalUser
+from bank.evaluation.scoring import EvalAdapter
+from bank.items.tasks import AnswerKind
 
+RECORDS_FILE = "records.jsonl"
 NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
 
 @dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """How an evaluation is done.
+class Record:
+    """What one method made of one query."""
 
-    Attributes:
-        methods: in the order in which they run.
-        seeds: one run each; only what is random or trained differs between them.
-        writing: those of the methods that also write texts at length, to see whose voice they have; for tasks with free
-            answers; under the adapters of the first seed.
-        texts: how many of them for each query.
-        predict: whether answers are generated, for the task's metrics.
-        sample: how many people, from the first, get what is costly: few-shot training, points of curves and generated
-            texts; all when None.
-        max_tokens: longest example, its answer included; a longer one loses the end of the user's turn. Each past item
-            in the prompt may bring as much again.
-    """
-
-    methods: tuple[EvalMethod, ...]
-    seeds: tuple[int, ...]
-    predict: bool
-    sample: int | None = None
-    writing: tuple[EvalMethod, ...] = ()
-    texts: int = 3
-    max_tokens: int = 512
-
-    def methods_of(self, place: int) -> tuple[EvalMethod, ...]:
-        """The methods for the person at this place."""
-        return tuple(m for m in self.methods if self._sampled(place) or not (m.trained or m.varied))
-
-    def predicts(self, place: int, method: EvalMethod, kind: AnswerKind) -> bool:
-        """Whether this method answers for the person at this place, in a task of this kind."""
-        return self.predict and not method.varied and (self._sampled(place) or kind != "text")
-
-    def writes(self, place: int, method: EvalMethod, kind: AnswerKind) -> bool:
-        """Whether this method writes texts for the person at this place."""
-        return method in self.writing and kind == "text" and self._sampled(place)
-
-    def pieces(self, people: int) -> int:
-        """How many (person, method, seed) there are."""
-        return len(self.seeds) * sum(len(self.methods_of(place)) for place in range(people))
-
-    def _sampled(self, place: int) -> bool:
-        return self.sample is None or place < self.sample
+    key: str  # hash of bank, settings and data: records with another key are not used
+    user_id: str
+    query_id: str
+    method: str
+    seed: int
+    loss: float  # nats per gold token
+    prediction: str | None  # the greedy answer; None when none was asked for
+    gold: str
+    rejected: bool = False  # whether few-shot training was, so that the method fell back to what lies beneath
+    prompt_tokens: int = 0
+    first_token_ms: float | None = None  # of the user's first query; None where it was not measured
+    written: Sequence[str] = ()  # texts sampled as answers, for authorship
+    kept_bytes: int = 0  # what a server keeps of the user for this method
+    chances: Sequence[float] = ()  # how likely each score is, in tasks of scores; none where the reader cannot say
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What a record is to have besides the loss."""
+class Run:
+    """One method with one seed over one user, with what is wanted besides losses."""
 
-    prediction: bool
+    method: Method
+    seed: int
+    predicted: bool
     texts: int
 
 
-class Evaluation:
-    """Runs methods over people.
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """What is compared, and how.
 
-    Args:
-        adapters: makes the adapters.
-        scores: what reads the queries: the model in process or an engine.
-        tokenizer: the base model's.
-        task: the bank's.
-        records: those there are, and where new ones go.
-        options: how to evaluate.
-        key: the records'.
+    What is costly, few-shot training, points of curves and generated texts, is for the first `sample` users; None is
+    all. In tasks with free answers the methods of `writing` write `texts` texts at length for each query, to see whose
+    voice they have.
     """
 
-    def __init__(
-        self,
-        adapters: Adapters,
-        scores: Scores,
-        tokenizer: ChatTokenizer,
-        task: Task,
-        records: Records,
-        *,
-        options: EvalOptions,
-        key: str,
-    ) -> None:
-        self._adapters = adapters
-        self._scores = scores
-        self._tokenizer = tokenizer
-        self._task = task
-        self._records = records
-        self._options = options
-        self._key = key
+    methods: tuple[Method, ...]
+    seeds: int = 1  # how many; only what is random or trained is done for each
+    predict: bool = True  # whether answers are generated, for the task's metrics
+    sample: int | None = None
+    writing: tuple[Method, ...] = ()
+    texts: int = 3
+    max_tokens: int = 512  # as in `Evaluator`
 
-    def run(self, people: Sequence[Person], on_done: Callable[[int], None]) -> None:
-        """Evaluate all people; `on_done` is told how many more (person, method, seed) are done."""
-        for place, person in enumerate(people):
-            evidences: dict[int | None, Evidence] = {}
-            for seed in self._options.seeds:
-                self._person(place, person, seed, evidences, on_done)
+    def runs(self, place: int, kind: AnswerKind) -> Iterator[Run]:
+        """What is done for the user at this place, in a task with such answers."""
+        sampled = self.sample is None or place < self.sample
+        for seed in range(self.seeds):
+            for method in self.methods:
+                costly = method.trained or method.on_curve
+                if (sampled or not costly) and (seed == 0 or method.random):
+                    predicted = self.predict and not method.on_curve and (sampled or kind != "text")
+                    writes = method in self.writing and sampled and kind == "text" and seed == 0
+                    yield Run(method, seed, predicted, self.texts if writes else 0)
 
-    def _person(
-        self,
-        place: int,
-        person: Person,
-        seed: int,
-        evidences: dict[int | None, Evidence],
-        on_done: Callable[[int], None],
-    ) -> None:
-        """One person and seed; `evidences`, by how many items are known, are the person's for all seeds."""
-        methods = self._options.methods_of(place)
-        kind, options = self._task.kind, self._options
-        texts = options.texts if seed == options.seeds[0] else 0
-        wanted = {
-            m: _Wanted(options.predicts(place, m, kind), texts if options.writes(place, m, kind) else 0)
-            for m in methods
-        }
-        waiting = [m for m in methods if not self._has(person, m, seed, wanted[m])]
-        on_done(len(methods) - len(waiting))
-        if not waiting:
-            return
-        repeated = [m for m in waiting if self._repeats(m, seed)]
-        for method in repeated:
-            found = self._records.of(person.user_id, method.name, options.seeds[0])
-            self._records.add(replace(record, seed=seed, written=()) for record in found)
-            on_done(1)
-        known = {m: m.items for m in waiting if m not in repeated}
-        for items in set(known.values()) - evidences.keys():
-            evidences[items] = self._adapters.evidence(person.knowing(items))
-        made = {m: self._adapters.make(m, evidences[items], seed) for m, items in known.items() if not m.trained}
-        for method, items in known.items():
-            evidence = evidences[items]
-            adapter = made[method] if method in made else self._adapters.make(method, evidence, seed)
-            self._records.add(self._evaluated(adapter, evidence, method, seed, wanted[method]))
-            on_done(1)
 
-    def _evaluated(
-        self, adapter: PersonAdapter | None, evidence: Evidence, method: EvalMethod, seed: int, wanted: _Wanted
-    ) -> list[Record]:
-        person = evidence.person
-        examples = asked(self._tokenizer, self._task, person, method.history, self._options.max_tokens)
-        if method.base is Base.PRIOR:
-            readings = self._adapters.habits(person, examples)
-        else:
-            readings = self._scores.read(adapter, examples, NEW_TOKENS[self._task.kind] if wanted.prediction else 0)
-        texts = wanted.texts
-        written = self._scores.write(adapter, examples, texts) if texts else [[] for _ in examples]
-        timed = method.base is not Base.PRIOR and not method.varied
-        first_ms = self._scores.first_token_ms(adapter, examples[0]) if timed else None
-        kept_bytes = self._adapters.kept_bytes(method, evidence, adapter)
-        judgement = evidence.trained.get((method.plain, seed))
-        rejected = judgement is not None and judgement.weights is None
-        return [
-            Record(
-                self._key,
-                person.user_id,
-                query.id,
-                method.name,
-                seed,
-                found.loss,
-                found.answer,
-                query.gold,
-                rejected,
-                0 if method.base is Base.PRIOR else example.loss_from,
-                None if place else first_ms,
-                written[place],
-                kept_bytes,
-            )
-            for place, (query, found, example) in enumerate(zip(person.queries, readings, examples, strict=True))
-        ]
+class Records:
+    """The records of one folder, which is made if needed, of the evaluation with this key."""
 
-    def _repeats(self, method: EvalMethod, seed: int) -> bool:
-        """Whether a method does what it did for the first seed: nothing in it is random."""
-        return seed != self._options.seeds[0] and not method.trained and method.base is not Base.RANDOM
+    def __init__(self, folder: Path, key: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key = key
+        self._path = folder / RECORDS_FILE
+        self._found: dict[tuple[str, str, int, str], Record] = {}
+        self._remember(record for record in read_records(self._path) if record.key == key)
 
-    def _has(self, person: Person, method: EvalMethod, seed: int, wanted: _Wanted) -> bool:
-        return self._records.has(
-            person.user_id,
-            method.name,
-            seed,
-            len(person.queries),
-            predicted=wanted.prediction,
-            texts=wanted.texts,
+    def have(self, user: EvalUser, run: Run) -> bool:
+        """Whether all queries of a user are recorded, with all that is wanted."""
+        found = [self._found.get((user.user_id, run.method.name, run.seed, query.id)) for query in user.queries]
+        return all(
+            record and len(record.written) >= run.texts and not (run.predicted and record.prediction is None)
+            for record in found
         )
 
+    def add(self, records: Sequence[Record]) -> None:
+        """Append the records of one user and run; they replace earlier ones."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
+        self._remember(records)
 
-def evaluation_key(
-    bank: OpenBank,
-    task_bank: OpenBank | None,
-    plan: AdaptConfig,
-    people: Sequence[Person],
-    how: str,
-    *,
-    strength: float,
-) -> str:
-    """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside."""
-    content: dict[str, Any] = {
-        "bank": bank.manifest.fingerprint,
-        "task": task_bank.manifest.fingerprint if task_bank else None,
-        "plan": asdict(replace(plan, seed=0)) | {"strength": strength},
-        "people": [
-            [p.user_id, [dict(i.fields) for i in p.history.items], [asdict(q) for q in p.queries]] for p in people
-        ],
-        "how": how,
-    }
+    def all(self) -> list[Record]:
+        """Every record of this evaluation."""
+        return list(self._found.values())
+
+    def _remember(self, records: Iterable[Record]) -> None:
+        self._found |= {(r.user_id, r.method, r.seed, r.query_id): r for r in records}
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file, if it is there; a line that a killed run has torn is cut off it.
+
+    Raises:
+        BankError: naming the line that is not a record.
+    """
+    whole, _, torn = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    if torn:
+        path.write_bytes(whole + b"\n" if whole else b"")
+    for number, line in enumerate(filter(None, whole.decode("utf-8").split("\n")), 1):
+        try:
+            yield Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise BankError(f"{path}, line {number} is not a record: {excerpt(line)}") from error
+
+
+def evaluate_people(
+    evaluator: Evaluator,
+    people: Sequence[EvalUser],
+    options: EvalOptions,
+    records: Records,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Evaluate all people; `progress` is told how many runs are done, of how many."""
+    wanted = [list(options.runs(place, evaluator.bank.serving.task.kind)) for place in range(len(people))]
+    done, total = 0, sum(map(len, wanted))
+    for user, runs in zip(people, wanted, strict=True):
+        waiting = [run for run in runs if not records.have(user, run)]
+        done += len(runs) - len(waiting)
+        progress(done, total)
+        known = {items: evaluator.evidence(user.knowing(items)) for items in {run.method.items for run in waiting}}
+        # All adapters before any reading: attaching one costs more than a few passes, and signing and training need
+        # the bare model.
+        made = [evaluator.adapter(run.method, known[run.method.items], run.seed) for run in waiting]
+        for run, adapter in zip(waiting, made, strict=True):
+            records.add(_evaluate(evaluator, known[run.method.items], run, adapter, records.key))
+            done += 1
+            progress(done, total)
+
+
+def _evaluate(
+    evaluator: Evaluator, evidence: Evidence, run: Run, adapter: EvalAdapter | None, key: str
+) -> list[Record]:
+    """One record for each query."""
+    user, method = evidence.user, run.method
+    new_tokens = NEW_TOKENS[evaluator.bank.serving.task.kind] if run.predicted else 0
+    examples, readings = evaluator.read(method, evidence, adapter, new_tokens)
+    no_model = method.adapter == "prior"
+    written = evaluator.reader.write(adapter, examples, run.texts) if run.texts else [[] for _ in examples]
+    first_ms = None if no_model or method.on_curve else evaluator.reader.first_token_ms(adapter, examples[0])
+    rejected = method.trained and bool(evidence.learnt) and not (adapter and adapter.trained)
+    kept_bytes = evaluator.kept_bytes(method, evidence, adapter)
+    return [
+        Record(
+            key=key,
+            user_id=user.user_id,
+            query_id=query.id,
+            method=method.name,
+            seed=run.seed,
+            loss=reading.loss,
+            prediction=reading.answer,
+            gold=query.gold,
+            rejected=rejected,
+            prompt_tokens=0 if no_model else example.loss_from,
+            first_token_ms=None if place else first_ms,
+            written=written[place],
+            kept_bytes=kept_bytes,
+            chances=reading.chances,
+        )
+        for place, (query, reading, example) in enumerate(zip(user.queries, readings, examples, strict=True))
+    ]
+
+
+def evaluation_key(bank: str, people: Sequence[EvalUser], config: AdaptConfig, how: str) -> str:
+    """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside.
+
+    The task's row has no part in it: the bank that it was trained from decides it.
+    """
+    said = [[p.user_id, [dict(i.fields) for i in p.history.items], [asdict(q) for q in p.queries]] for p in people]
+    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": said, "how": how}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

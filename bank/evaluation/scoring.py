@@ -1,63 +1,117 @@
-"""Reading examples with a model under an adapter: the protocol, and the implementation in process."""
+"""What is put on the model for one user, and what reads examples under it: the protocol, and a model in process."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import takewhile
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from adapters.fusion import fuse
 from adapters.lora import LoraWeights
+from adapters.matrix import MetaMatrix
+from adapters.recipe import FusionRecipe
 from adapters.training.attached import Attached, attached
 from adapters.training.example import Example
-from adapters.training.loss import first_tokens, read
-from bank.evaluation.speakers import PersonAdapter
+from adapters.training.loss import read
+from adapters.user_adapter import UserAdapter, stack
+from bank.building.baselines import BASELINES
+from bank.errors import BankError
+from bank.lookup.prior import SCORES
+from bank.lookup.serving import ServingBank
+from bank.manifest import BankManifest
+from bank.matrix import open_matrix
 
 WRITTEN_TOKENS, TEMPERATURE = 160, 0.7
 
-_FEW = 4
-"""Answers of at most this many tokens are quicker to read off packed rows than to generate with a cache."""
+
+@dataclass(frozen=True, slots=True)
+class OpenBank:
+    """A bank with its lookups (`serving`) and its rows (`matrix`)."""
+
+    serving: ServingBank
+    matrix: MetaMatrix
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path, embedder_id: str) -> OpenBank:
+        """Open a bank, rows and all.
+
+        Raises:
+            BankError: when it is missing, damaged, or made with another embedder.
+        """
+        serving = ServingBank.open(folder, embedder_id)
+        return cls(serving, open_matrix(folder, serving.manifest), folder)
+
+    def of_task(self, embedder_id: str) -> OpenBank:
+        """The bank of the task's own row, which was trained from this one's common row.
+
+        Raises:
+            BankError: when there is none, or it was trained from another bank's.
+        """
+        folder = self.folder / BASELINES
+        found = OpenBank.open(folder, embedder_id) if folder.is_dir() else None
+        if found is None or found.manifest.training.get("of") != self.manifest.fingerprint:
+            said = "is that of another bank" if found else "is not there"
+            raise BankError(f"the task's row {said} ({folder}): build the bank at {self.folder} again with --baselines")
+        return found
+
+    @property
+    def manifest(self) -> BankManifest:
+        return self.serving.manifest
+
+
+@dataclass(frozen=True, slots=True)
+class EvalAdapter:
+    """A recipe of a bank, and weights from few-shot training that are stacked on it."""
+
+    bank: OpenBank
+    recipe: FusionRecipe
+    trained: LoraWeights | None = None
+
+    @property
+    def user_adapter(self) -> UserAdapter | None:
+        """What was trained, with the recipe it is for."""
+        return UserAdapter(self.recipe.name, self.trained) if self.trained else None
+
+    def lora(self) -> LoraWeights:
+        """Recipe and trained weights together, float32."""
+        fused, user = fuse(self.bank.matrix, self.recipe, torch.float32), self.user_adapter
+        return stack(fused, user, torch.float32) if user else fused
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a model makes of one example.
+    """What a model makes of one example."""
 
-    Attributes:
-        loss: mean over its output tokens, nats a token.
-        answer: the greedy answer to its prompt, without special tokens; None when none was asked for.
-    """
-
-    loss: float
-    answer: str | None
+    loss: float  # mean over its output tokens, nats a token
+    answer: str | None  # the greedy answer to its prompt, without special tokens; None when none was asked for
+    chances: Sequence[float] = ()
+    """How likely each of `SCORES` is as the first token; none when not asked for, or a score is several tokens."""
 
 
 class Scores(Protocol):
     """What reads examples under an adapter: a model in process, or a running engine (`server.cli.eval.engine`)."""
 
-    def read(self, adapter: PersonAdapter | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
+    def read(
+        self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
+    ) -> list[Reading]:
         """Read examples, and answer their prompts.
 
         Args:
             adapter: the one on the model; None for the base model alone.
-            examples: prompt and gold.
             new_tokens: longest answer; 0 for no answers.
+            chances: whether readings say how likely each score is, where the reader can say so.
         """
 
-    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """Answer prompts at length, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens.
+    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
+        """Answer each prompt so many times, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens."""
 
-        Args:
-            adapter: as for `read`.
-            examples: prompts; their golds are not looked at.
-            texts: how many to write for each prompt.
-        """
-
-    def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
+    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
         """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
 
 
@@ -66,9 +120,6 @@ class Scorer:
 
     Attaching costs more than a pass over a few examples, so an attached adapter stays and gets new numbers, until
     another rank or the bare model is needed.
-
-    Args:
-        model, tokenizer: the base model's.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -84,44 +135,38 @@ class Scorer:
         self._here = None
         return self._model
 
-    def read(self, adapter: PersonAdapter | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
+    def read(
+        self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
+    ) -> list[Reading]:
         """As in `Scores`."""
-        with self._under(adapter) as model:
-            readings = read(model, examples)
-            losses = [loss for loss, _ in readings]
-            if not new_tokens:
-                return [Reading(loss, None) for loss in losses]
-            if new_tokens <= _FEW:
-                made = _read_off(model, examples, [likeliest for _, likeliest in readings], new_tokens)
-            else:
-                made = self._generated(model, examples, new_tokens)
-        answers = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return [Reading(loss, answer.strip()) for loss, answer in zip(losses, answers, strict=True)]
+        ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
+        among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
+        model = self._under(adapter)
+        found = read(model, examples, among)
+        made = self._generated(model, examples, new_tokens) if new_tokens else None
+        answers: list[Any] = [None] * len(found)
+        if made is not None:
+            answers = [answer.strip() for answer in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+        return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
-    def chances(
-        self, adapter: PersonAdapter | None, examples: Sequence[Example], among: Sequence[int]
-    ) -> list[list[float]]:
-        """As `adapters.training.loss.first_tokens`, under an adapter."""
-        with self._under(adapter) as model:
-            return first_tokens(model, examples, among)
-
-    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
+    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
         """As in `Scores`; all in one batch, for a step of many rows costs little more than one of few."""
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
-        with self._under(adapter) as model, torch.random.fork_rng():
+        model = self._under(adapter)
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             made = self._generated(model, examples, WRITTEN_TOKENS, texts, **sampling)
         written = [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
         return [written[first : first + texts] for first in range(0, len(written), texts)]
 
     @torch.no_grad()
-    def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
+    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
         """As in `Scores`."""
-        with self._under(adapter) as model:
-            ids = torch.tensor([example.ids[: example.loss_from]]).to(model.device)
-            start_s = time.perf_counter()
-            model(input_ids=ids, logits_to_keep=1)
-            return (time.perf_counter() - start_s) * 1e3
+        model = self._under(adapter)
+        ids = torch.tensor([example.ids[: example.loss_from]]).to(model.device)
+        start_s = time.perf_counter()
+        model(input_ids=ids, logits_to_keep=1)
+        return (time.perf_counter() - start_s) * 1e3
 
     @torch.no_grad()
     def _generated(
@@ -147,49 +192,13 @@ class Scorer:
         )
         return made[:, width:]
 
-    @contextmanager
-    def _under(self, adapter: PersonAdapter | None) -> Iterator[Any]:
-        if adapter is not None:
-            yield self._with(adapter.lora()).model
-        elif self._here is None:
-            yield self._model
-        else:
-            with self._here.silenced():
-                yield self._here.model
-
-    def _with(self, lora: LoraWeights) -> Attached:
+    def _under(self, adapter: EvalAdapter | None) -> Any:
+        """The model with this adapter alone."""
+        if adapter is None:
+            return self.bare()
+        lora = adapter.lora()
         if self._here is None or self._rank != lora.rank:
             here = self._attached.enter_context(attached(self.bare(), lora))
             self._here, self._rank = here, lora.rank
         self._here.put(lora)
-        return self._here
-
-
-def _read_off(
-    model: Any, examples: Sequence[Example], likeliest: Sequence[Sequence[int]], new_tokens: int
-) -> list[list[int]]:
-    """Greedy answers of a few tokens; each is already known for as far as the gold agrees, and one id more.
-
-    Args:
-        model: the one that answers.
-        examples: prompt and gold.
-        likeliest: its likeliest id in the place of each id of the gold.
-        new_tokens: longest answer.
-    """
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    made = [_agreed(example, ids, ends)[:new_tokens] for example, ids in zip(examples, likeliest, strict=True)]
-    while waiting := [place for place, ids in enumerate(made) if len(ids) < new_tokens and ids[-1] not in ends]:
-        so_far = [(*examples[place].ids[: examples[place].loss_from], *made[place]) for place in waiting]
-        asked = [Example((*ids, 0), len(ids)) for ids in so_far]  # 0 is a placeholder for the next id
-        for place, (_, (token,)) in zip(waiting, read(model, asked), strict=True):
-            made[place].append(token)
-    return made
-
-
-def _agreed(example: Example, likeliest: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """The likeliest ids that are the model's own answer: to the first that differs from the gold or ends the turn."""
-    gold = example.ids[example.loss_from :]
-    pairs = zip(gold, likeliest, strict=True)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and pair[1] not in ends, pairs))
-    return list(likeliest[: same + 1])
+        return self._here.model

@@ -15,20 +15,17 @@ from __future__ import annotations
 import json
 import random
 import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bank.evaluation.methods import DEFAULT
-from bank.evaluation.records import RECORDS_FILE
+from bank.evaluation.run import RECORDS_FILE
 from bank.evaluation.session import TABLE_FILE
 from bench import script
 from bench.page.report import console
-from bench.quality import methods_of
+from bench.quality import methods_of, mta
 from bench.rig.people import people, write_people
 from bench.rig.tiny import tiny_model
 
@@ -87,7 +84,7 @@ def main(
     options += ["--people", str(people)] if people else []
     if not folds:
         bank = bank or _bank(out / "bank", everybody, name, size, build)
-        _run("eval", "--users", data / task / "users.json", "--bank", bank, "--out", out, "--seeds", seeds, *options)
+        mta("eval", "--users", data / task / "users.json", "--bank", bank, "--out", out, "--seeds", seeds, *options)
         return
     ids = [str(person["user_id"]) for person in json.loads(everybody.read_text("utf-8"))]
     random.Random(0).shuffle(ids)
@@ -99,7 +96,7 @@ def main(
         bank = _bank(folder / "bank", everybody, name, size, f"{build} --exclude {shlex.quote(str(left_out))}")
         split = ("--last", QUERIES.get(task, 6), "--profile", PROFILES.get(task, 10))
         asked = ("--only", left_out, *split, "--seeds", seeds, *options)
-        _run("eval", "--users", everybody, "--bank", bank, "--out", folder, *asked)
+        mta("eval", "--users", everybody, "--bank", bank, "--out", folder, *asked)
         console().print(f"fold {fold}: {folder / TABLE_FILE}, {folder / RECORDS_FILE}")
 
 
@@ -115,24 +112,15 @@ def _quick(out: Path, seeds: int) -> None:
         f"--rank 4 --user-rank 4 --steps 3 --common-steps 3 --batch-size 4 --model {shlex.quote(str(model))} --force"
     )
     bank = _bank(out / "bank", known, "chat", 3, small)
-    methods = f"{DEFAULT},merged:topic,merged:evidence,merged+history@h1"
-    _run("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
+    methods = f"{DEFAULT},merged:topic,merged+history@h1"
+    mta("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
          "--sample", 2, "--write", "common,merged+history")  # fmt: skip
 
 
 def _bank(out: Path, users: Path, task: str, anchors: int, options: str) -> Path:
-    _run("bank", "build", "--users", users, "--task", task, "--anchors", anchors, "--out", out, "--baselines",
-         *shlex.split(options))  # fmt: skip
+    mta("bank", "build", "--users", users, "--task", task, "--anchors", anchors, "--out", out, "--baselines",
+        *shlex.split(options))  # fmt: skip
     return out
-
-
-def _run(*arguments: object) -> None:
-    """One `mta` command, shown before it runs."""
-    argv: Sequence[str] = [str(argument) for argument in arguments]
-    console().print(f"mta {shlex.join(argv)}", style="dim", soft_wrap=True)
-    status = subprocess.run([sys.executable, "-m", "server.cli", *argv], check=False).returncode
-    if status:
-        raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,6 @@ engine under the recipe's name by vLLM's `prompt_logprobs`. The losses must agre
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,14 +16,13 @@ from typing import Annotated
 import typer
 
 from bank.building.baselines import BASELINES
-from bank.evaluation.records import RECORDS_FILE, Record
+from bank.evaluation.run import RECORDS_FILE, Record, read_records
 from bank.manifest import read_manifest
 from bank.models.folders import ensure_base_model
 from bench import script
 from bench.page.report import report
-from bench.quality import methods_of
+from bench.quality import methods_of, mta
 from bench.rig.engine import KEY, running_engine
-from bench.rig.processes import mta
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 
@@ -51,11 +47,9 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
 
         def run(name: str, *options: object) -> dict[tuple[str, str, str], Record]:
-            out = Path(scratch) / name
-            command = mta("eval", *map(str, asked), "--out", str(out), *map(str, options))
-            subprocess.run(command, env=os.environ | {"MTA_ENGINE_KEY": KEY}, check=True)
-            lines = (out / RECORDS_FILE).read_text("utf-8").splitlines()
-            return {(r.method, r.user_id, r.query_id): r for r in (Record(**json.loads(line)) for line in lines)}
+            mta("eval", *asked, "--out", Path(scratch) / name, *options, MTA_ENGINE_KEY=KEY)
+            found = read_records(Path(scratch) / name / RECORDS_FILE)
+            return {(record.method, record.user_id, record.query_id): record for record in found}
 
         here = run("in-process")
         valkey = ValkeyProcess(Path(scratch) / "valkey").start()

@@ -13,8 +13,14 @@ from adapters.recipe import UserAdapterId
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """A user adapter as it is kept: the recipe it was trained on, and the bytes that `adapters.user_adapter` encoded,
-    with their SHA-256 in 64 hex digits."""
+    """A user adapter as it is kept.
+
+    Attributes:
+        id: from `new_adapter_id`.
+        recipe: the recipe it was trained on.
+        sha256: of `raw`, 64 hex digits.
+        raw: what `adapters.user_adapter` encoded.
+    """
 
     id: str
     recipe: str

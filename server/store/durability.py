@@ -32,8 +32,12 @@ FULL_SHARE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A store's memory; of several servers, the fullest one's. Beyond `most_bytes` it refuses to store anything; 0 if
-    nobody said."""
+    """A store's memory; of several servers, the fullest one's.
+
+    Attributes:
+        used_bytes: what is taken.
+        most_bytes: beyond that it refuses to store anything; 0 if nobody said.
+    """
 
     used_bytes: int
     most_bytes: int
@@ -54,7 +58,7 @@ Timed = Callable[[str, float, bool], None]
 
 
 def untimed(kind: str, seconds: float, failed: bool) -> None:
-    """Measures nothing."""
+    """For whoever does not want to know."""
 
 
 Span = Callable[[str], AbstractContextManager[object]]
@@ -86,9 +90,13 @@ class CheckedStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rewrite:
-    """A requested rewrite of the store's file: by when to erase what it must leave out, and by when that is gone from
-    the file. Unix time in milliseconds by the store's clock."""
+class Asked:
+    """A requested rewrite of the store's file.
+
+    Attributes:
+        erase_by_ms: by when to erase what the rewrite must leave out, by the store's clock; Unix time in milliseconds.
+        rewritten_by_ms: by when it is gone from the file.
+    """
 
     erase_by_ms: int
     rewritten_by_ms: int
@@ -97,7 +105,7 @@ class Rewrite:
 class ForgetsOnDisk(Protocol):
     """The store's file, or files, which holds erased data until it is rewritten."""
 
-    async def ask_for_rewrite(self, user_key: str) -> Rewrite:
+    async def ask_for_rewrite(self, user_key: str) -> Asked:
         """Request a rewrite of the file that leaves out what is about to be erased of a user.
 
         Raises:

@@ -10,8 +10,7 @@ import pytest
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
 from adapters.training.example import Example
-from bank.evaluation.scoring import Scorer, Scores
-from bank.evaluation.speakers import OpenBank, PersonAdapter
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer, Scores
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.models.load import load_base
@@ -49,14 +48,14 @@ def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> It
         yield scores
 
 
-def adapters(bank: OpenBank) -> dict[str, PersonAdapter | None]:
+def adapters(bank: OpenBank) -> dict[str, EvalAdapter | None]:
     """The base model, a recipe, and a user adapter stacked on it."""
     recipe = FusionRecipe(bank.manifest.short, bank.manifest.method, True, (Term(0, 400), Term(3, 300)))
     trained = random_user_adapter(bank.manifest, recipe).weights
-    return {"base": None, "merged": PersonAdapter(bank, recipe), "stacked": PersonAdapter(bank, recipe, trained)}
+    return {"base": None, "merged": EvalAdapter(bank, recipe), "stacked": EvalAdapter(bank, recipe, trained)}
 
 
-def answers(scores: Scores, adapter: PersonAdapter | None, examples: list[Example], tokens: int) -> list[str]:
+def answers(scores: Scores, adapter: EvalAdapter | None, examples: list[Example], tokens: int) -> list[str]:
     """Without a last character that is cut in the middle: vLLM leaves it out, transformers marks it."""
     return [(reading.answer or "").rstrip("\ufffd").strip() for reading in scores.read(adapter, examples, tokens)]
 
@@ -96,6 +95,6 @@ def test_texts_are_as_many_as_asked_for_and_differ(bank: OpenBank, scorer: Score
 
 
 def test_a_bank_that_the_engine_does_not_serve_is_named(bank: OpenBank, scorer: Scorer, engine: EngineScores) -> None:
-    elsewhere = PersonAdapter(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
+    elsewhere = EvalAdapter(bank, FusionRecipe("ffffffff", bank.manifest.method, True, ()))
     with pytest.raises(MtaError, match=r"ffffffff.*MTA_NEXT_BANK"):
         engine.read(elsewhere, [encode_pair(scorer.tokenizer, "Say 1", "1", 128)])

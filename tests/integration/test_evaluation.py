@@ -11,25 +11,22 @@ import pytest
 
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.trainer import initial_lora
-from adapters.training.user_trainer import Judgement
 from bank.building.baselines import BASELINES, build_baselines
 from bank.building.options import BuildInputs
 from bank.errors import BankError
-from bank.evaluation.adapters import Adapters
-from bank.evaluation.methods import DEFAULT, parse_methods
+from bank.evaluation.methods import DEFAULT, Evaluator, parse_methods
 from bank.evaluation.people import read_people
-from bank.evaluation.records import RECORDS_FILE
-from bank.evaluation.run import EvalOptions
-from bank.evaluation.scoring import Scorer
+from bank.evaluation.run import RECORDS_FILE, EvalOptions
+from bank.evaluation.scoring import OpenBank, Scorer
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evaluate
-from bank.evaluation.speakers import OpenBank
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
-METHODS = f"{DEFAULT},merged:topic,merged:evidence,merged+history@h1"
+METHODS = f"{DEFAULT},merged:topic,merged+history@h1"
+AGAIN = 3  # of them do something else with another seed: random, stacked, own
 CONFIG = AdaptConfig(rank=1, steps=2)
 
 
@@ -61,15 +58,13 @@ def inputs(bench: Bench, embedder_folder: Path) -> EvalInputs:
 
 
 def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[list[str], int]:
-    """Names of the methods in the order of their loss, and how many pieces were told as done."""
-    done = 0
-
-    def on_done(pieces: int) -> None:
-        nonlocal done
-        done += pieces
-
-    options = EvalOptions(tuple(parse_methods(methods)), tuple(range(seeds)), predict=True)
-    (rows,) = evaluate(inputs, options, CONFIG, lambda pieces: on_done, strength=CONFIG.strength).tables.values()
+    """Names of the methods in the order of their loss, and how many runs were told as done."""
+    told: list[tuple[int, int]] = []
+    options = EvalOptions(tuple(parse_methods(methods)), seeds)
+    results = evaluate(inputs, options, CONFIG, lambda *progress: told.append(progress))
+    (rows,) = results.tables.values()
+    done, total = told[-1]
+    assert done == total and told == sorted(told)
     return [row.method for row in rows], done
 
 
@@ -77,9 +72,9 @@ def test_every_method_has_a_record_of_every_query_and_a_row_in_the_table(inputs:
     names, done = run(inputs)
     wanted = METHODS.split(",")
     assert sorted(names) == sorted(wanted)
-    assert done == len(wanted) * 2 * 3
+    assert done == (len(wanted) + AGAIN) * 3
     lines = [json.loads(line) for line in (inputs.out / RECORDS_FILE).read_text("utf-8").splitlines()]
-    assert len(lines) == len(wanted) * 2 * 9
+    assert len(lines) == (len(wanted) + AGAIN) * 9
     assert {line["method"] for line in lines} == set(wanted)
     assert all(line["loss"] > 0 for line in lines)
     kept = {method: max(line["kept_bytes"] for line in lines if line["method"] == method) for method in wanted}
@@ -111,6 +106,16 @@ def test_a_killed_run_goes_on_and_a_torn_line_is_made_again(inputs: EvalInputs) 
     assert {(r["user_id"], r["query_id"], r["method"], r["seed"]) for r in again} == set(losses)
 
 
+def test_other_methods_in_the_same_folder_leave_the_records_of_before_as_they_are(inputs: EvalInputs) -> None:
+    where = dataclasses.replace(inputs, out=inputs.out.with_name("in-turns"))
+    run(where, "base,common", seeds=1)
+    path = where.out / RECORDS_FILE
+    before = path.read_text("utf-8")
+    assert run(where, "common,task", seeds=1)[0] == ["common", "task"]
+    added = path.read_text("utf-8").removeprefix(before)
+    assert [json.loads(line)["method"] for line in added.splitlines()] == ["task"] * 9
+
+
 def test_a_bank_without_baselines_is_told_which_flag_it_lacks(inputs: EvalInputs, bench: Bench) -> None:
     bench.build("bare", seed=1)
     with pytest.raises(BankError, match="--baselines"):
@@ -127,11 +132,11 @@ def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> No
         item["text"] = item.pop("input") + item.pop("output")
     people[0]["id"] = people[0].pop("user_id")
     users = write_people(bench.folder / "plain.json", people)
-    methods = "common,merged,merged:evidence,own,stacked"
+    methods = "common,merged,own,stacked"
     where = dataclasses.replace(inputs, users=users, out=bench.folder / "plain")
     chosen = tuple(parse_methods(methods))
-    options = EvalOptions(chosen, (0,), predict=False, writing=chosen[:1])
-    results = evaluate(where, options, CONFIG, lambda pieces: lambda done: None, strength=CONFIG.strength)
+    options = EvalOptions(chosen, predict=False, writing=chosen[:1])
+    results = evaluate(where, options, CONFIG, lambda done, total: None)
     assert [row.named.n for row in results.voices] == [2] * 2
     lines = [json.loads(line) for line in (where.out / RECORDS_FILE).read_text("utf-8").splitlines()]
     first = {line["method"]: line["loss"] for line in lines if line["query_id"] == people[0]["query"][0]["id"]}
@@ -151,18 +156,20 @@ def test_the_baselines_are_a_bank_of_their_own_that_is_not_trained_twice(inputs:
 def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learnt(inputs: EvalInputs) -> None:
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     scorer = Scorer(*load_base(inputs.model_folder, "float32"))
-    adapters = Adapters(bank, None, scorer, inputs.embedder, plan=CONFIG, strength=CONFIG.strength, max_tokens=64)
-    evidence = adapters.evidence(read_people(inputs.users, bank.serving.task)[0])
-    merged, stacked = parse_methods("merged,stacked")
-    without = adapters.make(merged, evidence, 0)
+    evaluator = Evaluator(bank=bank, scorer=scorer, embedder=inputs.embedder, max_tokens=64, config=CONFIG)
+    evidence = evaluator.evidence(read_people(inputs.users, bank.serving.task)[0])
+    without = evaluator.merged(evidence, 0)
+    first = evaluator.stacked(evidence, 0)
+    ((recipe, _),) = evidence.trained
     learnt = initial_lora(bank.manifest.layout.modules, 1, seed=0)
     found = []
     for weights in (learnt, None):
-        evidence.trained[stacked, 0] = Judgement(weights, 1.0, 0.9, 2)
-        found.append(adapters.make(stacked, evidence, 0))
+        evidence.trained[recipe, 0] = weights
+        found.append(evaluator.stacked(evidence, 0))
     scorer.bare()
     kept, rejected = found
     assert rejected == without
-    assert kept is not None and without is not None and kept.trained is learnt
+    assert kept.trained is learnt and kept.recipe.name == recipe
+    assert first.recipe in (kept.recipe, without.recipe)
     strengths = [sum(term.weight for term in each.recipe.terms) for each in (kept, without)]
     assert strengths[0] == round(CONFIG.strength * strengths[1])

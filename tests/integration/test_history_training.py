@@ -15,11 +15,9 @@ from bank.building.baselines import build_baselines
 from bank.building.build import read_inputs
 from bank.building.options import BuildInputs
 from bank.building.training import row_job
-from bank.evaluation.adapters import Adapters
-from bank.evaluation.methods import parse_method
-from bank.evaluation.people import Person, Query
-from bank.evaluation.scoring import Scorer
-from bank.evaluation.speakers import OpenBank
+from bank.evaluation.methods import Evaluator
+from bank.evaluation.people import EvalUser, Query
+from bank.evaluation.scoring import OpenBank, Scorer
 from bank.evaluation.verdict import judge_bank
 from bank.items.histories import read_histories
 from bank.items.tasks import get_task
@@ -76,21 +74,21 @@ def test_user_adapters_are_evaluated_as_the_bank_was_trained(
 ) -> None:
     embedder, seen = Embedder.load(embedder_folder), list[Sequence[Example]]()
     (history, *_) = read_histories(bench.users, CHAT)
-    person = Person(history, (Query("q", "Say 99", "99"),))
+    user = EvalUser(history, (Query("q", "Say 99", "99"),))
     scorer = Scorer(*load_base(bench.model, "float32"))
 
     def spying(model: object, fused: object, samples: Sequence[Example], plan: object) -> object:
         seen.append(samples)
         return train_user(model, fused, samples, plan)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bank.evaluation.adapters.train_user", spying)
-    plan = AdaptConfig(rank=1, steps=1)
+    monkeypatch.setattr("bank.evaluation.methods.train_user", spying)
+    config = AdaptConfig(rank=1, steps=1)
     for name in ("knowing", "plain"):
         bank = OpenBank.open(bench.folder / name, embedder.id)
-        adapters = Adapters(bank, None, scorer, embedder, plan=plan, strength=0.5, max_tokens=512)
-        evidence = adapters.evidence(person)
-        adapters.make(parse_method("own"), evidence, 0)
-        assert not any(recalls(scorer.tokenizer, example) for example in evidence.pairs)  # what is signed stays plain
+        evaluator = Evaluator(bank=bank, scorer=scorer, embedder=embedder, max_tokens=512, config=config)
+        evidence = evaluator.evidence(user)
+        evaluator.own(evidence, 0)
+        assert not any(recalls(scorer.tokenizer, example) for example in evidence.signed)
     counts = [sum(recalls(scorer.tokenizer, example) for example in samples) for samples in seen]
     assert counts == [len(history.items) - 1, 0]
 
@@ -117,7 +115,7 @@ async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows
         bank = ServingBank(trains.manifest, opened.index)
         user = await desk.user(("how is the bread?", "crusty"))
         job = await desk.submit(user=user)
-        await JobLoop(desk.jobs, desk.profiles, bank, trains).work_once(0.1)
+        await JobLoop("test", desk.jobs, desk.profiles, bank, trains).work_once(0.1)
         assert (await desk.job(job)).state in (JobState.SUCCEEDED, JobState.REJECTED)
     assert [{recalls(trainer.tokenizer, example) for example in samples} for samples in seen] == [{False}, {True}]
 

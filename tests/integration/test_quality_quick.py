@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bank.evaluation.report.lamp_files import LAMP_FOLDER
-from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, MAP_FILE, PRICES_FILE
+from bank.evaluation.report.lamp import LAMP_FOLDER
+from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, PRICES_FILE
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
 
 METHODS = {
-    *("base", "common", "task", "mean", "random", "merged", "stacked", "own", "merged:topic", "merged:evidence"),
-    "merged+history@h1",
+    *("base", "common", "task", "mean", "random", "merged", "stacked", "own", "merged:topic", "merged+history@h1"),
 }
 WRITTEN = {"common", "merged+history@h1"}
 PNG = b"\x89PNG"
@@ -42,7 +41,7 @@ def test_quick_builds_a_bank_and_evaluates_every_method(tmp_path: Path) -> None:
     assert _methods(voices) >= WRITTEN
     points = {row["method"] for row in summary["methods"]} - METHODS
     assert {"merged@k1", "merged@k3", "merged@n1", "merged@n5"} <= points
-    assert all((out / name).read_bytes().startswith(PNG) for name in (GAINS_FILE, CURVES_FILE, MAP_FILE, PRICES_FILE))
+    assert all((out / name).read_bytes().startswith(PNG) for name in (GAINS_FILE, CURVES_FILE, PRICES_FILE))
     golds = json.loads((out / LAMP_FOLDER / "golds.json").read_text("utf-8"))["golds"]
     answered = json.loads((out / LAMP_FOLDER / "merged.json").read_text("utf-8"))["golds"]
     assert [gold["id"] for gold in golds] == [answer["id"] for answer in answered]

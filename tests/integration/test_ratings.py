@@ -11,17 +11,18 @@ import pytest
 
 from adapters.training.example import Example
 from bank.evaluation.scoring import Scorer
+from bank.lookup.prior import SCORES
 from bank.models.load import load_base
 from bench.quality.ratings import main
 from bench.rig.people import write_people
 from tests.support.bank_bench import Bench
 
-SCORES = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]
+RATINGS = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]
 
 
 def rater(number: int) -> dict[str, Any]:
     """A dozen ratings to learn from, and two later ones."""
-    films = [{"id": f"{number}-{n}", "text": f"Film {n}", "score": str(s)} for n, s in enumerate(SCORES, number)]
+    films = [{"id": f"{number}-{n}", "text": f"Film {n}", "score": str(s)} for n, s in enumerate(RATINGS, number)]
     asked = [{"id": f"q{number}-{n}", "input": f"Film {n}", "gold": "5"} for n in (30, 31)]
     return {"user_id": f"rater-{number}", "profile": films, "query": asked}
 
@@ -41,8 +42,10 @@ def test_each_method_with_and_without_the_habit(bench: Bench, tmp_path: Path) ->
 
 def test_chances_are_those_that_losses_are_made_of(tiny_model_folder: Path) -> None:
     scorer = Scorer(*load_base(tiny_model_folder, "float32"))
-    prompts, ids = [(9, 8, 7), (6, 5), (9, 9, 9, 9)], (11, 12, 13)
-    chances = scorer.chances(None, [Example((*prompt, 40, 41), len(prompt)) for prompt in prompts], ids)
-    for prompt, found in zip(prompts, chances, strict=True):
+    ids = [scorer.tokenizer.encode(score, add_special_tokens=False)[0] for score in SCORES]
+    prompts = [(9, 8, 7), (6, 5), (9, 9, 9, 9)]
+    found = scorer.read(None, [Example((*prompt, 40, 41), len(prompt)) for prompt in prompts], chances=True)
+    for prompt, reading in zip(prompts, found, strict=True):
         readings = scorer.read(None, [Example((*prompt, one), len(prompt)) for one in ids])
-        assert found == pytest.approx([math.exp(-reading.loss) for reading in readings], rel=1e-4)
+        assert reading.chances == pytest.approx([math.exp(-each.loss) for each in readings], rel=1e-4)
+        assert not any(each.chances for each in readings)

@@ -7,15 +7,15 @@ texts that say nothing of their person are named right once in as many times as 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from bank.errors import BankError
-from bank.evaluation.people import Person
-from bank.evaluation.records import Record
-from bank.evaluation.report.intervals import LEVEL, Interval, cell, compared, over_users
+from bank.evaluation.people import EvalUser
+from bank.evaluation.report.intervals import LEVEL, Interval, compared, markdown_table, over_users
+from bank.evaluation.run import Record
 from bank.items.tasks import Task
 
 GOLD = "gold"
@@ -28,29 +28,18 @@ _ROUNDS = 2000
 
 @dataclass(frozen=True, slots=True)
 class AuthorshipRow:
-    """How one method's texts are attributed.
-
-    Attributes:
-        method: its name, or `gold`.
-        named: how often the right person comes first, mean over people.
-        rank: of the right person among all, from 1, mean over people.
-        against: `named` less another method's, by that method's name, over the same people; all in one column are
-            tested together. Not for `gold`.
-    """
+    """How the texts of one method, or of `gold`, are attributed, mean over people."""
 
     method: str
-    named: Interval
-    rank: Interval
-    against: Mapping[str, Interval] = field(default_factory=dict)
+    named: Interval  # how often the right person comes first
+    rank: Interval  # of the right person among all, from 1
+    against: Mapping[str, Interval] = field(default_factory=dict)  # `named` less another method's; not for `gold`
 
 
-def authorship(people: Sequence[Person], records: Sequence[Record], task: Task) -> list[AuthorshipRow]:
+def authorship(people: Sequence[EvalUser], records: Sequence[Record], task: Task) -> list[AuthorshipRow]:
     """One row for what the people themselves wrote, and one for each method that wrote texts for all of them.
 
-    Args:
-        people: those for whom texts were written; at least two.
-        records: with the texts.
-        task: turns profile items into what the person wrote.
+    `people` are those for whom texts were written, at least two.
 
     Raises:
         BankError: when the profiles have too little text to tell anybody apart.
@@ -62,9 +51,9 @@ def authorship(people: Sequence[Person], records: Sequence[Record], task: Task) 
     for record in records:
         if record.written and record.user_id in names:
             texts[record.method][record.user_id] += record.written
-    judge = _Judge(people, task)
+    rank_all = _classifier(people, task)
     ranks = {
-        method: [judge.ranks(name, found[name]) for name in names]
+        method: [rank_all(name, found[name]) for name in names]
         for method, found in texts.items()
         if len(found) == len(people)
     }
@@ -83,35 +72,33 @@ def authorship(people: Sequence[Person], records: Sequence[Record], task: Task) 
 def markdown(rows: Sequence[AuthorshipRow]) -> str:
     """The rows as a Markdown table, with 95 % intervals over people."""
     others = [row.method for row in rows if row.method != GOLD]
-    head = ["method", "right person named first, %", "mean rank", *(f"named, less {name}" for name in others)]
-    lines = [head, ["---"] * len(head)]
+    lines = [["method", "right person named first, %", "mean rank", *(f"named, less {name}" for name in others)]]
     for row in rows:
         named, rank = row.named, row.rank
         cells = [row.method, f"{named.mean:.1%} ({named.low:.1%} to {named.high:.1%})"]
         cells.append(f"{rank.mean:.2f} ({rank.low:.2f} to {rank.high:.2f})")
-        lines.append([*cells, *(cell(row.against.get(name), "+.1%") for name in others)])
+        lines.append([*cells, *(row.against[name].cell("+.1%") if name in row.against else "" for name in others)])
     title = f"**Whose voice?** {rows[0].named.n} people; chance names {1 / rows[0].named.n:.1%}; bold: p below {LEVEL}"
-    return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
+    return f"{title}\n\n{markdown_table(lines)}\n"
 
 
-class _Judge:
-    """The classifier, trained on the profiles of some people."""
+def _classifier(people: Sequence[EvalUser], task: Task) -> Callable[[str, Sequence[str]], list[int]]:
+    """What gives the place of a person among all, from 1, for each of some texts; trained on the people's profiles."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
 
-    def __init__(self, people: Sequence[Person], task: Task) -> None:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
+    known = [(output, person.user_id) for person in people for _, output in person.history.pairs(task)]
+    words = TfidfVectorizer(analyzer="char", ngram_range=N_GRAMS, sublinear_tf=True, min_df=2)
+    model = make_pipeline(words, LogisticRegression(C=CERTAINTY, max_iter=_ROUNDS))
+    try:
+        model.fit([text for text, _ in known], [name for _, name in known])
+    except ValueError as error:
+        raise BankError(f"the profiles have too little text to tell their {len(people)} people apart") from error
 
-        known = [(output, person.user_id) for person in people for _, output in person.history.pairs(task)]
-        words = TfidfVectorizer(analyzer="char", ngram_range=N_GRAMS, sublinear_tf=True, min_df=2)
-        self._model = make_pipeline(words, LogisticRegression(C=CERTAINTY, max_iter=_ROUNDS))
-        try:
-            self._model.fit([text for text, _ in known], [name for _, name in known])
-        except ValueError as error:
-            raise BankError(f"the profiles have too little text to tell their {len(people)} people apart") from error
-
-    def ranks(self, name: str, texts: Sequence[str]) -> list[int]:
-        """The place of a person among all, from 1, for each text."""
-        shares = self._model.predict_proba(texts)
-        own = shares[:, list(self._model.classes_).index(name)]
+    def ranks(name: str, texts: Sequence[str]) -> list[int]:
+        shares = model.predict_proba(texts)
+        own = shares[:, list(model.classes_).index(name)]
         return [int(place) for place in 1 + (shares > own[:, None]).sum(axis=1)]
+
+    return ranks

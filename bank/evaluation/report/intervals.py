@@ -22,12 +22,10 @@ _BATCH = 1_000  # resamples in memory at a time
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its 95 % interval, over `n` users.
+    """The mean of one difference per user, of `n` users, with its 95 % interval.
 
-    Attributes:
-        mean, low, high, n: of one difference per user.
-        p: p-value of the test that there is no difference, Holm-adjusted for all methods that were compared with the
-            same one; None where nothing was tested.
+    `p` is that of the test that there is no difference, Holm-adjusted for all methods that were compared with the same
+    one; None where nothing was tested.
     """
 
     mean: float
@@ -38,12 +36,18 @@ class Interval:
 
     @property
     def sure(self) -> bool:
-        """Whether the difference is significant: the test rejects that there is none."""
+        """Whether the test rejects that there is no difference."""
         return self.p is not None and self.p < LEVEL
 
     def __str__(self) -> str:
         star = "*" if self.sure else ""
         return f"{self.mean:+.4f}{star} ({self.low:+.4f} to {self.high:+.4f}, {self.n} users)"
+
+    def cell(self, form: str) -> str:
+        """A cell of a Markdown table, bold where the difference is significant; `form` is a number's, e.g. `+.4f`."""
+        mean, low, high = (format(value, form) for value in (self.mean, self.low, self.high))
+        text = f"{mean} ({low} to {high})"
+        return f"**{text}**" if self.sure else text
 
 
 def over_users(differences: Sequence[float], seed: int = 0) -> Interval:
@@ -63,12 +67,7 @@ def over_users(differences: Sequence[float], seed: int = 0) -> Interval:
 
 
 def against_one(differences: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, Interval]:
-    """Several methods compared with one over the same users: an interval for each, tested and Holm-adjusted together.
-
-    Args:
-        differences: by method, one difference per user.
-        seed: of the random draws.
-    """
+    """Several methods' differences from one, over the same users: an interval each, tested together."""
     if not differences:
         return {}
     adjusted = holm(sign_flip_p(list(differences.values()), seed))
@@ -81,13 +80,9 @@ def against_one(differences: Mapping[str, Sequence[float]], seed: int = 0) -> di
 def compared(
     values: Mapping[str, Mapping[str, float]], untested: Collection[str] = ()
 ) -> Mapping[str, Mapping[str, Interval]]:
-    """By method, its values less those of each method which covers all of its users, in the order of `values`.
+    """By method, its values by user less those of each method which covers all of its users, in the order of `values`.
 
-    The differences from one method, all over the same users, are tested together.
-
-    Args:
-        values: of each method, by user.
-        untested: methods whose differences get an interval and no test.
+    The differences from one method, all over the same users, are tested together, but for those of `untested` methods.
     """
     found: dict[str, dict[str, Interval]] = {method: {} for method in values}
     for other, theirs in values.items():
@@ -107,13 +102,10 @@ def compared(
     return found
 
 
-def cell(interval: Interval | None, form: str) -> str:
-    """A difference in a Markdown table, bold where it is significant; `form` is a number's, e.g. `+.4f`."""
-    if interval is None:
-        return ""
-    mean, low, high = (format(value, form) for value in (interval.mean, interval.low, interval.high))
-    text = f"{mean} ({low} to {high})"
-    return f"**{text}**" if interval.sure else text
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first line its head."""
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def sign_flip_p(differences: Sequence[Sequence[float]], seed: int = 0) -> list[float]:

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bank.evaluation.methods import Base, parse_method
-from bank.evaluation.records import Record
+from bank.evaluation.methods import parse_method
 from bank.evaluation.report.summary import MethodRow, user_losses
-from bank.items.profile import Vectors
+from bank.evaluation.run import Record
 
-GAINS_FILE, CURVES_FILE, MAP_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "anchors_and_users.png"
-PRICES_FILE = "loss_by_price.png"
+GAINS_FILE, CURVES_FILE, PRICES_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "loss_by_price.png"
 _INK, _GOOD, _BAD, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"
 _COLOURS = ("#d1495b", "#2a9d8f", "#1f2933", "#e9a23b", "#3d6cb9", "#8a5fbf", "#9aa5b1", "#7a5c3e")
 _MARKS = ("o", "^", "s", "D")  # by how many past items the prompt has
 
 
-def draw_gains(records: Sequence[Record], path: Path, *, against: str, methods: Sequence[str]) -> None:
-    """Each user's gain over a baseline, sorted: how many gain, how much, and who loses.
-
-    Args:
-        records: of all methods.
-        path: where the picture goes.
-        against: the baseline.
-        methods: one panel each.
-    """
+def draw(records: Sequence[Record], rows: Sequence[MethodRow], folder: Path) -> None:
+    """Draw the pictures that the evaluated methods allow; `rows` are those of one table."""
     losses = user_losses(records)
-    shown = [method for method in methods if method in losses]
-    figure, panels = _panels(len(shown))
-    for panel, method in zip(panels, shown, strict=True):
-        gains = sorted((losses[against][user] - loss for user, loss in losses[method].items()), reverse=True)
+    against = next((name for name in ("task", "base") if name in losses), None)
+    shown = [name for name in ("merged", "stacked", "own") if name in losses]
+    if against and shown:
+        draw_gains({name: losses[name] for name in shown}, losses[against], against, folder / GAINS_FILE)
+    draw_curves(losses, folder / CURVES_FILE)
+    draw_prices(rows, folder / PRICES_FILE)
+
+
+def draw_gains(losses: dict[str, dict[str, float]], theirs: dict[str, float], against: str, path: Path) -> None:
+    """Each user's gain over a baseline, sorted: how many gain, how much, and who loses; a panel for each method."""
+    figure, panels = _panels(len(losses))
+    for panel, (method, ours) in zip(panels, losses.items(), strict=True):
+        gains = sorted((theirs[user] - loss for user, loss in ours.items()), reverse=True)
         panel.bar(range(len(gains)), gains, color=[_GOOD if gain > 0 else _BAD for gain in gains], width=0.85)
         panel.axhline(0, color=_INK, linewidth=0.8)
         won = sum(gain > 0 for gain in gains)
@@ -51,110 +52,68 @@ def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
     A colour is an adapter, a mark how many past items the prompt has; a line joins what differs in that alone. The base
     model, which may lie far above all others, does not stretch the scale: it is drawn at the upper edge with its loss
     beside it.
-
-    Args:
-        rows: of one table.
-        path: where the picture goes.
     """
     methods = [parse_method(row.method) for row in rows]
-    adapters = list(dict.fromkeys(method.plain.name for method in methods))
+    adapters = list(dict.fromkeys(method.adapter for method in methods))
     colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(reversed(adapters))}
-    marks = {count: _MARKS[min(place, 3)] for place, count in enumerate(sorted({m.history for m in methods}))}
+    counts = sorted({method.history for method in methods})
+    marks = {count: _MARKS[min(place, 3)] for place, count in enumerate(counts)}
     shortest = min((row.prompt_tokens for row in rows if row.prompt_tokens), default=0.0)
-    top = max(
-        (row.loss for row, method in zip(rows, methods, strict=True) if method.base is not Base.BASE),
-        default=max(row.loss for row in rows),
-    )
+    top = max([row.loss for row, m in zip(rows, methods, strict=True) if m.adapter != "base"] or [rows[0].loss])
     figure, panels = _panels(2, size=4.4)
-    joined: dict[str, list[tuple[int, float, float, float]]] = {name: [] for name in adapters}
-    for row, method in zip(rows, methods, strict=True):
-        joined[method.plain.name].append(
-            (method.history, row.kept_bytes, max(0.0, row.prompt_tokens - shortest), row.loss)
-        )
-    for name, found in joined.items():
-        for place, panel in enumerate(panels, 1):
-            above: dict[float, list[str]] = defaultdict(list)
-            line = [(point[place], min(point[3], top)) for point in sorted(found)]
-            panel.plot(*zip(*line, strict=True), color=colours[name], linewidth=0.8, alpha=0.5)
-            for (history, *_, loss), (price, height) in zip(sorted(found), line, strict=True):
-                look = {"marker": marks[history], "s": 42, "linewidth": 0, "alpha": 0.85, "clip_on": False}
-                panel.scatter(price, height, color=colours[name], **look)
-                if loss > top:
-                    above[price].append(f"{loss:.2f}")
-            for price, losses in above.items():
-                panel.annotate(f"{', '.join(losses)} ↑", (price, top), (4, 4), textcoords="offset points", fontsize=7)
+    prices = ((panels[0], lambda row: row.kept_bytes), (panels[1], lambda row: max(0.0, row.prompt_tokens - shortest)))
+    for name, (panel, price) in product(adapters, prices):
+        found = [(m.history, row) for m, row in zip(methods, rows, strict=True) if m.adapter == name]
+        points = [(history, price(row), row.loss) for history, row in sorted(found, key=lambda one: one[0])]
+        line = [(x, min(loss, top)) for _, x, loss in points]
+        panel.plot(*zip(*line, strict=True), color=colours[name], linewidth=0.8, alpha=0.5)
+        above: dict[float, list[str]] = defaultdict(list)
+        for history, x, loss in points:
+            look = {"marker": marks[history], "s": 42, "linewidth": 0, "alpha": 0.85, "clip_on": False}
+            panel.scatter(x, min(loss, top), color=colours[name], **look)
+            if loss > top:
+                above[x].append(f"{loss:.2f}")
+        for x, losses in above.items():
+            panel.annotate(f"{', '.join(losses)} ↑", (x, top), (4, 4), textcoords="offset points", fontsize=7)
     panels[0].set_xscale("symlog", linthresh=100)
     panels[0].set_xlim(left=-30)
     panels[0].set_xlabel("bytes kept of a user")
-    panels[1].set_xlabel("tokens that prompts get longer by")
     panels[0].set_ylabel("loss, nats per token")
+    panels[1].set_xlabel("tokens that prompts get longer by")
     for name in adapters:
         panels[1].plot([], [], color=colours[name], linewidth=3, label=name)
-    for count, mark in marks.items():
-        panels[1].plot([], [], color=_PALE, marker=mark, linestyle="", label=f"past items in the prompt: {count}")
+    for count in counts:
+        label = f"past items in the prompt: {count}"
+        panels[1].plot([], [], color=_PALE, marker=marks[count], linestyle="", label=label)
     panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
 
 
-def draw_map(anchors: Vectors, people: Vectors, nearest: Sequence[Sequence[int]], path: Path) -> None:
-    """Anchors and users on the two main axes of the anchors' embeddings, each user tied to the anchors of their recipe.
+def draw_curves(by_user: dict[str, dict[str, float]], path: Path) -> None:
+    """Loss of `merged` against how many anchors are fused, and against how many items are known, where there are such.
 
-    Args:
-        anchors: [N, E].
-        people: [P, E].
-        nearest: for each of the people, the anchors of their recipe.
-        path: where the picture goes.
+    The dashed line is the bank's own rule with everything known, for the same users.
     """
-    both = np.concatenate([anchors, people])
-    centred = both - both.mean(0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
-    flat = centred @ axes.T
-    a, p = flat[: len(anchors)], flat[len(anchors) :]
-    figure, (panel,) = _panels(1, size=6.0)
-    for place, chosen in zip(p, nearest, strict=True):
-        for anchor in chosen:
-            panel.plot(*zip(place, a[anchor], strict=True), color=_PALE, linewidth=0.5, alpha=0.6, zorder=1)
-    panel.scatter(*p.T, s=16, color=_GOOD, label="users", zorder=2)
-    panel.scatter(*a.T, s=90, marker="^", color=_INK, label="anchors", zorder=3)
-    for number, place in enumerate(a):
-        panel.annotate(f"a{number:02d}", place, fontsize=7, xytext=(4, 4), textcoords="offset points", color=_INK)
-    panel.legend(frameon=False, fontsize=9)
-    panel.set_xticks([])
-    panel.set_yticks([])
-    _save(figure, path)
-
-
-def draw_curves(records: Sequence[Record], path: Path) -> bool:
-    """Loss of `merged` against how many anchors are fused, and against how many items are known.
-
-    The dashed line is the bank's own rule with everything known, for the same users. Returns False where there are no
-    such records.
-    """
-    by_user = user_losses(records)
-    sampled = {user for method, users in by_user.items() if parse_method(method).varied for user in users}
-    losses = {m: [loss for user, loss in users.items() if user in sampled] for m, users in by_user.items()}
-    axes = {"anchors that speak, k": "k", "items known of a user": "items"}
-    points = {label: _points(losses, what) for label, what in axes.items()}
-    shown = {label: found for label, found in points.items() if found}
+    points = {name: method for name in by_user if (method := parse_method(name)).on_curve}
+    sampled = {user for name in points for user in by_user[name]}
+    curves = {
+        "anchors that speak, k": sorted((method.k, name) for name, method in points.items() if method.k),
+        "items known of a user": sorted((method.items, name) for name, method in points.items() if method.items),
+    }
+    shown = {label: found for label, found in curves.items() if found}
     if not shown:
-        return False
+        return
     figure, panels = _panels(len(shown))
     for panel, (label, found) in zip(panels, shown.items(), strict=True):
-        places = range(len(found))
-        panel.plot(places, [np.mean(values) for _, values in found], marker="o", markersize=4, color=_GOOD)
-        if Base.MERGED in losses:
-            panel.axhline(float(np.mean(losses[Base.MERGED])), color=_PALE, linewidth=1, linestyle="--")
-        panel.set_xticks(places, [str(count) for count, _ in found])
+        means = [np.mean(list(by_user[name].values())) for _, name in found]
+        panel.plot(range(len(found)), means, marker="o", markersize=4, color=_GOOD)
+        if "merged" in by_user:
+            own = np.mean([loss for user, loss in by_user["merged"].items() if user in sampled])
+            panel.axhline(float(own), color=_PALE, linewidth=1, linestyle="--")
+        panel.set_xticks(range(len(found)), [str(count) for count, _ in found])
         panel.set_xlabel(label)
     panels[0].set_ylabel("merged: loss, nats per token")
     _save(figure, path)
-    return True
-
-
-def _points(losses: Mapping[str, Sequence[float]], what: str) -> list[tuple[int, Sequence[float]]]:
-    """Counts and losses of the methods that vary one thing, the smallest count first."""
-    methods = [(getattr(parse_method(name), what), values) for name, values in losses.items()]
-    return sorted((count, values) for count, values in methods if count is not None)
 
 
 def _panels(count: int, size: float = 3.6) -> tuple[Any, Sequence[Any]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from bank.evaluation.methods import parse_method
-from bank.evaluation.records import Record
-from bank.evaluation.report.intervals import LEVEL, Interval, cell, compared
-from bank.evaluation.report.metrics import evaluate
+from bank.evaluation.report.intervals import LEVEL, Interval, compared, markdown_table
+from bank.evaluation.report.lamp import evaluate
+from bank.evaluation.run import Record
 from bank.items.tasks import Task
 
 COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")
@@ -26,28 +26,16 @@ CAPTION = (
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """The results of one method.
-
-    Attributes:
-        method: its name.
-        users: how many it was evaluated on; differences are over the same ones.
-        loss: nats per gold token, mean over users.
-        metrics: of the task, over all queries of all seeds; empty where some have no prediction.
-        against: its loss less another method's, by that method's name; negative is better.
-        rejected: share of users whose training was rejected.
-        prompt_tokens: what the model reads before it answers, mean over queries.
-        first_token_ms: how long it takes over that, median over users; None where it was not measured.
-        kept_bytes: what a server keeps of a user for it, mean over users.
-    """
+    """The results of one method, means over its users where nothing else is said."""
 
     method: str
-    users: int
-    loss: float
-    metrics: Mapping[str, float]
-    against: Mapping[str, Interval]
-    rejected: float
-    prompt_tokens: float
-    first_token_ms: float | None
+    users: int  # how many; differences are over the same ones
+    loss: float  # nats per gold token
+    metrics: Mapping[str, float]  # over all queries of all seeds; empty where some have no prediction
+    against: Mapping[str, Interval]  # its loss less another method's, by that method's name; negative is better
+    rejected: float  # share of users whose training was rejected
+    prompt_tokens: float  # mean over queries
+    first_token_ms: float | None  # median over users; None where it was not measured
     kept_bytes: float
 
 
@@ -57,40 +45,39 @@ def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
     for record in records:
         by_method[record.method].append(record)
     losses = user_losses(records)
-    against = compared(losses, {method for method in losses if parse_method(method).varied})
+    against = compared(losses, {method for method in losses if parse_method(method).on_curve})
     rows = []
     for method, found in by_method.items():
         answers = [record.prediction for record in found if record.prediction is not None]
-        metrics = evaluate(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {}
-        rejected = float(np.mean([record.rejected for record in found]))
-        loss = float(np.mean(list(losses[method].values())))
-        tokens = float(np.mean([record.prompt_tokens for record in found]))
         times = [record.first_token_ms for record in found if record.first_token_ms is not None]
-        first_ms = float(np.median(times)) if times else None
-        kept = float(np.mean([record.kept_bytes for record in found]))
-        users = len(losses[method])
-        rows.append(MethodRow(method, users, loss, metrics, against[method], rejected, tokens, first_ms, kept))
+        rows.append(
+            MethodRow(
+                method,
+                users=len(losses[method]),
+                loss=float(np.mean(list(losses[method].values()))),
+                metrics=evaluate(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {},
+                against=against[method],
+                rejected=float(np.mean([record.rejected for record in found])),
+                prompt_tokens=float(np.mean([record.prompt_tokens for record in found])),
+                first_token_ms=float(np.median(times)) if times else None,
+                kept_bytes=float(np.mean([record.kept_bytes for record in found])),
+            )
+        )
     return sorted(rows, key=lambda row: -row.loss)
 
 
 def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
     """Tables by title: the methods that everyone was evaluated with and, where other methods or predictions cover only
-    some people, all methods over those. Points of curves are left out.
-
-    Args:
-        rows: of all records.
-        records: what the rows were made from.
-        task: gives the metrics.
+    some people, all methods over those. Points of curves are left out; `rows` are those of all `records`.
     """
-    rows = [row for row in rows if not parse_method(row.method).varied]
+    rows = [row for row in rows if not parse_method(row.method).on_curve]
     everyone = max(row.users for row in rows)
     found = {f"{everyone} people": [row for row in rows if row.users == everyone]}
     names = {row.method for row in rows}
     shown = [record for record in records if record.method in names]
     sample = _sample(shown)
     if len(sample) < everyone:
-        sampled = [record for record in shown if record.user_id in sample]
-        found[f"{len(sample)} of them"] = summarise(sampled, task)
+        found[f"{len(sample)} of them"] = summarise([record for record in shown if record.user_id in sample], task)
     return found
 
 
@@ -106,6 +93,14 @@ def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
     return "\n\n".join([*blocks, CAPTION]) + "\n"
 
 
+def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By method, each user's mean loss over their queries and all seeds."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        found[record.method][record.user_id].append(record.loss)
+    return {method: {user: float(np.mean(losses)) for user, losses in users.items()} for method, users in found.items()}
+
+
 def _sample(records: Sequence[Record]) -> set[str]:
     """Users with records of every method, and with predictions of every method that has some."""
     users: dict[str, set[str]] = defaultdict(set)
@@ -119,32 +114,11 @@ def _sample(records: Sequence[Record]) -> set[str]:
 
 def _table(rows: Sequence[MethodRow]) -> str:
     metrics, others = columns(rows)
-    head = [
-        "method",
-        "loss",
-        "prompt tokens",
-        "first token, ms",
-        "bytes kept",
-        *metrics,
-        *(f"loss against {name}" for name in others),
-    ]
-    lines = [head, ["---"] * len(head)]
+    prices = ("prompt tokens", "first token, ms", "bytes kept")
+    lines = [["method", "loss", *prices, *metrics, *(f"loss against {name}" for name in others)]]
     for row in rows:
         values = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
         first_ms = "" if row.first_token_ms is None else f"{row.first_token_ms:.0f}"
         cells = [row.method, f"{row.loss:.4f}", f"{row.prompt_tokens:.0f}", first_ms, f"{row.kept_bytes:.0f}", *values]
-        lines.append([*cells, *(cell(row.against.get(name), "+.4f") for name in others)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def as_json(rows: Sequence[MethodRow]) -> list[dict[str, object]]:
-    """Rows as JSON values."""
-    return [asdict(row) for row in rows]
-
-
-def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """By method, each user's mean loss over their queries and all seeds."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        found[record.method][record.user_id].append(record.loss)
-    return {method: {user: float(np.mean(losses)) for user, losses in users.items()} for method, users in found.items()}
+        lines.append([*cells, *(row.against[name].cell("+.4f") if name in row.against else "" for name in others)])
+    return markdown_table(lines)

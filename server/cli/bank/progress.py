@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn
 
 if TYPE_CHECKING:
     from adapters.training.trainer import StepReport
 
 LINE_EVERY_S = 5.0
-RECENT_STEPS = 30  # the estimate follows the machine as it is now, not as it was when the build began
+RECENT_S = 300.0  # the estimate follows the machine as it is now, not as it was when the build began
 
 
 class ConsoleProgress:
-    """Prints what is done, step, loss, and an estimate of what is left. Writes to stderr."""
+    """Prints what is done, step, loss, and an estimate of what is left, to stderr; each work has a bar of its own."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, highlight=False)
@@ -26,15 +25,20 @@ class ConsoleProgress:
         self._rows: list[str] = []
         self._pieces: str | None = None
         self._line_s = clock()
-        self._work = _Work(0, 0, self._line_s)
-        self._live: Progress | None = None
+        self._bars = Progress(
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+            get_time=clock,
+            speed_estimate_period=RECENT_S,
+            disable=not self._console.is_terminal,
+        )
 
     def __enter__(self) -> ConsoleProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._bars.stop()
 
     def say(self, text: str) -> None:
         """Print a separate line."""
@@ -48,64 +52,45 @@ class ConsoleProgress:
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
         """Show one step; without a terminal, only a row's last one and one every few seconds."""
-        self._work.reach(self._work.done + report.tokens, self._clock())
+        work = self._reach(self._work.completed + report.tokens)
         text = (
             f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
-            f"loss {report.loss:.3f}  {self._work.per_s:.0f} tokens/s  {self._work.left}"
+            f"loss {report.loss:.3f}  {work.speed or 0:.0f} tokens/s{_left(work)}"
         )
-        self._tell(text, last=report.step == steps)
+        self._show(text, last=report.step == steps)
 
     def piece(self, what: str, done: int, of: int) -> None:
         """Show how many pieces of other work are done; the first call announces it, and where it begins."""
-        if what != self._pieces:
+        begins = what != self._pieces
+        if begins:
             self._pieces = what
             self._start(done, of)
-            self._tell(f"{what}: {done} of {of}", last=done == of)
-        else:
-            self._work.reach(done, self._clock())
-            self._tell(f"{what}: {done} of {of}  {self._work.left}", last=done == of)
+        left = "" if begins else _left(self._reach(done))
+        self._show(f"{what}: {done} of {of}{left}", last=done == of)
+
+    @property
+    def _work(self) -> Task:
+        return self._bars.tasks[-1]
 
     def _start(self, done: int, total: int) -> None:
-        """Begin new work; on a terminal, with a bar of its own below the finished ones."""
         self._line_s = self._clock()
-        self._work = _Work(done, total, self._line_s)
-        if self._console.is_terminal:
-            if self._live is None:
-                self._live = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console)
-                self._live.start()
-            self._live.add_task("", total=total)
+        self._bars.start()
+        self._bars.add_task("", completed=done, total=total)
 
-    def _tell(self, text: str, *, last: bool) -> None:
+    def _reach(self, done: float) -> Task:
+        self._bars.update(self._work.id, completed=done)
+        return self._work
+
+    def _show(self, text: str, *, last: bool) -> None:
         now_s = self._clock()
-        if self._live is not None:
-            bar = self._live.task_ids[-1]
-            self._live.update(bar, completed=self._work.done, description=text, refresh=True)
+        if self._console.is_terminal:
+            self._bars.update(self._work.id, description=text, refresh=True)
         elif last or now_s - self._line_s >= LINE_EVERY_S:
             self._line_s = now_s
             self._console.print(text, soft_wrap=True)
 
 
-class _Work:
-    """Work of a known size, and how fast it goes."""
-
-    def __init__(self, done: int, total: int, now_s: float) -> None:
-        self._total = total
-        self._recent = deque([(now_s, done)], maxlen=RECENT_STEPS)
-
-    def reach(self, done: int, now_s: float) -> None:
-        """Note how much is done now."""
-        self._recent.append((now_s, done))
-
-    @property
-    def done(self) -> int:
-        return self._recent[-1][1]
-
-    @property
-    def per_s(self) -> float:
-        (start_s, start), (now_s, now) = self._recent[0], self._recent[-1]
-        return (now - start) / max(now_s - start_s, 1e-9)
-
-    @property
-    def left(self) -> str:
-        left_s = max(0, self._total - self.done) / max(self.per_s, 1e-9)
-        return f"about {int(left_s // 60)}:{int(left_s % 60):02d} min left"
+def _left(work: Task) -> str:
+    """What the pace of the last minutes leaves; nothing until there is one."""
+    left_s = work.time_remaining
+    return "" if left_s is None else f"  about {int(left_s // 60)}:{int(left_s % 60):02d} min left"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,15 +11,13 @@ import typer
 
 from server.cli.process import prepare_to_train
 
-TaskName = Annotated[str | None, typer.Option(help="The task; must be the bank's.", show_default="the bank's")]
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/quality.md.", show_default="all")]
+SampleSize = Annotated[
+    int, typer.Option(help="How many people get what is costly: few-shot adapters, curves, texts.", min=2)
+]
 Predict = Annotated[bool, typer.Option("--predict/--no-predict", help="Generate answers, for LaMP's metrics.")]
 Curves = Annotated[
     bool, typer.Option("--curves/--no-curves", help="Also evaluate merged with other k and with fewer items.")
-]
-SampleSize = Annotated[
-    int,
-    typer.Option(help="How many people get what is costly: few-shot adapters, curves, texts.", min=2),
 ]
 Write = Annotated[
     str | None,
@@ -29,12 +26,12 @@ Write = Annotated[
         show_default="none",
     ),
 ]
+Last = Annotated[
+    int, typer.Option(help="Make the queries from each person's last N items, instead of reading them.", min=0)
+]
 EngineUrl = Annotated[
     str | None,
     typer.Option(help="Evaluate through this running engine; its key is MTA_ENGINE_KEY.", show_default=False),
-]
-Last = Annotated[
-    int, typer.Option(help="Make the queries from each person's last N items, instead of reading them.", min=0)
 ]
 
 
@@ -44,7 +41,6 @@ def evaluate(
     out: Annotated[
         Path, typer.Option(help="Folder for records, table and pictures; an interrupted run continues there.")
     ],
-    task: TaskName = None,
     methods: Methods = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds for what is random or trained.", min=1)] = 1,
     people: Annotated[int | None, typer.Option(help="Only the first N people.", min=2, show_default="all")] = None,
@@ -86,9 +82,8 @@ def evaluate(
     writing = parse_methods(write) if write else []
     if writing and kind != "text":
         raise typer.BadParameter(f"this bank's answers are {kind}, in which nobody has a voice", param_hint="--write")
-    chosen += [method for method in writing if method not in chosen]
-    options = EvalOptions(tuple(chosen), tuple(range(seeds)), predict, sample, tuple(writing), texts)
-    config = AdaptConfig()
+    chosen = list(dict.fromkeys([*chosen, *writing]))
+    options = EvalOptions(tuple(chosen), seeds, predict, sample, tuple(writing), texts)
     settings = load_settings(model=model, embedder=embedder, redis_url=redis_url)
     inputs = EvalInputs(
         users=users,
@@ -96,7 +91,6 @@ def evaluate(
         out=out,
         model_folder=ensure_base_model(settings.model, settings.cache_dir),
         embedder=Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)),
-        task=task,
         people=people,
         only=only,
         last=last,
@@ -110,12 +104,12 @@ def evaluate(
     stores = partial(open_stores, settings, checked=False)
     opened = EngineScores(engine_url, key, stores) if engine_url else nullcontext()
     with Progress(*columns, console=console) as progress, opened as engine:
+        bar = progress.add_task("evaluating", total=None)
 
-        def begin(pieces: int) -> Callable[[int], None]:
-            bar = progress.add_task("evaluating", total=pieces)
-            return lambda done: progress.advance(bar, done)
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
 
-        found = run(inputs, options, config, begin, engine, strength=config.strength)
+        found = run(inputs, options, AdaptConfig(), show, engine)
     print_tables(found.tables, console)
     print_voices(found.voices, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -25,8 +25,7 @@ from adapters.errors import MtaError, excerpt
 from adapters.recipe import UserAdapterId
 from adapters.training.example import Example
 from adapters.user_adapter import encode_user_adapter
-from bank.evaluation.scoring import TEMPERATURE, WRITTEN_TOKENS, Reading
-from bank.evaluation.speakers import PersonAdapter
+from bank.evaluation.scoring import TEMPERATURE, WRITTEN_TOKENS, EvalAdapter, Reading
 from server.engine_protocol import BASE_MODEL, key_header
 from server.gateway.engines.chat import open_session
 from server.store.adapters import StoredAdapter, new_adapter_id
@@ -38,7 +37,9 @@ SILENCE_S = 300.0
 
 
 class EngineScores:
-    """A running engine that reads the queries; a context manager.
+    """A running engine that reads the queries, as `bank.evaluation.scoring.Scores`; a context manager.
+
+    All raise MtaError when the engine cannot be reached, or does not serve the adapter.
 
     Args:
         url: the engine's own, not a gateway's.
@@ -65,35 +66,30 @@ class EngineScores:
         self._runner.run(self._opened.aclose())
         self._runner.close()
 
-    def read(self, adapter: PersonAdapter | None, examples: Sequence[Example], new_tokens: int = 0) -> list[Reading]:
-        """As in `bank.evaluation.scoring.Scores`.
-
-        Raises:
-            MtaError: when the engine cannot be reached, or does not serve this adapter.
-        """
-        asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answers = self._answers(adapter, [asked | {"prompt": list(example.ids)} for example in examples])
-        losses = [_loss(answer, example) for answer, example in zip(answers, examples, strict=True)]
+    def read(
+        self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
+    ) -> list[Reading]:
+        """Losses and answers; an engine does not say how likely each score is."""
+        whole = [list(example.ids) for example in examples]
+        read = self._complete_all(adapter, whole, max_tokens=1, temperature=0, prompt_logprobs=0)
+        losses = [_loss(answer, example) for answer, example in zip(read, examples, strict=True)]
         if not new_tokens:
             return [Reading(loss, None) for loss in losses]
-        asked = {"max_tokens": new_tokens, "temperature": 0}
-        prompts = [list(example.ids[: example.loss_from]) for example in examples]
-        answers = self._answers(adapter, [asked | {"prompt": prompt} for prompt in prompts])
+        answers = self._complete_all(adapter, _prompts(examples), max_tokens=new_tokens, temperature=0)
         texts = [answer["choices"][0]["text"].strip() for answer in answers]
         return [Reading(loss, text) for loss, text in zip(losses, texts, strict=True)]
 
-    def write(self, adapter: PersonAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """As in `bank.evaluation.scoring.Scores`."""
-        asked = {"max_tokens": WRITTEN_TOKENS, "temperature": TEMPERATURE, "n": texts, "seed": 0}
-        bodies = [asked | {"prompt": list(example.ids[: example.loss_from])} for example in examples]
-        answers = self._answers(adapter, bodies)
+    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
+        """Texts at length for each prompt."""
+        sampling = {"max_tokens": WRITTEN_TOKENS, "temperature": TEMPERATURE, "n": texts, "seed": 0}
+        answers = self._complete_all(adapter, _prompts(examples), **sampling)
         return [[choice["text"].strip() for choice in answer["choices"]] for answer in answers]
 
-    def first_token_ms(self, adapter: PersonAdapter | None, example: Example) -> float:
-        """As in `bank.evaluation.scoring.Scores`; the salt keeps the engine from remembering the prompt."""
-        body = {"max_tokens": 1, "temperature": 0, "cache_salt": secrets.token_hex(8)}
+    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
+        """How long a prompt takes; the salt keeps the engine from remembering it."""
         start_s = time.perf_counter()
-        self._answers(adapter, [body | {"prompt": list(example.ids[: example.loss_from])}])
+        salt = secrets.token_hex(8)
+        self._complete_all(adapter, _prompts([example]), max_tokens=1, temperature=0, cache_salt=salt)
         return (time.perf_counter() - start_s) * 1e3
 
     async def _open(self) -> None:
@@ -101,16 +97,18 @@ class EngineScores:
         stores = await self._opened.enter_async_context(self._stores())
         self._adapters = stores.adapters
 
-    def _answers(self, adapter: PersonAdapter | None, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One completion for each body, all concurrently."""
+    def _complete_all(
+        self, adapter: EvalAdapter | None, prompts: Sequence[list[int]], **fields: Any
+    ) -> list[dict[str, Any]]:
+        """One completion for each prompt, all concurrently."""
 
-        async def ask() -> list[dict[str, Any]]:
-            model = await self._name(adapter)
-            return await asyncio.gather(*(self._complete({"model": model} | body) for body in bodies))
+        async def complete() -> list[dict[str, Any]]:
+            body = {"model": await self._name(adapter)} | fields
+            return await asyncio.gather(*(self._complete(body | {"prompt": prompt}) for prompt in prompts))
 
-        return self._runner.run(ask())
+        return self._runner.run(complete())
 
-    async def _name(self, adapter: PersonAdapter | None) -> str:
+    async def _name(self, adapter: EvalAdapter | None) -> str:
         """The name under which the engine serves an adapter; a trained one is lent to its store once."""
         if adapter is None:
             return BASE_MODEL
@@ -136,6 +134,10 @@ class EngineScores:
             raise MtaError(f"the engine refused {body['model']} ({response.status}): {excerpt(raw, 300)}; {advice}")
         answer: dict[str, Any] = orjson.loads(raw)
         return answer
+
+
+def _prompts(examples: Sequence[Example]) -> list[list[int]]:
+    return [list(example.ids[: example.loss_from]) for example in examples]
 
 
 def _loss(answer: dict[str, Any], example: Example) -> float:

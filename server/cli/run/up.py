@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from server.settings import Settings
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.parts import Part
+    from server.supervisor.part import Part
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -55,7 +55,7 @@ def up(
     It listens on 127.0.0.1 only. All other options are settings (`mta settings`), which every part gets.
     """
     from server.settings import load_settings
-    from server.supervisor.services import LOOPBACK, free_port
+    from server.supervisor.status import LastingConsole
 
     settings = load_settings(
         bank=bank,
@@ -68,28 +68,30 @@ def up(
         replicas=replicas,
         max_loras=max_loras,
     )
-    _run(settings.model_copy(update={"host": LOOPBACK, "inner_host": LOOPBACK, "port": settings.port or free_port()}))
+    _run(settings, LastingConsole(highlight=False))
 
 
-def _run(settings: Settings) -> None:
+def _run(settings: Settings, console: Console) -> None:
     """Check everything that can be checked, then start."""
     from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.services import check_port
-    from server.supervisor.status import LastingConsole
+    from server.supervisor.services import check_port, free_port
 
-    console = LastingConsole(highlight=False)
+    settings = settings.model_copy(update={"host": "127.0.0.1", "port": settings.port or free_port()})
     check_port(settings.port)
-    with closing(DataFolder.open(settings.data_dir.expanduser().resolve())) as data:
+    data = DataFolder.open(settings.data_dir.expanduser().resolve())
+    try:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
         console.print("  checking the bank, the base model and the embedder")
         settings, parts = parts_of(settings, data, lambda line: console.print(f"  {line}", soft_wrap=True))
         asyncio.run(_supervise(settings, parts, data, console))
+    finally:
+        data.close()
 
 
 async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, console: Console) -> None:
     """Run the parts until a signal says otherwise; a second signal cuts their shutdown short."""
-    from server.supervisor.status import Status
+    from server.supervisor.status import LiveReport, PlainReport
     from server.supervisor.supervisor import Supervisor
 
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -99,17 +101,23 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
             console.print()  # the terminal has written ^C
         (hurry if stop.is_set() else stop).set()
 
-    def started() -> None:
-        status.close()
-        keyed = wants_key(settings.host, settings.port)
-        console.print(welcome(f"http://{settings.host}:{settings.port}", keyed=keyed), soft_wrap=True)
-
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, interrupted)
     for part in parts:
         data.rotate_log(part.name)
-    with closing(Status(console, [part.name for part in parts])) as status:
-        await Supervisor(parts, data, status).run(stop, hurry, started)
+    live = LiveReport(console, [part.name for part in parts]) if console.is_terminal else None
+
+    def started() -> None:
+        if live:
+            live.close()
+        keyed = wants_key(settings.host, settings.port)
+        console.print(welcome(f"http://{settings.host}:{settings.port}", keyed=keyed), soft_wrap=True)
+
+    try:
+        await Supervisor(parts, data, live or PlainReport(console)).run(stop, hurry, started)
+    finally:
+        if live:
+            live.close()
 
 
 def wants_key(host: str, port: int) -> bool:

@@ -26,7 +26,11 @@ return redis.call('SADD', KEYS[1], ARGV[1])
 
 
 class RedisAdapters:
-    """`server.store.adapters.AdapterStore` on Redis."""
+    """`server.store.adapters.AdapterStore` on Redis.
+
+    Args:
+        connection: shared with the other stores.
+    """
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
@@ -44,6 +48,7 @@ class RedisAdapters:
         return value.decode() if value is not None else None
 
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
+        """Put an adapter where engines look for it, without a job and for a limited time: for an evaluation."""
         fields = ("id", stored.id, "recipe", stored.recipe, "sha256", stored.sha256, "raw", stored.raw)
         await self._connection.write(_LEND, (keys.adapter(user_key),), ttl_s, *fields)
 
@@ -57,22 +62,16 @@ class RedisAdapters:
         return sorted(value.decode() for value in banks)
 
     async def adapted(self) -> dict[str, int]:
-        banks = await self.banks()
-        async with self._connection.pipeline() as pipe:
-            for bank in banks:
-                pipe.scard(keys.adapted(bank))
-            counts = await pipe.execute()
-        return {bank: count for bank, count in zip(banks, counts, strict=True) if count}
+        counts = {bank: await self._count(bank) for bank in await self.banks()}
+        return {bank: count for bank, count in counts.items() if count}
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
-        name, after = keys.adapted(bank), 0
+        cursor = 0
         while True:
-            async with self._connection.pipeline() as pipe:
-                pipe.sscan(name, after, count=_BATCH)
-                [(after, members)] = await pipe.execute()
+            cursor, members = await self._scan(bank, cursor)
             for member in members:
                 yield member.decode()
-            if after == 0:
+            if cursor == 0:
                 return
 
     async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
@@ -81,3 +80,11 @@ class RedisAdapters:
             for bank in banks:
                 pipe.srem(keys.adapted(bank), user_key)
             await pipe.execute()
+
+    async def _count(self, bank: str) -> int:
+        return int(await self._connection.run(lambda redis: redis.scard(keys.adapted(bank))))
+
+    async def _scan(self, bank: str, cursor: int) -> tuple[int, list[bytes]]:
+        """Some users on a bank's list, and the cursor to go on from; 0 at the end."""
+        after, members = await self._connection.run(lambda redis: redis.sscan(keys.adapted(bank), cursor, count=_BATCH))
+        return int(after), members

@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from bank.errors import BankError
-from bank.evaluation.methods import Base, EvalMethod, curves, default_methods, parse_method, parse_methods
-
-NAMES = [
-    "base",
-    "prior",
-    "task+history@h1",
-    "merged",
-    "merged:topic",
-    "stacked:evidence+history@h3",
-    "merged@k4",
-    "merged:signature@n5",
-]
+from bank.evaluation.methods import Method, curves, default_methods, parse_method, parse_methods
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_read_as_it_is_written(name: str) -> None:
-    assert parse_method(name).name == name
-
-
-def test_a_name_says_what_varies() -> None:
-    assert parse_method("merged@k4") == EvalMethod(Base.MERGED, k=4)
-    assert parse_method("stacked:topic@n5+history") == EvalMethod(Base.STACKED, "topic", items=5, history=1)
-    assert parse_method("own+history@h16") == EvalMethod(Base.OWN, history=16)
-    assert [parse_method(name).varied for name in ("merged", "merged@k4", "merged@n5")] == [False, True, True]
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("base", Method("base")),
+        ("prior", Method("prior")),
+        ("task+history@h1", Method("task", history=1)),
+        ("own+history@h16", Method("own", history=16)),
+        ("merged", Method("merged")),
+        ("merged:topic", Method("merged:topic")),
+        ("merged@k4", Method("merged", k=4)),
+        ("merged@n5+history@h3", Method("merged", history=3, items=5)),
+    ],
+)
+def test_a_name_is_read_as_it_is_written(name: str, method: Method) -> None:
+    assert parse_method(name) == method
+    assert method.name == name
+    assert method.on_curve is ("@k" in name or "@n" in name)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "",
-        "best",
-        "base:topic",
-        "mean@k2",
-        "merged:",
-        "merged:luck",
-        "merged@k0",
-        "merged@x3",
-        "merged+past",
-        "merged+history@h0",
-        "merged+history@h17",
+        *("", "best", "base:topic", "stacked:topic", "merged:", "merged:luck", "mean@k2", "stacked@n5"),
+        *("merged@k0", "merged@x3", "merged@k", "merged+past", "merged+history@h0", "merged+history@h17"),
         "prior+history",
     ],
 )
 def test_what_is_no_method_is_named_with_those_that_are(name: str) -> None:
-    with pytest.raises(BankError, match=r"is not a method\. Methods are prior, base, common, task"):
+    with pytest.raises(
+        BankError, match=rf"^'{re.escape(name)}' is not a method\. Methods are prior, base, common, task"
+    ):
         parse_methods(f"base,{name}")
 
 
-def test_each_method_is_taken_once() -> None:
-    assert [method.name for method in parse_methods("base, merged,base")] == ["base", "merged"]
+def test_each_method_is_taken_once_and_history_alone_is_one_item() -> None:
+    methods = parse_methods("base, merged+history,base,merged+history@h1")
+    assert [method.name for method in methods] == ["base", "merged+history@h1"]
 
 
 def test_a_habit_is_a_rival_where_answers_are_labels_and_history_everywhere() -> None:

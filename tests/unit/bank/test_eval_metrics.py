@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bank.evaluation.report.metrics import evaluate, label_of, rouge, score_of
+from bank.evaluation.report.lamp import evaluate, label_of, rouge, score_of
 from bank.items.tasks import get_task
 
 TAGS = get_task("movie_tagging")

@@ -10,74 +10,65 @@ import pytest
 from rich.console import Console
 
 from bank.evaluation.methods import parse_method, parse_methods
-from bank.evaluation.records import Record, Records
-from bank.evaluation.report.lamp_files import GOLDS, write_lamp_files
+from bank.evaluation.people import EvalUser, Query
+from bank.evaluation.report.lamp import GOLDS, write_lamp_files
 from bank.evaluation.report.summary import markdown, summarise, tables
-from bank.evaluation.run import EvalOptions
+from bank.evaluation.run import EvalOptions, Record, Records, Run
+from bank.items.histories import History
 from bank.items.tasks import AnswerKind, get_task
 from server.cli.eval.tables import print_tables
 
-METHODS = "base,merged,stacked,merged@k2"
-OPTIONS = EvalOptions(tuple(parse_methods(METHODS)), (0, 1), predict=True, sample=2)
+MERGED = parse_method("merged")
+METHODS = "base,merged,random,stacked,merged@k2"
+OPTIONS = EvalOptions(tuple(parse_methods(METHODS)), seeds=2, sample=2, writing=(MERGED,))
 
 
 def record(user: str, method: str, loss: float, prediction: str | None = None) -> Record:
     return Record("key", user, f"{user}-0", method, 0, loss, prediction, "3")
 
 
-def test_training_and_curves_are_for_the_sample_and_the_rest_for_all() -> None:
-    assert [method.name for method in OPTIONS.methods_of(1)] == METHODS.split(",")
-    assert [method.name for method in OPTIONS.methods_of(2)] == ["base", "merged"]
-    assert OPTIONS.pieces(5) == 2 * (2 * 4 + 3 * 2)
-
-
 @pytest.mark.parametrize(
-    ("place", "method", "kind", "asked"),
+    ("place", "kind", "seed", "methods", "predicted", "writing"),
     [
-        (1, "merged", "text", True),
-        (2, "merged", "text", False),
-        (2, "merged", "score", True),
-        (2, "merged", "labels", True),
-        (0, "merged@k2", "score", False),
+        (1, "text", 0, METHODS, "base,merged,random,stacked", "merged"),
+        (2, "text", 0, "base,merged,random", "", ""),
+        (1, "score", 0, METHODS, "base,merged,random,stacked", ""),
+        (2, "score", 0, "base,merged,random", "base,merged,random", ""),
+        (2, "labels", 0, "base,merged,random", "base,merged,random", ""),
+        (1, "text", 1, "random,stacked", "random,stacked", ""),
+        (2, "text", 1, "random", "", ""),
     ],
 )
-def test_texts_are_asked_of_the_sample_and_short_answers_of_all(
-    place: int, method: str, kind: AnswerKind, asked: bool
+def test_what_is_costly_is_for_the_sample_and_another_seed_for_what_is_random(
+    *, place: int, kind: AnswerKind, seed: int, methods: str, predicted: str, writing: str
 ) -> None:
-    assert OPTIONS.predicts(place, parse_method(method), kind) is asked
+    runs = [run for run in OPTIONS.runs(place, kind) if run.seed == seed]
+    assert ",".join(run.method.name for run in runs) == methods
+    assert ",".join(run.method.name for run in runs if run.predicted) == predicted
+    assert ",".join(run.method.name for run in runs if run.texts == OPTIONS.texts) == writing
+    assert sum(run.texts for run in runs) == (OPTIONS.texts if writing else 0)
 
 
-@pytest.mark.parametrize(
-    ("place", "method", "kind", "writes"),
-    [
-        (1, "merged", "text", True),
-        (2, "merged", "text", False),
-        (1, "base", "text", False),
-        (1, "merged", "score", False),
-    ],
-)
-def test_the_methods_that_write_at_length_do_so_for_the_sample_where_answers_are_free(
-    place: int, method: str, kind: AnswerKind, writes: bool
-) -> None:
-    options = replace(OPTIONS, writing=(parse_method("merged"),))
-    assert options.writes(place, parse_method(method), kind) is writes
+def test_without_predictions_nobody_is_answered_and_without_a_sample_all_get_everything() -> None:
+    everybody = replace(OPTIONS, predict=False, sample=None)
+    assert [run.method.name for run in everybody.runs(9, "text") if run.seed == 0] == METHODS.split(",")
+    assert not any(run.predicted for run in everybody.runs(9, "score"))
 
 
-def test_a_record_with_fewer_texts_than_wanted_is_made_again(tmp_path: Path) -> None:
+def test_what_a_record_lacks_is_made_again_and_the_later_one_counts(tmp_path: Path) -> None:
     records = Records(tmp_path, "key")
+    user = EvalUser(History("u", ()), (Query("u-0", "?", "3"),))
+    plain, answering, writing = Run(MERGED, 0, False, 0), Run(MERGED, 0, True, 0), Run(MERGED, 0, False, 3)
+    assert not records.have(user, plain)
     records.add([replace(record("u", "merged", 0.5), written=["once"])])
-    assert records.has("u", "merged", 0, 1, predicted=False, texts=1)
-    assert not records.has("u", "merged", 0, 1, predicted=False, texts=3)
-
-
-def test_a_record_without_the_wanted_prediction_is_made_again_and_the_later_one_counts(tmp_path: Path) -> None:
-    records = Records(tmp_path, "key")
-    records.add([record("u", "merged", 0.5)])
-    assert records.has("u", "merged", 0, 1, predicted=False)
-    assert not records.has("u", "merged", 0, 1, predicted=True)
-    records.add([record("u", "merged", 0.5, "")])
-    assert Records(tmp_path, "key").has("u", "merged", 0, 1, predicted=True)
-    assert [found.prediction for found in Records(tmp_path, "key").all()] == [""]
+    assert [records.have(user, run) for run in (plain, answering, writing)] == [True, False, False]
+    assert not records.have(user, replace(plain, seed=1))
+    assert not records.have(replace(user, queries=(*user.queries, Query("u-1", "?", "3"))), plain)
+    records.add([replace(record("u", "merged", 0.5, ""), written=["once", "twice", "thrice"])])
+    again = Records(tmp_path, "key")
+    assert all(again.have(user, run) for run in (plain, answering, writing))
+    assert [found.prediction for found in again.all()] == [""]
+    assert Records(tmp_path, "other").all() == []
 
 
 def shown(records: Sequence[Record]) -> list[list[str]]:

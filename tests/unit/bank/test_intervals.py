@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bank.evaluation.records import Record
 from bank.evaluation.report.intervals import Interval, against_one, holm, over_users, sign_flip_p
 from bank.evaluation.report.summary import CAPTION, markdown, summarise, tables
+from bank.evaluation.run import Record
 from bank.items.tasks import get_task
 
 TASK = get_task("movie_rating")

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from adapters.recipe import FusionMethod, UserAdapterId, parse_recipe
 from bank.errors import BankError
-from bank.evaluation.adapters import Adapters
-from bank.evaluation.methods import parse_method
-from bank.evaluation.speakers import OpenBank
+from bank.evaluation.methods import Evaluator
+from bank.evaluation.scoring import OpenBank
 from bank.lookup.index import AnchorIndex
 from bank.lookup.posterior import Curvature
 from bank.lookup.serving import ServingBank
@@ -109,9 +108,7 @@ def test_steps_are_shortened_by_a_share_bounded_and_dropped_where_they_round_to_
 def test_the_common_row_alone_is_a_recipe_of_the_banks_format(tmp_path: Path) -> None:
     written, _ = signed_bank(tmp_path)
     bank = OpenBank(ServingBank.open(tmp_path, "e" * 16), Mock(), tmp_path)
-    adapters = Adapters(bank, None, Mock(), Mock(), plan=Mock(), strength=0.5, max_tokens=64)
-    adapter = adapters.make(parse_method("common"), Mock(), seed=0)
-    assert adapter is not None
+    adapter = Evaluator(bank=bank, scorer=Mock(), embedder=Mock(), max_tokens=64).common(Mock(), seed=0)
     assert adapter.recipe.name == f"mta2:{written.short}:shared:c"
     plain = written.model_copy(update={"weights": WeightRule(anchors=2)})
     assert common_recipe(plain).name == f"mta1:{plain.short}:shared:c"

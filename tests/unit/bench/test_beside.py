@@ -18,16 +18,10 @@ Job = dict[str, Any]
 
 
 class Jobs:
-    """A server that keeps jobs as ours does: what has no key of its own is the last job again, if that went well.
-
-    Attributes:
-        after: a job's state, by how often it has been looked at.
-        jobs: all of them.
-        refusing: whether it takes none.
-    """
+    """A server that keeps jobs as ours does: what has no key of its own is the last job again, if that went well."""
 
     def __init__(self) -> None:
-        self.after: Callable[[int], str] = lambda looks: "running"
+        self.after: Callable[[int], str] = lambda looks: "running"  # a job's state, by how often it was looked at
         self.jobs: list[Job] = []
         self.refusing = False
         self._keys: list[str | None] = []
@@ -105,17 +99,16 @@ async def test_the_last_job_is_cancelled_and_timed(jobs: Jobs, session: aiohttp.
     assert len(cancels_ms) == 2
 
 
-async def test_a_job_that_fails_ends_the_block(jobs: Jobs, session: aiohttp.ClientSession) -> None:
+async def test_a_job_that_fails_ends_the_block_and_a_server_that_refuses_jobs_is_noticed_at_once(
+    jobs: Jobs, session: aiohttp.ClientSession
+) -> None:
     jobs.after = lambda looks: "failed" if looks == 3 else "running"
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(ExceptionGroup) as failed:
         async with asyncio.timeout(5), training(session, []):
             await asyncio.Event().wait()
-    assert "job 0 failed: no memory" in str(caught.value.exceptions[0])
-
-
-async def test_a_server_that_refuses_jobs_is_noticed_at_once(jobs: Jobs, session: aiohttp.ClientSession) -> None:
+    assert "job 0 failed: no memory" in str(failed.value.exceptions[0])
     jobs.refusing = True
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(ExceptionGroup) as refused:
         async with asyncio.timeout(1), training(session, []):
             pass
-    assert "POST /users/bench-beside-trained/adapt" in str(caught.value.exceptions[0])
+    assert "POST /users/bench-beside-trained/adapt" in str(refused.value.exceptions[0])

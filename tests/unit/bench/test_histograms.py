@@ -10,38 +10,19 @@ from bench.serving.histograms import Total, means_ms, totals
 NAMES = {"fuse": "mta_engine_fuse_seconds", "load": "mta_engine_load_seconds"}
 
 
-class Metrics:
-    """A registry with the histogram of fusing, one series for each kind of recipe, and one of a longer name."""
+def test_means_are_of_what_was_counted_in_between_over_all_labels_of_a_histogram() -> None:
+    registry = CollectorRegistry()
+    fuse = Histogram(NAMES["fuse"], "Fusing.", ["kind"], registry=registry)
+    Histogram("mta_engine_fuse_seconds_ahead", "Another, of a longer name.", registry=registry).observe(8)
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.fuse = Histogram(NAMES["fuse"], "Fusing.", ["kind"], registry=self.registry)
-        self.other = Histogram("mta_engine_fuse_seconds_ahead", "Another.", registry=self.registry)
+    def now() -> dict[str, Total]:
+        return totals(generate_latest(registry).decode(), NAMES)
 
-    def text(self) -> str:
-        return generate_latest(self.registry).decode()
-
-
-@pytest.fixture
-def metrics() -> Metrics:
-    return Metrics()
-
-
-def test_labels_are_added_up_and_other_histograms_left_out(metrics: Metrics) -> None:
-    metrics.fuse.labels("plain").observe(0.25)
-    metrics.fuse.labels("stacked").observe(0.5)
-    metrics.other.observe(8)
-    assert totals(metrics.text(), NAMES) == {"fuse": Total(2, 0.75), "load": Total()}
-
-
-def test_a_mean_is_of_what_was_counted_in_between(metrics: Metrics) -> None:
-    metrics.fuse.labels("plain").observe(4)
-    before = totals(metrics.text(), NAMES)
-    metrics.fuse.labels("plain").observe(0.001)
-    metrics.fuse.labels("stacked").observe(0.003)
-    assert means_ms(before, totals(metrics.text(), NAMES)) == pytest.approx({"fuse": 2.0})
-
-
-def test_what_was_not_counted_has_no_mean(metrics: Metrics) -> None:
-    before = totals(metrics.text(), NAMES)
+    fuse.labels("plain").observe(0.25)
+    fuse.labels("stacked").observe(0.5)
+    before = now()
+    assert before == {"fuse": Total(2, 0.75), "load": Total()}
     assert means_ms(before, before) == {}
+    fuse.labels("plain").observe(0.001)
+    fuse.labels("stacked").observe(0.003)
+    assert means_ms(before, now()) == pytest.approx({"fuse": 2.0})

@@ -68,14 +68,13 @@ def client(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
         yield client
 
 
-def test_the_wait_is_over_when_all_are_signed_who_can_be(server: Server, client: Client, patience: None) -> None:
+def test_the_wait_is_over_when_all_are_signed_who_can_be_by_a_bank_with_signatures(
+    server: Server, client: Client, patience: None
+) -> None:
     assert until_signed(client, ["0", "2", "plain", "5"]) == {"plain"}
     assert (server.looks["0"], server.looks["2"], server.looks["5"]) == (1, 3, 6)
     assert server.keys == {f"Bearer {KEY}"}
-
-
-def test_nobody_waits_where_the_bank_has_no_signatures(server: Server, client: Client) -> None:
-    server.rule = "topic"
+    server.rule, server.looks = "topic", {}
     assert until_signed(client, ["0", "plain"]) == {"0", "plain"}
     assert server.looks == {}
 
