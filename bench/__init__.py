@@ -1,5 +1,5 @@
 """Benchmarks, each a command: `mta bench NAME`, or `python -m bench.…` for those that acceptance runs. They need the
-extra `client` besides `cpu` or `gpu`."""
+extra `cpu` or `gpu`."""
 
 from __future__ import annotations
 

@@ -30,11 +30,8 @@ KEEP_ALIVE_S = 2.0  # idle connections are dropped before the server closes them
 class Client:
     """A client for one server. Methods raise only `MtaError`; threads may share a client.
 
-    Args:
-        url: the gateway's.
-        timeout_s: longest silence within an answer; a healthy stream is never silent for longer than 15 s.
-        key: the API key; by default the environment's MTA_API_KEY.
-        options: passed on to `httpx.Client`, for example `headers`, `verify` or `trust_env`.
+    `timeout_s` is the longest silence within an answer; a healthy stream is never silent for longer than 15 s. The key
+    is by default the environment's MTA_API_KEY. Other options are those of `httpx.Client`, such as `verify`.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 120.0, key: str | None = None, **options: Any) -> None:
@@ -58,7 +55,7 @@ class Client:
             return False
         return True
 
-    def health(self) -> Mapping[str, Any]:
+    def health(self) -> dict[str, Any]:
         """The gateway's parts, as it last saw them (`GET /health`)."""
         return self._json("GET", "/health")
 
@@ -73,6 +70,10 @@ class Client:
     def user(self, user_id: str) -> User:
         """What is stored about a user, and which anchors speak for them."""
         return self._call(User, "GET", _path("users", user_id))
+
+    def export(self, user_id: str) -> dict[str, Any]:
+        """Everything that is stored about a user (`GET /users/{id}/export`)."""
+        return self._json("GET", f"{_path('users', user_id)}/export")
 
     def forget(self, user_id: str, *, missing_ok: bool = False) -> Erased | None:
         """Erase a user; with `missing_ok`, returns None if nothing was stored about them."""
@@ -95,13 +96,9 @@ class Client:
                 yield read_chunk(event)
 
     def adapt(self, user_id: str, samples: Sequence[Mapping[str, Any]], *, append: bool = False, **config: Any) -> Job:
-        """Start training a user's adapter on samples of `input` and `output`, which replace the previous ones.
+        """Start training a user's adapter on samples of `input` and `output`.
 
-        Args:
-            user_id: whose adapter.
-            samples: at least one.
-            append: whether they are added to the previous ones instead.
-            config: how to train, for example `rank` or `steps`.
+        They replace the previous ones, or with `append` are added to them; `config` says how, for example `steps`.
         """
         body = {"samples": _dicts(samples), "append": append, "config": config}
         return self._call(Job, "POST", f"{_path('users', user_id)}/adapt", body)
@@ -125,7 +122,7 @@ class Client:
         with self._response(method, path, body) as response:
             return read(kind, json.loads(response.read()))
 
-    def _json(self, method: str, path: str) -> Mapping[str, Any]:
+    def _json(self, method: str, path: str) -> dict[str, Any]:
         with self._response(method, path) as response:
             return dict(json.loads(response.read()))
 
@@ -153,11 +150,16 @@ class Client:
 
 def _refusal(response: httpx.Response) -> MtaError:
     """The error in a 4xx or 5xx answer, which may also come from a proxy."""
+    pause = response.headers.get("Retry-After", "")
+    told: dict[str, Any] = {
+        "status": response.status_code,
+        "retry_after_s": float(pause) if pause.isdecimal() else None,
+    }
     try:
         error = response.json()["error"]
-        return MtaError(error["message"], error["code"], status=response.status_code, param=error["param"])
+        return MtaError(error["message"], error["code"], param=error["param"], **told)
     except (ValueError, LookupError, TypeError):
-        return MtaError(response.text[:2000], "not_understood", status=response.status_code)
+        return MtaError(response.text[:2000], "not_understood", **told)
 
 
 @contextmanager

@@ -21,11 +21,15 @@ class MtaError(Exception):
             a lone surrogate or NaN), `no_answer`, `broken_off`, `timed_out` and `not_understood` are the client's own.
         status: the HTTP status; 0 when nothing was sent, no answer came or a stream broke off.
         param: the field at fault, if there is one.
+        retry_after_s: when to try again, where the server says so.
     """
 
-    def __init__(self, message: str, code: str, *, status: int = 0, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, code: str, *, status: int = 0, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(f"{message} ({status} {code})" if status else message)
         self.message, self.code, self.status, self.param = message, code, status, param
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,9 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Personalization:
-    """Who speaks in an answer.
+    """Who speaks in an answer: `level` is `base`, `merged` or `stacked`, and `reason` says why it is not higher.
 
-    `level` is `base`, `merged` or `stacked`, and `reason` says why it is not higher; `history` counts the user's past
-    items in the prompt, and `history_reason` says why there are none where they could not be read in time.
+    `history` counts past items in the prompt; `history_reason` says why there are none, if they were not read in time.
     """
 
     level: str
@@ -92,10 +95,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """What is stored about a user, which anchors speak for them, and `at` which point of the bank's map they lie.
-
-    `bytes` is what their profile takes in the store.
-    """
+    """What is stored about a user (`bytes` in the store), which anchors speak for them, `at` which point of the map."""
 
     user_id: str
     items: int
@@ -120,10 +120,9 @@ class Erased:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A training job's current state.
+    """A training job's current state; `tries` is how often a worker has taken it.
 
     `progress` has `step`, `steps`, `phase`, and pairs of step and loss in `loss` and `held_out`.
-    `held_out` has `before` and `after`. `tries` is how often a worker has taken it.
     """
 
     id: str

@@ -6,13 +6,13 @@ ApiError                 {"error": {"message", "type", "param", "code"}}
 ├── Forbidden 403        the key does not allow this
 ├── NotFound 404         no such user, route, recipe
 ├── WrongMethod 405      the route exists, but not for this method
-├── TooSlow 408          it did not arrive within MTA_HEADER_TIMEOUT_S or MTA_BODY_TIMEOUT_S
+├── TooSlow 408          it did not arrive in time
 ├── Conflict 409         what the request acts on has already ended
 │   └── UserErased       the user was erased while the request was in progress
-├── TooLarge 413         a body above MTA_MAX_BODY_BYTES
+├── TooLarge 413         a body that is too large
 ├── WrongMediaType 415   the body is not JSON
 ├── TooMany 429          a limit is reached, or too many wait; carries Retry-After
-├── HeadersTooLarge 431  above MTA_MAX_HEADER_BYTES
+├── HeadersTooLarge 431  a request line and headers that are too large
 ├── EngineFailed 502     the engine's answer makes no sense, or broke off
 └── Unavailable 503      a part is down; carries Retry-After
 """

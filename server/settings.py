@@ -6,13 +6,19 @@ One object, made once by the entry module and passed in. `mta settings` prints i
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters.errors import MtaError, excerpt
+
+MAX_ITEM_BYTES = 64 << 10
+"""The largest item of a profile, as JSON."""
+_OF_COMPOSE = ("MTA_ADMIN_KEY", "MTA_BANK_DIR", "MTA_GRAFANA_PORT", "MTA_PORT_2")
+"""What only docker-compose.yml reads."""
 
 
 def _user_folder(variable: str, fallback: str) -> Path:
@@ -85,11 +91,6 @@ class Settings(BaseSettings):
         description="Most requests in progress at once, of one key half; others get 503 or 429. Operations' own are "
         "exempt.",
     )
-    max_header_bytes: int = Field(32 << 10, ge=1024, description="Most bytes of a request's line and headers.")
-    header_timeout_s: float = Field(10, gt=0, description="Longest time for a request's headers to arrive.")
-    max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
-    # At most 300: for how long it is remembered that somebody unknown was erased must be longer.
-    body_timeout_s: float = Field(60, gt=0, le=300, description="Longest time for a request's body to arrive.")
     send_timeout_s: float = Field(
         60,
         gt=0,
@@ -114,7 +115,6 @@ class Settings(BaseSettings):
         description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter.",
     )
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
-    max_item_bytes: int = Field(64 << 10, gt=0, description="Largest item of a profile, as JSON.")
     key_requests: int = Field(0, ge=0, description="Requests a minute of each API key; 0 for any number.")
     key_tokens: int = Field(0, ge=0, description="Tokens a minute of each API key, prompts included; 0 for any number.")
     key_concurrent: int = Field(0, ge=0, description="Requests at once of each API key; 0 for any number.")
@@ -124,7 +124,7 @@ class Settings(BaseSettings):
     user_jobs: int = Field(0, ge=0, description="Adapt jobs a day of each user; 0 for any number.")
     profile_items: int = Field(512, gt=0, le=4096, description="Newest items kept of each user.")
     profile_bytes: int = Field(
-        2 << 20, gt=0, description="Most bytes kept of a user's items, as JSON: the newest that fit."
+        2 << 20, ge=MAX_ITEM_BYTES, description="Most bytes kept of a user's items, as JSON: the newest that fit."
     )
     history_cache_mib: int = Field(
         64, ge=0, description="Histories that a gateway keeps ready for prompts, MiB; 0 reads them on every request."
@@ -135,14 +135,17 @@ class Settings(BaseSettings):
         description="Most tokens that one adapt job may read, held-out samples included; about an hour on two cores.",
     )
     job_seconds: int = Field(3600, gt=0, description="Longest time that a worker trains one adapt job.")
-    embed_threads: int = Field(1, gt=0, description="Threads that embed profiles, off the event loop.")
 
     # Watching
     metrics_tenants: str = Field(
         "", description="Tenants that metrics name, comma-separated, besides MTA_TENANT; others are `other`."
     )
-    metrics_host: str = Field("127.0.0.1", description="Address that a worker's metrics are at; never a public one.")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Port of a worker's metrics (`/metrics`); 0 for none.")
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of a worker's metrics (`/metrics`); 0 for none. Of a router's; 0 for 29000.",
+    )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or an object each.")
     otlp_endpoint: str = Field(
         "", description="Collector that gets traces, by OTLP over HTTP, e.g. http://127.0.0.1:4318; none if empty."
@@ -158,7 +161,9 @@ class Settings(BaseSettings):
     )
 
     # Engine
-    engine_host: str = Field("127.0.0.1", description="Address the engine listens on; never a public one.")
+    inner_host: str = Field(
+        "127.0.0.1", description="Address that engine, router and a worker's metrics listen on; never a public one."
+    )
     engine_port: int = Field(8001, ge=0, le=65535, description="Port the engine listens on.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights and KV cache.")
     max_loras: int | None = Field(
@@ -169,7 +174,6 @@ class Settings(BaseSettings):
     )
     max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
     max_adapter_names: int = Field(1024, ge=1, description="Idle recipes whose ids the engine remembers.")
-    user_adapter_mib: int = Field(256, ge=1, description="User adapters an engine keeps beyond those in use, MiB.")
     max_model_len: int | None = Field(None, gt=0, description="Context in tokens; the model's own by default.")
     max_num_seqs: int = Field(32, ge=1, description="Requests that one batch can hold.")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB; vLLM takes whole ones, at least 1.")
@@ -188,11 +192,7 @@ class Settings(BaseSettings):
         ge=1,
         description="Engines that `mta up` starts, the cores shared out between them; from two on behind a router.",
     )
-    router_host: str = Field("127.0.0.1", description="Address the router listens on; never a public one.")
     router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
-    router_metrics_port: int = Field(
-        29000, ge=1, le=65535, description="Port of the router's own metrics, at the same address."
-    )
     drain_s: float = Field(
         30, ge=0, description="How long gateway and engine finish what they have begun once they are asked to stop."
     )
@@ -217,14 +217,6 @@ class Settings(BaseSettings):
         description="How far the worker of `mta up` stands back: at 10 answers hardly notice a job, but while they "
         "keep all cores busy it takes many times as long.",
     )
-
-    @field_validator("profile_bytes")
-    @classmethod
-    def _holds_an_item(cls, value: int, info: ValidationInfo) -> int:
-        largest = info.data.get("max_item_bytes", 0)
-        if value < largest:
-            raise ValueError(f"must be at least MTA_MAX_ITEM_BYTES, {largest}, so that one item fits")
-        return value
 
     def bank_folder(self) -> Path:
         """The bank's folder, for callers that need one.
@@ -261,8 +253,13 @@ def load_settings(**given: object) -> Settings:
     """Settings from the environment, overridden by `given`, where None means not given.
 
     Raises:
-        MtaError: naming the variable whose value makes no sense.
+        MtaError: naming the variable that is no setting, or whose value makes no sense.
     """
+    known = {f"MTA_{name.upper()}" for name in Settings.model_fields}
+    for name in map(str.upper, os.environ):
+        if name.startswith("MTA_") and name not in known.union(_OF_COMPOSE):
+            nearest = get_close_matches(name, sorted(known), 1, cutoff=0)[0]
+            raise MtaError(f"{name} is no setting; the nearest is {nearest}. Unset it, or set that one instead")
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from adapters.recipe import FusionMethod
 from bank.errors import BankError
@@ -17,143 +20,76 @@ _SIGNATURE = SignatureRule()
 _POSTERIOR = PosteriorRule()
 _TOPIC_STRENGTH = 0.5
 
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """What an option's value must satisfy.
-
-    Attributes:
-        words: how a message says so, e.g. `must be at least 1`.
-        holds: whether a value satisfies it.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """What a field has besides type and default; the command line and the checks are made from it.
-
-    Attributes:
-        help: what it is, in a sentence.
-        limit: what its value must satisfy; None allows any.
-        shown_default: what help shows for a default of None.
-    """
-
-    help: str
-    limit: Limit | None = None
-    shown_default: str | None = None
-
-
-COUNT = Limit("must be at least 1", lambda value: value >= 1)
-NOT_NEGATIVE = Limit("cannot be negative", lambda value: value >= 0)
-POSITIVE = Limit("must be above 0", lambda value: 0 < value < float("inf"))
-SHARE = Limit("must be above 0 and at most 1", lambda value: 0 < value <= 1)
-RATE = Limit("must be between 0 and 1", lambda value: 0 < value < 1)
-PART = Limit("must be from 0 to 1", lambda value: 0 <= value <= 1)
-FACTOR = Limit("must be 0 or more", lambda value: 0 <= value < float("inf"))
-
-
-def _one_of(*values: str) -> Limit:
-    return Limit(f"must be one of {', '.join(values)}", lambda value: value in values)
-
-
-def options_of(kind: type) -> dict[str, Option]:
-    """The options of a dataclass whose fields are `Annotated[type, Option(…)]`, by field."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name].__metadata__[0] for field in dataclasses.fields(kind)}
-
-
-def check_limits(options: Any) -> None:
-    """Refuse values that make no sense.
-
-    Args:
-        options: a dataclass of the kind that `options_of` reads.
-
-    Raises:
-        BankError: naming the first such option.
-    """
-    for field, option in options_of(type(options)).items():
-        value = getattr(options, field)
-        if option.limit and value is not None and not option.limit.holds(value):
-            raise BankError(f"--{field.replace('_', '-')} {option.limit.words}, got {value!r}")
-
-
-UserRank = Annotated[int, Option("Rank kept free for users' own stacked LoRAs.", NOT_NEGATIVE)]
-Top = Annotated[int, Option("Most anchors in a user's recipe.", COUNT)]
 _USER_RANK, _TOP = 8, 2
-POSTERIOR, TOPICS, LONGEST = "posterior", "topics", "longest"
+POSTERIOR, LONGEST = "posterior", "longest"
 USUAL = dict.fromkeys(("chat", "movie_rating", "news_headline"), (0.5, POSTERIOR))
 """`history_share` and `weights` by default, where others than 0 and `auto` were found to help (docs/quality.md)."""
 
 
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
+def _names(given: object) -> object:
+    """Of a text, its parts between commas; None if there is nothing in it."""
+    return tuple(part.strip() for part in given.split(",")) if given and isinstance(given, str) else given or None
+
+
+class _Checked:
+    """Options whose values are checked when they are made: a BankError names the first that makes no sense."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _named(cls, given: Any, made: ModelWrapValidatorHandler[T]) -> T:
+        try:
+            return made(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = f"--{first['loc'][0]}".replace("_", "-")
+            raise BankError(f"{option}: {first['msg']}, got {first['input']!r}") from None
+
+
+@checked_dataclass(frozen=True, slots=True)
+class BuildOptions(_Checked):
     """Everything that shapes a bank, apart from its people. The budgets are those of docs/quality.md.
 
-    `strength` is by default 1, or a half beside a common row: topics may mislead.
+    `strength` is by default 1, or a half beside a common row: topics may mislead. `history_share` and `weights` are by
+    default those of `USUAL`.
     """
 
-    task: Annotated[str, Option("What the items are: news_headline, movie_rating, chat …")]
-    anchors: Annotated[int, Option("Exact number of anchors.", COUNT)] = 12
-    anchors_by: Annotated[
-        str,
-        Option("Who they are: topics (the longest history of each topic) or longest.", _one_of(TOPICS, LONGEST)),
-    ] = "topics"
-    method: Annotated[FusionMethod, Option("How recipes are fused.")] = FusionMethod.SHARED
-    common: Annotated[bool, Option("A row that all users share.")] = True
-    rank: Annotated[int, Option("Rank of every meta-LoRA.", COUNT)] = 8
-    user_rank: UserRank = _USER_RANK
-    target_modules: Annotated[
-        tuple[str, ...] | None,
-        Option("Comma-separated, e.g. q_proj,v_proj.", shown_default="all linear layers"),
-    ] = None
-    k: Top = _TOP
-    strength: Annotated[
-        float | None, Option("What the anchors' weights sum to.", SHARE, shown_default="0.5; 1 with --no-common")
-    ] = None
-    weights: Annotated[
-        str | None,
-        Option(
-            "What users' weights come from: topic, signature, posterior (steps in either direction, by signature), or "
-            "auto (signature where possible).",
-            _one_of("auto", "topic", "signature", POSTERIOR),
-            shown_default=f"posterior for {', '.join(USUAL)}, else auto",
-        ),
-    ] = None
-    signature_k: Annotated[int, Option("Like --k, by signature.", COUNT)] = _SIGNATURE.anchors
-    signature_strength: Annotated[float, Option("Like --strength, by signature.", SHARE)] = _SIGNATURE.strength
-    tau: Annotated[float, Option("How much a user's evidence counts.", FACTOR)] = _SIGNATURE.tau
-    kappa: Annotated[float, Option("How much topic similarity counts beside it.", FACTOR)] = _SIGNATURE.kappa
-    decay: Annotated[float, Option("How much evidence a step by the posterior takes.", POSITIVE)] = _POSTERIOR.decay
-    steps: Annotated[int, Option("Optimiser steps per anchor.", COUNT)] = 8
-    common_steps: Annotated[int, Option("Optimiser steps of the common row.", COUNT)] = 160
-    epochs: Annotated[float | None, Option("Passes over the data, instead of numbers of steps.", POSITIVE)] = None
-    batch_size: Annotated[int, Option("Examples per step of an anchor.", COUNT)] = 8
-    common_batch_size: Annotated[int, Option("Examples per step of the common row.", COUNT)] = 16
-    learning_rate: Annotated[float, Option("Peak learning rate of the anchors.", RATE)] = 1e-3
-    common_learning_rate: Annotated[float, Option("Peak learning rate of the common row.", RATE)] = 1e-3
-    history_share: Annotated[
-        float | None,
-        Option(
-            "Share of the training items with past items of the same person in the prompt.",
-            PART,
-            shown_default=f"0.5 for {', '.join(USUAL)}, else 0",
-        ),
-    ] = None
-    max_tokens: Annotated[int, Option("Longest training example.", COUNT)] = 512
-    verdict: Annotated[bool, Option("Leave a few people out, and measure on them what the bank gains.")] = True
-    describe: Annotated[
-        bool, Option("Keep a few typical words of each anchor, for people to look at: they are the anchor's own.")
-    ] = False
-    seed: Annotated[int, Option("Same inputs and seed, same bank.", NOT_NEGATIVE)] = 0
-    dtype: Annotated[
-        str, Option("Of the frozen base model: auto, bfloat16 or float32.", _one_of("auto", "bfloat16", "float32"))
-    ] = "auto"
-
-    def __post_init__(self) -> None:
-        check_limits(self)
+    task: str
+    anchors: Count = 12
+    anchors_by: Literal["topics", "longest"] = "topics"
+    method: FusionMethod = FusionMethod.SHARED
+    common: bool = True
+    rank: Count = 8
+    user_rank: NotNegative = _USER_RANK
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
+    k: Count = _TOP
+    strength: Share | None = None
+    weights: Literal["auto", "topic", "signature", "posterior"] | None = None
+    signature_k: Count = _SIGNATURE.anchors
+    signature_strength: Share = _SIGNATURE.strength
+    tau: Factor = _SIGNATURE.tau
+    kappa: Factor = _SIGNATURE.kappa
+    decay: Positive = _POSTERIOR.decay
+    steps: Count = 8
+    common_steps: Count = 160
+    epochs: Positive | None = None
+    batch_size: Count = 8
+    common_batch_size: Count = 16
+    learning_rate: Rate = 1e-3
+    common_learning_rate: Rate = 1e-3
+    history_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Count = 512
+    verdict: bool = True
+    describe: bool = False
+    seed: NotNegative = 0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
     def resolved(self) -> BuildOptions:
         """The same, with what depends on task and machine decided."""
@@ -163,7 +99,8 @@ class BuildOptions:
         if not (self.common and self.method is FusionMethod.SHARED and self.anchors <= MAX_ANCHORS):
             weights = "auto"
         share, weights = share if self.history_share is None else self.history_share, self.weights or weights
-        return dataclasses.replace(self, dtype=resolve_dtype(self.dtype), history_share=share, weights=weights)
+        found: dict[str, Any] = {"dtype": resolve_dtype(self.dtype), "history_share": share, "weights": weights}
+        return dataclasses.replace(self, **found)
 
     def rule(self, slope: float | None = None, offsets: Sequence[float] = ()) -> WeightRule:
         """The bank's rule of weights, with one for signatures where a calibration has found its slope and offsets."""
@@ -209,16 +146,13 @@ class BuildOptions:
         return {**fields, "people": people, "inputs": key}
 
 
-@dataclass(frozen=True, slots=True)
-class ImportOptions:
+@checked_dataclass(frozen=True, slots=True)
+class ImportOptions(_Checked):
     """How imported adapters become a bank. They have no A in common: recipes are fused by `cat`."""
 
-    task: Annotated[str, Option("What the profiles' items are.")] = "chat"
-    user_rank: UserRank = _USER_RANK
-    k: Top = _TOP
-
-    def __post_init__(self) -> None:
-        check_limits(self)
+    task: str = "chat"
+    user_rank: NotNegative = _USER_RANK
+    k: Count = _TOP
 
 
 @dataclass(frozen=True, slots=True)

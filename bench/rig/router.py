@@ -35,7 +35,7 @@ class Router:
 def running_router(engines: Sequence[str], port: int | None = None) -> Iterator[Router]:
     """A router in front of these engines, once it listens: at least one of them must answer."""
     port, metrics_port = port or free_port(), free_port()
-    settings = Settings(engine_urls=",".join(engines), router_port=port, router_metrics_port=metrics_port)
+    settings = Settings(engine_urls=",".join(engines), router_port=port, metrics_port=metrics_port)
     argv, environment = router_command(settings)
     with running(argv, environment) as process:
         router = Router(process, f"http://127.0.0.1:{port}", port, f"http://127.0.0.1:{metrics_port}/metrics")

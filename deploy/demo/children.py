@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from server.supervisor.guarded import guarded
+from server.supervisor.supervisor import guarded
 
 _STOP_GRACE_S = 10
 _OWN = ("MTA_CACHE_DIR", "MTA_DTYPE")

@@ -13,7 +13,7 @@ from pathlib import Path
 from deploy.demo.children import DemoError, mta
 from mta_client import Client
 from server.settings import Settings
-from server.supervisor.errors import StartError
+from server.supervisor.parts import StartError
 from server.supervisor.services import LOOPBACK, STOP_S, check_port, free_port
 
 _READY_TIMEOUT_S = 300

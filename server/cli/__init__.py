@@ -18,7 +18,7 @@ from server.cli.bank import commands as bank
 from server.cli.bench import commands as bench
 from server.cli.eval import commands as eval
 from server.cli.keys import commands as keys
-from server.cli.run import engine, gateway, router, up, worker
+from server.cli.run import gateway, processes, up
 from server.cli.users import chat, readapt
 from server.cli.users import commands as users
 
@@ -58,9 +58,9 @@ app.command("eval")(eval.evaluate)
 app.add_typer(bench.app, name="bench")
 app.command("models")(models.models)
 app.command("gateway")(gateway.gateway)
-app.command("engine")(engine.engine)
-app.command("router")(router.router)
-app.command("worker")(worker.worker)
+app.command("engine")(processes.engine)
+app.command("router")(processes.router)
+app.command("worker")(processes.worker)
 app.add_typer(keys.app, name="keys")
 app.add_typer(users.app, name="users")
 app.command("chat")(chat.chat)

@@ -113,7 +113,7 @@ def engine_command(
     options: dict[str, object] = {
         "model": model_folder,
         "served-model-name": BASE_MODEL,
-        "host": settings.engine_host,
+        "host": settings.inner_host,
         "port": settings.engine_port,
         "dtype": settings.dtype,
         "max-num-seqs": settings.max_num_seqs,
@@ -146,7 +146,6 @@ def engine_command(
         "MTA_BANK": str(settings.bank),
         "MTA_CACHE_DIR": str(settings.cache_dir),
         "MTA_MAX_ADAPTER_NAMES": str(settings.max_adapter_names),
-        "MTA_USER_ADAPTER_MIB": str(settings.user_adapter_mib),
         "MTA_REDIS_URL": settings.redis_url,
         "MTA_DRAIN_S": str(settings.drain_s),
     }

@@ -58,6 +58,10 @@ from server.watching.tracing import Tracing, open_tracing
 
 log = logging.getLogger("mta.gateway")
 
+MAX_BODY_BYTES = 8 << 20
+BODY_TIMEOUT_S = 60.0
+"""For a body to arrive. For how long it is remembered that somebody unknown was erased must be longer."""
+
 DESCRIPTION = """\
 Text in each user's own manner, from one base model. `PUT /users/{user_id}/profile` tells the server about a user,
 `POST /generate` answers as that user, and so do OpenAI's own routes under `/v1`. Errors have OpenAI's shape,
@@ -77,8 +81,8 @@ def create_app(settings: Settings) -> FastAPI:
             large = Line(Shares(lambda: LARGE_AT_ONCE))
             app.state.bodies = Bodies(
                 body_thread,
-                settings.max_body_bytes,
-                settings.body_timeout_s,
+                MAX_BODY_BYTES,
+                BODY_TIMEOUT_S,
                 lambda request: large.place(name_of(request)),
             )
             async with _opened(settings, metrics, keys, tracing) as app.state.banks:
@@ -127,7 +131,7 @@ async def _opened(settings: Settings, metrics: Metrics, keys: KnownKeys, tracing
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
         # They stand back: on one machine, writes would slow answers down.
-        threads = stack.enter_context(ThreadPoolExecutor(settings.embed_threads, "embed", stand_back))
+        threads = stack.enter_context(ThreadPoolExecutor(1, "embed", stand_back))
         engines = Engines(session, settings.engines, engine_key)
         ways = Ways(settings.engine_url, engines)
         engine = EngineClient(session, ways, engine_key, metrics.retries.inc)
@@ -202,11 +206,10 @@ def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, Serving
 async def _count_jobs(jobs: JobStore, banks: Sequence[str], metrics: Metrics) -> None:
     """Count the banks' open jobs; while the store is away the last count stays, and `/ready` says why."""
     with contextlib.suppress(Unavailable):
-        unfinished = sum([await jobs.open_jobs(bank) for bank in banks])
-        waiting = sum([await jobs.waiting_jobs(bank) for bank in banks])
-        metrics.jobs.labels("queued").set(waiting)
-        metrics.jobs.labels("running").set(max(0, unfinished - waiting))
-        metrics.oldest_job.set(max([await jobs.oldest_waiting_s(bank) for bank in banks]))
+        found = [await jobs.backlog(bank) for bank in banks]
+        metrics.jobs.labels("queued").set(sum(each.waiting for each in found))
+        metrics.jobs.labels("running").set(sum(each.open - each.waiting for each in found))
+        metrics.oldest_job.set(max(each.oldest_s for each in found))
 
 
 async def _look_at_file(file: ForgetsOnDisk, metrics: Metrics) -> None:

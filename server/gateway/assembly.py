@@ -28,7 +28,7 @@ from server.gateway.users.exporting import Exporting
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
-from server.settings import Settings
+from server.settings import MAX_ITEM_BYTES, Settings
 from server.store.opening import Stores
 from server.store.samples import JobBudget
 from server.store.tenants.user_key import Tenants
@@ -98,7 +98,7 @@ def _parts(folder: Path, bank: ServingBank, shared: Shared, history_bytes: int) 
         checks=SampleChecks(shared.tokenizer, lambda: shared.engines.context),
         manifest=bank.manifest,
         task=bank.task,
-        max_sample_bytes=settings.max_item_bytes,
+        max_sample_bytes=MAX_ITEM_BYTES,
         budget=JobBudget(settings.job_tokens, settings.job_seconds),
         tracing=shared.tracing,
     )

@@ -13,14 +13,8 @@ from adapters.recipe import UserAdapterId
 
 @dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """A user adapter as it is kept.
-
-    Attributes:
-        id: from `new_adapter_id`.
-        recipe: the recipe it was trained on.
-        sha256: of `raw`, 64 hex digits.
-        raw: what `adapters.user_adapter` encoded.
-    """
+    """A user adapter as it is kept: the recipe it was trained on, and the bytes that `adapters.user_adapter` encoded,
+    with their SHA-256 in 64 hex digits."""
 
     id: str
     recipe: str

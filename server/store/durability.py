@@ -32,12 +32,8 @@ FULL_SHARE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A store's memory; of several servers, the fullest one's.
-
-    Attributes:
-        used_bytes: what is taken.
-        most_bytes: beyond that it refuses to store anything; 0 if nobody said.
-    """
+    """A store's memory; of several servers, the fullest one's. Beyond `most_bytes` it refuses to store anything; 0 if
+    nobody said."""
 
     used_bytes: int
     most_bytes: int
@@ -58,7 +54,7 @@ Timed = Callable[[str, float, bool], None]
 
 
 def untimed(kind: str, seconds: float, failed: bool) -> None:
-    """For whoever does not want to know."""
+    """Measures nothing."""
 
 
 Span = Callable[[str], AbstractContextManager[object]]
@@ -90,13 +86,9 @@ class CheckedStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A requested rewrite of the store's file.
-
-    Attributes:
-        erase_by_ms: by when to erase what the rewrite must leave out, by the store's clock; Unix time in milliseconds.
-        rewritten_by_ms: by when it is gone from the file.
-    """
+class Rewrite:
+    """A requested rewrite of the store's file: by when to erase what it must leave out, and by when that is gone from
+    the file. Unix time in milliseconds by the store's clock."""
 
     erase_by_ms: int
     rewritten_by_ms: int
@@ -105,7 +97,7 @@ class Asked:
 class ForgetsOnDisk(Protocol):
     """The store's file, or files, which holds erased data until it is rewritten."""
 
-    async def ask_for_rewrite(self, user_key: str) -> Asked:
+    async def ask_for_rewrite(self, user_key: str) -> Rewrite:
         """Request a rewrite of the file that leaves out what is about to be erased of a user.
 
         Raises:

@@ -1,8 +1,7 @@
 """The store's port for adapt jobs: their records, and the samples they train on.
 
-The record is the truth about a job. A separate queue, one per bank, only wakes workers: it may lose an entry or hold
-one twice, and `overdue` finds what it lost. Each call that changes a job is one atomic step on its user's keys, and may
-be repeated if its answer was lost.
+The record is the truth about a job. A queue for each bank says when to look at whose: a look too many does no harm.
+Each call that changes a job is one atomic step on its user's keys, and may be repeated if its answer was lost.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ class JobState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether it is final."""
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -49,9 +47,7 @@ class JobState(StrEnum):
 class JobId:
     """`<user key>.<number>`: locates the job's keys, and says nothing about who the user is.
 
-    Attributes:
-        user_key: see `server/store/tenants/user_key.py`.
-        number: random for the user's first job, then one more for each: those of before an erasure do not come again.
+    A user's first number is random, the next is one more: numbers from before an erasure do not come again.
     """
 
     user_key: str
@@ -62,35 +58,32 @@ class JobId:
 
 
 def parse_job_id(text: str) -> JobId | None:
-    """Parse a job id; None if the text is not one."""
+    """The job id that a text is, if it is one."""
     match = _JOB_ID.fullmatch(text)
     return JobId(match[1], int(match[2])) if match else None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's record.
+    """A job's record. Times are Unix time in ms, 0 until it happens; texts are empty where there is nothing to say.
 
     Attributes:
         config: how to train, as JSON.
-        bank: the bank (8 hex digits) that it trains for; empty in the records of version 0.1.
-        created_ms, started_ms, ended_ms: Unix time in milliseconds; 0 until it happens.
-        tries: how often a worker has taken it.
+        bank: the bank (8 hex digits) that it trains for.
+        tries: how often a worker has claimed it.
         step, of: training progress, over all its runs.
-        loss: of the last step, nats per output token; None before the first.
-        curve: how it went up to there.
+        loss: of the last step, nats per output token.
         before, after: held-out loss of the fused adapter alone, and with the trained adapter.
-        adapter: id of the promoted user adapter; empty without one.
-        error: why it failed, for people; empty otherwise.
-        traceparent: of the request's trace; empty if that was not traced.
-        idempotency_key: as the request gave it; empty for none.
+        adapter: id of the promoted user adapter.
+        error: why it failed, for people.
+        traceparent: of the request's trace.
     """
 
     id: JobId
     state: JobState
     config: str
     created_ms: int
-    bank: str = ""
+    bank: str
     started_ms: int = 0
     ended_ms: int = 0
     tries: int = 0
@@ -118,6 +111,7 @@ class Submission:
         epoch: the user's when the request began (`server/store/profiles.py`).
         idempotency_key: the same key gives the same job, while that is remembered; empty for none.
         traceparent: of the request's trace; empty if that is not traced.
+        background: whether nobody asked for it: it is trained when nothing else is due.
     """
 
     samples: Sequence[bytes]
@@ -127,6 +121,7 @@ class Submission:
     epoch: str = ""
     idempotency_key: str = ""
     traceparent: str = ""
+    background: bool = False
 
     @property
     def token(self) -> str:
@@ -162,6 +157,21 @@ class Trained:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """About how much a bank's workers have to do.
+
+    Attributes:
+        open: jobs that have not ended.
+        waiting: those of them that no worker has.
+        oldest_s: how long the first of these has waited; 0 without one.
+    """
+
+    open: int
+    waiting: int
+    oldest_s: float
+
+
 class JobStore(Protocol):
     """Keeps jobs and samples. Every method raises `Unavailable` when the store cannot be used."""
 
@@ -169,8 +179,8 @@ class JobStore(Protocol):
         """Store samples and create the job that trains on them; older jobs of the user end as superseded.
 
         Returns:
-            The job, on disk and announced to workers; the existing one for a repeated submission; None if there would
-            be more than `max_samples`.
+            The job, on disk and in the queue; the existing one for a repeated submission; None if there would be more
+            than `max_samples`.
 
         Raises:
             UserErased: when the user has been erased since the request began.
@@ -188,21 +198,17 @@ class JobStore(Protocol):
     async def samples(self, user_key: str) -> list[bytes]:
         """The samples kept for a user, oldest first."""
 
-    async def next_job(self, bank: str, worker: str, wait_s: float) -> JobId | None:
-        """Wait for a job of a bank that needs a worker; it may already be taken, or gone.
+    async def next_job(self, bank: str, wait_s: float) -> JobId | None:
+        """Wait for a job of a bank that needs a worker: a new one, or one whose worker has died.
 
-        A worker that does not `claim` it soon loses it to another.
+        Others find it again a few seconds later, unless it is claimed by then.
         """
 
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
         """Take a job that is queued, or whose lease has run out; None if there is nothing to do.
 
-        A job that has been tried `MAX_TRIES` times ends as failed.
-
-        Args:
-            job_id: which job.
-            lease_s: how long the lease holds.
-            token: the lease's; pass the same one again if the answer was lost. Generated if empty.
+        A job that has been tried `MAX_TRIES` times ends as failed. Pass the same token again if the answer was lost; it
+        is generated if empty.
         """
 
     async def renew(
@@ -211,14 +217,9 @@ class JobStore(Protocol):
         """Extend a lease and note how far training is; False if it no longer holds. No `curve`: it is as it was."""
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
-        """Put a job that the worker cannot finish back into the queue.
+        """Have another worker take a job, at once; False if the lease no longer holds.
 
-        Args:
-            lease: of the job.
-            counts: whether this was one of the job's tries.
-
-        Returns:
-            False if the lease no longer holds.
+        `counts` says whether this was one of the job's tries.
         """
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
@@ -229,29 +230,15 @@ class JobStore(Protocol):
     ) -> bool:
         """End a job with an adapter, which replaces the user's previous one, all in one step.
 
-        Args:
-            lease: of the job.
-            trained: its outcome.
-            profile: the user's record with the adapter noted in it.
-            version: the record that `profile` was made from.
-            raw: the adapter.
+        `profile` is the user's record with the adapter noted in it, made from the record `version`.
 
         Returns:
             False if the lease no longer holds, the user's record has changed meanwhile, the user has been erased since
             the job was requested, or the job is for another bank.
         """
 
-    async def open_jobs(self, bank: str) -> int:
-        """About how many jobs of a bank have not ended."""
-
-    async def waiting_jobs(self, bank: str) -> int:
-        """About how many of them no worker has taken yet."""
-
-    async def oldest_waiting_s(self, bank: str) -> float:
-        """How long the oldest of those has been announced; 0 without one."""
-
-    async def overdue(self, bank: str) -> list[JobId]:
-        """Announce again, and return, every job that should have been taken or finished by now."""
+    async def backlog(self, bank: str) -> Backlog:
+        """How much there is to do."""
 
     async def withdraw(self, user_key: str, bank: str) -> None:
         """Remove an erased user from a bank's queue."""

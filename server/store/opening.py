@@ -10,32 +10,22 @@ from server.settings import Settings
 from server.store.adapters import AdapterStore
 from server.store.durability import CheckedStore, ForgetsOnDisk, Span, Timed, untimed
 from server.store.jobs import JobStore
-from server.store.profiles import ProfileStore
+from server.store.profiles import ProfileStore, SignQueue
 from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.access.rates import RedisRates
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.queue import RedisSigning
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
-from server.store.redis.signing import RedisSigning
-from server.store.signing import SignQueue
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.rates import Rates
 
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """The stores of one process, all on the same server.
-
-    Attributes:
-        server: says whether the stores can be used.
-        keys: API keys.
-        rates: what limits count.
-        profiles, jobs, adapters: what is kept about users.
-        signing: the queue of users who need a signature for a bank, by the bank's 8 hex digits.
-        file: what the server writes to disk.
-    """
+    """The stores of one process, all on the same server. A bank's queue of signatures goes by its 8 hex digits."""
 
     server: CheckedStore
     keys: AccessKeys
@@ -53,12 +43,7 @@ async def open_stores(
 ) -> AsyncIterator[Stores]:
     """The stores that the settings name, for the duration of a `with` block.
 
-    Args:
-        settings: the process's.
-        checked: whether the server must be reachable, and durable if the settings require it. Otherwise a process
-            starts while the store is down, and must write nothing that has to last.
-        timed: gets what every call took.
-        span: what a write is in a trace.
+    Unless `checked`, a process starts while the store is down or not durable, and must write nothing that has to last.
 
     Raises:
         MtaError: when the URL cannot be read.

@@ -22,9 +22,9 @@ RECORD_VERSION = 1
 _PART = struct.Struct("<BH")
 _EMBEDDER_BYTES = 8
 
-_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER, _MADE_IN = range(1, 11)
+_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING, _ADAPTER, _SIGNATURE, _OTHER = range(1, 10)
 _REQUIRED = frozenset((_REVISION, _USER_ID, _UPDATED, _ITEMS, _EMBEDDER, _EMBEDDING))
-_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER, _MADE_IN}
+_KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER}
 _HALF_BYTES = 2
 _SIGNED = struct.Struct("<4sIQf")  # bank, tokens, made of, length of the products
 _OTHER_HEAD = struct.Struct("<8sQ")  # embedder, made of
@@ -43,9 +43,7 @@ def encode_profile(profile: Profile) -> bytes:
     }
     if profile.adapter is not None:
         note = profile.adapter
-        parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms}".encode()
-        if note.made_in:  # a part of its own, which earlier versions pass over; they may replace the adapter beside it
-            parts[_MADE_IN] = f"{note.id} {note.made_in}".encode()
+        parts[_ADAPTER] = f"{note.id} {note.recipe} {note.size_bytes} {note.created_ms} {note.made_in}".encode()
     if profile.signature is not None:
         parts[_SIGNATURE] = _signed(profile.signature)
     if profile.other is not None:
@@ -73,7 +71,7 @@ def decode_profile(record: bytes) -> Profile:
         updated_ms=int.from_bytes(parts[_UPDATED], "little"),
         embedder=parts[_EMBEDDER].hex(),
         embedding=_single(parts[_EMBEDDING]),
-        adapter=_note(parts[_ADAPTER], parts.get(_MADE_IN, b"")) if _ADAPTER in parts else None,
+        adapter=_note(parts[_ADAPTER]) if _ADAPTER in parts else None,
         signature=_stored_signature(parts[_SIGNATURE]) if _SIGNATURE in parts else None,
         other=_other(parts[_OTHER]) if _OTHER in parts else None,
         extra={tag: part for tag, part in parts.items() if tag not in _KNOWN},
@@ -81,12 +79,10 @@ def decode_profile(record: bytes) -> Profile:
 
 
 def encode_item(item: StoredItem) -> bytes:
-    """An item as JSON: its order and its fields."""
     return orjson.dumps({"order": item.order, "fields": dict(item.fields)})
 
 
 def decode_item(raw: bytes) -> StoredItem:
-    """The inverse of `encode_item`."""
     value = orjson.loads(raw)
     return StoredItem(value["order"], value["fields"])
 
@@ -97,7 +93,6 @@ def encode_vector(stored: StoredVector) -> bytes:
 
 
 def decode_vector(raw: bytes) -> StoredVector:
-    """The inverse of `encode_vector`."""
     return StoredVector(raw[:_EMBEDDER_BYTES].hex(), _single(raw[_EMBEDDER_BYTES:]))
 
 
@@ -119,10 +114,9 @@ def _parts(record: bytes) -> Iterator[tuple[int, bytes]]:
         place += length
 
 
-def _note(raw: bytes, made_in: bytes) -> AdapterNote:
-    adapter, recipe, size_bytes, created_ms = raw.decode().split(" ")
-    made, _, traceparent = made_in.decode().partition(" ")
-    return AdapterNote(adapter, recipe, int(size_bytes), int(created_ms), traceparent if made == adapter else "")
+def _note(raw: bytes) -> AdapterNote:
+    adapter, recipe, size_bytes, created_ms, made_in = raw.decode().split(" ")
+    return AdapterNote(adapter, recipe, int(size_bytes), int(created_ms), made_in)
 
 
 def _signed(stored: StoredSignature) -> bytes:

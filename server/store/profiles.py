@@ -20,9 +20,7 @@ class AdapterNote:
     """Which user adapter a user has, noted in the record so that a request reads nothing else.
 
     Attributes:
-        id: of the adapter.
         recipe: name of the recipe it was trained on, which it is always served with.
-        size_bytes: of the stored adapter.
         created_ms: when it was promoted, Unix time in milliseconds.
         made_in: traceparent of the job that made it; empty if that was not traced.
     """
@@ -36,12 +34,8 @@ class AdapterNote:
 
 @dataclass(frozen=True, slots=True)
 class StoredSignature:
-    """A user's signature, and the profile that it was made from.
-
-    Attributes:
-        signature: with 0 tokens if there was nothing to make one from.
-        made_of_ms: `updated_ms` of that profile.
-    """
+    """A user's signature, with 0 tokens if there was nothing to make one from; and `updated_ms` of the profile that it
+    was made from."""
 
     signature: Signature
     made_of_ms: int
@@ -49,12 +43,9 @@ class StoredSignature:
 
 @dataclass(frozen=True, slots=True)
 class OtherEmbedding:
-    """The profile's embedding by a second embedder, kept while gateways move from one to the other.
+    """The profile's embedding [E] by a second embedder, kept while gateways move from one to the other.
 
-    Attributes:
-        embedder: id of the embedder that made it.
-        embedding: [E] float32 at unit length, kept as fp16.
-        made_of_ms: `updated_ms` of the profile that it was made from; it is void for any other.
+    `made_of_ms` is `updated_ms` of the profile that it was made from; it is void for any other.
     """
 
     embedder: str
@@ -72,9 +63,7 @@ class Profile:
         updated_ms: when its items last changed, Unix time in milliseconds; increases with every change.
         embedder: id of the embedder that made the embedding; an embedding is never compared across embedders.
         embedding: [E] float32 at unit length, kept as fp16.
-        adapter: the user adapter, if there is one.
         signature: if one was made; it may be for an earlier profile, or for another bank.
-        other: the embedding by another embedder, if there is one.
         extra: parts of the record that this version does not know, by tag; kept untouched.
     """
 
@@ -111,12 +100,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class StoredItem:
-    """One item in a history.
-
-    Attributes:
-        order: its place; larger is newer. Unique within a history, not dense.
-        fields: as in `bank.items.profile.Item`.
-    """
+    """One item in a history: its fields, and its place there; larger is newer, unique within a history, not dense."""
 
     order: int
     fields: Mapping[str, str]
@@ -124,12 +108,7 @@ class StoredItem:
 
 @dataclass(frozen=True, slots=True)
 class StoredVector:
-    """One item's embedding.
-
-    Attributes:
-        embedder: id of the embedder that made it.
-        vector: [E] float32, kept as fp16.
-    """
+    """One item's embedding, [E] float32, kept as fp16, and the id of the embedder that made it."""
 
     embedder: str
     vector: Vectors
@@ -156,14 +135,8 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one commit writes.
-
-    Attributes:
-        profile: the new record.
-        put_items: items that are new or differ, by id.
-        put_vectors: embeddings that are new or differ, by item id.
-        drop: ids of items to remove, with their embeddings.
-    """
+    """What one commit writes: the new record; items and embeddings that are new or differ, by item id; the ids of items
+    to remove, with their embeddings."""
 
     profile: Profile
     put_items: Mapping[str, StoredItem]
@@ -173,7 +146,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What an erasure removed: items, samples, jobs and user adapters, and store keys in all."""
+    """How much an erasure removed; `keys` are all of the store's, whatever they held."""
 
     items: int
     samples: int
@@ -187,7 +160,6 @@ class Erasure:
     """An erasure, as it is remembered.
 
     Attributes:
-        erased: what it removed.
         rewritten_by_ms: by when it is gone from the store's file on disk too, Unix time in milliseconds.
         banks: the banks (8 hex digits) of the jobs that it removed.
     """
@@ -217,19 +189,11 @@ class ProfileStore(Protocol):
         """Identifies the user's last erasure; empty when none is remembered."""
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
-        """Write a change made from the snapshot of `version`, all or nothing.
-
-        Args:
-            key: the user's.
-            version: of the snapshot.
-            change: what is written.
-            epoch: the user's when work on the change began.
-
-        Returns:
-            True when it is written and on disk; False when someone else changed the user meanwhile.
+        """Write a change made from the snapshot of `version`, all or nothing: true when it is on disk, false when
+        someone else changed the user meanwhile.
 
         Raises:
-            UserErased: when the user has been erased since.
+            UserErased: when the user has been erased since `epoch`, the user's when work on the change began.
         """
 
     async def settle(self, key: str) -> None:
@@ -241,24 +205,40 @@ class ProfileStore(Protocol):
     async def erase_nobody(self, key: str) -> tuple[bool, Erasure | None]:
         """Erase a user of whom nothing is stored, so that what is under way stores nothing either; nobody else.
 
-        Returns:
-            Whether nothing is stored, and if so, the last erasure that is remembered.
+        Returns whether nothing is stored, and if so, the last erasure that is remembered.
         """
 
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
         """Remove everything stored about a user, on disk before it returns.
 
-        Args:
-            key: the user's.
-            deadline_ms: the store does nothing once its clock is past this, Unix time in milliseconds.
-            rewritten_by_ms: remembered with the erasure.
-
-        Returns:
-            The erasure; if nothing was stored, the last one that is remembered; None for an unknown user.
+        Returns the erasure; if nothing was stored, the last one that is remembered; None for an unknown user.
 
         Raises:
-            Unavailable: also when the deadline has passed.
+            Unavailable: also when the store's clock is past `deadline_ms`, Unix time in milliseconds.
         """
 
     async def stored_bytes(self, key: str) -> int:
         """Memory that the user's profile, items and vectors take in the store."""
+
+
+class SignQueue(Protocol):
+    """Users who need a signature for one bank. Every method raises `Unavailable` when the store cannot be used.
+
+    A user who is already waiting is queued once. A user whose worker died is taken again.
+    """
+
+    async def ask(self, user_key: str) -> None:
+        """Have a worker make a user's signature."""
+
+    async def take(self, wait_s: float) -> str | None:
+        """Wait for a user who needs one; by now they may be gone, or have it."""
+
+    async def begin(self, user_key: str) -> int:
+        """Count a worker's attempt to make it; returns the number of attempts since `done`, from 1; 0 for a user who is
+        no longer in the queue."""
+
+    async def done(self, user_key: str) -> None:
+        """Take a user out of the queue, unless they were asked for again since they were taken."""
+
+    async def withdraw(self, user_key: str) -> None:
+        """Remove an erased user from the queue."""

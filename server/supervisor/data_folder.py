@@ -10,10 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.supervisor.errors import StartError
+from server.supervisor.parts import StartError
 
-LOCK_FILE = "lock"
-SECRET_FILE = "secret"
 MAX_LOG_BYTES = 64 << 20
 """A log that grows beyond this is started afresh; each part keeps two."""
 
@@ -26,7 +24,6 @@ class DataFolder:
     """A data folder in use by this process.
 
     Attributes:
-        path: the folder.
         lock: descriptor of the locked file. Guards hold it too, so that the folder stays taken until the last part
             of a killed `mta up` is gone.
         secret: keys the hash of user ids; made once, never changed.
@@ -45,10 +42,10 @@ class DataFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = _lock(path / LOCK_FILE)
+            lock = _lock(path / "lock")
             (path / "valkey").mkdir(exist_ok=True, mode=0o700)
             (path / "logs").mkdir(exist_ok=True, mode=0o700)
-            return cls(path, lock, _secret(path / SECRET_FILE))
+            return cls(path, lock, _secret(path / "secret"))
         except OSError as error:
             raise StartError(f"cannot use the data folder {path}: {error}. Choose another with --data DIR") from error
 

@@ -4,15 +4,12 @@
 
 Standard input is its only control. A byte asks the part to stop (SIGTERM); end of file (`mta up` closed it, or died in
 whatever way) means that everything must go: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends on its own,
-the guard kills what the part left behind, such as vLLM's engine and worker processes, and exits with the part's status
-(128 + n after signal n).
+the guard kills what it left behind, such as vLLM's engine and worker processes, and exits with its status (128 + n
+after signal n).
 
 Two properties of Linux make this hold. As a *subreaper* the guard inherits every orphan among its descendants, in
 whatever session or group it hides, so "no children" means that nothing is left. And by its *parent-death signal* the
 part dies with the guard, should the guard itself be killed.
-
-A part that stands back behind the others does so as a whole session: a kernel that groups by session
-(`sched_autogroup`) shares the cores out among sessions first, and weighs niceness only within one.
 
 Only the standard library: this file runs by path, in one small interpreter per part.
 """
@@ -25,7 +22,6 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,8 +40,10 @@ def main() -> int:
     # A handler rather than SIG_IGN, which the part would inherit.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    if niceness:
-        _stand_back(niceness)
+    if niceness:  # as a whole session: a kernel that shares cores out among sessions weighs niceness only within one
+        os.nice(niceness)
+        with suppress(OSError):  # another kernel
+            Path("/proc/self/autogroup").write_text(str(niceness), "utf-8")
     part = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -55,15 +53,7 @@ def main() -> int:
         _stand_by(part, grace_s)
     finally:
         _kill_children()
-    code = part.returncode
-    return code if code >= 0 else 128 - code
-
-
-def _stand_back(niceness: int) -> None:
-    """Have whatever else runs go first before us and what we start."""
-    os.nice(niceness)
-    with suppress(OSError):  # another kernel
-        Path("/proc/self/autogroup").write_text(str(niceness), "utf-8")
+    return part.returncode if part.returncode >= 0 else 128 - part.returncode
 
 
 def _stand_by(part: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -81,24 +71,14 @@ def _stand_by(part: subprocess.Popen[bytes], grace_s: float) -> None:
 def _kill_children() -> None:
     """Kill our children, and theirs as they become ours, until there are none."""
     while True:
-        for pid in _children():
-            os.kill(pid, signal.SIGKILL)
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it ended while we looked
+                if stat.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
-
-
-def _children() -> Iterator[int]:
-    """Our direct children, zombies included."""
-    me = str(os.getpid())
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after_name = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
-        except OSError:  # it ended while we looked
-            continue
-        if after_name[1] == me:
-            yield int(stat.parent.name)
 
 
 if __name__ == "__main__":

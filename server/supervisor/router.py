@@ -10,10 +10,10 @@ import os
 import sys
 
 from server.settings import Settings
-from server.supervisor.part import Part
-from server.supervisor.probes import answers_http
+from server.supervisor.parts import Part, answers_http
 from server.supervisor.services import BEYOND_DRAIN_S, ENGINE_START_S
 
+METRICS_PORT = 29000  # unless the settings name another
 LIVENESS = "/liveness"
 """Answers 200 as soon as the router listens, whatever its engines do."""
 
@@ -50,13 +50,10 @@ OPTIONS: dict[str, object] = {
 
 
 def router_command(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of the router in front of `MTA_ENGINE_URLS`.
-
-    It gets no secret: the engines' key passes through with each request.
-    """
+    """argv and environment of the router in front of `MTA_ENGINE_URLS`; no secret: keys pass through with requests."""
     argv = [sys.executable, "-m", "vllm_router.launch_router"]
-    argv += ["--host", settings.router_host, "--port", str(settings.router_port)]
-    argv += ["--prometheus-host", settings.router_host, "--prometheus-port", str(settings.router_metrics_port)]
+    argv += ["--host", settings.inner_host, "--port", str(settings.router_port)]
+    argv += ["--prometheus-host", settings.inner_host, "--prometheus-port", str(settings.metrics_port or METRICS_PORT)]
     for option, value in OPTIONS.items():
         argv += [f"--{option}", str(value)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_")}
@@ -71,8 +68,8 @@ def router_part(settings: Settings) -> Part:
         name="router",
         command=tuple(argv),
         environment=environment,
-        ready=answers_http(f"http://{settings.router_host}:{settings.router_port}{LIVENESS}"),
-        address=f"{settings.router_host}:{settings.router_port}",
+        ready=answers_http(f"http://{settings.inner_host}:{settings.router_port}{LIVENESS}"),
+        address=f"{settings.inner_host}:{settings.router_port}",
         start_timeout_s=ENGINE_START_S,
         stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=(),

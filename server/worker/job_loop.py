@@ -28,7 +28,6 @@ from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
 from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import Sample, decode_config, decode_sample
-from server.watching.background import forever
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, retry_until_answered
@@ -38,7 +37,7 @@ from server.worker.training_thread import train_holding
 
 log = logging.getLogger("mta.worker")
 
-SWEEP_S = 5.0
+WAIT_S = 5.0
 PROMOTE_ATTEMPTS = 20
 
 
@@ -56,7 +55,6 @@ class JobLoop:
     """Trains one job at a time.
 
     Args:
-        name: this worker's, unlike any other in the queue.
         jobs: where jobs are stored.
         profiles: where users are stored.
         bank: finds the recipe that a user's adapter is trained on.
@@ -68,7 +66,6 @@ class JobLoop:
 
     def __init__(
         self,
-        name: str,
         jobs: JobStore,
         profiles: ProfileStore,
         bank: ServingBank,
@@ -78,7 +75,6 @@ class JobLoop:
         metrics: WorkerMetrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
-        self._name = name
         self._jobs = jobs
         self._profiles = profiles
         self._bank = bank
@@ -93,20 +89,16 @@ class JobLoop:
         Unforeseen errors are raised, above all a lack of memory in its many disguises: the process had better start
         afresh, and the job goes to another worker until its tries are used up.
         """
-        sweeping = asyncio.create_task(forever(SWEEP_S, self._sweep, log))
-        try:
-            while True:
-                try:
-                    await self.work_once(SWEEP_S)
-                except ApiError as error:
-                    log.warning("%s", error.explained)
-                    await asyncio.sleep(RENEW_S)
-        finally:
-            sweeping.cancel()
+        while True:
+            try:
+                await self.work_once(WAIT_S)
+            except ApiError as error:
+                log.warning("%s", error.explained)
+                await asyncio.sleep(RENEW_S)
 
     async def work_once(self, wait_s: float) -> bool:
-        """Wait until a job is announced and train it, if it still needs a worker; False when none was announced."""
-        job_id = await self._jobs.next_job(self._bank.manifest.short, self._name, wait_s)
+        """Wait for a job and train it, if it still needs a worker; False when there was none."""
+        job_id = await self._jobs.next_job(self._bank.manifest.short, wait_s)
         if job_id is None:
             return False
         async with self._model_lock:
@@ -224,8 +216,3 @@ class JobLoop:
             if job is None or job.state.ended:
                 return job is not None and job.adapter == stored.id  # done, and only the answer was lost
         return False
-
-    async def _sweep(self) -> None:
-        """Have lost jobs announced again."""
-        for job_id in await self._jobs.overdue(self._bank.manifest.short):
-            log.info("%s: announced again", job_id)

@@ -62,7 +62,7 @@ class WorkerMetrics:
         """
         if not settings.metrics_port:
             return
-        host, port = settings.metrics_host, settings.metrics_port
+        host, port = settings.inner_host, settings.metrics_port
         try:
             start_http_server(port, addr=host, registry=self._registry)
         except OSError as error:

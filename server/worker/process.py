@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
-import socket
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
@@ -65,13 +63,12 @@ def _loops(
     stores: Stores, bank: ServingBank, trainer: AdapterTrainer, metrics: WorkerMetrics, tracing: Tracing
 ) -> list[Coroutine[Any, Any, None]]:
     """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
-    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     profiles, model_lock = stores.profiles, asyncio.Lock()
-    jobs = JobLoop(name, stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
+    jobs = JobLoop(stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
     loops = [jobs.run()]
     if bank.signs:
         signing = stores.signing(bank.manifest.short)
-        signs = SigningLoop(name, signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
+        signs = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
         loops.append(signs.run())
     return loops
 

@@ -55,7 +55,7 @@ class ServedBanks:
     def of(self, user_key: str, user_id: str) -> str:
         """A user's bank; empty for a user of no tenant that is known, such as by another secret."""
         for tenant, bank in self._banks.items():
-            if self._users.users(tenant).user(user_id).is_stored_under(user_key):
+            if self._users.users(tenant).key(user_id) == user_key:
                 return bank
         return ""
 
@@ -114,7 +114,7 @@ class Readapting:
             await self._room()
             usual = default_config(self._manifest.room, self._manifest.common)
             config = encode_config(replace(usual, **asdict(self._budget)))
-            kept = Submission([], append=True, config=config, bank=self._manifest.short, epoch=epoch)
+            kept = Submission([], True, config, bank=self._manifest.short, epoch=epoch, background=True)
             with suppress(UserErased):
                 await self._jobs.submit(user_key, kept, MAX_SAMPLES)
             tally.queued += 1
@@ -125,6 +125,6 @@ class Readapting:
     async def _room(self) -> None:
         """Wait until few enough jobs are open."""
         while True:
-            if await self._jobs.open_jobs(self._manifest.short) < self._at_a_time:
+            if (await self._jobs.backlog(self._manifest.short)).open < self._at_a_time:
                 return
             await asyncio.sleep(PAUSE_S)

@@ -13,16 +13,13 @@ from bank.items.profile import Item, item_pair
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.errors import ApiError, Unavailable, UserErased
-from server.store.profiles import Change, ProfileStore, StoredSignature
-from server.store.signing import SignQueue
-from server.watching.background import forever
+from server.store.profiles import Change, ProfileStore, SignQueue, StoredSignature
 from server.worker.metrics import WorkerMetrics
 from server.worker.training_thread import STALL_S, Stalled
 
 log = logging.getLogger("mta.worker")
 
 WAIT_S = 5.0
-SWEEP_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
 MAX_TRIES = 3
@@ -39,7 +36,6 @@ class SigningLoop:
     """Makes one signature at a time.
 
     Args:
-        name: the worker's, unlike any other in the queue.
         queue: users who need one.
         profiles: where users are stored.
         bank: reads their items.
@@ -49,7 +45,6 @@ class SigningLoop:
 
     def __init__(
         self,
-        name: str,
         queue: SignQueue,
         profiles: ProfileStore,
         bank: ServingBank,
@@ -58,7 +53,6 @@ class SigningLoop:
         model_lock: asyncio.Lock,
         metrics: WorkerMetrics | None = None,
     ) -> None:
-        self._name = name
         self._queue = queue
         self._profiles = profiles
         self._bank = bank
@@ -68,20 +62,16 @@ class SigningLoop:
 
     async def run(self) -> None:
         """Work until cancelled; waits for a store that cannot be reached."""
-        sweeping = asyncio.create_task(forever(SWEEP_S, self._queue.overdue, log))
-        try:
-            while True:
-                try:
-                    await self.work_once(WAIT_S)
-                except ApiError as error:
-                    log.warning("%s", error.explained)
-                    await asyncio.sleep(RETRY_S)
-        finally:
-            sweeping.cancel()
+        while True:
+            try:
+                await self.work_once(WAIT_S)
+            except ApiError as error:
+                log.warning("%s", error.explained)
+                await asyncio.sleep(RETRY_S)
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a user and make their signature; returns whether there was one."""
-        user_key = await self._queue.take(self._name, wait_s)
+        user_key = await self._queue.take(wait_s)
         if user_key is None:
             return False
         async with self._model_lock:

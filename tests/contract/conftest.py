@@ -92,12 +92,6 @@ def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(append_only_file, name, value)
 
 
-@pytest.fixture
-def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever was called is due at once."""
-    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)
-
-
 @pytest.fixture(scope="module", params=["fake", "vllm"])
 def subject(request: pytest.FixtureRequest, tiny_bank_folder: Path) -> Iterator[Subject]:
     if request.param == "fake":

@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.redis.servers.append_only_file import AppendOnlyFile
-from server.store.redis.servers.base import Server
+from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.connection import RedisConnection
 
 SECRET = b"words that nobody shall find again"
@@ -129,7 +129,7 @@ async def test_a_rewrite_that_its_gateway_did_not_live_to_begin_is_begun_by_anot
     await raw.delete("secret")
     await asyncio.sleep(0.35)
 
-    async def died(server: Server, *, enabled: bool) -> None: ...
+    async def died(server: StoreServer, *, enabled: bool) -> None: ...
 
     with monkeypatch.context() as patched:
         patched.setattr(file, "_begin", died)
@@ -178,7 +178,7 @@ async def test_a_server_that_refuses_to_rewrite_is_asked_ever_more_rarely(
 ) -> None:
     asked = []
 
-    async def refusing(self: RedisConnection, server: Server, command: str) -> object:
+    async def refusing(self: RedisConnection, server: StoreServer, command: str) -> object:
         if command != "BGREWRITEAOF":
             return await ask(self, server, command)
         asked.append(command)
@@ -205,14 +205,3 @@ async def test_many_erasures_are_not_as_many_rewrites(raw: redis.Redis, file: Ap
     assert (await raw.info("persistence"))[
         "aof_rewrites"
     ] <= before + 2  # the first ones fell due too early for the last
-
-
-async def test_an_erasure_remembered_by_version_0_1_is_not_forgotten(
-    raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
-) -> None:
-    await raw.delete("secret")
-    await raw.set("mta:{rewrite}:due", 1)
-    await file.look()
-    await until_settled(raw, file)
-    assert not on_disk(one_server)
-    assert not await raw.exists("mta:{rewrite}:due")

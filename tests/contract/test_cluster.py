@@ -21,14 +21,14 @@ from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.store_cluster import LATER_MS, change, opened, users_at
+from tests.support.stored import LATER_MS, change, connected, strict_and_lenient, users_at
 
 SECRET = "words that nobody shall find again"
 
 
 @pytest.fixture
 async def connection(cluster: ValkeyCluster) -> AsyncIterator[RedisConnection]:
-    async with opened(cluster) as connection:
+    async with connected(cluster.url) as connection:
         yield connection
 
 
@@ -67,35 +67,31 @@ async def test_one_primary_decides_how_durable_all_are(
     cluster: ValkeyCluster, name: str, value: str, expected: Durability | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     weak = cluster.primaries[1]
-    strict, lenient = RedisConnection(cluster.url), RedisConnection(cluster.url, require_durable=False)
-    with configured(weak, name, value):
-        if expected:
-            assert await strict.check() is expected
-        else:
-            with pytest.raises(Unavailable, match="appendonly yes"):
-                await strict.check()
-            with pytest.raises(Unavailable, match="appendonly yes"):  # wherever the user is
-                await RedisProfiles(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
-            assert f":{weak.port}" in caplog.text
-            assert await lenient.check() is Durability.NONE
-            assert await RedisProfiles(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
-    await strict.close()
-    await lenient.close()
+    async with strict_and_lenient(cluster.url) as (strict, lenient):
+        with configured(weak, name, value):
+            if expected:
+                assert await strict.check() is expected
+            else:
+                with pytest.raises(Unavailable, match="appendonly yes"):
+                    await strict.check()
+                with pytest.raises(Unavailable, match="appendonly yes"):  # wherever the user is
+                    await RedisProfiles(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
+                assert f":{weak.port}" in caplog.text
+                assert await lenient.check() is Durability.NONE
+                assert await RedisProfiles(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
 
 
 async def test_one_server_that_may_evict_is_refused_wherever_the_user_is(cluster: ValkeyCluster) -> None:
     weak = cluster.primaries[1]
-    strict, lenient = RedisConnection(cluster.url), RedisConnection(cluster.url, require_durable=False)
-    with configured(weak, "maxmemory-policy", "allkeys-lru"):
-        with pytest.raises(Unavailable, match=f"{ask(weak, 'CLUSTER MYID').decode()} allkeys-lru"):
-            await strict.check()
-        with pytest.raises(Unavailable, match="maxmemory-policy noeviction"):
-            await RedisProfiles(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
-        assert await lenient.check() is Durability.EVICTS
-        assert await RedisProfiles(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
-    assert (await strict.check()).lasts
-    await strict.close()
-    await lenient.close()
+    async with strict_and_lenient(cluster.url) as (strict, lenient):
+        with configured(weak, "maxmemory-policy", "allkeys-lru"):
+            with pytest.raises(Unavailable, match=f"{ask(weak, 'CLUSTER MYID').decode()} allkeys-lru"):
+                await strict.check()
+            with pytest.raises(Unavailable, match="maxmemory-policy noeviction"):
+                await RedisProfiles(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
+            assert await lenient.check() is Durability.EVICTS
+            assert await RedisProfiles(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
+        assert (await strict.check()).lasts
 
 
 async def test_a_primary_that_no_longer_keeps_what_it_acknowledges_acknowledges_nothing(
@@ -131,7 +127,7 @@ async def test_a_user_whose_keys_move_is_read_and_written_all_the_while(
     here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
     key, store = next(users_at(cluster, source)), RedisProfiles(connection)
     slot = key_slot(keys.profile(key).encode())
-    async with opened(cluster) as unaware:
+    async with connected(cluster.url) as unaware:
         ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
         ask(source, f"CLUSTER SETSLOT {slot} MIGRATING {there}")
         await connection.write("return redis.call('RPUSH', KEYS[1], 'a')", (keys.samples(key),))
@@ -163,7 +159,7 @@ async def test_what_was_erased_leaves_the_file_of_the_server_that_held_it(
     others = [node for node in cluster.nodes if node is not home]
     key = next(users_at(cluster, home))
     before = [rewrites(node) for node in others]
-    await store.commit(key, b"", change(SECRET))
+    await store.commit(key, b"", change("a", user_id=SECRET))
     asked = await file.ask_for_rewrite(key)
     assert await store.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
     assert on_disk(home)

@@ -13,7 +13,7 @@ from bench.rig.valkey import DURABLE
 from server.errors import Unavailable
 from server.store.durability import Durability
 from server.store.redis.profiles import RedisProfiles
-from tests.support.store_cluster import change, opened, users_at
+from tests.support.stored import change, connected, users_at
 
 READS = 200
 """More than there are places for, on one connection of the stores."""
@@ -32,7 +32,7 @@ def lenient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]
 async def test_who_lives_elsewhere_is_served(lenient: ValkeyCluster, *, silent: bool) -> None:
     gone, there = lenient.primaries[1], lenient.primaries[2]
     lost, served = next(users_at(lenient, gone)), next(users_at(lenient, there))
-    async with opened(lenient) as connection:
+    async with connected(lenient.url) as connection:
         store = RedisProfiles(connection)
         assert connection.unserved is None
         with standing_still(*([gone.pid] if silent else [])):
@@ -58,7 +58,7 @@ async def test_who_lives_elsewhere_is_served(lenient: ValkeyCluster, *, silent: 
 
 
 async def test_a_cluster_that_serves_less_than_half_is_not_usable(lenient: ValkeyCluster) -> None:
-    async with opened(lenient) as connection:
+    async with connected(lenient.url) as connection:
         for gone in lenient.primaries[:2]:
             gone.kill()
         with pytest.raises(Unavailable, match="cannot be used"):
@@ -71,7 +71,7 @@ async def test_a_cluster_that_serves_nobody_once_a_primary_is_gone_is_not_usable
     """As servers do by default: those that are left answer, and refuse every key."""
     strict = ValkeyCluster(tmp_path_factory.mktemp("strict")).start()
     try:
-        async with opened(strict) as connection:
+        async with connected(strict.url) as connection:
             strict.primaries[1].kill()
             left = strict.primaries[0], strict.primaries[2]
             wait_until(lambda: all(ask(node, "CLUSTER INFO")["cluster_state"] == "fail" for node in left), "it to fail")

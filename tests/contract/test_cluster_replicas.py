@@ -21,10 +21,10 @@ from server.store.redis import profiles as profile_scripts
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.store_cluster import LATER_MS, change, opened, users_at
 from tests.support.store_parts import claimed, submitted
+from tests.support.stored import LATER_MS, Writing, change, connected, opened, users_at
 
-REPLICA_TIMEOUT_MS = "server.store.redis.servers.cluster.REPLICA_TIMEOUT_MS"
+REPLICA_TIMEOUT_MS = "server.store.redis.servers.base.REPLICA_TIMEOUT_MS"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,7 @@ async def test_a_write_that_no_replica_has_received_is_not_acknowledged(
 ) -> None:
     monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
     users = users_at(followed, followed.primaries[0])
-    async with opened(followed) as connection:
-        store = RedisProfiles(connection)
+    async with opened(followed.url) as store:
         assert await store.commit(next(users), b"", change("a"))
         with standing_still(followed.replicas[0].pid):
             with pytest.raises(Unavailable, match="on a replica"):
@@ -103,7 +102,7 @@ async def test_what_is_sent_again_is_not_acknowledged_before_a_replica_has_it_ei
 
 
 async def test_replicas_that_a_redirection_made_the_client_forget_are_found_again(followed: ValkeyCluster) -> None:
-    async with opened(followed) as connection:
+    async with connected(followed.url) as connection:
         slots = connection._servers._client.nodes_manager.slots_cache  # type: ignore[attr-defined]
         slots[1] = slots[1][:1]  # what redis-py makes of a slot when a read is sent elsewhere
         await connection.check()
@@ -120,42 +119,14 @@ async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
     monkeypatch.setattr("server.store.redis.servers.cluster.LAYOUT_S", 1.0)
     pair = (followed.primaries[0], followed.replicas[0])
     (lost,) = [node for node in pair if ask(node, "ROLE")[0] == b"master"]
-    tried, written, refused = dict[str, int](), dict[str, int](), list[Unavailable]()
     users = list(itertools.islice(users_at(followed, followed.primaries[0]), 4))
-
-    enough = False
-
-    async def write(store: RedisProfiles, user: str) -> None:
-        while not enough:
-            tried[user] = number = tried.get(user, 0) + 1
-            try:
-                snapshot = await store.read(user)
-                assert await store.commit(user, snapshot.version, change(str(number)), snapshot.epoch)
-            except Unavailable as error:
-                refused.append(error)
-                await asyncio.sleep(0.05)
-            else:
-                written[user] = number
-
-    async with opened(followed) as connection, asyncio.timeout(120):
-        store = RedisProfiles(connection)
-        writing = [asyncio.create_task(write(store, user)) for user in users]
-        try:
-            for name in ("before", "after"):
-                seen = dict(written)
-                while not all(written.get(user, 0) > seen.get(user, 0) + 10 for user in users):
-                    ended = [task for task in writing if task.done()]
-                    assert not ended, ended
-                    await asyncio.sleep(0.02)
-                if name == "before":
-                    os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
-        finally:
-            enough = True
-        await asyncio.gather(*writing)  # to their ends: what is acknowledged during a read need not be in its answer
-        for user in users:
-            found = int((await store.read(user)).items["it"].fields["text"])
-            assert written[user] <= found <= tried[user]
-        assert {error.code for error in refused} <= {"store_unavailable", "store_not_durable"}
+    async with connected(followed.url) as connection, asyncio.timeout(120):
+        writing = Writing(RedisProfiles(connection), users)
+        async with writing:
+            await writing.goes_on()
+            os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
+            await writing.goes_on()
+        await writing.check()
         if silent:
             os.kill(lost.pid, signal.SIGCONT)
             return

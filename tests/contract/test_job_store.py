@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-import redis.asyncio as redis
-
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission, Trained
 from server.store.redis.jobs import RedisJobs
 from tests.support.store_parts import BANK, LEASE_S, claimed, state, submitted
@@ -15,8 +12,8 @@ async def test_a_job_is_queued_with_its_samples_and_announced(jobs: RedisJobs, u
     assert (job.id.user_key, job.state, job.config, job.tries) == (user, JobState.QUEUED, '{"rank":2}', 0)
     assert job.created_ms > 0
     assert await jobs.samples(user) == [b"one", b"two"]
-    assert await jobs.next_job(BANK, "w", 1) == job.id
-    assert await jobs.next_job(BANK, "w", 0.05) is None
+    assert await jobs.next_job(BANK, 1) == job.id
+    assert await jobs.next_job(BANK, 0.05) is None
 
 
 async def test_samples_are_replaced_or_added_and_never_too_many(jobs: RedisJobs, user: str) -> None:
@@ -55,8 +52,10 @@ async def test_the_same_idempotency_key_is_the_same_job(jobs: RedisJobs, user: s
 
 
 async def test_only_the_newest_jobs_are_remembered(jobs: RedisJobs, user: str) -> None:
+    assert await jobs.jobs(user) == []
     all_jobs = [(await submitted(jobs, user, idempotency_key=f"key {i}")).id for i in range(KEPT_JOBS + 3)]
     assert [await jobs.job(job) is not None for job in all_jobs] == [False] * 3 + [True] * KEPT_JOBS
+    assert [job.id for job in await jobs.jobs(user)] == all_jobs[3:]
     assert (await submitted(jobs, user, idempotency_key="key 0")).id not in all_jobs  # forgotten, so it is new
 
 
@@ -72,20 +71,8 @@ async def test_cancelling_ends_a_job_once(jobs: RedisJobs, user: str) -> None:
     assert await jobs.claim(lease.job.id, LEASE_S) is None
 
 
-@pytest.mark.usefixtures("no_grace")
-async def test_a_job_that_nobody_was_told_of_is_found(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:
-    job_id = (await submitted(jobs, user)).id
-    await raw.delete(f"mta:{{jobs:{BANK}}}:calls")
-    jobs = RedisJobs(jobs._connection)
-    assert await jobs.overdue(BANK) == [job_id]
-    assert await jobs.next_job(BANK, "w", 1) == job_id
-
-
-@pytest.mark.usefixtures("no_grace")
 async def test_what_is_going_on_or_has_ended_is_not_announced(jobs: RedisJobs, user: str) -> None:
     await claimed(jobs, (await submitted(jobs, user)).id)
-    await jobs.next_job(BANK, "w", 1)
-    assert await jobs.overdue(BANK) == []
+    assert await jobs.next_job(BANK, 0.05) is None
     await jobs.cancel((await submitted(jobs, user, "other")).id)
-    await jobs.next_job(BANK, "w", 1)
-    assert await jobs.overdue(BANK) == []
+    assert await jobs.next_job(BANK, 0.05) is None

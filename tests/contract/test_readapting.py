@@ -54,7 +54,7 @@ async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = N
 
 async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
     """Have a worker of a bank train the job that there is."""
-    job_id = await parts.jobs.next_job(bank, "w", 1)
+    job_id = await parts.jobs.next_job(bank, 1)
     assert job_id is not None
     lease = await parts.jobs.claim(job_id, 30)
     assert lease is not None
@@ -102,7 +102,7 @@ async def test_who_was_erased_or_has_no_samples_leaves_the_list(parts: StorePart
 async def test_whom_another_bank_serves_is_left_alone_and_stays_on_the_list_of_it(parts: StoreParts) -> None:
     for by_other in (served(B, **{TENANT: A}), served(A, acme=B), served(B, acme=A, secret="not the gateways' own")):
         assert await readapted(parts, B, by_other) == ReadaptTally(settled=1)
-    assert await parts.jobs.next_job(B, "w", 0.05) is None
+    assert await parts.jobs.next_job(B, 0.05) is None
     assert await parts.adapters.adapted() == {A: 1}
 
 
@@ -114,7 +114,7 @@ async def test_whom_the_bank_serves_gets_a_job_whether_their_tenant_names_it_or_
 
 async def test_its_jobs_have_the_budget_of_all_others(parts: StoreParts) -> None:
     await readapted(parts, B)
-    job_id = await parts.jobs.next_job(B, "w", 1)
+    job_id = await parts.jobs.next_job(B, 1)
     assert job_id is not None
     job = await parts.jobs.job(job_id)
     assert job is not None

@@ -9,7 +9,7 @@ import redis.asyncio as redis
 
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable, UserErased
-from server.store.jobs import KEPT_JOBS, Job, JobId, JobState, Trained, parse_job_id
+from server.store.jobs import Job, JobId, JobState, Trained, parse_job_id
 from server.store.redis.jobs import RedisJobs
 from tests.support.faults import Fault
 from tests.support.store_parts import StoreParts, submitted
@@ -40,14 +40,6 @@ async def test_a_job_stays_in_the_trace_of_its_first_request(jobs: RedisJobs, us
     again = await submitted(jobs, user, traceparent="00-3-4-01")
     assert (again.id, again.traceparent) == (first.id, "00-1-2-01")
     assert (await submitted(jobs, user, "b")).traceparent == ""
-
-
-async def test_idempotency_keys_are_forgotten_with_their_jobs(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:
-    for number in range(KEPT_JOBS + 2):
-        await submitted(jobs, user, idempotency_key=f"key {number}")
-    assert await raw.hkeys(f"mta:{{{user}}}:jobs") == [b"last"]
-    kept = [name async for name in raw.scan_iter(f"mta:{{{user}}}:job:*")]
-    assert len(kept) == KEPT_JOBS
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.TWICE])

@@ -24,14 +24,14 @@ from server.errors import ApiError, Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
 from server.store.redis import keys
 from server.store.redis.profiles import NOBODY_S
-from server.store.redis.servers import sentinel
+from server.store.redis.servers import base
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.faults import Fault
 from tests.support.store_parts import BANK, KEYS, WorkerSteps, put_of
 from tests.support.store_world import Expected, StoreWorld, UnderWay
 
 USERS = st.sampled_from(["ada", "bob"])
-TWO = st.integers(0, 1)
+TWO, BOOL = st.integers(0, 1), st.booleans()
 FAULTS = st.one_of(st.none(), st.none(), st.sampled_from(Fault))
 PLACES = st.integers(0, 4)
 JUMPS_S = st.sampled_from([1.0, 11.0, 16.0, 61.0, 3600.0, -5.0, -3600.0])
@@ -101,12 +101,14 @@ class Store(RuleBasedStateMachine):
         if outcome is True:
             self.world.tried(parts, parts.signing.ask(KEYS.key(put.user)))
 
-    @rule(user=USERS, gateway=TWO, sample=st.integers(0, 2), append=st.booleans(), fault=FAULTS, place=PLACES)
-    def adapt(self, *, user: str, gateway: int, sample: int, append: bool, fault: Fault | None, place: int) -> None:
+    @rule(user=USERS, gateway=TWO, sample=TWO, append=BOOL, background=BOOL, fault=FAULTS, place=PLACES)
+    def adapt(
+        self, *, user: str, gateway: int, sample: int, append: bool, background: bool, fault: Fault | None, place: int
+    ) -> None:
         parts, expected, key = self.world.gateways[gateway], self.world.users[user], KEYS.key(user)
         before = self.world.states(user)
         epoch = self.world.run(parts.profiles.epoch(key))
-        submission = Submission([b"sample %d" % sample], append, "{}", BANK, epoch)
+        submission = Submission([b"sample %d" % sample], append, "{}", BANK, epoch, background=background)
         outcome = self.world.tried(parts, parts.jobs.submit(key, submission, 100), fault, place % 3)
         newest = self.world.newest(user)
         assert newest in (expected.newest, expected.newest + 1) or (expected.newest == 0 and not before)
@@ -200,7 +202,6 @@ class Store(RuleBasedStateMachine):
         other = self.world.workers[1 - worker]
         if self.world.workers[worker].lease is not None and other.lease is None:
             self.jump(61.0)
-            self.world.tried(other.parts, other.parts.jobs.overdue(BANK))
             self.take_and_claim(1 - worker, fault, 0)
 
     @rule(worker=TWO, fault=FAULTS, place=PLACES)
@@ -213,14 +214,8 @@ class Store(RuleBasedStateMachine):
 
     @rule(worker=TWO)
     def die(self, worker: int) -> None:
-        """And start again under another name."""
+        """And start again."""
         self.world.workers[worker] = WorkerSteps(self.world.connected())
-
-    @rule(worker=TWO)
-    def sweep(self, worker: int) -> None:
-        parts = self.world.workers[worker].parts
-        self.world.tried(parts, parts.jobs.overdue(BANK))
-        self.world.tried(parts, parts.signing.overdue())
 
     @rule(gateway=TWO, fault=FAULTS)
     def make_a_key(self, gateway: int, fault: Fault | None) -> None:
@@ -261,14 +256,14 @@ class Store(RuleBasedStateMachine):
         self.texts += 1
         snapshot = self.world.run(parts.profiles.read(key))
         ask(server.replica, "REPLICAOF", "NO", "ONE")
-        patience_ms, sentinel.REPLICA_TIMEOUT_MS = sentinel.REPLICA_TIMEOUT_MS, CUT_OFF_MS
+        patience_ms, base.REPLICA_TIMEOUT_MS = base.REPLICA_TIMEOUT_MS, CUT_OFF_MS
         try:
             change = put_of(user, f"text {self.texts}", snapshot)
             work = parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
             assert isinstance(self.world.tried(parts, work), Unavailable)
             assert isinstance(self.world.tried(parts, parts.erase(user)), Unavailable)
         finally:
-            sentinel.REPLICA_TIMEOUT_MS = patience_ms
+            base.REPLICA_TIMEOUT_MS = patience_ms
         self.world.fail_over(lost=True)
 
     @precondition(lambda self: FAKE_TIME is not None)

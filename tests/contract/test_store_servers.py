@@ -14,7 +14,7 @@ from server.store.durability import Durability
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.store_parts import StoreParts
-from tests.support.stored import LATER_MS, change, opened
+from tests.support.stored import LATER_MS, change, connected, opened, strict_and_lenient
 
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 
@@ -33,81 +33,62 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         server.kill()
 
 
+HIDDEN = ("--rename-command", "CONFIG", "")
+"""As managed services do."""
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [
-        (DURABLE, Durability.ALWAYS),
-        (EVERYSEC, Durability.WAITAOF),
-        ((*DURABLE, "--rename-command", "CONFIG", ""), Durability.WAITAOF),
-    ],
+    [(DURABLE, Durability.ALWAYS), (EVERYSEC, Durability.WAITAOF), ((*DURABLE, *HIDDEN), Durability.WAITAOF)],
 )
 async def test_a_server_that_keeps_what_it_acknowledges_is_taken(
     start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], expected: Durability, user: str
 ) -> None:
-    connection = RedisConnection(start_server(*options).url)
-    assert await connection.check() is expected
-    store = RedisProfiles(connection)
-    assert await store.commit(user, b"", change("a"))
-    assert (await store.erase(user, LATER_MS, 0)) is not None
-    await connection.close()
+    async with connected(start_server(*options).url) as connection:
+        assert connection.durability is expected
+        store = RedisProfiles(connection)
+        assert await store.commit(user, b"", change("a"))
+        assert (await store.erase(user, LATER_MS, 0)) is not None
+
+
+LOSES = [
+    ("--appendonly", "no"),
+    ("--appendonly", "yes", "--appendfsync", "no"),
+    ("--appendonly", "no", *HIDDEN),
+]
+POLICIES = ("allkeys-lru", "volatile-lru", "volatile-ttl", "allkeys-random")
+EVICTS = [(*DURABLE, *hidden, "--maxmemory-policy", policy) for hidden in ((), HIDDEN) for policy in POLICIES]
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        ("--appendonly", "no"),
-        ("--appendonly", "yes", "--appendfsync", "no"),
-        ("--appendonly", "no", "--rename-command", "CONFIG", ""),
-    ],
+    ("options", "said"),
+    [(options, "appendonly yes") for options in LOSES]
+    + [(options, f"{options[-1]}.*`maxmemory-policy noeviction`") for options in EVICTS],
 )
-async def test_a_server_that_does_not_is_refused_or_on_request_only_noted(
-    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], user: str
+async def test_a_server_that_may_lose_or_evict_is_refused_or_on_request_only_noted(
+    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], said: str, user: str
 ) -> None:
-    url = start_server(*options).url
-    strict, lenient = RedisConnection(url), RedisConnection(url, require_durable=False)
-    with pytest.raises(Unavailable, match="appendonly yes"):
-        await strict.check()
-    with pytest.raises(Unavailable, match="appendonly yes"):
-        await RedisProfiles(strict).commit(user, b"", change("a"))
-    assert await lenient.check() is Durability.NONE
-    assert await RedisProfiles(lenient).commit(user, b"", change("a"))
-    await strict.close()
-    await lenient.close()
-
-
-@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-lru", "volatile-ttl", "allkeys-random"])
-@pytest.mark.parametrize("hidden", [(), ("--rename-command", "CONFIG", "")])
-async def test_a_server_that_may_evict_is_refused_as_one_that_may_lose_writes(
-    start_server: Callable[..., ValkeyProcess], policy: str, hidden: tuple[str, ...], user: str
-) -> None:
-    url = start_server(*DURABLE, *hidden, "--maxmemory-policy", policy).url
-    strict, lenient = RedisConnection(url), RedisConnection(url, require_durable=False)
-    for refused in (strict.check(), RedisProfiles(strict).commit(user, b"", change("a"))):
-        with pytest.raises(Unavailable, match=f"{policy}.*`maxmemory-policy noeviction`") as caught:
-            await refused
-        assert caught.value.code == "store_not_durable"
-    assert not (await lenient.check()).lasts
-    assert await RedisProfiles(lenient).commit(user, b"", change("a"))
-    await strict.close()
-    await lenient.close()
+    async with strict_and_lenient(start_server(*options).url) as (strict, lenient):
+        for refused in (strict.check(), RedisProfiles(strict).commit(user, b"", change("a"))):
+            with pytest.raises(Unavailable, match=said) as caught:
+                await refused
+            assert caught.value.code == "store_not_durable"
+        assert await lenient.check() is (Durability.NONE if options in LOSES else Durability.EVICTS)
+        assert await RedisProfiles(lenient).commit(user, b"", change("a"))
 
 
 async def test_a_server_that_begins_to_evict_while_it_is_used_is_noticed(
     start_server: Callable[..., ValkeyProcess], user: str
 ) -> None:
     server = start_server(*DURABLE)
-    connection = RedisConnection(server.url)
-    await connection.check()
-    async with server.client() as raw:
+    async with connected(server.url) as connection, server.client() as raw:
         await raw.config_set("maxmemory-policy", "allkeys-lru")
-        with pytest.raises(Unavailable, match="allkeys-lru"):
-            await connection.check()
-        with pytest.raises(Unavailable, match="allkeys-lru"):
-            await RedisProfiles(connection).commit(user, b"", change("a"))
+        for refused in (connection.check(), RedisProfiles(connection).commit(user, b"", change("a"))):
+            with pytest.raises(Unavailable, match="allkeys-lru"):
+                await refused
         await raw.config_set("maxmemory-policy", "noeviction")
-    await connection.check()
-    assert await RedisProfiles(connection).commit(user, b"", change("a"))
-    await connection.close()
+        await connection.check()
+        assert await RedisProfiles(connection).commit(user, b"", change("a"))
 
 
 @pytest.mark.parametrize(("options", "waits"), [(EVERYSEC, 1), (DURABLE, 0)])
@@ -128,18 +109,16 @@ async def test_a_dead_server_is_unavailable_and_a_restarted_one_is_used_again(
     start_server: Callable[..., ValkeyProcess], user: str
 ) -> None:
     server = start_server(*DURABLE)
-    connection = RedisConnection(server.url)
-    await connection.check()
-    store = RedisProfiles(connection)
-    await store.commit(user, b"", change("a"))
-    server.kill()
-    for attempt in (store.load(user), store.read(user), store.erase(user, LATER_MS, 0), connection.check()):
-        with pytest.raises(Unavailable) as caught:
-            await attempt
-        assert caught.value.headers["Retry-After"]
-    server.start()
-    assert await store.load(user) is not None
-    await connection.close()
+    async with connected(server.url) as connection:
+        store = RedisProfiles(connection)
+        await store.commit(user, b"", change("a"))
+        server.kill()
+        for attempt in (store.load(user), store.read(user), store.erase(user, LATER_MS, 0), connection.check()):
+            with pytest.raises(Unavailable) as caught:
+                await attempt
+            assert caught.value.headers["Retry-After"]
+        server.start()
+        assert await store.load(user) is not None
 
 
 @pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", ""])

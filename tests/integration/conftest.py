@@ -114,7 +114,7 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
     async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
         async with StoreParts.opened(url) as parts:
             interrupted = Interrupted(trainer, meanwhile)
-            worker = JobLoop("test", parts.jobs, parts.profiles, bank, interrupted, tracing=tracing)
+            worker = JobLoop(parts.jobs, parts.profiles, bank, interrupted, tracing=tracing)
             while await worker.work_once(0.1):
                 pass
 

@@ -102,6 +102,7 @@ class Dying:
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("pieces", [0, 1, 3])
 def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
     gateway: GatewayThread,

@@ -55,7 +55,7 @@ def test_the_extras_exist_and_bring_what_each_part_needs() -> None:
     for named in extras.values():
         assert named <= PROJECT["optional-dependencies"].keys()
     assert extras["gateway-build"] == {"fleet", "tracing"}  # the router runs in this image, too
-    assert extras["engine-build"] == {"client", "cpu", "gpu", "tracing"}
+    assert extras["engine-build"] == {"cpu", "gpu", "tracing"}
 
 
 @pytest.mark.parametrize("stage", ["gateway", "engine"])
@@ -69,7 +69,7 @@ def test_the_gateways_image_has_every_module_that_its_commands_import(tmp_path: 
     """With the folders that are copied into it, and none of the others."""
     for folder in re.findall(r"^COPY (\w+) \w+$", stages()["gateway-build"], flags=re.MULTILINE):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    others = {"bench", "mta_client", "tests", "deploy", "torch", "transformers", "vllm"}
+    others = {"bench", "tests", "deploy", "torch", "transformers", "vllm"}
     code = f"""
 import sys
 class Missing:
@@ -78,7 +78,7 @@ class Missing:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
 sys.path.insert(0, {str(tmp_path)!r})
-import server.gateway.app, server.supervisor.router, server.cli.run.gateway, server.cli.run.router
+import server.gateway.app, server.supervisor.router, server.cli.run.gateway, server.cli.run.processes
 from server.cli import main
 sys.argv = ['mta', 'keys', 'create', '--help']
 main()

@@ -16,6 +16,7 @@ import pytest
 
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
+from server.gateway import app as application
 from server.gateway.http import connection
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
@@ -71,9 +72,11 @@ def started(gateway_settings: Settings, tmp_path_factory: pytest.TempPathFactory
 
     @contextmanager
     def start(**settings: object) -> Iterator[Keyed]:
-        update = {"redis_url": store.url, "max_requests": MOST, "body_timeout_s": 5, **settings}
-        with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
-            yield Keyed(gateway, secrets)
+        update = {"redis_url": store.url, "max_requests": MOST, **settings}
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(application, "BODY_TIMEOUT_S", 5.0)
+            with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
+                yield Keyed(gateway, secrets)
 
     yield start
     store.kill()

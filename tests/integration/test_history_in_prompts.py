@@ -156,7 +156,7 @@ def test_only_the_newest_items_that_fit_into_the_bytes_of_a_user_are_kept(
 ) -> None:
     user_id = new_user()
     items = [{"id": f"n{n}", "text": "x" * 89} for n in range(6)]  # 100 bytes each as JSON
-    small = gateway_settings.model_copy(update={"profile_bytes": 350, "max_item_bytes": 200})
+    small = gateway_settings.model_copy(update={"profile_bytes": 350})
     with GatewayThread(small) as gateway, gateway.client() as client:
         answer = put(client, user_id, items[:5])
         assert (answer["received"], answer["kept"]) == (5, 3)

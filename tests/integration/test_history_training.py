@@ -115,7 +115,7 @@ async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows
         bank = ServingBank(trains.manifest, opened.index)
         user = await desk.user(("how is the bread?", "crusty"))
         job = await desk.submit(user=user)
-        await JobLoop("test", desk.jobs, desk.profiles, bank, trains).work_once(0.1)
+        await JobLoop(desk.jobs, desk.profiles, bank, trains).work_once(0.1)
         assert (await desk.job(job)).state in (JobState.SUCCEEDED, JobState.REJECTED)
     assert [{recalls(trainer.tokenizer, example) for example in samples} for samples in seen] == [{False}, {True}]
 

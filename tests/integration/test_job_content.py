@@ -36,7 +36,7 @@ ALTERNATING = (
 @pytest.fixture
 def worker(desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path) -> JobLoop:
     bank = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-    return JobLoop("test", desk.jobs, desk.profiles, bank, trainer)
+    return JobLoop(desk.jobs, desk.profiles, bank, trainer)
 
 
 def sample(messages: object, output: object = "yes") -> bytes:

@@ -123,7 +123,7 @@ async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_t
     jobs.renew = renew  # type: ignore[method-assign]
     job_id = await desk.submit()
     interrupted = Interrupted(trainer, restart, steps.append)
-    assert await JobLoop("test", jobs, desk.profiles, bank, interrupted).work_once(1)
+    assert await JobLoop(jobs, desk.profiles, bank, interrupted).work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
     assert steps.count(1) == 1
@@ -142,7 +142,7 @@ async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_give
         gone.wait(0.1)  # training that takes longer than the lease
 
     job_id = await desk.submit()
-    worker = JobLoop("test", jobs, desk.profiles, bank, Interrupted(trainer, go_away, at_step))
+    worker = JobLoop(jobs, desk.profiles, bank, Interrupted(trainer, go_away, at_step))
     working = asyncio.create_task(worker.work_once(1))
     while jobs.failures < 15:
         await asyncio.sleep(0.05)
@@ -151,7 +151,7 @@ async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_give
     assert await working
     job = await desk.job(job_id)
     assert (job.state, job.tries, job.step) == (JobState.QUEUED, 0, 0)
-    assert await JobLoop("test", jobs, desk.profiles, bank, trainer).work_once(1)
+    assert await JobLoop(jobs, desk.profiles, bank, trainer).work_once(1)
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.SUCCEEDED, 1)
 
@@ -164,9 +164,8 @@ async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
         jobs.away = True
 
     job_id = await desk.submit()
-    worker = JobLoop(
-        "test", jobs, desk.profiles, bank, Interrupted(trainer, go_away, lambda _: threading.Event().wait(0.1))
-    )
+    interrupted = Interrupted(trainer, go_away, lambda _: threading.Event().wait(0.1))
+    worker = JobLoop(jobs, desk.profiles, bank, interrupted)
     working = asyncio.create_task(worker.work_once(1))
     while jobs.failures == 0 or (lease := await desk.jobs.claim(job_id, 60)) is None:
         await asyncio.sleep(0.05)
@@ -179,7 +178,7 @@ async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
 
 @pytest.fixture
 def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) -> JobLoop:
-    return JobLoop("test", jobs, desk.profiles, bank, trainer)
+    return JobLoop(jobs, desk.profiles, bank, trainer)
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -216,12 +215,12 @@ async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_
         patched.setattr("server.worker.training_thread.RENEW_S", 0.05)
         try:
             with pytest.raises(Stalled):
-                await JobLoop("test", desk.jobs, desk.profiles, bank, hanging).work_once(1)
+                await JobLoop(desk.jobs, desk.profiles, bank, hanging).work_once(1)
         finally:
             hanging.end.set()
     job = await desk.job(job_id)
     assert (job.state, job.tries) == (JobState.QUEUED, 1)
-    assert await JobLoop("test", desk.jobs, desk.profiles, bank, trainer).work_once(1)
+    assert await JobLoop(desk.jobs, desk.profiles, bank, trainer).work_once(1)
     assert (await desk.job(job_id)).state is JobState.SUCCEEDED
 
 
@@ -253,7 +252,6 @@ async def test_a_job_whose_record_cannot_be_read_holds_up_no_other_and_fails_aft
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("server.worker.job_loop.SWEEP_S", 0.1)
     monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)
     broken, behind = await desk.submit(), await desk.submit()
     async with redis.from_url(store.url, decode_responses=True) as raw:
@@ -279,4 +277,4 @@ async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, w
     assert (await desk.job(job_id)).state is JobState.SUPERSEDED
     job = await desk.job(newer)
     assert (job.state, job.tries) == (JobState.QUEUED, 0)
-    assert await desk.jobs.next_job("00000000", "other", 1) == newer
+    assert await desk.jobs.next_job("00000000", 1) == newer

@@ -26,11 +26,8 @@ from bench.rig.processes import Background, mta, wait_until
 from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import ValkeyProcess
 from server.store.jobs import Job, JobId, parse_job_id
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.servers.connection import RedisConnection
 from server.supervisor.services import free_port
+from tests.support.store_parts import StoreParts
 
 USERS = 200
 KILLS = 9
@@ -135,48 +132,34 @@ def test_every_accepted_job_ends_once_and_leaves_at_most_one_whole_adapter(
         return all(job is not None and job.state.ended for job in asyncio.run(_jobs(machine, ids)))
 
     wait_until(settled, "every job to end", SETTLE_S)
-    states = Counter(job.state.value for job in asyncio.run(_jobs(machine, ids)) if job)
-    assert set(states) <= {"succeeded", "rejected", "failed"}
-    # What had ended without an adapter before its client tried again.
-    assert all(job.state in ("rejected", "failed") for job in asyncio.run(_earlier(machine, ids)))
-    assert states["succeeded"] > USERS / 2, states
-    asyncio.run(_check_adapters(machine, ids, tiny_bank_folder))
+    asyncio.run(_check(machine, ids, tiny_bank_folder))
 
 
 async def _jobs(machine: Machine, ids: list[JobId]) -> list[Job | None]:
-    connection = RedisConnection(machine.valkey.url)
-    jobs = RedisJobs(connection)
-    try:
-        return [await jobs.job(job_id) for job_id in ids]
-    finally:
-        await connection.close()
+    async with StoreParts.opened(machine.valkey.url) as parts:
+        return [await parts.jobs.job(job_id) for job_id in ids]
 
 
-async def _earlier(machine: Machine, ids: list[JobId]) -> list[Job]:
-    """The jobs that the same users had before."""
-    connection = RedisConnection(machine.valkey.url)
-    jobs = RedisJobs(connection)
-    try:
-        return [job for job_id in ids for job in await jobs.jobs(job_id.user_key) if job.id != job_id]
-    finally:
-        await connection.close()
-
-
-async def _check_adapters(machine: Machine, ids: list[JobId], bank: Path) -> None:
-    """An adapter is there exactly where its job succeeded; its record names it, and its bytes are whole and load."""
-    connection, layout = RedisConnection(machine.valkey.url), read_manifest(bank).layout
-    jobs, profiles, adapters = RedisJobs(connection), RedisProfiles(connection), RedisAdapters(connection)
-    for job_id in ids:
-        job, profile = await jobs.job(job_id), await profiles.load(job_id.user_key)
-        assert job is not None
-        assert profile is not None
-        kept = await adapters.adapter_id(job_id.user_key)
-        assert (kept or "") == job.adapter == (profile.adapter.id if profile.adapter else "")
-        assert bool(kept) == (job.state == "succeeded")
-        if kept:
-            stored = await adapters.adapter(UserAdapterId(job_id.user_key, kept))
-            assert stored is not None
-            assert hashlib.sha256(stored.raw).hexdigest() == stored.sha256
-            adapter = decode_user_adapter(layout, stored.raw)
-            assert parse_recipe(adapter.recipe).name == stored.recipe
-    await connection.close()
+async def _check(machine: Machine, ids: list[JobId], bank: Path) -> None:
+    """How jobs ended, and that an adapter is there exactly where its job succeeded; its record names it, and its bytes
+    are whole and load."""
+    states, layout = Counter[str](), read_manifest(bank).layout
+    async with StoreParts.opened(machine.valkey.url) as parts:
+        for job_id in ids:
+            *earlier, job = await parts.jobs.jobs(job_id.user_key)
+            assert job.id == job_id
+            # What had ended without an adapter before its client tried again.
+            assert all(one.state in ("rejected", "failed") for one in earlier)
+            states[job.state] += 1
+            profile = await parts.profiles.load(job_id.user_key)
+            assert profile is not None
+            kept = await parts.adapters.adapter_id(job_id.user_key)
+            assert (kept or "") == job.adapter == (profile.adapter.id if profile.adapter else "")
+            assert bool(kept) == (job.state == "succeeded")
+            if kept:
+                stored = await parts.adapters.adapter(UserAdapterId(job_id.user_key, kept))
+                assert stored is not None
+                assert hashlib.sha256(stored.raw).hexdigest() == stored.sha256
+                assert parse_recipe(decode_user_adapter(layout, stored.raw).recipe).name == stored.recipe
+    assert set(states) <= {"succeeded", "rejected", "failed"}
+    assert states["succeeded"] > USERS / 2, states

@@ -124,7 +124,7 @@ def test_a_trace_says_how_long_the_store_took(
 def test_a_write_that_has_not_reached_the_replica_is_refused_however_often_it_is_sent(
     client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis.servers.cluster.REPLICA_TIMEOUT_MS", 100)
+    monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
     user = somebody(gateway, cluster, 0)
     with standing_still(cluster.replicas[0].pid):
         said = [put(client, user, "growing roses") for _ in range(2)]

@@ -20,11 +20,10 @@ from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import EMBED_BATCH, Profiles
-from server.store.profiles import AdapterNote, Change
+from server.store.profiles import AdapterNote, Change, SignQueue
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.queue import RedisSigning
 from server.store.redis.servers.connection import RedisConnection
-from server.store.redis.signing import RedisSigning
-from server.store.signing import SignQueue
 from server.store.tenants.user_key import User, UserKeys
 from tests.support.stored import opened
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from bench.rig.processes import wait_until
+from server.gateway import app as application
+from server.gateway.http import serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
@@ -28,14 +30,13 @@ POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application
 @pytest.fixture(scope="module")
 def gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
     """A gateway with little patience and few places."""
-    update = {
-        "header_timeout_s": 0.5,
-        "body_timeout_s": 0.5,
-        "max_header_bytes": HEADER_BYTES,
-        "max_requests": 2 * SHARE,
-    }
-    with GatewayThread(gateway_settings.model_copy(update=update)) as running:
-        yield running
+    few = gateway_settings.model_copy(update={"max_requests": 2 * SHARE})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(serving, "HEADER_TIMEOUT_S", 0.5)
+        patched.setattr(serving, "MAX_HEADER_BYTES", HEADER_BYTES)
+        patched.setattr(application, "BODY_TIMEOUT_S", 0.5)
+        with GatewayThread(few) as running:
+            yield running
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -14,16 +15,18 @@ import pytest
 from aiohttp import web
 from typer.testing import CliRunner, Result
 
+import mta_client
 from adapters.errors import MtaError
 from bank.peft.peft_adapter import read_peft
 from bench.rig.valkey import free_port
 from server.cli import app
-from server.cli.users.gateway import Gateway, Refused
-from server.cli.users.importing import Counts, Import, journal_of
+from server.cli.users.importing import Import, ImportCounts, journal_of
+from server.cli.users.patience import PatientGateway, Refused
 from tests.integration.conftest import Work
 from tests.support.gateway import GatewayThread
 
 NewUser = Callable[[], str]
+PROFILE = {"user_id": "ada", "received": 1, "kept": 1, "changed": 1, "recipe": "r", "anchors": []}
 STRANGE = "a?b#c%41&<img>=é..;"
 
 
@@ -157,7 +160,9 @@ class Stub:
         status, headers = self.answers.pop(0) if self.answers else (200, {})
         if status == 200:
             self.served.append(request.match_info["user"])
-        return web.json_response({"error": {"message": f"told to say {status}"}}, status=status, headers=headers)
+            return web.json_response(PROFILE)
+        error = {"message": f"told to say {status}", "code": "no", "param": None}
+        return web.json_response({"error": error}, status=status, headers=headers)
 
 
 @pytest.fixture
@@ -180,21 +185,20 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     def uniform(low: float, high: float) -> float:
         return 0.0
 
-    bear = Gateway._bear
+    bear = PatientGateway._bear
 
-    def noted(self: Gateway, reason: str, retry_after: str | None) -> None:
-        asked.append(float(retry_after or "nan"))
-        bear(self, reason, retry_after)
+    def noted(self: PatientGateway, error: mta_client.MtaError) -> None:
+        asked.append(error.retry_after_s or math.nan)
+        bear(self, error)
 
     monkeypatch.setattr("random.uniform", uniform)
-    monkeypatch.setattr(Gateway, "_bear", noted)
+    monkeypatch.setattr(PatientGateway, "_bear", noted)
     yield asked
 
 
-async def imported(stub: Stub, path: Path, at_a_time: int = 3, patience_s: float = 60) -> Counts:
-    with journal_of(path) as journal:
-        async with Gateway(stub.url, patience_s) as gateway:
-            return await Import(gateway, journal).run(path, at_a_time)
+async def imported(stub: Stub, path: Path, at_a_time: int = 3, patience_s: float = 60) -> ImportCounts:
+    with journal_of(path) as journal, mta_client.Client(stub.url) as client:
+        return await asyncio.to_thread(Import(PatientGateway(client, patience_s), journal).run, path, at_a_time)
 
 
 async def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
@@ -224,18 +228,24 @@ async def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
     assert sorted(stub.served) == sorted(ids)
 
 
-async def test_nobody_there_is_said_after_a_while(waits: list[float]) -> None:
-    async with Gateway(f"http://127.0.0.1:{free_port()}", patience_s=0) as gateway:
-        with pytest.raises(MtaError, match="cannot be reached"):
-            await gateway.call("GET", "/bank")
+def test_nobody_there_is_said_after_a_while(waits: list[float]) -> None:
+    nobody = PatientGateway(mta_client.Client(f"http://127.0.0.1:{free_port()}"), patience_s=0)
+    with pytest.raises(MtaError, match="got no answer"):
+        nobody.call(lambda client: client.user("ada"))
 
 
 async def test_a_no_is_not_asked_again(stub: Stub) -> None:
     stub.answers = [(413, {})]
-    async with Gateway(stub.url) as gateway:
-        with pytest.raises(Refused, match="told to say 413"):
-            await gateway.call("PUT", "/users/a/profile", {"items": []})
+    with mta_client.Client(stub.url) as client, pytest.raises(Refused, match=r"^told to say 413$"):
+        await asyncio.to_thread(PatientGateway(client).call, lambda client: client.put_profile("a", []))
     assert stub.served == []
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://[", "http://a:port"])
+def test_what_is_no_url_of_a_gateway_is_said_at_once(url: str) -> None:
+    failed = mta("show", "ada", "--url", url).exception
+    assert isinstance(failed, MtaError)
+    assert str(failed).startswith(f"'{url}' is not the URL of a gateway")
 
 
 def test_a_user_with_a_strange_id_is_shown_exported_and_erased(

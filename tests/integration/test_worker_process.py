@@ -24,7 +24,7 @@ HANGS = """
 import time
 import server.worker.training_thread as stall
 import server.worker.training as training
-from server.cli.run.worker import worker
+from server.cli.run.processes import worker
 
 stall.STALL_S = 1.0
 training.train_user = lambda *_, **__: time.sleep(3600)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.adapters import RedisAdapters
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.queue import RedisSigning
 from server.store.redis.servers.append_only_file import AppendOnlyFile
-from server.store.redis.signing import RedisSigning
 from server.store.tenants.user_key import UserKeys
 from tests.support.faults import FaultyConnection
 
@@ -115,14 +115,13 @@ class WorkerSteps:
     """
 
     parts: StoreParts
-    name: str = field(default_factory=lambda: f"w{next(_numbers)}")
     taken: JobId | None = None
     lease: Lease | None = None
     signing: str | None = None
 
     async def take(self) -> None:
         """Hear of a job."""
-        self.taken = await self.parts.jobs.next_job(BANK, self.name, 0.001)
+        self.taken = await self.parts.jobs.next_job(BANK, 0.001)
 
     async def claim(self) -> None:
         """Claim the job heard of."""
@@ -150,7 +149,7 @@ class WorkerSteps:
 
     async def take_signing(self) -> None:
         """Hear of a user who wants a signature."""
-        self.signing = await self.parts.signing.take(self.name, 0.001)
+        self.signing = await self.parts.signing.take(0.001)
 
     async def sign(self) -> None:
         """Make the signature that was asked for."""

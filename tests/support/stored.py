@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from hashlib import blake2b
@@ -10,21 +12,97 @@ from hashlib import blake2b
 import numpy as np
 import redis
 
+from bench.rig.cluster import ValkeyCluster
+from bench.rig.valkey import ValkeyProcess
+from server.errors import Unavailable
 from server.store.profiles import Change, Profile, StoredItem, StoredVector
+from server.store.redis import keys
 from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.store_parts import EMBEDDER
+from tests.support.store_parts import EMBEDDER, KEYS
 
 DIM = 384
 LATER_MS = 1 << 52
+_numbers = itertools.count()
+
+
+@asynccontextmanager
+async def connected(url: str, **options: bool) -> AsyncIterator[RedisConnection]:
+    """A process's connection, checked where nothing else is asked for."""
+    connection = RedisConnection(url, **options)
+    try:
+        if not options:
+            await connection.check()
+        yield connection
+    finally:
+        await connection.close()
 
 
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[RedisProfiles]:
-    connection = RedisConnection(url)
-    await connection.check()
-    yield RedisProfiles(connection)
-    await connection.close()
+    async with connected(url) as connection:
+        yield RedisProfiles(connection)
+
+
+@asynccontextmanager
+async def strict_and_lenient(url: str) -> AsyncIterator[tuple[RedisConnection, RedisConnection]]:
+    """Unchecked: one that refuses what is not durable, and one that does not."""
+    async with (
+        connected(url, require_durable=True) as strict,
+        connected(url, require_durable=False) as lenient,
+    ):
+        yield strict, lenient
+
+
+def users_at(cluster: ValkeyCluster, home: ValkeyProcess) -> Iterator[str]:
+    """Keys of users whom no other test knows, and whom one of the primaries holds."""
+    for number in _numbers:
+        key = KEYS.key(f"user-of-a-cluster-{number}")
+        if cluster.home_of(keys.profile(key)) is home:
+            yield key
+
+
+class Writing:
+    """Users whose record is written all the while, each time with a higher `updated_ms`."""
+
+    def __init__(self, store: RedisProfiles, users: Sequence[str]) -> None:
+        self._store, self._enough = store, False
+        self._tried, self._written, self._refused = dict.fromkeys(users, 0), dict.fromkeys(users, 0), set[str]()
+
+    async def __aenter__(self) -> Writing:
+        self._running = [asyncio.create_task(self._write(user)) for user in self._tried]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._enough = True
+        await asyncio.gather(*self._running)  # to their ends: what comes during a read need not be in its answer
+
+    async def goes_on(self) -> None:
+        """Wait until everybody has been written ten times more."""
+        before = dict(self._written)
+        while not all(self._written[user] > before[user] + 10 for user in before):
+            assert not any(task.done() for task in self._running), self._running
+            await asyncio.sleep(0.02)
+
+    async def check(self) -> None:
+        """What was acknowledged is there, and what was not was refused."""
+        for user, written in self._written.items():
+            found = await self._store.load(user)
+            assert found is not None
+            assert written <= found.updated_ms <= self._tried[user]
+        assert self._refused <= {"store_unavailable", "store_not_durable"}
+
+    async def _write(self, user: str) -> None:
+        while not self._enough:
+            self._tried[user] = number = self._tried[user] + 1
+            try:
+                snapshot = await self._store.read(user)
+                assert await self._store.commit(user, snapshot.version, change("a", updated_ms=number), snapshot.epoch)
+            except Unavailable as error:
+                self._refused.add(error.code)
+                await asyncio.sleep(0.05)
+            else:
+                self._written[user] = number
 
 
 def vector(seed: int) -> np.ndarray:

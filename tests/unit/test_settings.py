@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_options_go_before_the_environment_and_none_is_not_given(monkeypatch: py
         ("MTA_PORT", "70000"),
         ("MTA_PROFILE_ITEMS", "0"),
         ("MTA_DTYPE", "int4"),
-        ("MTA_BODY_TIMEOUT_S", "301"),
+        ("MTA_PROFILE_BYTES", "65535"),  # the largest item would not fit
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
@@ -61,11 +62,31 @@ def test_every_command_names_it_in_one_line(
     assert lines[0].startswith("error: MTA_PORT: ")
 
 
-@pytest.mark.parametrize("given", [{"profile_bytes": 1000}, {"max_item_bytes": 3 << 20}])
-def test_a_history_has_room_for_the_largest_item(given: dict[str, int]) -> None:
-    with pytest.raises(MtaError, match=r"MTA_PROFILE_BYTES.*MTA_MAX_ITEM_BYTES"):
-        load_settings(**given)
-    assert load_settings(profile_bytes=1000, max_item_bytes=1000).profile_bytes == 1000
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("MTA_TENNANT", "MTA_TENANT"),
+        ("mta_prot", "MTA_PORT"),
+        ("MTA_ROUTER_HOST", "MTA_ROUTER_PORT"),
+        ("MTA_", "MTA_"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_an_error_that_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
+) -> None:
+    monkeypatch.setenv(variable, "")
+    with pytest.raises(MtaError, match=f"^{variable.upper()} is no setting; the nearest is {nearest}"):
+        load_settings()
+
+
+def test_what_compose_alone_reads_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = set(re.findall(r"\bMTA_[A-Z0-9_]+", (Path(__file__).parents[2] / "docker-compose.yml").read_text("utf-8")))
+    assert "MTA_BANK_DIR" in read
+    for variable in read:
+        monkeypatch.setenv(variable, "1")
+    for variable in ("MTA_DTYPE", "MTA_PORT"):
+        monkeypatch.delenv(variable)
+    load_settings()
 
 
 def test_every_engine_is_asked_by_itself() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from bank.building.options import BuildInputs, BuildOptions, ImportOptions
+from adapters.recipe import FusionMethod
+from bank.building.options import USUAL, BuildInputs, BuildOptions, ImportOptions
 from bank.errors import BankError
-from server.cli.bank.options import with_options
 from server.cli.process import prepare_to_train
 from server.settings import load_settings
 
@@ -24,10 +26,13 @@ EmbedderOption = Annotated[Path | None, typer.Option(help="Folder of the embedde
 OutOption = Annotated[Path, typer.Option(help="Output folder.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
+UserRank = Annotated[int, typer.Option(help="Rank kept free for users' own stacked LoRAs.")]
+Top = Annotated[int, typer.Option(help="Most anchors in a user's recipe.")]
+_BUILD, _IMPORT = BuildOptions("chat"), ImportOptions()  # for their defaults
+T = TypeVar("T", BuildOptions, ImportOptions)
 
 
 @app.command()
-@with_options
 def build(
     *,
     users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
@@ -36,7 +41,65 @@ def build(
     exclude: Annotated[
         Path | None, typer.Option(help="People to leave out: a file in the same layout, or of ids.")
     ] = None,
-    options: BuildOptions,
+    task: Annotated[str, typer.Option(help="What the items are: news_headline, movie_rating, chat …")],
+    anchors: Annotated[int, typer.Option(help="Exact number of anchors.")] = _BUILD.anchors,
+    anchors_by: Annotated[
+        str, typer.Option(help="Who they are: topics (the longest history of each topic) or longest.")
+    ] = _BUILD.anchors_by,
+    method: Annotated[FusionMethod, typer.Option(help="How recipes are fused.")] = _BUILD.method,
+    common: Annotated[bool, typer.Option(help="A row that all users share.")] = _BUILD.common,
+    rank: Annotated[int, typer.Option(help="Rank of every meta-LoRA.")] = _BUILD.rank,
+    user_rank: UserRank = _BUILD.user_rank,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.", show_default="all linear layers")
+    ] = None,
+    k: Top = _BUILD.k,
+    strength: Annotated[
+        float | None, typer.Option(help="What the anchors' weights sum to.", show_default="0.5; 1 with --no-common")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="What users' weights come from: topic, signature, posterior (steps in either direction, by signature) "
+            "or auto (signature where possible).",
+            show_default=f"posterior for {', '.join(USUAL)}, else auto",
+        ),
+    ] = None,
+    signature_k: Annotated[int, typer.Option(help="Like --k, by signature.")] = _BUILD.signature_k,
+    signature_strength: Annotated[
+        float, typer.Option(help="Like --strength, by signature.")
+    ] = _BUILD.signature_strength,
+    tau: Annotated[float, typer.Option(help="How much a user's evidence counts.")] = _BUILD.tau,
+    kappa: Annotated[float, typer.Option(help="How much topic similarity counts beside it.")] = _BUILD.kappa,
+    decay: Annotated[float, typer.Option(help="How much evidence a step by the posterior takes.")] = _BUILD.decay,
+    steps: Annotated[int, typer.Option(help="Optimiser steps per anchor.")] = _BUILD.steps,
+    common_steps: Annotated[int, typer.Option(help="Optimiser steps of the common row.")] = _BUILD.common_steps,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of numbers of steps.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per step of an anchor.")] = _BUILD.batch_size,
+    common_batch_size: Annotated[
+        int, typer.Option(help="Examples per step of the common row.")
+    ] = _BUILD.common_batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the anchors.")] = _BUILD.learning_rate,
+    common_learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of the common row.")
+    ] = _BUILD.common_learning_rate,
+    history_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training items with past items of the same person in the prompt.",
+            show_default=f"0.5 for {', '.join(USUAL)}, else 0",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest training example.")] = _BUILD.max_tokens,
+    verdict: Annotated[
+        bool, typer.Option(help="Leave a few people out, and measure on them what the bank gains.")
+    ] = _BUILD.verdict,
+    describe: Annotated[
+        bool,
+        typer.Option(help="Keep a few typical words of each anchor, for people to look at: they are the anchor's own."),
+    ] = _BUILD.describe,
+    seed: Annotated[int, typer.Option(help="Same inputs and seed, same bank.")] = _BUILD.seed,
+    dtype: Annotated[str, typer.Option(help="Of the frozen base model: auto, bfloat16 or float32.")] = _BUILD.dtype,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also train the task's own row, for `mta eval`.")
     ] = False,
@@ -48,6 +111,7 @@ def build(
 
     If it is interrupted, run it again with the same options: it continues where it stopped and makes the same bank.
     """
+    options = _options(BuildOptions, locals())
     settings = load_settings()
     prepare_to_train()
     from bank.building.baselines import build_baselines, check_baselines
@@ -115,7 +179,6 @@ def export(
 
 
 @app.command("import")
-@with_options
 def import_(
     *,
     adapters: Annotated[list[Path], typer.Argument(help="PEFT folders; they become a00, a01, … in this order.")],
@@ -123,12 +186,15 @@ def import_(
         Path, typer.Option(help="Profiles in LaMP's per-user layout; each user_id is the name of an adapter folder.")
     ],
     out: OutOption,
-    options: ImportOptions,
+    task: Annotated[str, typer.Option(help="What the profiles' items are.")] = _IMPORT.task,
+    user_rank: UserRank = _IMPORT.user_rank,
+    k: Top = _IMPORT.k,
     model: ModelOption = None,
     embedder: EmbedderOption = None,
     force: ForceOption = False,
 ) -> None:
     """Make a bank from PEFT adapters and their profiles."""
+    options = _options(ImportOptions, locals())
     settings = load_settings()
     from bank.lookup.embedder import Embedder
     from bank.manifest import MANIFEST_FILE
@@ -149,3 +215,8 @@ def import_(
         embedder=Embedder.load(ensure_embedder(embedder or settings.embedder, settings.cache_dir)),
     )
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
+
+
+def _options(kind: type[T], parameters: Mapping[str, Any]) -> T:
+    """Those of a command's parameters that are options of this kind."""
+    return kind(**{field.name: parameters[field.name] for field in fields(kind)})

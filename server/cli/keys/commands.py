@@ -146,11 +146,7 @@ def bank(
 
 
 def _settings(data: Path | None) -> Settings:
-    """The settings, with the store of a running `mta up` where no other is named.
-
-    Raises:
-        MtaError: when there is no such store.
-    """
+    """The settings, with the store of a running `mta up` where no other is named."""
     from server.settings import load_settings
     from server.supervisor.services import valkey_url
 
@@ -166,11 +162,7 @@ def _settings(data: Path | None) -> Settings:
 
 
 def _in(settings: Settings, command: Callable[[AccessKeys], Awaitable[T]]) -> T:
-    """Have a command done in the store.
-
-    Raises:
-        MtaError: when the store cannot be used.
-    """
+    """Run a command in the store."""
     from server.errors import Unavailable
     from server.store.opening import open_stores
 

@@ -1,4 +1,4 @@
-"""How engines and worker of one machine share its GPUs: a plan, made and printed before either takes a byte.
+"""The plan by which engines and worker of one machine share its GPUs, made and printed before either takes a byte.
 
 vLLM takes a share of the whole card at its start and measures meanwhile what else is there, so nothing else may come or
 go then. The worker starts after it, within what the plan leaves, or on the CPU.
@@ -47,9 +47,8 @@ class Card:
 class Needs:
     """What has to fit on a card, in bytes.
 
-    Attributes:
-        engine: its part of the weights, adapter slots, the cache of one whole context, and what it computes in.
-        worker: the base model, what a job takes, and CUDA's own.
+    Of an engine its part of the weights, adapter slots, the cache of one whole context, and what it computes in; of the
+    worker the base model, what a job takes, and CUDA's own.
     """
 
     engine: int
@@ -57,7 +56,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GpuPlan:
     """Who takes what.
 
     Attributes:
@@ -73,23 +72,17 @@ class Plan:
     said: str
 
 
-def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) -> Plan:
+def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) -> GpuPlan:
     """Share the cards out.
 
     A card that no engine has is the worker's. Else it gets a part of the last engine's, if the engine keeps what it
-    needs, and at least half. What the settings say stays as they say it.
-
-    Args:
-        cards: of the machine, those that we may use.
-        engines: how many of them the engines have, from the first one on.
-        needs: of one engine and of the worker, on one card.
-        settings: may fix either share.
+    needs, and at least half. What the settings say stays as they say it. Engines have the first `engines` of the cards.
     """
     fixed, wanted = settings.engine_gpu_share, settings.worker_gpu_share
     if len(cards) < engines:
         engine = "what vLLM takes by itself" if fixed is None else f"{fixed:.0%}"
         said = f"GPU: how much memory it has is not known, the engine takes {engine}, the worker trains on the "
-        return Plan(fixed, wanted or 0.0, None, said + (f"same, within {wanted:.0%}" if wanted else "CPU"))
+        return GpuPlan(fixed, wanted or 0.0, None, said + (f"same, within {wanted:.0%}" if wanted else "CPU"))
     taken, spare = cards[:engines], cards[engines:]
     total, usable = min(card.total for card in taken), min(min(card.free, int(MOST * card.total)) for card in taken)
     needed = needs.worker if wanted is None else int(wanted * total) + CUDA_BYTES
@@ -109,7 +102,7 @@ def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) 
         where += f", within {worker_share:.0%} of it"
     names = ", ".join(f"GPU {card.name}" for card in taken)
     said = f"{names}: {_gib(usable)} of {_gib(total)} can be used, the engine takes {engine_share:.0%} of all"
-    return Plan(engine_share, worker_share, place.name if place else None, f"{said}, the worker trains on {where}")
+    return GpuPlan(engine_share, worker_share, place.name if place else None, f"{said}, the worker trains on {where}")
 
 
 def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> Needs:

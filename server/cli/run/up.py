@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from server.settings import Settings
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.part import Part
+    from server.supervisor.parts import Part
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -55,7 +55,7 @@ def up(
     It listens on 127.0.0.1 only. All other options are settings (`mta settings`), which every part gets.
     """
     from server.settings import load_settings
-    from server.supervisor.status import LastingConsole
+    from server.supervisor.services import LOOPBACK, free_port
 
     settings = load_settings(
         bank=bank,
@@ -68,30 +68,28 @@ def up(
         replicas=replicas,
         max_loras=max_loras,
     )
-    _run(settings, LastingConsole(highlight=False))
+    _run(settings.model_copy(update={"host": LOOPBACK, "inner_host": LOOPBACK, "port": settings.port or free_port()}))
 
 
-def _run(settings: Settings, console: Console) -> None:
+def _run(settings: Settings) -> None:
     """Check everything that can be checked, then start."""
     from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.services import check_port, free_port
+    from server.supervisor.services import check_port
+    from server.supervisor.status import LastingConsole
 
-    settings = settings.model_copy(update={"host": "127.0.0.1", "port": settings.port or free_port()})
+    console = LastingConsole(highlight=False)
     check_port(settings.port)
-    data = DataFolder.open(settings.data_dir.expanduser().resolve())
-    try:
+    with closing(DataFolder.open(settings.data_dir.expanduser().resolve())) as data:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
         console.print("  checking the bank, the base model and the embedder")
         settings, parts = parts_of(settings, data, lambda line: console.print(f"  {line}", soft_wrap=True))
         asyncio.run(_supervise(settings, parts, data, console))
-    finally:
-        data.close()
 
 
 async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, console: Console) -> None:
     """Run the parts until a signal says otherwise; a second signal cuts their shutdown short."""
-    from server.supervisor.status import LiveReport, PlainReport
+    from server.supervisor.status import Status
     from server.supervisor.supervisor import Supervisor
 
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -101,23 +99,17 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
             console.print()  # the terminal has written ^C
         (hurry if stop.is_set() else stop).set()
 
+    def started() -> None:
+        status.close()
+        keyed = wants_key(settings.host, settings.port)
+        console.print(welcome(f"http://{settings.host}:{settings.port}", keyed=keyed), soft_wrap=True)
+
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, interrupted)
     for part in parts:
         data.rotate_log(part.name)
-    live = LiveReport(console, [part.name for part in parts]) if console.is_terminal else None
-
-    def started() -> None:
-        if live:
-            live.close()
-        keyed = wants_key(settings.host, settings.port)
-        console.print(welcome(f"http://{settings.host}:{settings.port}", keyed=keyed), soft_wrap=True)
-
-    try:
-        await Supervisor(parts, data, live or PlainReport(console)).run(stop, hurry, started)
-    finally:
-        if live:
-            live.close()
+    with closing(Status(console, [part.name for part in parts])) as status:
+        await Supervisor(parts, data, status).run(stop, hurry, started)
 
 
 def wants_key(host: str, port: int) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
-    from server.cli.users.gateway import Gateway
-    from server.cli.users.importing import Counts
+    from mta_client import Client
+    from server.cli.users.importing import ImportCounts
 
 T = TypeVar("T")
 
@@ -41,23 +40,20 @@ def import_(
     """
     from server.cli.bank.progress import ConsoleProgress
     from server.cli.users.importing import Import, journal_of
+    from server.cli.users.patience import PatientGateway, client_of
     from server.cli.users.people import count_people
     from server.watching.background import stand_back
 
     stand_back()
     total = count_people(file)
 
-    async def run(progress: ConsoleProgress) -> Counts:
-        def tell(counts: Counts) -> None:
-            if counts.seen == total or counts.seen % _TELL_EVERY == 0:
-                progress.piece("people", counts.seen, total)
+    def tell(counts: ImportCounts) -> None:
+        if counts.seen == total or counts.seen % _TELL_EVERY == 0:
+            progress.piece("people", counts.seen, total)
 
-        async with _gateway(url) as gateway:
-            return await Import(gateway, journal, tell).run(file, at_a_time)
-
-    with journal_of(file, state) as journal, ConsoleProgress() as progress:
+    with journal_of(file, state) as journal, ConsoleProgress() as progress, client_of(url) as client:
         progress.piece("people", 0, total)
-        counts = asyncio.run(run(progress))
+        counts = Import(PatientGateway(client), journal, tell).run(file, at_a_time)
     typer.echo(
         f"{counts.imported} imported, {counts.before} were already, {counts.failed} failed"
         + (f": see {journal.failed}" if counts.failed else "")
@@ -69,10 +65,33 @@ def import_(
 @app.command()
 def show(user_id: UserId, url: Url = None) -> None:
     """Show what is stored of a user, and which anchors speak for them."""
-    from server.cli.users.gateway import user_path
-    from server.cli.users.tables import print_user
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+    from rich.text import Text
 
-    print_user(_ask(url, lambda gateway: gateway.json("GET", user_path(user_id))))
+    user = _call(url, lambda client: client.user(user_id))
+    described = "none"
+    if adapter := user.adapter:
+        stale = ", of another bank: not served until it is trained again" if adapter["stale"] else ""
+        made = f"{decimal(adapter['bytes'])}, of {adapter['created_at']}{stale}"
+        described = f"{adapter['id']}, {made}; on {adapter['recipe']}"
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in {
+        "user": user.user_id,
+        "items": f"{user.items}, with their vectors {decimal(user.bytes)}",
+        "updated": user.updated_at,
+        "recipe": f"{user.recipe} (weights by {user.source})",
+        "adapter": described,
+    }.items():
+        facts.add_row(name, Text(value, overflow="fold"))
+    anchors = Table("anchor", "weight", "similarity", "predicted gain", title="Who speaks", title_justify="left")
+    for anchor in user.anchors:
+        numbers = (anchor.weight, anchor.similarity, anchor.gain)
+        anchors.add_row(anchor.id, *("–" if number is None else f"{number:.3f}" for number in numbers))
+    console = Console(highlight=False)
+    console.print(facts)
+    console.print(anchors)
 
 
 @app.command()
@@ -82,13 +101,12 @@ def erase(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
 ) -> None:
     """Erase everything that is stored of a user, for good."""
-    from server.cli.users.gateway import user_path
-
     if not yes:
         typer.confirm(f"Erase everything that is stored of {user_id!r}?", abort=True)
-    answer = _ask(url, lambda gateway: gateway.json("DELETE", user_path(user_id)))
-    counts = ", ".join(f"{count} {what}" for what, count in answer["erased"].items())
-    typer.echo(f"erased: {counts}; gone from the store's file on disk by {answer['log_rewritten_by']}")
+    answer = _call(url, lambda client: client.forget(user_id))
+    assert answer
+    counts = ", ".join(f"{count} {what}" for what, count in answer.erased.items())
+    typer.echo(f"erased: {counts}; gone from the store's file on disk by {answer.log_rewritten_by}")
 
 
 @app.command()
@@ -101,27 +119,16 @@ def export(
 ) -> None:
     """Write everything that is stored of a user to a folder: `user.json`, and `adapter/` as PEFT loads it."""
     from server.cli.users.export_folder import default_folder, write_export
-    from server.cli.users.gateway import user_path
 
-    document: dict[str, Any] = _ask(url, lambda gateway: gateway.json("GET", user_path(user_id, "export")))
+    document = _call(url, lambda client: client.export(user_id))
     for path in write_export(out or default_folder(user_id), document):
         typer.echo(str(path))
     if document["adapter"]:
         typer.echo(document["adapter"]["says"])
 
 
-def _ask(url: str | None, question: Callable[[Gateway], Awaitable[T]]) -> T:
-    async def ask() -> T:
-        async with _gateway(url, _SHORT_PATIENCE_S) as gateway:
-            return await question(gateway)
+def _call(url: str | None, method: Callable[[Client], T]) -> T:
+    from server.cli.users.patience import PatientGateway, client_of
 
-    return asyncio.run(ask())
-
-
-def _gateway(url: str | None, patience_s: float | None = None) -> Gateway:
-    from server.cli.users.gateway import PATIENCE_S, Gateway
-    from server.settings import load_settings
-
-    settings = load_settings()
-    key = settings.api_key.get_secret_value() if settings.api_key else None
-    return Gateway(url or f"http://127.0.0.1:{settings.port}", patience_s or PATIENCE_S, key)
+    with client_of(url) as client:
+        return PatientGateway(client, _SHORT_PATIENCE_S).call(method)

@@ -1,4 +1,4 @@
-"""What a gateway exports of a person, as a folder: `user.json`, and `adapter/` where they have one."""
+"""The export of a user as a folder: `user.json`, and `adapter/` where they have one."""
 
 from __future__ import annotations
 
@@ -24,14 +24,9 @@ def default_folder(user_id: str) -> Path:
 
 
 def write_export(out: Path, document: dict[str, Any]) -> list[Path]:
-    """Write an export. Only its owner can read the folder, which appears when it is complete.
+    """Write what `GET /users/{id}/export` answered to a folder that is not there yet or empty; returns the files.
 
-    Args:
-        out: a folder that is not there yet, or is empty.
-        document: what `GET /users/{id}/export` answered.
-
-    Returns:
-        The files.
+    Only its owner can read the folder, which appears when it is complete.
 
     Raises:
         MtaError: when the folder holds something, or cannot be written.

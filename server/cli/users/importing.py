@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,21 +14,15 @@ from typing import IO, Self
 import orjson
 
 from adapters.errors import MtaError
-from server.cli.users.gateway import Gateway, Refused, user_path
-from server.cli.users.people import Person, read_people
+from server.cli.users.patience import PatientGateway, Refused
+from server.cli.users.people import PersonEntry, read_people
 
 _OUT = Path("out")
 
 
 @dataclass(slots=True)
-class Counts:
-    """How far an import is.
-
-    Attributes:
-        imported: written by this run.
-        before: that an earlier run had written.
-        failed: that cannot be.
-    """
+class ImportCounts:
+    """How many people this run has imported, an earlier run had, and cannot be."""
 
     imported: int = 0
     before: int = 0
@@ -36,16 +30,14 @@ class Counts:
 
     @property
     def seen(self) -> int:
-        """All of them."""
+        """All of these."""
         return self.imported + self.before + self.failed
 
 
 class Journal:
-    """What is done, a hash a line, and what failed, with reasons; a context manager.
+    """What is done, a hash a line, and what failed in this run, with reasons; a context manager.
 
-    Args:
-        done: the file of what is done; it stays, and the next run reads it.
-        failed: the file of what failed in this run.
+    The file of what is done stays, and the next run reads it.
 
     Raises:
         MtaError: when the files cannot be written.
@@ -84,7 +76,7 @@ class Journal:
         self._done.write(digest.hex().encode() + b"\n")
         self._done.flush()
 
-    def fail(self, person: Person, reason: str) -> None:
+    def fail(self, person: PersonEntry, reason: str) -> None:
         """Note why somebody failed."""
         if self._failures is None:
             self._failures = self._files.enter_context(_private(self.failed))
@@ -94,63 +86,60 @@ class Journal:
 
 @dataclass(slots=True)
 class Import:
-    """One run.
+    """One run; `on_count` is called after every person."""
 
-    Attributes:
-        gateway: where to.
-        journal: what is done.
-        told: called after every person.
-        counts: how far it is.
-    """
-
-    gateway: Gateway
+    gateway: PatientGateway
     journal: Journal
-    told: Callable[[Counts], None] = lambda counts: None
-    counts: Counts = field(default_factory=Counts)
+    on_count: Callable[[ImportCounts], None] = lambda counts: None
+    counts: ImportCounts = field(default_factory=ImportCounts)
 
-    async def run(self, path: Path, at_a_time: int) -> Counts:
-        """Import the people of a file.
-
-        Args:
-            path: the file.
-            at_a_time: most requests in flight.
+    def run(self, path: Path, at_a_time: int) -> ImportCounts:
+        """Import the people of a file, with so many requests in flight at most.
 
         Raises:
             MtaError: when the file cannot be read, or the gateway is away for too long; what is done is noted.
         """
-        people = read_people(path)
-        sending = [asyncio.create_task(self._send(people)) for _ in range(at_a_time)]
-        try:
-            await asyncio.gather(*sending)
-        finally:
-            for task in sending:
-                task.cancel()
-            await asyncio.gather(*sending, return_exceptions=True)
+        sent: set[Future[tuple[PersonEntry, str]]] = set()
+        with ThreadPoolExecutor(at_a_time) as threads:
+            try:
+                for person in read_people(path):
+                    if person.fault:
+                        self._note(person, person.fault)
+                    elif person.digest(self.gateway.url) in self.journal:
+                        self.counts.before += 1
+                        self.on_count(self.counts)
+                    else:
+                        sent.add(threads.submit(self._send, person))
+                        if len(sent) == at_a_time:
+                            sent = self._settle(sent, FIRST_COMPLETED)
+                self._settle(sent, ALL_COMPLETED)
+            finally:
+                self.gateway.stop()
         return self.counts
 
-    async def _send(self, people: Iterator[Person]) -> None:
-        """Send one after another of those that nobody has taken."""
-        for person in people:
-            digest = person.digest(self.gateway.url)
-            if person.fault:
-                self._failed(person, person.fault)
-            elif digest in self.journal:
-                self.counts.before += 1
-            else:
-                try:
-                    await self.gateway.call("PUT", user_path(person.user_id, "profile"), {"items": person.items})
-                except Refused as error:
-                    self._failed(person, str(error))
-                else:
-                    self.journal.add(digest)
-                    self.counts.imported += 1
-            self.told(self.counts)
-            if not self.counts.seen % 256:
-                await asyncio.sleep(0)  # a long stretch that is done already must not keep the others waiting
+    def _send(self, person: PersonEntry) -> tuple[PersonEntry, str]:
+        """Them, and why their profile was refused; nothing if it was not."""
+        try:
+            self.gateway.call(lambda client: client.put_profile(person.user_id, person.items))
+        except Refused as error:
+            return person, str(error)
+        return person, ""
 
-    def _failed(self, person: Person, reason: str) -> None:
-        self.journal.fail(person, reason)
-        self.counts.failed += 1
+    def _settle(self, sent: set[Future[tuple[PersonEntry, str]]], when: str) -> set[Future[tuple[PersonEntry, str]]]:
+        """Note what has been answered, and return the rest."""
+        answered, rest = wait(sent, return_when=when)
+        for one in sorted(answered, key=lambda one: one.exception() is not None):
+            self._note(*one.result())
+        return rest
+
+    def _note(self, person: PersonEntry, failed: str) -> None:
+        if failed:
+            self.journal.fail(person, failed)
+            self.counts.failed += 1
+        else:
+            self.journal.add(person.digest(self.gateway.url))
+            self.counts.imported += 1
+        self.on_count(self.counts)
 
 
 def journal_of(path: Path, state: Path | None = None) -> Journal:

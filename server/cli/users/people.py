@@ -1,7 +1,6 @@
 """People from a file, one after another: LaMP's per-user layout, or newline-delimited JSON.
 
-What an item may hold is the bank's to say, so the gateway checks items; only people are read here. Somebody who cannot
-be read is told of, and the rest are read on.
+The gateway checks items: the bank's task says what they hold. A person who cannot be read is an entry with a fault.
 """
 
 from __future__ import annotations
@@ -21,13 +20,12 @@ _LOOK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
-    """Somebody in a file.
+class PersonEntry:
+    """A person in a file.
 
     Attributes:
         place: of the line or the entry, from 1.
         user_id: checked; empty if it cannot be read.
-        items: as the gateway takes them.
         fault: why this person cannot be read; empty if they can.
     """
 
@@ -37,17 +35,13 @@ class Person:
     fault: str = ""
 
     def digest(self, url: str) -> bytes:
-        """Stands for this person with these items at a gateway, and says who it is to nobody."""
+        """A hash of this person with these items at a gateway: it shows nobody who they are."""
         content = orjson.dumps([url, self.user_id, self.items], option=orjson.OPT_SORT_KEYS)
         return hashlib.sha256(content).digest()[:16]
 
 
 def count_people(path: Path) -> int:
-    """How many people a file holds.
-
-    Raises:
-        MtaError: when it cannot be read.
-    """
+    """How many people a file holds; raises MtaError when it cannot be read."""
     try:
         if _is_list(path):
             return len(_read_list(path))
@@ -57,25 +51,21 @@ def count_people(path: Path) -> int:
         raise _unreadable(path, error) from error
 
 
-def read_people(path: Path) -> Iterator[Person]:
-    """The people in a file, in its order.
-
-    Raises:
-        MtaError: when the file cannot be read.
-    """
+def read_people(path: Path) -> Iterator[PersonEntry]:
+    """The people in a file, in its order; raises MtaError when it cannot be read."""
     seen: set[bytes] = set()
     for place, raw in _entries(path):
         person = _person(place, raw)
         who = hashlib.sha256(person.user_id.encode()).digest()[:16]
         if person.user_id and who in seen:
             fault = f"{excerpt(person.user_id)} stands in the file twice: join the entries"
-            person = Person(place, person.user_id, [], fault)
+            person = PersonEntry(place, person.user_id, [], fault)
         seen.add(who)
         yield person
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """The entries of a file with their places; a line that is not JSON as the error that says so."""
+    """The entries of a file with their places; for a line that is not JSON the error that says so."""
     try:
         if _is_list(path):
             yield from enumerate(_read_list(path), 1)
@@ -104,22 +94,22 @@ def _read_list(path: Path) -> list[Any]:
         raise MtaError(f"{path} is not JSON: {error}") from error
 
 
-def _person(place: int, raw: Any) -> Person:
+def _person(place: int, raw: Any) -> PersonEntry:
     if isinstance(raw, ValueError):
-        return Person(place, "", [], f"it is not JSON: {raw}")
+        return PersonEntry(place, "", [], f"it is not JSON: {raw}")
     if not isinstance(raw, dict):
-        return Person(place, "", [], f"it must be an object, got {excerpt(raw)}")
+        return PersonEntry(place, "", [], f"it must be an object, got {excerpt(raw)}")
     named = raw.get("user_id", raw.get("id"))
     if isinstance(named, bool) or not isinstance(named, str | int):
-        return Person(place, "", [], f"it has no user_id (or id), got {excerpt(raw)}")
+        return PersonEntry(place, "", [], f"it has no user_id (or id), got {excerpt(raw)}")
     try:
         user_id = check_user_id(str(named))
     except ValueError as error:
-        return Person(place, "", [], f"user_id {error}, got {excerpt(named)}")
+        return PersonEntry(place, "", [], f"user_id {error}, got {excerpt(named)}")
     items = raw.get("profile", raw.get("items"))
     if not isinstance(items, list) or not items:
-        return Person(place, user_id, [], f"it has no profile: a list of items, got {excerpt(items)}")
-    return Person(place, user_id, [{"text": item} if isinstance(item, str) else item for item in items])
+        return PersonEntry(place, user_id, [], f"it has no profile: a list of items, got {excerpt(items)}")
+    return PersonEntry(place, user_id, [{"text": item} if isinstance(item, str) else item for item in items])
 
 
 def _unreadable(path: Path, error: OSError) -> MtaError:

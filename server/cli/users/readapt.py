@@ -69,13 +69,9 @@ async def _run(settings: Settings, usual: Path | None, at_a_time: int) -> None:
 
 
 def _served(settings: Settings, ring: KeyRing, bank: str, usual: Path | None) -> ServedBanks:
-    """Which bank serves whom.
+    """Which bank serves whom, where `bank` is to be trained for and MTA_BANK is the folder `usual`.
 
-    Args:
-        settings: the process's.
-        ring: which tenant names which bank.
-        bank: the one to train for. Tenants that name none have it too, unless it is a tenant's and not the usual one.
-        usual: folder of MTA_BANK.
+    Tenants that name no bank have `bank` too, unless it is a tenant's and not the usual one.
     """
     from bank.manifest import read_manifest
     from server.store.tenants.user_key import Tenants

@@ -33,6 +33,8 @@ from server.watching.background import StoreSeconds, forever
 from server.watching.logs import RequestIds
 from server.watching.tracing import Tracing
 
+IDLE_ADAPTER_BYTES = 256 << 20
+"""User adapters that an engine keeps beyond those in use."""
 log = logging.getLogger("mta.engine")
 
 
@@ -98,7 +100,7 @@ class MtaEndpointPlugin:
             RpcWorkers(engine_client.collective_rpc),  # type: ignore[union-attr]
             manifests,
             max_rank=args.max_lora_rank,
-            capacity_bytes=settings.user_adapter_mib << 20,
+            capacity_bytes=IDLE_ADAPTER_BYTES,
             in_use=lambda: names.in_use,
         )
         self._watching = asyncio.create_task(forever(SWEEP_S, users.sweep, log))

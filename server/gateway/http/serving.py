@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
     from server.settings import Settings
 
+MAX_HEADER_BYTES = 32 << 10
+"""Of a request's line and headers."""
+HEADER_TIMEOUT_S = 10.0
+
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Uvicorn's configuration; sockets are passed to it when it serves."""
     protocol: Any = partial(
         Connection,
-        max_header_bytes=settings.max_header_bytes,
-        header_timeout_s=settings.header_timeout_s,
+        max_header_bytes=MAX_HEADER_BYTES,
+        header_timeout_s=HEADER_TIMEOUT_S,
         send_timeout_s=settings.send_timeout_s,
     )
     return uvicorn.Config(

@@ -28,6 +28,7 @@ from server.gateway.routes.answers import (
     iso,
 )
 from server.gateway.users.profiles import ProfileUpdate
+from server.settings import MAX_ITEM_BYTES
 from server.store.tenants.user_key import User
 
 router = APIRouter(
@@ -146,7 +147,6 @@ async def _change(
 
 def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
     """Parse the items, all of them before anything is changed."""
-    limit = parts.settings.max_item_bytes
     items = []
     for position, raw in enumerate(raw_items):
         try:
@@ -154,9 +154,10 @@ def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:
         except ProfileError as error:
             raise InvalidRequest(str(error), param=error.param) from error
         size = len(orjson.dumps(dict(item.fields)))
-        if size > limit:
+        if size > MAX_ITEM_BYTES:
             raise InvalidRequest(
-                f"items.{position} has {size} bytes as JSON, at most {limit} are allowed: {excerpt(dict(item.fields))}",
+                f"items.{position} has {size} bytes as JSON, at most {MAX_ITEM_BYTES} are allowed: "
+                f"{excerpt(dict(item.fields))}",
                 param=f"items.{position}",
                 code="item_too_large",
             )

@@ -9,8 +9,7 @@ from typing import Any
 from server.store.adapters import AdapterStore
 from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
-from server.store.profiles import Erasure, ProfileStore
-from server.store.signing import SignQueue
+from server.store.profiles import Erasure, ProfileStore, SignQueue
 from server.store.tenants.user_key import User
 
 

@@ -18,8 +18,16 @@ from bank.items.tasks import Task
 from server.errors import Unavailable, UserErased
 from server.gateway.users.history import HistoryLimit, StoredItems, added, difference, replaced
 from server.store.profile_record import as_stored
-from server.store.profiles import Change, OtherEmbedding, Profile, ProfileStore, Snapshot, StoredItem, StoredVector
-from server.store.signing import SignQueue
+from server.store.profiles import (
+    Change,
+    OtherEmbedding,
+    Profile,
+    ProfileStore,
+    SignQueue,
+    Snapshot,
+    StoredItem,
+    StoredVector,
+)
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")

@@ -26,11 +26,7 @@ return redis.call('SADD', KEYS[1], ARGV[1])
 
 
 class RedisAdapters:
-    """`server.store.adapters.AdapterStore` on Redis.
-
-    Args:
-        connection: shared with the other stores.
-    """
+    """`server.store.adapters.AdapterStore` on Redis."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
@@ -48,7 +44,6 @@ class RedisAdapters:
         return value.decode() if value is not None else None
 
     async def lend(self, user_key: str, stored: StoredAdapter, ttl_s: int) -> None:
-        """Put an adapter where engines look for it, without a job and for a limited time: for an evaluation."""
         fields = ("id", stored.id, "recipe", stored.recipe, "sha256", stored.sha256, "raw", stored.raw)
         await self._connection.write(_LEND, (keys.adapter(user_key),), ttl_s, *fields)
 
@@ -62,16 +57,22 @@ class RedisAdapters:
         return sorted(value.decode() for value in banks)
 
     async def adapted(self) -> dict[str, int]:
-        counts = {bank: await self._count(bank) for bank in await self.banks()}
-        return {bank: count for bank, count in counts.items() if count}
+        banks = await self.banks()
+        async with self._connection.pipeline() as pipe:
+            for bank in banks:
+                pipe.scard(keys.adapted(bank))
+            counts = await pipe.execute()
+        return {bank: count for bank, count in zip(banks, counts, strict=True) if count}
 
     async def adapted_users(self, bank: str) -> AsyncIterator[str]:
-        cursor = 0
+        name, after = keys.adapted(bank), 0
         while True:
-            cursor, members = await self._scan(bank, cursor)
+            async with self._connection.pipeline() as pipe:
+                pipe.sscan(name, after, count=_BATCH)
+                [(after, members)] = await pipe.execute()
             for member in members:
                 yield member.decode()
-            if cursor == 0:
+            if after == 0:
                 return
 
     async def forget_adapted(self, user_key: str, *, but: str = "") -> None:
@@ -80,11 +81,3 @@ class RedisAdapters:
             for bank in banks:
                 pipe.srem(keys.adapted(bank), user_key)
             await pipe.execute()
-
-    async def _count(self, bank: str) -> int:
-        return int(await self._connection.run(lambda redis: redis.scard(keys.adapted(bank))))
-
-    async def _scan(self, bank: str, cursor: int) -> tuple[int, list[bytes]]:
-        """Some users on a bank's list, and the cursor to go on from; 0 at the end."""
-        after, members = await self._connection.run(lambda redis: redis.sscan(keys.adapted(bank), cursor, count=_BATCH))
-        return int(after), members

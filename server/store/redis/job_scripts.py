@@ -2,7 +2,7 @@
 
 The scripts make a job's name from its number; it is in the same slot as the declared keys. Each script may run twice,
 since its answer can be lost on the way: the second run changes nothing and returns the same. What the caller is then
-told is so it writes again as it is, for else nobody waits until that lasts (`RedisConnection.write`).
+told, it writes again as it is, for else nobody waits until that lasts (`RedisConnection.write`).
 """
 
 from __future__ import annotations
@@ -23,176 +23,181 @@ end
 """
 """Whether a user was erased since their epoch was seen; this is forgotten once the tombstone expires."""
 
-_END = """
-local function ended(job, state, ttl)
-  redis.call('HSET', job, 'state', state, 'ended_ms', now)
-  redis.call('HDEL', job, 'lease', 'lease_until', 'lease_ms')
-  redis.call('EXPIRE', job, ttl)
-end
-local function open(job)
+# A lease with more time left than its whole length was given before the clock was set back, and counts as lost.
+_JOB = """
+local function is_open(job)
   local state = redis.call('HGET', job, 'state')
   return state == 'queued' or state == 'running'
 end
+local function lease_left(job)
+  local ends, length = unpack(redis.call('HMGET', job, 'lease_until', 'lease_ms'))
+  local left = tonumber(ends or 0) - now
+  return left > 0 and left <= tonumber(length or left) and left or 0
+end
+local function finish(job, state, kept_s)
+  redis.call('HSET', job, 'state', state, 'ended_ms', now)
+  redis.call('HDEL', job, 'lease', 'lease_until', 'lease_ms')
+  redis.call('EXPIRE', job, kept_s)
+end
 """
 
-# KEYS: jobs, samples, epoch. ARGV: prefix of job names, idempotency key, token, the epoch seen, deadline (ms), bank,
-# config, whether to append, most samples, jobs kept, how long an ended one is kept (s), traceparent, the number before
-# a user's first job, then samples. Returns the job's number, 0 if there would be too many samples, -1 if the user was
-# erased, -2 if the deadline has passed.
+# KEYS: jobs, samples, epoch. ARGV: JSON (`RedisJobs.submit`), then the samples. Returns the job's number, 0 if there
+# would be too many samples, -1 if the user was erased, -2 if it is too late.
 SUBMIT = (
     NOW
     + ERASED_SINCE
-    + _END
+    + _JOB
     + """
-local prefix, key, token = ARGV[1], ARGV[2], ARGV[3]
-if erased_since(KEYS[3], ARGV[4]) then return -1 end
-local last = tonumber(redis.call('HGET', KEYS[1], 'last') or ARGV[13])
-local function again(number)
+local given = cjson.decode(ARGV[1])
+if erased_since(KEYS[3], given.epoch) then return -1 end
+
+local last = tonumber(redis.call('HGET', KEYS[1], 'last') or given.number_before)
+local oldest = math.max(1, last - given.kept + 1)
+local function name(number) return given.prefix .. number end
+local function known(number)
   redis.call('HSET', KEYS[1], 'last', last)
   return number
 end
-local oldest = math.max(1, last - ARGV[10] + 1)
-if key ~= '' then
+if given.key ~= '' then
   for number = last, oldest, -1 do
-    if redis.call('HGET', prefix .. number, 'key') == key then return again(number) end
+    if redis.call('HGET', name(number), 'key') == given.key then return known(number) end
   end
 else
-  local state = redis.call('HGET', prefix .. last, 'state')
+  local state, token = unpack(redis.call('HMGET', name(last), 'state', 'token'))
   local well = state == 'queued' or state == 'running' or state == 'succeeded'
-  if well and redis.call('HGET', prefix .. last, 'token') == token then return again(last) end
+  if well and token == given.token then return known(last) end
 end
-if now > tonumber(ARGV[5]) then return -2 end
-local known, kept, fresh = {}, 0, {}
-local appended = ARGV[8] == '1'
-for _, sample in ipairs(appended and redis.call('LRANGE', KEYS[2], 0, -1) or {}) do
-  known[sample], kept = true, kept + 1
+if now > given.until_ms then return -2 end
+
+local seen, kept, fresh = {}, 0, {}
+for _, sample in ipairs(given.append and redis.call('LRANGE', KEYS[2], 0, -1) or {}) do
+  seen[sample], kept = true, kept + 1
 end
-for i = 14, #ARGV do
-  if not known[ARGV[i]] then known[ARGV[i]], fresh[#fresh + 1] = true, ARGV[i] end
+for i = 2, #ARGV do
+  if not seen[ARGV[i]] then seen[ARGV[i]], fresh[#fresh + 1] = true, ARGV[i] end
 end
-if kept + #fresh > tonumber(ARGV[9]) then return 0 end
-if not appended then redis.call('DEL', KEYS[2]) end
+if kept + #fresh > given.max_samples then return 0 end
+if not given.append then redis.call('DEL', KEYS[2]) end
 for _, sample in ipairs(fresh) do redis.call('RPUSH', KEYS[2], sample) end
-for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do  -- version 0.1 kept idempotency keys there
-  if field ~= 'last' then redis.call('HDEL', KEYS[1], field) end
-end
+
 local number = last + 1
 redis.call('HSET', KEYS[1], 'last', number)
-redis.call('DEL', prefix .. (number - ARGV[10]))
-for older = math.max(1, number - ARGV[10] + 1), last do
-  if open(prefix .. older) then ended(prefix .. older, 'superseded', ARGV[11]) end
+redis.call('DEL', name(number - given.kept))
+for older = math.max(1, number - given.kept + 1), last do
+  if is_open(name(older)) then finish(name(older), 'superseded', given.kept_s) end
 end
-redis.call('HSET', prefix .. number, 'state', 'queued', 'config', ARGV[7], 'created_ms', now, 'bank', ARGV[6],
-  'epoch', ARGV[4], 'token', token)
-if key ~= '' then redis.call('HSET', prefix .. number, 'key', key) end
-if ARGV[12] ~= '' then redis.call('HSET', prefix .. number, 'traceparent', ARGV[12]) end
+redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
+  'epoch', given.epoch, 'token', given.token, 'key', given.key, 'traceparent', given.traceparent)
 return number
 """
 )
 
-# KEYS: job. ARGV: token, how long it is kept (s). Returns 1 if this call ended it.
+# KEYS: jobs. ARGV: prefix of job names. Returns the number of the user's newest job, its state and bank, and for how
+# many ms a worker still has it; nothing for a user without jobs.
+LOOK = (
+    NOW
+    + _JOB
+    + """
+local last = redis.call('HGET', KEYS[1], 'last')
+if not last then return {} end
+local state, bank = unpack(redis.call('HMGET', ARGV[1] .. last, 'state', 'bank'))
+return {last, state, bank, lease_left(ARGV[1] .. last)}
+"""
+)
+
+# KEYS: job. Returns whether this call ended it.
 CANCEL = (
     NOW
-    + _END
+    + _JOB
     + """
-local state = redis.call('HGET', KEYS[1], 'state')
-local mine = redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1]
-if not open(KEYS[1]) then
+local token, kept_s = unpack(ARGV)
+local state, ended_by = unpack(redis.call('HMGET', KEYS[1], 'state', 'ended_by'))
+if not is_open(KEYS[1]) then
   if state then redis.call('HSET', KEYS[1], 'state', state) end
-  return mine and 1 or 0
+  return ended_by == token and 1 or 0
 end
-redis.call('HSET', KEYS[1], 'ended_by', ARGV[1])
-ended(KEYS[1], 'cancelled', ARGV[2])
+redis.call('HSET', KEYS[1], 'ended_by', token)
+finish(KEYS[1], 'cancelled', kept_s)
 return 1
 """
 )
 
-# KEYS: job. ARGV: token, lease (ms), most tries, error after the last, how long it is kept (s). Returns 1 if the
-# caller has it now, 0 if another has it, -1 if there is nothing left to do. A lease with more time left than its whole
-# length was given before the clock was set back, and counts as lost.
+# KEYS: job. Returns whether the caller has it now.
 CLAIM = (
     NOW
-    + _END
+    + _JOB
     + """
-if not open(KEYS[1]) then return -1 end
-if redis.call('HGET', KEYS[1], 'lease') == ARGV[1] then return 1 end
-local left = tonumber(redis.call('HGET', KEYS[1], 'lease_until') or 0) - now
-if left > 0 and left <= tonumber(redis.call('HGET', KEYS[1], 'lease_ms') or left) then return 0 end
-if redis.call('HINCRBY', KEYS[1], 'tries', 1) > tonumber(ARGV[3]) then
-  redis.call('HSET', KEYS[1], 'error', ARGV[4], 'tries', ARGV[3])
-  ended(KEYS[1], 'failed', ARGV[5])
-  return -1
+local token, lease_ms, max_tries, error, kept_s = unpack(ARGV)
+if not is_open(KEYS[1]) then return 0 end
+if redis.call('HGET', KEYS[1], 'lease') == token then return 1 end
+if lease_left(KEYS[1]) > 0 then return 0 end
+if redis.call('HINCRBY', KEYS[1], 'tries', 1) > tonumber(max_tries) then
+  redis.call('HSET', KEYS[1], 'error', error, 'tries', max_tries)
+  finish(KEYS[1], 'failed', kept_s)
+  return 0
 end
-redis.call('HSET', KEYS[1], 'state', 'running', 'lease', ARGV[1], 'lease_until', now + ARGV[2], 'lease_ms', ARGV[2])
+redis.call('HSET', KEYS[1], 'state', 'running', 'lease', token, 'lease_until', now + lease_ms, 'lease_ms', lease_ms)
 redis.call('HSETNX', KEYS[1], 'started_ms', now)
 return 1
 """
 )
 
-# KEYS: job. ARGV: token, lease (ms), step, of, loss, curve (empty if it is as it was). Returns whether the lease holds.
+# KEYS: job. An empty curve leaves it as it was. Returns whether the lease holds.
 RENEW = (
     NOW
     + """
-if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[2], 'lease_ms', ARGV[2], 'step', ARGV[3], 'of', ARGV[4],
-  'loss', ARGV[5])
-if ARGV[6] ~= '' then redis.call('HSET', KEYS[1], 'curve', ARGV[6]) end
+local token, lease_ms, step, of, loss, curve = unpack(ARGV)
+if redis.call('HGET', KEYS[1], 'lease') ~= token then return 0 end
+redis.call('HSET', KEYS[1], 'lease_until', now + lease_ms, 'lease_ms', lease_ms, 'step', step, 'of', of, 'loss', loss)
+if curve ~= '' then redis.call('HSET', KEYS[1], 'curve', curve) end
 return 1
 """
 )
 
-# KEYS: job. ARGV: token, what to add to its tries. Returns whether it is queued again.
+# KEYS: job. Returns whether it is queued again.
 RELEASE = """
-if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
+local token, more_tries = unpack(ARGV)
+if redis.call('HGET', KEYS[1], 'lease') ~= token then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'queued')
-redis.call('HINCRBY', KEYS[1], 'tries', ARGV[2])
+redis.call('HINCRBY', KEYS[1], 'tries', more_tries)
 redis.call('HDEL', KEYS[1], 'lease', 'lease_until', 'lease_ms', 'started_ms', 'step', 'of', 'loss', 'curve')
 return 1
 """
 
 _MINE = """
-if redis.call('HGET', KEYS[1], 'ended_by') == ARGV[1] then
-  redis.call('HSET', KEYS[1], 'ended_by', ARGV[1])
+local given = cjson.decode(ARGV[1])
+if redis.call('HGET', KEYS[1], 'ended_by') == given.token then
+  redis.call('HSET', KEYS[1], 'ended_by', given.token)
   return 1
 end
-if redis.call('HGET', KEYS[1], 'lease') ~= ARGV[1] then return 0 end
+if redis.call('HGET', KEYS[1], 'lease') ~= given.token then return 0 end
 """
 
 _OUTCOME = """
-redis.call('HSET', KEYS[1], 'ended_by', ARGV[1], 'before', ARGV[3], 'after', ARGV[4], 'error', ARGV[5],
-  'adapter', ARGV[6])
-ended(KEYS[1], ARGV[2], ARGV[7])
-"""
-
-# KEYS: job. ARGV: token, state, before, after, error, adapter, how long it is kept (s). Returns whether it was written.
-END = (
-    NOW
-    + _END
-    + _MINE
-    + _OUTCOME
-    + """
+redis.call('HSET', KEYS[1], 'ended_by', given.token, 'before', given.before, 'after', given.after,
+  'error', given.error, 'adapter', given.adapter)
+finish(KEYS[1], given.state, given.kept_s)
 return 1
 """
-)
 
-# KEYS: job, record, adapter, epoch. ARGV: as END, then the record expected, the new one, the adapter's bank, recipe,
-# checksum and bytes. Returns whether all of it was written.
+# KEYS: job. ARGV: JSON (`_outcome` in `jobs.py`). Returns whether it was written.
+END = NOW + _JOB + _MINE + _OUTCOME
+
+# KEYS: job, record, adapter, epoch. ARGV: JSON as of END, and of the adapter; the record expected, the new one, the
+# adapter's bytes. Returns whether all of it was written.
 PROMOTE = (
     NOW
     + ERASED_SINCE
-    + _END
+    + _JOB
     + _MINE
     + """
-if erased_since(KEYS[4], redis.call('HGET', KEYS[1], 'epoch') or '') then return 0 end
-local bank = redis.call('HGET', KEYS[1], 'bank')
-if bank and bank ~= ARGV[10] then return 0 end
-if redis.call('GET', KEYS[2]) ~= ARGV[8] then return 0 end
-redis.call('SET', KEYS[2], ARGV[9])
+local expected, record, raw = unpack(ARGV, 2)
+local epoch, bank = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'bank'))
+if erased_since(KEYS[4], epoch or '') or bank ~= given.bank then return 0 end
+if redis.call('GET', KEYS[2]) ~= expected then return 0 end
+redis.call('SET', KEYS[2], record)
 redis.call('DEL', KEYS[3])
-redis.call('HSET', KEYS[3], 'id', ARGV[6], 'recipe', ARGV[11], 'sha256', ARGV[12], 'raw', ARGV[13])
+redis.call('HSET', KEYS[3], 'id', given.adapter, 'recipe', given.recipe, 'sha256', given.sha256, 'raw', raw)
 """
     + _OUTCOME
-    + """
-return 1
-"""
 )

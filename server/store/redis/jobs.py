@@ -1,28 +1,29 @@
 """Jobs and samples on Redis (keys: `server/store/redis/keys.py`).
 
 A job's hash holds its record (`_FIELDS`); the submission's `token` and `epoch`; `lease`, `lease_until` and
-`lease_ms` while a worker has it; and the token that it was `ended_by`. Workers are woken by a separate queue per bank
-(`queue.py`), which holds user keys: only a user's newest job is ever open. `overdue` walks what is due there, not the
-jobs.
+`lease_ms` while a worker has it; and the token that it was `ended_by`. Only a user's newest job is ever open: so the
+queue of a bank (`queue.py`) holds user keys, and a look at a user is one at that job.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+import time
 from typing import Any
+
+import orjson
 
 from adapters.recipe import parse_recipe
 from server.errors import Unavailable, UserErased
 from server.store.adapters import StoredAdapter
-from server.store.jobs import KEPT_JOBS, KEPT_S, MAX_TRIES, Job, JobId, JobState, Lease, Submission, Trained
+from server.store.jobs import KEPT_JOBS, KEPT_S, MAX_TRIES, Backlog, Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profile_record import encode_profile
 from server.store.profiles import Profile
 from server.store.redis import job_scripts as scripts
 from server.store.redis import keys
 from server.store.redis.adapters import RedisAdapters
-from server.store.redis.queue import LISTED_MS, RedisQueue
+from server.store.redis.queue import RedisQueue
 from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection, readable
 from server.store.samples import Curve, decode_curve, encode_curve
@@ -37,19 +38,14 @@ _NEVER_ENDED = (
     "send fewer or shorter samples, or give workers more; or its record is damaged: send the samples again. "
     "The workers' logs say which"
 )
-_FIELDS = (
-    "state", "config", "bank", "created_ms", "started_ms", "ended_ms", "tries", "step", "of", "loss", "before", "after",
-    "adapter", "error", "curve", "traceparent", "key",
-)  # fmt: skip
+_TEXTS = ("config", "bank", "adapter", "error", "traceparent")
 _WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
+_LOSSES = ("loss", "before", "after")
+_FIELDS = ("state", "curve", "key", *_TEXTS, *_WHOLE, *_LOSSES)
 
 
 class RedisJobs:
-    """`server.store.jobs.JobStore` on Redis.
-
-    Args:
-        connection: checked, or to be checked before the first write.
-    """
+    """`server.store.jobs.JobStore` on Redis."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
@@ -58,37 +54,34 @@ class RedisJobs:
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         queue = self._queue(submission.bank)
-        # Before there is a job: an extra user in the queue does no harm, a missing one would wait for ever.
-        listed_ms = await queue.enlist(user_key)
-        number = await self._connection.write(
-            scripts.SUBMIT,
-            (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key)),
-            keys.job_prefix(user_key),
-            submission.idempotency_key,
-            submission.token,
-            submission.epoch,
-            listed_ms + LISTED_MS,
-            submission.bank,
-            submission.config,
-            int(submission.append),
-            max_samples,
-            KEPT_JOBS,
-            KEPT_S,
-            submission.traceparent,
-            secrets.randbelow(_FIRST_NUMBERS),
-            *submission.samples,
-        )
-        if number == _TOO_MANY:
-            return None
-        if number == _ERASED:
-            raise UserErased
+        # Before there is a job: a look in vain does no harm, a job that nobody looks at would wait for ever.
+        listing = await queue.enlist(user_key, background=submission.background)
+        given = {
+            "prefix": keys.job_prefix(user_key),
+            "number_before": secrets.randbelow(_FIRST_NUMBERS),
+            "kept": KEPT_JOBS,
+            "kept_s": KEPT_S,
+            "until_ms": listing.until_ms,
+            "epoch": submission.epoch,
+            "key": submission.idempotency_key,
+            "token": submission.token,
+            "bank": submission.bank,
+            "config": submission.config,
+            "append": submission.append,
+            "max_samples": max_samples,
+            "traceparent": submission.traceparent,
+        }
+        names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key))
+        number = int(await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples))
+        job = await self.job(JobId(user_key, number)) if number > 0 else None
+        if job is not None and job.state is JobState.QUEUED:
+            await queue.call(user_key, listing, background=submission.background)
+        else:
+            await queue.unlist(listing)
         if number == _LATE:
             raise Unavailable("the store took too long to accept the samples: send the request again")
-        job = await self.job(JobId(user_key, int(number)))
-        if job is None:
+        if job is None and number != _TOO_MANY:
             raise UserErased
-        if not job.state.ended:
-            await queue.call(user_key, listed_ms)
         return job
 
     async def job(self, job_id: JobId) -> Job | None:
@@ -118,153 +111,135 @@ class RedisJobs:
         name = keys.samples(user_key)
         return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
-    async def next_job(self, bank: str, worker: str, wait_s: float) -> JobId | None:
-        queue = self._queue(bank)
-        while (user_key := await queue.next(worker, wait_s)) is not None:
-            newest = await self._newest(user_key)
-            if newest is not None and await self._is_for(newest, bank):
-                return newest
-            await queue.acknowledge(user_key)  # erased, or has requested a job of another bank since
-        return None
-
-    async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
-        token = token or secrets.token_hex(16)
-        taken = await self._connection.write(
-            scripts.CLAIM, (keys.job(job_id),), token, round(lease_s * 1000), MAX_TRIES, _NEVER_ENDED, KEPT_S
-        )
-        job = await self.job(job_id) if taken == 1 else None
-        for queue in self._queues.values():  # from here on the lease says when to check again
-            await queue.acknowledge(job_id.user_key)
-        return Lease(job, token) if job is not None else None
-
-    async def renew(
-        self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None, curve: Curve | None = None
-    ) -> bool:
-        shown = ("" if loss is None else repr(loss), b"" if curve is None else encode_curve(curve))
-        arguments = (lease.token, round(lease_s * 1000), step, of, *shown)
-        return bool(await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), *arguments))
-
-    async def release(self, lease: Lease, *, counts: bool) -> bool:
-        arguments = (lease.token, 0 if counts else -1)
-        released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
-        if released:
-            await self._queue(lease.job.bank).call(lease.job.id.user_key)
-        return released
-
-    async def end(self, lease: Lease, trained: Trained) -> bool:
-        queue, user_key = self._queue(lease.job.bank), lease.job.id.user_key
-        appointment = await queue.appointment(user_key)
-        done = await self._connection.write(scripts.END, (keys.job(lease.job.id),), lease.token, *_outcome(trained, ""))
-        if done:
-            await queue.close(user_key, appointment)
-        return bool(done)
-
-    async def promote(
-        self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
-    ) -> bool:
-        queue, user_key = self._queue(lease.job.bank), lease.job.id.user_key
-        bank, appointment = parse_recipe(raw.recipe).bank, await queue.appointment(user_key)
-        # Before the promotion: an extra user on the list does no harm, a missing one would never be adapted again.
-        await self._adapters.list_adapted(user_key, bank)
-        done = await self._connection.write(
-            scripts.PROMOTE,
-            (keys.job(lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key)),
-            lease.token,
-            *_outcome(trained, raw.id),
-            version,
-            encode_profile(profile),
-            bank,
-            raw.recipe,
-            raw.sha256,
-            raw.raw,
-        )
-        if done:
-            await self._adapters.forget_adapted(user_key, but=bank)
-            await queue.close(user_key, appointment)
-        elif await self._newest(user_key) is None:  # erased meanwhile
-            await self._adapters.forget_adapted(user_key)
-        return bool(done)
-
-    async def open_jobs(self, bank: str) -> int:
-        return await self._queue(bank).open_count()
-
-    async def waiting_jobs(self, bank: str) -> int:
-        return await self._queue(bank).waiting_count()
-
-    async def oldest_waiting_s(self, bank: str) -> float:
-        return await self._queue(bank).oldest_s()
-
-    async def overdue(self, bank: str) -> list[JobId]:
-        queue, announced = self._queue(bank), []
-        await queue.tidy()
-        async for user_key, appointment, now_ms in queue.due():
+    async def next_job(self, bank: str, wait_s: float) -> JobId | None:
+        queue, until_s = self._queue(bank), time.monotonic() + wait_s
+        while (user_key := await queue.take(until_s)) is not None:
             try:
-                job_id = await self._open_job(user_key, bank, now_ms)
-                if job_id is None:
-                    await queue.close(user_key, appointment)
-                elif isinstance(job_id, int):
-                    await queue.look_again(user_key, job_id)
-                elif await queue.call(user_key):
-                    announced.append(job_id)
+                job_id, held_ms = await self._look(user_key, bank)
             except Unavailable as error:
                 if error.code != "store_corrupt":
                     raise
                 log.error("%s: %s", user_key, error.explained)
-                await queue.look_again(user_key, now_ms)  # so that nobody else waits for it
-        return announced
+                continue  # taking it has moved it on: nobody else waits for it
+            if job_id is None:
+                await queue.close(user_key)
+            elif held_ms:
+                await queue.move(user_key, held_ms)
+            else:
+                return job_id
+        return None
+
+    async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
+        token, lease_ms = token or secrets.token_hex(16), round(lease_s * 1000)
+        arguments = (token, lease_ms, MAX_TRIES, _NEVER_ENDED, KEPT_S)
+        if not await self._connection.write(scripts.CLAIM, (keys.job(job_id),), *arguments):
+            return None
+        job = await self.job(job_id)
+        if job is None:
+            return None
+        await self._queue(job.bank).move(job_id.user_key, lease_ms)
+        return Lease(job, token)
+
+    async def renew(
+        self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None, curve: Curve | None = None
+    ) -> bool:
+        queue, lease_ms = self._queue(lease.job.bank), round(lease_s * 1000)
+        shown = (step, of, _text(loss), b"" if curve is None else encode_curve(curve))
+        if not await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), lease.token, lease_ms, *shown):
+            queue.leave(lease.job.id.user_key)
+            return False
+        await queue.move(lease.job.id.user_key, lease_ms)
+        return True
+
+    async def release(self, lease: Lease, *, counts: bool) -> bool:
+        queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
+        released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
+        if released:
+            await queue.move(lease.job.id.user_key, 0)
+        queue.leave(lease.job.id.user_key)
+        return released
+
+    async def end(self, lease: Lease, trained: Trained) -> bool:
+        given = orjson.dumps(_outcome(lease, trained))
+        done = bool(await self._connection.write(scripts.END, (keys.job(lease.job.id),), given))
+        if done:
+            await self._queue(lease.job.bank).close(lease.job.id.user_key)
+        return done
+
+    async def promote(
+        self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
+    ) -> bool:
+        user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
+        # Before the promotion: an extra user on the list does no harm, a missing one would never be adapted again.
+        await self._adapters.list_adapted(user_key, bank)
+        given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
+        names = (keys.job(lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
+        raws = (version, encode_profile(profile), raw.raw)
+        done = bool(await self._connection.write(scripts.PROMOTE, names, orjson.dumps(given), *raws))
+        if done:
+            await self._adapters.forget_adapted(user_key, but=bank)
+            await self._queue(lease.job.bank).close(user_key)
+        elif await self._newest(user_key) is None:  # erased meanwhile
+            await self._adapters.forget_adapted(user_key)
+        return done
+
+    async def backlog(self, bank: str) -> Backlog:
+        return await self._queue(bank).backlog()
 
     async def withdraw(self, user_key: str, bank: str) -> None:
         queue = self._queue(bank)
-        appointment = await queue.appointment(user_key)
-        if await self._newest(user_key) is None:  # else they are back already
-            await queue.close(user_key, appointment)
-
-    async def _open_job(self, user_key: str, bank: str, now_ms: int) -> JobId | int | None:
-        """A user's job of a bank if it needs a worker; if one has it, when its lease runs out (ms); None without."""
-        newest = await self._newest(user_key)
-        if newest is None or not await self._is_for(newest, bank):
-            return None
-        state, lease_until, lease_ms = await self._standing(newest)
-        if state is None or state.ended:
-            return None
-        # A lease with more time left than its whole length was given before the clock was set back.
-        return lease_until if now_ms < lease_until <= now_ms + lease_ms else newest
+        await queue.see(user_key)
+        if await self._newest(user_key) is None:
+            await queue.close(user_key)
+        else:  # they are back already
+            queue.leave(user_key)
 
     def _queue(self, bank: str) -> RedisQueue:
         if bank not in self._queues:
             self._queues[bank] = RedisQueue(self._connection, "jobs", bank)
         return self._queues[bank]
 
+    async def _look(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
+        """A user's open job of a bank, and for how many ms a worker still has it."""
+        name, prefix = keys.jobs(user_key), keys.job_prefix(user_key)
+        found = await self._connection.run(lambda redis: redis.eval(scripts.LOOK, 1, name, prefix))
+        if not found:
+            return None, 0
+        number, state, of_bank, held_ms = found
+        if state is None or of_bank != bank.encode():
+            return None, 0
+        with readable():
+            ended = JobState(state.decode()).ended
+        return None if ended else JobId(user_key, int(number)), held_ms
+
     async def _newest(self, user_key: str) -> JobId | None:
         """The user's newest job; None for a user without any."""
         last = await self._connection.run(lambda redis: redis.hget(keys.jobs(user_key), "last"))
         return JobId(user_key, int(last)) if last is not None else None
 
-    async def _is_for(self, job_id: JobId, bank: str) -> bool:
-        """Whether a job is for a bank; those of version 0.1 are for any."""
-        found = await self._connection.run(lambda redis: redis.hget(keys.job(job_id), "bank"))
-        return found is None or found.decode() == bank
 
-    async def _standing(self, job_id: JobId) -> tuple[JobState | None, int, int]:
-        """A job's state (None without a record), when its lease runs out, and how long the lease is, ms."""
-        fields = ("state", "lease_until", "lease_ms")
-        state, until, lease_ms = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), fields))
-        lease_until = int(until or 0)
-        with readable():
-            return JobState(state.decode()) if state is not None else None, lease_until, int(lease_ms or lease_until)
+def _outcome(lease: Lease, trained: Trained) -> dict[str, object]:
+    return {
+        "token": lease.token,
+        "state": trained.state.value,
+        "before": _text(trained.before),
+        "after": _text(trained.after),
+        "error": trained.error,
+        "adapter": "",
+        "kept_s": KEPT_S,
+    }
 
 
-def _outcome(trained: Trained, adapter: str) -> tuple[object, ...]:
-    losses = ("" if loss is None else repr(loss) for loss in (trained.before, trained.after))
-    return (trained.state.value, *losses, trained.error, adapter, KEPT_S)
+def _text(loss: float | None) -> str:
+    return "" if loss is None else repr(loss)
 
 
 def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
     if values[0] is None:
         return None
-    texts: Mapping[str, str] = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
-    taken: dict[str, Any] = {name: texts[name] for name in ("config", "bank", "adapter", "error", "traceparent")}
-    taken |= {name: int(texts[name] or 0) for name in _WHOLE}
-    taken |= {name: float(texts[name]) if texts[name] else None for name in ("loss", "before", "after")}
-    curve = decode_curve(texts["curve"])
-    return Job(job_id, JobState(texts["state"]), curve=curve, idempotency_key=texts["key"], **taken)
+    texts = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
+    fields: dict[str, Any] = {name: texts[name] for name in _TEXTS}
+    fields |= {name: int(texts[name] or 0) for name in _WHOLE}
+    fields |= {name: float(texts[name]) if texts[name] else None for name in _LOSSES}
+    state, curve = JobState(texts["state"]), decode_curve(texts["curve"])
+    return Job(job_id, state, curve=curve, idempotency_key=texts["key"], **fields)

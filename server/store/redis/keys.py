@@ -16,13 +16,11 @@ Of one user (`server/store/tenants/user_key.py`)::
                                       erasure removed                                     was erased; 10 minutes
                                                                                           if there was none
 
-Of one queue, `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
+Of one queue (`queue.py`), `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
 
-    mta:{<queue>}:calls       stream  user keys; read by a consumer group, entries go when acknowledged
-    mta:{<queue>}:called      hash    user key → its entry in the stream: one call per user at a time
-    mta:{<queue>}:open        zset    user key → when to check whether it is still going on, ms
-    mta:{<queue>}:listed      zset    user key → when a request last announced work for them, ms
-    mta:{<queue>}:begun       hash    user key → how often a worker has begun, and not ended
+    mta:{<queue>}:due         zset    user key → when to look at the user, ms
+    mta:{<queue>}:background  zset    the same, of what nobody asked for
+    mta:{<queue>}:tries       hash    user key → how often a worker has begun with them, and not ended
 
 Of all users::
 
@@ -30,8 +28,8 @@ Of all users::
     mta:adapted:<bank>        set     keys of the users whose adapter was
     mta:{rewrite}             hash    when the file is rewritten (`servers/append_only_file.py`)
     mta:{rewrite}:<server>    hash    the same, of each server of several
-    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `revision`; `bank:<tenant>`
-    mta:{access}:ring         string  the random id of that hash, apart from it since earlier versions read all of it
+    mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`; of all:
+                                      `revision`, `ring` (a random id)
 
 Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
@@ -39,19 +37,12 @@ Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or
     mta:held:running/<owner>  zset    requests in progress → until when, ms               after the last lease
     mta:held:gateways/<engines>  zset  gateways before the same engines → the same        after the last lease
 
-From version 0.1, until a worker or a gateway takes them over::
-
-    mta:jobs, mta:sign        stream  a queue for all banks
-    mta:jobs:open             zset    job id → when to check, ms
-    mta:sign:open             zset    user key → the same
-    mta:{rewrite}:due         string  when the append-only file is rewritten
-
 Scripts are passed these names. Only a job record's is built in Lua, from `job_prefix` and a number.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 from server.store.jobs import JobId
@@ -60,45 +51,20 @@ Work = Literal["jobs", "sign"]
 
 BANKS = "mta:adapted"
 REWRITE = "mta:{rewrite}"
-OLD_REWRITE = f"{REWRITE}:due"
 ACCESS_KEYS = "mta:{access}:keys"
-ACCESS_RING = "mta:{access}:ring"
 
 
-def profile(user_key: str) -> str:
-    return _of_user(user_key, "profile")
+def _of_user(what: str) -> Callable[[str], str]:
+    return lambda user_key: f"mta:{{{user_key}}}:{what}"
 
 
-def items(user_key: str) -> str:
-    return _of_user(user_key, "items")
-
-
-def vectors(user_key: str) -> str:
-    return _of_user(user_key, "vectors")
-
-
-def samples(user_key: str) -> str:
-    return _of_user(user_key, "samples")
-
-
-def adapter(user_key: str) -> str:
-    return _of_user(user_key, "adapter")
-
-
-def jobs(user_key: str) -> str:
-    return _of_user(user_key, "jobs")
-
-
-def job_prefix(user_key: str) -> str:
-    return _of_user(user_key, "job:")
+profile, items, vectors = _of_user("profile"), _of_user("items"), _of_user("vectors")
+samples, adapter, epoch = _of_user("samples"), _of_user("adapter"), _of_user("epoch")
+jobs, job_prefix = _of_user("jobs"), _of_user("job:")
 
 
 def job(job_id: JobId) -> str:
     return f"{job_prefix(job_id.user_key)}{job_id.number}"
-
-
-def epoch(user_key: str) -> str:
-    return _of_user(user_key, "epoch")
 
 
 def rewrite(server: str) -> str:
@@ -119,31 +85,7 @@ def held(name: str) -> str:
     return f"mta:held:{name}"
 
 
-@dataclass(frozen=True, slots=True)
-class QueueKeys:
-    """The keys of one queue; `old` and `old_open` are version 0.1's for the same work."""
-
-    calls: str
-    called: str
-    open: str
-    listed: str
-    begun: str
-    old: str
-    old_open: str
-
-
-def queue(work: Work, bank: str) -> QueueKeys:
+def queue(work: Work, bank: str) -> tuple[str, str, str]:
+    """The names of one queue's keys: due, background, tries."""
     prefix = f"mta:{{{work}:{bank}}}:"
-    return QueueKeys(
-        calls=f"{prefix}calls",
-        called=f"{prefix}called",
-        open=f"{prefix}open",
-        listed=f"{prefix}listed",
-        begun=f"{prefix}begun",
-        old=f"mta:{work}",
-        old_open=f"mta:{work}:open",
-    )
-
-
-def _of_user(user_key: str, what: str) -> str:
-    return f"mta:{{{user_key}}}:{what}"
+    return f"{prefix}due", f"{prefix}background", f"{prefix}tries"

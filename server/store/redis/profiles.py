@@ -35,24 +35,25 @@ NOBODY_S = 600
 _FORGET = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
 """The latter from Valkey 8.1 on, where the former is one of three such logs."""
 
-# KEYS: record, items, vectors, epoch. ARGV: the expected record, the new record, the epoch seen, how many puts, then
-# (id, item, vector) for each, an empty item or vector meaning "unchanged", then the ids to drop. Returns 1 if it is
-# written, 0 if the record is a different one, -1 if the user was erased.
+# KEYS: record, items, vectors, epoch. ARGV as named, then id, item and vector of each put, empty where unchanged; then
+# the ids to drop. Returns 1 if it is written, 0 if the record is a different one, -1 if the user was erased.
 _COMMIT = (
     ERASED_SINCE
     + """
+local expected, record, epoch, puts = unpack(ARGV)
 local current = redis.call('GET', KEYS[1]) or ''
-if current == ARGV[2] then
+if current == record then
   redis.call('SET', KEYS[1], current)
   return 1
 end
-if erased_since(KEYS[4], ARGV[3]) then return -1 end
-if current ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2])
-local drops = 5 + 3 * tonumber(ARGV[4])
+if erased_since(KEYS[4], epoch) then return -1 end
+if current ~= expected then return 0 end
+redis.call('SET', KEYS[1], record)
+local drops = 5 + 3 * tonumber(puts)
 for i = 5, drops - 1, 3 do
-  if ARGV[i + 1] ~= '' then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
-  if ARGV[i + 2] ~= '' then redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 2]) end
+  local id, item, vector = unpack(ARGV, i, i + 2)
+  if item ~= '' then redis.call('HSET', KEYS[2], id, item) end
+  if vector ~= '' then redis.call('HSET', KEYS[3], id, vector) end
 end
 for i = drops, #ARGV do
   redis.call('HDEL', KEYS[2], ARGV[i])
@@ -62,35 +63,34 @@ return 1
 """
 )
 
-# KEYS: epoch, record, items, vectors, jobs, samples, adapter. ARGV: prefix of job names, how many jobs are kept, how
-# long the tombstone of somebody stays, and of nobody (s), the new epoch, deadline (ms), by when the file is rewritten
-# (ms). Returns what the tombstone then says, except the new epoch; nothing if there is somebody and the deadline has
-# passed. A tombstone without counts is that of a user who never existed.
+# KEYS: the tombstone, then all that is stored of the user. Returns what the tombstone then says, except the new epoch;
+# nothing if there is somebody and it is too late. A tombstone without counts is that of a user who never existed.
 _ERASE = (
     ALLOW_OOM
     + NOW
     + """
-if now > tonumber(ARGV[6]) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
-local items, samples = redis.call('HLEN', KEYS[3]), redis.call('LLEN', KEYS[6])
-local adapters, jobs, banks = redis.call('EXISTS', KEYS[7]), 0, {}
-local last = tonumber(redis.call('HGET', KEYS[5], 'last') or 0)
-for number = math.max(1, last - ARGV[2]), last do
-  local bank = redis.call('HGET', ARGV[1] .. number, 'bank')
-  if bank then banks[#banks + 1] = bank end
-  jobs = jobs + redis.call('DEL', ARGV[1] .. number)
+local prefix, kept_jobs, somebody_s, nobody_s, epoch, until_ms, rewritten_by = unpack(ARGV)
+local tombstone, record, items, vectors, job_numbers, samples, adapter = unpack(KEYS)
+if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
+local counts = {
+  'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples), 'adapters', redis.call('EXISTS', adapter)
+}
+local jobs, banks, last = 0, {}, tonumber(redis.call('HGET', job_numbers, 'last') or 0)
+for number = math.max(1, last - kept_jobs), last do
+  banks[#banks + 1] = redis.call('HGET', prefix .. number, 'bank') or nil
+  jobs = jobs + redis.call('DEL', prefix .. number)
 end
 local keys = jobs + redis.call('DEL', unpack(KEYS, 2))
 if keys > 0 then
-  redis.call('HSET', KEYS[1], 'items', items, 'samples', samples, 'jobs', jobs, 'adapters', adapters, 'keys', keys,
-    'rewritten_by', ARGV[7], 'banks', table.concat(banks, ' '))
+  redis.call('HSET', tombstone, 'jobs', jobs, 'keys', keys, 'rewritten_by', rewritten_by,
+    'banks', table.concat(banks, ' '), unpack(counts))
 end
-redis.call('HSET', KEYS[1], 'epoch', ARGV[5])
-local stays = tonumber(keys > 0 and ARGV[3] or ARGV[4])
-if redis.call('TTL', KEYS[1]) < stays then redis.call('EXPIRE', KEYS[1], stays) end
-return redis.call('HMGET', KEYS[1], 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
+redis.call('HSET', tombstone, 'epoch', epoch)
+local stays_s = tonumber(keys > 0 and somebody_s or nobody_s)
+if redis.call('TTL', tombstone) < stays_s then redis.call('EXPIRE', tombstone, stays_s) end
+return redis.call('HMGET', tombstone, 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
 """
 )
-
 
 # KEYS: record. It is written as it is: who waits for that waits for all that was written before.
 _AGAIN = """
@@ -107,11 +107,7 @@ return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('
 
 
 class RedisProfiles:
-    """`server.store.profiles.ProfileStore` on Redis.
-
-    Args:
-        connection: checked, or to be checked before the first write.
-    """
+    """`server.store.profiles.ProfileStore` on Redis."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection

@@ -1,42 +1,132 @@
-"""Queues on Redis (keys: `server/store/redis/keys.py`): they wake workers, and remember which users to check on.
+"""Queues on Redis (keys: `server/store/redis/keys.py`): they say when a worker is to look at whose record.
 
-A user who is called stays in `open` until their work is done. Calls that a worker had read when it died, that never
-reached the stream, or that were lost are made again when the user's time in `open` comes, however busy workers are.
+Whoever takes the first user that is due thereby moves that user's entry on by `GRACE_MS`. So if nothing comes of it the
+next worker looks again: waking and finding what was lost are the same act. After a look the entry is moved on for as
+long as somebody is at work, or removed when nothing is left to do, unless the user was called meanwhile.
+
+A request that is about to create work first adds an entry of its own, `<user key>+<random>`. If the request dies on the
+way, that entry falls due and is taken like any other; nothing that happens to the user's own entry touches it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-from redis.exceptions import ResponseError
+import asyncio
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 from server.errors import Unavailable
-from server.store.jobs import parse_job_id
+from server.store.jobs import Backlog
 from server.store.redis import keys
-from server.store.redis import queue_scripts as scripts
-from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.job_scripts import ALLOW_OOM, NOW
 from server.store.redis.servers.connection import RedisConnection
 
-GROUP = "workers"
-GRACE_MS = 10_000
-"""How long a user waits for a worker before they are called again, unless their call is still unread."""
+POLL_S = 0.4  # how often an idle worker looks whether anybody is due: one command, and nothing is written
+GRACE_MS = 10_000  # how long a worker that has taken a user has to begin, until others look again
+LISTED_MS = 60_000  # how long a request has to create the work that it listed a user for
 
-LISTED_MS = 60_000
-"""How long a request has to create the work that it listed a user for."""
+# KEYS of all: the set of what is due, that of the background, tries. The server's clock is the only one used.
 
-GONE_MS = 3_600_000
-"""A worker that has read nothing for this long is not coming back under its name."""
+_ENLIST = (
+    NOW
+    + """
+local set, entry, ahead = KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[3]
+redis.call('ZADD', set, now + ahead, entry)
+return now
+"""
+)
 
-_BATCH, _BATCHES = 100, 100
-"""How many users one query returns, and how many queries one sweep makes."""
+# Who waits already keeps their place, but not their score: whoever has seen that would remove the entry.
+_CALL = (
+    NOW
+    + """
+local class, user, listed = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+local due = tonumber(redis.call('ZSCORE', KEYS[class], user) or now + 1)
+redis.call('ZADD', KEYS[class], due <= now and due + 1 or now, user)
+redis.call('ZREM', KEYS[3 - class], user)
+redis.call('ZREM', KEYS[class], listed)
+return 1
+"""
+)
+
+# An entry further ahead than this clock ever sets one was made before it was set back.
+_TAKE = (
+    ALLOW_OOM
+    + NOW
+    + """
+local grace, furthest = unpack(ARGV)
+for class = 1, 2 do
+  local found = redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', now, 'LIMIT', 0, 1)[1]
+    or redis.call('ZRANGEBYSCORE', KEYS[class], now + furthest, '+inf', 'LIMIT', 0, 1)[1]
+  if found then
+    local user = string.match(found, '^[^+]+')
+    for each = 1, 2 do redis.call('ZREM', KEYS[each], found, user) end
+    redis.call('ZADD', KEYS[class], now + grace, user)
+    return {user, now + grace}
+  end
+end
+return {}
+"""
+)
+
+# Moves an entry on by so many ms, or removes it where none are given, if it still has the score that the caller saw.
+# Returns its score after that, -1 without one.
+_SETTLE = (
+    ALLOW_OOM
+    + NOW
+    + """
+local user, seen, wait = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+if not wait then redis.call('HDEL', KEYS[3], user) end
+for class = 1, 2 do
+  local due = tonumber(redis.call('ZSCORE', KEYS[class], user) or -1)
+  if due >= 0 and due ~= seen then return due end
+  if due >= 0 and wait then
+    redis.call('ZADD', KEYS[class], now + wait, user)
+    return now + wait
+  end
+  redis.call('ZREM', KEYS[class], user)
+end
+return -1
+"""
+)
+
+_COUNT = (
+    NOW
+    + """
+local all, due, first = 0, 0, now
+for class = 1, 2 do
+  all = all + redis.call('ZCARD', KEYS[class])
+  due = due + redis.call('ZCOUNT', KEYS[class], '-inf', now)
+  first = math.min(first, tonumber(redis.call('ZRANGE', KEYS[class], 0, 0, 'WITHSCORES')[2] or now))
+end
+return {all, due, now - first}
+"""
+)
+
+# Nothing would ever remove what is counted of somebody who was erased meanwhile.
+_BEGIN = """
+if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
+return redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A request's own entry in a set, and until when the request may create its work, in ms by the server's clock."""
+
+    name: str
+    entry: str
+    until_ms: int
 
 
 class RedisQueue:
-    """User keys on their way to workers.
+    """User keys on their way to workers, in two classes: what is in the background comes after all else.
 
     Args:
         connection: shared with the store that holds the work.
-        work: what workers are woken for.
+        work: what workers are to do.
         bank: the 8 hex digits of the bank that the work is for.
     """
 
@@ -44,156 +134,94 @@ class RedisQueue:
         self._connection = connection
         self._bank = bank
         self._keys = keys.queue(work, bank)
-        self._taken: dict[str, tuple[bytes, str]] = {}  # by user key: entry, and appointment then
-        self._has_group = False
-        self._is_listed = False
+        self._seen: dict[str, int] = {}  # by user key: the entry's score when this process last took or moved it
+        self._is_known = False
 
-    async def enlist(self, user_key: str) -> int:
-        """Begin to check on a user, before the work to be checked on is created.
+    async def enlist(self, user_key: str, *, background: bool = False) -> Listing:
+        """Announce that work is about to be created: a worker is to look even if nobody calls."""
+        await self._make_known()
+        entry = f"{user_key}+{secrets.token_hex(4)}"
+        now_ms = await self._write(_ENLIST, 1 + background, entry, LISTED_MS + GRACE_MS)
+        return Listing(self._keys[background], entry, int(now_ms) + LISTED_MS)
 
-        Returns:
-            The time of the listing, in ms by the server's clock: pass it to `call` once the work is created, which must
-            be within `LISTED_MS`.
-        """
-        await self._list()
-        names = (self._keys.open, self._keys.listed)
-        return int(await self._connection.write(scripts.ENLIST, names, user_key, LISTED_MS + GRACE_MS))
+    async def unlist(self, listing: Listing) -> None:
+        """No work was created after all. Without a store the entry falls due, and nothing comes of it."""
+        with suppress(Unavailable):
+            await self._connection.run(lambda redis: redis.zrem(listing.name, listing.entry))
 
-    async def call(self, user_key: str, listed_ms: int = 0) -> bool:
-        """Wake a worker for a user, unless a call is still unread; returns whether one was made."""
-        await self._list()
-        names = (self._keys.calls, self._keys.called, self._keys.open, self._keys.listed)
-        return bool(await self._connection.write(scripts.CALL, names, user_key, GRACE_MS, listed_ms, GROUP))
+    async def call(self, user_key: str, listing: Listing | None = None, *, background: bool = False) -> None:
+        """Have a worker look at a user now."""
+        await self._make_known()
+        await self._write(_CALL, 1 + background, user_key, listing.entry if listing else "")
 
-    async def next(self, worker: str, wait_s: float) -> str | None:
-        """Wait for a user key, to be acknowledged with `acknowledge`."""
-        await self._make_group()
-        block_ms = max(1, round(wait_s * 1000))
-        try:
-            streams = await self._connection.run(
-                lambda redis: redis.xreadgroup(GROUP, worker, {self._keys.calls: ">"}, count=1, block=block_ms),
-                wait_s + WRITE_TIMEOUT_S,
-                waits=True,
-            )
-        except Unavailable:
-            self._has_group = False  # the server that comes back may be another one
-            raise
-        if not streams:
-            return None
-        entry, fields = streams[0][1][0]
-        user_key: str = fields[b"id"].decode()
-        self._taken[user_key] = entry, await self.appointment(user_key)
-        return user_key
+    async def take(self, until_s: float) -> str | None:
+        """Wait, until a time by `time.monotonic`, for a user who is due."""
+        while time.monotonic() < until_s:
+            if found := await self._run(_TAKE, GRACE_MS, 2 * (LISTED_MS + GRACE_MS)):
+                user_key: str = found[0].decode()
+                self._seen[user_key] = int(found[1])
+                return user_key
+            await asyncio.sleep(max(0.0, min(POLL_S, until_s - time.monotonic())))
+        return None
 
-    async def acknowledge(self, user_key: str) -> str:
-        """Acknowledge the call that `next` returned; returns the user's appointment at that time."""
-        entry, appointment = self._taken.pop(user_key, (b"", ""))
-        if entry:
-            names = (self._keys.calls, self._keys.called, self._keys.begun)
-            await self._connection.write(scripts.ACKNOWLEDGE, names, user_key, GROUP, entry)
-        return appointment
+    async def move(self, user_key: str, wait_ms: int) -> None:
+        """Look at a user again after so long. It is no fault if this fails: then somebody looks too early."""
+        with suppress(Unavailable):
+            self._seen[user_key] = int(await self._run(_SETTLE, user_key, self._seen.get(user_key, -1), wait_ms))
+
+    async def close(self, user_key: str) -> None:
+        """Look at a user no more, unless they were called since this process last took or moved or saw them."""
+        await self._write(_SETTLE, user_key, self._seen.pop(user_key, -1))
+
+    async def see(self, user_key: str) -> None:
+        """Note when a user is due, for `close` or `leave`."""
+        self._seen[user_key] = int(await self._run(_SETTLE, user_key, -2, 0))
+
+    def leave(self, user_key: str) -> None:
+        """Leave a user to others."""
+        self._seen.pop(user_key, None)
+
+    async def backlog(self) -> Backlog:
+        """How many users there are, and how many of them are due."""
+        all_, due, oldest_ms = await self._run(_COUNT)
+        return Backlog(all_, due, oldest_ms / 1000)
 
     async def begin(self, user_key: str) -> int:
-        """Count an attempt; returns how many there have been since `acknowledge`; 0 for who has left the queue."""
-        names = (self._keys.open, self._keys.begun)
-        return int(
-            await self._connection.run(
-                lambda redis: redis.eval(scripts.BEGIN, len(names), *names, user_key), WRITE_TIMEOUT_S
-            )
-        )
+        """Count an attempt; returns how many there were since `close`; 0 for who has left the queue."""
+        return int(await self._run(_BEGIN, user_key))
 
-    async def due(self) -> AsyncIterator[tuple[str, str, int]]:
-        """Users who are due for a check, each with their appointment and the server's time in ms; the caller is to
-        `call`, `look_again` or `close` each of them.
+    async def _write(self, script: str, *arguments: object) -> Any:
+        return await self._connection.write(script, self._keys, *arguments)
 
-        A time too far ahead to have been set by this clock counts as reached: the clock was set back.
-        """
-        for _ in range(_BATCHES):
-            now_ms, found = await self._connection.write(scripts.DUE, (self._keys.open,), LISTED_MS + GRACE_MS, _BATCH)
-            texts = [text.decode() for text in found]
-            for user_key, appointment in zip(texts[::2], texts[1::2], strict=True):
-                yield user_key, appointment, int(now_ms)
-            if len(texts) < 2 * _BATCH:
-                return
+    async def _run(self, script: str, *arguments: object) -> Any:
+        """A script whose changes need not last."""
+        return await self._connection.run(lambda redis: redis.eval(script, len(self._keys), *self._keys, *arguments))
 
-    async def appointment(self, user_key: str) -> str:
-        """When a user is to be checked on, as the server writes it; empty if never. It changes with every call and
-        listing, so that `close` can tell whether there was one since."""
-        score = await self._connection.run(lambda redis: redis.execute_command("ZSCORE", self._keys.open, user_key))
-        return _text(score)
-
-    async def look_again(self, user_key: str, after_ms: int) -> None:
-        """Check on a user again `GRACE_MS` after a time in ms."""
-        await self._connection.run(
-            lambda redis: redis.zadd(self._keys.open, {user_key: after_ms + GRACE_MS}), WRITE_TIMEOUT_S
-        )
-
-    async def close(self, user_key: str, appointment: str) -> None:
-        """Stop checking on a user, and take back any call, unless they were called or listed since.
-
-        Args:
-            user_key: which user.
-            appointment: the user's, read before the caller found that nothing is left to do.
-        """
-        names = (self._keys.calls, self._keys.called, self._keys.open, self._keys.listed, self._keys.begun)
-        await self._connection.write(scripts.CLOSE, names, user_key, GROUP, appointment, LISTED_MS)
-
-    async def open_count(self) -> int:
-        """How many users are checked on."""
-        return int(await self._connection.run(lambda redis: redis.zcard(self._keys.open)))
-
-    async def waiting_count(self) -> int:
-        """How many users are called."""
-        return int(await self._connection.run(lambda redis: redis.hlen(self._keys.called)))
-
-    async def oldest_s(self) -> float:
-        """How long the oldest call has waited for somebody to begin with it; 0 without one."""
-        waited_ms = await self._connection.run(lambda redis: redis.eval(scripts.OLDEST, 1, self._keys.calls))
-        return int(waited_ms) / 1000
-
-    async def tidy(self) -> None:
-        """Forget workers that are gone, and take over what version 0.1 left in its queue."""
-        await self._adopt()
-        await self._make_group()
-        for consumer in await self._connection.run(lambda redis: redis.xinfo_consumers(self._keys.calls, GROUP)):
-            if consumer["idle"] > GONE_MS and not consumer["pending"]:
-                name = consumer["name"]
-                await self._delete(name)
-
-    async def _list(self) -> None:
+    async def _make_known(self) -> None:
         """Put the bank on the list of those whose queues an erasure looks into, once for all users."""
-        if not self._is_listed:
+        if not self._is_known:
             await self._connection.run(lambda redis: redis.sadd(keys.BANKS, self._bank))
-            self._is_listed = True
-
-    async def _delete(self, consumer: bytes) -> None:
-        await self._connection.run(lambda redis: redis.xgroup_delconsumer(self._keys.calls, GROUP, consumer))
-
-    async def _adopt(self) -> None:
-        """Version 0.1 kept one queue for all banks: a stream whose entries went when they were read, and a zset."""
-        members = await self._connection.run(lambda redis: redis.zrange(self._keys.old_open, 0, -1))
-        for member in members:
-            job_id = parse_job_id(member.decode())  # for signatures, user keys
-            await self.call(job_id.user_key if job_id else member.decode())
-        if members:
-            await self._connection.run(lambda redis: redis.zrem(self._keys.old_open, *members), WRITE_TIMEOUT_S)
-            await self._connection.run(lambda redis: redis.delete(self._keys.old), WRITE_TIMEOUT_S)
-
-    async def _make_group(self) -> None:
-        if self._has_group:
-            return
-        try:
-            await self._connection.run(
-                lambda redis: redis.xgroup_create(self._keys.calls, GROUP, id="0", mkstream=True)
-            )
-        except Unavailable as error:
-            if not (isinstance(error.__cause__, ResponseError) and "BUSYGROUP" in str(error.__cause__)):
-                raise
-        self._has_group = True
+            self._is_known = True
 
 
-def _text(score: object) -> str:
-    """A score as Lua sees it: RESP3 gives a number, RESP2 a string."""
-    if score is None:
-        return ""
-    return score.decode() if isinstance(score, bytes) else f"{score:.17g}"
+class RedisSigning:
+    """`server.store.profiles.SignQueue` on Redis, for a bank's 8 hex digits."""
+
+    def __init__(self, connection: RedisConnection, bank: str) -> None:
+        self._queue = RedisQueue(connection, "sign", bank)
+
+    async def ask(self, user_key: str) -> None:
+        await self._queue.call(user_key)
+
+    async def take(self, wait_s: float) -> str | None:
+        return await self._queue.take(time.monotonic() + wait_s)
+
+    async def begin(self, user_key: str) -> int:
+        return await self._queue.begin(user_key)
+
+    async def done(self, user_key: str) -> None:
+        await self._queue.close(user_key)
+
+    async def withdraw(self, user_key: str) -> None:
+        await self._queue.see(user_key)
+        await self._queue.close(user_key)

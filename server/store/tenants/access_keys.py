@@ -38,13 +38,8 @@ class AccessKey:
 
     Attributes:
         digest: SHA-256 of the secret, 64 hex digits.
-        name: what its maker calls it.
-        tenant: whose users it reaches.
-        scopes: what it allows; at least one.
         last: the secret's last four characters, to recognise it by.
-        created_ms: when it was made, Unix time in milliseconds.
-        revoked_ms: since when it counts no more; None while it does.
-        allowance: how much may be asked for with it, where that is not as usual.
+        created_ms, revoked_ms: Unix time in milliseconds; a revoked key counts no more.
     """
 
     digest: str
@@ -70,7 +65,7 @@ class KeyRing:
         revision: grows with every change; 0 while no key has ever been made.
         keys: oldest first, revoked ones included.
         banks: of tenants that name one, its 8 hex digits.
-        id: random, given with its first change; empty for a ring that an earlier version made, until its next change.
+        id: random, given with its first change; empty before.
     """
 
     revision: int
@@ -92,30 +87,15 @@ class AccessKeys(Protocol):
         """All of them."""
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
-        """Keep a key; on disk when it returns.
-
-        Args:
-            key: new.
-            only_first: do nothing if there is one already, even a revoked one.
-
-        Returns:
-            Whether it is kept.
-        """
+        """Keep a key, on disk when it returns: with `only_first` only if there is none yet, not even a revoked one.
+        Returns whether it is kept."""
 
     async def name_bank(self, tenant: str, bank: str) -> None:
-        """Have a tenant that has keys be served by a bank; on disk when it returns.
-
-        Args:
-            tenant: whose users are served by it.
-            bank: its 8 hex digits; empty for the gateways' own.
-        """
+        """Have a tenant that has keys be served by a bank (8 hex digits; empty for the gateways' own); on disk when it
+        returns."""
 
     async def revoke(self, digest: str, now_ms: int) -> bool:
-        """Have a key count no more; on disk when it returns.
-
-        Returns:
-            Whether it counted until now.
-        """
+        """Have a key count no more, on disk when it returns; returns whether it counted until now."""
 
 
 def new_secret() -> str:

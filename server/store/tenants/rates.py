@@ -12,13 +12,8 @@ DAY_S = 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What one key, or one user, may use; 0 for any amount, None where nothing was said.
-
-    Attributes:
-        requests, tokens: within a minute.
-        jobs: adapt jobs within a day.
-        concurrent: requests at once.
-    """
+    """What one key, or one user, may use: requests and tokens in a minute, adapt jobs in a day, requests at once.
+    0 for any amount, None where nothing was said."""
 
     requests: int | None = None
     tokens: int | None = None
@@ -40,14 +35,7 @@ AS_USUAL = Allowance()
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A limit on what somebody uses within a time.
-
-    Attributes:
-        what: is used: `requests`, `tokens` or `jobs`.
-        owner: who uses it; shows no user id.
-        most: how much may be used.
-        window_s: within how long.
-    """
+    """A limit: within a window an owner, whose name shows no user id, may use `most` requests, tokens or jobs."""
 
     what: str
     owner: str
@@ -82,19 +70,14 @@ class BucketLevel:
 
 @dataclass(frozen=True, slots=True)
 class BucketLevels:
-    """What came of some uses.
-
-    Attributes:
-        fit: which of them there was room for; they were counted if there was for all.
-        levels: of each one's rate, afterwards.
-    """
+    """What came of some uses: which of them there was room for, and the level of each one's rate afterwards. They were
+    counted if there was room for all."""
 
     fit: Sequence[bool]
     levels: Sequence[BucketLevel]
 
     @property
     def counted(self) -> bool:
-        """Whether the uses were counted."""
         return all(self.fit)
 
 
@@ -108,24 +91,17 @@ class Rates(Protocol):
     async def take(self, uses: Sequence[Use]) -> BucketLevels:
         """Use some of what an owner's rates allow: all of it, or nothing if there is too little left of one.
 
-        Args:
-            uses: all of one owner, no rate twice. An amount of 0 only asks.
+        All uses are of one owner, no rate twice. An amount of 0 only asks.
         """
 
     async def correct(self, uses: Sequence[Use]) -> None:
         """Count so much more or less of an owner's rates, whatever is left: no level leaves 0 to `most`."""
 
     async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
-        """Be among those who hold something, for some time or until `let_go`; calling it again renews that.
+        """Be among those who hold something, for `lease_s` or until `let_go`; calling it again renews that.
 
-        Args:
-            name: what is held.
-            members: who, by names that nobody else uses.
-            lease_s: for how long.
-            most: how many may hold it; None for any number.
-
-        Returns:
-            How many hold it now; None if there is no room for all of the members.
+        Returns how many hold it now; None if there is no room for all of the members, whose names nobody else uses,
+        among the `most` that may hold it.
         """
 
     async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:

@@ -1,7 +1,4 @@
-"""User ids: which are accepted, and the keyed hash that stands for one outside its own profile record.
-
-The hash covers the tenant: the same id is another user in each.
-"""
+"""User ids: which are accepted, and the keyed hash that stands for one outside its own profile record."""
 
 from __future__ import annotations
 
@@ -39,27 +36,17 @@ def check_user_id(user_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user of one tenant.
+    """A user of one tenant: the id as the app gives it, already checked, and the key that stands for it.
 
-    Attributes:
-        id: as the app gives it, already checked.
-        key: what stands for the id outside the user's own profile record: 26 characters of base32 (128 bits), the
-            alphabet of recipe names.
-        former: keys under which version 0.1, which took each Unicode normal form for a separate user, may have stored
-            them; needed for erasing. Empty for an id that has only one form, such as ASCII.
+    A key has 26 characters of base32 (128 bits), the alphabet of recipe names.
     """
 
     id: str
     key: str
-    former: tuple[str, ...] = ()
-
-    def is_stored_under(self, key: str) -> bool:
-        """Whether a key stands, or once stood, for this user."""
-        return key == self.key or key in self.former
 
 
 class UserKeys:
-    """The keyed hashes of one tenant's users.
+    """The keyed hashes of one tenant's users: the same id is another user in each tenant.
 
     Args:
         secret: the same for all gateways, never changed: without it no user can be found again.
@@ -84,20 +71,12 @@ class UserKeys:
         """What vLLM salts this tenant's prefix cache with: cached timing then says nothing to other tenants."""
 
     def user(self, user_id: str) -> User:
-        """The tenant's user with this id."""
-        return User(user_id, self.key(user_id), () if user_id.isascii() else self._former(user_id))
+        return User(user_id, self.key(user_id))
 
     def key(self, user_id: str) -> str:
-        """The user's key.
-
-        It is made from the id in Unicode normal form C: `é` is one letter, whether an app sends it as one character or
-        two.
-        """
+        """The user's key, made from the id in Unicode normal form C: `é` is one letter, whether an app sends it as one
+        character or two."""
         return self._digest(f"{self._tenant}\0{unicodedata.normalize('NFC', user_id)}")
-
-    def _former(self, user_id: str) -> tuple[str, ...]:
-        forms = {user_id, unicodedata.normalize("NFD", user_id)} - {unicodedata.normalize("NFC", user_id)}
-        return tuple(self._digest(f"{self._tenant}\0{form}") for form in sorted(forms))
 
     def _digest(self, text: str) -> str:
         digest = hmac.digest(self._secret, text.encode(), hashlib.sha256)
@@ -105,22 +84,14 @@ class UserKeys:
 
 
 class Tenants:
-    """The user keys of each tenant, made when they are first needed.
-
-    Args:
-        secret: as of `UserKeys`.
-        tenant: one that is sure to be needed, so that a secret that does not do is noticed at once.
-
-    Raises:
-        MtaError: as `UserKeys`.
-    """
+    """The user keys of each tenant, made when they are first needed; those of `tenant` at once, so that a secret that
+    does not do is noticed. Arguments and errors as of `UserKeys`."""
 
     def __init__(self, secret: str | None, tenant: str) -> None:
         self._secret = secret
         self._known = {tenant: UserKeys(secret, tenant)}
 
     def users(self, tenant: str) -> UserKeys:
-        """The keys of a tenant's users."""
         if (users := self._known.get(tenant)) is None:
             users = self._known[tenant] = UserKeys(self._secret, tenant)
         return users

@@ -129,5 +129,5 @@ def test_the_defaults_are_what_was_found_to_help_with_a_task() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_is_from_0_to_1(share: float) -> None:
-    with pytest.raises(BankError, match=r"^--history-share must be from 0 to 1"):
+    with pytest.raises(BankError, match=r"^--history-share: .* than or equal to [01], got"):
         BuildOptions("chat", history_share=share)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from server.cli import app
+from server.cli.bench.commands import BENCHMARKS
 
 OPTIONS = {
     "cost": "--without-lora",
@@ -33,8 +37,17 @@ def test_each_benchmark_shows_its_own_options(name: str, option: str) -> None:
 
 
 def test_all_of_them_are_listed() -> None:
-    listed = CliRunner().invoke(app, ["bench", "--help"]).output
-    assert all(name in listed for name in OPTIONS)
+    listed = [CliRunner().invoke(app, [*group, "--help"]).output for group in (["bench"], ["bench", "fleet"])]
+    assert all(name in listed[0] for name in [*OPTIONS, "overload", "fairness", "fleet"])
+    assert all(name in listed[1] for name in ["chaos", "replicas", "simulate", "rolling"])
+
+
+@pytest.mark.parametrize("module", BENCHMARKS)
+def test_each_has_a_main(module: str) -> None:
+    spec = find_spec(module)
+    assert spec
+    assert spec.origin
+    assert "\ndef main(" in Path(spec.origin).read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["cost", "cold", "thrash", "stall", "adapt"])

@@ -14,11 +14,9 @@ import pytest
 
 from bench.rig.processes import Background, alive, descendants, wait_until
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.guarded import GuardedProcess
-from server.supervisor.part import Backoff
-from server.supervisor.probes import writes
+from server.supervisor.parts import writes
 from server.supervisor.status import State
-from server.supervisor.supervisor import Supervisor
+from server.supervisor.supervisor import Backoff, GuardedProcess, Supervisor
 from tests.unit.supervisor.conftest import FAMILY, FAMILY_SIZE, Record, pid_of, python_part, run_until
 
 CHATTER = """

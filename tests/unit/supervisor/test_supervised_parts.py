@@ -15,8 +15,7 @@ import redis.asyncio
 from bench.rig.processes import PATIENCE_S, command_line, descendants
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.errors import StartError
-from server.supervisor.guarded import GRACE_S, GuardedProcess
+from server.supervisor.parts import StartError
 from server.supervisor.router import router_part
 from server.supervisor.services import (
     DRAIN_S,
@@ -28,6 +27,7 @@ from server.supervisor.services import (
     valkey_part,
     worker_part,
 )
+from server.supervisor.supervisor import GRACE_S, GuardedProcess
 
 
 def test_a_data_folder_in_use_is_refused_with_the_pid_of_its_user(data: DataFolder) -> None:
@@ -77,7 +77,7 @@ async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_
         for pid in descendants(os.getpid()):
             assert password not in command_line(pid)
     finally:
-        await process.stop(PATIENCE_S)
+        await process.stop(PATIENCE_S, asyncio.Event())
         data.close()
     assert list(data.valkey.glob("appendonlydir/*.aof"))
 

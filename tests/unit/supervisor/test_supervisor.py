@@ -12,11 +12,10 @@ import pytest
 from bench.rig.processes import PATIENCE_S, alive
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.errors import StartError
-from server.supervisor.part import Backoff
+from server.supervisor.parts import StartError
 from server.supervisor.services import worker_part
 from server.supervisor.status import State
-from server.supervisor.supervisor import Supervisor
+from server.supervisor.supervisor import Backoff, Supervisor
 from tests.unit.supervisor.conftest import SLEEP, Record, pid_of, python_part, run_until, waits_for
 
 

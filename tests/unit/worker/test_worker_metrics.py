@@ -15,7 +15,7 @@ from server.worker.metrics import WorkerMetrics
 
 
 def job(tries: int) -> Job:
-    return Job(JobId("user", 1), JobState.RUNNING, "{}", created_ms=1_000, started_ms=4_000, tries=tries)
+    return Job(JobId("user", 1), JobState.RUNNING, "{}", 1_000, "9f2c41d0", started_ms=4_000, tries=tries)
 
 
 def shown(port: int) -> dict[str, float]:

@@ -17,26 +17,19 @@ from server.store.redis.servers.base import (
     CONNECTIONS,
     READ_TIMEOUT_S,
     WAITAOF,
-    WAITAOF_TIMEOUT_MS,
-    Server,
+    StoreServer,
+    check_confirmed,
     durability_of,
-    unconfirmed,
 )
 
 T = TypeVar("T")
 
 
 class Alone:
-    """`Servers` that are one.
+    """`Servers` that are one, at a URL as in redis-py; raises `ValueError` when it cannot be read.
 
-    Behind its address may be another one tomorrow. Whoever meets a server that takes no writes drops all connections:
-    they are made anew, to whoever has the address then.
-
-    Args:
-        url: as in redis-py: `redis://`, `rediss://` or `unix://`.
-
-    Raises:
-        ValueError: when the URL cannot be read.
+    Behind the address may be another server tomorrow. Whoever meets one that takes no writes drops all connections:
+    they are made anew, to the server that has the address then.
     """
 
     def __init__(self, url: str) -> None:
@@ -75,8 +68,8 @@ class Alone:
     async def durability(self) -> Durability:
         return await self._anew(self._look)
 
-    async def members(self) -> list[Server]:
-        return [Server("", self._client.execute_command)]
+    async def members(self) -> list[StoreServer]:
+        return [StoreServer("", self._client.execute_command)]
 
     async def holders(self, name: str) -> list[str]:
         return [""]
@@ -92,9 +85,8 @@ class Alone:
             pipe.eval(script, len(names), *names, *arguments)
             if durability is Durability.WAITAOF:
                 pipe.execute_command(*WAITAOF)
-            answer, *fsynced = await pipe.execute()
-        if fsynced and fsynced[0][0] < 1:
-            raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
+            answer, *confirmed = await pipe.execute()
+        check_confirmed(confirmed)
         return answer
 
     async def _look(self) -> Durability:
@@ -106,7 +98,7 @@ class Alone:
         return await durability_of(self._client.execute_command)
 
     async def _anew(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do it once more, over a new connection, where the server takes no writes: then nothing was written."""
+        """Repeat it over a new connection if the server takes no writes: then nothing was written."""
         try:
             return await work()
         except ReadOnlyError:
@@ -118,7 +110,7 @@ class Alone:
             raise
 
     async def _drop(self) -> None:
-        """Connect anew: at once, or as soon as who uses a connection has done with it."""
+        """Connect anew: at once, or as soon as a connection is free."""
         pool = self._client.connection_pool
         await pool.update_active_connections_for_reconnect()
         await pool.disconnect(inuse_connections=False)

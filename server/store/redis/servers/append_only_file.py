@@ -17,34 +17,24 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+import orjson
 from redis.exceptions import ResponseError
 
 from server.errors import Unavailable
-from server.store.durability import LOOK_S, Asked
+from server.store.durability import LOOK_S, Rewrite
 from server.store.redis import keys
 from server.store.redis.job_scripts import ALLOW_OOM, NOW
-from server.store.redis.servers.base import Server
+from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.connection import RedisConnection
 
 log = logging.getLogger("mta.store")
 
-INTERVAL_MS = 3_600_000
-"""Shortest time between the starts of two rewrites."""
-
-ASKED_MS = 60_000
-"""How soon after the request the erasure must happen."""
-
-CLOCKS_MS = 10_000
-"""How far apart the clocks of a cluster's servers may be: the erasure's deadline is judged by another."""
-
-BEGIN_MS = 30_000
-"""A gateway that has claimed a rewrite and not begun it within this time never will."""
-
-REWRITE_MS = 600_000
-"""How long a rewrite is assumed to take in the promised time."""
-
-RETRY_MS = 60_000
-"""How long after a failed rewrite the next one is begun; each further failure doubles it, up to `INTERVAL_MS`."""
+INTERVAL_MS = 3_600_000  # shortest time between the starts of two rewrites
+ASKED_MS = 60_000  # how soon after the request the erasure must happen
+CLOCKS_MS = 10_000  # how far apart the clocks of a cluster's servers may be: another one judges the erasure's deadline
+BEGIN_MS = 30_000  # a gateway that has claimed a rewrite and not begun it within this time never will
+REWRITE_MS = 600_000  # how long a rewrite is assumed to take in the promised time
+RETRY_MS = 60_000  # until a failed rewrite is tried again; each further failure doubles it, up to `INTERVAL_MS`
 
 # KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the time, and when a rewrite is due that is sure to begin
 # after the erasure: the one that is already due may begin too early.
@@ -63,21 +53,6 @@ end
 local began = redis.call('HEXISTS', KEYS[1], 'began') == 1
 if began or due < from then due = math.max(due, now) + ARGV[1] end
 return {now, due}
-"""
-)
-
-# KEYS: rewrite. ARGV: the server's run, its count of rewrites, interval. Returns whether the caller should begin
-# one now. A time too far ahead to have been set by this clock counts as reached.
-_TAKE = (
-    ALLOW_OOM
-    + NOW
-    + """
-local due = tonumber(redis.call('HGET', KEYS[1], 'due') or now + 1)
-if due > now and due < now + 2 * ARGV[3] then return 0 end
-local retry = tonumber(redis.call('HGET', KEYS[1], 'retry') or 0)
-if retry > now and retry <= now + ARGV[3] then return 0 end
-redis.call('HSET', KEYS[1], 'began', now, 'run', ARGV[1], 'count', ARGV[2])
-return 1
 """
 )
 
@@ -109,32 +84,40 @@ return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
 """
 )
 
-# KEYS: rewrite. ARGV: the server's run, its count of rewrites, whether the last succeeded, interval, time to erase,
-# time to begin, time until the next try (ms). Returns whether the caller may begin one: not while another is about to;
-# below zero, how often rewrites have failed in a row, one of them just now.
+# KEYS: rewrite. Returns 1 if the caller should begin a rewrite now, 0 if nobody should; below zero, how often rewrites
+# have failed in a row, one of them just now. A time too far ahead to have been set by this clock counts as reached.
 _SETTLE = (
     ALLOW_OOM
     + NOW
     + _FAIL
     + """
-local began = tonumber(redis.call('HGET', KEYS[1], 'began'))
-if not began then return 1 end
-local same = redis.call('HGET', KEYS[1], 'run') == ARGV[1]
-local counted = tonumber(redis.call('HGET', KEYS[1], 'count')) < tonumber(ARGV[2])
-if same and not counted then  -- nobody has begun it
-  if now >= began and now - began < tonumber(ARGV[6]) then return 0 end
-  redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
-  return 1
+local run, count, well, times = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
+local function get(field) return redis.call('HGET', KEYS[1], field) end
+
+local began = tonumber(get('began'))
+if began then
+  local same = get('run') == run
+  if same and tonumber(get('count')) >= tonumber(count) then  -- nobody has begun it
+    if now >= began and now - began < times.to_begin then return 0 end
+    redis.call('HDEL', KEYS[1], 'began', 'run', 'count')
+  elseif not same or well ~= '1' then
+    return failed(times.to_retry, times.interval)
+  else
+    redis.call('HDEL', KEYS[1], 'began', 'run', 'count', 'failures', 'retry')
+    redis.call('HSET', KEYS[1], 'last', began)
+    local from = tonumber(get('asked') or 0) + times.to_erase
+    if from <= began then
+      redis.call('HDEL', KEYS[1], 'due')
+    else
+      redis.call('HSET', KEYS[1], 'due', math.max(from, began + times.interval))
+    end
+  end
 end
-if not same or ARGV[3] ~= '1' then return failed(tonumber(ARGV[7]), tonumber(ARGV[4])) end
-redis.call('HDEL', KEYS[1], 'began', 'run', 'count', 'failures', 'retry')
-redis.call('HSET', KEYS[1], 'last', began)
-local from = tonumber(redis.call('HGET', KEYS[1], 'asked') or 0) + ARGV[5]
-if from <= began then
-  redis.call('HDEL', KEYS[1], 'due')
-else
-  redis.call('HSET', KEYS[1], 'due', math.max(from, began + ARGV[4]))
-end
+
+local due, retry = tonumber(get('due') or now + 1), tonumber(get('retry') or 0)
+if due > now and due < now + 2 * times.interval then return 0 end
+if retry > now and retry <= now + times.interval then return 0 end
+redis.call('HSET', KEYS[1], 'began', now, 'run', run, 'count', count)
 return 1
 """
 )
@@ -146,8 +129,7 @@ class AppendOnlyFile:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def ask_for_rewrite(self, user_key: str) -> Asked:
-        """Request a rewrite of the files that leaves out what is about to be erased of a user."""
+    async def ask_for_rewrite(self, user_key: str) -> Rewrite:
         return await self._ask(await self._connection.holders(keys.profile(user_key)))
 
     async def overdue_s(self) -> float:
@@ -156,39 +138,35 @@ class AppendOnlyFile:
         return max([await self._overdue_ms(state) for state in states], default=0) / 1000
 
     async def look(self) -> None:
-        """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
         members = await self._connection.members()
-        if await self._connection.run(lambda redis: redis.exists(keys.OLD_REWRITE)):
-            await self._ask([server.id for server in members])
-            await self._connection.run(lambda redis: redis.delete(keys.OLD_REWRITE))
         looked = await asyncio.gather(*map(self._look_at, members), return_exceptions=True)
         for error in looked:  # that one server is away keeps nobody from looking at the others
             if error is not None:
                 raise error
 
-    async def _ask(self, servers: Sequence[str]) -> Asked:
+    async def _ask(self, servers: Sequence[str]) -> Rewrite:
         states = [keys.rewrite(server) for server in servers]
         asked = [await self._connection.write(_ASK, (state,), INTERVAL_MS, ASKED_MS) for state in states]
         now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
-        return Asked(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
+        return Rewrite(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
 
     async def _overdue_ms(self, state: str) -> int:
         return int(await self._connection.run(lambda redis: redis.eval(_OVERDUE, 1, state, _taken_ms())))
 
-    async def _look_at(self, server: Server) -> None:
+    async def _look_at(self, server: StoreServer) -> None:
         state, info = keys.rewrite(server.id), await self._connection.ask(server, "INFO")
         if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
         run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
         well = int(info.get("aof_last_bgrewrite_status") == "ok")
-        times = (INTERVAL_MS, ASKED_MS, BEGIN_MS, RETRY_MS)
-        may = int(await self._connection.write(_SETTLE, (state,), run, count, well, *times))
-        if may < 0:
-            _tell(server, -may, "it did not end well, which its own log says more of")
-        if may > 0 and await self._connection.write(_TAKE, (state,), run, count, INTERVAL_MS):
+        times = {"interval": INTERVAL_MS, "to_erase": ASKED_MS, "to_begin": BEGIN_MS, "to_retry": RETRY_MS}
+        outcome = int(await self._connection.write(_SETTLE, (state,), run, count, well, orjson.dumps(times)))
+        if outcome < 0:
+            _log_failure(server, -outcome, "it did not end well, which its own log says more of")
+        if outcome > 0:
             await self._begin(server, enabled=bool(info.get("aof_enabled")))
 
-    async def _begin(self, server: Server, *, enabled: bool) -> None:
+    async def _begin(self, server: StoreServer, *, enabled: bool) -> None:
         state = keys.rewrite(server.id)
         if not enabled:  # there is no file
             held = ("began", "run", "count", "due", "failures", "retry")
@@ -201,7 +179,7 @@ class AppendOnlyFile:
                 raise
             # Another is running, or a managed service does it on its own.
             failures = -int(await self._connection.write(_REFUSED, (state,), RETRY_MS, INTERVAL_MS))
-            _tell(server, failures, str(error.__cause__))
+            _log_failure(server, failures, str(error.__cause__))
 
 
 def _taken_ms() -> int:
@@ -209,7 +187,7 @@ def _taken_ms() -> int:
     return round(2 * LOOK_S * 1000) + REWRITE_MS
 
 
-def _tell(server: Server, failures: int, why: str) -> None:
+def _log_failure(server: StoreServer, failures: int, why: str) -> None:
     log.error(
         "the append-only file%s still holds erased users: rewriting it failed %d times in a row (%s), and is tried "
         "again in %.0f s",

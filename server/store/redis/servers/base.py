@@ -9,15 +9,16 @@ own (`socket_timeout`): it would then send through `asyncio.wait_for`, in which 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from server.errors import Unavailable
-from server.store.durability import Durability
+from server.store.durability import Durability, Memory
 
 CONNECTIONS = 64
 CONNECT_TIMEOUT_S = 2.0
@@ -29,17 +30,17 @@ CHECK_TIMEOUT_S = 3.0
 WAITAOF_TIMEOUT_MS = 10_000
 REPLICA_TIMEOUT_MS = 4_000
 WAITAOF = ("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
+MEMORY_TIMEOUT_S = 0.5
+"""How long to wait for what one server says of its memory: a replica may be silent, and a check must end in time."""
 
 Execute = Callable[..., Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """One server process.
+class StoreServer:
+    """One server process, and how to send it a command: `execute("INFO")`.
 
-    Attributes:
-        id: its name for life, which it keeps when its address changes; empty if it is not in a cluster.
-        execute: sends it a command: `execute("INFO")`.
+    `id` is its name for life, which it keeps when its address changes; empty if it is not in a cluster.
     """
 
     id: str
@@ -67,7 +68,7 @@ class Servers(Protocol):
     async def durability(self) -> Durability:
         """How writes become durable on the server where they do so least, of those that take writes now."""
 
-    async def members(self) -> list[Server]:
+    async def members(self) -> list[StoreServer]:
         """All servers that keep data and can be asked."""
 
     async def holders(self, name: str) -> list[str]:
@@ -98,12 +99,50 @@ async def _try_waitaof(execute: Execute) -> Durability:
     return Durability.WAITAOF
 
 
-def unconfirmed(where: str, timeout_ms: int) -> Unavailable:
-    """A write that may be lost; whoever sent it sends it again."""
-    return Unavailable(
-        f"Redis did not confirm within {timeout_ms / 1000:g} s that the write is {where}: send it again",
-        code="store_not_durable",
-    )
+async def memory_of(servers: Sequence[StoreServer]) -> tuple[list[str], Memory | None]:
+    """Which servers may drop keys to make room, each with its policy; and the memory of the fullest.
+
+    It is read from `INFO`, for managed services hide `CONFIG`. A server that cannot be asked, or refuses, says nothing;
+    the memory is None if none says anything.
+    """
+    evicting, fullest = [], None
+    for server, info in zip(servers, await asyncio.gather(*map(_memory_info, servers)), strict=True):
+        if (policy := str(info.get("maxmemory_policy", "noeviction"))) != "noeviction":
+            evicting.append(f"{server.id} {policy}".strip())
+        if info:
+            # What replicas and the append-only file are still to get does not count against the maximum.
+            used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
+            memory = Memory(used, int(info.get("maxmemory", 0)))
+            fullest = memory if fullest is None or memory.share > fullest.share else fullest
+    return evicting, fullest
+
+
+async def _memory_info(server: StoreServer) -> dict[str, Any]:
+    with suppress(RedisError, OSError, TimeoutError):
+        async with asyncio.timeout(MEMORY_TIMEOUT_S):
+            return dict(await server.execute("INFO", "memory"))
+    return {}
+
+
+def confirmations(durability: Durability, *, replicas: bool) -> list[tuple[object, ...]]:
+    """The commands behind a script by which its server says that what it wrote lasts.
+
+    Also where the server fsyncs before it answers: one that takes over may not, and then this is an error.
+    """
+    if durability is Durability.NONE:
+        return []
+    return [WAITAOF, ("WAIT", 1, REPLICA_TIMEOUT_MS)] if replicas else [WAITAOF]
+
+
+def check_confirmed(answers: Sequence[Any]) -> None:
+    """Raises `Unavailable` unless the answers to `confirmations` say so; whoever sent the write sends it again."""
+    waits = (("on disk", WAITAOF_TIMEOUT_MS), ("on a replica", REPLICA_TIMEOUT_MS))
+    for answer, (where, timeout_ms) in zip(answers, waits, strict=False):
+        if (answer[0] if isinstance(answer, list) else answer) < 1:
+            raise Unavailable(
+                f"Redis did not confirm within {timeout_ms / 1000:g} s that the write is {where}: send it again",
+                code="store_not_durable",
+            )
 
 
 def _text(value: bytes | str) -> str:

@@ -19,31 +19,18 @@ from redis import exceptions
 from redis.asyncio.cluster import PipelineCommand
 
 from server.store.durability import Durability
-from server.store.redis.servers.base import (
-    CONNECTIONS,
-    REPLICA_TIMEOUT_MS,
-    WAITAOF,
-    WAITAOF_TIMEOUT_MS,
-    Server,
-    durability_of,
-    unconfirmed,
-)
+from server.store.redis.servers.base import CONNECTIONS, StoreServer, check_confirmed, confirmations, durability_of
 from server.store.redis.servers.cluster_client import READ_RETRIES, Away, cluster_client
 
 log = logging.getLogger("mta.store")
 
+# Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed.
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
-"""Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed."""
-
+# How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
+# replica that has come must be waited for.
 LAYOUT_S = 5.0
-"""How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
-replica that has come must be waited for."""
-
-PATIENCE_S = 1.0
-"""How long to wait for a server that is asked which servers there are, before another is."""
-
-AWAY_S = 5.0
-"""How long nobody is sent to a server that did not answer when it was looked at; gateways look every two seconds."""
+PATIENCE_S = 1.0  # how long to wait for a server that is asked which servers there are, before another is
+AWAY_S = 5.0  # how long nothing is sent to a server that did not answer to `durability`, asked every two seconds
 
 SLOTS = 16384
 _RANKS = (Durability.NONE, Durability.WAITAOF, Durability.ALWAYS)
@@ -66,12 +53,8 @@ class Cluster:
     A write is on the disk of its primary, and has reached one of its replicas if there are any: so it is still there
     when that replica takes over.
 
-    Args:
-        url: `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
-            several, comma-separated: those that the others are found from.
-
-    Raises:
-        ValueError: when the URL cannot be read.
+    Its URL is `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
+    several, comma-separated: those that the others are found from; `ValueError` when it cannot be read.
     """
 
     def __init__(self, url: str) -> None:
@@ -127,7 +110,7 @@ class Cluster:
         raise AssertionError("unreachable")
 
     async def durability(self) -> Durability:
-        """Where most users can be served, how durable it is for these; `unserved` says who cannot."""
+        """How durable writes are where they can be made, if that is for most users; `unserved` says who is left."""
         await self._follow(at_once=True)
         nodes = self._client.get_primaries()
         found = dict(zip(nodes, await asyncio.gather(*map(self._look_at, nodes)), strict=True))
@@ -140,13 +123,13 @@ class Cluster:
         self._not_durable = not_durable
         return min(serving.values(), key=_RANKS.index)
 
-    async def members(self) -> list[Server]:
+    async def members(self) -> list[StoreServer]:
         found = []
         for _, nodes in await self._shards():
             for fields in nodes:
                 places = ((fields.get("endpoint"), fields.get(port)) for port in ("port", "tls-port"))
                 known = [self._client.get_node(host=host, port=port) for host, port in places if host and port]
-                found += [Server(fields["id"], node.execute_command) for node in known if node][:1]
+                found += [StoreServer(fields["id"], node.execute_command) for node in known if node][:1]
         return found
 
     async def holders(self, name: str) -> list[str]:
@@ -186,23 +169,17 @@ class Cluster:
     ) -> Any:
         """On one connection: leave to use keys that are arriving, the script, and what it waits for."""
         before = [("ASKING",)] if asking else []
-        # Wherever the server says that it fsyncs, too: one that takes over may not, and then this is an error.
-        after: list[tuple[object, ...]] = [WAITAOF] if durability is not Durability.NONE else []
-        replicas = self._replicas(node, name) if after else ()
-        if replicas:
-            after.append(("WAIT", 1, REPLICA_TIMEOUT_MS))
+        replicas = self._replicas(node, name)
+        after = confirmations(durability, replicas=bool(replicas))
         sent = [PipelineCommand(n, *parts) for n, parts in enumerate([*before, command, *after])]
         await node.execute_pipeline(sent)
         for part in sent:
             if isinstance(part.result, Exception):
                 raise part.result
         answer, *confirmed = [part.result for part in sent[len(before) :]]
-        if confirmed and confirmed[0][0] < 1:
-            raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
-        if replicas and confirmed[1] < 1:
-            # Once the others count that replica as failed, writes no longer wait for it.
-            await self._look_around(replicas[0])
-            raise unconfirmed("on a replica", REPLICA_TIMEOUT_MS)
+        if len(confirmed) > 1 and confirmed[1] < 1:
+            await self._look_around(replicas[0])  # once the others count it as failed, writes no longer wait for it
+        check_confirmed(confirmed)
         return answer
 
     def _replicas(self, node: Any, name: str) -> tuple[Any, ...]:
@@ -239,7 +216,7 @@ class Cluster:
         await asyncio.gather(*(node.disconnect() for node in before if node not in now), return_exceptions=True)
 
     async def _follow(self, *, at_once: bool = False) -> None:
-        """Look around if anything has changed, every few seconds; who comes meanwhile waits for what is found."""
+        """Look around if anything has changed, every few seconds. Calls that come meanwhile wait for the result."""
         if time.monotonic() < self._followed_s + LAYOUT_S and not (at_once or self._following.locked()):
             return
         async with self._following:
@@ -266,15 +243,22 @@ class Cluster:
 
         It is compared with what the client holds, not with what was said last: the next server may know less.
         """
-        slots = self._client.nodes_manager.slots_cache
         for first, last, *nodes in shards:
-            said = [f"{_text(node[0]) or host}:{node[1]}" for node in nodes]
-            # Slots share a list, but for those that redis-py was redirected from: of these it forgets the replicas.
-            for held in {id(held): held for held in map(slots.get, range(first, last + 1))}.values():
-                names = [node.name for node in held or ()]
-                if said[:1] != names[:1] or set(said) != set(names):
+            primary, *replicas = (f"{_text(node[0]) or host}:{node[1]}" for node in nodes)
+            for known in self._layouts(first, last):
+                if known[:1] != [primary] or set(known[1:]) != set(replicas):
                     return False
         return True
+
+    def _layouts(self, first: int, last: int) -> list[list[str]]:
+        """The names of the primary and its replicas that the client has for some slots: each different list once.
+
+        redis-py lets the slots of a primary share one list object, but for those that it was redirected from: of these
+        it forgets the replicas. So few lists are compared, not 16,384.
+        """
+        slots = self._client.nodes_manager.slots_cache
+        lists = {id(nodes): nodes for nodes in (slots.get(slot, ()) for slot in range(first, last + 1))}
+        return [[node.name for node in nodes] for nodes in lists.values()]
 
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
         """For each primary: its ranges of slots, first and last in turn; then its own fields and its replicas'."""

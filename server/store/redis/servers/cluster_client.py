@@ -23,16 +23,13 @@ class Away(RedisConnectionError):  # type: ignore[misc]  # untyped
 
 
 class _Client(RedisCluster):  # type: ignore[misc]  # untyped
-    """Leaves servers alone that are away.
-
-    It finds the key of `XREADGROUP` by itself; redis-py would ask one server each time, were it dead or not.
-    """
+    """Leaves servers alone that are away."""
 
     _away: Collection[Any] = ()
     _until_s = 0.0
 
     def stay_away(self, nodes: Collection[Any], for_s: float) -> None:
-        """Send nothing to these servers for a while, and to all others."""
+        """Send nothing to these servers for a while."""
         self._away, self._until_s = nodes, time.monotonic() + for_s
 
     def is_away(self, node: Any) -> bool:
@@ -48,18 +45,9 @@ class _Client(RedisCluster):  # type: ignore[misc]  # untyped
         self.refuse_away(target_node)
         return await super()._execute_command(target_node, *args, **kwargs)
 
-    async def _determine_slot(self, command: str, *args: Any) -> int:
-        if command == "XREADGROUP":
-            return int(self.keyslot(args[args.index(b"STREAMS") + 1]))
-        return int(await super()._determine_slot(command, *args))
-
 
 def cluster_client(url: str) -> Any:
-    """The client for a URL; it connects when it is first used.
-
-    Raises:
-        ValueError: when the URL cannot be read.
-    """
+    """The client for a URL, as of `Cluster`; it connects when it is first used. Raises `ValueError`."""
     hosts, options = _read_url(url)
     return _Client(
         startup_nodes=[ClusterNode(host, port) for host, port in hosts],
@@ -73,15 +61,7 @@ def cluster_client(url: str) -> Any:
 
 
 def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-    """Hosts with ports, and options of redis-py's client.
-
-    Args:
-        url: `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
-            several, comma-separated.
-
-    Raises:
-        ValueError: when the URL cannot be read.
-    """
+    """Hosts with ports, and options of redis-py's client; raises `ValueError`."""
     parts = urlsplit(url)
     login, at, hosts = parts.netloc.rpartition("@")
     scheme = parts.scheme.removesuffix("+cluster")

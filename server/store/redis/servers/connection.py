@@ -15,9 +15,15 @@ from adapters.errors import MtaError
 from server.errors import Unavailable
 from server.store.durability import Durability, Memory, Span, Timed, untimed
 from server.store.redis.servers.alone import Alone
-from server.store.redis.servers.base import CHECK_TIMEOUT_S, READ_TIMEOUT_S, WRITE_TIMEOUT_S, Server, Servers
+from server.store.redis.servers.base import (
+    CHECK_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    WRITE_TIMEOUT_S,
+    Servers,
+    StoreServer,
+    memory_of,
+)
 from server.store.redis.servers.cluster import Cluster
-from server.store.redis.servers.memory import evicting
 from server.store.redis.servers.sentinel import Sentinel
 
 FULL_RETRY_S = 60
@@ -65,7 +71,6 @@ class RedisConnection:
             `sentinel.FORM` says.
         require_durable: whether a server that may lose or evict what it acknowledged is refused; in a cluster, one such
             primary, or one server that evicts.
-        timed: gets what every call took, but for those that wait for something to happen.
         span: what a write is in a trace, however often it is sent until it lasts.
 
     Raises:
@@ -88,17 +93,14 @@ class RedisConnection:
 
     @property
     def durability(self) -> Durability:
-        """What `check` last found."""
         return self._durability
 
     @property
     def unserved(self) -> str | None:
-        """What `check` last found."""
         return self._servers.unserved
 
     @property
     def memory(self) -> Memory | None:
-        """What `check` last found."""
         return self._memory
 
     @property
@@ -107,14 +109,9 @@ class RedisConnection:
         return self._durability is Durability.ALWAYS and isinstance(self._servers, Alone)
 
     async def check(self) -> Durability:
-        """Reach the server, or every primary, and find out how writes become durable, and how full it is.
-
-        Raises:
-            Unavailable: when it cannot be reached, or is not durable although that is required.
-        """
         async with _translated(CHECK_TIMEOUT_S):
             durability = await self._servers.durability()
-            self._evicting, self._memory = await evicting(await self._servers.members())
+            self._evicting, self._memory = await memory_of(await self._servers.members())
             self._durability = Durability.EVICTS if self._evicting and durability.lasts else durability
         self._refuse_if_not_durable()
         return self._durability
@@ -122,21 +119,13 @@ class RedisConnection:
     @asynccontextmanager
     async def pipeline(self, timeout_s: float = READ_TIMEOUT_S) -> AsyncIterator[Any]:
         """Commands in one round trip, none of which needs the others; Redis's errors become `Unavailable`."""
-        with _Measured(self._timed, "command"):
+        with _measured(self._timed, "command"):
             async with _translated(timeout_s), self._servers.pipeline() as pipe:
                 yield pipe
 
-    async def run(
-        self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S, *, waits: bool = False
-    ) -> Any:
-        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`.
-
-        Args:
-            command: asks the client.
-            timeout_s: the longest that it may take.
-            waits: whether it waits for something to happen, so that its time says nothing of the server.
-        """
-        with _Measured(untimed if waits else self._timed, "command"):
+    async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
+        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
+        with _measured(self._timed, "command"):
             async with _translated(timeout_s):
                 return await self._servers.run(command)
 
@@ -148,27 +137,24 @@ class RedisConnection:
         wrote nothing, although disk or replica may not have it yet.
         """
         self._refuse_if_not_durable()
-        with _Measured(self._timed, "write"), self._span("store write"):
+        with _measured(self._timed, "write"), self._span("store write"):
             async with _translated(WRITE_TIMEOUT_S):
                 return await self._servers.evaluate(script, names, arguments, self._durability)
 
-    async def members(self) -> list[Server]:
-        """All servers that keep data and can be asked."""
+    async def members(self) -> list[StoreServer]:
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.members()
 
     async def holders(self, name: str) -> list[str]:
-        """The ids of the servers whose files hold a key, whether or not they can be asked now."""
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.holders(name)
 
-    async def ask(self, server: Server, command: str) -> Any:
+    async def ask(self, server: StoreServer, command: str) -> Any:
         """One server's answer to a command; errors become `Unavailable`."""
         async with _translated(READ_TIMEOUT_S):
             return await server.execute(command)
 
     async def close(self) -> None:
-        """Close all connections."""
         await self._servers.close()
 
     def _refuse_if_not_durable(self) -> None:
@@ -176,22 +162,6 @@ class RedisConnection:
             evicts = self._durability is Durability.EVICTS
             message = _EVICTS.format(", ".join(self._evicting)) if evicts else _NOT_DURABLE
             raise Unavailable(message, code="store_not_durable")
-
-
-class _Measured:
-    """Times a block; it failed if the store could not be used."""
-
-    __slots__ = ("_kind", "_start_s", "_timed")
-
-    def __init__(self, timed: Timed, kind: str) -> None:
-        self._timed = timed
-        self._kind = kind
-
-    def __enter__(self) -> None:
-        self._start_s = time.perf_counter()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._timed(self._kind, time.perf_counter() - self._start_s, isinstance(error, Unavailable))
 
 
 @asynccontextmanager
@@ -207,3 +177,15 @@ async def _translated(timeout_s: float) -> AsyncIterator[None]:
         raise Unavailable(_FULL, code="store_full", retry_after_s=FULL_RETRY_S) from error
     except (RedisError, RedisClusterException, OSError) as error:
         raise Unavailable("the store cannot be used now: send the request again", code="store_unavailable") from error
+
+
+@contextmanager
+def _measured(timed: Timed, kind: str) -> Iterator[None]:
+    start_s, failed = time.perf_counter(), False
+    try:
+        yield
+    except Unavailable:
+        failed = True
+        raise
+    finally:
+        timed(kind, time.perf_counter() - start_s, failed)

@@ -18,25 +18,16 @@ from redis.backoff import NoBackoff
 
 from server.store.durability import Durability
 from server.store.redis.servers.alone import Alone
-from server.store.redis.servers.base import (
-    CONNECT_TIMEOUT_S,
-    REPLICA_TIMEOUT_MS,
-    WAITAOF,
-    WAITAOF_TIMEOUT_MS,
-    Server,
-    unconfirmed,
-)
+from server.store.redis.servers.base import CONNECT_TIMEOUT_S, StoreServer, check_confirmed, confirmations
 
 log = logging.getLogger("mta.store")
 
 FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]"
 
+# How often to ask who is the primary and who follows it. Errors do not always tell: a replica that has come must be
+# waited for.
 LOOK_S = 5.0
-"""How often to ask who is the primary and who follows it. Errors do not always tell: a replica that has come must be
-waited for."""
-
-PATIENCE_S = 1.0
-"""How long to wait for a Sentinel's answer, before another is asked; for the last one, whoever asks decides."""
+PATIENCE_S = 1.0  # how long to wait for a Sentinel, before another is asked; for the last one, the caller decides
 
 _PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
 """What whoever uses the primary meets when it is none any more."""
@@ -44,12 +35,11 @@ _PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.Read
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """Who is who, as a Sentinel said.
+    """What a Sentinel said, in names of the form `host:port`.
 
     Attributes:
-        primary: `host:port`, as Sentinel writes it.
-        replicas: the same of those that follow it, and that Sentinel does not take for down.
-        known: the same of all that have followed it, down or not: their files hold what they held.
+        replicas: those that follow the primary, and that Sentinel does not take for down.
+        known: all that have followed it, down or not: their files hold what they held.
         server: the primary. All connections to it are to that address: what was said of its replicas is said of it.
     """
 
@@ -65,12 +55,9 @@ class Sentinel:
     A write is on the primary's disk, and has reached one of the replicas if there are any: so it is still there when
     that replica takes over.
 
-    Args:
-        url: as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`. Login and options are those
-            of the servers, `sentinel_username` and `sentinel_password` among the options the Sentinels'.
-
-    Raises:
-        ValueError: when the URL cannot be read.
+    Its URL is as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`; `ValueError` if it cannot
+    be read. Login and options are those of the servers; the options `sentinel_username` and `sentinel_password` are the
+    Sentinels' login.
     """
 
     def __init__(self, url: str) -> None:
@@ -100,21 +87,15 @@ class Sentinel:
     async def evaluate(
         self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
     ) -> Any:
-        # Wherever the server says that it fsyncs, too: one that takes over may not, and then this is an error.
-        waits: list[tuple[object, ...]] = [WAITAOF] if durability is not Durability.NONE else []
-
         async def at(watched: _Watched) -> Any:
-            after = [*waits, *([("WAIT", 1, REPLICA_TIMEOUT_MS)] if waits and watched.replicas else [])]
             async with watched.server.pipeline() as pipe:
                 pipe.eval(script, len(names), *names, *arguments)
-                for command in after:
+                for command in confirmations(durability, replicas=bool(watched.replicas)):
                     pipe.execute_command(*command)
                 answer, *confirmed = await pipe.execute()
-            if confirmed and confirmed[0][0] < 1:
-                raise unconfirmed("on disk", WAITAOF_TIMEOUT_MS)
             if len(confirmed) > 1 and confirmed[1] < 1:
                 self._looked_s = -LOOK_S  # once Sentinel takes the replica for down, nobody waits for it
-                raise unconfirmed("on a replica", REPLICA_TIMEOUT_MS)
+            check_confirmed(confirmed)
             return answer
 
         return await self._with_primary(at)
@@ -123,10 +104,10 @@ class Sentinel:
         watched = await self._look(at_once=True)
         return await watched.server.durability()
 
-    async def members(self) -> list[Server]:
+    async def members(self) -> list[StoreServer]:
         watched = await self._look()
-        found = [Server(watched.primary, _execute(watched.server))]
-        return found + [Server(name, _execute(self._server(name))) for name in sorted(watched.replicas)]
+        found = [StoreServer(watched.primary, _execute(watched.server))]
+        return found + [StoreServer(name, _execute(self._server(name))) for name in sorted(watched.replicas)]
 
     async def holders(self, name: str) -> list[str]:
         watched = await self._look()
@@ -150,7 +131,7 @@ class Sentinel:
         return await work(now)
 
     async def _look(self, *, at_once: bool = False) -> _Watched:
-        """Who is who; Sentinel is asked every few seconds, and who comes meanwhile waits for what it says."""
+        """The servers; Sentinel is asked every few seconds, and calls that come meanwhile wait for its answer."""
         asked_s = time.monotonic()
         if self._watched and asked_s < self._looked_s + LOOK_S and not (at_once or self._looking.locked()):
             return self._watched
@@ -175,7 +156,7 @@ class Sentinel:
             return now
 
     async def _ask(self) -> _Watched:
-        """Who is who, as the first Sentinel says that can be asked and knows.
+        """The servers, as the first Sentinel says that can be asked and knows.
 
         Raises:
             ConnectionError: naming what each of them said.

@@ -1,0 +1,116 @@
+"""A gateway as the user commands call it: again while it is busy or away, and never faster than it wants."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import mta_client
+from adapters.errors import MtaError, excerpt
+from server.settings import load_settings
+
+T = TypeVar("T")
+
+PATIENCE_S = 300.0
+"""How long a gateway may be away or busy before a command gives up."""
+
+_BUSY = frozenset((408, 429, 502, 503, 504))
+_LONGEST_PAUSE_S = 30.0
+_FIRST_PAUSE_S = 0.5
+
+
+class Refused(MtaError):
+    """The gateway's answer is a no that asking again does not change; `status` is the answer's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class PatientGateway:
+    """Calls to one gateway, from any thread.
+
+    While it is busy or away, all calls wait together: one that was told to come back later speaks for the others.
+    """
+
+    def __init__(self, client: mta_client.Client, patience_s: float = PATIENCE_S) -> None:
+        self.url = client.url
+        self._client = client
+        self._patience_s = patience_s
+        self._state = threading.Lock()
+        self._not_before_s = 0.0
+        self._ill_since_s: float | None = None
+        self._failures = 0
+        self._stopped = threading.Event()
+
+    def call(self, method: Callable[[mta_client.Client], T]) -> T:
+        """What a method of the client answers; it may be called again after an answer that was lost.
+
+        Raises:
+            Refused: when the answer is a no.
+            MtaError: when there has been none for too long.
+        """
+        while True:
+            while (left_s := self._not_before_s - time.monotonic()) > 0:
+                self._stopped.wait(left_s)
+            if self._stopped.is_set():
+                raise MtaError(f"{self.url}: stopped")
+            try:
+                answer = method(self._client)
+            except mta_client.MtaError as error:
+                if error.code != "no_answer" and error.status not in _BUSY:
+                    raise Refused(reason_of(error), error.status) from error
+                self._bear(error)
+                continue
+            self._ill_since_s, self._failures = None, 0
+            return answer
+
+    def stop(self) -> None:
+        """Have calls that wait end with an error."""
+        self._not_before_s = 0.0
+        self._stopped.set()
+
+    def _bear(self, error: mta_client.MtaError) -> None:
+        """Have everybody wait: as long as the gateway asks for, or longer with every failure in a row."""
+        now_s = time.monotonic()
+        with self._state:
+            ill_since_s = self._ill_since_s = now_s if self._ill_since_s is None else self._ill_since_s
+            self._failures += 1
+            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10))
+            if error.retry_after_s is not None:
+                pause_s = min(error.retry_after_s, self._patience_s)
+            if now_s + pause_s > ill_since_s + self._patience_s:
+                raise MtaError(f"{self.url}: {reason_of(error)}; given up after {now_s - ill_since_s:.0f} s")
+            self._not_before_s = max(self._not_before_s, now_s + pause_s * random.uniform(1, 1.2))
+
+
+def reason_of(error: mta_client.MtaError) -> str:
+    """What an error says, in a line: it may come from a proxy, too."""
+    if error.code == "not_understood" and error.status:
+        return f"it answered {error.status}: {excerpt(error.message)}"
+    return error.message + ("; MTA_API_KEY is where this command takes the key from" if error.status == 401 else "")
+
+
+def client_of(url: str | None) -> mta_client.Client:
+    """A client of the gateway at `url`, by default this machine's, with the key in MTA_API_KEY.
+
+    Raises:
+        MtaError: when there can be no gateway at `url`.
+    """
+    settings = load_settings()
+    url = url or f"http://127.0.0.1:{settings.port}"
+    try:
+        parts = urlsplit(url)
+        well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        well_formed = False
+    if not well_formed:
+        raise MtaError(f"{excerpt(url)} is not the URL of a gateway, such as http://127.0.0.1:8000")
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    # Proxies of the environment are for what is outside.
+    return mta_client.Client(url, key=key, trust_env=False, verify=ssl.create_default_context())
