@@ -97,7 +97,7 @@ class Rewrite:
 class ForgetsOnDisk(Protocol):
     """The store's file, or files, which holds erased data until it is rewritten."""
 
-    async def ask_for_rewrite(self, user_key: str) -> Rewrite:
+    async def request_rewrite(self, user_key: str) -> Rewrite:
         """Request a rewrite of the file that leaves out what is about to be erased of a user.
 
         Raises:

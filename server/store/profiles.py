@@ -227,7 +227,7 @@ class SignQueue(Protocol):
     A user who is already waiting is queued once. A user whose worker died is taken again.
     """
 
-    async def ask(self, user_key: str) -> None:
+    async def request(self, user_key: str) -> None:
         """Have a worker make a user's signature."""
 
     async def take(self, wait_s: float) -> str | None:

@@ -79,7 +79,7 @@ class SigningLoop:
         await self._queue.done(user_key)
         profile = await self._profiles.load(user_key)
         if profile is not None and not profile.is_signed(self._bank.manifest.short):
-            await self._queue.ask(user_key)  # their items changed while the queue still held them
+            await self._queue.request(user_key)  # their items changed while the queue still held them
         return True
 
     async def _sign(self, user_key: str) -> None:

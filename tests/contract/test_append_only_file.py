@@ -98,7 +98,7 @@ async def until_failed(raw: redis.Redis, file: AppendOnlyFile, caplog: pytest.Lo
 async def test_what_was_erased_is_gone_by_the_time_that_was_promised(
     raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
 ) -> None:
-    asked = await file.ask_for_rewrite("a user")
+    asked = await file.request_rewrite("a user")
     await raw.delete("secret")
     assert on_disk(one_server)
     await until_settled(raw, file)
@@ -110,10 +110,10 @@ async def test_what_was_erased_is_gone_by_the_time_that_was_promised(
 async def test_a_rewrite_that_began_before_the_erasure_settles_nothing(
     raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
 ) -> None:
-    await file.ask_for_rewrite("a user")
+    await file.request_rewrite("a user")
     await asyncio.sleep(0.35)
     await file.look()  # begins
-    asked = await file.ask_for_rewrite("a user")
+    asked = await file.request_rewrite("a user")
     await looked(file, 0.3)
     assert not await settled(raw)
     await raw.delete("secret")
@@ -125,7 +125,7 @@ async def test_a_rewrite_that_began_before_the_erasure_settles_nothing(
 async def test_a_rewrite_that_its_gateway_did_not_live_to_begin_is_begun_by_another(
     raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await file.ask_for_rewrite("a user")
+    await file.request_rewrite("a user")
     await raw.delete("secret")
     await asyncio.sleep(0.35)
 
@@ -142,7 +142,7 @@ async def test_a_rewrite_that_its_gateway_did_not_live_to_begin_is_begun_by_anot
 async def test_a_rewrite_that_the_server_did_not_live_to_end_is_begun_again(
     raw: redis.Redis, file: AppendOnlyFile, one_server: ValkeyProcess
 ) -> None:
-    await file.ask_for_rewrite("a user")
+    await file.request_rewrite("a user")
     await raw.delete("secret")
     await asyncio.sleep(0.35)
     await file.look()
@@ -158,7 +158,7 @@ async def test_a_rewrite_that_fails_is_tried_again_ever_more_rarely_and_told_eac
 ) -> None:
     await raw.set("much", random.randbytes(2 << 20))
     await rewritten(raw)  # what the server appends to is short from here on
-    await file.ask_for_rewrite("a user")
+    await file.request_rewrite("a user")
     await raw.delete("secret")
     with files_at_most(one_server, 1 << 20):  # the process that rewrites would write more, and dies of it
         before = (await raw.info("persistence"))["aof_rewrites"]
@@ -180,14 +180,14 @@ async def test_a_server_that_refuses_to_rewrite_is_asked_ever_more_rarely(
 
     async def refusing(self: RedisConnection, server: StoreServer, command: str) -> object:
         if command != "BGREWRITEAOF":
-            return await ask(self, server, command)
+            return await send(self, server, command)
         asked.append(command)
         raise Unavailable("not now") from ResponseError("unknown command")
 
-    ask = RedisConnection.ask
-    await file.ask_for_rewrite("a user")
+    send = RedisConnection.send
+    await file.request_rewrite("a user")
     with monkeypatch.context() as patched:
-        patched.setattr(RedisConnection, "ask", refusing)
+        patched.setattr(RedisConnection, "send", refusing)
         later_ms = await until_failed(raw, file, caplog)
         assert len(asked) == 4
     assert [more_ms >= least_ms for more_ms, least_ms in zip(later_ms, (600, 1200, 1500), strict=True)] == [True] * 3
@@ -199,7 +199,7 @@ async def test_a_server_that_refuses_to_rewrite_is_asked_ever_more_rarely(
 async def test_many_erasures_are_not_as_many_rewrites(raw: redis.Redis, file: AppendOnlyFile) -> None:
     before = (await raw.info("persistence"))["aof_rewrites"]
     for _ in range(20):
-        await file.ask_for_rewrite("a user")
+        await file.request_rewrite("a user")
     await until_settled(raw, file)
     await looked(file, 0.5)
     assert (await raw.info("persistence"))[

@@ -160,7 +160,7 @@ async def test_what_was_erased_leaves_the_file_of_the_server_that_held_it(
     key = next(users_at(cluster, home))
     before = [rewrites(node) for node in others]
     await store.commit(key, b"", change("a", user_id=SECRET))
-    asked = await file.ask_for_rewrite(key)
+    asked = await file.request_rewrite(key)
     assert await store.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
     assert on_disk(home)
     async with asyncio.timeout(30):

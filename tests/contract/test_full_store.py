@@ -55,7 +55,7 @@ async def full(
     await worker.claim()
     assert await worker.promote()
     await submitted(parts.jobs, key, SAMPLE, "another")
-    await parts.signing.ask(key)
+    await parts.signing.request(key)
     await _put(parts, CAI, "about cai")
     await RedisQueue(parts.connection, "jobs", BANK).enlist(KEYS.key(CAI))
     for node in nodes:
@@ -91,7 +91,7 @@ async def test_what_would_be_stored_is_refused_as_too_much_for_it(full: StorePar
     for refused in (
         _put(full, BOB, "about bob"),
         submitted(full.jobs, KEYS.key(BOB)),
-        full.signing.ask(KEYS.key(BOB)),
+        full.signing.request(KEYS.key(BOB)),
         full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
     ):
         with pytest.raises(Unavailable, match="full") as caught:

@@ -66,7 +66,7 @@ async def test_whatever_is_written_stands_in_the_table(
         change = replace(put_of(user, "text", snapshot), put_vectors={"it": StoredVector(EMBEDDER, np.ones(4, "f4"))})
         assert await parts.profiles.commit(key, snapshot.version, change)
         await submitted(parts.jobs, key)
-        await parts.signing.ask(key)
+        await parts.signing.request(key)
     await RedisAccessKeys(parts.connection).add(access_key(new_secret(), "app", "acme", Scope))
     rates = RedisRates(parts.connection)
     assert (await rates.take([Use(Rate("tokens", "user-x", 5), 1)])).counted

@@ -247,7 +247,7 @@ async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while
 ) -> None:
     signing, other = parts.signing, RedisSigning(parts.connection, OTHER_BANK)
     for _ in range(3):
-        await signing.ask(user)
+        await signing.request(user)
     assert await other.take(0.05) is None
     for beginning in (1, 2, 3):  # each of them ends its worker
         assert await signing.take(1) == user
@@ -258,14 +258,14 @@ async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while
     await signing.done(user)
     await time_passes(raw)
     assert await signing.take(0.05) is None
-    await signing.ask(user)
+    await signing.request(user)
     assert await signing.take(1) == user
     assert await signing.begin(user) == 1
 
 
 async def test_a_worker_that_is_slow_is_none_that_died(parts: StoreParts, user: str, raw: redis.Redis) -> None:
     others = RedisSigning(parts.connection, BANK)
-    await parts.signing.ask(user)
+    await parts.signing.request(user)
     for _ in range(3):
         assert await parts.signing.take(1) == user
         await time_passes(raw)
@@ -278,7 +278,7 @@ async def test_a_worker_that_is_slow_is_none_that_died(parts: StoreParts, user: 
 async def test_nothing_is_counted_of_a_user_who_is_erased_before_their_worker_begins(
     parts: StoreParts, user: str, raw: redis.Redis
 ) -> None:
-    await parts.signing.ask(user)
+    await parts.signing.request(user)
     assert await parts.signing.take(1) == user
     await parts.signing.withdraw(user)
     assert await parts.signing.begin(user) == 0
@@ -291,7 +291,7 @@ async def test_an_erased_user_leaves_the_queues_of_every_bank_that_there_has_bee
     user = KEYS.key("moved")
     await submitted(parts.jobs, user, bank=OTHER_BANK)
     for signing in (RedisSigning(parts.connection, OTHER_BANK), parts.signing):
-        await signing.ask(user)
+        await signing.request(user)
         assert await signing.begin(user) == 1
     for number in range(KEPT_JOBS):  # until nothing of the user's own says which bank that was
         await submitted(parts.jobs, user, f"sample {number}", background=number % 2 == 0)

@@ -77,7 +77,7 @@ async def test_what_was_erased_leaves_the_files_of_both(
     store, file = RedisProfiles(connection), AppendOnlyFile(connection)
     await store.commit(user, b"", change("a", user_id=SECRET))
     assert all(on_disk(watched))
-    asked = await file.ask_for_rewrite(user)
+    asked = await file.request_rewrite(user)
     assert await store.erase(user, asked.erase_by_ms, asked.rewritten_by_ms)
     async with asyncio.timeout(60):
         while any(on_disk(watched)):

@@ -99,7 +99,7 @@ class Store(RuleBasedStateMachine):
         assert not (self.world.full and outcome is True)
         expected.text = found
         if outcome is True:
-            self.world.tried(parts, parts.signing.ask(KEYS.key(put.user)))
+            self.world.tried(parts, parts.signing.request(KEYS.key(put.user)))
 
     @rule(user=USERS, gateway=TWO, sample=TWO, append=BOOL, background=BOOL, fault=FAULTS, place=PLACES)
     def adapt(

@@ -138,7 +138,7 @@ def test_the_file_is_asked_to_forget_before_anything_is_erased(
         raise Unavailable("the store cannot be used now")
 
     with monkeypatch.context() as patched:
-        patched.setattr(gateway.parts.erasing._log_file, "ask_for_rewrite", away)
+        patched.setattr(gateway.parts.erasing._log_file, "request_rewrite", away)
         assert client.delete(f"/users/{ada}").status_code == httpx.codes.SERVICE_UNAVAILABLE
     assert client.get(f"/users/{ada}").status_code == httpx.codes.OK
     answer = client.delete(f"/users/{ada}").raise_for_status().json()

@@ -237,7 +237,7 @@ def test_a_signature_that_waits_for_the_model_is_made_however_often_its_user_is_
         if waits <= MAX_TRIES:
             taken = await queue.take(0.05)  # by another worker
             assert taken is not None
-            await queue.ask(taken)
+            await queue.request(taken)
         elif waits == MAX_TRIES + 1:
             put(client, user_id, PAIRS)
 

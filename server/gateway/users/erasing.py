@@ -54,7 +54,7 @@ class Erasing:
         key = user.key
         is_nobody, erasure = await self._profiles.erase_nobody(key)
         if not is_nobody:
-            asked = await self._log_file.ask_for_rewrite(key)
+            asked = await self._log_file.request_rewrite(key)
             erasure = await self._profiles.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
         if erasure is None:
             return None

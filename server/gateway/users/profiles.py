@@ -116,7 +116,7 @@ class Profiles:
     async def want_signature(self, user: User) -> None:
         """Request a user's signature; does nothing if it has already been requested."""
         if self._signing is not None:
-            await self._signing.ask(user.key)
+            await self._signing.request(user.key)
 
     async def stored_bytes(self, user: User) -> int:
         """Memory of profile, items and vectors in the store."""

@@ -171,7 +171,7 @@ class RedisProfiles:
         """Ask all servers to forget the commands that they log, with what people wrote; as far as they let us."""
         with suppress(Unavailable):
             asked = [(server, command) for server in await self._connection.members() for command in _FORGET]
-            await asyncio.gather(*(self._connection.ask(*one) for one in asked), return_exceptions=True)
+            await asyncio.gather(*(self._connection.send(*one) for one in asked), return_exceptions=True)
 
     async def stored_bytes(self, key: str) -> int:
         async with self._connection.pipeline() as pipe:

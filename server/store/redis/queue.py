@@ -210,7 +210,7 @@ class RedisSigning:
     def __init__(self, connection: RedisConnection, bank: str) -> None:
         self._queue = RedisQueue(connection, "sign", bank)
 
-    async def ask(self, user_key: str) -> None:
+    async def request(self, user_key: str) -> None:
         await self._queue.call(user_key)
 
     async def take(self, wait_s: float) -> str | None:

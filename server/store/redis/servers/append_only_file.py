@@ -129,7 +129,7 @@ class AppendOnlyFile:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def ask_for_rewrite(self, user_key: str) -> Rewrite:
+    async def request_rewrite(self, user_key: str) -> Rewrite:
         return await self._ask(await self._connection.holders(keys.profile(user_key)))
 
     async def overdue_s(self) -> float:
@@ -154,7 +154,7 @@ class AppendOnlyFile:
         return int(await self._connection.run(lambda redis: redis.eval(_OVERDUE, 1, state, _taken_ms())))
 
     async def _look_at(self, server: StoreServer) -> None:
-        state, info = keys.rewrite(server.id), await self._connection.ask(server, "INFO")
+        state, info = keys.rewrite(server.id), await self._connection.send(server, "INFO")
         if info.get("aof_rewrite_in_progress") or info.get("aof_rewrite_scheduled"):
             return
         run, count = str(info["run_id"]), int(info.get("aof_rewrites", 0))
@@ -173,7 +173,7 @@ class AppendOnlyFile:
             await self._connection.run(lambda redis: redis.hdel(state, *held))
             return
         try:
-            await self._connection.ask(server, "BGREWRITEAOF")
+            await self._connection.send(server, "BGREWRITEAOF")
         except Unavailable as error:
             if not isinstance(error.__cause__, ResponseError):
                 raise

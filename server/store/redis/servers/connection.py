@@ -149,7 +149,7 @@ class RedisConnection:
         async with _translated(READ_TIMEOUT_S):
             return await self._servers.holders(name)
 
-    async def ask(self, server: StoreServer, command: str) -> Any:
+    async def send(self, server: StoreServer, command: str) -> Any:
         """One server's answer to a command; errors become `Unavailable`."""
         async with _translated(READ_TIMEOUT_S):
             return await server.execute(command)
