@@ -40,8 +40,8 @@ from bench.rig.servers import vllm_server
 from bench.rig.subject import BankOption, ModelOption, TinyOption, given, of_rank, tiny
 from bench.serving.histograms import ON_THE_LOOP, totals
 from bench.serving.load import Answer, Ask, Loader, Prompts, loading
+from server.engine.cpu import native
 from server.engine.fusing.ahead import AHEAD, Ahead
-from server.engine.fusing.kernels import native
 from server.settings import Settings
 
 KINDS = ("never-seen users", "resident users", "nobody")

@@ -30,7 +30,7 @@ def models(
     """
     from bank.models.folders import ensure_base_model, ensure_embedder
     from server.engine.command import is_cpu_build
-    from server.engine.fusing.kernels import native
+    from server.engine.cpu import native
 
     settings = load_settings()
     cache = cache_dir or settings.cache_dir

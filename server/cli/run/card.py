@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bank.manifest import BankManifest
 from bank.models.folders import model_config
-from server.engine.sizing import slot_bytes
+from server.engine.command import slot_bytes
 from server.settings import Settings
 
 GIB = 1 << 30

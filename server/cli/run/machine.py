@@ -11,8 +11,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.cli.run.card import cards, needs_of, plan
-from server.engine.command import Share, check_engine, engine_command, is_cpu_build
-from server.engine.sizing import memory_bytes
+from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
 from server.supervisor.parts import Part

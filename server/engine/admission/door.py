@@ -3,18 +3,28 @@
 vLLM opens dozens of routes and checks its key only on some prefixes: the others generate, name adapters or steer the
 engine for anybody, and the next release may add more. So this lists what is let through, and stands in front of
 everything that vLLM would answer on its own.
+
+The door also ends the engine in order. vLLM's own way is to answer what arrives meanwhile with an empty text; here that
+is refused with 503, which sends a router on to another engine, `/health` says the same, and vLLM stops once what had
+begun is finished.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import secrets
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.engine.admission.drain import Drain
 from server.engine_protocol import DROP, RESIDENT, STATUS
+
+log = logging.getLogger("mta.engine")
 
 OPEN = frozenset({("GET", "/health")})
 """Routes that need no key, as method and path."""
@@ -34,14 +44,57 @@ WITH_KEY = frozenset(
 """Routes that need one of the engine's keys."""
 
 
-class Door:
-    """ASGI middleware; must be the outermost.
+def _stop_vllm() -> None:
+    """vLLM stops at once on either signal; the other one is still its own."""
+    os.kill(os.getpid(), signal.SIGINT)
 
-    Args:
-        app: the application behind it.
-        keys: returns the keys it accepts, as bytes; without any it opens for nobody.
-        drain: closes it when the engine is to stop.
-    """
+
+class Drain:
+    """Counts what is under way, and once the engine is asked to stop, waits for its end, for at most `most_s`."""
+
+    def __init__(self, most_s: float, stop: Callable[[], None] = _stop_vllm) -> None:
+        self.begun = False
+        """Whether nothing new is taken."""
+        self._most_s = most_s
+        self._stop = stop
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ending: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
+
+    def take_over(self) -> None:
+        """Have SIGTERM begin the drain; vLLM's handler must be in place."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
+
+    def begin(self) -> None:
+        """Take nothing new, and end the engine once nothing is under way, or the time is up."""
+        if not self.begun:
+            self.begun = True
+            log.info("asked to stop: %d requests are finished first, for at most %g s", self._under_way, self._most_s)
+            self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Something is under way until the block ends."""
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _end(self) -> None:
+        try:
+            await asyncio.wait_for(self._idle.wait(), self._most_s)
+        except TimeoutError:
+            log.warning("%d requests are cut off: they took more than %g s", self._under_way, self._most_s)
+        self._stop()
+
+
+class Door:
+    """ASGI middleware, the outermost; without any keys it opens for nobody."""
 
     def __init__(self, app: ASGIApp, keys: Callable[[], Sequence[bytes]], drain: Drain) -> None:
         self._app = app

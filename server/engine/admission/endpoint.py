@@ -6,12 +6,11 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Set
+from collections.abc import Callable, Set
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
 from starlette.datastructures import State
@@ -20,12 +19,11 @@ from vllm.lora.request import LoRARequest
 
 from bank.errors import BankError
 from server.engine.admission import metrics
-from server.engine.admission.door import Door
-from server.engine.admission.drain import Drain
+from server.engine.admission.door import Door, Drain
 from server.engine.admission.names import AdapterNames
 from server.engine.admission.prepare import HoldNames, Preparer
-from server.engine.admission.user_adapters import SWEEP_S, RpcWorkers, UserAdapters
-from server.engine.banks import read_manifests
+from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
+from server.engine.banks import Manifests, read_manifests
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
 from server.store.opening import open_stores
@@ -54,15 +52,18 @@ class MtaEndpointPlugin:
         self._names: AdapterNames[LoRARequest] | None = None
         self._keys: list[bytes] = []
         self._opened = AsyncExitStack()  # for as long as the process lives
+        self._engine: Any = None
+        self._users: UserAdapters | None = None
         self._figures: metrics.AdapterFigures | None = None
-        self._watching: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
+        self._status: Callable[[], dict[str, Any]] = dict
+        self._sweeping: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the private routes, the middleware that holds names while a request is open, and the door in front."""
-        app.include_router(_router())
         app.add_middleware(HoldNames, names=self._require_names)
         app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
         app.add_middleware(RequestIds)
+        app.include_router(self._router())
         build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
         drain = Drain(Settings().drain_s)
         app.build_middleware_stack = lambda: Door(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
@@ -74,40 +75,73 @@ class MtaEndpointPlugin:
             BankError: names the option or the bank that is wrong.
         """
         settings = Settings()
-        keys = _api_keys(args)
-        _refuse_unsafe(engine_client, args, keys, settings)
-        self._keys = [key.encode() for key in keys]
-        models = state.openai_serving_models
         manifests = read_manifests(settings)
+        keys = _api_keys(args)
+        _refuse_unsafe(engine_client, args, keys, manifests)
+        self._keys = [key.encode() for key in keys]
+        engine: Any = engine_client
+        self._engine = engine
 
         def in_flight() -> Set[str]:
-            requests = engine_client.output_processor.request_states.values()  # type: ignore[union-attr]
+            requests = engine.output_processor.request_states.values()
             return {request.lora_name for request in requests if request.lora_name}
 
-        self._names = AdapterNames(
-            models.lora_requests,
+        self._names = names = AdapterNames(
+            state.openai_serving_models.lora_requests,
             # vLLM's prefix cache is keyed by name and path: with the name as path the cache is always right.
             lambda name, lora_id: LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=name),
             capacity=settings.max_adapter_names,
             in_flight=in_flight,
         )
-        names = self._names
         timed = StoreSeconds(REGISTRY)
         # Nothing is written here.
         stores = await self._opened.enter_async_context(open_stores(settings, checked=False, timed=timed))
-        users = UserAdapters(
+        self._users = users = UserAdapters(
             stores.adapters,
-            RpcWorkers(engine_client.collective_rpc),  # type: ignore[union-attr]
+            engine.collective_rpc,
             manifests,
             max_rank=args.max_lora_rank,
             capacity_bytes=IDLE_ADAPTER_BYTES,
             in_use=lambda: names.in_use,
         )
-        self._watching = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
-        preparer = Preparer(manifests, names, users, _tracing(settings))
-        preparer.install()
-        self._figures = metrics.install(engine_client, names, preparer.check, args.max_loras)
-        state.mta = _Behind(preparer, self._figures, max_lora_rank=args.max_lora_rank, slots=args.max_loras)
+        self._sweeping = asyncio.create_task(forever(SWEEP_S, users.sweep, log))
+        self._figures = figures = metrics.publish(engine, names, args.max_loras)
+        Preparer(manifests, names, users, figures.check, _tracing(settings)).install()
+        self._status = lambda: {
+            "status": "ok",
+            "model": engine.model_config.model,
+            "max_model_len": engine.model_config.max_model_len,
+            "banks": [manifest.fingerprint for manifest in manifests.values()],
+            "max_lora_rank": args.max_lora_rank,
+            "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
+            "slots": args.max_loras,
+            "names": len(names),
+            "user_adapters": len(users),
+            **figures.brief(),
+        }
+
+    def _router(self) -> APIRouter:
+        """The private routes, behind `Door`; the gateway calls them on each engine, never through a router."""
+        router = APIRouter()
+
+        @router.get(STATUS)
+        async def status() -> dict[str, Any]:
+            """What this engine serves; known here, so that the answer never waits for a step of the model."""
+            return self._status()
+
+        @router.get(RESIDENT)
+        async def resident() -> dict[str, list[str]]:
+            """What the workers say they hold: fused recipes, and stacked ones whose user adapter is still there."""
+            rpc = self._engine.collective_rpc
+            fused, held = await asyncio.gather(rpc("mta_resident"), rpc("mta_held"))
+            return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
+
+        @router.post(DROP)
+        async def drop(body: Drop) -> dict[str, int]:
+            """Let go of a user's adapters; answers how many are still held by unfinished requests."""
+            return {"held": await self._users.drop(body.user_key) if self._users else 0}
+
+        return router
 
     def _require_names(self) -> AdapterNames[LoRARequest]:
         if self._names is None:
@@ -130,7 +164,7 @@ def _api_keys(args: Namespace) -> list[str]:
     return given or [key for key in (os.environ.get("VLLM_API_KEY"),) if key]
 
 
-def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: list[str], settings: Settings) -> None:
+def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: list[str], manifests: Manifests) -> None:
     """Check the options that the plugin's correctness depends on."""
     if engine_client is None or not args.enable_lora:
         raise BankError("the engine runs without LoRA: start it with `mta engine`, or pass --enable-lora")
@@ -144,58 +178,6 @@ def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: li
         raise BankError("the engine has no key: set VLLM_API_KEY (`mta engine` sets it from MTA_ENGINE_KEY)")
     if (args.max_cpu_loras or args.max_loras) <= args.max_loras:
         raise BankError(f"--max-cpu-loras is {args.max_cpu_loras}: it must be above --max-loras, {args.max_loras}")
-    needed = max(manifest.serving_rank for manifest in read_manifests(settings).values())
+    needed = max(manifest.serving_rank for manifest in manifests.values())
     if args.max_lora_rank < needed:
         raise BankError(f"--max-lora-rank is {args.max_lora_rank}: the bank needs at least {needed}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Behind:
-    """The state behind the private routes."""
-
-    preparer: Preparer
-    figures: metrics.AdapterFigures
-    max_lora_rank: int
-    slots: int
-
-
-def _behind(request: Request) -> _Behind:
-    behind: _Behind = request.app.state.mta
-    return behind
-
-
-def _router() -> APIRouter:
-    """The private routes, behind `Door`; the gateway calls them on each engine, never through a router."""
-    router = APIRouter()
-
-    @router.get(STATUS)
-    async def status(request: Request) -> dict[str, Any]:
-        """What this engine serves; known here, so that the answer never waits for a step of the model."""
-        engine, behind = request.app.state.engine_client, _behind(request)
-        preparer = behind.preparer
-        return {
-            "status": "ok",
-            "model": engine.model_config.model,
-            "max_model_len": engine.model_config.max_model_len,
-            "banks": [manifest.fingerprint for manifest in preparer.manifests.values()],
-            "max_lora_rank": behind.max_lora_rank,
-            "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
-            "slots": behind.slots,
-            "names": len(preparer.names),
-            "user_adapters": len(preparer.users),
-            **behind.figures.brief(),
-        }
-
-    @router.get(RESIDENT)
-    async def resident(request: Request) -> dict[str, list[str]]:
-        """What the workers say they hold: fused recipes, and stacked ones whose user adapter is still there."""
-        rpc = request.app.state.engine_client.collective_rpc
-        fused, held = await asyncio.gather(rpc("mta_resident"), rpc("mta_held"))
-        return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
-
-    @router.post(DROP)
-    async def drop(request: Request, body: Drop) -> dict[str, int]:
-        """Let go of a user's adapters; answers how many are still held by unfinished requests."""
-        return {"held": await _behind(request).preparer.users.drop(body.user_key)}
-
-    return router

@@ -1,8 +1,8 @@
 """What the engine's `/metrics` says of adapters: how many, and how long each step on their way takes.
 
-The gauges replace `vllm:lora_requests_info`, which puts adapter names into label values: a time series for each
-combination ever seen, and user keys in the monitoring. An operator only needs counts. Most durations are measured in
-the worker; it is asked for them when somebody asks for `/metrics`.
+vLLM's `vllm:lora_requests_info` puts adapter names into label values: a time series for each combination ever seen, and
+user keys in the monitoring. An operator only needs counts. Most durations are measured in the worker; it is asked for
+them when somebody asks for `/metrics`.
 """
 
 from __future__ import annotations
@@ -10,76 +10,42 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from itertools import accumulate
 from typing import Any
 
-from prometheus_client import REGISTRY, Gauge
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from server.engine.admission.names import AdapterNames
-from server.engine.fusing.figures import BUCKETS_S, Durations, Reading
+from server.engine.fusing.figures import Family, WorkerFigures, durations, families
 
 log = logging.getLogger("mta.engine")
 
 FRESH_S = 2.0
 """Longest time that `/metrics` waits for a worker amid a step; then it shows what the worker said before."""
 
-DURATIONS = {
-    "check": "From a recipe's name to its admission, without fetching its user adapter.",
-    "fuse": "From an admitted recipe to its weights in memory, in whichever thread.",
-    "slot_write": "Copying an adapter into a slot.",
-    "bring_in": "What a step of the model waits for an adapter that is in no slot: the end of its making and the copy.",
-    "load": "Reading and packing of an adapter that vLLM loads from a folder.",
-}
-COUNTS = {
-    "fuses": "Recipes fused.",
-    "slot_evictions": "Slots taken from one adapter for another.",
-    "shared_slots": "Requests admitted while another one under the same recipe was open.",
-}
-
-PREPARES = "Requests that an adapter was made ready for: warm ones found it there, cold ones had it fused."
-
-
-class AdaptersInUse:
-    """Takes vLLM's calls to the gauge that it replaces, and publishes how many names they contain."""
-
-    def __init__(self) -> None:
-        self._in_use = Gauge("mta:adapters_in_use", "Distinct recipes among the engine's requests.")
-
-    def labels(self, *, running_lora_adapters: str, **_: object) -> AdaptersInUse:
-        """vLLM passes all its requests' adapters, comma-joined, as running and again as waiting."""
-        names = running_lora_adapters
-        self._in_use.set(names.count(",") + 1 if names else 0)
-        return self
-
-    def set_to_current_time(self) -> None:
-        """Nothing to do: Prometheus timestamps samples itself."""
-
 
 class AdapterFigures(Collector):
     """Publishes what this process and the first worker have measured.
 
-    Args:
-        ask: fetches the workers' `WorkerFigures.readings`.
-        check: measured here.
-        names: the names this process knows.
-        slots: how many adapters one batch can mix.
+    `ask` calls `WorkerExtension.mta_figures` on all workers; `slots` is how many adapters one batch can mix.
     """
 
-    def __init__(
-        self, ask: Callable[[], Awaitable[Any]], check: Durations, names: AdapterNames[Any], slots: int
-    ) -> None:
+    def __init__(self, ask: Callable[[], Awaitable[Any]], names: AdapterNames[Any], slots: int) -> None:
         self._ask = ask
-        self._check = check
         self._names = names
         self._slots = slots
-        self._asking: asyncio.Task[Any] | None = None
-        self._durations: dict[str, Reading] = {}
-        self._counts: dict[str, int] = {}
+        self._asking: asyncio.Task[None] | None = None
+        self._registry = CollectorRegistry()
+        self.check = durations(
+            self._registry, "check", "From a recipe's name to its admission, without fetching its user adapter."
+        )
+        self._taken: int | None = None
+        self._prepares = 0
+        self._of_worker: list[Family] = families(WorkerFigures().registry)
 
     async def refresh(self) -> None:
         """Ask the workers; one question at a time, and not for long."""
@@ -88,11 +54,10 @@ class AdapterFigures(Collector):
     def brief(self) -> dict[str, int]:
         """What a gateway shows: as the workers said when they were last asked; this asks them again, and waits not."""
         self._question()
-        return {name: self._counts.get(name, 0) for name in ("prepares", "fuses")} | (
-            {"slots_taken": self._counts["slots_taken"]} if "slots_taken" in self._counts else {}
-        )
+        told = {"prepares": self._prepares, "fuses": self._fuses()}
+        return told if self._taken is None else told | {"slots_taken": self._taken}
 
-    def _question(self) -> asyncio.Task[Any]:
+    def _question(self) -> asyncio.Task[None]:
         """The question that the workers are being asked."""
         if self._asking is None:
             self._asking = asyncio.ensure_future(self._answered())
@@ -100,33 +65,48 @@ class AdapterFigures(Collector):
 
     async def _answered(self) -> None:
         try:
-            self._durations, counts = (await self._ask())[0]
-            self._counts = {**counts, "prepares": self._check.count}  # of the same moment: they are compared
+            self._taken, self._of_worker = (await self._ask())[0]
+            self._prepares = _count(families(self._registry), "check")  # of the same moment: they are compared
         except Exception as error:
             log.debug("the workers did not say what they measured: %s", error)
         finally:
             self._asking = None
 
+    def _fuses(self) -> int:
+        return _count(self._of_worker, "fuse")
+
     def collect(self) -> Iterator[Metric]:
         """All of it, as Prometheus has it."""
-        durations = {**self._durations, "check": self._check.reading}
-        counts = {**self._counts, "shared_slots": self._names.shared}
-        for name, text in DURATIONS.items():
-            numbers, total_s = durations.get(name, ([0] * (len(BUCKETS_S) + 1), 0.0))
-            ends = [*map(str, BUCKETS_S), "+Inf"]
-            buckets = list(zip(ends, map(float, accumulate(numbers)), strict=True))
-            yield HistogramMetricFamily(f"mta_engine_{name}_seconds", text, buckets=buckets, sum_value=total_s)
-        for name, text in COUNTS.items():
-            yield CounterMetricFamily(f"mta_engine_{name}", text, value=counts.get(name, 0))
+        for name, meaning, kind, samples in [*families(self._registry), *self._of_worker]:
+            metric = Metric(name, meaning, kind)
+            for sample in samples:
+                metric.add_sample(*sample)
+            yield metric
+        names, fuses = self._names, self._fuses()
+        shared = "Requests admitted while another one under the same recipe was open."
+        yield CounterMetricFamily("mta_engine_fuses", "Recipes fused.", fuses)
+        yield CounterMetricFamily("mta_engine_shared_slots", shared, names.shared)
         yield GaugeMetricFamily("mta_engine_slots", "LoRA slots.", self._slots)
+        yield GaugeMetricFamily("mta_engine_slots_resident", "Slots that hold an adapter.", self._taken or 0)
         yield GaugeMetricFamily(
-            "mta_engine_slots_resident", "Slots that hold an adapter.", counts.get("slots_taken", 0)
+            "mta:adapters_in_use", "Distinct recipes among the engine's requests.", len(names.in_flight())
         )
-        prepares = CounterMetricFamily("mta_engine_prepares", PREPARES, labels=("kind",))
-        fused = counts.get("fuses", 0)
-        prepares.add_metric(("cold",), fused)
-        prepares.add_metric(("warm",), max(0, counts.get("prepares", 0) - fused))
+        yield GaugeMetricFamily("mta:adapter_names", "Recipes whose engine id is remembered.", len(names))
+        yield GaugeMetricFamily("mta:adapter_names_leased", "Recipes that an open request holds.", names.leased)
+        prepares = CounterMetricFamily(
+            "mta_engine_prepares",
+            "Requests that an adapter was made ready for: warm ones found it there, cold ones had it fused.",
+            labels=("kind",),
+        )
+        prepares.add_metric(("cold",), fuses)
+        prepares.add_metric(("warm",), max(0, self._prepares - fuses))
         yield prepares
+
+
+def _count(families: list[Family], what: str) -> int:
+    """How often something was timed."""
+    wanted = f"mta_engine_{what}_seconds_count"
+    return next(int(value) for *_, samples in families for name, _, value in samples if name == wanted)
 
 
 class Refreshing:
@@ -142,19 +122,13 @@ class Refreshing:
         await self._app(scope, receive, send)
 
 
-def install(engine_client: Any, names: AdapterNames[Any], check: Durations, slots: int) -> AdapterFigures:
-    """Replace the gauge of a running engine client, and publish the size of its name map and all that is measured."""
-    figures = AdapterFigures(lambda: engine_client.collective_rpc("mta_figures"), check, names, slots=slots)
+def publish(engine_client: Any, names: AdapterNames[Any], slots: int) -> AdapterFigures:
+    """Publish all that is measured, and vLLM's gauge of adapters' names no more (`server/engine/patches.py`)."""
+    figures = AdapterFigures(lambda: engine_client.collective_rpc("mta_figures"), names, slots)
     REGISTRY.register(figures)
     manager = engine_client.logger_manager
-    in_use: AdaptersInUse | None = None
     for logger in manager.stat_loggers if manager is not None else ():
         if isinstance(logger, PrometheusStatLogger) and logger.gauge_lora_info is not None:
             REGISTRY.unregister(logger.gauge_lora_info)
-            in_use = in_use or AdaptersInUse()
-            logger.gauge_lora_info = in_use
-    known = Gauge("mta:adapter_names", "Recipes whose engine id is remembered.")
-    known.set_function(lambda: len(names))
-    leased = Gauge("mta:adapter_names_leased", "Recipes that an open request holds.")
-    leased.set_function(lambda: names.leased)
+            logger.gauge_lora_info = None
     return figures

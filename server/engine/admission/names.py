@@ -9,18 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Set
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 MAX_ID = 2**31 - 1
 """vLLM's kernels index adapters by int32."""
 
-
-class _HasId(Protocol):
-    @property
-    def lora_int_id(self) -> int: ...
-
-
-Entry = TypeVar("Entry", bound=_HasId)
+Entry = TypeVar("Entry", bound=Any)  # vLLM's LoRARequest: what it knows an adapter by, with a `lora_int_id`
 
 
 class AdapterNames(Generic[Entry]):
@@ -31,7 +25,6 @@ class AdapterNames(Generic[Entry]):
         make: builds the entry for a name and an id.
         capacity: names kept when idle; leased and in-flight ones come on top.
         in_flight: the names used by requests inside the engine.
-        first_id: the first id given out.
     """
 
     def __init__(
@@ -46,7 +39,7 @@ class AdapterNames(Generic[Entry]):
         self._entries = entries
         self._make = make
         self._capacity = capacity
-        self._in_flight = in_flight
+        self.in_flight = in_flight
         self._leases: Counter[str] = Counter()
         self._ids: set[int] = set()
         self._next_id = first_id
@@ -64,7 +57,7 @@ class AdapterNames(Generic[Entry]):
     @property
     def in_use(self) -> Set[str]:
         """Names that an open request holds, or that are in flight."""
-        return self._in_flight() | self._leases.keys()
+        return self.in_flight() | self._leases.keys()
 
     def lease(self, name: str) -> Entry:
         """Return the entry of a name and keep it until `release`; release each lease once."""
@@ -99,6 +92,6 @@ class AdapterNames(Generic[Entry]):
         """The next free id; after MAX_ID they start over at 1."""
         while self._next_id in self._ids:
             self._next_id = self._next_id % MAX_ID + 1
-        taken = self._next_id
-        self._next_id = taken % MAX_ID + 1
-        return taken
+        new = self._next_id
+        self._next_id = new % MAX_ID + 1
+        return new

@@ -11,16 +11,16 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
+from prometheus_client import Histogram
 from starlette.types import ASGIApp, Receive, Scope, Send
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 
 from adapters.errors import MtaError
+from server.engine import patches
 from server.engine.admission.names import AdapterNames
 from server.engine.admission.user_adapters import UserAdapters
 from server.engine.banks import Manifests, checked_recipe, is_recipe_name
-from server.engine.fusing.figures import Durations
+from server.engine.fusing.figures import timed
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 
@@ -29,28 +29,23 @@ _held: ContextVar[list[str] | None] = ContextVar("mta_held_names", default=None)
 
 
 class Preparer:
-    """Admits recipes.
-
-    Args:
-        manifests: the engine's banks.
-        names: where admitted recipes get their ids.
-        users: the user adapters that workers hold.
-        tracing: shows what it did as a part of the request's trace.
-
-    Attributes:
-        check: how long checking and naming a recipe takes, without its user adapter.
-    """
+    """Admits recipes; `check` gets how long checking and naming one takes, without its user adapter."""
 
     def __init__(
-        self, manifests: Manifests, names: AdapterNames[LoRARequest], users: UserAdapters, tracing: Tracing
+        self,
+        manifests: Manifests,
+        names: AdapterNames[LoRARequest],
+        users: UserAdapters,
+        check: Histogram,
+        tracing: Tracing,
     ) -> None:
-        self.manifests = manifests
-        self.names = names
-        self.users = users
-        self.check = Durations()
+        self._manifests = manifests
+        self._names = names
+        self._users = users
+        self._check = check
         self._tracing = tracing
 
-    async def prepare(self, name: str) -> LoRARequest:
+    async def prepare(self, name: str) -> None:
         """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
 
         Raises:
@@ -58,40 +53,42 @@ class Preparer:
             FusionError: no bank of this engine can fuse it.
             UserAdapterError: its user adapter cannot be served.
         """
-        with self.check.timed():
-            recipe = checked_recipe(name, self.manifests)
-            entry = self.names.lease(name)
+        with timed(self._check):
+            recipe = checked_recipe(name, self._manifests)
+            self._names.lease(name)
         held = _held.get()
         try:
             if recipe.user_adapter is not None:
-                await self.users.ensure(recipe)
+                await self._users.ensure(recipe)
         except BaseException:
-            self.names.release(name)
+            self._names.release(name)
             raise
         if held is None:  # not inside a request: nothing would ever release it
-            self.names.release(name)
+            self._names.release(name)
         else:
             held.append(name)
-        return entry
 
     def install(self) -> None:
         """Make vLLM's serving classes prepare recipe names where they check that a model exists."""
-        vllm_check: Callable[[Any, Any], Awaitable[ErrorResponse | None]] = BaseServing._check_model
-        prepare = self.prepare
 
-        async def check_model(serving: Any, request: Any) -> ErrorResponse | None:
-            if is_recipe_name(request.model):
-                try:
-                    with self._tracing.span("prepare", follows=traceparent.get()):
-                        await prepare(request.model)
-                except MtaError as error:
-                    refusal: ErrorResponse = serving.create_error_response(
-                        message=str(error), err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND, param="model"
-                    )
-                    return refusal
-            return await vllm_check(serving, request)
+        def preparing(vllm_check: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+            async def check_model(serving: Any, request: Any) -> Any:
+                if is_recipe_name(request.model):
+                    try:
+                        with self._tracing.span("prepare", follows=traceparent.get()):
+                            await self.prepare(request.model)
+                    except MtaError as error:
+                        return serving.create_error_response(
+                            message=str(error),
+                            err_type="NotFoundError",
+                            status_code=HTTPStatus.NOT_FOUND,
+                            param="model",
+                        )
+                return await vllm_check(serving, request)
 
-        BaseServing._check_model = check_model
+            return check_model
+
+        patches.replace(patches.MODEL_CHECK, preparing)
 
 
 class HoldNames:

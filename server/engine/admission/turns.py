@@ -14,13 +14,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from server.engine.fusing.ahead import Fuser
+from server.engine import patches
+
+if TYPE_CHECKING:
+    from server.engine.fusing.manager import FusingLoRAManager
 
 PATIENCE_S = 2.0
 """How long others may be admitted before a request because their recipes have slots and its own has none."""
@@ -30,13 +33,14 @@ DRAINED = 4
 
 
 class _Turns(Scheduler):  # type: ignore[misc]
-    """vLLM's scheduler, without steps that wait for a fusion, and with an end to being passed over.
+    """vLLM's scheduler, without steps that wait for a fusion, and with an end to being passed over."""
 
-    Attributes:
-        fuser: fuses in this process; None where that is done elsewhere, or before any request has come.
-    """
+    fuser: FusingLoRAManager | None = None
+    """Fuses in this process; None where that is done elsewhere, or before any request has come."""
 
-    fuser: Fuser | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        patches.check(patches.CORE)
+        super().__init__(*args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step's schedule, made without those who have to stand back."""
@@ -83,11 +87,7 @@ def _recipe(request: Request) -> int:
 def held_back(waiting: Iterable[Request], running: Iterable[Request], slots: int, now: float) -> set[Request]:
     """The waiting requests that must not be admitted yet, so that a slot becomes free for one that waits too long.
 
-    Args:
-        waiting: in their order.
-        running: the batch.
-        slots: how many recipes it can have.
-        now: on the clock of the requests' arrival.
+    `waiting` is in order, `running` the batch, `slots` how many recipes it can have, `now` on the arrivals' clock.
     """
     load = Counter(request.lora_request.lora_int_id for request in running if request.lora_request)
     if len(load) < slots:

@@ -10,37 +10,20 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from adapters.errors import UserAdapterError
 from adapters.recipe import FusionRecipe, UserAdapterId
 from adapters.user_adapter import decode_user_adapter
 from bank.manifest import BankManifest
 from server.errors import ApiError
-from server.store.adapters import StoredAdapter
+from server.store.adapters import AdapterStore, StoredAdapter
 
 log = logging.getLogger("mta.engine")
 
 SWEEP_S = 30.0
 """Time within which an engine drops adapters that their user no longer has, unless a request still uses them."""
-
-
-class AdapterSource(Protocol):
-    """The part of `server.store.adapters.AdapterStore` that is used here."""
-
-    async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None: ...
-
-    async def adapter_id(self, user_key: str) -> str | None: ...
-
-
-class Workers(Protocol):
-    """The workers' side (`server.engine.fusing.extension`): each call goes to all workers, one after the other."""
-
-    async def hold(self, name: str, raw: bytes) -> None: ...
-
-    def release(self, names: list[str]) -> Coroutine[Any, Any, None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +38,7 @@ class UserAdapters:
     """Which user adapters the workers hold.
 
     Args:
-        source: where adapters are stored.
-        workers: all workers of the engine.
-        manifests: the engine's banks.
+        rpc: vLLM's `collective_rpc` to all workers (`WorkerExtension`); calls are carried out as they come.
         max_rank: the largest rank a slot can hold.
         capacity_bytes: most bytes that workers hold, unless what is in use is more.
         in_use: recipe names that must stay.
@@ -65,23 +46,23 @@ class UserAdapters:
 
     def __init__(
         self,
-        source: AdapterSource,
-        workers: Workers,
+        store: AdapterStore,
+        rpc: Callable[..., Awaitable[object]],
         manifests: Mapping[str, BankManifest],
         *,
         max_rank: int,
         capacity_bytes: int,
         in_use: Callable[[], Set[str]],
     ) -> None:
-        self._source = source
-        self._workers = workers
+        self._store = store
+        self._rpc = rpc
         self._manifests = manifests
         self._max_rank = max_rank
         self._capacity_bytes = capacity_bytes
         self._in_use = in_use
         self._held: OrderedDict[str, _Held] = OrderedDict()  # by recipe name, least recently used first
         self._sending: dict[str, asyncio.Task[bool]] = {}
-        self._releasing: set[asyncio.Task[None]] = set()  # the event loop holds tasks only weakly
+        self._releasing: set[asyncio.Future[object]] = set()  # the event loop holds tasks only weakly
 
     def __len__(self) -> int:
         return len(self._held)
@@ -91,9 +72,7 @@ class UserAdapters:
 
         The store is asked every time, so that nothing is served that was replaced or erased. Once sending has begun it
         goes on even if the client leaves, and it is noted beforehand, so that the adapter can always be let go.
-
-        Args:
-            recipe: one of this engine's, with a user adapter; its name is leased.
+        The recipe is one of this engine's, with a user adapter, and its name is leased.
 
         Raises:
             UserAdapterError: when the adapter is missing, damaged, or not for this recipe.
@@ -130,12 +109,12 @@ class UserAdapters:
 
     async def _is_current(self, adapter: UserAdapterId) -> bool:
         """Whether an adapter is still its user's current one."""
-        return await self._source.adapter_id(adapter.user_key) == adapter.id
+        return await self._store.adapter_id(adapter.user_key) == adapter.id
 
     async def _send(self, recipe: FusionRecipe, adapter: UserAdapterId) -> bool:
         """Fetch and verify an adapter and send it to all workers; False when the store has none."""
         try:
-            stored = await self._source.adapter(adapter)
+            stored = await self._store.adapter(adapter)
             if stored is None:
                 return False
             self._held[recipe.name] = _Held(adapter, len(stored.raw))
@@ -147,7 +126,7 @@ class UserAdapters:
             if recipe.name not in self._held:  # it was let go of meanwhile
                 return False
             try:
-                await self._workers.hold(recipe.name, stored.raw)
+                await self._rpc("mta_hold", args=(recipe.name, stored.raw))
             except Exception:
                 await self._let_go([recipe.name])  # some workers may have it
                 raise
@@ -187,20 +166,7 @@ class UserAdapters:
         for name in names:
             self._held.pop(name, None)
         if names:
-            releasing = asyncio.create_task(self._workers.release(names))
+            releasing = asyncio.ensure_future(self._rpc("mta_release", args=(names,)))
             self._releasing.add(releasing)
             releasing.add_done_callback(self._releasing.discard)
             await asyncio.shield(releasing)
-
-
-class RpcWorkers:
-    """`Workers` through vLLM's `collective_rpc`."""
-
-    def __init__(self, rpc: Callable[..., Awaitable[object]]) -> None:
-        self._rpc = rpc
-
-    async def hold(self, name: str, raw: bytes) -> None:
-        await self._rpc("mta_hold", args=(name, raw))
-
-    async def release(self, names: list[str]) -> None:
-        await self._rpc("mta_release", args=(names,))

@@ -9,28 +9,22 @@ than the one that is running.
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+
+from server.engine import patches
+
+if TYPE_CHECKING:
+    from server.engine.fusing.manager import FusingLoRAManager
 
 Made = TypeVar("Made")
 
 AHEAD = 32
 """Fusions that are kept for requests still waiting; those of later ones begin as these are taken."""
-
-
-class Fuser(Protocol):
-    """What fuses adapters for the requests of this process's engine core."""
-
-    def notice(self, request: Any) -> None:
-        """Fuse what a request that has just arrived will need."""
-
-    def unfused(self, requests: Sequence[Any]) -> set[int]:
-        """The ids of waiting requests' adapters that are still to be fused."""
 
 
 class Ahead(Generic[Made]):
@@ -43,8 +37,7 @@ class Ahead(Generic[Made]):
     def __init__(self, fuse: Callable[[str], Made]) -> None:
         self._fuse = fuse
         self._lock = Lock()
-        self._begun: dict[str, Future[Made]] = {}
-        self._line: deque[tuple[str, Future[Made]]] = deque()
+        self._begun: dict[str, Future[Made]] = {}  # those that are not running are fused in this order
         threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, "mta-fuse", torch.set_num_threads, (1,))
         self._pool.submit(int).result()  # the thread starts here, where no core is chosen for it
@@ -68,9 +61,7 @@ class Ahead(Generic[Made]):
         with self._lock:
             first = list(dict.fromkeys(names))
             self._enter_all(first)
-            waiting = {name: future for name, future in self._line if self._begun.get(name) is future}
-            order = [name for name in first if name in waiting] + [name for name in waiting if name not in first]
-            self._line = deque((name, waiting[name]) for name in order)
+            self._begun = {name: self._begun[name] for name in first} | self._begun
 
     def take(self, name: str) -> Made:
         """What a recipe stands for; waits for its fusion, which is hurried. `done` comes after it.
@@ -112,36 +103,38 @@ class Ahead(Generic[Made]):
                 self._enter(name)
 
     def _enter(self, name: str) -> None:
-        self._begun[name] = future = Future[Made]()
-        self._line.append((name, future))
+        self._begun[name] = Future()
         self._pool.submit(self._fuse_next)
 
     def _fuse_next(self) -> None:
-        """Fuse the first in the line, if any is left; runs as often as something entered it."""
+        """Fuse the first that nobody fuses yet, if any is left; runs as often as one was entered."""
         with self._lock:
-            name, future = self._line.popleft() if self._line else ("", None)
-            if future is None or not future.set_running_or_notify_cancel():
+            todo = ((name, future) for name, future in self._begun.items() if not future.running() | future.done())
+            name, future = next(todo, ("", None))
+            if future is None:
                 return
+            future.set_running_or_notify_cancel()
         try:
             future.set_result(self._fuse(name))
         except BaseException as error:
             future.set_exception(error)
 
 
-def on_arrival(fuser: Fuser) -> None:
+def on_arrival(fuser: FusingLoRAManager) -> None:
     """Tell a fuser of the adapter of each request that this process's engine core, if it has one, receives.
 
     The core's scheduler asks the same fuser which requests must still wait.
     """
-    core: Any = sys.modules.get("vllm.v1.engine.core")
-    if core is None:
+    if "vllm.v1.engine.core" not in sys.modules:
         return
-    preprocess = core.EngineCore.preprocess_add_request
 
-    def notice_and_preprocess(self: Any, request: Any) -> Any:
-        if request.lora_request is not None:
-            self.scheduler.fuser = fuser
-            fuser.notice(request.lora_request)
-        return preprocess(self, request)
+    def noticing(preprocess: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def notice_and_preprocess(self: Any, request: Any) -> Any:  # named as in the table, which is checked again
+            if request.lora_request is not None:
+                self.scheduler.fuser = fuser
+                fuser.notice(request.lora_request)
+            return preprocess(self, request)
 
-    core.EngineCore.preprocess_add_request = notice_and_preprocess
+        return notice_and_preprocess
+
+    patches.replace(patches.ARRIVAL, noticing)

@@ -19,42 +19,24 @@ WIDE = (torch.complex128, torch.int64, torch.int32)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A part of an adapter and the cells that it fills, piece after piece.
+    """A part of an adapter and the cells of one slot that it fills, piece after piece."""
 
-    Attributes:
-        block: the block of A it is; None for B.
-        across: whether B lies along H_out in memory, and is taken as [R, H_out].
-        cells: views of the slot's tensors.
-        sizes: of each cell, rows of the adapter's tensor; columns where it is taken across.
-        dtype: what both sides are taken for.
-    """
-
-    block: int | None
-    across: bool
-    cells: list[torch.Tensor]
-    sizes: list[int]
-    dtype: torch.dtype
+    block: int | None  # of A; None for B
+    across: bool  # whether B lies along H_out in memory, and is taken as [R, H_out]
+    cells: list[torch.Tensor]  # views of the slot's tensors
+    sizes: list[int]  # of each cell, rows of the adapter's tensor; columns where it is taken across
+    dtype: torch.dtype  # what both sides are taken for
 
     @classmethod
-    def of_b(cls, cells: Sequence[torch.Tensor]) -> list[Run]:
-        """All modules' B for each slot, from their cells over all slots [S, H_out, R]."""
-        if lies_across(cells[0]):
-            return cls._by_slot(None, True, [cell.transpose(1, 2) for cell in cells], [cell.shape[1] for cell in cells])
-        wide = _widened(cells)
-        return cls._by_slot(None, False, wide, [cell.shape[1] for cell in wide])
-
-    @classmethod
-    def of_a(cls, block: int, cells: Sequence[torch.Tensor]) -> list[Run]:
-        """All modules' parts of a block of A for each slot, from their cells over all slots [S, Rᵢ·H_in]."""
-        wide = _widened(cells)
-        return cls._by_slot(block, False, wide, [cell.shape[1] for cell in wide])
-
-    @classmethod
-    def _by_slot(cls, block: int | None, across: bool, cells: Sequence[torch.Tensor], sizes: list[int]) -> list[Run]:
+    def of_slots(cls, block: int | None, cells: Sequence[torch.Tensor]) -> list[Run]:
+        """For each slot, from all modules' cells over all slots: of B [S, H_out, R], of a block of A [S, Rᵢ·H_in]."""
+        across = block is None and cells[0].stride(-2) == 1 and cells[0].stride(-1) > 1
+        cells = [cell.transpose(1, 2) for cell in cells] if across else _widened(cells)
+        sizes = [cell.shape[2 if across else 1] for cell in cells]
         return [cls(block, across, of_slot, sizes, cells[0].dtype) for of_slot in _apart(cells)]
 
     def pieces(self, flat: FlatLora) -> tuple[torch.Tensor, ...]:
-        """The same part of another adapter of the tenancy, in the pieces that the cells take."""
+        """The same part of another adapter that fills the same cells, in the pieces that they take."""
         if self.across:
             return torch.split(flat.b.t(), self.sizes, dim=1)
         whole = flat.b.contiguous() if self.block is None else flat.a[self.block]
@@ -63,17 +45,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """All cells of the modules of a bank in one slot, as adapters of one tenancy fill them.
+    """All cells of a bank's modules in one slot."""
 
-    Attributes:
-        runs: what an adapter fills, B first.
-        same: where among `runs` the block of A is that all adapters share; None without one.
-        rest: what none of them fills.
-    """
-
-    runs: tuple[Run, ...]
-    same: int | None
-    rest: list[torch.Tensor]
+    runs: tuple[Run, ...]  # what an adapter fills: B, then the blocks of A
+    same: int | None  # which of them is the block of A that all adapters share; None without one
+    rest: list[torch.Tensor]  # what none of them fills
 
     @classmethod
     def of_slots(
@@ -81,15 +57,13 @@ class Cells:
     ) -> list[Cells]:
         """The cells of each slot; made for all of them at once, that takes a tenth of the time.
 
-        Args:
-            stacks: for each module, in the adapter's order, A [S, 1, rows, H_in] and B [S, 1, H_out, columns].
-            ranks: of each block of A.
-            shares_a: whether the first block is the same in all adapters.
+        `stacks` are A [S, 1, rows, H_in] and B [S, 1, H_out, columns] of each module, in the adapter's order, `ranks`
+        those of the blocks of A, the first of which all adapters may share.
         """
         rank, start, slots = sum(ranks), 0, len(stacks[0][0])
-        runs = [Run.of_b([b[:, 0, :, :rank] for _, b in stacks])]
+        runs = [Run.of_slots(None, [b[:, 0, :, :rank] for _, b in stacks])]
         for block, rows in enumerate(ranks):
-            runs.append(Run.of_a(block, [a[:, 0, start : start + rows].view(slots, -1) for a, _ in stacks]))
+            runs.append(Run.of_slots(block, [a[:, 0, start : start + rows].view(slots, -1) for a, _ in stacks]))
             start += rows
         rest = [part for a, b in stacks for part in (a[:, 0, rank:], b[:, 0, :, rank:]) if part[0].numel()]
         rests: list[list[torch.Tensor]] = _apart(rest) if rest else [[] for _ in range(slots)]
@@ -97,23 +71,12 @@ class Cells:
         return [cls(of_slot, same, rest) for of_slot, rest in zip(zip(*runs, strict=True), rests, strict=True)]
 
     def write(self, flat: FlatLora, *, a_is_there: bool = False, rest_is_clear: bool = False) -> None:
-        """Write an adapter.
-
-        Args:
-            flat: its numbers.
-            a_is_there: whether the slot has the shared block of A already.
-            rest_is_clear: whether what the adapter does not fill is zero already.
-        """
+        """Write an adapter, leaving out the shared block of A and the rest's zeros where they are there already."""
         runs = [run for place, run in enumerate(self.runs) if not (a_is_there and place == self.same)]
         pieces = [piece for run in runs for piece in run.pieces(flat)]
         torch._foreach_copy_([cell for run in runs for cell in run.cells], pieces, non_blocking=True)
         if self.rest and not rest_is_clear:
             torch._foreach_zero_(self.rest)
-
-
-def lies_across(b: torch.Tensor) -> bool:
-    """Whether a B [..., H_out, R] lies along H_out in memory."""
-    return b.stride(-2) == 1 and b.stride(-1) > 1
 
 
 def _apart(cells: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

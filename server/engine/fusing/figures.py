@@ -1,15 +1,15 @@
-"""What the engine measures about adapters, where it happens: durations and counts that `/metrics` shows.
+"""What the engine measures about adapters, where it happens, for `/metrics`.
 
-A worker's go to the API process as plain numbers, when somebody asks for them.
+A worker's go to the API process as plain numbers and names, when somebody asks for them.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 BUCKETS_S = (
     *(5e-05, 0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005),
@@ -17,60 +17,47 @@ BUCKETS_S = (
 )
 """Upper ends of the buckets that durations are counted in; what is longer has a bucket of its own."""
 
-Reading = tuple[list[int], float]
-"""How often in each bucket, and the sum in seconds."""
+Sample = tuple[str, dict[str, str], float]
+"""A sample's name, labels and value."""
+
+Family = tuple[str, str, str, list[Sample]]
+"""A metric's name, meaning, type and samples."""
 
 
-class Durations:
-    """A histogram of one kind of work, which several threads may do."""
+def durations(registry: CollectorRegistry, what: str, meaning: str) -> Histogram:
+    """A histogram of the engine's."""
+    return Histogram(f"mta_engine_{what}_seconds", meaning, buckets=BUCKETS_S, registry=registry)
 
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._counts = [0] * (len(BUCKETS_S) + 1)
-        self._sum_s = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Count one piece of work."""
-        with self._lock:
-            self._counts[bisect_left(BUCKETS_S, seconds)] += 1
-            self._sum_s += seconds
+def families(registry: CollectorRegistry) -> list[Family]:
+    """What a registry has, but not since when."""
+    return [
+        (m.name, m.documentation, m.type, [(s.name, s.labels, s.value) for s in m.samples if s.name[-8:] != "_created"])
+        for m in registry.collect()
+    ]
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Count what the block takes, unless it fails."""
-        start = time.perf_counter()
-        yield
-        self.observe(time.perf_counter() - start)
 
-    @property
-    def count(self) -> int:
-        """How often it was done."""
-        return sum(self._counts)
-
-    @property
-    def reading(self) -> Reading:
-        """What was counted up to now."""
-        with self._lock:
-            return list(self._counts), self._sum_s
+@contextmanager
+def timed(histogram: Histogram) -> Iterator[None]:
+    """Count what the block takes, unless it fails."""
+    start = time.perf_counter()
+    yield
+    histogram.observe(time.perf_counter() - start)
 
 
 class WorkerFigures:
-    """What one worker measures.
-
-    Attributes:
-        fuse: from a recipe to weights in memory, wherever it runs.
-        load: vLLM's reading and packing of an adapter from a folder.
-        slot_write: copying an adapter into its slot.
-        bring_in: what a step waits for an adapter that has no slot: the rest of its making, and the copy.
-        evictions: slots taken from an adapter for another.
-    """
+    """What one worker measures."""
 
     def __init__(self) -> None:
-        self.fuse, self.load, self.slot_write, self.bring_in = Durations(), Durations(), Durations(), Durations()
-        self.evictions = 0
-
-    def readings(self) -> tuple[dict[str, Reading], dict[str, int]]:
-        """Durations and counts by the end of their metric's name."""
-        durations = {"fuse": self.fuse, "load": self.load, "slot_write": self.slot_write, "bring_in": self.bring_in}
-        counts = {"fuses": self.fuse.count, "slot_evictions": self.evictions}
-        return {name: kind.reading for name, kind in durations.items()}, counts
+        self.registry = registry = CollectorRegistry()
+        self.fuse = durations(registry, "fuse", "From an admitted recipe to its weights in memory, in any thread.")
+        self.load = durations(registry, "load", "Reading and packing of an adapter that vLLM loads from a folder.")
+        self.slot_write = durations(registry, "slot_write", "Copying an adapter into a slot.")
+        self.bring_in = durations(
+            registry,
+            "bring_in",
+            "What a step of the model waits for an adapter that is in no slot: the end of its making and the copy.",
+        )
+        self.evictions = Counter(
+            "mta_engine_slot_evictions", "Slots taken from one adapter for another.", registry=registry
+        )

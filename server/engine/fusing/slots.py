@@ -1,41 +1,56 @@
-"""vLLM's own slots for fused adapters, with a shortcut from one recipe of a bank to the next.
+"""What is in vLLM's slots, and how a fused adapter is written into one.
 
-vLLM fills a slot module by module: it packs q, k and v (gate and up) into one, zeroes both matrices, copies both. Here
-all modules are written in one call (`fusing/cells.py`). A slot whose last tenant was of the same bank and rank needs no
-zeroing, because the same cells are written again; in a `shared` bank it already holds the one A, so that only B is
-copied, and what a user adds to A. Whatever vLLM slices first (tensor parallelism, mixtures of experts) is left to it.
+A slot is one index S into each layer's tensors. Of one module, with the bank's rank r and a user's rank u::
+
+                ◀──────── H_in ────────▶                 ◀── r ──▶◀─ u ─▶◀ rest ▶
+              ┌────────────────────────┐                ┌─────────┬──────┬──────┐ ▲
+            r │ block 0: the bank's A, │                │         │      │      │ │
+              │ in a `shared` bank the │                │  fused  │ the  │      │ │
+              │ same for all           │             B  │    B    │user's│  0   │ H_out
+         A    ├────────────────────────┤                │         │  B   │      │ │
+            u │ block 1: the user's A  │                │         │      │      │ │
+              ├────────────────────────┤                └─────────┴──────┴──────┘ ▼
+         rest │ 0                      │                 lora_b_stacked[module][S, 0]; on CPUs it lies
+              └────────────────────────┘                 along H_out in memory (`cpu/manager.py`)
+               lora_a_stacked[module][S, 0]
+
+A `cat` bank has a block of A for each row of the recipe. vLLM fills a slot module by module: it packs q, k and v (gate
+and up) into one, zeroes both matrices, copies both. Here all modules are written in one call (`cells.py`). A slot whose
+last tenant was of the same bank and ranks needs no zeroing, because the same cells are written again; in a `shared`
+bank it already holds the one A, so that only B is copied, and what a user adds to A. Whatever vLLM slices first (tensor
+parallelism, mixtures of experts) is left to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from adapters.flat import FlatLora
-from server.engine.fusing.cells import Cells, lies_across
-from server.engine.fusing.figures import WorkerFigures
-from server.engine.fusing.kernels.rows import SlotTable
-from server.engine.fusing.kernels.wrapper import CpuLoRA, transpose_stacks
+from adapters.layout import RowLayout
+from bank.errors import BankError
+from server.engine.fusing.cells import Cells
+from server.engine.fusing.figures import WorkerFigures, timed
 
-Tenancy = tuple[str, tuple[int, ...]]
+Filling = tuple[str, tuple[int, ...]]
 """Bank and the ranks of the blocks of A: adapters that agree in both fill the same cells of a slot."""
+
+Stacks = list[tuple[torch.Tensor, torch.Tensor]]
+"""A and B of each of a bank's modules, over all slots."""
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
     """An adapter that was fused here; vLLM's objects for each module's A and B are made only where vLLM writes it.
 
-    Args:
-        lora_id: vLLM's id.
-        recipe: the name it was fused from.
-        flat: A and B by the bank's module names.
-        vllm_names: vLLM's name for each of those modules.
-        bank: the first 8 hex digits of the bank's fingerprint.
-        shares_a: whether the first block of A is the same for all adapters of the bank.
+    `bank` are the 8 hex digits of a recipe, `vllm_names` vLLM's name for each of its modules, and `shares_a` says
+    whether the first block of A is the same for all adapters of the bank.
     """
 
     def __init__(
@@ -43,7 +58,7 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
     ) -> None:
         super().__init__(lora_id, flat.rank, {})
         self.recipe, self.flat, self.bank, self.shares_a = recipe, flat, bank, shares_a
-        self.tenancy: Tenancy = (bank, flat.ranks)
+        self.filling: Filling = (bank, flat.ranks)
         self._vllm_names = vllm_names
 
     def unpack(self) -> None:
@@ -65,55 +80,83 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
         return [self._vllm_names[module.name] for module in self.flat.modules]
 
 
+@dataclass(slots=True)
+class Tenant:
+    """What lies in a slot: also of an adapter that lost the slot, until another one is written over it."""
+
+    rank: int | None = None  # None where nothing is known of it
+    recipe: str | None = None  # None for an adapter that was not fused here
+    same_a: str | None = None
+    filling: Filling | None = None  # None where the next tenant must be written whole
+
+
 class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
-    """vLLM's two tiers, CPU and slots, with a record of whose cells each slot holds."""
+    """vLLM's two tiers, CPU and slots, with a record of what each slot holds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._note_nothing_written()
-        ours = [wrapper for wrapper in self.punica_wrapper_mapping.values() if isinstance(wrapper, CpuLoRA)]
-        for wrapper in ours:
-            wrapper.watch(self._table)
-        if ours:
-            transpose_stacks(self.modules.values())
 
     def _note_nothing_written(self) -> None:
         self.figures = WorkerFigures()
-        self._tenants: list[Tenancy | None] = [None] * self.lora_slots
-        self._recipes: list[str | None] = [None] * self.lora_slots
-        self._cells: dict[Tenancy, list[Cells]] = {}
-        self._stacks: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._table = SlotTable(self.lora_slots)
+        self._tenants = [Tenant() for _ in range(self.lora_slots)]
+        self._recipes: dict[int, str] = {}  # of the CPU tier, by id: vLLM's cache cannot be read without moving it
+        self._cells: dict[Filling, list[Cells]] = {}
+        self._stacks: dict[str, Stacks] = {}
 
-    @property
-    def lie_across(self) -> bool:
-        """Whether B lies along H_out in the slots, so that an adapter's should, too, before it is written."""
-        stacks = [stack for module in self.modules.values() for stack in getattr(module, "lora_b_stacked", ())]
-        return any(lies_across(stack) for stack in stacks)
+    def vllm_names(self, bank: str, layout: RowLayout) -> dict[str, str]:
+        """vLLM's name for each of a bank's modules.
+
+        Raises:
+            BankError: when this model does not have one of them.
+        """
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        rename = mapper.get_rename_mapper() if mapper is not None else None
+        known = {*self.modules, *(name for packed in self.packed_modules.values() for name in packed)}
+        names = {}
+        for module in layout.modules:
+            name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module.name}.lora_A.weight", rename)
+            if name not in known:
+                raise BankError(
+                    f"bank {bank} adapts the module {module.name}, which this model does not offer to LoRA: the bank "
+                    "was built for another base model"
+                )
+            names[module.name] = name
+        return names
 
     @property
     def written(self) -> set[str]:
         """The recipes whose weights are in slots, including evicted ones that nothing has overwritten."""
-        return {recipe for recipe in self._recipes if recipe is not None}
+        return {tenant.recipe for tenant in self._tenants if tenant.recipe is not None}
 
-    def wipe(self, recipes: Set[str]) -> None:
-        """Zero every slot that holds the weights of one of these recipes; its next tenant is written whole."""
-        for index, recipe in enumerate(self._recipes):
-            if recipe in recipes:
-                self._tenants[index] = self._recipes[index] = None
-                self._table.note(index)
-                self._clear(index)
+    @property
+    def taken(self) -> int:
+        """How many slots hold an adapter that has not been evicted."""
+        return len(self._active_adapters)
 
     def held_recipe(self, lora_id: int) -> str | None:
         """The recipe that the CPU tier has under an id; may be asked in any thread."""
-        return getattr(self._registered_adapters._Cache__data.get(lora_id), "recipe", None)  # reading moves nothing
+        return self._recipes.get(lora_id)
+
+    def touch(self, lora_id: int) -> None:
+        """Make an adapter the most recent of both tiers, if it is there."""
+        self.get_adapter(lora_id)
+        self._active_adapters.touch(lora_id)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         """Register an adapter; a fused one is packed later, if at all."""
         if isinstance(lora, FusedLoRAModel):
             self._registered_adapters[lora.id] = lora
+            self._recipes[lora.id] = lora.recipe
         else:
             super()._add_adapter(lora)
+
+    def deactivate_adapter(self, adapter_id: int) -> bool:
+        """As vLLM's; the CPU tier calls it for what it has just removed."""
+        if adapter_id not in self._registered_adapters:
+            self._recipes.pop(adapter_id, None)
+        deactivated: bool = super().deactivate_adapter(adapter_id)
+        return deactivated
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Make sure that an adapter is in a slot, as the most recent; returns whether it had to be written."""
@@ -122,63 +165,67 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             return False
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
-            self.figures.evictions += 1
+            self.figures.evictions.inc()
         index = self.lora_index_to_id.index(None)
-        model = self._registered_adapters[lora_id]
-        with self.figures.slot_write.timed():
-            self._fill(index, model)
+        with timed(self.figures.slot_write):
+            self._write(index, self._registered_adapters[lora_id])
         return True
 
-    def prepare(self, model: FusedLoRAModel) -> None:
-        """Find out ahead of a step where adapters of a tenancy lie, in whichever thread.
-
-        The first time it takes a tenth of a second for 64 slots of SmolLM2-135M.
-
-        Args:
-            model: one of the tenancy, under any id.
-        """
-        if self._stacks_of(model):
-            self._cells_of(model)
-
-    def _fill(self, index: int, model: LoRAModel) -> None:
+    def _write(self, index: int, model: LoRAModel) -> None:
         """Write an adapter into a free slot and say so to vLLM."""
-        self._recipes[index] = getattr(model, "recipe", None)
-        self._table.note(index, model.rank, getattr(model, "same_a", None))
+        before = self._tenants[index].filling
+        tenant = Tenant(model.rank, getattr(model, "recipe", None), getattr(model, "same_a", None))
+        self._put(index, tenant)
         if isinstance(model, FusedLoRAModel) and self._stacks_of(model):
             self._active_adapters[model.id] = None
             self.lora_index_to_id[index] = model.id
-            self._overwrite(index, model)
+            self._overwrite(index, model, before)
+            tenant.filling = model.filling  # only now: the writing may have failed midway
             return
-        self._tenants[index] = None
         if isinstance(model, FusedLoRAModel):
             model.unpack()
             super()._add_adapter(model)
         super().activate_adapter(model.id)  # takes the same slot: the first free one
 
-    def _overwrite(self, index: int, model: FusedLoRAModel) -> None:
+    def _overwrite(self, index: int, model: FusedLoRAModel, before: Filling | None) -> None:
         """Write an adapter over the last tenant, leaving nothing of it."""
-        before, (bank, _) = self._tenants[index], model.tenancy
-        same_bank = before is not None and before[0] == bank
+        same_bank = before is not None and before[0] == model.bank
         if not same_bank:
             self._clear(index)
-        cells = self._cells_of(model)[index]
-        self._tenants[index] = None  # should it fail midway
-        cells.write(model.flat, a_is_there=same_bank, rest_is_clear=not same_bank or before == model.tenancy)
-        self._tenants[index] = model.tenancy
+        is_clear = not same_bank or before == model.filling
+        self._cells_of(model)[index].write(model.flat, a_is_there=same_bank, rest_is_clear=is_clear)
 
-    def _cells_of(self, model: FusedLoRAModel) -> list[Cells]:
-        """Where adapters of its tenancy lie, by slot."""
-        if model.tenancy not in self._cells:
-            self._cells[model.tenancy] = Cells.of_slots(self._stacks_of(model), model.flat.ranks, model.shares_a)
-        return self._cells[model.tenancy]
+    def _put(self, index: int, tenant: Tenant) -> None:
+        """Note a slot's new tenant, before it is written."""
+        self._tenants[index] = tenant
+
+    def wipe(self, recipes: Set[str]) -> None:
+        """Zero every slot that holds the weights of one of these recipes; its next tenant is written whole."""
+        for index, tenant in enumerate(self._tenants):
+            if tenant.recipe in recipes:
+                self._put(index, Tenant())
+                self._clear(index)
 
     def _clear(self, index: int) -> None:
-        """Zero a slot."""
         for module in self.modules.values():
             module.reset_lora(index)
 
-    def _stacks_of(self, model: FusedLoRAModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The tensors over all slots for A and B of each of the model's modules; empty where vLLM slices first."""
+    def prepare(self, model: FusedLoRAModel) -> None:
+        """Find out ahead of a step where adapters like this one lie, in whichever thread.
+
+        The first time it takes a tenth of a second for 64 slots of SmolLM2-135M.
+        """
+        if self._stacks_of(model):
+            self._cells_of(model)
+
+    def _cells_of(self, model: FusedLoRAModel) -> list[Cells]:
+        """Where adapters like this one lie, by slot."""
+        if model.filling not in self._cells:
+            self._cells[model.filling] = Cells.of_slots(self._stacks_of(model), model.flat.ranks, model.shares_a)
+        return self._cells[model.filling]
+
+    def _stacks_of(self, model: FusedLoRAModel) -> Stacks:
+        """The tensors over all slots of the model's modules; empty where vLLM slices first."""
         if model.bank not in self._stacks:
             stacks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             for name, module in self.modules.items():

@@ -31,7 +31,7 @@ def test_stock_has_the_same_options_and_vllm_s_own_way_to_load(subject: Subject)
     ours, _ = vllm_command(subject, "ours", PORT)
     stock, environment = vllm_command(subject, "stock", PORT)
     assert set(ours) - set(stock) == {
-        *("--worker-extension-cls", "server.engine.fusing.extension.WorkerExtension"),
+        *("--worker-extension-cls", "server.engine.fusing.manager.WorkerExtension"),
         *("--scheduler-cls", "server.engine.admission.turns.FairScheduler"),
     }
     assert set(stock) <= set(ours)

@@ -20,52 +20,38 @@ def make_names(capacity: int, in_flight: set[str] | None = None, first_id: int =
     return AdapterNames({}, Entry, capacity=capacity, in_flight=lambda: in_flight or set(), first_id=first_id)
 
 
-def test_a_name_keeps_its_id() -> None:
-    names = make_names(8)
-    first = names.lease("a")
-    names.release("a")
-    assert names.lease("a") is first
+def pass_by(names: AdapterNames[Entry], count: int, prefix: str = "n") -> None:
+    """So many other names, each used once."""
+    for number in range(count):
+        names.lease(f"{prefix}{number}")
+        names.release(f"{prefix}{number}")
 
 
 def test_the_map_never_outgrows_its_capacity_when_nothing_is_held() -> None:
     names = make_names(16)
-    for i in range(1000):
-        names.lease(f"n{i}")
-        names.release(f"n{i}")
+    for number in range(1000):
+        pass_by(names, 1, f"{number}-")
         assert len(names) <= 16
 
 
-def test_a_leased_name_outlives_any_number_of_others() -> None:
-    names = make_names(4)
-    held = names.lease("held")
-    for i in range(100):
-        names.lease(f"n{i}")
-        names.release(f"n{i}")
-    assert names.lease("held") is held
-
-
-def test_a_name_in_flight_inside_the_engine_outlives_its_lease() -> None:
+def test_a_name_keeps_its_id_while_it_is_leased_or_in_flight_inside_the_engine() -> None:
     in_flight = {"running"}
     names = make_names(4, in_flight)
-    running = names.lease("running")
+    held, running = names.lease("held"), names.lease("running")
     names.release("running")
-    for i in range(100):
-        names.lease(f"n{i}")
-        names.release(f"n{i}")
+    pass_by(names, 100)
+    assert names.lease("held") is held
     assert names.lease("running") is running
     names.release("running")
     in_flight.clear()
-    for i in range(100):
-        names.lease(f"m{i}")
-        names.release(f"m{i}")
+    pass_by(names, 100, "m")
     assert names.lease("running").lora_int_id != running.lora_int_id
 
 
 def test_the_least_recently_used_name_goes_first() -> None:
     names = make_names(8)
-    ids = {}
-    for name in "abcdefgh":
-        ids[name] = names.lease(name).lora_int_id
+    ids = {name: names.lease(name).lora_int_id for name in "abcdefgh"}
+    for name in ids:
         names.release(name)
     names.release(names.lease("a").name)  # used again
     names.release(names.lease("new").name)

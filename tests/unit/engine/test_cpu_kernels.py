@@ -1,7 +1,9 @@
-"""LoRA on CPU in steps that mix rows with and without an adapter, on vLLM's own operators without a model."""
+"""The CPU kernels: compiled once into the cache folder, or not at all; and their sum of rows against the exact one."""
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,79 +11,90 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from vllm.lora.layers import LoRAMapping
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bank.errors import BankError
-from server.engine.fusing.kernels import check
-from server.engine.fusing.kernels.check import check_wrapper
-from server.engine.fusing.kernels.wrapper import CpuLoRA
+from adapters.fusion import fuse_flat
+from adapters.layout import RowLayout
+from adapters.lora import ModuleShape
+from adapters.matrix import MetaMatrix
+from adapters.recipe import PER_MILLE, parse_recipe
+from server.engine.cpu import native
+from server.settings import Settings
 
-HIDDEN, RANK, OUT, SLOTS = 8, 4, (6, 2), 2
-
-
-def wrapper_for(*owners: int, prefill: bool = True) -> CpuLoRA:
-    """In a step of rows whose adapters have these ids, where 0 is none; adapter 1 lies in slot 1, 2 in slot 0."""
-    wrapper = CpuLoRA(16, max_batches=16, device=torch.device("cpu"))
-    wrapper.update_metadata(LoRAMapping(owners, owners, is_prefill=prefill), [2, 1], SLOTS + 1, 32)
-    return wrapper
+HALF_A_PLACE = 2**-8 * 1.001
+"""Of a bfloat16 number."""
 
 
-@pytest.fixture
-def weights() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """A and B of a layer of two slices, in all slots."""
-    torch.manual_seed(0)
-    a = tuple(torch.randn(SLOTS, 1, RANK, HIDDEN) for _ in OUT)
-    return a, tuple(torch.randn(SLOTS, 1, size, RANK) for size in OUT)
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    cache_dir = Settings().cache_dir
+    assert native.build(cache_dir), "no C++ compiler: personal answers are slow here, and tests miss the kernel"
+    return native.kernels(cache_dir)
 
 
-@pytest.mark.parametrize("prefill", [True, False])
-@pytest.mark.parametrize("owners", [(0,), (0, 0, 0), (1,), (1, 2, 2), (0, 1, 1, 0, 2), (0, 0, 0, 1), (2, 0)])
-def test_each_row_gets_its_own_adapter_and_none_gets_nothing(
-    weights: Any, owners: tuple[int, ...], prefill: bool
+def test_what_is_there_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = native.library_path(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.setattr(native, "_compile", lambda folder: pytest.fail("compiled again"))
+    assert native.build(tmp_path)
+
+
+def test_another_source_or_another_pytorch_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = native.library_path(tmp_path)
+    monkeypatch.setattr(native, "version", lambda package: "0.0")
+    other = native.library_path(tmp_path)
+    monkeypatch.setattr(native, "SOURCES", native.SOURCES[:1])
+    assert len({here, other, native.library_path(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "a compiler that fails"])
+def test_without_it_the_reason_is_logged_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    a, b = weights
-    x, before = torch.randn(len(owners), HIDDEN), torch.randn(len(owners), sum(OUT))
-    y = before.clone()
-    wrapper_for(*owners, prefill=prefill).add_lora_linear(y, x, a, b, 1.0, OUT)
-    for row, owner in enumerate(owners):
-        if owner == 0:
-            assert torch.equal(y[row], before[row])
-            continue
-        slot = [2, 1].index(owner)
-        added = torch.cat([b[i][slot, 0] @ a[i][slot, 0] @ x[row] for i in range(len(OUT))])
-        torch.testing.assert_close(y[row], before[row] + added)
+    def fail(folder: str) -> None:
+        raise RuntimeError(f"Error building extension in {folder}")
+
+    monkeypatch.setattr(native.shutil, "which", lambda name: None if reason == "no compiler" else f"/bin/{name}")
+    monkeypatch.setattr(native, "_compile", fail)
+    with caplog.at_level(logging.WARNING, "mta.engine"):
+        assert not native.build(tmp_path)
+    assert ("install g++" if reason == "no compiler" else "Error building extension") in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_step_forgets_the_rows_of_the_one_before(weights: Any) -> None:
-    a, b = weights
-    wrapper = wrapper_for(1, 1, 1)
-    wrapper.update_metadata(LoRAMapping((0, 0), (0, 0), is_prefill=True), [2, 1], SLOTS + 1, 32)
-    x, y = torch.randn(2, HIDDEN), torch.zeros(2, sum(OUT))
-    wrapper.add_lora_linear(y, x, a, b, 1.0, OUT)
-    assert not y.any()
+@settings(max_examples=60, deadline=None)
+@given(
+    rank=st.sampled_from([1, 3, 8, 16]),
+    h_out=st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    terms=st.sampled_from(["a00*1000", "a00*350+a02*650", "c", "c+a01*300", "c+a00*250+a01*250+a02*250"]),
+    seed=st.integers(0, 1000),
+)
+def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[int], terms: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layout = RowLayout(tuple(ModuleShape(f"m{i}", 4, h) for i, h in enumerate(h_out)), rank, shared_a=True)
+    rows = torch.randn(4, layout.row_numbers, generator=generator).bfloat16()
+    a = torch.randn(layout.a_numbers, generator=generator).bfloat16()
+    matrix = MetaMatrix(layout, rows, anchors=3, common=True, shared_a=a)
+    recipe = parse_recipe(f"mta1:9f2c41d0:shared:{terms}")
+
+    ours = fuse_flat(matrix, recipe, sum_across=compiled.weighted_sum_across)
+
+    shares = [(matrix.common_index, 1.0)] * recipe.common + [(t.anchor, t.weight / PER_MILLE) for t in recipe.terms]
+    exact = sum(rows[row].double() * share for row, share in shares).view(-1, rank)
+    assert ours.b.t().is_contiguous() and ours.across() is ours
+    torch.testing.assert_close(ours.b.double(), exact, rtol=HALF_A_PLACE, atol=1e-6)
+    torch.testing.assert_close(ours.b, fuse_flat(matrix, recipe).b, rtol=2 * HALF_A_PLACE, atol=1e-6)
 
 
-def test_before_any_step_nothing_is_added(weights: Any) -> None:
-    y = torch.zeros(3, sum(OUT))
-    fresh = CpuLoRA(16, max_batches=16, device=torch.device("cpu"))
-    fresh.add_lora_linear(y, torch.randn(3, HIDDEN), *weights, 1.0, OUT)
-    assert not y.any()
+def test_a_row_alone_comes_back_as_it_is_what_is_not_a_number_too(compiled: Any) -> None:
+    rows = torch.tensor([[1.0, -2.0, float("inf"), float("nan"), 0.5, 3.0]]).bfloat16()
+    summed = compiled.weighted_sum_across(rows, [0], [1.0], 2)
+    torch.testing.assert_close(summed, rows.view(3, 2).t().contiguous(), equal_nan=True, rtol=0, atol=0)
 
 
-def test_a_wrapper_that_mixes_rows_up_is_refused_at_start() -> None:
-    check_wrapper()
-    with pytest.raises(BankError, match=r"add_lora_linear, add_lora_embedding, add_lora_logits .* must not serve"):
-        check_wrapper(PunicaWrapperCPU)
-
-
-def test_a_wrapper_of_another_shape_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Changed(CpuLoRA):
-        def add_lora_linear(self, y: torch.Tensor) -> None:
-            """Another signature."""
-
-    with pytest.raises(BankError, match="not the ones the plugin knows"):
-        check_wrapper(Changed)
-    monkeypatch.setattr(check.PunicaWrapperCPU, "add_lora_convolution", lambda self: None, raising=False)
-    with pytest.raises(BankError, match=r"differs in \['add_lora_convolution'\]"):
-        check_wrapper()
+@pytest.mark.parametrize("chosen, weights, rank", [([4], [1.0], 2), ([-1], [1.0], 2), ([], [], 2), ([0], [1.0], 4)])
+def test_what_is_not_there_is_refused(compiled: Any, chosen: list[int], weights: list[float], rank: int) -> None:
+    with pytest.raises(RuntimeError):
+        compiled.weighted_sum_across(torch.zeros(4, 6).bfloat16(), chosen, weights, rank)

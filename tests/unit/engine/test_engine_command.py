@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +14,44 @@ import torch
 
 from adapters.lora import ModuleShape
 from bank.errors import BankError
-from server.engine import sizing
+from server.engine import command as engine
 from server.engine.command import Share, check_engine, engine_command
 from server.engine.fusing.cells import Cells
 from server.settings import Settings
 
 
-def bank(rank: int, *modules: str) -> Any:
-    shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules]
-    return SimpleNamespace(serving_rank=rank, target_modules=modules, modules=shapes)
+def bank(rank: int = 8, *modules: str) -> Any:
+    shapes = [ModuleShape(f"layers.0.{module}", 64, 192) for module in modules or ("q_proj",)]
+    return SimpleNamespace(serving_rank=rank, target_modules=modules or ("q_proj",), modules=shapes)
+
+
+@dataclass
+class Command:
+    """What an engine would be started with."""
+
+    argv: list[str]
+    environment: dict[str, str]
+
+    def __getitem__(self, option: str) -> str:
+        return self.argv[self.argv.index(f"--{option}") + 1]
+
+
+def command(*banks: Any, share: Share | None = None, **settings: Any) -> Command:
+    model = Path("/model")
+    return Command(*engine_command(Settings(bank=model, **settings), banks or (bank(),), model, share))
+
+
+@pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
+def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """On a machine of four cores, where nothing says how many threads to take."""
+    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: request.param)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return bool(request.param)
+
+
+cpu = pytest.mark.parametrize("on_cpu", [True], indirect=True)
+gpu = pytest.mark.parametrize("on_cpu", [False], indirect=True)
 
 
 DENSE = {"model_type": "qwen3", "hidden_size": 64, "num_experts": 1, "vision_config": {"num_experts": None}}
@@ -53,56 +83,60 @@ def test_a_mixture_of_experts_is_refused_on_cpus_alone(
         assert refused or "no bank" in str(caught.value)
 
 
-def test_slots_fit_every_bank(tmp_path: Path) -> None:
-    banks = [bank(8, "q_proj", "v_proj"), bank(32, "v_proj", "gate_proj"), bank(16, "o_proj")]
-    argv, _ = engine_command(Settings(bank=tmp_path), banks, tmp_path)
-    assert argv[argv.index("--max-lora-rank") + 1] == "32"
-    modules = argv[argv.index("--lora-target-modules") + 1 :]
+def test_slots_fit_every_bank() -> None:
+    started = command(bank(8, "q_proj", "v_proj"), bank(32, "v_proj", "gate_proj"), bank(16, "o_proj"))
+    assert started["max-lora-rank"] == "32"
+    modules = started.argv[started.argv.index("--lora-target-modules") + 1 :]
     assert modules[:4] == ["gate_proj", "o_proj", "q_proj", "v_proj"]
     assert not [module for module in modules[4:] if module.endswith("_proj")]
 
 
 @pytest.mark.parametrize("variable", ["MTA_SECRET", "mta_secret"])
-def test_it_gets_no_secret_but_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_it_gets_no_secret_but_its_own_key(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "s" * 32)
     monkeypatch.setenv("MTA_ENGINE_KEY", "k" * 32)
-    argv, environment = engine_command(Settings(bank=tmp_path), [bank(8, "q_proj")], tmp_path)
-    assert "s" * 32 not in environment.values()
-    assert [name for name, value in environment.items() if value == "k" * 32] == ["VLLM_API_KEY"]
-    assert not {"s" * 32, "k" * 32} & set(argv)
+    started = command()
+    assert "s" * 32 not in started.environment.values()
+    assert [name for name, value in started.environment.items() if value == "k" * 32] == ["VLLM_API_KEY"]
+    assert not {"s" * 32, "k" * 32} & set(started.argv)
 
 
-SLOT = 8192 + 2 * sizing.VIEWS * sizing.VIEW_BYTES
+SLOT = 8192 + 2 * engine.VIEWS * engine.VIEW_BYTES
 """Bytes of A and B of rank 8, of 64 and 192 numbers, of two modules, and of the views by which they are written."""
 
 
+@cpu
 @pytest.mark.parametrize(
     ("memory", "slots"), [(0, 8), (16 * SLOT * 9, 9), (16 * SLOT * 31 - 1, 30), (16 * SLOT * 65, 64), (2**50, 64)]
 )
 def test_slots_fit_a_share_of_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, slots: int
+    on_cpu: bool, monkeypatch: pytest.MonkeyPatch, memory: int, slots: int
 ) -> None:
-    monkeypatch.setattr(sizing, "memory_bytes", lambda: memory)
-    banks = [bank(8, "q_proj"), bank(4, "q_proj", "v_proj")]
-    argv, _ = engine_command(Settings(bank=tmp_path), banks, tmp_path)
-    assert argv[argv.index("--max-loras") + 1] == str(slots)
-    assert int(argv[argv.index("--max-cpu-loras") + 1]) >= 2 * slots
+    monkeypatch.setattr(engine, "memory_bytes", lambda: memory)
+    started = command(bank(8, "q_proj"), bank(4, "q_proj", "v_proj"))
+    assert started["max-loras"] == str(slots)
+    assert int(started["max-cpu-loras"]) >= 2 * slots
 
 
-def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_are_to(tmp_path: Path) -> None:
-    argv, environment = engine_command(Settings(bank=tmp_path), [bank(8, "q_proj")], tmp_path)
-    assert "--otlp-traces-endpoint" not in argv
-    assert not {"VLLM_LOGGING_CONFIG_PATH", "OTEL_SERVICE_NAME"} & environment.keys()
-    chosen = Settings(bank=tmp_path, otlp_endpoint="http://collector:4318/", log_format="json")
-    argv, environment = engine_command(chosen, [bank(8, "q_proj")], tmp_path)
-    assert argv[argv.index("--otlp-traces-endpoint") + 1] == "http://collector:4318/v1/traces"
-    assert environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
-    assert Path(environment["VLLM_LOGGING_CONFIG_PATH"]).is_file()
+@gpu
+@pytest.mark.parametrize("sequences", [4, 32, 100])
+def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe_unless_one_asks_for_less(
+    on_cpu: bool, sequences: int
+) -> None:
+    started = command(max_num_seqs=sequences)
+    assert started["max-loras"] == started["max-num-seqs"] == str(sequences)
+    assert int(started["max-cpu-loras"]) >= 2 * sequences
+    assert command(max_num_seqs=sequences, max_loras=3)["max-loras"] == "3"
 
 
-def test_as_many_slots_as_one_asks_for(tmp_path: Path) -> None:
-    argv, _ = engine_command(Settings(bank=tmp_path, max_loras=3), [bank(8, "q_proj")], tmp_path)
-    assert argv[argv.index("--max-loras") + 1] == "3"
+def test_it_traces_to_where_its_gateway_does_and_logs_as_it_does_only_if_they_are_to() -> None:
+    started = command()
+    assert "--otlp-traces-endpoint" not in started.argv
+    assert not {"VLLM_LOGGING_CONFIG_PATH", "OTEL_SERVICE_NAME"} & started.environment.keys()
+    started = command(otlp_endpoint="http://collector:4318/", log_format="json")
+    assert started["otlp-traces-endpoint"] == "http://collector:4318/v1/traces"
+    assert started.environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
+    assert Path(started.environment["VLLM_LOGGING_CONFIG_PATH"]).is_file()
 
 
 def test_a_slots_size_counts_the_views_by_which_it_is_written() -> None:
@@ -113,22 +147,12 @@ def test_a_slots_size_counts_the_views_by_which_it_is_written() -> None:
     kept = [Cells.of_slots(stacks, ranks, shares_a=True) for ranks in ((8,), (8, 2))]
     taken = _resident_bytes() - before
     views = sum(len(run.cells) for cells in kept for run in cells[0].runs) + sum(len(cells[0].rest) for cells in kept)
-    assert views == modules * sizing.VIEWS
-    assert taken / slots < 1.5 * views * sizing.VIEW_BYTES
+    assert views == modules * engine.VIEWS
+    assert taken / slots < 1.5 * views * engine.VIEW_BYTES
 
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.parametrize("sequences", [4, 32, 100])
-def test_on_a_gpu_every_request_of_a_batch_may_have_its_own_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: int
-) -> None:
-    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: False)
-    argv, _ = engine_command(Settings(bank=tmp_path, max_num_seqs=sequences), [bank(8, "q_proj")], tmp_path)
-    assert argv[argv.index("--max-loras") + 1] == argv[argv.index("--max-num-seqs") + 1] == str(sequences)
-    assert int(argv[argv.index("--max-cpu-loras") + 1]) >= 2 * sequences
 
 
 @pytest.mark.parametrize(
@@ -139,56 +163,46 @@ def test_engines_share_out_what_there_is_and_none_goes_without(whole: int, of: i
     assert [Share(place, of).part(range(whole)) for place in range(of)] == parts
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(None, "2"), ("1", "1"), ("3", "2"), ("0", "2"), ("two", "2")])
-def test_one_of_several_engines_keeps_to_its_share_of_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str | None, expected: str
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if threads:
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4, 5, 6, 7})
-    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: True)
-    argv, environment = engine_command(Settings(bank=tmp_path), [bank(8, "q_proj")], tmp_path, Share(1, 2))
-    assert argv[:3] == ["taskset", "--cpu-list", "6,7"]
-    assert environment["OMP_NUM_THREADS"] == expected
+BIND, OMP = "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
 
 
+@cpu
 @pytest.mark.parametrize(
-    ("ranks", "threads", "expected"),
+    ("ranks", "share", "threads", "expected"),
     [
-        (1, None, {"OMP_NUM_THREADS": "4"}),
-        (1, "3", {"OMP_NUM_THREADS": "3"}),
-        (2, None, {"VLLM_CPU_OMP_THREADS_BIND": "4,6|5,7"}),
-        (2, "2", {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}),
+        (1, None, None, {OMP: "4"}),
+        (1, None, "3", {OMP: "3"}),
+        (2, None, None, {BIND: "4,6|5,7"}),
+        (2, None, "2", {BIND: "nobind", OMP: "1"}),
+        *((1, Share(1, 2), threads, {OMP: "1" if threads == "1" else "2"}) for threads in (None, "1", "3", "0", "two")),
     ],
 )
-def test_threads_are_no_more_than_it_is_told_and_then_bound_to_no_core(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, threads: str | None, expected: dict[str, str]
+@pytest.mark.usefixtures("on_cpu")
+def test_threads_keep_to_its_share_of_the_cores_and_to_what_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, share: Share | None, threads: str | None, expected: dict[str, str]
 ) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4, 5, 6, 7})
-    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: True)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    """Fewer than there are cores are bound to none."""
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    _, environment = engine_command(Settings(bank=tmp_path, tensor_parallel_size=ranks), [bank(8, "q_proj")], tmp_path)
-    names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
-    assert {name: environment[name] for name in names if name in environment} == expected
+    started = command(share=share, tensor_parallel_size=ranks)
+    assert {name: started.environment[name] for name in (BIND, OMP) if name in started.environment} == expected
+    assert (started.argv[:3] == ["taskset", "--cpu-list", "6,7"]) is (share is not None)
 
 
-def test_one_of_several_engines_keeps_to_its_share_of_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.command.is_cpu_build", lambda: False)
-    settings = Settings(bank=tmp_path, tensor_parallel_size=2)
-    seen = [engine_command(settings, [bank(8, "q_proj")], tmp_path, Share(place, 2))[1] for place in range(2)]
-    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in seen] == ["0,1", "2,3"]
+@gpu
+def test_one_of_several_engines_keeps_to_its_share_of_the_gpus(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def visible(place: int) -> str:
+        return command(share=Share(place, 2), tensor_parallel_size=2).environment["CUDA_VISIBLE_DEVICES"]
+
+    assert [visible(place) for place in range(2)] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    _, environment = engine_command(settings, [bank(8, "q_proj")], tmp_path, Share(1, 2))
-    assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert visible(1) == "6,7"
 
 
 def test_a_containers_limit_counts_where_it_is_below_the_machines_memory(tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
-    machine = sizing.memory_bytes([limit])
+    machine = engine.memory_bytes([limit])
     limit.write_text("max\n")
-    assert sizing.memory_bytes([limit]) == machine
+    assert engine.memory_bytes([limit]) == machine
     limit.write_text("123456\n")
-    assert sizing.memory_bytes([limit]) == 123456
+    assert engine.memory_bytes([limit]) == 123456

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +16,7 @@ from starlette.types import Message
 from server.engine.admission import metrics
 from server.engine.admission.metrics import AdapterFigures, Refreshing
 from server.engine.admission.names import AdapterNames
-from server.engine.fusing.ahead import on_arrival
-from server.engine.fusing.figures import BUCKETS_S, Durations, WorkerFigures
+from server.engine.fusing.figures import BUCKETS_S, WorkerFigures, families
 
 
 class Worker:
@@ -35,8 +32,7 @@ class Worker:
         await self.gate.wait()
         if self.failure:
             raise self.failure
-        durations, counts = self.figures.readings()
-        return [(durations, counts | {"slots_taken": 3}), None]
+        return [(3, families(self.figures.registry)), None]
 
 
 @pytest.fixture
@@ -50,13 +46,8 @@ def names() -> AdapterNames[Any]:
 
 
 @pytest.fixture
-def check() -> Durations:
-    return Durations()
-
-
-@pytest.fixture
-def published(worker: Worker, check: Durations, names: AdapterNames[Any]) -> AdapterFigures:
-    return AdapterFigures(worker.ask, check, names, slots=8)
+def published(worker: Worker, names: AdapterNames[Any]) -> AdapterFigures:
+    return AdapterFigures(worker.ask, names, slots=8)
 
 
 def shown(figures: AdapterFigures) -> dict[str, float]:
@@ -66,13 +57,11 @@ def shown(figures: AdapterFigures) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
-async def test_each_duration_is_in_every_bucket_that_holds_it(
-    published: AdapterFigures, worker: Worker, check: Durations
-) -> None:
-    check.observe(0.00007)
+async def test_each_duration_is_in_every_bucket_that_holds_it(published: AdapterFigures, worker: Worker) -> None:
+    published.check.observe(0.00007)
     for seconds in (0.00001, 0.00005, 0.0006, 7.0):
         worker.figures.fuse.observe(seconds)
-    worker.figures.evictions = 5
+    worker.figures.evictions.inc(5)
     await published.refresh()
     metrics = shown(published)
     assert metrics["mta_engine_check_seconds_count"] == 1
@@ -125,12 +114,12 @@ async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once(
 
 
 async def test_a_gateway_is_told_in_brief_what_was_said_last_and_waits_for_nothing(
-    published: AdapterFigures, worker: Worker, check: Durations
+    published: AdapterFigures, worker: Worker
 ) -> None:
     worker.gate.clear()
     worker.figures.fuse.observe(0.1)
-    check.observe(0.1)
-    check.observe(0.1)
+    published.check.observe(0.1)
+    published.check.observe(0.1)
     assert published.brief() == {"prepares": 0, "fuses": 0}  # both as of the same moment
     published.brief()
     worker.gate.set()
@@ -159,32 +148,3 @@ async def test_the_worker_is_asked_when_metrics_are(
         raise AssertionError
 
     await Refreshing(app, lambda: published)({"type": "http", "path": path}, nothing, nothing)
-
-
-@pytest.fixture
-def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An engine core of this process."""
-
-    class EngineCore:
-        scheduler = SimpleNamespace(fuser=None)
-
-        def preprocess_add_request(self, request: Any) -> str:
-            return f"preprocessed {request.id}"
-
-    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", SimpleNamespace(EngineCore=EngineCore))  # type: ignore[arg-type]
-    return EngineCore()
-
-
-def test_the_adapter_of_a_request_is_known_when_it_arrives(core: Any) -> None:
-    seen: list[str] = []
-    fuser = SimpleNamespace(notice=seen.append)
-    on_arrival(fuser)
-    assert core.preprocess_add_request(SimpleNamespace(id=1, lora_request=None)) == "preprocessed 1"
-    assert core.preprocess_add_request(SimpleNamespace(id=2, lora_request="x")) == "preprocessed 2"
-    assert seen == ["x"]
-    assert core.scheduler.fuser is fuser
-
-
-def test_a_worker_without_an_engine_core_hears_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "vllm.v1.engine.core", raising=False)
-    on_arrival(SimpleNamespace(notice=pytest.fail))

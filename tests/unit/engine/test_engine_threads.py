@@ -8,7 +8,7 @@ import pytest
 
 PLACES = """
 import os, threading
-from server.engine.executor import TASKS, bind_team, first_of_team
+from server.engine.cpu.executor import TASKS, bind_team, first_of_team
 alike = os.sched_getaffinity(0)
 bound = bind_team()
 def places():

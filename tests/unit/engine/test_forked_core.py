@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from bench.rig.processes import PATIENCE_S
-from server.engine.forked_core import preloads
+from server.engine.cpu.forked_core import preloads
 
 FORK_AFTER_COMPUTING = """
 import signal, threading
 import torch
-from server.engine.forked_core import CoreContext
+from server.engine.cpu.forked_core import CoreContext
 torch.set_num_threads(2)
 print(torch.ones(1 << 20).exp_().numel(), flush=True)
 

@@ -35,8 +35,6 @@ class Store:
         self.kept: dict[str, StoredAdapter] = {}
         self.fetched = 0
         self.down = False
-        self.fault: Exception | None = None
-        self.faults = 0
 
     async def adapter(self, adapter_id: UserAdapterId) -> StoredAdapter | None:
         self.fetched += 1
@@ -44,9 +42,6 @@ class Store:
         return stored if stored and stored.id == adapter_id.id else None
 
     async def adapter_id(self, user_key: str) -> str | None:
-        if self.fault:
-            self.faults += 1
-            raise self.fault
         if self.down:
             raise Unavailable("the store cannot be used now")
         return self.kept[user_key].id if user_key in self.kept else None
@@ -62,6 +57,9 @@ class Workers:
         self.sending, self.gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
         self._turn = asyncio.Lock()  # calls are carried out one by one, as they came
+
+    async def rpc(self, method: str, args: tuple[Any, ...]) -> None:
+        await {"mta_hold": self.hold, "mta_release": self.release}[method](*args)  # type: ignore[operator]
 
     async def hold(self, name: str, raw: bytes) -> None:
         self.told.append("hold")
@@ -88,12 +86,26 @@ class World:
         manifest: Any = SimpleNamespace(layout=LAYOUT, rank_of=lambda recipe: RANK)
         self.adapters = UserAdapters(
             self.store,
-            self.workers,
+            self.workers.rpc,
             {BANK: manifest},
             max_rank=8,
             capacity_bytes=room * len(self.keep("z").raw),
             in_use=lambda: self.in_use,
         )
+
+    async def hold(self, *users: str) -> None:
+        """Store an adapter for each, and have the workers hold it."""
+        for user in users:
+            self.keep(user)
+            await self.adapters.ensure(recipe(user))
+
+    async def drop(self, user: str) -> int:
+        return await self.adapters.drop(user * 25 + "e")
+
+    @property
+    def held(self) -> set[str]:
+        """Names of users, by a letter, whose adapter the workers have."""
+        return {name.partition(":u-")[2][0] for name in self.workers.held}
 
     def keep(self, user: str, adapter: str = "a") -> StoredAdapter:
         """Store an adapter for a user named by a letter."""
@@ -109,14 +121,17 @@ def recipe(user: str, adapter: str = "a") -> FusionRecipe:
     return FusionRecipe(BANK, FusionMethod.SHARED, True, (), UserAdapterId(f"{user * 25}e", f"{adapter * 25}e"))
 
 
-async def test_an_adapter_is_fetched_once_and_asked_for_every_time() -> None:
-    world = World()
-    world.keep("b")
+@pytest.fixture
+async def world() -> World:
+    return World()
+
+
+async def test_an_adapter_is_fetched_once_and_asked_for_every_time(world: World) -> None:
     for _ in range(3):
-        await world.adapters.ensure(recipe("b"))
+        await world.hold("b")
     assert world.store.fetched == 1
-    assert list(world.workers.held) == [recipe("b").name]
-    del world.store.kept["b" * 25 + "e"]
+    assert world.held == {"b"}
+    world.store.kept.clear()
     with pytest.raises(UserAdapterError, match="does not exist"):
         await world.adapters.ensure(recipe("b"))
 
@@ -124,50 +139,40 @@ async def test_an_adapter_is_fetched_once_and_asked_for_every_time() -> None:
 async def test_beyond_their_room_the_least_recently_used_go_and_never_what_is_in_use() -> None:
     world = World(room=2)
     world.in_use.add(recipe("b").name)
-    for user in "bcd":
-        world.keep(user)
-        await world.adapters.ensure(recipe(user))
-    assert set(world.workers.held) == {recipe("b").name, recipe("d").name}
+    await world.hold("b", "c", "d")
+    assert world.held == {"b", "d"}
     assert len(world.adapters) == 2
 
 
-async def test_what_the_store_has_not_any_more_is_let_go_once_nobody_uses_it() -> None:
-    world = World()
-    for user in "bc":
-        world.keep(user)
-        await world.adapters.ensure(recipe(user))
+async def test_what_the_store_has_not_any_more_is_let_go_once_nobody_uses_it(world: World) -> None:
+    await world.hold("b", "c")
     del world.store.kept["b" * 25 + "e"]
     world.keep("c", "d")  # replaced
     world.in_use.add(recipe("c").name)
     await world.adapters.sweep()
-    assert set(world.workers.held) == {recipe("c").name}
+    assert world.held == {"c"}
     world.in_use.clear()
     await world.adapters.sweep()
-    assert not world.workers.held
+    assert not world.held
 
 
-async def test_while_the_store_is_down_nothing_is_let_go_and_nothing_new_is_served() -> None:
-    world = World()
-    world.keep("b")
-    await world.adapters.ensure(recipe("b"))
+async def test_while_the_store_is_down_nothing_is_let_go_and_nothing_new_is_served(world: World) -> None:
+    await world.hold("b")
     world.store.down = True
     with pytest.raises(Unavailable):
         await world.adapters.sweep()
-    assert world.workers.held
+    assert world.held
     with pytest.raises(UserAdapterError, match="cannot be fetched"):
         await world.adapters.ensure(recipe("b"))
 
 
-async def test_dropping_a_user_says_how_much_is_still_in_use() -> None:
-    world = World()
-    for user in "bc":
-        world.keep(user)
-        await world.adapters.ensure(recipe(user))
+async def test_dropping_a_user_says_how_much_is_still_in_use(world: World) -> None:
+    await world.hold("b", "c")
     world.in_use.add(recipe("b").name)
-    assert await world.adapters.drop("b" * 25 + "e") == 1
+    assert await world.drop("b") == 1
     world.in_use.clear()
-    assert await world.adapters.drop("b" * 25 + "e") == 0
-    assert set(world.workers.held) == {recipe("c").name}
+    assert await world.drop("b") == 0
+    assert world.held == {"c"}
 
 
 class Checking:
@@ -183,106 +188,82 @@ class Checking:
         return decode_user_adapter(layout, raw)
 
 
-async def test_while_an_adapter_is_checked_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    world, checking = World(), Checking(monkeypatch)
-    world.keep("b")
-    asking = asyncio.create_task(world.adapters.ensure(recipe("b")))
-    await until(checking.begun.is_set)
-    checking.gate.set()
-    await asking
-    assert list(world.workers.held) == [recipe("b").name]
-
-
-async def test_who_is_dropped_while_their_adapter_is_checked_is_sent_to_no_worker(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("dropped", [False, True])
+async def test_while_an_adapter_is_checked_others_go_on_and_who_is_dropped_then_is_sent_to_no_worker(
+    world: World, monkeypatch: pytest.MonkeyPatch, dropped: bool
 ) -> None:
-    world, checking = World(), Checking(monkeypatch)
-    world.keep("b")
-    asking = asyncio.create_task(world.adapters.ensure(recipe("b")))
+    checking = Checking(monkeypatch)
+    asking = asyncio.create_task(world.hold("b"))
     await until(checking.begun.is_set)
-    assert await world.adapters.drop("b" * 25 + "e") == 0
+    if dropped:
+        assert await world.drop("b") == 0
     checking.gate.set()
-    with pytest.raises(UserAdapterError, match="does not exist"):
-        await asking
-    assert "hold" not in world.workers.told
-    assert len(world.adapters) == 0
+    await asyncio.wait([asking])
+    if dropped:
+        assert "does not exist" in str(asking.exception())
+        assert "hold" not in world.workers.told
+    assert len(world.adapters) == len(world.held) == (not dropped)
 
 
 async def begun(world: World, name: str) -> asyncio.Task[None]:
-    """An `ensure` whose adapter is on its way to the workers, but not there."""
+    """An `ensure` whose adapter is on its way to the workers, but not there; it is known already."""
     world.workers.gate.clear()
-    asking = asyncio.create_task(world.adapters.ensure(recipe(name)))
+    asking = asyncio.create_task(world.hold(name))
     await world.workers.sending.wait()
+    assert len(world.adapters) == 1
     return asking
 
 
-async def test_an_adapter_is_known_before_the_workers_have_it() -> None:
-    world = World()
-    world.keep("b")
-    asking = await begun(world, "b")
-    assert len(world.adapters) == 1
-    world.workers.gate.set()
-    await asking
+async def left(asking: asyncio.Task[None]) -> None:
+    """Its client goes away."""
+    asking.cancel()
+    await asyncio.wait([asking])
 
 
 @pytest.mark.parametrize("let_go", ["sweep", "drop"])
-async def test_a_client_that_leaves_meanwhile_leaves_nothing_unknown_in_the_workers(let_go: str) -> None:
-    world = World()
-    world.keep("b")
-    asking = await begun(world, "b")
-    asking.cancel()
-    await asyncio.wait([asking])
+async def test_a_client_that_leaves_meanwhile_leaves_nothing_unknown_in_the_workers(world: World, let_go: str) -> None:
+    await left(await begun(world, "b"))
     world.store.kept.clear()
-    going = asyncio.create_task(
-        world.adapters.sweep() if let_go == "sweep" else world.adapters.drop("b" * 25 + "e")  # type: ignore[arg-type]
-    )
+    going: Any = asyncio.ensure_future(world.adapters.sweep() if let_go == "sweep" else world.drop("b"))
     await asyncio.sleep(0)
     world.workers.gate.set()
     await going
-    await until(lambda: "released" in str(world.workers.told))
-    assert not world.workers.held
-    assert len(world.adapters) == 0
+    await until(lambda: "released" in world.workers.told)
+    assert len(world.adapters) == len(world.held) == 0
     assert world.workers.told == ["hold", "held", "released"]
 
 
-async def test_a_second_request_waits_until_the_workers_have_it() -> None:
-    world = World()
-    world.keep("b")
+async def test_a_second_request_waits_until_the_workers_have_it(world: World) -> None:
     first = await begun(world, "b")
     second = asyncio.create_task(world.adapters.ensure(recipe("b")))
     await asyncio.sleep(0.01)
     assert not second.done()
-    first.cancel()
-    await asyncio.wait([first])
+    await left(first)
     await asyncio.sleep(0.01)
     assert not second.done()
     world.workers.gate.set()
     await second
-    assert list(world.workers.held) == [recipe("b").name]
+    assert world.held == {"b"}
     assert world.workers.told == ["hold", "held"]
 
 
-async def test_what_the_workers_could_not_take_is_released_and_tried_anew() -> None:
-    world = World()
-    world.keep("b")
+async def test_what_the_workers_could_not_take_is_released_and_tried_anew(world: World) -> None:
     world.workers.failure = RuntimeError("a rank is gone")
     with pytest.raises(RuntimeError, match="a rank is gone"):
-        await world.adapters.ensure(recipe("b"))
+        await world.hold("b")
     assert len(world.adapters) == 0
     assert world.workers.told == ["hold", "released"]
     world.workers.failure = None
-    await world.adapters.ensure(recipe("b"))
-    assert list(world.workers.held) == [recipe("b").name]
+    await world.hold("b")
+    assert world.held == {"b"}
 
 
-async def test_a_release_is_carried_out_though_its_client_leaves() -> None:
-    world = World()
-    world.keep("b")
-    await world.adapters.ensure(recipe("b"))
-    dropping = asyncio.create_task(world.adapters.drop("b" * 25 + "e"))
+async def test_a_release_is_carried_out_though_its_client_leaves(world: World) -> None:
+    await world.hold("b")
+    dropping = asyncio.create_task(world.drop("b"))
     await asyncio.sleep(0)
     dropping.cancel()
-    await until(lambda: not world.workers.held)
+    await until(lambda: not world.held)
     assert len(world.adapters) == 0
 
 

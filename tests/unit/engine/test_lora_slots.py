@@ -52,29 +52,16 @@ class BareSlots(FusedSlots):
         self._active_adapters = AdapterLRUCache(SLOTS, self._deactivate_adapter)
         self._note_nothing_written()
 
-    def plain(self, lora_id: int, recipe: str, number: float, bank: str = BANK) -> FusedLoRAModel:
-        """An adapter whose B is this number everywhere."""
-        return self.model(lora_id, recipe, (), torch.full((HIDDEN, RANK), number), bank)
-
-    def stacked(self, lora_id: int, recipe: str, number: float) -> FusedLoRAModel:
-        """The same, with a user's A of the same number stacked on the bank's."""
-        own = torch.full((OWN * HIDDEN,), number)
-        return self.model(lora_id, recipe, (own,), torch.full((HIDDEN, RANK + OWN), number), BANK)
-
-    def model(
-        self, lora_id: int, recipe: str, own: tuple[torch.Tensor, ...], b: torch.Tensor, bank: str
-    ) -> FusedLoRAModel:
-        flat = FlatLora(MODULES, (SHARED_A.flatten(), *own), b)
+    def model(self, lora_id: int, recipe: str, number: float, *, own: bool = False, bank: str = BANK) -> FusedLoRAModel:
+        """An adapter whose B is this number everywhere; perhaps with a user's A of it stacked on the bank's."""
+        more = (torch.full((OWN * HIDDEN,), number),) if own else ()
+        b = torch.full((HIDDEN, RANK + OWN * own), number)
+        flat = FlatLora(MODULES, (SHARED_A.flatten(), *more), b)
         return FusedLoRAModel(lora_id, recipe, flat, {"q": "q"}, bank=bank, shares_a=True)
 
-    def serve(self, lora_id: int, recipe: str, number: float, bank: str = BANK) -> None:
-        """Bring a plain adapter into a slot."""
-        self.add_adapter(self.plain(lora_id, recipe, number, bank))
-        self.activate_adapter(lora_id)
-
-    def serve_stacked(self, lora_id: int, recipe: str, number: float) -> None:
-        """Bring a stacked one into a slot."""
-        self.add_adapter(self.stacked(lora_id, recipe, number))
+    def serve(self, lora_id: int, recipe: str, number: float, **kind: Any) -> None:
+        """Bring such an adapter into a slot."""
+        self.add_adapter(self.model(lora_id, recipe, number, **kind))
         self.activate_adapter(lora_id)
 
     @property
@@ -117,18 +104,12 @@ def test_a_slot_is_zeroed_when_what_it_holds_is_wiped_and_no_other(slots: BareSl
     assert slots.written == {"bob"}
 
 
-def test_weights_that_outlived_their_place_among_the_active_are_wiped_too(slots: BareSlots) -> None:
+def test_weights_that_outlived_their_place_are_wiped_too_and_the_next_are_written_whole(slots: BareSlots) -> None:
     slots.serve(1, "ann", 1.0)
     slots.remove_adapter(1)
     assert slots.numbers[0] == (A, B)
     slots.wipe({"ann"})
     assert slots.numbers[0] == (0, 0)
-
-
-def test_the_next_tenant_of_a_wiped_slot_is_written_whole(slots: BareSlots) -> None:
-    slots.serve(1, "ann", 1.0)
-    slots.remove_adapter(1)
-    slots.wipe({"ann"})
     slots.serve(2, "bob", 2.0)
     assert slots.numbers[0] == (A, 2 * B)
 
@@ -144,13 +125,13 @@ def test_what_was_overwritten_is_not_wiped_again(slots: BareSlots) -> None:
 
 def test_a_stacked_adapter_is_written_whole_and_overwritten_without_a_trace(slots: BareSlots) -> None:
     """Beside the bank's A lies the user's own, and B has more columns."""
-    slots.serve_stacked(1, "ann", 3.0)
+    slots.serve(1, "ann", 3.0, own=True)
     assert slots.numbers[0] == (A + 3 * OWN * HIDDEN, 3 * HIDDEN * (RANK + OWN))
     slots.remove_adapter(1)
     slots.serve(2, "bob", 2.0)
     assert slots.numbers[0] == (A, 2 * B)
     slots.remove_adapter(2)
-    slots.serve_stacked(3, "cid", 1.0)
+    slots.serve(3, "cid", 1.0, own=True)
     assert slots.numbers[0] == (A + OWN * HIDDEN, HIDDEN * (RANK + OWN))
 
 
@@ -166,11 +147,11 @@ def test_once_prepared_no_step_finds_out_where_an_adapter_goes(
     slots: BareSlots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the first of a kind nor the first of it in a slot."""
-    slots.prepare(slots.plain(1, "ann", 1.0))
-    slots.prepare(slots.stacked(1, "ann", 1.0))
+    for own in (False, True):
+        slots.prepare(slots.model(1, "ann", 1.0, own=own))
     monkeypatch.setattr(Cells, "of_slots", None)
     slots.serve(1, "ann", 1.0)
-    slots.serve_stacked(2, "bob", 3.0)
+    slots.serve(2, "bob", 3.0, own=True)
     assert slots.numbers == [(A, B), (A + 3 * OWN * HIDDEN, 3 * HIDDEN * (RANK + OWN))]
 
 
@@ -200,3 +181,16 @@ def test_what_vllm_packed_is_the_same_each_time_it_is_brought_back(slots: BareSl
         slots.activate_adapter(other)
         slots.remove_adapter(other)
     assert (flat.b == 3).all()
+
+
+def test_what_the_cpu_tier_holds_under_an_id_is_known_until_it_lets_go_of_it(slots: BareSlots) -> None:
+    """By every way out: removed, made room, or another recipe under the same id."""
+    for lora_id, name in enumerate(("ann", "bob", "cid"), 1):
+        slots.serve(lora_id, name, 1.0)
+    slots.deactivate_adapter(3)
+    slots.remove_adapter(2)
+    slots.remove_oldest_adapter()
+    assert [slots.held_recipe(lora_id) for lora_id in (1, 2, 3)] == [None, None, "cid"]
+    slots.remove_adapter(3)
+    slots.serve(3, "dan", 1.0)
+    assert slots.held_recipe(3) == "dan"

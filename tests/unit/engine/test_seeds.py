@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 import torch
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from server.engine import plugin
+from server.engine.cpu.mends import seeds_that_begin_again
 
 
 def drawn(generator: torch.Generator) -> list[float]:
@@ -17,13 +17,9 @@ def drawn(generator: torch.Generator) -> list[float]:
 
 
 def state(generator: torch.Generator | None) -> CachedRequestState:
-    return CachedRequestState("r", [1, 2, 3], [], None, generator, ([0],), 0, [])
-
-
-@pytest.fixture(autouse=True)
-def _plugged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CachedRequestState, "__post_init__", CachedRequestState.__post_init__)  # put back afterwards
-    plugin._let_seeds_begin_again()
+    made = CachedRequestState("r", [1, 2, 3], [], None, generator, ([0],), 0, [])
+    seeds_that_begin_again(lambda state: None)(made)
+    return made
 
 
 def test_a_draw_that_is_taken_back_does_not_change_what_a_seed_gives() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -13,9 +14,12 @@ pytest.importorskip("vllm")
 
 from vllm.v1.core.sched import scheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+from vllm.v1.engine.core import EngineCore
 
+from server.engine import patches
 from server.engine.admission import turns
 from server.engine.admission.turns import PATIENCE_S, FairScheduler, held_back
+from server.engine.fusing.ahead import on_arrival
 
 SLOTS, NOW = 8, 1000.0
 
@@ -38,31 +42,25 @@ def back(waiting: list[Any], running: list[Any] = FULL) -> list[Any]:
     return [request for request in waiting if request in chosen]
 
 
+@pytest.mark.parametrize(
+    ("waiting", "stand_back"),
+    [
+        ([(9, PATIENCE_S / 2), (1,), (2,)], []),  # while nobody has waited long, like goes with like
+        ([(9, LONG), (1,), (2,), (0,), (10,), (1,)], [1, 5]),  # the emptiest slot is drained
+        ([(1, LONG), (9, LONG), (0,), (2,)], []),  # who came before does not stand back
+        ([*((recipe, LONG) for recipe in range(9, 17)), *((recipe,) for recipe in range(1, 9))], [8, 9]),  # not all
+        ([(9, LONG), (9, LONG), (1,), (2,)], [2]),  # one recipe that waits, one slot
+    ],
+)
+def test_for_who_has_waited_too_long_the_emptiest_slots_are_drained(
+    waiting: list[tuple[Any, ...]], stand_back: list[int]
+) -> None:
+    requests = [Asked(*request) for request in waiting]
+    assert back(requests) == [requests[place] for place in stand_back]
+
+
 def test_while_a_slot_is_free_nobody_stands_back() -> None:
     assert not back([Asked(9, LONG), Asked(1)], FULL[1:])
-
-
-def test_while_nobody_has_waited_long_like_goes_with_like() -> None:
-    assert not back([Asked(9, PATIENCE_S / 2), Asked(1), Asked(2)])
-
-
-def test_for_who_has_waited_too_long_the_emptiest_slot_is_drained() -> None:
-    waiting = [Asked(9, LONG), Asked(1), Asked(2), Asked(0), Asked(10), Asked(1)]
-    assert back(waiting) == [waiting[1], waiting[5]]
-
-
-def test_who_came_before_them_does_not_stand_back() -> None:
-    assert not back([Asked(1, LONG), Asked(9, LONG), Asked(0), Asked(2)])
-
-
-def test_several_recipes_that_wait_have_several_slots_drained_but_not_all() -> None:
-    waiting = [Asked(recipe, LONG) for recipe in range(9, 17)] + [Asked(recipe) for recipe in range(1, SLOTS + 1)]
-    assert [request.lora_request.lora_int_id for request in back(waiting)] == [1, 2]
-
-
-def test_many_requests_of_one_recipe_that_waits_have_one_slot_drained() -> None:
-    waiting = [Asked(9, LONG), Asked(9, LONG), Asked(1), Asked(2)]
-    assert back(waiting) == [waiting[2]]
 
 
 class Bare(FairScheduler):
@@ -164,3 +162,25 @@ def test_who_is_not_fused_and_who_makes_way_stand_back_together() -> None:
     fair.fuser = Fusing(10)
     assert fair.schedule() == [two]
     assert list(fair.waiting) == [nine, one, ten]
+
+
+def test_the_adapter_of_a_request_is_known_when_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: f"preprocessed {request.id}")
+    fuser = Fusing()
+    seen: list[str] = []
+    monkeypatch.setattr(fuser, "notice", seen.append)
+    on_arrival(fuser)  # type: ignore[arg-type]
+    core: Any = SimpleNamespace(scheduler=SimpleNamespace(fuser=None))
+    for number, adapter in enumerate((None, "x")):
+        request = SimpleNamespace(id=number, lora_request=adapter)
+        assert EngineCore.preprocess_add_request(core, request) == f"preprocessed {number}"
+    assert seen == ["x"]
+    assert core.scheduler.fuser is fuser
+    patches.check(patches.CORE)  # as the scheduler does, which is made after it
+
+
+def test_a_worker_without_an_engine_core_hears_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = EngineCore.preprocess_add_request
+    monkeypatch.delitem(sys.modules, "vllm.v1.engine.core")
+    on_arrival(Fusing())  # type: ignore[arg-type]
+    assert EngineCore.preprocess_add_request is before

@@ -11,9 +11,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import Any
+
+from server.engine import patches
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _PRELOADED = (
@@ -25,11 +28,7 @@ _PRELOADED = (
 
 
 def preloads(given: str) -> str:
-    """The value of LD_PRELOAD with which vLLM would spawn its core, found without importing anything.
-
-    Args:
-        given: its value so far.
-    """
+    """The value of LD_PRELOAD with which vLLM would spawn its core, `given` the one so far; imports nothing."""
     libraries = [given] if given else []
     for package, pattern, alike in _PRELOADED:
         spec = importlib.util.find_spec(package)
@@ -61,22 +60,17 @@ class CoreContext(ForkContext):
 
 def install() -> None:
     """Have the CPU platform fork a core that runs its model itself (`executor.py`); with more ranks it spawns them."""
-    from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    from vllm.v1.engine import utils
+    def forking(settle: Callable[[Any], None]) -> Any:
+        def settle_but_fork(config: Any) -> None:
+            settle(config)
+            if config.parallel_config.world_size == 1:
+                os.environ[METHOD] = "fork"
 
-    platform, choose_context = type(current_platform), utils.get_mp_context
-    settle = platform.check_and_update_config
+        return staticmethod(settle_but_fork)
 
-    def settle_but_fork(config: Any) -> None:
-        settle(config)
-        if config.parallel_config.world_size == 1:
-            os.environ[METHOD] = "fork"
+    def choosing(choose_context: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: CoreContext() if os.environ.get(METHOD) == "fork" else choose_context()
 
-    def context() -> Any:
-        return CoreContext() if os.environ.get(METHOD) == "fork" else choose_context()
-
-    platform.check_and_update_config = staticmethod(settle_but_fork)
-    utils.get_mp_context = context
+    patches.replace(patches.CPU_CONFIG, forking)
+    patches.replace(patches.CPU_CONTEXT, choosing)

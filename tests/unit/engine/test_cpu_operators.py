@@ -1,4 +1,4 @@
-"""The CPU kernels against the dense product of each row's own adapter, over steps of every make-up."""
+"""LoRA on CPU against the dense product of each row's own adapter, over steps of every make-up, without a model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from server.engine.fusing.kernels.rows import SlotTable
-from server.engine.fusing.kernels.wrapper import CpuLoRA, transpose_stacks
+from bank.errors import BankError
+from server.engine.cpu.manager import lay_b_across
+from server.engine.cpu.operators import CpuLoRA, SlotTable, check_operators
 
 ROUNDING = 2**-8
 """Of a bfloat16 number: half a unit in its last place, and some more for what went before."""
@@ -22,31 +24,18 @@ ROUNDING = 2**-8
 
 @dataclass(frozen=True)
 class Step:
-    """A step through one layer.
+    """A step through one layer."""
 
-    Attributes:
-        owners: of each row the adapter's slot, -1 for none.
-        ranks: of each slot's tenant; the cells of a slot above it hold what an earlier tenant left.
-        shares_a: of each slot, whether its A is the one that tenants share.
-        slot_rank: R.
-        h_in, h_out: sizes; one h_out for each module of the layer.
-        padding: rows beyond those that vLLM speaks of.
-        prefill: what vLLM calls the step.
-        dtype: of everything.
-        compiled: whether the compiled kernel may serve.
-        seed: for the numbers.
-    """
-
-    owners: tuple[int, ...]
-    ranks: tuple[int, ...]
-    shares_a: tuple[bool, ...]
+    owners: tuple[int, ...]  # of each row the adapter's slot, -1 for none
+    ranks: tuple[int, ...]  # of each slot's tenant; the cells of a slot above it hold what an earlier tenant left
+    shares_a: tuple[bool, ...]  # of each slot, whether its A is the one that tenants share
     slot_rank: int
     h_in: int
-    h_out: tuple[int, ...]
-    padding: int
-    prefill: bool
+    h_out: tuple[int, ...]  # of each module of the layer
+    padding: int  # rows beyond those that vLLM speaks of
+    prefill: bool  # what vLLM calls the step
     dtype: torch.dtype
-    compiled: bool
+    compiled: bool  # whether the compiled kernel may serve
     seed: int
 
 
@@ -90,7 +79,7 @@ def layer_of(step: Step) -> Layer:
         tuple(random(slots, 1, step.slot_rank, step.h_in) for _ in step.h_out),
         tuple(torch.zeros(slots, 1, size, step.slot_rank, dtype=step.dtype) for size in step.h_out),
     )
-    transpose_stacks([layer])
+    lay_b_across(layer)
     for b in layer.lora_b_stacked:
         b.copy_(random(*b.shape))
     for a in layer.lora_a_stacked:
@@ -102,7 +91,7 @@ def layer_of(step: Step) -> Layer:
 
 
 def wrapper_of(step: Step) -> CpuLoRA:
-    """In that step; adapter ids are slots plus one."""
+    """In that step; the adapter in slot 0 has the highest id."""
     slots = len(step.ranks)
     table = SlotTable(slots)
     for slot, (rank, shares) in enumerate(zip(step.ranks, step.shares_a, strict=True)):
@@ -111,8 +100,8 @@ def wrapper_of(step: Step) -> CpuLoRA:
     wrapper.watch(table)
     if not step.compiled:
         wrapper._kernel = None
-    ids = tuple(owner + 1 for owner in step.owners)
-    wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=step.prefill), list(range(1, slots + 1)), slots + 1, 32)
+    ids = tuple(slots - owner if owner >= 0 else 0 for owner in step.owners)
+    wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=step.prefill), list(range(slots, 0, -1)), slots + 1, 32)
     return wrapper
 
 
@@ -153,3 +142,32 @@ def test_numbers_that_are_none_stay_so_and_do_not_spread() -> None:
     wrapper_of(step).add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, step.h_out)
     assert y[0].isnan().all()
     assert y[1].isfinite().all() and y[3].isfinite().all() and not y[2].any()
+
+
+def test_before_any_step_and_in_one_without_adapters_nothing_is_added() -> None:
+    step = Step((0, 1, 1), (2, 2), (False, False), 8, 32, (32, 5), 0, True, torch.float32, True, 0)
+    layer = layer_of(step)
+    fresh, after = CpuLoRA(64, max_batches=64, device=torch.device("cpu")), wrapper_of(step)
+    after.update_metadata(LoRAMapping((0, 0, 0), (0, 0, 0), is_prefill=True), [2, 1], 3, 32)
+    for wrapper in (fresh, after):
+        y = torch.zeros(3, 37)
+        wrapper.add_lora_linear(y, torch.ones(3, 32), layer.lora_a_stacked, layer.lora_b_stacked, 1.0, step.h_out)
+        assert not y.any()
+
+
+def test_operators_that_mix_rows_up_are_refused_at_start() -> None:
+    check_operators()
+    with pytest.raises(BankError, match=r"add_lora_linear, add_lora_embedding, add_lora_logits .* must not serve"):
+        check_operators(PunicaWrapperCPU)
+
+
+def test_operators_of_another_shape_are_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(CpuLoRA):
+        def add_lora_linear(self, y: torch.Tensor) -> None:
+            """Another signature."""
+
+    with pytest.raises(BankError, match="not the ones the plugin knows"):
+        check_operators(Changed)
+    monkeypatch.setattr(PunicaWrapperCPU, "add_lora_convolution", lambda self: None, raising=False)
+    with pytest.raises(BankError, match=r"differs in \['add_lora_convolution'\]"):
+        check_operators()

@@ -9,18 +9,13 @@ import hashlib
 import logging
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bank.models.folders import locked
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger("mta.engine")
 
@@ -29,27 +24,10 @@ NAME = "mta_cpu"
 FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """The library's operators; see lora.cpp for shapes.
-
-    Attributes:
-        lora_linear: `(y, x, a, b, rows, slots, a_slots, ranks)`, adds to y in place.
-        weighted_sum_across: `(rows, chosen, weights, rank)`, one B of several, [R, ΣH_out].
-    """
-
-    lora_linear: Callable[..., None]
-    weighted_sum_across: Callable[..., torch.Tensor]
-
-
 def library_path(cache_dir: Path) -> Path:
     """Where the library of this source, compiler flags, PyTorch and processor family lies."""
-    made_of = (
-        *(source.read_text(encoding="utf-8") for source in SOURCES),
-        *FLAGS,
-        version("torch"),
-        platform.machine(),
-    )
+    sources = (source.read_text(encoding="utf-8") for source in SOURCES)
+    made_of = (*sources, *FLAGS, version("torch"), platform.machine())
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     return cache_dir / "kernels" / digest / f"{NAME}.so"
 
@@ -57,8 +35,7 @@ def library_path(cache_dir: Path) -> Path:
 def build(cache_dir: Path) -> bool:
     """Compile the library if it is not there, in ten to thirty seconds; several processes may ask at once.
 
-    Returns:
-        Whether it is there; where it cannot be compiled, the reason is logged.
+    Answers whether it is there; where it cannot be compiled, the reason is logged.
     """
     path = library_path(cache_dir)
     if path.exists():
@@ -89,13 +66,16 @@ def _compile(folder: str) -> None:
 
 
 @cache
-def kernels(cache_dir: Path) -> Kernels | None:
-    """The kernels, compiled if need be; None where that is not possible."""
+def kernels(cache_dir: Path) -> Any | None:
+    """PyTorch's namespace of the library's operators (lora.cpp), compiled if need be; None where that cannot be.
+
+    `lora_linear_(y, x, a, b, rows, slots, a_slots, ranks)` adds to y in place; `weighted_sum_across(rows, chosen,
+    weights, rank)` makes one B of several, [R, ΣH_out].
+    """
     import torch
 
     if not build(cache_dir):
         return None
     if not hasattr(torch.ops.mta_cpu, "lora_linear_"):  # it is already there in the process that compiled it
         torch.ops.load_library(library_path(cache_dir))  # type: ignore[no-untyped-call]
-    operators: Any = torch.ops.mta_cpu
-    return Kernels(operators.lora_linear_.default, operators.weighted_sum_across.default)
+    return torch.ops.mta_cpu

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from server.engine import patches
+
 log = logging.getLogger("mta.engine")
 
 TASKS = Path("/proc/self/task")
@@ -33,6 +35,7 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
     """vLLM's single-process executor under another name: under its own, the CPU platform replaces it."""
 
     def _init_executor(self) -> None:
+        patches.check(patches.CPU_CORE)
         self._bound = bind_team()
         super()._init_executor()
 
@@ -44,8 +47,7 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
 def bind_team() -> bool:
     """Give each thread of the caller's OpenMP team, except the caller, a core; call it before anything is computed.
 
-    Returns:
-        Whether it was done: only where the team has as many threads as this process has cores.
+    It is done, and answers so, only where the team has as many threads as this process has cores.
     """
     if not hasattr(os, "sched_setaffinity"):
         return False

