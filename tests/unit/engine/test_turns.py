@@ -73,7 +73,7 @@ class Bare(FairScheduler):
 
 @pytest.fixture(autouse=True)
 def only_slots_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    def schedule(self: Any) -> list[Any]:
+    def schedule(self: Any, throttle_prefills: bool = False) -> list[Any]:
         slots = {request.lora_request.lora_int_id for request in self.running}
         admitted, left = [], deque[Any]()
         for request in self.waiting:
