@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from bench.rig.processes import PATIENCE_S
 
@@ -32,9 +33,9 @@ class Terminal:
         """Press keys."""
         os.write(self._master, text.encode())
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
+    def wait_for(self, pattern: str, patience_s: float = PATIENCE_S) -> re.Match[str]:
         """Wait until the screen shows something; what comes before it and itself is not looked at again."""
-        deadline_s = time.monotonic() + PATIENCE_S
+        deadline_s = time.monotonic() + patience_s
         while not (match := re.search(pattern, self._seen)):
             assert time.monotonic() < deadline_s, f"no {pattern!r} in {self._seen!r}"
             if select.select([self._master], [], [], 0.1)[0]:
@@ -47,10 +48,12 @@ class Terminal:
 
 
 @contextmanager
-def terminal(command: Sequence[str]) -> Iterator[Terminal]:
+def terminal(command: Sequence[str], cwd: Path | None = None) -> Iterator[Terminal]:
     """Run a program in a terminal, where Ctrl-C interrupts it; it is gone when the block ends."""
     master, slave = os.openpty()
-    process = subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave)
+    # A shell's background job ignores SIGINT, and so would its children.
+    command = ["setsid", "--ctty", "env", "--default-signal=INT", *command]
+    process = subprocess.Popen(command, cwd=cwd, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     try:
         yield Terminal(master, process)
