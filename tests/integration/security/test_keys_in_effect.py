@@ -57,6 +57,11 @@ def status(gateway: GatewayThread, secret: str = "", host: str = "127.0.0.1", pa
     return httpx.get(f"{gateway.url}{path}", headers=headers).status_code
 
 
+def wait_for(gateways: list[GatewayThread], code: int, secret: str = "") -> None:
+    """Return once every gateway answers a key so."""
+    wait_until(lambda: {status(gateway, secret) for gateway in gateways} == {code}, f"a {code} from every gateway")
+
+
 def test_without_keys_this_machine_alone_is_answered(gateways: list[GatewayThread]) -> None:
     for path in ("/v1/models", "/health", "/ready", "/", "/console", "/metrics", "/no-such-route"):
         assert status(gateways[0], path=path) != httpx.codes.FORBIDDEN
@@ -71,16 +76,15 @@ def test_keys_count_in_every_gateway_and_no_more_once_revoked(gateways: list[Gat
     first, first_id = keys.create("first", "--first")
     again = keys.run("create", "second", "--first")
     assert (again.exit_code, again.stdout) == (0, "")
+    wait_for(gateways, 401)
     for gateway in gateways:
-        wait_until(lambda gateway=gateway: status(gateway) == 401, "the key to be wanted")  # type: ignore[misc]
         assert status(gateway, first) == httpx.codes.OK
         assert status(gateway, first, path="/metrics") == httpx.codes.OK
         assert status(gateway, first, host="mta.example.org") == httpx.codes.OK
     assert keys.run("revoke", first_id).exit_code == 0
     assert "was revoked before" in keys.run("revoke", first_id).output
-    for gateway in gateways:
-        wait_until(lambda gateway=gateway: status(gateway, first) == 401, "the key to be revoked")  # type: ignore[misc]
-        assert status(gateway) == httpx.codes.UNAUTHORIZED, "nothing opens when the last key is gone"
+    wait_for(gateways, 401, first)
+    assert {status(gateway) for gateway in gateways} == {401}, "nothing opens when the last key is gone"
     assert keys.run("create", "third", "--first").stdout == ""
 
 
@@ -151,8 +155,7 @@ def test_a_key_can_have_limits_of_its_own(
     monkeypatch.setenv("COLUMNS", "200")
     few, few_id = keys.create("few", "--requests", "2", "--tokens", "0")
     many, _ = keys.create("many")
-    for gateway in gateways:
-        wait_until(lambda gateway=gateway: status(gateway, many) == 200, "the keys to count")  # type: ignore[misc]
+    wait_for(gateways, 200, many)
     asked = [status(gateway, few, path="/users/nobody") for gateway in [*gateways, *gateways]]
     assert asked == [404, 404, 429, 429]
     assert [status(gateway, many, path="/users/nobody") for gateway in gateways] == [404, 404]
@@ -164,8 +167,7 @@ def test_while_the_store_is_away_known_keys_count_and_nothing_opens(
     gateways: list[GatewayThread], keys: type[Keys], store: ValkeyProcess
 ) -> None:
     secret, _ = keys.create("app")
-    for gateway in gateways:
-        wait_until(lambda gateway=gateway: status(gateway, secret) == 200, "the key to count")  # type: ignore[misc]
+    wait_for(gateways, 200, secret)
     store.kill()
     try:
         for gateway in gateways:

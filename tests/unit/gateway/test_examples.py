@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletionChunk
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from server.errors import InvalidRequest
 from server.gateway.app import create_app
@@ -50,6 +50,7 @@ SHAPES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
 class Chunk(ChatCompletionChunk):
     """OpenAI's, with what we put beside it."""
 
+    model_config = ConfigDict(extra="forbid")
     personalization: PersonalizationAnswer | None = None
     usage: Usage | None = None  # type: ignore[assignment]
     timings_ms: dict[str, float] | None = None
