@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
+import redis
 from typer.testing import CliRunner, Result
 
 from adapters.errors import MtaError
@@ -88,19 +88,26 @@ def test_keys_count_in_every_gateway_and_no_more_once_revoked(gateways: list[Gat
     assert keys.run("create", "third", "--first").stdout == ""
 
 
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    server = ValkeyProcess(tmp_path_factory.mktemp("given")).start()
+    yield server
+    server.kill()
+
+
 class TestGiven:
     """The operator makes the first key, `mta keys` keeps it."""
 
     GIVEN = "mta_" + "0123456789abcdef" * 4
 
     @pytest.fixture
-    def keys(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Keys]]:
+    def keys(self, empty: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> type[Keys]:
         """Of a store of its own."""
+        with redis.Redis.from_url(empty.url) as raw:
+            raw.flushall()
         monkeypatch.setenv("COLUMNS", "200")
-        store = ValkeyProcess(tmp_path).start()
-        monkeypatch.setenv("MTA_REDIS_URL", store.url)
-        yield Keys
-        store.kill()
+        monkeypatch.setenv("MTA_REDIS_URL", empty.url)
+        return Keys
 
     def given(self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch, secret: str) -> Result:
         monkeypatch.setenv("MTA_FIRST_KEY", secret)
