@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,26 +62,6 @@ def answers_http(url: str, key: str | None = None) -> Probe:
             async with aiohttp.request("GET", url, headers=key_header(key), timeout=timeout) as response:
                 return response.status == 200
         except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
-
-    return ready
-
-
-def answers_redis(host: str, port: int, password: str) -> Probe:
-    """Ready when PING answers PONG, which Valkey does once its append-only file is loaded."""
-
-    async def ready() -> bool:
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                reader, writer = await asyncio.open_connection(host, port)
-                try:
-                    writer.write(f"AUTH {password}\r\nPING\r\n".encode())
-                    return [await reader.readline(), await reader.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
-                finally:
-                    writer.close()
-                    with suppress(OSError):
-                        await writer.wait_closed()
-        except (OSError, TimeoutError):
             return False
 
     return ready

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from server.engine_protocol import STATUS
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.parts import Part, StartError, answers_http, answers_redis, writes
+from server.supervisor.parts import Part, StartError, answers_http, writes
 
 LOOPBACK = "127.0.0.1"
 OWN_PORTS = range(15_000, 32_768)
@@ -79,7 +79,7 @@ def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
         name="valkey",
         command=(str(get_binary_path()), str(config)),
         environment={name: value for name, value in os.environ.items() if not name.startswith("MTA_")},
-        ready=answers_redis(LOOPBACK, port, password),
+        ready=writes(data.log("valkey"), "Ready to accept connections"),  # its append-only file is loaded
         address=f"{LOOPBACK}:{port}",
         start_timeout_s=300,  # the append-only file of many users takes a while to load
         stop_timeout_s=VALKEY_STOP_S,

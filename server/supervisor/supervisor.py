@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,33 +27,21 @@ LOG_LOOK_S = 60.0
 _TAIL_BYTES = 16 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """How long to wait before a part that died is started again: doubling, up to a limit.
-
-    Attributes:
-        forgive_s: a part that stayed up this long starts again with the shortest wait.
-        most: a part that has died so often in a row is not started again.
-    """
-
-    first_s: float = 0.5
-    limit_s: float = 30.0
-    forgive_s: float = 60.0
-    most: int = 10
-
-    def delay_s(self, deaths: int) -> float:
-        """The wait after the `deaths`-th death in a row, counted from 1."""
-        return float(min(self.limit_s, self.first_s * 2 ** min(deaths - 1, 32)))
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+"""How long a part that died waits to be started again: twice as long after each death in a row, up to a limit."""
+FORGIVEN_S = 60.0
+"""A part that stayed up this long starts again with the shortest wait."""
+MOST_DEATHS = 10
+"""A part that has died so often in a row is not started again."""
 
 
 class Supervisor:
     """Keeps parts running; those that a part needs stand before it."""
 
-    def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report, backoff: Backoff | None = None) -> None:
+    def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report) -> None:
         self._parts = tuple(parts)
         self._data = data
         self._report = report
-        self._backoff = backoff or Backoff()
         self._runs: dict[str, GuardedProcess] = {}
         self._tried = {part.name: asyncio.Event() for part in parts}  # ready, or a spare one whose first start failed
 
@@ -115,15 +102,15 @@ class Supervisor:
                 self._report(part.name, State.DOWN, f"{part.name} {failure}. {self._tail(part)}")
             code = await process.wait()
             after_s = process.uptime_s
-            deaths = 1 if not failure and after_s >= self._backoff.forgive_s else deaths + 1
+            deaths = 1 if not failure and after_s >= FORGIVEN_S else deaths + 1
             ended = f"ended with status {code} after {after_s:.0f} s"
-            if deaths >= self._backoff.most:
+            if deaths >= MOST_DEATHS:
                 ended = f"{ended}, {deaths} times in a row now"
                 if not part.spare:
                     raise StartError(f"{part.name} {ended}. {self._tail(part)}")
                 self._report(part.name, State.GIVEN_UP, f"{ended}; the others go on without it. {self._tail(part)}")
                 return
-            delay_s = self._backoff.delay_s(deaths)
+            delay_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (deaths - 1))
             self._report(part.name, State.DOWN, f"{ended}; starting it again in {delay_s:g} s")
             await asyncio.sleep(delay_s)
 

@@ -24,26 +24,27 @@ PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until
 StartUp = Callable[..., AbstractContextManager[Up]]
 
 
-@pytest.fixture
-def engine_options(tiny_bank_folder: Path, fake_engine: FakeEngine) -> tuple[str, ...]:
+@pytest.fixture(scope="module")
+def engine_options(tiny_bank_folder: Path, fake_engine_server: FakeEngine) -> tuple[str, ...]:
     """What makes `mta up` use the stand-in."""
-    return ("--bank", str(tiny_bank_folder), "--engine-url", fake_engine.url)
+    return ("--bank", str(tiny_bank_folder), "--engine-url", fake_engine_server.url)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(engine_options: tuple[str, ...], embedder_folder: Path) -> StartUp:
     """Starts `mta up` over a data folder, with more options where given."""
     environment = {"MTA_ENGINE_KEY": KEY, "MTA_EMBEDDER": str(embedder_folder)}
     return lambda data, *options: up(data, *engine_options, *options, environment=environment)
 
 
-@pytest.fixture
-def running_up(start: StartUp, tmp_path: Path) -> Iterator[Up]:
-    with start(tmp_path / "data") as started:
+@pytest.fixture(scope="module")
+def running_up(start: StartUp, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """One for all tests after which it runs as before."""
+    with start(tmp_path_factory.mktemp("up") / "data") as started:
         yield started
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def refused(engine_options: tuple[str, ...]) -> Callable[..., str]:
     """Runs a `mta up` that must fail, and gives its output."""
 
@@ -96,16 +97,17 @@ def test_no_secret_stands_in_a_command_line_or_in_a_file_that_others_can_read(ru
         assert stat.S_IMODE((running_up.data / name).stat().st_mode) == 0o600
 
 
-def test_mta_keys_finds_its_store_and_no_key_stands_in_a_command_line(running_up: Up) -> None:
-    command = mta("keys", "create", "first", "--first", "--data", str(running_up.data))
-    secret = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    with running_up.client() as client:
-        wait_until(lambda: client.get("/v1/models").status_code == httpx.codes.UNAUTHORIZED, "the key to be wanted")
-        assert client.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code == httpx.codes.OK
-    assert running_up.ready()
-    for pid in [running_up.pid, *descendants(running_up.pid)]:
-        assert secret not in command_line(pid)
-    assert secret not in running_up.process.output
+def test_mta_keys_finds_its_store_and_no_key_stands_in_a_command_line(start: StartUp, tmp_path: Path) -> None:
+    with start(tmp_path / "data") as started:
+        command = mta("keys", "create", "first", "--first", "--data", str(started.data))
+        secret = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        with started.client() as client:
+            wait_until(lambda: client.get("/v1/models").status_code == httpx.codes.UNAUTHORIZED, "the key to be wanted")
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code == httpx.codes.OK
+        assert started.ready()
+        for pid in [started.pid, *descendants(started.pid)]:
+            assert secret not in command_line(pid)
+        assert secret not in started.process.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -166,13 +168,14 @@ def test_a_gateway_that_dies_is_started_again(running_up: Up) -> None:
     assert httpx.get(f"{running_up.url}/users/ada").status_code == 200
 
 
-def test_it_goes_on_when_nobody_reads_its_output_any_more(running_up: Up) -> None:
-    running_up.process.stop_reading()
-    before = running_up.part("gateway")
-    assert before
-    os.kill(before, signal.SIGKILL)
-    wait_until(lambda: running_up.part("gateway") not in (None, before), "a new gateway")
-    wait_until(running_up.ready, "the gateway to be back")
+def test_it_goes_on_when_nobody_reads_its_output_any_more(start: StartUp, tmp_path: Path) -> None:
+    with start(tmp_path / "data") as started:
+        started.process.stop_reading()
+        before = started.part("gateway")
+        assert before
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda: started.part("gateway") not in (None, before), "a new gateway")
+        wait_until(started.ready, "the gateway to be back")
 
 
 def test_with_a_redis_of_ones_own_no_valkey_is_started(start: StartUp, tmp_path: Path, valkey: ValkeyProcess) -> None:

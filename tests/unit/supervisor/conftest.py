@@ -44,6 +44,15 @@ class Record:
     def count(self, part: str, state: State) -> int:
         return self.states.count((part, state))
 
+    def of(self, part: str, state: State) -> list[str]:
+        """What was said of each such change."""
+        return [said for seen, said in zip(self.states, self.details, strict=True) if seen == (part, state)]
+
+
+@pytest.fixture(autouse=True)
+def quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.supervisor.FIRST_WAIT_S", 0.01)
+
 
 @pytest.fixture
 def data(tmp_path: Path) -> Iterator[DataFolder]:

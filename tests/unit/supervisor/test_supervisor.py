@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from dataclasses import replace
@@ -11,45 +12,51 @@ import pytest
 
 from bench.rig.processes import PATIENCE_S, alive
 from server.settings import Settings
+from server.supervisor import supervisor
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.parts import StartError
+from server.supervisor.parts import Part, StartError
 from server.supervisor.services import worker_part
 from server.supervisor.status import State
-from server.supervisor.supervisor import Backoff, Supervisor
+from server.supervisor.supervisor import Supervisor
 from tests.unit.supervisor.conftest import SLEEP, Record, pid_of, python_part, run_until, waits_for
+
+NO_BANK = "raise SystemExit('no such bank')"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
+def brief(folder: Path, code: str = "") -> Part:
+    """A part that ends by itself, soon after it is ready."""
+    part = python_part("brief", folder, code)
+    return replace(part, command=(*part.command[:2], part.command[2].replace(SLEEP, "import time; time.sleep(0.3)")))
 
 
 async def test_parts_start_in_order_and_stop_in_reverse(tmp_path: Path, data: DataFolder) -> None:
     record = Record()
     parts = [python_part(name, tmp_path, "") for name in ("first", "second")]
     await run_until(Supervisor(parts, data, record), lambda: True)
+    up, down = (State.STARTING, State.READY), (State.STOPPING, State.STOPPED)
     assert record.states == [
-        ("first", State.STARTING),
-        ("first", State.READY),
-        ("second", State.STARTING),
-        ("second", State.READY),
-        ("second", State.STOPPING),
-        ("second", State.STOPPED),
-        ("first", State.STOPPING),
-        ("first", State.STOPPED),
+        *[("first", state) for state in up],
+        *[("second", state) for state in (*up, *down)],
+        *[("first", state) for state in down],
     ]
     assert not alive(pid_of("first", tmp_path)) and not alive(pid_of("second", tmp_path))
 
 
-async def test_a_part_that_needs_no_other_starts_beside_them_and_all_are_awaited(
+async def test_a_part_starts_once_those_it_needs_are_ready_and_all_are_awaited(
     tmp_path: Path, data: DataFolder
 ) -> None:
+    """As a worker does on an engine's card, after the engine has taken its share."""
     record = Record()
-    slow = waits_for(tmp_path / "quick.pid", python_part("slow", tmp_path, ""))
-    quick, last = (
-        replace(python_part(name, tmp_path, ""), needs=needs) for name, needs in (("quick", ()), ("last", ("slow",)))
-    )
-    await run_until(Supervisor([slow, quick, last], data, record), lambda: True)
-    states = [change for change in record.states if change[1] in (State.STARTING, State.READY)]
-    assert states.index(("slow", State.READY)) < states.index(("last", State.STARTING))
-    assert sorted(name for name, state in states if state is State.READY) == ["last", "quick", "slow"]
-    stopped = [name for name, state in record.states if state is State.STOPPED]
-    assert stopped == ["last", "quick", "slow"]
+    parts = [
+        waits_for(tmp_path / "quick.pid", python_part("engine", tmp_path, "")),
+        replace(python_part("quick", tmp_path, ""), needs=()),
+        replace(python_part("worker", tmp_path, ""), needs=worker_part(Settings(), tmp_path, ["engine"]).needs),
+    ]
+    await run_until(Supervisor(parts, data, record), lambda: True)
+    assert record.states.index(("engine", State.READY)) < record.states.index(("worker", State.STARTING))
+    ready, stopped = ([name for name, seen in record.states if seen is state] for state in (State.READY, State.STOPPED))
+    assert (sorted(ready), stopped) == (["engine", "quick", "worker"], ["worker", "quick", "engine"])
 
 
 async def test_a_part_starts_when_another_is_far_enough(tmp_path: Path, data: DataFolder) -> None:
@@ -63,8 +70,7 @@ async def test_a_part_starts_when_another_is_far_enough(tmp_path: Path, data: Da
 
     late = replace(python_part("late", tmp_path, ""), needs=(), start_when=far_enough)
     await run_until(Supervisor([early, late], data, record), lambda: True)
-    assert seen[-1] and not seen[0]
-    assert record.count("late", State.READY) == 1
+    assert (seen[0], seen[-1], record.count("late", State.READY)) == (False, True, 1)
 
 
 async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: DataFolder) -> None:
@@ -87,22 +93,30 @@ async def test_a_part_may_stand_back_behind_the_others(tmp_path: Path, data: Dat
     assert grouped in ({}, {"first": 0, "back": 5})
 
 
-async def test_a_part_that_fails_to_start_ends_those_beside_it(tmp_path: Path, data: DataFolder) -> None:
+@pytest.mark.parametrize("needs", [None, ()])
+async def test_a_part_that_fails_to_start_ends_the_others_with_the_end_of_its_log(
+    tmp_path: Path, data: DataFolder, needs: tuple[str, ...] | None
+) -> None:
     beside = replace(python_part("beside", tmp_path, ""), needs=())
-    broken = waits_for(tmp_path / "beside.pid", python_part("broken", tmp_path, "raise SystemExit('no such bank')"))
-    with pytest.raises(StartError, match="broken ended with status 1"):
-        await run_until(Supervisor([broken, beside], data, Record()), lambda: False)
+    broken = replace(waits_for(tmp_path / "beside.pid", python_part("broken", tmp_path, NO_BANK)), needs=needs)
+    with pytest.raises(StartError, match=r"broken ended with status 1 .*\n(.*\n)*no such bank"):
+        await run_until(Supervisor([beside, broken], data, Record()), lambda: False)
     assert not alive(pid_of("beside", tmp_path))
+
+
+async def test_a_part_that_takes_too_long_fails_the_start_and_is_gone(tmp_path: Path, data: DataFolder) -> None:
+    witness = tmp_path / "slow.started"
+    code = f"import os, pathlib; pathlib.Path({str(witness)!r}).write_text(str(os.getpid())); {SLEEP}"
+    with pytest.raises(StartError, match="slow was not ready after 2 s"):
+        await run_until(Supervisor([python_part("slow", tmp_path, code, start_timeout_s=2)], data, Record()), bool)
+    assert not alive(int(witness.read_text()))
 
 
 async def test_a_part_that_is_killed_is_started_again_and_the_others_are_left_alone(
     tmp_path: Path, data: DataFolder
 ) -> None:
-    record = Record()
-    supervisor = Supervisor(
-        [python_part(name, tmp_path, "") for name in ("steady", "frail")], data, record, Backoff(first_s=0.01)
-    )
-    killed: list[int] = []
+    record, killed = Record(), list[int]()
+    parts = [python_part(name, tmp_path, "") for name in ("steady", "frail")]
 
     def twice() -> bool:
         pid = pid_of("frail", tmp_path)
@@ -111,52 +125,43 @@ async def test_a_part_that_is_killed_is_started_again_and_the_others_are_left_al
             killed.append(pid)
         return record.count("frail", State.READY) == 3
 
-    await run_until(supervisor, twice)
+    await run_until(Supervisor(parts, data, record), twice)
     assert record.count("steady", State.STARTING) == 1
     assert any(f"status {128 + signal.SIGKILL}" in detail for detail in record.details)
 
 
-def test_the_wait_before_a_restart_doubles_up_to_its_limit() -> None:
-    backoff = Backoff(first_s=0.5, limit_s=30)
-    assert [backoff.delay_s(deaths) for deaths in (1, 2, 3, 7, 1000)] == [0.5, 1, 2, 30, 30]
-
-
-@pytest.mark.parametrize(("forgive_s", "delays"), [(0.0, ["0.01", "0.01", "0.01"]), (600.0, ["0.01", "0.02", "0.04"])])
-async def test_a_part_that_stayed_up_long_enough_starts_again_with_the_shortest_wait(
-    tmp_path: Path, data: DataFolder, forgive_s: float, delays: list[str]
+@pytest.mark.parametrize(
+    ("forgiven_s", "delays"), [(0.0, ["0.01", "0.01", "0.01", "0.01"]), (600.0, ["0.01", "0.02", "0.04", "0.05"])]
+)
+async def test_the_wait_before_a_restart_doubles_up_to_its_limit_unless_the_part_stayed_up_long_enough(
+    tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, forgiven_s: float, delays: list[str]
 ) -> None:
+    monkeypatch.setattr(supervisor, "FORGIVEN_S", forgiven_s)
+    monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.05)
     record = Record()
-    part = python_part("brief", tmp_path, "")
-    dying = replace(part, command=(*part.command[:2], part.command[2].replace(SLEEP, "import time; time.sleep(0.3)")))
-    supervisor = Supervisor([dying], data, record, Backoff(first_s=0.01, forgive_s=forgive_s))
-    await run_until(supervisor, lambda: record.count("brief", State.DOWN) == 3)
-    seen = [d.rpartition(" in ")[2] for (_, s), d in zip(record.states, record.details, strict=True) if s is State.DOWN]
-    assert seen == [f"{delay} s" for delay in delays]
+    await run_until(Supervisor([brief(tmp_path)], data, record), lambda: record.count("brief", State.DOWN) == 4)
+    assert [detail.rpartition(" in ")[2] for detail in record.of("brief", State.DOWN)] == [f"{d} s" for d in delays]
 
 
+@pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("spare", [True, False])
 async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_only_if_they_need_it(
-    tmp_path: Path, data: DataFolder, spare: bool
+    tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, *, spare: bool, starts: bool
 ) -> None:
+    monkeypatch.setattr(supervisor, "MOST_DEATHS", 3)
     record = Record()
-    brief = python_part("brief", tmp_path, "print('no such device', flush=True)")
-    dying = replace(
-        brief,
-        command=(*brief.command[:2], brief.command[2].replace(SLEEP, "import time; time.sleep(0.3)")),
-        spare=spare,
-    )
-    supervisor = Supervisor(
-        [python_part("steady", tmp_path, ""), dying], data, record, Backoff(first_s=0.01, limit_s=0.01, most=3)
-    )
-    running = run_until(supervisor, lambda: record.count("brief", State.GIVEN_UP) == 1)
+    code = "print('no room on the card', flush=True)" if starts else "raise SystemExit('no room on the card')"
+    parts = [python_part("steady", tmp_path, ""), replace(brief(tmp_path, code), spare=spare)]
+    running = run_until(Supervisor(parts, data, record), lambda: record.count("brief", State.GIVEN_UP) == 1)
     if spare:
         await running
-        assert "no such device" in record.details[record.states.index(("brief", State.GIVEN_UP))]
+        assert "no room on the card" in record.of("brief", State.GIVEN_UP)[0]
         assert record.states.index(("steady", State.STOPPING)) > record.states.index(("brief", State.GIVEN_UP))
     else:
-        with pytest.raises(StartError, match=r"brief ended with status 0 .* 3 times in a row(.*\n)*no such device"):
+        ended = "status 0 .* 3 times in a row" if starts else "status 1 before it was ready"
+        with pytest.raises(StartError, match=rf"brief ended with {ended}(.*\n)*no room on the card"):
             await running
-    assert record.count("brief", State.STARTING) == 3
+    assert record.count("brief", State.STARTING) == (3 if spare or starts else 1)
     assert not alive(pid_of("steady", tmp_path))
 
 
@@ -172,62 +177,16 @@ async def test_a_spare_part_whose_first_start_fails_ends_nothing_and_is_started_
             mended.touch()
         return record.count("worker", State.READY) == 1
 
-    await run_until(Supervisor(parts, data, record, Backoff(first_s=0.01)), mended_and_back)
-    assert "no room on the card" in record.details[record.states.index(("worker", State.DOWN))]
+    await run_until(Supervisor(parts, data, record), mended_and_back)
+    assert "no room on the card" in record.of("worker", State.DOWN)[0]
     assert record.count("steady", State.STARTING) == 1
 
 
-async def test_a_spare_part_that_never_starts_is_given_up_while_the_others_go_on(
-    tmp_path: Path, data: DataFolder
+@pytest.mark.parametrize(("patience_s", "hurry"), [(0.1, False), (10 * PATIENCE_S, True)])
+async def test_a_stubborn_part_is_killed_when_its_time_is_up_or_a_second_signal_comes(
+    tmp_path: Path, data: DataFolder, *, patience_s: float, hurry: bool
 ) -> None:
-    record = Record()
-    never = replace(python_part("worker", tmp_path, "raise SystemExit('no room on the card')"), spare=True)
-    supervisor = Supervisor([python_part("steady", tmp_path, ""), never], data, record, Backoff(first_s=0.01, most=3))
-    await run_until(supervisor, lambda: record.count("worker", State.GIVEN_UP) == 1)
-    assert "no room on the card" in record.details[record.states.index(("worker", State.GIVEN_UP))]
-    assert record.count("worker", State.STARTING) == 3
-    assert record.states.index(("steady", State.STOPPING)) > record.states.index(("worker", State.GIVEN_UP))
-
-
-async def test_a_worker_on_the_engines_card_starts_once_the_engine_has_taken_its_share(
-    tmp_path: Path, data: DataFolder
-) -> None:
-    record = Record()
-    parts = [
-        replace(python_part("valkey", tmp_path, ""), needs=()),
-        replace(python_part("engine", tmp_path, ""), needs=()),
-        replace(python_part("worker", tmp_path, ""), needs=worker_part(Settings(), tmp_path, ["engine"]).needs),
-    ]
-    await run_until(Supervisor(parts, data, record), lambda: record.count("worker", State.READY) == 1)
-    assert record.states.index(("worker", State.STARTING)) > record.states.index(("engine", State.READY))
-
-
-async def test_a_part_that_ends_before_it_is_ready_fails_the_start_with_the_end_of_its_log(
-    tmp_path: Path, data: DataFolder
-) -> None:
-    parts = [python_part("first", tmp_path, ""), python_part("broken", tmp_path, "raise SystemExit('no such bank')")]
-    with pytest.raises(StartError, match=r"broken ended with status 1 .*\n(.*\n)*no such bank"):
-        await run_until(Supervisor(parts, data, Record()), lambda: False)
-    assert not alive(pid_of("first", tmp_path))
-
-
-async def test_a_part_that_takes_too_long_fails_the_start_and_is_gone(tmp_path: Path, data: DataFolder) -> None:
-    witness = tmp_path / "slow.started"
-    code = f"import os, pathlib; pathlib.Path({str(witness)!r}).write_text(str(os.getpid())); {SLEEP}"
-    with pytest.raises(StartError, match="slow was not ready after 2 s"):
-        await run_until(Supervisor([python_part("slow", tmp_path, code, start_timeout_s=2)], data, Record()), bool)
-    assert not alive(int(witness.read_text()))
-
-
-async def test_a_part_that_ignores_the_request_to_stop_is_killed(tmp_path: Path, data: DataFolder) -> None:
-    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    part = python_part("stubborn", tmp_path, stubborn, stop_timeout_s=0.1)
-    await run_until(Supervisor([part], data, Record()), lambda: True)
-    assert not alive(pid_of("stubborn", tmp_path))
-
-
-async def test_a_second_signal_ends_the_wait_for_a_stubborn_part(tmp_path: Path, data: DataFolder) -> None:
-    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    part = python_part("stubborn", tmp_path, stubborn, stop_timeout_s=10 * PATIENCE_S)
-    await run_until(Supervisor([part], data, Record()), lambda: True, hurry=True)
+    part = python_part("stubborn", tmp_path, STUBBORN, stop_timeout_s=patience_s)
+    async with asyncio.timeout(PATIENCE_S):
+        await run_until(Supervisor([part], data, Record()), lambda: True, hurry=hurry)
     assert not alive(pid_of("stubborn", tmp_path))
