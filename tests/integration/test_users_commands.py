@@ -230,7 +230,7 @@ async def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
 
 def test_nobody_there_is_said_after_a_while(waits: list[float]) -> None:
     nobody = PatientGateway(mta_client.Client(f"http://127.0.0.1:{free_port()}"), patience_s=0)
-    with pytest.raises(MtaError, match="got no answer"):
+    with pytest.raises(MtaError, match=r"got no answer.*given up after"):
         nobody.call(lambda client: client.user("ada"))
 
 
@@ -239,6 +239,17 @@ async def test_a_no_is_not_asked_again(stub: Stub) -> None:
     with mta_client.Client(stub.url) as client, pytest.raises(Refused, match=r"^told to say 413$"):
         await asyncio.to_thread(PatientGateway(client).call, lambda client: client.put_profile("a", []))
     assert stub.served == []
+
+
+async def test_a_call_that_waits_ends_when_all_is_stopped(stub: Stub) -> None:
+    stub.answers = [(503, {"Retry-After": "300"})]
+    gateway = PatientGateway(mta_client.Client(stub.url), patience_s=600)
+    waiting = asyncio.create_task(asyncio.to_thread(gateway.call, lambda client: client.put_profile("a", [])))
+    while not gateway._not_before_s:
+        await asyncio.sleep(0.01)
+    gateway.stop()
+    with pytest.raises(MtaError, match="stopped"):
+        await waiting
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://[", "http://a:port"])
@@ -252,6 +263,7 @@ def test_a_user_with_a_strange_id_is_shown_exported_and_erased(
     client: httpx.Client, gateway: GatewayThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # is for what is outside
     path = tmp_path / "one.ndjson"
     path.write_text(json.dumps({"user_id": STRANGE, "profile": ["hello"]}))
     assert mta("import", str(path), "--url", gateway.url).exit_code == 0

@@ -97,45 +97,29 @@ def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(tm
     assert sum(part.stop_timeout_s + GRACE_S for part in parts) < STOP_S + more_s
 
 
-def test_the_gateway_gets_every_setting_by_environment_and_no_secret_by_argv(tmp_path: Path) -> None:
-    settings = Settings(secret="s" * 32, engine_key="k" * 32, bank=tmp_path, profile_items=7)  # type: ignore[arg-type]
-    part = gateway_part(settings)
-    assert part.environment["MTA_SECRET"] == "s" * 32
-    assert part.environment["MTA_ENGINE_KEY"] == "k" * 32
-    assert part.environment["MTA_BANK"] == str(tmp_path)
-    assert part.environment["MTA_PROFILE_ITEMS"] == "7"
-    assert not {"s" * 32, "k" * 32} & set(part.command)
-
-
-def test_the_engine_keeps_its_processes_on_loopback() -> None:
-    settings = Settings(engine_key="k" * 32, engine_url="http://127.0.0.1:1")  # type: ignore[arg-type]
-    part = engine_part(settings, ["vllm"], {"VLLM_API_KEY": "k" * 32})
-    assert part.environment["VLLM_API_KEY"] == "k" * 32
-    assert part.environment["VLLM_HOST_IP"] == "127.0.0.1"
-    assert part.environment["GLOO_SOCKET_IFNAME"] == "lo"
-
-
-def test_the_router_gets_every_engine_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MTA_SECRET", "MTA_ENGINE_KEY"):
+def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MTA_SECRET", "MTA_ENGINE_KEY", "MTA_API_KEY", "MTA_FIRST_KEY"):
         monkeypatch.setenv(name, "e" * 32)
     monkeypatch.setenv("RUST_LOG", "info")
-    settings = Settings(engine_urls="http://a:1,http://b:2", router_port=3, engine_key="k" * 32)  # type: ignore[arg-type]
-    part = router_part(settings)
-    assert part.command[part.command.index("--worker-urls") + 1 :] == ("http://a:1", "http://b:2")
-    assert part.command[part.command.index("--policy") + 1] == "consistent_hash"
-    assert not {"k" * 32, "e" * 32} & {*part.environment.values(), *part.command}
-    assert "RUST_LOG" not in part.environment  # it would have every recipe logged
-
-
-def test_the_worker_gets_no_secret_but_the_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = "redis://:password@127.0.0.1:1/0"
-    for name in ("MTA_SECRET", "MTA_ENGINE_KEY"):
-        monkeypatch.setenv(name, "e" * 32)
-    settings = Settings(secret="s" * 32, engine_key="k" * 32, bank=tmp_path, redis_url=url)  # type: ignore[arg-type]
-    part = worker_part(settings, tmp_path / "worker.log")
-    assert not {"MTA_SECRET", "MTA_ENGINE_KEY"} & part.environment.keys()
-    assert (part.environment["MTA_BANK"], part.environment["MTA_REDIS_URL"]) == (str(tmp_path), url)
-    assert not {"s" * 32, "k" * 32, "e" * 32} & set(part.environment.values())
+    given = {"secret": "s" * 32, "engine_key": "k" * 32, "bank": tmp_path, "redis_url": url, "profile_items": 7}
+    settings = Settings(**given, engine_urls="http://a:1,http://b:2")  # type: ignore[arg-type]
+    gateway, worker, router = gateway_part(settings), worker_part(settings, tmp_path / "log"), router_part(settings)
+    engine = engine_part(settings, ["vllm"], {"VLLM_API_KEY": "k" * 32})
+    for part in (gateway, worker, router, engine):
+        assert not {"s" * 32, "k" * 32, "e" * 32} & set(part.command)
+    shared = {"MTA_BANK": str(tmp_path), "MTA_REDIS_URL": url, "MTA_PROFILE_ITEMS": "7"}
+    assert gateway.environment.items() >= (shared | {"MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": "k" * 32}).items()
+    assert worker.environment.items() >= shared.items()
+    on_loopback = {"VLLM_API_KEY": "k" * 32, "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    assert engine.environment.items() >= on_loopback.items()
+    for part in (worker, router):  # a worker knows neither users nor engines; a router passes keys on
+        assert not {"s" * 32, "k" * 32, "e" * 32} & set(part.environment.values())
+    assert "RUST_LOG" not in router.environment  # it would have every recipe logged
+    assert router.command[router.command.index("--worker-urls") + 1 :] == ("http://a:1", "http://b:2")
+    assert router.command[router.command.index("--policy") + 1] == "consistent_hash"
 
 
 def test_a_taken_port_is_refused_by_number() -> None:
