@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from adapters.errors import excerpt
@@ -145,13 +146,14 @@ def evaluate_people(
         done += len(runs) - len(waiting)
         progress(done, total)
         known = {items: evaluator.evidence(user.knowing(items)) for items in {run.method.items for run in waiting}}
-        # All adapters before any reading: attaching one costs more than a few passes, and signing and training need
-        # the bare model.
-        made = [evaluator.adapter(run.method, known[run.method.items], run.seed) for run in waiting]
-        for run, adapter in zip(waiting, made, strict=True):
-            records.add(_evaluate(evaluator, known[run.method.items], run, adapter, records.key))
-            done += 1
-            progress(done, total)
+        for seed, group in groupby(waiting, lambda run: run.seed):
+            # All adapters before any reading: attaching one costs more than a few passes, and signing and training
+            # need the bare model. Not those of all seeds: what is trained and not recorded is lost with a killed run.
+            made = [(run, evaluator.adapter(run.method, known[run.method.items], seed)) for run in group]
+            for run, adapter in made:
+                records.add(_evaluate(evaluator, known[run.method.items], run, adapter, records.key))
+                done += 1
+                progress(done, total)
 
 
 def _evaluate(

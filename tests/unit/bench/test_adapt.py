@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from bank.items.histories import History
 from bank.items.profile import Item
 from bank.items.tasks import get_task
-from bank.lookup.embedder import Embedder
-from bank.lookup.serving import ServingBank
-from bench.adapt import __main__ as offline
 from bench.adapt import users
 from mta_client import Client
 from server.worker.training import AdapterTrainer
@@ -78,54 +72,3 @@ def test_an_adapter_on_half_the_anchors_is_compared_with_all_of_them(
     reading.raw = raw
     users._score(trainer, reading, [])
     assert (reading.merged, reading.stacked) == (1.0, stacked)
-
-
-class Worker:
-    """A trainer and a bank that note what they are given; no adapter of theirs is any good."""
-
-    task = get_task("chat")
-    model = matrix = tokenizer = None
-
-    def __init__(self, signs: bool) -> None:
-        self.signs = signs
-        self.recipes: list[tuple[object, float]] = []
-        self.trained: list[tuple[list[str], list[str]]] = []
-
-    def signature(self, pairs: list[tuple[str, str]]) -> str:
-        return f"of {len(pairs)} pairs"
-
-    def personalise(self, _: object, signature: object = None, share: float = 1.0) -> Any:
-        self.recipes.append((signature, share))
-        return SimpleNamespace(recipe=None)
-
-    def train(self, _: object, samples: Any, __: object, items: Any = ()) -> Any:
-        self.trained.append(([sample.output for sample in samples], [item.id for item in items]))
-        judgement = SimpleNamespace(steps=1, before=1.0, after=1.0, weights=None)
-        return SimpleNamespace(finish=lambda: judgement)
-
-
-@pytest.mark.parametrize("signs", [False, True])
-def test_people_outside_a_bank_are_adapted_as_the_worker_does_it(
-    signs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = Worker(signs)
-    monkeypatch.setattr(offline, "read_manifest", lambda _: None)
-    monkeypatch.setattr(offline, "ensure_base_model", lambda *_: None)
-    monkeypatch.setattr(offline, "ensure_embedder", lambda *_: None)
-    monkeypatch.setattr(AdapterTrainer, "open", lambda *_: worker)
-    monkeypatch.setattr(ServingBank, "open", lambda *_: worker)
-    embedder = SimpleNamespace(id="e", embed=lambda texts: np.ones((len(texts), 2), np.float32))
-    monkeypatch.setattr(Embedder, "load", lambda _: embedder)
-    monkeypatch.setattr(offline, "fuse", lambda *_: None)
-    monkeypatch.setattr(offline, "encode_pair", lambda *_: None)
-    monkeypatch.setattr(offline, "attached", attached)
-    monkeypatch.setattr(offline, "mean_loss", lambda *_: 1.0)
-    items = [{"id": f"{n}", "input": f"Say {n}", "output": f"{n}!"} for n in range(5)]
-    people = [{"user_id": number, "profile": items} for number in (1, 2, 3)]
-    users_file, only = tmp_path / "users.json", tmp_path / "only.json"
-    users_file.write_text(json.dumps(people), "utf-8")
-    only.write_text("[1, 3]", "utf-8")
-    offline.main(bank=tmp_path, users=users_file, only=only, samples=3, setting=["2:8:1e-3:0.5"])
-    signature = "of 3 pairs" if signs else None
-    assert worker.recipes == [(signature, 1.0), (signature, 0.5)] * 2
-    assert worker.trained == [(["0!", "1!", "2!"], ["0", "1", "2"])] * 2
