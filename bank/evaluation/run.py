@@ -45,7 +45,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MethodRun:
     """One method with one seed over one user, with what is wanted besides losses."""
 
     method: Method
@@ -71,7 +71,7 @@ class EvalOptions:
     texts: int = 3
     max_tokens: int = 512  # as in `Evaluator`
 
-    def runs(self, place: int, kind: AnswerKind) -> Iterator[Run]:
+    def runs(self, place: int, kind: AnswerKind) -> Iterator[MethodRun]:
         """What is done for the user at this place, in a task with such answers."""
         sampled = self.sample is None or place < self.sample
         for seed in range(self.seeds):
@@ -80,7 +80,7 @@ class EvalOptions:
                 if (sampled or not costly) and (seed == 0 or method.random):
                     predicted = self.predict and not method.on_curve and (sampled or kind != "text")
                     writes = method in self.writing and sampled and kind == "text" and seed == 0
-                    yield Run(method, seed, predicted, self.texts if writes else 0)
+                    yield MethodRun(method, seed, predicted, self.texts if writes else 0)
 
 
 class Records:
@@ -93,7 +93,7 @@ class Records:
         self._found: dict[tuple[str, str, int, str], Record] = {}
         self._remember(record for record in read_records(self._path) if record.key == key)
 
-    def have(self, user: EvalUser, run: Run) -> bool:
+    def have(self, user: EvalUser, run: MethodRun) -> bool:
         """Whether all queries of a user are recorded, with all that is wanted."""
         found = [self._found.get((user.user_id, run.method.name, run.seed, query.id)) for query in user.queries]
         return all(
@@ -157,7 +157,7 @@ def evaluate_people(
 
 
 def _evaluate(
-    evaluator: Evaluator, evidence: Evidence, run: Run, adapter: EvalAdapter | None, key: str
+    evaluator: Evaluator, evidence: Evidence, run: MethodRun, adapter: EvalAdapter | None, key: str
 ) -> list[Record]:
     """One record for each query."""
     user, method = evidence.user, run.method

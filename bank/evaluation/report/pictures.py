@@ -59,7 +59,8 @@ def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
     counts = sorted({method.history for method in methods})
     marks = {count: _MARKS[min(place, 3)] for place, count in enumerate(counts)}
     shortest = min((row.prompt_tokens for row in rows if row.prompt_tokens), default=0.0)
-    top = max([row.loss for row, m in zip(rows, methods, strict=True) if m.adapter != "base"] or [rows[0].loss])
+    adapted = [row.loss for row, method in zip(rows, methods, strict=True) if method.adapter != "base"]
+    top = max(adapted or [row.loss for row in rows])
     figure, panels = _panels(2, size=4.4)
     prices = ((panels[0], lambda row: row.kept_bytes), (panels[1], lambda row: max(0.0, row.prompt_tokens - shortest)))
     for name, (panel, price) in product(adapters, prices):

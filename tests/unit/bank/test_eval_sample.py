@@ -13,7 +13,7 @@ from bank.evaluation.methods import parse_method, parse_methods
 from bank.evaluation.people import EvalUser, Query
 from bank.evaluation.report.lamp import GOLDS, write_lamp_files
 from bank.evaluation.report.summary import markdown, summarise, tables
-from bank.evaluation.run import EvalOptions, Record, Records, Run
+from bank.evaluation.run import EvalOptions, MethodRun, Record, Records
 from bank.items.histories import History
 from bank.items.tasks import AnswerKind, get_task
 from server.cli.eval.tables import print_tables
@@ -58,7 +58,11 @@ def test_without_predictions_nobody_is_answered_and_without_a_sample_all_get_eve
 def test_what_a_record_lacks_is_made_again_and_the_later_one_counts(tmp_path: Path) -> None:
     records = Records(tmp_path, "key")
     user = EvalUser(History("u", ()), (Query("u-0", "?", "3"),))
-    plain, answering, writing = Run(MERGED, 0, False, 0), Run(MERGED, 0, True, 0), Run(MERGED, 0, False, 3)
+    plain, answering, writing = (
+        MethodRun(MERGED, 0, False, 0),
+        MethodRun(MERGED, 0, True, 0),
+        MethodRun(MERGED, 0, False, 3),
+    )
     assert not records.have(user, plain)
     records.add([replace(record("u", "merged", 0.5), written=["once"])])
     assert [records.have(user, run) for run in (plain, answering, writing)] == [True, False, False]

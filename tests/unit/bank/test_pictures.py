@@ -30,5 +30,5 @@ def test_the_base_model_does_not_stretch_the_scale_of_losses(monkeypatch: pytest
 def test_a_table_of_the_base_model_alone_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
-    pictures.draw_prices([row("base", 9.0)], Path("unused"))
+    pictures.draw_prices([row("base+history@h1", 8.0), row("base", 9.0)], Path("unused"))
     assert not list(drawn[0].axes[0].texts)
