@@ -19,7 +19,7 @@ from adapters.errors import FusionError
 from adapters.flat import FlatLora
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PER_MILLE, PLAIN, SIGNED, FusionMethod, FusionRecipe, anchor_id
+from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, anchor_id
 
 PIECE = 131_072
 """Numbers summed at a time: enough work for four threads at PyTorch's grain size, and half a MiB of float32."""
@@ -34,9 +34,7 @@ SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.
 """Rows [N, R·ΣH_out] bf16, which of them, their weights and R → Σ wᵢ Bᵢ along H_out, [R, ΣH_out] bf16."""
 
 
-def check_recipe(
-    recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool, signed: bool = False
-) -> None:
+def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool) -> None:
     """Raise FusionError, naming what the recipe's bank lacks, unless it can fuse the recipe.
 
     The bank has N `anchors`, and its serving rank has room for `max_anchors` terms, K.
@@ -47,9 +45,6 @@ def check_recipe(
         )
     if recipe.common and not common:
         raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
-    if recipe.signed is not signed:
-        wanted, got = (SIGNED, PLAIN) if signed else (PLAIN, SIGNED)
-        raise FusionError(f"bank {recipe.bank} has recipes of format {wanted}, got one of {got}")
     if len(recipe.terms) > max_anchors:
         raise FusionError(
             f"bank {recipe.bank} fuses at most {max_anchors} anchors, but the recipe has {len(recipe.terms)}"

@@ -2,19 +2,17 @@
 
 Grammar, one text per recipe::
 
-    name    = format ":" bank ":" method ":" terms [ ":u-" user ]
-    format  = "mta1" | "mta2"
+    name    = "mta3:" bank ":" method ":" terms [ ":u-" user ]
     bank    = 8 lower-case hex digits, the start of the bank's fingerprint
     method  = "cat" | "shared"
     terms   = "c" *( "+" anchor ) | anchor *( "+" anchor )       anchors in id order, each once
-    anchor  = "a" index "*" weight                               weight in per mille
+    anchor  = "a" index "*" weight                               weight in per mille, -4000 to 4000, never 0
     user    = user-key "." adapter-id                            26 base32 characters (128 bits) each
 
-`c` is the common row at weight 1. In `mta1` weights are 1 to 1000: beside `c` they sum to at most 1000 (the bank's
-*strength*), without it to exactly 1000. In `mta2` they are steps from `c`, which must be there, along the anchors'
-rows: -4000 to 4000, never 0, whatever their sum. A bank's recipes are all of one format. The name carries all that a
-worker needs to build the adapter, and equal recipes have equal names, so it is what vLLM keys its caches by. Parsing
-is strict: a text that does not re-serialise to itself is refused.
+`c` is the common row at weight 1; the others are steps along the anchors' rows, whatever their sum. A term that begins
+with `v` is reserved for other vectors than anchors' rows, and refused. The name carries all that a worker needs to
+build the adapter, and equal recipes have equal names, so it is what vLLM keys its caches by. Parsing is strict: a text
+that does not re-serialise to itself is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +25,8 @@ from enum import StrEnum
 
 from adapters.errors import RecipeError, excerpt
 
-PLAIN, SIGNED = "mta1", "mta2"
+FORMAT = "mta3"
+_OLD_FORMATS = ("mta1", "mta2")
 PER_MILLE = 1000
 MAX_STEP = 4000
 """Longest step along an anchor's row, per mille, in either direction."""
@@ -41,6 +40,7 @@ _BANK = re.compile(r"[0-9a-f]{8}")
 _BASE32_128 = r"[a-z2-7]{25}[aeimquy4]"  # 16 bytes without padding: the last character carries three bits
 _USER_ADAPTER = re.compile(rf"{_BASE32_128}\.{_BASE32_128}")
 _TERM = re.compile(r"a(\d{2}|[1-9]\d{2,5})\*(-?[1-9]\d{0,3})", re.ASCII)
+_RESERVED = "v"
 
 
 class FusionMethod(StrEnum):
@@ -52,12 +52,7 @@ class FusionMethod(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One anchor's part in a recipe.
-
-    Attributes:
-        anchor: the anchor's index in its bank, from 0; written `a03`.
-        weight: its weight in per mille; not 0.
-    """
+    """An anchor, by its index in its bank, and the weight of its row in per mille."""
 
     anchor: int
     weight: int
@@ -67,12 +62,8 @@ class Term:
 class UserAdapterId:
     """`<user key>.<id>`: says where the store keeps the adapter, and nothing about who the user is.
 
-    Attributes:
-        user_key: see `server/store/tenants/user_key.py`.
-        id: 128 random bits in base32.
-
-    Raises:
-        RecipeError: on construction, when one of them is not 128 bits in base32.
+    Both are 128 bits in base32, or construction raises RecipeError. `id` is random; the key's making is told in
+    `server/store/tenants/user_key.py`.
     """
 
     user_key: str
@@ -87,11 +78,7 @@ class UserAdapterId:
 
 
 def parse_user_adapter_id(text: str) -> UserAdapterId:
-    """Read a user adapter id; the inverse of `str`.
-
-    Raises:
-        RecipeError: when the text is not one.
-    """
+    """Read a user adapter id; the inverse of `str`. Raises RecipeError."""
     user_key, _, adapter_id = text.partition(".")
     return UserAdapterId(user_key, adapter_id)
 
@@ -100,16 +87,8 @@ def parse_user_adapter_id(text: str) -> UserAdapterId:
 class FusionRecipe:
     """What an adapter is made of. Equal recipes are the same adapter in every process.
 
-    Attributes:
-        bank: the first 8 hex digits of the bank's fingerprint.
-        method: how the terms are merged.
-        common: whether the bank's common row takes part, with weight 1.
-        terms: anchors with weights, in anchor order.
-        user_adapter: what is stacked on top, or None.
-        signed: whether the weights are steps from the common row (`mta2`), in either direction.
-
-    Raises:
-        RecipeError: on construction, when the parts do not make a canonical recipe.
+    `bank` is the first 8 hex digits of the bank's fingerprint; `common` says whether its common row takes part. Parts
+    that do not make a canonical recipe raise RecipeError.
     """
 
     bank: str
@@ -117,7 +96,6 @@ class FusionRecipe:
     common: bool
     terms: tuple[Term, ...]
     user_adapter: UserAdapterId | None = None
-    signed: bool = False
 
     def __post_init__(self) -> None:
         if not _BANK.fullmatch(self.bank):
@@ -132,28 +110,15 @@ class FusionRecipe:
         for term in self.terms:
             if not 0 <= term.anchor < MAX_ANCHORS:
                 raise RecipeError(f"anchor index must be 0 to {MAX_ANCHORS - 1}, got {term.anchor}")
-        self._check_weights()
-
-    def _check_weights(self) -> None:
-        lowest, highest = (-MAX_STEP, MAX_STEP) if self.signed else (1, PER_MILLE)
-        for term in self.terms:
-            if not lowest <= term.weight <= highest or not term.weight:
-                raise RecipeError(f"weight must be {lowest} to {highest} per mille and not 0, got {term.weight}")
-        if self.signed:
-            if not self.common:
-                raise RecipeError(f"a recipe of format {SIGNED} needs the common row: its weights are steps from it")
-            return
-        total = sum(term.weight for term in self.terms)
-        if total > PER_MILLE or (total < PER_MILLE and not self.common):
-            rule = "at most" if self.common else "exactly"
-            raise RecipeError(f"weights must sum to {rule} {PER_MILLE} per mille, got {total}")
+            if not -MAX_STEP <= term.weight <= MAX_STEP or not term.weight:
+                raise RecipeError(f"weight must be -{MAX_STEP} to {MAX_STEP} per mille and not 0, got {term.weight}")
 
     @property
     def name(self) -> str:
         """The canonical name; `parse_recipe` is its inverse."""
         terms = (["c"] if self.common else []) + [f"{anchor_id(t.anchor)}*{t.weight}" for t in self.terms]
         stacked = f":u-{self.user_adapter}" if self.user_adapter else ""
-        return f"{SIGNED if self.signed else PLAIN}:{self.bank}:{self.method.value}:{'+'.join(terms)}{stacked}"
+        return f"{FORMAT}:{self.bank}:{self.method.value}:{'+'.join(terms)}{stacked}"
 
     @property
     def plain(self) -> FusionRecipe:
@@ -166,52 +131,61 @@ def anchor_id(index: int) -> str:
     return f"a{index:02d}"
 
 
+def is_recipe_name(name: str | None) -> bool:
+    """Whether a model name is meant as a recipe, of whatever format (and must then be a valid one)."""
+    return name is not None and name.startswith(tuple(f"{known}:" for known in (FORMAT, *_OLD_FORMATS)))
+
+
+def bank_of(name: str) -> str:
+    """The 8 hex digits of the bank in a stored recipe's name, of whatever format: of before, a bank that is gone."""
+    return name.split(":", 2)[1]
+
+
 def parse_recipe(name: str) -> FusionRecipe:
-    """Read a canonical recipe name.
-
-    Args:
-        name: the text, e.g. `mta1:9f2c41d0:shared:c+a03*286+a17*214`.
-
-    Raises:
-        RecipeError: when the text is not the canonical name of a recipe.
-    """
+    """Read a canonical recipe name, e.g. `mta3:9f2c41d0:shared:c+a03*286+a17*-214`. Raises RecipeError."""
     if len(name) > MAX_NAME_CHARS:
         raise RecipeError(f"recipe name has {len(name)} characters, but at most {MAX_NAME_CHARS} are allowed")
     parts = name.split(":")
-    if len(parts) not in (4, 5) or parts[0] not in (PLAIN, SIGNED):
-        raise RecipeError(f"not a recipe name (mta1:bank:method:terms[:u-user], or mta2): {excerpt(name)}")
-    version, bank, method, terms = parts[:4]
+    if parts[0] in _OLD_FORMATS:
+        raise RecipeError(
+            f"recipe {excerpt(name)} is of format {parts[0]}, which is no longer read: build its bank again with "
+            f"`mta bank build`, whose recipes are of format {FORMAT}"
+        )
+    if len(parts) not in (4, 5) or parts[0] != FORMAT:
+        raise RecipeError(f"not a recipe name ({FORMAT}:bank:method:terms[:u-user]): {excerpt(name)}")
+    _, bank, method, terms = parts[:4]
     if method not in list(FusionMethod):
         raise RecipeError(f"unknown method {excerpt(method)} in recipe {excerpt(name)}")
     texts = terms.split("+")
     common = texts[0] == "c"
-    parsed = []
-    for text in texts[1:] if common else texts:
-        match = _TERM.fullmatch(text)
-        if match is None:
-            raise RecipeError(f"malformed term {excerpt(text)} in recipe {excerpt(name)}")
-        parsed.append(Term(int(match[1]), int(match[2])))
+    parsed = tuple(_parse_term(text, name) for text in (texts[1:] if common else texts))
     user_adapter = None
     if len(parts) == 5:
         if not parts[4].startswith("u-"):
             raise RecipeError(f"malformed user adapter {excerpt(parts[4])} in recipe {excerpt(name)}")
         user_adapter = parse_user_adapter_id(parts[4][2:])
-    recipe = FusionRecipe(bank, FusionMethod(method), common, tuple(parsed), user_adapter, version == SIGNED)
+    recipe = FusionRecipe(bank, FusionMethod(method), common, parsed, user_adapter)
     if recipe.name != name:
         raise RecipeError(f"recipe {excerpt(name)} is not canonical: it should read {excerpt(recipe.name)}")
     return recipe
 
 
+def _parse_term(text: str, name: str) -> Term:
+    if text.startswith(_RESERVED):
+        raise RecipeError(
+            f"term {excerpt(text)} in recipe {excerpt(name)} names a vector, which this version cannot fuse: "
+            "a term is an anchor, like a03*286"
+        )
+    if match := _TERM.fullmatch(text):
+        return Term(int(match[1]), int(match[2]))
+    raise RecipeError(f"malformed term {excerpt(text)} in recipe {excerpt(name)}")
+
+
 def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) -> list[int]:
-    """Round weights to integers of a fixed sum, by largest remainder; ties go to the earlier one.
+    """Round weights, in any scale, to multiples of `grain` that sum to `total`, by largest remainder.
 
-    Args:
-        weights: non-negative, in any scale, not all zero.
-        total: what the result sums to, in per mille.
-        grain: what the results are multiples of; the largest also gets what `total` exceeds one by.
-
-    Raises:
-        RecipeError: when a weight is negative or not finite, or all are zero.
+    Ties go to the earlier one, and the largest also gets what `total` exceeds a multiple by. Raises RecipeError when a
+    weight is negative or not finite, or all are zero.
     """
     scale = sum(weights)
     if not all(0 <= w < float("inf") for w in weights) or not 0 < scale < float("inf"):

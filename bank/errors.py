@@ -10,11 +10,7 @@ class BankError(MtaError):
 
 
 class ProfileError(BankError, ValueError):
-    """Items that cannot be part of a profile: the message names the item and what it lacks.
-
-    Attributes:
-        param: where the fault is in the request, e.g. `items.3.text`.
-    """
+    """Items that cannot be part of a profile; `param` says where the fault is in the request, e.g. `items.3.text`."""
 
     def __init__(self, message: str, param: str = "items") -> None:
         super().__init__(message)

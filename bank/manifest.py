@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from adapters.errors import excerpt
 from adapters.layout import RowLayout
 from adapters.lora import ModuleShape
 from adapters.recipe import FusionMethod, FusionRecipe
@@ -26,7 +27,6 @@ MATRIX_FILE = "meta_loras.safetensors"
 INDEX_FILE = "anchors.faiss"
 CURVATURE_FILE = "curvature.npy"
 MAP_FILE = "map.json"
-"""The one file that a bank may lack: those built before there were maps do."""
 
 
 class BaseModelId(Frozen):
@@ -62,7 +62,7 @@ class AnchorEntry(Frozen):
 class BankManifest(Frozen):
     """The content of `bank.json`."""
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     task: str
     base_model: BaseModelId
     embedder: EmbedderId
@@ -103,8 +103,8 @@ class BankManifest(Frozen):
         return len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
 
     @property
-    def signed(self) -> bool:
-        """Whether its recipes have signed weights."""
+    def signs(self) -> bool:
+        """Whether signatures speak for its users."""
         return self.weights.posterior is not None
 
     @property
@@ -126,23 +126,13 @@ class BankManifest(Frozen):
         """The rank of what a recipe of this bank fuses to, without its user adapter."""
         return fused_rank(self.method, self.rank, len(recipe.terms), recipe.common)
 
-    def _content(self) -> dict[str, Any]:
-        """All of it as JSON values; what a bank does not have is left out, as before there was such a thing."""
-        absent: dict[str, Any] = {name: True for name in ("prior", "verdict") if getattr(self, name) is None}
-        if self.weights.posterior is None:
-            absent["weights"] = {"posterior"}
-        if not any(anchor.words for anchor in self.anchors):
-            absent["anchors"] = {"__all__": {"words"}}
-        return self.model_dump(mode="json", exclude=absent)
-
     def to_json(self) -> str:
         """The content of `bank.json`."""
-        return json.dumps(self._content(), indent=1) + "\n"
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
     def compute_fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
-        content = self._content()
-        del content["fingerprint"]
+        content = self.model_dump(mode="json", exclude={"fingerprint"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -170,6 +160,11 @@ def read_manifest(folder: Path) -> BankManifest:
         raise BankError(f"cannot read {path}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("format",):
+            raise BankError(
+                f"the bank at {folder} is of format {excerpt(first['input'])}, which is not read: build it again with "
+                "`mta bank build`, or import it again with `mta bank import`"
+            ) from None
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise BankError(f"{path} is not a bank manifest: {where}: {first['msg']}") from error
     if manifest.compute_fingerprint() != manifest.fingerprint:
@@ -181,11 +176,7 @@ def read_manifest(folder: Path) -> BankManifest:
 
 
 def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
-    """Stamp the fingerprint and put the manifest in place by rename, after everything it names.
-
-    Returns:
-        The manifest with its fingerprint.
-    """
+    """Stamp the fingerprint, which the answer has too, and put the manifest in place by rename, after all it names."""
     stamped = manifest.model_copy(update={"fingerprint": manifest.compute_fingerprint()})
     path = folder / MANIFEST_FILE
     draft = path.with_suffix(".json.tmp")
@@ -198,12 +189,7 @@ def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
 
 
 def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | None = None) -> None:
-    """Check files of the bank against the manifest's checksums.
-
-    Args:
-        folder: the bank.
-        manifest: its manifest.
-        names: which files; all of them when None (the gateway needs only the index).
+    """Check files of the bank, all of them when None, against the manifest's checksums.
 
     Raises:
         BankError: naming the first file that is missing or differs.

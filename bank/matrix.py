@@ -13,10 +13,6 @@ from bank.manifest import MATRIX_FILE, BankManifest, verify_files
 def open_matrix(folder: Path, manifest: BankManifest) -> MetaMatrix:
     """Check the meta-LoRA matrix of a bank against its checksum, and map it.
 
-    Args:
-        folder: the bank.
-        manifest: its manifest.
-
     Raises:
         BankError: when the file is missing or damaged, or its shape is not the manifest's.
     """

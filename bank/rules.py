@@ -1,11 +1,9 @@
-"""The rules of a bank: how what is known of a user becomes weights, with the constants that were measured at build.
+"""How what is known of a user becomes weights, with the constants measured at build; and what was measured of the bank.
 
-And what was measured of the bank itself.
+Parts of the manifest.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,31 +14,8 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SignatureRule(Frozen):
-    """How a signature becomes weights: strength × softmax(τ·√n·gain + κ·cosine) over the best K.
-
-    The certainty of a mean over n tokens grows with √n, so τ counts gains by how far they are from chance; with n
-    itself a few long items would choose a single anchor.
-
-    Attributes:
-        anchors: K, how many anchors take part.
-        strength: what their weights sum to; below 1 only beside a common row.
-        tau: τ, how much evidence counts.
-        kappa: κ, how much similarity of topics counts beside it.
-        slope: a, what predicted gains are multiplied by.
-        offsets: c, one per anchor (`bank/lookup/signature.py`).
-    """
-
-    anchors: int = Field(default=16, ge=1)
-    strength: float = Field(default=1.0, gt=0, le=1)
-    tau: float = Field(default=2.0, ge=0)
-    kappa: float = Field(default=0.0, ge=0)
-    slope: float = Field(default=1.0, ge=0)
-    offsets: tuple[float, ...] = ()
-
-
 class PosteriorRule(Frozen):
-    """How a signature becomes steps from the common row (`bank/lookup/posterior.py`).
+    """How a signature becomes steps from the common row (`bank/lookup/signature.py`).
 
     Attributes:
         anchors: K, along how many rows a user may step; the longest steps count.
@@ -55,21 +30,14 @@ class WeightRule(Frozen):
     """How a profile becomes weights (`bank/lookup/weights.py`).
 
     Attributes:
-        anchors: K, how many anchors take part when weights come from topics.
+        anchors: K, how many anchors take part by topics.
         strength: what their weights sum to; below 1 only beside a common row.
-        signature: how a user's signature becomes shares; None in banks without such signatures.
-        posterior: how it becomes steps from the common row instead; None in banks whose weights are shares.
+        posterior: what takes over once a user has a signature; None in banks without a common row.
     """
 
     anchors: int = Field(default=2, ge=1)
     strength: float = Field(default=1.0, gt=0, le=1)
-    signature: SignatureRule | None = None
     posterior: PosteriorRule | None = None
-
-    @property
-    def source(self) -> Literal["topic", "signature"]:
-        """Which evidence comes first."""
-        return "signature" if self.signature or self.posterior else "topic"
 
 
 class AnswerPrior(Frozen):
@@ -84,12 +52,10 @@ class AnswerPrior(Frozen):
     shares: dict[str, float]
 
 
-class Difference(Frozen):
+class LossDifference(Frozen):
     """A difference in loss over people, nats a token, with its 95 % interval; negative is better.
 
-    Attributes:
-        mean: that of a typical person: the median of the means of any two.
-        low, high: the interval's ends.
+    `mean` is that of a typical person: the median of the means of any two.
     """
 
     mean: float
@@ -126,9 +92,9 @@ class Verdict(Frozen):
 
     people: int = Field(ge=1)
     losses: dict[str, float]
-    merged: Difference
-    recalled: Difference
-    both: Difference
-    beyond: Difference
-    prior: Difference | None = None
+    merged: LossDifference
+    recalled: LossDifference
+    both: LossDifference
+    beyond: LossDifference
+    prior: LossDifference | None = None
     history: int = Field(default=0, ge=0)

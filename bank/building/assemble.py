@@ -39,11 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BankParts:
-    """What a bank is put together from.
+    """What a bank is put together from; what the manifest has too is as there.
 
     Attributes:
-        task, base_model, embedder, method, user_rank, weights, training, prior: as in the manifest.
-        layout: modules, rank, and whether A is shared.
         rows: flat rows in anchor order, then the common row where `common` says so.
         shared_a: the one frozen A of method `shared`.
         embeddings: [N, E], in anchor order.
@@ -74,14 +72,8 @@ def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, u
     """The rank that vLLM's slots are sized for: the largest fusion plus the room for user adapters.
 
     Raises:
-        BankError: when vLLM has no slots that large, or the rule's strength needs a common row that the bank lacks.
+        BankError: when vLLM has no slots that large.
     """
-    strength = min(rule.strength, rule.signature.strength if rule.signature else 1.0)
-    if strength < 1 and not common:
-        raise BankError(
-            f"a strength of {strength} leaves the rest to the common row, but the bank has none: "
-            "drop --strength or --no-common"
-        )
     try:
         return serving_rank(fused_rank(method, rank, rule.anchors, common) + user_rank)
     except ValueError as error:
@@ -90,9 +82,6 @@ def bank_rank(method: FusionMethod, rank: int, rule: WeightRule, common: bool, u
 
 def write_bank(out: Path, parts: BankParts) -> BankManifest:
     """Write the artifact, the manifest last, so that a folder with a manifest is complete.
-
-    Returns:
-        The manifest with its fingerprint.
 
     Raises:
         BankError: when the folder cannot be written.

@@ -17,9 +17,7 @@ from adapters.training.trainer import StepReport, TrainPlan, train_lora
 from bank.building.assemble import BankParts, write_bank
 from bank.building.build import read_inputs
 from bank.building.options import BuildInputs, BuildOptions
-from bank.building.rows import RowProgress, anchor_steps, pooled_lessons
-from bank.building.training import row_job, row_seed
-from bank.errors import BankError
+from bank.building.rows import RowProgress, pooled_lessons, row_job, row_seed
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex
 from bank.lookup.weights import common_recipe
@@ -33,40 +31,20 @@ BASELINES = "baselines"
 TASK_ROW = "task"
 
 
-def check_baselines(*, common: bool) -> None:
-    """Refuse, if need be before anything is trained.
-
-    Raises:
-        BankError: when there is no common row to continue from.
-    """
-    if not common:
-        raise BankError("--baselines trains the common row further, but this bank has none: drop --no-common")
-
-
 def build_baselines(
     inputs: BuildInputs, options: BuildOptions, manifest: BankManifest, progress: RowProgress
 ) -> BankManifest:
-    """Train the task's row of a finished bank, unless it is already there.
-
-    Args:
-        inputs, options: those of the bank.
-        manifest: the bank's.
-        progress: told of every step.
-
-    Raises:
-        BankError: when the bank has no common row to continue from.
-    """
+    """Train the task's row of a finished bank, built from these inputs with these options, unless it is there."""
     out = inputs.out / BASELINES
     if (out / MANIFEST_FILE).exists() and read_manifest(out).training.get("of") == manifest.fingerprint:
         return read_manifest(out)
-    check_baselines(common=manifest.common)
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
     options = options.resolved()
     learnt = pooled_lessons(people, task, options)
     model, tokenizer = load_base(ensure_base_model(inputs.model, inputs.cache_dir), options.dtype)
-    steps = sum(anchor_steps(options, anchor.items) for anchor in manifest.anchors)
-    plan = TrainPlan(steps, options.batch_size, options.common_learning_rate, row_seed(options.seed, TASK_ROW))
+    steps = options.steps * len(manifest.anchors)
+    plan = TrainPlan(steps, options.batch_size, options.learning_rate, row_seed(options.seed, TASK_ROW))
     job = row_job(TASK_ROW, learnt, plan, tokenizer, options.max_tokens)
     progress.say(f"baseline: training the common row for {steps} more steps, as long as all anchors together")
     progress.begin({TASK_ROW: job.work_tokens})
@@ -81,19 +59,18 @@ def build_baselines(
 
 def _parts(inputs: BuildInputs, manifest: BankManifest, trained: Any, steps: int) -> BankParts:
     layout = manifest.layout
-    a, b = flat_a(layout, trained), flat_b(layout, trained)
-    row = b if manifest.method is FusionMethod.SHARED else torch.cat([a, b])
+    row = flat_b(layout, trained)
     return BankParts(
         task=manifest.task,
         base_model=manifest.base_model,
         embedder=manifest.embedder,
-        method=manifest.method,
+        method=FusionMethod.SHARED,
         common=True,
         user_rank=manifest.user_rank,
         weights=WeightRule(anchors=1),
         layout=layout,
         rows=[torch.zeros_like(row), row],
-        shared_a=a if manifest.method is FusionMethod.SHARED else None,
+        shared_a=flat_a(layout, trained),
         embeddings=AnchorIndex.load(inputs.out / INDEX_FILE).vectors([0]),
         items=[0],
         training={"of": manifest.fingerprint, "steps": steps},

@@ -14,22 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from adapters.recipe import anchor_id
+from adapters.recipe import FusionMethod, anchor_id
 from bank.building.assemble import BankParts, bank_rank, write_bank
-from bank.building.calibration import MIN_PEOPLE, Calibration, calibrate_signer, check_enough, measure_curvature
 from bank.building.describing import typical_words
-from bank.building.options import LONGEST, POSTERIOR, BuildInputs, BuildOptions
+from bank.building.options import BuildInputs, BuildOptions
 from bank.building.resume import Workbench, finished_bank, inputs_key, workbench
 from bank.building.rows import RowProgress, TrainedRows, train_rows
 from bank.building.selection import MIN_ITEMS, left_out, person_embedding, sampled_embedding, select_anchors
-from bank.building.signer import Signer
+from bank.building.signer import Signer, measure_curvature
 from bank.errors import BankError
 from bank.items.histories import History, read_excluded, read_histories
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.embedder import Embedder
-from bank.lookup.posterior import Curvature
 from bank.lookup.prior import fit_prior
+from bank.lookup.signature import Curvature
 from bank.manifest import BankManifest, BaseModelId, EmbedderId
 from bank.models.folders import ensure_base_model, ensure_embedder, model_hash, model_name, prompts_hash
 from bank.models.load import load_base
@@ -42,7 +41,6 @@ class _Job:
     """A build that is ready to begin: everything is read and checked.
 
     Attributes:
-        options: with their dtype resolved.
         people: whose items train the common row.
         candidates: those of them who may become anchors.
         key: hash of all that shapes the bank.
@@ -58,20 +56,8 @@ class _Job:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Selected:
-    """The anchors in order, their embeddings [N, E], and the candidates who are not."""
-
-    anchors: list[History]
-    embeddings: Vectors
-    rest: list[History]
-
-
 def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> BankManifest:
-    """Build a bank, or continue one that was begun.
-
-    Returns:
-        The manifest: the existing one when the folder already holds this very bank.
+    """Build a bank, or continue one that was begun, or find that the folder holds this very bank already.
 
     Raises:
         BankError: when inputs, options or the folder do not allow it.
@@ -82,17 +68,15 @@ def build_bank(inputs: BuildInputs, options: BuildOptions, progress: RowProgress
         return built
     with workbench(inputs.out, job.key) as work:
         build = _Build(job, work, progress)
-        selected = build.select()
-        trained = build.train(selected)
-        calibration, curvature = build.calibrate(selected, trained), build.bend(selected, trained)
-        return write_bank(inputs.out, build.assemble(selected, trained, calibration, curvature))
+        anchors, embeddings = build.select()
+        trained = build.train(anchors)
+        return write_bank(inputs.out, build.assemble(anchors, embeddings, trained, build.measure(trained)))
 
 
 def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) -> _Job:
     """Read the inputs, and refuse before training whatever would be refused after it."""
     task, options = get_task(options.task), options.resolved()
-    options.signs()
-    bank_rank(options.method, options.rank, options.rule(), options.common, options.user_rank)
+    bank_rank(FusionMethod.SHARED, options.rank, options.rule(), True, options.user_rank)
     people, aside = read_inputs(inputs, task, options)
     if aside:
         progress.say(f"{len(aside)} people are left out, to measure the bank on them")
@@ -103,8 +87,6 @@ def _prepare(inputs: BuildInputs, options: BuildOptions, progress: RowProgress) 
             f"{options.anchors} anchors were asked for, but only {len(candidates)} people have at least {MIN_ITEMS} "
             "items to train on: ask for fewer with --anchors, or give more people"
         )
-    if options.weights == "signature":
-        check_enough(len(candidates) - options.anchors)
     progress.say(f"base model {inputs.model}, embedder {inputs.embedder or 'default'}")
     model_folder = ensure_base_model(inputs.model, inputs.cache_dir)
     embedder = Embedder.load(ensure_embedder(inputs.embedder, inputs.cache_dir), EMBED_THREADS)
@@ -121,11 +103,11 @@ class _Build:
         self._work = work
         self._progress = progress
 
-    def select(self) -> _Selected:
-        """Choose the anchors among the candidates, and embed each as a user's profile is embedded."""
+    def select(self) -> tuple[list[History], Vectors]:
+        """Choose the anchors among the candidates, and embed each as a user's profile is embedded, [N, E]."""
         job = self._job
         lengths = [len(person.pairs(job.task)) for person in job.candidates]
-        longest = job.options.anchors_by == LONGEST
+        longest = job.options.anchors_by == "longest"
         sampled = None if longest else self._work.vectors("embeddings", self._sampled)
         chosen = select_anchors(sampled, lengths, job.options.anchors, job.options.seed)
         self._progress.say(
@@ -136,10 +118,9 @@ class _Build:
         def embed() -> Vectors:
             return np.stack([person_embedding(person, job.task, job.embedder) for person in anchors])
 
-        rest = [person for at, person in enumerate(job.candidates) if at not in chosen]
-        return _Selected(anchors, self._work.vectors("anchors", embed), rest)
+        return anchors, self._work.vectors("anchors", embed)
 
-    def train(self, selected: _Selected) -> TrainedRows:
+    def train(self, anchors: list[History]) -> TrainedRows:
         """Train the common row and the anchors' rows."""
         model, tokenizer = self._base
         return train_rows(
@@ -147,48 +128,26 @@ class _Build:
             model=model,
             tokenizer=tokenizer,
             people=self._job.people,
-            anchors=selected.anchors,
+            anchors=anchors,
             task=self._job.task,
             options=self._job.options,
             progress=self._progress,
         )
 
-    def calibrate(self, selected: _Selected, trained: TrainedRows) -> Calibration | None:
-        """Calibrate signatures; None for a bank where topics alone speak."""
-        options, people = self._job.options, selected.rest
-        if (
-            options.weights == POSTERIOR
-            or not options.signs()
-            or (len(people) < MIN_PEOPLE and options.weights != "signature")
-        ):
-            return None
-        self._progress.say(f"calibrating signatures on {len(people)} people who are not anchors")
-        model, tokenizer = self._base
-        return calibrate_signer(
-            Signer(model, trained.matrix(len(selected.anchors))),
-            people,
-            self._job.task,
-            tokenizer,
-            self._work,
-            max_tokens=options.max_tokens,
-            seed=options.seed,
-            on_draw=lambda done, of: self._progress.piece("calibrating", done, of),
-        )
-
-    def bend(self, selected: _Selected, trained: TrainedRows) -> Vectors | None:
-        """Measure the curvature; None for a bank without the posterior."""
-        job, anchors = self._job, len(selected.anchors)
-        if job.options.weights != POSTERIOR:
+    def measure(self, trained: TrainedRows) -> Vectors | None:
+        """The curvature [N, N]; None for a bank of so many anchors that it has no signatures."""
+        job, matrix = self._job, trained.matrix()
+        if job.options.rule().posterior is None:
             return None
         self._progress.say("measuring how the loss bends along the anchors' rows")
         model, tokenizer = self._base
         measured = measure_curvature(
-            Signer(model, trained.matrix(anchors), at_common=True),
+            Signer(model, matrix),
             job.people,
             job.task,
             tokenizer,
             self._work,
-            anchors=anchors,
+            anchors=matrix.anchors,
             max_tokens=job.options.max_tokens,
             seed=job.options.seed,
             on_anchor=lambda done, of: self._progress.piece("measuring", done, of),
@@ -197,31 +156,27 @@ class _Build:
         return measured
 
     def assemble(
-        self, selected: _Selected, trained: TrainedRows, calibration: Calibration | None, curvature: Vectors | None
+        self, anchors: list[History], embeddings: Vectors, trained: TrainedRows, curvature: Vectors | None
     ) -> BankParts:
         """All that the bank is put together from."""
         job = self._job
-        training, rule = job.options.record(job.key, len(job.people)), job.options.rule()
-        if calibration:
-            training |= calibration.record()
-            rule = job.options.rule(calibration.slope, calibration.offsets.tolist())
         return BankParts(
             task=job.task.name,
             base_model=job.base,
             embedder=EmbedderId(id=job.embedder.id, dim=job.embedder.dim),
-            method=job.options.method,
-            common=job.options.common,
+            method=FusionMethod.SHARED,
+            common=True,
             user_rank=job.options.user_rank,
-            weights=rule,
+            weights=job.options.rule(),
             layout=trained.layout,
             rows=trained.rows,
             shared_a=trained.shared_a,
-            embeddings=selected.embeddings,
-            items=[len(person.pairs(job.task)) for person in selected.anchors],
-            training=training,
+            embeddings=embeddings,
+            items=[len(person.pairs(job.task)) for person in anchors],
+            training=job.options.record(job.key, len(job.people)),
             prior=fit_prior(job.task, [[gold for _, gold in person.pairs(job.task)] for person in job.people]),
             curvature=curvature,
-            words=typical_words(selected.anchors, job.task) if job.options.describe else (),
+            words=typical_words(anchors, job.task) if job.options.describe else (),
         )
 
     @cached_property
@@ -246,5 +201,5 @@ def read_inputs(inputs: BuildInputs, task: Task, options: BuildOptions) -> tuple
     kept = [person for person in people if person.user_id not in excluded]
     if not kept:
         raise BankError(f"{inputs.exclude} leaves out everybody in {inputs.users}")
-    aside = left_out(kept, task, options.anchors + MIN_PEOPLE) if options.verdict else []
+    aside = left_out(kept, task, options.anchors) if options.verdict else []
     return [person for person in kept if person not in aside], aside

@@ -18,13 +18,7 @@ _WORD = r"(?u)\b[^\W\d_]{3,}\b"
 
 
 def typical_words(anchors: Sequence[History], task: Task, count: int = WORDS) -> list[tuple[str, ...]]:
-    """The words that tell an anchor from the others (tf-idf, English stop words left out), the most typical first.
-
-    Args:
-        anchors: in order.
-        task: whose items they are.
-        count: most words of each.
-    """
+    """The words that tell an anchor from the others (tf-idf, English stop words left out), the most typical first."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(token_pattern=_WORD, stop_words="english", sublinear_tf=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WORK_FOLDER = ".build"
 _LOCK_FILE = "lock"
-_BUILD_FORMAT = 5  # part of the key: raise it when the same inputs would give another bank
+_BUILD_FORMAT = 6  # part of the key: raise it when the same inputs would give another bank
 
 
 class Workbench:
@@ -43,8 +43,8 @@ class Workbench:
 
     def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
         """The array called `name`, made now if no earlier run made it."""
-        path = self._vectors(name)
-        if not self.has_vectors(name):
+        path = self._folder / f"{name}.npy"
+        if not path.is_file():
             draft = path.with_suffix(".tmp")
             with draft.open("wb") as file:
                 np.save(file, make())
@@ -52,33 +52,22 @@ class Workbench:
         vectors: Vectors = np.load(path)
         return vectors
 
-    def has_vectors(self, name: str) -> bool:
-        """Whether an earlier run made the array called `name`."""
-        return self._vectors(name).is_file()
-
     def has_row(self, name: str) -> bool:
         """Whether an earlier run finished the row called `name`."""
         return self._row(name).is_file()
 
-    def load_row(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a finished row."""
-        from safetensors.torch import load_file
+    def row(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of the row called `name`, made now if no earlier run made it; on disk when this returns."""
+        from safetensors.torch import load_file, save_file
 
+        if not self.has_row(name):
+            draft = self._row(name).with_suffix(".tmp")
+            save_file(make(), draft)
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.replace(self._row(name))
         tensors: dict[str, torch.Tensor] = load_file(self._row(name))
         return tensors
-
-    def save_row(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep a row; it is on disk when this returns."""
-        from safetensors.torch import save_file
-
-        draft = self._row(name).with_suffix(".tmp")
-        save_file(tensors, draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(self._row(name))
-
-    def _vectors(self, name: str) -> Path:
-        return self._folder / f"{name}.npy"
 
     def _row(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
@@ -86,11 +75,7 @@ class Workbench:
 
 @contextmanager
 def workbench(out: Path, key: str) -> Iterator[Workbench]:
-    """The work folder of the build `key`, held by one process; removed when the block ends without an error.
-
-    Args:
-        out: the bank's folder.
-        key: hash of everything that shapes the bank.
+    """The work folder of the build `key` of the bank at `out`, held by one process; removed if the block succeeds.
 
     Raises:
         BankError: when another process builds there, or the folder cannot be written.
@@ -143,12 +128,8 @@ def inputs_key(
 ) -> str:
     """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks.
 
-    Args:
-        options: resolved.
-        task: whose items they are.
-        people: those that the bank is made of.
-        aside: those that it is measured on; the verdict is a part of it.
-        models: what tells base models, their prompts and embedders apart.
+    The options are resolved. `aside` are those that the bank is measured on: its verdict is a part of it. `models` tell
+    base models, their prompts and embedders apart.
     """
     chosen = dataclasses.asdict(options)
     del chosen["verdict"]  # what follows from it is who is left out

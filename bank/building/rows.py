@@ -1,26 +1,37 @@
-"""All rows of a bank, trained or taken from an earlier run that was killed."""
+"""The rows of a bank: the common row on everybody's pooled data, then each anchor's on its own, on top of it.
+
+All rows have one A, the common row's. An anchor starts at the common B and trains B alone, and its row is the change
+in B. Anchors build on the common row as it is stored, rounded to bf16. Rows that an earlier run finished are not
+trained again.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from adapters.errors import FusionError
+from adapters.flat import flat_a, flat_b, lora_of
 from adapters.layout import RowLayout
+from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import FusionMethod, anchor_id
-from adapters.training.trainer import StepReport, TrainPlan, linear_modules
+from adapters.recipe import anchor_id
+from adapters.training.example import Example
+from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
 from bank.building.options import BuildOptions
 from bank.building.resume import Workbench
-from bank.building.training import COMMON, RowJob, RowTrainer, row_job, row_seed
 from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.lessons import Lesson, lessons
 from bank.items.tasks import Task
+
+COMMON = "common"
 
 
 class RowProgress(Protocol):
@@ -40,24 +51,32 @@ class RowProgress(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedRows:
-    """The rows that training made.
+class RowJob:
+    """One row to train: `common`, or an anchor's id, with what it is trained on and how."""
 
-    Attributes:
-        layout: how a row is cut.
-        rows: flat, in anchor order, then the common row if there is one.
-        shared_a: the one A of a `shared` bank, flat.
-    """
+    name: str
+    examples: tuple[Example, ...]
+    plan: TrainPlan
+
+    @property
+    def work_tokens(self) -> int:
+        """About how many ids training will read."""
+        mean = sum(len(example.ids) for example in self.examples) / len(self.examples)
+        return round(self.plan.steps * self.plan.batch_size * mean)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """The rows that training made: B of each anchor in order, then of the common row; and their A. All flat."""
 
     layout: RowLayout
     rows: list[torch.Tensor]
-    shared_a: torch.Tensor | None
+    shared_a: torch.Tensor
 
-    def matrix(self, anchors: int) -> MetaMatrix:
+    def matrix(self) -> MetaMatrix:
         """The rows as they will be served: rounded to bf16."""
         rows = torch.stack([row.to(torch.bfloat16) for row in self.rows])
-        shared_a = self.shared_a.to(torch.bfloat16) if self.shared_a is not None else None
-        return MetaMatrix(self.layout, rows, anchors, len(rows) > anchors, shared_a)
+        return MetaMatrix(self.layout, rows, len(rows) - 1, True, self.shared_a.to(torch.bfloat16))
 
 
 def train_rows(
@@ -74,73 +93,81 @@ def train_rows(
     """Train the common row on everybody's pairs, then one row per anchor on its own; finished rows are not repeated.
 
     Raises:
-        BankError: when the base model lacks a target module.
+        BankError: when the base model lacks a target module, or training ran off to numbers that are not finite.
     """
     try:
         modules = linear_modules(model, options.target_modules)
     except FusionError as error:
         raise BankError(f"--target-modules: {error}") from error
-    layout = RowLayout(modules, options.rank, options.method is FusionMethod.SHARED)
-    trainer = RowTrainer(model, layout, options.method, options.seed)
+    layout = RowLayout(modules, options.rank, shared_a=True)
     jobs = _jobs(tokenizer, people, anchors, task, options)
     waiting = [job for job in jobs if not work.has_row(job.name)]
     if len(waiting) < len(jobs):
         progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are there from an earlier run")
     progress.begin({job.name: job.work_tokens for job in waiting})
-    for job in jobs:
-        if not work.has_row(job.name):
-            work.save_row(job.name, _train(trainer, job, progress))
-        if job.name == COMMON:
-            trainer.use_common(work.load_row(COMMON))
-    return TrainedRows(layout, _collect(work, layout, jobs), trainer.shared_a)
+
+    def train(job: RowJob, start: LoraWeights, *, train_a: bool) -> LoraWeights:
+        def on_step(report: StepReport) -> None:
+            progress.step(job.name, job.plan.steps, report)
+
+        return train_lora(model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step)
+
+    def common_row(job: RowJob) -> dict[str, torch.Tensor]:
+        start = initial_lora(layout.modules, layout.rank, row_seed(options.seed, "A"))
+        lora = train(job, lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start)), train_a=True)
+        return {"a": flat_a(layout, lora), "b": flat_b(layout, lora)}
+
+    first = _checked(COMMON, work.row(COMMON, partial(common_row, jobs[0])))
+    common = lora_of(layout, _stored(first["a"]), _stored(first["b"]))
+
+    def anchor_row(job: RowJob) -> dict[str, torch.Tensor]:
+        return {"b": flat_b(layout, train(job, common, train_a=False)) - flat_b(layout, common)}
+
+    rows = [_checked(job.name, work.row(job.name, partial(anchor_row, job)))["b"] for job in jobs[1:]]
+    return TrainedRows(layout, [*rows, first["b"]], flat_a(layout, common))
 
 
-def _train(trainer: RowTrainer, job: RowJob, progress: RowProgress) -> dict[str, torch.Tensor]:
-    def on_step(report: StepReport) -> None:
-        progress.step(job.name, job.plan.steps, report)
-
-    return trainer.train_common(job, on_step) if job.name == COMMON else trainer.train_anchor(job, on_step)
+def _checked(name: str, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not all(numbers.isfinite().all() for numbers in row.values()):
+        raise BankError(f"training {name} went wrong: its numbers are not finite; try a lower --learning-rate")
+    return row
 
 
 def _jobs(
     tokenizer: Any, people: Sequence[History], anchors: Sequence[History], task: Task, options: BuildOptions
 ) -> list[RowJob]:
     """The common row first: the anchors train on top of it."""
-    rows = {COMMON: pooled_lessons(people, task, options)} if options.common else {}
-    rows |= {anchor_id(index): pooled_lessons([person], task, options) for index, person in enumerate(anchors)}
+    learnt = {COMMON: people} | {anchor_id(index): [person] for index, person in enumerate(anchors)}
     return [
-        row_job(name, learnt, _plan(name, len(learnt), options), tokenizer, options.max_tokens)
-        for name, learnt in rows.items()
+        row_job(name, pooled_lessons(who, task, options), _plan(name, options), tokenizer, options.max_tokens)
+        for name, who in learnt.items()
     ]
+
+
+def _plan(name: str, options: BuildOptions) -> TrainPlan:
+    common, seed = name == COMMON, row_seed(options.seed, name)
+    steps = options.common_steps if common else options.steps
+    batch_size = options.common_batch_size if common else options.batch_size
+    return TrainPlan(steps, batch_size, options.learning_rate, seed)
 
 
 def pooled_lessons(people: Sequence[History], task: Task, options: BuildOptions) -> list[Lesson]:
     """Everybody's items to learn from, one person after the other."""
-    return [lesson for person in people for lesson in lessons(person, task, options.history_share or 0.0, options.seed)]
+    return [lesson for person in people for lesson in lessons(person, task, options.history_share, options.seed)]
 
 
-def _plan(name: str, items: int, options: BuildOptions) -> TrainPlan:
-    seed = row_seed(options.seed, name)
-    if name != COMMON:
-        return TrainPlan(anchor_steps(options, items), options.batch_size, options.learning_rate, seed)
-    steps = _steps(options, options.common_steps, options.common_batch_size, items)
-    return TrainPlan(steps, options.common_batch_size, options.common_learning_rate, seed)
+def row_job(name: str, lessons: Sequence[Lesson], plan: TrainPlan, tokenizer: Any, max_tokens: int) -> RowJob:
+    """A row's examples from its lessons, at least one: no more than training will read, chosen by the plan's seed."""
+    wanted = min(len(lessons), plan.steps * plan.batch_size)
+    chosen = random.Random(plan.seed).sample(range(len(lessons)), wanted)
+    return RowJob(name, tuple(lessons[i].example(tokenizer, max_tokens) for i in chosen), plan)
 
 
-def anchor_steps(options: BuildOptions, items: int) -> int:
-    """How many steps an anchor with `items` items is trained for."""
-    return _steps(options, options.steps, options.batch_size, items)
+def row_seed(seed: int, name: str) -> int:
+    """A seed of its own for each row, so that a row never depends on which others were trained in the same run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
 
 
-def _steps(options: BuildOptions, steps: int, batch_size: int, items: int) -> int:
-    return steps if options.epochs is None else max(1, math.ceil(options.epochs * items / batch_size))
-
-
-def _collect(work: Workbench, layout: RowLayout, jobs: Sequence[RowJob]) -> list[torch.Tensor]:
-    """Rows as the matrix takes them: `[A | B]`, or `[B]` where A is shared; the common row last."""
-    ordered = sorted(jobs, key=lambda job: job.name == COMMON)
-    loaded = [work.load_row(job.name) for job in ordered]
-    for job, row in zip(ordered, loaded, strict=True):
-        if not all(numbers.isfinite().all() for numbers in row.values()):
-            raise BankError(f"training {job.name} went wrong: its numbers are not finite; try a lower --learning-rate")
-    return [row["b"] if layout.shared_a else torch.cat([row["a"], row["b"]]) for row in loaded]
+def _stored(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers as the bank keeps them: float32 with bf16 precision."""
+    return numbers.to(torch.bfloat16).float()

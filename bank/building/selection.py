@@ -19,7 +19,7 @@ from bank.lookup.prior import answers_of
 MIN_ITEMS = 11
 """Fewest trainable items of a candidate: the paper's have more than ten."""
 
-ASKED, KNOWN = 3, 6
+QUERIES, KNOWN = 3, 6
 """Of whoever is left out: how many last items are asked for, and the fewest before them that are known."""
 
 FEWEST_ASIDE, MOST_ASIDE, ASIDE_OF = 6, 16, 4
@@ -60,16 +60,10 @@ def _mean(items: Sequence[Item], task: Task, embedder: Embedder) -> Vectors:
 def left_out(people: Sequence[History], task: Task, needed: int) -> list[History]:
     """The people to measure a bank on: those with the shortest histories that suffice, whom it misses least.
 
-    Args:
-        people: everybody.
-        task: whose items they are.
-        needed: how many candidates have to stay.
-
-    Returns:
-        Nobody when there are too few.
+    So many candidates as are `needed` stay; where there are too few people, nobody is left out.
     """
     lengths = {person.user_id: len(person.pairs(task)) for person in people}
-    enough = [p for p in people if len(p.items) == lengths[p.user_id] >= ASKED + KNOWN and _can_be_asked(p, task)]
+    enough = [p for p in people if len(p.items) == lengths[p.user_id] >= QUERIES + KNOWN and _can_be_asked(p, task)]
     spare = sum(length >= MIN_ITEMS for length in lengths.values()) - needed
     wanted, chosen = min(MOST_ASIDE, len(people) // ASIDE_OF), list[History]()
     for person in sorted(enough, key=lambda person: lengths[person.user_id])[:wanted]:
@@ -83,21 +77,15 @@ def left_out(people: Sequence[History], task: Task, needed: int) -> list[History
 def _can_be_asked(person: History, task: Task) -> bool:
     """Whether the task has the person's last answers: what it lacks has no share in anybody's histogram."""
     allowed = answers_of(task)
-    return not allowed or all(answer in allowed for _, answer in person.pairs(task)[-ASKED:])
+    return not allowed or all(answer in allowed for _, answer in person.pairs(task)[-QUERIES:])
 
 
 def select_anchors(embeddings: Vectors | None, lengths: Sequence[int], count: int, seed: int) -> list[int]:
-    """Choose exactly `count` people who are unlike each other and have long histories.
+    """Choose exactly `count` people who are unlike each other and have long histories; ascending positions.
 
-    Args:
-        embeddings: [P, E], one row per candidate, at unit length; None to go by the histories' length alone.
-        lengths: trainable items of each candidate.
-        count: how many anchors.
-        seed: of k-means.
-
-    Returns:
-        Their positions in ascending order. A cluster that stays empty (people with equal embeddings) gives its place
-        to the longest history not yet chosen; among equal lengths the earlier candidate is taken.
+    `embeddings` [P, E] have a row for each candidate, at unit length; None goes by the histories' lengths alone. A
+    cluster that stays empty (people with equal embeddings) gives its place to the longest history not yet chosen; among
+    equal lengths the earlier candidate is taken.
 
     Raises:
         BankError: when there are fewer candidates than anchors.

@@ -25,7 +25,7 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.prior import SCORES, personal_shares, surprise
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature
-from bank.lookup.weights import AnchorWeight, common_recipe, make_recipe
+from bank.lookup.weights import AnchorWeight, common_recipe, recipe_of_shares
 
 NUMBER_BYTES, EMBEDDED_BYTES = 4, 2
 """A number of a signature or a histogram, and one of a profile's embedding, as they are kept."""
@@ -205,18 +205,17 @@ class Evaluator:
         ]
 
     def _fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
-        """What serving fuses for the user, by signature where the bank has them; `share` as in `make_recipe`."""
+        """What serving fuses for the user, by signature where the bank has them; `share` as in `personalise`."""
         serving = serving or self.bank.serving
         if serving.signs and evidence.signature is None:
             model = self.scorer.bare()
-            self._signer = self._signer or Signer(model, self.bank.matrix, at_common=self.bank.manifest.signed)
+            self._signer = self._signer or Signer(model, self.bank.matrix)
             evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signed)
         return EvalAdapter(self.bank, serving.personalise(evidence.embedding, evidence.signature, share).recipe)
 
     def _equal(self, anchors: Sequence[int]) -> EvalAdapter:
-        rule = self.bank.manifest.weights
-        weight = (rule.signature or rule).strength / len(anchors)
-        recipe = make_recipe(self.bank.manifest, [AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
+        weight = self.bank.manifest.weights.strength / len(anchors)
+        recipe = recipe_of_shares(self.bank.manifest, [AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
         return EvalAdapter(self.bank, recipe)
 
     def _trained(self, beneath: EvalAdapter, evidence: Evidence, seed: int) -> EvalAdapter:
@@ -293,8 +292,7 @@ def _with_k(serving: ServingBank, k: int) -> ServingBank:
     """The bank with another k in its rule of weights."""
     rule = serving.manifest.weights
     changes: dict[str, object] = {"anchors": k}
-    for name, part in (("signature", rule.signature), ("posterior", rule.posterior)):
-        if part:
-            changes[name] = part.model_copy(update={"anchors": k})
-    weights = rule.model_copy(update=changes)
-    return ServingBank(serving.manifest.model_copy(update={"weights": weights}), serving.index, serving.curvature)
+    if rule.posterior:
+        changes["posterior"] = rule.posterior.model_copy(update={"anchors": k})
+    manifest = serving.manifest.model_copy(update={"weights": rule.model_copy(update=changes)})
+    return ServingBank(manifest, serving.index, serving.atlas, serving.curvature)

@@ -15,7 +15,7 @@ import numpy as np
 from bank.building.build import EMBED_THREADS, read_inputs
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.rows import RowProgress
-from bank.building.selection import ASKED
+from bank.building.selection import QUERIES
 from bank.evaluation.methods import Evaluator, Method
 from bank.evaluation.people import EvalUser, Query
 from bank.evaluation.scoring import OpenBank, Scorer
@@ -25,7 +25,7 @@ from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, write_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
-from bank.rules import Difference, Verdict
+from bank.rules import LossDifference, Verdict
 
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
 _LEVEL = 0.95
@@ -62,8 +62,8 @@ def judge_bank(
 def _losses(evaluator: Evaluator, person: History) -> Losses:
     """The losses of a person's last answers, of which the bank knows only what came before them."""
     task, manifest = evaluator.bank.serving.task, evaluator.bank.manifest
-    later = enumerate(person.pairs(task)[-ASKED:])
-    known = History(person.user_id, person.items[:-ASKED])
+    later = enumerate(person.pairs(task)[-QUERIES:])
+    known = History(person.user_id, person.items[:-QUERIES])
     evidence = evaluator.evidence(EvalUser(known, tuple(Query(str(place), *pair) for place, pair in later)))
     methods = {
         Method(name, history).name: Method(adapter, history)
@@ -87,7 +87,7 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
     `tried` are numbers of past items; the larger has to be surely better to become the default.
     """
 
-    def less(method: str, other: str) -> Difference:
+    def less(method: str, other: str) -> LossDifference:
         return difference([losses[method] - losses[other] for losses in people])
 
     one, more = tried
@@ -112,7 +112,7 @@ def recalling(adapter: str, count: int) -> str:
     return Method(adapter, count).name
 
 
-def difference(values: Sequence[float]) -> Difference:
+def difference(values: Sequence[float]) -> LossDifference:
     """The typical difference with its exact interval, by signed ranks (Hodges and Lehmann, 1963).
 
     One person of a few who gains ten times what others do makes Student's interval wide, and the bootstrap's is too
@@ -125,4 +125,4 @@ def difference(values: Sequence[float]) -> Difference:
         sums = np.pad(sums, (0, rank)) + np.pad(sums, (rank, 0))
     outside = int(np.sum(np.cumsum(sums) / 2**n <= (1 - _LEVEL) / 2))
     low, high = (pairs[outside - 1], pairs[-outside]) if outside else (-_NO_BOUND, _NO_BOUND)
-    return Difference(mean=median(pairs), low=low, high=high)
+    return LossDifference(mean=median(pairs), low=low, high=high)

@@ -25,13 +25,9 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Atlas:
-    """A map.
+    """A map: the anchors' mean embedding [E], the first two principal components [2, E], and the anchors [N, 2].
 
-    Attributes:
-        mean: of the anchors' embeddings, [E].
-        axes: the first two principal components, [2, E]; an axis along which nothing differs is zero.
-        explained: which share of the embeddings' variance lies along each axis.
-        anchors: where the anchors are, [N, 2].
+    `explained` is the share of the embeddings' variance along each axis; one along which nothing differs is zero.
     """
 
     mean: Numbers
@@ -58,12 +54,7 @@ class Atlas:
 
     @classmethod
     def load(cls, path: Path, anchors: int, dim: int) -> Atlas:
-        """Read what `save` wrote.
-
-        Args:
-            path: the file.
-            anchors: N, how many anchors the bank has.
-            dim: E.
+        """Read what `save` wrote, the map of N `anchors` in `dim` numbers, E.
 
         Raises:
             BankError: when it is missing, damaged, or the map of other anchors.

@@ -39,11 +39,7 @@ class Embedder:
 
     @classmethod
     def load(cls, folder: Path, threads: int = 1) -> Embedder:
-        """Open the embedder in `folder`.
-
-        Args:
-            folder: holds `model.onnx` and `tokenizer.json`.
-            threads: how many threads one call may use.
+        """Open the embedder in `folder`; one call uses `threads` threads.
 
         Raises:
             BankError: when a file is missing or not an embedder's.
@@ -75,14 +71,7 @@ class Embedder:
             raise BankError(f"the embedder at {folder} cannot be loaded: {error}") from error
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Embed texts.
-
-        Args:
-            texts: any number; of a long one the first 256 tokens count.
-
-        Returns:
-            [n, E] float32, each row at unit length.
-        """
+        """Texts, of which the first 256 tokens count, to [n, E] float32, each row at unit length."""
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))  # alike in length: less padding
         for start in range(0, len(by_length), BATCH):

@@ -91,11 +91,7 @@ class AnchorIndex:
         return held
 
     def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
-        """The `k` anchors (all, when there are fewer) with the largest inner product, best first, ties in anchor order.
-
-        Args:
-            embedding: [E].
-            k: at least 1.
+        """The `k` anchors, or all, with the largest inner product with an embedding [E], best first, ties in order.
 
         Raises:
             BankError: when the embedding is of another size, or not finite.

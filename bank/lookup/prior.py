@@ -30,12 +30,7 @@ def answers_of(task: Task) -> tuple[str, ...]:
 def fit_prior(task: Task, histories: Sequence[Sequence[str]]) -> AnswerPrior | None:
     """Everybody's shares, and the weight under which the people's histograms predict their own last answers best.
 
-    Args:
-        task: whose answers they are.
-        histories: each person's answers, the oldest first.
-
-    Returns:
-        None for a task of free texts.
+    Each person's answers come the oldest first. None for a task of free texts.
     """
     allowed = answers_of(task)
     if not allowed:

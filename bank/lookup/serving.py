@@ -13,14 +13,13 @@ from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
-from bank.lookup.posterior import Curvature
-from bank.lookup.signature import Signature
+from bank.lookup.signature import Curvature, Signature
 from bank.lookup.weights import (
     TOPIC_GRAIN,
     AnchorWeight,
-    make_recipe,
     posterior_weights,
-    signature_weights,
+    recipe_of_shares,
+    recipe_of_steps,
     topic_weights,
 )
 from bank.manifest import CURVATURE_FILE, INDEX_FILE, MAP_FILE, BankManifest, read_manifest, verify_files
@@ -28,13 +27,7 @@ from bank.manifest import CURVATURE_FILE, INDEX_FILE, MAP_FILE, BankManifest, re
 
 @dataclass(frozen=True, slots=True)
 class UserRecipe:
-    """A user's recipe, and where it comes from.
-
-    Attributes:
-        recipe: what is fused.
-        weights: the anchors behind it.
-        source: `topic` or `signature`.
-    """
+    """A user's recipe, the anchors behind it, and the evidence that it comes from, `topic` or `signature`."""
 
     recipe: FusionRecipe
     weights: tuple[AnchorWeight, ...]
@@ -45,32 +38,23 @@ class ServingBank:
     """A bank opened for lookups; the weights of its adapters are never read here."""
 
     def __init__(
-        self,
-        manifest: BankManifest,
-        index: AnchorIndex,
-        curvature: Curvature | None = None,
-        atlas: Atlas | None = None,
+        self, manifest: BankManifest, index: AnchorIndex, atlas: Atlas, curvature: Curvature | None = None
     ) -> None:
         self.manifest = manifest
-        self.atlas = atlas
         self.task: Task = get_task(manifest.task)
         self.index = index
+        self.atlas = atlas
         self.curvature = curvature
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
-        """Open the bank in `folder`.
-
-        Args:
-            folder: written by `mta bank build` or `mta bank import`.
-            embedder_id: the id of the embedder that will make the profiles' vectors.
+        """Open the bank in `folder`, for profiles whose vectors the embedder with this id makes.
 
         Raises:
             BankError: when the bank is missing, damaged, or made with another embedder.
         """
         manifest = read_manifest(folder)
-        mapped, signed = MAP_FILE in manifest.files, manifest.signed
-        verify_files(folder, manifest, (INDEX_FILE, *([CURVATURE_FILE] * signed), *([MAP_FILE] * mapped)))
+        verify_files(folder, manifest, (INDEX_FILE, MAP_FILE, *([CURVATURE_FILE] * manifest.signs)))
         if manifest.embedder.id != embedder_id:
             raise BankError(
                 f"the bank at {folder} was made with embedder {manifest.embedder.id}, but this one is {embedder_id}: "
@@ -82,33 +66,26 @@ class ServingBank:
                 f"the index of the bank at {folder} holds {index.anchors} anchors of {index.dim} numbers, but "
                 f"its manifest says {len(manifest.anchors)} of {manifest.embedder.dim}: build the bank again"
             )
-        curvature = Curvature.load(folder / CURVATURE_FILE) if signed else None
-        atlas = Atlas.load(folder / MAP_FILE, index.anchors, index.dim) if mapped else None
-        return cls(manifest, index, curvature, atlas)
+        atlas = Atlas.load(folder / MAP_FILE, index.anchors, index.dim)
+        return cls(manifest, index, atlas, Curvature.load(folder / CURVATURE_FILE) if manifest.signs else None)
 
     @property
     def signs(self) -> bool:
         """Whether signatures speak for users of this bank."""
-        return self.manifest.weights.source == "signature"
+        return self.manifest.signs
 
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """The recipe for a user, and the anchors behind it, the strongest evidence first.
 
-        Args:
-            embedding: the profile's [E], at unit length.
-            signature: the user's; one of another bank, or with a number that is not finite, says nothing.
-            share: how much of the rule's strength the recipe's anchors get, as in `make_recipe`.
+        The embedding [E] is the profile's, at unit length. A signature of another bank, or with a number that is not
+        finite, says nothing. The anchors get a share, 0 to 1, of their weights.
         """
         rule = self.manifest.weights
-        if not (self.signs and signature and _says_something(signature, self.manifest.short)):
-            weights = topic_weights(self.index, rule, embedding)
-            return UserRecipe(make_recipe(self.manifest, weights, share, TOPIC_GRAIN), weights, "topic")
-        if rule.posterior and self.curvature:
+        if rule.posterior and self.curvature and signature and _says_something(signature, self.manifest.short):
             weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
-        else:
-            assert rule.signature
-            weights = signature_weights(self.index, rule.signature, embedding, signature)
-        return UserRecipe(make_recipe(self.manifest, weights, share), weights, "signature")
+            return UserRecipe(recipe_of_steps(self.manifest, weights, share), weights, "signature")
+        weights = topic_weights(self.index, rule, embedding)
+        return UserRecipe(recipe_of_shares(self.manifest, weights, share, TOPIC_GRAIN), weights, "topic")
 
 
 def _says_something(signature: Signature, bank: str) -> bool:

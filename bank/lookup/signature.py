@@ -1,10 +1,10 @@
-"""A user's own items as evidence for anchors: the signature, and what it predicts.
+"""A user's own items as evidence: the signature, and the posterior mean, the step that it justifies.
 
-To first order an anchor changes the loss of a user's items by an inner product, NLLᵢ ≈ a⟨g, Bᵢ - mean⟩ + cᵢ, with g the
-gradient of that loss with respect to B at the bank's centre (the common row and the mean of all anchors). So one pass
-over the items speaks about all anchors at once. Only the gradient's inner product with each anchor is kept:
-a few numbers instead of a million, and nothing is lost, for nothing else is ever asked of it. a and cᵢ are calibrated
-at build (`bank/building/calibration.py`).
+Around the common row the loss of a user's n output tokens is n(L₀ − x·z + ½ zᵀHz) for a step of zᵢ along each anchor's
+row: xᵢ = −⟨g, rowᵢ⟩ with g the gradient of their mean loss a token, H the curvature, measured at build. With a prior
+N(0, I/λ) on z the answer is z = (nH + λI)⁻¹ n x. Steps may be negative, little evidence makes small steps, and
+directions in which the loss bends sharply get smaller ones. Of the gradient only x is kept: a few numbers instead of a
+million, and nothing is lost, for nothing else is ever asked of it.
 
 Plain numpy: the gateway reads signatures; only the build and the worker make them (`bank/building/signer.py`).
 """
@@ -12,9 +12,11 @@ Plain numpy: the gateway reads signatures; only the build and the worker make th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from bank.errors import BankError
 from bank.items.profile import Vectors
 
 MAX_ITEMS = 32
@@ -31,7 +33,7 @@ class Signature:
     Attributes:
         bank: the 8 hex digits of the bank it belongs to.
         tokens: n, the items' output tokens: how much evidence there is; 0 when there was none.
-        products: -⟨g, Bᵢ - mean⟩, [N] float32: to first order, by how much each anchor lowers the loss of the items.
+        products: x [N] float32: to first order, by how much each anchor's row lowers the loss, nats a token.
     """
 
     bank: str
@@ -50,21 +52,50 @@ class Signature:
 
 
 def empty_signature(bank: str, anchors: int) -> Signature:
-    """A signature that says nothing, for items that teach nothing.
-
-    Args:
-        bank: the 8 hex digits of the bank it belongs to.
-        anchors: N.
-    """
+    """A signature that says nothing, for items that teach nothing."""
     return Signature(bank, 0, np.zeros(anchors, np.float32))
 
 
-def predicted_gains(signature: Signature, slope: float, offsets: Vectors) -> Vectors:
-    """By how many nats a token each anchor lowers the loss of the user's items, against the centre, [N].
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """H by its eigenvectors [N, N], one in each column, and eigenvalues [N], none negative."""
 
-    Args:
-        signature: the user's.
-        slope: a.
-        offsets: c, [N].
-    """
-    return np.asarray(slope * signature.products - offsets, np.float32)
+    eigenvectors: Vectors
+    eigenvalues: Vectors
+
+    @classmethod
+    def of(cls, measured: Vectors) -> Curvature:
+        """From a measured [N, N]: made symmetric, negative eigenvalues set to 0.
+
+        Raises:
+            BankError: when nothing bends, or a number is not finite: then it says nothing about how far to go.
+        """
+        h = np.asarray(measured, np.float64)
+        if not np.isfinite(h).all():
+            raise BankError("the curvature of this bank has numbers that are not finite: build it again")
+        eigenvalues, eigenvectors = np.linalg.eigh((h + h.T) / 2)
+        eigenvalues = np.clip(eigenvalues, 0.0, None)
+        if not eigenvalues.any():
+            raise BankError(
+                "the loss does not bend along any of this bank's rows: build it with other people, more --steps or a "
+                "higher --learning-rate"
+            )
+        return cls(eigenvectors, eigenvalues)
+
+    @classmethod
+    def load(cls, path: Path) -> Curvature:
+        """Read what the build wrote.
+
+        Raises:
+            BankError: when it is missing or damaged.
+        """
+        try:
+            return cls.of(np.load(path, allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise BankError(f"cannot read {path}: {error}") from error
+
+    def step(self, signature: Signature, decay: float) -> Vectors:
+        """z [N]; `decay` is λ in units of tr H / N."""
+        x = self.eigenvectors.T @ np.asarray(signature.products, np.float64)
+        shrunk = signature.tokens / (signature.tokens * self.eigenvalues + decay * self.eigenvalues.mean())
+        return np.asarray(self.eigenvectors @ (shrunk * x), np.float32)

@@ -227,7 +227,7 @@ def main(out: Annotated[Path | None, typer.Option(help="Write the figures as JSO
             load.stop()
         asked = {"user_id": "rolled-0", "prompt": "Well?", "max_tokens": 1}
         last = httpx.post(f"{rolled.gateway_urls[0]}/generate", json=asked).raise_for_status().text
-        moved = _recipe(last).startswith(f"mta1:{read_manifest(rolled.next).short}")
+        moved = _recipe(last).startswith(f"mta3:{read_manifest(rolled.next).short}")
     failures = [failure for load in loads for failure in load.failures]
     recipes = sum((load.recipes for load in loads), Counter[str]())
     impersonal = recipes.pop("", 0)

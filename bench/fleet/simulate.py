@@ -165,7 +165,7 @@ def checked(seed: int) -> Checked:
         assert said
         urls = [engine["url"] for engine in said["parts"]["engines"]]
         short = said["parts"]["bank"]["fingerprint"][:8]
-        recipes = [f"mta1:{short}:shared:c+a00*{n + 1}+a01*{900 - n}" for n in range(CHECKED_RECIPES)]
+        recipes = [f"mta3:{short}:shared:c+a00*{n + 1}+a01*{900 - n}" for n in range(CHECKED_RECIPES)]
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=said["parts"]["engine_url"]["url"], headers=headers, timeout=60) as router:
             for number in asking.tolist():

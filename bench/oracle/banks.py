@@ -50,15 +50,15 @@ class OpenBank:
         return [*(Case(self, method, recipe) for recipe in plain), Case(self, f"{method} + user", stacked, user)]
 
     def _recipes(self) -> list[FusionRecipe]:
-        """Two anchors with the common row, and without it where no step is taken from it; one anchor; the row."""
-        common, signed, last = self.manifest.common, self.manifest.signed, len(self.manifest.anchors) - 1
+        """Two anchors with the common row, one step back, and without it; one anchor; the row."""
+        common, last = self.manifest.common, len(self.manifest.anchors) - 1
         made = [
-            (common, (Term(0, 571), Term(last, -429 if signed else 429))),
-            (signed, (Term(1, 300), Term(last - 1, 700))),
+            (common, (Term(0, 571), Term(last, -429))),
+            (False, (Term(1, 300), Term(last - 1, 700))),
             (common, (Term(2, 1000),)),
         ]
         made += [(True, ())] if common else []
-        return [FusionRecipe(self.manifest.short, self.manifest.method, c, terms, signed=signed) for c, terms in made]
+        return [FusionRecipe(self.manifest.short, self.manifest.method, c, terms) for c, terms in made]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -49,7 +49,7 @@ class Subject:
     def anchors(self) -> int:
         """How many a recipe has of somebody whose answers the bank has as evidence, or else of anybody."""
         weights = self.manifest.weights
-        return min((weights.posterior or weights.signature or weights).anchors, len(self.manifest.anchors))
+        return min((weights.posterior or weights).anchors, len(self.manifest.anchors))
 
     def recipes(self, seed: int = 0) -> Iterator[FusionRecipe]:
         """Recipes of as many anchors as the bank uses, each once, in a seeded order.
@@ -58,15 +58,15 @@ class Subject:
             MtaError: when the bank has no more.
         """
         generator, seen, manifest, tries = random.Random(seed), set(), self.manifest, 0
-        total = round(1000 * (manifest.weights.signature or manifest.weights).strength)
+        total = round(1000 * manifest.weights.strength)
         while (tries := tries + 1) < PATIENCE:
             anchors = sorted(generator.sample(range(len(manifest.anchors)), self.anchors))
-            if manifest.signed:
+            if manifest.signs:
                 weights = [generator.choice((-1, 1)) * generator.randint(20, 500) for _ in anchors]
             else:
                 weights = per_mille([generator.uniform(0.2, 1) for _ in anchors], total)
             terms = tuple(Term(a, w) for a, w in zip(anchors, weights, strict=True))
-            recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms, signed=manifest.signed)
+            recipe = FusionRecipe(manifest.short, manifest.method, manifest.common, terms)
             if recipe not in seen:
                 seen.add(recipe)
                 tries = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,7 +19,7 @@ from bank.items.profile import Vectors
 from bank.lookup.embedder import Embedder
 from bank.manifest import BaseModelId, EmbedderId
 from bank.models.folders import model_hash
-from bank.rules import SignatureRule, WeightRule
+from bank.rules import PosteriorRule, WeightRule
 
 CHAT_TEMPLATE = (  # strict, as many models' are
     "{% for message in messages %}"
@@ -94,7 +95,7 @@ def tiny_bank(
     k: int = 2,
     targets: Sequence[str] | None = None,
     scale: float = 0.05,
-    signed: bool = False,
+    signs: bool = False,
     seed: int = 1,
     name: str = "tiny",
     embeddings: Vectors | None = None,
@@ -109,7 +110,7 @@ def tiny_bank(
         method, common, rank, user_rank, k: as in `mta bank build`.
         targets: last parts of the names of the modules that it adapts; by default all linear ones.
         scale: standard deviation of the rows' numbers.
-        signed: whether it has a rule for signatures, uncalibrated.
+        signs: whether it has the posterior, with a curvature of 1 along every row.
         seed: of the rows.
         name: what its base model is called.
         embeddings: [N, E], instead of those of texts.
@@ -121,7 +122,7 @@ def tiny_bank(
     rows = [torch.randn(layout.row_numbers, generator=generator) * scale for _ in range(anchors + common)]
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
     embedder = Embedder.load(embedder_folder)
-    signature = SignatureRule(anchors=2, strength=1.0, tau=10.0, kappa=0.0, offsets=(0.0,) * anchors)
+    posterior = PosteriorRule(anchors=anchors) if signs else None
     parts = BankParts(
         task="chat",
         base_model=BaseModelId(name=name, hash=model_hash(model_folder)),
@@ -129,13 +130,14 @@ def tiny_bank(
         method=method,
         common=common,
         user_rank=user_rank,
-        weights=WeightRule(anchors=k, signature=signature if signed else None),
+        weights=WeightRule(anchors=k, posterior=posterior),
         layout=layout,
         rows=rows,
         shared_a=shared_a,
         embeddings=embedder.embed([world(i) for i in range(anchors)]) if embeddings is None else embeddings,
         items=[12] * anchors,
         training={"seed": seed},
+        curvature=np.eye(anchors, dtype=np.float32) if signs else None,
     )
     write_bank(folder, parts)
     return folder

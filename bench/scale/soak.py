@@ -77,7 +77,7 @@ def main(
         embedder = ensure_embedder(None, Settings().cache_dir)
         bank = tiny_bank(Path(scratch) / "bank", model, embedder, anchors=ANCHORS)
         with running_engine(bank, model, max_loras=SLOTS, max_model_len=CONTEXT, dtype="float32") as engine:
-            _soak(engine, f"mta1:{read_manifest(bank).short}:shared", recipes, out)
+            _soak(engine, f"mta3:{read_manifest(bank).short}:shared", recipes, out)
 
 
 def _soak(engine: Engine, prefix: str, recipes: int, out: Path | None) -> None:

@@ -150,7 +150,7 @@ def _behind(line: int, rank: int, pairs: int) -> Figures:
     sum_across = compiled.weighted_sum_across if compiled else None
     ahead = Ahead(lambda name: fuse_flat(matrix, parse_recipe(name), sum_across=sum_across))
     terms = ((first, other) for first in range(1, 500) for other in range(1, 500))
-    names = (f"mta1:00000000:shared:c+a00*{first}+a01*{other}" for first, other in terms)
+    names = (f"mta3:00000000:shared:c+a00*{first}+a01*{other}" for first, other in terms)
 
     def waited_ms(before: int) -> float:
         others, mine = list(itertools.islice(names, before)), next(names)

@@ -16,9 +16,8 @@ from server.settings import Settings
 
 BUILD_OPTIONS = (
     *("--task", "chat"),
-    *("--method", "shared"),
     *("--history-share", "0"),  # what past answers would show, a manner's own adapter has learnt already
-    "--no-common",  # an average of three manners would help none of them
+    *("--common-steps", "8"),  # an average of three manners: the less of it, the more is left to the anchors
     *("--steps", "16"),
     *("--learning-rate", "8e-3"),  # few steps, large ones: manners are easily learned
     "--force",  # a bank of another base model is replaced

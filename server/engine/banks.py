@@ -7,18 +7,13 @@ from collections.abc import Mapping
 from adapters.errors import FusionError, excerpt
 from adapters.fusion import check_recipe
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PLAIN, SIGNED, FusionRecipe, parse_recipe
+from adapters.recipe import FusionRecipe, parse_recipe
 from bank.manifest import BankManifest, read_manifest
 from bank.matrix import open_matrix
 from server.settings import Settings
 
 Manifests = Mapping[str, BankManifest]
 """Banks by the 8 hex digits that recipes carry."""
-
-
-def is_recipe_name(name: str | None) -> bool:
-    """Whether a model name is meant as a recipe (and must then be a valid one)."""
-    return name is not None and name.startswith((f"{PLAIN}:", f"{SIGNED}:"))
 
 
 def read_manifests(settings: Settings) -> Manifests:
@@ -58,6 +53,5 @@ def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:
         anchors=len(manifest.anchors),
         max_anchors=manifest.max_anchors,
         common=manifest.common,
-        signed=manifest.signed,
     )
     return recipe

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
-from adapters.recipe import parse_recipe
+from adapters.recipe import bank_of
 from adapters.training.adapt_config import default_config
 from bank.manifest import BankManifest
 from server.errors import UserErased
@@ -102,7 +102,7 @@ class Readapting:
     async def _user(self, user_key: str, bank: str, tally: ReadaptTally) -> None:
         epoch = await self._profiles.epoch(user_key)
         profile = await self._profiles.load(user_key)
-        now = parse_recipe(profile.adapter.recipe).bank if profile and profile.adapter else ""
+        now = bank_of(profile.adapter.recipe) if profile and profile.adapter else ""
         if profile is not None and not self._serves(user_key, profile.user_id):
             tally.settled += 1  # stays on the list, for the bank that does serve them
         elif profile is None or now != bank or not await self._jobs.samples(user_key):

@@ -122,7 +122,7 @@ class AdapterTrainer:
 
     @cached_property
     def _signer(self) -> Signer:
-        return Signer(self.model, self.matrix, at_common=self.manifest.signed)
+        return Signer(self.model, self.matrix)
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
         """The trained adapter as bytes."""

@@ -63,7 +63,7 @@ async def test_an_adapter_of_another_bank_than_the_jobs_is_not_promoted(
 ) -> None:
     profile, version = await with_profile(parts, user)
     lease = await claimed(jobs, (await submitted(jobs, user)).id)
-    other = replace(made("a"), recipe="mta1:00000000:shared:c")
+    other = replace(made("a"), recipe="mta3:00000000:shared:c")
     assert not await jobs.promote(lease, Trained(JobState.SUCCEEDED, 2.0, 1.5), profile, version, other)
     assert await state(jobs, lease.job.id) is JobState.RUNNING
 

@@ -61,7 +61,7 @@ async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
     if better:
         snapshot = await parts.profiles.read(ADA)
         assert snapshot.profile is not None
-        raw, recipe = f"{job_id}".encode(), f"mta1:{bank}:shared:c"
+        raw, recipe = f"{job_id}".encode(), f"mta3:{bank}:shared:c"
         stored = StoredAdapter(f"of {job_id.number}", recipe, hashlib.sha256(raw).hexdigest(), raw)
         note = AdapterNote(f"of-{job_id.number}", recipe, len(raw), 1)
         done = Trained(JobState.SUCCEEDED, 2.0, 1.0)

@@ -43,7 +43,7 @@ def test_a_persons_answers_say_which_anchors_spoke(person: Person, answers: dict
     for answer in answers[person.user_id]:
         assert answer.level == "merged"
         assert len(answer.anchors) == 2
-        assert sum(weight for _, weight in answer.anchors) == pytest.approx(1)
+        assert sum(weight for _, weight in answer.anchors) == pytest.approx(0.5)
 
 
 def test_people_of_different_manners_share_no_anchor(answers: dict[str, list[Answer]]) -> None:

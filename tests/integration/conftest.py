@@ -17,7 +17,7 @@ from adapters.training.user_trainer import Judgement, TrainingRun
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
-from bank.rules import Difference, Verdict
+from bank.rules import LossDifference, Verdict
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
@@ -60,7 +60,7 @@ def known_context(client: httpx.Client) -> None:
 @pytest.fixture
 def helpful(gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank that was found to gain by one past item in the prompt."""
-    better = Difference(mean=-0.2, low=-0.3, high=-0.1)
+    better = LossDifference(mean=-0.2, low=-0.3, high=-0.1)
     found = Verdict(people=7, losses={}, merged=better, recalled=better, both=better, beyond=better, history=1)
     manifest = gateway.parts.bank.manifest.model_copy(update={"verdict": found})
     monkeypatch.setattr(gateway.parts.bank, "manifest", manifest)
@@ -82,7 +82,7 @@ def gateway_over_vllm(gateway_settings: Settings, tiny_engine: Engine) -> Iterat
 @pytest.fixture(scope="module")
 def prefix(bank: Path) -> str:
     """How recipes of a module's own bank begin."""
-    return f"mta1:{read_manifest(bank).short}:shared"
+    return f"mta3:{read_manifest(bank).short}:shared"
 
 
 @pytest.fixture(scope="module")

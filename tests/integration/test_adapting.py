@@ -141,7 +141,7 @@ def test_clients_are_never_told_whose_adapter_is_stacked_on_a_recipe(
     told.append(generate(client, kai, stream=True))
     assert [answer.status_code for answer in told] == [200, 200, 200, 400, 502, 503, 502, 200]
     for answer in told:
-        assert "mta1:" in answer.text
+        assert "mta3:" in answer.text
         assert ":u-" not in answer.text
 
 
@@ -208,7 +208,7 @@ async def _make_stale(url: str, key: str) -> None:
         snapshot = await profiles.read(key)
         assert snapshot.profile is not None
         assert snapshot.profile.adapter is not None
-        note = replace(snapshot.profile.adapter, recipe="mta1:00000000:shared:c")
+        note = replace(snapshot.profile.adapter, recipe="mta3:00000000:shared:c")
         await profiles.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
     with redis.Redis.from_url(url) as raw:
         raw.sadd("mta:adapted", "00000000")

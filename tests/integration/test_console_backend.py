@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from starlette.staticfiles import StaticFiles
 
-from bank.rules import PosteriorRule, SignatureRule, WeightRule
+from bank.rules import PosteriorRule, WeightRule
 from bench.rig.tiny import world
 from server.gateway.routes.console import pages
 from server.gateway.routes.console.bank import rule_answer
@@ -96,21 +96,10 @@ def test_the_bank_is_told_with_its_anchors_on_a_map(client: httpx.Client, gatewa
     [
         (WeightRule(anchors=3, strength=0.5), "topic", ["3 anchors", "in steps of 0.05", "sum to 0.5"]),
         (
-            WeightRule(signature=SignatureRule(anchors=7, strength=0.8, tau=2.5)),
-            "signature",
-            [
-                "7 anchors",
-                "2.5 × √tokens × predicted gain)",
-                "sum to 0.8",
-                "Until the items have been read, the 2 anchors",
-            ],
+            WeightRule(posterior=PosteriorRule(anchors=9, decay=130)),
+            "posterior",
+            ["about 130 tokens", "most 9 steps", "Until the items have been read, the 2"],
         ),
-        (
-            WeightRule(signature=SignatureRule(kappa=4)),
-            "signature",
-            ["predicted gain + 4 × similarity)"],
-        ),
-        (WeightRule(posterior=PosteriorRule(anchors=9, decay=130)), "posterior", ["about 130 tokens", "most 9 steps"]),
     ],
 )
 def test_a_rule_is_told_in_words_with_its_constants(rule: WeightRule, name: str, words: list[str]) -> None:
@@ -127,12 +116,3 @@ def test_a_user_who_writes_as_an_anchor_does_is_where_the_anchor_is(
     client.put(f"/users/{user_id}/profile", json={"items": [{"text": world(3)}]}).raise_for_status()
     anchors = client.get("/bank").json()["anchors"]
     assert client.get(f"/users/{user_id}").json()["at"] == pytest.approx(anchors[3]["at"], abs=1e-3)
-
-
-def test_a_bank_without_a_map_says_so(
-    client: httpx.Client, gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gateway.parts.bank, "atlas", None)
-    told = client.get("/bank").raise_for_status().json()
-    assert (told["map"], {anchor["at"] for anchor in told["anchors"]}) == (None, {None})
-    assert client.get(f"/users/{ada}").raise_for_status().json()["at"] is None

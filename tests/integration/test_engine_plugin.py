@@ -87,8 +87,8 @@ def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason(
 
 def test_another_banks_or_methods_recipe_is_a_404(engine: Engine, prefix: str) -> None:
     short = prefix.split(":")[1]
-    assert "this engine has" in engine.chat("mta1:00000000:shared:c").json()["error"]["message"]
-    assert "fuses by `shared`" in engine.chat(f"mta1:{short}:cat:c").json()["error"]["message"]
+    assert "this engine has" in engine.chat("mta3:00000000:shared:c").json()["error"]["message"]
+    assert "fuses by `shared`" in engine.chat(f"mta3:{short}:cat:c").json()["error"]["message"]
 
 
 def test_refusals_leave_no_name_behind(engine: Engine, prefix: str) -> None:
@@ -224,7 +224,7 @@ def test_names_and_residents_stay_bounded_and_metrics_name_no_recipe(engine: Eng
     assert len(engine.resident()["resident"]) <= CPU_TIER
     late = engine.client.get("/metrics").text
     assert len(late.splitlines()) == len(early.splitlines())
-    assert "mta1:" not in late
+    assert "mta3:" not in late
     assert engine.metric("mta:adapter_names_leased") == 0
 
 

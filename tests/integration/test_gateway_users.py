@@ -46,7 +46,7 @@ def test_a_profile_answers_with_the_recipe_that_it_makes(
     assert answer["user_id"] == user_id
     assert answer["anchors"][0]["id"] == "a03"
     assert answer["anchors"][0]["similarity"] == pytest.approx(1, abs=0.01)
-    assert answer["recipe"].startswith(f"mta1:{read_manifest(gateway_settings.bank).short}:shared:c+a")
+    assert answer["recipe"].startswith(f"mta3:{read_manifest(gateway_settings.bank).short}:shared:c+a")
     generated = client.post("/generate", json={"user_id": user_id, "prompt": "x", "max_tokens": 1}).json()
     assert generated["personalization"]["recipe"] == answer["recipe"]
     assert generated["personalization"]["anchors"] == answer["anchors"]

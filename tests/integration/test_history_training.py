@@ -14,7 +14,7 @@ from adapters.training.user_trainer import train_user
 from bank.building.baselines import build_baselines
 from bank.building.build import read_inputs
 from bank.building.options import BuildInputs
-from bank.building.training import row_job
+from bank.building.rows import row_job
 from bank.evaluation.methods import Evaluator
 from bank.evaluation.people import EvalUser, Query
 from bank.evaluation.scoring import OpenBank, Scorer
@@ -112,7 +112,7 @@ async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows
 
     monkeypatch.setattr("server.worker.training.train_user", spying)
     for trains in (trainer, knowing_trainer):
-        bank = ServingBank(trains.manifest, opened.index)
+        bank = ServingBank(trains.manifest, opened.index, opened.atlas)
         user = await desk.user(("how is the bread?", "crusty"))
         job = await desk.submit(user=user)
         await JobLoop(desk.jobs, desk.profiles, bank, trains).work_once(0.1)

@@ -165,7 +165,7 @@ async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
 async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
     store: RedisProfiles, embedder: CountingEmbedder, user: User
 ) -> None:
-    service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta1:9f2c41d0:shared:c", 27_000, 1)
+    service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta3:9f2c41d0:shared:c", 27_000, 1)
     await service.add(user, items("surf"), "")
     await changed(store, user, adapter=note)
     assert (await service.add(user, items("waves"), "")).profile.adapter == note

@@ -98,7 +98,7 @@ def test_it_is_the_engine_that_a_simulated_fleet_would_choose(fleet: Fleet) -> N
     ring = Ring([engine.url for engine in fleet.engines])
     with httpx.Client(base_url=fleet.router.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
         for number in range(100):
-            session = f"mta1:0123abcd:cat:a03*{number + 1}+a17*{999 - number}"
+            session = f"mta3:0123abcd:cat:a03*{number + 1}+a17*{999 - number}"
             body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
             client.post("/v1/chat/completions", json=body, headers={"X-Session-ID": session}).raise_for_status()
     chosen = [{seen.headers["x-session-id"] for seen in engine.seen} for engine in fleet.engines]
@@ -133,8 +133,8 @@ def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:
     for engine in fleet.engines:
         engine.knobs.status = None
     wait_until(lambda: generate(fleet.client, next(iter(fleet.recipes))).is_success, "the breakers to close")
-    assert "mta1:" not in fleet.router.process.output
-    assert "mta1:" not in httpx.get(fleet.router.metrics_url).text
+    assert "mta3:" not in fleet.router.process.output
+    assert "mta3:" not in httpx.get(fleet.router.metrics_url).text
 
 
 def test_while_one_engine_is_down_every_request_is_answered_by_the_other(fleet: Fleet) -> None:

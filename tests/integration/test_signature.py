@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adapters.fusion import fuse
+from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, Term
 from adapters.training.attached import attached
 from adapters.training.example import Example
 from adapters.training.loss import mean_loss
@@ -17,7 +18,6 @@ from bank.building.signer import Signer
 from bank.items.prompt import encode_pair
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
-from bank.lookup.signature import predicted_gains
 from bank.manifest import BankManifest
 from bank.models.load import load_base
 from bench.rig.people import MANNERS, people, write_people
@@ -29,10 +29,9 @@ ANCHORS = 4
 
 @pytest.fixture(scope="module")
 def signed(bench: Bench) -> BankManifest:
-    """A bank of people with manners of their own, and of more people with the same manners to calibrate on."""
+    """A bank of people with manners of their own."""
     users = write_people(bench.folder / "twelve.json", people(12))
-    inputs = {"users": users}
-    return bench.build("signed", inputs=inputs, anchors=ANCHORS, steps=30, common_steps=20, tau=10.0, kappa=0.0)
+    return bench.build("signed", inputs={"users": users}, anchors=ANCHORS, steps=30, common_steps=20)
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +48,21 @@ def items(tokenizer: Any, topic: str, manner: str) -> list[Example]:
     return [encode_pair(tokenizer, f"Say {n} on {topic}", f"{n}{manner}", 200) for n in range(20, 30)]
 
 
-def test_predicted_gains_correlate_with_those_measured_anchor_by_anchor(
-    signed: BankManifest, signer: Signer, base: tuple[Any, Any]
+def test_products_are_what_a_small_step_along_each_row_gains(
+    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any]
 ) -> None:
-    rule = signed.weights.signature
-    assert rule is not None
-    correlations = []
-    for manner in MANNERS:
-        examples = items(base[1], "something new", manner)
-        signature = signer.signature(signed.short, examples)
-        predicted = predicted_gains(signature, rule.slope, np.array(rule.offsets))
-        correlations.append(np.corrcoef(predicted, signer.measured_gains(examples))[0, 1])
-    assert np.mean(correlations) > 0.9
-    assert float(signed.training["signature_correlation"] or 0) > 0.9
+    matrix, examples = bench.matrix("signed", signed), items(base[1], "something new", MANNERS[0])
 
+    def loss(*terms: Term) -> float:
+        recipe = FusionRecipe(signed.short, FusionMethod.SHARED, True, terms)
+        with attached(base[0], fuse(matrix, recipe, torch.float32)) as here:
+            return mean_loss(here.model, examples)
 
-def test_calibration_brings_predictions_nearer_to_what_is_measured(
-    signed: BankManifest, signer: Signer, base: tuple[Any, Any]
-) -> None:
-    rule = signed.weights.signature
-    assert rule is not None
-    examples = items(base[1], "something new", MANNERS[0])
-    signature, measured = signer.signature(signed.short, examples), signer.measured_gains(examples)
-    calibrated = predicted_gains(signature, rule.slope, np.array(rule.offsets))
-    assert np.abs(calibrated - measured).mean() < np.abs(signature.products - measured).mean()
+    common, small = loss(), 20
+    gained = [(common - loss(Term(anchor, small))) * PER_MILLE / small for anchor in range(ANCHORS)]
+    found = signer.signature(signed.short, examples)
+    assert found.tokens == sum(example.output_tokens for example in examples)
+    assert found.products == pytest.approx(gained, rel=0.2, abs=0.05 * np.abs(gained).max())
 
 
 def test_who_writes_like_one_anchor_about_the_topic_of_another_gets_the_one(
@@ -88,23 +78,19 @@ def test_who_writes_like_one_anchor_about_the_topic_of_another_gets_the_one(
         assert found.source == "signature"
         best = max(found.weights, key=lambda weight: weight.weight)
         manners[manner] = best.anchor
-        assert best.gain == max(weight.gain or 0 for weight in found.weights)
         assert bank.personalise(embedding).source == "topic"
     assert len(set(manners.values())) > 1  # one topic, several anchors
 
 
 def test_the_posterior_lowers_the_loss_of_what_somebody_writes_next(
-    bench: Bench, base: tuple[Any, Any], embedder_folder: Path
+    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any], embedder_folder: Path
 ) -> None:
-    users = write_people(bench.folder / "twelve.json", people(12))
-    options = {"anchors": ANCHORS, "steps": 30, "common_steps": 20, "weights": "posterior", "decay": 100.0}
-    manifest = bench.build("posterior", inputs={"users": users}, **options)
-    matrix, embedder = bench.matrix("posterior", manifest), Embedder.load(embedder_folder)
-    bank, signer = ServingBank.open(bench.folder / "posterior", embedder.id), Signer(base[0], matrix, at_common=True)
+    matrix, embedder = bench.matrix("signed", signed), Embedder.load(embedder_folder)
+    bank = ServingBank.open(bench.folder / "signed", embedder.id)
     embedding = embedder.embed([f"Say 1 on {WORLDS[0]}"])[0]
     gains, signs = [], set()
     for manner in MANNERS:
-        signature = signer.signature(manifest.short, items(base[1], "something new", manner))
+        signature = signer.signature(signed.short, items(base[1], "something new", manner))
         recipes = [bank.personalise(embedding, signature, share).recipe for share in (0.0, 1.0)]
         later = [encode_pair(base[1], f"Say {n} on rain", f"{n}{manner}", 200) for n in range(40, 46)]
         losses = []

@@ -81,7 +81,7 @@ class Sign:
 @pytest.fixture(scope="module")
 def signed_bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, embedder_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("signed") / "bank"
-    return tiny_bank(folder, tiny_model_folder, embedder_folder, anchors=6, signed=True)
+    return tiny_bank(folder, tiny_model_folder, embedder_folder, anchors=6, signs=True)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,8 @@ def test_topics_speak_until_the_signature_is_there(
     assert who["source"] == client.get(f"/users/{user_id}").json()["source"] == "signature"
     assert all(anchor["gain"] is not None for anchor in who["anchors"])
     gains = [anchor["gain"] for anchor in who["anchors"]]
-    assert gains == sorted(gains, reverse=True)
+    assert [abs(gain) for gain in gains] == sorted(map(abs, gains), reverse=True)
+    assert all((anchor["weight"] > 0) is (anchor["gain"] > 0) for anchor in who["anchors"])
 
 
 def test_changes_that_nobody_has_seen_yet_are_one_signature(

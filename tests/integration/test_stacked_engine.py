@@ -222,6 +222,6 @@ def _whole(raw: bytes) -> dict[str, Any]:
 
 def _core() -> bytes:
     """A user adapter of the kind that former versions had."""
-    header = json.dumps({"kind": "core", "rank": 4, "recipe": "mta1:9f2c41d0:shared:c"})
+    header = json.dumps({"kind": "core", "rank": 4, "recipe": "mta3:9f2c41d0:shared:c"})
     raw: bytes = save({"c": torch.zeros(16, dtype=torch.bfloat16)}, {USER_FORMAT: header})
     return raw

@@ -126,7 +126,7 @@ def test_nothing_of_a_user_is_in_what_is_sent(
     fake_engine.knobs.garbage = None
     client.delete(url, headers=headers).raise_for_status()
     spans, raw = sent(traced, receiver), b"".join(receiver.bodies)
-    for secret in (USER, "rosa", TEXT, PROMPT, traced.key(USER), "mta1:", "redis.call"):
+    for secret in (USER, "rosa", TEXT, PROMPT, traced.key(USER), "mta3:", "redis.call"):
         assert secret.encode() not in raw, secret
     assert {span.name for span in spans} >= {"GET unmatched", "DELETE /users/{user_id}"}
     kept = {name for span in spans for name in span.attributes}

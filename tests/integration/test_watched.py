@@ -86,11 +86,11 @@ def test_figures_say_what_was_done(run: Watched) -> None:
 
 @needs_prometheus
 def test_nothing_of_a_user_is_a_label(run: Watched) -> None:
-    for name in (*PEOPLE, "mta1:"):
+    for name in (*PEOPLE, "mta3:"):
         assert run.prometheus.asked(f'count({{__name__!="",__name__=~".+",lora=~".*{name}.*"}})') == []
     labels = run.prometheus._get("series", **{"match[]": '{job=~".+"}'})
     shown = json.dumps(labels)
-    assert "mta1:" not in shown
+    assert "mta3:" not in shown
     assert f'"{STACKED}"' not in shown
 
 
@@ -131,7 +131,7 @@ def test_one_trace_leads_from_a_job_to_what_its_worker_did_and_the_answer_by_it_
 
 def test_nothing_of_a_user_is_in_any_span(run: Watched) -> None:
     raw = b"".join(run.receiver.bodies)
-    for secret in (STACKED, *PEOPLE.values(), "Tell me about it", "mta1:", "redis.call"):
+    for secret in (STACKED, *PEOPLE.values(), "Tell me about it", "mta3:", "redis.call"):
         assert secret.encode() not in raw, secret
 
 

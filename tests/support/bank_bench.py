@@ -25,8 +25,6 @@ OPTIONS = BuildOptions(
     batch_size=4,
     common_batch_size=4,
     learning_rate=1e-2,
-    common_learning_rate=1e-2,
-    weights="auto",
     history_share=0.0,
     dtype="float32",
 )

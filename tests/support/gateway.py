@@ -121,7 +121,7 @@ async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
     store, key = RedisProfiles(connection), gateway.key(user_id)
     snapshot = await store.read(key)
     assert snapshot.profile
-    note = AdapterNote("a" * 26, f"mta1:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)
+    note = AdapterNote("a" * 26, f"mta3:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)
     change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
     await store.commit(key, snapshot.version, change, snapshot.epoch)
     await connection.close()

@@ -25,7 +25,7 @@ from server.store.tenants.user_key import UserKeys
 from tests.support.faults import FaultyConnection
 
 BANK = "9f2c41d0"
-RECIPE = f"mta1:{BANK}:shared:c"
+RECIPE = f"mta3:{BANK}:shared:c"
 LEASE_S = 15.0
 SECRET, TENANT = "a secret for tests only", "tests"
 KEYS = UserKeys(SECRET, TENANT)

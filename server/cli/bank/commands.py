@@ -11,8 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from adapters.recipe import FusionMethod
-from bank.building.options import USUAL, BuildInputs, BuildOptions, ImportOptions
+from bank.building.options import BuildInputs, BuildOptions, ImportOptions
 from bank.errors import BankError
 from server.cli.process import prepare_to_train
 from server.settings import load_settings
@@ -27,7 +26,7 @@ OutOption = Annotated[Path, typer.Option(help="Output folder.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
 UserRank = Annotated[int, typer.Option(help="Rank kept free for users' own stacked LoRAs.")]
-Top = Annotated[int, typer.Option(help="Most anchors in a user's recipe.")]
+Top = Annotated[int, typer.Option(help="Most anchors in a recipe by topics.")]
 _BUILD, _IMPORT = BuildOptions("chat"), ImportOptions()  # for their defaults
 T = TypeVar("T", BuildOptions, ImportOptions)
 
@@ -46,50 +45,22 @@ def build(
     anchors_by: Annotated[
         str, typer.Option(help="Who they are: topics (the longest history of each topic) or longest.")
     ] = _BUILD.anchors_by,
-    method: Annotated[FusionMethod, typer.Option(help="How recipes are fused.")] = _BUILD.method,
-    common: Annotated[bool, typer.Option(help="A row that all users share.")] = _BUILD.common,
     rank: Annotated[int, typer.Option(help="Rank of every meta-LoRA.")] = _BUILD.rank,
     user_rank: UserRank = _BUILD.user_rank,
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated, e.g. q_proj,v_proj.", show_default="all linear layers")
     ] = None,
     k: Top = _BUILD.k,
-    strength: Annotated[
-        float | None, typer.Option(help="What the anchors' weights sum to.", show_default="0.5; 1 with --no-common")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="What users' weights come from: topic, signature, posterior (steps in either direction, by signature) "
-            "or auto (signature where possible).",
-            show_default=f"posterior for {', '.join(USUAL)}, else auto",
-        ),
-    ] = None,
-    signature_k: Annotated[int, typer.Option(help="Like --k, by signature.")] = _BUILD.signature_k,
-    signature_strength: Annotated[
-        float, typer.Option(help="Like --strength, by signature.")
-    ] = _BUILD.signature_strength,
-    tau: Annotated[float, typer.Option(help="How much a user's evidence counts.")] = _BUILD.tau,
-    kappa: Annotated[float, typer.Option(help="How much topic similarity counts beside it.")] = _BUILD.kappa,
-    decay: Annotated[float, typer.Option(help="How much evidence a step by the posterior takes.")] = _BUILD.decay,
     steps: Annotated[int, typer.Option(help="Optimiser steps per anchor.")] = _BUILD.steps,
     common_steps: Annotated[int, typer.Option(help="Optimiser steps of the common row.")] = _BUILD.common_steps,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of numbers of steps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step of an anchor.")] = _BUILD.batch_size,
     common_batch_size: Annotated[
         int, typer.Option(help="Examples per step of the common row.")
     ] = _BUILD.common_batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the anchors.")] = _BUILD.learning_rate,
-    common_learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate of the common row.")
-    ] = _BUILD.common_learning_rate,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = _BUILD.learning_rate,
     history_share: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the training items with past items of the same person in the prompt.",
-            show_default=f"0.5 for {', '.join(USUAL)}, else 0",
-        ),
-    ] = None,
+        float, typer.Option(help="Share of the training items with past items of the same person in the prompt.")
+    ] = _BUILD.history_share,
     max_tokens: Annotated[int, typer.Option(help="Longest training example.")] = _BUILD.max_tokens,
     verdict: Annotated[
         bool, typer.Option(help="Leave a few people out, and measure on them what the bank gains.")
@@ -114,10 +85,10 @@ def build(
     options = _options(BuildOptions, locals())
     settings = load_settings()
     prepare_to_train()
-    from bank.building.baselines import build_baselines, check_baselines
+    from bank.building.baselines import build_baselines
     from bank.building.build import build_bank
     from bank.evaluation.verdict import judge_bank
-    from bank.lookup.verdict import in_words
+    from bank.lookup.summary import in_words
     from server.cli.bank.progress import ConsoleProgress
 
     inputs = BuildInputs(
@@ -130,8 +101,6 @@ def build(
         cache_dir=settings.cache_dir,
         force=force,
     )
-    if baselines:
-        check_baselines(common=options.common)
     with ConsoleProgress() as progress:
         try:
             manifest = judge_bank(inputs, options, build_bank(inputs, options, progress), progress)

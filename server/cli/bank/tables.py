@@ -53,11 +53,5 @@ def _rule(weights: Mapping[str, Any]) -> str:
     topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
     if stepping := weights["posterior"]:
         rule = f"posterior, at most {stepping['anchors']} anchors, decay {stepping['decay']:g}"
-    elif signed := weights["signature"]:
-        rule = (
-            f"signature, at most {signed['anchors']} anchors, strength {signed['strength']:g}, τ {signed['tau']:g}, "
-            f"κ {signed['kappa']:g}"
-        )
-    else:
-        return topic
-    return f"{rule}; until there is a signature, {topic}"
+        return f"{rule}; until there is a signature, {topic}"
+    return topic

@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.lora.request import LoRARequest
 
 from adapters.errors import MtaError
+from adapters.recipe import is_recipe_name
 from server.engine import patches
 from server.engine.admission.names import AdapterNames
 from server.engine.admission.user_adapters import UserAdapters
-from server.engine.banks import Manifests, checked_recipe, is_recipe_name
+from server.engine.banks import Manifests, checked_recipe
 from server.engine.fusing.figures import timed
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing

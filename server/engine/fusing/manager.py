@@ -22,9 +22,9 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from adapters.flat import FlatLora
 from adapters.fusion import SumAcross, fuse_flat
 from adapters.matrix import MetaMatrix
-from adapters.recipe import parse_recipe
+from adapters.recipe import is_recipe_name, parse_recipe
 from adapters.user_adapter import decode_user_adapter, stack_flat
-from server.engine.banks import is_recipe_name, open_matrices
+from server.engine.banks import open_matrices
 from server.engine.fusing.ahead import Ahead, on_arrival
 from server.engine.fusing.figures import Family, WorkerFigures, families, timed
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots

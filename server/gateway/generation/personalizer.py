@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from adapters.errors import excerpt
-from adapters.recipe import PER_MILLE, FusionRecipe, Term, UserAdapterId, anchor_id, parse_recipe
+from adapters.recipe import PER_MILLE, FusionRecipe, Term, UserAdapterId, anchor_id, bank_of, parse_recipe
 from bank.lookup.serving import ServingBank
 from bank.lookup.weights import AnchorWeight
 from server.engine_protocol import BASE_MODEL
@@ -198,7 +198,7 @@ class Personalizer:
 
     def is_stale(self, adapter: AdapterNote) -> bool:
         """Whether a user adapter belongs to another bank: it is never served with this one."""
-        return parse_recipe(adapter.recipe).bank != self._bank.manifest.short
+        return bank_of(adapter.recipe) != self._bank.manifest.short
 
 
 def _shares(recipe: FusionRecipe, weights: Mapping[int, AnchorWeight]) -> tuple[AnchorShare, ...]:

@@ -119,9 +119,7 @@ class UserAnswer(BaseModel, frozen=True):
     recipe: str
     source: str
     anchors: list[AnchorAnswer]
-    at: tuple[float, float] | None = Field(
-        description="Where they lie on the bank's map (`GET /bank`); null if it has none."
-    )
+    at: tuple[float, float] = Field(description="Where they lie on the bank's map (`GET /bank`).")
     adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
 
 

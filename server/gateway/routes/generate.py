@@ -54,7 +54,7 @@ _EXAMPLE = GenerateAnswer(  # nothing in it is null: FastAPI leaves null fields 
     usage=Usage(prompt_tokens=17, completion_tokens=9, total_tokens=26),
     personalization=PersonalizationAnswer(
         level=Level.MERGED,
-        recipe="mta1:9f2c41d0:shared:c+a03*803+a17*197",
+        recipe="mta3:9f2c41d0:shared:c+a03*803+a17*197",
         source="signature",
         anchors=[
             AnchorAnswer(id="a03", weight=0.803, similarity=0.9142, gain=0.0613),
@@ -66,7 +66,7 @@ _EXAMPLE = GenerateAnswer(  # nothing in it is null: FastAPI leaves null fields 
         timings_ms={"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
     ),
 )
-_NAMES = (_EXAMPLE.id, 1790000000, "mta1:9f2c41d0:shared:c+a03*803+a17*197")
+_NAMES = (_EXAMPLE.id, 1790000000, "mta3:9f2c41d0:shared:c+a03*803+a17*197")
 _STREAMED = b"".join(
     (
         _chunk(_NAMES, {"role": "assistant", "content": ""}, personalization=_EXAMPLE.personalization),

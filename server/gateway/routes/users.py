@@ -76,7 +76,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
         recipe=speaking.model,
         source=str(speaking.source),
         anchors=anchors(speaking.anchors),
-        at=parts.bank.atlas.at(profile.embedding) if parts.bank.atlas else None,
+        at=parts.bank.atlas.at(profile.embedding),
         adapter=AdapterAnswer(
             id=profile.adapter.id,
             recipe=profile.adapter.recipe,

@@ -29,7 +29,7 @@ class TestUsers:
         page.get_by_role("button", name="Look up").click()
         stored = page.get_by_role("region", name="What is stored")
         expect(stored).to_contain_text("4 items")
-        expect(stored).to_contain_text("mta1:")
+        expect(stored).to_contain_text("mta3:")
         speaking = page.get_by_role("region", name="Anchors that speak")
         expect(speaking.get_by_role("listitem")).to_have_count(2)
         expect(speaking).to_contain_text("by topic")

@@ -90,21 +90,16 @@ class TestPlayground:
         told = json.loads(subprocess.run(curl, shell=True, capture_output=True, check=True, timeout=120).stdout)
         assert told["personalization"]["level"] == "merged"
         said = subprocess.run([sys.executable, "-c", python], capture_output=True, check=True, timeout=120, text=True)
-        assert said.stdout.strip().splitlines()[-1].startswith("merged mta1:")
+        assert said.stdout.strip().splitlines()[-1].startswith("merged mta3:")
 
     def test_a_user_who_is_unknown_is_answered_by_the_base_model_and_told_so(self, look: Looking) -> None:
         page = look.visit("playground", user="nobody-at-all", ask="Hello?", tokens=8)
         answered(page)
         expect(answer(page, "nobody-at-all")).to_contain_text("Nothing is stored about this user")
 
-    def test_without_a_common_row_the_slider_says_why_it_stands_still(self, look: Looking) -> None:
-        page = look.visit("playground")
-        expect(page.get_by_role("slider")).to_be_disabled()
-        expect(page.get_by_text("This bank has no common row")).to_be_visible()
-
 
 class TestStrength:
-    """On a bank that has a common row, with an engine that shows what it was asked for."""
+    """With an engine that shows what it was asked for."""
 
     @pytest.fixture
     def beside(
@@ -115,6 +110,15 @@ class TestStrength:
         with looking(browser, gateway.url) as looker:
             yield looker, ada
             assert looker.faults == []
+
+    def test_without_a_common_row_the_slider_says_why_it_stands_still(
+        self, beside: tuple[Looking, str], gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bank = gateway.parts.bank
+        monkeypatch.setattr(bank, "manifest", bank.manifest.model_copy(update={"common": False}))
+        page = beside[0].visit("playground")
+        expect(page.get_by_role("slider")).to_be_disabled()
+        expect(page.get_by_text("This bank has no common row")).to_be_visible()
 
     def test_another_strength_asks_the_personal_side_again(
         self, beside: tuple[Looking, str], fake_engine: FakeEngine

@@ -141,7 +141,7 @@ async def _adapted(url: str, user_key: str, bank: str) -> None:
     async with StoreParts.opened(url) as parts:
         snapshot = await parts.profiles.read(user_key)
         assert snapshot.profile is not None
-        noted = replace(snapshot.profile, adapter=AdapterNote("a", f"mta1:{bank}:shared:c", 1, 1))
+        noted = replace(snapshot.profile, adapter=AdapterNote("a", f"mta3:{bank}:shared:c", 1, 1))
         assert await parts.profiles.commit(user_key, snapshot.version, Change(noted, {}, {}, ()))
         await parts.adapters.list_adapted(user_key, bank)
 

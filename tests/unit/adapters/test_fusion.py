@@ -126,19 +126,10 @@ def test_a_recipe_the_bank_cannot_fuse_is_refused_with_the_reason(wanted: Fusion
         check_recipe(wanted, method=FusionMethod.SHARED, anchors=ANCHORS, max_anchors=2, common=False)
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_a_recipe_of_the_other_format_is_refused(signed: bool) -> None:
-    wanted = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, (Term(0, 100),), signed=signed)
-    bank = {"method": FusionMethod.SHARED, "anchors": ANCHORS, "max_anchors": 2, "common": True}
-    check_recipe(wanted, **bank, signed=signed)  # type: ignore[arg-type]
-    with pytest.raises(FusionError, match=r"has recipes of format mta\d, got one of mta\d"):
-        check_recipe(wanted, **bank, signed=not signed)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_signed_recipe_steps_from_the_common_row_in_both_directions(tmp_path: Path, dtype: torch.dtype) -> None:
     matrix = make_matrix(tmp_path, FusionMethod.SHARED, common=True)
-    wanted = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, (Term(1, -2500), (Term(3, 731))), signed=True)
+    wanted = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, (Term(1, -2500), Term(3, 731)))
     flat = matrix.common_row.double() - 2.5 * matrix.row(1).double() + 0.731 * matrix.row(3).double()
     fused = flat_b(matrix.layout, fuse(matrix, wanted, dtype)).double()
     torch.testing.assert_close(fused, flat, rtol=2**-8 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)

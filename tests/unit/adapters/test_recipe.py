@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import string
 
 import pytest
@@ -15,6 +16,8 @@ from adapters.recipe import (
     FusionRecipe,
     Term,
     UserAdapterId,
+    bank_of,
+    is_recipe_name,
     parse_recipe,
     parse_user_adapter_id,
     per_mille,
@@ -28,17 +31,10 @@ keys = st.builds(lambda head, tail: head + tail, st.text(BASE32, min_size=25, ma
 def recipes(draw: st.DrawFn) -> FusionRecipe:
     common = draw(st.booleans())
     anchors = sorted(draw(st.sets(st.integers(0, 120_000), min_size=0 if common else 1, max_size=6)))
-    shares = per_mille([draw(st.integers(1, 50)) for _ in anchors]) if anchors else []
-    terms = tuple(Term(a, w) for a, w in zip(anchors, shares, strict=True) if w)
-    if common and terms and draw(st.booleans()):
-        terms = terms[:-1]  # beside a common row the weights may fall short of the whole
+    terms = tuple(Term(anchor, draw(st.integers(-4000, 4000).filter(bool))) for anchor in anchors)
     user = draw(st.none() | st.builds(UserAdapterId, keys, keys))
     bank = draw(st.text("0123456789abcdef", min_size=8, max_size=8))
-    method = draw(st.sampled_from(FusionMethod))
-    if draw(st.booleans()):
-        steps = st.integers(-4000, 4000).filter(bool)
-        return FusionRecipe(bank, method, True, tuple(Term(a, draw(steps)) for a in anchors), user, signed=True)
-    return FusionRecipe(bank, method, common, terms, user)
+    return FusionRecipe(bank, draw(st.sampled_from(FusionMethod)), common, terms, user)
 
 
 @given(recipes())
@@ -51,7 +47,7 @@ def test_every_mutation_of_a_name_is_refused_or_itself_canonical(recipe: FusionR
     name = recipe.name
     at = data.draw(st.integers(0, len(name)))
     mutation = data.draw(st.sampled_from(["insert", "delete", "replace", "swap"]))
-    char = data.draw(st.characters() | st.sampled_from("mta1:*+c-u.0129 \n/"))
+    char = data.draw(st.characters() | st.sampled_from("mta3:*+c-u.0129 \n/"))
     if mutation == "insert":
         mutated = name[:at] + char + name[at:]
     elif mutation == "delete":
@@ -70,14 +66,13 @@ def test_every_mutation_of_a_name_is_refused_or_itself_canonical(recipe: FusionR
 @pytest.mark.parametrize(
     "name",
     [
-        "mta1:9f2c41d0:cat:a03*571+a17*429",
-        "mta1:9f2c41d0:shared:c+a03*286+a17*214",
-        "mta1:9f2c41d0:shared:c",
-        "mta1:9f2c41d0:cat:a00*1000",
-        "mta1:9f2c41d0:cat:a99*1+a100*999",
-        "mta2:9f2c41d0:shared:c+a03*286+a17*-214",
-        "mta2:9f2c41d0:shared:c+a03*-4000+a17*4000",
-        "mta2:9f2c41d0:shared:c",
+        "mta3:9f2c41d0:cat:a03*571+a17*429",
+        "mta3:9f2c41d0:cat:a03*571+a17*430",  # whatever the sum
+        "mta3:9f2c41d0:shared:c+a03*286+a17*-214",
+        "mta3:9f2c41d0:shared:a03*-100",
+        "mta3:9f2c41d0:shared:c",
+        "mta3:9f2c41d0:cat:a99*1+a100*999",
+        "mta3:9f2c41d0:shared:c+a03*-4000+a17*4000",
     ],
 )
 def test_canonical_names_are_read(name: str) -> None:
@@ -89,47 +84,66 @@ def test_canonical_names_are_read(name: str) -> None:
     [
         "",
         "base",
-        "mta2:9f2c41d0:cat:a03*1000",
-        "mta3:9f2c41d0:shared:c",
-        "mta1:9f2c41d0:shared:c+a03*-100",
-        "mta2:9f2c41d0:shared:c+a03*0",
-        "mta2:9f2c41d0:shared:c+a03*-0",
-        "mta2:9f2c41d0:shared:c+a03*+100",
-        "mta2:9f2c41d0:shared:c+a03*4001",
-        "mta2:9f2c41d0:shared:c+a03*-4001",
-        "mta2:9f2c41d0:shared:c+a03*-014",
-        "mta2:9f2c41d0:shared:a03*100",  # steps from nowhere
-        "mta1:9F2C41D0:cat:a03*1000",  # upper-case digits
-        "mta1:9f2c41d:cat:a03*1000",
-        "mta1:9f2c41d0:ties:a03*1000",
-        "mta1:9f2c41d0:CAT:a03*1000",
-        "mta1:9f2c41d0:cat:",
-        "mta1:9f2c41d0:cat:a17*429+a03*571",  # out of order
-        "mta1:9f2c41d0:cat:a03*500+a03*500",  # named twice
-        "mta1:9f2c41d0:cat:a03*0571+a17*429",
-        "mta1:9f2c41d0:cat:a03*571+a17*430",  # 1001
-        "mta1:9f2c41d0:cat:a03*571+a17*428",  # 999 without a common row
-        "mta1:9f2c41d0:shared:c+a03*571+a17*430",
-        "mta1:9f2c41d0:cat:a03*0+a17*1000",
-        "mta1:9f2c41d0:cat:a3*1000",
-        "mta1:9f2c41d0:cat:a003*1000",
-        "mta1:9f2c41d0:cat:a٠٣*1000",  # digits, but not ASCII ones
-        "mta1:9f2c41d0:shared:a03*500+c",
-        "mta1:9f2c41d0:shared:c+c",
-        "mta1:9f2c41d0:shared:c+",
-        "mta1:9f2c41d0:shared:c:",
-        "mta1:9f2c41d0:shared:c:u-",
-        "mta1:9f2c41d0:shared:c:u-../../etc/passwd",
-        "mta1:9f2c41d0:shared:c:u-" + "a" * 26 + "." + "a" * 25 + "b",  # set padding bits
-        "mta1:9f2c41d0:shared:c:u-" + "A" * 26 + "." + "a" * 26,
-        "mta1:9f2c41d0:shared:c\n",
-        " mta1:9f2c41d0:shared:c",
-        "mta1:9f2c41d0:cat:" + "+".join(f"a{i}*1" for i in range(100, 1100)),
+        "mta4:9f2c41d0:shared:c",
+        "mta3:9f2c41d0:shared:c+a03*0",
+        "mta3:9f2c41d0:shared:c+a03*-0",
+        "mta3:9f2c41d0:shared:c+a03*+100",
+        "mta3:9f2c41d0:shared:c+a03*4001",
+        "mta3:9f2c41d0:shared:c+a03*-4001",
+        "mta3:9f2c41d0:shared:c+a03*-014",
+        "mta3:9F2C41D0:cat:a03*1000",  # upper-case digits
+        "mta3:9f2c41d:cat:a03*1000",
+        "mta3:9f2c41d0:ties:a03*1000",
+        "mta3:9f2c41d0:CAT:a03*1000",
+        "mta3:9f2c41d0:cat:",
+        "mta3:9f2c41d0:cat:a17*429+a03*571",  # out of order
+        "mta3:9f2c41d0:cat:a03*500+a03*500",  # named twice
+        "mta3:9f2c41d0:cat:a03*0571+a17*429",
+        "mta3:9f2c41d0:cat:a03*0+a17*1000",
+        "mta3:9f2c41d0:cat:a3*1000",
+        "mta3:9f2c41d0:cat:a003*1000",
+        "mta3:9f2c41d0:cat:a٠٣*1000",  # digits, but not ASCII ones
+        "mta3:9f2c41d0:shared:a03*500+c",
+        "mta3:9f2c41d0:shared:c+c",
+        "mta3:9f2c41d0:shared:c+",
+        "mta3:9f2c41d0:shared:c:",
+        "mta3:9f2c41d0:shared:c:u-",
+        "mta3:9f2c41d0:shared:c:u-../../etc/passwd",
+        "mta3:9f2c41d0:shared:c:u-" + "a" * 26 + "." + "a" * 25 + "b",  # set padding bits
+        "mta3:9f2c41d0:shared:c:u-" + "A" * 26 + "." + "a" * 26,
+        "mta3:9f2c41d0:shared:c\n",
+        " mta3:9f2c41d0:shared:c",
+        "mta3:9f2c41d0:cat:" + "+".join(f"a{i}*1" for i in range(100, 1100)),
     ],
 )
 def test_anything_else_is_refused(name: str) -> None:
     with pytest.raises(RecipeError):
         parse_recipe(name)
+
+
+@pytest.mark.parametrize("name", ["mta1:9f2c41d0:shared:c+a03*571", "mta2:9f2c41d0:shared:c+a03*-571", "mta1:nonsense"])
+def test_a_recipe_of_before_is_refused_with_what_to_do(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"format mta[12], which is no longer read: build its bank again"):
+        parse_recipe(name)
+
+
+@pytest.mark.parametrize("name", ["mta1:9f2c41d0:shared:c+a03*571", "mta3:9f2c41d0:cat:a03*-571"])
+def test_of_a_stored_recipe_the_bank_can_be_told_whatever_its_format(name: str) -> None:
+    assert bank_of(name) == "9f2c41d0"
+
+
+@pytest.mark.parametrize("term", ["v03*120", "v"])
+def test_a_term_that_names_a_vector_is_reserved_and_refused_by_name(term: str) -> None:
+    with pytest.raises(RecipeError, match=rf"term '{re.escape(term)}' .* names a vector, which this version cannot"):
+        parse_recipe(f"mta3:9f2c41d0:shared:c+a01*7+{term}")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("mta3:x", True), ("mta1:x", True), ("mta2:x", True), ("mta3", False), ("my-adapter", False), (None, False)],
+)
+def test_names_that_are_meant_as_recipes_are_told_from_others(name: str | None, meant: bool) -> None:
+    assert is_recipe_name(name) is meant
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.integers(1, 1000))

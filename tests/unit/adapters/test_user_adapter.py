@@ -16,7 +16,7 @@ from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_
 MODULES = (ModuleShape("layers.0.q_proj", 12, 8), ModuleShape("layers.0.down_proj", 20, 12))
 RANK, USER_RANK = 4, 2
 LAYOUT = RowLayout(MODULES, RANK, shared_a=True)
-RECIPE = "mta1:9f2c41d0:shared:c+a03*286"
+RECIPE = "mta3:9f2c41d0:shared:c+a03*286"
 
 
 def lora(rank: int, seed: int) -> LoraWeights:

@@ -7,12 +7,12 @@ import pytest
 from bank.building.options import BuildOptions
 from bank.building.resume import inputs_key
 from bank.building.rows import pooled_lessons
-from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.lessons import Lesson, Past, encode_recalling, lessons
 from bank.items.profile import parse_item
 from bank.items.prompt import encode_pair
 from bank.items.tasks import PAST_COUNTS, get_task
+from bank.rules import PosteriorRule
 from tests.unit.bank.test_prompt import CharTokenizer
 
 CHAT = get_task("chat")
@@ -112,7 +112,7 @@ def test_a_build_pools_everybodys_and_nobody_sees_anothers() -> None:
 
 def test_a_key_tells_apart_what_would_be_another_bank() -> None:
     def key(aside: str = "bread", model: str = "model", **changes: object) -> str:
-        options = BuildOptions("chat", **{"weights": "auto"} | changes)  # type: ignore[arg-type]
+        options = BuildOptions("chat", **changes)  # type: ignore[arg-type]
         return inputs_key(options, CHAT, [person(*SUBJECTS)], [person(aside)], (model, "prompts", "embedder"))
 
     others = [key("roses"), key(model="another"), key(history_share=1.0), key(anchors_by="longest"), key(describe=True)]
@@ -120,14 +120,8 @@ def test_a_key_tells_apart_what_would_be_another_bank() -> None:
     assert key() == key(verdict=False)  # who is left out says that
 
 
-def test_the_defaults_are_what_was_found_to_help_with_a_task() -> None:
-    usual = [BuildOptions(task).resolved() for task in ("chat", "movie_rating", "news_headline", "citation")]
-    assert [(options.history_share, options.weights) for options in usual] == [(0.5, "posterior")] * 3 + [(0.0, "auto")]
-    assert BuildOptions("chat", common=False).resolved().weights == "auto"
-    assert BuildOptions("chat", history_share=0.0).resolved().history_share == 0.0
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_is_from_0_to_1(share: float) -> None:
-    with pytest.raises(BankError, match=r"^--history-share: .* than or equal to [01], got"):
-        BuildOptions("chat", history_share=share)
+def test_the_rule_is_topics_then_the_posterior_unless_a_signature_would_be_too_long() -> None:
+    rule = BuildOptions("citation", anchors=1024).rule()
+    assert (rule.anchors, rule.strength, rule.posterior) == (2, 0.5, PosteriorRule(anchors=1024, decay=250.0))
+    assert BuildOptions("citation", anchors=1025).rule().posterior is None
+    assert BuildOptions("citation", anchors=1).rule().anchors == 1

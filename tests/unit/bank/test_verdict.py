@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import wilcoxon
 
 from bank.evaluation.verdict import difference, verdict
-from bank.lookup.verdict import in_words
-from bank.manifest import BankManifest, read_manifest, write_manifest
+from bank.lookup.summary import in_words
+from bank.manifest import read_manifest, write_manifest
 from bank.rules import Verdict
 from tests.unit.bank.test_weights import manifest
 
@@ -91,10 +91,3 @@ def test_a_verdict_is_kept_in_the_manifest_and_decides_how_much_history_prompts_
     read = read_manifest(tmp_path)
     assert (read, read.verdict, read.history_default, read.history_share) == (kept, found, 1, 0.5)
     assert (plain.history_default, plain.history_share) == (0, 0)
-
-
-def test_a_manifest_from_before_there_was_a_verdict_is_read_as_it_was(tmp_path: Path) -> None:
-    old = write_manifest(tmp_path, manifest(3))
-    text = (tmp_path / "bank.json").read_text("utf-8")
-    assert "verdict" not in text
-    assert read_manifest(tmp_path) == old == BankManifest.model_validate_json(text)

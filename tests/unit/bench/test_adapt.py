@@ -16,7 +16,7 @@ from bench.adapt import users
 from mta_client import Client
 from server.worker.training import AdapterTrainer
 
-FULL, HALF = "mta1:00000000:shared:c+a00*1000", "mta1:00000000:shared:c+a00*500"
+FULL, HALF = "mta3:00000000:shared:c+a00*1000", "mta3:00000000:shared:c+a00*500"
 PERSON = History("ann", (Item("1", {"input": "Any plans?", "output": "The sea."}),))
 USER_KEY, ADAPTER_ID = "a" * 26, "e" * 26
 

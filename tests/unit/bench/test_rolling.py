@@ -13,7 +13,7 @@ from bench.fleet import rolling
 from bench.rig.processes import wait_until
 
 Answers = Callable[..., httpx.Response]
-ANSWER = httpx.Response(200, text='{"recipe":"mta1:00000000:shared:c"}\n\ndata: [DONE]')
+ANSWER = httpx.Response(200, text='{"recipe":"mta3:00000000:shared:c"}\n\ndata: [DONE]')
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from adapters.fusion import check_recipe
 from adapters.recipe import FusionMethod, parse_recipe
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
-from bank.rules import PosteriorRule, SignatureRule, WeightRule
+from bank.rules import PosteriorRule, WeightRule
 from bench.rig.subject import Subject, given, of_rank
 from bench.rig.tiny import hollow_model, tiny_bank
 
@@ -36,14 +36,8 @@ def test_a_bank_of_signed_steps_gets_recipes_that_it_fuses(subject: Subject) -> 
     stepping = replace(subject, manifest=subject.manifest.model_copy(update={"weights": rule}))
     for name in stepping.names(100):
         recipe = parse_recipe(name)
-        check_recipe(recipe, method=FusionMethod.SHARED, anchors=6, max_anchors=6, common=True, signed=True)
+        check_recipe(recipe, method=FusionMethod.SHARED, anchors=6, max_anchors=6, common=True)
         assert len(recipe.terms) == 4
-
-
-def test_recipes_have_as_many_anchors_as_evidence_gives(subject: Subject) -> None:
-    rule = WeightRule(anchors=1, signature=SignatureRule(anchors=4))
-    evident = replace(subject, manifest=subject.manifest.model_copy(update={"weights": rule}))
-    assert {len(parse_recipe(name).terms) for name in evident.names(20)} == {4}
 
 
 def test_a_bank_with_too_few_anchors_says_so(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> None:

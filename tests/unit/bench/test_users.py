@@ -22,7 +22,7 @@ USER: dict[str, Any] = {
     "bytes": 900,
     "embedder": "e",
     "updated_at": "2026-01-01T00:00:00Z",
-    "recipe": "mta1:00000000:shared:c",
+    "recipe": "mta3:00000000:shared:c",
     "anchors": [],
     "at": None,
     "adapter": None,
@@ -80,7 +80,7 @@ def test_the_wait_is_over_when_all_are_signed_who_can_be_by_a_bank_with_signatur
 
 
 def test_the_key_goes_to_the_gateway_and_the_engine_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Client, "put_profile", lambda *_: SimpleNamespace(recipe="mta1:00000000:shared:c"))
+    monkeypatch.setattr(Client, "put_profile", lambda *_: SimpleNamespace(recipe="mta3:00000000:shared:c"))
     for key, shown in ((KEY, {"Authorization": f"Bearer {KEY}"}), ("", {})):
         monkeypatch.setenv("MTA_API_KEY", key)
         sides = gateway._sides("http://gateway", "http://engine", "inner", 4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from typer.testing import CliRunner
 
 from bank.building.options import BuildOptions, ImportOptions
 from bank.errors import BankError
-from bank.rules import PosteriorRule, SignatureRule, WeightRule
+from bank.rules import PosteriorRule, WeightRule
 from server.cli import app
 from server.cli.bank import commands
 from server.cli.bank.tables import _rule
@@ -45,8 +44,9 @@ def test_names_are_one_text_with_commas() -> None:
         (BuildOptions, {"batch_size": -1}, "--batch-size: .* greater than or equal to 1, got -1"),
         (BuildOptions, {"learning_rate": math.nan}, "--learning-rate: .* got nan"),
         (BuildOptions, {"learning_rate": 1.0}, "--learning-rate: .* less than 1, got 1.0"),
-        (BuildOptions, {"strength": 0.0}, "--strength: .* greater than 0, got 0.0"),
-        (BuildOptions, {"decay": math.inf}, "--decay: .* got inf"),
+        (BuildOptions, {"history_share": -0.1}, "--history-share: .* greater than or equal to 0, got -0.1"),
+        (BuildOptions, {"history_share": 1.1}, "--history-share: .* less than or equal to 1, got 1.1"),
+        (BuildOptions, {"history_share": math.nan}, "--history-share: .* got nan"),
         (BuildOptions, {"seed": -1}, "--seed: .* greater than or equal to 0, got -1"),
         (BuildOptions, {"dtype": "int8"}, "--dtype: .*'auto', 'bfloat16' or 'float32', got 'int8'"),
         (BuildOptions, {"anchors_by": "luck"}, "--anchors-by: .* got 'luck'"),
@@ -83,17 +83,8 @@ def test_the_help_shows_every_option_with_its_default(command: str, kind: type) 
             {"posterior": PosteriorRule(anchors=16)},
             "posterior, at most 16 anchors, decay 250; until there is a signature, topic",
         ),
-        ({"signature": SignatureRule(slope=1.0)}, "signature, at most 16 anchors, strength 1, τ 2, κ 0; until"),
     ],
 )
 def test_the_rule_of_weights_is_told_in_a_line(rule: dict[str, Any], words: str) -> None:
     told = _rule(WeightRule(anchors=2, strength=0.5, **rule).model_dump(mode="json"))
     assert told.startswith(words)
-
-
-def test_baselines_without_a_common_row_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    (tmp_path / "users.json").write_text("not even JSON", "utf-8")
-    options = ["--users", str(tmp_path / "users.json"), "--out", str(tmp_path / "bank"), "--task", "chat"]
-    result = CliRunner().invoke(app, ["bank", "build", *options, "--baselines", "--no-common"])
-    assert isinstance(result.exception, BankError)
-    assert "drop --no-common" in str(result.exception)

@@ -30,12 +30,12 @@ def test_rows_then_pieces_of_other_work_then_another_row_are_all_shown(terminal:
         progress.begin({"common": 10})
         progress.step("common", 1, StepReport(1, 2.5, 10))
         for done in (1, 2, 3):
-            progress.piece("calibrating", done, 3)
+            progress.piece("measuring", done, 3)
         progress.begin({"task": 10})
         progress.step("task", 1, StepReport(1, 1.5, 10))
     shown = written.getvalue()
     assert "training common (1 of 1)" in shown
-    assert "calibrating: 3 of 3" in shown
+    assert "measuring: 3 of 3" in shown
     assert "training task (1 of 1)" in shown
 
 
@@ -44,37 +44,37 @@ def test_the_time_left_of_pieces_is_that_of_those_to_be_made_at_the_pace_of_thos
     """Pieces that an earlier run made took no time in this one."""
     written, clock = StringIO(), Clock()
     with ConsoleProgress(Console(file=written, width=120), clock) as progress:
-        progress.piece("calibrating", begun, 32)
+        progress.piece("measuring", begun, 32)
         for done in range(begun + 1, begun + 6):
             clock.now_s += 6
-            progress.piece("calibrating", done, 32)
+            progress.piece("measuring", done, 32)
     left_s = 6 * (32 - begun - 5)
     last = written.getvalue().splitlines()[-1]
-    assert last == f"calibrating: {begun + 5} of 32  about {left_s // 60}:{left_s % 60:02d} min left"
+    assert last == f"measuring: {begun + 5} of 32  about {left_s // 60}:{left_s % 60:02d} min left"
 
 
 def test_on_a_terminal_a_bar_begins_empty_and_shows_the_time_left() -> None:
     written, clock = StringIO(), Clock()
     console = Console(file=written, force_terminal=True, color_system=None, width=120)
     with ConsoleProgress(console, clock) as progress:
-        progress.piece("calibrating", 0, 8)
-        assert "calibrating: 0 of 8" in written.getvalue()
+        progress.piece("measuring", 0, 8)
+        assert "measuring: 0 of 8" in written.getvalue()
         assert "━" not in written.getvalue()
         for done in (1, 2):
             clock.now_s += 30
-            progress.piece("calibrating", done, 8)
-    assert re.search("━{10} +calibrating: 2 of 8  about 3:00 min left", written.getvalue())  # a quarter of 40
+            progress.piece("measuring", done, 8)
+    assert re.search("━{10} +measuring: 2 of 8  about 3:00 min left", written.getvalue())  # a quarter of 40
 
 
 def test_without_a_terminal_lines_are_some_seconds_apart_and_the_last_is_always_there() -> None:
     written, clock = StringIO(), Clock()
     with ConsoleProgress(Console(file=written, width=120), clock) as progress:
-        progress.piece("calibrating", 0, 12)
+        progress.piece("measuring", 0, 12)
         for done in range(1, 13):
             clock.now_s += 2
-            progress.piece("calibrating", done, 12)
+            progress.piece("measuring", done, 12)
     lines = written.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == [f"calibrating: {done} of 12" for done in (3, 6, 9, 12)]
+    assert [line.split("  ")[0] for line in lines] == [f"measuring: {done} of 12" for done in (3, 6, 9, 12)]
 
 
 def test_the_estimate_follows_the_machine_as_it_is_now() -> None:

@@ -77,7 +77,7 @@ def test_it_is_the_exact_sum_rounded_once(compiled: Any, rank: int, h_out: list[
     rows = torch.randn(4, layout.row_numbers, generator=generator).bfloat16()
     a = torch.randn(layout.a_numbers, generator=generator).bfloat16()
     matrix = MetaMatrix(layout, rows, anchors=3, common=True, shared_a=a)
-    recipe = parse_recipe(f"mta1:9f2c41d0:shared:{terms}")
+    recipe = parse_recipe(f"mta3:9f2c41d0:shared:{terms}")
 
     ours = fuse_flat(matrix, recipe, sum_across=compiled.weighted_sum_across)
 

@@ -86,7 +86,7 @@ class CountingManager(FusingLoRAManager):
 
 
 def recipe(lora_id: int, name: str | None = None) -> LoRARequest:
-    text = name or f"mta1:00000000:shared:c+a{lora_id:02d}*1000"
+    text = name or f"mta3:00000000:shared:c+a{lora_id:02d}*1000"
     return LoRARequest(lora_name=text, lora_int_id=lora_id, lora_path=text)
 
 
@@ -144,7 +144,7 @@ def test_fusing_ahead_takes_no_slot_and_evicts_nothing_in_use(manager: CountingM
 
 def test_an_id_that_held_another_recipe_is_fused_anew(manager: CountingManager) -> None:
     manager._apply_adapters({recipe(1)})
-    other = recipe(1, "mta1:00000000:shared:c+a09*1")
+    other = recipe(1, "mta3:00000000:shared:c+a09*1")
     manager._apply_adapters({other})
     assert manager.resident() == [other.lora_name]
     assert manager.fused == [recipe(1).lora_name, other.lora_name]
@@ -152,7 +152,7 @@ def test_an_id_that_held_another_recipe_is_fused_anew(manager: CountingManager) 
 
 def test_what_is_released_is_held_nowhere_any_more(manager: CountingManager) -> None:
     """Somebody who is waiting only, in a slot, and in a slot that others took over in the CPU tier."""
-    names = [f"mta1:00000000:shared:c:u-{letter * 25}e.{letter * 25}e" for letter in "abc"]
+    names = [f"mta3:00000000:shared:c:u-{letter * 25}e.{letter * 25}e" for letter in "abc"]
     for lora_id, name in enumerate(names[1:], 1):
         manager._users[name] = Any  # type: ignore[assignment]
         manager._apply_adapters({recipe(lora_id, name)})
@@ -169,7 +169,7 @@ def test_what_is_released_is_held_nowhere_any_more(manager: CountingManager) -> 
 @pytest.mark.parametrize(
     ("others", "reason"),
     [
-        ([(1, "mta1:00000000:shared:c+a09*1")], "two adapters under one id"),
+        ([(1, "mta3:00000000:shared:c+a09*1")], "two adapters under one id"),
         ([(2,), (3,)], "3 adapters, there are 2 slots"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_step_that_vllm_should_not_ask_for_is_refused(
 
 def stacked(letter: str) -> LoRARequest:
     """Somebody's own recipe."""
-    return recipe(ord(letter), f"mta1:00000000:shared:c:u-{letter * 25}e.{letter * 25}e")
+    return recipe(ord(letter), f"mta3:00000000:shared:c:u-{letter * 25}e.{letter * 25}e")
 
 
 def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(manager: CountingManager) -> None:
@@ -350,7 +350,7 @@ def test_on_a_gpu_the_thread_that_fuses_pins_whatever_is_copied_to_a_slot(
     manager._matrices = {BANK: MetaMatrix(layout, rows, 2, True, shared_a)}
     manager.lora_config = SimpleNamespace(lora_dtype=torch.bfloat16)
     manager._pinned = True
-    plain, pinning = f"mta1:{BANK}:{method}:c+a01*300", Pinning(monkeypatch)
+    plain, pinning = f"mta3:{BANK}:{method}:c+a01*300", Pinning(monkeypatch)
     name = f"{plain}:u-{'a' * 25}e.{'a' * 25}e" if stacked else plain
     own = LoraWeights(2, {"q": torch.randn(2, 8)}, {"q": torch.randn(6, 2)})
     manager._users[name] = encode_user_adapter(layout, UserAdapter(plain, own))

@@ -47,7 +47,7 @@ def profile(**changes: object) -> Profile:
         | st.builds(
             AdapterNote,
             id=IDS,
-            recipe=st.text("mta1:c+a0123456789*", min_size=1),
+            recipe=st.text("mta3:c+a0123456789*", min_size=1),
             size_bytes=st.integers(0, 1 << 30),
             created_ms=st.integers(0, 1 << 50),
             made_in=st.sampled_from(("", f"00-{1:032x}-{2:016x}-01")),

@@ -21,7 +21,7 @@ _MEANWHILE = "Until the items have been read, the"
 class RuleAnswer(BaseModel, frozen=True):
     """How what is known of a user becomes weights."""
 
-    name: str = Field(description="`topic`, `signature` or `posterior`.")
+    name: str = Field(description="`topic` or `posterior`.")
     says: str = Field(description="The same in words.")
     constants: dict[str, int | float]
 
@@ -31,7 +31,7 @@ class AnchorOnMap(BaseModel, frozen=True):
 
     id: str = Field(examples=["a03"])
     items: int = Field(description="How many items it was trained on.")
-    at: Place | None = Field(description="Where it lies on the map.")
+    at: Place = Field(description="Where it lies on the map.")
     words: list[str] = Field(description="Typical words of its own, where the bank was built with `--describe`.")
 
 
@@ -53,7 +53,7 @@ class BankAnswer(BaseModel, frozen=True):
     rule: RuleAnswer
     common_row: bool = Field(description="Whether an adapter that all people share is part of every recipe.")
     anchors: list[AnchorOnMap]
-    map: MapAnswer | None = Field(description="Null for a bank that was built before there were maps.")
+    map: MapAnswer
 
 
 @router.get("/bank")
@@ -65,7 +65,7 @@ async def read_bank(request: Request) -> BankAnswer:
 def bank_answer(bank: ServingBank) -> BankAnswer:
     """A bank as clients see it."""
     manifest, atlas = bank.manifest, bank.atlas
-    places = [(float(x), float(y)) for x, y in atlas.anchors] if atlas else [None] * len(manifest.anchors)
+    places = [(float(x), float(y)) for x, y in atlas.anchors]
     return BankAnswer(
         bank=manifest.short,
         model=manifest.base_model.name,
@@ -79,7 +79,7 @@ def bank_answer(bank: ServingBank) -> BankAnswer:
             AnchorOnMap(id=entry.id, items=entry.items, at=place, words=list(entry.words))
             for entry, place in zip(manifest.anchors, places, strict=True)
         ],
-        map=MapAnswer(explained=(atlas.explained[0], atlas.explained[1])) if atlas else None,
+        map=MapAnswer(explained=(atlas.explained[0], atlas.explained[1])),
     )
 
 
@@ -92,16 +92,6 @@ def rule_answer(rule: WeightRule) -> RuleAnswer:
             f"either direction: the more they have written the further, halfway at about {posterior.decay:g} tokens. "
             f"At most {posterior.anchors} steps are taken, the longest. {_topic(rule, _MEANWHILE)}",
             constants={"anchors": posterior.anchors, "decay": posterior.decay} | _of_topic(rule),
-        )
-    if evidence := rule.signature:
-        numbers = evidence.model_dump(include={"anchors", "strength", "tau", "kappa", "slope"})
-        beside = f" + {evidence.kappa:g} × similarity" if evidence.kappa else ""
-        return RuleAnswer(
-            name="signature",
-            says=f"The {evidence.anchors} anchors that explain a user's own items best speak, the better the louder "
-            f"(softmax of {evidence.tau:g} × √tokens × predicted gain{beside}); "
-            f"their weights sum to {evidence.strength:g}. {_topic(rule, _MEANWHILE)}",
-            constants=numbers | _of_topic(rule),
         )
     return RuleAnswer(name="topic", says=_topic(rule), constants={"anchors": rule.anchors, "strength": rule.strength})
 
