@@ -1,34 +1,66 @@
-"""What a running gateway is made of, as the routes see it. `server/gateway/app.py` puts it together."""
+"""What a running gateway is made of: the one place where its parts are opened, put together and closed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from fastapi import Request
 
+from adapters.errors import MtaError
+from bank.items.retrieval import ItemIndex
+from bank.items.tasks import Task
+from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
-from server.errors import Unavailable
-from server.gateway.access.caller import caller_of
-from server.gateway.access.known_keys import KnownKeys
-from server.gateway.access.limiter import Limiter
+from bank.models.folders import ensure_embedder
+from server.errors import ApiError, Unavailable
+from server.gateway.access import places as gateway_places
+from server.gateway.access.keys import LOOK_AGAIN_S, KnownKeys, caller_of, name_of
+from server.gateway.access.limiter import RENEW_S, Limiter
+from server.gateway.access.places import SharedPlaces
+from server.gateway.access.queue import EngineQueue
+from server.gateway.access.shares import Line, Shares
+from server.gateway.engines.admin import Engines
+from server.gateway.engines.chat import EngineClient, open_session
+from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.generator import Generator
+from server.gateway.generation.histories import HistoryIndexer, IndexCache
 from server.gateway.generation.personalizer import Personalizer
+from server.gateway.generation.prompts import PromptBuilder
+from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.json_body import JsonRoute, SamplesRoute
-from server.gateway.operating.health import Health
+from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
 from server.gateway.users.exporting import Exporting
+from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import Profiles
-from server.settings import Settings
+from server.gateway.users.sample_checks import SampleChecks
+from server.settings import MAX_ITEM_BYTES, Settings
+from server.store.durability import LOOK_S, ForgetsOnDisk
+from server.store.jobs import JobStore
+from server.store.opening import open_stores
+from server.store.samples import JobBudget
+from server.store.tenants.rates import Allowance
 from server.store.tenants.user_key import Tenants, User, UserKeys
+from server.watching.background import forever, stand_back
 from server.watching.tracing import Tracing
+
+log = logging.getLogger("mta.gateway")
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of one gateway over one bank."""
+    """The parts of one gateway over one bank; all but the bank's own it has in common with the others."""
 
     settings: Settings
     tenants: Tenants
@@ -46,24 +78,28 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Banks:
-    """The parts of one gateway over each bank that it serves.
+class Gateway:
+    """A gateway over all banks that it serves.
 
     Attributes:
         parts: by the bank's 8 hex digits; the first are for tenants that name no bank.
         keys: know which tenant names which.
+        bodies: reads requests.
     """
 
     parts: Mapping[str, Parts]
     keys: KnownKeys
+    tenants: Tenants
+    limiter: Limiter
+    bodies: BodyReader
 
     @property
     def usual(self) -> Parts:
-        """Those for tenants that name no bank."""
+        """The parts for tenants that name no bank."""
         return next(iter(self.parts.values()))
 
     def of(self, tenant: str) -> Parts:
-        """Those for a tenant.
+        """The parts for a tenant.
 
         Raises:
             Unavailable: when it names a bank that is not served here.
@@ -80,21 +116,189 @@ class Banks:
         return parts
 
 
+@asynccontextmanager
+async def open_gateway(
+    settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing
+) -> AsyncIterator[Gateway]:
+    """Open every part, refuse to start if one cannot serve, and close them in turn.
+
+    Raises:
+        MtaError: naming what is missing or damaged.
+    """
+    tenants = Tenants(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
+    embedder = await asyncio.to_thread(lambda: Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)))
+    banks = await asyncio.to_thread(_open_banks, settings.banks, embedder.id)
+    engine_key = settings.engine_key.get_secret_value() if settings.engine_key else None
+    async with AsyncExitStack() as stack:
+        try:
+            stores = await stack.enter_async_context(open_stores(settings, timed=metrics.store, span=tracing.span))
+        except ApiError as error:
+            raise MtaError(f"MTA_REDIS_URL: {error.explained}") from error
+        await keys.look(stores.keys)
+        keys.check_host(settings.host)
+        if not stores.server.durability.lasts:
+            log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
+        session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
+        # They stand back: on one machine, writes would slow answers down.
+        embedding = stack.enter_context(ThreadPoolExecutor(1, "embed", stand_back))
+        body_thread = stack.enter_context(ThreadPoolExecutor(1, "bodies"))
+
+        engines = Engines(session, settings.engines, engine_key)
+        engine = EngineClient(session, settings.engine_url, engines, engine_key, metrics.retries.inc)
+        tokenizer = TokenizerClient(engines)
+        fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
+        health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
+        metrics.watch(lambda: engines.figures, lambda: health.readiness, lambda: stores.server.memory)
+
+        limiter = Limiter(
+            stores.rates,
+            per_key=Allowance(
+                settings.key_requests, settings.key_tokens, settings.key_jobs, concurrent=settings.key_concurrent
+            ),
+            per_user=Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs),
+            refused=metrics.count_refusal,
+        )
+        places = SharedPlaces(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
+        stack.push_async_callback(places.leave)
+        queue = EngineQueue(
+            places, most_waiting=settings.queue_places, patience_s=settings.queue_timeout_s, metrics=metrics
+        )
+        large = Line(Shares(lambda: LARGE_AT_ONCE))
+        bodies = BodyReader(body_thread, lambda request: large.place(name_of(request)))
+
+        def parts_over(folder: Path, bank: ServingBank) -> Parts:
+            profiles = Profiles(
+                stores.profiles,
+                embedder=embedder,
+                task=bank.task,
+                executor=embedding,
+                limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
+                signing=stores.signing(bank.manifest.short) if bank.signs else None,
+            )
+            personalizer = Personalizer(bank, profiles)
+            cache = IndexCache((settings.history_cache_mib << 20) // len(banks))
+            histories = HistoryIndexer(profiles, bank.task, cache)
+            return Parts(
+                settings=settings,
+                tenants=tenants,
+                bank=bank,
+                profiles=profiles,
+                adapting=Adapting(
+                    stores.jobs,
+                    profiles,
+                    checks=SampleChecks(tokenizer, lambda: engines.context),
+                    manifest=bank.manifest,
+                    task=bank.task,
+                    max_sample_bytes=MAX_ITEM_BYTES,
+                    budget=JobBudget(settings.job_tokens, settings.job_seconds),
+                    tracing=tracing,
+                ),
+                erasing=Erasing(
+                    stores.profiles,
+                    adapters=stores.adapters,
+                    jobs=stores.jobs,
+                    signing=stores.signing,
+                    bank=bank.manifest.short,
+                    log_file=stores.file,
+                    drop=engines.drop,
+                ),
+                exporting=Exporting(
+                    stores.profiles, jobs=stores.jobs, adapters=stores.adapters, bank=folder, manifest=bank.manifest
+                ),
+                personalizer=personalizer,
+                generator=Generator(
+                    personalizer,
+                    PromptBuilder(bank.task, tokenizer, histories, settings.queue_timeout_s),
+                    engine,
+                    engines,
+                    limiter=limiter,
+                    queue=queue,
+                    max_prompt_chars=settings.max_prompt_chars,
+                ),
+                limiter=limiter,
+                health=health,
+                metrics=metrics,
+                tracing=tracing,
+            )
+
+        parts = {bank.manifest.short: parts_over(folder, bank) for folder, bank in banks.items()}
+        for short in parts:
+            metrics.bank.labels(short).set(1)
+        usual = next(iter(banks.values()))
+        for beside in (
+            health.watch(),
+            forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
+            forever(LOOK_S, partial(_look_at_file, stores.file, metrics), log),
+            forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
+            forever(gateway_places.LOOK_S, places.look, log),
+            forever(RENEW_S, limiter.in_progress.renew, log),
+            asyncio.to_thread(_load_search, usual.task),
+        ):
+            stack.push_async_callback(_stopped, asyncio.create_task(beside))
+        yield Gateway(parts, keys, tenants, limiter, bodies)
+
+
+def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, ServingBank]:
+    """The banks by their folders, first the one for all tenants that name none.
+
+    Raises:
+        MtaError: when that one cannot be served.
+    """
+    first, *others = folders
+    banks = {first: ServingBank.open(first, embedder_id)}
+    for folder in others:
+        try:
+            banks[folder] = ServingBank.open(folder, embedder_id)
+        except MtaError as error:
+            log.warning("the next bank is for engines alone, tenants cannot name it here: %s", error)
+    return banks
+
+
+async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) -> None:
+    """Count the banks' open jobs; while the store is away the last count stays, and `/ready` says why."""
+    with contextlib.suppress(Unavailable):
+        found = [await jobs.backlog(bank) for bank in banks]
+        metrics.jobs.labels("queued").set(sum(each.waiting for each in found))
+        metrics.jobs.labels("running").set(sum(each.open - each.waiting for each in found))
+        metrics.oldest_job.set(max(each.oldest_s for each in found))
+
+
+async def _look_at_file(file: ForgetsOnDisk, metrics: Metrics) -> None:
+    metrics.rewrite_overdue.set(await file.overdue_s())
+    await file.look()
+
+
+def _load_search(task: Task) -> None:
+    """Load the search library, which takes as long as all the rest: nothing but histories in prompts needs it."""
+    ItemIndex(task, ())
+    gc.freeze()  # as when the gateway began to listen
+
+
+async def _stopped(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that received a request."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
 def parts_of(request: Request) -> Parts:
     """The parts of the gateway that received a request, over the bank of the tenant that sent it."""
-    banks: Banks = request.app.state.banks
-    return banks.of(caller_of(request).tenant)
+    return gateway_of(request).of(caller_of(request).tenant)
 
 
 def usual_parts(request: Request) -> Parts:
     """The parts of the gateway that received a request, whoever sent it."""
-    banks: Banks = request.app.state.banks
-    return banks.usual
+    return gateway_of(request).usual
 
 
 def users_of(request: Request) -> UserKeys:
     """How the users of the tenant that sent a request are named."""
-    return parts_of(request).tenants.users(caller_of(request).tenant)
+    return gateway_of(request).tenants.users(caller_of(request).tenant)
 
 
 def user_of(request: Request, user_id: str) -> User:

@@ -20,7 +20,7 @@ from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers import append_only_file
-from tests.support.engine import Subject, ways_to
+from tests.support.engine import Subject, client_of
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.store_parts import KEYS, StoreParts
 
@@ -122,9 +122,9 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
-    return EngineClient(session, ways_to(session, subject.url), KEY)
+    return client_of(session, subject.url)
 
 
 @pytest.fixture
 def tokenizer(subject: Subject, session: aiohttp.ClientSession) -> TokenizerClient:
-    return TokenizerClient(session, Engines(session, [subject.url], KEY), KEY)
+    return TokenizerClient(Engines(session, [subject.url], KEY))

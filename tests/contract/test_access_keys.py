@@ -10,8 +10,7 @@ import pytest
 import redis.asyncio as redis
 
 from server.errors import ApiError, Forbidden, Unauthorized, Unavailable
-from server.gateway.access.caller import Caller
-from server.gateway.access.known_keys import LOOK_AGAIN_S, KnownKeys
+from server.gateway.access.keys import LOOK_AGAIN_S, Caller, KnownKeys
 from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.servers.connection import READ_TIMEOUT_S
 from server.store.tenants.access_keys import AccessKey, Scope, access_key, new_secret

@@ -17,11 +17,10 @@ from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient
-from server.gateway.engines.stream import texts_of
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.operating.health import Health
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.engine import Subject, answer, ask, refusal, ways_to
+from tests.support.engine import Subject, answer, ask, client_of, refusal
 from tests.support.fake_engine import FakeEngine, Knobs
 
 CONTEXT = 512
@@ -29,7 +28,7 @@ CONTEXT = 512
 
 async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: EngineClient, subject: Subject) -> None:
     async with client.generate(ask(subject.recipe().name)) as stream:
-        pieces = [text async for text in texts_of(stream.pieces())]
+        pieces = [text async for text, _ in stream if text]
     assert all(pieces)
     assert stream.first_token_s is not None
     assert stream.first_token_s > stream.sent_s
@@ -42,7 +41,7 @@ async def test_an_answer_comes_in_pieces_and_ends_with_reason_and_usage(client: 
 async def test_a_whole_answer_is_the_streamed_one(client: EngineClient, subject: Subject) -> None:
     request = ask(subject.recipe().name, max_tokens=24)
     async with client.generate(replace(request, stream=False)) as whole:
-        pieces = [text async for text in texts_of(whole.pieces())]
+        pieces = [text async for text, _ in whole if text]
     assert pieces == [await answer(client, request)]
     assert whole.first_token_s is None
     assert whole.prompt_tokens == whole.usage["prompt_tokens"]
@@ -58,7 +57,7 @@ async def test_prompts_are_continued_without_a_chat_template(
     request = replace(ask(subject.recipe().name), messages=[], prompt=prompts, stream=stream)
     texts = ["", ""]
     async with client.generate(request) as answer:
-        async for first, value in answer.pieces():
+        async for first, value in answer:
             assert first == (value["choices"][0]["text"] if value["choices"] else "")
             for choice in value["choices"]:
                 texts[choice["index"]] += choice["text"]
@@ -80,7 +79,7 @@ async def test_a_conversation_with_all_roles_is_taken(client: EngineClient, subj
     roles = ("system", "user", "assistant", "user")
     messages = [{"role": role, "content": f"I am the {role} 🌊"} for role in roles]
     async with client.generate(replace(ask(subject.recipe().name), messages=messages)) as stream:
-        async for _ in texts_of(stream.pieces()):
+        async for _ in stream:
             pass
     assert stream.usage["completion_tokens"] == 8
     assert stream.usage["prompt_tokens"] > sum(len(message["content"]) for message in messages) - 1
@@ -162,7 +161,7 @@ async def test_it_counts_the_tokens_of_a_conversation(tokenizer: TokenizerClient
 
 async def test_a_wrong_key_is_the_gateways_fault(subject: Subject, session: aiohttp.ClientSession) -> None:
     for key in ("wrong", None):
-        stranger = EngineClient(session, ways_to(session, subject.url), key)
+        stranger = client_of(session, subject.url, key)
         error = await refusal(stranger, ask("base"), EngineFailed)
         assert error.code == "engine_key"
 
@@ -203,9 +202,9 @@ async def test_connections_are_kept(client: EngineClient, subject: Subject, sess
 
 async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    nobody = EngineClient(session, ways_to(session, nowhere), KEY)
+    nobody = client_of(session, nowhere)
     await refusal(nobody, ask("base"), Unavailable)
-    silent = TokenizerClient(session, Engines(session, [nowhere], KEY), KEY)
+    silent = TokenizerClient(Engines(session, [nowhere], KEY))
     with pytest.raises(Unavailable):
         await silent.refusal([{"role": "user", "content": "hello"}])
     assert await silent.count([{"role": "user", "content": "hello"}]) is None

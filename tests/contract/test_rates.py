@@ -12,7 +12,7 @@ import pytest
 import redis.asyncio as redis
 
 from server.errors import Unavailable
-from server.gateway.access.running import Running
+from server.gateway.access.limiter import InProgress
 from server.store.redis.access.rates import _TAKE, RedisRates
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.rates import Rate, Use
@@ -174,8 +174,8 @@ class TestSeats:
     async def test_renewing_does_not_bring_back_who_left_meanwhile(
         self, rates: RedisRates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        running = Running(rates)
-        seat, reached, gate, run = (
+        running = InProgress(rates)
+        member, reached, gate, run = (
             await running.enter("key-x", 1),
             asyncio.Event(),
             asyncio.Event(),
@@ -191,15 +191,16 @@ class TestSeats:
             patched.setattr(parts.connection, "run", late)
             renewing = asyncio.create_task(running.renew())
             await reached.wait()
-        await running.leave(seat)
+        assert member
+        await running.leave("key-x", member)
         gate.set()
         await renewing
-        assert (await running.enter("key-x", 1)).free
+        assert await running.enter("key-x", 1)
 
     async def test_a_seat_whose_answer_was_lost_is_left_with_its_request(
         self, rates: RedisRates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        running, run = Running(rates), parts.connection.run
+        running, run = InProgress(rates), parts.connection.run
 
         async def lost(*arguments: Any) -> Any:
             await run(*arguments)
@@ -207,19 +208,19 @@ class TestSeats:
 
         with monkeypatch.context() as patched:
             patched.setattr(parts.connection, "run", lost)
-            seat = await running.enter("key-x", 1)
-        assert seat.free
-        assert not (await running.enter("key-x", 1)).free
-        await running.leave(seat)
-        assert (await running.enter("key-x", 1)).free
+            member = await running.enter("key-x", 1)
+        assert member
+        assert not await running.enter("key-x", 1)
+        await running.leave("key-x", member)
+        assert await running.enter("key-x", 1)
 
     async def test_who_goes_on_keeps_its_seat(self, rates: RedisRates, raw: redis.Redis) -> None:
-        running = Running(rates)
+        running = InProgress(rates)
         await running.enter("key-x", 1)
         await raw.pexpire("mta:held:running/key-x", 50_000)
         await running.renew()
         assert await raw.pttl("mta:held:running/key-x") > 50_000
-        assert not (await running.enter("key-x", 1)).free
+        assert not await running.enter("key-x", 1)
 
 
 async def test_a_store_that_is_away_is_said_to_be(rate: Rate) -> None:

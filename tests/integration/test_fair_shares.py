@@ -16,8 +16,7 @@ import pytest
 
 from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
-from server.gateway import app as application
-from server.gateway.http import connection
+from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
 from server.store.redis.access.api_keys import RedisAccessKeys
@@ -74,7 +73,7 @@ def started(gateway_settings: Settings, tmp_path_factory: pytest.TempPathFactory
     def start(**settings: object) -> Iterator[Keyed]:
         update = {"redis_url": store.url, "max_requests": MOST, **settings}
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(application, "BODY_TIMEOUT_S", 5.0)
+            patched.setattr(bodies, "BODY_TIMEOUT_S", 5.0)
             with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
                 yield Keyed(gateway, secrets)
 
@@ -184,7 +183,7 @@ class TestEngine:
     def test_of_clients_that_do_not_read_it_never_has_more_than_there_are_places(
         self, started: Callable[..., Any], fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(connection, "STALLED_S", 0.5)
+        monkeypatch.setattr(serving, "STALLED_S", 0.5)
         fake_engine.knobs.context = 200_000
         body = json.dumps({"user_id": "ada", "prompt": "x", "max_tokens": 100_000, "stream": True}).encode()
         with started(engine_places=2, queue_places=20) as keyed, ExitStack() as held:
@@ -202,6 +201,7 @@ class TestEngine:
             wait_until(all_were_hung_up_on, "everyone's turn")
             with keyed.client("modest") as modest:
                 assert generate(modest, "kai").status_code == 200
+                wait_until(lambda: 'status="499"' in modest.get("/metrics").text, "the requests to be counted")
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_wide_request_goes_in_parts_and_comes_back_as_one_answer(

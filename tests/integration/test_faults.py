@@ -17,7 +17,7 @@ import redis
 from bank.manifest import INDEX_FILE, MATRIX_FILE
 from bench.rig.processes import alive, children, command_line, descendants, listening, mta, running, wait_until
 from bench.rig.up import Up, up
-from tests.support.fake_engine import KEY, FakeEngine
+from tests.support.fake_engine import KEY
 
 PROFILE = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 CONTEXT = 16_384
@@ -137,19 +137,6 @@ def test_killed_with_a_real_engine_it_leaves_no_process(
         started.process.send(signal.SIGKILL)
         started.process.wait()
         wait_until(lambda: not any(alive(pid) for pid in family), "every process to be gone")
-
-
-def test_a_second_gateway_on_the_port_is_refused(
-    machine: Up, tiny_bank_folder: Path, embedder_folder: Path, fake_engine: FakeEngine
-) -> None:
-    port = machine.url.rpartition(":")[2]
-    environment = {"MTA_EMBEDDER": str(embedder_folder), "MTA_SECRET": "s" * 32, "MTA_ENGINE_KEY": KEY}
-    command = mta("gateway", "--bank", str(tiny_bank_folder), "--port", port, "--engine-url", fake_engine.url)
-    with running(command, environment) as second:
-        assert second.wait() == 1
-        assert f"127.0.0.1:{port}" in second.output
-        assert "in use" in second.output
-    assert machine.ready()
 
 
 # What is broken, the commands that must find it at start, and what their one line of explanation holds.

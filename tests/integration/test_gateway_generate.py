@@ -15,6 +15,7 @@ from server.settings import Settings
 from server.store.tenants.user_key import UserKeys
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import SECRET, chunks_of, generate, text_of, wait_until_ready
+from tests.support.openai import ALL, either, error_of
 
 NewUser = Callable[[], str]
 
@@ -30,17 +31,16 @@ def test_a_user_with_a_profile_is_answered_by_their_anchors(
     assert {anchor["id"]: anchor["weight"] for anchor in who["anchors"]} == {
         f"a{term.anchor:02d}": term.weight / 1000 for term in recipe.terms
     }
+    first, second = who["anchors"]
+    assert (first["id"], first["similarity"] > second["similarity"], first["weight"] > second["weight"]) == (
+        "a00",
+        True,
+        True,
+    )
     assert fake_engine.seen[-1].body["model"] == who["recipe"]
     assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
     assert answer["finish_reason"] == "length"
     assert len(answer["text"].split()) == 4
-
-
-def test_the_nearer_anchor_speaks_louder(client: httpx.Client, ada: str) -> None:
-    first, second = generate(client, ada).json()["personalization"]["anchors"]
-    assert first["id"] == "a00"
-    assert first["similarity"] > second["similarity"]
-    assert first["weight"] > second["weight"]
 
 
 def test_an_unknown_user_is_answered_by_the_base_model_and_told_so(
@@ -150,19 +150,20 @@ def test_tokens_are_passed_on_while_the_engine_still_speaks(
         assert fake_engine.seen[-1].tokens < 40
 
 
+@ALL
 @pytest.mark.parametrize("stream", [False, True])
 def test_more_than_the_prompt_leaves_is_refused_and_never_cut_short(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, stream: bool
+    client: httpx.Client, fake_engine: FakeEngine, route: str, stream: bool
 ) -> None:
     wait_until_ready(client)  # the engine's context of 512 is known from here on
-    prompt = "x" * 500
-    assert generate(client, ada, prompt=prompt, max_tokens=12, stream=stream).status_code == 200
+    said = {"messages": [{"role": "user", "content": "x" * 500}]} if "chat" in route else {"prompt": "x" * 500}
+    assert either(client, route, **said, max_tokens=12, stream=stream).status_code == 200
     fake_engine.knobs.token_delay_s = 0.05
-    refused = generate(client, ada, prompt=prompt, max_tokens=13, stream=stream)
-    error = refused.json()["error"]
-    assert (refused.status_code, error["param"], error["code"]) == (400, "max_tokens", "context_length_exceeded")
-    assert "Ask for at most 12" in error["message"]
-    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
+    refused = either(client, route, **said, max_tokens=13, stream=stream)
+    assert error_of(refused) == (400, "max_tokens", "context_length_exceeded")
+    assert "Ask for at most 12" in refused.json()["error"]["message"]
+    seen = fake_engine.seen[-1]  # a whole answer tells the prompt's length at its end
+    wait_until(lambda: seen.aborted or (seen.ended and "stream" not in seen.body), "the engine to be told")
 
 
 def test_connections_to_the_engine_are_used_again(client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from server.store.tenants.user_key import UserKeys
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, generate, give_adapter, wait_until_ready
-from tests.support.openai import BOTH, HELLO, ask, either, error_of
+from tests.support.gateway import SECRET, GatewayThread, chunks_of, generate, give_adapter, wait_until_ready
+from tests.support.openai import BOTH, HELLO, ask, either, error_of, text_of
 
 NewUser = Callable[[], str]
 
@@ -211,19 +211,50 @@ class TestPassing:
         assert error_of(ask(client, messages=HELLO["messages"] * 2))[:2] == (400, "messages")
 
 
-class TestLimits:
-    """How long prompt and answer may be."""
+class TestStreams:
+    """Answers in chunks."""
 
     @BOTH
-    @pytest.mark.parametrize("stream", [False, True])
-    def test_more_than_the_prompt_leaves_is_refused_and_never_cut_short(
-        self, client: httpx.Client, route: str, stream: bool
+    def test_the_first_chunk_says_who_speaks_and_none_has_usage_unless_it_is_asked_for(
+        self, client: httpx.Client, ada: str, route: str
     ) -> None:
-        wait_until_ready(client)
-        said = {"messages": [{"role": "user", "content": "x" * 500}]} if "chat" in route else {"prompt": "x" * 500}
-        assert either(client, route, **said, max_tokens=12, stream=stream).status_code == 200
-        refused = error_of(either(client, route, **said, max_tokens=13, stream=stream))
-        assert refused == (400, "max_tokens", "context_length_exceeded")
+        whole = either(client, route, user=ada).json()
+        response = either(client, route, user=ada, stream=True)
+        *chunks, done = chunks_of(response)
+        assert done == "[DONE]"
+        said = whole["choices"][0]
+        assert text_of(chunks) == (said["text"] if "text" in said else said["message"]["content"])
+        kind = "chat.completion.chunk" if "chat" in route else "text_completion"
+        assert {(chunk["object"], chunk["model"], chunk["id"]) for chunk in chunks} == {(kind, "mta", chunks[0]["id"])}
+        assert [("personalization" in chunk, "usage" in chunk) for chunk in chunks] == [(True, False)] + [
+            (False, False)
+        ] * (len(chunks) - 1)
+        assert chunks[0]["personalization"]["recipe"] == response.headers["X-MTA-Recipe"]
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-2:] == [None, "length"]
+
+    @BOTH
+    def test_usage_comes_last_and_alone_where_it_is_asked_for(self, client: httpx.Client, route: str) -> None:
+        whole = either(client, route).json()
+        options = {"include_usage": True}
+        *chunks, last, done = chunks_of(either(client, route, stream=True, stream_options=options))
+        assert (last["choices"], last["usage"], done) == ([], whole["usage"], "[DONE]")
+        assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
+
+    def test_usage_so_far_comes_where_it_is_asked_for(self, client: httpx.Client) -> None:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        *chunks, _ = chunks_of(ask(client, stream=True, stream_options=options))
+        assert all(chunk["usage"]["prompt_tokens"] for chunk in chunks)
+
+    def test_every_choice_comes_with_its_logprobs(self, client: httpx.Client) -> None:
+        *chunks, _ = chunks_of(ask(client, stream=True, n=2, logprobs=True))
+        assert text_of(chunks, 0) == text_of(chunks, 1) != ""
+        logprobs = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+        assert len(logprobs) == 2 * HELLO["max_tokens"]
+
+
+class TestLimits:
+    """How long prompt and answer may be."""
 
     def test_the_limit_is_named_as_the_client_named_it(self, client: httpx.Client) -> None:
         wait_until_ready(client)

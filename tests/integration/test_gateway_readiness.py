@@ -192,7 +192,7 @@ def test_what_was_seen_too_long_ago_counts_for_nothing(
             raise KeyError("a fault of ours")
 
         with monkeypatch.context() as patch:
-            patch.setattr(gateway.parts.health, "_ask_store", hang)
+            patch.setattr(gateway.parts.health, "_probe_store", hang)
             wait_until(lambda: client.get("/ready").json()["status"] == "stale", "the state to be too old")
             response = client.get("/ready")
             assert response.status_code == 503

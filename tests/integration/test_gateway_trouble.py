@@ -1,4 +1,4 @@
-"""`POST /generate` when the engine lacks an adapter, breaks or goes away, and when the client does."""
+"""Generations when the engine lacks an adapter, breaks or goes away, and when the client does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter, wait_until_ready
+from tests.support.openai import ALL, BOTH, either
 from tests.support.past import ITEMS, put
 
 NewUser = Callable[[], str]
@@ -34,12 +35,13 @@ class TestFallback:
         assert [seen.body["model"] == "base" for seen in fake_engine.seen] == [False, True]
         assert _metric(client, "mta_fallbacks_total") == before + 1
 
-    def test_a_stream_falls_back_too(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
+    @ALL
+    def test_a_stream_falls_back_too(self, client: httpx.Client, ada: str, fake_engine: FakeEngine, route: str) -> None:
         fake_engine.knobs.lacks = lambda model: model != "base"
-        chunks = chunks_of(generate(client, ada, stream=True))
-        assert chunks[0]["personalization"]["level"] == "base"
-        assert chunks[0]["model"] == "base"
-        assert chunks[-1] == "[DONE]"
+        response = either(client, route, user=ada, stream=True)
+        *chunks, done = chunks_of(response)
+        assert (chunks[0]["personalization"]["level"], done) == ("base", "[DONE]")
+        assert response.headers.get("X-MTA-Level", "base") == "base"
 
     def test_without_the_users_adapter_todays_own_recipe_speaks_and_not_the_one_beneath_the_adapter(
         self, client: httpx.Client, new_user: NewUser, fake_engine: FakeEngine, gateway: GatewayThread
@@ -76,6 +78,7 @@ class TestFallback:
 class TestBrokenEngine:
     """The engine fails before or in the middle of an answer."""
 
+    @ALL
     @pytest.mark.parametrize(
         "knobs",
         [
@@ -83,29 +86,39 @@ class TestBrokenEngine:
             {"fail_after": 2},
             {"garbage": b"data: {]\n\n"},
             {"garbage": b"data: {}\n\n"},
+            {"garbage": b'data: {"choices": [{}]}\n\n'},
             {"finish_reasons": ("abort",)},
         ],
     )
     def test_a_stream_ends_in_an_error_event_without_done(
-        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any]
+        self, client: httpx.Client, ada: str, fake_engine: FakeEngine, *, route: str, knobs: dict[str, Any]
     ) -> None:
-        for name, value in knobs.items():
-            setattr(fake_engine.knobs, name, value)
-        *chunks, last = chunks_of(generate(client, ada, stream=True))
-        assert chunks[0]["personalization"]["level"] == "merged"
+        turn(fake_engine, knobs)
+        response = either(client, route, user=ada, stream=True)
+        *chunks, last = chunks_of(response) if response.status_code == 200 else [response.json()]
         assert last["error"]["type"] == "engine_error"
         assert set(last["error"]) == {"message", "type", "param", "code"}
+        assert "[DONE]" not in chunks
+        assert route != "/generate" or chunks[0]["personalization"]["level"] == "merged"
+
+    @BOTH
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_answer_of_which_the_engine_aborted_a_choice_is_no_answer(
+        self, client: httpx.Client, fake_engine: FakeEngine, route: str, stream: bool
+    ) -> None:
+        fake_engine.knobs.finish_reasons = ("stop", "abort")
+        response = either(client, route, stream=stream, n=2, temperature=1)
+        *chunks, last = chunks_of(response) if stream else [response.json()]
+        assert last["error"]["type"] == "engine_error"
         assert "[DONE]" not in chunks
 
     @pytest.mark.parametrize("knobs", [{"die_after": 0}, {"fail_after": 0}])
     def test_a_stream_that_never_began_is_an_error_like_any_other(
         self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any]
     ) -> None:
-        for name, value in knobs.items():
-            setattr(fake_engine.knobs, name, value)
+        turn(fake_engine, knobs)
         response = generate(client, ada, stream=True)
-        assert response.status_code == 502
-        assert response.json()["error"]["type"] == "engine_error"
+        assert (response.status_code, response.json()["error"]["type"]) == (502, "engine_error")
 
     @pytest.mark.parametrize(
         ("knobs", "status"),
@@ -120,8 +133,7 @@ class TestBrokenEngine:
     def test_a_whole_answer_becomes_an_error(
         self, client: httpx.Client, ada: str, fake_engine: FakeEngine, knobs: dict[str, Any], status: int
     ) -> None:
-        for name, value in knobs.items():
-            setattr(fake_engine.knobs, name, value)
+        turn(fake_engine, knobs)
         response = generate(client, ada)
         assert response.status_code == status
         assert response.json()["error"]["type"] == ("engine_error" if status == 502 else "service_unavailable")
@@ -261,13 +273,20 @@ class TestDisconnect:
         assert fake_engine.seen[-1].tokens < 400
         wait_until(lambda: _metric(client, "mta_disconnects_total") == before + 1, "the gateway to count it")
 
+    @ALL
+    @pytest.mark.parametrize("stream", [False, True])
     def test_a_client_that_leaves_before_the_engine_admits_is_noticed(
-        self, gateway: GatewayThread, ada: str, fake_engine: FakeEngine
+        self, gateway: GatewayThread, fake_engine: FakeEngine, route: str, stream: bool
     ) -> None:
         fake_engine.knobs.token_delay_s = 30  # nothing is ever sent
         with gateway.client(timeout_s=0.5) as hasty, pytest.raises(httpx.ReadTimeout):
-            generate(hasty, ada)
+            either(hasty, route, stream=stream)
         wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to notice")
+
+
+def turn(fake_engine: FakeEngine, knobs: dict[str, Any]) -> None:
+    for name, value in knobs.items():
+        setattr(fake_engine.knobs, name, value)
 
 
 def _metric(client: httpx.Client, name: str) -> float:

@@ -77,31 +77,21 @@ def test_repeating_a_request_changes_nothing(
     assert dump(gateway_settings, user_id) == before
 
 
-def test_items_without_an_id_are_known_by_their_content(client: httpx.Client, new_user: NewUser) -> None:
+def test_what_a_change_received_kept_and_changed(client: httpx.Client, new_user: NewUser) -> None:
     user_id = new_user()
+    assert counts(post(client, user_id, texts(0))) == (1, 1, 1)  # adding to nobody makes a profile
     put(client, user_id, [{"text": "one"}, {"text": "two"}])
     assert counts(post(client, user_id, [{"text": "two"}, {"text": "three"}, {"text": "three"}])) == (3, 3, 1)
-
-
-def test_the_same_id_with_new_content_replaces(client: httpx.Client, new_user: NewUser) -> None:
-    user_id = new_user()
     put(client, user_id, [{"id": "a", "text": world(0)}])
-    answer = post(client, user_id, [{"id": "a", "text": world(4)}])
-    assert counts(answer) == (1, 1, 1)
-    assert answer["anchors"][0]["id"] == "a04"
-    assert answer["anchors"][0]["similarity"] == pytest.approx(1, abs=0.01)
-
-
-def test_a_replaced_history_is_forgotten(client: httpx.Client, new_user: NewUser) -> None:
-    user_id = new_user()
-    put(client, user_id, texts(0, 6, 12))
-    answer = put(client, user_id, [{"text": world(5)}])
-    assert counts(answer) == (1, 1, 4)  # three went, one came
-    assert answer["anchors"][0]["id"] == "a05"
-
-
-def test_adding_to_nobody_makes_a_profile(client: httpx.Client, new_user: NewUser) -> None:
-    assert counts(post(client, new_user(), texts(0))) == (1, 1, 1)
+    for change, items, changed, nearest in (
+        (post, [{"id": "a", "text": world(4)}], (1, 1, 1), "a04"),
+        (put, texts(0, 6, 12), (3, 3, 4), "a00"),
+        (put, [{"text": world(5)}], (1, 1, 4), "a05"),  # three went, one came
+    ):
+        answer = change(client, user_id, items)
+        assert counts(answer) == changed
+        assert answer["anchors"][0]["id"] == nearest
+        assert len(items) > 1 or answer["anchors"][0]["similarity"] == pytest.approx(1, abs=0.01)
 
 
 def test_a_profile_does_not_depend_on_how_it_came_about(client: httpx.Client, new_user: NewUser) -> None:

@@ -145,7 +145,7 @@ def test_who_waits_too_long_for_others_histories_is_answered_without_one_and_tol
 def test_a_stream_says_it_in_its_first_chunk(
     client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.gateway.generation.indexing.MOST_WAITING", 0)
+    monkeypatch.setattr("server.gateway.generation.histories.MOST_WAITING", 0)
     first, second, gate = new_user(), new_user(), threading.Event()
     indexed = counted(monkeypatch, gate)
     for user_id in (first, second):

@@ -1,13 +1,11 @@
-"""What one key, one user and all together may ask of a gateway: limits, the line before the engine, slow readers."""
+"""What one key, one user and all together may ask of a gateway: limits, and the line before the engine."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -299,22 +297,3 @@ class TestLine:
             assert generate(client, "rosa").status_code == 200  # it waited where kai had
             assert slow.result().status_code == 200
             assert len(fake_engine.seen) == 2
-
-
-class TestSlowReaders:
-    """Clients that do not read what they asked for."""
-
-    def test_they_hold_no_place_and_are_hung_up_on(self, limited: Limited, fake_engine: FakeEngine) -> None:
-        fake_engine.knobs.context = 200_000
-        with limited("readers", engine_places=1, send_timeout_s=2) as client, ExitStack() as held:
-            body = json.dumps({"user_id": "ada", "prompt": "x", "max_tokens": 100_000, "stream": True}).encode()
-            head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            reader = held.enter_context(socket.socket())
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            reader.connect(("127.0.0.1", client.base_url.port))
-            reader.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            wait_until(lambda: len(fake_engine.seen) == 1, "the place to be taken")
-            assert generate(client, "kai").status_code == 200
-            assert not fake_engine.seen[0].ended
-            wait_until(lambda: fake_engine.seen[0].aborted, "the client to be hung up on")
-            wait_until(lambda: 'status="499"' in client.get("/metrics").text, "the request to be counted")

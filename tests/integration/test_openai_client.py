@@ -160,6 +160,7 @@ class TestErrors:
             ({"extra_body": {"cache_salt": "x"}}, "cache_salt"),
             ({"extra_headers": {"X-User-ID": "kai"}}, "user"),
             ({"max_tokens": 512}, "max_tokens"),
+            ({"max_tokens": 40, "messages": [{"role": "user", "content": "x" * 480}]}, "max_tokens"),
             ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),  # the engine's
             ({"top_logprobs": 2}, "top_logprobs"),  # the engine's
         ],

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from bench.rig.processes import wait_until
-from server.gateway import app as application
-from server.gateway.http import serving
+from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
@@ -34,7 +33,7 @@ def gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(serving, "HEADER_TIMEOUT_S", 0.5)
         patched.setattr(serving, "MAX_HEADER_BYTES", HEADER_BYTES)
-        patched.setattr(application, "BODY_TIMEOUT_S", 0.5)
+        patched.setattr(bodies, "BODY_TIMEOUT_S", 0.5)
         with GatewayThread(few) as running:
             yield running
 

@@ -17,8 +17,6 @@ from bank.manifest import read_manifest
 from bench.rig.engine import KEY
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, EngineRequest
-from server.gateway.engines.stream import texts_of
-from server.gateway.engines.ways import Ways
 
 
 def text_of(response: httpx.Response) -> str:
@@ -49,9 +47,9 @@ class Subject:
         return replace(recipe, **changes)
 
 
-def ways_to(session: aiohttp.ClientSession, url: str) -> Ways:
-    """The only way, to an engine that stands alone."""
-    return Ways(url, Engines(session, [url], KEY))
+def client_of(session: aiohttp.ClientSession, url: str, key: str | None = KEY) -> EngineClient:
+    """A client of an engine that stands alone."""
+    return EngineClient(session, url, Engines(session, [url], KEY), key)
 
 
 def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **sampling: Any) -> EngineRequest:
@@ -67,7 +65,7 @@ def ask(model: str, text: str = "hello there", *, max_tokens: int = 8, **samplin
 
 async def answer(client: EngineClient, request: EngineRequest) -> str:
     async with client.generate(request) as stream:
-        return "".join([text async for text in texts_of(stream.pieces())])
+        return "".join([text async for text, _ in stream])
 
 
 async def refusal(client: EngineClient, request: EngineRequest, kind: type[MtaError]) -> Any:

@@ -16,7 +16,7 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
 from server.gateway.app import create_app
 from server.gateway.http.serving import uvicorn_config
-from server.gateway.parts import Banks, Parts
+from server.gateway.parts import Gateway, Parts
 from server.settings import Settings
 from server.store.profiles import AdapterNote, Change
 from server.store.redis.profiles import RedisProfiles
@@ -50,8 +50,8 @@ class GatewayThread:
     @property
     def parts(self) -> Parts:
         """What it is made of."""
-        banks: Banks = self.app.state.banks
-        return banks.usual
+        gateway: Gateway = self.app.state.gateway
+        return gateway.usual
 
     @property
     def thread(self) -> threading.Thread:

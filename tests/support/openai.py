@@ -1,4 +1,4 @@
-"""Calls of OpenAI's routes, and how to read what comes back."""
+"""Calls of the routes that generate, above all OpenAI's, and how to read what comes back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.gateway import generate
+
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 BOTH = pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+ALL = pytest.mark.parametrize("route", ["/generate", "/v1/chat/completions", "/v1/completions"])
 
 
 def ask(
@@ -20,7 +23,9 @@ def ask(
 
 
 def either(client: httpx.Client, route: str, **fields: Any) -> httpx.Response:
-    """A short answer of one of the two routes."""
+    """A short answer of one of the routes."""
+    if route == "/generate":
+        return generate(client, fields.pop("user", "nobody"), **fields)
     said = HELLO if "chat" in route else {"prompt": "hello", "max_tokens": 4}
     return client.post(route, json=said | fields)
 

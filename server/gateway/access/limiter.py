@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,38 +18,41 @@ from functools import partial
 from typing import Any
 
 from server.errors import TooMany, Unavailable
-from server.gateway.access.caller import Caller
-from server.gateway.access.running import Running, Seat
-from server.gateway.operating.metrics import Metrics
-from server.store.tenants.rates import AS_USUAL, DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use
+from server.gateway.access.keys import Caller
+from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use
+from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
+RENEW_S = 15.0
+_LEASE_S = 60.0
+"""A gateway that dies takes its requests in progress with it after `_LEASE_S`; one that lives renews them in time."""
 _BUSY_S = 1.0
 _USER = "user-"
 _SHOWN = ("requests", "tokens")
 
 
-class Counted:
-    """A request that is counted, until the end of its answer: made by `Limiter`.
+class RequestUsage:
+    """What a request uses of its limits, until the end of its answer: made by `Limiter`.
 
     Attributes:
-        caller: whose it is.
         tokens: how many it used; None if nobody can say, and the estimate counts.
-        uses: what it has been given, and may give back.
+        uses: what has been counted, and may be given back.
         levels: of all rates that it was held against, as they were last seen.
-        seat: among the key's requests in progress.
+        member: its name among the key's requests in progress; empty where they are not counted.
+        body: counts what the body told.
     """
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Caller, allowance: Allowance) -> None:
         self.caller = caller
+        self.allowance = allowance
         self.tokens: int | None = 0
         self.uses: list[Use] = []
         self.levels: dict[Rate, BucketLevel] = {}
-        self.seat = Seat()
+        self.member = ""
         self.body: asyncio.Task[None] | None = None
 
-    async def let_in(self) -> None:
+    async def within_limits(self) -> None:
         """Return once what the body told is known to be within all limits.
 
         Raises:
@@ -58,180 +63,203 @@ class Counted:
 
     def headers(self) -> dict[str, str]:
         """OpenAI's headers that say what is left, of the key's limit and the user's the one that is nearer."""
-        shown = [level for level in self.levels.values() if level.rate.what in _SHOWN]
         headers = {}
-        for level in sorted(shown, key=lambda level: -level.left):
-            what = level.rate.what
-            headers[f"x-ratelimit-limit-{what}"] = str(level.rate.most)
-            headers[f"x-ratelimit-remaining-{what}"] = str(level.left)
-            headers[f"x-ratelimit-reset-{what}"] = f"{level.fits_in_s(level.rate.most):.3f}s"
+        if self.levels:
+            for level in sorted(self.levels.values(), key=lambda level: -level.left):
+                if (what := level.rate.what) in _SHOWN:
+                    headers[f"x-ratelimit-limit-{what}"] = str(level.rate.most)
+                    headers[f"x-ratelimit-remaining-{what}"] = str(level.left)
+                    headers[f"x-ratelimit-reset-{what}"] = f"{level.fits_in_s(level.rate.most):.3f}s"
         return headers
 
 
-def counted_of(request: Mapping[str, Any]) -> Counted:
-    """A request as the way in (`routes.py`) counted it, given as Starlette's `Request` or as an ASGI scope."""
-    counted: Counted = request["state"]["counted"]
-    return counted
+def usage_of(request: Mapping[str, Any]) -> RequestUsage:
+    """A request's usage as the gates (`routes.py`) began it, given as Starlette's `Request` or as an ASGI scope."""
+    usage: RequestUsage = request["state"]["usage"]
+    return usage
+
+
+class InProgress:
+    """Each caller's requests in progress, over all gateways."""
+
+    def __init__(self, store: Rates) -> None:
+        self._store = store
+        self._members: defaultdict[str, set[str]] = defaultdict(set)
+
+    async def enter(self, caller: str, most: int) -> str | None:
+        """Be one of at most so many: under which name, which `leave` takes; None if there are as many already.
+
+        While the store is away there may be any number.
+        """
+        member = secrets.token_hex(8)
+        self._members[caller].add(member)
+        try:
+            if await self._store.hold(f"running/{caller}", [member], _LEASE_S, most) is None:
+                self._forget(caller, member)
+                return None
+        except Unavailable as error:  # it may be counted all the same: its answer was lost
+            log.warning("a request in progress is not counted: %s", error.explained)
+        return member
+
+    async def leave(self, caller: str, member: str) -> None:
+        self._forget(caller, member)
+        try:
+            await self._store.let_go(f"running/{caller}", member)
+        except Unavailable as error:
+            log.warning("a request in progress counts for another %g s: %s", _LEASE_S, error.explained)
+
+    async def renew(self) -> None:
+        """Go on counting what is still in progress; to be called every `RENEW_S`."""
+        for caller, members in list(self._members.items()):
+            await self._store.renew(f"running/{caller}", sorted(members), _LEASE_S)
+
+    def _forget(self, caller: str, member: str) -> None:
+        self._members[caller].discard(member)
+        if not self._members[caller]:
+            del self._members[caller]
 
 
 class Limiter:
     """Counts requests of keys and users, for all gateways together.
 
     Args:
-        store: where they are counted.
-        per_key: what each key may use for which nothing else was said; all who need none are one.
-        per_user: what each user may use.
-        metrics: counts who is refused.
+        per_key: for keys that say nothing themselves; all who need no key are one.
+        refused: called with the reason whenever a request is.
     """
 
-    def __init__(self, store: Rates, *, per_key: Allowance, per_user: Allowance, metrics: Metrics) -> None:
+    def __init__(
+        self, store: Rates, *, per_key: Allowance, per_user: Allowance, refused: Callable[[str], None]
+    ) -> None:
+        self.in_progress = InProgress(store)
         self._store = store
         self._per_key = per_key
         self._per_user = per_user
-        self._metrics = metrics
-        self._running = Running(store)
+        self._refused = refused
         self._working: dict[str, set[asyncio.Task[None]]] = {}  # by caller; none is empty
 
     @asynccontextmanager
     async def counted(
         self, caller: Caller, user_key: str | None = None, *, generates: bool = False
-    ) -> AsyncIterator[Counted]:
-        """Count one request, for the duration of a `with` block.
-
-        Args:
-            caller: whose key it carries.
-            user_key: whom it is for, where that is known before its body.
-            generates: whether it needs tokens: then there must be one left.
+    ) -> AsyncIterator[RequestUsage]:
+        """Count one request, for the duration of a `with` block; one that `generates` finds a token left.
 
         Raises:
             TooMany: when it is not within the limits.
         """
-        counted, most = Counted(caller), self._per(caller).concurrent or 0
-        uses = self._of_key(caller, {"requests": 1} | ({"tokens": 0} if generates else {}))
+        allowance = self._per(caller)
+        usage, most = RequestUsage(caller, allowance), allowance.concurrent or 0
+        uses = _uses(caller.name, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
         uses += self._of_user(user_key, {"requests": 1})
         try:
             if most and (settling := self._working.get(caller.name)):  # who has an answer may ask again at once
                 await asyncio.wait(settling)
             if uses or most:
-                await self._take(counted, uses, most)
-            yield counted
+                await self._use(usage, uses, most)
+            yield usage
         finally:
-            if uses or most or counted.body:
-                self._later(caller, self._settle(counted))
+            if uses or most or usage.body:
+                self._later(caller, self._settle(usage))
 
-    def count_body(self, counted: Counted, user_key: str | None, tokens: Callable[[], int]) -> None:
-        """Count what only a generation's body tells; `Counted.let_in` says whether it fits.
+    def count_body(self, usage: RequestUsage, user: User | None, tokens: Callable[[], int]) -> None:
+        """Count what only a generation's body tells; `RequestUsage.within_limits` says whether it fits.
 
-        Args:
-            counted: the request.
-            user_key: whom it is for; None for nobody in particular.
-            tokens: says about how many it needs. What it really used, the block sets; the difference is given back.
+        `tokens` says about how many it needs; what `usage.tokens` says in the end counts instead.
         """
-        needs = self._per(counted.caller).tokens or (user_key is not None and self._per_user.tokens)
-        amounts = {"tokens": tokens()} if needs else {}
-        uses = self._of_key(counted.caller, amounts) + self._of_user(user_key, {"requests": 1} | amounts)
+        amounts = {"tokens": tokens()} if usage.allowance.tokens or (user and self._per_user.tokens) else {}
+        uses = _uses(usage.caller.name, usage.allowance, amounts)
+        uses += self._of_user(user.key if user else None, {"requests": 1} | amounts)
         if uses:
-            counted.body = asyncio.create_task(self._take(counted, uses, 0))
+            usage.body = asyncio.create_task(self._use(usage, uses, 0))
 
     def count_afterwards(self, caller: Caller) -> None:
         """Count a request that is never refused, for which nobody waits, against its key."""
-        if uses := self._of_key(caller, {"requests": 1}):
+        if uses := _uses(caller.name, self._per(caller), {"requests": 1}):
             self._later(caller, self._correct(uses))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
-        """Count an adapt job.
-
-        Returns:
-            What `give_back` takes if there is no new job after all.
+        """Count an adapt job; returns what `give_back` takes if there is no new job after all.
 
         Raises:
             TooMany: when there have been as many as allowed.
         """
-        counted, uses = Counted(caller), self._of_key(caller, {"jobs": 1}) + self._of_user(user_key, {"jobs": 1})
-        if uses:
-            await self._take(counted, uses, 0)
-        return counted.uses
+        usage, jobs = RequestUsage(caller, self._per(caller)), {"jobs": 1}
+        if uses := _uses(caller.name, usage.allowance, jobs) + self._of_user(user_key, jobs):
+            await self._use(usage, uses, 0)
+        return usage.uses
 
     async def give_back(self, uses: Sequence[Use]) -> None:
         """Count some uses no more."""
         await self._correct([replace(use, amount=-use.amount) for use in uses])
 
-    async def renew(self) -> None:
-        """Keep counting the requests in progress; to be called every `RENEW_S`."""
-        await self._running.renew()
-
     def _per(self, caller: Caller) -> Allowance:
-        said = caller.allowance
-        return self._per_key if said == AS_USUAL else said.or_else(self._per_key)
-
-    def _of_key(self, caller: Caller, amounts: Mapping[str, int]) -> list[Use]:
-        return _uses(caller.name, self._per(caller), amounts)
+        return caller.allowance.or_else(self._per_key)
 
     def _of_user(self, user_key: str | None, amounts: Mapping[str, int]) -> list[Use]:
         return [] if user_key is None else _uses(f"{_USER}{user_key}", self._per_user, amounts)
 
-    async def _take(self, counted: Counted, uses: Sequence[Use], most: int) -> None:
+    async def _use(self, usage: RequestUsage, uses: Sequence[Use], most: int) -> None:
         """Use all of it, or raise and use nothing: a user who asks too often uses up nothing of their app's.
 
-        Args:
-            counted: gets what is counted: not what the store could not count.
-            uses: what is wanted.
-            most: how many requests of the caller there may be in progress; 0 for any number.
+        `usage` gets what is counted: not what the store could not count. `most` requests of the caller may be in
+        progress, 0 for any number.
         """
-        tried = asyncio.gather(*(self._try(owned, counted) for owned in _by_owner(uses)))
-        unfit, seat = await asyncio.gather(tried, self._running.enter(counted.caller.name, most))
+        tried = asyncio.gather(*(self._try(owned, usage) for owned in _by_owner(uses)))
+        if most:
+            unfit, member = await asyncio.gather(tried, self.in_progress.enter(usage.caller.name, most))
+        else:
+            unfit, member = await tried, ""
         refused = [use for owned in unfit for use in owned]
-        if seat.member:
-            counted.seat = seat
-        if seat.free and not refused:
+        usage.member = member or ""
+        if member is not None and not refused:
             return
-        given, counted.uses = counted.uses, []
+        given, usage.uses = usage.uses, []
         await self.give_back(given)
-        raise self._refusal(refused, most, counted)
+        raise self._refusal(refused, most, usage)
 
-    async def _try(self, uses: Sequence[Use], counted: Counted) -> Sequence[Use]:
+    async def _try(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:
         """Use some of an owner's rates, and return those that do not fit; where 0 is used, 1 has to be left."""
         try:
             found = await self._store.take(uses)
         except Unavailable as error:
             log.warning("a request is not counted: %s", error.explained)
             return ()
-        counted.levels.update({level.rate: level for level in found.levels})
+        usage.levels.update({level.rate: level for level in found.levels})
         if found.counted:
-            counted.uses += uses
+            usage.uses += uses
         known = zip(uses, found.fit, found.levels, strict=True)
         return [use for use, fits, level in known if not fits or level.left < (not use.amount)]
 
-    async def _settle(self, counted: Counted) -> None:
+    async def _settle(self, usage: RequestUsage) -> None:
         """Count the tokens that were really used, and the request as in progress no more."""
-        if counted.body:
-            await asyncio.gather(counted.body, return_exceptions=True)
-        if counted.tokens is not None:
-            taken = [use for use in counted.uses if use.rate.what == "tokens" and use.amount]
-            await self._correct([replace(use, amount=counted.tokens - use.amount) for use in taken])
-        await self._running.leave(counted.seat)
+        if usage.body:
+            await asyncio.gather(usage.body, return_exceptions=True)
+        if usage.tokens is not None:
+            estimates = [use for use in usage.uses if use.rate.what == "tokens" and use.amount]
+            await self._correct([replace(use, amount=usage.tokens - use.amount) for use in estimates])
+        if usage.member:
+            await self.in_progress.leave(usage.caller.name, usage.member)
 
     async def _correct(self, uses: Sequence[Use]) -> None:
         """Count so much more or less of each rate."""
         changed = [use for use in uses if use.amount]
         await asyncio.gather(*(self._quietly(self._store.correct(owned)) for owned in _by_owner(changed)))
 
-    def _refusal(self, unfit: Sequence[Use], most: int, counted: Counted) -> TooMany:
-        self._metrics.shed.labels(unfit[0].rate.what if unfit else "concurrent").inc()
-        if unfit:
-            rate, wait_s = unfit[0].rate, max(counted.levels[use.rate].fits_in_s(use.amount or 1) for use in unfit)
-            what = "adapt jobs a day" if rate.what == "jobs" else f"{rate.what} a minute"
-            whose = "user" if rate.owner.startswith(_USER) else "API key"
+    def _refusal(self, unfit: Sequence[Use], most: int, usage: RequestUsage) -> TooMany:
+        self._refused(unfit[0].rate.what if unfit else "concurrent")
+        if not unfit:
             return TooMany(
-                f"this {whose} may use {rate.most} {what}, and fewer are left than this request needs: try again in "
-                f"{wait_s:.0f} s",
-                retry_after_s=wait_s,
-                limits=counted.headers(),
+                f"{most} requests of this API key are in progress, the most at once: try again in a moment",
+                retry_after_s=_BUSY_S,
+                limits=usage.headers(),
             )
+        rate, wait_s = unfit[0].rate, max(usage.levels[use.rate].fits_in_s(use.amount or 1) for use in unfit)
+        what = "adapt jobs a day" if rate.what == "jobs" else f"{rate.what} a minute"
+        whose = "user" if rate.owner.startswith(_USER) else "API key"
         return TooMany(
-            f"{most} requests of this API key are in progress, the most at once: try again in a moment",
-            retry_after_s=_BUSY_S,
-            limits=counted.headers(),
+            f"this {whose} may use {rate.most} {what}, and fewer are left than this request needs: try again in "
+            f"{wait_s:.0f} s",
+            retry_after_s=wait_s,
+            limits=usage.headers(),
         )
 
     async def _quietly(self, work: Awaitable[object]) -> None:

@@ -1,14 +1,13 @@
-"""What each route wants of a key, and takes: one table, which every route must be in, and the one way in.
+"""What each route wants of a key, and of which kind it is, in one table that has every route; and the first two gates.
 
-All that a caller may take is taken here, before the request's body is read, or handed on from here: a place among the
-requests in progress, and among the event streams (`shares.py`); what limits count of its key (`limiter.py`). Large
-bodies and the engines have places of their own, by the same rule.
+A request passes three gates. The first is how many there may be at all, and of each caller (`shares.py`); the second
+what its key may do, and may use (`limiter.py`). Both come before its body is read. The third is the queue before the
+engines (`queue.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,8 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from server.errors import Forbidden, TooMany, Unavailable
-from server.gateway.access.caller import caller_of, name_of
+from server.gateway.access.keys import KnownKeys, caller_of, name_of
 from server.gateway.access.shares import Shares
-from server.gateway.operating.metrics import Metrics
 from server.store.tenants.access_keys import CREATE, Scope
 
 if TYPE_CHECKING:
@@ -30,18 +28,19 @@ OPEN = None
 """Wants no key: it says nothing of users, and nothing of the server that its source does not say."""
 
 
-class Takes(StrEnum):
-    """What a request takes of its caller's."""
+class RouteKind(StrEnum):
+    """What a request takes of its caller's share."""
 
-    NOTHING = "nothing"
-    """Operations' own are always served."""
-    PLACE = "place"
-    """Erasing is never refused for what was asked for before, and who has no key has no limits."""
+    OPERATION = "operation"
+    """Nothing: those who run the server are always served."""
+    UNLIMITED = "unlimited"
+    """A place: erasing is never refused for what was asked for before, and who has no key has no limits."""
     REQUEST = "request"
-    STREAM = "stream"
-    """A request that may last for hours."""
+    """A place, and one of the key's requests."""
+    EVENTS = "events"
+    """The same, and a place among the event streams: it may last for hours."""
     GENERATION = "generation"
-    """A request that needs tokens; what they are, its body says."""
+    """The same as a request, and tokens: how many, its body says."""
 
 
 ROUTES: Mapping[str, Scope | None] = {
@@ -73,17 +72,17 @@ ROUTES: Mapping[str, Scope | None] = {
     "GET /openapi.json": OPEN,
 }
 
-TAKES: Mapping[str, Takes] = {
-    "POST /generate": Takes.GENERATION,
-    "POST /v1/chat/completions": Takes.GENERATION,
-    "POST /v1/completions": Takes.GENERATION,
-    "GET /jobs/{job_id}/events": Takes.STREAM,
-    "DELETE /users/{user_id}": Takes.PLACE,
-    "GET /metrics": Takes.NOTHING,
-    "GET /health": Takes.NOTHING,
-    "GET /ready": Takes.NOTHING,
+KINDS: Mapping[str, RouteKind] = {
+    "POST /generate": RouteKind.GENERATION,
+    "POST /v1/chat/completions": RouteKind.GENERATION,
+    "POST /v1/completions": RouteKind.GENERATION,
+    "GET /jobs/{job_id}/events": RouteKind.EVENTS,
+    "DELETE /users/{user_id}": RouteKind.UNLIMITED,
+    "GET /metrics": RouteKind.OPERATION,
+    "GET /health": RouteKind.OPERATION,
+    "GET /ready": RouteKind.OPERATION,
 }
-"""Any other open route takes a place, and any other is a request."""
+"""Any other open route is unlimited, and any other is a request."""
 
 STREAMS = 4
 """The part of all requests in progress that may be event streams of jobs: a quarter."""
@@ -91,28 +90,33 @@ STREAMS = 4
 _SCHEME = "API key"
 
 
-def guard(app: FastAPI, most: int, metrics: Metrics) -> None:
-    """Have every route that an application has by now let in only who may use it, and its document say so.
+def guard(app: FastAPI, keys: KnownKeys, most: int, refused: Callable[[str], None]) -> None:
+    """Put the gates before every route that an application has by now, and have its document say so.
 
     Args:
-        app: all of it.
+        app: its state has the gateway as `parts.py` makes it.
         most: requests in progress at once.
-        metrics: counts who is refused.
+        refused: called with the reason whenever a request finds no room.
 
     Raises:
         KeyError: when a route is not in the table: nobody has said who may use it.
     """
     places = Shares(lambda: most)
-    of_kind = {Takes.STREAM: [places, Shares(lambda: max(1, most // STREAMS))], Takes.NOTHING: []}
+    of_kind = {RouteKind.EVENTS: [places, Shares(lambda: max(1, most // STREAMS))], RouteKind.OPERATION: []}
     for route in app.routes:
         assert isinstance(route, Route), route
         (method,) = (route.methods or set()) - {"HEAD"}
         name = f"{method} {route.path}"
         wanted = ROUTES[name]
-        takes = TAKES.get(name, Takes.PLACE if wanted is OPEN else Takes.REQUEST)
-        route.app = _Guarded(route.app, wanted, takes, of_kind.get(takes, [places]), metrics)
+        kind = KINDS.get(name, RouteKind.UNLIMITED if wanted is OPEN else RouteKind.REQUEST)
+        route.app = _Gates(
+            route.app, keys, wanted=wanted, kind=kind, places=of_kind.get(kind, [places]), refused=refused
+        )
         if wanted is not OPEN and isinstance(route, APIRoute):
             route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # or none, while no key exists
+    app.router.default = _Gates(  # a page from elsewhere does not even learn which routes there are
+        app.router.default, keys, wanted=OPEN, kind=RouteKind.OPERATION, places=(), refused=refused
+    )
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -124,45 +128,59 @@ def guard(app: FastAPI, most: int, metrics: Metrics) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way of adding to it
 
 
-class _Guarded:
-    """A route behind its scope, places and limits."""
+class _Gates:
+    """A route behind its key, places and limits; notes the caller in a request's state, for `caller_of`."""
 
     def __init__(
-        self, app: ASGIApp, wanted: Scope | None, takes: Takes, places: Sequence[Shares], metrics: Metrics
+        self,
+        app: ASGIApp,
+        keys: KnownKeys,
+        *,
+        wanted: Scope | None,
+        kind: RouteKind,
+        places: Sequence[Shares],
+        refused: Callable[[str], None],
     ) -> None:
         self._app = app
+        self._keys = keys
         self._wanted = wanted
-        self._takes = takes
+        self._kind = kind
         self._places = places
-        self._metrics = metrics
+        self._refused = refused
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        scope["state"]["caller"] = self._keys.caller(scope["headers"])
         if self._wanted is not OPEN and self._wanted not in caller_of(scope).scopes:
             raise Forbidden(
                 f"this API key lacks the scope `{self._wanted}`, which this route wants: "
                 f"`{CREATE} NAME --scope {self._wanted}` makes one that has it"
             )
-        name = name_of(scope)
-        with ExitStack() as held:
+        name, taken = name_of(scope), list[Shares]()
+        try:
             for places in self._places:
                 self._take(places, name)
-                held.callback(places.give_back, name)
-            if self._takes in (Takes.NOTHING, Takes.PLACE):
+                taken.append(places)
+            if self._kind in (RouteKind.OPERATION, RouteKind.UNLIMITED):
                 await self._app(scope, receive, send)
-                return
-            caller, banks = caller_of(scope), scope["app"].state.banks
-            user_id = scope["path_params"].get("user_id")
-            user_key = None if user_id is None else banks.usual.tenants.users(caller.tenant).key(user_id)
-            generates = self._takes is Takes.GENERATION
-            async with banks.usual.limiter.counted(caller, user_key, generates=generates) as counted:
-                scope["state"]["counted"] = counted
-                await self._app(scope, receive, send)
+            else:
+                await self._counted(scope, receive, send)
+        finally:
+            for places in taken:
+                places.give_back(name)
+
+    async def _counted(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        caller, gateway = caller_of(scope), scope["app"].state.gateway
+        user_id = scope["path_params"].get("user_id")
+        user_key = None if user_id is None else gateway.tenants.users(caller.tenant).key(user_id)
+        generates = self._kind is RouteKind.GENERATION
+        async with gateway.limiter.counted(caller, user_key, generates=generates) as scope["state"]["usage"]:
+            await self._app(scope, receive, send)
 
     def _take(self, places: Shares, caller: str) -> None:
         if places.may_take(caller):
             places.take(caller)
             return
-        self._metrics.shed.labels("places").inc()
+        self._refused("places")
         if places.free < 1:
             raise Unavailable(
                 f"{places.taken} requests are in progress, the most at once: try again in a moment",

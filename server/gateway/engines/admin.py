@@ -26,12 +26,7 @@ DROP_TIMEOUT_S = 5.0
 
 
 class EngineFault(MtaError):
-    """Why an address did not answer as it should.
-
-    Args:
-        status: what is wrong, in a word: `unavailable`, `wrong_key` or `not_an_mta_engine`.
-        detail: the same, in a sentence.
-    """
+    """Why an address did not answer as it should; `status` is `unavailable`, `wrong_key` or `not_an_mta_engine`."""
 
     def __init__(self, status: str, detail: str) -> None:
         super().__init__(detail)
@@ -43,9 +38,8 @@ class EngineState:
     """What one engine says about itself.
 
     Attributes:
-        url: the engine's own.
         status: `ok`, or what is wrong, in a word.
-        detail: what is wrong, in a sentence; None if nothing is.
+        detail: what is wrong, in a sentence.
         max_model_len: its context in tokens, where known.
         banks: fingerprints (64 hex digits) of the banks that it serves.
     """
@@ -76,7 +70,7 @@ class EngineFigures:
     max_num_seqs: int | None = None
 
     @property
-    def places(self) -> int:
+    def sequences(self) -> int:
         """Sequences that are computed at once even if each has a recipe of its own; 0 where nobody knows."""
         batch = self.max_num_seqs or 0
         return min(batch, self.slots or batch)
@@ -93,11 +87,6 @@ class AddressState:
 
 class Engines:
     """All engines that the gateway knows.
-
-    Args:
-        session: the process's one HTTP session.
-        urls: every engine's own.
-        key: the key they require, or None.
 
     Attributes:
         answering: the URLs of those that were well when last asked.
@@ -123,14 +112,14 @@ class Engines:
         self.answering = tuple(state.url for state in states if state.status == "ok")
         told = [state.max_model_len for state in states if state.max_model_len]
         self.context = min(told, default=self.context)
-        self.sequences = sum(figures.places for figures in self.figures if figures) or self.sequences
+        self.sequences = sum(figures.sequences for figures in self.figures if figures) or self.sequences
         return tuple(states)
 
     async def router_state(self, url: str, timeout_s: float) -> AddressState:
         """The state of a router."""
         for path in ROUTER_PATHS:
             try:
-                status, _ = await self._answer("GET", url + path, timeout_s)
+                status, _ = await self.request("GET", url + path, timeout_s)
             except EngineFault as fault:
                 return AddressState(url, fault.status, str(fault))
             if status != 404:
@@ -139,13 +128,10 @@ class Engines:
             return AddressState(url, "unavailable", f"it answered {status} to {path}")
         return AddressState(url, "ok")
 
-    def places(self, thing: str) -> tuple[str, ...]:
+    def by_preference(self, thing: str) -> tuple[str, ...]:
         """Where to ask an engine directly: first the one that `thing` always goes to, then those that stand in for it.
 
         Those that were not well when last asked come last: since then they may have come back.
-
-        Args:
-            thing: a recipe's name, or whatever else is to be spread over the engines.
         """
 
         def order(url: str) -> tuple[bool, bytes]:
@@ -179,12 +165,8 @@ class Engines:
             log.warning("the engine at %s could not be told to drop an adapter: %s", url, fault)
 
     async def _ask(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
-        """The body of a private route's answer.
-
-        Raises:
-            EngineFault: when the status is not 200.
-        """
-        status, raw = await self._answer(method, url + route, timeout_s, body, self._headers)
+        """The body of a private route's answer; raises `EngineFault` when the status is not 200."""
+        status, raw = await self.request(method, url + route, timeout_s, body)
         if status in (401, 403):
             raise EngineFault("wrong_key", "it refused the gateway's key: MTA_ENGINE_KEY differs")
         if status == 404:
@@ -193,23 +175,12 @@ class Engines:
             raise EngineFault("unavailable", f"it answered {status}")
         return raw
 
-    async def _answer(
-        self,
-        method: str,
-        url: str,
-        timeout_s: float,
-        body: object = None,
-        headers: dict[str, str] | None = None,
-    ) -> tuple[int, bytes]:
-        """Status and body of an answer.
-
-        Raises:
-            EngineFault: when no answer comes.
-        """
+    async def request(self, method: str, url: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
+        """Status and body of an answer; raises `EngineFault` when none comes."""
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.request(method, url, json=body, headers=headers) as response,
+                self._session.request(method, url, json=body, headers=self._headers) as response,
             ):
                 return response.status, await response.read()
         except TimeoutError as error:

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ import orjson
 
 from adapters.errors import MtaError
 from server.engine_protocol import key_header
-from server.errors import ApiError, EngineFailed, InvalidRequest, Unavailable
+from server.errors import EngineFailed, InvalidRequest, Unavailable
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.stream import BrokeOff, EngineStream, for_clients
-from server.gateway.engines.ways import Way, Ways
 
 log = logging.getLogger("mta.gateway")
 
@@ -31,6 +31,8 @@ _DRAIN_TIMEOUT_S = 1.0
 _NOT_REACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _NO_ENGINE = b"No available workers"  # says vllm-router where it has asked none, since it trusts none just now
 _MOST_SENDINGS = 2  # more would carry a request that kills engines through the fleet
+_MOST_DIRECT = 2
+"""Engines that are asked directly, one after the other."""
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 _INTRICATE = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
 """Fields that may be at fault where the engine names none; without them it is its chat template that refuses."""
@@ -41,12 +43,22 @@ Prompt = str | list[str] | list[int] | list[list[int]]
 """One text or several, or their token ids."""
 
 
-class NotTaken(Unavailable):
-    """No engine has the request, on this way: it can be sent on any other."""
-
-
 class AdapterMissing(MtaError):
     """The engine cannot serve the model it was asked for: another bank, an unknown anchor, a lost user adapter."""
+
+
+class EngineUnavailable(Unavailable):
+    """No answer comes from one address; another may have one.
+
+    Attributes:
+        received: whether an engine may have got the request.
+        silent: whether not a byte came from that address, or from any engine behind it.
+    """
+
+    def __init__(self, message: str, *, received: bool, silent: bool) -> None:
+        super().__init__(message, code="engine_unavailable")
+        self.received = received
+        self.silent = silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +71,9 @@ class EngineRequest:
         messages: the conversation, where there is no prompt.
         sampling: fields passed on as they are, e.g. max_tokens.
         prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
-        stream: whether the answer comes in pieces.
-        prompt: continued as it is.
         cache_salt: the tenant's: what the prefix cache holds of other tenants' prompts speeds nothing up.
+        stream: whether the answer comes in pieces.
+        prompt: continued as it is, without a chat template.
     """
 
     request_id: str
@@ -78,17 +90,22 @@ class EngineClient:
     """Speaks to one OpenAI server: vLLM, or the router in front of several.
 
     Args:
-        session: the process's one HTTP session (see `open_session`).
-        ways: to the engine, or to several.
-        key: the key they require, or None.
+        url: base URL of an engine, or of the router.
+        engines: all of them; where the router fails they are asked directly.
         retried: called whenever a request is sent a second time.
     """
 
     def __init__(
-        self, session: aiohttp.ClientSession, ways: Ways, key: str | None, retried: Callable[[], None] = lambda: None
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        engines: Engines,
+        key: str | None,
+        retried: Callable[[], None] = lambda: None,
     ) -> None:
         self._session = session
-        self._ways = ways
+        self._url = url.rstrip("/")
+        self._engines = engines
         self._headers = {"Content-Type": "application/json"} | key_header(key)
         self._retried = retried
 
@@ -96,7 +113,7 @@ class EngineClient:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
         """Start a generation and wait for its first piece; leaving the context early aborts it in the engine.
 
-        If no piece comes because an engine cannot be reached, or breaks off, it is sent once more, on another way.
+        If no piece comes because an engine cannot be reached, or breaks off, it is sent once more, on another route.
 
         Raises:
             AdapterMissing: when the engine has no such model.
@@ -104,70 +121,82 @@ class EngineClient:
             Unavailable: when no engine can be reached.
             EngineFailed: when its answer makes no sense.
         """
-        async with AsyncExitStack() as stack:
-            yield await self._begun(request, stack)
-
-    async def _begun(self, request: EngineRequest, stack: AsyncExitStack) -> EngineStream:
-        """The answer on the first way on which one begins, of at most two on which the request could be sent."""
-        failure: ApiError | None = None
-        silent, sent = set(), 0
-        for way in self._ways.to(request.model):
-            if way.url in silent:
-                continue
-            if failure:
-                log.warning("%s is sent on another way: %s", request.request_id, failure.explained)
-                self._retried()
-            try:
-                return await stack.enter_async_context(self._sent(request, way))
-            except (Unavailable, BrokeOff) as error:
-                failure = error
-            if isinstance(failure, NotTaken) or (isinstance(failure, Unavailable) and failure.__cause__):
-                silent.add(way.url)  # not a byte came from there, or from any engine behind it
-            sent += not isinstance(failure, NotTaken)
-            if sent == _MOST_SENDINGS:
-                break
-        assert failure
-        raise failure
-
-    @asynccontextmanager
-    async def _sent(self, request: EngineRequest, way: Way) -> AsyncIterator[EngineStream]:
-        sent_s = time.perf_counter()
-        response = await self._post(request, way)
+        stream, response = await self._begin(request)
         try:
-            if response.status != 200:
-                raise await _refusal(response, request)
-            stream = EngineStream(response.content, sent_s, streamed=request.stream, chat=request.prompt is None)
-            await stream.begin()
             yield stream
             if stream.complete:
                 await _drain(response)
         finally:
             response.close()  # after a whole answer the connection is back in the pool, and this does nothing
 
-    async def _post(self, request: EngineRequest, way: Way) -> aiohttp.ClientResponse:
-        said = {"messages": request.messages} if request.prompt is None else {"prompt": request.prompt}
-        url = f"{way.url}/v1/{'chat/completions' if request.prompt is None else 'completions'}"
-        body = {"model": request.model, **said, **request.sampling, "cache_salt": request.cache_salt}
+    async def _begin(self, request: EngineRequest) -> tuple[EngineStream, aiohttp.ClientResponse]:
+        """The answer on the first route on which one begins, of at most two on which an engine may have the request."""
+        failure: EngineUnavailable | BrokeOff | None = None
+        silent, sent = set(), 0
+        for url, session_id in self._routes(request.model):
+            if url in silent:
+                continue
+            if failure:
+                log.warning("%s is sent on another route: %s", request.request_id, failure.explained)
+                self._retried()
+            try:
+                return await self._send(request, url, session_id)
+            except (EngineUnavailable, BrokeOff) as error:
+                failure = error
+            if failure.silent:
+                silent.add(url)
+            sent += failure.received
+            if sent == _MOST_SENDINGS:
+                break
+        assert failure
+        raise failure
+
+    def _routes(self, model: str) -> Iterator[tuple[str, str]]:
+        """Base URLs with the session ids that a router finds an engine by; best first.
+
+        A router sends the same session to the same engine. Another session leads elsewhere, unless by chance it does
+        not; and where the router cannot be reached, or trusts no engine, engines can be asked directly.
+        """
+        yield self._url, model
+        if self._url not in self._engines.urls:
+            yield self._url, f"{model}~"
+        yield from [(url, model) for url in self._engines.by_preference(model) if url != self._url][:_MOST_DIRECT]
+
+    async def _send(
+        self, request: EngineRequest, url: str, session_id: str
+    ) -> tuple[EngineStream, aiohttp.ClientResponse]:
+        sent_s = time.perf_counter()
+        response = await self._post(request, url, session_id)
+        try:
+            if response.status != 200:
+                raise await _refusal(response, request)
+            stream = EngineStream(response.content, sent_s, streamed=request.stream, chat=request.prompt is None)
+            await stream.begin()
+        except BaseException:
+            response.close()
+            raise
+        return stream, response
+
+    async def _post(self, request: EngineRequest, url: str, session_id: str) -> aiohttp.ClientResponse:
+        body = {"model": request.model, **request.sampling, "cache_salt": request.cache_salt}
+        if request.prompt is None:
+            path, body["messages"] = "/v1/chat/completions", request.messages
+        else:
+            path, body["prompt"] = "/v1/completions", request.prompt
         if request.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": way.session}
+        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": session_id}
         try:
-            return await self._session.post(url, data=orjson.dumps(body), headers=headers)
+            return await self._session.post(url + path, data=orjson.dumps(body), headers=headers)
         except aiohttp.SocketTimeoutError as error:
             raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
             message = "the engine cannot be reached now: send the request again"
-            kind = NotTaken if isinstance(error, _NOT_REACHED) else Unavailable
-            raise kind(message, code="engine_unavailable") from error
+            raise EngineUnavailable(message, received=not isinstance(error, _NOT_REACHED), silent=True) from error
 
 
 def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
-    """The HTTP session for all engines.
-
-    Args:
-        timeout_s: longest silence within one answer.
-        options: more of aiohttp's.
-    """
+    """The HTTP session for all engines: `timeout_s` is the longest silence within one answer."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=timeout_s),
@@ -202,15 +231,11 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
         too_long = param in _PROMPT_PARAMS
         if too_long or (param is None and _INTRICATE.isdisjoint(request.sampling)):
             param = request.prompt_param
-        return InvalidRequest(
-            message,
-            param=param,
-            code="context_length_exceeded" if too_long else None,
-        )
+        return InvalidRequest(message, param=param, code="context_length_exceeded" if too_long else None)
     if status in (401, 403):
         return EngineFailed("the engine refused the gateway's key: MTA_ENGINE_KEY differs", code="engine_key")
     if status == 503 and _NO_ENGINE in said:
-        return NotTaken("no engine can be reached now: send the request again", code="engine_unavailable")
+        return EngineUnavailable("no engine can be reached now: send the request again", received=False, silent=True)
     if status >= 500 or status == 429:
-        return Unavailable(f"the engine cannot answer now: {message}", code="engine_unavailable")
+        return EngineUnavailable(f"the engine cannot answer now: {message}", received=True, silent=False)
     return EngineFailed(f"the engine answered {status}: {message}")

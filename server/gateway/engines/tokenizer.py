@@ -5,12 +5,11 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-import aiohttp
 import orjson
 
-from server.engine_protocol import BASE_MODEL, key_header
+from server.engine_protocol import BASE_MODEL
 from server.errors import Unavailable
-from server.gateway.engines.admin import Engines
+from server.gateway.engines.admin import EngineFault, Engines
 
 TIMEOUT_S = 5.0
 """Longest wait for an answer about one conversation, which costs the engine milliseconds."""
@@ -20,17 +19,10 @@ class TokenizerClient:
     """Asks an engine with vLLM's `/tokenize`, and a second one if need be.
 
     Each is asked directly: a router would ask the first of its engines, whether it can be reached or not.
-
-    Args:
-        session: the process's one HTTP session.
-        engines: all of them.
-        key: the key they require, or None.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, engines: Engines, key: str | None) -> None:
-        self._session = session
+    def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        self._headers = {"Content-Type": "application/json"} | key_header(key)
 
     async def count(self, messages: list[dict[str, str]]) -> int | None:
         """Length of a conversation in tokens; None if the engine cannot say, or not in time."""
@@ -41,10 +33,7 @@ class TokenizerClient:
             return None
 
     async def refusal(self, messages: list[dict[str, str]]) -> str | None:
-        """Why the model's chat template refuses a conversation; None if it accepts it.
-
-        Args:
-            messages: ending with the answer, as training renders them.
+        """Why the model's chat template refuses a conversation that ends with the answer; None if it accepts it.
 
         Raises:
             Unavailable: when the engine cannot say, or not in time.
@@ -61,21 +50,12 @@ class TokenizerClient:
 
     async def _ask(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
         """Status and body of the answer."""
-        first, *others = self._engines.places(secrets.token_hex(4))
-        try:
-            return await self._ask_at(first, messages)
-        except Unavailable:
-            if not others:
-                raise
-            return await self._ask_at(others[0], messages)
-
-    async def _ask_at(self, url: str, messages: list[dict[str, str]]) -> tuple[int, Any]:
-        body = orjson.dumps({"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False})
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        try:
-            async with self._session.post(
-                f"{url}/tokenize", data=body, headers=self._headers, timeout=timeout
-            ) as response:
-                return response.status, orjson.loads(await response.read())
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise Unavailable("the engine cannot be reached now", code="engine_unavailable") from error
+        body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False}
+        fault: Exception | None = None
+        for url in self._engines.by_preference(secrets.token_hex(4))[:2]:
+            try:
+                status, raw = await self._engines.request("POST", f"{url}/tokenize", TIMEOUT_S, body)
+                return status, orjson.loads(raw)
+            except (EngineFault, ValueError) as error:
+                fault = error
+        raise Unavailable("the engine cannot be reached now", code="engine_unavailable") from fault

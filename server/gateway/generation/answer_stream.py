@@ -29,9 +29,8 @@ class SubRequest:
     """One of an answer's requests to the engines.
 
     Attributes:
-        request: for some of the answer's choices.
-        first: index of the first of them in the whole answer.
-        sequences: how many they are.
+        first: index of the first of its choices in the whole answer.
+        sequences: how many choices it has.
         brings_prompt: whether its prompt's tokens count; not again where several parts have the same prompt.
     """
 
@@ -81,11 +80,9 @@ class AnswerStream:
     A context manager: at its end parts that are still in progress are aborted, as they are when one of them fails.
 
     Args:
-        parts: all of the answer's.
-        first: what the engine says to the first of them, which has begun.
-        place: of the first.
-        wait: for places for so many sequences of a part that is not the first.
-        begin: has the engine begin with a part.
+        first: what the engine says to the first part, which has begun and has this `place`.
+        wait: for places for so many sequences of another part.
+        begin: has the engine begin with it.
 
     Attributes:
         sent_s, first_token_s, prompt_tokens: of the first part; see `EngineStream`.
@@ -109,11 +106,11 @@ class AnswerStream:
         self._wait = wait
         self._begin = begin
         self._streams: list[tuple[SubRequest, EngineStream]] = [(parts[0], first)]
-        self._read: asyncio.Queue[tuple[SubRequest, Piece] | Exception | None] = asyncio.Queue(_AHEAD)
         self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         if len(self._parts) > 1:
+            self._read = asyncio.Queue[tuple[SubRequest, Piece] | Exception | None](_AHEAD)
             self._reading = asyncio.create_task(self._read_all())
         return self
 
@@ -132,23 +129,21 @@ class AnswerStream:
     @property
     def usage(self) -> dict[str, int]:
         """Token counts of all parts, as far as the engine reported them."""
-        told = [(part, stream.usage) for part, stream in self._streams if stream.usage]
-        if not told:
+        reported = [(part, stream.usage) for part, stream in self._streams if stream.usage]
+        if not reported:
             return {}
-        prompt = sum(usage["prompt_tokens"] for part, usage in told if part.brings_prompt)
-        completion = sum(usage["completion_tokens"] for _, usage in told)
+        prompt = sum(usage["prompt_tokens"] for part, usage in reported if part.brings_prompt)
+        completion = sum(usage["completion_tokens"] for _, usage in reported)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    def pieces(self) -> AsyncIterator[Piece]:
         """All that the engines say: chunks, or the whole answer.
 
-        Raises:
-            EngineFailed: when an engine breaks off, or sends something that is not an answer.
+        Iterating raises `EngineFailed` when an engine breaks off, or sends something that is not an answer.
         """
-        if self._reading is None:
-            async for piece in self._noted(self._first, self._place):
-                yield piece
-            return
+        return self._joined() if self._reading else self._releasing(self._first, self._place)
+
+    async def _joined(self) -> AsyncIterator[Piece]:
         last: list[dict[str, Any]] = []  # whole answers, or what follows a stream's last choice
         created: int | None = None
         while (read := await self._read.get()) is not None:
@@ -185,16 +180,16 @@ class AnswerStream:
             await self._read_part(part, stream, place)
 
     async def _read_part(self, part: SubRequest, stream: EngineStream, place: Place) -> None:
-        async for piece in self._noted(stream, place):
+        async for piece in self._releasing(stream, place):
             await self._read.put((part, piece))
 
-    async def _noted(self, stream: EngineStream, place: Place) -> AsyncIterator[Piece]:
+    async def _releasing(self, stream: EngineStream, place: Place) -> AsyncIterator[Piece]:
         """A part's pieces; a sequence that has ended gives its place back."""
         ended: set[int] = set()
-        async for text, value in stream.pieces():
-            for choice in value["choices"]:
+        async for piece in stream:
+            for choice in piece[1]["choices"]:
                 if self.first_token_s is not None and choice.get("finish_reason") and choice["index"] not in ended:
                     ended.add(choice["index"])
                     place.release(1)
-            yield text, value
+            yield piece
         place.release()

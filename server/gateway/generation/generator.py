@@ -1,184 +1,196 @@
-"""One answer, from request to last token: who speaks, what the engine says, and what to do if it lacks the adapter."""
+"""One answer, from request to last token: `Generator.answer` is the loop that every generation passes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
 
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, EngineFailed, Unavailable
-from server.gateway.access.limiter import Counted, Limiter
-from server.gateway.access.queue import EngineQueue
+from server.gateway.access.limiter import Limiter, RequestUsage
+from server.gateway.access.queue import EngineQueue, Place
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
-from server.gateway.engines.stream import EngineStream, Piece, texts_of
-from server.gateway.generation.answer_stream import AnswerStream, in_parts
-from server.gateway.generation.asked import Asked
-from server.gateway.generation.limits import Limits
-from server.gateway.generation.personalizer import Personalization, Personalizer, may_speak
-from server.gateway.generation.recall import Recall, Recalled
-from server.gateway.generation.timings import Timings
-from server.gateway.operating.metrics import Metrics
+from server.gateway.engines.stream import EngineStream, Piece
+from server.gateway.generation.answer_stream import AnswerStream, SubRequest, in_parts
+from server.gateway.generation.personalizer import Personalization, Personalizer
+from server.gateway.generation.prompts import PromptBuilder, UserPrompt
+from server.gateway.generation.request import GenerationRequest, LengthLimits
 from server.watching.logs import request_id
 
-if TYPE_CHECKING:
-    from prometheus_client import Histogram
 
-T = TypeVar("T")
+class Timings:
+    """Where one request's milliseconds went.
+
+    Attributes:
+        started_s: when it arrived, by the performance counter.
+        ms: durations by name, in the order in which they became known.
+        gaps_s: the times between two pieces that the engine streamed.
+    """
+
+    def __init__(self, started_s: float) -> None:
+        self.started_s = started_s
+        self.ms: dict[str, float] = {}
+        self.gaps_s: list[float] = []
+
+    def record(self, name: str, since_s: float, until_s: float | None = None) -> None:
+        """Set `name` to the time from `since_s` to `until_s` (default: now)."""
+        until_s = time.perf_counter() if until_s is None else until_s
+        self.ms[name] = round((until_s - since_s) * 1000, 3)
+
+    @contextmanager
+    def stage(self, name: str, *, counts: object = True) -> Iterator[None]:
+        """Set `name` to the time that the block takes, if it `counts` and does not fail."""
+        since_s = time.perf_counter()
+        yield
+        if counts:
+            self.record(name, since_s)
+
+    def header(self) -> str:
+        """The value of a `Server-Timing` header."""
+        return ", ".join(f"{name};dur={ms}" for name, ms in self.ms.items())
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer in progress.
 
     Attributes:
-        id: of the request; it is in the engine's logs too.
         personalization: who speaks.
-        recalled: the prompt, and how many past items are in it.
-        stream: the engines'.
-        timings: complete once `texts` or `pieces` has ended.
-        left: headers that say what the caller may still use.
-        inter_token: gets the time between pieces that the engine streams.
+        fallbacks: how many that are more personal the engine could not serve.
+        prompt: what the model is asked, and how many past items are in it.
+        waited_s: for its place in the engines.
+        timings: complete once `pieces` has ended.
+        limits: headers that say what the caller may still use.
     """
 
     id: str
     personalization: Personalization
-    recalled: Recalled
+    fallbacks: int
+    prompt: UserPrompt
+    waited_s: float
     stream: AnswerStream
     timings: Timings
-    inter_token: Histogram
-    left: Mapping[str, str]
+    limits: Mapping[str, str]
 
-    def texts(self) -> AsyncIterator[str]:
-        """The pieces of text, none empty; see `AnswerStream.pieces`."""
-        return self._timed(texts_of(self.stream.pieces()))
-
-    def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Piece]:
         """All that the engine sends; see `AnswerStream.pieces`."""
-        return self._timed(self.stream.pieces())
-
-    async def _timed(self, parts: AsyncIterator[T]) -> AsyncIterator[T]:
-        last_s: float | None = None
-        async for part in parts:
-            if self.stream.first_token_s is not None:  # else it came whole
+        stream, timings = self.stream, self.timings
+        is_streamed, last_s = stream.first_token_s is not None, 0.0
+        async for piece in stream.pieces():
+            if is_streamed and piece[0]:
                 now_s = time.perf_counter()
-                if last_s is not None:
-                    self.inter_token.observe(now_s - last_s)
+                if last_s:
+                    timings.gaps_s.append(now_s - last_s)
                 last_s = now_s
-            yield part
-        self.timings.record("engine", self.stream.sent_s)
-        self.timings.finish()
+            yield piece
+        timings.record("engine", stream.sent_s)
+        timings.record("total", timings.started_s)
 
 
 class Generator:
-    """Answers requests.
-
-    Args:
-        personalizer: says who may speak.
-        recall: renders the prompt.
-        engine: answers it.
-        engines: know the model's context.
-        limiter: counts what callers and users ask for.
-        queue: gives out the places in the engines.
-        max_prompt_chars: longest conversation, history included.
-        metrics: counts fallbacks, and times tokens.
-    """
+    """Answers requests; `max_prompt_chars` is the longest conversation, history included."""
 
     def __init__(
         self,
         personalizer: Personalizer,
-        recall: Recall,
+        prompts: PromptBuilder,
         engine: EngineClient,
         engines: Engines,
         *,
         limiter: Limiter,
         queue: EngineQueue,
         max_prompt_chars: int,
-        metrics: Metrics,
     ) -> None:
         self._personalizer = personalizer
-        self._recall = recall
+        self._prompts = prompts
         self._engine = engine
         self._engines = engines
         self._limiter = limiter
         self._queue = queue
         self._max_prompt_chars = max_prompt_chars
-        self._metrics = metrics
 
     @asynccontextmanager
-    async def answer(self, asked: Asked, counted: Counted, timings: Timings) -> AsyncIterator[Answer]:
+    async def answer(self, request: GenerationRequest, usage: RequestUsage, timings: Timings) -> AsyncIterator[Answer]:
         """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
 
-        Args:
-            asked: well-formed.
-            counted: the request, which is within its key's own limits; it is told what else is used.
-            timings: gets every stage up to the first piece, and the rest at the end of the answer's pieces.
+        The request is within its key's own limits; `usage` is told what else it uses, `timings` what takes how long.
 
         Raises:
             ApiError: whatever keeps the answer from starting.
         """
-        limits = Limits(self._max_prompt_chars, self._engines.context)
-        limits.check(asked)
-        self._queue.check(asked.caller.name, asked.patience_s)
-        user_key = asked.user.key if asked.user else None
+        limits = LengthLimits(self._max_prompt_chars, self._engines.context)
+        limits.check(request)
+        self._queue.check(request.caller.name, request.patience_s)
+        self._limiter.count_body(usage, request.user, lambda: limits.tokens(request))
+        with timings.stage("profile", counts=request.wants_profile):
+            profile = await self._personalizer.profile(request)
+        with timings.stage("recipe", counts=profile):
+            candidates = self._personalizer.candidates(request, profile)
+        await usage.within_limits()
+        with timings.stage("history", counts=request.history):
+            prompt = await self._prompts.build(request, profile, limits)
+        parts = in_parts(_engine_request(request, prompt, limits), self._queue.widest)
+        async with (
+            self._queue.place(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as place,
+            self._first_served(parts, candidates, place, usage) as (fallbacks, stream),
+        ):
+            limits.check_answer(request, stream.prompt_tokens)
+            async with stream:
+                yield Answer(
+                    parts[0].request.request_id,
+                    candidates[fallbacks],
+                    fallbacks,
+                    prompt,
+                    place.waited_s,
+                    stream,
+                    timings,
+                    usage.headers(),
+                )
+
+    @asynccontextmanager
+    async def _first_served(
+        self, parts: Sequence[SubRequest], candidates: Sequence[Personalization], place: Place, usage: RequestUsage
+    ) -> AsyncIterator[tuple[int, AnswerStream]]:
+        """Which candidate is the first that the engine can serve, and its answer; all have the same prompt."""
+        usage.tokens = None  # the engine is at work: who leaves meanwhile is charged the estimate
         async with AsyncExitStack() as stack:
-            self._limiter.count_body(counted, user_key, partial(limits.tokens, asked))
-            personalization = await self._personalizer.resolve(asked, timings)
-            await counted.let_in()
-            start_s = time.perf_counter()
-            recalled = await self._recall.messages(asked, personalization.profile, limits)
-            if asked.history:
-                timings.record("history", start_s)
-            if recalled.reason:
-                self._metrics.histories_left_out.inc()
-            wanted = EngineRequest(
-                request_id=f"{asked.id_prefix}-{request_id.get()}",
-                model=personalization.model,
-                messages=recalled.messages,
-                sampling=asked.sampling,
-                prompt_param=asked.prompt_param,
-                stream=asked.comes_in_pieces
-                or (asked.splittable and not limits.allow_whole(recalled.messages, asked.max_tokens)),
-                prompt=asked.prompt,
-                cache_salt=asked.cache_salt,
-            )
-            parts, caller = in_parts(wanted, self._queue.widest), asked.caller.name
-            waiting = self._queue.place(caller, size=parts[0].sequences, patience_s=recalled.patience_s)
-            place = await stack.enter_async_context(waiting)
-            if place.waited_s:
-                timings.record("queue", start_s, start_s + place.waited_s)
-            candidates = may_speak(personalization, asked.personalize)
-            counted.tokens = None  # the engine is at work: who leaves meanwhile is charged the estimate
             try:
-                speaking, first = await self._first_served(stack, parts[0].request, candidates)
+                number, first = await self._begin_first(stack, parts[0].request, candidates)
             except ApiError:
-                counted.tokens = 0
+                usage.tokens = 0
                 raise
+            model, caller = candidates[number].model, usage.caller.name
             stream = AnswerStream(
                 parts,
                 first,
                 place,
                 wait=lambda size: self._queue.place(caller, size=size, begun=True),
-                begin=lambda request: self._begin(replace(request, model=speaking.model)),
+                begin=lambda request: self._begin_another(replace(request, model=model)),
             )
             try:
-                limits.check_answer(asked, stream.prompt_tokens)
-                if stream.first_token_s is not None:
-                    timings.record("engine_ttft", stream.sent_s, stream.first_token_s)
-                    since_arrival_s = stream.first_token_s - timings.started_s
-                    self._metrics.ttft.labels(speaking.level.value).observe(since_arrival_s)
-                await stack.enter_async_context(stream)
-                left, times = counted.headers(), self._metrics.inter_token
-                yield Answer(wanted.request_id, speaking, recalled, stream, timings, times, left)
+                yield number, stream
             finally:
-                counted.tokens = stream.usage.get("total_tokens")
+                usage.tokens = stream.usage.get("total_tokens")
+
+    async def _begin_first(
+        self, stack: AsyncExitStack, request: EngineRequest, candidates: Sequence[Personalization]
+    ) -> tuple[int, EngineStream]:
+        lacking: AdapterMissing | None = None
+        for number, candidate in enumerate(candidates):
+            wanted = replace(request, model=candidate.model)
+            try:
+                return number, await stack.enter_async_context(self._engine.generate(wanted))
+            except AdapterMissing as error:
+                lacking = error
+        if candidates[-1].recipe is None:
+            raise EngineFailed(f"the engine serves no model named {BASE_MODEL!r}: {lacking}") from lacking
+        raise Unavailable(f"the engine cannot serve this user's recipe: {lacking}", code="no_adapter") from lacking
 
     @asynccontextmanager
-    async def _begin(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
+    async def _begin_another(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
         """Another part of an answer; the engine could serve its model a moment ago."""
         try:
             async with self._engine.generate(request) as stream:
@@ -186,19 +198,16 @@ class Generator:
         except AdapterMissing as error:
             raise Unavailable(f"the engine cannot serve this recipe any more: {error}", code="no_adapter") from error
 
-    async def _first_served(
-        self, stack: AsyncExitStack, wanted: EngineRequest, candidates: Iterable[Personalization]
-    ) -> tuple[Personalization, EngineStream]:
-        """The first candidate that the engine can serve, and its answer; the prompt is the same for all of them."""
-        lacking: AdapterMissing | None = None
-        for personalization in candidates:
-            if lacking:
-                self._metrics.fallbacks.inc()
-            request = replace(wanted, model=personalization.model)
-            try:
-                return personalization, await stack.enter_async_context(self._engine.generate(request))
-            except AdapterMissing as error:
-                lacking = error
-        if personalization.recipe is None:
-            raise EngineFailed(f"the engine serves no model named {BASE_MODEL!r}: {lacking}") from lacking
-        raise Unavailable(f"the engine cannot serve this user's recipe: {lacking}", code="no_adapter") from lacking
+
+def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: LengthLimits) -> EngineRequest:
+    return EngineRequest(
+        request_id=f"{request.id_prefix}-{request_id.get()}",
+        model=BASE_MODEL,  # each candidate puts its own
+        messages=prompt.messages,
+        sampling=request.sampling,
+        prompt_param=request.prompt_param,
+        stream=request.comes_in_pieces
+        or (request.splittable and not limits.allow_whole(prompt.messages, request.max_tokens)),
+        prompt=request.prompt,
+        cache_salt=request.cache_salt,
+    )

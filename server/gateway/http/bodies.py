@@ -12,6 +12,9 @@ from fastapi import Request
 
 from server.errors import TooLarge, TooSlow, Unavailable
 
+MAX_BODY_BYTES = 8 << 20
+BODY_TIMEOUT_S = 60.0
+"""For a body to arrive. For how long it is remembered that somebody unknown was erased must be longer."""
 SMALL_BYTES = 64 << 10
 """Bodies up to this size are parsed on the event loop: it takes a millisecond or two."""
 LARGE_AT_ONCE = 16
@@ -21,26 +24,16 @@ small."""
 T = TypeVar("T")
 
 
-class Bodies:
-    """Reads bodies; each application has one, in `app.state.bodies`.
+class BodyReader:
+    """Reads bodies.
 
     Args:
         thread: parses large ones. Only one thread: it shares the interpreter with the event loop.
-        max_bytes: largest body.
-        timeout_s: longest time for one to arrive.
         large: waits for one of the `LARGE_AT_ONCE` places for a request's large body, and holds it.
     """
 
-    def __init__(
-        self,
-        thread: Executor,
-        max_bytes: int,
-        timeout_s: float,
-        large: Callable[[Request], AbstractAsyncContextManager[None]],
-    ) -> None:
+    def __init__(self, thread: Executor, large: Callable[[Request], AbstractAsyncContextManager[None]]) -> None:
         self._thread = thread
-        self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
         self._large = large
 
     async def read(self, request: Request, work: Callable[[bytes], T]) -> T:
@@ -60,16 +53,16 @@ class Bodies:
 
     async def _read(self, request: Request, held: AsyncExitStack) -> bytes:
         length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_bytes:
-            raise TooLarge(f"the body has {length} bytes, at most {self._max_bytes} are allowed", param="body")
+        if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+            raise TooLarge(f"the body has {length} bytes, at most {MAX_BODY_BYTES} are allowed", param="body")
         chunks, size, waiting = [], 0, False
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
                 async for chunk in request.stream():
                     small, size = size <= SMALL_BYTES, size + len(chunk)
-                    if size > self._max_bytes:
+                    if size > MAX_BODY_BYTES:
                         raise TooLarge(
-                            f"the body has more than {self._max_bytes} bytes, the most that are allowed",
+                            f"the body has more than {MAX_BODY_BYTES} bytes, the most that are allowed",
                             param="body",
                         )
                     if small and size > SMALL_BYTES:
@@ -83,12 +76,6 @@ class Bodies:
                     "too many large bodies are being received: try again in a moment", code="overloaded"
                 ) from None
             raise TooSlow(
-                f"the body did not arrive within {self._timeout_s:g} s: only {size} bytes of it did", param="body"
+                f"the body did not arrive within {BODY_TIMEOUT_S:g} s: only {size} bytes of it did", param="body"
             ) from None
         return b"".join(chunks)
-
-
-def bodies_of(request: Request) -> Bodies:
-    """The reader of a request's body."""
-    bodies: Bodies = request.app.state.bodies
-    return bodies

@@ -11,21 +11,20 @@ from starlette.requests import ClientDisconnect
 
 from adapters.errors import excerpt
 from server.errors import WrongMediaType
-from server.gateway.http.bodies import bodies_of
-from server.gateway.http.disconnect import CLIENT_GONE
+from server.gateway.http.bodies import BodyReader
 from server.gateway.http.errors import fault_of
 from server.gateway.http.json_text import parse_json, parse_lines
+from server.gateway.http.middleware import CLIENT_GONE
 from server.store.samples import MAX_SAMPLES
 
 _LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 
 
 class JsonRoute(APIRoute):
-    """A FastAPI route whose JSON body is read by `server/gateway/http/bodies.py`.
+    """A FastAPI route whose JSON body is read by a `BodyReader`.
 
     Attributes:
         lines: the field that newline-delimited JSON fills, one value per line; None if a body must be one value.
-        most_lines: most lines that are accepted.
     """
 
     lines: str | None = None
@@ -55,8 +54,9 @@ class JsonRoute(APIRoute):
             if not in_lines:
                 _check_media_type(request, self.lines is not None)
             await self.accepted(request)
+            bodies: BodyReader = request.app.state.gateway.bodies
             try:
-                body = await bodies_of(request).read(request, of_lines if in_lines else of_json)
+                body = await bodies.read(request, of_lines if in_lines else of_json)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)
             return await handle(_ReadRequest(request, body))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic_core import from_json
@@ -49,12 +48,9 @@ def parse_json(body: bytes) -> Any:
 
 
 def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
-    """The values of newline-delimited JSON; empty lines are skipped.
+    """The values of newline-delimited JSON, which fill `field`; empty lines are skipped.
 
-    Args:
-        body: the text.
-        field: which field the lines fill.
-        most: most lines that are accepted, counted before the first is parsed.
+    At most `most` lines are accepted; they are counted before the first is parsed.
 
     Raises:
         InvalidRequest: naming the line's place in `field`.
@@ -81,11 +77,7 @@ def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
 
 
 def _check_structure(bare: bytes) -> None:
-    """Refuse a text with too many values.
-
-    Args:
-        bare: the text without its escaped backslashes.
-    """
+    """Refuse a text with too many values, given without its escaped backslashes."""
     if len(bare) <= MAX_STRUCTURE_BYTES:
         return
     bare = bare.replace(rb"\"", b"")
@@ -135,43 +127,34 @@ def _fault(body: bytes, reason: str) -> InvalidRequest:
 
 def _refuse_impossible(value: Any) -> None:
     """Find what the first parse refused, and name its place."""
-    for path, leaf in _leaves(value):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            fault = f"must be a finite number, got {leaf}"
-        elif isinstance(leaf, str) and "\0" in leaf:
-            fault = f"holds NUL, which no text may contain: {excerpt(leaf)}"
-        elif isinstance(leaf, str) and has_surrogate(leaf):
-            fault = f"holds a lone surrogate, which is not a character: {excerpt(leaf)}"
-        else:
-            continue
-        param = shortened(".".join(path)) or "body"
+    if found := _find_fault(value):
+        fault, path = found
+        param = shortened(".".join(reversed(path))) or "body"
         raise InvalidRequest(f"{param} {fault}", param=param)
 
 
-def _leaves(value: Any) -> Iterator[tuple[list[str], Any]]:
-    """Every scalar with its place; a key comes before its value, at its object's place.
+def _find_fault(value: Any) -> tuple[str, list[str]] | None:
+    """The first thing that no field accepts, and the names on the way to it, the innermost first.
 
-    The place is one list, which changes during the walk.
+    A key at fault is found at its object's place.
     """
     if not isinstance(value, (dict, list)):
-        yield [], value
-        return
-    path: list[str] = []
-    inside = [_entries(value)]
-    while inside:
-        for key, inner in inside[-1]:
-            if isinstance(key, str):
-                yield path, key
-            path.append(str(key))
-            if isinstance(inner, (dict, list)):
-                inside.append(_entries(inner))
-                break
-            yield path, inner
-            path.pop()
-        else:
-            inside.pop()
-            del path[-1:]  # the outermost has no key
+        fault = _fault_of_leaf(value)
+        return (fault, []) if fault else None
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(name, str) and (fault := _fault_of_leaf(name)):
+            return fault, []
+        if found := _find_fault(inner):
+            found[1].append(str(name))
+            return found
+    return None
 
 
-def _entries(value: dict[str, Any] | list[Any]) -> Iterator[tuple[str | int, Any]]:
-    return iter(value.items()) if isinstance(value, dict) else enumerate(value)
+def _fault_of_leaf(leaf: Any) -> str | None:
+    if isinstance(leaf, float) and not math.isfinite(leaf):
+        return f"must be a finite number, got {leaf}"
+    if isinstance(leaf, str) and "\0" in leaf:
+        return f"holds NUL, which no text may contain: {excerpt(leaf)}"
+    if isinstance(leaf, str) and has_surrogate(leaf):
+        return f"holds a lone surrogate, which is not a character: {excerpt(leaf)}"
+    return None

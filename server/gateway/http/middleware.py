@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from server.gateway.http.disconnect import CLIENT_GONE
 from server.watching.logs import request_id, traceparent
 
 if TYPE_CHECKING:
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
     from server.watching.tracing import Tracing
 
 log = logging.getLogger("mta.gateway")
+
+CLIENT_GONE = 499
+"""The status that is counted when the client left before the answer; it is never sent."""
 
 _METHODS = frozenset(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
 
@@ -28,7 +30,6 @@ class RequestNotes:
     Attributes:
         started_s: when it arrived, by the performance counter.
         answer_id: of a generation; it is in the engine's logs too.
-        tenant: whose the request is; empty until that is known.
         level: how personal a generation is.
         gone: whether the client left before the answer.
         broken: whether a stream ended in an error.
@@ -37,7 +38,6 @@ class RequestNotes:
 
     started_s: float
     answer_id: str = ""
-    tenant: str = ""
     level: str = ""
     gone: bool = False
     broken: bool = False
@@ -70,7 +70,6 @@ class RequestLog:
         app: what answers.
         counts: gets every request at its end.
         generating: paths whose POSTs are generations.
-        tracing: of the process.
     """
 
     def __init__(self, app: ASGIApp, counts: Counts, generating: frozenset[str], tracing: Tracing) -> None:
@@ -111,7 +110,8 @@ class RequestLog:
             status = CLIENT_GONE if notes.gone else status
             self._counts.count(route, method, status, notes.level)
             if method == "POST" and scope["path"] in self._generating:
-                self._counts.count_generation(notes.tenant, notes.level, status, broken=notes.broken)
+                tenant = getattr(inner["state"].get("caller"), "tenant", "")  # as the gates noted it, if they did
+                self._counts.count_generation(tenant, notes.level, status, broken=notes.broken)
             took_ms = round((time.perf_counter() - notes.started_s) * 1000, 1)
             log.info(
                 "%s %s %d %s ms%s%s",

@@ -1,15 +1,22 @@
-"""How uvicorn serves the gateway, in its own process and in tests."""
+"""How uvicorn serves the gateway, in its own process and in tests, and what bounds each client's connection.
+
+On its own, uvicorn accepts headers of any size and waits for them for ever.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
+import socket
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from server.gateway.http.connection import Connection
+from server.errors import ApiError, HeadersTooLarge, InvalidRequest, TooSlow
+from server.gateway.http.errors import ErrorAnswer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -17,18 +24,162 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 MAX_HEADER_BYTES = 32 << 10
-"""Of a request's line and headers."""
+"""Of what a client sends in a row that is not body: request line and headers, or trailers."""
 HEADER_TIMEOUT_S = 10.0
+MAX_PIPELINED = 8
+"""Most requests that wait on one connection for earlier answers; no known client sends even a second."""
+LINGER_S = 2.0
+"""How long we read and drop what a refused client still sends: closing at once would lose the answer."""
+UNREAD_BYTES = 128 << 10
+"""About how much of an answer the kernel keeps for a client that does not read: by itself it would take megabytes, and
+an engine would go on for a minute before anybody noticed."""
+STALLED_S = 2.0
+"""After how long a client that takes nothing of what an engine is generating for it is hung up on: whatever an answer
+has of ordinary length fits into the buffers between, so that nobody ordinary gets here."""
+
+
+class Connection(HttpToolsProtocol):
+    """Bounds the size and time of all that a client sends except bodies, which are bounded where they are read.
+
+    A timer runs while no answer is in progress and no body is awaited: until the first byte, through the headers, and
+    when a body goes on after its answer. Two others run while a client takes nothing of what fills its buffers.
+
+    `send_timeout_s` is how long the longer one runs, until the client is hung up on.
+    """
+
+    def __init__(self, *, send_timeout_s: float, **of_uvicorn: Any) -> None:
+        super().__init__(**of_uvicorn)
+        self._send_timeout_s = send_timeout_s
+        self._header_bytes = 0
+        self._in_head = True
+        self._refused = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._stalling: list[asyncio.TimerHandle] = []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if (plain := transport.get_extra_info("socket")) is not None:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
+        self._start_timer(HEADER_TIMEOUT_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._resumed()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalling = [
+            self.loop.call_later(STALLED_S, self._on_stall),
+            self.loop.call_later(self._send_timeout_s, self.transport.abort),  # closing would wait for the client
+        ]
+
+    def resume_writing(self) -> None:
+        self._resumed()
+        super().resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        start = 0
+        while start < len(data) and not self._refused and not self.transport.is_closing():
+            room = MAX_HEADER_BYTES - self._header_bytes
+            if room <= 0:
+                self._refuse(
+                    HeadersTooLarge(f"the request's headers have more than {MAX_HEADER_BYTES} bytes: send fewer")
+                )
+                return
+            piece = data[start : start + room]
+            start += len(piece)
+            self._header_bytes += len(piece)
+            super().data_received(piece)
+        if self._in_head and self._header_bytes and self._timer is None:
+            self._start_timer(HEADER_TIMEOUT_S)
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests wait")  # the parser turns it into an invalid request
+        self._header_bytes = max(1, self._header_bytes)  # one that began right after the last one was not counted
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # trailers mean nothing here
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._header_bytes = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._header_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        self._header_bytes = 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._in_head:
+            self._start_timer(HEADER_TIMEOUT_S)
+
+    def send_400_response(self, msg: str) -> None:
+        """Uvicorn's answer to what it cannot parse."""
+        self._refuse(InvalidRequest("the request is not HTTP/1.1 that this server understands", code="invalid_http"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer and hang up; only hang up if another answer is in progress."""
+        if self._is_answering() or self.transport.is_closing():
+            self.transport.close()
+            return
+        content = ErrorAnswer.of(error).model_dump_json().encode()
+        lines = (
+            STATUS_LINE[error.status].rstrip(),
+            b"content-type: application/json",
+            b"content-length: %d" % len(content),
+            b"connection: close",
+        )
+        self._refused = True
+        self.transport.write(b"\r\n".join((*lines, b"", content)))
+        self.transport.write_eof()
+        self._start_timer(LINGER_S)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _resumed(self) -> None:
+        for timer in self._stalling:
+            timer.cancel()
+        self._stalling = []
+
+    def _on_stall(self) -> None:
+        notes = self.cycle.scope["state"].get("notes") if self.cycle is not None else None
+        if notes is not None and notes.generating:
+            self.transport.abort()  # the request's end tells the engine, then its place is given back
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._on_timer)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._is_answering():
+            self._start_timer(HEADER_TIMEOUT_S)
+        elif self._in_head and self._header_bytes and not self._refused:
+            self._refuse(TooSlow(f"the request's headers did not arrive within {HEADER_TIMEOUT_S:g} s"))
+        else:
+            self.transport.close()
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Uvicorn's configuration; sockets are passed to it when it serves."""
-    protocol: Any = partial(
-        Connection,
-        max_header_bytes=MAX_HEADER_BYTES,
-        header_timeout_s=HEADER_TIMEOUT_S,
-        send_timeout_s=settings.send_timeout_s,
-    )
+    protocol: Any = partial(Connection, send_timeout_s=settings.send_timeout_s)
     return uvicorn.Config(
         app,
         http=protocol,

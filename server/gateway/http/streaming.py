@@ -1,19 +1,19 @@
-"""Server-sent events, as clients get them."""
+"""Answers on their way: server-sent events, as clients get them, and clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import orjson
 from pydantic import BaseModel
 from starlette.responses import Response
 
 if TYPE_CHECKING:
-    from starlette.types import Send
+    from starlette.types import Receive, Send
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """Headers of event streams: no proxy may cache them, or hold them back until they are complete."""
@@ -23,6 +23,8 @@ KEEP_ALIVE_S = 15.0
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+
+T = TypeVar("T")
 
 
 def event(value: object, name: str = "") -> bytes:
@@ -43,7 +45,6 @@ class EventSender:
     The head of the response goes out with whichever comes first. A context manager around all that is sent.
 
     Args:
-        send: ASGI's.
         headers: called when the head is sent; added to those of every stream.
 
     Attributes:
@@ -54,20 +55,20 @@ class EventSender:
         self.begun = False
         self._send = send
         self._headers = headers
-        self._said_s = time.monotonic()
+        self._sent_s = time.monotonic()
         self._turn = asyncio.Lock()
-        self._pulse: asyncio.Task[None] | None = None
+        self._keeping_alive: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._pulse = asyncio.create_task(self._keep_alive())
+        self._keeping_alive = asyncio.create_task(self._keep_alive())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._pulse
-        self._pulse.cancel()
-        await asyncio.gather(self._pulse, return_exceptions=True)
+        assert self._keeping_alive
+        self._keeping_alive.cancel()
+        await asyncio.gather(self._keeping_alive, return_exceptions=True)
 
     async def write(self, data: bytes) -> None:
         """Send whole events."""
@@ -78,19 +79,54 @@ class EventSender:
                 head = [(name, value) for name, value in head if name != b"content-length"]
                 await self._send({"type": "http.response.start", "status": 200, "headers": head})
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
-            self._said_s = time.monotonic()
+            self._sent_s = time.monotonic()
 
     async def end(self) -> None:
         """End the response; nothing can be sent after it."""
         async with self._turn:
-            assert self._pulse
-            self._pulse.cancel()
+            assert self._keeping_alive
+            self._keeping_alive.cancel()
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_alive(self) -> None:
         while True:
-            left_s = self._said_s + KEEP_ALIVE_S - time.monotonic()
+            left_s = self._sent_s + KEEP_ALIVE_S - time.monotonic()
             if left_s > 0:
                 await asyncio.sleep(left_s)
             else:
                 await self.write(KEEP_ALIVE)
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it had its answer."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end, or cancel it as soon as the client is gone; for requests whose body has been read.
+
+    Raises:
+        ClientGone: once `work` has been cancelled and has cleaned up.
+    """
+    working, is_gone = asyncio.current_task(), False
+    assert working
+
+    async def watch() -> None:
+        nonlocal is_gone
+        await _disconnect(receive)
+        is_gone = True
+        working.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if is_gone and not working.uncancel():
+            raise ClientGone from None
+        raise
+    finally:
+        watching.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -100,6 +100,10 @@ class Metrics:
         """Show what is known of engines, readiness (as `/ready` has it) and the store's memory at each scrape."""
         self._registry.register(_PartsCollector(engines, readiness, memory))
 
+    def count_refusal(self, reason: str) -> None:
+        """Count a request that was turned away."""
+        self.shed.labels(reason).inc()
+
     def count(self, route: str, method: str, status: int, level: str) -> None:
         """Count a request that is over."""
         self.requests.labels(route, method, status, level).inc()

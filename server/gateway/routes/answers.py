@@ -57,8 +57,8 @@ class PersonalizationAnswer(BaseModel, frozen=True):
             recipe=who.shown,
             source=who.source,
             anchors=anchors(who.anchors),
-            history=answer.recalled.items,
-            history_reason=answer.recalled.reason,
+            history=answer.prompt.items,
+            history_reason=answer.prompt.reason,
             reason=who.reason,
             timings_ms=answer.timings.ms,
         )

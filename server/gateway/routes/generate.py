@@ -10,17 +10,17 @@ from fastapi import APIRouter, Request, Response
 
 from bank.items.prompt import chat_messages
 from server.engine_protocol import BASE_MODEL
-from server.gateway.access.caller import Caller, caller_of
-from server.gateway.generation.asked import Asked
+from server.gateway.access.keys import Caller, caller_of
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level
+from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.requests import GenerateRequest, QueueTimeout, items_wanted
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import AnswerResponse
 from server.gateway.routes.answers import AnchorAnswer, GenerateAnswer, PersonalizationAnswer, Usage
+from server.gateway.routes.requests import GenerateRequest, QueueTimeout, items_wanted
 from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
@@ -99,19 +99,19 @@ async def generate(request: Request, body: GenerateRequest, x_queue_timeout: Que
     """
     parts = parts_of(request)
     usual = parts.bank.manifest.history_default
-    asked = asked_of(body, users_of(request), caller_of(request), history=usual, patience_s=x_queue_timeout)
-    return AnswerResponse(parts, asked, _GenerateFormat())
+    wanted = request_of(body, users_of(request), caller_of(request), history=usual, patience_s=x_queue_timeout)
+    return AnswerResponse(parts, wanted, _GenerateFormat())
 
 
-def asked_of(
+def request_of(
     request: GenerateRequest, users: UserKeys, caller: Caller, *, history: int = 0, patience_s: float | None = None
-) -> Asked:
+) -> GenerationRequest:
     """What a request of a tenant asks of the generator; `history` is what `auto` stands for."""
     if request.prompt is not None:
         messages = chat_messages(request.prompt)
     else:
         messages = [message.model_dump() for message in request.messages or ()]
-    return Asked(
+    return GenerationRequest(
         id_prefix="gen",
         user=users.user(request.user_id),
         personalize=request.personalize,
@@ -134,7 +134,7 @@ class _GenerateFormat:
     """Texts, and chunks of them."""
 
     async def whole(self, answer: Answer) -> str:
-        text = "".join([piece async for piece in answer.texts()])
+        text = "".join([text async for text, _ in answer.pieces()])
         assert answer.stream.finish_reason
         return GenerateAnswer(
             id=answer.id,
@@ -147,8 +147,9 @@ class _GenerateFormat:
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
         names = answer.id, int(time.time()), answer.personalization.shown or BASE_MODEL
         yield _chunk(names, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
-        async for text in answer.texts():
-            yield _chunk(names, {"content": text})
+        async for text, _ in answer.pieces():
+            if text:
+                yield _chunk(names, {"content": text})
         yield _chunk(names, {}, answer.stream.finish_reason, usage=Usage.of(answer), timings_ms=answer.timings.ms)
 
     def headers(self, answer: Answer) -> dict[str, str]:

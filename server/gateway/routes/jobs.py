@@ -11,11 +11,10 @@ from fastapi import APIRouter, Path, Request, Response
 
 from adapters.errors import excerpt
 from server.errors import ApiError, NotFound, TooMany
-from server.gateway.access.caller import caller_of
-from server.gateway.http.disconnect import ClientGone, unless_gone
+from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.requests import AdaptRequest, UserIdInPath
-from server.gateway.http.streaming import DONE, EventSender, event
+from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
 from server.gateway.routes.answers import HeldOut, JobAnswer, JobProgress
 from server.gateway.users.adapting import Adapting

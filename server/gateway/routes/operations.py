@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from server.gateway.access.caller import is_admin
+from server.gateway.access.keys import is_admin
 from server.gateway.operating.health import BankPart, EmbedderPart, PartStates, ProbeResult, Readiness, Unseen
 from server.gateway.operating.metrics import CONTENT_TYPE
 from server.gateway.parts import Parts, usual_parts

@@ -14,7 +14,7 @@ from adapters.errors import excerpt
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
-from server.gateway.access.caller import caller_of
+from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.requests import ItemsRequest, UserIdInPath
 from server.gateway.parts import Parts, UserRoute, epoch_of, parts_of, user_of
@@ -66,7 +66,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     profile = await parts.profiles.current(user)
     if profile is None:
         raise _unknown(user_id)
-    speaking = parts.personalizer.speaking_for(user, profile)
+    speaking = parts.personalizer.merged(profile)
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
@@ -134,7 +134,7 @@ async def _change(
     items = await asyncio.to_thread(_items, parts, body.items)
     changed = await change(user, items, epoch)
     parts.metrics.profile_changes.inc(changed.changed)
-    speaking = parts.personalizer.speaking_for(user, changed.profile)
+    speaking = parts.personalizer.merged(changed.profile)
     return ProfileAnswer(
         user_id=user.id,
         received=len(body.items),

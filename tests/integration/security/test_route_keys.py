@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from server.cli.run import up
-from server.gateway.access.routes import OPEN, ROUTES, TAKES, guard
-from server.gateway.operating.metrics import Metrics
+from server.gateway.access.keys import KnownKeys
+from server.gateway.access.routes import KINDS, OPEN, ROUTES, guard
 from server.store.tenants.access_keys import new_secret
 from tests.integration.security.conftest import KEYS, Keyed, ask
 from tests.support.gateway import GatewayThread
@@ -33,14 +33,14 @@ def test_the_table_has_every_route_and_no_other(keyed: Keyed) -> None:
 
 
 def test_whatever_takes_something_else_is_in_the_table_too() -> None:
-    assert TAKES.keys() <= ROUTES.keys()
+    assert KINDS.keys() <= ROUTES.keys()
 
 
 def test_a_route_that_nobody_put_into_the_table_is_not_served() -> None:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/new", lambda: None)
     with pytest.raises(KeyError, match="GET /new"):
-        guard(app, 1, Metrics())
+        guard(app, KnownKeys("default"), 1, lambda reason: None)
 
 
 def test_the_document_says_which_routes_want_a_key(stranger: httpx.Client) -> None:

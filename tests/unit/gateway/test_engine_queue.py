@@ -75,53 +75,54 @@ async def line() -> AsyncIterator[Line]:
     await line.close()
 
 
-async def test_who_finds_a_place_does_not_wait(line: Line) -> None:
-    await line.come("a1", "a2", "a3")
-    assert line.served == ["a1", "a2"]
-    await line.end("a2")
-    assert line.served == ["a1", "a2", "a3"]
+SCENARIOS = {
+    "who finds a place does not wait": (2, 2, "a1 a2 a3 -a2", "a1 a2 a3", ""),
+    "callers take turns": (
+        (2, 10, "a1 a2 a3 a4 a5 b1 c1 b2 -a1 -a2 -b1 -c1 -a3 -b2 -a4", "a1 a2 b1 a3 c1 b2 a4 a5", "")
+    ),
+    "beyond a full line nobody waits": (2, 2, "a1 a2 a3 a4 a5", "a1 a2", "a5"),
+    "by default half as many wait as there are places": (4, None, "a1 a2 a3 a4 a5 a6 a7", "a1 a2 a3 a4", "a7"),
+    "a full line makes room for callers who wait less, once": (
+        (2, 2, "a1 a2 a3 a4 b1 c1 -a1 -a2", "a1 a2 b1 a3", "a4 c1")
+    ),
+    "who leaves frees the place in the line and in the engines": (
+        (2, 2, "a1 a2 a3 a4 ~a3 a5 ~a1 -a2", "a1 a2 a4 a5", "")
+    ),
+    "a request takes as many places as it has answers": (2, 2, "a1 b1*2 -a1 c1 -b1 -c1 a2*100", "a1 b1 c1 a2", ""),
+    "whoever waits behind a wide one with the same key passes": (2, 2, "a1 a2*2 a3", "a1 a3", ""),
+    "a caller alone has all of it": (8, 2, "a1 a2 a3 a4 a5 a6 a7 a8", "a1 a2 a3 a4 a5 a6 a7 a8", ""),
+    "who asks for more than a share comes after those who do not, and alone may have all": (
+        (
+            8,
+            50,
+            "b1 c1 a1 a2 a3 a4 a5 a6 a7 a8 b2 c2 -a1 -a2 -b1 -b2 -c1 -c2",
+            "b1 c1 a1 a2 a3 a4 a5 a6 b2 c2 a7 a8",
+            "",
+        )
+    ),
+}
+"""Places, longest line, what happens (`a1` comes, `a1*2` for two sequences, `-a1` ends, `~a1` leaves), who is served in
+which order, and who is refused."""
 
 
-async def test_callers_take_turns(line: Line) -> None:
-    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60, metrics=Metrics())
-    await line.come("a1", "a2", "a3", "a4", "a5", "b1", "c1", "b2")
-    await line.end("a1", "a2", "b1", "c1", "a3", "b2", "a4")
-    assert line.served == ["a1", "a2", "b1", "a3", "c1", "b2", "a4", "a5"]
-
-
-async def test_beyond_a_full_line_nobody_waits(line: Line) -> None:
-    await line.come("a1", "a2", "a3", "a4", "a5")
-    refused = await line.refusal("a5")
-    assert (refused.status, refused.code) == (429, "overloaded")
-    assert int(refused.headers["Retry-After"]) >= 1
-    assert line.queue.waiting == 2
-
-
-async def test_by_default_half_as_many_wait_as_there_are_places() -> None:
-    line = Line(4, None)
-    await line.come("a1", "a2", "a3", "a4", "a5", "a6", "a7")
-    await line.refusal("a7")
-    assert (line.queue.taken, line.queue.waiting) == (4, 2)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+async def test_scenarios(scenario: tuple[int, int | None, str, str, str]) -> None:
+    places, most_waiting, steps, served, refused = scenario
+    line = Line(places, most_waiting)
+    for step in steps.split():
+        name, _, size = step.lstrip("-~").partition("*")
+        if step[0] == "-":
+            await line.end(name)
+        elif step[0] == "~":
+            await line.leave(name)
+        else:
+            await line.come(name, size=int(size or 1))
+    assert " ".join(line.served) == served
+    for name in refused.split():
+        refusal = await line.refusal(name)
+        assert (refusal.status, refusal.code) == (429, "overloaded")
+        assert int(refusal.headers["Retry-After"]) >= 1
     await line.close()
-
-
-async def test_a_full_line_makes_room_for_callers_who_wait_less(line: Line) -> None:
-    await line.come("a1", "a2", "a3", "a4", "b1")
-    assert (await line.refusal("a4")).code == "overloaded"
-    await line.come("c1")
-    await line.refusal("c1")  # nobody waits twice any more
-    await line.end("a1", "a2")
-    assert line.served == ["a1", "a2", "b1", "a3"]
-
-
-async def test_who_leaves_frees_the_place_in_the_line_and_in_the_engines(line: Line) -> None:
-    await line.come("a1", "a2", "a3", "a4")
-    await line.leave("a3")
-    await line.come("a5")
-    await line.leave("a1")
-    assert line.served == ["a1", "a2", "a4"]
-    await line.end("a2")
-    assert line.served == ["a1", "a2", "a4", "a5"]
 
 
 async def test_who_leaves_at_the_moment_of_their_turn_passes_it_on(line: Line) -> None:
@@ -182,20 +183,6 @@ async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypat
     assert 10 < refused.retry_after_s <= 60
 
 
-async def test_a_request_takes_as_many_places_as_it_has_answers(line: Line) -> None:
-    await line.come("a1")
-    await line.come("b1", size=2)
-    assert line.served == ["a1"]
-    await line.end("a1")
-    assert line.served == ["a1", "b1"]
-    await line.come("c1")
-    await line.end("b1")
-    assert line.served == ["a1", "b1", "c1"]
-    await line.end("c1")
-    await line.come("a2", size=100)  # more than there are: alone
-    assert line.served[-1] == "a2"
-
-
 class TestWide:
     """Requests for several sequences at once."""
 
@@ -220,12 +207,6 @@ class TestWide:
         assert line.served == ["a1", "b1", "c1", "e1", "d1"]
         await line.end("d1")
         assert line.served[5:] == ["f1", "g1"]
-
-    async def test_whoever_waits_behind_it_with_the_same_key_passes_too(self, line: Line) -> None:
-        await line.come("a1")
-        await line.come("a2", size=2)
-        await line.come("a3")
-        assert line.served == ["a1", "a3"]
 
     async def test_once_it_has_left_nothing_is_kept_for_it(self, line: Line) -> None:
         await line.come("a1")
@@ -260,34 +241,16 @@ class TestWide:
             await asyncio.wait_for(waiting, 10)
 
 
-class TestShares:
-    """How much of the engines a caller may have."""
-
-    async def test_a_caller_alone_has_all_of_it(self, line: Line) -> None:
-        line.places = 8
-        await line.come(*(f"a{n}" for n in range(8)))
-        assert len(line.served) == 8
-
-    async def test_who_asks_for_more_than_a_share_comes_after_those_who_do_not(self, line: Line) -> None:
-        line.queue = EngineQueue(lambda: 8, most_waiting=50, patience_s=60, metrics=Metrics())
-        await line.come("b1", "c1", *(f"a{n}" for n in range(8)))
-        assert line.queue.taken == 8
-        await line.come("b2", "c2")
-        await line.end("a0", "a1")
-        assert line.served[-2:] == ["b2", "c2"]
-        await line.end("b1", "b2", "c1", "c2")
-        assert line.queue.taken == 6  # whoever has the engines to itself may use them
-
-    async def test_no_place_idles_while_somebody_waits_who_may_have_it(self, line: Line) -> None:
-        line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60, metrics=Metrics())
-        for name in "abc":
-            await line.come(*(f"{name}{n}" for n in range(30)))
-        ended: list[str] = []
-        while len(ended) < 20:
-            running = [name for name in line.served if name not in ended]
-            assert len(running) == line.queue.taken == 8
-            await line.end(running[0])
-            ended.append(running[0])
+async def test_no_place_idles_while_somebody_waits_who_may_have_it(line: Line) -> None:
+    line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60, metrics=Metrics())
+    for name in "abc":
+        await line.come(*(f"{name}{n}" for n in range(30)))
+    ended: list[str] = []
+    while len(ended) < 20:
+        running = [name for name in line.served if name not in ended]
+        assert len(running) == line.queue.taken == 8
+        await line.end(running[0])
+        ended.append(running[0])
 
 
 async def test_places_come_and_go_with_the_engines(line: Line) -> None:

@@ -9,7 +9,7 @@ import pytest
 from bank.items.profile import Item
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import get_task
-from server.gateway.generation.index_cache import IndexCache, Version
+from server.gateway.generation.histories import IndexCache, Version
 
 ONE: Version = (1, 1, b"one")
 OTHERS: list[Version] = [(2, 1, b"one"), (1, 2, b"one"), (1, 1, b"other")]

@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 
 from server.errors import InvalidRequest
-from server.gateway.access.caller import Caller
-from server.gateway.generation.asked import Asked
-from server.gateway.generation.limits import WHOLE_TOKENS, Limits, most_tokens
-from server.gateway.http.requests import GenerateRequest
-from server.gateway.routes.generate import asked_of
+from server.gateway.access.keys import Caller
+from server.gateway.generation.request import WHOLE_TOKENS, GenerationRequest, LengthLimits, most_tokens
+from server.gateway.routes.generate import request_of
+from server.gateway.routes.requests import GenerateRequest
 from server.store.tenants.user_key import UserKeys
 
-LIMITS = Limits(prompt_chars=10, context=512)
+LIMITS = LengthLimits(prompt_chars=10, context=512)
 
 
-def ask(**fields: Any) -> Asked:
+def ask(**fields: Any) -> GenerationRequest:
     request = GenerateRequest(user_id="ada", **{"prompt": "hello", "max_tokens": 8} | fields)
-    return asked_of(request, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset()))
+    return request_of(request, UserKeys("a secret for tests only", "tests"), Caller("tests", "", frozenset()))
 
 
 def in_messages(*texts: str) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def test_an_answer_beyond_what_the_prompt_leaves_is_refused_with_what_would_fit(
 
 
 def test_while_no_engine_has_told_its_context_only_characters_count() -> None:
-    unknown = Limits(prompt_chars=10, context=None)
+    unknown = LengthLimits(prompt_chars=10, context=None)
     unknown.check(ask(max_tokens=10_000))
     unknown.check_answer(ask(max_tokens=10_000), 500)
     assert not unknown.allow_whole(ask().messages, 1)
@@ -64,14 +63,14 @@ def test_an_answer_comes_whole_when_it_is_short_and_surely_fits() -> None:
     messages = ask(prompt="ä" * 20).messages
     room = 4096 - most_tokens(messages)
     assert most_tokens(messages) > 40
-    assert Limits(100, 4096).allow_whole(messages, WHOLE_TOKENS)
-    assert not Limits(100, 4096).allow_whole(messages, WHOLE_TOKENS + 1)
-    assert Limits(100, 4096 - room + 8).allow_whole(messages, 8)
-    assert not Limits(100, 4096 - room + 7).allow_whole(messages, 8)
+    assert LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS)
+    assert not LengthLimits(100, 4096).allow_whole(messages, WHOLE_TOKENS + 1)
+    assert LengthLimits(100, 4096 - room + 8).allow_whole(messages, 8)
+    assert not LengthLimits(100, 4096 - room + 7).allow_whole(messages, 8)
 
 
 def test_tokens_are_estimated_before_the_engine_has_counted_them() -> None:
-    limits, asked = Limits(prompt_chars=10_000, context=512), ask(prompt="x" * 400, max_tokens=20)
+    limits, asked = LengthLimits(prompt_chars=10_000, context=512), ask(prompt="x" * 400, max_tokens=20)
     assert limits.tokens(asked) == 100 + 20
     assert limits.tokens(replace(asked, max_tokens=None)) == 100 + 256
     twice = replace(asked, messages=[], prompt=[[1, 2, 3], [4, 5]], sampling={"n": 2})

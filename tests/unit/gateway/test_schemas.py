@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.gateway.generation.request import Personalize
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
-from server.gateway.http.requests import GenerateRequest, ItemsRequest, Personalize
+from server.gateway.http.requests import ItemsRequest
+from server.gateway.routes.requests import GenerateRequest
 
 LEAST = {"user_id": "ada", "prompt": "hi"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from server.errors import Unavailable
@@ -29,14 +28,14 @@ class Leases:
         self.held[name].discard(member)
 
 
-def engines(sequences: int | None, *urls: str) -> Any:
-    return SimpleNamespace(urls=urls, sequences=sequences)
+def share(store: Any, sequences: int | None, *urls: str, given: int | None = None) -> SharedPlaces:
+    return SharedPlaces(store, urls, lambda: sequences, given)
 
 
 async def test_gateways_before_the_same_engines_share_their_places() -> None:
     store: Any = Leases()
-    one, two = (SharedPlaces(engines(9, *urls), store, None) for urls in (("a", "b"), ("b", "a")))
-    other = SharedPlaces(engines(9, "c"), store, None)
+    one, two = (share(store, 9, *urls) for urls in (("a", "b"), ("b", "a")))
+    other = share(store, 9, "c")
     assert one() == 9
     for places in (one, two, other, one):
         await places.look()
@@ -48,13 +47,13 @@ async def test_gateways_before_the_same_engines_share_their_places() -> None:
 
 async def test_what_is_not_known_is_not_shared() -> None:
     store: Any = Leases()
-    assert SharedPlaces(engines(None, "a"), store, None)() is None
-    assert SharedPlaces(engines(9, "a"), store, 4)() == 4
+    assert share(store, None, "a")() is None
+    assert share(store, 9, "a", given=4)() == 4
 
 
 async def test_a_store_that_is_away_keeps_nobody_from_leaving() -> None:
     store: Any = Leases()
-    places = SharedPlaces(engines(9, "a"), store, None)
+    places = share(store, 9, "a")
     await places.look()
     store.is_away = True
     await places.leave()

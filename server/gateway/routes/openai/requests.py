@@ -12,17 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.gateway.http.requests import (
-    MAX_MESSAGES,
-    SEED_MAX,
-    History,
-    Personalize,
-    Stops,
-    Strength,
-    Strict,
-    UserId,
-    Wanted,
-)
+from server.gateway.generation.request import Personalize
+from server.gateway.http.requests import MAX_MESSAGES, Strict, UserId
+from server.gateway.routes.requests import SEED_MAX, History, Stops, Strength, Wanted
 
 PERSONAL_MODEL = "mta"
 OURS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}

@@ -11,11 +11,10 @@ from fastapi import APIRouter, Header, Path, Request, Response
 from adapters.errors import excerpt
 from server.engine_protocol import BASE_MODEL
 from server.errors import InvalidRequest, NotFound
-from server.gateway.access.caller import caller_of
-from server.gateway.generation.asked import Asked
+from server.gateway.access.keys import caller_of
+from server.gateway.generation.request import GenerationRequest, Personalize
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.json_body import JsonRoute
-from server.gateway.http.requests import Personalize, QueueTimeout, items_wanted
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import AnswerResponse
 from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIFormat, TextCompletion
@@ -25,6 +24,7 @@ from server.gateway.routes.openai.requests import (
     CompletionRequest,
     StreamOptions,
 )
+from server.gateway.routes.requests import QueueTimeout, items_wanted
 from server.store.tenants.user_key import check_user_id
 
 _MODELS = (PERSONAL_MODEL, BASE_MODEL)
@@ -84,7 +84,7 @@ def _answer(
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
     parts, users, user_id = parts_of(request), users_of(request), _user_id(body.user, header)
-    asked = Asked(
+    wanted = GenerationRequest(
         id_prefix="cmpl",
         user=None if user_id is None else users.user(user_id),
         personalize=personalize,
@@ -102,8 +102,8 @@ def _answer(
     )
     if isinstance(body, ChatRequest):
         kind, of_its_own = "chat.completion", body.max_completion_tokens
-        asked = replace(
-            asked,
+        wanted = replace(
+            wanted,
             id_prefix="chatcmpl",
             messages=[message.model_dump(exclude_unset=True) for message in body.messages],
             history=items_wanted(body.history, parts.bank.manifest.history_default),
@@ -112,8 +112,8 @@ def _answer(
             prompt_param="messages",
         )
     else:
-        kind, asked = "text_completion", replace(asked, prompt=body.prompt)
-    return AnswerResponse(parts, asked, OpenAIFormat(body.model, kind, body.stream_options or StreamOptions()))
+        kind, wanted = "text_completion", replace(wanted, prompt=body.prompt)
+    return AnswerResponse(parts, wanted, OpenAIFormat(body.model, kind, body.stream_options or StreamOptions()))
 
 
 def _known(model: str) -> str:

@@ -1,15 +1,19 @@
-"""The API keys as a gateway knows them: read at its start and again every few seconds, never while a request waits."""
+"""Who sends a request, and the API keys as a gateway knows them: read at its start and again every few seconds, never
+while a request waits.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 from adapters.errors import MtaError, excerpt
 from server.errors import ApiError, Forbidden, Unauthorized
-from server.gateway.access.caller import Caller
 from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, Scope, digest_of
+from server.store.tenants.rates import AS_USUAL, Allowance
 
 log = logging.getLogger("mta.gateway")
 
@@ -22,14 +26,56 @@ _EVERYTHING = frozenset(Scope)
 Headers = Iterable[tuple[bytes, bytes]]
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever sent a request.
+
+    Attributes:
+        tenant: whose users the request may name.
+        key_id: the key's public name, not its secret; empty while no key exists.
+        allowance: how much it may use, as far as the key says so.
+    """
+
+    tenant: str
+    key_id: str
+    scopes: frozenset[Scope]
+    allowance: Allowance = AS_USUAL
+
+    @property
+    def name(self) -> str:
+        """Stands for whoever takes turns and has limits: a key, or all of a tenant that need none."""
+        return f"key-{self.key_id}" if self.key_id else f"tenant-{self.tenant}"
+
+
+def caller_of(request: Mapping[str, Any]) -> Caller:
+    """Who sent a request, given as Starlette's `Request` or as an ASGI scope.
+
+    Raises:
+        Unauthorized: when it carries no key, or one that does not count. Only open routes get so far.
+    """
+    found: Caller | ApiError = request["state"]["caller"]
+    if isinstance(found, ApiError):
+        raise found
+    return found
+
+
+def name_of(request: Mapping[str, Any]) -> str:
+    """Stands for who sent a request where turns are taken; all who sent no key that counts are one."""
+    found = request["state"]["caller"]
+    return found.name if isinstance(found, Caller) else ""
+
+
+def is_admin(request: Mapping[str, Any]) -> bool:
+    """Whether the sender may know how the server is doing."""
+    found = request["state"]["caller"]
+    return isinstance(found, Caller) and Scope.ADMIN in found.scopes
+
+
 class KnownKeys:
     """Says who sent a request.
 
     While no key has ever been made, everybody on this machine may do everything, as the tenant of the settings. Once a
     key is known there is no way back: neither an error nor a store that has lost its keys opens anything.
-
-    Args:
-        tenant: whose users there are while no key exists.
     """
 
     def __init__(self, tenant: str) -> None:
@@ -76,11 +122,7 @@ class KnownKeys:
         return self._banks.get(tenant)
 
     def check_host(self, host: str) -> None:
-        """Refuse to listen where others than this machine's people can come from, while there is no key.
-
-        Raises:
-            MtaError: with the command that makes one.
-        """
+        """Raise `MtaError` where others than this machine's people can come from, while there is no key."""
         if not self.any_exists and not _is_loopback(host):
             raise MtaError(
                 f"MTA_HOST is {host}, but no API key exists, so everybody who reaches it could do everything. Make one "

@@ -13,21 +13,18 @@ import pytest
 
 from bank.items.tasks import get_task
 from server.errors import Unavailable
-from server.gateway.access.caller import Caller
+from server.gateway.access.keys import Caller
 from server.gateway.engines.tokenizer import TokenizerClient
-from server.gateway.generation.asked import Asked
-from server.gateway.generation.index_cache import IndexCache
-from server.gateway.generation.indexing import MOST_WAITING, Indexing
-from server.gateway.generation.limits import Limits
-from server.gateway.generation.recall import Recall
-from server.gateway.http.requests import Personalize
+from server.gateway.generation.histories import MOST_WAITING, HistoryIndexer, IndexCache
+from server.gateway.generation.prompts import PromptBuilder
+from server.gateway.generation.request import GenerationRequest, LengthLimits, Personalize
 from server.store.profiles import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret that only tests know", "default")
 NOBODY = cast(TokenizerClient, None)
 """Who is not asked to count tokens."""
-ASKED = Asked(
+REQUEST = GenerationRequest(
     id_prefix="gen",
     user=KEYS.user("ada"),
     personalize=Personalize.AUTO,
@@ -68,15 +65,15 @@ def held() -> Held:
 
 
 @pytest.fixture
-def indexing(held: Held) -> Indexing:
-    return Indexing(held, get_task("chat"), IndexCache(1 << 20))
+def indexing(held: Held) -> HistoryIndexer:
+    return HistoryIndexer(held, get_task("chat"), IndexCache(1 << 20))
 
 
 def profile(user_id: str) -> Profile:
     return Profile(user_id, 1, 1, "embedder", np.zeros(4, np.float16))
 
 
-def ask(indexing: Indexing, user_id: str, caller: str = "app", patience_s: float = 60) -> asyncio.Task[Any]:
+def ask(indexing: HistoryIndexer, user_id: str, caller: str = "app", patience_s: float = 60) -> asyncio.Task[Any]:
     async def asking() -> Any:
         return (await indexing.index(KEYS.user(user_id), profile(user_id), caller, patience_s)).index
 
@@ -95,7 +92,7 @@ async def until_read(held: Held, count: int) -> None:
             await asyncio.sleep(0.001)
 
 
-async def test_callers_take_turns(indexing: Indexing, held: Held) -> None:
+async def test_callers_take_turns(indexing: HistoryIndexer, held: Held) -> None:
     asking = [ask(indexing, f"many-{n}", "one with many") for n in range(4)]
     await settled()
     asking += [ask(indexing, "few", "one with few")]
@@ -107,7 +104,7 @@ async def test_callers_take_turns(indexing: Indexing, held: Held) -> None:
 
 
 async def test_a_caller_whose_line_is_full_goes_without_at_once_and_others_do_not(
-    indexing: Indexing, held: Held
+    indexing: HistoryIndexer, held: Held
 ) -> None:
     waiting = [ask(indexing, f"user-{n}") for n in range(1 + MOST_WAITING)]
     await settled()
@@ -120,7 +117,7 @@ async def test_a_caller_whose_line_is_full_goes_without_at_once_and_others_do_no
     assert None not in await asyncio.gather(other, *waiting)
 
 
-async def test_what_is_begun_at_once_needs_no_patience(indexing: Indexing, held: Held) -> None:
+async def test_what_is_begun_at_once_needs_no_patience(indexing: HistoryIndexer, held: Held) -> None:
     first, second = ask(indexing, "first", patience_s=0), ask(indexing, "second", patience_s=0)
     assert await second is None
     held.gate.release()
@@ -128,7 +125,7 @@ async def test_what_is_begun_at_once_needs_no_patience(indexing: Indexing, held:
 
 
 async def test_whoever_asks_for_the_same_history_shares_the_work_and_a_place_in_the_line(
-    indexing: Indexing, held: Held
+    indexing: HistoryIndexer, held: Held
 ) -> None:
     busy = ask(indexing, "busy")
     asking = [ask(indexing, "ada") for _ in range(MOST_WAITING + 5)]
@@ -141,7 +138,7 @@ async def test_whoever_asks_for_the_same_history_shares_the_work_and_a_place_in_
 
 
 async def test_whoever_leaves_takes_no_work_along_and_makes_no_room_for_a_second_one(
-    indexing: Indexing, held: Held
+    indexing: HistoryIndexer, held: Held
 ) -> None:
     leaving, other = ask(indexing, "ada"), ask(indexing, "bob")
     await until_read(held, 1)
@@ -156,7 +153,9 @@ async def test_whoever_leaves_takes_no_work_along_and_makes_no_room_for_a_second
     assert await other is not None
 
 
-async def test_a_store_that_fails_is_told_to_who_waits_and_the_next_one_goes_on(indexing: Indexing, held: Held) -> None:
+async def test_a_store_that_fails_is_told_to_who_waits_and_the_next_one_goes_on(
+    indexing: HistoryIndexer, held: Held
+) -> None:
     held.fails = True
     first, second = ask(indexing, "ada"), ask(indexing, "bob")
     held.gate.release()
@@ -168,7 +167,7 @@ async def test_a_store_that_fails_is_told_to_who_waits_and_the_next_one_goes_on(
 
 
 async def test_only_one_history_is_indexed_at_a_time(
-    indexing: Indexing, held: Held, monkeypatch: pytest.MonkeyPatch
+    indexing: HistoryIndexer, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once, most, lock = 0, 0, threading.Lock()
 
@@ -184,7 +183,7 @@ async def test_only_one_history_is_indexed_at_a_time(
             with lock:
                 at_once -= 1
 
-    monkeypatch.setattr("server.gateway.generation.indexing.ItemIndex", Slow)
+    monkeypatch.setattr("server.gateway.generation.histories.ItemIndex", Slow)
     for _ in range(8):
         held.gate.release()
     await asyncio.gather(*(ask(indexing, f"user-{n}", f"app-{n}") for n in range(8)))
@@ -193,22 +192,22 @@ async def test_only_one_history_is_indexed_at_a_time(
 
 @pytest.mark.parametrize(("given_s", "left_s"), [(None, 0.2), (0.1, 0.05), (60, 0.2)])
 async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_is_not(
-    indexing: Indexing, held: Held, given_s: float | None, left_s: float
+    indexing: HistoryIndexer, held: Held, given_s: float | None, left_s: float
 ) -> None:
-    recall = Recall(get_task("chat"), NOBODY, indexing, patience_s=0.4)
+    prompts = PromptBuilder(get_task("chat"), NOBODY, indexing, patience_s=0.4)
     busy = ask(indexing, "busy")
     await until_read(held, 1)
-    request = replace(ASKED, patience_s=given_s)
-    recalled = await recall.messages(request, profile("ada"), Limits(1000, 512))
-    assert (recalled.messages, recalled.items) == (ASKED.messages, 0)
-    assert recalled.reason
-    assert recalled.patience_s is not None
-    assert 0 <= recalled.patience_s < left_s + 0.01
+    request = replace(REQUEST, patience_s=given_s)
+    prompt = await prompts.build(request, profile("ada"), LengthLimits(1000, 512))
+    assert (prompt.messages, prompt.items) == (REQUEST.messages, 0)
+    assert prompt.reason
+    assert prompt.patience_s is not None
+    assert 0 <= prompt.patience_s < left_s + 0.01
     busy.cancel()
 
 
-async def test_a_request_that_needs_no_history_keeps_its_patience(indexing: Indexing) -> None:
-    recall = Recall(get_task("chat"), NOBODY, indexing, patience_s=0.4)
+async def test_a_request_that_needs_no_history_keeps_its_patience(indexing: HistoryIndexer) -> None:
+    prompts = PromptBuilder(get_task("chat"), NOBODY, indexing, patience_s=0.4)
     for given_s in (None, 0.1):
-        request = replace(ASKED, history=0, patience_s=given_s)
-        assert (await recall.messages(request, profile("ada"), Limits(1000, 512))).patience_s == given_s
+        request = replace(REQUEST, history=0, patience_s=given_s)
+        assert (await prompts.build(request, profile("ada"), LengthLimits(1000, 512))).patience_s == given_s

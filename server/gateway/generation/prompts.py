@@ -11,9 +11,8 @@ from bank.items.retrieval import JOIN, remembering
 from bank.items.tasks import Task
 from server.gateway.engines.chat import Conversation
 from server.gateway.engines.tokenizer import TokenizerClient
-from server.gateway.generation.asked import Asked
-from server.gateway.generation.indexing import Indexing
-from server.gateway.generation.limits import Limits, chars_of, most_tokens, size_bytes
+from server.gateway.generation.histories import HistoryIndexer
+from server.gateway.generation.request import GenerationRequest, LengthLimits, chars_of, most_tokens, size_bytes
 from server.store.profiles import Profile
 
 _ANSWER_MARK_TOKENS = 64
@@ -22,12 +21,11 @@ _ANSWER_MARK_TOKENS = 64
 _FEWEST_TOKENS = 1 / 8
 """The fewest tokens per byte that a text is assumed to have; if one has fewer, it gets fewer items than would fit."""
 
-
 _LEFT_OUT = "the user's past items could not be read in time, for others' were before them: they are ready in a moment"
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
+class UserPrompt:
     """What the model is asked.
 
     Attributes:
@@ -43,43 +41,38 @@ class Recalled:
     patience_s: float | None
 
 
-class Recall:
+class PromptBuilder:
     """Puts a user's history into their prompts.
 
-    Args:
-        task: renders it.
-        tokenizer: counts tokens, on the engine.
-        indexing: has it ready to be searched.
-        patience_s: how long a request may wait, in all, unless it says less; for a history half of that.
+    A request may wait `patience_s` in all, unless it says less; for a history half of that.
     """
 
-    def __init__(self, task: Task, tokenizer: TokenizerClient, indexing: Indexing, patience_s: float) -> None:
+    def __init__(self, task: Task, tokenizer: TokenizerClient, histories: HistoryIndexer, patience_s: float) -> None:
         self._task = task
         self._tokenizer = tokenizer
-        self._indexing = indexing
+        self._histories = histories
         self._patience_s = patience_s
 
-    async def messages(self, asked: Asked, profile: Profile | None, limits: Limits) -> Recalled:
+    async def build(self, request: GenerationRequest, profile: Profile | None, limits: LengthLimits) -> UserPrompt:
         """The conversation for the engine, with as much history as the request asks for and is sure to fit.
 
-        Args:
-            asked: within the limits that hold without a history.
-            profile: the user's, as found for this request; None without one.
-            limits: of the request; nothing is sure to fit while the context is unknown.
+        While the context is unknown nothing is sure to fit.
 
         Raises:
             Unavailable: when a history is wanted and the store is down.
         """
-        messages, room = asked.messages, limits.room(asked)
-        if not asked.history or asked.user is None or profile is None or room is None or messages[-1]["role"] != "user":
-            return Recalled(messages, 0, None, asked.patience_s)
-        patience_s = self._patience_s if asked.patience_s is None else min(asked.patience_s, self._patience_s)
-        found = await self._indexing.index(asked.user, profile, asked.caller.name, patience_s / 2)
+        messages, patience_s, room = request.messages, request.patience_s, limits.room(request)
+        if not request.history or request.user is None or profile is None or room is None:
+            return UserPrompt(messages, 0, None, patience_s)
+        if messages[-1]["role"] != "user":
+            return UserPrompt(messages, 0, None, patience_s)
+        patience_s = self._patience_s if patience_s is None else min(patience_s, self._patience_s)
+        found = await self._histories.index(request.user, profile, request.caller.name, patience_s / 2)
         patience_s = max(0.0, patience_s - found.waited_s)
         if found.index is None:
-            return Recalled(messages, 0, _LEFT_OUT, patience_s)
-        memories = await asyncio.to_thread(found.index.memories, messages[-1]["content"], asked.history)
-        return Recalled(*await self._fitted(messages, memories, room, limits.prompt_chars), None, patience_s)
+            return UserPrompt(messages, 0, _LEFT_OUT, patience_s)
+        memories = await asyncio.to_thread(found.index.memories, messages[-1]["content"], request.history)
+        return UserPrompt(*await self._fitted(messages, memories, room, limits.prompt_chars), None, patience_s)
 
     async def _fitted(
         self, messages: Conversation, memories: Sequence[str], room: int, most_chars: int
