@@ -52,17 +52,7 @@ class Trains(Protocol):
 
 
 class JobLoop:
-    """Trains one job at a time.
-
-    Args:
-        jobs: where jobs are stored.
-        profiles: where users are stored.
-        bank: finds the recipe that a user's adapter is trained on.
-        trainer: trains and encodes adapters.
-        model_lock: held while the base model is in use; shared with others that use it.
-        figures: counts jobs.
-        tracing: shows jobs as parts of the traces of their requests.
-    """
+    """Trains one job at a time; `model_lock` is held while the base model is in use, which others use as well."""
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 from adapters.recipe import bank_of
 from adapters.training.adapt_config import default_config
+from bank.errors import BankError
 from bank.manifest import BankManifest
 from server.errors import UserErased
 from server.store.adapters import AdapterStore
@@ -91,7 +92,12 @@ class Readapting:
         return {bank: count for bank, count in adapted.items() if bank != self._manifest.short}
 
     async def run(self, on_user: Callable[[ReadaptTally], None] = lambda tally: None) -> ReadaptTally:
-        """Work through the lists of all other banks."""
+        """Work through the lists of all other banks; BankError where this one leaves users no rank to adapt with."""
+        if not self._manifest.room:
+            raise BankError(
+                f"bank {self._manifest.short} leaves users no rank: their adapters cannot be trained again. Build it "
+                "with --user-rank above 0"
+            )
         tally = ReadaptTally()
         for bank in await self.stale():
             async for user_key in self._adapters.adapted_users(bank):

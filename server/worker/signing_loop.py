@@ -33,15 +33,7 @@ class Signs(Protocol):
 
 
 class SigningLoop:
-    """Makes one signature at a time.
-
-    Args:
-        queue: users who need one.
-        profiles: where users are stored.
-        bank: reads their items.
-        signer: makes signatures.
-        model_lock: held while the base model is in use: training and signing take turns.
-    """
+    """Makes one signature at a time; `model_lock` is held meanwhile: training and signing take turns."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bank.errors import BankError
 from bench.rig.valkey import ValkeyProcess
 from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobState, Submission, Trained
@@ -44,9 +45,9 @@ def served(own: str, *, secret: str = SECRET, **named: str) -> ServedBanks:
     return ServedBanks(ring, own, Tenants(secret, "default"), "default")
 
 
-async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = None) -> ReadaptTally:
+async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = None, *, room: int = 2) -> ReadaptTally:
     """What one run of `mta readapt` does while a bank is served, to everybody where nothing else is said."""
-    manifest: Any = SimpleNamespace(short=bank, embedder=SimpleNamespace(id=EMBEDDER), room=2, common=True)
+    manifest: Any = SimpleNamespace(short=bank, embedder=SimpleNamespace(id=EMBEDDER), room=room, common=True)
     budget = JobBudget(max_tokens=1234, max_seconds=56)
     stores = parts.jobs, parts.adapters, parts.profiles
     return await Readapting(*stores, manifest=manifest, at_a_time=4, budget=budget, served=served).run()
@@ -97,6 +98,12 @@ async def test_who_was_erased_or_has_no_samples_leaves_the_list(parts: StorePart
     await parts.profiles.erase(ADA, 1 << 52, 0)
     assert await readapted(parts, B) == ReadaptTally(settled=1)
     assert await readapted(parts, B) == ReadaptTally()
+
+
+async def test_a_bank_that_leaves_users_no_rank_makes_no_jobs_that_must_fail(parts: StoreParts) -> None:
+    with pytest.raises(BankError, match=f"bank {B} leaves users no rank.*--user-rank"):
+        await readapted(parts, B, room=0)
+    assert await parts.jobs.next_job(B, 0.05) is None
 
 
 async def test_whom_another_bank_serves_is_left_alone_and_stays_on_the_list_of_it(parts: StoreParts) -> None:
