@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from bank.lookup.serving import ServingBank
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
-from server.store.jobs import MAX_TRIES, JobState, Lease
+from server.store.jobs import MAX_TRIES, JobState
 from server.store.redis import keys
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers.connection import RedisConnection
@@ -28,6 +27,23 @@ from server.worker.training import AdapterTrainer
 from server.worker.training_thread import Stalled
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk
+
+
+def shaky(name: str) -> Any:
+    """A call of the store, which may fail or whose answer may be lost."""
+    whole = getattr(RedisJobs, name)
+
+    async def call(jobs: Shaky, *args: Any, **kwargs: Any) -> Any:
+        answer = None if jobs.away else await whole(jobs, *args, **kwargs)
+        if jobs.away or name in jobs.lost:
+            jobs.lost.discard(name)
+            jobs.failures += 1
+            if jobs.silent:
+                await asyncio.Event().wait()
+            raise Unavailable("the store cannot be used now")
+        return answer
+
+    return call
 
 
 class Shaky(RedisJobs):
@@ -44,33 +60,8 @@ class Shaky(RedisJobs):
         super().__init__(connection)
         self.away, self.lost, self.silent, self.failures = False, set[str](), False, 0
 
-    async def _through(self, name: str, call: Callable[[], Any]) -> Any:
-        answer = None if self.away else await call()
-        if self.away or name in self.lost:
-            self.lost.discard(name)
-            self.failures += 1
-            if self.silent:
-                await asyncio.Event().wait()
-            raise Unavailable("the store cannot be used now")
-        return answer
-
-    async def renew(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._through("renew", lambda: RedisJobs.renew(self, *args, **kwargs))
-
-    async def claim(self, *args: Any) -> Any:
-        return await self._through("claim", lambda: RedisJobs.claim(self, *args))
-
-    async def samples(self, *args: Any) -> Any:
-        return await self._through("samples", lambda: RedisJobs.samples(self, *args))
-
-    async def end(self, *args: Any) -> Any:
-        return await self._through("end", lambda: RedisJobs.end(self, *args))
-
-    async def promote(self, *args: Any) -> Any:
-        return await self._through("promote", lambda: RedisJobs.promote(self, *args))
-
-    async def release(self, lease: Lease, *, counts: bool) -> Any:
-        return await self._through("release", lambda: RedisJobs.release(self, lease, counts=counts))
+    renew, claim, samples = shaky("renew"), shaky("claim"), shaky("samples")
+    end, promote, release = shaky("end"), shaky("promote"), shaky("release")
 
 
 class Hanging:
