@@ -95,17 +95,16 @@ def test_a_job_that_finds_no_memory_ends_its_worker_and_fails_after_the_last_try
     client: httpx.Client, ada: str, new_user: Callable[[], str], worker: Callable[[], Any], gateway: GatewayThread
 ) -> None:
     job = posted(client, ada, LARGE, steps=4)
-    calls, url = f"mta:{{jobs:{gateway.parts.bank.manifest.short}}}:calls", gateway.parts.settings.redis_url
+    due, url = f"mta:{{jobs:{gateway.parts.bank.manifest.short}}}:due", gateway.parts.settings.redis_url
     user_key = job()["id"].partition(".")[0]
     for attempt in range(1, MAX_TRIES + 1):
         with redis.Redis.from_url(url) as raw:
-            raw.xtrim(calls, maxlen=0)  # not yet, and no sweep shall find it
-            raw.zadd(calls.replace(":calls", ":open"), {user_key: (time.time() + LATER_S) * 1000})
+            raw.zadd(due, {user_key: (time.time() + LATER_S) * 1000})  # not yet
         with redis.Redis.from_url(url) as raw, worker() as background:
             small = posted(client, new_user(), SHORT, steps=1)
             wait_until(lambda small=small: small()["ended_at"], "a small job, after which everything is loaded")
             _leave_little_memory(background.process.pid)
-            raw.xadd(calls, {"id": user_key})
+            raw.zadd(due, {user_key: time.time() * 1000})
             assert background.wait() != 0
             assert "returned to the queue" in background.output
         assert (job()["state"], job()["tries"]) == ("queued", attempt)
