@@ -7,6 +7,7 @@ import json
 import math
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 async def imported(stub: Stub, path: Path, at_a_time: int = 3, patience_s: float = 60) -> ImportCounts:
-    with journal_of(path) as journal, mta_client.Client(stub.url) as client:
+    with closing(journal_of(path)) as journal, mta_client.Client(stub.url) as client:
         return await asyncio.to_thread(Import(PatientGateway(client, patience_s), journal).run, path, at_a_time)
 
 
@@ -209,8 +210,8 @@ async def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
     counts = await imported(stub, path)
     assert (counts.imported, counts.failed) == (10, 0)
     assert sorted(stub.served) == sorted(ids)
-    assert waits[:2] == [7, 3]
     assert len(waits) == 3
+    assert {7.0, 3.0} < set(waits)
     assert stub.most <= 3
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adapters.errors import MtaError
 
 if TYPE_CHECKING:
-    from mta_client import Chunk, Client, Personalization
+    from mta_client import Client, Personalization
 
 COMMANDS = {
     "/base": "the base model answers",
@@ -36,47 +37,37 @@ def chat(
     import mta_client
     from server.cli.users.patience import client_of
 
-    with client_of(url) as client, Keyboard() as keyboard:
+    with client_of(url) as client, ExitStack() as after:
         try:
             client.health()
         except mta_client.MtaError as error:
             raise MtaError(f"no gateway at {url}: {error}. Start one with `mta up`, or name it by --url") from error
+        after.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
+        keyboard = Keyboard()
         _talk(Conversation(client, keyboard, user, max_tokens), keyboard)
 
 
 class Keyboard:
     """What Ctrl-C does: it drops the line that is being typed or stops the answer that is being given, nothing else."""
 
-    def __init__(self) -> None:
-        self.pressed = False
-        """Whether it was, since the last line or answer began. An exception alone would not do: raised in a callback of
-        the interpreter, it is lost."""
-        self._heard = False
-
-    def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
+    pressed = False
+    """Whether it was, since the last line or answer began. An exception alone would not do: raised in a callback of the
+    interpreter, it is lost."""
 
     @contextmanager
     def ends(self) -> Iterator[None]:
-        """Ctrl-C ends the block."""
+        """Ctrl-C ends the block, and is ignored after it."""
         self.pressed = False
         with suppress(KeyboardInterrupt):
-            self._heard = True
+            signal.signal(signal.SIGINT, self._press)
             try:
                 yield
             finally:
-                self._heard = False
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _press(self, number: int, frame: FrameType | None) -> None:
         self.pressed = True
-        if self._heard:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
 
 class Conversation:
@@ -86,28 +77,27 @@ class Conversation:
         self._client = client
         self._keyboard = keyboard
         self._user = user
-        self._max_tokens = max_tokens
         self._messages: list[dict[str, str]] = []
-        self._personalize = "auto"
-        self._strength = 1.0
+        self._options: dict[str, Any] = {"personalize": "auto", "strength": 1.0, "max_tokens": max_tokens}
 
     @property
     def prompt(self) -> str:
         """What stands before a question: who will answer it."""
-        strength = f" {self._strength:g}" if self._personalize == "auto" and self._strength < 1 else ""
-        return f"{self._user if self._personalize == 'auto' else 'base'}{strength}> "
+        if self._options["personalize"] == "none":
+            return "base> "
+        return f"{self._user} {self._options['strength']:g}> " if self._options["strength"] < 1 else f"{self._user}> "
 
     def command(self, line: str) -> None:
         """Obey a line that begins with a slash."""
         name, _, value = line.partition(" ")
         if name == "/base":
-            self._personalize = "none"
+            self._options["personalize"] = "none"
         elif name == "/me":
-            self._personalize = "auto"
+            self._options["personalize"] = "auto"
         elif name == "/new":
             self._messages.clear()
-        elif name == "/strength" and _is_number(value):
-            self._strength = float(value)
+        elif name == "/strength" and re.fullmatch(r"-?\d*\.?\d+", value):
+            self._options["strength"] = float(value)
         else:
             _note("\n".join(f"{command:<12} {what}" for command, what in COMMANDS.items()))
 
@@ -119,7 +109,8 @@ class Conversation:
         messages = [*self._messages, {"role": "user", "content": question}]
         text, who, end, first_s, begun_s = "", None, "stopped", None, time.monotonic()
         try:
-            with self._keyboard.ends(), closing(self._answer(messages)) as chunks:
+            chunks = self._client.stream(self._user, messages, **self._options)
+            with self._keyboard.ends(), closing(chunks):
                 for chunk in chunks:
                     who = who or chunk.personalization
                     first_s = first_s or (time.monotonic() if chunk.text else None)
@@ -137,15 +128,6 @@ class Conversation:
         _note(", ".join(filter(None, (_level(who), first, end))))
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]
-
-    def _answer(self, messages: Sequence[Mapping[str, str]]) -> Generator[Chunk, None, None]:
-        return self._client.stream(
-            self._user,
-            messages,
-            personalize=self._personalize,
-            strength=self._strength,
-            max_tokens=self._max_tokens,
-        )
 
 
 def _talk(conversation: Conversation, keyboard: Keyboard) -> None:
@@ -182,11 +164,3 @@ def _level(who: Personalization | None) -> str:
 
 def _note(text: str) -> None:
     typer.secho(text, dim=True)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -51,7 +52,7 @@ def import_(
         if counts.seen == total or counts.seen % _TELL_EVERY == 0:
             progress.piece("people", counts.seen, total)
 
-    with journal_of(file, state) as journal, ConsoleProgress() as progress, client_of(url) as client:
+    with closing(journal_of(file, state)) as journal, ConsoleProgress() as progress, client_of(url) as client:
         progress.piece("people", 0, total)
         counts = Import(PatientGateway(client), journal, tell).run(file, at_a_time)
     typer.echo(

@@ -8,8 +8,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoo
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 import orjson
 
@@ -35,7 +34,7 @@ class ImportCounts:
 
 
 class Journal:
-    """What is done, a hash a line, and what failed in this run, with reasons; a context manager.
+    """What is done, a hash a line, and what failed in this run, with reasons.
 
     The file of what is done stays, and the next run reads it.
 
@@ -59,12 +58,8 @@ class Journal:
             self._files.close()
             raise MtaError(f"{done} is not the state of an import, or cannot be written: {error}") from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close both files."""
         self._files.close()
 
     def __contains__(self, digest: bytes) -> bool:

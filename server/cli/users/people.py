@@ -42,13 +42,7 @@ class PersonEntry:
 
 def count_people(path: Path) -> int:
     """How many people a file holds; raises MtaError when it cannot be read."""
-    try:
-        if _is_list(path):
-            return len(_read_list(path))
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    return sum(1 for _ in _entries(path))
 
 
 def read_people(path: Path) -> Iterator[PersonEntry]:
@@ -65,38 +59,27 @@ def read_people(path: Path) -> Iterator[PersonEntry]:
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """The entries of a file with their places; for a line that is not JSON the error that says so."""
+    """The entries of a file with their places: objects of a list, or lines as they are."""
     try:
-        if _is_list(path):
-            yield from enumerate(_read_list(path), 1)
-            return
         with path.open("rb") as file:
-            for place, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield place, orjson.loads(line)
-                    except ValueError as error:
-                        yield place, error
+            is_list = file.read(_LOOK_BYTES).lstrip()[:1] == b"["
+            file.seek(0)
+            if is_list:
+                yield from enumerate(orjson.loads(file.read()), 1)
+            else:
+                yield from ((place, line) for place, line in enumerate(file, 1) if line.strip())
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(_LOOK_BYTES).lstrip()[:1] == b"["
-
-
-def _read_list(path: Path) -> list[Any]:
-    try:
-        entries: list[Any] = orjson.loads(path.read_bytes())
-        return entries
+        raise MtaError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise MtaError(f"{path} is not JSON: {error}") from error
 
 
 def _person(place: int, raw: Any) -> PersonEntry:
-    if isinstance(raw, ValueError):
-        return PersonEntry(place, "", [], f"it is not JSON: {raw}")
+    if isinstance(raw, bytes):
+        try:
+            raw = orjson.loads(raw)
+        except ValueError as error:
+            return PersonEntry(place, "", [], f"it is not JSON: {error}")
     if not isinstance(raw, dict):
         return PersonEntry(place, "", [], f"it must be an object, got {excerpt(raw)}")
     named = raw.get("user_id", raw.get("id"))
@@ -110,7 +93,3 @@ def _person(place: int, raw: Any) -> PersonEntry:
     if not isinstance(items, list) or not items:
         return PersonEntry(place, user_id, [], f"it has no profile: a list of items, got {excerpt(items)}")
     return PersonEntry(place, user_id, [{"text": item} if isinstance(item, str) else item for item in items])
-
-
-def _unreadable(path: Path, error: OSError) -> MtaError:
-    return MtaError(f"cannot read {path}: {error.strerror or error}")
