@@ -33,17 +33,9 @@ class Settings(BaseSettings):
 
     # What is served
     bank: Path | None = Field(None, description="Folder of the bank (`mta bank build --out`).")
-    next_bank: Path | None = Field(
-        None, description="A second bank that engines also serve, while a fleet moves from one to the other."
-    )
-    model: str = Field(
-        "default",
-        description="Base model: a local folder, a Hugging Face id, or `default` (SmolLM2-135M-Instruct).",
-    )
-    embedder: Path | None = Field(
-        None,
-        description="Folder of the embedder (model.onnx, tokenizer.json); MiniLM by default.",
-    )
+    next_bank: Path | None = Field(None, description="A second bank that engines serve while a fleet moves to it.")
+    model: str = Field("default", description="Base model: folder, hub id or `default` (SmolLM2-135M-Instruct).")
+    embedder: Path | None = Field(None, description="Folder with model.onnx and tokenizer.json; MiniLM by default.")
     cache_dir: Path = Field(
         default_factory=lambda: _user_folder("XDG_CACHE_HOME", ".cache"),
         description="Where prepared default models are kept; can be deleted at any time.",
@@ -54,10 +46,7 @@ class Settings(BaseSettings):
     )
 
     store_mib: int | None = Field(
-        None,
-        ge=16,
-        description="Most that the Valkey of `mta up` may store, MiB; by default an eighth of the machine's memory, or "
-        "of a container's limit.",
+        None, ge=16, description="Most that the Valkey of `mta up` stores, MiB; by default an eighth of the memory."
     )
 
     # Gateway
@@ -65,16 +54,14 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on.")
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
-        description="Redis 7.2+ or Valkey 8+; of a cluster, redis+cluster:// and some of its hosts, comma-separated; "
-        "of servers that Sentinel watches, redis+sentinel:// and the Sentinels, comma-separated, then /service.",
+        description="Redis 7.2+ or Valkey 8+; a cluster's is redis+cluster:// and some hosts, comma-separated; with "
+        "Sentinel it is redis+sentinel:// and the Sentinels, comma-separated, then /service.",
     )
     require_durable_store: bool = Field(
-        True,
-        description="Refuse a Redis that may lose or evict acknowledged writes; false: warn, and say so in /ready.",
+        True, description="Refuse a Redis that may lose acknowledged writes; false: warn, and say so in /ready."
     )
     secret: SecretStr | None = Field(
-        None,
-        description="Keys the hash of user ids; the same for all gateways, never changed. `mta up` makes one.",
+        None, description="Keys the hash of user ids; the same for all gateways, never changed. `mta up` makes one."
     )
     tenant: str = Field("default", description="Tenant that all users belong to while no API key exists.")
     engine_url: str = Field(
@@ -86,33 +73,23 @@ class Settings(BaseSettings):
     engine_key: SecretStr | None = Field(None, description="Key that engines require. `mta up` makes one.")
     engine_timeout_s: float = Field(600, gt=0, description="Longest silence of the engine within one answer.")
     max_requests: int = Field(
-        512,
-        gt=0,
-        description="Most requests in progress at once, of one key half; others get 503 or 429. Operations' own are "
-        "exempt.",
+        512, gt=0, description="Most requests in progress at once, of one key half; others get 503 or 429."
     )
-    send_timeout_s: float = Field(
-        60,
-        gt=0,
-        description="Longest time that a client may take nothing of what is sent to it, before it is hung up on.",
-    )
+    send_timeout_s: float = Field(60, gt=0, description="Longest time that a client may take nothing of an answer.")
     engine_places: int | None = Field(
         None,
         ge=1,
-        description="Most sequences that this gateway has in the engines at once. By default what all engines say that "
-        "they compute in a batch, or their slots if those are fewer, shared among the gateways in front of them that "
-        "use the same Redis.",
+        description="Most sequences that this gateway has in the engines at once; by default its share of what they "
+        "compute in a batch, or of their slots if those are fewer.",
     )
     queue_places: int | None = Field(
         None,
         ge=0,
         description="Most generations that wait for a place in the engines; others get 429. By default half as many "
-        "as there are places: so nobody waits much longer than half an answer takes, however much is asked.",
+        "as there are places: a wait is about half an answer.",
     )
     queue_timeout_s: float = Field(
-        10,
-        gt=0,
-        description="Longest wait for a place in the engines; a request's X-Queue-Timeout can make it shorter.",
+        10, gt=0, description="Longest wait for a place in the engines; X-Queue-Timeout can make it shorter."
     )
     max_prompt_chars: int = Field(200_000, gt=0, description="Longest prompt, in characters.")
     key_requests: int = Field(0, ge=0, description="Requests a minute of each API key; 0 for any number.")
@@ -130,9 +107,7 @@ class Settings(BaseSettings):
         64, ge=0, description="Histories that a gateway keeps ready for prompts, MiB; 0 reads them on every request."
     )
     job_tokens: int = Field(
-        2_000_000,
-        gt=0,
-        description="Most tokens that one adapt job may read, held-out samples included; about an hour on two cores.",
+        2_000_000, gt=0, description="Most tokens that one adapt job may read; about an hour on two cores."
     )
     job_seconds: int = Field(3600, gt=0, description="Longest time that a worker trains one adapt job.")
 
@@ -144,7 +119,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=65535,
-        description="Port of a worker's metrics (`/metrics`); 0 for none. Of a router's; 0 for 29000.",
+        description="Port of the metrics of a worker (0: none) or a router (0: 29000).",
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or an object each.")
     otlp_endpoint: str = Field(
@@ -169,8 +144,8 @@ class Settings(BaseSettings):
     max_loras: int | None = Field(
         None,
         ge=1,
-        description="Adapter slots: recipes that one batch can mix. By default, on CPU, as many as fit a sixteenth of "
-        "the memory, 8 to 64; on a GPU as many as a batch holds requests.",
+        description="Adapter slots: recipes that a batch can mix. By default as many as a batch holds requests; on CPU "
+        "as fit a sixteenth of the memory, 8 to 64.",
     )
     max_cpu_loras: int = Field(64, ge=1, description="Fused adapters kept in the worker, slots included.")
     max_adapter_names: int = Field(1024, ge=1, description="Idle recipes whose ids the engine remembers.")
@@ -181,21 +156,14 @@ class Settings(BaseSettings):
         None,
         gt=0,
         lt=1,
-        description="Share of each GPU's memory that an engine takes, at once. By default what `mta up` plans, "
-        "elsewhere vLLM's own.",
+        description="Share of a GPU's memory that an engine takes; else `mta up`'s plan, or vLLM's own.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Devices (on CPU: processes) one engine spans.")
 
     # Fleet
-    replicas: int = Field(
-        1,
-        ge=1,
-        description="Engines that `mta up` starts, the cores shared out between them; from two on behind a router.",
-    )
+    replicas: int = Field(1, ge=1, description="Engines that `mta up` starts; from two on behind a router.")
     router_port: int = Field(8002, ge=0, le=65535, description="Port the router listens on.")
-    drain_s: float = Field(
-        30, ge=0, description="How long gateway and engine finish what they have begun once they are asked to stop."
-    )
+    drain_s: float = Field(30, ge=0, description="How long gateway and engine finish what they have begun at a stop.")
 
     # Worker
     worker_threads: int = Field(
@@ -204,37 +172,24 @@ class Settings(BaseSettings):
         description="Threads that train user adapters; all cores by default.",
     )
     worker_gpu_share: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="Most of the GPU's memory that training takes, as a share; 0 trains on the CPU. By default what "
-        "`mta up` plans, elsewhere no limit.",
+        None, ge=0, lt=1, description="Most of the GPU's memory that training takes; 0: the CPU; else `mta up`'s plan."
     )
     worker_niceness: int = Field(
         0,
         ge=0,
         le=19,
-        description="How far the worker of `mta up` stands back: at 10 answers hardly notice a job, but while they "
-        "keep all cores busy it takes many times as long.",
+        description="Niceness of the worker of `mta up`: at 10 answers hardly notice a job, which waits.",
     )
 
     def bank_folder(self) -> Path:
-        """The bank's folder, for callers that need one.
-
-        Raises:
-            MtaError: when no bank was named.
-        """
+        """The bank's folder; raises MtaError when no bank was named."""
         if self.bank is None:
             raise MtaError("no bank was named: give its folder, or set MTA_BANK; `mta bank build` makes one")
         return self.bank
 
     @property
     def banks(self) -> tuple[Path, ...]:
-        """The folders of the banks an engine serves.
-
-        Raises:
-            MtaError: when no first bank was named.
-        """
+        """The folders of the banks an engine serves; raises MtaError when no first bank was named."""
         return (self.bank_folder(), *([self.next_bank] if self.next_bank else []))
 
     @property

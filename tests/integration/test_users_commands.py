@@ -40,44 +40,48 @@ def lines_of(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def written(path: Path, people: dict[str, list[Any]], layout: str = "lines") -> None:
+    """A file of people, one a line or in LaMP's layout."""
+    entries = [{"user_id": user, "profile": profile, "query": []} for user, profile in people.items()]
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    path.write_text(lines if layout == "lines" else json.dumps(entries, indent=1))
+
+
 @pytest.fixture
 def people(tmp_path: Path, new_user: NewUser) -> tuple[Path, list[str]]:
-    """A file of ten people, one a line."""
+    """A file of ten people."""
     ids = [new_user() for _ in range(10)]
-    entries = [{"user_id": user, "profile": [f"I am {user}", {"id": "it", "text": "and more"}]} for user in ids]
     path = tmp_path / "people.ndjson"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    written(path, {user: [f"I am {user}", {"id": "it", "text": "and more"}] for user in ids})
     return path, ids
 
 
-def test_everybody_in_a_file_has_a_profile_and_a_second_run_has_nothing_to_do(
-    client: httpx.Client, gateway: GatewayThread, people: tuple[Path, list[str]]
+@pytest.mark.parametrize("layout", ["lines", "list"])
+def test_everybody_in_a_file_has_a_profile_and_a_second_run_imports_whoever_has_changed(
+    client: httpx.Client, gateway: GatewayThread, tmp_path: Path, new_user: NewUser, layout: str
 ) -> None:
-    path, ids = people
-    first = mta("import", str(path), "--url", gateway.url)
-    assert (first.exit_code, first.output.splitlines()[-1]) == (0, "10 imported, 0 were already, 0 failed")
-    assert [client.get(f"/users/{user}").json()["items"] for user in ids] == [2] * 10
-    state = path.with_name("people.ndjson.imported")
+    def last_line() -> str:
+        done = mta("import", str(path), "--url", gateway.url)
+        assert done.exit_code == 0
+        return done.output.splitlines()[-1]
+
+    path, ids = tmp_path / "people", [new_user() for _ in range(5)]
+    profiles: dict[str, list[Any]] = {user: [f"I am {user}", {"id": "it", "text": "and more"}] for user in ids}
+    written(path, profiles, layout)
+    assert last_line() == "5 imported, 0 were already, 0 failed"
+    assert [client.get(f"/users/{user}").json()["items"] for user in ids] == [2] * 5
+    state = path.with_name("people.imported")
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
     assert not any(user in state.read_text() for user in ids)
     client.delete(f"/users/{ids[0]}").raise_for_status()
-    again = mta("import", str(path), "--url", gateway.url)
-    assert again.output.splitlines()[-1] == "0 imported, 10 were already, 0 failed"
-    assert client.get(f"/users/{ids[0]}").status_code == 404  # whoever was erased stays so
-
-
-def test_whoever_has_changed_in_the_file_is_imported_again(
-    client: httpx.Client, gateway: GatewayThread, people: tuple[Path, list[str]]
-) -> None:
-    path, ids = people
-    mta("import", str(path), "--url", gateway.url)
-    path.write_text(path.read_text().replace(f"I am {ids[3]}", "I have changed"))
-    with path.with_name("people.ndjson.imported").open("a") as state:
-        state.write("abc")  # killed while it wrote
-    again = mta("import", str(path), "--url", gateway.url)
-    assert again.output.splitlines()[-1] == "1 imported, 9 were already, 0 failed"
+    profiles[ids[3]][0] = "I have changed"
+    written(path, profiles, layout)
+    with state.open("a") as file:
+        file.write("abc")  # killed while it wrote
+    assert last_line() == "1 imported, 4 were already, 0 failed"
     assert client.get(f"/users/{ids[3]}/export").json()["items"][0]["text"] == "I have changed"
-    assert mta("import", str(path), "--url", gateway.url).output.splitlines()[-1].startswith("0 imported, 10")
+    assert client.get(f"/users/{ids[0]}").status_code == 404  # whoever was erased stays so
+    assert last_line() == "0 imported, 5 were already, 0 failed"
 
 
 def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
@@ -115,17 +119,6 @@ def test_whoever_cannot_be_imported_is_named_with_the_reason_and_the_rest_go_on(
     }.items():
         assert reason in reasons[place]
     assert [client.get(f"/users/{user}").status_code for user in (good, "17", late)] == [200] * 3
-
-
-def test_lamps_layout_is_a_list_of_people(
-    client: httpx.Client, gateway: GatewayThread, new_user: NewUser, tmp_path: Path
-) -> None:
-    ids = [new_user() for _ in range(3)]
-    path = tmp_path / "users.json"
-    entry = [{"user_id": user, "profile": [{"id": "1", "text": "an item"}], "query": []} for user in ids]
-    path.write_text(json.dumps(entry, indent=1))
-    assert mta("import", str(path), "--url", gateway.url).output.splitlines()[-1].startswith("3 imported")
-    assert [client.get(f"/users/{user}").json()["items"] for user in ids] == [1] * 3
 
 
 @pytest.mark.parametrize(("content", "says"), [(None, "cannot read"), ("[1, 2", "is not JSON")])
