@@ -116,7 +116,7 @@ async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
 ) -> None:
     """What was sent meanwhile was written after a while, or refused."""
     monkeypatch.setattr("server.store.redis.servers.connection.WRITE_TIMEOUT_S", 3.0)
-    monkeypatch.setattr("server.store.redis.servers.cluster.LAYOUT_S", 1.0)
+    monkeypatch.setattr("server.store.redis.servers.cluster.REFRESH_S", 1.0)
     pair = (followed.primaries[0], followed.replicas[0])
     (lost,) = [node for node in pair if ask(node, "ROLE")[0] == b"master"]
     users = list(itertools.islice(users_at(followed, followed.primaries[0]), 4))

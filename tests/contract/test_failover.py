@@ -14,8 +14,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.durability import Durability
 from server.store.redis.profiles import RedisProfiles
-from server.store.redis.servers.connection import RedisConnection
-from tests.support.stored import change
+from tests.support.stored import change, connected, strict_and_lenient
 
 
 @pytest.fixture
@@ -40,16 +39,14 @@ async def test_a_write_that_meets_a_replica_goes_to_whoever_has_the_address_now(
 ) -> None:
     primary, replica = pair
     with LossyProxy(primary.port) as address:
-        connection = RedisConnection(f"redis://127.0.0.1:{address.port}")
-        store = RedisProfiles(connection)
-        await connection.check()
-        assert await store.commit(user, b"", change("a"))
-        fail_over(primary, replica)
-        address.to_port = replica.port
-        snapshot = await store.read(user)  # of the old one: its connection stands
-        assert await store.commit(user, snapshot.version, change("b"))
-        assert list((await store.read(user)).items) == ["a", "b"]
-        await connection.close()
+        async with connected(f"redis://127.0.0.1:{address.port}") as connection:
+            store = RedisProfiles(connection)
+            assert await store.commit(user, b"", change("a"))
+            fail_over(primary, replica)
+            address.to_port = replica.port
+            snapshot = await store.read(user)  # of the old one: its connection stands
+            assert await store.commit(user, snapshot.version, change("b"))
+            assert list((await store.read(user)).items) == ["a", "b"]
 
 
 async def test_a_look_that_meets_a_replica_leaves_no_connection_to_it(
@@ -57,26 +54,23 @@ async def test_a_look_that_meets_a_replica_leaves_no_connection_to_it(
 ) -> None:
     primary, replica = pair
     with LossyProxy(primary.port) as address:
-        connection = RedisConnection(f"redis://127.0.0.1:{address.port}")
-        await connection.check()
-        fail_over(primary, replica)
-        address.to_port = replica.port
-        assert await connection.check() is Durability.ALWAYS
-        info = await connection.run(lambda redis: redis.info("server"))
-        assert info["tcp_port"] == replica.port
-        await connection.close()
+        async with connected(f"redis://127.0.0.1:{address.port}") as connection:
+            fail_over(primary, replica)
+            address.to_port = replica.port
+            assert await connection.check() is Durability.ALWAYS
+            info = await connection.run(lambda redis: redis.info("server"))
+            assert info["tcp_port"] == replica.port
 
 
 async def test_a_replica_is_no_store_until_it_takes_writes(
     pair: tuple[ValkeyProcess, ValkeyProcess], user: str
 ) -> None:
     primary, replica = pair
-    connection = RedisConnection(replica.url)
-    with pytest.raises(Unavailable) as caught:
-        await connection.check()
-    assert caught.value.code == "store_unavailable"
-    assert f"it is a replica of 127.0.0.1:{primary.port}" in caught.value.explained
-    ask(replica, "REPLICAOF", "NO", "ONE")
-    assert await connection.check() is Durability.ALWAYS
-    assert await RedisProfiles(connection).commit(user, b"", change("a"))
-    await connection.close()
+    async with strict_and_lenient(replica.url) as (connection, _):
+        with pytest.raises(Unavailable) as caught:
+            await connection.check()
+        assert caught.value.code == "store_unavailable"
+        assert f"it is a replica of 127.0.0.1:{primary.port}" in caught.value.explained
+        ask(replica, "REPLICAOF", "NO", "ONE")
+        assert await connection.check() is Durability.ALWAYS
+        assert await RedisProfiles(connection).commit(user, b"", change("a"))

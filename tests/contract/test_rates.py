@@ -62,11 +62,6 @@ class TestRates:
         assert refused.levels[0].left == 0
         assert 0 < refused.levels[0].fits_in_s(1) <= 12
 
-    async def test_all_or_nothing(self, rates: RedisRates, rate: Rate) -> None:
-        assert await take(rates, rate, 3)
-        assert not await take(rates, rate, 3)
-        assert await take(rates, rate, 2)
-
     async def test_of_several_rates_all_or_nothing(self, rates: RedisRates, rate: Rate) -> None:
         tokens = Rate("tokens", rate.owner, 100)
         assert (await rates.take([Use(rate, 1), Use(tokens, 80)])).counted
@@ -158,14 +153,12 @@ class TestLeases:
         await rates.let_go("x", "a")
         assert await rates.hold("x", ["c"], 30, 2) == 2
         assert await rates.hold("y", ["c"], 30, 2) == 1
+        assert await rates.hold("gateways", ["a", "b", "c"], 30) == 3
 
     async def test_a_lease_ends(self, rates: RedisRates) -> None:
         await rates.hold("x", ["a"], 0.05, 1)
         await asyncio.sleep(0.1)
         assert await rates.hold("x", ["b"], 30, 1) == 1
-
-    async def test_any_number_can_be_counted(self, rates: RedisRates) -> None:
-        assert await rates.hold("gateways", ["a", "b", "c"], 30) == 3
 
 
 class TestSeats:
@@ -174,13 +167,8 @@ class TestSeats:
     async def test_renewing_does_not_bring_back_who_left_meanwhile(
         self, rates: RedisRates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        running = InProgress(rates)
-        member, reached, gate, run = (
-            await running.enter("key-x", 1),
-            asyncio.Event(),
-            asyncio.Event(),
-            parts.connection.run,
-        )
+        running, reached, gate, run = InProgress(rates), asyncio.Event(), asyncio.Event(), parts.connection.run
+        member = await running.enter("key-x", 1)
 
         async def late(*arguments: Any) -> Any:
             reached.set()

@@ -49,7 +49,7 @@ class Alone:
         """It serves all or none."""
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
-        return await self._anew(lambda: command(self._client))
+        return await self._reconnecting(lambda: command(self._client))
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[Any]:
@@ -63,10 +63,10 @@ class Alone:
     async def evaluate(
         self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
     ) -> Any:
-        return await self._anew(lambda: self._evaluate(script, names, arguments, durability))
+        return await self._reconnecting(lambda: self._evaluate(script, names, arguments, durability))
 
     async def durability(self) -> Durability:
-        return await self._anew(self._look)
+        return await self._reconnecting(self._writable_durability)
 
     async def members(self) -> list[StoreServer]:
         return [StoreServer("", self._client.execute_command)]
@@ -89,7 +89,7 @@ class Alone:
         check_confirmed(confirmed)
         return answer
 
-    async def _look(self) -> Durability:
+    async def _writable_durability(self) -> Durability:
         """Raises `ReadOnlyError` of a replica, even one that would take writes: it loses them."""
         replication = await self._client.info("replication")
         if replication["role"] != "master":
@@ -97,7 +97,7 @@ class Alone:
             raise ReadOnlyError(f"it is a replica of {place} and takes no writes")
         return await durability_of(self._client.execute_command)
 
-    async def _anew(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _reconnecting(self, work: Callable[[], Awaitable[T]]) -> T:
         """Repeat it over a new connection if the server takes no writes: then nothing was written."""
         try:
             return await work()

@@ -28,7 +28,7 @@ log = logging.getLogger("mta.store")
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
 # How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
 # replica that has come must be waited for.
-LAYOUT_S = 5.0
+REFRESH_S = 5.0
 PATIENCE_S = 1.0  # how long to wait for a server that is asked which servers there are, before another is
 AWAY_S = 5.0  # how long nothing is sent to a server that did not answer to `durability`, asked every two seconds
 
@@ -59,9 +59,9 @@ class Cluster:
 
     def __init__(self, url: str) -> None:
         self._client = cluster_client(url)
-        self._room = asyncio.Semaphore(CONNECTIONS)  # the client fails where it should wait for a connection
-        self._following = asyncio.Lock()
-        self._followed_s = -LAYOUT_S
+        self._connections = asyncio.Semaphore(CONNECTIONS)  # the client fails where it should wait for a connection
+        self._refreshing = asyncio.Lock()
+        self._refreshed_s = -REFRESH_S
         self._not_durable: set[str] = set()
         self._unserved: str | None = None
 
@@ -72,8 +72,8 @@ class Cluster:
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         for pause_s in (*PAUSES_S, None):
             try:
-                async with self._room:
-                    await self._follow()
+                async with self._connections:
+                    await self._refresh()
                     return await command(self._client)
             except exceptions.ClusterError as error:
                 if pause_s is None or type(error) is not exceptions.ClusterError:
@@ -83,8 +83,8 @@ class Cluster:
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[Any]:
-        async with self._room:
-            await self._follow()
+        async with self._connections:
+            await self._refresh()
             async with self._client.pipeline(transaction=False) as pipe:
                 yield pipe
 
@@ -95,8 +95,8 @@ class Cluster:
         node, asking, home = None, False, None
         for pause_s in (*PAUSES_S, None):
             try:
-                async with self._room:
-                    await self._follow()
+                async with self._connections:
+                    await self._refresh()
                     await self._client.initialize()
                     home = node or self._client.get_node_from_key(names[0])
                     self._client.refuse_away(home)
@@ -105,15 +105,15 @@ class Cluster:
                 if pause_s is None or (isinstance(error, Away) and not self._replicas(home, names[0])):
                     raise
                 await asyncio.sleep(pause_s)
-                await self._look_around(home)
+                await self._discover(home)
                 node, asking = self._redirected(error)
         raise AssertionError("unreachable")
 
     async def durability(self) -> Durability:
         """How durable writes are where they can be made, if that is for most users; `unserved` says who is left."""
-        await self._follow(at_once=True)
+        await self._refresh(at_once=True)
         nodes = self._client.get_primaries()
-        found = dict(zip(nodes, await asyncio.gather(*map(self._look_at, nodes)), strict=True))
+        found = dict(zip(nodes, await asyncio.gather(*map(self._probe, nodes)), strict=True))
         self._client.stay_away({node for node, how in found.items() if how is None}, AWAY_S)
         serving = {node: how for node, how in found.items() if isinstance(how, Durability)}
         self._note_unserved({node.name for node in nodes if node not in serving}, set(serving))
@@ -142,7 +142,7 @@ class Cluster:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _look_at(self, node: Any) -> Durability | str | None:
+    async def _probe(self, node: Any) -> Durability | str | None:
         """How durable a primary's writes are; the state of the cluster if it serves nobody; None if it is away."""
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
@@ -178,7 +178,7 @@ class Cluster:
                 raise part.result
         answer, *confirmed = [part.result for part in sent[len(before) :]]
         if len(confirmed) > 1 and confirmed[1] < 1:
-            await self._look_around(replicas[0])  # once the others count it as failed, writes no longer wait for it
+            await self._discover(replicas[0])  # once the others count it as failed, writes no longer wait for it
         check_confirmed(confirmed)
         return answer
 
@@ -197,7 +197,7 @@ class Cluster:
         node = self._client.get_node(host=error.host, port=error.port)
         return node, not isinstance(error, exceptions.MovedError)
 
-    async def _look_around(self, silent: Any = None) -> None:
+    async def _discover(self, silent: Any = None) -> None:
         """Find out again which servers there are and what they hold, if need be from the one that may be silent.
 
         Connections are made anew, each when it is free; those to a server that is no primary any more at once, so that
@@ -215,19 +215,19 @@ class Cluster:
         now = self._client.get_primaries()
         await asyncio.gather(*(node.disconnect() for node in before if node not in now), return_exceptions=True)
 
-    async def _follow(self, *, at_once: bool = False) -> None:
+    async def _refresh(self, *, at_once: bool = False) -> None:
         """Look around if anything has changed, every few seconds. Calls that come meanwhile wait for the result."""
-        if time.monotonic() < self._followed_s + LAYOUT_S and not (at_once or self._following.locked()):
+        if time.monotonic() < self._refreshed_s + REFRESH_S and not (at_once or self._refreshing.locked()):
             return
-        async with self._following:
-            if time.monotonic() < self._followed_s + LAYOUT_S and not at_once:
+        async with self._refreshing:
+            if time.monotonic() < self._refreshed_s + REFRESH_S and not at_once:
                 return
             await self._client.initialize()
             with suppress(*_PASSING):
                 node, shards = await self._ask_any("CLUSTER SLOTS")
                 if not self._knows(shards, node.host):
-                    await self._look_around()
-            self._followed_s = time.monotonic()
+                    await self._discover()
+            self._refreshed_s = time.monotonic()
 
     async def _ask_any(self, command: str) -> tuple[Any, Any]:
         """A server and its answer: another one each time, and only at last one that is away."""

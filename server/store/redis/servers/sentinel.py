@@ -26,7 +26,7 @@ FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/datab
 
 # How often to ask who is the primary and who follows it. Errors do not always tell: a replica that has come must be
 # waited for.
-LOOK_S = 5.0
+REFRESH_S = 5.0
 PATIENCE_S = 1.0  # how long to wait for a Sentinel, before another is asked; for the last one, the caller decides
 
 _PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
@@ -34,7 +34,7 @@ _PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.Read
 
 
 @dataclass(frozen=True, slots=True)
-class _Watched:
+class _Topology:
     """What a Sentinel said, in names of the form `host:port`.
 
     Attributes:
@@ -67,51 +67,51 @@ class Sentinel:
             for each in sentinels
         ]
         self._servers: dict[str, Alone] = {}
-        self._watched: _Watched | None = None
-        self._looking = asyncio.Lock()
-        self._looked_s = -LOOK_S
+        self._topology: _Topology | None = None
+        self._refreshing = asyncio.Lock()
+        self._refreshed_s = -REFRESH_S
 
     @property
     def unserved(self) -> None:
         """It serves all or none."""
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
-        return await self._with_primary(lambda watched: watched.server.run(command))
+        return await self._with_primary(lambda topology: topology.server.run(command))
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[Any]:
-        watched = await self._look()
-        async with watched.server.pipeline() as pipe:
+        topology = await self._current()
+        async with topology.server.pipeline() as pipe:
             yield pipe
 
     async def evaluate(
         self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
     ) -> Any:
-        async def at(watched: _Watched) -> Any:
-            async with watched.server.pipeline() as pipe:
+        async def at(topology: _Topology) -> Any:
+            async with topology.server.pipeline() as pipe:
                 pipe.eval(script, len(names), *names, *arguments)
-                for command in confirmations(durability, replicas=bool(watched.replicas)):
+                for command in confirmations(durability, replicas=bool(topology.replicas)):
                     pipe.execute_command(*command)
                 answer, *confirmed = await pipe.execute()
             if len(confirmed) > 1 and confirmed[1] < 1:
-                self._looked_s = -LOOK_S  # once Sentinel takes the replica for down, nobody waits for it
+                self._refreshed_s = -REFRESH_S  # once Sentinel takes the replica for down, nobody waits for it
             check_confirmed(confirmed)
             return answer
 
         return await self._with_primary(at)
 
     async def durability(self) -> Durability:
-        watched = await self._look(at_once=True)
-        return await watched.server.durability()
+        topology = await self._current(at_once=True)
+        return await topology.server.durability()
 
     async def members(self) -> list[StoreServer]:
-        watched = await self._look()
-        found = [StoreServer(watched.primary, _execute(watched.server))]
-        return found + [StoreServer(name, _execute(self._server(name))) for name in sorted(watched.replicas)]
+        topology = await self._current()
+        found = [StoreServer(topology.primary, _execute(topology.server))]
+        return found + [StoreServer(name, _execute(self._server(name))) for name in sorted(topology.replicas)]
 
     async def holders(self, name: str) -> list[str]:
-        watched = await self._look()
-        return [watched.primary, *sorted(watched.known)]
+        topology = await self._current()
+        return [topology.primary, *sorted(topology.known)]
 
     async def close(self) -> None:
         for each in self._sentinels:
@@ -119,29 +119,29 @@ class Sentinel:
         for server in self._servers.values():
             await server.close()
 
-    async def _with_primary(self, work: Callable[[_Watched], Awaitable[Any]]) -> Any:
+    async def _with_primary(self, work: Callable[[_Topology], Awaitable[Any]]) -> Any:
         """Do it, and once more if by now another server is the primary."""
-        watched = await self._look()
+        topology = await self._current()
         try:
-            return await work(watched)
+            return await work(topology)
         except _PASSING:
-            now = await self._look(at_once=True)
-            if now.primary == watched.primary:
+            now = await self._current(at_once=True)
+            if now.primary == topology.primary:
                 raise
         return await work(now)
 
-    async def _look(self, *, at_once: bool = False) -> _Watched:
+    async def _current(self, *, at_once: bool = False) -> _Topology:
         """The servers; Sentinel is asked every few seconds, and calls that come meanwhile wait for its answer."""
-        asked_s = time.monotonic()
-        if self._watched and asked_s < self._looked_s + LOOK_S and not (at_once or self._looking.locked()):
-            return self._watched
-        async with self._looking:
-            fresh = self._looked_s >= asked_s if at_once else asked_s < self._looked_s + LOOK_S
-            if self._watched and fresh:
-                return self._watched
-            before, self._looked_s = self._watched, time.monotonic()
+        called_s = time.monotonic()
+        if self._topology and called_s < self._refreshed_s + REFRESH_S and not (at_once or self._refreshing.locked()):
+            return self._topology
+        async with self._refreshing:
+            fresh = self._refreshed_s >= called_s if at_once else called_s < self._refreshed_s + REFRESH_S
+            if self._topology and fresh:
+                return self._topology
+            before, self._refreshed_s = self._topology, time.monotonic()
             try:
-                self._watched = now = await self._ask()
+                self._topology = now = await self._discover()
             except exceptions.ConnectionError as error:
                 if before is None:
                     raise
@@ -155,7 +155,7 @@ class Sentinel:
                     await self._servers.pop(name).close()
             return now
 
-    async def _ask(self) -> _Watched:
+    async def _discover(self) -> _Topology:
         """The servers, as the first Sentinel says that can be asked and knows.
 
         Raises:
@@ -176,7 +176,7 @@ class Sentinel:
             self._sentinels.remove(sentinel)
             self._sentinels.insert(0, sentinel)
             name, up = _name(primary), frozenset(_name(replica) for replica in replicas if not _down(replica))
-            return _Watched(name, up, frozenset(map(_name, replicas)), self._server(name))
+            return _Topology(name, up, frozenset(map(_name, replicas)), self._server(name))
         raise exceptions.ConnectionError(f"no Sentinel knows a primary of {self._service!r}: {'; '.join(said)}")
 
     def _server(self, name: str) -> Alone:
