@@ -18,7 +18,6 @@ from bench.rig.processes import wait_until
 from bench.rig.tiny import world
 from bench.rig.valkey import ValkeyProcess
 from server.errors import InvalidRequest
-from server.gateway.http.requests import AdaptOptions
 from server.gateway.users.adapting import training_config
 from server.store.profiles import Change
 from server.store.samples import JobBudget
@@ -102,9 +101,9 @@ def test_beneath_a_users_adapter_the_anchors_have_a_share_of_their_strength(
 
 def test_without_a_common_row_anchors_keep_their_strength_and_less_is_refused(gateway: GatewayThread) -> None:
     lone = gateway.parts.bank.manifest.model_copy(update={"common": False})
-    assert training_config(lone, AdaptOptions()).strength == 1
+    assert training_config(lone, {}).strength == 1
     with pytest.raises(InvalidRequest, match=r"strength 0\.5 needs a common row"):
-        training_config(lone, AdaptOptions(strength=0.5))
+        training_config(lone, {"strength": 0.5})
 
 
 def test_an_engine_that_lacks_the_adapter_serves_the_plain_fusion_and_the_answer_says_so(

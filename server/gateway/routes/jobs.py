@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Path, Request, Response
 
 from adapters.errors import excerpt
+from bank.items.prompt import chat_messages
 from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
@@ -17,8 +18,9 @@ from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
 from server.gateway.routes.answers import HeldOut, JobAnswer, JobProgress
-from server.gateway.users.adapting import Adapting
+from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
+from server.store.samples import Sample
 from server.store.tenants.user_key import UserKeys
 
 if TYPE_CHECKING:
@@ -64,16 +66,17 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
     Samples can also be sent as newline-delimited JSON (`application/x-ndjson`), one per line.
     """
     parts, user, epoch = parts_of(request), user_of(request, user_id), epoch_of(request)
+    wanted = await asyncio.to_thread(_training_request, body)
     job, known = None, list[JobId]()
     try:
         uses = await parts.limiter.take_job(caller_of(request), user.key)
     except TooMany:  # for new jobs: whoever lost the answer still gets the job
-        if (job := await parts.adapting.repeated(user, body, epoch)) is None:
+        if (job := await parts.adapting.repeated(user, wanted, epoch)) is None:
             raise
     else:
         try:
             known = await parts.adapting.job_ids(user) if uses else known
-            job = await parts.adapting.submit(user, body, epoch)
+            job = await parts.adapting.submit(user, wanted, epoch)
         finally:
             if job is None or job.id in known:  # refused, or a repeated request
                 await parts.limiter.give_back(uses)
@@ -135,6 +138,19 @@ class _JobEvents(Response):
             before, job = job, await self._adapting.job(self._users, job.id)
             if job != before:
                 yield job
+
+
+def _training_request(body: AdaptRequest) -> TrainingRequest:
+    samples = [
+        Sample(
+            chat_messages(sample.input)
+            if isinstance(sample.input, str)
+            else [message.model_dump() for message in sample.input],
+            sample.output,
+        )
+        for sample in body.samples
+    ]
+    return TrainingRequest(samples, body.config.model_dump(exclude_none=True), body.append, body.idempotency_key or "")
 
 
 def _parsed(text: str) -> JobId:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig, default_config
 from bank.items.profile import Item, parse_item
-from bank.items.prompt import chat_messages
 from bank.items.tasks import Task
 from bank.manifest import BankManifest
 from server.errors import Conflict, InvalidRequest, NotFound
-from server.gateway.http.requests import AdaptOptions, AdaptRequest, SampleRequest
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
 from server.store.jobs import Job, JobId, JobStore, Submission
@@ -26,6 +25,16 @@ from server.store.samples import (
 )
 from server.store.tenants.user_key import User, UserKeys
 from server.watching.tracing import Tracing
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRequest:
+    """Samples to adapt to, and how: `options` are fields of `AdaptConfig`; no `idempotency_key` is empty."""
+
+    samples: Sequence[Sample]
+    options: Mapping[str, Any]
+    append: bool
+    idempotency_key: str
 
 
 class Adapting:
@@ -52,7 +61,7 @@ class Adapting:
         self._budget = budget
         self._tracing = tracing
 
-    async def submit(self, user: User, request: AdaptRequest, epoch: str) -> Job:
+    async def submit(self, user: User, request: TrainingRequest, epoch: str) -> Job:
         """Store the samples and create the job that trains on them; a user without a profile gets one made of them.
 
         `epoch` is the user's when the request was accepted.
@@ -61,9 +70,8 @@ class Adapting:
             InvalidRequest: naming the sample or the option that is wrong; nothing is changed.
             UserErased: when the user is erased meanwhile; nothing of them is stored.
         """
-        config = self._config(request)
-        given, samples = await self._read(request)
-        await self._checks.check_template(given)
+        config, samples = self._config(request), await self._encoded(request)
+        await self._checks.check_template(request.samples)
         await self._checks.check_lengths(samples)
         kept = await self._jobs.samples(user.key) if request.append else []
         await self._checks.check_budget(config, [*kept, *samples])
@@ -79,10 +87,9 @@ class Adapting:
             )
         return job
 
-    async def repeated(self, user: User, request: AdaptRequest, epoch: str) -> Job | None:
+    async def repeated(self, user: User, request: TrainingRequest, epoch: str) -> Job | None:
         """The job that the same request has made before, if it has; nothing is changed. Otherwise as `submit`."""
-        config = self._config(request)
-        _, samples = await self._read(request)
+        config, samples = self._config(request), await self._encoded(request)
         # Without room for any sample there is no new job.
         return await self._jobs.submit(user.key, self._submission(request, samples, config, epoch), 0)
 
@@ -116,20 +123,15 @@ class Adapting:
             raise Conflict(f"job {job_id} has already ended: it is {job.state.value}", param="job_id", code="job_ended")
         return job
 
-    async def _read(self, request: AdaptRequest) -> tuple[list[Sample], list[bytes]]:
-        """The samples, and each as it is stored."""
+    async def _encoded(self, request: TrainingRequest) -> list[bytes]:
+        """Each sample as it is stored. Megabytes take a large part of a second: not on the event loop."""
+        return await asyncio.to_thread(lambda: [self._checked(place, one) for place, one in enumerate(request.samples)])
 
-        def read() -> tuple[list[Sample], list[bytes]]:
-            given = [Sample(_messages(sample), sample.output) for sample in request.samples]
-            return given, [self._encoded(place, sample) for place, sample in enumerate(given)]
-
-        return await asyncio.to_thread(read)  # megabytes take a large part of a second
-
-    def _config(self, request: AdaptRequest) -> AdaptConfig:
-        return replace(training_config(self._manifest, request.config), **asdict(self._budget))
+    def _config(self, request: TrainingRequest) -> AdaptConfig:
+        return replace(training_config(self._manifest, request.options), **asdict(self._budget))
 
     def _submission(
-        self, request: AdaptRequest, samples: Sequence[bytes], config: AdaptConfig, epoch: str
+        self, request: TrainingRequest, samples: Sequence[bytes], config: AdaptConfig, epoch: str
     ) -> Submission:
         return Submission(
             samples,
@@ -137,11 +139,11 @@ class Adapting:
             encode_config(config),
             bank=self._manifest.short,
             epoch=epoch,
-            idempotency_key=request.idempotency_key or "",
+            idempotency_key=request.idempotency_key,
             traceparent=self._tracing.current(),
         )
 
-    def _encoded(self, place: int, sample: Sample) -> bytes:
+    def _checked(self, place: int, sample: Sample) -> bytes:
         raw = encode_sample(sample)
         if len(raw) > self._max_sample_bytes:
             raise InvalidRequest(
@@ -164,23 +166,22 @@ class Adapting:
             )
         return raw
 
-    def _items(self, samples: Sequence[SampleRequest]) -> list[Item]:
+    def _items(self, samples: Sequence[Sample]) -> list[Item]:
         """The samples as items of a profile: as pairs of texts that are not blank, they are of any task."""
         return [
-            parse_item({"input": _messages(sample)[-1]["content"], "output": sample.output}, self._task, place)
+            parse_item({"input": sample.messages[-1]["content"], "output": sample.output}, self._task, place)
             for place, sample in enumerate(samples)
         ]
 
 
-def training_config(manifest: BankManifest, options: AdaptOptions) -> AdaptConfig:
+def training_config(manifest: BankManifest, options: Mapping[str, Any]) -> AdaptConfig:
     """How a job trains: as requested, with the server's defaults for the rest.
 
     Raises:
         InvalidRequest: when the bank cannot serve the result.
     """
-    given = {name: value for name, value in options.model_dump().items() if value is not None}
     room = manifest.room
-    config = replace(default_config(room, manifest.common), **given)
+    config = replace(default_config(room, manifest.common), **options)
     if config.rank > room:
         raise InvalidRequest(
             f"config.rank {config.rank} does not fit: this bank leaves a rank of {room} for users", param="config.rank"
@@ -191,12 +192,6 @@ def training_config(manifest: BankManifest, options: AdaptOptions) -> AdaptConfi
             param="config.strength",
         )
     return config
-
-
-def _messages(sample: SampleRequest) -> list[dict[str, str]]:
-    if isinstance(sample.input, str):
-        return chat_messages(sample.input)
-    return [message.model_dump() for message in sample.input]
 
 
 def _unknown(job_id: JobId) -> NotFound:
