@@ -14,9 +14,11 @@ from starlette.exceptions import HTTPException
 
 from adapters.errors import excerpt, shortened
 from server.errors import ApiError, InvalidRequest, NotFound, WrongMethod
-from server.gateway.http.requests import AS_MESSAGES, AS_TEXT
 
 log = logging.getLogger("mta.gateway")
+
+AS_TEXT, AS_MESSAGES = "as text", "as messages"
+"""Tags of the two forms of a field; pydantic writes them into the locations of errors."""
 
 MAX_SHOWN_CHARS = 120
 _PLACES = ("body", "path", "query", "header")

@@ -14,10 +14,10 @@ from bank.items.prompt import chat_messages
 from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.http.requests import AdaptRequest, UserIdInPath
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
 from server.gateway.routes.answers import HeldOut, JobAnswer, JobProgress
+from server.gateway.routes.requests import AdaptRequest, UserIdInPath
 from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
 from server.store.samples import Sample

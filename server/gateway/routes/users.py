@@ -16,7 +16,6 @@ from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.http.requests import ItemsRequest, UserIdInPath
 from server.gateway.parts import Parts, UserRoute, epoch_of, parts_of, user_of
 from server.gateway.routes.answers import (
     AdapterAnswer,
@@ -27,6 +26,7 @@ from server.gateway.routes.answers import (
     exported_job,
     iso,
 )
+from server.gateway.routes.requests import ItemsRequest, UserIdInPath
 from server.gateway.users.profiles import ProfileUpdate
 from server.settings import MAX_ITEM_BYTES
 from server.store.tenants.user_key import User

@@ -29,7 +29,10 @@ from server.watching.tracing import Tracing
 
 @dataclass(frozen=True, slots=True)
 class TrainingRequest:
-    """Samples to adapt to, and how: `options` are fields of `AdaptConfig`; no `idempotency_key` is empty."""
+    """Samples to adapt to, none blank, each ending with the user's turn, and how: `options` are of `AdaptConfig`.
+
+    An empty `idempotency_key` is none.
+    """
 
     samples: Sequence[Sample]
     options: Mapping[str, Any]
@@ -125,7 +128,20 @@ class Adapting:
 
     async def _encoded(self, request: TrainingRequest) -> list[bytes]:
         """Each sample as it is stored. Megabytes take a large part of a second: not on the event loop."""
-        return await asyncio.to_thread(lambda: [self._checked(place, one) for place, one in enumerate(request.samples)])
+
+        def encoded() -> list[bytes]:
+            samples = list(map(encode_sample, request.samples))
+            for place, raw in enumerate(samples):
+                if len(raw) > self._max_sample_bytes:
+                    raise InvalidRequest(
+                        f"samples.{place} has {len(raw)} bytes as JSON, at most {self._max_sample_bytes} are allowed: "
+                        f"{excerpt(request.samples[place].output)}",
+                        param=f"samples.{place}",
+                        code="sample_too_large",
+                    )
+            return samples
+
+        return await asyncio.to_thread(encoded)
 
     def _config(self, request: TrainingRequest) -> AdaptConfig:
         return replace(training_config(self._manifest, request.options), **asdict(self._budget))
@@ -142,29 +158,6 @@ class Adapting:
             idempotency_key=request.idempotency_key,
             traceparent=self._tracing.current(),
         )
-
-    def _checked(self, place: int, sample: Sample) -> bytes:
-        raw = encode_sample(sample)
-        if len(raw) > self._max_sample_bytes:
-            raise InvalidRequest(
-                f"samples.{place} has {len(raw)} bytes as JSON, at most {self._max_sample_bytes} are allowed: "
-                f"{excerpt(sample.output)}",
-                param=f"samples.{place}",
-                code="sample_too_large",
-            )
-        last = sample.messages[-1]
-        for field, text in (("output", sample.output), ("input", last["content"])):
-            if not text.strip():
-                raise InvalidRequest(
-                    f"samples.{place}.{field} must hold more than white space, got {excerpt(text)}",
-                    param=f"samples.{place}.{field}",
-                )
-        if last["role"] != "user":
-            raise InvalidRequest(
-                f"samples.{place}.input must end with the user's turn, it ends with {last['role']!r}",
-                param=f"samples.{place}.input",
-            )
-        return raw
 
     def _items(self, samples: Sequence[Sample]) -> list[Item]:
         """The samples as items of a profile: as pairs of texts that are not blank, they are of any task."""

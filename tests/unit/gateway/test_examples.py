@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from server.errors import InvalidRequest
 from server.gateway.app import create_app
 from server.gateway.http.errors import ErrorAnswer, fault_of
-from server.gateway.http.requests import AdaptRequest, ItemsRequest
 from server.gateway.routes.answers import (
     ErasedAnswer,
     GenerateAnswer,
@@ -25,7 +24,7 @@ from server.gateway.routes.answers import (
 )
 from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, TextCompletion
 from server.gateway.routes.openai.requests import IGNORED, OURS, STEERING, ChatRequest, CompletionRequest
-from server.gateway.routes.requests import GenerateRequest
+from server.gateway.routes.requests import AdaptRequest, GenerateRequest, ItemsRequest
 from server.settings import Settings
 from tests.support.documented import ROOT, blocks_of, calls_of
 

@@ -9,8 +9,7 @@ from pydantic import ValidationError
 
 from server.gateway.generation.request import Personalize
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
-from server.gateway.http.requests import ItemsRequest
-from server.gateway.routes.requests import GenerateRequest
+from server.gateway.routes.requests import GenerateRequest, ItemsRequest
 
 LEAST = {"user_id": "ada", "prompt": "hi"}
 

@@ -13,8 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
 from server.gateway.generation.request import Personalize
-from server.gateway.http.requests import MAX_MESSAGES, Strict, UserId
-from server.gateway.routes.requests import SEED_MAX, History, Stops, Strength, Wanted
+from server.gateway.routes.requests import MAX_MESSAGES, SEED_MAX, History, Stops, Strength, Strict, UserId, Wanted
 
 PERSONAL_MODEL = "mta"
 OURS = {"model", "user", "messages", "prompt", "stream", "stream_options", "history", "personalize", "strength"}
