@@ -1,4 +1,4 @@
-"""From a LoRA's per-module matrices to the flat numbers of a row, and back (the cut is `adapters/layout.py`)."""
+"""From a LoRA's per-module matrices to the flat numbers of a row, and back (the cut is `adapters/lora.py`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights, ModuleShape
+from adapters.lora import LoraWeights, ModuleShape, RowLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,10 +35,7 @@ SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.
 
 
 def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool) -> None:
-    """Raise FusionError, naming what the recipe's bank lacks, unless it can fuse the recipe.
-
-    The bank has N `anchors`, and its serving rank has room for `max_anchors` terms, K.
-    """
+    """Raise FusionError unless the recipe's bank, with N `anchors` and room for `max_anchors` terms, can fuse it."""
     if recipe.method is not method:
         raise FusionError(
             f"bank {recipe.bank} fuses by `{method.value}`, but the recipe asks for `{recipe.method.value}`"

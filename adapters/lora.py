@@ -1,4 +1,4 @@
-"""LoRA values, and the letters used for every tensor shape in this project.
+"""LoRA values, how a row of the meta-LoRA matrix is cut into them, and the letters of all tensor shapes here.
 
     R       rank of a LoRA
     H_in    a module's input width           H_out   its output width
@@ -7,15 +7,24 @@
 
 A LoRA changes a module's weight by ΔW [H_out, H_in] = B A with A [R, H_in] and B [H_out, R]. The usual factor
 alpha / R is always folded into B, so inside this package scaling is 1 everywhere.
+
+A row is `[A₀ … A_L | B₀ … B_L]`, each matrix flattened row by row, modules in the order of the layout. In a
+`shared` bank all rows have one frozen A, kept once beside the matrix, and a row is `[B₀ … B_L]`.
+
+Plain Python: the gateway reads it too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values vLLM accepts for `--max-lora-rank`; every adapter slot is sized for the chosen one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +47,43 @@ class LoraWeights:
     def delta(self, module: str) -> torch.Tensor:
         """ΔW [H_out, H_in] of one module, in float32."""
         return self.b[module].float() @ self.a[module].float()
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """How a row is cut: modules in their order in it, R of every meta-LoRA, whether A is kept once for all rows."""
+
+    modules: tuple[ModuleShape, ...]
+    rank: int
+    shared_a: bool
+
+    @property
+    def a_numbers(self) -> int:
+        """Numbers in all A matrices of one LoRA."""
+        return sum(self.rank * m.h_in for m in self.modules)
+
+    @property
+    def b_numbers(self) -> int:
+        """Numbers in all B matrices of one LoRA."""
+        return sum(self.rank * m.h_out for m in self.modules)
+
+    @property
+    def row_numbers(self) -> int:
+        """D, the numbers in one row of the matrix."""
+        return self.b_numbers + (0 if self.shared_a else self.a_numbers)
+
+    def slices(self) -> Iterator[tuple[ModuleShape, slice, slice]]:
+        """Each module with the slices of its A and its B in the flat `[A₀ … A_L]` and `[B₀ … B_L]`."""
+        a = b = 0
+        for module in self.modules:
+            a_stop, b_stop = a + self.rank * module.h_in, b + self.rank * module.h_out
+            yield module, slice(a, a_stop), slice(b, b_stop)
+            a, b = a_stop, b_stop
+
+
+def serving_rank(rank: int) -> int:
+    """The smallest rank vLLM can size its slots for that holds `rank`; ValueError when that is above vLLM's largest."""
+    for size in VLLM_RANKS:
+        if rank <= size:
+            return size
+    raise ValueError(f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}: use fewer anchors or a smaller rank")

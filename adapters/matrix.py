@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,14 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adapters.errors import FusionError
-from adapters.flat import cut_a
-from adapters.layout import RowLayout
+from adapters.lora import RowLayout
 
 PAGE_BYTES = 4096
 """The smallest page of memory there is."""
 
 
-@dataclass(frozen=True)  # no slots: `frozen_a` is cached
+@dataclass(frozen=True, slots=True)
 class MetaMatrix:
     """An open matrix: `rows` [N, D] or [N + 1, D] bf16, the common row last; `anchors` is N.
 
@@ -39,11 +37,7 @@ class MetaMatrix:
 
     @classmethod
     def open(cls, path: Path, layout: RowLayout, anchors: int, common: bool) -> MetaMatrix:
-        """Map a matrix file and check its shape against the manifest's.
-
-        Raises:
-            FusionError: when the file is missing, not a safetensors file, or of another shape.
-        """
+        """Map a matrix file; FusionError when it is none, or of another shape than the manifest's."""
         try:
             with safe_open(path, framework="pt") as file:
                 rows = file.get_tensor("rows")
@@ -62,18 +56,9 @@ class MetaMatrix:
             )
         return cls(layout, rows, anchors, common, shared_a)
 
-    @cached_property
-    def frozen_a(self) -> dict[str, torch.Tensor]:
-        """`frozen` by module, each [R, H_in], views of `shared_a`."""
-        return cut_a(self.layout, self.frozen)
-
     @property
     def frozen(self) -> torch.Tensor:
-        """The one A of a `shared` bank, flat [R·ΣH_in].
-
-        Raises:
-            FusionError: when every row of this bank has an A of its own.
-        """
+        """The one A of a `shared` bank, flat [R·ΣH_in]; FusionError when every row has an A of its own."""
         if self.shared_a is None:
             raise FusionError("method `shared` needs a bank with one frozen A")
         return self.shared_a
@@ -85,25 +70,12 @@ class MetaMatrix:
         shared_a = self.shared_a.to(dtype)
         return replace(self, shared_a=shared_a.pin_memory() if pin_memory else shared_a)
 
-    def row(self, anchor: int) -> torch.Tensor:
-        """The row [D] of an anchor, bf16, a view of the mapped file."""
-        return self.rows[anchor]
-
     @property
     def common_index(self) -> int:
-        """Where the common row is among `rows`.
-
-        Raises:
-            FusionError: when the bank has none.
-        """
+        """Where the common row is among `rows`. Raises FusionError when the bank has none."""
         if not self.common:
             raise FusionError("the recipe asks for the common row (`c`), but this bank was built without one")
         return self.anchors
-
-    @property
-    def common_row(self) -> torch.Tensor:
-        """The common row [D], bf16; raises FusionError when the bank has none."""
-        return self.rows[self.common_index]
 
     def touch(self) -> None:
         """Have every page of the rows mapped and in memory, so that no fusion waits for the disk."""

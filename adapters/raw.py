@@ -25,11 +25,7 @@ Bits = npt.NDArray[np.uint16]
 
 
 class RawTensors:
-    """The tensors of a file of bf16 alone, from its bytes; where these are mapped, they are read when they are used.
-
-    Raises:
-        ValueError: when they are not such a file.
-    """
+    """The tensors of a file of bf16 alone, from its bytes, mapped or not; ValueError when they are not such a file."""
 
     def __init__(self, raw: npt.NDArray[np.uint8]) -> None:
         size = int.from_bytes(bytes(raw[:_LENGTH_BYTES]), "little")

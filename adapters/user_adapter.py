@@ -17,8 +17,7 @@ from safetensors.torch import load, save
 
 from adapters.errors import UserAdapterError, excerpt
 from adapters.flat import FlatLora, flat_a, flat_b, lora_of
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights
+from adapters.lora import LoraWeights, RowLayout
 from adapters.raw import USER_FORMAT
 
 _LENGTH_BYTES = 8
@@ -59,11 +58,7 @@ def encode_user_adapter(layout: RowLayout, user: UserAdapter) -> bytes:
 
 
 def decode_user_adapter(layout: RowLayout, raw: bytes) -> UserAdapter:
-    """Read the bytes of a user adapter and check everything that serving it relies on.
-
-    Raises:
-        UserAdapterError: saying what is wrong with the bytes, or that they do not fit the layout of this bank.
-    """
+    """Read the bytes and check everything that serving relies on; UserAdapterError says what is wrong with them."""
     header = _header(raw)
     try:
         tensors = load(raw)

@@ -16,8 +16,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from adapters.errors import excerpt
-from adapters.layout import RowLayout
-from adapters.lora import ModuleShape
+from adapters.lora import ModuleShape, RowLayout
 from adapters.recipe import FusionMethod, FusionRecipe
 from bank.errors import BankError
 from bank.rules import AnswerPrior, Frozen, Verdict, WeightRule

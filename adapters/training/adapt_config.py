@@ -24,20 +24,15 @@ class AdaptConfig:
     """How a user adapter is trained; recorded with the job, so that the same job gives the same bytes.
 
     The defaults are those with which ten samples of people outside the bank helped most on their later items, over two
-    tasks (docs/quality.md).
+    tasks (docs/quality.md). TrainingError names a value that cannot be trained with.
 
     Attributes:
-        rank: R_u.
         steps: most optimiser steps of one run; it ends earlier once nothing more is learnt.
         learning_rate: after the warm-up.
         holdout: share of the samples that is held out if there are many.
         strength: weight of the anchors beneath it, relative to when merged; below 1 only with a common row.
-        seed: of everything random.
         max_tokens: most tokens that all runs together may read, held-out samples included.
         max_seconds: longest time that one worker trains.
-
-    Raises:
-        TrainingError: on construction, naming a value that cannot be trained with.
     """
 
     rank: int = 2
@@ -63,10 +58,7 @@ class AdaptConfig:
         return math.ceil(self._samples_read(len(lengths)) * sum(lengths) / len(lengths))
 
     def room_for_past(self, lengths: Sequence[int]) -> int:
-        """How many tokens of past items may stand before all samples together, where a job reads `max_tokens`.
-
-        `lengths` are those of its samples, at least one, without past items.
-        """
+        """How many tokens of past items may stand before all samples, so long without them, within `max_tokens`."""
         return max(0, int(self.max_tokens * len(lengths) / self._samples_read(len(lengths))) - sum(lengths))
 
     def _samples_read(self, count: int) -> int:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from adapters.flat import flat_b
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights
+from adapters.lora import LoraWeights, RowLayout
 from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.attention import in_blocks
@@ -22,10 +21,7 @@ _ROWS_AT_A_TIME = 16
 
 
 def backward(model: Any, examples: Sequence[Example], below: Below | None = None) -> float:
-    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats.
-
-    `below` are the layers below those that move: they do not run again for examples that they have read.
-    """
+    """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats."""
     outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
         row_loss = _losses(model, row, below).sum() / outputs

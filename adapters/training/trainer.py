@@ -46,12 +46,9 @@ class StepReport:
 
 
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
-    """The linear modules to adapt, in model order.
+    """The linear modules to adapt, in model order: those whose last parts are `targets`, else all but the output head.
 
-    `targets` are last parts of module names (`q_proj`); every linear layer but the output head when None.
-
-    Raises:
-        FusionError: when a target matches nothing.
+    FusionError names a target that matches nothing.
     """
     head = model.get_output_embeddings()
     found = [
@@ -128,8 +125,8 @@ def optimise(
 ) -> Iterator[StepReport]:
     """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
 
-    The model is in evaluation mode, and all but the parameters is frozen. `rate` gives the share of the peak
-    `learning_rate` at a step (from 0) of `steps`. `below` are the layers below those that move.
+    The model is in evaluation mode, all but the parameters frozen. `rate` gives the share of the peak at a step (from
+    0) of `steps`.
     """
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))

@@ -106,11 +106,7 @@ class UserRun:
         return loss / output_tokens(examples)
 
     def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
-        """One run from the start, one step for each report that is asked for; leave the loop to stop.
-
-        Raises:
-            TrainingError: when the loss explodes or is no longer a number.
-        """
+        """One run from the start, a step for each report; TrainingError when the loss explodes or is no number."""
         self._here.put(self._start)
         first = math.nan
         for report in optimise(
@@ -138,12 +134,8 @@ class UserRun:
         return replace(self._now, held_out=held_out)
 
     def weights(self) -> LoraWeights:
-        """The user's LoRA as it is now, zero where no module moves, float32 on CPU.
-
-        Raises:
-            TrainingError: when they are not finite: no loss was taken since the last step.
-        """
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+        """The user's LoRA as it is now, zero where no module moves, float32 on CPU."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # no loss was taken since
             raise TrainingError(
                 "training exploded: its last step left weights that are not finite: lower the learning rate"
             )

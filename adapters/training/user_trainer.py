@@ -63,8 +63,7 @@ class TrainingRun:
 def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> TrainingRun:
     """Train and judge a user adapter on what the user's recipe stands for, float32, step by step.
 
-    Raises:
-        TrainingError: when there are no samples; while training, when the loss explodes or is no longer a number.
+    TrainingError when there are no samples; while training, when the loss explodes or is no number.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
@@ -78,10 +77,7 @@ def _training(model: Any, fused: LoraWeights, samples: Sequence[Example], config
 
 
 def _fold(run: UserRun, samples: Sequence[Example]) -> _Judging:
-    """Judge by folds, then train on everything for the number of steps that was best.
-
-    The first fold ends when its loss has stopped falling; the others run for as many steps.
-    """
+    """Judge by folds, each as long as the first, then train on everything for the number of steps that was best."""
     folds = _folds(len(samples), run.config.seed)
     patience = Patience()
     before, after, steps = 0.0, defaultdict[int, float](float), run.config.steps

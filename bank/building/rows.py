@@ -18,8 +18,7 @@ import torch
 
 from adapters.errors import FusionError
 from adapters.flat import flat_a, flat_b, lora_of
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights
+from adapters.lora import LoraWeights, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import anchor_id
 from adapters.training.example import Example

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapters.flat import cut_b
+from adapters.flat import cut_a, cut_b
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
 from adapters.training.example import Example, output_tokens
@@ -37,8 +37,8 @@ class Signer:
         self._model = model
         self._matrix = matrix
         self._layout = matrix.layout
-        self._a = {name: a.float() for name, a in matrix.frozen_a.items()}
-        self._common = matrix.common_row.float()
+        self._a = {name: a.float() for name, a in cut_a(matrix.layout, matrix.frozen).items()}
+        self._common = matrix.rows[matrix.common_index].float()
 
     def signature(self, bank: str, examples: Sequence[Example]) -> Signature:
         """The signature of some items, for the bank with these 8 hex digits; empty without any or if not finite."""
@@ -55,10 +55,10 @@ class Signer:
 
     def _along_rows(self, examples: Sequence[Example], beyond: int | None = None) -> torch.Tensor:
         """⟨g, rowᵢ⟩ [N], float32."""
-        at = self._common if beyond is None else self._common + self._matrix.row(beyond).float()
+        at = self._common if beyond is None else self._common + self._matrix.rows[beyond].float()
         lora = LoraWeights(self._layout.rank, self._a, cut_b(self._layout, at))
         gradient = b_gradient(self._model, self._layout, lora, examples)
-        return torch.stack([torch.dot(gradient, self._matrix.row(i).float()) for i in range(self._matrix.anchors)])
+        return torch.stack([torch.dot(gradient, self._matrix.rows[i].float()) for i in range(self._matrix.anchors)])
 
 
 def measure_curvature(

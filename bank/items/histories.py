@@ -27,14 +27,11 @@ class History:
 
 
 def read_histories(path: Path, task: Task, outputs: Path | None = None) -> list[History]:
-    """Read people's histories.
+    """Read people's histories; BankError names the person and the item at fault.
 
     There are two layouts. Per user: a list of `{"user_id", "profile": [item…]}`; queries beside the profile are not
     read: they are for evaluation. LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with
     `outputs`, LaMP's outputs file, each question and its gold answer are one more item of that person.
-
-    Raises:
-        BankError: naming the person and the item at fault.
     """
     golds = _read_golds(outputs) if outputs is not None else None
     people: dict[str, dict[str, Item]] = {}
@@ -57,11 +54,7 @@ def read_histories(path: Path, task: Task, outputs: Path | None = None) -> list[
 
 
 def read_excluded(path: Path) -> frozenset[str]:
-    """The ids of people to leave out: a file in one of the layouts of `read_histories`, or a list of ids.
-
-    Raises:
-        BankError: when the file is neither.
-    """
+    """The ids of people to leave out, from a file in a layout of `read_histories` or a list of ids; else BankError."""
     ids = set()
     for position, raw in enumerate(_read_list(path)):
         found = identity_of(raw) if isinstance(raw, Mapping) else raw

@@ -24,10 +24,7 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item of a user's history: the fields that mean something to the task.
-
-    Its id is given by the caller, or the hash of the content: equal items have equal ids.
-    """
+    """One item of a user's history: the fields that mean something to the task. Without an id, it has its hash."""
 
     id: str
     fields: Mapping[str, str]
@@ -36,10 +33,7 @@ class Item:
 def parse_item(raw: object, task: Task, position: int) -> Item:
     """Read one item: the task's own fields as in LaMP's files, an `{"input", "output"}` pair, or plain `{"text"}`.
 
-    Fields that mean nothing to the task are ignored. `position` is the item's place in the request, for the error.
-
-    Raises:
-        ProfileError: with `param` naming the field at fault.
+    Fields that mean nothing to the task are ignored. ProfileError names the field at fault, of the item at `position`.
     """
     where = f"items.{position}"
     if not isinstance(raw, Mapping):
@@ -84,13 +78,7 @@ def is_pair(fields: Mapping[str, str]) -> bool:
 
 
 def profile_embedding(vectors: Vectors) -> Vectors:
-    """The profile's embedding [E] float32: the mean of its items' [n, E], at unit length.
-
-    It is all zeros in the one case where the items cancel out exactly.
-
-    Raises:
-        ProfileError: when there are no items.
-    """
+    """The profile's embedding [E] float32: the mean of its items' [n, E], at unit length; zeros if they cancel out."""
     if len(vectors) == 0:
         raise ProfileError("a profile needs at least one item")
     mean = np.asarray(vectors, dtype=np.float64).mean(axis=0)

@@ -69,10 +69,7 @@ def _prompt(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> str:
 
 
 def _completion(tokenizer: ChatTokenizer, messages: list[dict[str, str]], output: str, prompt: str) -> str:
-    """The output and the end-of-turn marker, as the chat template closes an assistant's turn.
-
-    White space after the marker is dropped: generation has stopped by then.
-    """
+    """The output and the end-of-turn marker of the template, without white space after it: generation has stopped."""
     answered = [*messages, {"role": "assistant", "content": output}]
     whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
     body = output.strip()  # some templates strip what they are given

@@ -94,11 +94,7 @@ def tasks() -> Mapping[str, Task]:
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`.
-
-    Raises:
-        BankError: when there is none, listing those there are.
-    """
+    """The task called `name`. Raises BankError when there is none, listing those there are."""
     try:
         return tasks()[name]
     except KeyError:

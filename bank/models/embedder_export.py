@@ -29,11 +29,7 @@ Weights = Mapping[str, npt.NDArray[Any]]
 
 
 def export_embedder(source: Path, target: Path) -> None:
-    """Write `model.onnx` and `tokenizer.json` of a sentence-transformers folder to another: a BERT with mean pooling.
-
-    Raises:
-        BankError: when the model is of another kind.
-    """
+    """Write `model.onnx` and `tokenizer.json` of a sentence-transformers folder, a BERT with mean pooling."""
     import onnx
     from safetensors.numpy import load_file
 

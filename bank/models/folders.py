@@ -36,11 +36,7 @@ _SAMPLE_BYTES = 64 << 10
 
 
 def ensure_base_model(name: str, cache_dir: Path) -> Path:
-    """The folder of a base model, `default`, a local folder or a Hugging Face id; made or downloaded if need be.
-
-    Raises:
-        BankError: when there is no such model, or it cannot be made.
-    """
+    """The folder of a base model, `default`, a local folder or a Hugging Face id; made or downloaded if need be."""
     if name == DEFAULT_MODEL:
         return _prepared(cache_dir / "models" / DEFAULT_MODEL_NAME, "config.json", _export_base_model)
     folder = Path(name).expanduser()
@@ -61,11 +57,7 @@ def ensure_base_model(name: str, cache_dir: Path) -> Path:
 
 
 def ensure_embedder(folder: Path | None, cache_dir: Path) -> Path:
-    """The embedder's folder: `folder` as it is, or the default one, made if it is not there yet.
-
-    Raises:
-        BankError: when `folder` holds no embedder, or the default cannot be made.
-    """
+    """The embedder's folder: `folder` as it is, or the default one, made if it is not there yet."""
     if folder is None:
         return _prepared(cache_dir / "embedders" / DEFAULT_EMBEDDER_NAME, MODEL_FILE, _export_embedder)
     for name in (MODEL_FILE, TOKENIZER_FILE):
@@ -87,9 +79,6 @@ def model_hash(folder: Path) -> str:
     It covers the configuration and, of each weight file, its size and 64 blocks of 64 KiB spread evenly from the
     first byte (the header with names and shapes) to the last: another checkpoint differs everywhere, a truncated
     file in size.
-
-    Raises:
-        BankError: when the folder holds no model.
     """
     config = model_config(folder)
     weights = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES and not p.name.startswith("."))
@@ -109,11 +98,7 @@ def model_hash(folder: Path) -> str:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the model in a folder.
-
-    Raises:
-        BankError: when it cannot be read.
-    """
+    """The configuration of the model in a folder. Raises BankError when it cannot be read."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -131,11 +116,7 @@ def prompts_hash(folder: Path) -> str:
 
 
 def check_base_model(model_folder: Path, banks: Mapping[Path, BankManifest]) -> None:
-    """Make sure that banks, by their folders, were made for the base model in a folder.
-
-    Raises:
-        BankError: when one was made for another model.
-    """
+    """Raise BankError when one of some banks, by their folders, was made for another base model than a folder's."""
     found = model_hash(model_folder)
     for folder, manifest in banks.items():
         made_for = manifest.base_model

@@ -12,11 +12,7 @@ from bank.errors import BankError
 
 
 def load_base(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """The base model in `bfloat16` or `float32`, frozen, and its tokenizer; on the GPU where there is one.
-
-    Raises:
-        BankError: when the folder cannot be loaded, or its tokenizer has no chat template.
-    """
+    """The base model in `bfloat16` or `float32`, frozen, and its tokenizer; on the GPU where there is one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -11,8 +11,7 @@ import torch
 
 from adapters.errors import FusionError, excerpt
 from adapters.flat import flat_a, flat_b
-from adapters.layout import RowLayout
-from adapters.lora import ModuleShape
+from adapters.lora import ModuleShape, RowLayout
 from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, Term
 from bank.building.assemble import BankParts, bank_rank, write_bank
 from bank.building.options import ImportOptions
@@ -29,11 +28,7 @@ from bank.rules import WeightRule
 
 
 def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:
-    """Write one anchor's meta-LoRA as a PEFT folder, alone or with the common row in the same adapter.
-
-    Raises:
-        BankError: when the bank is damaged or has no such anchor or common row.
-    """
+    """Write one anchor's meta-LoRA as a PEFT folder, alone or with the common row in the same adapter."""
     manifest = read_manifest(bank)
     ids = [entry.id for entry in manifest.anchors]
     if anchor not in ids:
@@ -59,9 +54,6 @@ def import_bank(
     """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest.
 
     Profiles come in LaMP's per-user layout; each `user_id` is the name of an adapter's folder.
-
-    Raises:
-        BankError: when an adapter cannot be read, does not fit the base model, or has no profile.
     """
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]

@@ -28,12 +28,8 @@ PREFIX = "base_model.model."
 class ExportedAdapter:
     """What a recipe stands for, with the bytes of the user adapter that is stacked on it, if any.
 
-    Of the bank's matrix only the recipe's rows are read. `rank` is R of every module.
-
-    Raises:
-        BankError: when the bank's matrix is missing or damaged.
-        FusionError: when the recipe is of another bank, or asks for what the bank lacks.
-        UserAdapterError: when the bytes are not a user adapter of the recipe and this bank.
+    Of the bank's matrix only the recipe's rows are read. `rank` is R of every module. BankError for a damaged bank,
+    FusionError for a recipe of another bank, UserAdapterError for bytes that are no user adapter of this recipe.
     """
 
     def __init__(self, bank: Path, manifest: BankManifest, recipe: FusionRecipe, user: bytes | None = None) -> None:
@@ -49,11 +45,7 @@ class ExportedAdapter:
         self.rank = manifest.rank_of(recipe) + self._user_rank
 
     def write(self, folder: Path) -> None:
-        """Write both files; the folder is made if needed.
-
-        Raises:
-            BankError: when they cannot be written.
-        """
+        """Write both files; the folder is made if needed. Raises BankError when they cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG_FILE).write_text(json.dumps(self.config(), indent=2), "utf-8")
@@ -85,7 +77,7 @@ class ExportedAdapter:
             shapes.append((f"{PREFIX}{module.name}.lora_B.weight", (module.h_out, self.rank)))
         yield file_head(shapes, {"format": "pt"})
         users_a = users_b = 0
-        for (module, a_cut), (_, b_cut) in zip(self._layout.a_slices(), self._layout.b_slices(), strict=True):
+        for module, a_cut, b_cut in self._layout.slices():
             a, b = self._fused(a_cut, b_cut)
             if self._user is not None:
                 rank = self._user_rank

@@ -51,11 +51,7 @@ class PeftAdapter:
 
 
 def read_peft(folder: Path) -> PeftAdapter:
-    """Read a PEFT LoRA: rank, alpha, their patterns and rank-stabilised scaling are honoured.
-
-    Raises:
-        BankError: when the folder holds none, or one that is more than a LoRA.
-    """
+    """Read a PEFT LoRA: rank, alpha, their patterns and rank-stabilised scaling; BankError for what is more or less."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

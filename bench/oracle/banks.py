@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from adapters.flat import flat_a, flat_b, lora_of
-from adapters.layout import RowLayout, serving_rank
-from adapters.lora import LoraWeights
+from adapters.lora import LoraWeights, RowLayout, serving_rank
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term, UserAdapterId
 from adapters.user_adapter import UserAdapter

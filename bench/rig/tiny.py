@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapters.layout import RowLayout
+from adapters.lora import RowLayout
 from adapters.recipe import FusionMethod
 from adapters.training.trainer import linear_modules
 from bank.building.assemble import BankParts, write_bank

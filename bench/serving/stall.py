@@ -29,7 +29,7 @@ from rich.progress import Progress, track
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.fusion import fuse_flat
-from adapters.layout import RowLayout
+from adapters.lora import RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import parse_recipe
 from adapters.training.trainer import linear_modules

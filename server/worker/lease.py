@@ -35,11 +35,7 @@ class StoreSilent(Exception):
 
 
 async def retry_until_answered(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The store's answer to a repeatable call, however long the store is away.
-
-    Raises:
-        Unavailable: when what is stored cannot be read: the next answer would be the same.
-    """
+    """The store's answer to a repeatable call, however long it is away; Unavailable when what is stored is damaged."""
 
     def note(error: Unavailable | TimeoutError) -> None:
         if _is_damage(error):
@@ -64,11 +60,8 @@ class HeldLease:
     async def renew(self, progress: TrainingProgress, curve: Curve) -> None:
         """Extend it, and report how far training is; a curve is written only when it has changed.
 
-        While the store is silent, it stays as it is.
-
-        Raises:
-            LeaseLost: when the store says so.
-            StoreSilent: when it has run out meanwhile.
+        While the store is silent, it stays as it is, and once it has run out that is StoreSilent. LeaseLost when the
+        store says so.
         """
         since_s = time.monotonic()
         loss = progress.loss if progress.step else None
@@ -91,12 +84,8 @@ class HeldLease:
         self._until_s, self._written = since_s + LEASE_S, curve
 
     async def retry(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The store's answer to a call, repeated until the lease has run out.
-
-        Raises:
-            StoreSilent: when it has.
-            TrainingError: when the user's stored data is damaged.
-        """
+        """The store's answer to a repeatable call. Raises StoreSilent once the lease has run out without one, and
+        TrainingError when the user's stored data is damaged."""
         return await _retry(self._note, call, *args, **kwargs)
 
     def _note(self, error: Unavailable | TimeoutError) -> None:

@@ -55,11 +55,7 @@ class WorkerMetrics:
         ProcessCollector(registry=registry)
 
     def publish(self, settings: Settings) -> None:
-        """Serve `/metrics` on a thread, if the settings name a port.
-
-        Raises:
-            MtaError: when nobody may listen there.
-        """
+        """Serve `/metrics` on a thread, if the settings name a port. Raises MtaError when nobody may listen there."""
         if not settings.metrics_port:
             return
         host, port = settings.inner_host, settings.metrics_port

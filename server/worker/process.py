@@ -27,11 +27,7 @@ log = logging.getLogger("mta.worker")
 
 
 async def run_worker(settings: Settings) -> None:
-    """Open the parts, then work until a signal.
-
-    Raises:
-        MtaError: when a part cannot be opened, or the parts do not match.
-    """
+    """Open the parts, then work until a signal. Raises MtaError when a part cannot be opened, or does not match."""
     limit_gpu(settings.worker_gpu_share)
     with heavy_imports():
         bank, trainer = _opened(settings)

@@ -109,11 +109,7 @@ class SigningLoop:
                 return
 
     async def _made(self, user_key: str, pairs: Sequence[tuple[str, str]]) -> Signature:
-        """The items' signature; an empty one where none can be made of them.
-
-        Raises:
-            Stalled: when it never comes: its thread can only be ended with this process.
-        """
+        """The items' signature, an empty one where none can be made of them; Stalled when it never comes."""
         making = asyncio.create_task(asyncio.to_thread(self._signer.signature, pairs))
         await asyncio.wait({making}, timeout=STALL_S)
         if not making.done():

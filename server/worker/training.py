@@ -41,12 +41,9 @@ _WARM_UP_TOKENS = 64
 
 @contextmanager
 def blamed(what: str, remedy: str) -> Iterator[None]:
-    """Blame what a job holds, e.g. `samples.3`, for whatever goes wrong in a block, except for a lack of memory.
+    """Blame what a job holds, e.g. `samples.3`, with a TrainingError for whatever goes wrong in a block.
 
-    That is the process's fault. For code that only reads and encodes, and touches no device.
-
-    Raises:
-        TrainingError: with the reason and the remedy.
+    A lack of memory is the process's fault. For code that only reads and encodes, and touches no device.
     """
     try:
         yield
@@ -70,11 +67,7 @@ class AdapterTrainer:
 
     @classmethod
     def open(cls, bank: Path, manifest: BankManifest, model_folder: Path, dtype: str) -> AdapterTrainer:
-        """Map the bank and load the base model.
-
-        Raises:
-            BankError: when either is damaged.
-        """
+        """Map the bank and load the base model. Raises BankError when either is damaged."""
         return cls(manifest, open_matrix(bank, manifest), *load_base(model_folder, dtype))
 
     def warm_up(self) -> None:
@@ -89,10 +82,6 @@ class AdapterTrainer:
 
         `items` are the user's, the oldest first: in a bank whose rows know history some stand before samples, as far
         as the job may read them.
-
-        Raises:
-            TrainingError: when the samples or the configuration cannot be trained with.
-            FusionError: when the recipe cannot be fused.
         """
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if config.rank > room:
@@ -108,11 +97,7 @@ class AdapterTrainer:
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, config)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
-        """The signature of a user's items; an empty one when there is nothing to learn from them.
-
-        Raises:
-            TrainingError: when an item cannot be encoded.
-        """
+        """The signature of a user's items; an empty one when there is nothing to learn from them."""
         examples = []
         for place, pair in enumerate(pairs):
             with blamed(f"items.{place}", SAMPLE_REMEDY):

@@ -33,11 +33,7 @@ async def train_holding(held: HeldLease, most_s: float, train: Callable[[], Trai
     this does not wait for that: a step may take longer than a process that is stopped has left to hand its job back.
     The thread still has the model until then; nothing may use it after that, and nothing does, since the process ends.
 
-    Raises:
-        TrainingError: when it takes longer, or `train` raises it.
-        LeaseLost: when the store says so.
-        StoreSilent: when the lease ran out while the store was silent.
-        Stalled: when the thread gives no sign of life.
+    Raises TrainingError when it takes longer, or from `train`; LeaseLost and StoreSilent as the lease; Stalled.
     """
     thread = TrainingThread(str(held.lease.job.id), train, most_s)
     try:
@@ -65,11 +61,7 @@ class TrainingThread:
         self._task = asyncio.create_task(asyncio.to_thread(self._run, self._alive_s + most_s))
 
     async def ended(self) -> bool:
-        """Whether it has ended, or does so within `RENEW_S`.
-
-        Raises:
-            Stalled: when the last sign of life is too long ago.
-        """
+        """Whether it has ended, or does so within `RENEW_S`; Stalled when the last sign of life is too long ago."""
         await asyncio.wait({self._task}, timeout=RENEW_S)
         if not self._task.done() and time.monotonic() - self._alive_s > STALL_S:
             raise Stalled(f"{self._name}: no step within {STALL_S:g} s; this process cannot go on")

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.flat import lora_of
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights
+from adapters.lora import LoraWeights, RowLayout
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.forward import below as module

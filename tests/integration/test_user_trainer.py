@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.errors import TrainingError
 from adapters.flat import lora_of
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights
+from adapters.lora import LoraWeights, RowLayout
 from adapters.training.adapt_config import FEW, AdaptConfig
 from adapters.training.attached import attached
 from adapters.training.example import Example

@@ -56,10 +56,7 @@ def in_blocks(blocks: list[Block]) -> Iterator[None]:
 
 
 def use_quick_attention(model: Any) -> None:
-    """Have a Hugging Face model use the attention of this module, if it means the same by attention.
-
-    It does where its own code for plain attention is Llama's, word for word.
-    """
+    """Have a Hugging Face model use this attention, if its own code for plain attention is Llama's, word for word."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
     from transformers.models.llama import modeling_llama

@@ -34,7 +34,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from adapters.flat import FlatLora
-from adapters.layout import RowLayout
+from adapters.lora import RowLayout
 from bank.errors import BankError
 from server.engine.fusing.cells import Cells
 from server.engine.fusing.figures import WorkerFigures, timed

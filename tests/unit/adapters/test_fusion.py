@@ -10,8 +10,7 @@ import torch
 from adapters.errors import FusionError
 from adapters.flat import flat_b
 from adapters.fusion import check_recipe, fuse
-from adapters.layout import RowLayout
-from adapters.lora import ModuleShape
+from adapters.lora import ModuleShape, RowLayout
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bench.oracle.dense import dense_delta, dense_parts
@@ -67,7 +66,7 @@ def test_one_anchor_alone_is_that_anchors_own_lora(tmp_path: Path, method: Fusio
     fused = fuse(matrix, recipe(method, False, (3, 1000)), torch.float32)
     assert fused.rank == RANK
     for module in MODULES:
-        a, b = dense_parts(matrix, matrix.row(3), module)
+        a, b = dense_parts(matrix, matrix.rows[3], module)
         torch.testing.assert_close(fused.a[module.name], a.float())
         torch.testing.assert_close(fused.b[module.name], b.float())
 
@@ -87,7 +86,7 @@ def test_the_formula_that_the_papers_authors_released_is_not_the_sum_of_the_anch
     """`linear`, (Σ wᵢBᵢ)(Σ wᵢAᵢ), weighs each anchor by the square and adds cross terms."""
     matrix = make_matrix(tmp_path, FusionMethod.CAT, common=False)
     cat = fuse(matrix, recipe(FusionMethod.CAT, False, (0, 500), (1, 500)), torch.float32).delta("q")
-    (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.row(i), MODULES[0]) for i in (0, 1))
+    (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.rows[i], MODULES[0]) for i in (0, 1))
     linear = ((b0 + b1) / 2 @ ((a0 + a1) / 2)).float()
     cross = (b0 @ a1 + b1 @ a0).float() / 4
     torch.testing.assert_close(linear, cat / 2 + cross, rtol=1e-4, atol=1e-4)
@@ -100,7 +99,7 @@ def test_unequal_weights_stay_with_their_anchors(tmp_path: Path, method: FusionM
     matrix = make_matrix(tmp_path, method, common=False)
     fused = fuse(matrix, recipe(method, False, (0, 900), (1, 100)), torch.float32)
     swapped = fuse(matrix, recipe(method, False, (0, 100), (1, 900)), torch.float32)
-    (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.row(i), MODULES[0]) for i in (0, 1))
+    (a0, b0), (a1, b1) = (dense_parts(matrix, matrix.rows[i], MODULES[0]) for i in (0, 1))
     torch.testing.assert_close(fused.delta("q"), (0.9 * b0 @ a0 + 0.1 * b1 @ a1).float(), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(fused.delta("q"), swapped.delta("q"), atol=1e-2)
 
@@ -130,7 +129,7 @@ def test_a_recipe_the_bank_cannot_fuse_is_refused_with_the_reason(wanted: Fusion
 def test_a_signed_recipe_steps_from_the_common_row_in_both_directions(tmp_path: Path, dtype: torch.dtype) -> None:
     matrix = make_matrix(tmp_path, FusionMethod.SHARED, common=True)
     wanted = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, (Term(1, -2500), Term(3, 731)))
-    flat = matrix.common_row.double() - 2.5 * matrix.row(1).double() + 0.731 * matrix.row(3).double()
+    flat = matrix.rows[matrix.common_index].double() - 2.5 * matrix.rows[1].double() + 0.731 * matrix.rows[3].double()
     fused = flat_b(matrix.layout, fuse(matrix, wanted, dtype)).double()
     torch.testing.assert_close(fused, flat, rtol=2**-8 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
 

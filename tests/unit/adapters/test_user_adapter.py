@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save
 
 from adapters.errors import UserAdapterError
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights, ModuleShape
+from adapters.lora import LoraWeights, ModuleShape, RowLayout
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter, stack
 
 MODULES = (ModuleShape("layers.0.q_proj", 12, 8), ModuleShape("layers.0.down_proj", 20, 12))

@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.fusion import fuse_flat
-from adapters.layout import RowLayout
-from adapters.lora import ModuleShape
+from adapters.lora import ModuleShape, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.recipe import PER_MILLE, parse_recipe
 from server.engine.cpu import native

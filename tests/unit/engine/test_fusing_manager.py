@@ -19,8 +19,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from adapters.flat import FlatLora
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights, ModuleShape
+from adapters.lora import LoraWeights, ModuleShape, RowLayout
 from adapters.matrix import MetaMatrix
 from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S, wait_until

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from adapters.errors import UserAdapterError
-from adapters.layout import RowLayout
-from adapters.lora import LoraWeights, ModuleShape
+from adapters.lora import LoraWeights, ModuleShape, RowLayout
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S
