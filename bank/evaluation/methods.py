@@ -68,13 +68,17 @@ class Method:
 
 @dataclass(slots=True)
 class Evidence:
-    """What is known of a user before any query; made once, however many methods and seeds need it."""
+    """What is known of a user before any query; made once, however many methods and seeds need it.
+
+    What is None at first is made when a method needs it.
+    """
 
     user: EvalUser
     signed: Sequence[Example]  # the profile items that signatures are made of
-    learnt: Sequence[Example]  # all of them, some with past items in the prompt where the bank's rows know history
     embedding: Vectors  # of the profile, [E]
-    signature: Signature | None = None  # until a method needs it
+    signature: Signature | None = None
+    learnt: Sequence[Example] | None = None
+    """All profile items, some with past ones in the prompt where the bank's rows know history."""
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
     """Outcomes of few-shot training, by recipe and seed; None where nothing lowered the held-out loss."""
 
@@ -101,11 +105,8 @@ class Evaluator:
         """What methods start from."""
         task, tokenizer, longest = self.bank.serving.task, self.scorer.tokenizer, self.max_tokens
         signed = [encode_pair(tokenizer, *pair, longest) for pair in user.history.pairs(task)[-MAX_ITEMS:]]
-        learnt = lessons(user.history, task, self.bank.manifest.history_share, seed=0)
         embedded = self.embedder.embed([item_text(item, task) for item in user.history.items])
-        return Evidence(
-            user, signed, [lesson.example(tokenizer, longest) for lesson in learnt], profile_embedding(embedded)
-        )
+        return Evidence(user, signed, profile_embedding(embedded))
 
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
         """A method's adapter for the user; None for the bare model. The seed is for random anchors and training.
@@ -220,6 +221,10 @@ class Evaluator:
 
     def _trained(self, beneath: EvalAdapter, evidence: Evidence, seed: int) -> EvalAdapter:
         """With few-shot training on top, where there is something to learn from and it was not rejected."""
+        if evidence.learnt is None:
+            share = self.bank.manifest.history_share
+            learnt = lessons(evidence.user.history, self.bank.serving.task, share, seed=0)
+            evidence.learnt = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in learnt]
         key = (beneath.recipe.name, seed)
         if evidence.learnt and key not in evidence.trained:
             config = replace(self.config, seed=seed)
