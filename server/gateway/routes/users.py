@@ -102,11 +102,10 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     that serves them, as the `config` and the `weights` (base64) of a PEFT folder; `says` tells what it is, or why there
     is none.
     """
-    export = await parts_of(request).exporting.export(user_of(request, user_id))
+    export = await parts_of(request).exporting.export(user_of(request, user_id), exported_job)
     if export is None:
         raise _unknown(user_id)
-    jobs = [exported_job(job) for job in export.jobs]
-    return StreamingResponse(export.pieces(jobs), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return StreamingResponse(export, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 @router.delete("")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,54 +25,8 @@ from server.store.tenants.user_key import User
 _END = b'"}}}'
 
 
-@dataclass(frozen=True, slots=True)
-class Export:
-    """What is stored of a person.
-
-    Attributes:
-        record: the profile record, as JSON values.
-        items: oldest first, each with its id.
-        vectors: the items' embeddings, by item id.
-        samples: oldest first.
-        jobs: those that are remembered, oldest first.
-        adapter: the user adapter as it is stored, and what it is; None without one.
-        served: the whole of the adapter that serves them; None without a user adapter, or where it cannot be made.
-    """
-
-    record: dict[str, Any]
-    items: list[dict[str, str]]
-    vectors: dict[str, dict[str, str]]
-    samples: list[dict[str, Any]]
-    jobs: list[Job]
-    adapter: dict[str, Any] | None
-    served: ExportedAdapter | None
-
-    def pieces(self, jobs: list[Any]) -> Iterator[bytes]:
-        """One JSON object, in pieces: the weights of an adapter are never in memory as a whole.
-
-        Args:
-            jobs: as clients see them.
-        """
-        document = self.record | {"items": self.items, "vectors": self.vectors, "samples": self.samples, "jobs": jobs}
-        if self.adapter is None or self.served is None:
-            yield orjson.dumps(document | {"adapter": self.adapter})
-            return
-        peft = {"config": self.served.config(), "weights": ""}
-        raw = orjson.dumps(document | {"adapter": self.adapter | {"peft": peft}})
-        assert raw.endswith(_END)
-        yield raw.removesuffix(_END)
-        yield from _in_base64(self.served.weights())
-        yield _END
-
-
 class Exporting:
-    """Collects what is stored of a user.
-
-    Args:
-        profiles, jobs, adapters: where it is kept.
-        bank: the folder of the bank that is served.
-        manifest: its manifest.
-    """
+    """Collects what is stored of a user; `bank` is the folder of the bank that is served."""
 
     def __init__(
         self,
@@ -90,8 +43,8 @@ class Exporting:
         self._bank = bank
         self._manifest = manifest
 
-    async def export(self, user: User) -> Export | None:
-        """All of it; None for an unknown user.
+    async def export(self, user: User, job_answer: Callable[[Job], dict[str, Any]]) -> Iterator[bytes] | None:
+        """All of it as one JSON object, in pieces; None for an unknown user. `job_answer` shows a job to clients.
 
         Raises:
             UserErased: when the user is erased meanwhile.
@@ -107,17 +60,16 @@ class Exporting:
         if await self._profiles.epoch(key) != snapshot.epoch:
             raise UserErased
         served, says = await asyncio.to_thread(self._served, stored) if stored else (None, "it is no longer stored")
-        return Export(
-            record=_record(profile),
-            items=[{"id": name, **item.fields} for name, item in snapshot.items.items()],
-            vectors=_vectors(snapshot),
-            samples=[
+        document = _record(profile) | {
+            "items": [{"id": name, **item.fields} for name, item in snapshot.items.items()],
+            "vectors": _vectors(snapshot),
+            "samples": [
                 {"messages": list(sample.messages), "output": sample.output} for sample in map(decode_sample, samples)
             ],
-            jobs=jobs,
-            adapter=_adapter(note, stored, says) if note else None,
-            served=served,
-        )
+            "jobs": [job_answer(job) for job in jobs],
+            "adapter": _adapter(note, stored, served, says) if note else None,
+        }
+        return _pieces(document, served)
 
     def _served(self, stored: StoredAdapter) -> tuple[ExportedAdapter | None, str]:
         """The whole adapter, and what it is in words, or why there is none."""
@@ -129,6 +81,18 @@ class Exporting:
             "`peft` is the whole adapter that serves this person: the anchors of its recipe, merged, and on top the "
             "user's own part, `stored`; scaling is in B"
         )
+
+
+def _pieces(document: dict[str, Any], served: ExportedAdapter | None) -> Iterator[bytes]:
+    """The JSON; the weights of an adapter, its last field, are never in memory as a whole."""
+    raw = orjson.dumps(document)
+    if served is None:
+        yield raw
+        return
+    assert raw.endswith(_END)
+    yield raw.removesuffix(_END)
+    yield from _in_base64(served.weights())
+    yield _END
 
 
 def _record(profile: Profile) -> dict[str, Any]:
@@ -157,7 +121,9 @@ def _record(profile: Profile) -> dict[str, Any]:
     }
 
 
-def _adapter(note: AdapterNote, stored: StoredAdapter | None, says: str) -> dict[str, Any]:
+def _adapter(
+    note: AdapterNote, stored: StoredAdapter | None, served: ExportedAdapter | None, says: str
+) -> dict[str, Any]:
     return {
         "id": note.id,
         "recipe": note.recipe,
@@ -167,7 +133,7 @@ def _adapter(note: AdapterNote, stored: StoredAdapter | None, says: str) -> dict
         "sha256": stored.sha256 if stored else None,
         "says": says,
         "stored": _text(stored.raw) if stored else None,
-        "peft": None,
+        "peft": {"config": served.config(), "weights": ""} if served else None,
     }
 
 
