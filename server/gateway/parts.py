@@ -22,12 +22,10 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import ensure_embedder
 from server.errors import ApiError, Unavailable
-from server.gateway.access import places as gateway_places
 from server.gateway.access.keys import LOOK_AGAIN_S, KnownKeys, caller_of, name_of
 from server.gateway.access.limiter import RENEW_S, Limiter
-from server.gateway.access.places import SharedPlaces
-from server.gateway.access.queue import EngineQueue
-from server.gateway.access.shares import Line, Shares
+from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
+from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.engines.tokenizer import TokenizerClient
@@ -158,13 +156,19 @@ async def open_gateway(
             per_user=Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs),
             refused=metrics.count_refusal,
         )
-        places = SharedPlaces(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
-        stack.push_async_callback(places.leave)
+        share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
+        stack.push_async_callback(share.leave)
         queue = EngineQueue(
-            places, most_waiting=settings.queue_places, patience_s=settings.queue_timeout_s, metrics=metrics
+            share,
+            most_waiting=settings.queue_places,
+            patience_s=settings.queue_timeout_s,
+            waited=metrics.queue_seconds.observe,
+            refused=metrics.count_refusal,
         )
-        large = Line(Shares(lambda: LARGE_AT_ONCE))
-        bodies = BodyReader(body_thread, lambda request: large.place(name_of(request)))
+        metrics.queue_running.set_function(lambda: queue.taken)
+        metrics.queue_waiting.set_function(lambda: queue.waiting)
+        large = FairQueue(Shares(lambda: LARGE_AT_ONCE))
+        bodies = BodyReader(body_thread, lambda request: large.held(name_of(request)))
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
             profiles = Profiles(
@@ -230,7 +234,7 @@ async def open_gateway(
             forever(PROBE_INTERVAL_S, partial(_count_jobs, stores.jobs, list(parts), metrics), log),
             forever(LOOK_S, partial(_look_at_file, stores.file, metrics), log),
             forever(LOOK_AGAIN_S, partial(keys.look, stores.keys), log),
-            forever(gateway_places.LOOK_S, places.look, log),
+            forever(COUNT_GATEWAYS_S, share.count_gateways, log),
             forever(RENEW_S, limiter.in_progress.renew, log),
             asyncio.to_thread(_load_search, usual.task),
         ):

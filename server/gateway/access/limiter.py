@@ -177,7 +177,7 @@ class Limiter:
             self._later(caller, self._correct(uses))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
-        """Count an adapt job; returns what `give_back` takes if there is no new job after all.
+        """Count an adapt job; returns what `refund` takes if there is no new job after all.
 
         Raises:
             TooMany: when there have been as many as allowed.
@@ -187,7 +187,7 @@ class Limiter:
             await self._use(usage, uses, 0)
         return usage.uses
 
-    async def give_back(self, uses: Sequence[Use]) -> None:
+    async def refund(self, uses: Sequence[Use]) -> None:
         """Count some uses no more."""
         await self._correct([replace(use, amount=-use.amount) for use in uses])
 
@@ -213,7 +213,7 @@ class Limiter:
         if member is not None and not refused:
             return
         given, usage.uses = usage.uses, []
-        await self.give_back(given)
+        await self.refund(given)
         raise self._refusal(refused, most, usage)
 
     async def _try(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:

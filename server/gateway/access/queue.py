@@ -8,30 +8,69 @@ fast.
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from hashlib import blake2b
+from math import ceil
 
-from server.errors import TooMany
-from server.gateway.access.shares import FairShares, Line
-from server.gateway.operating.metrics import Metrics
+from server.errors import TooMany, Unavailable
+from server.gateway.access.shares import FairQueue, FairShares
+from server.store.tenants.rates import Rates
 
+COUNT_GATEWAYS_S = 2.0
+_GATEWAY_LEASE_S = 10.0
 _MOST_RETRY_S = 60.0
 _PACE_WEIGHT = 0.1
 _WIDEST = 4
 """The part of all places that one request to the engines may need: a quarter."""
 
 
-class Place:
+class GatewayShare:
+    """Shares the engines' places out evenly among the gateways that use them, and one store.
+
+    Args:
+        sequences: says how many the engines compute at once; None while nobody knows.
+        given: the share, if the settings say it.
+    """
+
+    def __init__(
+        self, store: Rates, urls: Sequence[str], sequences: Callable[[], int | None], given: int | None
+    ) -> None:
+        self._store = store
+        self._sequences = sequences
+        self._given = given
+        self._gateways = 1
+        self._name = secrets.token_hex(8)
+        self._all = f"gateways/{blake2b(' '.join(sorted(urls)).encode(), digest_size=8).hexdigest()}"
+
+    def __call__(self) -> int | None:
+        """The share, at least 1; None while no engine has said anything."""
+        if self._given is not None or (sequences := self._sequences()) is None:
+            return self._given
+        return ceil(sequences / self._gateways)
+
+    async def count_gateways(self) -> None:
+        """Be counted, and count the others; while the store is away their last number stays."""
+        self._gateways = await self._store.hold(self._all, [self._name], _GATEWAY_LEASE_S) or 1
+
+    async def leave(self) -> None:
+        """Leave this share to the others at once; a store that cannot be told forgets it in a few seconds."""
+        with suppress(Unavailable):
+            await self._store.let_go(self._all, self._name)
+
+
+class EngineLease:
     """A generation's places in the engines; they can be given back early, one by one or all, and only once.
 
     Attributes:
         waited_s: for how long they were waited for.
     """
 
-    def __init__(self, give_back: Callable[[int], None], size: int, waited_s: float) -> None:
+    def __init__(self, release: Callable[[int], None], size: int, waited_s: float) -> None:
         self.waited_s = waited_s
-        self._give_back = give_back
+        self._release = release
         self._size = size
 
     def release(self, size: int | None = None) -> None:
@@ -39,7 +78,7 @@ class Place:
         size = self._size if size is None else min(size, self._size)
         if size:
             self._size -= size
-            self._give_back(size)
+            self._release(size)
 
 
 class EngineQueue:
@@ -50,22 +89,28 @@ class EngineQueue:
         most_waiting: longest line; None for half as many as there are places: then nobody waits much longer than half
             an answer takes.
         patience_s: longest wait.
-        metrics: shows how many wait, and for how long, and who is refused.
+        waited: called with the seconds that each waited, those given up included.
+        refused: called with the reason whenever a generation is.
     """
 
     def __init__(
-        self, places: Callable[[], int | None], *, most_waiting: int | None, patience_s: float, metrics: Metrics
+        self,
+        places: Callable[[], int | None],
+        *,
+        most_waiting: int | None,
+        patience_s: float,
+        waited: Callable[[float], object] = lambda seconds: None,
+        refused: Callable[[str], object] = lambda reason: None,
     ) -> None:
         self._places = places
         self._most_waiting = most_waiting
         self._patience_s = patience_s
-        self._metrics = metrics
+        self._waited = waited
+        self._refused = refused
         self._shares = FairShares(places)
-        self._line = Line(self._shares)
+        self._line = FairQueue(self._shares)
         self._pace_s = 0.0
         self._last_s: float | None = None
-        metrics.queue_running.set_function(lambda: self.taken)
-        metrics.queue_waiting.set_function(lambda: self.waiting)
 
     @property
     def taken(self) -> int:
@@ -84,19 +129,19 @@ class EngineQueue:
         return None if places is None else max(1, places // _WIDEST)
 
     def check(self, caller: str, patience_s: float | None) -> None:
-        """Refuse at once what `place` would refuse now: shedding costs less than finding out who is asking.
+        """Refuse at once what `acquire` would refuse now: shedding costs less than finding out who is asking.
 
         Raises:
-            TooMany: as `place` does.
+            TooMany: as `acquire` does.
         """
         places = self._places()
         if places is not None and self.taken >= places:
             self._see_to_room(caller, places, self._patience(patience_s), make=False)
 
     @asynccontextmanager
-    async def place(
+    async def acquire(
         self, caller: str, *, size: int = 1, patience_s: float | None = None, begun: bool = False
-    ) -> AsyncIterator[Place]:
+    ) -> AsyncIterator[EngineLease]:
         """Places in the engines, for the duration of a `with` block or until they are given back.
 
         Args:
@@ -112,27 +157,27 @@ class EngineQueue:
         size = min(size, places or 0)
         waited_s = await self._enter(caller, size, places, self._patience(patience_s), begun) if places else 0.0
         if not begun:
-            self._metrics.queue_seconds.observe(waited_s)
-        place = Place(lambda size: self._leave(caller, size), size, waited_s)
+            self._waited(waited_s)
+        lease = EngineLease(lambda size: self._leave(caller, size), size, waited_s)
         try:
-            yield place
+            yield lease
         finally:
-            place.release()
+            lease.release()
 
     async def _enter(self, caller: str, size: int, places: int, patience_s: float, begun: bool) -> float:
         """Return once the places are taken: after how many seconds."""
-        if self._line.enters(caller, size):
+        if self._line.try_acquire(caller, size):
             return 0.0
         start_s = time.monotonic()
         passed_for_s = patience_s / 2
         if begun:
-            await self._line.turn(caller, size, None, passed_for_s, may_be_refused=False)
+            await self._line.wait(caller, size, None, passed_for_s, may_be_refused=False)
             return time.monotonic() - start_s
         self._see_to_room(caller, places, patience_s, make=True)
         try:
-            await self._line.turn(caller, size, patience_s, passed_for_s)
+            await self._line.wait(caller, size, patience_s, passed_for_s)
         except TimeoutError:
-            self._metrics.queue_seconds.observe(time.monotonic() - start_s)
+            self._waited(time.monotonic() - start_s)
             raise self._refusal("queue_timeout") from None
         return time.monotonic() - start_s
 
@@ -156,7 +201,7 @@ class EngineQueue:
     def _leave(self, caller: str, size: int) -> None:
         """Give places back."""
         self._keep_pace()
-        self._line.leave(caller, size)
+        self._line.release(caller, size)
 
     def _keep_pace(self) -> None:
         """Learn how long it takes until another one is served, from the moments when somebody waits."""
@@ -167,7 +212,7 @@ class EngineQueue:
         self._last_s = now_s if self.waiting else None
 
     def _refusal(self, reason: str) -> TooMany:
-        self._metrics.shed.labels(reason).inc()
+        self._refused(reason)
         return TooMany(
             "the engines are busy, and as many requests wait as can be served in time: try again in a moment",
             code="overloaded",

@@ -158,7 +158,7 @@ class _Gates:
         name, taken = name_of(scope), list[Shares]()
         try:
             for places in self._places:
-                self._take(places, name)
+                self._acquire(places, name)
                 taken.append(places)
             if self._kind in (RouteKind.OPERATION, RouteKind.UNLIMITED):
                 await self._app(scope, receive, send)
@@ -166,7 +166,7 @@ class _Gates:
                 await self._counted(scope, receive, send)
         finally:
             for places in taken:
-                places.give_back(name)
+                places.release(name)
 
     async def _counted(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         caller, gateway = caller_of(scope), scope["app"].state.gateway
@@ -176,9 +176,9 @@ class _Gates:
         async with gateway.limiter.counted(caller, user_key, generates=generates) as scope["state"]["usage"]:
             await self._app(scope, receive, send)
 
-    def _take(self, places: Shares, caller: str) -> None:
-        if places.may_take(caller):
-            places.take(caller)
+    def _acquire(self, places: Shares, caller: str) -> None:
+        if places.may_acquire(caller):
+            places.acquire(caller)
             return
         self._refused("places")
         if places.free < 1:

@@ -44,7 +44,7 @@ class Shares:
         places = self._places()
         return math.inf if places is None else places - self.taken
 
-    def may_take(self, caller: str, size: int = 1) -> bool:
+    def may_acquire(self, caller: str, size: int = 1) -> bool:
         """Whether a caller may take so many places now; more than there are it may when all are free."""
         return not self.taken or (size <= self.free and self.is_within_share(caller, size))
 
@@ -53,15 +53,15 @@ class Shares:
         held = self._held[caller]
         return not held or held + size <= self._share(caller)
 
-    def comes(self, caller: str) -> None:
+    def arrives(self, caller: str) -> None:
         """Know that a caller is there, though it has no place yet."""
 
-    def take(self, caller: str, size: int = 1) -> None:
+    def acquire(self, caller: str, size: int = 1) -> None:
         """Count places as taken."""
         self._held[caller] += size
         self.taken += size
 
-    def give_back(self, caller: str, size: int = 1) -> None:
+    def release(self, caller: str, size: int = 1) -> None:
         """Count places as free again."""
         self._held[caller] -= size
         if not self._held[caller]:
@@ -107,10 +107,10 @@ class FairShares(Shares):
         self._all = _Mean(time.monotonic())
         self._uses: OrderedDict[str, _Use] = OrderedDict()  # of those who are there; seen longest ago comes first
 
-    def may_take(self, caller: str, size: int = 1) -> bool:
-        """As `Shares.may_take`, and beyond the share as above."""
+    def may_acquire(self, caller: str, size: int = 1) -> bool:
+        """As `Shares.may_acquire`, and beyond the share as above."""
         use, held = self._seen(caller), self._held[caller]
-        if super().may_take(caller, size):
+        if super().may_acquire(caller, size):
             return True
         if size > self.free:
             return False
@@ -119,19 +119,19 @@ class FairShares(Shares):
         self._all.add(self.taken, use.since_s)
         return self.free - size >= _KEPT * (self._all.value - use.value) - (self.taken - held)
 
-    def comes(self, caller: str) -> None:
-        """As `Shares.comes`: from now on the caller counts."""
+    def arrives(self, caller: str) -> None:
+        """As `Shares.arrives`: from now on the caller counts."""
         self._seen(caller)
 
-    def take(self, caller: str, size: int = 1) -> None:
-        """As `Shares.take`."""
+    def acquire(self, caller: str, size: int = 1) -> None:
+        """As `Shares.acquire`."""
         self._all.add(self.taken, self._seen(caller).since_s)
-        super().take(caller, size)
+        super().acquire(caller, size)
 
-    def give_back(self, caller: str, size: int = 1) -> None:
-        """As `Shares.give_back`."""
+    def release(self, caller: str, size: int = 1) -> None:
+        """As `Shares.release`."""
         self._all.add(self.taken, self._seen(caller).since_s)
-        super().give_back(caller, size)
+        super().release(caller, size)
 
     def _seen(self, caller: str) -> _Use:
         """A caller's use until now; forgets callers who have not been there for long."""
@@ -160,7 +160,7 @@ class FairShares(Shares):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
+class Waiter:
     """Somebody in a line.
 
     Attributes:
@@ -176,7 +176,7 @@ class Waiting:
     may_be_refused: bool
 
 
-class Line:
+class FairQueue:
     """Who waits for places, in turns over their callers. No place stays free while somebody waits who may take it.
 
     Args:
@@ -189,28 +189,28 @@ class Line:
     def __init__(self, shares: Shares) -> None:
         self.waiting = 0
         self._shares = shares
-        self._lines: OrderedDict[str, list[Waiting]] = OrderedDict()  # whose turn is next comes first; none is empty
+        self._lines: OrderedDict[str, list[Waiter]] = OrderedDict()  # whose turn is next comes first; none is empty
 
     @asynccontextmanager
-    async def place(self, caller: str) -> AsyncIterator[None]:
+    async def held(self, caller: str) -> AsyncIterator[None]:
         """One place, for the duration of a `with` block."""
-        if not self.enters(caller, 1):
-            await self.turn(caller, 1, None, math.inf)
+        if not self.try_acquire(caller, 1):
+            await self.wait(caller, 1, None, math.inf)
         try:
             yield
         finally:
-            self.leave(caller, 1)
+            self.release(caller, 1)
 
-    def enters(self, caller: str, size: int) -> bool:
+    def try_acquire(self, caller: str, size: int) -> bool:
         """Take places if that can be done at once."""
-        if not self._shares.may_take(caller, size) or any(
+        if not self._shares.may_acquire(caller, size) or any(
             self._keeps(other, waiting) for other, line in self._lines.items() for waiting in line
         ):
             return False
-        self._shares.take(caller, size)
+        self._shares.acquire(caller, size)
         return True
 
-    async def turn(
+    async def wait(
         self, caller: str, size: int, patience_s: float | None, passed_for_s: float, *, may_be_refused: bool = True
     ) -> None:
         """Wait for places.
@@ -226,8 +226,8 @@ class Line:
             TimeoutError: when it took too long.
         """
         keeps_from_s = time.monotonic() + passed_for_s
-        waiting = Waiting(size, keeps_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
-        self._shares.comes(caller)
+        waiting = Waiter(size, keeps_from_s, asyncio.get_running_loop().create_future(), may_be_refused)
+        self._shares.arrives(caller)
         self._lines.setdefault(caller, []).append(waiting)
         self.waiting += 1
         try:
@@ -237,9 +237,9 @@ class Line:
             self._step_out(caller, waiting)
             raise
 
-    def leave(self, caller: str, size: int) -> None:
+    def release(self, caller: str, size: int) -> None:
         """Give places back."""
-        self._shares.give_back(caller, size)
+        self._shares.release(caller, size)
         self._serve()
 
     @property
@@ -267,16 +267,16 @@ class Line:
         if not last.turn.done():  # it may be leaving at this moment
             last.turn.set_exception(error)
 
-    def _step_out(self, caller: str, waiting: Waiting) -> None:
+    def _step_out(self, caller: str, waiting: Waiter) -> None:
         """Leave the line; or, if the turn came at the same moment, pass it on."""
         if waiting.turn.done() and not waiting.turn.cancelled():
             if waiting.turn.exception() is None:
-                self.leave(caller, waiting.size)
+                self.release(caller, waiting.size)
         elif waiting in self._lines.get(caller, ()):
             self._remove(caller, waiting)
             self._serve()  # who comes next may need fewer places
 
-    def _remove(self, caller: str, waiting: Waiting) -> None:
+    def _remove(self, caller: str, waiting: Waiter) -> None:
         line = self._lines[caller]
         line.remove(waiting)
         if not line:
@@ -290,17 +290,17 @@ class Line:
             self._lines.move_to_end(caller)
             self._remove(caller, waiting)
             if not waiting.turn.done():
-                self._shares.take(caller, waiting.size)
+                self._shares.acquire(caller, waiting.size)
                 waiting.turn.set_result(None)
 
-    def _next(self) -> tuple[str, Waiting] | None:
+    def _next(self) -> tuple[str, Waiter] | None:
         """Whose turn it is: first of those who have fewer places than their share."""
         if self._shares.free < 1 and self._shares.taken:
             return None
         beyond = None
         for caller, line in self._lines.items():
             for waiting in line:
-                if self._shares.may_take(caller, waiting.size):
+                if self._shares.may_acquire(caller, waiting.size):
                     if self._shares.is_within_share(caller, waiting.size):
                         return caller, waiting
                     beyond = beyond or (caller, waiting)
@@ -308,7 +308,7 @@ class Line:
                     return None
         return beyond
 
-    def _keeps(self, caller: str, waiting: Waiting) -> bool:
+    def _keeps(self, caller: str, waiting: Waiter) -> bool:
         """Whether places are kept for somebody who has been passed for long enough."""
         return (
             time.monotonic() >= waiting.keeps_from_s

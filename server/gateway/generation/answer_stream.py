@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-from server.gateway.access.queue import Place
+from server.gateway.access.queue import EngineLease
 from server.gateway.engines.chat import EngineRequest
 from server.gateway.engines.stream import EngineStream, Piece
 
@@ -80,7 +80,7 @@ class AnswerStream:
     A context manager: at its end parts that are still in progress are aborted, as they are when one of them fails.
 
     Args:
-        first: what the engine says to the first part, which has begun and has this `place`.
+        first: what the engine says to the first part, which has begun and has this `lease`.
         wait: for places for so many sequences of another part.
         begin: has the engine begin with it.
 
@@ -92,9 +92,9 @@ class AnswerStream:
         self,
         parts: Sequence[SubRequest],
         first: EngineStream,
-        place: Place,
+        lease: EngineLease,
         *,
-        wait: Callable[[int], AbstractAsyncContextManager[Place]],
+        wait: Callable[[int], AbstractAsyncContextManager[EngineLease]],
         begin: Callable[[EngineRequest], AbstractAsyncContextManager[EngineStream]],
     ) -> None:
         self.sent_s = first.sent_s
@@ -102,7 +102,7 @@ class AnswerStream:
         self.prompt_tokens = first.prompt_tokens
         self._parts = parts
         self._first = first
-        self._place = place
+        self._lease = lease
         self._wait = wait
         self._begin = begin
         self._streams: list[tuple[SubRequest, EngineStream]] = [(parts[0], first)]
@@ -141,7 +141,7 @@ class AnswerStream:
 
         Iterating raises `EngineFailed` when an engine breaks off, or sends something that is not an answer.
         """
-        return self._joined() if self._reading else self._releasing(self._first, self._place)
+        return self._joined() if self._reading else self._releasing(self._first, self._lease)
 
     async def _joined(self) -> AsyncIterator[Piece]:
         last: list[dict[str, Any]] = []  # whole answers, or what follows a stream's last choice
@@ -164,32 +164,32 @@ class AnswerStream:
 
     async def _read_all(self) -> None:
         try:
-            async with AsyncExitStack() as places, asyncio.TaskGroup() as reading:
-                reading.create_task(self._read_part(self._parts[0], self._first, self._place))
+            async with AsyncExitStack() as leases, asyncio.TaskGroup() as reading:
+                reading.create_task(self._read_part(self._parts[0], self._first, self._lease))
                 for part in self._parts[1:]:
-                    place = await places.enter_async_context(self._wait(part.sequences))
-                    reading.create_task(self._begin_part(part, place))
+                    lease = await leases.enter_async_context(self._wait(part.sequences))
+                    reading.create_task(self._begin_part(part, lease))
         except* Exception as errors:
             await self._read.put(errors.exceptions[0])  # no group: tasks are not nested
         else:
             await self._read.put(None)
 
-    async def _begin_part(self, part: SubRequest, place: Place) -> None:
+    async def _begin_part(self, part: SubRequest, lease: EngineLease) -> None:
         async with self._begin(part.request) as stream:
             self._streams.append((part, stream))
-            await self._read_part(part, stream, place)
+            await self._read_part(part, stream, lease)
 
-    async def _read_part(self, part: SubRequest, stream: EngineStream, place: Place) -> None:
-        async for piece in self._releasing(stream, place):
+    async def _read_part(self, part: SubRequest, stream: EngineStream, lease: EngineLease) -> None:
+        async for piece in self._releasing(stream, lease):
             await self._read.put((part, piece))
 
-    async def _releasing(self, stream: EngineStream, place: Place) -> AsyncIterator[Piece]:
+    async def _releasing(self, stream: EngineStream, lease: EngineLease) -> AsyncIterator[Piece]:
         """A part's pieces; a sequence that has ended gives its place back."""
         ended: set[int] = set()
         async for piece in stream:
             for choice in piece[1]["choices"]:
                 if self.first_token_s is not None and choice.get("finish_reason") and choice["index"] not in ended:
                     ended.add(choice["index"])
-                    place.release(1)
+                    lease.release(1)
             yield piece
-        place.release()
+        lease.release()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, EngineFailed, Unavailable
 from server.gateway.access.limiter import Limiter, RequestUsage
-from server.gateway.access.queue import EngineQueue, Place
+from server.gateway.access.queue import EngineLease, EngineQueue
 from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
 from server.gateway.engines.stream import EngineStream, Piece
@@ -61,7 +61,7 @@ class Answer:
         personalization: who speaks.
         fallbacks: how many that are more personal the engine could not serve.
         prompt: what the model is asked, and how many past items are in it.
-        waited_s: for its place in the engines.
+        waited_s: for its places in the engines.
         timings: complete once `pieces` has ended.
         limits: headers that say what the caller may still use.
     """
@@ -134,8 +134,8 @@ class Generator:
             prompt = await self._prompts.build(request, profile, limits)
         parts = in_parts(_engine_request(request, prompt, limits), self._queue.widest)
         async with (
-            self._queue.place(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as place,
-            self._first_served(parts, candidates, place, usage) as (fallbacks, stream),
+            self._queue.acquire(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as lease,
+            self._first_served(parts, candidates, lease, usage) as (fallbacks, stream),
         ):
             limits.check_answer(request, stream.prompt_tokens)
             async with stream:
@@ -144,7 +144,7 @@ class Generator:
                     candidates[fallbacks],
                     fallbacks,
                     prompt,
-                    place.waited_s,
+                    lease.waited_s,
                     stream,
                     timings,
                     usage.headers(),
@@ -152,7 +152,11 @@ class Generator:
 
     @asynccontextmanager
     async def _first_served(
-        self, parts: Sequence[SubRequest], candidates: Sequence[Personalization], place: Place, usage: RequestUsage
+        self,
+        parts: Sequence[SubRequest],
+        candidates: Sequence[Personalization],
+        lease: EngineLease,
+        usage: RequestUsage,
     ) -> AsyncIterator[tuple[int, AnswerStream]]:
         """Which candidate is the first that the engine can serve, and its answer; all have the same prompt."""
         usage.tokens = None  # the engine is at work: who leaves meanwhile is charged the estimate
@@ -166,8 +170,8 @@ class Generator:
             stream = AnswerStream(
                 parts,
                 first,
-                place,
-                wait=lambda size: self._queue.place(caller, size=size, begun=True),
+                lease,
+                wait=lambda size: self._queue.acquire(caller, size=size, begun=True),
                 begin=lambda request: self._begin_another(replace(request, model=model)),
             )
             try:

@@ -16,7 +16,7 @@ from typing import Protocol
 from bank.items.profile import Item
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
-from server.gateway.access.shares import Line, Shares
+from server.gateway.access.shares import FairQueue, Shares
 from server.store.profiles import Profile, StoredItem
 from server.store.tenants.user_key import User
 
@@ -116,7 +116,7 @@ class HistoryIndexer:
         self._cache = cache
         self._builds: dict[tuple[str, Version], _Build] = {}
         self._waiting: Counter[str] = Counter()
-        self._line = Line(Shares(lambda: 1))
+        self._line = FairQueue(Shares(lambda: 1))
 
     async def index(self, user: User, profile: Profile, caller: str, patience_s: float) -> FoundIndex:
         """A user's items, ready to be searched, if they are at hand or their turn comes in time.
@@ -140,7 +140,7 @@ class HistoryIndexer:
     def _begin(self, user: User, version: Version, caller: str) -> _Build | None:
         """Join the caller's line, unless it is full."""
         begun = asyncio.get_running_loop().create_future()
-        if self._line.enters(caller, 1):
+        if self._line.try_acquire(caller, 1):
             begun.set_result(None)
         elif self._waiting[caller] >= MOST_WAITING:
             return None
@@ -154,8 +154,8 @@ class HistoryIndexer:
     async def _build(self, user: User, version: Version, caller: str, begun: asyncio.Future[None]) -> ItemIndex:
         try:
             if not begun.done():
-                if not self._line.enters(caller, 1):  # it may have come free since
-                    await self._line.turn(caller, 1, None, 0)
+                if not self._line.try_acquire(caller, 1):  # it may have come free since
+                    await self._line.wait(caller, 1, None, 0)
                 self._waiting -= Counter((caller,))
                 begun.set_result(None)
             try:
@@ -163,7 +163,7 @@ class HistoryIndexer:
                 items = [Item(name, item.fields) for name, item in stored.items()]
                 index = await asyncio.to_thread(ItemIndex, self._task, items)
             finally:
-                self._line.leave(caller, 1)
+                self._line.release(caller, 1)
             self._cache.put(user.key, version, index)
             return index
         finally:

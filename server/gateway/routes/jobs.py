@@ -79,7 +79,7 @@ async def adapt(request: Request, response: Response, user_id: UserIdInPath, bod
             job = await parts.adapting.submit(user, wanted, epoch)
         finally:
             if job is None or job.id in known:  # refused, or a repeated request
-                await parts.limiter.give_back(uses)
+                await parts.limiter.refund(uses)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobAnswer.of(job)
 

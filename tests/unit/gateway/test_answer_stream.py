@@ -11,11 +11,10 @@ import orjson
 import pytest
 
 from server.errors import EngineFailed
-from server.gateway.access.queue import EngineQueue, Place
+from server.gateway.access.queue import EngineLease, EngineQueue
 from server.gateway.engines.chat import EngineRequest
 from server.gateway.engines.stream import EngineStream
 from server.gateway.generation.answer_stream import AnswerStream, in_parts
-from server.gateway.operating.metrics import Metrics
 from server.gateway.routes.openai.answers import joined
 
 
@@ -73,7 +72,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def queue() -> EngineQueue:
-    return EngineQueue(lambda: 4, most_waiting=4, patience_s=60, metrics=Metrics())
+    return EngineQueue(lambda: 4, most_waiting=4, patience_s=60)
 
 
 @asynccontextmanager
@@ -82,12 +81,12 @@ async def answering(
 ) -> AsyncIterator[AnswerStream]:
     """An answer whose first part has begun, with an empty piece."""
     parts = in_parts(wanted, most)
-    place: Place
-    async with queue.place("a", size=parts[0].sequences) as place, engine.begin(parts[0].request) as first:
+    lease: EngineLease
+    async with queue.acquire("a", size=parts[0].sequences) as lease, engine.begin(parts[0].request) as first:
         engine.say("id", piece(0, ""))
         await first.begin()
         first_token = AnswerStream(
-            parts, first, place, wait=lambda size: queue.place("a", size=size, begun=True), begin=engine.begin
+            parts, first, lease, wait=lambda size: queue.acquire("a", size=size, begun=True), begin=engine.begin
         )
         async with first_token as stream:
             yield stream

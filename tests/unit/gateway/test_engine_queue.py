@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from server.errors import TooMany
-from server.gateway.access.queue import EngineQueue, Place
-from server.gateway.operating.metrics import Metrics
+from server.gateway.access.queue import EngineLease, EngineQueue
 
 
 class Line:
@@ -19,7 +18,7 @@ class Line:
 
     def __init__(self, places: int | None = 2, most_waiting: int | None = 2) -> None:
         self.places = places
-        self.queue = EngineQueue(lambda: self.places, most_waiting=most_waiting, patience_s=60, metrics=Metrics())
+        self.queue = EngineQueue(lambda: self.places, most_waiting=most_waiting, patience_s=60)
         self.served: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -57,7 +56,7 @@ class Line:
         assert (self.queue.taken, self.queue.waiting) == (0, 0)
 
     async def _request(self, name: str, size: int, patience_s: float | None) -> None:
-        async with self.queue.place(name[0], size=size, patience_s=patience_s):
+        async with self.queue.acquire(name[0], size=size, patience_s=patience_s):
             self.served.append(name)
             await self._ends[name].wait()
 
@@ -169,7 +168,7 @@ async def test_patience_ends(line: Line) -> None:
 
 
 async def test_what_would_wait_too_long_is_refused_at_once(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60, metrics=Metrics())
+    line.queue = EngineQueue(lambda: 2, most_waiting=10, patience_s=60)
     now_s = 0.0
     monkeypatch.setattr("server.gateway.access.queue.time", SimpleNamespace(monotonic=lambda: now_s))
     await line.come(*(f"{name}{turn}" for turn in range(5) for name in "ab"))
@@ -191,7 +190,7 @@ class TestWide:
     ) -> None:
         now_s = 0.0
         monkeypatch.setattr("server.gateway.access.shares.time", SimpleNamespace(monotonic=lambda: now_s))
-        line.queue = EngineQueue(lambda: 4, most_waiting=10, patience_s=60, metrics=Metrics())
+        line.queue = EngineQueue(lambda: 4, most_waiting=10, patience_s=60)
         await line.come("a1", "b1", "c1")
         await line.come("d1", size=4)
         now_s = 29.0
@@ -217,13 +216,13 @@ class TestWide:
         assert (line.queue.taken, line.queue.waiting) == (2, 0)
 
     async def test_its_places_come_back_one_by_one(self, line: Line) -> None:
-        async with line.queue.place("a", size=2) as place:
+        async with line.queue.acquire("a", size=2) as lease:
             await line.come("b1", "c1")
-            place.release(1)
+            lease.release(1)
             await settled()
             assert line.served == ["b1"]
-            place.release(1)
-            place.release(1)
+            lease.release(1)
+            lease.release(1)
             await settled()
             assert line.served == ["b1", "c1"]
             assert line.queue.taken == 2
@@ -231,7 +230,7 @@ class TestWide:
     async def test_another_part_of_an_answer_is_not_refused(self, line: Line) -> None:
         await line.come("a1", "b1", "a2", "b2")
         async with AsyncExitStack() as stack:
-            part = stack.enter_async_context(line.queue.place("a", patience_s=0, begun=True))
+            part = stack.enter_async_context(line.queue.acquire("a", patience_s=0, begun=True))
             waiting = asyncio.create_task(part)
             await settled()
             await line.come("c1", "d1")
@@ -242,7 +241,7 @@ class TestWide:
 
 
 async def test_no_place_idles_while_somebody_waits_who_may_have_it(line: Line) -> None:
-    line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60, metrics=Metrics())
+    line.queue = EngineQueue(lambda: 8, most_waiting=100, patience_s=60)
     for name in "abc":
         await line.come(*(f"{name}{n}" for n in range(30)))
     ended: list[str] = []
@@ -271,12 +270,12 @@ async def test_while_nobody_knows_how_many_there_are_nobody_waits(line: Line) ->
 
 
 async def test_a_place_is_given_back_once() -> None:
-    queue = EngineQueue(lambda: 1, most_waiting=0, patience_s=1, metrics=Metrics())
+    queue = EngineQueue(lambda: 1, most_waiting=0, patience_s=1)
     async with AsyncExitStack() as stack:
-        place: Place = await stack.enter_async_context(queue.place("a"))
-        place.release()
+        lease: EngineLease = await stack.enter_async_context(queue.acquire("a"))
+        lease.release()
         assert queue.taken == 0
-        await stack.enter_async_context(queue.place("b"))
-        place.release()
+        await stack.enter_async_context(queue.acquire("b"))
+        lease.release()
         assert queue.taken == 1
     assert queue.taken == 0

@@ -15,8 +15,8 @@ def taken(places: Shares, *callers: str, at_most: int = 100) -> dict[str, int]:
     """How many each caller gets who take turns until nobody gets another."""
     got = dict.fromkeys(callers, 0)
     for caller in [*callers] * at_most:
-        if places.may_take(caller):
-            places.take(caller)
+        if places.may_acquire(caller):
+            places.acquire(caller)
             got[caller] += 1
     return got
 
@@ -29,7 +29,7 @@ def test_where_clients_decide_how_long_a_caller_alone_gets_half(most: int, share
 def test_however_many_want_all_of_it_a_newcomer_finds_a_place() -> None:
     places = Shares(lambda: 16)
     assert [taken(places, name)[name] for name in "abcde"] == [8, 4, 2, 1, 1]
-    places.give_back("a", 4)
+    places.release("a", 4)
     assert taken(places, "a", "f") == {"a": 0, "f": 2}
 
 
@@ -51,38 +51,39 @@ class TestFairShares:
 
     def test_those_who_are_there_get_the_same(self, places: FairShares) -> None:
         for caller in "abcd":
-            places.comes(caller)
+            places.arrives(caller)
         assert taken(places, *"abcd") == dict.fromkeys("abcd", 2)
 
     def test_who_has_no_place_at_this_moment_still_counts_for_some_seconds(self, places: FairShares) -> None:
         for caller in "ab":
-            places.take(caller)
-        places.give_back("a")
+            places.acquire(caller)
+        places.release("a")
         self.now_s = 9.0
-        places.comes("b")
+        places.arrives("b")
         assert not places.is_within_share("b", 4)
         self.now_s = 10.0
-        places.comes("b")
+        places.arrives("b")
         assert places.is_within_share("b", 4)
 
     def test_twice_of_what_others_had_on_average_is_left_to_them(self, places: FairShares) -> None:
         for caller in "aaaabb":
-            places.take(caller)
+            places.acquire(caller)
         self.now_s = 1000.0
-        places.give_back("b", 2)
+        places.release("b", 2)
         assert taken(places, "a")["a"] == 0
         for _ in range(4):
             self.now_s += LATELY_S * math.log(2) / 4
-            places.comes("b")
+            places.arrives("b")
         assert taken(places, "a")["a"] == 2
 
     def test_who_left_some_of_its_share_unused_may_take_as_much_more_once(self, places: FairShares) -> None:
-        for caller in "abb":
-            places.take(caller)
-        self.now_s = 0.5
+        places.acquire("a", 2)
+        self.now_s = 1000.0
+        places.acquire("b", 2)
+        self.now_s = 1000.5
         assert taken(places, "b")["b"] == 3  # up to its share of 4, and 0.5 s times the 2 that it left
-        self.now_s = 100.0
-        places.give_back("b", 2)
+        self.now_s = 1100.0
+        places.release("b", 2)
         assert taken(places, "b")["b"] == 1  # it has used them all the time
 
 

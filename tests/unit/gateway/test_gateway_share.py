@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.errors import Unavailable
-from server.gateway.access.places import SharedPlaces
+from server.gateway.access.queue import GatewayShare
 
 
 class Leases:
@@ -28,8 +28,8 @@ class Leases:
         self.held[name].discard(member)
 
 
-def share(store: Any, sequences: int | None, *urls: str, given: int | None = None) -> SharedPlaces:
-    return SharedPlaces(store, urls, lambda: sequences, given)
+def share(store: Any, sequences: int | None, *urls: str, given: int | None = None) -> GatewayShare:
+    return GatewayShare(store, urls, lambda: sequences, given)
 
 
 async def test_gateways_before_the_same_engines_share_their_places() -> None:
@@ -38,10 +38,10 @@ async def test_gateways_before_the_same_engines_share_their_places() -> None:
     other = share(store, 9, "c")
     assert one() == 9
     for places in (one, two, other, one):
-        await places.look()
+        await places.count_gateways()
     assert (one(), two(), other()) == (5, 5, 9)
     await two.leave()
-    await one.look()
+    await one.count_gateways()
     assert one() == 9
 
 
@@ -54,7 +54,7 @@ async def test_what_is_not_known_is_not_shared() -> None:
 async def test_a_store_that_is_away_keeps_nobody_from_leaving() -> None:
     store: Any = Leases()
     places = share(store, 9, "a")
-    await places.look()
+    await places.count_gateways()
     store.is_away = True
     await places.leave()
     assert places() == 9
