@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -49,11 +49,9 @@ class Client:
 
     def ready(self) -> bool:
         """Whether requests can be fully served (`GET /ready`)."""
-        try:
-            self._json("GET", "/ready")
-        except MtaError:
-            return False
-        return True
+        with suppress(MtaError):
+            return bool(self._json("GET", "/ready"))
+        return False
 
     def health(self) -> dict[str, Any]:
         """The gateway's parts, as it last saw them (`GET /health`)."""

@@ -32,7 +32,7 @@ _LOST: dict[type[BaseException], signal.Signals] = {
     KeyboardInterrupt: signal.SIGINT,
     SystemExit: signal.SIGTERM,  # `bench.end_in_order`
 }
-"""What handlers of signals raise."""
+"""What the handlers of signals raise."""
 _AGAIN_S = 0.05
 
 
@@ -84,7 +84,7 @@ def run() -> None:
 
 
 def _signalled_again(lost: sys.UnraisableHookArgs) -> None:
-    """Send a signal again whose exception was raised where none reaches anybody, in a callback of the interpreter."""
+    """Send a signal again if its exception was lost in a callback of the interpreter."""
     number = _LOST.get(lost.exc_type)
     if number is None:
         sys.__unraisablehook__(lost)

@@ -179,14 +179,14 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     def uniform(low: float, high: float) -> float:
         return 0.0
 
-    bear = PatientGateway._bear
+    back_off = PatientGateway._back_off
 
     def noted(self: PatientGateway, error: mta_client.MtaError) -> None:
         asked.append(error.retry_after_s or math.nan)
-        bear(self, error)
+        back_off(self, error)
 
     monkeypatch.setattr("random.uniform", uniform)
-    monkeypatch.setattr(PatientGateway, "_bear", noted)
+    monkeypatch.setattr(PatientGateway, "_back_off", noted)
     yield asked
 
 

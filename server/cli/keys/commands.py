@@ -1,4 +1,4 @@
-"""`mta keys`: API keys in the store, which every gateway takes over within five seconds."""
+"""`mta keys`: API keys in the store, which every gateway reads within five seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 app = typer.Typer(help="Keys for a gateway's HTTP API; each belongs to a tenant.", no_args_is_help=True)
 
 Data = Annotated[
-    Path | None, typer.Option(help="Data folder of the `mta up` whose keys are meant.", show_default="MTA_DATA_DIR")
+    Path | None, typer.Option(help="Data folder of the `mta up` whose keys these are.", show_default="MTA_DATA_DIR")
 ]
 
 
@@ -80,7 +80,7 @@ def create(
         return
     typer.echo(secret)
     typer.echo(
-        f"key {key.id} ({name}, tenant {key.tenant}: {', '.join(sorted(key.scopes))}) counts within 5 s. It is not "
+        f"key {key.id} ({name}, tenant {key.tenant}: {', '.join(sorted(key.scopes))}) is valid within 5 s. It is not "
         "shown again. Send it as `Authorization: Bearer KEY`; mta's own commands take it from MTA_API_KEY",
         err=True,
     )
@@ -108,7 +108,7 @@ def list_(data: Data = None) -> None:
 def revoke(
     key_id: Annotated[str, typer.Argument(help="As `mta keys list` shows it.", metavar="ID")], data: Data = None
 ) -> None:
-    """Have a key count no more, in every gateway within five seconds."""
+    """Revoke a key: within five seconds no gateway accepts it."""
 
     async def revoked(keys: AccessKeys) -> tuple[AccessKey, bool]:
         found = [key for key in (await keys.all()).keys if key.id == key_id]
@@ -117,7 +117,7 @@ def revoke(
         return found[0], await keys.revoke(found[0].digest, time.time_ns() // 1_000_000)
 
     key, was_valid = _in(_settings(data), revoked)
-    typer.echo(f"key {key.id} ({key.name}) " + ("counts no more within 5 s" if was_valid else "was revoked before"))
+    typer.echo(f"key {key.id} ({key.name}) " + ("is refused within 5 s" if was_valid else "was revoked before"))
 
 
 @app.command()
@@ -128,7 +128,7 @@ def bank(
     ] = None,
     data: Data = None,
 ) -> None:
-    """Have a tenant's users be served by a bank of their own, of those that gateways and engines have loaded.
+    """Serve a tenant's users by a bank of their own, one of those that gateways and engines have loaded.
 
     Those are MTA_BANK and MTA_NEXT_BANK. Users' adapters belong to a bank: they are trained again for the new one.
     """

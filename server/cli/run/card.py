@@ -20,11 +20,11 @@ from server.settings import Settings
 
 GIB = 1 << 30
 MOST = 0.92
-"""Of a card, for all of us together: vLLM's own default."""
+"""The share of a card that all our processes may take together: vLLM's own default."""
 CUDA_BYTES = GIB
-"""What CUDA and its libraries take for each process, about."""
+"""About what CUDA and its libraries take for each process."""
 FORWARD_BYTES = 2 * GIB
-"""What an engine takes to compute in, and for its graphs, about."""
+"""About what an engine takes for activations and graphs."""
 LEAST_TRAINING_BYTES = 2 * GIB
 """What a job takes beside the base model; a quarter of a large one's size."""
 
@@ -36,7 +36,7 @@ _EXACT = 1e-6  # 92 % of a size, in whole bytes, is 92 hundredths of it
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU: the name by which CUDA finds it, its memory, and what of that nobody has taken."""
+    """A GPU: the name by which CUDA finds it, its memory, and how much of that is free."""
 
     name: str
     total: int
@@ -144,7 +144,7 @@ def cards() -> list[Card]:
 
 
 def _share(part: int, total: int) -> float:
-    """In hundredths, rounded down."""
+    """A part as a share, in hundredths, rounded down."""
     return max(0.01, floor(100 * part / total + _EXACT) / 100)
 
 

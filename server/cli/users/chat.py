@@ -25,7 +25,7 @@ COMMANDS = {
     "/quit": "leave; so does Ctrl-D",
 }
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""What a text may not do to a terminal."""
+"""Control characters, which an answer must not send to a terminal."""
 
 
 def chat(
@@ -71,7 +71,7 @@ class Keyboard:
 
 
 class Conversation:
-    """What was said so far, and who is to answer next."""
+    """The messages so far, and who answers next."""
 
     def __init__(self, client: Client, keyboard: Keyboard, user: str, max_tokens: int) -> None:
         self._client = client
@@ -82,13 +82,13 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """What stands before a question: who will answer it."""
+        """The text before a question: it names who will answer."""
         if self._options["personalize"] == "none":
             return "base> "
         return f"{self._user} {self._options['strength']:g}> " if self._options["strength"] < 1 else f"{self._user}> "
 
     def command(self, line: str) -> None:
-        """Obey a line that begins with a slash."""
+        """Run a command: a line that begins with a slash."""
         name, _, value = line.partition(" ")
         if name == "/base":
             self._options["personalize"] = "none"
@@ -102,7 +102,7 @@ class Conversation:
             _note("\n".join(f"{command:<12} {what}" for command, what in COMMANDS.items()))
 
     def ask(self, question: str) -> None:
-        """Print the answer as it comes, and who gave it; what was said of a stopped answer counts as said."""
+        """Print the answer as it comes, and who gave it; the text of a stopped answer stays in the conversation."""
         import mta_client
         from server.cli.users.patience import reason_of
 
@@ -131,7 +131,7 @@ class Conversation:
 
 
 def _talk(conversation: Conversation, keyboard: Keyboard) -> None:
-    """Take lines until the last one."""
+    """Read lines until the last one."""
     with suppress(ImportError):
         import readline  # noqa: F401 - gives `input` its line editing
 

@@ -1,4 +1,4 @@
-"""Profiles by the thousand: a file's people into a gateway, a few at a time, from where the last run stopped."""
+"""Imports the profiles of a file's people into a gateway, a few at a time, from where the last run stopped."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ class Journal:
         return digest in self._known
 
     def add(self, digest: bytes) -> None:
-        """Note somebody as done."""
+        """Note that a person is imported."""
         self._known.add(digest)
         self._done.write(digest.hex().encode() + b"\n")
         self._done.flush()
 
     def fail(self, person: PersonEntry, reason: str) -> None:
-        """Note why somebody failed."""
+        """Note why a person cannot be imported."""
         if self._failures is None:
             self._failures = self._files.enter_context(_private(self.failed))
         self._failures.write(orjson.dumps({"entry": person.place, "user_id": person.user_id, "reason": reason}) + b"\n")

@@ -1,4 +1,4 @@
-"""A gateway as the user commands call it: again while it is busy or away, and never faster than it wants."""
+"""Calls of a gateway that are repeated while it is busy or away, never earlier than it asks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIRST_PAUSE_S = 0.5
 
 
 class Refused(MtaError):
-    """The gateway's answer is a no that asking again does not change; `status` is the answer's."""
+    """The gateway refused the request, and would again; `status` is the answer's."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -44,20 +44,20 @@ class PatientGateway:
         self._patience_s = patience_s
         self._state = threading.Lock()
         self._not_before_s = 0.0
-        self._ill_since_s: float | None = None
+        self._failing_since_s: float | None = None
         self._failures = 0
         self._stopped = threading.Event()
 
     def call(self, method: Callable[[mta_client.Client], T]) -> T:
-        """What a method of the client answers; it may be called again after an answer that was lost.
+        """Call a method of the client until it answers: it must be one that can be repeated.
 
         Raises:
-            Refused: when the answer is a no.
-            MtaError: when there has been none for too long.
+            Refused: when the gateway refuses it.
+            MtaError: when the gateway has been busy or away for too long.
         """
         while True:
-            while (left_s := self._not_before_s - time.monotonic()) > 0:
-                self._stopped.wait(left_s)
+            while (left_s := self._not_before_s - time.monotonic()) > 0 and not self._stopped.wait(left_s):
+                pass  # another call may have moved it on
             if self._stopped.is_set():
                 raise MtaError(f"{self.url}: stopped")
             try:
@@ -65,27 +65,26 @@ class PatientGateway:
             except mta_client.MtaError as error:
                 if error.code != "no_answer" and error.status not in _BUSY:
                     raise Refused(reason_of(error), error.status) from error
-                self._bear(error)
+                self._back_off(error)
                 continue
-            self._ill_since_s, self._failures = None, 0
+            self._failing_since_s, self._failures = None, 0
             return answer
 
     def stop(self) -> None:
-        """Have calls that wait end with an error."""
-        self._not_before_s = 0.0
+        """End the calls that wait, with an error."""
         self._stopped.set()
 
-    def _bear(self, error: mta_client.MtaError) -> None:
-        """Have everybody wait: as long as the gateway asks for, or longer with every failure in a row."""
+    def _back_off(self, error: mta_client.MtaError) -> None:
+        """Let all calls wait as long as the gateway asks for, or longer with every failure in a row."""
         now_s = time.monotonic()
         with self._state:
-            ill_since_s = self._ill_since_s = now_s if self._ill_since_s is None else self._ill_since_s
+            since_s = self._failing_since_s = now_s if self._failing_since_s is None else self._failing_since_s
             self._failures += 1
             pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10))
             if error.retry_after_s is not None:
                 pause_s = min(error.retry_after_s, self._patience_s)
-            if now_s + pause_s > ill_since_s + self._patience_s:
-                raise MtaError(f"{self.url}: {reason_of(error)}; given up after {now_s - ill_since_s:.0f} s")
+            if now_s + pause_s > since_s + self._patience_s:
+                raise MtaError(f"{self.url}: {reason_of(error)}; given up after {now_s - since_s:.0f} s")
             self._not_before_s = max(self._not_before_s, now_s + pause_s * random.uniform(1, 1.2))
 
 

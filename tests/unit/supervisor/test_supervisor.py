@@ -149,6 +149,8 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
     tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, *, spare: bool, starts: bool
 ) -> None:
     monkeypatch.setattr(supervisor, "MOST_DEATHS", 3)
+    if not starts:  # however long it has tried, it was never up
+        monkeypatch.setattr(supervisor, "FORGIVEN_S", 0.0)
     record = Record()
     code = "print('no room on the card', flush=True)" if starts else "raise SystemExit('no room on the card')"
     parts = [python_part("steady", tmp_path, ""), replace(brief(tmp_path, code), spare=spare)]
@@ -163,6 +165,20 @@ async def test_a_part_that_dies_again_and_again_is_given_up_and_ends_the_others_
             await running
     assert record.count("brief", State.STARTING) == (3 if spare or starts else 1)
     assert not alive(pid_of("steady", tmp_path))
+
+
+async def test_a_part_that_fails_once_to_start_again_ends_nothing(tmp_path: Path, data: DataFolder) -> None:
+    record, starts, pid_file = Record(), tmp_path / "starts", tmp_path / "brief.pid"
+    code = f"""
+import atexit, pathlib
+atexit.register(pathlib.Path({str(pid_file)!r}).unlink, missing_ok=True)  # or it would be ready before it starts
+with open({str(starts)!r}, "a") as file: file.write("x")
+if open({str(starts)!r}).read() == "xx": raise SystemExit("not now")
+"""
+    parts = [python_part("steady", tmp_path, ""), brief(tmp_path, code)]
+    await run_until(Supervisor(parts, data, record), lambda: record.count("brief", State.READY) == 2)
+    assert any("not now" in detail for detail in record.of("brief", State.DOWN))
+    assert record.count("steady", State.STARTING) == 1
 
 
 async def test_a_spare_part_whose_first_start_fails_ends_nothing_and_is_started_again(
