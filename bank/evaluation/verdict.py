@@ -90,11 +90,12 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
     def less(method: str, other: str) -> LossDifference:
         return difference([losses[method] - losses[other] for losses in people])
 
-    one, more = tried
-    history = one if less(recalling(MERGED, one), MERGED).lower else 0
-    if less(recalling(MERGED, more), recalling(MERGED, one)).lower and less(recalling(MERGED, more), MERGED).lower:
-        history = more
-    common, merged = (recalling(name, history or one) for name in (COMMON, MERGED))
+    few, many = tried
+    with_few, with_many = (Method(MERGED, count).name for count in tried)
+    history = few if less(with_few, MERGED).lower else 0
+    if less(with_many, with_few).lower and less(with_many, MERGED).lower:
+        history = many
+    common, merged = (Method(name, history or few).name for name in (COMMON, MERGED))
     return Verdict(
         people=len(people),
         losses={name: fmean(losses[name] for losses in people) for name in people[0]},
@@ -105,11 +106,6 @@ def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:
         prior=less(MERGED, PRIOR) if PRIOR in people[0] else None,
         history=history,
     )
-
-
-def recalling(adapter: str, count: int) -> str:
-    """The name of a method that has so many past items in the prompt."""
-    return Method(adapter, count).name
 
 
 def difference(values: Sequence[float]) -> LossDifference:

@@ -13,8 +13,9 @@ from adapters.training.example import Example
 from bank.evaluation.scoring import Scorer
 from bank.lookup.prior import SCORES
 from bank.models.load import load_base
-from bench.quality.ratings import main
+from bench.quality import ratings
 from bench.rig.people import write_people
+from server.cli import app
 from tests.support.bank_bench import Bench
 
 RATINGS = [5, 1, 4, 5, 2, 5, 3, 1, 5, 4, 5, 2]
@@ -27,11 +28,17 @@ def rater(number: int) -> dict[str, Any]:
     return {"user_id": f"rater-{number}", "profile": films, "query": asked}
 
 
-def test_each_method_with_and_without_the_habit(bench: Bench, tmp_path: Path) -> None:
+def mta(*arguments: object) -> None:
+    """The command in this process."""
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def test_each_method_with_and_without_the_habit(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ratings, "mta", mta)
     users, out = write_people(tmp_path / "users.json", [rater(n) for n in range(5)]), tmp_path / "out.json"
     bench.build("ratings", inputs={"users": users}, task="movie_rating")
     folder, model = bench.folder / "ratings", str(bench.model)
-    main(bank=folder, users=users, people=2, methods="common,common+history@h2,merged", model=model, out=out)
+    ratings.main(bank=folder, users=users, people=2, methods="common,common+history@h2,merged", model=model, out=out)
     figures = json.loads(out.read_text("utf-8"))["rows"]
     for what in ("loss", "error of the expected score"):
         each = {name: float(figures[f"{name}: {what}"]) for name in ("prior", "common", "common+prior", "merged+prior")}
