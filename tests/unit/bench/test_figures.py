@@ -1,4 +1,4 @@
-"""What benchmarks print and write: spreads, percentiles, values as tables show them, the JSON of pages."""
+"""What benchmarks read, print and write: histograms, spreads, percentiles, values in tables, the JSON of pages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from bench.page.report import Figures, Spread, command_line, percentile, report, shown, tabulate
+from bench.serving.histograms import Total, means_ms, totals
+
+NAMES = {"fuse": "mta_engine_fuse_seconds", "load": "mta_engine_load_seconds"}
 
 
 def test_a_ratio_is_taken_pair_by_pair() -> None:
@@ -54,3 +58,21 @@ def test_tables_and_rows_are_written_with_the_machine_and_the_command(tmp_path: 
     assert content["machine"].keys() == {"processor", "cores", "amx", "avx512_bf16", "versions"}
     report("A title", [("a", spread), ("b", "text")], out, bench="cold")
     assert json.loads(out.read_text("utf-8"))["rows"] == {"a": values, "b": "text"}
+
+
+def test_means_are_of_what_was_counted_in_between_over_all_labels_of_a_histogram() -> None:
+    registry = CollectorRegistry()
+    fuse = Histogram(NAMES["fuse"], "Fusing.", ["kind"], registry=registry)
+    Histogram("mta_engine_fuse_seconds_ahead", "Another, of a longer name.", registry=registry).observe(8)
+
+    def now() -> dict[str, Total]:
+        return totals(generate_latest(registry).decode(), NAMES)
+
+    fuse.labels("plain").observe(0.25)
+    fuse.labels("stacked").observe(0.5)
+    before = now()
+    assert before == {"fuse": Total(2, 0.75), "load": Total()}
+    assert means_ms(before, before) == {}
+    fuse.labels("plain").observe(0.001)
+    fuse.labels("stacked").observe(0.003)
+    assert means_ms(before, now()) == pytest.approx({"fuse": 2.0})

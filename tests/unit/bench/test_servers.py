@@ -1,4 +1,4 @@
-"""The vLLM servers that are compared: what is left out of which, and that nothing else differs."""
+"""The servers that benchmarks start: what vLLM's are told, and which settings of the caller reach ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bank.manifest import read_manifest
 from bench.rig.engine import KEY
 from bench.rig.servers import vllm_command
 from bench.rig.subject import Subject
+from bench.rig.up import up_command
 from server.engine.command import engine_command
 from server.settings import Settings
 
@@ -48,3 +49,12 @@ def test_plain_knows_nothing_of_lora_and_may_be_compiled(subject: Subject) -> No
     kept = ("--model", "--dtype", "--max-num-seqs", "--port", "--host", "--served-model-name")
     assert all(ours[ours.index(name) :][:2] == plain[plain.index(name) :][:2] for name in kept)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
+
+
+def test_only_the_embedder_and_the_cache_are_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MTA_CACHE_DIR", "MTA_EMBEDDER", "MTA_MODEL", "MTA_SECRET"):
+        monkeypatch.setenv(name, "the caller's")
+    _, environment = up_command(tmp_path)
+    removed = {name for name, value in environment.items() if value is None}
+    assert {"MTA_MODEL", "MTA_SECRET"} <= removed
+    assert not {"MTA_CACHE_DIR", "MTA_EMBEDDER"} & environment.keys()
