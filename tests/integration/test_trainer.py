@@ -1,4 +1,4 @@
-"""Training a LoRA: loss and attention against plain ones, what moves and what does not, the model left as it was."""
+"""Training a LoRA: loss, attention and lower layers against plain ones, what moves, the model left as it was."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.errors import FusionError
-from adapters.lora import LoraWeights
+from adapters.flat import lora_of
+from adapters.lora import LoraWeights, RowLayout
+from adapters.training.adapt_config import AdaptConfig
 from adapters.training.attached import attached
 from adapters.training.example import Example
+from adapters.training.forward import below as module
 from adapters.training.forward.attention import Block, use_quick_attention
+from adapters.training.forward.below import layer_of, upper_half
 from adapters.training.forward.packing import Row, pack
-from adapters.training.loss import backward, mean_loss, read
+from adapters.training.loss import backward, mean_loss, read, row_losses
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
+from adapters.training.user_run import UserRun, user_run
 from bank.items.prompt import encode_pair
 
 PLAN = TrainPlan(steps=6, batch_size=4, learning_rate=1e-2, seed=0)
@@ -42,6 +47,14 @@ def examples(tiny_model_folder: Path) -> list[Example]:
     return [encode_pair(tokenizer, "hi" * n, f"hello {n}", 200) for n in (1, 9, 3, 30, 2, 17)]
 
 
+@pytest.fixture(scope="module")
+def fused(model: Any) -> LoraWeights:
+    layout = RowLayout(linear_modules(model), 4, shared_a=True)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(layout.a_numbers, generator=generator) * 0.2
+    return lora_of(layout, a, torch.randn(layout.b_numbers, generator=generator) * 0.2)
+
+
 def snapshot(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -53,7 +66,7 @@ def plain_loss(model: Any, example: Example) -> float:
     return -float(logits.gather(1, ids[0, 1:, None])[example.loss_from - 1 :].sum())
 
 
-def row_losses(model: Any, row: Row) -> list[float]:
+def losses_of(model: Any, row: Row) -> list[float]:
     """Summed negative log-likelihood of each example of a row."""
     logits = model(**row.inputs(model), use_cache=False).logits[0].log_softmax(-1)
     tokens = -logits.gather(1, torch.tensor(row.wanted)[:, None])[:, 0]
@@ -77,7 +90,7 @@ def test_examples_packed_into_rows_have_the_losses_they_have_alone(model: Any, e
     each = [loss / count for loss, count in zip(alone, counts, strict=True)]
     assert len(pack(model, examples)) == 1
     for limit in (10_000, 120, 1):
-        losses = [loss for row in pack(model, examples, limit) for loss in row_losses(model, row)]
+        losses = [loss for row in pack(model, examples, limit) for loss in losses_of(model, row)]
         assert losses == pytest.approx(alone, rel=1e-5)
     assert [loss for loss, _ in read(model, examples)] == pytest.approx(each, rel=1e-5)
     assert mean_loss(model, examples) == pytest.approx(sum(alone) / sum(counts), rel=1e-5)
@@ -220,3 +233,125 @@ class Other:
 
 def test_a_model_that_attends_in_another_way_keeps_it() -> None:
     use_quick_attention(Other())
+
+
+def moved(here: UserRun, seed: int) -> None:
+    """Put some weights on a user adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in here.parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def gradient_of(here: UserRun, batch: list[Example], below: module.Below | None) -> torch.Tensor:
+    for parameter in here.parameters:
+        parameter.grad = None
+    backward(here.model, batch, below)
+    return torch.cat([parameter.grad.reshape(-1) for parameter in here.parameters if parameter.grad is not None])
+
+
+def test_losses_and_gradients_are_those_of_the_whole_model_however_examples_are_packed(
+    quick: Any, fused: LoraWeights, examples: list[Example]
+) -> None:
+    with user_run(quick, fused, AdaptConfig(rank=2)) as here:
+        assert here.below is not None
+        for seed, batch in enumerate((examples, examples[2:5], [examples[4], examples[0]], examples[3:4])):
+            moved(here, seed)  # what is kept must not depend on what moves
+            whole, upper = (gradient_of(here, batch, below) for below in (None, here.below))
+            assert torch.allclose(upper, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+            assert float(whole.abs().max()) > 0
+            expected = list(row_losses(quick, batch))
+            assert list(row_losses(quick, batch, here.below)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 100_000])
+def test_lower_layers_run_once_for_an_example_as_far_as_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, quick: Any, fused: LoraWeights, examples: list[Example], limit: int
+) -> None:
+    monkeypatch.setattr(module, "MAX_IDS", limit)
+    read = {0: 0, 1: 0}
+
+    def count(layer: int, states: torch.Tensor) -> None:
+        read[layer] += states.shape[1]
+
+    with user_run(quick, fused, AdaptConfig(rank=2)) as here:
+        hooks = [
+            quick.model.layers[layer].mlp.register_forward_pre_hook(lambda _, args, layer=layer: count(layer, args[0]))
+            for layer in read
+        ]
+        try:
+            for _ in range(3):
+                list(row_losses(quick, examples, here.below))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if limit == 0:
+        assert read[0] == read[1]
+    elif limit == 100:
+        assert read[1] / 3 < read[0] < read[1]
+    else:
+        assert read[0] == read[1] / 3
+
+
+def test_a_users_lora_leaves_the_lower_layers_as_they_are_and_the_model_runs_whole_again(
+    quick: Any, fused: LoraWeights, examples: list[Example]
+) -> None:
+    before = list(row_losses(quick, examples))
+    with user_run(quick, fused, AdaptConfig(rank=2)) as here:
+        moved(here, 0)
+        backward(here.model, examples, here.below)
+        made = here.weights()
+    assert set(made.a) == set(fused.a)
+    for name in made.a:
+        assert bool(made.delta(name).any()) == (layer_of(name) >= 1), name
+    assert list(row_losses(quick, examples)) == before
+    assert all("forward" not in vars(layer) for layer in quick.model.layers)
+
+
+class Odd(torch.nn.Module):
+    """A layer that takes something from the layers before it, besides hidden states."""
+
+    def forward(self, hidden_states: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor:
+        return hidden_states + per_layer_input
+
+
+class Plain(torch.nn.Module):
+    """A layer like others."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class Many(torch.nn.Module):
+    """A layer whose answer may be anything."""
+
+    def forward(self, hidden_states):  # type: ignore[no-untyped-def]
+        return (hidden_states,)
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ([Odd(), Odd()], ["layers.0.q", "layers.1.q"]),
+        ([Many(), Many()], ["layers.0.q", "layers.1.q"]),
+        ([Plain()], ["layers.0.q"]),
+        ([Plain(), Plain()], ["layers.1.q", "layers.1.k"]),
+        ([], ["layers.0.q", "other.0.q"]),
+        ([], ["layers.0.q", "q"]),
+    ],
+)
+def test_a_model_whose_upper_half_cannot_run_alone_has_none(layers: list[torch.nn.Module], names: list[str]) -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(layers)
+    assert upper_half(model, names) is None
+
+
+def test_the_upper_half_is_of_the_layers_that_are_adapted() -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([Plain() for _ in range(9)])
+    names = [f"layers.{layer}.{module}" for layer in (1, 2, 3, 6) for module in ("q", "experts.7.up")]
+    assert upper_half(model, names) == ("layers", 3)
+
+
+def test_the_upper_half_of_a_llama_is_found(quick: Any, fused: LoraWeights) -> None:
+    assert upper_half(quick, fused.a) == ("model.layers", 1)
