@@ -14,13 +14,13 @@ from adapters.lora import LoraWeights, RowLayout
 from adapters.training.attached import attached
 from adapters.training.example import Example, output_tokens
 from adapters.training.forward.attention import in_blocks
-from adapters.training.forward.below import Below
+from adapters.training.forward.lower_layers import LowerLayers
 from adapters.training.forward.packing import Row, pack
 
 _ROWS_AT_A_TIME = 16
 
 
-def backward(model: Any, examples: Sequence[Example], below: Below | None = None) -> float:
+def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> float:
     """Add the gradient of the mean loss per output token to the parameters that move; return the loss, nats."""
     outputs, loss = output_tokens(examples), 0.0
     for row in pack(model, examples):
@@ -51,7 +51,7 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 
 
 @torch.no_grad()
-def row_losses(model: Any, examples: Sequence[Example], below: Below | None = None) -> Iterator[float]:
+def row_losses(model: Any, examples: Sequence[Example], below: LowerLayers | None = None) -> Iterator[float]:
     """Negative log-likelihood of each row of examples, nats; a row is read only when it is asked for."""
     for row in pack(model, examples):
         yield float(_losses(model, row, below).sum())
@@ -70,7 +70,7 @@ def read(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) -> 
     return found
 
 
-def _losses(model: Any, row: Row, below: Below | None) -> torch.Tensor:
+def _losses(model: Any, row: Row, below: LowerLayers | None) -> torch.Tensor:
     """The loss of each output token of the row, one example after the other."""
     return _losses_of(_logits(model, row, below), row)
 
@@ -81,7 +81,7 @@ def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
     return losses
 
 
-def _logits(model: Any, row: Row, below: Below | None = None) -> torch.Tensor:
+def _logits(model: Any, row: Row, below: LowerLayers | None = None) -> torch.Tensor:
     """[output tokens of the row, vocabulary]."""
     with below.skipped(row) if below else nullcontext(), in_blocks(row.blocks()):
         logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]

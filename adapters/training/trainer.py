@@ -19,7 +19,7 @@ from adapters.errors import FusionError, excerpt
 from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.attached import attached
 from adapters.training.example import Example
-from adapters.training.forward.below import Below
+from adapters.training.forward.lower_layers import LowerLayers
 from adapters.training.loss import backward
 
 WARM_UP = 0.1
@@ -121,7 +121,7 @@ def optimise(
     learning_rate: float,
     seed: int,
     rate: Callable[[int, int], float] = rate_factor,
-    below: Below | None = None,
+    below: LowerLayers | None = None,
 ) -> Iterator[StepReport]:
     """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
 

@@ -18,7 +18,7 @@ from adapters.lora import LoraWeights, ModuleShape
 from adapters.training.adapt_config import BATCH_SIZE, LOOK_EVERY, AdaptConfig
 from adapters.training.attached import Attached, attached
 from adapters.training.example import Example, output_tokens
-from adapters.training.forward.below import Below, layer_of, upper_half
+from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
 from adapters.training.loss import row_losses
 from adapters.training.trainer import StepReport, initial_lora, optimise
 
@@ -75,7 +75,7 @@ class UserRun:
         *,
         start: LoraWeights,
         modules: Sequence[ModuleShape],
-        below: Below | None,
+        below: LowerLayers | None,
     ) -> None:
         self.config = config
         self.model = here.model
@@ -157,7 +157,7 @@ def user_run(model: Any, fused: LoraWeights, config: AdaptConfig) -> Iterator[Us
     moving = modules if half is None else [m for m in modules if layer_of(m.name) >= half[1]]
     start = initial_lora(moving, config.rank, config.seed)
     with attached(model, start, frozen=fused) as here:
-        below = None if half is None else Below(model, model.get_submodule(half[0]), half[1])
+        below = None if half is None else LowerLayers(model, model.get_submodule(half[0]), half[1])
         yield UserRun(here, config, start=start, modules=modules, below=below)
 
 

@@ -15,9 +15,9 @@ from adapters.lora import LoraWeights, RowLayout
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.attached import attached
 from adapters.training.example import Example
-from adapters.training.forward import below as module
+from adapters.training.forward import lower_layers
 from adapters.training.forward.attention import Block, use_quick_attention
-from adapters.training.forward.below import layer_of, upper_half
+from adapters.training.forward.lower_layers import LowerLayers, layer_of, upper_half
 from adapters.training.forward.packing import Row, pack
 from adapters.training.loss import backward, mean_loss, read, row_losses
 from adapters.training.trainer import StepReport, TrainPlan, initial_lora, linear_modules, train_lora
@@ -243,7 +243,7 @@ def moved(here: UserRun, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def gradient_of(here: UserRun, batch: list[Example], below: module.Below | None) -> torch.Tensor:
+def gradient_of(here: UserRun, batch: list[Example], below: LowerLayers | None) -> torch.Tensor:
     for parameter in here.parameters:
         parameter.grad = None
     backward(here.model, batch, below)
@@ -268,7 +268,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model_however_examples_are_
 def test_lower_layers_run_once_for_an_example_as_far_as_there_is_room(
     monkeypatch: pytest.MonkeyPatch, quick: Any, fused: LoraWeights, examples: list[Example], limit: int
 ) -> None:
-    monkeypatch.setattr(module, "MAX_IDS", limit)
+    monkeypatch.setattr(lower_layers, "MAX_IDS", limit)
     read = {0: 0, 1: 0}
 
     def count(layer: int, states: torch.Tensor) -> None:

@@ -50,7 +50,7 @@ def layer_of(name: str) -> int:
     return int(place[2])
 
 
-class Below:
+class LowerLayers:
     """The layers of a model below the `first` that moves; nothing in them moves while this is used."""
 
     def __init__(self, model: Any, layers: torch.nn.ModuleList, first: int) -> None:
