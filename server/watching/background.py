@@ -7,11 +7,12 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
-from typing import NoReturn
-
-from prometheus_client import CollectorRegistry, Histogram
+from typing import TYPE_CHECKING, NoReturn
 
 from server.errors import ApiError
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 NICENESS = 10
 """Gets about a tenth of a core that something else wants."""
@@ -45,6 +46,8 @@ class StoreSeconds:
     """How long the store takes. `kind` is `write` where the answer means that it is on disk, else `command`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        from prometheus_client import Histogram  # the supervisor, which repeats steps, counts nothing
+
         histogram = Histogram(
             "mta_store_seconds",
             "Round trips to the store, or several of them where one call makes several.",
