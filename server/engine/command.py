@@ -61,8 +61,7 @@ def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
 def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
     """Check everything an engine needs, and fetch the base model if need be; answers banks and the model's folder.
 
-    Raises:
-        MtaError: when a bank, the model or the installation is not fit to serve, with the reason.
+    Raises MtaError with the reason when a bank, the model or the installation is not fit to serve.
     """
     folders = settings.banks
     if settings.engine_key is None:
@@ -87,13 +86,13 @@ def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
 
 
 def _experts(config: object) -> int:
-    """The most experts of a layer that a model's configuration, or a part of it, tells of."""
+    """The most experts of a layer in a model's configuration, or a part of it."""
     if isinstance(config, list):
         return max(map(_experts, config), default=0)
     if not isinstance(config, dict):
         return 0
-    told = [config.get(name) for name in EXPERTS]
-    numbers = [n for value in told for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+    counts = [config.get(name) for name in EXPERTS]
+    numbers = [n for value in counts for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
     return max([*numbers, *map(_experts, config.values())], default=0)
 
 
@@ -184,9 +183,9 @@ def engine_command(
     return argv, environment
 
 
-def _threads(asked: str | None, cores: int) -> int:
-    """As many as there are cores, or fewer where fewer are asked for."""
-    return min(int(asked), cores) if asked and asked.isdecimal() and int(asked) else cores
+def _threads(wanted: str | None, cores: int) -> int:
+    """As many as there are cores, or fewer where fewer are wanted."""
+    return min(int(wanted), cores) if wanted and wanted.isdecimal() and int(wanted) else cores
 
 
 def _team_of_rank(cores: Sequence[int], ranks: int, threads: str | None) -> dict[str, str]:

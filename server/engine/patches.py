@@ -27,11 +27,7 @@ class Patch:
     why: str  # what stands there instead, and for what reason
 
     def find(self) -> tuple[Any, str, Any]:
-        """Where the name stands, its last part, and what vLLM has there.
-
-        Raises:
-            BankError: when this vLLM does not have it, or not with these parameters.
-        """
+        """Where the name stands, its last part, and what vLLM has there; BankError unless it is as known here."""
         module, _, path = self.name.partition(":")
         *outer, last = path.split(".")
         try:
@@ -59,6 +55,12 @@ _WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
 _SLOTS = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
 _EXECUTOR = "vllm.v1.executor.uniproc_executor:UniProcExecutor"
 
+_SCHEDULE = "vllm.v1.core.sched.scheduler:Scheduler.schedule"
+_GAUGE = "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info"
+_MANAGER_TAKES = "vllm_config device embedding_modules lora_model_cls"
+_ATTENTION_TAKES = "dtype block_size head_size kv_cache_dtype"
+_RPC_TAKES = "self method timeout args kwargs non_block single_value"
+
 MANAGER = "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager"
 ARRIVAL = "vllm.v1.engine.core:EngineCore.preprocess_add_request"
 MODEL_CHECK = "vllm.entrypoints.serve.engine.serving:BaseServing._check_model"
@@ -76,67 +78,36 @@ CPU_CORE = "the engine core on CPU that runs its model itself, before it loads i
 
 PATCHES = {
     EVERYWHERE: (
-        Patch(
-            MANAGER,
-            "vllm_config device embedding_modules lora_model_cls",
-            "FusingLoRAManager: recipes are fused from the bank, not read from a folder",
-        ),
+        Patch(MANAGER, _MANAGER_TAKES, "FusingLoRAManager: recipes are fused from the bank, not read from a folder"),
         Patch(f"{_WORKER}.create_lora_manager", "self model vllm_config", "FusingLoRAManager's, which opens the banks"),
         Patch(f"{_WORKER}._load_adapter", "self lora_request", "FusingLoRAManager's, which fuses"),
-        Patch(
-            f"{_WORKER}._apply_adapters",
-            "self lora_requests",
-            "FusingLoRAManager's: vLLM's brings adapters in one by one, and may evict one that the same step uses",
-        ),
-        Patch(
-            f"{_WORKER}.add_adapter",
-            "self lora_request",
-            "FusingLoRAManager's: vLLM's takes a slot of the running batch",
-        ),
-        Patch(
-            f"{_SLOTS}.deactivate_adapter", "self adapter_id", "FusedSlots', which knows what the CPU tier let go of"
-        ),
+        # vLLM's brings adapters in one by one, each of which may evict one that the same step uses.
+        Patch(f"{_WORKER}._apply_adapters", "self lora_requests", "FusingLoRAManager's: a step's adapters all stay"),
+        Patch(f"{_WORKER}.add_adapter", "self lora_request", "FusingLoRAManager's, which takes no slot of the batch"),
         Patch(f"{_SLOTS}._add_adapter", "self lora", "FusedSlots': a fused adapter needs no packing"),
         Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in one call"),
+        Patch(f"{_SLOTS}.deactivate_adapter", "self adapter_id", "FusedSlots', which notes what the CPU tier let go"),
     ),
     CORE: (
         Patch(
-            "vllm.v1.core.sched.scheduler:Scheduler.schedule",
-            "self throttle_prefills",
-            "that of admission/turns.py: no step waits for a fusion, and no request for ever for a slot",
+            _SCHEDULE, "self throttle_prefills", "admission/turns.py: no step waits for a fusion, and nobody for ever"
         ),
-        Patch(ARRIVAL, "self request", "that of fusing/ahead.py: an adapter is fused from when its request arrives"),
+        Patch(ARRIVAL, "self request", "fusing/ahead.py: an adapter is fused from when its request arrives"),
     ),
     API: (
-        Patch(
-            MODEL_CHECK, "self request", "that of admission/prepare.py: nothing about a recipe may fail after admission"
-        ),
-        Patch(
-            "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
-            None,
-            "nothing: it puts names of adapters into label values, without bound (admission/metrics.py)",
-        ),
+        Patch(MODEL_CHECK, "self request", "admission/prepare.py: nothing about a recipe may fail after admission"),
+        Patch(_GAUGE, None, "nothing: it puts names of adapters into label values, without bound"),
     ),
     ON_CPU: (
         Patch(CPU_OPERATORS, "", "cpu/operators.py: vLLM's give rows without an adapter that of the last slot"),
-        Patch(CPU_CONFIG, "vllm_config", "that of cpu/forked_core.py: vLLM's insists on spawning the engine core"),
-        Patch(
-            CPU_CONTEXT, "", "that of cpu/forked_core.py: a fork computes if a thread without an OpenMP team made it"
-        ),
-        Patch(
-            CPU_ATTENTION,
-            "dtype block_size head_size kv_cache_dtype",
-            "that of cpu/mends.py: the AMX kernel runs on threads whose tiles were never configured",
-        ),
-        Patch(CPU_SEEDS, "self", "that of cpu/mends.py: generators on CPU cannot take back a draw"),
+        Patch(CPU_CONFIG, "vllm_config", "cpu/forked_core.py: vLLM's insists on spawning the engine core"),
+        Patch(CPU_CONTEXT, "", "cpu/forked_core.py: a fork computes if a thread without an OpenMP team made it"),
+        Patch(CPU_ATTENTION, _ATTENTION_TAKES, "cpu/mends.py: the AMX kernel runs on threads without configured tiles"),
+        Patch(CPU_SEEDS, "self", "cpu/mends.py: generators on CPU cannot take back a draw"),
     ),
     CPU_CORE: (
-        Patch(f"{_EXECUTOR}._init_executor", "self", "that of cpu/executor.py: each of the model's threads has a core"),
-        Patch(
-            f"{_EXECUTOR}.collective_rpc",
-            "self method timeout args kwargs non_block single_value",
-            "that of cpu/executor.py: the calling thread keeps to the core that the others leave free",
-        ),
+        Patch(f"{_EXECUTOR}._init_executor", "self", "cpu/executor.py: each of the model's threads has a core"),
+        Patch(f"{_EXECUTOR}.collective_rpc", _RPC_TAKES, "cpu/executor.py: the caller keeps to the core left free"),
     ),
 }
 """By process and moment. What `CpuLoRA` overrides is tried out at start instead (`cpu/operators.py`)."""
@@ -145,21 +116,13 @@ _BY_NAME = {patch.name: patch for patches in PATCHES.values() for patch in patch
 
 
 def check(where: str) -> None:
-    """Make sure that vLLM has every name of a process as it is known here.
-
-    Raises:
-        BankError: naming the first that differs.
-    """
+    """Make sure that vLLM has every name of a process as it is known here; BankError names the first that differs."""
     for patch in PATCHES[where]:
         if patch.takes is not None:
             patch.find()
 
 
 def replace(name: str, make: Callable[[Any], Any]) -> None:
-    """Put what `make` returns, given vLLM's own, in the place of a name of the table.
-
-    Raises:
-        BankError: when this vLLM's differs from what is known here.
-    """
+    """Put what `make` returns, given vLLM's own, in the place of a name of the table; BankError where that differs."""
     owner, last, original = _BY_NAME[name].find()
     setattr(owner, last, make(original))

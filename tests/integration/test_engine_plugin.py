@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
@@ -118,12 +119,8 @@ def routes() -> set[tuple[str, str]]:
 def test_of_all_routes_of_vllm_those_of_the_product_answer_and_with_the_key_alone(
     engine: Engine, routes: set[tuple[str, str]]
 ) -> None:
-    assert {
-        ("POST", "/invocations"),
-        ("POST", "/v1/chat/completions"),
-        ("GET", "/docs"),
-        ("POST", "/tokenize"),
-    } < routes
+    some = [("POST", "/invocations"), ("POST", "/v1/chat/completions"), ("GET", "/docs"), ("POST", "/tokenize")]
+    assert set(some) < routes
     ours = {("GET", "/mta/v1/status"), ("GET", "/mta/v1/resident"), ("POST", "/mta/v1/drop")}
     for method, path in routes | ours:
         known = (method, path) in WITH_KEY
@@ -143,23 +140,9 @@ def test_of_all_routes_of_vllm_those_of_the_product_answer_and_with_the_key_alon
 @pytest.mark.parametrize(
     "path",
     [
-        *(
-            "/mta/v1/status/",
-            "//mta/v1/status",
-            "/mta/v1//status",
-            "/MTA/v1/status",
-            "/mta/v1/stat%75s",
-            "/%6d%74a/v1/status",
-        ),
-        *(
-            "/metrics/",
-            "/metricsfoo",
-            "/v1/models/",
-            "/v1/../v1/models",
-            "/health/",
-            "/health%2f",
-            "/health/../invocations",
-        ),
+        *("/mta/v1/status/", "//mta/v1/status", "/mta/v1//status", "/MTA/v1/status", "/mta/v1/stat%75s"),
+        *("/%6d%74a/v1/status", "/metrics/", "/metricsfoo", "/v1/models/", "/v1/../v1/models", "/health/"),
+        *("/health%2f", "/health/../invocations"),
     ],
 )
 def test_no_other_spelling_of_a_path_opens(engine: Engine, path: str) -> None:
@@ -186,12 +169,6 @@ def test_a_preflight_request_opens_nothing(engine: Engine) -> None:
     response = engine.client.options("/v1/chat/completions", headers=asks)
     assert response.status_code == httpx.codes.NOT_FOUND
     assert not [name for name in response.headers if name.startswith("access-control")]
-
-
-@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
-def test_no_route_binds_a_name_to_a_folder(engine: Engine, path: str) -> None:
-    response = engine.client.post(path, json={"lora_name": "x", "lora_path": "/etc"})
-    assert response.status_code == httpx.codes.NOT_FOUND
 
 
 def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
@@ -244,17 +221,16 @@ def test_a_stream_keeps_its_adapter_while_everything_else_would_evict_it(engine:
             assert stream.result()[:8] == alone[:8]
 
 
+def streaming(engine: Engine, recipe: str) -> AbstractContextManager[httpx.Response]:
+    """One long answer."""
+    messages = [{"role": "user", "content": "hello there"}]
+    body = {"model": recipe, "messages": messages, "max_tokens": STREAM_TOKENS, "temperature": 0, "ignore_eos": True}
+    return engine.client.stream("POST", "/v1/chat/completions", json=body | {"stream": True})
+
+
 def streamed_text(engine: Engine, recipe: str) -> str:
     """One long answer, streamed to its end."""
-    body = {
-        "model": recipe,
-        "messages": [{"role": "user", "content": "hello there"}],
-        "max_tokens": STREAM_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    with engine.client.stream("POST", "/v1/chat/completions", json=body) as response:
+    with streaming(engine, recipe) as response:
         assert response.status_code == httpx.codes.OK, response.read()
         lines = list(response.iter_lines())
     assert lines[-2] == "data: [DONE]"
@@ -264,14 +240,7 @@ def streamed_text(engine: Engine, recipe: str) -> str:
 
 
 def test_the_name_of_a_client_that_left_is_free_again(engine: Engine, prefix: str) -> None:
-    body = {
-        "model": f"{prefix}:c+a01*1",
-        "messages": [{"role": "user", "content": "x"}],
-        "max_tokens": STREAM_TOKENS,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    with engine.client.stream("POST", "/v1/chat/completions", json=body) as response:
+    with streaming(engine, f"{prefix}:c+a01*1") as response:
         assert response.status_code == httpx.codes.OK, response.read()
         lines = response.iter_lines()  # kept: httpx hangs up when the iterator goes
         next(lines)

@@ -60,7 +60,7 @@ class MtaEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the private routes, the middleware that holds names while a request is open, and the door in front."""
-        app.add_middleware(HoldNames, names=self._require_names)
+        app.add_middleware(HoldNames, names=lambda: self._names)
         app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
         app.add_middleware(RequestIds)
         app.include_router(self._router())
@@ -69,11 +69,7 @@ class MtaEndpointPlugin:
         app.build_middleware_stack = lambda: Door(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Read the banks, take over the model names, and refuse options that are not safe to serve with.
-
-        Raises:
-            BankError: names the option or the bank that is wrong.
-        """
+        """Read the banks, take over the model names, and refuse options that are not safe to serve with (BankError)."""
         settings = Settings()
         manifests = read_manifests(settings)
         keys = _api_keys(args)
@@ -142,11 +138,6 @@ class MtaEndpointPlugin:
             return {"held": await self._users.drop(body.user_key) if self._users else 0}
 
         return router
-
-    def _require_names(self) -> AdapterNames[LoRARequest]:
-        if self._names is None:
-            raise BankError("the engine's plugin served a request before it was initialised")
-        return self._names
 
 
 def _tracing(settings: Settings) -> Tracing:

@@ -54,8 +54,8 @@ class AdapterFigures(Collector):
     def brief(self) -> dict[str, int]:
         """What a gateway shows: as the workers said when they were last asked; this asks them again, and waits not."""
         self._question()
-        told = {"prepares": self._prepares, "fuses": self._fuses()}
-        return told if self._taken is None else told | {"slots_taken": self._taken}
+        counts = {"prepares": self._prepares, "fuses": self._fuses()}
+        return counts if self._taken is None else counts | {"slots_taken": self._taken}
 
     def _question(self) -> asyncio.Task[None]:
         """The question that the workers are being asked."""

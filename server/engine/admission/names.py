@@ -20,11 +20,8 @@ Entry = TypeVar("Entry", bound=Any)  # vLLM's LoRARequest: what it knows an adap
 class AdapterNames(Generic[Entry]):
     """The names an engine knows, least recently used first.
 
-    Args:
-        entries: the dictionary vLLM looks names up in; this object is its only writer.
-        make: builds the entry for a name and an id.
-        capacity: names kept when idle; leased and in-flight ones come on top.
-        in_flight: the names used by requests inside the engine.
+    Nothing else writes `entries`, in which vLLM looks names up. `capacity` counts the names kept when idle; those that
+    are leased or `in_flight` come on top.
     """
 
     def __init__(

@@ -49,10 +49,7 @@ class Preparer:
     async def prepare(self, name: str) -> None:
         """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
 
-        Raises:
-            RecipeError: the name is not canonical.
-            FusionError: no bank of this engine can fuse it.
-            UserAdapterError: its user adapter cannot be served.
+        Raises MtaError: the name is not canonical, no bank of this engine can fuse it, or its user adapter is at fault.
         """
         with timed(self._check):
             recipe = checked_recipe(name, self._manifests)
@@ -95,19 +92,17 @@ class Preparer:
 class HoldNames:
     """ASGI middleware: names prepared during an HTTP request are released when it has ended, streams included."""
 
-    def __init__(self, app: ASGIApp, names: Callable[[], AdapterNames[LoRARequest]]) -> None:
-        self.app = app
-        self.names = names
+    def __init__(self, app: ASGIApp, names: Callable[[], AdapterNames[LoRARequest] | None]) -> None:
+        self._app = app
+        self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         held: list[str] = []
         token = _held.set(held)
         try:
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
         finally:
             _held.reset(token)
-            for name in held:
-                self.names().release(name)
+            if names := self._names():
+                for name in held:
+                    names.release(name)

@@ -64,11 +64,11 @@ class _Turns(Scheduler):  # type: ignore[misc]
         back = held_back(self.waiting, self.running, self.lora_config.max_loras, time.time())
         if self.fuser is None:
             return back
-        asked = [request for request in self.waiting if request.lora_request]
-        unfused = self.fuser.unfused([request.lora_request for request in asked])
+        personal = [request for request in self.waiting if request.lora_request]
+        unfused = self.fuser.unfused([request.lora_request for request in personal])
         if not self.running and all(_recipe(request) in unfused for request in self.waiting):
             unfused.discard(_recipe(next(iter(self.waiting))))  # nothing else can run: the step waits for the first
-        return back | {request for request in asked if _recipe(request) in unfused}
+        return back | {request for request in personal if _recipe(request) in unfused}
 
 
 class FairScheduler(_Turns):

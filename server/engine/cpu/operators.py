@@ -205,11 +205,7 @@ def check_in_use(wrappers: Iterable[object]) -> None:
 
 
 def check_operators(wrapper: type[PunicaWrapperCPU] = CpuLoRA) -> None:
-    """Try every operation on a step of rows with and without adapters.
-
-    Raises:
-        BankError: when this vLLM would serve a row with an adapter that is not its own.
-    """
+    """Try every operation on a step of rows, some without adapters; BankError when one gets another row's adapter."""
     public = {name for name in vars(PunicaWrapperCPU) if not name.startswith("_")}
     if public != KNOWN_OPERATIONS:
         raise BankError(

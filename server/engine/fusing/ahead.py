@@ -28,11 +28,7 @@ AHEAD = 32
 
 
 class Ahead(Generic[Made]):
-    """Fusions under way and finished ones that nobody has asked for yet; each recipe is fused once.
-
-    Args:
-        fuse: makes what a recipe's name stands for; called in the one thread that does all of them.
-    """
+    """Fusions under way and finished ones that nobody has asked for yet; each recipe is fused once, in one thread."""
 
     def __init__(self, fuse: Callable[[str], Made]) -> None:
         self._fuse = fuse

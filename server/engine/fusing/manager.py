@@ -44,11 +44,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     _sum_across: SumAcross | None = None
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
-        """Wrap the model's layers as vLLM does, then open the banks and check that they fit this model.
-
-        Raises:
-            BankError: when a bank is damaged or was made for a model with other modules.
-        """
+        """Wrap the model's layers as vLLM does, then open the banks; BankError unless they are whole and fit it."""
         wrapped = super().create_lora_manager(model, vllm_config)
         self._pinned = PIN_MEMORY and self.device.type != "cpu"  # GPU slots copy fast only from pinned pages
         self._users = {}
@@ -110,11 +106,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     # A step is about to run it: its slot is written
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
-        """Put the adapters of the next step into slots.
-
-        Raises:
-            RuntimeError: when the step asks for more adapters than slots, or for two under one id.
-        """
+        """Put the adapters of the next step into slots; RuntimeError for more than there are, or two under one id."""
         slots, wanted = self._adapter_manager, {request.lora_int_id: request for request in lora_requests if request}
         if len(wanted) > slots.lora_slots:
             raise RuntimeError(f"the step uses {len(wanted)} adapters, there are {slots.lora_slots} slots")
@@ -199,10 +191,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
 
 class WorkerExtension:
-    """`--worker-extension-cls`: mixed into vLLM's worker, so that the API process can call it (`collective_rpc`).
-
-    Names are prefixed so that they clash with nothing there.
-    """
+    """`--worker-extension-cls`: mixed into vLLM's worker, where the API process calls it (`collective_rpc`)."""
 
     model_runner: Any
 

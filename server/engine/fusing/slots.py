@@ -105,11 +105,7 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self._stacks: dict[str, Stacks] = {}
 
     def vllm_names(self, bank: str, layout: RowLayout) -> dict[str, str]:
-        """vLLM's name for each of a bank's modules.
-
-        Raises:
-            BankError: when this model does not have one of them.
-        """
+        """vLLM's name for each of a bank's modules; BankError when this model does not have one of them."""
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
         rename = mapper.get_rename_mapper() if mapper is not None else None
         known = {*self.modules, *(name for packed in self.packed_modules.values() for name in packed)}
