@@ -17,21 +17,13 @@ Manifests = Mapping[str, BankManifest]
 
 
 def read_manifests(settings: Settings) -> Manifests:
-    """Read the manifest of every bank the settings name.
-
-    Raises:
-        BankError: when one is missing or damaged.
-    """
+    """Read the manifest of every bank the settings name; BankError when one is missing or damaged."""
     manifests = [read_manifest(folder) for folder in settings.banks]
     return {manifest.short: manifest for manifest in manifests}
 
 
 def open_matrices(settings: Settings) -> Mapping[str, MetaMatrix]:
-    """Verify and map the meta-LoRA matrix of every bank; done once in each worker, before it serves.
-
-    Raises:
-        BankError: when a file is missing or damaged.
-    """
+    """Verify and map the meta-LoRA matrix of every bank, before a worker serves; BankError when one is damaged."""
     manifests = [(folder, read_manifest(folder)) for folder in settings.banks]
     return {manifest.short: open_matrix(folder, manifest) for folder, manifest in manifests}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from threading import Event, Thread, current_thread
@@ -82,6 +84,23 @@ class CountingManager(FusingLoRAManager):
         self.fusing.set()
         assert self.gate.wait(PATIENCE_S)
         return FlatLora((), (), torch.zeros(0, 8))
+
+    def arrive(self, *requests: LoRARequest) -> None:
+        """The first one's fusion is under way, and goes on until `gate` opens."""
+        self.gate.clear()
+        self.fusing.clear()
+        for request in requests:
+            self.notice(request)
+        assert self.fusing.wait(PATIENCE_S)
+
+    @contextmanager
+    def meanwhile(self, act: Callable[[Any], Any], on: Any) -> Iterator[None]:
+        """Something that waits for a fusion, until the block ends, which opens the `gate`."""
+        thread = Thread(target=act, args=(on,))
+        thread.start()
+        yield
+        self.gate.set()
+        thread.join(PATIENCE_S)
 
 
 def recipe(lora_id: int, name: str | None = None) -> LoRARequest:
@@ -185,15 +204,9 @@ def stacked(letter: str) -> LoRARequest:
 
 
 def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(manager: CountingManager) -> None:
-    manager.gate.clear()
-    manager.notice(recipe(1))
-    assert manager.fusing.wait(PATIENCE_S)
-    manager.notice(recipe(1))
-    step = Thread(target=manager._apply_adapters, args=({recipe(1)},))
-    step.start()
-    manager.notice(recipe(1))
-    manager.gate.set()
-    step.join(PATIENCE_S)
+    manager.arrive(recipe(1), recipe(1))
+    with manager.meanwhile(manager._apply_adapters, {recipe(1)}):
+        manager.notice(recipe(1))
     manager.notice(recipe(1))  # it is here now
     manager._apply_adapters({recipe(1)})
     assert manager.fused == [recipe(1).lora_name]
@@ -204,15 +217,9 @@ def test_two_requests_for_a_recipe_that_nobody_asked_for_before_fuse_it_once(man
 def test_a_fusion_under_way_when_its_slot_is_needed_is_waited_for(manager: CountingManager) -> None:
     """Both slots are taken, by one that the step uses and one that it does not."""
     manager._apply_adapters({recipe(1), recipe(2)})
-    manager.gate.clear()
-    manager.fusing.clear()
-    manager.notice(recipe(3))
-    assert manager.fusing.wait(PATIENCE_S)
-    step = Thread(target=manager._apply_adapters, args=({recipe(1), recipe(3)},))
-    step.start()
-    assert active(manager) == {1, 2}
-    manager.gate.set()
-    step.join(PATIENCE_S)
+    manager.arrive(recipe(3))
+    with manager.meanwhile(manager._apply_adapters, {recipe(1), recipe(3)}):
+        assert active(manager) == {1, 2}
     assert active(manager) == {1, 3}
     assert counted(manager) == {"fuse": 3, "bring_in": 3, "slot_write": 3, "slot_evictions": 1}
 
@@ -222,10 +229,8 @@ def test_who_is_erased_while_their_adapter_is_being_fused_leaves_nothing(manager
     manager.hold(stacked("a").lora_name, b"")
     assert manager.fusing.wait(PATIENCE_S)
     assert manager.held() == {stacked("a").lora_name}
-    erasing = Thread(target=manager.release, args=([stacked("a").lora_name],))
-    erasing.start()
-    manager.gate.set()
-    erasing.join(PATIENCE_S)
+    with manager.meanwhile(manager.release, [stacked("a").lora_name]):
+        pass
     assert manager.held() == set()
     assert manager._ahead.names == manager.resident() == []
 
@@ -268,15 +273,9 @@ def test_of_more_that_wait_than_are_kept_the_first_are_fused_and_the_next_as_the
 
 
 def test_a_step_waits_for_its_own_fusions_and_for_none_that_is_only_in_the_line(manager: CountingManager) -> None:
-    manager.gate.clear()
-    for lora_id in (1, 2, 3, 4, 5):
-        manager.notice(recipe(lora_id))
-    assert manager.fusing.wait(PATIENCE_S)
-    step = Thread(target=manager._apply_adapters, args=(dict.fromkeys((recipe(5), recipe(4))),))
-    step.start()
-    wait_until(lambda: manager._ahead.names[0] == recipe(5).lora_name, "the step to wait")
-    manager.gate.set()
-    step.join(PATIENCE_S)
+    manager.arrive(*map(recipe, range(1, 6)))
+    with manager.meanwhile(manager._apply_adapters, dict.fromkeys((recipe(5), recipe(4)))):
+        wait_until(lambda: manager._ahead.names[0] == recipe(5).lora_name, "the step to wait")
     assert manager.fused[:3] == [recipe(lora_id).lora_name for lora_id in (1, 5, 4)]
     manager._apply_adapters({recipe(2), recipe(3)})
     assert manager.fused[3:] == [recipe(lora_id).lora_name for lora_id in (2, 3)]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from adapters.errors import UserAdapterError
 from adapters.lora import LoraWeights, ModuleShape, RowLayout
+from adapters.raw import USER_FORMAT
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
 from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S
@@ -106,18 +110,27 @@ class World:
         """Names of users, by a letter, whose adapter the workers have."""
         return {name.partition(":u-")[2][0] for name in self.workers.held}
 
-    def keep(self, user: str, adapter: str = "a") -> StoredAdapter:
+    def keep(self, user: str, adapter: str = "a", *, raw: bytes | None = None, **changes: Any) -> StoredAdapter:
         """Store an adapter for a user named by a letter."""
-        plain = recipe(user).plain
-        weights = LoraWeights(1, {"q_proj": torch.zeros(1, 8)}, {"q_proj": torch.zeros(8, 1)})
-        raw = encode_user_adapter(LAYOUT, UserAdapter(plain.name, weights))
-        stored = StoredAdapter(adapter * 25 + "e", plain.name, hashlib.sha256(raw).hexdigest(), raw)
-        self.store.kept[user * 25 + "e"] = stored
+        raw = encoded(recipe(user).plain.name) if raw is None else raw
+        stored = StoredAdapter(adapter * 25 + "e", recipe(user).plain.name, hashlib.sha256(raw).hexdigest(), raw)
+        self.store.kept[user * 25 + "e"] = replace(stored, **changes)
         return stored
 
 
 def recipe(user: str, adapter: str = "a") -> FusionRecipe:
     return FusionRecipe(BANK, FusionMethod.SHARED, True, (), UserAdapterId(f"{user * 25}e", f"{adapter * 25}e"))
+
+
+def encoded(trained_on: str, rank: int = 1) -> bytes:
+    weights = LoraWeights(rank, {"q_proj": torch.zeros(rank, 8)}, {"q_proj": torch.zeros(8, rank)})
+    return encode_user_adapter(LAYOUT, UserAdapter(trained_on, weights))
+
+
+def of_former_kind() -> bytes:
+    header = json.dumps({"kind": "core", "rank": 4, "recipe": "mta3:9f2c41d0:shared:c"})
+    raw: bytes = save({"c": torch.zeros(16, dtype=torch.bfloat16)}, {USER_FORMAT: header})
+    return raw
 
 
 @pytest.fixture
@@ -133,6 +146,27 @@ async def test_an_adapter_is_fetched_once_and_asked_for_every_time(world: World)
     world.store.kept.clear()
     with pytest.raises(UserAdapterError, match="does not exist"):
         await world.adapters.ensure(recipe("b"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (lambda plain: {"sha256": "0" * 64}, "its SHA-256 differs"),
+        (lambda plain: {"raw": b"no adapter"}, "no readable header"),
+        (lambda plain: {"raw": of_former_kind()}, "of kind 'core'"),
+        (lambda plain: {"raw": encoded(plain + "+a01*500")}, "was trained on"),
+        (lambda plain: {"raw": encoded(plain, rank=5)}, "adds rank 5 to 4, but slots hold rank 8"),
+        (lambda plain: {"adapter": "d"}, "does not exist; the plain recipe is"),
+    ],
+)
+async def test_what_a_worker_could_not_serve_is_refused_with_the_reason_and_sent_to_none(
+    world: World, kept: Callable[[str], dict[str, Any]], reason: str
+) -> None:
+    world.keep("b", **kept(recipe("b").plain.name))
+    with pytest.raises(UserAdapterError, match=reason):
+        await world.adapters.ensure(recipe("b"))
+    assert world.workers.told == []
+    assert len(world.adapters) == 0
 
 
 async def test_beyond_their_room_the_least_recently_used_go_and_never_what_is_in_use() -> None:
