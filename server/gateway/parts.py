@@ -97,11 +97,7 @@ class Gateway:
         return next(iter(self.parts.values()))
 
     def of(self, tenant: str) -> Parts:
-        """The parts for a tenant.
-
-        Raises:
-            Unavailable: when it names a bank that is not served here.
-        """
+        """The parts for a tenant."""
         named = self.keys.bank_of(tenant)
         if named is None:
             return self.usual
@@ -118,11 +114,7 @@ class Gateway:
 async def open_gateway(
     settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing
 ) -> AsyncIterator[Gateway]:
-    """Open every part, refuse to start if one cannot serve, and close them in turn.
-
-    Raises:
-        MtaError: naming what is missing or damaged.
-    """
+    """Open every part, refuse to start if one cannot serve, and close them in turn."""
     tenants = Tenants(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
     embedder = await asyncio.to_thread(lambda: Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)))
     banks = await asyncio.to_thread(_open_banks, settings.banks, embedder.id)
@@ -243,11 +235,7 @@ async def open_gateway(
 
 
 def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, ServingBank]:
-    """The banks by their folders, first the one for all tenants that name none.
-
-    Raises:
-        MtaError: when that one cannot be served.
-    """
+    """The banks by their folders, first the one for all tenants that name none."""
     first, *others = folders
     banks = {first: ServingBank.open(first, embedder_id)}
     for folder in others:

@@ -1,6 +1,4 @@
-"""Who sends a request, and the API keys as a gateway knows them: read at its start and again every few seconds, never
-while a request waits.
-"""
+"""Who sends a request, by the API keys: read at the start and again every few seconds, never while a request waits."""
 
 from __future__ import annotations
 
@@ -28,13 +26,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request.
-
-    Attributes:
-        tenant: whose users the request may name.
-        key_id: the key's public name, not its secret; empty while no key exists.
-        allowance: how much it may use, as far as the key says so.
-    """
+    """Whoever sent a request; `key_id` is the key's public name, empty while no key exists."""
 
     tenant: str
     key_id: str
@@ -92,11 +84,7 @@ class KnownKeys:
         return self._revision > 0
 
     async def look(self, store: AccessKeys) -> None:
-        """Take over what has changed in the store.
-
-        Raises:
-            Unavailable: when the store cannot say; then what is known stays.
-        """
+        """Take over what has changed in the store."""
         found, revision = await store.revision()
         if revision < self._revision or (self._ring and found != self._ring):
             log.error(

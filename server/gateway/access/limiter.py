@@ -53,11 +53,7 @@ class RequestUsage:
         self.body: asyncio.Task[None] | None = None
 
     async def within_limits(self) -> None:
-        """Return once what the body told is known to be within all limits.
-
-        Raises:
-            TooMany: when it is not.
-        """
+        """Return once what the body told is known to be within all limits."""
         if self.body:
             await asyncio.shield(self.body)  # what it uses must be known, even if the client leaves now
 
@@ -141,11 +137,7 @@ class Limiter:
     async def counted(
         self, caller: Caller, user_key: str | None = None, *, generates: bool = False
     ) -> AsyncIterator[RequestUsage]:
-        """Count one request, for the duration of a `with` block; one that `generates` finds a token left.
-
-        Raises:
-            TooMany: when it is not within the limits.
-        """
+        """Count one request, for the duration of a `with` block; one that `generates` finds a token left."""
         allowance = self._per(caller)
         usage, most = RequestUsage(caller, allowance), allowance.concurrent or 0
         uses = _uses(caller.name, allowance, {"requests": 1, "tokens": 0} if generates else {"requests": 1})
@@ -177,11 +169,7 @@ class Limiter:
             self._later(caller, self._correct(uses))
 
     async def take_job(self, caller: Caller, user_key: str) -> Sequence[Use]:
-        """Count an adapt job; returns what `refund` takes if there is no new job after all.
-
-        Raises:
-            TooMany: when there have been as many as allowed.
-        """
+        """Count an adapt job; returns what `refund` takes if there is no new job after all."""
         usage, jobs = RequestUsage(caller, self._per(caller)), {"jobs": 1}
         if uses := _uses(caller.name, usage.allowance, jobs) + self._of_user(user_key, jobs):
             await self._use(usage, uses, 0)

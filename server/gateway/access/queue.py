@@ -28,12 +28,7 @@ _WIDEST = 4
 
 
 class GatewayShare:
-    """Shares the engines' places out evenly among the gateways that use them, and one store.
-
-    Args:
-        sequences: says how many the engines compute at once; None while nobody knows.
-        given: the share, if the settings say it.
-    """
+    """Shares the engines' places, as many as the sequences that they compute at once, evenly among all gateways."""
 
     def __init__(
         self, store: Rates, urls: Sequence[str], sequences: Callable[[], int | None], given: int | None
@@ -62,11 +57,7 @@ class GatewayShare:
 
 
 class EngineLease:
-    """A generation's places in the engines; they can be given back early, one by one or all, and only once.
-
-    Attributes:
-        waited_s: for how long they were waited for.
-    """
+    """A generation's places in the engines; they can be given back early, one by one or all, and only once."""
 
     def __init__(self, release: Callable[[int], None], size: int, waited_s: float) -> None:
         self.waited_s = waited_s
@@ -88,7 +79,6 @@ class EngineQueue:
         places: how many sequences the engines compute at once; None while nobody knows: then nothing waits.
         most_waiting: longest line; None for half as many as there are places: then nobody waits much longer than half
             an answer takes.
-        patience_s: longest wait.
         waited: called with the seconds that each waited, those given up included.
         refused: called with the reason whenever a generation is.
     """
@@ -129,11 +119,7 @@ class EngineQueue:
         return None if places is None else max(1, places // _WIDEST)
 
     def check(self, caller: str, patience_s: float | None) -> None:
-        """Refuse at once what `acquire` would refuse now: shedding costs less than finding out who is asking.
-
-        Raises:
-            TooMany: as `acquire` does.
-        """
+        """Refuse at once what `acquire` would refuse now: shedding costs less than finding out who is asking."""
         places = self._places()
         if places is not None and self.taken >= places:
             self._see_to_room(caller, places, self._patience(patience_s), make=False)
@@ -142,16 +128,9 @@ class EngineQueue:
     async def acquire(
         self, caller: str, *, size: int = 1, patience_s: float | None = None, begun: bool = False
     ) -> AsyncIterator[EngineLease]:
-        """Places in the engines, for the duration of a `with` block or until they are given back.
+        """Places for so many sequences, for the duration of a `with` block or until they are given back.
 
-        Args:
-            caller: whose turn it takes.
-            size: how many sequences are to be generated.
-            patience_s: how long it may wait, if that is less than usual.
-            begun: whether another part of the same answer has places already: then it waits as long as it takes.
-
-        Raises:
-            TooMany: when they cannot be had in time.
+        A `begun` answer has places for another part already, and waits as long as it takes.
         """
         places = self._places()
         size = min(size, places or 0)

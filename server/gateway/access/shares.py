@@ -26,11 +26,7 @@ class Shares:
     A caller may have as many as it leaves free: alone, half of them. So however many callers come, the next one finds
     some.
 
-    Args:
-        places: how many there are; None while nobody knows: then everybody may take one.
-
-    Attributes:
-        taken: how many are.
+    While nobody knows how many there are, everybody may take one.
     """
 
     def __init__(self, places: Callable[[], int | None]) -> None:
@@ -177,14 +173,7 @@ class Waiter:
 
 
 class FairQueue:
-    """Who waits for places, in turns over their callers. No place stays free while somebody waits who may take it.
-
-    Args:
-        shares: the places.
-
-    Attributes:
-        waiting: how many do.
-    """
+    """Who waits for places, in turns over their callers. No place stays free while somebody waits who may take it."""
 
     def __init__(self, shares: Shares) -> None:
         self.waiting = 0
@@ -213,17 +202,10 @@ class FairQueue:
     async def wait(
         self, caller: str, size: int, patience_s: float | None, passed_for_s: float, *, may_be_refused: bool = True
     ) -> None:
-        """Wait for places.
-
-        Args:
-            caller: whose turn it takes.
-            size: how many places.
-            patience_s: longest wait; None for any.
-            passed_for_s: for how long others who need fewer may pass.
-            may_be_refused: whether `refuse_last` may choose it.
+        """Wait for places; others who need fewer may pass for `passed_for_s`.
 
         Raises:
-            TimeoutError: when it took too long.
+            TimeoutError: when it took longer than `patience_s`.
         """
         keeps_from_s = time.monotonic() + passed_for_s
         waiting = Waiter(size, keeps_from_s, asyncio.get_running_loop().create_future(), may_be_refused)

@@ -68,12 +68,10 @@ class EngineRequest:
     Attributes:
         request_id: also the engine's id for it, so that logs can be joined.
         model: a recipe name, or `base`.
-        messages: the conversation, where there is no prompt.
         sampling: fields passed on as they are, e.g. max_tokens.
         prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
         cache_salt: the tenant's: what the prefix cache holds of other tenants' prompts speeds nothing up.
-        stream: whether the answer comes in pieces.
-        prompt: continued as it is, without a chat template.
+        prompt: continued as it is, without a chat template, instead of `messages`.
     """
 
     request_id: str

@@ -97,11 +97,7 @@ class EngineStream:
         self._first: Piece | None = None
 
     async def begin(self) -> None:
-        """Wait for the first piece.
-
-        Raises:
-            EngineFailed: when the engine breaks off first, or sends something that is not an answer.
-        """
+        """Wait for the first piece."""
         with suppress(StopAsyncIteration):
             self._first = await self._next()
         if self._streamed:

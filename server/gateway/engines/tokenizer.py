@@ -33,11 +33,7 @@ class TokenizerClient:
             return None
 
     async def refusal(self, messages: list[dict[str, str]]) -> str | None:
-        """Why the model's chat template refuses a conversation that ends with the answer; None if it accepts it.
-
-        Raises:
-            Unavailable: when the engine cannot say, or not in time.
-        """
+        """Why the model's chat template refuses a conversation that ends with the answer; None if it accepts it."""
         status, answer = await self._ask(messages)
         if status == 400:
             try:

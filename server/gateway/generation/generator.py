@@ -58,9 +58,7 @@ class Answer:
     """An answer in progress.
 
     Attributes:
-        personalization: who speaks.
         fallbacks: how many that are more personal the engine could not serve.
-        prompt: what the model is asked, and how many past items are in it.
         waited_s: for its places in the engines.
         timings: complete once `pieces` has ended.
         limits: headers that say what the caller may still use.
@@ -117,9 +115,6 @@ class Generator:
         """Start an answer and wait for its first piece; leaving the context early aborts it in the engine.
 
         The request is within its key's own limits; `usage` is told what else it uses, `timings` what takes how long.
-
-        Raises:
-            ApiError: whatever keeps the answer from starting.
         """
         limits = LengthLimits(self._max_prompt_chars, self._engines.context)
         limits.check(request)

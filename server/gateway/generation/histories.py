@@ -36,11 +36,7 @@ class _Kept:
 
 
 class IndexCache:
-    """One index per user; the least recently used go first. Belongs to one event loop.
-
-    Attributes:
-        size_bytes: memory in use.
-    """
+    """One index per user; the least recently used go first. Belongs to one event loop."""
 
     def __init__(self, max_bytes: int, kept_s: float = KEPT_S) -> None:
         self.size_bytes = 0
@@ -122,9 +118,6 @@ class HistoryIndexer:
         """A user's items, ready to be searched, if they are at hand or their turn comes in time.
 
         `patience_s` is the longest wait for the turn in the caller's line; what has begun is waited for to its end.
-
-        Raises:
-            Unavailable: when the store is down.
         """
         version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
         if (kept := self._cache.get(user.key, version)) is not None:

@@ -101,12 +101,7 @@ class Personalizer:
         self._requesting: set[asyncio.Task[None]] = set()
 
     async def profile(self, request: GenerationRequest) -> Profile | None:
-        """The profile of the user who asks; None where none is wanted, or known.
-
-        Raises:
-            InvalidRequest: when the request asks for a strength that the bank cannot give.
-            Unavailable: when the store is down.
-        """
+        """The profile of the user who asks; None where none is wanted, or known."""
         if request.strength != 1 and not self._bank.manifest.common:
             raise InvalidRequest(
                 f"strength must be 1, got {request.strength}: this bank has no common row to take the anchors' place",
@@ -122,10 +117,6 @@ class Personalizer:
 
         Runs on the event loop: on one core the whole of it takes 30 µs over 12 anchors and 0.6 ms over 10,000 (the
         most that are searched exhaustively), about what handing it to a thread and back would cost.
-
-        Raises:
-            InvalidRequest: when a merged answer is asked for without a user.
-            NotFound: when a merged answer is asked for and the user is unknown.
         """
         user = request.user
         if user is None or profile is None:

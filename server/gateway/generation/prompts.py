@@ -57,9 +57,6 @@ class PromptBuilder:
         """The conversation for the engine, with as much history as the request asks for and is sure to fit.
 
         While the context is unknown nothing is sure to fit.
-
-        Raises:
-            Unavailable: when a history is wanted and the store is down.
         """
         messages, patience_s, room = request.messages, request.patience_s, limits.room(request)
         if not request.history or request.user is None or profile is None or room is None:

@@ -37,17 +37,13 @@ class GenerationRequest:
     """One request for an answer, well-formed.
 
     Attributes:
-        id_prefix: how the answer's id begins.
-        user: who asks; None for nobody in particular.
         strength: of the anchors beside the common row, relative to the bank's own.
         messages: the conversation; empty where a prompt is continued.
         prompt: what is continued as it is, without a chat template; None for a conversation.
         history: how many of the user's past items the conversation gets.
         max_tokens: longest answer; None for what the context leaves.
         sampling: what the engine gets as it came.
-        stream: whether the client wants the answer in pieces.
         splittable: whether the engine may send in pieces what the client wants whole.
-        cache_salt: the tenant's.
         patience_s: how long it may wait for a place in the engines; None for as long as is usual.
         user_param, prompt_param, max_tokens_param: the client's names for these, for errors.
     """
@@ -107,11 +103,7 @@ class LengthLimits:
     context: int | None
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuse what is known to be too long before store and engine are asked.
-
-        Raises:
-            InvalidRequest: naming the field.
-        """
+        """Refuse what is known to be too long before store and engine are asked."""
         chars = chars_of(request.messages) + _prompt_chars(request.prompt) + _tool_chars(request)
         if chars > self.prompt_chars:
             raise InvalidRequest(
@@ -131,9 +123,6 @@ class LengthLimits:
         """Refuse `max_tokens` beyond what the prompt leaves by the engine's count; vLLM would silently generate fewer.
 
         Of several prompts the engine counts only all together, so that its own rule holds for each.
-
-        Raises:
-            InvalidRequest: naming what would fit.
         """
         if prompt_tokens is None or self.context is None or request.max_tokens is None or request.prompts > 1:
             return

@@ -60,11 +60,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def fault_of(errors: Sequence[Any]) -> InvalidRequest:
-    """Pydantic's first error in our words, with its field and the offending value.
-
-    Args:
-        errors: as from `RequestValidationError.errors()`, at least one.
-    """
+    """The first of pydantic's errors in our words, with its field and the offending value."""
     first = errors[0]
     path = first["loc"][1:] if first["loc"] and first["loc"][0] in _PLACES else first["loc"]
     path = [part for part in path if part not in (AS_TEXT, AS_MESSAGES)]

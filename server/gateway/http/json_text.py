@@ -28,12 +28,7 @@ _TOO_DEEP = "recursion limit"
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON text, nested at most 200 levels deep.
-
-    Raises:
-        InvalidRequest: when it is not JSON, is too much, or holds what no field accepts; `param` names the place if it
-            is known.
-    """
+    """The value of a JSON text, nested at most 200 levels deep."""
     bare = body.replace(_ESCAPED_BACKSLASH, b"")  # any backslash left escapes what follows it
     _check_structure(bare)
     try:
@@ -51,9 +46,6 @@ def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
     """The values of newline-delimited JSON, which fill `field`; empty lines are skipped.
 
     At most `most` lines are accepted; they are counted before the first is parsed.
-
-    Raises:
-        InvalidRequest: naming the line's place in `field`.
     """
     count = body.count(b"\n") + 1
     if count <= 2 * most:

@@ -65,11 +65,6 @@ class RequestLog:
 
     Neither path nor body is logged: both name people. Only the route is. Answers carry the request's id, which is the
     end of a generation's, so that a client's report leads to the lines on it.
-
-    Args:
-        app: what answers.
-        counts: gets every request at its end.
-        generating: paths whose POSTs are generations.
     """
 
     def __init__(self, app: ASGIApp, counts: Counts, generating: frozenset[str], tracing: Tracing) -> None:
