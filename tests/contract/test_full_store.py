@@ -159,10 +159,10 @@ async def test_a_key_is_revoked_in_it_and_another_takes_its_place(full: StorePar
 
 async def test_limits_hold_for_whoever_filled_it(full: StoreParts) -> None:
     rates, use = RedisRates(full.connection), Use(Rate("requests", "key-1", 1), 1)
-    assert (await rates.take([use])).counted
-    assert not (await rates.take([use])).counted
-    assert await rates.hold("running/key-1", ["one"], 60, 1) == 1
-    assert await rates.hold("running/key-1", ["two"], 60, 1) is None
+    assert (await rates.consume([use])).counted
+    assert not (await rates.consume([use])).counted
+    assert await rates.acquire("running/key-1", ["one"], 60, 1) == 1
+    assert await rates.acquire("running/key-1", ["two"], 60, 1) is None
     await rates.renew("running/key-1", ["one"], 60)
 
 

@@ -69,9 +69,9 @@ async def test_whatever_is_written_stands_in_the_table(
         await parts.signing.request(key)
     await RedisAccessKeys(parts.connection).add(access_key(new_secret(), "app", "acme", Scope))
     rates = RedisRates(parts.connection)
-    assert (await rates.take([Use(Rate("tokens", "user-x", 5), 1)])).counted
+    assert (await rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
     for held in ("running/key-x", f"gateways/{'0' * 16}"):
-        assert await rates.hold(held, ["it"], 60)
+        assert await rates.acquire(held, ["it"], 60)
     worker = WorkerSteps(parts)
     await worker.take()
     await worker.claim()

@@ -13,7 +13,7 @@ import redis.asyncio as redis
 
 from server.errors import Unavailable
 from server.gateway.access.limiter import InProgress
-from server.store.redis.access.rates import _TAKE, RedisRates
+from server.store.redis.access.rates import _CONSUME, RedisRates
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.rates import Rate, Use
 from tests.support.store_parts import StoreParts
@@ -38,17 +38,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def set_to(now_s: float) -> None:
         time = f"{{{int(now_s)}, {int(now_s % 1 * 1e6)}}}"
-        monkeypatch.setattr(f"{SCRIPTS}._TAKE", _TAKE.replace("redis.call('TIME')", time))
+        monkeypatch.setattr(f"{SCRIPTS}._CONSUME", _CONSUME.replace("redis.call('TIME')", time))
 
     return set_to
 
 
 async def take(rates: RedisRates, rate: Rate, amount: int) -> bool:
-    return (await rates.take([Use(rate, amount)])).counted
+    return (await rates.consume([Use(rate, amount)])).counted
 
 
 async def left(rates: RedisRates, rate: Rate) -> int:
-    (level,) = (await rates.take([Use(rate, 0)])).levels
+    (level,) = (await rates.consume([Use(rate, 0)])).levels
     return level.left
 
 
@@ -57,15 +57,15 @@ class TestRates:
 
     async def test_no_more_is_taken_than_there_is(self, rates: RedisRates, rate: Rate) -> None:
         assert sum(await asyncio.gather(*(take(rates, rate, 1) for _ in range(9)))) == 5
-        refused = await rates.take([Use(rate, 1)])
+        refused = await rates.consume([Use(rate, 1)])
         assert not refused.counted
         assert refused.levels[0].left == 0
         assert 0 < refused.levels[0].fits_in_s(1) <= 12
 
     async def test_of_several_rates_all_or_nothing(self, rates: RedisRates, rate: Rate) -> None:
         tokens = Rate("tokens", rate.owner, 100)
-        assert (await rates.take([Use(rate, 1), Use(tokens, 80)])).counted
-        refused = await rates.take([Use(rate, 1), Use(tokens, 80)])
+        assert (await rates.consume([Use(rate, 1), Use(tokens, 80)])).counted
+        refused = await rates.consume([Use(rate, 1), Use(tokens, 80)])
         assert refused.fit == [True, False]
         assert [level.left for level in refused.levels] == [4, 20]
         assert [await left(rates, one) for one in (rate, tokens)] == [4, 20]
@@ -90,7 +90,7 @@ class TestRates:
 
     async def test_more_than_the_limit_counts_as_all_of_it(self, rates: RedisRates, rate: Rate) -> None:
         await rates.correct([Use(rate, 500)])
-        level = (await rates.take([Use(rate, 1)])).levels[0]
+        level = (await rates.consume([Use(rate, 1)])).levels[0]
         assert (level.left, level.fits_in_s(rate.most) <= rate.window_s) == (0, True)
 
     async def test_owners_do_not_share(self, rates: RedisRates, rate: Rate) -> None:
@@ -136,7 +136,7 @@ class TestRates:
 
     async def test_nothing_stays(self, rates: RedisRates, rate: Rate, raw: redis.Redis) -> None:
         await take(rates, rate, 1)
-        await rates.hold("x", ["a"], 30)
+        await rates.acquire("x", ["a"], 30)
         assert all([0 < await raw.pttl(key) <= 30_000 for key in await raw.keys("*")])
         await rates.correct([Use(rate, -1)])
         assert not await raw.keys("mta:rates:*")
@@ -146,19 +146,19 @@ class TestLeases:
     """Who holds what."""
 
     async def test_only_so_many_hold_it(self, rates: RedisRates) -> None:
-        assert await rates.hold("x", ["a"], 30, 2) == 1
-        assert await rates.hold("x", ["b"], 30, 2) == 2
-        assert await rates.hold("x", ["c"], 30, 2) is None
-        assert await rates.hold("x", ["a"], 30, 2) == 2  # renewed
-        await rates.let_go("x", "a")
-        assert await rates.hold("x", ["c"], 30, 2) == 2
-        assert await rates.hold("y", ["c"], 30, 2) == 1
-        assert await rates.hold("gateways", ["a", "b", "c"], 30) == 3
+        assert await rates.acquire("x", ["a"], 30, 2) == 1
+        assert await rates.acquire("x", ["b"], 30, 2) == 2
+        assert await rates.acquire("x", ["c"], 30, 2) is None
+        assert await rates.acquire("x", ["a"], 30, 2) == 2  # renewed
+        await rates.release("x", "a")
+        assert await rates.acquire("x", ["c"], 30, 2) == 2
+        assert await rates.acquire("y", ["c"], 30, 2) == 1
+        assert await rates.acquire("gateways", ["a", "b", "c"], 30) == 3
 
     async def test_a_lease_ends(self, rates: RedisRates) -> None:
-        await rates.hold("x", ["a"], 0.05, 1)
+        await rates.acquire("x", ["a"], 0.05, 1)
         await asyncio.sleep(0.1)
-        assert await rates.hold("x", ["b"], 30, 1) == 1
+        assert await rates.acquire("x", ["b"], 30, 1) == 1
 
 
 class TestSeats:
@@ -215,7 +215,7 @@ async def test_a_store_that_is_away_is_said_to_be(rate: Rate) -> None:
     connection = RedisConnection("redis://127.0.0.1:1", require_durable=False)
     rates = RedisRates(connection)
     uses = [Use(rate, 1)]
-    for asked in (rates.take(uses), rates.correct(uses), rates.hold("x", ["a"], 1), rates.let_go("x", "a")):
+    for asked in (rates.consume(uses), rates.correct(uses), rates.acquire("x", ["a"], 1), rates.release("x", "a")):
         with pytest.raises(Unavailable):
             await asked
     await connection.close()

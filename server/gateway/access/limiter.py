@@ -90,7 +90,7 @@ class InProgress:
         member = secrets.token_hex(8)
         self._members[caller].add(member)
         try:
-            if await self._store.hold(f"running/{caller}", [member], _LEASE_S, most) is None:
+            if await self._store.acquire(f"running/{caller}", [member], _LEASE_S, most) is None:
                 self._forget(caller, member)
                 return None
         except Unavailable as error:  # it may be counted all the same: its answer was lost
@@ -100,7 +100,7 @@ class InProgress:
     async def leave(self, caller: str, member: str) -> None:
         self._forget(caller, member)
         try:
-            await self._store.let_go(f"running/{caller}", member)
+            await self._store.release(f"running/{caller}", member)
         except Unavailable as error:
             log.warning("a request in progress counts for another %g s: %s", _LEASE_S, error.explained)
 
@@ -207,7 +207,7 @@ class Limiter:
     async def _try(self, uses: Sequence[Use], usage: RequestUsage) -> Sequence[Use]:
         """Use some of an owner's rates, and return those that do not fit; where 0 is used, 1 has to be left."""
         try:
-            found = await self._store.take(uses)
+            found = await self._store.consume(uses)
         except Unavailable as error:
             log.warning("a request is not counted: %s", error.explained)
             return ()

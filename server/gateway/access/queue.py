@@ -48,12 +48,12 @@ class GatewayShare:
 
     async def count_gateways(self) -> None:
         """Be counted, and count the others; while the store is away their last number stays."""
-        self._gateways = await self._store.hold(self._all, [self._name], _GATEWAY_LEASE_S) or 1
+        self._gateways = await self._store.acquire(self._all, [self._name], _GATEWAY_LEASE_S) or 1
 
     async def leave(self) -> None:
         """Leave this share to the others at once; a store that cannot be told forgets it in a few seconds."""
         with suppress(Unavailable):
-            await self._store.let_go(self._all, self._name)
+            await self._store.release(self._all, self._name)
 
 
 class EngineLease:

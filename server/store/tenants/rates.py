@@ -88,7 +88,7 @@ class Rates(Protocol):
     limit at once, never more. What is counted may be lost with the server, unlike what users store.
     """
 
-    async def take(self, uses: Sequence[Use]) -> BucketLevels:
+    async def consume(self, uses: Sequence[Use]) -> BucketLevels:
         """Use some of what an owner's rates allow: all of it, or nothing if there is too little left of one.
 
         All uses are of one owner, no rate twice. An amount of 0 only asks.
@@ -97,15 +97,15 @@ class Rates(Protocol):
     async def correct(self, uses: Sequence[Use]) -> None:
         """Count so much more or less of an owner's rates, whatever is left: no level leaves 0 to `most`."""
 
-    async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
-        """Be among those who hold something, for `lease_s` or until `let_go`; calling it again renews that.
+    async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
+        """Be among those who hold something, for `lease_s` or until `release`; calling it again renews that.
 
         Returns how many hold it now; None if there is no room for all of the members, whose names nobody else uses,
         among the `most` that may hold it.
         """
 
     async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
-        """Hold it for `lease_s` from now. A member that let go meanwhile, or was never among them, stays without."""
+        """Hold it for `lease_s` from now. A member that has been released, or never held it, stays without."""
 
-    async def let_go(self, name: str, member: str) -> None:
+    async def release(self, name: str, member: str) -> None:
         """Hold it no more."""

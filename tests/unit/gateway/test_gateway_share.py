@@ -16,13 +16,13 @@ class Leases:
         self.held: dict[str, set[str]] = {}
         self.is_away = False
 
-    async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int:
+    async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int:
         if self.is_away:
             raise Unavailable("away")
         self.held.setdefault(name, set()).update(members)
         return len(self.held[name])
 
-    async def let_go(self, name: str, member: str) -> None:
+    async def release(self, name: str, member: str) -> None:
         if self.is_away:
             raise Unavailable("away")
         self.held[name].discard(member)

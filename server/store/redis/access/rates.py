@@ -16,7 +16,7 @@ from server.store.tenants.rates import BucketLevel, BucketLevels, Use
 # KEYS: a bucket for each use: how much is used, and when that was so, µs. It expires when nothing is.
 # ARGV: whether to count whatever is left, then of each use most, window (µs) and amount.
 # Returns of each whether there was room, and what is used. If not for all, nothing is counted.
-_TAKE = (
+_CONSUME = (
     ALLOW_OOM
     + """
 local time = redis.call('TIME')
@@ -54,7 +54,7 @@ return answer
 
 # KEYS: who holds it, by when that ends. ARGV: most (-1: any number), lease (ms), members. Returns how many hold it, or
 # -1 if there is no room.
-_HOLD = (
+_ACQUIRE = (
     ALLOW_OOM
     + NOW
     + """
@@ -87,28 +87,28 @@ class RedisRates:
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
-    async def take(self, uses: Sequence[Use]) -> BucketLevels:
+    async def consume(self, uses: Sequence[Use]) -> BucketLevels:
         return await self._count(uses, anyway=False)
 
     async def correct(self, uses: Sequence[Use]) -> None:
         await self._count(uses, anyway=True)
 
-    async def hold(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
+    async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         allowed, lease_ms = -1 if most is None else most, int(lease_s * 1000)
         count = await self._connection.run(
-            lambda redis: redis.eval(_HOLD, 1, keys.held(name), allowed, lease_ms, *members)
+            lambda redis: redis.eval(_ACQUIRE, 1, keys.held(name), allowed, lease_ms, *members)
         )
         return None if count < 0 else int(count)
 
     async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
         await self._connection.run(lambda redis: redis.eval(_RENEW, 1, keys.held(name), int(lease_s * 1000), *members))
 
-    async def let_go(self, name: str, member: str) -> None:
+    async def release(self, name: str, member: str) -> None:
         await self._connection.run(lambda redis: redis.zrem(keys.held(name), member))
 
     async def _count(self, uses: Sequence[Use], *, anyway: bool) -> BucketLevels:
         names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
         given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
-        found = await self._connection.run(lambda redis: redis.eval(_TAKE, len(names), *names, int(anyway), *given))
+        found = await self._connection.run(lambda redis: redis.eval(_CONSUME, len(names), *names, int(anyway), *given))
         levels = [BucketLevel(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
         return BucketLevels([bool(fit) for fit in found[0::2]], levels)
