@@ -6,6 +6,7 @@ inside the bank's, as a bank with this common row and one anchor that changes no
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from bank.building.assemble import BankParts, write_bank
 from bank.building.build import read_inputs
 from bank.building.options import BuildInputs, BuildOptions
 from bank.building.rows import RowProgress, pooled_lessons, row_job, row_seed
+from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex
 from bank.lookup.weights import common_recipe
-from bank.manifest import INDEX_FILE, MANIFEST_FILE, BankManifest, read_manifest
+from bank.manifest import INDEX_FILE, BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bank.models.folders import ensure_base_model
 from bank.models.load import load_base
@@ -36,8 +38,9 @@ def build_baselines(
 ) -> BankManifest:
     """Train the task's row of a finished bank, built from these inputs with these options, unless it is there."""
     out = inputs.out / BASELINES
-    if (out / MANIFEST_FILE).exists() and read_manifest(out).training.get("of") == manifest.fingerprint:
-        return read_manifest(out)
+    with suppress(BankError):  # there is none, or one of an earlier version
+        if (found := read_manifest(out)).training.get("of") == manifest.fingerprint:
+            return found
     task = get_task(options.task)
     people, _ = read_inputs(inputs, task, options)
     options = options.resolved()

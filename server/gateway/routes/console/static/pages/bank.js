@@ -26,7 +26,6 @@ export function Bank({ params }) {
 	}
 
 	const submit = (event) => { event.preventDefault(); look(); };
-	const mapped = bank?.map && bank.anchors.some(({ at }) => at);
 	return html`
 		<h1 tabindex="-1">Bank</h1>
 		<p class="lead">The anchors: people whose adapters are mixed for everybody else.</p>
@@ -36,10 +35,8 @@ export function Bank({ params }) {
 			<div class="broad">
 				<section class="card" aria-label="Map of the anchors">
 					<h2>Map</h2>
-					${mapped
-						? html`<${AnchorMap} anchors=${bank.anchors} user=${user} />
-							<p class="hint">Near each other: writing about the same. A larger dot has more items.${explained(bank.map)}</p>`
-						: html`<p class="notice calm">This bank was built without a map. Build it again to get one.</p>`}
+					<${AnchorMap} anchors=${bank.anchors} user=${user} />
+					<p class="hint">Near each other: writing about the same. A larger dot has more items.${explained(bank.map)}</p>
 					<form class="inline" onSubmit=${submit}>
 						<${UserId} label="Show a user" value=${typed} onValue=${setTyped} />
 						<button type="submit">Show</button>
@@ -72,8 +69,7 @@ const shortId = (id) => (id.length > 16 ? `${id.slice(0, 12)}…` : id);
 function Shown({ user }) {
 	return html`<h3><a class="mono" href=${go('users', { id: user.user_id })}>${user.user_id}</a></h3>
 		<p class="hint">Chosen ${SOURCES[user.source] ?? `by ${user.source}`}.</p>
-		<${Anchors} anchors=${user.anchors} detailed />
-		${!user.at && html`<p class="hint">There is no place for this user on the map.</p>`}`;
+		<${Anchors} anchors=${user.anchors} detailed />`;
 }
 
 function Rule({ rule }) {
