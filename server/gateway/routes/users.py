@@ -89,11 +89,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     )
 
 
-@router.get(
-    "/export",
-    response_class=Response,
-    responses={200: {"content": {"application/json": {}}}},
-)
+@router.get("/export", response_class=Response, responses={200: {"content": {"application/json": {}}}})
 async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     """Everything that is stored about the user, as one JSON object.
 

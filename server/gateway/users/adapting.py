@@ -16,13 +16,7 @@ from server.errors import Conflict, InvalidRequest, NotFound
 from server.gateway.users.profiles import Profiles
 from server.gateway.users.sample_checks import SampleChecks
 from server.store.jobs import Job, JobId, JobStore, Submission
-from server.store.samples import (
-    MAX_SAMPLES,
-    JobBudget,
-    Sample,
-    encode_config,
-    encode_sample,
-)
+from server.store.samples import MAX_SAMPLES, JobBudget, Sample, encode_config, encode_sample
 from server.store.tenants.user_key import User, UserKeys
 from server.watching.tracing import Tracing
 

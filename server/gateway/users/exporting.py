@@ -29,13 +29,7 @@ class Exporting:
     """Collects what is stored of a user; `bank` is the folder of the bank that is served."""
 
     def __init__(
-        self,
-        profiles: ProfileStore,
-        *,
-        jobs: JobStore,
-        adapters: AdapterStore,
-        bank: Path,
-        manifest: BankManifest,
+        self, profiles: ProfileStore, *, jobs: JobStore, adapters: AdapterStore, bank: Path, manifest: BankManifest
     ) -> None:
         self._profiles = profiles
         self._jobs = jobs

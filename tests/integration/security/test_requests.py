@@ -22,8 +22,7 @@ def raw(keyed: Keyed, request: bytes) -> bytes:
 
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])
 @pytest.mark.parametrize(
-    "model",
-    ["mta3:{}:shared:a01*1000", "mta3:{}:shared:c:u-{key}.{key}", "../base", "/bank", "BASE", " mta"],
+    "model", ["mta3:{}:shared:a01*1000", "mta3:{}:shared:c:u-{key}.{key}", "../base", "/bank", "BASE", " mta"]
 )
 def test_a_recipe_is_no_model(
     keyed: Keyed, acme: httpx.Client, fake_engine: FakeEngine, route: str, model: str

@@ -18,12 +18,7 @@ from server.gateway.http.json_body import JsonRoute
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import AnswerResponse
 from server.gateway.routes.openai.answers import ChatCompletion, ModelAnswer, ModelsAnswer, OpenAIFormat, TextCompletion
-from server.gateway.routes.openai.requests import (
-    PERSONAL_MODEL,
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-)
+from server.gateway.routes.openai.requests import PERSONAL_MODEL, ChatRequest, CompletionRequest, StreamOptions
 from server.gateway.routes.requests import QueueTimeout, items_wanted
 from server.store.tenants.user_key import check_user_id
 
