@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from adapters.errors import FusionError
 from adapters.flat import FlatLora
 from adapters.lora import LoraWeights
 from adapters.matrix import MetaMatrix
-from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe, anchor_id
+from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe
 
 PIECE = 131_072
 """Numbers summed at a time: enough work for four threads at PyTorch's grain size, and half a MiB of float32."""
@@ -34,26 +33,6 @@ SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.
 """Rows [N, R·ΣH_out] bf16, which of them, their weights and R → Σ wᵢ Bᵢ along H_out, [R, ΣH_out] bf16."""
 
 
-def check_recipe(recipe: FusionRecipe, *, method: FusionMethod, anchors: int, max_anchors: int, common: bool) -> None:
-    """Raise FusionError unless the recipe's bank, with N `anchors` and room for `max_anchors` terms, can fuse it."""
-    if recipe.method is not method:
-        raise FusionError(
-            f"bank {recipe.bank} fuses by `{method.value}`, but the recipe asks for `{recipe.method.value}`"
-        )
-    if recipe.common and not common:
-        raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
-    if len(recipe.terms) > max_anchors:
-        raise FusionError(
-            f"bank {recipe.bank} fuses at most {max_anchors} anchors, but the recipe has {len(recipe.terms)}"
-        )
-    for term in recipe.terms:
-        if term.anchor >= anchors:
-            last = anchor_id(anchors - 1)
-            raise FusionError(
-                f"bank {recipe.bank} has anchors a00 to {last}, but the recipe asks for {anchor_id(term.anchor)}"
-            )
-
-
 def fuse(matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
     """The same as `fuse_flat`, module by module; of `shared`, A are views of the one frozen A."""
     return fuse_flat(matrix, recipe, dtype).weights()
@@ -66,7 +45,7 @@ def fuse_flat(
     *,
     sum_across: SumAcross | None = None,
 ) -> FlatLora:
-    """Build the adapter that a recipe stands for, without its user adapter; `check_recipe` has accepted the recipe.
+    """Build the adapter that a recipe stands for, without its user adapter; its bank has checked it.
 
     It is a handful of PyTorch's operations, whatever the number of modules: a thread that fuses beside a running model
     needs Python's lock only between them. `sum_across` sums the B of a `shared` fusion to bf16, where something does it

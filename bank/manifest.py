@@ -15,9 +15,9 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from adapters.errors import excerpt
+from adapters.errors import FusionError, excerpt
 from adapters.lora import ModuleShape, RowLayout
-from adapters.recipe import FusionMethod, FusionRecipe
+from adapters.recipe import FusionMethod, FusionRecipe, anchor_id
 from bank.errors import BankError
 from bank.rules import AnswerPrior, Frozen, Verdict, WeightRule
 
@@ -120,6 +120,26 @@ class BankManifest(Frozen):
     def room(self) -> int:
         """The rank that the largest fusion leaves for a user's LoRA."""
         return self.serving_rank - self.fused_rank
+
+    def check(self, recipe: FusionRecipe) -> None:
+        """Make sure that a recipe can be fused, its user adapter apart; FusionError names what the bank lacks."""
+        if recipe.bank != self.short:
+            raise FusionError(f"the recipe belongs to the bank {recipe.bank}, but this one is {self.short}")
+        if recipe.method is not self.method:
+            raise FusionError(
+                f"bank {recipe.bank} fuses by `{self.method.value}`, but the recipe asks for `{recipe.method.value}`"
+            )
+        if recipe.common and not self.common:
+            raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
+        if len(recipe.terms) > self.max_anchors:
+            raise FusionError(
+                f"bank {recipe.bank} fuses at most {self.max_anchors} anchors, but the recipe has {len(recipe.terms)}"
+            )
+        if recipe.terms and (asked := recipe.terms[-1].anchor) >= len(self.anchors):
+            last = anchor_id(len(self.anchors) - 1)
+            raise FusionError(
+                f"bank {recipe.bank} has anchors a00 to {last}, but the recipe asks for {anchor_id(asked)}"
+            )
 
     def rank_of(self, recipe: FusionRecipe) -> int:
         """The rank of what a recipe of this bank fuses to, without its user adapter."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters.errors import FusionError, UserAdapterError
+from adapters.errors import UserAdapterError
 from adapters.raw import USER_FORMAT, Bits, RawTensors, file_head, to_bits, to_float
 from adapters.recipe import PER_MILLE, FusionRecipe
 from bank.errors import BankError
@@ -34,7 +34,7 @@ class ExportedAdapter:
 
     def __init__(self, bank: Path, manifest: BankManifest, recipe: FusionRecipe, user: bytes | None = None) -> None:
         self._base_model, self._layout, self._recipe = manifest.base_model.name, manifest.layout, recipe.plain
-        self._check(recipe, manifest)
+        manifest.check(recipe)
         self._rows = [(len(manifest.anchors), 1.0)] * recipe.common
         self._rows += [(term.anchor, term.weight / PER_MILLE) for term in recipe.terms]
         self._matrix = self._opened(bank / MATRIX_FILE, manifest)
@@ -99,18 +99,6 @@ class ExportedAdapter:
             [rows[row, a_cut] for row, _ in self._rows],
             [to_bits(to_float(rows[row, b_cut]) * np.float32(weight)) for row, weight in self._rows],
         )
-
-    @staticmethod
-    def _check(recipe: FusionRecipe, manifest: BankManifest) -> None:
-        anchors = len(manifest.anchors)
-        if recipe.bank != manifest.short:
-            raise FusionError(f"the recipe belongs to the bank {recipe.bank}, but this one is {manifest.short}")
-        if recipe.common and not manifest.common:
-            raise FusionError(
-                f"the recipe {recipe.plain.name} has the common row, but bank {recipe.bank} was built without one"
-            )
-        if recipe.terms and recipe.terms[-1].anchor >= anchors:
-            raise FusionError(f"bank {recipe.bank} has only {anchors} anchors, got the recipe {recipe.plain.name}")
 
     def _opened(self, path: Path, manifest: BankManifest) -> RawTensors:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adapters.errors import FusionError, excerpt
-from adapters.fusion import check_recipe
 from adapters.matrix import MetaMatrix
 from adapters.recipe import FusionRecipe, parse_recipe
 from bank.manifest import BankManifest, read_manifest
@@ -39,11 +38,5 @@ def checked_recipe(name: str, manifests: Manifests) -> FusionRecipe:
     manifest = manifests.get(recipe.bank)
     if manifest is None:
         raise FusionError(f"recipe {excerpt(name)} is for bank {recipe.bank}; this engine has {sorted(manifests)}")
-    check_recipe(
-        recipe,
-        method=manifest.method,
-        anchors=len(manifest.anchors),
-        max_anchors=manifest.max_anchors,
-        common=manifest.common,
-    )
+    manifest.check(recipe)
     return recipe

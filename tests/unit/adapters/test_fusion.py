@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from adapters.errors import FusionError
 from adapters.flat import flat_b
-from adapters.fusion import check_recipe, fuse
+from adapters.fusion import fuse
 from adapters.lora import ModuleShape, RowLayout
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term
+from bank.manifest import BankManifest
+from bank.rules import WeightRule
 from bench.oracle.dense import dense_delta, dense_parts
 
 MODULES = (ModuleShape("q", 24, 16), ModuleShape("down", 40, 24))
@@ -114,15 +117,21 @@ def test_shared_fusion_keeps_one_a_for_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (recipe(FusionMethod.CAT, False, (0, 1000)), "fuses by `shared`"),
-        (recipe(FusionMethod.SHARED, True, (0, 1000)), "no common row"),
-        (recipe(FusionMethod.SHARED, False, (0, 400), (1, 300), (2, 300)), "at most 2 anchors"),
-        (recipe(FusionMethod.SHARED, False, (9, 1000)), "anchors a00 to a04"),
+        (recipe(FusionMethod.SHARED, False, (0, 1000)), "fuses by `cat`"),
+        (recipe(FusionMethod.CAT, True, (0, 1000)), "no common row"),
+        (recipe(FusionMethod.CAT, False, (0, 400), (1, 300), (2, 300)), "at most 2 anchors"),
+        (recipe(FusionMethod.CAT, False, (0, 400), (5, 600)), "anchors a00 to a04, but the recipe asks for a05"),
+        (replace(recipe(FusionMethod.CAT, False, (0, 1000)), bank="1" * 8), "belongs to the bank 11111111"),
     ],
 )
 def test_a_recipe_the_bank_cannot_fuse_is_refused_with_the_reason(wanted: FusionRecipe, message: str) -> None:
+    rule, anchors = WeightRule(anchors=2), ("",) * ANCHORS
+    bank = BankManifest.model_construct(
+        method=FusionMethod.CAT, common=False, anchors=anchors, weights=rule, fingerprint="0" * 64
+    )
+    bank.check(recipe(FusionMethod.CAT, False, (3, 400), (4, 600)))
     with pytest.raises(FusionError, match=message):
-        check_recipe(wanted, method=FusionMethod.SHARED, anchors=ANCHORS, max_anchors=2, common=False)
+        bank.check(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

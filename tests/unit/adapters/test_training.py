@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters.training.adapt_config import AdaptConfig, default_config
 from adapters.training.example import Example
 from adapters.training.forward.packing import pack
 from adapters.training.trainer import rate_factor
@@ -80,3 +82,13 @@ def test_the_rate_warms_up_over_a_tenth_and_falls_to_nothing() -> None:
 
 def test_a_single_step_is_taken_at_full_rate() -> None:
     assert rate_factor(0, 1) == 1.0
+
+
+@pytest.mark.parametrize(("room", "rank"), [(0, 1), (1, 1), (2, 2), (8, 2)])
+def test_a_job_trains_within_the_room_that_the_bank_leaves_and_on_less_of_the_anchors_beside_a_common_row(
+    room: int, rank: int
+) -> None:
+    assert [default_config(room, common) for common in (True, False)] == [
+        AdaptConfig(rank=rank, strength=0.5),
+        AdaptConfig(rank=rank, strength=1.0),
+    ]

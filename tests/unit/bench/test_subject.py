@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters.errors import MtaError
-from adapters.fusion import check_recipe
-from adapters.recipe import FusionMethod, parse_recipe
+from adapters.recipe import parse_recipe
 from bank.manifest import read_manifest
 from bank.matrix import open_matrix
 from bank.rules import PosteriorRule, WeightRule
@@ -36,7 +35,7 @@ def test_a_bank_of_signed_steps_gets_recipes_that_it_fuses(subject: Subject) -> 
     stepping = replace(subject, manifest=subject.manifest.model_copy(update={"weights": rule}))
     for name in stepping.names(100):
         recipe = parse_recipe(name)
-        check_recipe(recipe, method=FusionMethod.SHARED, anchors=6, max_anchors=6, common=True)
+        stepping.manifest.check(recipe)
         assert len(recipe.terms) == 4
 
 
