@@ -109,11 +109,7 @@ class Evaluator:
         return Evidence(user, signed, profile_embedding(embedded))
 
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
-        """A method's adapter for the user; None for the bare model. The seed is for random anchors and training.
-
-        Raises:
-            BankError: when the method needs what the bank lacks.
-        """
+        """A method's adapter for the user; None for the bare model. The seed is for random anchors and training."""
         if method.k:
             return self._fused(evidence, serving=_with_k(self.bank.serving, method.k))
         return METHODS[method.adapter](self, evidence, seed)
@@ -253,11 +249,7 @@ REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")
 
 
 def parse_method(name: str) -> Method:
-    """A method from its name.
-
-    Raises:
-        BankError: when it is not a method, listing those there are.
-    """
+    """A method from its name."""
     typed = _TYPED.fullmatch(name)
     if typed and typed["adapter"] in METHODS:
         k, items = (int(typed["count"]) if typed["what"] == what else None for what in "kn")
@@ -272,11 +264,7 @@ def parse_method(name: str) -> Method:
 
 
 def parse_methods(text: str) -> list[Method]:
-    """Methods from their names, joined by commas; each once.
-
-    Raises:
-        BankError: naming the first that is not a method.
-    """
+    """Methods from their names, joined by commas; each once."""
     return list(dict.fromkeys(parse_method(name.strip()) for name in text.split(",")))
 
 

@@ -46,11 +46,7 @@ class EvalUser:
 
 
 def read_people(path: Path, task: Task) -> list[EvalUser]:
-    """Read users with their queries, in the LaMP per-user layout.
-
-    Raises:
-        BankError: naming the person without queries, or with a malformed one.
-    """
+    """Read users with their queries, in the LaMP per-user layout."""
     histories = {history.user_id: history for history in read_histories(path, task)}
     people = []
     for raw in json.loads(path.read_text("utf-8")):

@@ -116,11 +116,7 @@ class Records:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, if it is there; a line that a killed run has torn is cut off it.
-
-    Raises:
-        BankError: naming the line that is not a record.
-    """
+    """The records of a file, if it is there; a line that a killed run has torn is cut off it."""
     whole, _, torn = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     if torn:
         path.write_bytes(whole + b"\n" if whole else b"")

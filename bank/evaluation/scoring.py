@@ -39,20 +39,12 @@ class OpenBank:
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> OpenBank:
-        """Open a bank, rows and all.
-
-        Raises:
-            BankError: when it is missing, damaged, or made with another embedder.
-        """
+        """Open a bank, rows and all."""
         serving = ServingBank.open(folder, embedder_id)
         return cls(serving, open_matrix(folder, serving.manifest), folder)
 
     def of_task(self, embedder_id: str) -> OpenBank:
-        """The bank of the task's own row, which was trained from this one's common row.
-
-        Raises:
-            BankError: when there is none, or it was trained from another bank's.
-        """
+        """The bank of the task's own row, which was trained from this one's common row."""
         folder = self.folder / BASELINES
         found = OpenBank.open(folder, embedder_id) if folder.is_dir() else None
         if found is None or found.manifest.training.get("of") != self.manifest.fingerprint:
@@ -95,24 +87,15 @@ class Reading:
 
 
 class Scores(Protocol):
-    """What reads examples under an adapter: a model in process, or a running engine (`server.cli.eval.engine`)."""
+    """What reads examples, under an adapter or none: `Scorer`, or a running engine (`server.cli.eval.engine`)."""
 
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
-    ) -> list[Reading]:
-        """Read examples, and answer their prompts.
+    ) -> list[Reading]: ...
 
-        Args:
-            adapter: the one on the model; None for the base model alone.
-            new_tokens: longest answer; 0 for no answers.
-            chances: whether readings say how likely each score is, where the reader can say so.
-        """
+    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]: ...
 
-    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """Answer each prompt so many times, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens."""
-
-    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
-        """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
+    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float: ...
 
 
 class Scorer:
@@ -138,7 +121,10 @@ class Scorer:
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
     ) -> list[Reading]:
-        """As in `Scores`."""
+        """Read examples, and answer their prompts with up to `new_tokens` tokens, if any.
+
+        With `chances`, readings say how likely each score is, where the reader can say so.
+        """
         ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
         model = self._under(adapter)
@@ -150,7 +136,10 @@ class Scorer:
         return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """As in `Scores`; all in one batch, for a step of many rows costs little more than one of few."""
+        """Answer each prompt so many times, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens.
+
+        All in one batch: a step of many rows costs little more than one of few.
+        """
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
         model = self._under(adapter)
         with torch.random.fork_rng():
@@ -161,7 +150,7 @@ class Scorer:
 
     @torch.no_grad()
     def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
-        """As in `Scores`."""
+        """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
         model = self._under(adapter)
         ids = torch.tensor([example.ids[: example.loss_from]]).to(model.device)
         start_s = time.perf_counter()

@@ -64,9 +64,6 @@ def evaluate(
     Args:
         config, engine: as in `Evaluator`.
         progress: told how many runs are done, of how many.
-
-    Raises:
-        BankError: when bank, people, model and methods do not fit together.
     """
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     task = bank.serving.task

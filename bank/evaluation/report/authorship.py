@@ -40,9 +40,6 @@ def authorship(people: Sequence[EvalUser], records: Sequence[Record], task: Task
     """One row for what the people themselves wrote, and one for each method that wrote texts for all of them.
 
     `people` are those for whom texts were written, at least two.
-
-    Raises:
-        BankError: when the profiles have too little text to tell anybody apart.
     """
     texts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     names = [person.user_id for person in people]
