@@ -112,6 +112,13 @@ async def test_a_part_that_takes_too_long_fails_the_start_and_is_gone(tmp_path: 
     assert not alive(int(witness.read_text()))
 
 
+async def test_a_spare_part_that_takes_too_long_is_killed_and_started_again(tmp_path: Path, data: DataFolder) -> None:
+    record = Record()
+    slow = replace(python_part("slow", tmp_path, SLEEP, start_timeout_s=0.3), spare=True)
+    await run_until(Supervisor([slow], data, record), lambda: record.count("slow", State.STARTING) == 2)
+    assert "was not ready after 0 s" in record.of("slow", State.DOWN)[0]
+
+
 async def test_a_part_that_is_killed_is_started_again_and_the_others_are_left_alone(
     tmp_path: Path, data: DataFolder
 ) -> None:
