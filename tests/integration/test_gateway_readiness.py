@@ -110,15 +110,6 @@ class TestTwoEngines:
         engine.start()
         ready.becomes(200, first="ok", second="ok")
 
-    def test_one_with_another_bank_is_named_and_the_other_serves(self, ready: Readiness, engine: FakeEngine) -> None:
-        engine.knobs.banks = ("ab" * 32,)
-        assert "abababab" in ready.becomes(200, first="ok", second="other_bank")[1]["detail"]
-
-    def test_one_with_two_banks_one_of_them_ours_is_well(self, ready: Readiness, engine: FakeEngine) -> None:
-        engine.knobs.banks = ("ab" * 32, *engine.knobs.banks)
-        wait_until(lambda: len(ready.ask()[1]["parts"]["engines"][1]["banks"]) == 2, "the gateway to see both")
-        ready.becomes(200, first="ok", second="ok")
-
     def test_without_one_that_has_the_bank_the_gateway_is_not_ready(
         self, ready: Readiness, engine: FakeEngine, fake_engine: FakeEngine
     ) -> None:

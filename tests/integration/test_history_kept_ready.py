@@ -128,35 +128,21 @@ def test_who_waits_too_long_for_others_histories_is_answered_without_one_and_tol
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(generate, client, first, prompt=TURN, history=1)
         wait_until(lambda: bool(indexed), "the index to be begun")
-        answer = client.post(route, json=body, headers={"X-Queue-Timeout": "0.1"}).raise_for_status().json()
+        hurry = {"X-Queue-Timeout": "0.1"}
+        answer = client.post(route, json=body, headers=hurry).raise_for_status().json()
         assert asked(fake_engine) == TURN
+        streamed = chunks_of(client.post(route, json=body | {"stream": True}, headers=hurry))
+        assert "could not be read in time" in streamed[0]["personalization"]["history_reason"]
         gate.set()
         assert waiting.result().json()["personalization"]["history"] == 1
     told = answer["personalization"]
     assert (told["level"], told["history"]) == ("merged", 0)
     assert "could not be read in time" in told["history_reason"]
-    assert left_out(client) == before + 1
+    assert left_out(client) == before + 2
     wait_until(lambda: len(indexed) == 2, "the second history to be indexed")  # for the next request
     answer = client.post(route, json=body).raise_for_status().json()
     assert (answer["personalization"]["history"], answer["personalization"]["history_reason"]) == (1, None)
     assert len(indexed) == 2
-
-
-def test_a_stream_says_it_in_its_first_chunk(
-    client: httpx.Client, new_user: NewUser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.gateway.generation.histories.MOST_WAITING", 0)
-    first, second, gate = new_user(), new_user(), threading.Event()
-    indexed = counted(monkeypatch, gate)
-    for user_id in (first, second):
-        put(client, user_id, ITEMS)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(generate, client, first, prompt=TURN, history=1)
-        wait_until(lambda: bool(indexed), "the index to be begun")
-        chunks = chunks_of(generate(client, second, prompt=TURN, history=1, stream=True))
-        gate.set()
-        waiting.result().raise_for_status()
-    assert "could not be read in time" in chunks[0]["personalization"]["history_reason"]
 
 
 def test_what_another_gateway_changes_is_seen_at_once(

@@ -60,6 +60,8 @@ async def test_ready_is_whose_banks_are_each_in_an_engine(
 ) -> None:
     found = await report(*banks)
     assert [engine.status for engine in found.engines] == statuses
+    for engine in found.engines:
+        assert engine.status != "other_bank" or str([bank[:8] for bank in engine.banks]) in str(engine.detail)
     assert found.readiness is (Readiness.READY if ready else Readiness.NOT_READY)
 
 
