@@ -20,8 +20,6 @@ VERSION = "0.32.0"
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """One name."""
-
     name: str  # module:attribute
     takes: str | None  # its parameters; None for what only an instance has
     why: str  # what stands there instead, and for what reason
@@ -116,13 +114,13 @@ _BY_NAME = {patch.name: patch for patches in PATCHES.values() for patch in patch
 
 
 def check(where: str) -> None:
-    """Make sure that vLLM has every name of a process as it is known here; BankError names the first that differs."""
+    """Make sure that vLLM has every name of a process as it is known here; BankError for the first that differs."""
     for patch in PATCHES[where]:
         if patch.takes is not None:
             patch.find()
 
 
 def replace(name: str, make: Callable[[Any], Any]) -> None:
-    """Put what `make` returns, given vLLM's own, in the place of a name of the table; BankError where that differs."""
+    """Replace a name of the table by what `make` returns, given vLLM's own; BankError where that is not as known."""
     owner, last, original = _BY_NAME[name].find()
     setattr(owner, last, make(original))

@@ -150,7 +150,6 @@ def _tracing(settings: Settings) -> Tracing:
 
 
 def _api_keys(args: Namespace) -> list[str]:
-    """The keys vLLM itself accepts."""
     given: list[str] = [key for key in (args.api_key or []) if key]
     return given or [key for key in (os.environ.get("VLLM_API_KEY"),) if key]
 

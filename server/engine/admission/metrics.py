@@ -58,7 +58,6 @@ class AdapterFigures(Collector):
         return counts if self._taken is None else counts | {"slots_taken": self._taken}
 
     def _question(self) -> asyncio.Task[None]:
-        """The question that the workers are being asked."""
         if self._asking is None:
             self._asking = asyncio.ensure_future(self._answered())
         return self._asking
@@ -76,7 +75,6 @@ class AdapterFigures(Collector):
         return _count(self._of_worker, "fuse")
 
     def collect(self) -> Iterator[Metric]:
-        """All of it, as Prometheus has it."""
         for name, meaning, kind, samples in [*families(self._registry), *self._of_worker]:
             metric = Metric(name, meaning, kind)
             for sample in samples:
@@ -86,13 +84,14 @@ class AdapterFigures(Collector):
         shared = "Requests admitted while another one under the same recipe was open."
         yield CounterMetricFamily("mta_engine_fuses", "Recipes fused.", fuses)
         yield CounterMetricFamily("mta_engine_shared_slots", shared, names.shared)
-        yield GaugeMetricFamily("mta_engine_slots", "LoRA slots.", self._slots)
-        yield GaugeMetricFamily("mta_engine_slots_resident", "Slots that hold an adapter.", self._taken or 0)
-        yield GaugeMetricFamily(
-            "mta:adapters_in_use", "Distinct recipes among the engine's requests.", len(names.in_flight())
-        )
-        yield GaugeMetricFamily("mta:adapter_names", "Recipes whose engine id is remembered.", len(names))
-        yield GaugeMetricFamily("mta:adapter_names_leased", "Recipes that an open request holds.", names.leased)
+        for name, meaning, value in (
+            ("mta_engine_slots", "LoRA slots.", self._slots),
+            ("mta_engine_slots_resident", "Slots that hold an adapter.", self._taken or 0),
+            ("mta:adapters_in_use", "Distinct recipes among the engine's requests.", len(names.in_flight())),
+            ("mta:adapter_names", "Recipes whose engine id is remembered.", len(names)),
+            ("mta:adapter_names_leased", "Recipes that an open request holds.", names.leased),
+        ):
+            yield GaugeMetricFamily(name, meaning, value)
         prepares = CounterMetricFamily(
             "mta_engine_prepares",
             "Requests that an adapter was made ready for: warm ones found it there, cold ones had it fused.",

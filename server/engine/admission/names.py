@@ -48,7 +48,6 @@ class AdapterNames(Generic[Entry]):
 
     @property
     def leased(self) -> int:
-        """Names that an open request holds."""
         return len(self._leases)
 
     @property
@@ -70,7 +69,6 @@ class AdapterNames(Generic[Entry]):
         return entry
 
     def release(self, name: str) -> None:
-        """End one lease."""
         self._leases[name] -= 1
         if self._leases[name] <= 0:
             del self._leases[name]

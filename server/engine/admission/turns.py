@@ -60,7 +60,6 @@ class _Turns(Scheduler):  # type: ignore[misc]
                 self.waiting.add_request(request)
 
     def _back(self) -> set[Request]:
-        """The waiting requests that stand back in the next step."""
         back = held_back(self.waiting, self.running, self.lora_config.max_loras, time.time())
         if self.fuser is None:
             return back

@@ -28,8 +28,6 @@ SWEEP_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What the workers hold under a recipe's name."""
-
     adapter: UserAdapterId
     size_bytes: int
 
@@ -108,7 +106,6 @@ class UserAdapters:
         return sum(name in in_use for name in mine)
 
     async def _is_current(self, adapter: UserAdapterId) -> bool:
-        """Whether an adapter is still its user's current one."""
         return await self._store.adapter_id(adapter.user_key) == adapter.id
 
     async def _send(self, recipe: FusionRecipe, adapter: UserAdapterId) -> bool:

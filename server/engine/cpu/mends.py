@@ -11,7 +11,6 @@ from server.engine import patches
 
 
 def install() -> None:
-    """Mend both."""
     patches.replace(patches.CPU_ATTENTION, attention_off_amx)
     patches.replace(patches.CPU_SEEDS, seeds_that_begin_again)
 

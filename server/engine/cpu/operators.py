@@ -76,7 +76,6 @@ class Rows:
 
     @classmethod
     def none(cls) -> Rows:
-        """No row has an adapter."""
         empty = torch.empty(0, dtype=torch.int32)
         return cls(empty, empty, empty, empty)
 

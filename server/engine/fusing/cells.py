@@ -80,7 +80,6 @@ class Cells:
 
 
 def _apart(cells: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """For each slot its part of cells over all slots [S, …]."""
     return [list(of_slot) for of_slot in zip(*(cell.unbind(0) for cell in cells), strict=True)]
 
 

@@ -25,7 +25,6 @@ Family = tuple[str, str, str, list[Sample]]
 
 
 def durations(registry: CollectorRegistry, what: str, meaning: str) -> Histogram:
-    """A histogram of the engine's."""
     return Histogram(f"mta_engine_{what}_seconds", meaning, buckets=BUCKETS_S, registry=registry)
 
 
@@ -46,8 +45,6 @@ def timed(histogram: Histogram) -> Iterator[None]:
 
 
 class WorkerFigures:
-    """What one worker measures."""
-
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.fuse = durations(registry, "fuse", "From an admitted recipe to its weights in memory, in any thread.")

@@ -186,7 +186,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     @property
     def figures(self) -> WorkerFigures:
-        """What this worker measures."""
         return self._adapter_manager.figures
 
 

@@ -127,7 +127,6 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     @property
     def taken(self) -> int:
-        """How many slots hold an adapter that has not been evicted."""
         return len(self._active_adapters)
 
     def held_recipe(self, lora_id: int) -> str | None:
@@ -215,7 +214,6 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
             self._cells_of(model)
 
     def _cells_of(self, model: FusedLoRAModel) -> list[Cells]:
-        """Where adapters like this one lie, by slot."""
         if model.filling not in self._cells:
             self._cells[model.filling] = Cells.of_slots(self._stacks_of(model), model.flat.ranks, model.shares_a)
         return self._cells[model.filling]

@@ -85,7 +85,7 @@ async def test_everything_is_shown_before_a_worker_has_said_anything(published: 
     assert not any(first.values())
 
 
-async def test_requests_under_one_name_at_once_share_a_slot(
+async def test_requests_under_one_name_at_once_share_a_slot_and_names_are_counted(
     published: AdapterFigures, names: AdapterNames[Any]
 ) -> None:
     for name in ("a", "b", "a", "a"):
@@ -93,7 +93,10 @@ async def test_requests_under_one_name_at_once_share_a_slot(
     for name in ("a", "a", "a"):
         names.release(name)
     names.lease("a")
-    assert shown(published)["mta_engine_shared_slots_total"] == 2
+    names.in_flight = lambda: {"a", "c", "d"}
+    seen = shown(published)
+    assert seen["mta_engine_shared_slots_total"] == 2
+    assert [seen[f"mta:adapter{what}"] for what in ("s_in_use", "_names", "_names_leased")] == [3, 2, 2]
 
 
 async def test_a_worker_amid_a_step_is_not_waited_for_and_asked_once(
