@@ -221,18 +221,6 @@ class TestEngine:
             assert usage == {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
             assert "mta_queue_running 0.0" in client.get("/metrics").text.splitlines()
 
-    def test_several_prompts_go_in_parts_too(self, started: Callable[..., Any], fake_engine: FakeEngine) -> None:
-        asked = {"prompt": ["a", "bc", "def"], "max_tokens": 2, "n": 3}
-        with started(engine_places=8) as keyed, keyed.client("modest") as client:
-            answer = client.post("/v1/completions", json=asked)
-            assert answer.status_code == 200, answer.text
-            assert [seen.body["prompt"] for seen in fake_engine.seen] == ["a", "a", "bc", "bc", "def", "def"]
-            choices = answer.json()["choices"]
-            assert [choice["index"] for choice in choices] == list(range(9))
-            assert len({choice["text"] for choice in choices[:3]}) == 1
-            assert choices[0]["text"] != choices[3]["text"]
-            assert answer.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 18, "total_tokens": 24}
-
     @pytest.mark.parametrize("stream", [False, True])
     def test_if_one_part_fails_the_others_are_aborted_and_there_is_one_error(
         self, started: Callable[..., Any], fake_engine: FakeEngine, stream: bool
