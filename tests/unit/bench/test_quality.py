@@ -39,10 +39,10 @@ def test_a_habit_moves_each_score_by_how_much_likelier_it_makes_it_than_everybod
         return Record("key", "u", "q", method, 0, 0.0, None, "5", chances=chances)
 
     habit, model = (0.1, 0.1, 0.1, 0.1, 0.6), (0.1, 0.0, 0.1, 0.0, 0.2)  # of 0.4 for scores at all
-    everybody = dict(zip("12345", (0.2, 0.2, 0.2, 0.2, 0.2), strict=True))
+    everybody = dict(zip("12345", (0.2, 0.2, 0.1, 0.2, 0.3), strict=True))
     errors, losses = judged([record("prior", *habit), record("common", *model)], everybody)
     assert errors["prior"]["u"] == [pytest.approx(1.0)]
     assert errors["common"]["u"] == [pytest.approx(5 - (1 + 3 + 2 * 5) / 4)]
     assert losses["common"]["u"] == [pytest.approx(-math.log(0.5) / 2)]
-    assert losses["common+prior"]["u"] == [pytest.approx(-math.log(0.12 / 0.14) / 2)]
+    assert losses["common+prior"]["u"] == [pytest.approx(-math.log(1.0 / (0.125 + 0.25 + 1.0)) / 2)]
     assert set(losses) == {"prior", "common", "common+prior"}
