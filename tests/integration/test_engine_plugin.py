@@ -70,7 +70,8 @@ def test_one_prefix_under_two_recipes_is_computed_for_each(engine: Engine, prefi
 @pytest.mark.parametrize(
     ("terms", "reason"),
     [
-        ("a03*571+a17*428", "sum to exactly 1000"),
+        ("c+a03*4001", "-4000 to 4000"),
+        ("c+v03*100", "names a vector"),
         ("c+a40*100", "a00 to a39"),
         (f"c:u-{'a' * 26}.{'a' * 26}", "cannot be fetched"),
         ("c:u-../../etc/passwd", "in base32"),
@@ -89,6 +90,7 @@ def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason(
 def test_another_banks_or_methods_recipe_is_a_404(engine: Engine, prefix: str) -> None:
     short = prefix.split(":")[1]
     assert "this engine has" in engine.chat("mta3:00000000:shared:c").json()["error"]["message"]
+    assert "build its bank again" in engine.chat(f"mta1:{short}:shared:c").json()["error"]["message"]
     assert "fuses by `shared`" in engine.chat(f"mta3:{short}:cat:c").json()["error"]["message"]
 
 
