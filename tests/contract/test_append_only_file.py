@@ -19,8 +19,9 @@ from server.errors import Unavailable
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.connection import RedisConnection
+from tests.support.stored import connected, on_disk
 
-SECRET = b"words that nobody shall find again"
+SECRET = "words that nobody shall find again"
 
 
 @pytest.fixture
@@ -34,15 +35,8 @@ async def raw(one_server: ValkeyProcess, quick_rewrites: None) -> AsyncIterator[
 
 @pytest.fixture
 async def file(one_server: ValkeyProcess) -> AsyncIterator[AppendOnlyFile]:
-    connection = RedisConnection(one_server.url)
-    await connection.check()
-    yield AppendOnlyFile(connection)
-    await connection.close()
-
-
-def on_disk(server: ValkeyProcess) -> bool:
-    """Whether the secret stands in any file of the server's."""
-    return any(SECRET in path.read_bytes() for path in server.folder.rglob("*") if path.is_file())
+    async with connected(one_server.url) as connection:
+        yield AppendOnlyFile(connection)
 
 
 async def looked(file: AppendOnlyFile, seconds: float) -> None:
@@ -100,9 +94,9 @@ async def test_what_was_erased_is_gone_by_the_time_that_was_promised(
 ) -> None:
     asked = await file.request_rewrite("a user")
     await raw.delete("secret")
-    assert on_disk(one_server)
+    assert on_disk(SECRET, one_server)
     await until_settled(raw, file)
-    assert not on_disk(one_server)
+    assert not on_disk(SECRET, one_server)
     began_ms = int(await raw.hget("mta:{rewrite}", "last"))
     assert asked.erase_by_ms <= began_ms <= asked.rewritten_by_ms
 
@@ -118,7 +112,7 @@ async def test_a_rewrite_that_began_before_the_erasure_settles_nothing(
     assert not await settled(raw)
     await raw.delete("secret")
     await until_settled(raw, file)
-    assert not on_disk(one_server)
+    assert not on_disk(SECRET, one_server)
     assert int(await raw.hget("mta:{rewrite}", "last")) <= asked.rewritten_by_ms
 
 
@@ -136,7 +130,7 @@ async def test_a_rewrite_that_its_gateway_did_not_live_to_begin_is_begun_by_anot
         await file.look()
     assert await raw.hexists("mta:{rewrite}", "began")
     await until_settled(raw, file)
-    assert not on_disk(one_server)
+    assert not on_disk(SECRET, one_server)
 
 
 async def test_a_rewrite_that_the_server_did_not_live_to_end_is_begun_again(
@@ -150,7 +144,7 @@ async def test_a_rewrite_that_the_server_did_not_live_to_end_is_begun_again(
     one_server.start()
     await raw.connection_pool.disconnect()
     await until_settled(raw, file)
-    assert not on_disk(one_server)
+    assert not on_disk(SECRET, one_server)
 
 
 async def test_a_rewrite_that_fails_is_tried_again_ever_more_rarely_and_told_each_time(
@@ -166,9 +160,9 @@ async def test_a_rewrite_that_fails_is_tried_again_ever_more_rarely_and_told_eac
         assert (await raw.info("persistence"))["aof_rewrites"] - before == 4
         assert await file.overdue_s() > 0
     assert [more_ms >= least_ms for more_ms, least_ms in zip(later_ms, (600, 1200, 1500), strict=True)] == [True] * 3
-    assert on_disk(one_server)
+    assert on_disk(SECRET, one_server)
     await until_settled(raw, file)
-    assert not on_disk(one_server)
+    assert not on_disk(SECRET, one_server)
     assert await file.overdue_s() == 0
     assert sorted(await raw.hkeys("mta:{rewrite}")) == [b"asked", b"last"]
 

@@ -21,7 +21,7 @@ from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.stored import LATER_MS, change, connected, strict_and_lenient, users_at
+from tests.support.stored import LATER_MS, change, connected, on_disk, strict_and_lenient, until_forgotten, users_at
 
 SECRET = "words that nobody shall find again"
 
@@ -162,16 +162,9 @@ async def test_what_was_erased_leaves_the_file_of_the_server_that_held_it(
     await store.commit(key, b"", change("a", user_id=SECRET))
     asked = await file.request_rewrite(key)
     assert await store.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
-    assert on_disk(home)
-    async with asyncio.timeout(30):
-        while on_disk(home):
-            await file.look()
-            await asyncio.sleep(0.05)
+    assert on_disk(SECRET, home)
+    await until_forgotten(connection, SECRET, home)
     assert [rewrites(node) for node in others] == before
-
-
-def on_disk(node: ValkeyProcess) -> bool:
-    return any(SECRET.encode() in path.read_bytes() for path in node.folder.rglob("*.aof"))
 
 
 def rewrites(node: ValkeyProcess) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -16,10 +15,10 @@ from server.store.redis import keys
 from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.access.rates import RedisRates
 from server.store.redis.queue import RedisQueue
-from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.rates import Rate, Use
 from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, put_of, submitted
+from tests.support.stored import on_disk, until_forgotten
 
 ROOM_BYTES = 400_000
 ANN, BOB, CAI = "ann", "bob", "cai"
@@ -132,17 +131,9 @@ async def test_a_user_is_erased_from_it(full: StoreParts, raw: redis.Redis) -> N
 async def test_its_file_forgets_who_was_erased(
     quick_rewrites: None, full: StoreParts, raw: redis.Redis, nodes: Nodes
 ) -> None:
-    assert _on_disk(nodes)
+    assert on_disk(SAMPLE, *nodes)
     await full.erase(ANN)
-    file = AppendOnlyFile(full.connection)
-    async with asyncio.timeout(30):
-        while _on_disk(nodes):
-            await file.look()
-            await asyncio.sleep(0.05)
-
-
-def _on_disk(nodes: Nodes) -> bool:
-    return any(SAMPLE.encode() in path.read_bytes() for node in nodes for path in node.folder.rglob("*.aof"))
+    await until_forgotten(full.connection, SAMPLE, *nodes)
 
 
 async def test_a_key_is_revoked_in_it_and_another_takes_its_place(full: StoreParts, keyring: RedisAccessKeys) -> None:

@@ -21,7 +21,7 @@ from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.servers.sentinel import Sentinel
-from tests.support.stored import LATER_MS, Writing, change, connected, opened
+from tests.support.stored import LATER_MS, Writing, change, connected, on_disk, opened, until_forgotten
 
 SECRET = "words that nobody shall find again"
 
@@ -76,18 +76,10 @@ async def test_what_was_erased_leaves_the_files_of_both(
 ) -> None:
     store, file = RedisProfiles(connection), AppendOnlyFile(connection)
     await store.commit(user, b"", change("a", user_id=SECRET))
-    assert all(on_disk(watched))
+    assert all(on_disk(SECRET, server) for server in watched.servers)
     asked = await file.request_rewrite(user)
     assert await store.erase(user, asked.erase_by_ms, asked.rewritten_by_ms)
-    async with asyncio.timeout(60):
-        while any(on_disk(watched)):
-            await file.look()
-            await asyncio.sleep(0.05)
-
-
-def on_disk(watched: WatchedValkey) -> list[bool]:
-    files = [list(server.folder.rglob("*.aof")) for server in watched.servers]
-    return [any(SECRET.encode() in path.read_bytes() for path in paths) for paths in files]
+    await until_forgotten(connection, SECRET, *watched.servers)
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])

@@ -18,6 +18,7 @@ from server.errors import Unavailable
 from server.store.profiles import Change, Profile, StoredItem, StoredVector
 from server.store.redis import keys
 from server.store.redis.profiles import RedisProfiles
+from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.store_parts import EMBEDDER, KEYS
 
@@ -60,6 +61,21 @@ def users_at(cluster: ValkeyCluster, home: ValkeyProcess) -> Iterator[str]:
         key = KEYS.key(f"user-of-a-cluster-{number}")
         if cluster.home_of(keys.profile(key)) is home:
             yield key
+
+
+def on_disk(text: str, *servers: ValkeyProcess) -> bool:
+    """Whether a text stands in any of their files."""
+    files = (path for server in servers for path in server.folder.rglob("*") if path.is_file())
+    return any(text.encode() in path.read_bytes() for path in files)
+
+
+async def until_forgotten(connection: RedisConnection, text: str, *servers: ValkeyProcess) -> None:
+    """Look after the append-only files, as a gateway does, until the text is gone from them."""
+    file = AppendOnlyFile(connection)
+    async with asyncio.timeout(60):
+        while on_disk(text, *servers):
+            await file.look()
+            await asyncio.sleep(0.05)
 
 
 class Writing:
