@@ -20,7 +20,7 @@ from server.store.tenants.rates import Rate, Use
 from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, put_of, submitted
 from tests.support.stored import on_disk, until_forgotten
 
-ROOM_BYTES = 400_000
+ROOM_BYTES = 1_200_000  # far more than what connections and scripts take of it meanwhile
 ANN, BOB, CAI = "ann", "bob", "cai"
 SAMPLE = "a sample of ann's"
 
