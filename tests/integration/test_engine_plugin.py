@@ -173,6 +173,12 @@ def test_a_preflight_request_opens_nothing(engine: Engine) -> None:
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+def test_no_route_binds_a_name_to_a_folder(engine: Engine, path: str) -> None:
+    response = engine.client.post(path, json={"lora_name": "x", "lora_path": "/etc"})
+    assert response.status_code == httpx.codes.NOT_FOUND
+
+
 def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:
     core = next(pid for pid in descendants(engine.pid) if "EngineCore" in command_line(pid))
     with standing_still(core):
