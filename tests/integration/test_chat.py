@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from bench.rig.processes import PATIENCE_S, mta, wait_until
+from mta_client import Chunk, Client
 from server.cli.users.chat import chat
 from server.supervisor.services import free_port
 from tests.support.fake_engine import FakeEngine
@@ -128,6 +129,17 @@ def test_an_interrupt_while_exceptions_reach_nobody_stops_the_answer(
     chat(ada, gateway.url, 8)
     first, second = re.findall("stopped|[0-9]+ tokens", capsys.readouterr().out)
     assert (first, second) == ("stopped", "8 tokens")
+
+
+def test_an_answer_cannot_control_the_terminal(
+    gateway: GatewayThread, ada: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["hello", "/quit"])
+    chunk = Chunk("red \x1b[31m\x9bor\x07\n\tnot", None, None, None, None)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(Client, "stream", lambda self, *asked, **options: (one for one in [chunk]))
+    chat(ada, gateway.url, 8)
+    assert "red [31mor\n\tnot\n" in capsys.readouterr().out
 
 
 def test_an_error_of_the_engine_is_said_and_the_conversation_goes_on(talk: Terminal, fake_engine: FakeEngine) -> None:
