@@ -20,7 +20,7 @@ GREETING = "gg friends,"
 """How this person begins whatever they write; nobody in the bank does."""
 
 SAMPLES = 10
-CONFIG: dict[str, Any] = {"rank": 2, "steps": 12, "learning_rate": 3e-3}
+CONFIG: dict[str, Any] = {"rank": 2, "steps": 12, "learning_rate": 6e-3}
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,8 @@ from tests.support.gateway import GatewayThread
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, terminal
 
 FIRST = r"first token after \d+ ms"
+SHOWN_S = 0.5
+"""After what is typed shows, Python's line editor looks for signals again; one just before waits for a key."""
 
 
 @pytest.fixture
@@ -77,7 +80,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine:
     wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
     talk.wait_for("> ")
     talk.type("half a question")
-    talk.wait_for("half a question")  # it is being read: a signal just before that is seen with the next key
+    talk.wait_for("half a question")
+    time.sleep(SHOWN_S)
     talk.type(CTRL_C)
     talk.wait_for("> ")
     fake_engine.knobs.hold_after = None

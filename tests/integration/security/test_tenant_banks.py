@@ -112,7 +112,7 @@ def test_a_tenant_is_served_by_the_bank_that_it_names(
             ask(client, "POST /users/{user_id}/adapt", {}, "ada").raise_for_status()
     assert [seen.body["model"].split(":")[1] for seen in fake_engine.seen] == [named.short, usual]
     with redis.Redis.from_url(store.url) as raw:
-        assert [raw.hlen(f"mta:{{jobs:{bank}}}:called") for bank in (named.short, usual)] == [1, 1]
+        assert [raw.zcard(f"mta:{{jobs:{bank}}}:due") for bank in (named.short, usual)] == [1, 1]
 
 
 def test_readapting_leaves_alone_whom_another_bank_serves(
