@@ -14,10 +14,10 @@ LATELY_S = 30.0
 """Over which a mean is taken: what is longer ago counts e times less."""
 _PRESENT_S = 10.0
 """For how long a caller who has no place is still there."""
-_KEPT = 2.0
-"""How many times their mean others find free: of so many who come by chance, three standard deviations more than that
-are rare from nine places on."""
-_CREDIT_S = 1.0
+_KEPT = 2.5
+"""How many times their mean others find free: of four who come by chance that is three standard deviations more."""
+_CREDIT_S = 0.5
+"""The longest for which unused places count: so a burst is at most half as much again as the share."""
 
 
 class Shares:
@@ -94,7 +94,7 @@ class FairShares(Shares):
 
     A caller's share is all places divided evenly among the callers who are there. Within its share it may take what is
     free. Beyond it, it may take what it has left unused lately, so that who comes by chance may come in bursts; and
-    what leaves enough to the others: twice what they had on average. So what nobody needs lies idle for nobody, and
+    what leaves enough to the others: 2.5 times what they had on average. So what nobody needs lies idle for nobody, and
     who takes all that it may, all the time, has no more than its share of what others need.
     """
 

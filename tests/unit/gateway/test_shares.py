@@ -65,7 +65,7 @@ class TestFairShares:
         places.arrives("b")
         assert places.is_within_share("b", 4)
 
-    def test_twice_of_what_others_had_on_average_is_left_to_them(self, places: FairShares) -> None:
+    def test_more_than_what_others_had_on_average_is_left_to_them(self, places: FairShares) -> None:
         for caller in "aaaabb":
             places.acquire(caller)
         self.now_s = 1000.0
@@ -74,7 +74,17 @@ class TestFairShares:
         for _ in range(4):
             self.now_s += LATELY_S * math.log(2) / 4
             places.arrives("b")
-        assert taken(places, "a")["a"] == 2
+        assert taken(places, "a")["a"] == 1  # of the four that are free, 2.5 times their mean of one stay
+
+    def test_a_burst_is_at_most_half_as_much_again_as_the_share(self) -> None:
+        places = FairShares(lambda: 12)
+        places.acquire("a", 4)
+        self.now_s = 1000.0
+        places.acquire("b")
+        for _ in range(2):
+            self.now_s += 5.0
+            places.arrives("c")
+        assert taken(places, "b")["b"] == 4 + 2 - 1
 
     def test_who_left_some_of_its_share_unused_may_take_as_much_more_once(self, places: FairShares) -> None:
         places.acquire("a", 2)
