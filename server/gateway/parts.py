@@ -36,7 +36,7 @@ from server.gateway.generation.prompts import PromptBuilder
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.json_body import JsonRoute, SamplesRoute
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
-from server.gateway.operating.metrics import Metrics
+from server.gateway.operating.metrics import Metrics, PartsCollector
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.erasing import Erasing
 from server.gateway.users.exporting import Exporting
@@ -138,7 +138,7 @@ async def open_gateway(
         tokenizer = TokenizerClient(engines)
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
-        metrics.watch(lambda: engines.figures, lambda: health.readiness, lambda: stores.server.memory)
+        metrics.watch(PartsCollector(lambda: engines.figures, lambda: health.readiness, lambda: stores.server.memory))
 
         limiter = Limiter(
             stores.rates,

@@ -30,14 +30,13 @@ from server.store.profiles import AdapterNote, ProfileStore
 from server.store.samples import Sample, decode_config, decode_sample
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
-from server.worker.lease import LEASE_S, RENEW_S, HeldLease, LeaseLost, StoreSilent, retry_until_answered
+from server.worker.lease import LEASE_S, HeldLease, LeaseLost, StoreSilent, retry_until_answered
 from server.worker.metrics import GIVEN_UP, UNWANTED, WorkerMetrics
 from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, blamed
 from server.worker.training_thread import train_holding
 
 log = logging.getLogger("mta.worker")
 
-WAIT_S = 5.0
 PROMOTE_ATTEMPTS = 20
 
 
@@ -72,19 +71,6 @@ class JobLoop:
         self._model_lock = model_lock or asyncio.Lock()
         self._metrics = metrics or WorkerMetrics()
         self._tracing = tracing or Tracing()
-
-    async def run(self) -> None:
-        """Work until cancelled; waits for a store that cannot be reached.
-
-        Unforeseen errors are raised, above all a lack of memory in its many disguises: the process had better start
-        afresh, and the job goes to another worker until its tries are used up.
-        """
-        while True:
-            try:
-                await self.work_once(WAIT_S)
-            except ApiError as error:
-                log.warning("%s", error.explained)
-                await asyncio.sleep(RENEW_S)
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a job and train it, if it still needs a worker; False when there was none."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ from bank.lookup.serving import ServingBank
 from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
 from bank.models.imports import heavy_imports
 from bank.models.load import limit_gpu, resolve_dtype
+from server.errors import ApiError
 from server.settings import Settings
 from server.store.opening import Stores, open_stores
 from server.watching.tracing import Tracing, open_tracing
@@ -24,6 +25,9 @@ from server.worker.signing_loop import SigningLoop
 from server.worker.training import AdapterTrainer
 
 log = logging.getLogger("mta.worker")
+
+WAIT_S = 5.0
+RETRY_S = 1.0
 
 
 async def run_worker(settings: Settings) -> None:
@@ -61,12 +65,26 @@ def _loops(
     """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
     profiles, model_lock = stores.profiles, asyncio.Lock()
     jobs = JobLoop(stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
-    loops = [jobs.run()]
+    loops = [work_forever(jobs.work_once)]
     if bank.signs:
         signing = stores.signing(bank.manifest.short)
         signs = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
-        loops.append(signs.run())
+        loops.append(work_forever(signs.work_once))
     return loops
+
+
+async def work_forever(work_once: Callable[[float], Awaitable[object]]) -> None:
+    """Work until cancelled; waits for a store that cannot be reached.
+
+    Unforeseen errors are raised, above all a lack of memory in its many disguises: the process had better start afresh,
+    and a job goes to another worker until its tries are used up.
+    """
+    while True:
+        try:
+            await work_once(WAIT_S)
+        except ApiError as error:
+            log.warning("%s", error.explained)
+            await asyncio.sleep(RETRY_S)
 
 
 async def _until_it_fails(working: asyncio.Future[Any]) -> None:

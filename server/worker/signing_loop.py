@@ -12,14 +12,13 @@ from adapters.errors import MtaError
 from bank.items.profile import Item, item_pair
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
-from server.errors import ApiError, Unavailable, UserErased
+from server.errors import Unavailable, UserErased
 from server.store.profiles import Change, ProfileStore, SignQueue, StoredSignature
 from server.worker.metrics import WorkerMetrics
 from server.worker.training_thread import STALL_S, Stalled
 
 log = logging.getLogger("mta.worker")
 
-WAIT_S = 5.0
 RETRY_S = 1.0
 ATTEMPTS = 20
 MAX_TRIES = 3
@@ -51,15 +50,6 @@ class SigningLoop:
         self._signer = signer
         self._model_lock = model_lock
         self._metrics = metrics or WorkerMetrics()
-
-    async def run(self) -> None:
-        """Work until cancelled; waits for a store that cannot be reached."""
-        while True:
-            try:
-                await self.work_once(WAIT_S)
-            except ApiError as error:
-                log.warning("%s", error.explained)
-                await asyncio.sleep(RETRY_S)
 
     async def work_once(self, wait_s: float) -> bool:
         """Wait for a user and make their signature; returns whether there was one."""

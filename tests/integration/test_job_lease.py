@@ -23,6 +23,7 @@ from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import encode_config
 from server.worker.job_loop import JobLoop
+from server.worker.process import work_forever
 from server.worker.training import AdapterTrainer
 from server.worker.training_thread import Stalled
 from tests.integration.conftest import Interrupted
@@ -247,7 +248,7 @@ async def test_a_job_whose_record_cannot_be_read_holds_up_no_other_and_fails_aft
     broken, behind = await desk.submit(), await desk.submit()
     async with redis.from_url(store.url, decode_responses=True) as raw:
         await raw.hset(keys.job(broken), "curve", "{")
-        working = asyncio.create_task(worker.run())
+        working = asyncio.create_task(work_forever(worker.work_once))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not (await desk.job(behind)).state.ended:

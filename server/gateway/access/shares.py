@@ -112,7 +112,6 @@ class FairShares(Shares):
             return False
         if held + size <= self._share(caller) + use.credit:
             return True
-        self._all.add(self.taken, use.since_s)
         return self.free - size >= _KEPT * (self._all.value - use.value) - (self.taken - held)
 
     def arrives(self, caller: str) -> None:
@@ -121,17 +120,18 @@ class FairShares(Shares):
 
     def acquire(self, caller: str, size: int = 1) -> None:
         """As `Shares.acquire`."""
-        self._all.add(self.taken, self._seen(caller).since_s)
+        self._seen(caller)
         super().acquire(caller, size)
 
     def release(self, caller: str, size: int = 1) -> None:
         """As `Shares.release`."""
-        self._all.add(self.taken, self._seen(caller).since_s)
+        self._seen(caller)
         super().release(caller, size)
 
     def _seen(self, caller: str) -> _Use:
-        """A caller's use until now; forgets callers who have not been there for long."""
+        """A caller's use until now, and everybody's; forgets callers who have not been there for long."""
         now_s = time.monotonic()
+        self._all.add(self.taken, now_s)
         while self._uses:
             other, oldest = next(iter(self._uses.items()))
             if now_s < oldest.since_s + _PRESENT_S:

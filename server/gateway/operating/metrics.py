@@ -6,6 +6,7 @@ A tenant is a label only where the settings name it; all others together are `ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -91,14 +92,9 @@ class Metrics:
         self.store = StoreSeconds(registry)
         ProcessCollector(registry=registry)
 
-    def watch(
-        self,
-        engines: Callable[[], Sequence[EngineFigures | None]],
-        readiness: Callable[[], Readiness],
-        memory: Callable[[], Memory | None],
-    ) -> None:
-        """Show what is known of engines, readiness (as `/ready` has it) and the store's memory at each scrape."""
-        self._registry.register(_PartsCollector(engines, readiness, memory))
+    def watch(self, parts: PartsCollector) -> None:
+        """Show what is known of the gateway's parts."""
+        self._registry.register(parts)
 
     def count_refusal(self, reason: str) -> None:
         """Count a request that was turned away."""
@@ -130,23 +126,18 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _PartsCollector(Collector):
-    """What the gateway last saw of its parts; engines are named by their place in the settings."""
+@dataclass(frozen=True, eq=False)
+class PartsCollector(Collector):
+    """What the gateway last saw of its parts, at each scrape; engines are named by their place in the settings."""
 
-    def __init__(
-        self,
-        engines: Callable[[], Sequence[EngineFigures | None]],
-        readiness: Callable[[], Readiness],
-        memory: Callable[[], Memory | None],
-    ) -> None:
-        self._engines = engines
-        self._readiness = readiness
-        self._memory = memory
+    engines: Callable[[], Sequence[EngineFigures | None]]
+    readiness: Callable[[], Readiness]  # as `/ready` has it
+    memory: Callable[[], Memory | None]  # the store's
 
     def collect(self) -> Iterator[Metric]:
-        ready = self._readiness() is Readiness.READY
+        ready = self.readiness() is Readiness.READY
         yield GaugeMetricFamily("mta_ready", "Whether requests can be fully served, as /ready says.", float(ready))
-        if memory := self._memory():
+        if memory := self.memory():
             yield GaugeMetricFamily("mta_store_used_bytes", "What the store's memory holds.", memory.used_bytes)
             if memory.most_bytes:
                 yield GaugeMetricFamily("mta_store_max_bytes", "The most that it may hold.", memory.most_bytes)
@@ -160,7 +151,7 @@ class _PartsCollector(Collector):
             "Requests that an engine made an adapter ready for: warm ones found it there, cold ones had it fused.",
             labels=("engine", "kind"),
         )
-        for place, figures in enumerate(self._engines()):
+        for place, figures in enumerate(self.engines()):
             engine = str(place)
             up.add_metric((engine,), float(figures is not None))
             if figures is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Request, Response
@@ -79,13 +79,11 @@ def _answer(
             raise InvalidRequest("personalize is merged, but the model is base", param="personalize")
         personalize = Personalize.NONE
     parts, users, user_id = parts_of(request), users_of(request), _user_id(body.user, header)
-    wanted = GenerationRequest(
-        id_prefix="cmpl",
+    request_of = partial(
+        GenerationRequest,
         user=None if user_id is None else users.user(user_id),
         personalize=personalize,
         strength=body.strength,
-        messages=[],
-        max_tokens=body.max_tokens,
         sampling=body.passed,
         stream=body.stream,
         splittable=False,  # logprobs, tool calls and several choices are not put together again
@@ -93,12 +91,10 @@ def _answer(
         caller=caller_of(request),
         patience_s=patience_s,
         user_param="user",
-        prompt_param="prompt",
     )
     if isinstance(body, ChatRequest):
         kind, of_its_own = "chat.completion", body.max_completion_tokens
-        wanted = replace(
-            wanted,
+        wanted = request_of(
             id_prefix="chatcmpl",
             messages=[message.model_dump(exclude_unset=True) for message in body.messages],
             history=items_wanted(body.history, parts.bank.manifest.history_default),
@@ -107,7 +103,10 @@ def _answer(
             prompt_param="messages",
         )
     else:
-        kind, wanted = "text_completion", replace(wanted, prompt=body.prompt)
+        kind = "text_completion"
+        wanted = request_of(
+            id_prefix="cmpl", messages=[], prompt=body.prompt, max_tokens=body.max_tokens, prompt_param="prompt"
+        )
     return AnswerResponse(parts, wanted, OpenAIFormat(body.model, kind, body.stream_options or StreamOptions()))
 
 
