@@ -8,7 +8,7 @@
     ├── BankError         a bank that cannot be read, or must not be used        (bank/errors.py)
     │   └── ProfileError  items that cannot make a profile
     ├── ApiError          what a client is told, with its HTTP status            (server/errors.py)
-    └── StartError        a part that `mta up` cannot start                      (server/supervisor/parts.py)
+    └── StartError        a part that `mta up` cannot start                      (server/supervisor)
 
 Every message says what was wrong, the offending value, and what to do.
 """
