@@ -10,7 +10,8 @@ import httpx
 
 from bench.rig.processes import Background, running, wait_until
 from server.settings import Settings
-from server.supervisor.services import LIVENESS, free_port, router_command
+from server.supervisor.router import LIVENESS, router_command
+from server.supervisor.services import free_port
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeGuard, TypeVar
 
 from adapters.errors import TrainingError
-from adapters.training.user_run import TrainingProgress
+from adapters.training.user_trainer import TrainingProgress
 from server.errors import Unavailable
 from server.store.jobs import JobStore, Lease
 from server.store.samples import Curve

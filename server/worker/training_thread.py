@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 
 from adapters.errors import TrainingError
-from adapters.training.user_run import TrainingProgress
-from adapters.training.user_trainer import Judgement, TrainingRun
+from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
 from server.store.samples import Curve, Point
 from server.worker.lease import RENEW_S, HeldLease
 

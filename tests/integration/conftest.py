@@ -12,8 +12,7 @@ import pytest
 
 from adapters.recipe import FusionRecipe
 from adapters.training.adapt_config import AdaptConfig
-from adapters.training.user_run import TrainingProgress
-from adapters.training.user_trainer import Judgement, TrainingRun
+from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest

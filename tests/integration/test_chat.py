@@ -15,8 +15,7 @@ from bench.rig.processes import PATIENCE_S, mta, wait_until
 from mta_client import Chunk, Client
 from server.cli.users.chat import chat
 from server.supervisor.services import free_port
-from tests.support.fake_engine import FakeEngine
-from tests.support.fake_engine.answers import WORDS
+from tests.support.fake_engine import WORDS, FakeEngine
 from tests.support.gateway import GatewayThread
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal, terminal
 

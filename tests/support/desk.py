@@ -12,10 +12,11 @@ import redis.asyncio as redis
 
 from adapters.training.adapt_config import AdaptConfig
 from bank.manifest import BankManifest
-from server.store.adapters import AdapterStore
-from server.store.jobs import Job, JobId, JobStore, Submission
-from server.store.profile_record import Profile, StoredItem
-from server.store.profiles import Change, ProfileStore
+from server.store.jobs import Job, JobId, Submission
+from server.store.profiles import Change, Profile, StoredItem
+from server.store.redis.adapters import RedisAdapters
+from server.store.redis.jobs import RedisJobs
+from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import Sample, encode_config, encode_sample
 from server.store.tenants.user_key import UserKeys
@@ -35,9 +36,9 @@ class Desk:
         manifest: of the bank.
     """
 
-    jobs: JobStore
-    adapters: AdapterStore
-    profiles: ProfileStore
+    jobs: RedisJobs
+    adapters: RedisAdapters
+    profiles: RedisProfiles
     connection: RedisConnection
     manifest: BankManifest
 
@@ -76,6 +77,6 @@ async def desk_at(url: str, manifest: BankManifest) -> AsyncIterator[Desk]:
     connection = RedisConnection(url)
     await connection.check()
     try:
-        yield Desk(JobStore(connection), AdapterStore(connection), ProfileStore(connection), connection, manifest)
+        yield Desk(RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection), connection, manifest)
     finally:
         await connection.close()

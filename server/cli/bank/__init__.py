@@ -1,0 +1,1 @@
+"""`mta bank`: build and inspect a bank, import and export its adapters."""

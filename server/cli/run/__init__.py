@@ -1,0 +1,1 @@
+"""`mta up`, and each of its parts on its own."""

@@ -17,7 +17,7 @@ from bank.items.profile import Item
 from bank.items.retrieval import ItemIndex
 from bank.items.tasks import Task
 from server.gateway.access.shares import FairQueue, Shares
-from server.store.profile_record import Profile, StoredItem
+from server.store.profiles import Profile, StoredItem
 from server.store.tenants.user_key import User
 
 KEPT_S = 300.0

@@ -18,7 +18,7 @@ from bank.lookup.weights import AnchorWeight
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, InvalidRequest, NotFound
 from server.gateway.generation.request import GenerationRequest, Personalize
-from server.store.profile_record import AdapterNote, Profile
+from server.store.profiles import AdapterNote, Profile
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")

@@ -13,7 +13,7 @@ from server.gateway.engines.chat import Conversation
 from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.histories import HistoryIndexer
 from server.gateway.generation.request import GenerationRequest, LengthLimits, chars_of, most_tokens, size_bytes
-from server.store.profile_record import Profile
+from server.store.profiles import Profile
 
 _ANSWER_MARK_TOKENS = 64
 """More than a chat template adds before the answer, which the engine's count leaves out."""

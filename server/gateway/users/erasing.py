@@ -9,8 +9,7 @@ from typing import Any
 from server.store.adapters import AdapterStore
 from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
-from server.store.profiles import Erasure, ProfileStore
-from server.store.queue import UserQueue
+from server.store.profiles import Erasure, ProfileStore, SignQueue
 from server.store.tenants.user_key import User
 
 
@@ -31,7 +30,7 @@ class Erasing:
         *,
         adapters: AdapterStore,
         jobs: JobStore,
-        signing: Callable[[str], UserQueue],
+        signing: Callable[[str], SignQueue],
         bank: str,
         log_file: ForgetsOnDisk,
         drop: Callable[[str], Coroutine[Any, Any, None]],

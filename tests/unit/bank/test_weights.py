@@ -31,7 +31,8 @@ from bank.manifest import (
     write_manifest,
 )
 from bank.rules import PosteriorRule, WeightRule
-from server.store.profile_record import Profile, StoredSignature, decode_profile, encode_profile
+from server.store.profile_record import decode_profile, encode_profile
+from server.store.profiles import Profile, StoredSignature
 
 
 def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: int = 2) -> BankManifest:

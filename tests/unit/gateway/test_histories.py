@@ -20,7 +20,7 @@ from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.histories import MOST_WAITING, HistoryIndexer, IndexCache, Version
 from server.gateway.generation.prompts import PromptBuilder
 from server.gateway.generation.request import GenerationRequest, LengthLimits, Personalize
-from server.store.profile_record import Profile, StoredItem
+from server.store.profiles import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret that only tests know", "default")

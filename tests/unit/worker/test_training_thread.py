@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import TrainingError
-from adapters.training.user_run import TrainingProgress
-from adapters.training.user_trainer import Judgement, TrainingRun
+from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
 from server.store.samples import Curve
 from server.worker.lease import LeaseLost
 from server.worker.training_thread import MOST_POINTS, Points, ProgressLog, train_holding

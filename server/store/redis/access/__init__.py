@@ -1,0 +1,1 @@
+"""Who may call, and how much, on Redis: API keys and what limits count."""
