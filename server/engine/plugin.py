@@ -11,8 +11,9 @@ from server.engine_protocol import PLUGIN
 def register() -> None:
     """Have vLLM's workers fuse recipes, where this vLLM serves a bank (`MTA_BANK` is set).
 
-    BankError when vLLM would start without our routes, when it differs from the one known, or when it would apply LoRA
-    on CPU to rows that have no adapter.
+    Raises:
+        BankError: when `VLLM_PLUGINS` does not name the plugin, so that vLLM would start without our routes; when this
+            vLLM differs from the one known; or when it would apply LoRA on CPU to rows that have no adapter.
     """
     if not os.environ.get("MTA_BANK"):
         return
@@ -32,10 +33,11 @@ def register() -> None:
     patches.check(patches.EVERYWHERE)
     manager: type[FusingLoRAManager] = FusingLoRAManager
     if current_platform.is_cpu():
-        from server.engine.cpu import fixes, lora
+        from server.engine.cpu import forked_core, mends, operators
+        from server.engine.cpu.manager import CpuLoRAManager
 
-        patches.check(patches.ON_CPU)
-        lora.install()
-        fixes.install()
-        manager = lora.CpuLoRAManager
+        operators.install()
+        forked_core.install()
+        mends.install()
+        manager = CpuLoRAManager
     patches.replace(patches.MANAGER, lambda original: manager)
