@@ -1,16 +1,6 @@
-"""The root of the project's error tree.
+"""The root of the project's error tree. Every message says what was wrong, the offending value, and what to do.
 
-    MtaError
-    ├── RecipeError       a name that is not a canonical recipe, or weights that cannot make one
-    ├── FusionError       a recipe that this bank cannot fuse
-    ├── UserAdapterError  bytes that are not a user adapter, or not one for this bank
-    ├── TrainingError     samples or a rate that cannot be trained with
-    ├── BankError         a bank that cannot be read, or must not be used        (bank/errors.py)
-    │   └── ProfileError  items that cannot make a profile
-    ├── ApiError          what a client is told, with its HTTP status            (server/errors.py)
-    └── StartError        a part that `mta up` cannot start                      (server/supervisor/parts.py)
-
-Every message says what was wrong, the offending value, and what to do.
+Further branches: `bank/errors.py`, `server/errors.py` (what a client is told) and `server/supervisor/parts.py`.
 """
 
 from __future__ import annotations
@@ -26,11 +16,11 @@ class MtaError(Exception):
 
 
 class RecipeError(MtaError, ValueError):
-    """A recipe name or its parts break the grammar (see `adapters/recipe.py`)."""
+    """A name that is not a canonical recipe, or weights that cannot make one (see `adapters/recipe.py`)."""
 
 
 class FusionError(MtaError, ValueError):
-    """A well-formed recipe asks for something that this bank cannot provide."""
+    """A well-formed recipe that asks for something that this bank cannot provide."""
 
 
 class UserAdapterError(MtaError, ValueError):
@@ -50,11 +40,10 @@ class _Beginning(reprlib.Repr):
         self.maxlong = self.maxother = sys.maxsize  # cut at their end, not in the middle
         self._limit = limit
 
-    def repr_str(self, text: str, level: int) -> str:
+    def repr_str(self, text: Any, level: int) -> str:
         return repr(text[: self._limit])
 
-    def repr_bytes(self, data: bytes, level: int) -> str:
-        return repr(data[: self._limit])
+    repr_bytes = repr_str
 
     def repr_dict(self, value: dict[Any, Any], level: int) -> str:
         if level <= 0 and value:
@@ -72,5 +61,4 @@ def excerpt(value: object, limit: int = 80) -> str:
 
 
 def shortened(text: str, limit: int = 120) -> str:
-    """A text cut to `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

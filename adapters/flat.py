@@ -11,31 +11,24 @@ from adapters.lora import LoraWeights, ModuleShape, RowLayout
 
 @dataclass(frozen=True, slots=True)
 class FlatLora:
-    """A LoRA in a few tensors instead of two for each module, so that it is made and copied in few calls.
-
-    `a` are blocks of A, each flat [Rᵢ·ΣH_in]; a module's A is its parts of all of them, one below the other. `b` is
-    every module's B, one below the other, [ΣH_out, R]; R is the sum of the blocks' ranks.
-    """
+    """A LoRA in a few tensors instead of two for each module, so that few calls make and copy it."""
 
     modules: tuple[ModuleShape, ...]
-    a: tuple[torch.Tensor, ...]
-    b: torch.Tensor
+    a: tuple[torch.Tensor, ...]  # blocks, each flat [Rᵢ·ΣH_in]; a module's A is its parts of all, one below the other
+    b: torch.Tensor  # every module's B, one below the other, [ΣH_out, R]; R is the sum of the blocks' ranks
 
     @classmethod
     def of(cls, lora: LoraWeights) -> FlatLora:
-        """The same from a LoRA's per-module matrices."""
         modules = tuple(ModuleShape(name, a.shape[1], lora.b[name].shape[0]) for name, a in lora.a.items())
         a = torch.cat([lora.a[m.name].reshape(-1) for m in modules])
         return cls(modules, (a,), torch.cat([lora.b[m.name] for m in modules]))
 
     @property
     def rank(self) -> int:
-        """R."""
         return self.b.shape[1]
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rᵢ of each block of A."""
         h_in = sum(m.h_in for m in self.modules)
         return tuple(block.numel() // h_in for block in self.a)
 
@@ -46,7 +39,7 @@ class FlatLora:
         return FlatLora(self.modules, self.a, torch.stack(self.b.unbind(1)).t())
 
     def pinned(self) -> FlatLora:
-        """The same in page-locked memory, from which GPUs copy fast; what is there already stays where it is."""
+        """The same in page-locked memory, from which GPUs copy fast; nothing is copied that is there already."""
         return FlatLora(self.modules, tuple(block.pin_memory() for block in self.a), self.b.pin_memory())
 
     def weights(self) -> LoraWeights:

@@ -1,11 +1,9 @@
-"""Fusion: from a recipe and the meta-LoRA matrix to the adapter it stands for.
-
-With weights w, the rows' A and B (scaling folded into B) and, where it takes part, the common row c::
+"""Fusion: from a recipe and the meta-LoRA matrix to the adapter it stands for. With weights w and a common row c::
 
     shared   ΔW = (B_c + Σ wᵢ Bᵢ) A      all rows share one frozen A         rank R
     cat      ΔW = B_c A_c + Σ wᵢ Bᵢ Aᵢ   A stacked, B = [B_c | w₁B₁ | …]     rank (K [+ 1])·R, for imported adapters
 
-Both are exact. Sums run in float32 over the mapped bf16 rows and are rounded once, to the serving dtype.
+Both are exact: sums of the mapped bf16 rows run in float32 and are rounded once, to the serving dtype.
 """
 
 from __future__ import annotations
@@ -23,18 +21,15 @@ from adapters.recipe import PER_MILLE, FusionMethod, FusionRecipe
 PIECE = 131_072
 """Numbers summed at a time: enough work for four threads at PyTorch's grain size, and half a MiB of float32."""
 
-BAGS = 64
-"""Pieces that a row is summed in by one call: enough for all threads, few enough to be long."""
-
-WEIGHT_PARTS = 3
-"""Numbers in bf16 that any weight in float32 is the sum of."""
+BAGS = 64  # pieces that a row is summed in by one call: enough for all threads, few enough to be long
+WEIGHT_PARTS = 3  # numbers in bf16 that any weight in float32 is the sum of
 
 SumAcross = Callable[[torch.Tensor, Sequence[int], Sequence[float], int], torch.Tensor]
 """Rows [N, R·ΣH_out] bf16, which of them, their weights and R → Σ wᵢ Bᵢ along H_out, [R, ΣH_out] bf16."""
 
 
 def fuse(matrix: MetaMatrix, recipe: FusionRecipe, dtype: torch.dtype = torch.bfloat16) -> LoraWeights:
-    """The same as `fuse_flat`, module by module; of `shared`, A are views of the one frozen A."""
+    """`fuse_flat`, module by module; of `shared`, A are views of the one frozen A."""
     return fuse_flat(matrix, recipe, dtype).weights()
 
 
@@ -45,11 +40,10 @@ def fuse_flat(
     *,
     sum_across: SumAcross | None = None,
 ) -> FlatLora:
-    """Build the adapter that a recipe stands for, without its user adapter; its bank has checked it.
+    """Build the adapter that a recipe, which its bank has checked, stands for, without its user adapter.
 
-    It is a handful of PyTorch's operations, whatever the number of modules: a thread that fuses beside a running model
-    needs Python's lock only between them. `sum_across` sums the B of a `shared` fusion to bf16, where something does it
-    better than PyTorch.
+    It takes a handful of PyTorch's operations, whatever the number of modules: a thread that fuses beside a running
+    model needs Python's lock only between them. `sum_across` replaces PyTorch for the B of `shared` fusions to bf16.
     """
     rows = [matrix.common_index] if recipe.common else []
     rows += [term.anchor for term in recipe.terms]
@@ -76,18 +70,18 @@ def _weighted_sum(
     if dtype is torch.bfloat16 and rows.dtype is torch.bfloat16:
         return _weighted_bag(rows, chosen, weights)
     total = torch.empty(rows.shape[1], dtype=dtype)
-    buffer = torch.empty(PIECE, dtype=torch.float32)
-    for start in range(0, total.shape[0], PIECE):  # a piece at a time, so that the sum never leaves the cache
-        stop = min(start + PIECE, total.shape[0])
-        piece = buffer[: stop - start].zero_()
+    for piece, parts in zip(
+        torch.split(total, PIECE), torch.split(rows, PIECE, dim=1), strict=True
+    ):  # the sum stays in the cache
+        summed = torch.zeros(piece.shape)
         for row, weight in zip(chosen, weights, strict=True):
-            piece.add_(rows[row, start:stop], alpha=weight)
-        total[start:stop] = piece
+            summed.add_(parts[row], alpha=weight)
+        piece.copy_(summed)
     return total
 
 
 def _weighted_bag(rows: torch.Tensor, chosen: Sequence[int], weights: Sequence[float]) -> torch.Tensor:
-    """The same by one call of PyTorch: each row's pieces are entries of a table, and a piece of the sum is a bag.
+    """The same in bf16 by one call of PyTorch: rows' pieces are entries of a table, a piece of the sum is a bag.
 
     Bags add in float32, but their weights are bf16, so each weight comes as a sum of three.
     """

@@ -1,17 +1,13 @@
-"""LoRA values, how a row of the meta-LoRA matrix is cut into them, and the letters of all tensor shapes here.
+"""LoRA values, how a row of the meta-LoRA matrix is cut into them, and the letters of all tensor shapes.
 
     R       rank of a LoRA
     H_in    a module's input width           H_out   its output width
     N       anchors in a bank                K       terms of a recipe
     D       numbers in a meta-LoRA row       E       numbers in an embedding
 
-A LoRA changes a module's weight by ΔW [H_out, H_in] = B A with A [R, H_in] and B [H_out, R]. The usual factor
-alpha / R is always folded into B, so inside this package scaling is 1 everywhere.
-
-A row is `[A₀ … A_L | B₀ … B_L]`, each matrix flattened row by row, modules in the order of the layout. In a
-`shared` bank all rows have one frozen A, kept once beside the matrix, and a row is `[B₀ … B_L]`.
-
-Plain Python: the gateway reads it too.
+ΔW [H_out, H_in] = B A with A [R, H_in] and B [H_out, R]; alpha / R is folded into B, so scaling is 1 everywhere. A row
+is `[A₀ … A_L | B₀ … B_L]`, each matrix row by row, modules in the layout's order. In a `shared` bank all rows have one
+frozen A, kept beside the matrix, and a row is `[B₀ … B_L]`. Plain Python: the gateway reads it too.
 """
 
 from __future__ import annotations
@@ -45,7 +41,6 @@ class LoraWeights:
     b: dict[str, torch.Tensor]
 
     def delta(self, module: str) -> torch.Tensor:
-        """ΔW [H_out, H_in] of one module, in float32."""
         return self.b[module].float() @ self.a[module].float()
 
 
@@ -59,12 +54,10 @@ class RowLayout:
 
     @property
     def a_numbers(self) -> int:
-        """Numbers in all A matrices of one LoRA."""
         return sum(self.rank * m.h_in for m in self.modules)
 
     @property
     def b_numbers(self) -> int:
-        """Numbers in all B matrices of one LoRA."""
         return sum(self.rank * m.h_out for m in self.modules)
 
     @property

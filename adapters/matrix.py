@@ -1,8 +1,6 @@
 """The meta-LoRA matrix: one bf16 row per anchor, contiguous, memory-mapped, shared by all processes on a host.
 
-On disk it is a safetensors file with `rows` [N, D] (N + 1 where the bank has a common row, the last one) and,
-for method `shared`, `shared_a` [R·ΣH_in]. Opening it maps the file: a row's bytes are read when a recipe first asks for
-them, and the page cache holds them once however many workers run.
+A safetensors file of `rows` [N, D], or [N + 1, D] with the common row last, and for method `shared` `shared_a`.
 """
 
 from __future__ import annotations
@@ -18,22 +16,16 @@ from safetensors.torch import save_file
 from adapters.errors import FusionError
 from adapters.lora import RowLayout
 
-PAGE_BYTES = 4096
-"""The smallest page of memory there is."""
+PAGE_BYTES = 4096  # the smallest page of memory there is
 
 
 @dataclass(frozen=True, slots=True)
 class MetaMatrix:
-    """An open matrix: `rows` [N, D] or [N + 1, D] bf16, the common row last; `anchors` is N.
-
-    `shared_a` is the frozen A of all rows, [R·ΣH_in] bf16, for method `shared`; None otherwise.
-    """
-
     layout: RowLayout
-    rows: torch.Tensor
-    anchors: int
+    rows: torch.Tensor  # [N, D] or [N + 1, D] bf16, the common row last
+    anchors: int  # N
     common: bool
-    shared_a: torch.Tensor | None
+    shared_a: torch.Tensor | None  # the frozen A of all rows, [R·ΣH_in] bf16, for method `shared`
 
     @classmethod
     def open(cls, path: Path, layout: RowLayout, anchors: int, common: bool) -> MetaMatrix:
@@ -64,7 +56,7 @@ class MetaMatrix:
         return self.shared_a
 
     def prepared(self, dtype: torch.dtype, *, pin_memory: bool = False) -> MetaMatrix:
-        """The same matrix, ready for many fusions to `dtype`: the frozen A, part of each, is converted once, here."""
+        """The same for many fusions to `dtype`: the frozen A, part of each, is converted once, here."""
         if self.shared_a is None:
             return self
         shared_a = self.shared_a.to(dtype)
@@ -72,7 +64,7 @@ class MetaMatrix:
 
     @property
     def common_index(self) -> int:
-        """Where the common row is among `rows`. Raises FusionError when the bank has none."""
+        """The common row's index in `rows`; FusionError when the bank has none."""
         if not self.common:
             raise FusionError("the recipe asks for the common row (`c`), but this bank was built without one")
         return self.anchors

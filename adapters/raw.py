@@ -1,7 +1,6 @@
-"""bf16 tensors of safetensors files in plain numpy, for processes without torch.
+"""bf16 tensors of safetensors files, and user adapters among them, in plain numpy: for processes without torch.
 
-A file is eight bytes that say how long its header is, the header (JSON: name → dtype, shape, place; and metadata), and
-the tensors' bytes.
+A file: 8 bytes with its header's length, the header (JSON: name → dtype, shape, place; metadata), the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -14,14 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-USER_FORMAT = "mta-user-1"
-"""Under which name user adapters have an entry of their own in the metadata (`adapters/user_adapter.py`)."""
+from adapters.errors import UserAdapterError, excerpt
+from adapters.lora import RowLayout
 
+USER_FORMAT = "mta-user-1"  # the metadata entry of user adapters: JSON of kind, rank and recipe
+USER_KIND = "lora"  # in every header. An earlier kind, `core`, is no longer served: its users are adapted again.
 _LENGTH_BYTES = 8
 _DTYPE = "BF16"
+_EXPONENT = 0x7F80  # bf16's exponent bits: all set in infinities and NaN alone
 
-Bits = npt.NDArray[np.uint16]
-"""Numbers in bf16: the upper half of their float32."""
+Bits = npt.NDArray[np.uint16]  # numbers in bf16: the upper half of their float32
 
 
 class RawTensors:
@@ -46,7 +47,6 @@ class RawTensors:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Bits:
@@ -61,6 +61,32 @@ def _cut(data: npt.NDArray[np.uint8], entry: Mapping[str, Any]) -> Bits:
     return data[start:stop].view(np.uint16).reshape(shape)
 
 
+def read_user_adapter(layout: RowLayout, raw: bytes) -> tuple[str, int, RawTensors]:
+    """Recipe, rank R_u, and flat `a` [R_u·ΣH_in] and `b` [R_u·ΣH_out] of a user adapter's bytes.
+
+    UserAdapterError says what is wrong: everything that serving relies on is checked here.
+    """
+    try:
+        tensors = RawTensors(np.frombuffer(raw, np.uint8))
+        header = json.loads(tensors.metadata[USER_FORMAT])
+        kind, rank, recipe = header["kind"], int(header["rank"]), str(header["recipe"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserAdapterError(f"user adapter of {len(raw)} bytes cannot be read ({USER_FORMAT}): {error}") from error
+    if kind != USER_KIND:
+        raise UserAdapterError(
+            f"user adapter is of kind {excerpt(kind)}, but only {USER_KIND} is served: train it again (`mta readapt`)"
+        )
+    modules = layout.modules
+    expected = {"a": (rank * sum(m.h_in for m in modules),), "b": (rank * sum(m.h_out for m in modules),)}
+    if tensors.shapes != expected or rank < 1:
+        raise UserAdapterError(
+            f"user adapter of rank {rank} holds {tensors.shapes} numbers, but this bank needs {expected}"
+        )
+    if any(((tensors[name] & _EXPONENT) == _EXPONENT).any() for name in expected):
+        raise UserAdapterError(f"user adapter of rank {rank} holds numbers that are not finite")
+    return recipe, rank, tensors
+
+
 def to_float(bits: Bits) -> npt.NDArray[np.float32]:
     """bf16 as float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -73,7 +99,7 @@ def to_bits(numbers: npt.NDArray[np.float32]) -> Bits:
 
 
 def file_head(shapes: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """What a file of tensors of these names and shapes begins with; their bytes follow in this order, without gaps."""
+    """How a file of such tensors begins; their bytes follow in this order, without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
     for name, shape in shapes:

@@ -10,9 +10,8 @@ Grammar, one text per recipe::
     user    = user-key "." adapter-id                            26 base32 characters (128 bits) each
 
 `c` is the common row at weight 1; the others are steps along the anchors' rows, whatever their sum. A term that begins
-with `v` is reserved for other vectors than anchors' rows, and refused. The name carries all that a worker needs to
-build the adapter, and equal recipes have equal names, so it is what vLLM keys its caches by. Parsing is strict: a text
-that does not re-serialise to itself is refused.
+with `v` is reserved for other vectors, and refused. A worker builds the adapter from the name alone, and vLLM keys its
+caches by it, so equal recipes have equal names: a text that does not re-serialise to itself is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from adapters.errors import RecipeError, excerpt
 FORMAT = "mta3"
 _OLD_FORMATS = ("mta1", "mta2")
 PER_MILLE = 1000
-MAX_STEP = 4000
-"""Longest step along an anchor's row, per mille, in either direction."""
-
+MAX_STEP = 4000  # longest step along an anchor's row, per mille, in either direction
 MAX_ANCHORS = 1_000_000
 MAX_NAME_CHARS = 4096
 MAX_TERMS = 334
@@ -60,10 +57,9 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class UserAdapterId:
-    """`<user key>.<id>`: says where the store keeps the adapter, and nothing about who the user is.
+    """`<user key>.<id>`, 128 bits in base32 each, or RecipeError: where the store keeps an adapter, not whose it is.
 
-    Both are 128 bits in base32, or construction raises RecipeError. `id` is random; the key's making is told in
-    `server/store/tenants/user_key.py`.
+    `id` is random; `server/store/tenants/user_key.py` makes the key.
     """
 
     user_key: str
@@ -78,22 +74,18 @@ class UserAdapterId:
 
 
 def parse_user_adapter_id(text: str) -> UserAdapterId:
-    """Read a user adapter id; the inverse of `str`. Raises RecipeError."""
+    """The inverse of `str`; RecipeError."""
     user_key, _, adapter_id = text.partition(".")
     return UserAdapterId(user_key, adapter_id)
 
 
 @dataclass(frozen=True, slots=True)
 class FusionRecipe:
-    """What an adapter is made of. Equal recipes are the same adapter in every process.
+    """What an adapter is made of; RecipeError unless it is canonical. Equal recipes are the same adapter everywhere."""
 
-    `bank` is the first 8 hex digits of the bank's fingerprint; `common` says whether its common row takes part. Parts
-    that do not make a canonical recipe raise RecipeError.
-    """
-
-    bank: str
+    bank: str  # the first 8 hex digits of its fingerprint
     method: FusionMethod
-    common: bool
+    common: bool  # whether the common row takes part
     terms: tuple[Term, ...]
     user_adapter: UserAdapterId | None = None
 
@@ -122,7 +114,6 @@ class FusionRecipe:
 
     @property
     def plain(self) -> FusionRecipe:
-        """The same fusion without the user adapter."""
         return replace(self, user_adapter=None)
 
 
@@ -137,12 +128,12 @@ def is_recipe_name(name: str | None) -> bool:
 
 
 def bank_of(name: str) -> str:
-    """The 8 hex digits of the bank in a stored recipe's name, of whatever format: of before, a bank that is gone."""
+    """The 8 hex digits of the bank in a stored recipe's name, of whatever format."""
     return name.split(":", 2)[1]
 
 
 def parse_recipe(name: str) -> FusionRecipe:
-    """Read a canonical recipe name, e.g. `mta3:9f2c41d0:shared:c+a03*286+a17*-214`. Raises RecipeError."""
+    """Read a canonical name, e.g. `mta3:9f2c41d0:shared:c+a03*286+a17*-214`; RecipeError for any other text."""
     if len(name) > MAX_NAME_CHARS:
         raise RecipeError(f"recipe name has {len(name)} characters, but at most {MAX_NAME_CHARS} are allowed")
     parts = name.split(":")
@@ -184,8 +175,8 @@ def _parse_term(text: str, name: str) -> Term:
 def per_mille(weights: Sequence[float], total: int = PER_MILLE, grain: int = 1) -> list[int]:
     """Round weights, in any scale, to multiples of `grain` that sum to `total`, by largest remainder.
 
-    Ties go to the earlier one, and the largest also gets what `total` exceeds a multiple by. Raises RecipeError when a
-    weight is negative or not finite, or all are zero.
+    Ties go to the earlier one, and the largest also gets what `total` exceeds a multiple by. RecipeError when a weight
+    is negative or not finite, or all are zero.
     """
     scale = sum(weights)
     if not all(0 <= w < float("inf") for w in weights) or not 0 < scale < float("inf"):

@@ -1,9 +1,7 @@
 """Attaching LoRAs to a base model for training, and detaching them.
 
-A LoRA is computed in the base's own type, mostly bf16, as it will be served. What moves is kept in float32, so that
-small steps are not lost, and copied whenever it has changed. Forward and backward are written out: automatic
-differentiation would cast to float32 and back around each LoRA and keep more tensors, and with that take half as long
-again as the base model.
+A LoRA computes in the base's own type, mostly bf16, as it will be served; what moves is kept in float32, so that small
+steps are not lost. Forward and backward are written out: automatic differentiation would take half as long again.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ class Attached:
         self._moving = moving
 
     def put(self, lora: LoraWeights) -> None:
-        """Set the weights of the LoRA to train."""
         with torch.no_grad():
             for name, layer in self._moving.items():
                 layer.a.copy_(lora.a[name])
@@ -47,7 +44,7 @@ class Attached:
         return {name: layer.b.grad.cpu() for name, layer in self._moving.items() if layer.b.grad is not None}
 
     def weights(self) -> LoraWeights:
-        """The trained LoRA as it is now, float32 on CPU."""
+        """The trained LoRA, float32 on CPU."""
         a = {name: layer.a.detach().cpu().clone() for name, layer in self._moving.items()}
         b = {name: layer.b.detach().cpu().clone() for name, layer in self._moving.items()}
         return LoraWeights(len(next(iter(a.values()))), a, b)
@@ -55,9 +52,9 @@ class Attached:
 
 @contextmanager
 def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None) -> Iterator[Attached]:
-    """Attach a LoRA to train and, if given, a frozen one beside it; afterwards the model is as it was.
+    """Attach a LoRA to train, which starts at `trained`; afterwards the model is as it was.
 
-    Training starts at `trained`, which says what modules it adapts. `frozen` adapts these and maybe others.
+    `frozen` is another LoRA beside it, of these modules and maybe others.
     """
     layers = {}
     for name in {**(frozen.a if frozen else {}), **trained.a}:
@@ -97,20 +94,16 @@ class AdaptedLinear(torch.nn.Module):
         self._copied: tuple[int, int] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._copy()
+        versions = (self.a._version, self.b._version)
+        if versions != self._copied:
+            with torch.no_grad():
+                self._down[self._first :] = self.a
+                self._up[:, self._first :] = self.b
+            self._copied = versions
         y: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
             x, self.a, self.b, self.base.weight, self.base.bias, self._down, self._up
         )
         return y
-
-    @torch.no_grad()
-    def _copy(self) -> None:
-        """Bring the copies up to date."""
-        versions = (self.a._version, self.b._version)
-        if versions != self._copied:
-            self._down[self._first :] = self.a
-            self._up[:, self._first :] = self.b
-            self._copied = versions
 
 
 class _LowRank(torch.autograd.Function):

@@ -15,10 +15,8 @@ class Example:
 
     @property
     def output_tokens(self) -> int:
-        """How many ids carry loss."""
         return len(self.ids) - self.loss_from
 
 
 def output_tokens(examples: Iterable[Example]) -> int:
-    """How many ids of the examples carry loss."""
     return sum(example.output_tokens for example in examples)

@@ -33,7 +33,7 @@ def backward(model: Any, examples: Sequence[Example], below: LowerLayers | None 
 def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Sequence[Example]) -> torch.Tensor:
     """∂L/∂B at a LoRA, [R·ΣH_out] float32 on CPU in layout order; L is the examples' mean loss per output token.
 
-    It takes a forward and a backward pass. For a B that differs by Δ, the loss differs by ⟨∂L/∂B, Δ⟩ to first order.
+    For a B that differs by Δ, the loss differs by ⟨∂L/∂B, Δ⟩ to first order.
     """
     with attached(model, lora) as here:
         here.trainable(train_a=False)
@@ -44,10 +44,7 @@ def b_gradient(model: Any, layout: RowLayout, lora: LoraWeights, examples: Seque
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
     """Negative log-likelihood per output token, nats."""
-    loss = 0.0
-    for row_loss in row_losses(model, examples):
-        loss += row_loss
-    return loss / output_tokens(examples)
+    return sum(row_losses(model, examples)) / output_tokens(examples)
 
 
 @torch.no_grad()
@@ -71,7 +68,6 @@ def read(model: Any, examples: Sequence[Example], among: Sequence[int] = ()) -> 
 
 
 def _losses(model: Any, row: Row, below: LowerLayers | None) -> torch.Tensor:
-    """The loss of each output token of the row, one example after the other."""
     return _losses_of(_logits(model, row, below), row)
 
 
@@ -82,7 +78,6 @@ def _losses_of(logits: torch.Tensor, row: Row) -> torch.Tensor:
 
 
 def _logits(model: Any, row: Row, below: LowerLayers | None = None) -> torch.Tensor:
-    """[output tokens of the row, vocabulary]."""
     with below.skipped(row) if below else nullcontext(), in_blocks(row.blocks()):
         logits: torch.Tensor = model(**row.inputs(model), use_cache=False).logits[0]
     return logits

@@ -1,8 +1,6 @@
-"""Training one LoRA on a frozen base model.
+"""Training one LoRA on a frozen base model: AdamW without weight decay, gradients clipped.
 
-Only output tokens carry loss. AdamW without weight decay, cosine rate after a warm-up, gradients clipped. Everything
-random comes from the plan's seed and nothing from global state, so the same call gives the same weights. On CPU the
-base and LoRA compute in bf16 where the processor supports it; the weights that move are kept in fp32.
+Everything random comes from the plan's seed and nothing from global state, so the same call gives the same weights.
 """
 
 from __future__ import annotations
@@ -28,21 +26,17 @@ CLIP_NORM = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
-    """How long and how hard `train_lora` trains; the rate is the peak, the seed that of the examples' order."""
-
     steps: int
     batch_size: int
-    learning_rate: float
-    seed: int
+    learning_rate: float  # at its peak
+    seed: int  # of the examples' order
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step done: its number from 1, mean loss per output token before it, ids read."""
-
-    step: int
-    loss: float
-    tokens: int
+    step: int  # from 1
+    loss: float  # mean per output token, before the step
+    tokens: int  # ids read
 
 
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
@@ -64,7 +58,7 @@ def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[Mo
 
 
 def initial_lora(modules: Sequence[ModuleShape], rank: int, seed: int) -> LoraWeights:
-    """The usual start: A uniform in ±1/√H_in, B zero, so ΔW is zero. float32."""
+    """The usual start, float32: A uniform in ±1/√H_in, B zero, so ΔW is zero."""
     generator = torch.Generator().manual_seed(seed)
     return LoraWeights(
         rank=rank,
@@ -88,25 +82,13 @@ def train_lora(
     *,
     start: LoraWeights,
     train_a: bool = True,
-    frozen: LoraWeights | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> LoraWeights:
-    """Train a LoRA from `start`, which says what modules it adapts, and leave the model as it was.
-
-    `frozen` is another LoRA that is active meanwhile. The trained one comes as float32 on CPU, scaling folded into B.
-    """
+    """Train a LoRA from `start`, which says what modules it adapts, to float32 on CPU; the model is left as it was."""
     if not examples:
         raise FusionError("there is nothing to train on: no example has an output")
-    with attached(model, start, frozen) as lora:
-        for report in optimise(
-            lora.model,
-            lora.trainable(train_a=train_a),
-            examples,
-            steps=plan.steps,
-            batch_size=plan.batch_size,
-            learning_rate=plan.learning_rate,
-            seed=plan.seed,
-        ):
+    with attached(model, start) as lora:
+        for report in optimise(lora.model, lora.trainable(train_a=train_a), examples, plan):
             on_step(report)
         return lora.weights()
 
@@ -115,23 +97,19 @@ def optimise(
     model: Any,
     parameters: Sequence[torch.nn.Parameter],
     examples: Sequence[Example],
+    plan: TrainPlan,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
     rate: Callable[[int, int], float] = rate_factor,
     below: LowerLayers | None = None,
 ) -> Iterator[StepReport]:
     """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
 
-    The model is in evaluation mode, all but the parameters frozen. `rate` gives the share of the peak at a step (from
-    0) of `steps`.
+    `rate` gives the share of the peak at a step, from 0, of so many.
     """
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
-    batches = _batches(len(examples), batch_size, seed)
-    for step in range(1, steps + 1):
+    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
+    batches = _batches(len(examples), plan.batch_size, plan.seed)
+    for step in range(1, plan.steps + 1):
         batch = [examples[i] for i in next(batches)]
         loss = backward(model, batch, below)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
@@ -143,7 +121,6 @@ def optimise(
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches: one shuffled pass over the examples after another."""
     order = random.Random(seed)
     queue: list[int] = []
     while True:

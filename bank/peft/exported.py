@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from adapters.errors import UserAdapterError
-from adapters.raw import USER_FORMAT, Bits, RawTensors, file_head, to_bits, to_float
+from adapters.raw import Bits, RawTensors, file_head, read_user_adapter, to_bits, to_float
 from adapters.recipe import PER_MILLE, FusionRecipe
 from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest
@@ -115,18 +115,7 @@ class ExportedAdapter:
 
     def _decoded(self, raw: bytes) -> tuple[RawTensors, int]:
         """A user adapter's tensors and its rank."""
-        try:
-            tensors = RawTensors(np.frombuffer(raw, np.uint8))
-            header = json.loads(tensors.metadata[USER_FORMAT])
-            rank, recipe = int(header["rank"]), str(header["recipe"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserAdapterError(f"user adapter of {len(raw)} bytes cannot be read: {error}") from error
-        modules = self._layout.modules
-        expected = {"a": rank * sum(m.h_in for m in modules), "b": rank * sum(m.h_out for m in modules)}
-        found = {name: int(np.prod(shape)) for name, shape in tensors.shapes.items()}
-        if recipe != self._recipe.name or found != expected or rank < 1:
-            raise UserAdapterError(
-                f"user adapter of rank {rank} and {recipe} holds {found} numbers, but {expected} of "
-                f"{self._recipe.name} were expected"
-            )
+        recipe, rank, tensors = read_user_adapter(self._layout, raw)
+        if recipe != self._recipe.name:
+            raise UserAdapterError(f"user adapter was trained on {recipe}, but {self._recipe.name} was expected")
         return tensors, rank

@@ -4,9 +4,8 @@ before          command.py    the command line and environment of the vLLM proce
                 __main__.py   imports vLLM, and becomes its server
 every process   plugin.py     has vLLM's workers fuse recipes
                 patches.py    every name of vLLM that is replaced or overridden, and why
-                banks.py      the banks this engine serves
-API process     admission/    endpoint.py wires it; what comes in passes door.py, prepare.py, names.py, user_adapters.py
+API process     admission/    endpoint.py wires it; requests pass door.py, prepare.py and user_adapters.py
 engine core     admission/    turns.py: whose turn it is when slots are short
 every worker    fusing/       manager.py is the loop: a recipe comes in, rows are summed (ahead.py), a slot is written
-on CPUs         cpu/          kernels, executor, forked core, and what vLLM does wrong there
+on CPUs         cpu/          kernels, an executor in the core's process, and fixes of vLLM
 """

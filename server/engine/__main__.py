@@ -7,7 +7,7 @@ import os
 from bank.models.imports import heavy_imports, run_to_the_end
 
 COMPILER = "torch._inductor.lowering"
-"""vLLM corrects it as soon as it is imported itself; it brings the rest of the compiler, a fifth of all modules."""
+"""vLLM corrects it once it is imported itself; it brings the rest of the compiler, a fifth of all modules."""
 
 if __name__ == "__main__":
     compiles = os.environ.get("TORCHDYNAMO_DISABLE") != "1"  # `command.py`

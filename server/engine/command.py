@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 from bank.models.folders import check_base_model, ensure_base_model, model_config
 from server.engine.cpu import native
-from server.engine.cpu.forked_core import preloads
 from server.engine_protocol import BASE_MODEL, PLUGIN
 from server.settings import Settings
 from server.watching.logs import VLLM_CONFIG
@@ -27,11 +27,10 @@ T = TypeVar("T")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of a layer's experts."""
 
-MEMORY_SHARE = 16
-"""Slots take at most one part in so many of the memory that this process may use."""
+MEMORY_SHARE = 16  # on CPU slots take at most one part in so many of the memory that this process may use
 
 FEWEST_SLOTS, MOST_SLOTS = 8, 64
-"""On CPU; beyond `MOST_SLOTS` a batch has fewer requests than there are slots."""
+"""On CPU; with more a batch would have fewer requests than there are slots."""
 
 VIEWS, VIEW_BYTES = 9, 600
 """Of each module and slot: the tensors by which a plain and a stacked adapter are written (`fusing/cells.py`)."""
@@ -39,30 +38,29 @@ VIEWS, VIEW_BYTES = 9, 600
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where a container's limit stands, in the two versions of control groups."""
 
+_PRELOADED = (
+    ("vllm", "libs/libtcmalloc_minimal*.so*", ("libtcmalloc",)),
+    ("torch", "../torch.libs/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
+    ("torch", "lib/libgomp*.so*", ("libgomp", "libomp", "libiomp")),
+)
+"""What vLLM preloads on CPU: package, place in it, and the libraries beside which it is left out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one of several engines on a machine gets of it: its number, from 0, and how many there are."""
+    """What one of several engines on a machine gets of it."""
 
-    place: int
+    place: int  # from 0
     of: int
 
     def part(self, whole: Sequence[T]) -> list[T]:
-        """This engine's part of what there is to share out: neighbours, and at least one."""
+        """Neighbours, and at least one."""
         begin, end = (len(whole) * edge // self.of for edge in (self.place, self.place + 1))
         return list(whole[begin:end]) or [whole[self.place % len(whole)]]
 
 
-def prepare_engine(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """Check everything an engine needs, and return its command; see `check_engine` and `engine_command`."""
-    return engine_command(settings, *check_engine(settings))
-
-
 def check_engine(settings: Settings) -> tuple[list[BankManifest], Path]:
-    """Check everything an engine needs, and fetch the base model if need be; answers banks and the model's folder.
-
-    Raises MtaError with the reason when a bank, the model or the installation is not fit to serve.
-    """
+    """The banks, and the folder of the base model, which is fetched if need be; MtaError if any is not fit to serve."""
     folders = settings.banks
     if settings.engine_key is None:
         raise BankError("no engine key: set MTA_ENGINE_KEY to a long random text, the same for gateway and engine")
@@ -99,15 +97,14 @@ def _experts(config: object) -> int:
 def engine_command(
     settings: Settings, manifests: Sequence[BankManifest], model_folder: Path, share: Share | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of the vLLM process; checks nothing.
+    """argv and environment of the vLLM process, perhaps one of several on this machine; checks nothing.
 
-    Slots fit the modules that any of the banks adapts, at the highest serving rank. With a share, it is one of several
-    engines on this machine's cores or GPUs.
+    Slots fit the modules that any of the banks adapts, at the highest serving rank.
     """
     on_cpu = is_cpu_build()
     cores = sorted(os.sched_getaffinity(0))
     number_bytes = 4 if settings.dtype == "float32" else 2
-    slots = settings.max_loras or (slots_on_cpu(manifests, number_bytes) if on_cpu else settings.max_num_seqs)
+    slots = settings.max_loras or (_slots_on_cpu(manifests, number_bytes) if on_cpu else settings.max_num_seqs)
     turns = "FairScheduler" if on_cpu else "FairAsyncScheduler"
     options: dict[str, object] = {
         "model": model_folder,
@@ -184,15 +181,13 @@ def engine_command(
 
 
 def _threads(wanted: str | None, cores: int) -> int:
-    """As many as there are cores, or fewer where fewer are wanted."""
     return min(int(wanted), cores) if wanted and wanted.isdecimal() and int(wanted) else cores
 
 
 def _team_of_rank(cores: Sequence[int], ranks: int, threads: str | None) -> dict[str, str]:
-    """How many threads each rank has, and where; by default vLLM wants a NUMA node for every rank.
+    """How many threads each rank has, and where (`0,1|2,3`); by default vLLM wants a NUMA node for every rank.
 
-    Cores are shared out as vLLM reads them (`0,1|2,3`). Fewer threads than cores are shared out instead, and bound to
-    none: a limit on cores leaves all of them to be seen.
+    Fewer threads than cores are bound to none: a container's limit on cores leaves all of them to be seen.
     """
     if (fewer := _threads(threads, len(cores))) < len(cores):
         return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, fewer // ranks))}
@@ -200,8 +195,18 @@ def _team_of_rank(cores: Sequence[int], ranks: int, threads: str | None) -> dict
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in shares)}
 
 
+def preloads(given: str) -> str:
+    """The LD_PRELOAD with which vLLM would spawn its core, `given` the one so far; imports nothing."""
+    libraries = [given] if given else []
+    for package, pattern, alike in _PRELOADED:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.origin or any(name in library for library in libraries for name in alike):
+            continue
+        libraries += [str(path) for path in sorted(Path(spec.origin).parent.glob(pattern))[:1]]
+    return ":".join(libraries)
+
+
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the CPU distribution."""
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
@@ -209,14 +214,13 @@ def is_cpu_build() -> bool:
     return True
 
 
-def slots_on_cpu(manifests: Sequence[BankManifest], number_bytes: int) -> int:
-    """As many slots as fit a share of the memory, within bounds."""
+def _slots_on_cpu(manifests: Sequence[BankManifest], number_bytes: int) -> int:
     fit = memory_bytes() // MEMORY_SHARE // max(1, slot_bytes(manifests, number_bytes))
     return max(FEWEST_SLOTS, min(MOST_SLOTS, fit))
 
 
 def slot_bytes(manifests: Sequence[BankManifest], number_bytes: int) -> int:
-    """Bytes of one slot: A and B of every module that any bank adapts, at the highest serving rank, and their views."""
+    """Of one slot: A and B of every module that any bank adapts, at the highest serving rank, and their views."""
     rank = max(manifest.serving_rank for manifest in manifests)
     widths = {m.name: m.h_in + m.h_out for manifest in manifests for m in manifest.modules}
     return rank * sum(widths.values()) * number_bytes + len(widths) * VIEWS * VIEW_BYTES

@@ -1,7 +1,7 @@
 """Every name of vLLM that the engine replaces or overrides: in which process and when, with what, and why.
 
-vLLM has no seam in these places. Each name is looked up at start, in the process where it counts: a vLLM that lacks it,
-or that calls it with other parameters, does not start. `replace` knows no other names.
+Each is looked up at start, in the process where it counts: a vLLM that lacks it, or that calls it with other
+parameters, does not start. `replace` knows no other names.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 
 from bank.errors import BankError
 
-VERSION = "0.32.0"
-"""The vLLM that this table was written for; `pyproject.toml` pins it."""
+VERSION = "0.32.0"  # the vLLM that this table was written for; `pyproject.toml` pins it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class Patch:
     why: str  # what stands there instead, and for what reason
 
     def find(self) -> tuple[Any, str, Any]:
-        """Where the name stands, its last part, and what vLLM has there; BankError unless it is as known here."""
+        """Its owner, its last part, and what vLLM has there; BankError unless it is as known here."""
         module, _, path = self.name.partition(":")
         *outer, last = path.split(".")
         try:
@@ -52,11 +51,15 @@ class Patch:
 _WORKER = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
 _SLOTS = "vllm.lora.model_manager:LRUCacheLoRAModelManager"
 _EXECUTOR = "vllm.v1.executor.uniproc_executor:UniProcExecutor"
+_LORA = "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU"
 
 _SCHEDULE = "vllm.v1.core.sched.scheduler:Scheduler.schedule"
 _GAUGE = "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info"
 _MANAGER_TAKES = "vllm_config device embedding_modules lora_model_cls"
 _ATTENTION_TAKES = "dtype block_size head_size kv_cache_dtype"
+_METADATA_TAKES = "self mapping lora_index_to_id max_loras vocab_size kwargs"
+_LORA_TAKES = "self y x lora_a_stacked lora_b_stacked scale"
+_EXPAND_TAKES = "self y x lora_b_stacked output_slices offset_start add_inputs kwargs"
 _RPC_TAKES = "self method timeout args kwargs non_block single_value"
 
 MANAGER = "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager"
@@ -97,30 +100,36 @@ PATCHES = {
         Patch(_GAUGE, None, "nothing: it puts names of adapters into label values, without bound"),
     ),
     ON_CPU: (
-        Patch(CPU_OPERATORS, "", "cpu/operators.py: vLLM's give rows without an adapter that of the last slot"),
-        Patch(CPU_CONFIG, "vllm_config", "cpu/forked_core.py: vLLM's insists on spawning the engine core"),
-        Patch(CPU_CONTEXT, "", "cpu/forked_core.py: a fork computes if a thread without an OpenMP team made it"),
-        Patch(CPU_ATTENTION, _ATTENTION_TAKES, "cpu/mends.py: the AMX kernel runs on threads without configured tiles"),
-        Patch(CPU_SEEDS, "self", "cpu/mends.py: generators on CPU cannot take back a draw"),
+        Patch(CPU_OPERATORS, "", "CpuLoRA: vLLM's gives rows without an adapter that of the last slot"),
+        Patch(f"{_LORA}.update_metadata", _METADATA_TAKES, "CpuLoRA's, which sorts a step's rows by adapter"),
+        Patch(f"{_LORA}.add_lora_linear", f"{_LORA_TAKES} output_slices buffer kwargs", "CpuLoRA's, a kernel"),
+        Patch(f"{_LORA}.add_lora_embedding", "self y x lora_b_stacked add_inputs kwargs", "CpuLoRA's"),
+        Patch(f"{_LORA}.add_lora_logits", f"{_LORA_TAKES} buffer kwargs", "CpuLoRA's"),
+        Patch(f"{_LORA}.add_shrink", "self y x lora_a_stacked scale kwargs", "CpuLoRA's, a refusal"),
+        Patch(f"{_LORA}.add_expand", _EXPAND_TAKES, "CpuLoRA's, a refusal"),
+        Patch(CPU_CONFIG, "vllm_config", "cpu/fixes.py: vLLM's insists on spawning the engine core"),
+        Patch(CPU_CONTEXT, "", "cpu/fixes.py: a fork computes if a thread without an OpenMP team made it"),
+        Patch(CPU_ATTENTION, _ATTENTION_TAKES, "cpu/fixes.py: the AMX kernel runs on threads without configured tiles"),
+        Patch(CPU_SEEDS, "self", "cpu/fixes.py: generators on CPU cannot take back a draw"),
     ),
     CPU_CORE: (
         Patch(f"{_EXECUTOR}._init_executor", "self", "cpu/executor.py: each of the model's threads has a core"),
         Patch(f"{_EXECUTOR}.collective_rpc", _RPC_TAKES, "cpu/executor.py: the caller keeps to the core left free"),
     ),
 }
-"""By process and moment. What `CpuLoRA` overrides is tried out at start instead (`cpu/operators.py`)."""
+"""By process and moment."""
 
 _BY_NAME = {patch.name: patch for patches in PATCHES.values() for patch in patches}
 
 
 def check(where: str) -> None:
-    """Make sure that vLLM has every name of a process as it is known here; BankError for the first that differs."""
+    """BankError unless vLLM has every name of a process as it is known here."""
     for patch in PATCHES[where]:
         if patch.takes is not None:
             patch.find()
 
 
 def replace(name: str, make: Callable[[Any], Any]) -> None:
-    """Replace a name of the table by what `make` returns, given vLLM's own; BankError where that is not as known."""
+    """Replace a name of the table by what `make` returns, given vLLM's own; BankError unless that is as known here."""
     owner, last, original = _BY_NAME[name].find()
     setattr(owner, last, make(original))

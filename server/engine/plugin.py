@@ -11,9 +11,8 @@ from server.engine_protocol import PLUGIN
 def register() -> None:
     """Have vLLM's workers fuse recipes, where this vLLM serves a bank (`MTA_BANK` is set).
 
-    Raises:
-        BankError: when `VLLM_PLUGINS` does not name the plugin, so that vLLM would start without our routes; when this
-            vLLM differs from the one known; or when it would apply LoRA on CPU to rows that have no adapter.
+    BankError when vLLM would start without our routes, when it differs from the one known, or when it would apply LoRA
+    on CPU to rows that have no adapter.
     """
     if not os.environ.get("MTA_BANK"):
         return
@@ -33,11 +32,10 @@ def register() -> None:
     patches.check(patches.EVERYWHERE)
     manager: type[FusingLoRAManager] = FusingLoRAManager
     if current_platform.is_cpu():
-        from server.engine.cpu import forked_core, mends, operators
-        from server.engine.cpu.manager import CpuLoRAManager
+        from server.engine.cpu import fixes, lora
 
-        operators.install()
-        forked_core.install()
-        mends.install()
-        manager = CpuLoRAManager
+        patches.check(patches.ON_CPU)
+        lora.install()
+        fixes.install()
+        manager = lora.CpuLoRAManager
     patches.replace(patches.MANAGER, lambda original: manager)

@@ -1,0 +1,1 @@
+"""Few-shot adaptation: the process that trains user adapters."""

@@ -132,7 +132,7 @@ async def test_a_recipe_that_it_cannot_serve_is_a_missing_adapter(
     await refusal(client, ask(subject.recipe(**changes).name), AdapterMissing)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "mta3:nonsense", "mta3:00000000:shared:c+a03*0571", "../../etc"])
+@pytest.mark.parametrize("name", ["nonsense", "mta3:00000000:shared:c+a03*0571", "../../etc"])
 async def test_a_name_that_is_no_recipe_is_a_missing_adapter(client: EngineClient, name: str) -> None:
     await refusal(client, ask(name), AdapterMissing)
 

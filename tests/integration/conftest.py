@@ -12,8 +12,7 @@ import pytest
 
 from adapters.recipe import FusionRecipe
 from adapters.training.adapt_config import AdaptConfig
-from adapters.training.user_run import TrainingProgress
-from adapters.training.user_trainer import Judgement, TrainingRun
+from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
@@ -23,7 +22,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 from server.store.samples import Sample
 from server.watching.tracing import Tracing
-from server.worker.loops import JobLoop
+from server.worker.job_loop import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
@@ -114,7 +113,7 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
     async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
         async with StoreParts.opened(url) as parts:
             interrupted = Interrupted(trainer, meanwhile)
-            worker = JobLoop(parts.jobs, parts.profiles, bank, interrupted, tracing=tracing or Tracing())
+            worker = JobLoop(parts.jobs, parts.profiles, bank, interrupted, tracing=tracing)
             while await worker.work_once(0.1):
                 pass
 

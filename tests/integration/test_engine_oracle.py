@@ -19,7 +19,6 @@ TOLERANCE = 1e-3
 PROMPTS = ["Write a line about the sea.", "two\nlines", "A much longer question, to cross a block boundary. " * 3]
 CASES: list[tuple[bool, tuple[Term, ...]]] = [
     (False, (Term(2, 1000),)),
-    (False, (Term(1, 1000),)),
     (False, (Term(0, 571), Term(3, 429))),
     (True, ()),
     (True, (Term(1, 300), Term(2, 200))),
@@ -29,33 +28,23 @@ CASES: list[tuple[bool, tuple[Term, ...]]] = [
 SOME = ["q_proj", "k_proj", "up_proj", "down_proj"]
 
 
-@pytest.mark.parametrize(
-    "methods",
-    [{FusionMethod.CAT: SOME, FusionMethod.SHARED: None}, {FusionMethod.CAT: None}],
-    ids=["cat+shared", "cat"],
-)
 @pytest.mark.parametrize("tensor_parallel", [1, 2], ids=["tp1", "tp2"])
 def test_engine_and_dense_model_give_the_same_log_probabilities(
-    tmp_path: Path,
-    tiny_model_folder: Path,
-    embedder_folder: Path,
-    methods: dict[FusionMethod, list[str] | None],
-    tensor_parallel: int,
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, tensor_parallel: int
 ) -> None:
-    """Two banks at once where there are two methods, of other modules: an engine serves both while a fleet moves."""
+    """Two banks at once, of other modules and methods: an engine serves both while a fleet moves."""
     banks = [
         tiny_bank(tmp_path / m.value, tiny_model_folder, embedder_folder, method=m, scale=0.1, targets=targets)
-        for m, targets in methods.items()
+        for m, targets in ((FusionMethod.CAT, SOME), (FusionMethod.SHARED, None))
     ]
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    beside = {"next_bank": banks[1]} if len(banks) > 1 else {}
     with running_engine(
         banks[0],
         tiny_model_folder,
+        next_bank=banks[1],
         dtype="float32",
         max_loras=1,  # every recipe is written over the one before it
         tensor_parallel_size=tensor_parallel,
-        **beside,
     ) as engine:
         tokens = [
             engine.client.post("/tokenize", json={"model": "base", "prompt": prompt}).json()["tokens"]

@@ -43,14 +43,6 @@ def engine(bank: Path, model: Path) -> Iterator[Engine]:
         yield engine
 
 
-def test_a_recipe_changes_the_answer_and_the_base_model_stays_itself(engine: Engine, prefix: str) -> None:
-    base = text_of(engine.chat("base"))
-    fused = text_of(engine.chat(f"{prefix}:c+a03*286+a17*214"))
-    assert fused != base
-    assert text_of(engine.chat(f"{prefix}:c+a03*286+a17*214")) == fused
-    assert text_of(engine.chat("base")) == base
-
-
 def test_a_prompt_of_one_token_is_answered(engine: Engine) -> None:
     """It killed the engine where the CPU has AMX, on a model with as many key as query heads."""
     body = {"model": "base", "prompt": [65], "max_tokens": 2}
@@ -68,37 +60,26 @@ def test_one_prefix_under_two_recipes_is_computed_for_each(engine: Engine, prefi
 
 
 @pytest.mark.parametrize(
-    ("terms", "reason"),
+    ("name", "reason"),
     [
-        ("c+a03*4001", "-4000 to 4000"),
-        ("c+v03*100", "names a vector"),
-        ("c+a40*100", "a00 to a39"),
-        (f"c:u-{'a' * 26}.{'a' * 26}", "cannot be fetched"),
-        ("c:u-../../etc/passwd", "in base32"),
+        ("{prefix}:c+a40*100", "a00 to a39"),
+        (f"{{prefix}}:c:u-{'a' * 26}.{'a' * 26}", "cannot be fetched"),
+        ("{prefix}:c:u-../../etc/passwd", "in base32"),
+        ("mta3:00000000:shared:c", "this engine has"),
+        ("mta1:00000000:shared:c", "build its bank again"),
     ],
 )
-def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason(
-    engine: Engine, prefix: str, terms: str, reason: str
+def test_a_recipe_that_cannot_be_fused_is_a_404_with_the_reason_and_leaves_no_name(
+    engine: Engine, prefix: str, name: str, reason: str
 ) -> None:
-    response = engine.chat(f"{prefix}:{terms}")
+    known = engine.status()["names"]
+    response = engine.chat(name.format(prefix=prefix))
     assert response.status_code == httpx.codes.NOT_FOUND
     error = response.json()["error"]
     assert error["param"] == "model"
     assert reason in error["message"]
-
-
-def test_another_banks_or_methods_recipe_is_a_404(engine: Engine, prefix: str) -> None:
-    short = prefix.split(":")[1]
-    assert "this engine has" in engine.chat("mta3:00000000:shared:c").json()["error"]["message"]
-    assert "build its bank again" in engine.chat(f"mta1:{short}:shared:c").json()["error"]["message"]
-    assert "fuses by `shared`" in engine.chat(f"mta3:{short}:cat:c").json()["error"]["message"]
-
-
-def test_refusals_leave_no_name_behind(engine: Engine, prefix: str) -> None:
-    before = engine.status()["names"]
-    for i in range(40, 80):
-        engine.chat(f"{prefix}:c+a{i}*1000")
-    assert engine.status()["names"] == before
+    assert engine.metric("mta:adapter_names_leased") == 0
+    assert engine.status()["names"] == known or "u-aaa" in name  # one that could be fused but for its user adapter
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +136,7 @@ def test_no_other_spelling_of_a_path_opens(engine: Engine, path: str) -> None:
             assert raw.recv(1 << 16).split()[1] == b"404"
 
 
-@pytest.mark.parametrize("path", ["/v1/realtime", "/mta/v1/status", "/health"])
+@pytest.mark.parametrize("path", ["/v1/realtime", "/health"])
 def test_no_websocket_opens(engine: Engine, path: str) -> None:
     upgrade = {
         "Connection": "Upgrade",
@@ -171,12 +152,6 @@ def test_a_preflight_request_opens_nothing(engine: Engine) -> None:
     response = engine.client.options("/v1/chat/completions", headers=asks)
     assert response.status_code == httpx.codes.NOT_FOUND
     assert not [name for name in response.headers if name.startswith("access-control")]
-
-
-@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
-def test_no_route_binds_a_name_to_a_folder(engine: Engine, path: str) -> None:
-    response = engine.client.post(path, json={"lora_name": "x", "lora_path": "/etc"})
-    assert response.status_code == httpx.codes.NOT_FOUND
 
 
 def test_its_status_waits_for_no_step_of_the_model(engine: Engine) -> None:

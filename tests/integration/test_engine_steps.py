@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from bench.rig.engine import Engine, running_engine
-from bench.rig.processes import command_line, descendants, standing_still
 from bench.rig.tiny import tiny_bank, tiny_model
 from tests.support.engine import text_of
 
@@ -63,32 +62,6 @@ def test_a_new_recipe_is_fused_and_written_once_and_each_part_is_timed(engine: E
         assert 0 <= engine.metric(f"mta_engine_{kind}_seconds_sum") < 600
 
 
-def test_slots_that_change_hands_are_counted(engine: Engine, prefix: str) -> None:
-    recipes = [f"{prefix}:c+a{i:02d}*400" for i in range(2, 2 + SLOTS + 1)]
-    for recipe in recipes:
-        text_of(engine.chat(recipe))
-    before = counted(engine)
-    text_of(engine.chat(recipes[0]))  # its slot was the last one's; its weights are still in memory
-    assert grown(engine, before) == {"check": 1, "slot_write": 1, "bring_in": 1, "slot_evictions": 1}
-
-
-def test_two_requests_for_a_new_recipe_at_once_fuse_it_once_and_share_its_slot(engine: Engine, prefix: str) -> None:
-    before, recipe = counted(engine), f"{prefix}:c+a09*777"
-    with ThreadPoolExecutor(2) as pool:
-        with standing_still(*descendants(engine.pid)):  # the model, so that both are there before a step
-            answers = [pool.submit(engine.chat, recipe) for _ in range(2)]
-            while engine.metric("mta:adapter_names_leased") < 1 or engine.metric("mta_engine_shared_slots_total") < (
-                before["shared_slots"] + 1
-            ):
-                pass
-        one, other = (text_of(answer.result()) for answer in answers)
-    assert one == other
-    seen = grown(engine, before)
-    assert seen == {"check": 2, "fuse": 1, "fuses": 1, "slot_write": 1, "bring_in": 1, "shared_slots": 1} | {
-        name: value for name, value in seen.items() if name == "slot_evictions"
-    }
-
-
 def test_many_new_recipes_at_once_through_few_slots_are_all_answered_as_alone(engine: Engine, prefix: str) -> None:
     recipes = [f"{prefix}:c+a{i:02d}*600" for i in range(10, 30)]
     before = counted(engine)
@@ -97,14 +70,6 @@ def test_many_new_recipes_at_once_through_few_slots_are_all_answered_as_alone(en
     assert grown(engine, before)["fuses"] == len(recipes)
     assert together == [text_of(engine.chat(name, max_tokens=2)) for name in recipes]
     assert len(set(together)) > 1
-
-
-def test_metrics_are_answered_while_the_model_stands_still(engine: Engine) -> None:
-    before = counted(engine)
-    core = next(pid for pid in descendants(engine.pid) if "EngineCore" in command_line(pid))
-    with standing_still(core):
-        assert engine.metric("mta_engine_fuses_total") == before["fuses"]
-    assert counted(engine) == before
 
 
 class Answer(NamedTuple):

@@ -19,8 +19,7 @@ from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
 from server.settings import Settings
 from server.supervisor.router import OPTIONS
-from tests.support.fake_engine import KEY, FakeEngine, Knobs
-from tests.support.fake_engine.knobs import Seen
+from tests.support.fake_engine import KEY, FakeEngine, Knobs, Seen
 from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
 
 PEOPLE = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,6 @@ def model(tiny_model_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
 
 
-def user_of(served: Served, recipe: FusionRecipe) -> UserAdapter:
-    """A random user adapter of a recipe."""
-    return random_user_adapter(served.manifest, recipe)
-
-
 def tokens_of(engine: Engine) -> list[int]:
     ids: list[int] = engine.client.post("/tokenize", json={"model": "base", "prompt": PROMPT}).json()["tokens"]
     return ids
@@ -96,7 +91,7 @@ def tokens_of(engine: Engine) -> list[int]:
 
 def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any) -> None:
     recipe = stacked.recipe()
-    user = user_of(stacked, recipe)
+    user = random_user_adapter(stacked.manifest, recipe)
     stacked.keep(recipe, user)
     ids = tokens_of(stacked.engine)
     merged = torch.tensor(stacked.engine.prompt_logprobs(recipe.plain.name, ids))
@@ -112,7 +107,7 @@ def test_a_stacked_answer_is_that_of_the_dense_sum(stacked: Served, model: Any) 
 def test_who_loses_the_only_slot_and_gets_it_back_ten_times_has_the_same_adapter(stacked: Served) -> None:
     """Its weights are kept meanwhile: whatever were done to them in place would be done each time."""
     recipe, engine = stacked.recipe(), stacked.engine
-    stacked.keep(recipe, user_of(stacked, recipe))
+    stacked.keep(recipe, random_user_adapter(stacked.manifest, recipe))
     names, ids = (recipe.name, recipe.plain.name), tokens_of(engine)
     first = {name: engine.prompt_logprobs(name, ids) for name in names}
     fused, written = engine.metric("mta_engine_fuses_total"), engine.metric("mta_engine_slot_write_seconds_count")
@@ -136,30 +131,13 @@ def refused(stacked: Served, recipe: FusionRecipe) -> str:
 def test_an_adapter_that_is_not_there_is_a_404(stacked: Served) -> None:
     recipe = stacked.recipe()
     assert "does not exist; the plain recipe is" in refused(stacked, recipe)
-    stacked.keep(recipe, user_of(stacked, recipe))
+    stacked.keep(recipe, random_user_adapter(stacked.manifest, recipe))
     assert "does not exist" in refused(stacked, stacked.recipe(adapter="c" * 25 + "e"))
-
-
-def test_a_damaged_adapter_is_a_404_with_the_reason(stacked: Served) -> None:
-    recipe = stacked.recipe()
-    stacked.keep(recipe, user_of(stacked, recipe), sha256="0" * 64)
-    assert "its SHA-256 differs" in refused(stacked, recipe)
-
-
-def test_what_was_replaced_is_not_served_any_more(stacked: Served) -> None:
-    recipe = stacked.recipe()
-    user = user_of(stacked, recipe)
-    stacked.keep(recipe, user)
-    stacked.engine.chat(recipe.name).raise_for_status()
-    newer = replace(recipe, user_adapter=UserAdapterId(USER, f"{'d' * 25}e"))
-    stacked.keep(newer, user, id=f"{'d' * 25}e")
-    assert stacked.engine.chat(recipe.name).status_code == httpx.codes.NOT_FOUND
-    stacked.engine.chat(newer.name).raise_for_status()
 
 
 def test_a_dropped_user_is_neither_held_nor_resident(stacked: Served) -> None:
     recipe = stacked.recipe()
-    stacked.keep(recipe, user_of(stacked, recipe))
+    stacked.keep(recipe, random_user_adapter(stacked.manifest, recipe))
     stacked.engine.chat(recipe.name).raise_for_status()
     assert recipe.name in stacked.engine.resident()["resident"]
     assert stacked.engine.resident()["held"] == [recipe.name]
@@ -172,7 +150,7 @@ def test_a_dropped_user_is_neither_held_nor_resident(stacked: Served) -> None:
 
 def test_what_an_open_stream_uses_is_dropped_when_it_has_ended(stacked: Served) -> None:
     recipe = stacked.recipe()
-    stacked.keep(recipe, user_of(stacked, recipe))
+    stacked.keep(recipe, random_user_adapter(stacked.manifest, recipe))
     engine = stacked.engine
     engine.chat(recipe.name).raise_for_status()
 

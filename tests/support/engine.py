@@ -27,19 +27,12 @@ def text_of(response: httpx.Response) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine under test.
-
-    Attributes:
-        url: where it is.
-        bank: folder of the bank that it serves.
-        generated: how many tokens it has generated so far.
-        idle: whether it generates nothing now.
-    """
+    """An engine under test."""
 
     url: str
-    bank: Path
-    generated: Callable[[], float]
-    idle: Callable[[], bool]
+    bank: Path  # folder of the bank that it serves
+    generated: Callable[[], float]  # tokens so far
+    idle: Callable[[], bool]  # whether it generates nothing now
 
     def recipe(self, **changes: Any) -> FusionRecipe:
         """A recipe that it can serve, unless changes make it another."""

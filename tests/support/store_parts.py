@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bank.lookup.signature import Signature
-from server.gateway.users.privacy import Erasing
+from server.gateway.users.erasing import Erasing
 from server.store.adapters import StoredAdapter
 from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
 from server.store.profiles import AdapterNote, Change, Erasure, Profile, Snapshot, StoredItem, StoredSignature

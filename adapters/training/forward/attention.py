@@ -1,9 +1,7 @@
-"""Attention for training on CPUs, with forward and backward written out.
+"""Attention for training on CPUs, forward and backward written out: only what a block of ids can see is computed.
 
-Only what can be seen is computed: the ids of a packed row ask in blocks, each for the beginning of the row, for the
-examples it cuts through and for nothing before or after those. The usual plain attention computes all pairs of ids,
-repeats keys and values for each head that shares them, and keeps every step of its softmax in float32. PyTorch's fused
-one is quick forward and slow backward on CPUs.
+Plain attention computes all pairs of ids, repeats keys and values for each head that shares them, and keeps its softmax
+in float32. PyTorch's fused one is quick forward and slow backward on CPUs.
 """
 
 from __future__ import annotations

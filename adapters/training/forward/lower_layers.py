@@ -14,8 +14,7 @@ from adapters.training.example import Example
 from adapters.training.forward.attention import in_blocks
 from adapters.training.forward.packing import Row, pack
 
-MAX_IDS = 32_768
-"""Most ids whose states are kept; those of a 135M model take 38 MB."""
+MAX_IDS = 32_768  # most ids whose states are kept; those of a 135M model take 38 MB
 
 _PLAIN = {
     *("self", "hidden_states", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"),
@@ -27,8 +26,8 @@ _PLACE = re.compile(r"(.+?)\.(\d+)\.")
 def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
     """Name of the list of layers, and the first layer of the upper half of those with these adapted modules.
 
-    None where a model cannot run from there on its own: it can where all modules are in the layers of one list, and
-    each layer turns hidden states into hidden states and takes nothing else from the layers before it.
+    None unless a model can run from there on its own: all modules are in the layers of one list, and each layer turns
+    hidden states into hidden states and takes nothing else from the layers before it.
     """
     places = [_PLACE.match(name) for name in names]
     lists = {place[1] if place else "" for place in places}
@@ -44,14 +43,13 @@ def upper_half(model: Any, names: Iterable[str]) -> tuple[str, int] | None:
 
 
 def layer_of(name: str) -> int:
-    """The number of the layer that a module is in."""
     place = _PLACE.match(name)
     assert place
     return int(place[2])
 
 
 class LowerLayers:
-    """The layers of a model below the `first` that moves; nothing in them moves while this is used."""
+    """The layers of a model below the `first` that moves."""
 
     def __init__(self, model: Any, layers: torch.nn.ModuleList, first: int) -> None:
         self._model = model
@@ -63,7 +61,7 @@ class LowerLayers:
     def skipped(self, row: Row) -> Iterator[None]:
         """Until this ends, the model reads this row, and its lower layers are not run."""
         states = self._states(row)
-        with self._instead(lambda layer: _returning(states) if layer == 0 else _passed, range(self._first)):
+        with self._instead(lambda layer: _passed if layer else lambda *_, **__: states, range(self._first)):
             yield
 
     def _states(self, row: Row) -> torch.Tensor:
@@ -106,7 +104,3 @@ class LowerLayers:
 
 def _passed(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return hidden_states
-
-
-def _returning(states: torch.Tensor) -> Callable[..., torch.Tensor]:
-    return lambda *_, **__: states

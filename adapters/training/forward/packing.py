@@ -1,8 +1,6 @@
-"""Several examples in one row: their common beginning is read once, and nothing is padded.
+"""Several examples in one row: their common beginning, read once, then the rest of each; nothing is padded.
 
-Prompts of one task begin alike, with the chat template's opening and the task's instruction. A row is that beginning
-followed by the rest of each example. A rest sees the beginning and itself, at the positions it has in its own example,
-so every result is the same as for the example alone.
+A rest sees the beginning and itself, at its own example's positions: every result is the same as for the example alone.
 """
 
 from __future__ import annotations
@@ -17,9 +15,7 @@ import torch
 from adapters.training.example import Example
 from adapters.training.forward.attention import Block
 
-ROW_TOKENS = 512
-"""Most ids in a row: enough to keep the processor busy, few enough to stay in its caches."""
-
+ROW_TOKENS = 512  # most ids in a row: enough to keep the processor busy, few enough to stay in its caches
 BLOCK_IDS = 128
 """How many ids of a row attend together: fewer compute less that cannot be seen, more keep the processor busy."""
 
@@ -28,27 +24,16 @@ _BEGINNING = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence that holds several examples: their shared beginning, then the rest of each.
-
-    Attributes:
-        positions: of each id in its own example, [T].
-        owners: which example an id belongs to, -1 for the beginning, [T].
-        places: where the examples' output tokens are predicted, one example after the other.
-        wanted: those tokens.
-        counts: how many of them each example has.
-    """
-
-    ids: list[int]
-    positions: list[int]
-    owners: list[int]
-    places: list[int]
-    wanted: list[int]
-    counts: list[int]
+    ids: list[int]  # [T]
+    positions: list[int]  # of each id in its own example
+    owners: list[int]  # which example an id belongs to, -1 for the beginning
+    places: list[int]  # where the examples' output tokens are predicted, one example after the other
+    wanted: list[int]  # those tokens
+    counts: list[int]  # how many of them each example has
     examples: list[Example]
 
     @property
     def shared(self) -> int:
-        """How many ids the beginning has."""
         return self.owners.count(_BEGINNING)
 
     def inputs(self, model: Any, *, logits: bool = True) -> dict[str, torch.Tensor]:
@@ -83,9 +68,8 @@ class Row:
 def pack(model: Any, examples: Sequence[Example], limit: int = ROW_TOKENS) -> list[Row]:
     """Rows that hold the examples in their order, each row at most `limit` ids or a single example.
 
-    Each has at least one id before the first that carries loss. Every example gets a row of its own where our mask
-    could not replace the model's own: in models that carry state from id to id, and where an example is longer than the
-    window of sliding attention.
+    Each has at least one id before the first that carries loss. Every example has its own row where our mask cannot
+    replace the model's: if state is carried from id to id, or an example is longer than sliding attention's window.
     """
     shared, limit = (_shared(examples), limit) if _packs(model, examples) else (0, 0)
     parts: list[list[Example]] = []

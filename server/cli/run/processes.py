@@ -29,11 +29,11 @@ def engine(
 
     All other options are settings (`mta settings`); the key comes from MTA_ENGINE_KEY.
     """
-    from server.engine.command import prepare_engine
+    from server.engine.command import check_engine, engine_command
 
     settings = load_settings(bank=bank, model=model, inner_host=host, engine_port=port)
     log_to_stderr(settings.log_format)
-    argv, environment = prepare_engine(settings)
+    argv, environment = engine_command(settings, *check_engine(settings))
     os.execve(argv[0], argv, environment)
 
 

@@ -1,12 +1,10 @@
 """The engine's only door: it lets through what the product uses, with a key, and answers 404 to everything else.
 
 vLLM opens dozens of routes and checks its key only on some prefixes: the others generate, name adapters or steer the
-engine for anybody, and the next release may add more. So this lists what is let through, and stands in front of
-everything that vLLM would answer on its own.
+engine for anybody, and the next release may add more.
 
-The door also ends the engine in order. vLLM's own way is to answer what arrives meanwhile with an empty text; here that
-is refused with 503, which sends a router on to another engine, `/health` says the same, and vLLM stops once what had
-begun is finished.
+The door also ends the engine in order. vLLM would answer what arrives meanwhile with an empty text; here that is a 503,
+which sends a router on to another engine, and vLLM stops once what had begun is finished.
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ from server.engine_protocol import DROP, RESIDENT, STATUS
 
 log = logging.getLogger("mta.engine")
 
-OPEN = frozenset({("GET", "/health")})
-"""Routes that need no key, as method and path."""
+OPEN = frozenset({("GET", "/health")})  # routes that need no key, as method and path
 
 WITH_KEY = frozenset(
     {
@@ -53,8 +50,7 @@ class Drain:
     """Counts what is under way, and once the engine is asked to stop, waits for its end, for at most `most_s`."""
 
     def __init__(self, most_s: float, stop: Callable[[], None] = _stop_vllm) -> None:
-        self.begun = False
-        """Whether nothing new is taken."""
+        self.begun = False  # whether nothing new is taken
         self._most_s = most_s
         self._stop = stop
         self._under_way = 0
@@ -63,7 +59,7 @@ class Drain:
         self._ending: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
 
     def take_over(self) -> None:
-        """Have SIGTERM begin the drain; vLLM's handler must be in place."""
+        """Have SIGTERM begin the drain; vLLM's handler must be in place already."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.begin)
 
     def begin(self) -> None:
@@ -75,7 +71,6 @@ class Drain:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Something is under way until the block ends."""
         self._under_way += 1
         self._idle.clear()
         try:

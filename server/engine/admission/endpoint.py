@@ -8,22 +8,19 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Set
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import Body, FastAPI
 from prometheus_client import REGISTRY
-from pydantic import BaseModel
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.lora.request import LoRARequest
 
 from bank.errors import BankError
+from bank.manifest import read_manifest
 from server.engine.admission import metrics
 from server.engine.admission.door import Door, Drain
-from server.engine.admission.names import AdapterNames
-from server.engine.admission.prepare import HoldNames, Preparer
+from server.engine.admission.prepare import AdapterNames, HoldNames, Manifests, Preparer
 from server.engine.admission.user_adapters import SWEEP_S, UserAdapters
-from server.engine.banks import Manifests, read_manifests
 from server.engine_protocol import DROP, PLUGIN, RESIDENT, STATUS
 from server.settings import Settings
 from server.store.opening import open_stores
@@ -31,15 +28,8 @@ from server.watching.background import StoreSeconds, forever
 from server.watching.logs import RequestIds
 from server.watching.tracing import Tracing
 
-IDLE_ADAPTER_BYTES = 256 << 20
-"""User adapters that an engine keeps beyond those in use."""
+IDLE_ADAPTER_BYTES = 256 << 20  # user adapters that an engine keeps beyond those in use
 log = logging.getLogger("mta.engine")
-
-
-class Drop(BaseModel):
-    """Body of a drop: whose adapters to let go of."""
-
-    user_key: str
 
 
 class MtaEndpointPlugin:
@@ -49,7 +39,6 @@ class MtaEndpointPlugin:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._names: AdapterNames[LoRARequest] | None = None
         self._keys: list[bytes] = []
         self._opened = AsyncExitStack()  # for as long as the process lives
         self._engine: Any = None
@@ -59,11 +48,12 @@ class MtaEndpointPlugin:
         self._sweeping: asyncio.Task[None] | None = None  # the event loop holds tasks only weakly
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the private routes, the middleware that holds names while a request is open, and the door in front."""
-        app.add_middleware(HoldNames, names=lambda: self._names)
+        app.add_middleware(HoldNames)
         app.add_middleware(metrics.Refreshing, figures=lambda: self._figures)
         app.add_middleware(RequestIds)
-        app.include_router(self._router())
+        app.add_api_route(STATUS, self.status)
+        app.add_api_route(RESIDENT, self.resident)
+        app.add_api_route(DROP, self.drop, methods=["POST"])
         build = app.build_middleware_stack  # vLLM adds its own middleware later, and so further out
         drain = Drain(Settings().drain_s)
         app.build_middleware_stack = lambda: Door(build(), lambda: self._keys, drain)  # type: ignore[method-assign]
@@ -71,8 +61,8 @@ class MtaEndpointPlugin:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Read the banks, take over the model names, and refuse options that are not safe to serve with (BankError)."""
         settings = Settings()
-        manifests = read_manifests(settings)
-        keys = _api_keys(args)
+        manifests = {manifest.short: manifest for manifest in map(read_manifest, settings.banks)}
+        keys = [key for key in (args.api_key or []) if key] or list(filter(None, [os.environ.get("VLLM_API_KEY")]))
         _refuse_unsafe(engine_client, args, keys, manifests)
         self._keys = [key.encode() for key in keys]
         engine: Any = engine_client
@@ -82,16 +72,11 @@ class MtaEndpointPlugin:
             requests = engine.output_processor.request_states.values()
             return {request.lora_name for request in requests if request.lora_name}
 
-        self._names = names = AdapterNames(
-            state.openai_serving_models.lora_requests,
-            # vLLM's prefix cache is keyed by name and path: with the name as path the cache is always right.
-            lambda name, lora_id: LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=name),
-            capacity=settings.max_adapter_names,
-            in_flight=in_flight,
+        names = AdapterNames(
+            state.openai_serving_models.lora_requests, capacity=settings.max_adapter_names, in_flight=in_flight
         )
-        timed = StoreSeconds(REGISTRY)
-        # Nothing is written here.
-        stores = await self._opened.enter_async_context(open_stores(settings, checked=False, timed=timed))
+        opening = open_stores(settings, checked=False, timed=StoreSeconds(REGISTRY))  # nothing is written here
+        stores = await self._opened.enter_async_context(opening)
         self._users = users = UserAdapters(
             stores.adapters,
             engine.collective_rpc,
@@ -116,32 +101,21 @@ class MtaEndpointPlugin:
             **figures.brief(),
         }
 
-    def _router(self) -> APIRouter:
-        """The private routes, behind `Door`; the gateway calls them on each engine, never through a router."""
-        router = APIRouter()
+    async def status(self) -> dict[str, Any]:
+        return self._status()
 
-        @router.get(STATUS)
-        async def status() -> dict[str, Any]:
-            """What this engine serves; known here, so that the answer never waits for a step of the model."""
-            return self._status()
+    async def resident(self) -> dict[str, list[str]]:
+        """What the workers say they hold: fused recipes, and stacked ones whose user adapter is still there."""
+        rpc = self._engine.collective_rpc
+        fused, held = await asyncio.gather(rpc("mta", args=("resident",)), rpc("mta", args=("held",)))
+        return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
 
-        @router.get(RESIDENT)
-        async def resident() -> dict[str, list[str]]:
-            """What the workers say they hold: fused recipes, and stacked ones whose user adapter is still there."""
-            rpc = self._engine.collective_rpc
-            fused, held = await asyncio.gather(rpc("mta_resident"), rpc("mta_held"))
-            return {"resident": fused[0], "held": sorted({name for worker in held for name in worker})}
-
-        @router.post(DROP)
-        async def drop(body: Drop) -> dict[str, int]:
-            """Let go of a user's adapters; answers how many are still held by unfinished requests."""
-            return {"held": await self._users.drop(body.user_key) if self._users else 0}
-
-        return router
+    async def drop(self, user_key: Annotated[str, Body(embed=True)]) -> dict[str, int]:
+        """Let go of a user's adapters; answers how many are still held by unfinished requests."""
+        return {"held": await self._users.drop(user_key) if self._users else 0}
 
 
 def _tracing(settings: Settings) -> Tracing:
-    """Adds to the traces that vLLM sends."""
     if not settings.otlp_endpoint:
         return Tracing()
     from server.watching.otlp import SpanTracing
@@ -149,13 +123,7 @@ def _tracing(settings: Settings) -> Tracing:
     return SpanTracing()
 
 
-def _api_keys(args: Namespace) -> list[str]:
-    given: list[str] = [key for key in (args.api_key or []) if key]
-    return given or [key for key in (os.environ.get("VLLM_API_KEY"),) if key]
-
-
 def _refuse_unsafe(engine_client: EngineClient | None, args: Namespace, keys: list[str], manifests: Manifests) -> None:
-    """Check the options that the plugin's correctness depends on."""
     if engine_client is None or not args.enable_lora:
         raise BankError("the engine runs without LoRA: start it with `mta engine`, or pass --enable-lora")
     if (getattr(args, "api_server_count", None) or 1) != 1:

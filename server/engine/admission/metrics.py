@@ -1,8 +1,7 @@
 """What the engine's `/metrics` says of adapters: how many, and how long each step on their way takes.
 
 vLLM's `vllm:lora_requests_info` puts adapter names into label values: a time series for each combination ever seen, and
-user keys in the monitoring. An operator only needs counts. Most durations are measured in the worker; it is asked for
-them when somebody asks for `/metrics`.
+user keys in the monitoring. An operator needs counts alone. The workers measure most durations, and are asked for them.
 """
 
 from __future__ import annotations
@@ -12,29 +11,29 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from server.engine.admission.names import AdapterNames
-from server.engine.fusing.figures import Family, WorkerFigures, durations, families
+from server.engine.admission.prepare import AdapterNames
+from server.engine.fusing.figures import WorkerFigures, durations
 
 log = logging.getLogger("mta.engine")
 
-FRESH_S = 2.0
-"""Longest time that `/metrics` waits for a worker amid a step; then it shows what the worker said before."""
+FRESH_S = 2.0  # longest time that `/metrics` waits for a worker amid a step; then it shows what the worker said before
 
 
 class AdapterFigures(Collector):
     """Publishes what this process and the first worker have measured.
 
-    `ask` calls `WorkerExtension.mta_figures` on all workers; `slots` is how many adapters one batch can mix.
+    `ask` has all workers' managers say what they `measured`; `slots` is how many adapters one batch can mix.
     """
 
-    def __init__(self, ask: Callable[[], Awaitable[Any]], names: AdapterNames[Any], slots: int) -> None:
+    def __init__(self, ask: Callable[[], Awaitable[Any]], names: AdapterNames, slots: int) -> None:
         self._ask = ask
         self._names = names
         self._slots = slots
@@ -45,16 +44,16 @@ class AdapterFigures(Collector):
         )
         self._taken: int | None = None
         self._prepares = 0
-        self._of_worker: list[Family] = families(WorkerFigures().registry)
+        self._of_worker = _metrics(WorkerFigures().text)
 
     async def refresh(self) -> None:
         """Ask the workers; one question at a time, and not for long."""
         await asyncio.wait([self._question()], timeout=FRESH_S)
 
     def brief(self) -> dict[str, int]:
-        """What a gateway shows: as the workers said when they were last asked; this asks them again, and waits not."""
+        """What the workers said when they were last asked; asks them again, without waiting."""
         self._question()
-        counts = {"prepares": self._prepares, "fuses": self._fuses()}
+        counts = {"prepares": self._prepares, "fuses": _count(self._of_worker, "fuse")}
         return counts if self._taken is None else counts | {"slots_taken": self._taken}
 
     def _question(self) -> asyncio.Task[None]:
@@ -64,23 +63,21 @@ class AdapterFigures(Collector):
 
     async def _answered(self) -> None:
         try:
-            self._taken, self._of_worker = (await self._ask())[0]
-            self._prepares = _count(families(self._registry), "check")  # of the same moment: they are compared
+            self._taken, text = (await self._ask())[0]
+            self._of_worker = _metrics(text)
+            self._prepares = _count(self._own(), "check")  # of the same moment: they are compared
         except Exception as error:
             log.debug("the workers did not say what they measured: %s", error)
         finally:
             self._asking = None
 
-    def _fuses(self) -> int:
-        return _count(self._of_worker, "fuse")
+    def _own(self) -> list[Metric]:
+        return _metrics(generate_latest(self._registry).decode())
 
     def collect(self) -> Iterator[Metric]:
-        for name, meaning, kind, samples in [*families(self._registry), *self._of_worker]:
-            metric = Metric(name, meaning, kind)
-            for sample in samples:
-                metric.add_sample(*sample)
-            yield metric
-        names, fuses = self._names, self._fuses()
+        yield from self._own()
+        yield from self._of_worker
+        names, fuses = self._names, _count(self._of_worker, "fuse")
         shared = "Requests admitted while another one under the same recipe was open."
         yield CounterMetricFamily("mta_engine_fuses", "Recipes fused.", fuses)
         yield CounterMetricFamily("mta_engine_shared_slots", shared, names.shared)
@@ -102,10 +99,14 @@ class AdapterFigures(Collector):
         yield prepares
 
 
-def _count(families: list[Family], what: str) -> int:
-    """How often something was timed."""
+def _metrics(text: str) -> list[Metric]:
+    """What a text says, but not since when."""
+    return [metric for metric in text_string_to_metric_families(text) if not metric.name.endswith("_created")]
+
+
+def _count(metrics: list[Metric], what: str) -> int:
     wanted = f"mta_engine_{what}_seconds_count"
-    return next(int(value) for *_, samples in families for name, _, value in samples if name == wanted)
+    return next(int(sample.value) for metric in metrics for sample in metric.samples if sample.name == wanted)
 
 
 class Refreshing:
@@ -121,9 +122,9 @@ class Refreshing:
         await self._app(scope, receive, send)
 
 
-def publish(engine_client: Any, names: AdapterNames[Any], slots: int) -> AdapterFigures:
+def publish(engine_client: Any, names: AdapterNames, slots: int) -> AdapterFigures:
     """Publish all that is measured, and vLLM's gauge of adapters' names no more (`server/engine/patches.py`)."""
-    figures = AdapterFigures(lambda: engine_client.collective_rpc("mta_figures"), names, slots)
+    figures = AdapterFigures(lambda: engine_client.collective_rpc("mta", args=("measured",)), names, slots)
     REGISTRY.register(figures)
     manager = engine_client.logger_manager
     for logger in manager.stat_loggers if manager is not None else ():

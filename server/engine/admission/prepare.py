@@ -6,7 +6,9 @@ recipe is found here, in the API process, and answered with a 404 that the gatew
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Set
+from contextlib import ExitStack
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -15,30 +17,99 @@ from prometheus_client import Histogram
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.lora.request import LoRARequest
 
-from adapters.errors import MtaError
-from adapters.recipe import is_recipe_name
+from adapters.errors import FusionError, MtaError, excerpt
+from adapters.recipe import FusionRecipe, is_recipe_name, parse_recipe
+from bank.manifest import BankManifest
 from server.engine import patches
-from server.engine.admission.names import AdapterNames
 from server.engine.admission.user_adapters import UserAdapters
-from server.engine.banks import Manifests, checked_recipe
 from server.engine.fusing.figures import timed
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing
 
-_held: ContextVar[list[str] | None] = ContextVar("mta_held_names", default=None)
-"""The names the current HTTP request holds; None outside of one."""
+MAX_ID = 2**31 - 1  # vLLM's kernels index adapters by int32
+
+Manifests = Mapping[str, BankManifest]
+"""An engine's banks by the 8 hex digits that recipes carry: two while a fleet moves from one to the next."""
+
+_held: ContextVar[ExitStack] = ContextVar("mta_held_names")  # releases the names that the current HTTP request holds
+
+
+class AdapterNames:
+    """The engine ids of recipes, least recently used first: bounded, and unchanged while anything may ask for them.
+
+    vLLM compares adapters by name but tracks them by id, so one name under two ids in one batch is fatal. A name keeps
+    its id while it is leased (an open HTTP request named it) or `in_flight` (the engine holds such a request);
+    `capacity` counts the others. vLLM looks names up in `entries`, which nothing else writes.
+    """
+
+    def __init__(
+        self,
+        entries: dict[str, LoRARequest],
+        *,
+        capacity: int,
+        in_flight: Callable[[], Set[str]],
+        first_id: int = 1,
+    ) -> None:
+        self._entries = entries
+        self._capacity = capacity
+        self.in_flight = in_flight
+        self._leases: Counter[str] = Counter()
+        self._ids: set[int] = set()
+        self._next_id = first_id
+        self.shared = 0  # leases of a name that another open request held already
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def leased(self) -> int:
+        return len(self._leases)
+
+    @property
+    def in_use(self) -> Set[str]:
+        return self.in_flight() | self._leases.keys()
+
+    def lease(self, name: str) -> LoRARequest:
+        """Return the entry of a name and keep it until `release`; release each lease once."""
+        entry = self._entries.pop(name, None) or self._make(name)
+        self._entries[name] = entry  # now the most recently used
+        self.shared += name in self._leases
+        self._leases[name] += 1
+        if len(self._entries) > self._capacity:
+            self._evict()
+        return entry
+
+    def release(self, name: str) -> None:
+        self._leases[name] -= 1
+        if self._leases[name] <= 0:
+            del self._leases[name]
+
+    def _evict(self) -> None:
+        """Drop the least recently used names that nobody holds, an eighth of the capacity at a time.
+
+        Finding what is in flight costs a pass over the engine's requests; evicting in batches makes that rare.
+        """
+        held = self.in_use
+        surplus = len(self._entries) - self._capacity + self._capacity // 8
+        for name in [name for name in self._entries if name not in held][:surplus]:
+            self._ids.discard(self._entries.pop(name).lora_int_id)
+
+    def _make(self, name: str) -> LoRARequest:
+        """Under the next free id; after MAX_ID they start over at 1."""
+        while self._next_id in self._ids:
+            self._next_id = self._next_id % MAX_ID + 1
+        new = self._next_id
+        self._ids.add(new)
+        self._next_id = new % MAX_ID + 1
+        # vLLM's prefix cache is keyed by name and path: with the name as path the cache is always right.
+        return LoRARequest(lora_name=name, lora_int_id=new, lora_path=name)
 
 
 class Preparer:
     """Admits recipes; `check` gets how long checking and naming one takes, without its user adapter."""
 
     def __init__(
-        self,
-        manifests: Manifests,
-        names: AdapterNames[LoRARequest],
-        users: UserAdapters,
-        check: Histogram,
-        tracing: Tracing,
+        self, manifests: Manifests, names: AdapterNames, users: UserAdapters, check: Histogram, tracing: Tracing
     ) -> None:
         self._manifests = manifests
         self._names = names
@@ -49,22 +120,26 @@ class Preparer:
     async def prepare(self, name: str) -> None:
         """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
 
-        Raises MtaError: the name is not canonical, no bank of this engine can fuse it, or its user adapter is at fault.
+        MtaError: the name is not canonical, no bank of this engine can fuse it, or its user adapter is at fault.
         """
-        with timed(self._check):
-            recipe = checked_recipe(name, self._manifests)
-            self._names.lease(name)
         held = _held.get()
-        try:
-            if recipe.user_adapter is not None:
-                await self._users.ensure(recipe)
-        except BaseException:
-            self._names.release(name)
-            raise
-        if held is None:  # not inside a request: nothing would ever release it
-            self._names.release(name)
-        else:
-            held.append(name)
+        with timed(self._check):
+            recipe = self._checked(name)
+            self._names.lease(name)
+            held.callback(self._names.release, name)
+        if recipe.user_adapter is not None:
+            await self._users.ensure(recipe)
+
+    def _checked(self, name: str) -> FusionRecipe:
+        """A recipe whose fusion cannot fail, apart from its user adapter."""
+        recipe = parse_recipe(name)
+        manifest = self._manifests.get(recipe.bank)
+        if manifest is None:
+            raise FusionError(
+                f"recipe {excerpt(name)} is for bank {recipe.bank}; this engine has {sorted(self._manifests)}"
+            )
+        manifest.check(recipe)
+        return recipe
 
     def install(self) -> None:
         """Make vLLM's serving classes prepare recipe names where they check that a model exists."""
@@ -92,17 +167,13 @@ class Preparer:
 class HoldNames:
     """ASGI middleware: names prepared during an HTTP request are released when it has ended, streams included."""
 
-    def __init__(self, app: ASGIApp, names: Callable[[], AdapterNames[LoRARequest] | None]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held: list[str] = []
-        token = _held.set(held)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            _held.reset(token)
-            if names := self._names():
-                for name in held:
-                    names.release(name)
+        with ExitStack() as held:
+            token = _held.set(held)
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                _held.reset(token)

@@ -1,12 +1,11 @@
 """Whose turn it is when adapters are still being fused, or when more recipes wait than there are slots.
 
-Runs in the engine core. A step would wait for the fusions of all requests in it, and everybody in it with them. So a
-request is left out of steps until its adapter is fused, as long as anything else can run.
+A step waits for the fusions of all its requests, so a request is left out of steps until its adapter is fused, as long
+as anything else can run.
 
-vLLM passes over a waiting request whose recipe finds no slot, and admits those behind it whose recipes have one: like
-goes with like, and the batch stays full. But as long as such requests keep coming, a slot may never become free. So
-whoever has waited too long has a slot drained for them: of the recipe with the fewest running requests nobody new is
-admitted before them.
+vLLM passes over a waiting request whose recipe finds no slot, and admits those behind it whose recipes have one: the
+batch stays full. But while such requests keep coming, a slot may never become free. So for a request that has waited
+too long a slot is drained: of the recipe with the fewest running requests no other is admitted before it.
 """
 
 from __future__ import annotations
@@ -28,15 +27,13 @@ if TYPE_CHECKING:
 PATIENCE_S = 2.0
 """How long others may be admitted before a request because their recipes have slots and its own has none."""
 
-DRAINED = 4
-"""One slot in so many is drained at a time, so that the batch stays nearly full."""
+DRAINED = 4  # one slot in so many is drained at a time, so that the batch stays nearly full
 
 
 class _Turns(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, without steps that wait for a fusion, and with an end to being passed over."""
 
-    fuser: FusingLoRAManager | None = None
-    """Fuses in this process; None where that is done elsewhere, or before any request has come."""
+    fuser: FusingLoRAManager | None = None  # None where another process fuses, or before any request has come
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         patches.check(patches.CORE)
@@ -84,9 +81,9 @@ def _recipe(request: Request) -> int:
 
 
 def held_back(waiting: Iterable[Request], running: Iterable[Request], slots: int, now: float) -> set[Request]:
-    """The waiting requests that must not be admitted yet, so that a slot becomes free for one that waits too long.
+    """The waiting requests, in order, that must not be admitted yet, so that one that waits too long gets a slot.
 
-    `waiting` is in order, `running` the batch, `slots` how many recipes it can have, `now` on the arrivals' clock.
+    `slots` is how many recipes the batch can have, `now` on the arrivals' clock.
     """
     load = Counter(request.lora_request.lora_int_id for request in running if request.lora_request)
     if len(load) < slots:

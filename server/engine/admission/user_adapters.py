@@ -1,7 +1,6 @@
 """User adapters in the engine: fetched, verified and handed to every worker before a request is admitted.
 
-Workers build a stacked adapter from a recipe's name inside `execute_model`, where nothing may fail. So they get the
-user adapter before that, and keep it while the name is leased or in flight; after that, only while there is room.
+Workers keep one while its recipe's name is leased or in flight; after that, only while there is room.
 """
 
 from __future__ import annotations
@@ -33,24 +32,15 @@ class _Held:
 
 
 class UserAdapters:
-    """Which user adapters the workers hold.
-
-    Args:
-        rpc: vLLM's `collective_rpc` to all workers (`WorkerExtension`); calls are carried out as they come.
-        max_rank: the largest rank a slot can hold.
-        capacity_bytes: most bytes that workers hold, unless what is in use is more.
-        in_use: recipe names that must stay.
-    """
-
     def __init__(
         self,
         store: AdapterStore,
-        rpc: Callable[..., Awaitable[object]],
+        rpc: Callable[..., Awaitable[object]],  # `collective_rpc` to all workers: calls are carried out as they come
         manifests: Mapping[str, BankManifest],
         *,
-        max_rank: int,
-        capacity_bytes: int,
-        in_use: Callable[[], Set[str]],
+        max_rank: int,  # that a slot can hold
+        capacity_bytes: int,  # that workers hold, unless what is in use is more
+        in_use: Callable[[], Set[str]],  # recipe names that must stay
     ) -> None:
         self._store = store
         self._rpc = rpc
@@ -66,14 +56,11 @@ class UserAdapters:
         return len(self._held)
 
     async def ensure(self, recipe: FusionRecipe) -> None:
-        """Make sure that all workers have the user adapter of a recipe.
+        """Make sure that all workers have the user adapter of a recipe, whose name is leased.
 
         The store is asked every time, so that nothing is served that was replaced or erased. Once sending has begun it
         goes on even if the client leaves, and it is noted beforehand, so that the adapter can always be let go.
-        The recipe is one of this engine's, with a user adapter, and its name is leased.
-
-        Raises:
-            UserAdapterError: when the adapter is missing, damaged, or not for this recipe.
+        UserAdapterError when it is missing, damaged, or not for this recipe.
         """
         assert recipe.user_adapter is not None
         plain = f"the plain recipe is {recipe.plain.name}"
@@ -123,7 +110,7 @@ class UserAdapters:
             if recipe.name not in self._held:  # it was let go of meanwhile
                 return False
             try:
-                await self._rpc("mta_hold", args=(recipe.name, stored.raw))
+                await self._rpc("mta", args=("hold", recipe.name, stored.raw))
             except Exception:
                 await self._let_go([recipe.name])  # some workers may have it
                 raise
@@ -163,7 +150,7 @@ class UserAdapters:
         for name in names:
             self._held.pop(name, None)
         if names:
-            releasing = asyncio.ensure_future(self._rpc("mta_release", args=(names,)))
+            releasing = asyncio.ensure_future(self._rpc("mta", args=("release", names)))
             self._releasing.add(releasing)
             releasing.add_done_callback(self._releasing.discard)
             await asyncio.shield(releasing)

@@ -1,13 +1,12 @@
 """One worker, inside the engine core's own process: how a CPU serves at tensor-parallel size 1.
 
 On CPUs vLLM starts the worker as a second process, and each of the two polls a shared buffer in a loop of
-`sched_yield` while the other computes. On a machine with few cores those loops starve everything else: clients, the
-API process, even kernel threads were seen to wait for seconds. In one process nothing polls, a step costs no round
-trip, and every core is free for the model.
+`sched_yield` while the other computes. On few cores those loops starve everything else: clients, the API process, even
+kernel threads were seen to wait for seconds. In one process nothing polls, and a step costs no round trip.
 
-Each thread of the model's OpenMP team has a core of its own, as in vLLM's worker processes. Threads spin at a barrier.
-Where something else keeps a core busy, say a training worker, the kernel would put two of them on the same core; each
-of a token's many barriers would then cost a slice of the scheduler, and a token some seconds.
+Each thread of the model's OpenMP team has a core of its own, as in vLLM's worker processes. They spin at barriers: were
+two on one core, because something else keeps the other busy, each of a token's many barriers would cost a slice of the
+scheduler, and a token some seconds.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from server.engine import patches
 log = logging.getLogger("mta.engine")
 
 TASKS = Path("/proc/self/task")
-ENOUGH_FOR_ALL = 1 << 20
-"""Elements enough for an operation to be shared among all threads."""
+ENOUGH_FOR_ALL = 1 << 20  # elements enough for an operation to be shared among all threads
 
 
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
@@ -47,7 +45,7 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
 def bind_team() -> bool:
     """Give each thread of the caller's OpenMP team, except the caller, a core; call it before anything is computed.
 
-    It is done, and answers so, only where the team has as many threads as this process has cores.
+    Answers whether it is done: only where the team has as many threads as this process has cores.
     """
     if not hasattr(os, "sched_setaffinity"):
         return False

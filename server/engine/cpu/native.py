@@ -1,6 +1,6 @@
 """The compiled kernels: built once for each source and version of PyTorch, then loaded from the cache folder.
 
-Importing this imports no torch: the command that becomes the engine only makes sure that the library is there.
+Importing this imports no torch: the command that becomes the engine only sees to it that the library is there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def library_path(cache_dir: Path) -> Path:
 
 
 def build(cache_dir: Path) -> bool:
-    """Compile the library if it is not there, in ten to thirty seconds; several processes may ask at once.
+    """Compile the library if need be, in ten to thirty seconds; several processes may ask at once.
 
-    Answers whether it is there; where it cannot be compiled, the reason is logged.
+    Answers whether it is there; if it does not compile, the reason is logged.
     """
     path = library_path(cache_dir)
     if path.exists():
@@ -57,7 +57,6 @@ def build(cache_dir: Path) -> bool:
 
 
 def _compile(folder: str) -> None:
-    """Raises RuntimeError or OSError where that is not possible."""
     from torch.utils import cpp_extension
 
     cpp_extension.load(

@@ -1,9 +1,8 @@
 """Fusing ahead of use: in a thread of its own, while the model computes.
 
-The engine core hears of a request in the thread that receives it, often a whole step before it can be scheduled. Where
-the worker lives in the same process, that moment starts the fusion, and the scheduler leaves the request out of steps
-until it is done (`admission/turns.py`). A step that needs an adapter all the same waits for its fusion and no other
-than the one that is running.
+The engine core receives a request often a whole step before it can be scheduled. Where the worker lives in the same
+process, that starts the fusion, and the scheduler leaves the request out of steps until it is done
+(`admission/turns.py`). A step that needs an adapter all the same waits for its fusion and the one that is running.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
-AHEAD = 32
-"""Fusions that are kept for requests still waiting; those of later ones begin as these are taken."""
+AHEAD = 32  # fusions that are kept for requests still waiting; those of later ones begin as these are taken
 
 
 class Ahead(Generic[Made]):
@@ -62,19 +60,19 @@ class Ahead(Generic[Made]):
     def take(self, name: str) -> Made:
         """What a recipe stands for; waits for its fusion, which is hurried. `done` comes after it.
 
-        The thread does it even if it has not begun: with several threads, as its caller has them, the same work takes
-        many times as long on a machine whose cores are busy.
+        The thread does it even if it has not begun: with its caller's several threads the same work takes many times
+        as long on a machine whose cores are busy.
         """
         self.hurry([name])
         return self._begun[name].result()
 
     def done(self, name: str) -> None:
-        """Keep it no longer: whoever took it holds it where `needed` looks."""
+        """Keep it no longer: it is now where `needed` looks."""
         with self._lock:
             self._begun.pop(name, None)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Leave nothing of these; waits for one that is running."""
+        """Leave nothing of these; waits for the one that is running."""
         with self._lock:
             begun = [self._begun.pop(name) for name in names if name in self._begun]
         for future in begun:
@@ -117,10 +115,7 @@ class Ahead(Generic[Made]):
 
 
 def on_arrival(fuser: FusingLoRAManager) -> None:
-    """Tell a fuser of the adapter of each request that this process's engine core, if it has one, receives.
-
-    The core's scheduler asks the same fuser which requests must still wait.
-    """
+    """Tell a fuser of each request that this process's engine core, if any, receives, and the scheduler of it."""
     if "vllm.v1.engine.core" not in sys.modules:
         return
 

@@ -55,9 +55,9 @@ class Cells:
     def of_slots(
         cls, stacks: Sequence[tuple[torch.Tensor, torch.Tensor]], ranks: Sequence[int], shares_a: bool
     ) -> list[Cells]:
-        """The cells of each slot; made for all of them at once, that takes a tenth of the time.
+        """The cells of each slot, made at once, which takes a tenth of the time.
 
-        `stacks` are A [S, 1, rows, H_in] and B [S, 1, H_out, columns] of each module, in the adapter's order, `ranks`
+        `stacks` are each module's A [S, 1, rows, H_in] and B [S, 1, H_out, columns], in the adapter's order, `ranks`
         those of the blocks of A, the first of which all adapters may share.
         """
         rank, start, slots = sum(ranks), 0, len(stacks[0][0])

@@ -1,9 +1,8 @@
 """A worker's loop for adapters: a recipe comes in, rows of its bank are summed, a slot is written.
 
-A request that arrives starts its recipe's fusion (`notice`), in a thread of its own where that can be (`ahead.py`). The
-fusion sums rows of the mapped bank (`_fuse`); it cannot fail, because the name was checked before admission. The step
-that runs the request writes the sum into a slot (`_apply_adapters`, `slots.py`): what the running batch uses is never
-evicted, and an id that holds another recipe is never used.
+A request that arrives starts its recipe's fusion (`notice`, `ahead.py`), which sums rows of the mapped bank (`_fuse`):
+it cannot fail, because the name was checked before admission. The step that runs the request writes the sum into a slot
+(`_apply_adapters`, `slots.py`): what the running batch uses is never evicted, nor is an id with another recipe used.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from adapters.fusion import SumAcross, fuse_flat
 from adapters.matrix import MetaMatrix
 from adapters.recipe import is_recipe_name, parse_recipe
 from adapters.user_adapter import decode_user_adapter, stack_flat
-from server.engine.banks import open_matrices
+from bank.manifest import read_manifest
+from bank.matrix import open_matrix
 from server.engine.fusing.ahead import Ahead, on_arrival
-from server.engine.fusing.figures import Family, WorkerFigures, families, timed
+from server.engine.fusing.figures import WorkerFigures, timed
 from server.engine.fusing.slots import FusedLoRAModel, FusedSlots
 from server.settings import Settings
 
@@ -36,7 +36,7 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     _manager_cls = FusedSlots
     _adapter_manager: FusedSlots
-    _matrices: Mapping[str, MetaMatrix]
+    _matrices: dict[str, MetaMatrix]
     _vllm_names: Mapping[str, Mapping[str, str]]
     _users: dict[str, bytes]  # user adapters by the recipe that names them, as they are kept
     _ahead: Ahead[FlatLora]
@@ -48,10 +48,11 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         wrapped = super().create_lora_manager(model, vllm_config)
         self._pinned = PIN_MEMORY and self.device.type != "cpu"  # GPU slots copy fast only from pinned pages
         self._users = {}
-        self._matrices = {
-            bank: matrix.prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
-            for bank, matrix in open_matrices(Settings()).items()
-        }
+        self._matrices = {}
+        for folder in Settings().banks:
+            manifest = read_manifest(folder)
+            matrix = open_matrix(folder, manifest).prepared(self.lora_config.lora_dtype, pin_memory=self._pinned)
+            self._matrices[manifest.short] = matrix
         slots = self._adapter_manager
         self._vllm_names = {bank: slots.vllm_names(bank, matrix.layout) for bank, matrix in self._matrices.items()}
         for matrix in self._matrices.values():
@@ -86,7 +87,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return flat
 
     def _flat(self, name: str) -> FlatLora:
-        """What a recipe stands for, its user adapter included."""
         recipe = parse_recipe(name)
         matrix, dtype = self._matrices[recipe.bank], self.lora_config.lora_dtype
         fused = fuse_flat(matrix, recipe, dtype, sum_across=self._sum_across)
@@ -95,7 +95,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return stack_flat(fused, decode_user_adapter(matrix.layout, self._users[name]), dtype)
 
     def _lay_out(self, flat: FlatLora) -> FlatLora:
-        """The same where slots copy it from fast."""
         return flat.pinned() if self._pinned else flat
 
     def _model_of(self, lora_id: int, name: str, flat: FlatLora) -> FusedLoRAModel:
@@ -151,7 +150,6 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         return self._model_of(lora_request.lora_int_id, name, self._ahead.take(name))
 
     def _register(self, model: LoRAModel) -> None:
-        """Take an adapter into the CPU tier, in place of the least recently used one if that is full."""
         if len(self._adapter_manager) >= self._adapter_manager.capacity:
             self._adapter_manager.remove_oldest_adapter()
         self._adapter_manager.add_adapter(model)
@@ -174,15 +172,18 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                 self._adapter_manager.remove_adapter(lora_id)
         self._adapter_manager.wipe(gone)
 
-    def held(self) -> set[str]:
+    def held(self) -> list[str]:
         """Stacked recipes whose user adapter is still here: as bytes, being fused, or fused into a slot."""
         fused = {*self._ahead.names, *self._adapter_manager.written}
-        return set(self._users) | {name for name in fused if parse_recipe(name).user_adapter is not None}
+        return sorted({*self._users, *(name for name in fused if parse_recipe(name).user_adapter is not None)})
 
     def resident(self) -> list[str]:
-        """Recipes in the CPU tier, least recently used first."""
         models = self._adapter_manager.list_adapters().values()
         return [model.recipe for model in models if isinstance(model, FusedLoRAModel)]
+
+    def measured(self) -> tuple[int, str]:
+        """How many slots are taken, and the figures of this worker."""
+        return self._adapter_manager.taken, self.figures.text
 
     @property
     def figures(self) -> WorkerFigures:
@@ -194,26 +195,9 @@ class WorkerExtension:
 
     model_runner: Any
 
-    def mta_resident(self) -> list[str]:
-        return self._mta_manager().resident()
-
-    def mta_held(self) -> list[str]:
-        return sorted(self._mta_manager().held())
-
-    def mta_figures(self) -> tuple[int, list[Family]]:
-        """How many slots are taken, and what this worker has measured."""
-        manager = self._mta_manager()
-        return manager._adapter_manager.taken, families(manager.figures.registry)
-
-    def mta_hold(self, name: str, raw: bytes) -> None:
-        self._mta_manager().hold(name, raw)
-
-    def mta_release(self, names: list[str]) -> None:
-        self._mta_manager().release(names)
-
-    def _mta_manager(self) -> FusingLoRAManager:
-        """Raises RuntimeError when vLLM does not use our adapter manager: no recipe could be fused."""
+    def mta(self, act: str, *args: Any) -> Any:
+        """One of the manager's `hold`, `release`, `held`, `resident`, `measured`."""
         manager = self.model_runner.lora_manager
         if not isinstance(manager, FusingLoRAManager):
             raise RuntimeError(f"the worker's adapter manager is {type(manager).__name__}, not FusingLoRAManager")
-        return manager
+        return getattr(manager, act)(*args)

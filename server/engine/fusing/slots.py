@@ -11,14 +11,14 @@ A slot is one index S into each layer's tensors. Of one module, with the bank's 
             u │ block 1: the user's A  │                │         │      │      │ │
               ├────────────────────────┤                └─────────┴──────┴──────┘ ▼
          rest │ 0                      │                 lora_b_stacked[module][S, 0]; on CPUs it lies
-              └────────────────────────┘                 along H_out in memory (`cpu/manager.py`)
+              └────────────────────────┘                 along H_out in memory (`cpu/lora.py`)
                lora_a_stacked[module][S, 0]
 
 A `cat` bank has a block of A for each row of the recipe. vLLM fills a slot module by module: it packs q, k and v (gate
-and up) into one, zeroes both matrices, copies both. Here all modules are written in one call (`cells.py`). A slot whose
-last tenant was of the same bank and ranks needs no zeroing, because the same cells are written again; in a `shared`
-bank it already holds the one A, so that only B is copied, and what a user adds to A. Whatever vLLM slices first (tensor
-parallelism, mixtures of experts) is left to it.
+and up) into one, zeroes both matrices, copies both. Here one call writes all modules (`cells.py`). Over a tenant of the
+same bank and ranks nothing is zeroed, because the same cells are written again; in a `shared` bank the one A is there
+already, and only B is copied, and what a user adds to A. What vLLM slices first (tensor parallelism, mixtures of
+experts) is left to it.
 """
 
 from __future__ import annotations
@@ -42,15 +42,13 @@ from server.engine.fusing.figures import WorkerFigures, timed
 Filling = tuple[str, tuple[int, ...]]
 """Bank and the ranks of the blocks of A: adapters that agree in both fill the same cells of a slot."""
 
-Stacks = list[tuple[torch.Tensor, torch.Tensor]]
-"""A and B of each of a bank's modules, over all slots."""
+Stacks = list[tuple[torch.Tensor, torch.Tensor]]  # A and B of each of a bank's modules, over all slots
 
 
 class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
     """An adapter that was fused here; vLLM's objects for each module's A and B are made only where vLLM writes it.
 
-    `bank` are the 8 hex digits of a recipe, `vllm_names` vLLM's name for each of its modules, and `shares_a` says
-    whether the first block of A is the same for all adapters of the bank.
+    `bank` is a recipe's 8 hex digits; `shares_a`: the first block of A is the same for all adapters of the bank.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
         self._vllm_names = vllm_names
 
     def unpack(self) -> None:
-        """Offer each module's A and B under vLLM's names."""
         weights = self.flat.weights()
         self.loras = {
             name: LoRALayerWeights(name, weights.rank, weights.rank, weights.a[module], weights.b[module])
@@ -76,7 +73,6 @@ class FusedLoRAModel(LoRAModel):  # type: ignore[misc]
 
     @property
     def names(self) -> list[str]:
-        """vLLM's names of the modules, in the order in which they lie in `flat`."""
         return [self._vllm_names[module.name] for module in self.flat.modules]
 
 
@@ -139,7 +135,6 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self._active_adapters.touch(lora_id)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
-        """Register an adapter; a fused one is packed later, if at all."""
         if isinstance(lora, FusedLoRAModel):
             self._registered_adapters[lora.id] = lora
             self._recipes[lora.id] = lora.recipe
@@ -183,7 +178,6 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         super().activate_adapter(model.id)  # takes the same slot: the first free one
 
     def _overwrite(self, index: int, model: FusedLoRAModel, before: Filling | None) -> None:
-        """Write an adapter over the last tenant, leaving nothing of it."""
         same_bank = before is not None and before[0] == model.bank
         if not same_bank:
             self._clear(index)
@@ -191,7 +185,6 @@ class FusedSlots(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self._cells_of(model)[index].write(model.flat, a_is_there=same_bank, rest_is_clear=is_clear)
 
     def _put(self, index: int, tenant: Tenant) -> None:
-        """Note a slot's new tenant, before it is written."""
         self._tenants[index] = tenant
 
     def wipe(self, recipes: Set[str]) -> None:

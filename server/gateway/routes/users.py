@@ -70,7 +70,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
-        bytes=await parts.profiles.store.stored_bytes(user.key),
+        bytes=await parts.profiles.stored_bytes(user),
         embedder=profile.embedder,
         updated_at=iso(profile.updated_ms),
         recipe=speaking.model,

@@ -1,0 +1,1 @@
+"""What is kept about users: profiles and their history, samples for training, and erasing it all."""

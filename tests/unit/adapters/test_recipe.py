@@ -42,6 +42,12 @@ def test_parsing_a_name_gives_the_recipe_back(recipe: FusionRecipe) -> None:
     assert parse_recipe(recipe.name) == recipe
 
 
+def test_a_name_reads_as_the_grammar_says() -> None:
+    user = UserAdapterId("a" * 26, "b" * 25 + "a")
+    recipe = FusionRecipe("9f2c41d0", FusionMethod.SHARED, True, (Term(3, 286), Term(117, -4000)), user)
+    assert recipe.name == f"mta3:9f2c41d0:shared:c+a03*286+a117*-4000:u-{user}"
+
+
 @given(recipes(), st.data())
 def test_every_mutation_of_a_name_is_refused_or_itself_canonical(recipe: FusionRecipe, data: st.DataObject) -> None:
     name = recipe.name
@@ -61,22 +67,6 @@ def test_every_mutation_of_a_name_is_refused_or_itself_canonical(recipe: FusionR
     except RecipeError:
         return
     assert parsed.name == mutated
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mta3:9f2c41d0:cat:a03*571+a17*429",
-        "mta3:9f2c41d0:cat:a03*571+a17*430",  # whatever the sum
-        "mta3:9f2c41d0:shared:c+a03*286+a17*-214",
-        "mta3:9f2c41d0:shared:a03*-100",
-        "mta3:9f2c41d0:shared:c",
-        "mta3:9f2c41d0:cat:a99*1+a100*999",
-        "mta3:9f2c41d0:shared:c+a03*-4000+a17*4000",
-    ],
-)
-def test_canonical_names_are_read(name: str) -> None:
-    assert parse_recipe(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -146,23 +136,16 @@ def test_names_that_are_meant_as_recipes_are_told_from_others(name: str | None, 
     assert is_recipe_name(name) is meant
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.integers(1, 1000))
-def test_per_mille_keeps_the_sum_and_is_off_by_less_than_one(weights: list[float], total: int) -> None:
-    if sum(weights) < 1e-300:
-        return
-    shares = per_mille(weights, total)
-    assert sum(shares) == total
-    for share, weight in zip(shares, weights, strict=True):
-        assert abs(share - weight / sum(weights) * total) < 1 + 1e-6
-
-
 @example(weights=[2.9943896329180766, 2.994389632918077, 2.9943896329180766], total=7, grain=1)
-@given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=40), st.integers(1, 1000), st.integers(1, 200))
-def test_coarser_shares_keep_the_sum_too_and_the_largest_has_what_is_left(
-    weights: list[float], total: int, grain: int
-) -> None:
+@given(
+    st.lists(st.just(0.0) | st.floats(0.001, 1e6), min_size=1, max_size=40).filter(any),
+    st.integers(1, 1000),
+    st.just(1) | st.integers(1, 200),
+)
+def test_shares_keep_the_sum_and_the_largest_has_what_is_left(weights: list[float], total: int, grain: int) -> None:
     shares = per_mille(weights, total, grain)
     assert sum(shares) == total
+    assert grain > 1 or all(abs(n - w / sum(weights) * total) < 1 + 1e-6 for n, w in zip(shares, weights, strict=True))
     odd = [share for share in shares if share % grain]
     assert odd in ([], [max(shares)])
     for one, other in itertools.product(zip(weights, shares, strict=True), repeat=2):
@@ -181,11 +164,6 @@ def test_the_largest_remainder_is_rounded_up_first() -> None:
 def test_weights_that_make_no_recipe_are_refused(weights: list[float]) -> None:
     with pytest.raises(RecipeError):
         per_mille(weights)
-
-
-@given(st.builds(UserAdapterId, keys, keys))
-def test_a_user_adapters_id_comes_back_from_its_text(adapter: UserAdapterId) -> None:
-    assert parse_user_adapter_id(str(adapter)) == adapter
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,6 @@ def test_bytes_keep_everything_and_equal_adapters_have_equal_ones() -> None:
     assert encode_user_adapter(LAYOUT, adapter) == raw
 
 
-def test_it_takes_two_bytes_for_each_of_its_numbers_and_a_short_header() -> None:
-    numbers = 2 * USER_RANK * sum(m.h_in + m.h_out for m in MODULES)
-    assert numbers < len(encode_user_adapter(LAYOUT, user())) < numbers + 400
-
-
 def test_bytes_cut_anywhere_are_refused() -> None:
     raw = encode_user_adapter(LAYOUT, user())
     for length in range(0, len(raw), 7):
@@ -85,5 +80,5 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 
 @pytest.mark.parametrize("raw", [b"", b"\0" * 64, b"\xff" * 64, b'\x10\0\0\0\0\0\0\0{"__metadata__":'])
 def test_what_is_no_adapter_is_refused(raw: bytes) -> None:
-    with pytest.raises(UserAdapterError, match=f"{len(raw)} bytes has no readable header"):
+    with pytest.raises(UserAdapterError, match=f"{len(raw)} bytes cannot be read"):
         decode_user_adapter(LAYOUT, raw)

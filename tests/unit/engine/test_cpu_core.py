@@ -15,8 +15,8 @@ import torch
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from bench.rig.processes import PATIENCE_S
-from server.engine.cpu.forked_core import preloads
-from server.engine.cpu.mends import seeds_that_begin_again
+from server.engine.command import preloads
+from server.engine.cpu.fixes import seeds_that_begin_again
 
 
 def printed(program: str, **environment: str) -> str:
@@ -30,7 +30,7 @@ def printed(program: str, **environment: str) -> str:
 FORK_AFTER_COMPUTING = """
 import signal, threading
 import torch
-from server.engine.cpu.forked_core import CoreContext
+from server.engine.cpu.fixes import CoreContext
 torch.set_num_threads(2)
 print(torch.ones(1 << 20).exp_().numel(), flush=True)
 
@@ -63,36 +63,27 @@ def test_an_engine_gets_the_openmp_that_torch_has_beside_what_it_was_given() -> 
 
 
 PLACES = """
-import os, threading
+import os
+import torch
 from server.engine.cpu.executor import TASKS, bind_team, first_of_team
-alike = os.sched_getaffinity(0)
-bound = bind_team()
-def places():
-    return sorted(tuple(sorted(os.sched_getaffinity(int(task.name)))) for task in TASKS.iterdir())
-kept = [place for place in places() if len(place) == 1]
-with first_of_team(bound=bound):
-    inside = os.sched_getaffinity(0)
-print(bound, [core for (core,) in kept], sorted(inside), os.sched_getaffinity(0) == alike, sep=";")
+cores = os.sched_getaffinity(0)
+for threads in (len(cores) - 1, len(cores)):
+    torch.set_num_threads(threads)
+    bound = bind_team()
+    places = [sorted(os.sched_getaffinity(int(task.name))) for task in TASKS.iterdir()]
+    with first_of_team(bound=bound):
+        inside = os.sched_getaffinity(0)
+    kept = sorted(place for place in places if len(place) == 1)
+    print(bound, kept, sorted(inside), os.sched_getaffinity(0) == cores, sep=";")
 """
 
-needs_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core leaves no choice")
 
-
-def placed(threads: int) -> list[str]:
-    """What `PLACES` prints with so many threads."""
-    return printed(PLACES, OMP_NUM_THREADS=str(threads)).strip().splitlines()[-1].split(";")
-
-
-@needs_cores
-def test_a_team_as_large_as_the_machine_has_a_core_for_each() -> None:
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core leaves no choice")
+def test_a_team_as_large_as_the_machine_has_a_core_for_each_and_a_smaller_one_is_left_to_the_kernel() -> None:
     cores = sorted(os.sched_getaffinity(0))
-    assert placed(len(cores)) == ["True", str(cores[1:]), str(cores[:1]), "True"]
-
-
-@needs_cores
-def test_a_smaller_team_is_left_to_the_kernel() -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    assert placed(len(cores) - 1) == ["False", "[]", str(cores), "True"]
+    smaller, whole = (line.split(";") for line in printed(PLACES).strip().splitlines()[-2:])
+    assert smaller == ["False", "[]", str(cores), "True"]
+    assert whole == ["True", str([[core] for core in cores[1:]]), str(cores[:1]), "True"]
 
 
 def drawn(generator: torch.Generator) -> list[float]:

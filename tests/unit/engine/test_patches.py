@@ -18,7 +18,7 @@ from server.engine import patches
 from server.engine.admission.turns import FairScheduler
 from server.engine.command import is_cpu_build
 from server.engine.cpu.executor import InProcessExecutor
-from server.engine.cpu.manager import CpuLoRAManager
+from server.engine.cpu.lora import CpuLoRA, CpuLoRAManager
 from server.engine.fusing.manager import FusingLoRAManager
 from server.engine.fusing.slots import FusedSlots
 
@@ -40,7 +40,9 @@ def test_it_is_the_vllm_that_is_pinned() -> None:
     assert __version__.startswith(patches.VERSION)
 
 
-@pytest.mark.parametrize("ours", [FusingLoRAManager, CpuLoRAManager, FusedSlots, FairScheduler, InProcessExecutor])
+@pytest.mark.parametrize(
+    "ours", [FusingLoRAManager, CpuLoRAManager, CpuLoRA, FusedSlots, FairScheduler, InProcessExecutor]
+)
 def test_every_method_of_vllm_that_is_overridden_stands_in_the_table(ours: type) -> None:
     mine = {name for base in ours.__mro__ if base.__module__.startswith("server.") for name in vars(base)}
     theirs = {name for base in ours.__mro__ if base.__module__.startswith("vllm.") for name in vars(base)}

@@ -91,13 +91,6 @@ def only_slots_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns.time, "time", lambda: NOW)
 
 
-def test_who_stood_back_keeps_their_place() -> None:
-    nine, one, two, ten, again = waiting = [Asked(9, LONG), Asked(1), Asked(2), Asked(10), Asked(1)]
-    fair = Bare(waiting, FULL)
-    assert fair.schedule() == [two]
-    assert list(fair.waiting) == [nine, one, ten, again]
-
-
 def test_a_recipe_gets_its_slot_however_many_keep_coming_for_the_others() -> None:
     """Each step ends one running request of every recipe, and brings a new one for every slot."""
     steps, late = 0, Asked(9, LONG)
@@ -128,40 +121,29 @@ class Fusing:
         return self.left & set(self.asked)
 
 
-def test_who_is_not_fused_is_left_out_while_others_run_and_keeps_their_place() -> None:
-    nine, one, plain, ten, again = waiting = [Asked(9), Asked(1), Asked(0), Asked(10), Asked(9)]
-    fair = Bare(waiting, FULL[:1])
-    fair.fuser = Fusing(9, 10)
-    assert fair.schedule() == [one, plain]
-    assert list(fair.waiting) == [nine, ten, again]
-    fair.fuser.left = {10}
-    assert fair.schedule() == [nine, again]
-    assert list(fair.waiting) == [ten]
-
-
-def test_who_is_not_fused_is_left_out_while_somebody_waiting_can_run() -> None:
-    nine, one = waiting = [Asked(9), Asked(1)]
-    fair = Bare(waiting, [])
-    fair.fuser = Fusing(9)
-    assert fair.schedule() == [one]
-    assert list(fair.waiting) == [nine]
-
-
-def test_where_nothing_else_can_run_a_step_waits_for_the_first_and_for_no_other() -> None:
-    nine, ten, again = waiting = [Asked(9), Asked(10), Asked(9)]
-    fair = Bare(waiting, [])
-    fair.fuser = Fusing(9, 10)
-    assert fair.schedule() == [nine, again]
-    assert list(fair.waiting) == [ten]
-    assert fair.fuser.asked == [9, 10, 9]
-
-
-def test_who_is_not_fused_and_who_makes_way_stand_back_together() -> None:
-    nine, one, ten, two = waiting = [Asked(9, LONG), Asked(1), Asked(10), Asked(2)]
-    fair = Bare(waiting, FULL)
-    fair.fuser = Fusing(10)
-    assert fair.schedule() == [two]
-    assert list(fair.waiting) == [nine, one, ten]
+@pytest.mark.parametrize(
+    ("waiting", "running", "unfused", "admitted"),
+    [
+        ([(9, LONG), (1,), (2,), (10,), (1,)], FULL, set(), [2]),  # others make way for one that waited too long
+        ([(9,), (1,), (0,), (10,), (9,)], FULL[:1], {9, 10}, [1, 2]),  # who is not fused is left out
+        ([(9,), (1,)], [], {9}, [1]),  # also while only somebody waiting can run
+        ([(9,), (10,), (9,)], [], {9, 10}, [0, 2]),  # nothing else can run: the step waits for the first alone
+        ([(9, LONG), (1,), (10,), (2,)], FULL, {10}, [3]),  # both reasons together
+    ],
+)
+def test_who_is_left_out_of_a_step_keeps_their_place(
+    waiting: list[tuple[Any, ...]], running: list[Any], unfused: set[int], admitted: list[int]
+) -> None:
+    requests = [Asked(*request) for request in waiting]
+    left = [request for place, request in enumerate(requests) if place not in admitted]
+    fair = Bare(requests, running)
+    fair.fuser = fuser = Fusing(*unfused)
+    assert fair.schedule() == [requests[place] for place in admitted]
+    assert list(fair.waiting) == left
+    assert fuser.asked == [request.lora_request.lora_int_id for request in requests if request.lora_request]
+    if running is not FULL:
+        fuser.left.clear()
+        assert fair.schedule() == left
 
 
 def test_the_adapter_of_a_request_is_known_when_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

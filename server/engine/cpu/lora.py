@@ -1,39 +1,38 @@
-"""LoRA operators for CPUs: every row gets its own adapter, rows without one get nothing.
+"""LoRA on CPUs: operators, slots as they read them, sums. Every row gets its own adapter, rows without one nothing.
 
-vLLM's own copy a whole A and B for every token, and take the -1 of a row without an adapter for an index: as soon as
-one row of the step has an adapter, the others get whatever is in the last slot. Here a step's rows are sorted by
-adapter once, and each layer is one call of a compiled kernel; where that cannot serve (types other than bfloat16, no
-compiler), one dense product for each adapter does the same. All of it is tried out at start.
+vLLM's own copy a whole A and B for every token, and take the -1 of a row without an adapter for an index: once one row
+of the step has an adapter, the others get what is in the last slot. Here a step's rows are sorted by adapter once, and
+each layer is one call of a compiled kernel, or, without a compiler or in other types than bfloat16, one dense product
+for each adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.lora.layers import LoRAMapping
+from vllm.config import VllmConfig
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from adapters.flat import FlatLora
 from bank.errors import BankError
 from server.engine import patches
 from server.engine.cpu.native import kernels
+from server.engine.fusing.manager import FusingLoRAManager
+from server.engine.fusing.slots import FusedSlots, Tenant
 from server.settings import Settings
 
-KNOWN_OPERATIONS = frozenset(
-    {
-        *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
-        "apply_lora_full_linear",  # skips rows without an adapter on its own
-    }
-)
-"""The operations that vLLM's wrapper is known to have; any other could touch rows that it must not."""
+KNOWN_OPERATIONS = {
+    *("add_shrink", "add_expand", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
+    "apply_lora_full_linear",  # skips rows without an adapter on its own
+}
+"""Of vLLM's wrapper; `patches.py` knows the parameters of those that are overridden here."""
 
-UNKNOWN_RANK = 1 << 16
-"""As many ranks as the slot has."""
-
+UNKNOWN_RANK = 1 << 16  # as many ranks as the slot has
 
 Stacks = tuple[torch.Tensor, ...]
 """A or B of a layer's modules (q, k and v are one layer), each over all slots: [S, 1, rows, columns]."""
@@ -48,7 +47,7 @@ class SlotTable:
         self._a: list[Hashable] = list(range(slots))
 
     def note(self, slot: int, rank: int | None, same_a: Hashable = None) -> None:
-        """Note a new tenant; `same_a` is equal for those that have the same A in every module, None for one's own."""
+        """A new tenant; `same_a` is equal for those that have the same A in every module, None for one's own."""
         self.ranks[slot] = UNKNOWN_RANK if rank is None else rank
         self._a[slot] = slot if same_a is None else same_a
         first: dict[Hashable, int] = {}
@@ -65,22 +64,16 @@ class Rows:
     ranks: torch.Tensor  # of their adapter
 
     @classmethod
-    def among(cls, slots: torch.Tensor, table: SlotTable) -> Rows:
-        """Pick and sort them, given the slots of all rows [N], where -1 is no adapter."""
+    def among(cls, slots: torch.Tensor, table: SlotTable) -> Rows | None:
+        """Given the slots of all rows [N], where -1 is no adapter; None where no row has one."""
         of_all = slots.numpy(force=True)
         places = np.flatnonzero(of_all >= 0)
+        if not len(places):
+            return None
         places = places[np.argsort(of_all[places], kind="stable")]
         of = of_all[places]
         parts = (places.astype(np.int32), of.astype(np.int32), table.a_slots[of], table.ranks[of])
         return cls(*(torch.from_numpy(part) for part in parts))
-
-    @classmethod
-    def none(cls) -> Rows:
-        empty = torch.empty(0, dtype=torch.int32)
-        return cls(empty, empty, empty, empty)
-
-    def __bool__(self) -> bool:
-        return len(self.slots) > 0
 
     @cached_property
     def groups(self) -> list[tuple[int, int, torch.Tensor]]:
@@ -92,26 +85,22 @@ class Rows:
 
 
 class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
-    """Arguments as in vLLM."""
+    _table: SlotTable
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         compiled = kernels(Settings().cache_dir)
         self._kernel = compiled.lora_linear_.default if compiled else None
-        self._table: SlotTable | None = None
-        self._tokens = self._samples = Rows.none()
+        self._tokens: Rows | None = None
+        self._samples: Rows | None = None
 
     def watch(self, table: SlotTable) -> None:
-        """Read from now on what each slot holds from a table that its writer keeps."""
         self._table = table
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **_: Any
     ) -> None:
-        """Sort a step's rows by their adapters."""
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
-        if self._table is None:
-            self._table = SlotTable(len(lora_index_to_id))
         self._tokens = Rows.among(self.token_lora_indices, self._table)
         self._samples = Rows.among(self.sampler_indices, self._table)
 
@@ -127,7 +116,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> None:
         """y[:, slice i] += x A[i]ᵀ B[i]ᵀ · scale."""
         rows = self._tokens
-        if not rows:
+        if rows is None:
             return
         if (
             self._kernel is not None
@@ -144,7 +133,7 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **_: Any
     ) -> None:
         """y += x Bᵀ."""
-        for slot, rank, places in self._tokens.groups:
+        for slot, rank, places in self._tokens.groups if self._tokens else ():
             _spread(_flat(y), places, _flat(x)[places, :rank], lora_b_stacked[slot, 0, :, :rank], add_inputs)
 
     def add_lora_logits(
@@ -157,10 +146,11 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """y += x Aᵀ Bᵀ · scale, for the rows that are sampled from."""
-        _add_products(_flat(y), x, lora_a_stacked, lora_b_stacked, scale=scale, rows=self._samples)
+        if self._samples:
+            _add_products(_flat(y), x, lora_a_stacked, lora_b_stacked, scale=scale, rows=self._samples)
 
     def add_shrink(self, *_: Any, **__: Any) -> None:
-        """What vLLM calls only for LoRA that is itself cut in shares of the ranks: never here."""
+        """vLLM calls it only for LoRA that is itself cut in shares of the ranks."""
         raise NotImplementedError("fully sharded LoRA on CPU: start the engine without --fully-sharded-loras")
 
     add_expand = add_shrink
@@ -189,51 +179,56 @@ def _flat(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, rows.shape[-1])
 
 
+class CpuSlots(FusedSlots):
+    """Every layer's B lies transposed in memory, [S, 1, R, H_out], behind tensors of the shape that vLLM knows.
+
+    Along H_out the kernel then reads and writes contiguous memory, whatever the rank.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._table = SlotTable(self.lora_slots)
+        for wrapper in self.punica_wrapper_mapping.values():
+            wrapper.watch(self._table)
+        for module in self.modules.values():
+            lay_b_across(module)
+
+    def _put(self, index: int, tenant: Tenant) -> None:
+        super()._put(index, tenant)
+        self._table.note(index, tenant.rank, tenant.same_a)
+
+
+def lay_b_across(layer: Any) -> None:
+    """Transpose a layer's B in memory; its slots must be empty."""
+    stacks = layer.lora_b_stacked
+    if isinstance(stacks, tuple):
+        layer.lora_b_stacked = tuple(
+            stack.new_zeros(stack.transpose(2, 3).shape).transpose(2, 3) if stack.dim() == 4 else stack
+            for stack in stacks
+        )
+
+
+class CpuLoRAManager(FusingLoRAManager):
+    """Sums with the compiled kernel, if there is one, and lays B out as it lies in the slots."""
+
+    _manager_cls = CpuSlots
+
+    def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
+        compiled = kernels(Settings().cache_dir)
+        self._sum_across = compiled.weighted_sum_across.default if compiled else None
+        return super().create_lora_manager(model, vllm_config)
+
+    def _lay_out(self, flat: FlatLora) -> FlatLora:
+        return flat.across()
+
+
 def install() -> None:
-    """Have CPUs use `CpuLoRA`, once it has been tried; raises as `check_operators` does."""
-    check_operators()
+    """Have CPUs use `CpuLoRA`; BankError for a vLLM with an operation that could touch rows that it must not."""
+    unknown = sorted({name for name in vars(PunicaWrapperCPU) if not name.startswith("_")} - KNOWN_OPERATIONS)
+    if unknown:
+        raise BankError(
+            f"this vLLM's PunicaWrapperCPU has {unknown}, which may not keep adapters apart: install the version of "
+            "vLLM that mta-server requires"
+        )
     name = f"{CpuLoRA.__module__}.{CpuLoRA.__name__}"
     patches.replace(patches.CPU_OPERATORS, lambda original: classmethod(lambda platform: name))
-
-
-def check_in_use(wrappers: Iterable[object]) -> None:
-    """Make sure that a CPU's model runs with `CpuLoRA`; BankError when vLLM chose another class."""
-    others = sorted({type(wrapper).__name__ for wrapper in wrappers if not isinstance(wrapper, CpuLoRA)})
-    if others:
-        raise BankError(f"LoRA would run on {', '.join(others)}, which gives rows each other's adapters: not served")
-
-
-def check_operators(wrapper: type[PunicaWrapperCPU] = CpuLoRA) -> None:
-    """Try every operation on a step of rows, some without adapters; BankError when one gets another row's adapter."""
-    public = {name for name in vars(PunicaWrapperCPU) if not name.startswith("_")}
-    if public != KNOWN_OPERATIONS:
-        raise BankError(
-            f"this vLLM's PunicaWrapperCPU differs in {sorted(public ^ KNOWN_OPERATIONS)} from the one known to keep "
-            "adapters apart: install the version of vLLM that mta-server requires"
-        )
-    try:
-        wrong = [name for name, good in _trial(wrapper).items() if not good]
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise BankError(f"this vLLM's LoRA operators for CPUs are not the ones the plugin knows: {error}") from error
-    if wrong:
-        raise BankError(f"{', '.join(wrong)} of this vLLM would give rows each other's adapters: it must not serve")
-
-
-def _trial(wrapper_class: type[PunicaWrapperCPU]) -> dict[str, bool]:
-    """Whether each operation leaves rows without an adapter as they are and gives the others their own."""
-    numbers = torch.Generator().manual_seed(0)
-    owners, slots = (0, 1, 0, 2, 0), (None, 0, None, 1, None)  # adapter ids (0: none) and their slots
-    x, y, a, b = (torch.randn(*shape, generator=numbers) for shape in ((5, 4), (5, 6), (2, 1, 3, 4), (2, 1, 6, 3)))
-    low, wanted = torch.ones(5, 3), y.clone()
-    for row, slot in enumerate(slots):
-        if slot is not None:
-            low[row] = a[slot, 0] @ x[row]
-            wanted[row] += b[slot, 0] @ low[row]
-    wrapper = wrapper_class(8, max_batches=8, device=torch.device("cpu"))
-    wrapper.update_metadata(LoRAMapping(owners, owners, is_prefill=True), [1, 2], 3, 16)
-    linear, embedding, logits = y.clone(), y.clone(), y.clone()
-    wrapper.add_lora_linear(linear, x, (a,), (b,), 1.0, (6,))
-    wrapper.add_lora_embedding(embedding, low, b)
-    wrapper.add_lora_logits(logits, x, a, b, 1.0)
-    answers = {"add_lora_linear": linear, "add_lora_embedding": embedding, "add_lora_logits": logits}
-    return {name: torch.allclose(answer, wanted, atol=1e-5) for name, answer in answers.items()}

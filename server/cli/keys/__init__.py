@@ -1,0 +1,1 @@
+"""`mta keys`: who may call a gateway, and for what."""

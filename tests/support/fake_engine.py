@@ -1,0 +1,362 @@
+"""A stand-in for vLLM with our plugin: the same HTTP, no model, and knobs for what a real one does only by accident.
+
+Its answer is words made from the model's name and the last message, so different recipes and prompts get different
+texts. `tests/contract/test_engine.py` holds it and the real one to the same behaviour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, pairwise
+from typing import Any
+
+from aiohttp import web
+
+from adapters.errors import RecipeError
+from adapters.recipe import FusionMethod, parse_recipe
+from bench.rig.engine import KEY
+from server.supervisor.services import free_port
+
+__all__ = ["KEY", "FakeEngine", "Knobs", "Seen"]
+
+WORDS = ("sea", "board", "rose", "queen", "rye", "steam", "plan", "salt", "wave", "knight", "crumb", "rail")
+COMPLETION_TOKENS = 16
+"""Longest continuation of a prompt, unless the request says otherwise."""
+
+
+@dataclass(slots=True)
+class Knobs:
+    banks: tuple[str, ...] = ()  # fingerprints of the banks that it serves
+    anchors: int = 6  # how many each of them has
+    method: FusionMethod = FusionMethod.SHARED  # how they are fused
+    context: int = 512  # tokens that prompt and answer may have together; a token is a character of the prompt
+    admit_s: float = 0.0  # pause before it answers at all
+    token_delay_s: float = 0.0  # pause before each token
+    hold_after: int | None = None  # say no more after so many tokens, until it is turned
+    die_after: int | None = None  # cut the connection after so many tokens
+    dies: int = 0  # cut the connection before the first token of so many more generations
+    fail_after: int | None = None  # send an error event after so many tokens
+    garbage: bytes | None = None  # send this instead of a chunk
+    finish_reasons: tuple[str, ...] = ("length",)  # how its choices end, in turns over them
+    lacks: Callable[[str], bool] = lambda model: False  # models that are answered with 404
+    status: int | None = None  # of every answer, instead of generating
+    user_adapters: bool = False  # whether it has whatever user adapter it is asked for
+    counts: bool = True  # whether it says how many tokens a conversation has
+    strict: bool = False  # whether it has the chat template of `bench.rig.tiny`, instead of one that takes everything
+    figures: Mapping[str, int] = field(default_factory=dict)  # what its status says besides
+
+
+@dataclass(slots=True)
+class Seen:
+    """One generation request as it arrived, and whether it came to its end or its client left before."""
+
+    body: dict[str, Any]
+    headers: dict[str, str]
+    peer_port: int
+    aborted: bool = False
+    ended: bool = False
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """The server, in a thread with an event loop of its own."""
+
+    knobs: Knobs = field(default_factory=Knobs)  # turn them at any time
+    seen: list[Seen] = field(default_factory=list)  # generation requests
+    looks: int = 0  # how often its status was asked for
+    dropped: list[str] = field(default_factory=list)  # the users whose adapters it was told to let go of
+    tokenized: list[list[dict[str, str]]] = field(default_factory=list)  # conversations that it was asked to count
+    port: int = field(default_factory=free_port)  # the same after a restart
+    _loop: asyncio.AbstractEventLoop | None = None
+    _thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> FakeEngine:
+        """Listen, and return once it does."""
+        listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(listening,), daemon=True)
+        self._thread.start()
+        assert listening.wait(10), "the fake engine did not start"
+        return self
+
+    def stop(self) -> None:
+        """Cut every connection and stop listening, as a killed process would."""
+        if self._loop and self._thread:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
+            self._loop = self._thread = None
+
+    def reset(self) -> None:
+        """All knobs but the bank's back at rest, nothing seen."""
+        self.knobs = Knobs(self.knobs.banks, self.knobs.anchors, self.knobs.method)
+        self.seen.clear()
+        self.dropped.clear()
+        self.tokenized.clear()
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=64 << 20)
+        app.router.add_post("/v1/chat/completions", self._generate)
+        app.router.add_post("/v1/completions", self._generate)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_get("/mta/v1/status", self._status)
+        app.router.add_post("/mta/v1/drop", self._drop)
+        app.router.add_get("/health", self._health)
+        return app
+
+    def _run(self, listening: threading.Event) -> None:
+        loop = self._loop = asyncio.new_event_loop()
+        runner = web.AppRunner(self.application(), handler_cancellation=True, shutdown_timeout=0)
+
+        async def begin() -> None:
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True).start()
+            listening.set()
+
+        loop.run_until_complete(begin())
+        loop.run_forever()
+        if runner.server:
+            for connection in runner.server.connections:
+                if connection.transport:
+                    connection.transport.abort()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=self.knobs.status or 200)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self.knobs.admit_s)
+        body = json.loads(await request.read())
+        self.tokenized.append(body["messages"])
+        if not self.knobs.counts:
+            return error_answer(500, "the fake engine was told not to count")
+        if self.knobs.strict and (reason := template_refusal(body["messages"])):
+            return error_answer(400, reason)
+        return web.json_response({"count": prompt_tokens(body)})
+
+    async def _status(self, request: web.Request) -> web.Response:
+        self.looks += 1
+        if not authorised(request):
+            return error_answer(401, "missing or wrong engine key")
+        return web.json_response(
+            {
+                "status": "ok",
+                "model": "fake",
+                "max_model_len": self.knobs.context,
+                "banks": list(self.knobs.banks),
+                "max_lora_rank": 8,
+                "slots": 8,
+                "names": 0,
+                **self.knobs.figures,
+            }
+        )
+
+    async def _drop(self, request: web.Request) -> web.Response:
+        if not authorised(request):
+            return error_answer(401, "missing or wrong engine key")
+        self.dropped.append(json.loads(await request.read())["user_key"])
+        return web.json_response({"held": 0})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        if not authorised(request):
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        body = json.loads(await request.read())
+        seen = Seen(body, dict(request.headers), request.transport.get_extra_info("peername")[1])
+        self.seen.append(seen)
+        refusal = self._refusal(body)
+        try:
+            await asyncio.sleep(self.knobs.admit_s)
+            answer = refusal or await (self._stream if body.get("stream") else self._whole)(request, seen)
+        except (asyncio.CancelledError, ConnectionError):
+            seen.aborted = True
+            raise
+        seen.ended = True
+        return answer
+
+    def _refusal(self, body: dict[str, Any]) -> web.Response | None:
+        knobs, model = self.knobs, body["model"]
+        if knobs.status:
+            return error_answer(knobs.status, f"the fake engine was told to fail at `{model}`")
+        if knobs.lacks(model) or not (model == "base" or self._can_fuse(model)):
+            return error_answer(404, f"The model `{model}` does not exist.", "model")
+        if knobs.strict and (reason := template_refusal(body.get("messages", []))):
+            return error_answer(400, reason)
+        if reason := options_refusal(body):
+            return error_answer(400, reason)
+        prompt = prompt_tokens(body)
+        if prompt > knobs.context:
+            return error_answer(
+                400,
+                f"This model's maximum context length is {knobs.context} tokens. However, your prompt contains "
+                f"{prompt} input tokens.",
+                "input_tokens",
+            )
+        return None
+
+    def _can_fuse(self, name: str) -> bool:
+        try:
+            recipe = parse_recipe(name)
+        except RecipeError:
+            return False
+        known = all(term.anchor < self.knobs.anchors for term in recipe.terms)
+        known = known and (self.knobs.user_adapters or recipe.user_adapter is None)
+        return known and recipe.method is self.knobs.method and recipe.bank in {bank[:8] for bank in self.knobs.banks}
+
+    async def _whole(self, request: web.Request, seen: Seen) -> web.Response:
+        words = words_of(seen.body, self.knobs.context)
+        for _ in words:
+            if seen.tokens == self.knobs.die_after:
+                _cut(request)
+            if seen.tokens == self.knobs.fail_after:
+                return error_answer(500, "EngineCore died")
+            await asyncio.sleep(self.knobs.token_delay_s)
+            seen.tokens += 1
+        if self.knobs.garbage:
+            return web.Response(body=self.knobs.garbage, content_type="application/json")
+        return web.json_response(whole(seen, words, self.knobs.finish_reasons))
+
+    async def _stream(self, request: web.Request, seen: Seen) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        usage: dict[str, Any] = {"usage": usage_of(seen)}
+        if self.knobs.dies:
+            self.knobs.dies -= 1
+            _cut(request)
+        for word in words_of(seen.body, self.knobs.context):
+            if seen.tokens == self.knobs.die_after:
+                _cut(request)
+            if seen.tokens == self.knobs.fail_after:
+                message = f"EngineCore died at `{seen.body['model']}`"
+                failure = {"error": {"message": message, "type": "InternalServerError", "code": 500}}
+                await response.write(b"data: " + json.dumps(failure).encode() + b"\n\ndata: [DONE]\n\n")
+                return response
+            while seen.tokens == self.knobs.hold_after:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(self.knobs.token_delay_s)
+            if not seen.tokens and "messages" in seen.body:  # vLLM opens a message with its first token
+                await response.write(chunks(seen, "", **usage))
+            await response.write(self.knobs.garbage or chunks(seen, word, **usage))
+            seen.tokens += 1
+        await response.write(chunks(seen, None, self.knobs.finish_reasons, **usage))
+        await response.write(chunk(seen, None, usage=usage_of(seen)) + b"data: [DONE]\n\n")
+        return response
+
+
+def _cut(request: web.Request) -> None:
+    assert request.transport
+    request.transport.abort()
+
+
+def authorised(request: web.Request) -> bool:
+    return request.headers.get("Authorization") == f"Bearer {KEY}"
+
+
+def error_answer(status: int, message: str, param: str | None = None) -> web.Response:
+    error = {"message": message, "type": "Error", "param": param, "code": status}
+    return web.json_response({"error": error}, status=status)
+
+
+def template_refusal(messages: list[dict[str, str]]) -> str | None:
+    """What the chat template of `bench.rig.tiny` raises."""
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        return "the system message must come first"
+    twice = next((role for role, following in pairwise(roles) if role == following), None)
+    return f"after {twice} comes another role" if twice else None
+
+
+def options_refusal(body: dict[str, Any]) -> str | None:
+    """What vLLM says of options that do not go together, or with how it was started."""
+    if body.get("tool_choice", "auto" if "tools" in body else "none") == "auto":
+        return '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+    if body.get("n", 1) > 1 and body.get("temperature") == 0:
+        return "n must be 1 when using greedy sampling"
+    return None
+
+
+def prompts_of(body: dict[str, Any]) -> list[Any]:
+    """What is to be answered: the contents of a conversation, or each prompt, as a text or as token ids."""
+    if "messages" in body:
+        return [[message.get("content") or "" for message in body["messages"]]]
+    prompt = body["prompt"]
+    return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+
+def prompt_tokens(body: dict[str, Any]) -> int:
+    in_contents = "messages" in body
+    return sum(sum(map(len, one)) if in_contents else len(one) for one in prompts_of(body))
+
+
+def choices_of(body: dict[str, Any]) -> range:
+    return range(len(prompts_of(body)) * body.get("n", 1))
+
+
+def usage_of(seen: Seen) -> dict[str, int]:
+    prompt, completion = prompt_tokens(seen.body), seen.tokens * len(choices_of(seen.body))
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def words_of(body: dict[str, Any], context: int) -> list[str]:
+    """The answer, cut to what the context leaves, as vLLM cuts it: without a word."""
+    left = context - prompt_tokens(body)
+    most = COMPLETION_TOKENS if "prompt" in body else left
+    most = body.get("max_completion_tokens", body.get("max_tokens", most))
+    said = prompts_of(body)[-1] if "prompt" in body else body["messages"][-1].get("content")
+    digest = hashlib.sha256(f"{body['model']}\0{said}".encode()).digest()
+    return [f"{WORDS[digest[i % 32] % len(WORDS)]} " for i in range(min(most, left))]
+
+
+def whole(seen: Seen, words: list[str], finish_reasons: Sequence[str]) -> dict[str, Any]:
+    text = "".join(words)
+    said = {"text": text} if "prompt" in seen.body else {"message": {"role": "assistant", "content": text}}
+    choices = [
+        {"index": index, **said, "logprobs": _logprobs(seen.body, words), "finish_reason": reason}
+        for index, reason in zip(choices_of(seen.body), cycle(finish_reasons), strict=False)
+    ]
+    kind = "text_completion" if "prompt" in seen.body else "chat.completion"
+    return _named(seen, kind) | {"choices": choices, "usage": usage_of(seen), "kv_transfer_params": {"host": "inner"}}
+
+
+def chunks(seen: Seen, word: str | None, finish_reasons: Sequence[str | None] = (None,), **more: Any) -> bytes:
+    """A chunk for each choice: its opening if `word` is empty, its end if it is None."""
+    ends = zip(choices_of(seen.body), cycle(finish_reasons), strict=False)
+    return b"".join(chunk(seen, index, word, reason, **more) for index, reason in ends)
+
+
+def chunk(
+    seen: Seen, index: int | None, word: str | None = None, finish_reason: str | None = None, **more: Any
+) -> bytes:
+    """One choice's; without one what follows the last choice."""
+    chat = "messages" in seen.body
+    delta: dict[str, Any] = {} if word is None else {"content": word}
+    if word == "":
+        delta |= {"role": "assistant"}
+    said = {"delta": delta} if chat else {"text": word or ""}
+    logprobs = _logprobs(seen.body, [word]) if word else None
+    choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    content = _named(seen, kind) | {"choices": [] if index is None else [choice]} | more
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+def _named(seen: Seen, kind: str) -> dict[str, Any]:
+    name = f"chatcmpl-{seen.headers.get('X-Request-ID')}"
+    return {"id": name, "object": kind, "created": 1790000000, "model": seen.body["model"]}
+
+
+def _logprobs(body: dict[str, Any], words: list[str]) -> dict[str, Any] | None:
+    """As many as there are words, where they are asked for."""
+    if not body.get("logprobs"):
+        return None
+    if "prompt" in body:
+        return {"tokens": words, "token_logprobs": [-0.5] * len(words), "top_logprobs": [], "text_offset": []}
+    return {"content": [{"token": word, "logprob": -0.5, "bytes": None, "top_logprobs": []} for word in words]}
