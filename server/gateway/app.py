@@ -16,8 +16,7 @@ from server.gateway.http.middleware import RequestLog
 from server.gateway.operating.metrics import GENERATING, Metrics
 from server.gateway.parts import open_gateway
 from server.gateway.routes import generate, jobs, operations, users
-from server.gateway.routes.console import bank as console_bank
-from server.gateway.routes.console import pages
+from server.gateway.routes.console import routes as console
 from server.gateway.routes.openai import routes as openai
 from server.settings import Settings
 from server.watching.tracing import open_tracing
@@ -49,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(RequestLog, counts=metrics, generating=GENERATING, tracing=tracing)
-    for part in (generate, openai, users, jobs, operations, console_bank, pages):
+    for part in (generate, openai, users, jobs, operations, console):
         app.include_router(part.router)
     guard(app, keys, settings.max_requests, metrics.count_refusal)
     add_error_handlers(app)

@@ -26,9 +26,8 @@ from server.gateway.access.keys import LOOK_AGAIN_S, KnownKeys, caller_of, name_
 from server.gateway.access.limiter import RENEW_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
 from server.gateway.access.shares import FairQueue, Shares
-from server.gateway.engines.admin import Engines
+from server.gateway.engines.admin import Engines, TokenizerClient
 from server.gateway.engines.chat import EngineClient, open_session
-from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.histories import HistoryIndexer, IndexCache
 from server.gateway.generation.personalizer import Personalizer
@@ -67,7 +66,6 @@ class Parts:
     adapting: Adapting
     erasing: Erasing
     exporting: Exporting
-    personalizer: Personalizer
     generator: Generator
     limiter: Limiter
     health: Health
@@ -171,9 +169,8 @@ async def open_gateway(
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
                 signing=stores.signing(bank.manifest.short) if bank.signs else None,
             )
-            personalizer = Personalizer(bank, profiles)
             cache = IndexCache((settings.history_cache_mib << 20) // len(banks))
-            histories = HistoryIndexer(profiles, bank.task, cache)
+            histories = HistoryIndexer(profiles.items, bank.task, cache)
             return Parts(
                 settings=settings,
                 tenants=tenants,
@@ -201,9 +198,8 @@ async def open_gateway(
                 exporting=Exporting(
                     stores.profiles, jobs=stores.jobs, adapters=stores.adapters, bank=folder, manifest=bank.manifest
                 ),
-                personalizer=personalizer,
                 generator=Generator(
-                    personalizer,
+                    Personalizer(bank, profiles),
                     PromptBuilder(bank.task, tokenizer, histories, settings.queue_timeout_s),
                     engine,
                     engines,

@@ -15,9 +15,8 @@ from bank.manifest import read_manifest
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.engine import KEY, Engine
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
-from server.gateway.engines.admin import Engines
+from server.gateway.engines.admin import Engines, TokenizerClient
 from server.gateway.engines.chat import EngineClient, open_session
-from server.gateway.engines.tokenizer import TokenizerClient
 from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers import append_only_file
 from tests.support.engine import Subject, client_of

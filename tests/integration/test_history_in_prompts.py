@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 import pytest
-import redis
 
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
@@ -35,10 +34,7 @@ def test_the_most_relevant_items_stand_before_the_last_turn(
 
 
 CHAT = {"messages": [{"role": "user", "content": TURN}], "max_tokens": 4}
-ROUTES = {
-    "/generate": {"prompt": TURN, "max_tokens": 4},
-    "/v1/chat/completions": CHAT,
-}
+ROUTES = {"/generate": {"prompt": TURN, "max_tokens": 4}, "/v1/chat/completions": CHAT}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -66,15 +62,6 @@ def test_auto_is_what_the_bank_was_found_to_gain_by_and_the_default_of_generate_
     wanted = items[list(ROUTES).index(route)]
     assert answer["personalization"]["history"] == wanted
     assert asked(fake_engine).count("is the answer to") == wanted
-
-
-@pytest.mark.parametrize("history", [-1, 17, 1.0, True, "1", "AUTO", [], "auto "])
-def test_other_numbers_and_words_are_refused(client: httpx.Client, fake_engine: FakeEngine, history: Any) -> None:
-    answer = generate(client, "ada", prompt=TURN, history=history)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "history"
-    assert "from 0 to 16, or auto" in answer.json()["error"]["message"]
-    assert fake_engine.seen == []
 
 
 @pytest.mark.parametrize("last", [{"role": "assistant", "content": "Well,"}, {"role": "system", "content": "Go on."}])
@@ -140,10 +127,8 @@ def test_the_longest_prompt_holds_for_what_is_built_too(
     gateway_settings: Settings, new_user: NewUser, fake_engine: FakeEngine
 ) -> None:
     user_id = new_user()
-    with (
-        GatewayThread(gateway_settings.model_copy(update={"max_prompt_chars": 100})) as short,
-        short.client() as client,
-    ):
+    settings = gateway_settings.model_copy(update={"max_prompt_chars": 100})
+    with GatewayThread(settings) as short, short.client() as client:
         wait_until_ready(client)
         put(client, user_id, ITEMS)
         generate(client, user_id, prompt=TURN, history=3).raise_for_status()
@@ -162,10 +147,3 @@ def test_only_the_newest_items_that_fit_into_the_bytes_of_a_user_are_kept(
         assert (answer["received"], answer["kept"]) == (5, 3)
         added = client.post(f"/users/{user_id}/profile/items", json={"items": items[5:]}).json()
         assert (added["received"], added["kept"], added["changed"]) == (1, 3, 2)
-        assert list(kept(gateway, user_id)) == ["n3", "n4", "n5"]
-
-
-def kept(gateway: GatewayThread, user_id: str) -> list[str]:
-    key = gateway.key(user_id)
-    with redis.from_url(gateway.parts.settings.redis_url, decode_responses=True) as store:
-        return sorted(store.hkeys(f"mta:{{{key}}}:items"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from bench.rig.processes import wait_until
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate, give_adapter
+from tests.support.openai import metric
 from tests.support.past import ITEMS, TURN, asked, pair, put
 
 pytestmark = pytest.mark.usefixtures("known_context")
@@ -51,13 +51,7 @@ def test_a_second_request_of_the_same_profile_neither_reads_nor_indexes_the_item
     assert (reads(gateway_settings) - before, len(indexed)) == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("lacks", "levels"),
-    [
-        (lambda model: ":u-" in model, ["stacked", "merged"]),
-        (lambda model: model != "base", ["stacked", "merged", "base"]),
-    ],
-)
+@pytest.mark.parametrize("levels", [["stacked", "merged"], ["stacked", "merged", "base"]])
 def test_whoever_speaks_in_the_end_the_history_is_read_searched_and_rendered_once(
     client: httpx.Client,
     new_user: NewUser,
@@ -65,7 +59,6 @@ def test_whoever_speaks_in_the_end_the_history_is_read_searched_and_rendered_onc
     gateway: GatewayThread,
     monkeypatch: pytest.MonkeyPatch,
     *,
-    lacks: Callable[[str], bool],
     levels: list[str],
 ) -> None:
     user_id, searched = new_user(), []
@@ -78,7 +71,7 @@ def test_whoever_speaks_in_the_end_the_history_is_read_searched_and_rendered_onc
         return search(self, *arguments)
 
     monkeypatch.setattr(ItemIndex, "memories", searching)
-    fake_engine.knobs.user_adapters, fake_engine.knobs.lacks = True, lacks
+    fake_engine.knobs.user_adapters, fake_engine.knobs.lacks = True, lambda model: level_of(model) in levels[:-1]
     before = reads(gateway.parts.settings)
     answer = generate(client, user_id, prompt=TURN, history=1).raise_for_status().json()
     assert answer["personalization"]["level"] == levels[-1]
@@ -124,7 +117,7 @@ def test_who_waits_too_long_for_others_histories_is_answered_without_one_and_tol
     turn = {"prompt": TURN} if route == "/generate" else {"messages": [{"role": "user", "content": TURN}]}
     who = {"user_id" if route == "/generate" else "user": second}
     body = who | turn | {"max_tokens": 4, "history": history}
-    before = left_out(client)
+    before = metric(client, "mta_histories_left_out_total")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(generate, client, first, prompt=TURN, history=1)
         wait_until(lambda: bool(indexed), "the index to be begun")
@@ -138,7 +131,7 @@ def test_who_waits_too_long_for_others_histories_is_answered_without_one_and_tol
     told = answer["personalization"]
     assert (told["level"], told["history"]) == ("merged", 0)
     assert "could not be read in time" in told["history_reason"]
-    assert left_out(client) == before + 2
+    assert metric(client, "mta_histories_left_out_total") == before + 2
     wait_until(lambda: len(indexed) == 2, "the second history to be indexed")  # for the next request
     answer = client.post(route, json=body).raise_for_status().json()
     assert (answer["personalization"]["history"], answer["personalization"]["history_reason"]) == (1, None)
@@ -182,12 +175,6 @@ def reads(settings: Settings) -> int:
     """How often whole hashes were read from the store so far."""
     with redis.from_url(settings.redis_url) as store:
         return int(store.info("commandstats").get("cmdstat_hgetall", {}).get("calls", 0))
-
-
-def left_out(client: httpx.Client) -> float:
-    """How many answers went without the past items that they wanted."""
-    (line,) = re.findall(r"^mta_histories_left_out_total (\S+)$", client.get("/metrics").text, re.MULTILINE)
-    return float(line)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, gate: threading.Event | None = None) -> list[int]:

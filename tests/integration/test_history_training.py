@@ -48,10 +48,24 @@ def knowing(bench: Bench) -> BankManifest:
     return bench.build("knowing", history_share=1.0)
 
 
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Example]]:
+    """The samples of each training of a user adapter, as it begins."""
+    seen: list[Sequence[Example]] = []
+
+    def spying(model: object, fused: object, samples: Sequence[Example], plan: object) -> object:
+        seen.append(samples)
+        return train_user(model, fused, samples, plan)  # type: ignore[arg-type]
+
+    for module in ("bank.evaluation.methods", "server.worker.training"):
+        monkeypatch.setattr(f"{module}.train_user", spying)
+    return seen
+
+
 def test_rows_are_trained_with_the_past_in_the_prompt_and_the_manifest_says_so(
-    bench: Bench, knowing: BankManifest, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, knowing: BankManifest, built: BankManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (knowing.history_share, bench.build("not-knowing").history_share) == (1.0, 0.0)
+    assert (knowing.history_share, built.history_share) == (1.0, 0.0)
     jobs: dict[str, list[bool]] = {}
 
     def spying(name: str, lessons: Sequence[object], plan: object, tokenizer: object, longest: int) -> object:
@@ -70,18 +84,12 @@ def test_rows_are_trained_with_the_past_in_the_prompt_and_the_manifest_says_so(
 
 
 def test_user_adapters_are_evaluated_as_the_bank_was_trained(
-    bench: Bench, knowing: BankManifest, built: BankManifest, embedder_folder: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, knowing: BankManifest, built: BankManifest, embedder_folder: Path, trained_on: list[Sequence[Example]]
 ) -> None:
-    embedder, seen = Embedder.load(embedder_folder), list[Sequence[Example]]()
+    embedder = Embedder.load(embedder_folder)
     (history, *_) = read_histories(bench.users, CHAT)
     user = EvalUser(history, (Query("q", "Say 99", "99"),))
     scorer = Scorer(*load_base(bench.model, "float32"))
-
-    def spying(model: object, fused: object, samples: Sequence[Example], plan: object) -> object:
-        seen.append(samples)
-        return train_user(model, fused, samples, plan)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("bank.evaluation.methods.train_user", spying)
     config = AdaptConfig(rank=1, steps=1)
     for name in ("knowing", "plain"):
         bank = OpenBank.open(bench.folder / name, embedder.id)
@@ -89,35 +97,23 @@ def test_user_adapters_are_evaluated_as_the_bank_was_trained(
         evidence = evaluator.evidence(user)
         evaluator.own(evidence, 0)
         assert not any(recalls(scorer.tokenizer, example) for example in evidence.signed)
-    counts = [sum(recalls(scorer.tokenizer, example) for example in samples) for samples in seen]
+    counts = [sum(recalls(scorer.tokenizer, example) for example in samples) for samples in trained_on]
     assert counts == [len(history.items) - 1, 0]
 
 
-@pytest.fixture
-def knowing_trainer(trainer: AdapterTrainer) -> AdapterTrainer:
-    manifest = trainer.manifest.model_copy(update={"training": trainer.manifest.training | {"history_share": 1.0}})
-    return AdapterTrainer(manifest, trainer.matrix, trainer.model, trainer.tokenizer)
-
-
 async def test_a_worker_puts_the_users_items_before_samples_where_the_bank_knows_history(
-    desk: Desk, trainer: AdapterTrainer, knowing_trainer: AdapterTrainer, tiny_bank_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    desk: Desk, trainer: AdapterTrainer, tiny_bank_folder: Path, trained_on: list[Sequence[Example]]
+) -> None:
     opened = ServingBank.open(tiny_bank_folder, trainer.manifest.embedder.id)
-    seen: list[Sequence[Example]] = []
-
-    def spying(model: object, fused: object, samples: Sequence[Example], plan: object) -> object:
-        seen.append(samples)
-        return train_user(model, fused, samples, plan)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("server.worker.training.train_user", spying)
+    manifest = trainer.manifest.model_copy(update={"training": trainer.manifest.training | {"history_share": 1.0}})
+    knowing_trainer = AdapterTrainer(manifest, trainer.matrix, trainer.model, trainer.tokenizer)
     for trains in (trainer, knowing_trainer):
         bank = ServingBank(trains.manifest, opened.index, opened.atlas)
         user = await desk.user(("how is the bread?", "crusty"))
         job = await desk.submit(user=user)
         await JobLoop(desk.jobs, desk.profiles, bank, trains).work_once(0.1)
         assert (await desk.job(job)).state in (JobState.SUCCEEDED, JobState.REJECTED)
-    assert [{recalls(trainer.tokenizer, example) for example in samples} for samples in seen] == [{False}, {True}]
+    assert [{recalls(trainer.tokenizer, example) for example in samples} for samples in trained_on] == [{False}, {True}]
 
 
 def test_a_bank_is_measured_once_on_people_who_have_no_part_in_it(bench: Bench) -> None:

@@ -44,6 +44,16 @@ def signer(bench: Bench, signed: BankManifest, base: tuple[Any, Any]) -> Signer:
     return Signer(base[0], bench.matrix("signed", signed))
 
 
+@pytest.fixture(scope="module")
+def embedder(embedder_folder: Path) -> Embedder:
+    return Embedder.load(embedder_folder)
+
+
+@pytest.fixture(scope="module")
+def bank(bench: Bench, signed: BankManifest, embedder: Embedder) -> ServingBank:
+    return ServingBank.open(bench.folder / "signed", embedder.id)
+
+
 def items(tokenizer: Any, topic: str, manner: str) -> list[Example]:
     return [encode_pair(tokenizer, f"Say {n} on {topic}", f"{n}{manner}", 200) for n in range(20, 30)]
 
@@ -66,10 +76,8 @@ def test_products_are_what_a_small_step_along_each_row_gains(
 
 
 def test_who_writes_like_one_anchor_about_the_topic_of_another_gets_the_one(
-    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any], embedder_folder: Path
+    signed: BankManifest, signer: Signer, base: tuple[Any, Any], embedder: Embedder, bank: ServingBank
 ) -> None:
-    embedder = Embedder.load(embedder_folder)
-    bank = ServingBank.open(bench.folder / "signed", embedder.id)
     manners = {}
     for manner in MANNERS:
         signature = signer.signature(signed.short, items(base[1], WORLDS[0], manner))
@@ -83,10 +91,9 @@ def test_who_writes_like_one_anchor_about_the_topic_of_another_gets_the_one(
 
 
 def test_the_posterior_lowers_the_loss_of_what_somebody_writes_next(
-    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any], embedder_folder: Path
+    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any], *, embedder: Embedder, bank: ServingBank
 ) -> None:
-    matrix, embedder = bench.matrix("signed", signed), Embedder.load(embedder_folder)
-    bank = ServingBank.open(bench.folder / "signed", embedder.id)
+    matrix = bench.matrix("signed", signed)
     embedding = embedder.embed([f"Say 1 on {WORLDS[0]}"])[0]
     gains, signs = [], set()
     for manner in MANNERS:
@@ -104,10 +111,8 @@ def test_the_posterior_lowers_the_loss_of_what_somebody_writes_next(
 
 
 def test_a_signature_of_another_bank_or_of_nothing_says_nothing(
-    bench: Bench, signed: BankManifest, signer: Signer, base: tuple[Any, Any], embedder_folder: Path
+    signer: Signer, base: tuple[Any, Any], embedder: Embedder, bank: ServingBank
 ) -> None:
-    embedder = Embedder.load(embedder_folder)
-    bank = ServingBank.open(bench.folder / "signed", embedder.id)
     embedding = embedder.embed(["anything"])[0]
     other = signer.signature("00000000", items(base[1], WORLDS[0], MANNERS[0]))
     assert bank.personalise(embedding, other) == bank.personalise(embedding)

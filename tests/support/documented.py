@@ -22,19 +22,12 @@ _STEADY = re.compile(r'"(?:level|object|source|type|param|code|reason|user_id|me
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block.
+    """A fenced block."""
 
-    Attributes:
-        line: of its page, where the code begins.
-        language: as the fence names it.
-        text: what is in it.
-        reason: why it is not run, from an HTML comment on the line before; None where it is.
-    """
-
-    line: int
+    line: int  # of its page, where the code begins
     language: str
     text: str
-    reason: str | None
+    reason: str | None  # why it is not run, from an HTML comment on the line before
 
 
 def blocks_of(page: str) -> list[Block]:
@@ -47,13 +40,7 @@ def blocks_of(page: str) -> list[Block]:
 
 
 class Reader:
-    """Somebody who tries a page's blocks one after the other, with a server of their own.
-
-    Args:
-        url: of the server.
-        folder: where they work; one for each page.
-        settings: variables of the environment that they work in.
-    """
+    """Somebody who tries a page's blocks one after the other in a `folder`, on the server at a URL."""
 
     def __init__(self, url: str, folder: Path, settings: Mapping[str, str]) -> None:
         self._url = url
@@ -79,15 +66,8 @@ class Reader:
 
     def _type(self, command: str, shown: str) -> None:
         filled_in = command.replace(", … ten of them …", "").replace("/jobs/…", f"/jobs/{self._last}")
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", filled_in],
-            cwd=self._folder,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        where: dict[str, Any] = {"cwd": self._folder, "env": self._environment, "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", filled_in], timeout=240, check=False, **where)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         if found := re.search(r'^\{"id": ?"([^"]+)"', done.stdout):
             self._last = found[1]

@@ -41,3 +41,9 @@ def error_of(response: httpx.Response) -> tuple[int, str, str]:
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return response.status_code, error["param"], error["code"]
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    """A metric of a gateway, summed over its labels."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))

@@ -1,4 +1,4 @@
-"""The private routes of every engine, called directly and never through a router.
+"""What the gateway asks every engine directly, never through a router: status, drops, tokens.
 
 Every failure becomes an `EngineFault` here and nowhere else.
 """
@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
+from typing import Any
 
 import aiohttp
 import orjson
 
 from adapters.errors import MtaError
-from server.engine_protocol import DROP, STATUS, key_header
+from server.engine_protocol import BASE_MODEL, DROP, STATUS, key_header
+from server.errors import Unavailable
 
 log = logging.getLogger("mta.gateway")
 
 ROUTER_PATHS = ("/readiness", "/health")
 """A router is ready while one of its engines is, and healthy only while all are; others know only the second path."""
-
 DROP_TIMEOUT_S = 5.0
+TOKENIZE_TIMEOUT_S = 5.0
+"""Longest wait for an answer about one conversation, which costs the engine milliseconds."""
 
 
 class EngineFault(MtaError):
@@ -34,49 +38,6 @@ class EngineFault(MtaError):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineState:
-    """What one engine says about itself.
-
-    Attributes:
-        status: `ok`, or what is wrong, in a word.
-        detail: what is wrong, in a sentence.
-        max_model_len: its context in tokens, where known.
-        banks: fingerprints (64 hex digits) of the banks that it serves.
-    """
-
-    url: str
-    status: str
-    detail: str | None = None
-    max_model_len: int | None = None
-    banks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFigures:
-    """What one engine says of its adapters and batches; None where it does not.
-
-    Attributes:
-        slots: adapters that one batch can mix.
-        slots_taken: how many of the slots hold one.
-        prepares: requests that it made an adapter ready for.
-        fuses: how many of them had to wait until it was fused.
-        max_num_seqs: sequences that one batch holds.
-    """
-
-    slots: int | None = None
-    slots_taken: int | None = None
-    prepares: int | None = None
-    fuses: int | None = None
-    max_num_seqs: int | None = None
-
-    @property
-    def sequences(self) -> int:
-        """Sequences that are computed at once even if each has a recipe of its own; 0 where nobody knows."""
-        batch = self.max_num_seqs or 0
-        return min(batch, self.slots or batch)
-
-
-@dataclass(frozen=True, slots=True)
 class AddressState:
     """The state of the address that generates: an engine, or the router in front of several."""
 
@@ -85,25 +46,41 @@ class AddressState:
     detail: str | None = None
 
 
-class Engines:
-    """All engines that the gateway knows.
+@dataclass(frozen=True, slots=True)
+class EngineState(AddressState):
+    """What one engine says about itself; `status` is `ok`, or what is wrong."""
 
-    Attributes:
-        answering: the URLs of those that were well when last asked.
-        context: the model's context in tokens, the shortest that engines last reported; None until one has.
-        sequences: how many the engines compute at once whatever their recipes, all that answer; as last known if none
-            does, None before.
-        figures: what each engine last said of its adapters and batches, in the order of `urls`; None while it says
-            nothing.
-    """
+    max_model_len: int | None = None
+    banks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFigures:
+    """What one engine says of its adapters and batches; None where it does not."""
+
+    slots: int | None = None  # adapters that one batch can mix
+    slots_taken: int | None = None
+    prepares: int | None = None  # requests that it made an adapter ready for
+    fuses: int | None = None  # those of them that had to wait for it
+    max_num_seqs: int | None = None  # sequences that one batch holds
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that are computed at once even if each has a recipe of its own; 0 where nobody knows."""
+        batch = self.max_num_seqs or 0
+        return min(batch, self.slots or batch)
+
+
+class Engines:
+    """All engines that the gateway knows, and what they last said."""
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], key: str | None) -> None:
         self._session = session
         self._headers = key_header(key)
         self.urls = tuple(urls)
-        self.answering: tuple[str, ...] = ()
-        self.context: int | None = None
-        self.sequences: int | None = None
+        self.answering: tuple[str, ...] = ()  # URLs of those that were well when last asked
+        self.context: int | None = None  # the shortest in tokens that they last reported
+        self.sequences: int | None = None  # computed at once by all that answer, whatever their recipes
         self.figures: list[EngineFigures | None] = [None] * len(self.urls)
 
     async def states(self, timeout_s: float) -> tuple[EngineState, ...]:
@@ -129,19 +106,36 @@ class Engines:
         return AddressState(url, "ok")
 
     def by_preference(self, thing: str) -> tuple[str, ...]:
-        """Where to ask an engine directly: first the one that `thing` always goes to, then those that stand in for it.
+        """Where to ask directly: first the engine that `thing` always goes to, then those that stand in for it.
 
-        Those that were not well when last asked come last: since then they may have come back.
+        Those that were not well when last asked come last: they may have come back since.
         """
-
-        def order(url: str) -> tuple[bool, bytes]:
-            return url not in self.answering, blake2b(f"{url} {thing}".encode(), digest_size=8).digest()
-
-        return tuple(sorted(self.urls, key=order))
+        order = {url: blake2b(f"{url} {thing}".encode(), digest_size=8).digest() for url in self.urls}
+        return tuple(sorted(self.urls, key=lambda url: (url not in self.answering, order[url])))
 
     async def drop(self, user_key: str) -> None:
         """Have every engine drop a user's adapters; failures are logged."""
-        await asyncio.gather(*(self._drop(url, user_key) for url in self.urls))
+
+        async def tell(url: str) -> None:
+            try:
+                await self._ask("POST", url, DROP, DROP_TIMEOUT_S, {"user_key": user_key})
+            except EngineFault as fault:
+                log.warning("the engine at %s could not be told to drop an adapter: %s", url, fault)
+
+        await asyncio.gather(*map(tell, self.urls))
+
+    async def request(self, method: str, url: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
+        """Status and body of an answer; raises `EngineFault` when none comes."""
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(method, url, json=body, headers=self._headers) as response,
+            ):
+                return response.status, await response.read()
+        except TimeoutError as error:
+            raise EngineFault("unavailable", f"no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineFault("unavailable", str(error)) from error
 
     async def _state(self, place: int, url: str, timeout_s: float) -> EngineState:
         figures = None
@@ -158,12 +152,6 @@ class Engines:
             self.figures[place] = figures
         return EngineState(url, "ok", None, context, banks)
 
-    async def _drop(self, url: str, user_key: str) -> None:
-        try:
-            await self._ask("POST", url, DROP, DROP_TIMEOUT_S, {"user_key": user_key})
-        except EngineFault as fault:
-            log.warning("the engine at %s could not be told to drop an adapter: %s", url, fault)
-
     async def _ask(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
         """The body of a private route's answer; raises `EngineFault` when the status is not 200."""
         status, raw = await self.request(method, url + route, timeout_s, body)
@@ -175,15 +163,44 @@ class Engines:
             raise EngineFault("unavailable", f"it answered {status}")
         return raw
 
-    async def request(self, method: str, url: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
-        """Status and body of an answer; raises `EngineFault` when none comes."""
+
+class TokenizerClient:
+    """Asks an engine, and a second one if need be, about conversations with vLLM's `/tokenize`.
+
+    A router would ask the first of its engines, whether it can be reached or not.
+    """
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+
+    async def count(self, messages: list[dict[str, str]]) -> int | None:
+        """Length of a conversation in tokens; None if the engine cannot say, or not in time."""
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.request(method, url, json=body, headers=self._headers) as response,
-            ):
-                return response.status, await response.read()
-        except TimeoutError as error:
-            raise EngineFault("unavailable", f"no answer within {timeout_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineFault("unavailable", str(error)) from error
+            status, answer = await self._ask(messages)
+            return int(answer["count"]) if status == 200 else None
+        except (Unavailable, KeyError, TypeError, ValueError):
+            return None
+
+    async def refusal(self, messages: list[dict[str, str]]) -> str | None:
+        """Why the model's chat template refuses a conversation that ends with the answer; None if it accepts it."""
+        status, answer = await self._ask(messages)
+        if status == 200:
+            return None
+        if status != 400:
+            raise Unavailable(f"the engine answered {status} to /tokenize", code="engine_unavailable")
+        try:
+            return str(answer["error"]["message"])
+        except (KeyError, TypeError) as error:
+            raise Unavailable("the engine refused without a reason", code="engine_unavailable") from error
+
+    async def _ask(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
+        """Status and body of the answer."""
+        body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False}
+        fault: Exception | None = None
+        for url in self._engines.by_preference(secrets.token_hex(4))[:2]:
+            try:
+                status, raw = await self._engines.request("POST", f"{url}/tokenize", TOKENIZE_TIMEOUT_S, body)
+                return status, orjson.loads(raw)
+            except (EngineFault, ValueError) as error:
+                fault = error
+        raise Unavailable("the engine cannot be reached now", code="engine_unavailable") from fault

@@ -1,6 +1,6 @@
-"""The client for generations: OpenAI's chat completions and completions over HTTP.
+"""The client for generations: OpenAI's chat completions and completions over HTTP, streamed or whole.
 
-Closing the connection tells vLLM to abort. Every failure becomes one of our errors, here or in the stream.
+Closing the connection tells vLLM to abort. Every failure becomes one of our errors here.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import orjson
 
-from adapters.errors import MtaError
+from adapters.errors import MtaError, excerpt
 from server.engine_protocol import key_header
 from server.errors import EngineFailed, InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
-from server.gateway.engines.stream import BrokeOff, EngineStream, for_clients
 
 log = logging.getLogger("mta.gateway")
 
@@ -29,18 +29,21 @@ _KEEP_ALIVE_S = 4.0  # below vLLM's own 5 s: a connection is never reused while 
 _CONNECT_TIMEOUT_S = 3.0
 _DRAIN_TIMEOUT_S = 1.0
 _NOT_REACHED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-_NO_ENGINE = b"No available workers"  # says vllm-router where it has asked none, since it trusts none just now
+_NO_ENGINE = b"No available workers"  # vllm-router's answer while it trusts no engine, and so has asked none
 _MOST_SENDINGS = 2  # more would carry a request that kills engines through the fleet
-_MOST_DIRECT = 2
-"""Engines that are asked directly, one after the other."""
+_MOST_DIRECT = 2  # engines that are asked directly, one after the other
 _PROMPT_PARAMS = frozenset(("input_tokens", "input_text", "prompt", "messages"))
 _INTRICATE = frozenset(("n", "logprobs", "logit_bias", "response_format", "tools", "tool_choice"))
 """Fields that may be at fault where the engine names none; without them it is its chat template that refuses."""
+_ABORTED = "abort"  # the finish reason of an answer that vLLM gives up, e.g. when it is stopped
+_USER_ADAPTER = re.compile(r":u-[a-z2-7.]*")
 
 Conversation = list[dict[str, Any]]
 """Messages in OpenAI's shape; `content` is a text, or absent beside tool calls."""
 Prompt = str | list[str] | list[int] | list[list[int]]
 """One text or several, or their token ids."""
+Piece = tuple[str, dict[str, Any]]
+"""The text of the first choice, often empty, and the JSON value that it came in."""
 
 
 class AdapterMissing(MtaError):
@@ -48,50 +51,39 @@ class AdapterMissing(MtaError):
 
 
 class EngineUnavailable(Unavailable):
-    """No answer comes from one address; another may have one.
-
-    Attributes:
-        received: whether an engine may have got the request.
-        silent: whether not a byte came from that address, or from any engine behind it.
-    """
+    """No answer comes from one address; another may have one."""
 
     def __init__(self, message: str, *, received: bool, silent: bool) -> None:
         super().__init__(message, code="engine_unavailable")
-        self.received = received
-        self.silent = silent
+        self.received = received  # an engine may have got the request
+        self.silent = silent  # not a byte came from the address, or from any engine behind it
+
+
+class BrokeOff(EngineFailed):
+    """The engine ended before the answer did, or gave it up."""
+
+    received, silent = True, False  # as of `EngineUnavailable`
+
+    def __init__(self) -> None:
+        super().__init__("the engine broke off in the middle of the answer: send the request again")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One generation.
+    """One generation; `prompt` is continued as it is, without a chat template, instead of `messages`."""
 
-    Attributes:
-        request_id: also the engine's id for it, so that logs can be joined.
-        model: a recipe name, or `base`.
-        sampling: fields passed on as they are, e.g. max_tokens.
-        prompt_param: the client's name for the conversation, for errors: `prompt` or `messages`.
-        cache_salt: the tenant's: what the prefix cache holds of other tenants' prompts speeds nothing up.
-        prompt: continued as it is, without a chat template, instead of `messages`.
-    """
-
-    request_id: str
-    model: str
+    request_id: str  # also the engine's, so that logs can be joined
+    model: str  # a recipe's name, or `base`
     messages: Conversation
-    sampling: Mapping[str, Any]
-    prompt_param: str
-    cache_salt: str
+    sampling: Mapping[str, Any]  # fields passed on as they are
+    prompt_param: str  # the client's name for the conversation, for errors
+    cache_salt: str  # the tenant's: no prompt profits from another tenant's in the prefix cache
     stream: bool = True
     prompt: Prompt | None = None
 
 
 class EngineClient:
-    """Speaks to one OpenAI server: vLLM, or the router in front of several.
-
-    Args:
-        url: base URL of an engine, or of the router.
-        engines: all of them; where the router fails they are asked directly.
-        retried: called whenever a request is sent a second time.
-    """
+    """Speaks to one OpenAI server, vLLM or a router; where that fails, it asks the `engines` directly."""
 
     def __init__(
         self,
@@ -122,13 +114,15 @@ class EngineClient:
         stream, response = await self._begin(request)
         try:
             yield stream
-            if stream.complete:
-                await _drain(response)
+            if stream.complete:  # read the few bytes that end the body, so that the connection can be used again
+                with contextlib.suppress(aiohttp.ClientError, OSError):
+                    async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+                        await response.content.read()
         finally:
             response.close()  # after a whole answer the connection is back in the pool, and this does nothing
 
     async def _begin(self, request: EngineRequest) -> tuple[EngineStream, aiohttp.ClientResponse]:
-        """The answer on the first route on which one begins, of at most two on which an engine may have the request."""
+        """The answer by the first route that works; at most two routes may hand the request to an engine."""
         failure: EngineUnavailable | BrokeOff | None = None
         silent, sent = set(), 0
         for url, session_id in self._routes(request.model):
@@ -152,8 +146,8 @@ class EngineClient:
     def _routes(self, model: str) -> Iterator[tuple[str, str]]:
         """Base URLs with the session ids that a router finds an engine by; best first.
 
-        A router sends the same session to the same engine. Another session leads elsewhere, unless by chance it does
-        not; and where the router cannot be reached, or trusts no engine, engines can be asked directly.
+        A router sends the same session to the same engine. Another session usually leads to another engine; where the
+        router cannot be reached, or trusts no engine, engines can be asked directly.
         """
         yield self._url, model
         if self._url not in self._engines.urls:
@@ -163,8 +157,22 @@ class EngineClient:
     async def _send(
         self, request: EngineRequest, url: str, session_id: str
     ) -> tuple[EngineStream, aiohttp.ClientResponse]:
+        body = {"model": request.model, **request.sampling, "cache_salt": request.cache_salt}
+        if request.prompt is None:
+            path, body["messages"] = "/v1/chat/completions", request.messages
+        else:
+            path, body["prompt"] = "/v1/completions", request.prompt
+        if request.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": session_id}
         sent_s = time.perf_counter()
-        response = await self._post(request, url, session_id)
+        try:
+            response = await self._session.post(url + path, data=orjson.dumps(body), headers=headers)
+        except aiohttp.SocketTimeoutError as error:
+            raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
+        except (aiohttp.ClientError, OSError) as error:
+            message = "the engine cannot be reached now: send the request again"
+            raise EngineUnavailable(message, received=not isinstance(error, _NOT_REACHED), silent=True) from error
         try:
             if response.status != 200:
                 raise await _refusal(response, request)
@@ -175,22 +183,101 @@ class EngineClient:
             raise
         return stream, response
 
-    async def _post(self, request: EngineRequest, url: str, session_id: str) -> aiohttp.ClientResponse:
-        body = {"model": request.model, **request.sampling, "cache_salt": request.cache_salt}
-        if request.prompt is None:
-            path, body["messages"] = "/v1/chat/completions", request.messages
-        else:
-            path, body["prompt"] = "/v1/completions", request.prompt
-        if request.stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        headers = self._headers | {"X-Request-Id": request.request_id, "X-Session-ID": session_id}
+
+class EngineStream:
+    """An answer in progress: call `begin`, then iterate over its pieces; everything is known when they end.
+
+    Streamed, the usage in every chunk tells the prompt's length before anything is passed on. Whole, it is known only
+    at the end, but neither side spends time on chunks, which for a small model is much of an answer's time.
+
+    Iterating raises `EngineFailed` when the engine breaks off, or sends something that is not an answer.
+    """
+
+    def __init__(
+        self, chunks: aiohttp.StreamReader, sent_s: float, *, streamed: bool = True, chat: bool = True
+    ) -> None:
+        self.sent_s = sent_s  # by the performance counter
+        self.first_token_s: float | None = None  # stays None when the answer comes whole
+        self.prompt_tokens: int | None = None  # None if the engine does not report it with the first piece
+        self.finish_reason: str | None = None  # OpenAI's, of the first choice
+        self.usage: dict[str, int] = {}
+        self.complete = False
+        self._streamed = streamed
+        self._field = ("delta" if streamed else "message") if chat else "text"
+        self._values = events(chunks) if streamed else _whole(chunks)
+        self._first: Piece | None = None
+
+    async def begin(self) -> None:
+        """Wait for the first piece."""
+        with contextlib.suppress(StopAsyncIteration):
+            self._first = await self._next()
+        if self._streamed:
+            self.first_token_s = time.perf_counter()
+        self.prompt_tokens = self.usage.get("prompt_tokens")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._first is None:
+            return await self._next()
+        piece, self._first = self._first, None
+        return piece
+
+    async def _next(self) -> Piece:
         try:
-            return await self._session.post(url + path, data=orjson.dumps(body), headers=headers)
+            value = await anext(self._values)
+            return self._read(value), value
+        except StopAsyncIteration:
+            if self.finish_reason is None:
+                raise EngineFailed("the engine ended the answer without a finish reason") from None
+            self.complete = True
+            raise
         except aiohttp.SocketTimeoutError as error:
-            raise EngineFailed("the engine did not answer in time", code="engine_timeout") from error
-        except (aiohttp.ClientError, OSError) as error:
-            message = "the engine cannot be reached now: send the request again"
-            raise EngineUnavailable(message, received=not isinstance(error, _NOT_REACHED), silent=True) from error
+            raise EngineFailed("the engine fell silent in the middle of the answer", code="engine_timeout") from error
+        except (aiohttp.ClientError, OSError, EOFError) as error:
+            raise BrokeOff from error
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise EngineFailed("the engine sent something that is not a completion") from error
+
+    def _read(self, chunk: dict[str, Any]) -> str:
+        if "error" in chunk:
+            message = _for_clients(excerpt(chunk["error"], 300))
+            raise EngineFailed(f"the engine failed in the middle of the answer: {message}")
+        if usage := chunk.get("usage"):
+            self.usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        choices = chunk["choices"]
+        if not choices:
+            return ""
+        if any(choice.get("finish_reason") == _ABORTED for choice in choices):
+            raise BrokeOff
+        self.finish_reason = choices[0].get("finish_reason") or self.finish_reason
+        said = choices[0][self._field]
+        return (said if self._field == "text" else said.get("content")) or ""
+
+
+async def events(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
+    """The JSON values of a stream of server-sent events, up to `[DONE]`; comments and empty lines are skipped.
+
+    Raises:
+        ValueError: when an event is not JSON.
+        EOFError: when the stream ends without `[DONE]`.
+    """
+    rest = b""
+    async for chunk in chunks.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            yield orjson.loads(data)
+    raise EOFError("the stream ended without [DONE]")
+
+
+async def _whole(chunks: aiohttp.StreamReader) -> AsyncGenerator[Any, None]:
+    yield orjson.loads(await chunks.read())
 
 
 def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
@@ -205,20 +292,13 @@ def open_session(timeout_s: float, **options: Any) -> aiohttp.ClientSession:
     )
 
 
-async def _drain(response: aiohttp.ClientResponse) -> None:
-    """Read the few bytes that end the HTTP body, so that the connection can be used again."""
-    with contextlib.suppress(aiohttp.ClientError, OSError):
-        async with asyncio.timeout(_DRAIN_TIMEOUT_S):
-            await response.content.read()
-
-
 async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> MtaError:
     """The error that a status other than 200 means."""
     said = b""
     try:
         said = await response.read()
         error = orjson.loads(said)["error"]
-        message, param = for_clients(str(error["message"])), error.get("param")
+        message, param = _for_clients(str(error["message"])), error.get("param")
         param = param and str(param).removeprefix("body.")
     except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError, AttributeError):
         message, param = f"HTTP {response.status} without a reason", None
@@ -237,3 +317,8 @@ async def _refusal(response: aiohttp.ClientResponse, request: EngineRequest) -> 
     if status >= 500 or status == 429:
         return EngineUnavailable(f"the engine cannot answer now: {message}", received=True, silent=False)
     return EngineFailed(f"the engine answered {status}: {message}")
+
+
+def _for_clients(message: str) -> str:
+    """An engine's message, without the user adapters in recipe names: they hold users' keys."""
+    return _USER_ADAPTER.sub("", message)

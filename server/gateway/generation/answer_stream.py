@@ -1,8 +1,7 @@
-"""What the engines say to one request, be it one request to them or several: a wide one goes in parts.
+"""The answer to one request, which goes to the engines in parts of a few sequences if it asks for many.
 
-A request for many answers would wait until as many places are free at once, and keep them until its last sequence has
-ended. So it goes to the engines in parts of a few sequences each, which wait one after another, and every sequence that
-ends gives its place back. Clients see one answer.
+A whole one would wait until enough places are free at once, and keep them until its last sequence ends. Parts wait one
+after another, and every sequence that ends gives its place back. Clients see one answer.
 """
 
 from __future__ import annotations
@@ -11,44 +10,33 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, Self
 
 from server.gateway.access.queue import EngineLease
-from server.gateway.engines.chat import EngineRequest
-from server.gateway.engines.stream import EngineStream, Piece
+from server.gateway.engines.chat import EngineRequest, EngineStream, Piece
+from server.gateway.generation.request import prompts_of
 
-_AHEAD = 64
-"""Most chunks that are read ahead of a client."""
-_GREEDY = 1e-5
-"""Below this temperature vLLM samples nothing."""
+_AHEAD = 64  # most chunks that are read ahead of a client
+_GREEDY = 1e-5  # below this temperature vLLM samples nothing
 
 
 @dataclass(frozen=True, slots=True)
 class SubRequest:
-    """One of an answer's requests to the engines.
-
-    Attributes:
-        first: index of the first of its choices in the whole answer.
-        sequences: how many choices it has.
-        brings_prompt: whether its prompt's tokens count; not again where several parts have the same prompt.
-    """
+    """One of an answer's requests to the engines."""
 
     request: EngineRequest
-    first: int
-    sequences: int
-    brings_prompt: bool = True
+    first: int  # index of the first of its choices in the whole answer
+    sequences: int  # how many choices it has
+    brings_prompt: bool = True  # its prompt's tokens count; only once where several parts have the same prompt
 
 
 def in_parts(request: EngineRequest, most: int | None) -> list[SubRequest]:
     """A request in parts of at most so many sequences; None for any number.
 
-    The choices are those that the whole would have: the engine adds a choice's place among a prompt's to the seed, so
-    that a part begins with a seed further on.
+    The choices are those that the whole would have: the engine adds to the seed a choice's number among its prompt's,
+    so a part begins with a seed further on.
     """
-    several = isinstance(request.prompt, list) and not isinstance(request.prompt[0], int)
-    prompts: list[Any] = request.prompt if several else [request.prompt]  # type: ignore[assignment]
-    n: int = request.sampling.get("n", 1)
+    prompts, n = prompts_of(request.prompt), int(request.sampling.get("n", 1))
     if most is None or len(prompts) * n <= most:
         return [SubRequest(request, 0, len(prompts) * n)]
     if n > 1 and request.sampling.get("temperature", 1) < _GREEDY:
@@ -74,57 +62,33 @@ def in_parts(request: EngineRequest, most: int | None) -> list[SubRequest]:
     return parts
 
 
+@dataclass(eq=False)
 class AnswerStream:
     """An answer in progress: iterate `pieces`; everything is known when that ends.
 
     A context manager: at its end parts that are still in progress are aborted, as they are when one of them fails.
-
-    Args:
-        first: what the engine says to the first part, which has begun and has this `lease`.
-        wait: for places for so many sequences of another part.
-        begin: has the engine begin with it.
-
-    Attributes:
-        sent_s, first_token_s, prompt_tokens: of the first part; see `EngineStream`.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[SubRequest],
-        first: EngineStream,
-        lease: EngineLease,
-        *,
-        wait: Callable[[int], AbstractAsyncContextManager[EngineLease]],
-        begin: Callable[[EngineRequest], AbstractAsyncContextManager[EngineStream]],
-    ) -> None:
-        self.sent_s = first.sent_s
-        self.first_token_s = first.first_token_s
-        self.prompt_tokens = first.prompt_tokens
-        self._parts = parts
-        self._first = first
-        self._lease = lease
-        self._wait = wait
-        self._begin = begin
-        self._streams: list[tuple[SubRequest, EngineStream]] = [(parts[0], first)]
+    parts: Sequence[SubRequest]
+    first: EngineStream  # of the first part, which has begun
+    lease: EngineLease  # the first part's
+    wait: Callable[[int], AbstractAsyncContextManager[EngineLease]]  # for places for so many sequences of another part
+    begin: Callable[[EngineRequest], AbstractAsyncContextManager[tuple[int, EngineStream]]]  # with another part
+
+    def __post_init__(self) -> None:
+        self._streams = [(self.parts[0], self.first)]
         self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        if len(self._parts) > 1:
+        if len(self.parts) > 1:
             self._read = asyncio.Queue[tuple[SubRequest, Piece] | Exception | None](_AHEAD)
             self._reading = asyncio.create_task(self._read_all())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._reading:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
-
-    @property
-    def finish_reason(self) -> str | None:
-        """OpenAI's, of the first choice; None before its end."""
-        return self._first.finish_reason
 
     @property
     def usage(self) -> dict[str, int]:
@@ -137,15 +101,12 @@ class AnswerStream:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def pieces(self) -> AsyncIterator[Piece]:
-        """All that the engines say: chunks, or the whole answer.
-
-        Iterating raises `EngineFailed` when an engine breaks off, or sends something that is not an answer.
-        """
-        return self._joined() if self._reading else self._releasing(self._first, self._lease)
+        """All that the engines say: chunks, or the whole answer; iterating raises as `EngineStream` does."""
+        return self._joined() if self._reading else self._releasing(self.first, self.lease)
 
     async def _joined(self) -> AsyncIterator[Piece]:
         last: list[dict[str, Any]] = []  # whole answers, or what follows a stream's last choice
-        created: int | None = None
+        created: Any = None
         while (read := await self._read.get()) is not None:
             if isinstance(read, Exception):
                 raise read
@@ -154,7 +115,7 @@ class AnswerStream:
             value["created"] = created
             for choice in value["choices"]:
                 choice["index"] += part.first
-            if self.first_token_s is not None and value["choices"]:
+            if self.first.first_token_s is not None and value["choices"]:
                 yield text, value
             else:
                 last.append(value)
@@ -165,9 +126,9 @@ class AnswerStream:
     async def _read_all(self) -> None:
         try:
             async with AsyncExitStack() as leases, asyncio.TaskGroup() as reading:
-                reading.create_task(self._read_part(self._parts[0], self._first, self._lease))
-                for part in self._parts[1:]:
-                    lease = await leases.enter_async_context(self._wait(part.sequences))
+                reading.create_task(self._read_part(self.parts[0], self.first, self.lease))
+                for part in self.parts[1:]:
+                    lease = await leases.enter_async_context(self.wait(part.sequences))
                     reading.create_task(self._begin_part(part, lease))
         except* Exception as errors:
             await self._read.put(errors.exceptions[0])  # no group: tasks are not nested
@@ -175,7 +136,7 @@ class AnswerStream:
             await self._read.put(None)
 
     async def _begin_part(self, part: SubRequest, lease: EngineLease) -> None:
-        async with self._begin(part.request) as stream:
+        async with self.begin(part.request) as (_, stream):
             self._streams.append((part, stream))
             await self._read_part(part, stream, lease)
 
@@ -188,7 +149,11 @@ class AnswerStream:
         ended: set[int] = set()
         async for piece in stream:
             for choice in piece[1]["choices"]:
-                if self.first_token_s is not None and choice.get("finish_reason") and choice["index"] not in ended:
+                if (
+                    self.first.first_token_s is not None
+                    and choice.get("finish_reason")
+                    and choice["index"] not in ended
+                ):
                     ended.add(choice["index"])
                     lease.release(1)
             yield piece

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,8 +12,7 @@ from server.errors import ApiError, EngineFailed, Unavailable
 from server.gateway.access.limiter import Limiter, RequestUsage
 from server.gateway.access.queue import EngineLease, EngineQueue
 from server.gateway.engines.admin import Engines
-from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest
-from server.gateway.engines.stream import EngineStream, Piece
+from server.gateway.engines.chat import AdapterMissing, EngineClient, EngineRequest, EngineStream, Piece
 from server.gateway.generation.answer_stream import AnswerStream, SubRequest, in_parts
 from server.gateway.generation.personalizer import Personalization, Personalizer
 from server.gateway.generation.prompts import PromptBuilder, UserPrompt
@@ -22,18 +21,12 @@ from server.watching.logs import request_id
 
 
 class Timings:
-    """Where one request's milliseconds went.
+    """Where one request's milliseconds went."""
 
-    Attributes:
-        started_s: when it arrived, by the performance counter.
-        ms: durations by name, in the order in which they became known.
-        gaps_s: the times between two pieces that the engine streamed.
-    """
-
-    def __init__(self, started_s: float) -> None:
-        self.started_s = started_s
-        self.ms: dict[str, float] = {}
-        self.gaps_s: list[float] = []
+    def __init__(self, started_s: float, gap: Callable[[float], None]) -> None:
+        self.started_s = started_s  # when it arrived, by the performance counter
+        self.gap = gap  # called with the seconds between two pieces that the engine streamed
+        self.ms: dict[str, float] = {}  # by name, in the order in which they became known
 
     def record(self, name: str, since_s: float, until_s: float | None = None) -> None:
         """Set `name` to the time from `since_s` to `until_s` (default: now)."""
@@ -55,60 +48,42 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer in progress.
-
-    Attributes:
-        fallbacks: how many that are more personal the engine could not serve.
-        waited_s: for its places in the engines.
-        timings: complete once `pieces` has ended.
-        limits: headers that say what the caller may still use.
-    """
+    """An answer in progress."""
 
     id: str
     personalization: Personalization
-    fallbacks: int
+    fallbacks: int  # how many more personal ones the engine could not serve
     prompt: UserPrompt
-    waited_s: float
     stream: AnswerStream
-    timings: Timings
-    limits: Mapping[str, str]
+    timings: Timings  # complete once `pieces` has ended
+    limits: Mapping[str, str]  # headers that say what the caller may still use
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """All that the engine sends; see `AnswerStream.pieces`."""
         stream, timings = self.stream, self.timings
-        is_streamed, last_s = stream.first_token_s is not None, 0.0
+        is_streamed, last_s = stream.first.first_token_s is not None, 0.0
         async for piece in stream.pieces():
             if is_streamed and piece[0]:
                 now_s = time.perf_counter()
                 if last_s:
-                    timings.gaps_s.append(now_s - last_s)
+                    timings.gap(now_s - last_s)
                 last_s = now_s
             yield piece
-        timings.record("engine", stream.sent_s)
+        timings.record("engine", stream.first.sent_s)
         timings.record("total", timings.started_s)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Generator:
-    """Answers requests; `max_prompt_chars` is the longest conversation, history included."""
+    """Answers requests."""
 
-    def __init__(
-        self,
-        personalizer: Personalizer,
-        prompts: PromptBuilder,
-        engine: EngineClient,
-        engines: Engines,
-        *,
-        limiter: Limiter,
-        queue: EngineQueue,
-        max_prompt_chars: int,
-    ) -> None:
-        self._personalizer = personalizer
-        self._prompts = prompts
-        self._engine = engine
-        self._engines = engines
-        self._limiter = limiter
-        self._queue = queue
-        self._max_prompt_chars = max_prompt_chars
+    personalizer: Personalizer
+    prompts: PromptBuilder
+    engine: EngineClient
+    engines: Engines
+    limiter: Limiter
+    queue: EngineQueue
+    max_prompt_chars: int  # of the longest conversation, history included
 
     @asynccontextmanager
     async def answer(self, request: GenerationRequest, usage: RequestUsage, timings: Timings) -> AsyncIterator[Answer]:
@@ -116,34 +91,28 @@ class Generator:
 
         The request is within its key's own limits; `usage` is told what else it uses, `timings` what takes how long.
         """
-        limits = LengthLimits(self._max_prompt_chars, self._engines.context)
+        limits = LengthLimits(self.max_prompt_chars, self.engines.context)
         limits.check(request)
-        self._queue.check(request.caller.name, request.patience_s)
-        self._limiter.count_body(usage, request.user, lambda: limits.tokens(request))
+        self.queue.check(request.caller.name, request.patience_s)
+        self.limiter.count_body(usage, request.user, lambda: limits.tokens(request))
         with timings.stage("profile", counts=request.wants_profile):
-            profile = await self._personalizer.profile(request)
+            profile = await self.personalizer.profile(request)
         with timings.stage("recipe", counts=profile):
-            candidates = self._personalizer.candidates(request, profile)
+            candidates = self.personalizer.candidates(request, profile)
         await usage.within_limits()
         with timings.stage("history", counts=request.history):
-            prompt = await self._prompts.build(request, profile, limits)
-        parts = in_parts(_engine_request(request, prompt, limits), self._queue.widest)
+            prompt = await self.prompts.build(request, profile, limits)
+        parts = in_parts(_engine_request(request, prompt, limits), self.queue.widest)
         async with (
-            self._queue.acquire(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as lease,
+            self.queue.acquire(usage.caller.name, size=parts[0].sequences, patience_s=prompt.patience_s) as lease,
             self._first_served(parts, candidates, lease, usage) as (fallbacks, stream),
         ):
-            limits.check_answer(request, stream.prompt_tokens)
+            limits.check_answer(request, stream.first.prompt_tokens)
+            if lease.waited_s:
+                timings.record("queue", 0.0, lease.waited_s)
+            name, who = parts[0].request.request_id, candidates[fallbacks]
             async with stream:
-                yield Answer(
-                    parts[0].request.request_id,
-                    candidates[fallbacks],
-                    fallbacks,
-                    prompt,
-                    lease.waited_s,
-                    stream,
-                    timings,
-                    usage.headers(),
-                )
+                yield Answer(name, who, fallbacks, prompt, stream, timings, usage.headers())
 
     @asynccontextmanager
     async def _first_served(
@@ -154,59 +123,57 @@ class Generator:
         usage: RequestUsage,
     ) -> AsyncIterator[tuple[int, AnswerStream]]:
         """Which candidate is the first that the engine can serve, and its answer; all have the same prompt."""
-        usage.tokens = None  # the engine is at work: who leaves meanwhile is charged the estimate
-        async with AsyncExitStack() as stack:
-            try:
-                number, first = await self._begin_first(stack, parts[0].request, candidates)
-            except ApiError:
-                usage.tokens = 0
-                raise
-            model, caller = candidates[number].model, usage.caller.name
-            stream = AnswerStream(
-                parts,
-                first,
-                lease,
-                wait=lambda size: self._queue.acquire(caller, size=size, begun=True),
-                begin=lambda request: self._begin_another(replace(request, model=model)),
-            )
-            try:
+        stream: AnswerStream | None = None
+        usage.tokens = None  # the engine is at work: a client that leaves meanwhile is charged the estimate
+        try:
+            async with self._begin(parts[0].request, candidates) as (number, first):
+                stream = AnswerStream(
+                    parts,
+                    first,
+                    lease,
+                    wait=lambda size: self.queue.acquire(usage.caller.name, size=size, begun=True),
+                    begin=lambda request: self._begin(request, candidates[number : number + 1]),
+                )
                 yield number, stream
-            finally:
+        except ApiError:
+            if stream is None:
+                usage.tokens = 0
+            raise
+        finally:
+            if stream is not None:
                 usage.tokens = stream.usage.get("total_tokens")
 
-    async def _begin_first(
-        self, stack: AsyncExitStack, request: EngineRequest, candidates: Sequence[Personalization]
-    ) -> tuple[int, EngineStream]:
+    @asynccontextmanager
+    async def _begin(
+        self, request: EngineRequest, candidates: Sequence[Personalization]
+    ) -> AsyncIterator[tuple[int, EngineStream]]:
+        """The first candidate that the engine can serve, by its number, and what the engine says to the request."""
         lacking: AdapterMissing | None = None
-        for number, candidate in enumerate(candidates):
-            wanted = replace(request, model=candidate.model)
-            try:
-                return number, await stack.enter_async_context(self._engine.generate(wanted))
-            except AdapterMissing as error:
-                lacking = error
+        async with AsyncExitStack() as stack:
+            for number, candidate in enumerate(candidates):
+                wanted = replace(request, model=candidate.model)
+                try:
+                    stream = await stack.enter_async_context(self.engine.generate(wanted))
+                except AdapterMissing as error:
+                    lacking = error
+                else:
+                    yield number, stream
+                    return
         if candidates[-1].recipe is None:
             raise EngineFailed(f"the engine serves no model named {BASE_MODEL!r}: {lacking}") from lacking
         raise Unavailable(f"the engine cannot serve this user's recipe: {lacking}", code="no_adapter") from lacking
 
-    @asynccontextmanager
-    async def _begin_another(self, request: EngineRequest) -> AsyncIterator[EngineStream]:
-        """Another part of an answer; the engine could serve its model a moment ago."""
-        try:
-            async with self._engine.generate(request) as stream:
-                yield stream
-        except AdapterMissing as error:
-            raise Unavailable(f"the engine cannot serve this recipe any more: {error}", code="no_adapter") from error
-
 
 def _engine_request(request: GenerationRequest, prompt: UserPrompt, limits: LengthLimits) -> EngineRequest:
+    # Of several answers the places come back one by one. The engine parses calls of tools better in a whole answer.
+    in_pieces = request.stream or (request.sequences > 1 and "tools" not in request.sampling)
     return EngineRequest(
         request_id=f"{request.id_prefix}-{request_id.get()}",
         model=BASE_MODEL,  # each candidate puts its own
         messages=prompt.messages,
         sampling=request.sampling,
         prompt_param=request.prompt_param,
-        stream=request.comes_in_pieces
-        or (request.splittable and not limits.allow_whole(prompt.messages, request.max_tokens)),
+        stream=in_pieces or (request.splittable and not limits.allow_whole(prompt.messages, request.max_tokens)),
         prompt=request.prompt,
         cache_salt=request.cache_salt,
     )

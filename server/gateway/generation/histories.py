@@ -1,17 +1,16 @@
-"""Users' histories, indexed for prompts: kept while they are unchanged and in use, and made one at a time.
+"""Users' histories, indexed for prompts: kept while they are unchanged and in use.
 
-Indexing takes the interpreter from the event loop, up to a second for a long history. So there is never more than one
-under way, callers take turns in lines that are bounded, and who waits too long goes without.
+Indexing takes the interpreter from the event loop, up to a second for a long history. So one is made at a time, callers
+take turns in lines that are bounded, and a request that waits too long goes without.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from bank.items.profile import Item
 from bank.items.retrieval import ItemIndex
@@ -28,7 +27,7 @@ MOST_WAITING = 16
 Version = tuple[int, int, bytes]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
     version: Version
     index: ItemIndex
@@ -46,15 +45,10 @@ class IndexCache:
 
     def get(self, user_key: str, version: Version) -> ItemIndex | None:
         """The index of this version of a user's history; one of any other version is dropped."""
-        kept = self._kept.get(user_key)
-        if kept is None:
+        kept = self.drop(user_key)
+        if kept is None or kept.version != version:
             return None
-        if kept.version != version:
-            self.drop(user_key)
-            return None
-        self._kept.move_to_end(user_key)
-        kept.expiry.cancel()
-        kept.expiry = self._expiry(user_key)
+        self.put(user_key, version, kept.index)
         return kept.index
 
     def put(self, user_key: str, version: Version, index: ItemIndex) -> None:
@@ -62,101 +56,79 @@ class IndexCache:
         self.drop(user_key)
         if index.size_bytes > self._max_bytes:
             return
-        self._kept[user_key] = _Kept(version, index, self._expiry(user_key))
+        expiry = asyncio.get_running_loop().call_later(self._kept_s, self.drop, user_key)
+        self._kept[user_key] = _Kept(version, index, expiry)
         self.size_bytes += index.size_bytes
         while self.size_bytes > self._max_bytes:
             self.drop(next(iter(self._kept)))
 
-    def drop(self, user_key: str) -> None:
+    def drop(self, user_key: str) -> _Kept | None:
         """Forget a user's index, if there is one."""
         kept = self._kept.pop(user_key, None)
         if kept is not None:
             kept.expiry.cancel()
             self.size_bytes -= kept.index.size_bytes
-
-    def _expiry(self, user_key: str) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(self._kept_s, self.drop, user_key)
-
-
-class HistoryReader(Protocol):
-    """The part of `server.gateway.users.profiles.Profiles` that is needed."""
-
-    async def items(self, user: User) -> Mapping[str, StoredItem]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FoundIndex:
-    """A history that is ready to be searched, or None for want of time, and how long its turn was waited for."""
-
-    index: ItemIndex | None
-    waited_s: float = 0.0
+        return kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Build:
     """An index in the making; `begun` is done once its turn has come."""
 
+    caller: str
     begun: asyncio.Future[None]
     task: asyncio.Task[ItemIndex]
 
 
 class HistoryIndexer:
-    """Indexes histories. Belongs to one event loop.
+    """Indexes histories, whose items `read` reads. Belongs to one event loop.
 
-    What is in the line stays there when those who asked for it have left: it is ready for their next request.
+    A build stays in the line when those who asked for it have left: it is ready for their next request.
     """
 
-    def __init__(self, profiles: HistoryReader, task: Task, cache: IndexCache) -> None:
-        self._profiles = profiles
+    def __init__(
+        self, read: Callable[[User], Awaitable[Mapping[str, StoredItem]]], task: Task, cache: IndexCache
+    ) -> None:
+        self._read = read
         self._task = task
         self._cache = cache
         self._builds: dict[tuple[str, Version], _Build] = {}
-        self._waiting: Counter[str] = Counter()
         self._line = FairQueue(Shares(lambda: 1))
 
-    async def index(self, user: User, profile: Profile, caller: str, patience_s: float) -> FoundIndex:
-        """A user's items, ready to be searched, if they are at hand or their turn comes in time.
+    async def index(
+        self, user: User, profile: Profile, caller: str, patience_s: float
+    ) -> tuple[ItemIndex | None, float]:
+        """A user's items, ready to be searched, and how long their turn was waited for; None if it did not come.
 
         `patience_s` is the longest wait for the turn in the caller's line; what has begun is waited for to its end.
         """
         version = (profile.updated_ms, profile.items, profile.embedding.tobytes())
         if (kept := self._cache.get(user.key, version)) is not None:
-            return FoundIndex(kept)
+            return kept, 0.0
         build = self._builds.get((user.key, version)) or self._begin(user, version, caller)
         if build is None:
-            return FoundIndex(None)
+            return None, 0.0
         start_s = time.monotonic()
         await asyncio.wait((build.begun,), timeout=patience_s)
         waited_s = time.monotonic() - start_s
-        return FoundIndex(await asyncio.shield(build.task) if build.begun.done() else None, waited_s)
+        return (await asyncio.shield(build.task) if build.begun.done() else None), waited_s
 
     def _begin(self, user: User, version: Version, caller: str) -> _Build | None:
         """Join the caller's line, unless it is full."""
-        begun = asyncio.get_running_loop().create_future()
-        if self._line.try_acquire(caller, 1):
-            begun.set_result(None)
-        elif self._waiting[caller] >= MOST_WAITING:
+        if sum(build.caller == caller and not build.begun.done() for build in self._builds.values()) >= MOST_WAITING:
             return None
-        else:
-            self._waiting[caller] += 1
+        begun = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._build(user, version, caller, begun))
-        build = self._builds[user.key, version] = _Build(begun, task)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to be told
+        build = self._builds[user.key, version] = _Build(caller, begun, task)
         return build
 
     async def _build(self, user: User, version: Version, caller: str, begun: asyncio.Future[None]) -> ItemIndex:
         try:
-            if not begun.done():
-                if not self._line.try_acquire(caller, 1):  # it may have come free since
-                    await self._line.wait(caller, 1, None, 0)
-                self._waiting -= Counter((caller,))
+            async with self._line.held(caller):
                 begun.set_result(None)
-            try:
-                stored = await self._profiles.items(user)
-                items = [Item(name, item.fields) for name, item in stored.items()]
+                items = [Item(name, item.fields) for name, item in (await self._read(user)).items()]
                 index = await asyncio.to_thread(ItemIndex, self._task, items)
-            finally:
-                self._line.release(caller, 1)
             self._cache.put(user.key, version, index)
             return index
         finally:

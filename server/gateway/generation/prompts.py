@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from bank.items.prompt import chat_messages
 from bank.items.retrieval import JOIN, remembering
 from bank.items.tasks import Task
+from server.gateway.engines.admin import TokenizerClient
 from server.gateway.engines.chat import Conversation
-from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.histories import HistoryIndexer
 from server.gateway.generation.request import GenerationRequest, LengthLimits, chars_of, most_tokens, size_bytes
 from server.store.profiles import Profile
@@ -21,37 +21,27 @@ _ANSWER_MARK_TOKENS = 64
 _FEWEST_TOKENS = 1 / 8
 """The fewest tokens per byte that a text is assumed to have; if one has fewer, it gets fewer items than would fit."""
 
-_LEFT_OUT = "the user's past items could not be read in time, for others' were before them: they are ready in a moment"
+_LEFT_OUT = "the user's past items could not be read in time, because others were ahead: they are ready in a moment"
 
 
 @dataclass(frozen=True, slots=True)
 class UserPrompt:
-    """What the model is asked.
-
-    Attributes:
-        messages: the conversation for the engine.
-        items: how many past items are in it.
-        reason: why there are none although some were wanted, if it was for want of time.
-        patience_s: how long the request may still wait; None for as long as is usual.
-    """
+    """What the model is asked: the conversation, with so many past items in it."""
 
     messages: Conversation
     items: int
-    reason: str | None
-    patience_s: float | None
+    reason: str | None  # why there are none although some were wanted, if time was too short
+    patience_s: float | None  # how long the request may still wait; None for as long as is usual
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class PromptBuilder:
-    """Puts a user's history into their prompts.
+    """Puts users' histories into prompts; a request waits at most half its patience for one."""
 
-    A request may wait `patience_s` in all, unless it says less; for a history half of that.
-    """
-
-    def __init__(self, task: Task, tokenizer: TokenizerClient, histories: HistoryIndexer, patience_s: float) -> None:
-        self._task = task
-        self._tokenizer = tokenizer
-        self._histories = histories
-        self._patience_s = patience_s
+    task: Task
+    tokenizer: TokenizerClient
+    histories: HistoryIndexer
+    patience_s: float  # of requests that do not have less
 
     async def build(self, request: GenerationRequest, profile: Profile | None, limits: LengthLimits) -> UserPrompt:
         """The conversation for the engine, with as much history as the request asks for and is sure to fit.
@@ -59,16 +49,15 @@ class PromptBuilder:
         While the context is unknown nothing is sure to fit.
         """
         messages, patience_s, room = request.messages, request.patience_s, limits.room(request)
-        if not request.history or request.user is None or profile is None or room is None:
+        wanted = request.history and messages[-1]["role"] == "user"
+        if not wanted or request.user is None or profile is None or room is None:
             return UserPrompt(messages, 0, None, patience_s)
-        if messages[-1]["role"] != "user":
-            return UserPrompt(messages, 0, None, patience_s)
-        patience_s = self._patience_s if patience_s is None else min(patience_s, self._patience_s)
-        found = await self._histories.index(request.user, profile, request.caller.name, patience_s / 2)
-        patience_s = max(0.0, patience_s - found.waited_s)
-        if found.index is None:
+        patience_s = self.patience_s if patience_s is None else min(patience_s, self.patience_s)
+        index, waited_s = await self.histories.index(request.user, profile, request.caller.name, patience_s / 2)
+        patience_s = max(0.0, patience_s - waited_s)
+        if index is None:
             return UserPrompt(messages, 0, _LEFT_OUT, patience_s)
-        memories = await asyncio.to_thread(found.index.memories, messages[-1]["content"], request.history)
+        memories = await asyncio.to_thread(index.memories, messages[-1]["content"], request.history)
         return UserPrompt(*await self._fitted(messages, memories, room, limits.prompt_chars), None, patience_s)
 
     async def _fitted(
@@ -76,8 +65,8 @@ class PromptBuilder:
     ) -> tuple[Conversation, int]:
         """The conversation with the most relevant memories that fit into `room` tokens.
 
-        One token per byte is a safe bound, but far more than text takes; so more memories are tried first, and the
-        engine counts.
+        One token per byte is a safe bound, but far more than text takes; so more memories are tried, and the engine
+        counts.
         """
         tokens_a_byte = _FEWEST_TOKENS
         while True:
@@ -87,7 +76,7 @@ class PromptBuilder:
             built = self._with(messages, chosen)
             if most_tokens(built) <= room:
                 return built, len(chosen)
-            tokens = await self._tokenizer.count(built)
+            tokens = await self.tokenizer.count(built)
             if tokens is None:
                 tokens_a_byte = 1.0
             elif tokens + _ANSWER_MARK_TOKENS <= room:
@@ -109,5 +98,5 @@ class PromptBuilder:
         return chosen
 
     def _with(self, messages: Conversation, memories: Sequence[str]) -> Conversation:
-        turn = remembering(self._task, messages[-1]["content"], memories)
+        turn = remembering(self.task, messages[-1]["content"], memories)
         return [*messages[:-1], *chat_messages(turn)]

@@ -9,13 +9,15 @@ from typing import Any, Self
 import orjson
 from pydantic import BaseModel, Field
 
+from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id
+from bank.lookup.weights import AnchorWeight
 from server.gateway.generation.generator import Answer
-from server.gateway.generation.personalizer import AnchorShare, Level
+from server.gateway.generation.personalizer import Level
 from server.store.jobs import Job, JobState
 from server.store.profiles import Erased
 
 
-class AnchorAnswer(BaseModel, frozen=True, from_attributes=True):
+class AnchorAnswer(BaseModel, frozen=True):
     """One anchor that speaks for the user."""
 
     id: str = Field(examples=["a03"])
@@ -56,7 +58,7 @@ class PersonalizationAnswer(BaseModel, frozen=True):
             level=who.level,
             recipe=who.shown,
             source=who.source,
-            anchors=anchors(who.anchors),
+            anchors=anchors(who.recipe, who.weights) if who.recipe else [],
             history=answer.prompt.items,
             history_reason=answer.prompt.reason,
             reason=who.reason,
@@ -191,17 +193,22 @@ class ErasedAnswer(BaseModel, frozen=True):
     log_rewritten_by: str = Field(description="By when it is gone from the store's file on disk too. UTC, ISO 8601.")
 
 
-def exported_job(job: Job) -> dict[str, Any]:
-    """A job with what a client sent beside it."""
-    sent = {"idempotency_key": job.idempotency_key or None, "traceparent": job.traceparent or None}
-    return JobAnswer.of(job).model_dump(mode="json") | sent
-
-
 def iso(unix_ms: int) -> str:
     """UTC, ISO 8601, to the millisecond."""
     return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
-def anchors(shares: Iterable[AnchorShare]) -> list[AnchorAnswer]:
-    """Anchors as clients see them."""
-    return [AnchorAnswer.model_validate(share) for share in shares]
+def anchors(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> list[AnchorAnswer]:
+    """The anchors of a recipe, largest weight first, with what the user's profile says of them today."""
+    today, answers = {weight.anchor: weight for weight in weights}, []
+    for term in recipe.terms:
+        now = today.get(term.anchor)
+        answers.append(
+            AnchorAnswer(
+                id=anchor_id(term.anchor),
+                weight=term.weight / PER_MILLE,
+                similarity=round(now.similarity, 4) if now else None,
+                gain=round(now.gain, 4) if now and now.gain is not None else None,
+            )
+        )
+    return sorted(answers, key=lambda answer: (-abs(answer.weight), answer.id))

@@ -26,25 +26,14 @@ from server.store.tenants.user_key import UserKeys
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
 
 
-def _chunk(
-    names: tuple[str, int, str], delta: dict[str, str], finish_reason: str | None = None, **beside: object
-) -> bytes:
-    """A piece of a streamed answer in OpenAI's shape, as an event. A plain dictionary: one is made for every token.
+def _named(answer_id: str, created_s: int, recipe: str) -> dict[str, Any]:
+    """What all pieces of a streamed answer begin with."""
+    return {"id": answer_id, "object": "chat.completion.chunk", "created": created_s, "model": recipe}
 
-    Args:
-        names: the answer's id, when it was begun in Unix seconds, and its recipe.
-        beside: of the first chunk `personalization`, of the last `usage` and `timings_ms`.
-    """
-    return event(
-        {
-            "id": names[0],
-            "object": "chat.completion.chunk",
-            "created": names[1],
-            "model": names[2],
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
-            **beside,
-        }
-    )
+
+def _chunk(named: dict[str, Any], delta: dict[str, str], finish_reason: str | None = None, **beside: object) -> bytes:
+    """A piece of a streamed answer, as an event. A plain dictionary: one is made for every token."""
+    return event({**named, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **beside})
 
 
 _EXAMPLE = GenerateAnswer(  # nothing in it is null: FastAPI leaves null fields out
@@ -66,14 +55,12 @@ _EXAMPLE = GenerateAnswer(  # nothing in it is null: FastAPI leaves null fields 
         timings_ms={"profile": 0.3, "recipe": 0.1, "engine": 160.2, "total": 161.4},
     ),
 )
-_NAMES = (_EXAMPLE.id, 1790000000, "mta3:9f2c41d0:shared:c+a03*803+a17*197")
-_STREAMED = b"".join(
-    (
-        _chunk(_NAMES, {"role": "assistant", "content": ""}, personalization=_EXAMPLE.personalization),
-        _chunk(_NAMES, {"content": "up"}),
-        _chunk(_NAMES, {}, "stop", usage=_EXAMPLE.usage, timings_ms=_EXAMPLE.personalization.timings_ms),
-        DONE,
-    )
+_EXAMPLE_NAMED = _named(_EXAMPLE.id, 1790000000, "mta3:9f2c41d0:shared:c+a03*803+a17*197")
+_STREAMED = (
+    _chunk(_EXAMPLE_NAMED, {"role": "assistant", "content": ""}, personalization=_EXAMPLE.personalization)
+    + _chunk(_EXAMPLE_NAMED, {"content": "up"})
+    + _chunk(_EXAMPLE_NAMED, {}, "stop", usage=_EXAMPLE.usage, timings_ms=_EXAMPLE.personalization.timings_ms)
+    + DONE
 ).decode()
 _CONTENT: dict[str, Any] = {
     "application/json": {"example": _EXAMPLE.model_dump(mode="json")},
@@ -100,23 +87,20 @@ async def generate(request: Request, body: GenerateRequest, x_queue_timeout: Que
     parts = parts_of(request)
     usual = parts.bank.manifest.history_default
     wanted = request_of(body, users_of(request), caller_of(request), history=usual, patience_s=x_queue_timeout)
-    return AnswerResponse(parts, wanted, _GenerateFormat())
+    return _GenerateResponse(parts, wanted)
 
 
 def request_of(
     request: GenerateRequest, users: UserKeys, caller: Caller, *, history: int = 0, patience_s: float | None = None
 ) -> GenerationRequest:
     """What a request of a tenant asks of the generator; `history` is what `auto` stands for."""
-    if request.prompt is not None:
-        messages = chat_messages(request.prompt)
-    else:
-        messages = [message.model_dump() for message in request.messages or ()]
+    prompt, messages = request.prompt, request.messages or ()
     return GenerationRequest(
         id_prefix="gen",
         user=users.user(request.user_id),
         personalize=request.personalize,
         strength=request.strength,
-        messages=messages,
+        messages=[message.model_dump() for message in messages] if prompt is None else chat_messages(prompt),
         history=items_wanted(request.history, history),
         max_tokens=request.max_tokens,
         sampling=request.model_dump(include=_SAMPLING, exclude_none=True),
@@ -130,27 +114,22 @@ def request_of(
     )
 
 
-class _GenerateFormat:
-    """Texts, and chunks of them."""
-
+class _GenerateResponse(AnswerResponse):
     async def whole(self, answer: Answer) -> str:
         text = "".join([text async for text, _ in answer.pieces()])
-        assert answer.stream.finish_reason
+        assert answer.stream.first.finish_reason
         return GenerateAnswer(
             id=answer.id,
             text=text,
-            finish_reason=answer.stream.finish_reason,
+            finish_reason=answer.stream.first.finish_reason,
             usage=Usage.of(answer),
             personalization=PersonalizationAnswer.of(answer),
         ).model_dump_json()
 
     async def events(self, answer: Answer) -> AsyncIterator[bytes]:
-        names = answer.id, int(time.time()), answer.personalization.shown or BASE_MODEL
-        yield _chunk(names, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
+        named = _named(answer.id, int(time.time()), answer.personalization.shown or BASE_MODEL)
+        yield _chunk(named, {"role": "assistant", "content": ""}, personalization=PersonalizationAnswer.of(answer))
         async for text, _ in answer.pieces():
             if text:
-                yield _chunk(names, {"content": text})
-        yield _chunk(names, {}, answer.stream.finish_reason, usage=Usage.of(answer), timings_ms=answer.timings.ms)
-
-    def headers(self, answer: Answer) -> dict[str, str]:
-        return {}
+                yield _chunk(named, {"content": text})
+        yield _chunk(named, {}, answer.stream.first.finish_reason, usage=Usage.of(answer), timings_ms=answer.timings.ms)

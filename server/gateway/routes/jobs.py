@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Path, Request, Response
@@ -17,7 +16,7 @@ from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
 from server.gateway.routes.answers import HeldOut, JobAnswer, JobProgress
-from server.gateway.routes.requests import AdaptRequest, UserIdInPath
+from server.gateway.routes.requests import AdaptRequest, Message, UserIdInPath
 from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
 from server.store.samples import Sample
@@ -120,43 +119,31 @@ class _JobEvents(Response):
             await unless_gone(receive, self._follow(send))
 
     async def _follow(self, send: Send) -> None:
+        job = self._job
         async with EventSender(send, dict) as sender:
+            await sender.write(event(JobAnswer.of(job), "job"))
             try:
-                async for job in self._changes():
-                    await sender.write(event(JobAnswer.of(job), "job"))
+                while not job.state.ended:
+                    await asyncio.sleep(_POLL_S)
+                    before, job = job, await self._adapting.job(self._users, job.id)
+                    if job != before:
+                        await sender.write(event(JobAnswer.of(job), "job"))
                 await sender.write(b"event: done\n" + DONE)
             except ApiError as error:
                 await sender.write(event(ErrorAnswer.of(error)))
             await sender.end()
 
-    async def _changes(self) -> AsyncIterator[Job]:
-        """The job now, and whenever it has changed, until it has ended."""
-        job = self._job
-        yield job
-        while not job.state.ended:
-            await asyncio.sleep(_POLL_S)
-            before, job = job, await self._adapting.job(self._users, job.id)
-            if job != before:
-                yield job
-
 
 def _training_request(body: AdaptRequest) -> TrainingRequest:
-    samples = [
-        Sample(
-            chat_messages(sample.input)
-            if isinstance(sample.input, str)
-            else [message.model_dump() for message in sample.input],
-            sample.output,
-        )
-        for sample in body.samples
-    ]
+    def messages(said: str | list[Message]) -> list[dict[str, str]]:
+        return chat_messages(said) if isinstance(said, str) else [message.model_dump() for message in said]
+
+    samples = [Sample(messages(sample.input), sample.output) for sample in body.samples]
     return TrainingRequest(samples, body.config.model_dump(exclude_none=True), body.append, body.idempotency_key or "")
 
 
 def _parsed(text: str) -> JobId:
-    job_id = parse_job_id(text)
-    if job_id is None:
-        raise NotFound(
-            f"job_id {excerpt(text)} is not a job id: use the id that POST /users/{{id}}/adapt returned", param="job_id"
-        )
+    if (job_id := parse_job_id(text)) is None:
+        message = f"job_id {excerpt(text)} is not a job id: use the id that POST /users/{{id}}/adapt returned"
+        raise NotFound(message, param="job_id")
     return job_id

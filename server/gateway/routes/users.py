@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from adapters.errors import excerpt
+from adapters.recipe import bank_of
 from bank.errors import ProfileError
 from bank.items.profile import Item, parse_item
 from server.errors import InvalidRequest, NotFound
@@ -20,15 +21,16 @@ from server.gateway.parts import Parts, UserRoute, epoch_of, parts_of, user_of
 from server.gateway.routes.answers import (
     AdapterAnswer,
     ErasedAnswer,
+    JobAnswer,
     ProfileAnswer,
     UserAnswer,
     anchors,
-    exported_job,
     iso,
 )
 from server.gateway.routes.requests import ItemsRequest, UserIdInPath
 from server.gateway.users.profiles import ProfileUpdate
 from server.settings import MAX_ITEM_BYTES
+from server.store.jobs import Job
 from server.store.tenants.user_key import User
 
 router = APIRouter(
@@ -63,29 +65,28 @@ async def add_items(request: Request, user_id: UserIdInPath, body: ItemsRequest)
 async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     """What is stored about the user, and which anchors speak for them."""
     parts, user = parts_of(request), user_of(request, user_id)
-    profile = await parts.profiles.current(user)
-    if profile is None:
+    if (profile := await parts.profiles.current(user)) is None:
         raise _unknown(user_id)
-    speaking = parts.personalizer.merged(profile)
+    adapter = profile.adapter
+    speaking = parts.bank.personalise(profile.embedding, profile.evidence)
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
         bytes=await parts.profiles.stored_bytes(user),
         embedder=profile.embedder,
         updated_at=iso(profile.updated_ms),
-        recipe=speaking.model,
-        source=str(speaking.source),
-        anchors=anchors(speaking.anchors),
+        recipe=speaking.recipe.name,
+        source=speaking.source,
+        anchors=anchors(speaking.recipe, speaking.weights),
         at=parts.bank.atlas.at(profile.embedding),
-        adapter=AdapterAnswer(
-            id=profile.adapter.id,
-            recipe=profile.adapter.recipe,
-            bytes=profile.adapter.size_bytes,
-            created_at=iso(profile.adapter.created_ms),
-            stale=parts.personalizer.is_stale(profile.adapter),
-        )
-        if profile.adapter
-        else None,
+        adapter=adapter
+        and AdapterAnswer(
+            id=adapter.id,
+            recipe=adapter.recipe,
+            bytes=adapter.size_bytes,
+            created_at=iso(adapter.created_ms),
+            stale=bank_of(adapter.recipe) != parts.bank.manifest.short,
+        ),
     )
 
 
@@ -98,7 +99,7 @@ async def export_user(request: Request, user_id: UserIdInPath) -> Response:
     that serves them, as the `config` and the `weights` (base64) of a PEFT folder; `says` tells what it is, or why there
     is none.
     """
-    export = await parts_of(request).exporting.export(user_of(request, user_id), exported_job)
+    export = await parts_of(request).exporting.export(user_of(request, user_id), _exported_job)
     if export is None:
         raise _unknown(user_id)
     return StreamingResponse(export, media_type="application/json", headers={"Cache-Control": "no-store"})
@@ -129,15 +130,21 @@ async def _change(
     items = await asyncio.to_thread(_items, parts, body.items)
     changed = await change(user, items, epoch)
     parts.metrics.profile_changes.inc(changed.changed)
-    speaking = parts.personalizer.merged(changed.profile)
+    speaking = parts.bank.personalise(changed.profile.embedding, changed.profile.evidence)
     return ProfileAnswer(
         user_id=user.id,
         received=len(body.items),
         kept=changed.profile.items,
         changed=changed.changed,
-        recipe=speaking.model,
-        anchors=anchors(speaking.anchors),
+        recipe=speaking.recipe.name,
+        anchors=anchors(speaking.recipe, speaking.weights),
     )
+
+
+def _exported_job(job: Job) -> dict[str, Any]:
+    """A job with what a client sent beside it."""
+    sent = {"idempotency_key": job.idempotency_key or None, "traceparent": job.traceparent or None}
+    return JobAnswer.of(job).model_dump(mode="json") | sent
 
 
 def _items(parts: Parts, raw_items: Sequence[dict[str, Any]]) -> list[Item]:

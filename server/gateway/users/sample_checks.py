@@ -26,7 +26,7 @@ A = TypeVar("A")
 
 
 class Tokenizer(Protocol):
-    """What is used of `server.gateway.engines.tokenizer.TokenizerClient`."""
+    """What is used of `server.gateway.engines.admin.TokenizerClient`."""
 
     async def refusal(self, messages: list[dict[str, str]]) -> str | None: ...
 

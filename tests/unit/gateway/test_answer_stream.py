@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import orjson
 import pytest
 
 from server.errors import EngineFailed
-from server.gateway.access.queue import EngineLease, EngineQueue
-from server.gateway.engines.chat import EngineRequest
-from server.gateway.engines.stream import EngineStream
+from server.gateway.access.queue import EngineQueue
+from server.gateway.engines.chat import EngineRequest, EngineStream
 from server.gateway.generation.answer_stream import AnswerStream, in_parts
-from server.gateway.routes.openai.answers import joined
+from server.gateway.routes.openai.routes import joined
 
 
 def request(prompt: Any = None, **sampling: Any) -> EngineRequest:
@@ -36,7 +36,7 @@ class Engine:
             self.said[name].put_nowait(data)
 
     @asynccontextmanager
-    async def begin(self, wanted: EngineRequest) -> AsyncIterator[EngineStream]:
+    async def begin(self, wanted: EngineRequest) -> AsyncIterator[tuple[int, EngineStream]]:
         said = self.said[wanted.request_id] = asyncio.Queue()
 
         class Chunks:
@@ -48,7 +48,7 @@ class Engine:
                 return await said.get()
 
         try:
-            yield EngineStream(Chunks(), 0.0, chat=False)
+            yield 0, EngineStream(Chunks(), 0.0, chat=False)
         finally:
             self.left.append(wanted.request_id)
 
@@ -81,14 +81,11 @@ async def answering(
 ) -> AsyncIterator[AnswerStream]:
     """An answer whose first part has begun, with an empty piece."""
     parts = in_parts(wanted, most)
-    lease: EngineLease
-    async with queue.acquire("a", size=parts[0].sequences) as lease, engine.begin(parts[0].request) as first:
+    async with queue.acquire("a", size=parts[0].sequences) as lease, engine.begin(parts[0].request) as (_, first):
         engine.say("id", piece(0, ""))
         await first.begin()
-        first_token = AnswerStream(
-            parts, first, lease, wait=lambda size: queue.acquire("a", size=size, begun=True), begin=engine.begin
-        )
-        async with first_token as stream:
+        wait = partial(queue.acquire, "a", begun=True)
+        async with AnswerStream(parts, first, lease, lambda size: wait(size=size), engine.begin) as stream:
             yield stream
 
 

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import get_task
 from server.errors import Unavailable
 from server.gateway.access.keys import Caller
-from server.gateway.engines.tokenizer import TokenizerClient
 from server.gateway.generation.histories import MOST_WAITING, HistoryIndexer, IndexCache, Version
 from server.gateway.generation.prompts import PromptBuilder
 from server.gateway.generation.request import GenerationRequest, LengthLimits, Personalize
@@ -24,8 +23,6 @@ from server.store.profiles import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret that only tests know", "default")
-NOBODY = cast(TokenizerClient, None)
-"""Who is not asked to count tokens."""
 REQUEST = GenerationRequest(
     id_prefix="gen",
     user=KEYS.user("ada"),
@@ -68,7 +65,12 @@ def held() -> Held:
 
 @pytest.fixture
 def indexing(held: Held) -> HistoryIndexer:
-    return HistoryIndexer(held, get_task("chat"), IndexCache(1 << 20))
+    return HistoryIndexer(held.items, get_task("chat"), IndexCache(1 << 20))
+
+
+@pytest.fixture
+def prompts(indexing: HistoryIndexer) -> PromptBuilder:
+    return PromptBuilder(get_task("chat"), None, indexing, patience_s=0.4)  # nobody is asked to count tokens
 
 
 def profile(user_id: str) -> Profile:
@@ -77,7 +79,7 @@ def profile(user_id: str) -> Profile:
 
 def ask(indexing: HistoryIndexer, user_id: str, caller: str = "app", patience_s: float = 60) -> asyncio.Task[Any]:
     async def asking() -> Any:
-        return (await indexing.index(KEYS.user(user_id), profile(user_id), caller, patience_s)).index
+        return (await indexing.index(KEYS.user(user_id), profile(user_id), caller, patience_s))[0]
 
     return asyncio.create_task(asking())
 
@@ -108,7 +110,9 @@ async def test_callers_take_turns(indexing: HistoryIndexer, held: Held) -> None:
 async def test_a_caller_whose_line_is_full_goes_without_at_once_and_others_do_not(
     indexing: HistoryIndexer, held: Held
 ) -> None:
-    waiting = [ask(indexing, f"user-{n}") for n in range(1 + MOST_WAITING)]
+    busy = ask(indexing, "busy")
+    await settled()
+    waiting = [ask(indexing, f"user-{n}") for n in range(MOST_WAITING)]
     await settled()
     assert await ask(indexing, "one too many") is None
     other = ask(indexing, "another's", "another")
@@ -116,7 +120,7 @@ async def test_a_caller_whose_line_is_full_goes_without_at_once_and_others_do_no
     assert not other.done()
     for _ in range(2 + MOST_WAITING):
         held.gate.release()
-    assert None not in await asyncio.gather(other, *waiting)
+    assert None not in await asyncio.gather(busy, other, *waiting)
 
 
 async def test_what_is_begun_at_once_needs_no_patience(indexing: HistoryIndexer, held: Held) -> None:
@@ -171,32 +175,28 @@ async def test_a_store_that_fails_is_told_to_who_waits_and_the_next_one_goes_on(
 async def test_only_one_history_is_indexed_at_a_time(
     indexing: HistoryIndexer, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once, most, lock = 0, 0, threading.Lock()
+    together, lock = 0, threading.Lock()
 
     class Slow:
         size_bytes = 1
 
         def __init__(self, *_: Any) -> None:
-            nonlocal at_once, most
-            with lock:
-                at_once += 1
-                most = max(most, at_once)
+            nonlocal together
+            together += not lock.acquire(blocking=False)
             threading.Event().wait(0.01)
-            with lock:
-                at_once -= 1
+            lock.release()
 
     monkeypatch.setattr("server.gateway.generation.histories.ItemIndex", Slow)
     for _ in range(8):
         held.gate.release()
     await asyncio.gather(*(ask(indexing, f"user-{n}", f"app-{n}") for n in range(8)))
-    assert most == 1
+    assert together == 0
 
 
 @pytest.mark.parametrize(("given_s", "left_s"), [(None, 0.2), (0.1, 0.05), (60, 0.2)])
 async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_is_not(
-    indexing: HistoryIndexer, held: Held, given_s: float | None, left_s: float
+    indexing: HistoryIndexer, prompts: PromptBuilder, held: Held, given_s: float | None, left_s: float
 ) -> None:
-    prompts = PromptBuilder(get_task("chat"), NOBODY, indexing, patience_s=0.4)
     busy = ask(indexing, "busy")
     await until_read(held, 1)
     request = replace(REQUEST, patience_s=given_s)
@@ -208,8 +208,7 @@ async def test_half_of_a_requests_patience_is_left_for_a_place_when_its_history_
     busy.cancel()
 
 
-async def test_a_request_that_needs_no_history_keeps_its_patience(indexing: HistoryIndexer) -> None:
-    prompts = PromptBuilder(get_task("chat"), NOBODY, indexing, patience_s=0.4)
+async def test_a_request_that_needs_no_history_keeps_its_patience(prompts: PromptBuilder) -> None:
     for given_s in (None, 0.1):
         request = replace(REQUEST, history=0, patience_s=given_s)
         assert (await prompts.build(request, profile("ada"), LengthLimits(1000, 512))).patience_s == given_s
@@ -220,9 +219,8 @@ OTHERS: list[Version] = [(2, 1, b"one"), (1, 2, b"one"), (1, 1, b"other")]
 
 
 def small_index(words: int = 100) -> ItemIndex:
-    return ItemIndex(
-        get_task("chat"), [Item("a", {"input": "?", "output": " ".join(map(str, range(100, 100 + words)))})]
-    )
+    said = " ".join(map(str, range(100, 100 + words)))
+    return ItemIndex(get_task("chat"), [Item("a", {"input": "?", "output": said})])
 
 
 async def test_what_was_put_is_found_in_the_same_version_alone() -> None:

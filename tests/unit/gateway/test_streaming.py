@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.gateway.engines.stream import events
+from server.gateway.engines.chat import events
 from server.gateway.http.streaming import DONE, KEEP_ALIVE, EventSender, event
 
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.gateway.generation.request import Personalize
+from server.gateway.generation.request import Personalize, prompts_of
 from server.gateway.routes.requests import MAX_MESSAGES, SEED_MAX, History, Stops, Strength, Strict, UserId, Wanted
 
 PERSONAL_MODEL = "mta"
@@ -36,12 +36,8 @@ def _text_of(value: Any) -> Any:
     """A content in parts as one text, joined as vLLM joins them."""
     if not isinstance(value, list):
         return value
-    texts = [
-        part["text"]
-        for part in value
-        if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-    ]
-    if len(texts) < len(value) or not all(isinstance(text, str) for text in texts):
+    texts = [part.get("text") for part in value if isinstance(part, dict)]
+    if value != [{"type": "text", "text": text} for text in texts] or not all(isinstance(text, str) for text in texts):
         raise PydanticCustomError("parts", "must be a text, or parts of type text")
     return "\n".join(texts)
 
@@ -227,9 +223,7 @@ class CompletionRequest(OpenAIRequest):
 
     @model_validator(mode="after")
     def _not_too_many(self) -> Self:
-        prompts = len(self.prompt) if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else 1
-        if prompts * (self.n or 1) > MAX_CHOICES:
-            raise PydanticCustomError(
-                "one_of", f"prompt times n must be at most {MAX_CHOICES} answers", {"param": "prompt"}
-            )
+        if len(prompts_of(self.prompt)) * (self.n or 1) > MAX_CHOICES:
+            fault = f"prompt times n must be at most {MAX_CHOICES} answers"
+            raise PydanticCustomError("one_of", fault, {"param": "prompt"})
         return self

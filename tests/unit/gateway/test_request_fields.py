@@ -1,27 +1,101 @@
-"""What becomes of each field of OpenAI's requests."""
+"""What requests may hold: of `/generate`, of profiles and, field by field, of OpenAI's routes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from server.errors import InvalidRequest
-from server.gateway.http.errors import fault_of
+from server.gateway.generation.request import Personalize
+from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
 from server.gateway.routes.openai.requests import IGNORED, OURS, STEERING, ChatRequest, CompletionRequest
+from server.gateway.routes.requests import GenerateRequest, ItemsRequest
 
+LEAST = {"user_id": "ada", "prompt": "hi"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"prompt": "hi"}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "default": None}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 
 
-def fault(model: type[ChatRequest | CompletionRequest], value: object) -> tuple[str | None, str]:
+def fault(model: type[BaseModel], value: object) -> InvalidRequest:
     with pytest.raises(ValidationError) as caught:
         model.model_validate(value)
-    error = fault_of(caught.value.errors())
-    return error.param, error.code
+    return fault_of(caught.value.errors())
+
+
+def test_the_least_request_gets_the_documented_defaults() -> None:
+    request = GenerateRequest.model_validate(LEAST)
+    assert (request.max_tokens, request.temperature, request.top_p) == (128, 1.0, 1.0)
+    assert (request.stream, request.personalize, request.stop) == (False, Personalize.AUTO, None)
+    assert GenerateRequest.model_validate(LEAST | {"stop": "END"}).stop == ["END"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"temperature": 0},
+        {"temperature": 2, "top_p": 1},
+        {"stop": ["a", "b"]},
+        {"seed": -(1 << 63)},
+        {"personalize": "merged"},
+        {"messages": None},
+    ],
+)
+def test_good_values_are_taken(extra: dict[str, Any]) -> None:
+    GenerateRequest.model_validate(LEAST | extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"temperature": True}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": 1}, "stream"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"stop": []}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"personalize": "stacked"}, "personalize"),
+        ({"model": "gpt"}, "model"),
+        ({"user_id": 7}, "user_id"),
+        ({"user_id": None}, "user_id"),
+        ({"prompt": None}, "prompt"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "prompt"),
+        ({"prompt": None, "messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"prompt": None, "messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages.0.name"),
+    ],
+)
+def test_other_values_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
+    assert fault(GenerateRequest, LEAST | extra).param == param
+
+
+@pytest.mark.parametrize("history", [-1, 17, 1.0, True, "1", "AUTO", [], "auto "])
+def test_a_history_is_a_small_number_or_auto(history: Any) -> None:
+    error = fault(GenerateRequest, LEAST | {"history": history})
+    assert error.param == "history"
+    assert "from 0 to 16, or auto" in error.message
+
+
+def test_the_message_shows_the_value_but_never_all_of_a_long_one() -> None:
+    assert "-5" in fault(GenerateRequest, LEAST | {"max_tokens": -5}).message
+    message = fault(GenerateRequest, LEAST | {"user_id": "x" * 100_000}).message
+    assert "xxx" in message
+    assert len(message) < 3 * MAX_SHOWN_CHARS
+
+
+def test_a_million_wrong_items_are_one_finding() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ItemsRequest.model_validate({"items": [0] * 1_000_000})
+    assert caught.value.error_count() == 1
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
@@ -39,7 +113,8 @@ def test_what_steers_the_engine_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["top_k", "guided_json", "echo", "user_id", "prompt"])
 def test_what_is_unknown_is_refused_by_name_even_as_null(name: str) -> None:
-    assert fault(ChatRequest, CHAT | {name: None}) == (name, "unknown_field")
+    error = fault(ChatRequest, CHAT | {name: None})
+    assert (error.param, error.code) == (name, "unknown_field")
 
 
 PASSED: dict[str, Any] = {
@@ -66,10 +141,8 @@ PASSED: dict[str, Any] = {
 def test_what_is_passed_on_is_passed_as_it_came() -> None:
     assert PASSED.keys() | {"echo"} == (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()) - OURS
     assert ChatRequest.model_validate(CHAT | PASSED).passed == PASSED
-    assert CompletionRequest.model_validate(TEXT | {"echo": True, "logprobs": 2}).passed == {
-        "echo": True,
-        "logprobs": 2,
-    }
+    of_texts = {"echo": True, "logprobs": 2}
+    assert CompletionRequest.model_validate(TEXT | of_texts).passed == of_texts
 
 
 def test_nothing_is_passed_that_was_not_sent_and_null_is_nothing() -> None:
@@ -106,8 +179,8 @@ def test_nothing_is_passed_that_was_not_sent_and_null_is_nothing() -> None:
         ({"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages.0.audio"),
     ],
 )
-def test_other_values_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
-    assert fault(ChatRequest, CHAT | extra)[0] == param
+def test_other_values_of_openais_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
+    assert fault(ChatRequest, CHAT | extra).param == param
 
 
 def test_strength_comes_in_steps_and_floats_hit_them() -> None:
@@ -134,19 +207,16 @@ def test_prompts_are_texts_or_token_ids(prompt: Any) -> None:
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]], ["a", 1], [True], [-1], [1 << 31], [[1], "a"], 5, {"a": 1}])
 def test_other_prompts_are_refused(prompt: Any) -> None:
-    assert fault(CompletionRequest, {"prompt": prompt})[0] == "prompt"
+    assert fault(CompletionRequest, {"prompt": prompt}).param == "prompt"
 
 
-@pytest.mark.parametrize(
-    ("prompt", "n", "taken"), [(["a"] * 64, 2, True), (["a"] * 65, 2, False), ([1] * 500, 2, True)]
-)
-def test_one_request_gets_only_so_many_answers(prompt: Any, n: int, taken: bool) -> None:
-    if taken:
-        CompletionRequest.model_validate({"prompt": prompt, "n": n})
-    else:
-        assert fault(CompletionRequest, {"prompt": prompt, "n": n})[0] == "prompt"
+def test_one_request_gets_only_so_many_answers() -> None:
+    for prompt in (["a"] * 64, [1] * 500):
+        CompletionRequest.model_validate({"prompt": prompt, "n": 2})
+    assert fault(CompletionRequest, {"prompt": ["a"] * 65, "n": 2}).param == "prompt"
 
 
 def test_a_completion_has_neither_history_nor_tools() -> None:
     for name in ("history", "tools", "messages", "max_completion_tokens"):
-        assert fault(CompletionRequest, TEXT | {name: 1}) == (name, "unknown_field")
+        error = fault(CompletionRequest, TEXT | {name: 1})
+        assert (error.param, error.code) == (name, "unknown_field")
