@@ -29,9 +29,8 @@ from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import Engines, TokenizerClient
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
-from server.gateway.generation.histories import HistoryIndexer, IndexCache
 from server.gateway.generation.personalizer import Personalizer
-from server.gateway.generation.prompts import PromptBuilder
+from server.gateway.generation.prompts import HistoryIndexer, IndexCache, PromptBuilder
 from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
 from server.gateway.http.json_body import JsonRoute, SamplesRoute
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health

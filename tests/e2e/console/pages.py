@@ -216,7 +216,7 @@ class TestSystem:
         page.get_by_role("button", name="Pause").click()
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
-        page.wait_for_timeout(4500)
+        page.wait_for_timeout(2500)
         assert not [url for url in asked if url.endswith("/metrics")]
         page.get_by_role("button", name="Go on").click()
         with page.expect_request("**/metrics"):

@@ -16,8 +16,7 @@ from bank.items.retrieval import ItemIndex
 from bank.items.tasks import get_task
 from server.errors import Unavailable
 from server.gateway.access.keys import Caller
-from server.gateway.generation.histories import MOST_WAITING, HistoryIndexer, IndexCache, Version
-from server.gateway.generation.prompts import PromptBuilder
+from server.gateway.generation.prompts import MOST_WAITING, HistoryIndexer, IndexCache, PromptBuilder, Version
 from server.gateway.generation.request import GenerationRequest, LengthLimits, Personalize
 from server.store.profiles import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
@@ -186,7 +185,7 @@ async def test_only_one_history_is_indexed_at_a_time(
             threading.Event().wait(0.01)
             lock.release()
 
-    monkeypatch.setattr("server.gateway.generation.histories.ItemIndex", Slow)
+    monkeypatch.setattr("server.gateway.generation.prompts.ItemIndex", Slow)
     for _ in range(8):
         held.gate.release()
     await asyncio.gather(*(ask(indexing, f"user-{n}", f"app-{n}") for n in range(8)))
