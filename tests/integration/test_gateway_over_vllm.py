@@ -17,10 +17,8 @@ from tests.support.gateway import GatewayThread, wait_until_ready
 
 
 @pytest.fixture(scope="module")
-def client(gateway_settings: Settings, tiny_engine: Engine) -> Iterator[httpx.Client]:
-    settings = gateway_settings.model_copy(update={"engine_url": tiny_engine.url})
-    with GatewayThread(settings) as gateway, gateway.client() as client:
-        wait_until_ready(client)
+def client(gateway_over_vllm: GatewayThread) -> Iterator[httpx.Client]:
+    with gateway_over_vllm.client() as client:
         yield client
 
 
