@@ -173,24 +173,31 @@ class TestBrokenEngine:
 
 
 @pytest.mark.parametrize(
-    ("limit", "samples"),
-    [("server.gateway.engines.admin.TOKENIZE_TIMEOUT_S", 1), ("server.gateway.users.sample_checks.PATIENCE_S", 20)],
+    ("limit", "admit_s", "samples"),
+    [
+        ("server.gateway.engines.admin.TOKENIZE_TIMEOUT_S", 600, 1),
+        ("server.gateway.users.sample_checks.PATIENCE_S", 0.3, 20),
+    ],
 )
-def test_samples_are_taken_uncounted_when_the_engine_is_silent(
+def test_samples_are_taken_uncounted_when_the_engine_is_silent_or_slow(
     client: httpx.Client,
     new_user: NewUser,
     fake_engine: FakeEngine,
     *,
     monkeypatch: pytest.MonkeyPatch,
     limit: str,
+    admit_s: float,
     samples: int,
 ) -> None:
     monkeypatch.setattr(limit, 0.2)
     wait_until_ready(client)  # it knows the context, so that it asks how long a long sample is
-    fake_engine.knobs.admit_s = 600
-    long = [{"input": f"question {n} " + "x" * 600, "output": "y"} for n in range(samples)]
+    fake_engine.knobs.admit_s = admit_s
+    long = [
+        {"input": f"question {n} " + "x" * 460, "output": "y"} for n in range(samples)
+    ]  # bytes, not tokens, exceed it
     job = client.post(f"/users/{new_user()}/adapt", json={"samples": long}).raise_for_status().json()
     client.delete(f"/jobs/{job['id']}").raise_for_status()
+    assert len(fake_engine.tokenized) < samples
 
 
 class TestSilence:

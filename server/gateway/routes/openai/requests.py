@@ -36,7 +36,7 @@ def _text_of(value: Any) -> Any:
     """A content in parts as one text, joined as vLLM joins them."""
     if not isinstance(value, list):
         return value
-    texts = [part.get("text") for part in value if isinstance(part, dict)]
+    texts: list[Any] = [part.get("text") for part in value if isinstance(part, dict)]
     if value != [{"type": "text", "text": text} for text in texts] or not all(isinstance(text, str) for text in texts):
         raise PydanticCustomError("parts", "must be a text, or parts of type text")
     return "\n".join(texts)
