@@ -1,8 +1,7 @@
 """`bank.json`: what a bank is, what it was made for, and the checksums that prove it is intact.
 
-The manifest is written last, by rename: a folder without one is not a bank. Its fingerprint is the SHA-256 of its own
-canonical JSON, file checksums included, so equal fingerprints mean equal banks, and a recipe's first field is the
-fingerprint's start. The manifest holds no user ids, texts or times.
+It is written last, by rename: a folder without one is not a bank. Its fingerprint is the SHA-256 of its own canonical
+JSON, checksums included: equal fingerprints, equal banks. It holds no user ids, texts or times.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.errors import FusionError, excerpt
 from adapters.lora import ModuleShape, RowLayout
 from adapters.recipe import FusionMethod, FusionRecipe, anchor_id
 from bank.errors import BankError
-from bank.rules import AnswerPrior, Frozen, Verdict, WeightRule
 
 MANIFEST_FILE = "bank.json"
 MATRIX_FILE = "meta_loras.safetensors"
@@ -28,8 +26,12 @@ CURVATURE_FILE = "curvature.npy"
 MAP_FILE = "map.json"
 
 
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class BaseModelId(Frozen):
-    """The base model a bank was trained on: its name for people, its hash for the check."""
+    """The base model: its name for people, its hash for the check."""
 
     name: str
     hash: str
@@ -40,6 +42,62 @@ class EmbedderId(Frozen):
 
     id: str
     dim: int = Field(gt=0)
+
+
+class PosteriorRule(Frozen):
+    """How a signature becomes steps from the common row (`bank/lookup/signature.py`)."""
+
+    anchors: int = Field(default=1024, ge=1)  # K, along how many rows a user may step; the longest steps count
+    decay: float = Field(default=250.0, gt=0)  # λ in units of tr H / N: about how many output tokens it takes to trust
+
+
+class WeightRule(Frozen):
+    """How a profile becomes weights (`bank/lookup/serving.py`)."""
+
+    anchors: int = Field(default=2, ge=1)  # K, how many anchors take part by topics
+    strength: float = Field(default=1.0, gt=0, le=1)  # what their weights sum to; below 1 only beside a common row
+    posterior: PosteriorRule | None = None  # takes over once a user has a signature; None without a common row
+
+
+class AnswerPrior(Frozen):
+    """What people answer before anything is read (`bank/lookup/prior.py`)."""
+
+    weight: float = Field(gt=0)  # how many of a person's own answers everybody's shares count for
+    shares: dict[str, float]  # everybody's, by answer; they sum to 1
+
+
+class LossDifference(Frozen):
+    """A difference in loss over people, nats a token, with its 95 % interval; negative is better.
+
+    `mean` is that of a typical person: the median of the means of any two.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def lower(self) -> bool:
+        """Whether it is below 0, surely."""
+        return self.high < 0
+
+    @property
+    def higher(self) -> bool:
+        """Whether it is above 0, surely."""
+        return self.low > 0
+
+
+class Verdict(Frozen):
+    """What a bank does to the loss of later answers of people left out of it (`bank/evaluation/verdict.py`)."""
+
+    people: int = Field(ge=1)  # how many there were
+    losses: dict[str, float]  # mean by method, nats a token
+    merged: LossDifference  # the bank's own rule less the common row alone
+    recalled: LossDifference  # the common row with `history` past items in the prompt (1 where that is 0), less without
+    both: LossDifference  # the bank's own rule with them, less without
+    beyond: LossDifference  # the bank's own rule with them, less the common row with them
+    prior: LossDifference | None = None  # the bank's own rule less the histogram of answers; None for free answers
+    history: int = Field(default=0, ge=0)  # how many past items prompts get by default
 
 
 class ModuleEntry(Frozen):
@@ -59,8 +117,6 @@ class AnchorEntry(Frozen):
 
 
 class BankManifest(Frozen):
-    """The content of `bank.json`."""
-
     format: Literal[4] = 4
     task: str
     base_model: BaseModelId
@@ -87,7 +143,6 @@ class BankManifest(Frozen):
 
     @property
     def layout(self) -> RowLayout:
-        """How a row of `meta_loras.safetensors` is cut."""
         modules = tuple(ModuleShape(m.name, m.h_in, m.h_out) for m in self.modules)
         return RowLayout(modules, self.rank, self.method is FusionMethod.SHARED)
 
@@ -95,11 +150,6 @@ class BankManifest(Frozen):
     def fused_rank(self) -> int:
         """The rank of the largest fusion this bank's rule makes, without user adapters."""
         return fused_rank(self.method, self.rank, self.weights.anchors, self.common)
-
-    @property
-    def max_anchors(self) -> int:
-        """Most terms of a recipe: in a `shared` bank they add no rank."""
-        return len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
 
     @property
     def signs(self) -> bool:
@@ -113,7 +163,6 @@ class BankManifest(Frozen):
 
     @property
     def history_default(self) -> int:
-        """How many past items a prompt gets unless told otherwise."""
         return self.verdict.history if self.verdict else 0
 
     @property
@@ -131,9 +180,10 @@ class BankManifest(Frozen):
             )
         if recipe.common and not self.common:
             raise FusionError(f"bank {recipe.bank} has no common row, but the recipe {recipe.name} asks for one")
-        if len(recipe.terms) > self.max_anchors:
+        most = len(self.anchors) if self.method is FusionMethod.SHARED else self.weights.anchors
+        if len(recipe.terms) > most:  # of a `shared` bank they add no rank
             raise FusionError(
-                f"bank {recipe.bank} fuses at most {self.max_anchors} anchors, but the recipe has {len(recipe.terms)}"
+                f"bank {recipe.bank} fuses at most {most} anchors, but the recipe has {len(recipe.terms)}"
             )
         if recipe.terms and (asked := recipe.terms[-1].anchor) >= len(self.anchors):
             last = anchor_id(len(self.anchors) - 1)
@@ -142,12 +192,7 @@ class BankManifest(Frozen):
             )
 
     def rank_of(self, recipe: FusionRecipe) -> int:
-        """The rank of what a recipe of this bank fuses to, without its user adapter."""
         return fused_rank(self.method, self.rank, len(recipe.terms), recipe.common)
-
-    def to_json(self) -> str:
-        """The content of `bank.json`."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
     def compute_fingerprint(self) -> str:
         """SHA-256 (64 hex digits) of everything but the fingerprint itself."""
@@ -163,11 +208,7 @@ def fused_rank(method: FusionMethod, rank: int, anchors: int, common: bool) -> i
 
 
 def read_manifest(folder: Path) -> BankManifest:
-    """Read and check `bank.json` alone; `verify_files` checks the rest.
-
-    Raises:
-        BankError: when it is absent, unreadable, of another format, or does not match its fingerprint.
-    """
+    """Read and check `bank.json` alone; `verify_files` checks the rest."""
     path = folder / MANIFEST_FILE
     try:
         manifest = BankManifest.model_validate_json(path.read_bytes())
@@ -200,7 +241,7 @@ def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
     path = folder / MANIFEST_FILE
     draft = path.with_suffix(".json.tmp")
     with draft.open("w", encoding="utf-8") as file:
-        file.write(stamped.to_json())
+        file.write(json.dumps(stamped.model_dump(mode="json"), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
@@ -208,11 +249,7 @@ def write_manifest(folder: Path, manifest: BankManifest) -> BankManifest:
 
 
 def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | None = None) -> None:
-    """Check files of the bank, all of them when None, against the manifest's checksums.
-
-    Raises:
-        BankError: naming the first file that is missing or differs.
-    """
+    """Check files of the bank, all of them when None; BankError names the first that is missing or damaged."""
     for name in names if names is not None else tuple(manifest.files):
         path = folder / name
         try:
@@ -227,6 +264,5 @@ def verify_files(folder: Path, manifest: BankManifest, names: tuple[str, ...] | 
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

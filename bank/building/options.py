@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from bank.errors import BankError
 from bank.lookup.signature import MAX_ANCHORS
-from bank.rules import PosteriorRule, WeightRule
+from bank.manifest import PosteriorRule, WeightRule
 
 TOPIC_STRENGTH = 0.5
 """What the weights of a topic recipe sum to: topics may mislead, so half is left to the common row."""
@@ -65,7 +65,6 @@ class BuildOptions(_Checked):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
     def resolved(self) -> BuildOptions:
-        """The same, with what depends on the machine decided."""
         from bank.models.load import resolve_dtype
 
         dtype: Any = resolve_dtype(self.dtype)

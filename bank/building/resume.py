@@ -1,7 +1,6 @@
 """The work folder of a build: what is finished survives a kill, and the next run of the same build continues from it.
 
-It lies in `.build` inside the bank's folder, in a subfolder named by the hash of all inputs and options: pieces of
-another build are never used. Each piece is put in place by rename, so what is there is complete.
+Its name is the hash of all inputs and options: pieces of another build are never used.
 """
 
 from __future__ import annotations
@@ -31,18 +30,17 @@ if TYPE_CHECKING:
     import torch
 
 WORK_FOLDER = ".build"
-_LOCK_FILE = "lock"
 _BUILD_FORMAT = 6  # part of the key: raise it when the same inputs would give another bank
 
 
 class Workbench:
-    """The finished pieces of one build."""
+    """The finished pieces of one build; each is put in place by rename, so what is there is complete."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
-        """The array called `name`, made now if no earlier run made it."""
+        """The array of this name, made now if no earlier run made it."""
         path = self._folder / f"{name}.npy"
         if not path.is_file():
             draft = path.with_suffix(".tmp")
@@ -53,11 +51,10 @@ class Workbench:
         return vectors
 
     def has_row(self, name: str) -> bool:
-        """Whether an earlier run finished the row called `name`."""
         return self._row(name).is_file()
 
     def row(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The tensors of the row called `name`, made now if no earlier run made it; on disk when this returns."""
+        """The tensors of the row of this name, made now if no earlier run made it; on disk when this returns."""
         from safetensors.torch import load_file, save_file
 
         if not self.has_row(name):
@@ -75,15 +72,11 @@ class Workbench:
 
 @contextmanager
 def workbench(out: Path, key: str) -> Iterator[Workbench]:
-    """The work folder of the build `key` of the bank at `out`, held by one process; removed if the block succeeds.
-
-    Raises:
-        BankError: when another process builds there, or the folder cannot be written.
-    """
+    """The work folder of the build `key` of the bank at `out`, held by one process; removed if the block succeeds."""
     root = out / WORK_FOLDER
     try:
         root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(root / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise BankError(f"cannot build a bank in {out}: {error}") from error
     try:
@@ -103,11 +96,7 @@ def workbench(out: Path, key: str) -> Iterator[Workbench]:
 
 
 def finished_bank(out: Path, key: str, *, force: bool) -> BankManifest | None:
-    """The folder's bank if the build `key` made it; None when there is no bank to keep.
-
-    Raises:
-        BankError: when there is another one and `force` is not set.
-    """
+    """The folder's bank if the build `key` made it; None when there is none to keep. Another needs `force`."""
     if not (out / MANIFEST_FILE).exists():
         return None
     try:
@@ -128,22 +117,22 @@ def inputs_key(
 ) -> str:
     """SHA-256 (64 hex digits) of all that decides what the bank will be: equal keys, equal banks.
 
-    The options are resolved. `aside` are those that the bank is measured on: its verdict is a part of it. `models` tell
-    base models, their prompts and embedders apart.
+    The options are resolved; `models` are hashes of base model, prompts and embedder. The bank is measured on those
+    `aside`, and the verdict is a part of it.
     """
+
+    def contents(people: Sequence[History]) -> list[object]:
+        return [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people]
+
     chosen = dataclasses.asdict(options)
     del chosen["verdict"]  # what follows from it is who is left out
     content = {
         "format": _BUILD_FORMAT,
         "options": chosen,
         "task": dataclasses.asdict(task),
-        "people": _contents(people),
-        "aside": _contents(aside),
+        "people": contents(people),
+        "aside": contents(aside),
         "models": list(models),
         "served_items": SERVED_ITEMS,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _contents(people: Sequence[History]) -> list[object]:
-    return [[person.user_id, [[item.id, dict(item.fields)] for item in person.items]] for person in people]

@@ -1,8 +1,7 @@
 """The rows of a bank: the common row on everybody's pooled data, then each anchor's on its own, on top of it.
 
-All rows have one A, the common row's. An anchor starts at the common B and trains B alone, and its row is the change
-in B. Anchors build on the common row as it is stored, rounded to bf16. Rows that an earlier run finished are not
-trained again.
+All rows have one A, the common row's. An anchor starts at the common B as it is stored, rounded to bf16, and trains B
+alone; its row is the change in B.
 """
 
 from __future__ import annotations
@@ -34,16 +33,13 @@ COMMON = "common"
 
 
 class RowProgress(Protocol):
-    """Is told how far training has come."""
-
     def say(self, text: str) -> None:
         """Something is happening, or has happened."""
 
     def begin(self, work_tokens: Mapping[str, int]) -> None:
         """Rows still to be trained, in order, with about how many ids each will read."""
 
-    def step(self, row: str, steps: int, report: StepReport) -> None:
-        """One step of a row is done."""
+    def step(self, row: str, steps: int, report: StepReport) -> None: ...
 
     def piece(self, what: str, done: int, of: int) -> None:
         """Other long work is at piece `done` of `of`; told first when it begins, then after each piece."""
@@ -89,11 +85,7 @@ def train_rows(
     options: BuildOptions,
     progress: RowProgress,
 ) -> TrainedRows:
-    """Train the common row on everybody's pairs, then one row per anchor on its own; finished rows are not repeated.
-
-    Raises:
-        BankError: when the base model lacks a target module, or training ran off to numbers that are not finite.
-    """
+    """Train the common row, then one row per anchor; those that an earlier run finished are not trained again."""
     try:
         modules = linear_modules(model, options.target_modules)
     except FusionError as error:
@@ -135,23 +127,17 @@ def _checked(name: str, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def _jobs(
     tokenizer: Any, people: Sequence[History], anchors: Sequence[History], task: Task, options: BuildOptions
 ) -> list[RowJob]:
-    """The common row first: the anchors train on top of it."""
-    learnt = {COMMON: people} | {anchor_id(index): [person] for index, person in enumerate(anchors)}
-    return [
-        row_job(name, pooled_lessons(who, task, options), _plan(name, options), tokenizer, options.max_tokens)
-        for name, who in learnt.items()
-    ]
-
-
-def _plan(name: str, options: BuildOptions) -> TrainPlan:
-    common, seed = name == COMMON, row_seed(options.seed, name)
-    steps = options.common_steps if common else options.steps
-    batch_size = options.common_batch_size if common else options.batch_size
-    return TrainPlan(steps, batch_size, options.learning_rate, seed)
+    common = (options.common_steps, options.common_batch_size)
+    each = (options.steps, options.batch_size)
+    wanted = [(COMMON, people, common), *((anchor_id(i), [person], each) for i, person in enumerate(anchors))]
+    jobs = []
+    for name, who, (steps, batch_size) in wanted:
+        plan = TrainPlan(steps, batch_size, options.learning_rate, row_seed(options.seed, name))
+        jobs.append(row_job(name, pooled_lessons(who, task, options), plan, tokenizer, options.max_tokens))
+    return jobs
 
 
 def pooled_lessons(people: Sequence[History], task: Task, options: BuildOptions) -> list[Lesson]:
-    """Everybody's items to learn from, one person after the other."""
     return [lesson for person in people for lesson in lessons(person, task, options.history_share, options.seed)]
 
 

@@ -1,15 +1,13 @@
-"""Which people become anchors: k-means over their embeddings, and of each cluster the longest history.
-
-And who is left out of a bank, so that it can be measured on them.
-"""
+"""Who becomes an anchor (of each k-means cluster of embeddings the longest history), and who is left out of a bank."""
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from bank.errors import BankError
 from bank.items.histories import History
 from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
@@ -86,15 +84,7 @@ def select_anchors(embeddings: Vectors | None, lengths: Sequence[int], count: in
     `embeddings` [P, E] have a row for each candidate, at unit length; None goes by the histories' lengths alone. A
     cluster that stays empty (people with equal embeddings) gives its place to the longest history not yet chosen; among
     equal lengths the earlier candidate is taken.
-
-    Raises:
-        BankError: when there are fewer candidates than anchors.
     """
-    if count < 1 or len(lengths) < count:
-        raise BankError(
-            f"{count} anchors were asked for, but only {len(lengths)} people have at least {MIN_ITEMS} trainable "
-            f"items: ask for 1 to {len(lengths)} with --anchors, or give more people"
-        )
     clusters = [0] * len(lengths) if embeddings is None else _cluster(embeddings, count, seed)
     by_length = sorted(range(len(lengths)), key=lambda person: (-lengths[person], person))
     chosen: dict[int, int] = {}
@@ -105,8 +95,6 @@ def select_anchors(embeddings: Vectors | None, lengths: Sequence[int], count: in
 
 
 def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    import warnings
-
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -116,3 +104,27 @@ def _cluster(embeddings: Vectors, count: int, seed: int) -> np.ndarray[tuple[int
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct people than clusters: handled above
         labels = KMeans(count, n_init=10, random_state=seed).fit(np.asarray(embeddings, np.float64)).labels_
     return np.asarray(labels, dtype=np.int32)
+
+
+def typical_words(anchors: Sequence[History], task: Task, count: int = 6) -> list[tuple[str, ...]]:
+    """The words that tell an anchor from the others (tf-idf, English stop words left out), the most typical first.
+
+    They are an anchor's own words, for people who look at a bank. A word that they used in one item alone, which may be
+    a name or a number of somebody's, is never taken.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b[^\W\d_]{3,}\b", stop_words="english", sublinear_tf=True)
+    words_of = vectorizer.build_analyzer()
+    seen = [[words_of(item_text(item, task)) for item in anchor.items] for anchor in anchors]
+    try:
+        scores = vectorizer.fit_transform(" ".join(word for item in items for word in item) for items in seen)
+    except ValueError:  # there are only stop words
+        return [()] * len(anchors)
+    names = vectorizer.get_feature_names_out()
+    found = []
+    for items, row in zip(seen, scores, strict=True):
+        used_in = Counter(word for item in items for word in set(item))
+        ranked = sorted(zip(-row.data, names[row.indices], strict=True))
+        found.append(tuple(str(word) for _, word in ranked if used_in[word] > 1)[:count])
+    return found

@@ -22,16 +22,11 @@ from bank.items.prompt import ChatTokenizer, encode_pair
 from bank.items.tasks import Task
 from bank.lookup.signature import Signature, empty_signature
 
-POOLED_ITEMS, POOLED_OF_ONE = 64, 2
-"""Items that the curvature is measured on, and how many of them one person may give."""
+POOLED_ITEMS, POOLED_OF_ONE = 64, 2  # that the curvature is measured on, and how many of them one person may give
 
 
 class Signer:
-    """Takes gradients with respect to B at a bank's common row.
-
-    Raises:
-        FusionError: when the rows have no A in common, and so their B cannot be compared, or no common row.
-    """
+    """Takes gradients with respect to B at a bank's common row; FusionError where there is none, or no shared A."""
 
     def __init__(self, model: Any, matrix: MetaMatrix) -> None:
         self._model = model
@@ -44,21 +39,20 @@ class Signer:
         """The signature of some items, for the bank with these 8 hex digits; empty without any or if not finite."""
         if not examples:
             return empty_signature(bank, self._matrix.anchors)
-        products = (-self._along_rows(examples)).numpy()
+        products = (-self.slopes(examples)).astype(np.float32)
         made = Signature(bank, output_tokens(examples), products)
         return made if made.finite else empty_signature(bank, self._matrix.anchors)
 
     def slopes(self, examples: Sequence[Example], beyond: int | None = None) -> Vectors:
         """⟨g, rowᵢ⟩ [N], how the loss changes along each row, at the common row or an anchor's row beyond it."""
-        found: Vectors = self._along_rows(examples, beyond).double().numpy()
-        return found
-
-    def _along_rows(self, examples: Sequence[Example], beyond: int | None = None) -> torch.Tensor:
-        """⟨g, rowᵢ⟩ [N], float32."""
         at = self._common if beyond is None else self._common + self._matrix.rows[beyond].float()
         lora = LoraWeights(self._layout.rank, self._a, cut_b(self._layout, at))
         gradient = b_gradient(self._model, self._layout, lora, examples)
-        return torch.stack([torch.dot(gradient, self._matrix.rows[i].float()) for i in range(self._matrix.anchors)])
+        anchors = range(self._matrix.anchors)
+        found: Vectors = (
+            torch.stack([torch.dot(gradient, self._matrix.rows[i].float()) for i in anchors]).double().numpy()
+        )
+        return found
 
 
 def measure_curvature(

@@ -1,69 +1,34 @@
-"""The methods that are compared, by name: each is a function that makes a user's adapter with the code that serves."""
+"""The methods that are compared: a dict from name to method, each made for a user with the code that serves."""
 
 from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from adapters.lora import LoraWeights
+from adapters.recipe import MAX_TERMS
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.user_trainer import train_user
 from adapters.user_adapter import encode_user_adapter
 from bank.building.signer import Signer
 from bank.errors import BankError
-from bank.evaluation.people import EvalUser, encode_queries
 from bank.evaluation.scoring import EvalAdapter, OpenBank, Reading, Scorer, Scores
-from bank.items.lessons import lessons
+from bank.items.histories import History
+from bank.items.lessons import encode_recalling, lessons
 from bank.items.profile import Vectors, item_text, profile_embedding
 from bank.items.prompt import encode_pair
+from bank.items.retrieval import ItemIndex
 from bank.items.tasks import AnswerKind, few_and_many
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import SCORES, personal_shares, surprise
-from bank.lookup.serving import ServingBank
+from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe, recipe_of_shares
 from bank.lookup.signature import MAX_ITEMS, Signature
-from bank.lookup.weights import AnchorWeight, common_recipe, recipe_of_shares
 
-NUMBER_BYTES, EMBEDDED_BYTES = 4, 2
-"""A number of a signature or a histogram, and one of a profile's embedding, as they are kept."""
-
-_TYPED = re.compile(
-    r"(?P<adapter>[a-z:]+)(?:@(?P<what>[kn])(?P<count>[1-9][0-9]{0,2}))?"
-    r"(?P<history>\+history(?:@h(?P<items>[1-9]|1[0-6]))?)?"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One method, as `merged+history@h3`, or a point of a curve, as `merged@k4` and `merged@n5`."""
-
-    adapter: str  # a key of `METHODS`
-    history: int = 0  # how many of the user's most relevant past items stand in the prompt
-    k: int | None = None  # most anchors that are fused; None for the rule's
-    items: int | None = None  # how many of the profile's last items are known; None for all
-
-    @property
-    def name(self) -> str:
-        """As users type it."""
-        point = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
-        return f"{self.adapter}{point}" + (f"+history@h{self.history}" if self.history else "")
-
-    @property
-    def on_curve(self) -> bool:
-        return self.k is not None or self.items is not None
-
-    @property
-    def trained(self) -> bool:
-        """Whether it trains an adapter for each user."""
-        return self.adapter in ("stacked", "own")
-
-    @property
-    def random(self) -> bool:
-        """Whether it does something else with another seed."""
-        return self.trained or self.adapter == "random"
+NUMBER_BYTES, EMBEDDED_BYTES = 4, 2  # as kept: of a signature or a histogram, and of a profile's embedding
+MOST_HISTORY, MOST_ITEMS = 16, 20
 
 
 @dataclass(slots=True)
@@ -73,24 +38,21 @@ class Evidence:
     What is None at first is made when a method needs it.
     """
 
-    user: EvalUser
+    user: History
     signed: Sequence[Example]  # the profile items that signatures are made of
     embedding: Vectors  # of the profile, [E]
     signature: Signature | None = None
-    learnt: Sequence[Example] | None = None
-    """All profile items, some with past ones in the prompt where the bank's rows know history."""
+    learnt: Sequence[Example] | None = None  # all profile items, some with past ones before them if rows know history
     trained: dict[tuple[str, int], LoraWeights | None] = field(default_factory=dict)
-    """Outcomes of few-shot training, by recipe and seed; None where nothing lowered the held-out loss."""
+    """Few-shot adapters by recipe and seed; None where nothing lowered the held-out loss."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
-    """A bank and a base model, and what methods do with them."""
-
     bank: OpenBank
     scorer: Scorer  # the base model
     embedder: Embedder
-    max_tokens: int  # longest example; each past item in the prompt may bring as much again
+    max_tokens: int  # longest example; each past item in the prompt may add as many
     task_bank: OpenBank | None = None  # the one that `--baselines` made, for `task`
     engine: Scores | None = None  # reads queries instead of the scorer, which then only signs and trains
     config: AdaptConfig = field(default_factory=AdaptConfig)  # of few-shot training; its seed is not used
@@ -98,70 +60,72 @@ class Evaluator:
 
     @property
     def reader(self) -> Scores:
-        """What reads queries."""
         return self.engine or self.scorer
 
-    def evidence(self, user: EvalUser) -> Evidence:
-        """What methods start from."""
-        task, tokenizer, longest = self.bank.serving.task, self.scorer.tokenizer, self.max_tokens
-        signed = [encode_pair(tokenizer, *pair, longest) for pair in user.history.pairs(task)[-MAX_ITEMS:]]
-        embedded = self.embedder.embed([item_text(item, task) for item in user.history.items])
+    def evidence(self, user: History) -> Evidence:
+        task = self.bank.serving.task
+        pairs = user.pairs(task)[-MAX_ITEMS:]
+        signed = [encode_pair(self.scorer.tokenizer, *pair, self.max_tokens) for pair in pairs]
+        embedded = self.embedder.embed([item_text(item, task) for item in user.items])
         return Evidence(user, signed, profile_embedding(embedded))
 
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
         """A method's adapter for the user; None for the bare model. The seed is for random anchors and training."""
         if method.k:
             return self._fused(evidence, serving=_with_k(self.bank.serving, method.k))
-        return METHODS[method.adapter](self, evidence, seed)
+        return ADAPTERS[method.adapter](self, evidence, seed)
 
-    def bare(self, evidence: Evidence, seed: int) -> None:
-        """No adapter."""
+    def _bare(self, evidence: Evidence, seed: int) -> None:
+        return None
 
-    def common(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """The common row alone, what all users share."""
+    def _common(self, evidence: Evidence, seed: int) -> EvalAdapter:
         if not self.bank.manifest.common:
             raise BankError("`common` and `own` need the common row, but this bank has none")
         return EvalAdapter(self.bank, common_recipe(self.bank.manifest))
 
-    def task(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """The common row trained further, for as long as all anchors took together."""
+    def _task(self, evidence: Evidence, seed: int) -> EvalAdapter:
         if self.task_bank is None:
             raise BankError("`task` needs the task's row: build the bank with --baselines")
         return EvalAdapter(self.task_bank, common_recipe(self.task_bank.manifest))
 
-    def mean(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """All anchors with equal weights."""
+    def _mean(self, evidence: Evidence, seed: int) -> EvalAdapter:
         return self._equal(range(len(self.bank.manifest.anchors)))
 
-    def random(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """As many random anchors as topics would pick, with equal weights."""
+    def _random(self, evidence: Evidence, seed: int) -> EvalAdapter:
         anchors, count = range(len(self.bank.manifest.anchors)), self.bank.manifest.weights.anchors
         drawn = random.Random(f"{seed}:{evidence.user.user_id}").sample(anchors, min(count, len(anchors)))
         return self._equal(drawn)
 
-    def by_topic(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """The anchors nearest by topic: the paper's rule."""
+    def _by_topic(self, evidence: Evidence, seed: int) -> EvalAdapter:
         return EvalAdapter(self.bank, self.bank.serving.personalise(evidence.embedding).recipe)
 
-    def merged(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """What serving fuses for the user by the bank's own rule."""
+    def _merged(self, evidence: Evidence, seed: int) -> EvalAdapter:
         return self._fused(evidence)
 
-    def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """Merged at part of its strength, and the user's few-shot adapter; merged where that was rejected."""
+    def _stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
         found = self._trained(self._fused(evidence, self.config.strength), evidence, seed)
         return found if found.trained else self._fused(evidence)
 
-    def own(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        """The common row and a few-shot adapter, no anchors."""
-        return self._trained(self.common(evidence, seed), evidence, seed)
+    def _own(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        return self._trained(self._common(evidence, seed), evidence, seed)
 
     def read(
         self, method: Method, evidence: Evidence, adapter: EvalAdapter | None, new_tokens: int = 0
     ) -> tuple[list[Example], list[Reading]]:
         """The user's queries as the model sees them, and what it makes of them; `new_tokens` as in `Scores`."""
         task = self.bank.serving.task
-        examples = encode_queries(self.scorer.tokenizer, task, evidence.user, method.history, self.max_tokens)
+        index = ItemIndex(task, evidence.user.items if method.history else ())
+        examples = [
+            encode_recalling(
+                self.scorer.tokenizer,
+                task,
+                query.input,
+                query.gold,
+                memories=index.memories(query.input, method.history),
+                max_tokens=self.max_tokens * (1 + method.history),
+            )
+            for query in evidence.user.queries
+        ]
         if method.adapter == "prior":
             return examples, self._habits(evidence.user, examples)
         return examples, self.reader.read(adapter, examples, new_tokens, chances=task.kind == "score")
@@ -173,17 +137,17 @@ class Evaluator:
             kept += NUMBER_BYTES * len(manifest.prior.shares)
         if method.adapter in ("merged", "merged:topic", "stacked"):
             kept += EMBEDDED_BYTES * manifest.embedder.dim
-        if method.adapter in ("merged", "stacked") and self.bank.serving.signs:
+        if method.adapter in ("merged", "stacked") and manifest.signs:
             kept += NUMBER_BYTES * len(manifest.anchors)
         if adapter and (user := adapter.user_adapter):
             kept += len(encode_user_adapter(manifest.layout, user))
         if method.history:
-            items = evidence.user.history.items
+            items = evidence.user.items
             kept += sum(len(json.dumps(dict(item.fields), ensure_ascii=False).encode()) for item in items)
         return kept
 
-    def _habits(self, user: EvalUser, examples: Sequence[Example]) -> list[Reading]:
-        """What the user's past answers alone say of their next ones; no model reads anything.
+    def _habits(self, user: History, examples: Sequence[Example]) -> list[Reading]:
+        """What the user's past answers alone say of their next ones.
 
         A surprise is shared among an answer's tokens, as a model's loss is.
         """
@@ -193,7 +157,7 @@ class Evaluator:
                 f"this bank has no histogram of answers: the answers of {task.name} are free, or its adapters were "
                 "imported: leave out `prior`"
             )
-        shares = personal_shares(prior, [gold for _, gold in user.history.pairs(task)])
+        shares = personal_shares(prior, [gold for _, gold in user.pairs(task)])
         likeliest = max(shares, key=lambda answer: shares[answer])
         chances = [shares[score] for score in SCORES] if task.kind == "score" else []
         return [
@@ -204,7 +168,7 @@ class Evaluator:
     def _fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
         """What serving fuses for the user, by signature where the bank has them; `share` as in `personalise`."""
         serving = serving or self.bank.serving
-        if serving.signs and evidence.signature is None:
+        if serving.manifest.signs and evidence.signature is None:
             model = self.scorer.bare()
             self._signer = self._signer or Signer(model, self.bank.matrix)
             evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signed)
@@ -219,7 +183,7 @@ class Evaluator:
         """With few-shot training on top, where there is something to learn from and it was not rejected."""
         if evidence.learnt is None:
             share = self.bank.manifest.history_share
-            learnt = lessons(evidence.user.history, self.bank.serving.task, share, seed=0)
+            learnt = lessons(evidence.user, self.bank.serving.task, share, seed=0)
             evidence.learnt = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in learnt]
         key = (beneath.recipe.name, seed)
         if evidence.learnt and key not in evidence.trained:
@@ -229,60 +193,88 @@ class Evaluator:
         return replace(beneath, trained=evidence.trained.get(key))
 
 
-METHODS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = {
-    "prior": Evaluator.bare,  # no model reads anything: see `Evaluator.read`
-    "base": Evaluator.bare,
-    "common": Evaluator.common,
-    "task": Evaluator.task,
-    "mean": Evaluator.mean,
-    "random": Evaluator.random,
-    "merged:topic": Evaluator.by_topic,
-    "merged": Evaluator.merged,
-    "stacked": Evaluator.stacked,
-    "own": Evaluator.own,
+ADAPTERS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = {
+    "prior": Evaluator._bare,  # no model reads anything: see `Evaluator.read`
+    "base": Evaluator._bare,
+    "common": Evaluator._common,  # what all users share
+    "task": Evaluator._task,  # the common row trained further, for as long as all anchors took together
+    "mean": Evaluator._mean,  # all anchors with equal weights
+    "random": Evaluator._random,  # as many random anchors as topics would pick, with equal weights
+    "merged:topic": Evaluator._by_topic,  # the paper's rule
+    "merged": Evaluator._merged,  # the bank's own rule, as served
+    "stacked": Evaluator._stacked,  # merged at part of its strength, and a few-shot adapter; merged if that is rejected
+    "own": Evaluator._own,  # the common row and a few-shot adapter, no anchors
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """An adapter, with past items in the prompt (`merged+history@h3`) or as a point of a curve (`merged@k4`, `@n5`)."""
+
+    adapter: str  # a key of `ADAPTERS`
+    history: int = 0  # how many of the user's most relevant past items stand in the prompt
+    k: int | None = None  # most anchors that are fused; None for the rule's
+    items: int | None = None  # how many of the profile's last items are known; None for all
+
+    @property
+    def name(self) -> str:
+        point = f"@k{self.k}" if self.k else f"@n{self.items}" if self.items else ""
+        return f"{self.adapter}{point}" + (f"+history@h{self.history}" if self.history else "")
+
+    @property
+    def on_curve(self) -> bool:
+        return self.k is not None or self.items is not None
+
+    @property
+    def trained(self) -> bool:
+        return self.adapter in ("stacked", "own")
+
+    @property
+    def random(self) -> bool:
+        """Whether another seed changes it."""
+        return self.trained or self.adapter == "random"
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        *(Method(adapter) for adapter in ADAPTERS),
+        *(Method(adapter, n) for adapter in ADAPTERS if adapter != "prior" for n in range(1, MOST_HISTORY + 1)),
+        *(Method("merged", k=k) for k in range(1, MAX_TERMS + 1)),
+        *(Method("merged", items=n) for n in range(1, MOST_ITEMS + 1)),
+    )
 }
 
 DEFAULT = "base,common,task,mean,random,merged,stacked,own"
 
 REMEMBERING = ("base", "common", "task", "merged", "stacked", "own")
-"""Those that also get past items into the prompt, what an app would do instead: as few and as many as rows know."""
-
-
-def parse_method(name: str) -> Method:
-    """A method from its name."""
-    typed = _TYPED.fullmatch(name)
-    if typed and typed["adapter"] in METHODS:
-        k, items = (int(typed["count"]) if typed["what"] == what else None for what in "kn")
-        history = int(typed["items"] or 1) if typed["history"] else 0
-        varied, remembers = typed["what"] is not None, history > 0
-        if not (varied and typed["adapter"] != "merged") and not (remembers and typed["adapter"] == "prior"):
-            return Method(typed["adapter"], history, k, items)
-    raise BankError(
-        f"{name!r} is not a method. Methods are {', '.join(METHODS)}; merged takes @k4 (the best 4 anchors) or @n5 "
-        "(the last 5 items); each but prior takes +history@h3 (3 past items in the prompt; +history alone is one)"
-    )
+"""Also tried with past items in the prompt, which an app could do instead: as few and as many as rows know."""
 
 
 def parse_methods(text: str) -> list[Method]:
     """Methods from their names, joined by commas; each once."""
-    return list(dict.fromkeys(parse_method(name.strip()) for name in text.split(",")))
+    names = dict.fromkeys(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in METHODS]:
+        raise BankError(
+            f"{unknown[0]!r} is not a method. Methods are {', '.join(ADAPTERS)}; merged takes @k4 (the best 4 anchors) "
+            "or @n5 (the last 5 items); each but prior takes +history@h3 (3 past items in the prompt)"
+        )
+    return [METHODS[name] for name in names]
 
 
 def default_methods(kind: AnswerKind) -> list[Method]:
-    """All methods for a task with such answers."""
     plain = parse_methods(DEFAULT if kind == "text" else f"prior,{DEFAULT}")
     return plain + [Method(adapter, count) for adapter in REMEMBERING for count in few_and_many(kind)]
 
 
 def curves(anchors: int, items: int) -> list[Method]:
     """`merged` by how many of the bank's anchors are fused, and by how many items of the longest profile are known."""
-    ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {anchors})
-    ns = [n for n in (1, 2, 5, 10, 20) if n < items]
+    ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {min(anchors, MAX_TERMS)})
+    ns = [n for n in (1, 2, 5, 10, MOST_ITEMS) if n < items]
     return [Method("merged", k=k) for k in ks] + [Method("merged", items=n) for n in ns]
 
 
 def _with_k(serving: ServingBank, k: int) -> ServingBank:
-    """The bank with another k in its rule of weights."""
     rule = serving.manifest.weights
     changes: dict[str, object] = {"anchors": k}
     if rule.posterior:

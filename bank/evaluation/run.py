@@ -1,23 +1,18 @@
-"""The loop of an evaluation: every method over every user, for every seed, unless it is recorded already.
-
-Records are appended as they are made, one line a query, so that a killed run can go on.
-"""
+"""The loop of an evaluation over one user, and its records, one line a query, so that a killed run can go on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 from adapters.errors import excerpt
-from adapters.training.adapt_config import AdaptConfig
 from bank.errors import BankError
 from bank.evaluation.methods import Evaluator, Evidence, Method
-from bank.evaluation.people import EvalUser
 from bank.evaluation.scoring import EvalAdapter
+from bank.items.histories import History
 from bank.items.tasks import AnswerKind
 
 RECORDS_FILE = "records.jsonl"
@@ -26,8 +21,6 @@ NEW_TOKENS = {"labels": 8, "score": 3, "text": 32}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one method made of one query."""
-
     key: str  # hash of bank, settings and data: records with another key are not used
     user_id: str
     query_id: str
@@ -49,9 +42,10 @@ class MethodRun:
     """One method with one seed over one user, with what is wanted besides losses."""
 
     method: Method
-    seed: int
-    predicted: bool
-    texts: int
+    seed: int = 0
+    predicted: bool = False
+    texts: int = 0
+    timed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +53,8 @@ class EvalOptions:
     """What is compared, and how.
 
     What is costly, few-shot training, points of curves and generated texts, is for the first `sample` users; None is
-    all. In tasks with free answers the methods of `writing` write `texts` texts at length for each query, to see whose
-    voice they have.
+    all. In tasks with free answers the methods of `writing` write `texts` texts for each query, to see whose voice they
+    have.
     """
 
     methods: tuple[Method, ...]
@@ -80,7 +74,8 @@ class EvalOptions:
                 if (sampled or not costly) and (seed == 0 or method.random):
                     predicted = self.predict and not method.on_curve and (sampled or kind != "text")
                     writes = method in self.writing and sampled and kind == "text" and seed == 0
-                    yield MethodRun(method, seed, predicted, self.texts if writes else 0)
+                    timed = method.adapter != "prior" and not method.on_curve
+                    yield MethodRun(method, seed, predicted, self.texts if writes else 0, timed)
 
 
 class Records:
@@ -93,7 +88,7 @@ class Records:
         self._found: dict[tuple[str, str, int, str], Record] = {}
         self._remember(record for record in read_records(self._path) if record.key == key)
 
-    def have(self, user: EvalUser, run: MethodRun) -> bool:
+    def have(self, user: History, run: MethodRun) -> bool:
         """Whether all queries of a user are recorded, with all that is wanted."""
         found = [self._found.get((user.user_id, run.method.name, run.seed, query.id)) for query in user.queries]
         return all(
@@ -108,7 +103,6 @@ class Records:
         self._remember(records)
 
     def all(self) -> list[Record]:
-        """Every record of this evaluation."""
         return list(self._found.values())
 
     def _remember(self, records: Iterable[Record]) -> None:
@@ -127,41 +121,29 @@ def read_records(path: Path) -> Iterator[Record]:
             raise BankError(f"{path}, line {number} is not a record: {excerpt(line)}") from error
 
 
-def evaluate_people(
-    evaluator: Evaluator,
-    people: Sequence[EvalUser],
-    options: EvalOptions,
-    records: Records,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Evaluate all people; `progress` is told how many runs are done, of how many."""
-    wanted = [list(options.runs(place, evaluator.bank.serving.task.kind)) for place in range(len(people))]
-    done, total = 0, sum(map(len, wanted))
-    for user, runs in zip(people, wanted, strict=True):
-        waiting = [run for run in runs if not records.have(user, run)]
-        done += len(runs) - len(waiting)
-        progress(done, total)
-        known = {items: evaluator.evidence(user.knowing(items)) for items in {run.method.items for run in waiting}}
-        for seed, group in groupby(waiting, lambda run: run.seed):
-            # All adapters before any reading: attaching one costs more than a few passes, and signing and training
-            # need the bare model. Not those of all seeds: what is trained and not recorded is lost with a killed run.
-            made = [(run, evaluator.adapter(run.method, known[run.method.items], seed)) for run in group]
-            for run, adapter in made:
-                records.add(_evaluate(evaluator, known[run.method.items], run, adapter, records.key))
-                done += 1
-                progress(done, total)
+def evaluate_user(
+    evaluator: Evaluator, user: History, runs: Sequence[MethodRun], key: str = ""
+) -> Iterator[list[Record]]:
+    """The records of each run in turn, one for each query; runs with one seed stand together."""
+    known = {
+        n: evaluator.evidence(replace(user, items=user.items[-(n or 0) :])) for n in {r.method.items for r in runs}
+    }
+    for _, group in groupby(runs, lambda run: run.seed):
+        # All adapters before any reading: attaching one costs more than a few passes, and signing and training need
+        # the bare model. Not those of all seeds: what is trained and not recorded is lost with a killed run.
+        made = [(run, evaluator.adapter(run.method, known[run.method.items], run.seed)) for run in group]
+        for run, adapter in made:
+            yield _records(evaluator, known[run.method.items], run, adapter, key)
 
 
-def _evaluate(
+def _records(
     evaluator: Evaluator, evidence: Evidence, run: MethodRun, adapter: EvalAdapter | None, key: str
 ) -> list[Record]:
-    """One record for each query."""
-    user, method = evidence.user, run.method
+    user, method, reader = evidence.user, run.method, evaluator.reader
     new_tokens = NEW_TOKENS[evaluator.bank.serving.task.kind] if run.predicted else 0
     examples, readings = evaluator.read(method, evidence, adapter, new_tokens)
-    no_model = method.adapter == "prior"
-    written = evaluator.reader.write(adapter, examples, run.texts) if run.texts else [[] for _ in examples]
-    first_ms = None if no_model or method.on_curve else evaluator.reader.first_token_ms(adapter, examples[0])
+    written = reader.write(adapter, examples, run.texts) if run.texts else [[] for _ in examples]
+    first_ms = reader.first_token_ms(adapter, examples[0]) if run.timed else None
     rejected = method.trained and bool(evidence.learnt) and not (adapter and adapter.trained)
     kept_bytes = evaluator.kept_bytes(method, evidence, adapter)
     return [
@@ -175,7 +157,7 @@ def _evaluate(
             prediction=reading.answer,
             gold=query.gold,
             rejected=rejected,
-            prompt_tokens=0 if no_model else example.loss_from,
+            prompt_tokens=0 if method.adapter == "prior" else example.loss_from,
             first_token_ms=None if place else first_ms,
             written=written[place],
             kept_bytes=kept_bytes,
@@ -183,13 +165,3 @@ def _evaluate(
         )
         for place, (query, reading, example) in enumerate(zip(user.queries, readings, examples, strict=True))
     ]
-
-
-def evaluation_key(bank: str, people: Sequence[EvalUser], config: AdaptConfig, how: str) -> str:
-    """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside.
-
-    The task's row has no part in it: the bank that it was trained from decides it.
-    """
-    said = [[p.user_id, [dict(i.fields) for i in p.history.items], [asdict(q) for q in p.queries]] for p in people]
-    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": said, "how": how}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

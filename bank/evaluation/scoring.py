@@ -19,7 +19,7 @@ from adapters.training.attached import Attached, attached
 from adapters.training.example import Example
 from adapters.training.loss import read
 from adapters.user_adapter import UserAdapter, stack
-from bank.building.baselines import BASELINES
+from bank.building.build import BASELINES
 from bank.errors import BankError
 from bank.lookup.prior import SCORES
 from bank.lookup.serving import ServingBank
@@ -39,7 +39,6 @@ class OpenBank:
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> OpenBank:
-        """Open a bank, rows and all."""
         serving = ServingBank.open(folder, embedder_id)
         return cls(serving, open_matrix(folder, serving.manifest), folder)
 
@@ -67,7 +66,6 @@ class EvalAdapter:
 
     @property
     def user_adapter(self) -> UserAdapter | None:
-        """What was trained, with the recipe it is for."""
         return UserAdapter(self.recipe.name, self.trained) if self.trained else None
 
     def lora(self) -> LoraWeights:
@@ -91,11 +89,14 @@ class Scores(Protocol):
 
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
-    ) -> list[Reading]: ...
+    ) -> list[Reading]:
+        """Read examples, and answer their prompts with up to `new_tokens` tokens, if any; `chances` as in `Reading`."""
 
-    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]: ...
+    def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
+        """So many answers to each prompt, in up to `WRITTEN_TOKENS` tokens, at a temperature of `TEMPERATURE`."""
 
-    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float: ...
+    def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
+        """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
 
 
 class Scorer:
@@ -121,36 +122,25 @@ class Scorer:
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
     ) -> list[Reading]:
-        """Read examples, and answer their prompts with up to `new_tokens` tokens, if any.
-
-        With `chances`, readings say how likely each score is, where the reader can say so.
-        """
         ids = [self.tokenizer.encode(score, add_special_tokens=False) for score in SCORES] if chances else []
         among = [one[0] for one in ids] if all(len(one) == 1 for one in ids) else []
         model = self._under(adapter)
         found = read(model, examples, among)
-        made = self._generated(model, examples, new_tokens) if new_tokens else None
         answers: list[Any] = [None] * len(found)
-        if made is not None:
-            answers = [answer.strip() for answer in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+        if new_tokens:
+            answers = self._generate(model, examples, new_tokens, do_sample=False)
         return [Reading(loss, answer, likely) for (loss, likely), answer in zip(found, answers, strict=True)]
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """Answer each prompt so many times, at a temperature of `TEMPERATURE`, in up to `WRITTEN_TOKENS` tokens.
-
-        All in one batch: a step of many rows costs little more than one of few.
-        """
+        """All in one batch: a step of many rows costs little more than one of few."""
         sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
-        model = self._under(adapter)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            made = self._generated(model, examples, WRITTEN_TOKENS, texts, **sampling)
-        written = [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+            written = self._generate(self._under(adapter), examples, WRITTEN_TOKENS, texts, **sampling)
         return [written[first : first + texts] for first in range(0, len(written), texts)]
 
     @torch.no_grad()
     def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
-        """How long it takes to read a prompt of which nothing has been read before, up to the first token."""
         model = self._under(adapter)
         ids = torch.tensor([example.ids[: example.loss_from]]).to(model.device)
         start_s = time.perf_counter()
@@ -158,17 +148,16 @@ class Scorer:
         return (time.perf_counter() - start_s) * 1e3
 
     @torch.no_grad()
-    def _generated(
+    def _generate(
         self, model: Any, examples: Sequence[Example], new_tokens: int, texts: int = 1, **sampling: Any
-    ) -> Any:
-        """Token ids of so many answers to each prompt, one after the other; each prompt is read once."""
+    ) -> list[str]:
+        """So many answers to each prompt, one after the other; each prompt is read once."""
         prompts = [example.ids[: example.loss_from] for example in examples]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]).to(model.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(model.device)
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        head = {"attention_mask": mask[:, :-1], "position_ids": places[:, :-1]}
+        head = {"attention_mask": mask[:, :-1], "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]}
         cache = model(ids[:, :-1], **head, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(texts)
         made = model.generate(
@@ -177,17 +166,16 @@ class Scorer:
             past_key_values=cache,
             max_new_tokens=new_tokens,
             pad_token_id=pad,
-            **(sampling or {"do_sample": False}),
+            **sampling,
         )
-        return made[:, width:]
+        return [text.strip() for text in self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)]
 
     def _under(self, adapter: EvalAdapter | None) -> Any:
-        """The model with this adapter alone."""
         if adapter is None:
             return self.bare()
         lora = adapter.lora()
         if self._here is None or self._rank != lora.rank:
-            here = self._attached.enter_context(attached(self.bare(), lora))
-            self._here, self._rank = here, lora.rank
+            self._here = self._attached.enter_context(attached(self.bare(), lora))
+            self._rank = lora.rank
         self._here.put(lora)
         return self._here.model

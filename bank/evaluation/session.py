@@ -1,7 +1,8 @@
-"""From files to a table: opens what an evaluation needs, checks that it fits together, runs it, writes the results."""
+"""From files to tables: opens what an evaluation needs, checks that it fits together, runs it, writes the results."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,16 +10,14 @@ from pathlib import Path
 
 from adapters.training.adapt_config import AdaptConfig
 from bank.errors import BankError
+from bank.evaluation.authorship import AuthorshipRow, authorship
+from bank.evaluation.authorship import markdown as authorship_table
 from bank.evaluation.methods import Evaluator, curves
-from bank.evaluation.people import EvalUser, read_people, split_histories
-from bank.evaluation.report.authorship import AuthorshipRow, authorship
-from bank.evaluation.report.authorship import markdown as authorship_table
-from bank.evaluation.report.lamp import LAMP_FOLDER, write_lamp_files
-from bank.evaluation.report.pictures import draw
-from bank.evaluation.report.summary import MethodRow, markdown, summarise, tables
-from bank.evaluation.run import EvalOptions, Record, Records, evaluate_people, evaluation_key
+from bank.evaluation.pictures import draw
+from bank.evaluation.run import EvalOptions, Record, Records, evaluate_user
 from bank.evaluation.scoring import OpenBank, Scorer, Scores
-from bank.items.histories import read_excluded, read_histories
+from bank.evaluation.summary import LAMP_FOLDER, MethodRow, markdown, summarise, tables, write_lamp_files
+from bank.items.histories import History, Query, read_excluded, read_histories
 from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.models.folders import check_base_model
@@ -59,52 +58,78 @@ def evaluate(
     progress: Callable[[int, int], None],
     engine: Scores | None = None,
 ) -> Results:
-    """Run what is not recorded yet, and write table and summary.
-
-    Args:
-        config, engine: as in `Evaluator`.
-        progress: told how many runs are done, of how many.
-    """
+    """Run what is not recorded yet, write the results; `progress` is told how many runs are done, of how many."""
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     task = bank.serving.task
     check_base_model(inputs.model_folder, {inputs.bank: bank.manifest})
-    further = any(method.adapter == "task" for method in options.methods)
-    task_bank = bank.of_task(inputs.embedder.id) if further else None
+    with_task = any(method.adapter == "task" for method in options.methods)
     people = _people(inputs, task)
     if inputs.curves:
-        points = curves(len(bank.manifest.anchors), max(len(user.history.items) for user in people))
+        points = curves(len(bank.manifest.anchors), max(len(user.items) for user in people))
         options = replace(options, methods=tuple(dict.fromkeys((*options.methods, *points))))
     dtype = resolve_dtype(inputs.dtype)
     how = f"{'in an engine' if engine else 'in process'}, {dtype}"
-    records = Records(inputs.out, evaluation_key(bank.manifest.fingerprint, people, config, how))
-    scorer = Scorer(*load_base(inputs.model_folder, dtype))
+    records = Records(inputs.out, _key(bank.manifest.fingerprint, people, config, how))
     evaluator = Evaluator(
         bank=bank,
-        scorer=scorer,
+        task_bank=bank.of_task(inputs.embedder.id) if with_task else None,
+        scorer=Scorer(*load_base(inputs.model_folder, dtype)),
         embedder=inputs.embedder,
         max_tokens=options.max_tokens,
-        task_bank=task_bank,
         engine=engine,
         config=config,
     )
-    try:
-        evaluate_people(evaluator, people, options, records, progress)
-    finally:
-        scorer.bare()
+    wanted = [list(options.runs(place, task.kind)) for place in range(len(people))]
+    done, total = 0, sum(map(len, wanted))
+    for user, runs in zip(people, wanted, strict=True):
+        waiting = [run for run in runs if not records.have(user, run)]
+        done += len(runs) - len(waiting)
+        progress(done, total)
+        for made in evaluate_user(evaluator, user, waiting, records.key):
+            records.add(made)
+            done += 1
+            progress(done, total)
     names = {method.name for method in options.methods}
     made = [record for record in records.all() if record.method in names and record.seed < options.seeds]
     return _write(inputs.out, made, bank, people, options)
 
 
+def _key(bank: str, people: Sequence[History], config: AdaptConfig, how: str) -> str:
+    """SHA-256 (16 hex digits) of all that decides what a record is, seed and method aside.
+
+    The task's row has no part in it: the bank that it was trained from decides it.
+    """
+    said = [[p.user_id, [dict(i.fields) for i in p.items], [asdict(q) for q in p.queries]] for p in people]
+    content = {"bank": bank, "config": asdict(replace(config, seed=0)), "people": said, "how": how}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _people(inputs: EvalInputs, task: Task) -> list[History]:
+    if inputs.last:
+        histories = read_histories(inputs.users, task)
+        people = split_histories(histories, task, queries=inputs.last, profile=inputs.profile)
+    else:
+        people = read_histories(inputs.users, task, queries=True)
+    kept = read_excluded(inputs.only) if inputs.only else None
+    people = [person for person in people if kept is None or person.user_id in kept][: inputs.people]
+    if not people:
+        raise BankError(
+            f"nobody in {inputs.users} can be evaluated: with --last N, a history needs N and --profile items"
+        )
+    return people
+
+
 def _write(
-    out: Path, records: Sequence[Record], bank: OpenBank, people: Sequence[EvalUser], options: EvalOptions
+    out: Path, records: Sequence[Record], bank: OpenBank, people: Sequence[History], options: EvalOptions
 ) -> Results:
     task = bank.serving.task
     rows = summarise(records, task)
     found = tables(rows, records, task)
     draw(records, list(found.values())[-1], out)
     write_lamp_files(records, task, out / LAMP_FOLDER)
-    voices = _voices(people, records, task) if options.writing else []
+    written = {record.user_id for record in records if record.written}
+    heard = [person for person in people if person.user_id in written and person.pairs(task)]
+    voices = authorship(heard, records, task) if options.writing and len(heard) > 1 else []
     text = markdown(found) + ("\n" + authorship_table(voices) if voices else "")
     (out / TABLE_FILE).write_text(text, encoding="utf-8")
     content = {
@@ -118,23 +143,16 @@ def _write(
     return Results(found, voices)
 
 
-def _voices(people: Sequence[EvalUser], records: Sequence[Record], task: Task) -> list[AuthorshipRow]:
-    """How texts are attributed, over the people for whom some were written."""
-    written = {record.user_id for record in records if record.written}
-    heard = [person for person in people if person.user_id in written and person.history.pairs(task)]
-    return authorship(heard, records, task) if len(heard) > 1 else []
+def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[History]:
+    """Users from whole histories: the last items become queries, the ones before them the profile.
 
-
-def _people(inputs: EvalInputs, task: Task) -> list[EvalUser]:
-    if inputs.last:
-        histories = read_histories(inputs.users, task)
-        people = split_histories(histories, task, queries=inputs.last, profile=inputs.profile)
-    else:
-        people = read_people(inputs.users, task)
-    kept = read_excluded(inputs.only) if inputs.only else None
-    people = [person for person in people if kept is None or person.user_id in kept][: inputs.people]
-    if not people:
-        raise BankError(
-            f"nobody in {inputs.users} can be evaluated: with --last N, a history needs N and --profile items"
-        )
+    Whoever has too few items, or one that is no (input, output) pair, is left out.
+    """
+    people = []
+    for history in histories:
+        pairs = history.pairs(task)
+        if len(pairs) == len(history.items) >= queries + profile:
+            later = enumerate(pairs[-queries:])
+            asked = tuple(Query(f"{history.user_id}-{place}", *pair) for place, pair in later)
+            people.append(History(history.user_id, history.items[-queries - profile : -queries], asked))
     return people

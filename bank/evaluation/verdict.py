@@ -1,8 +1,4 @@
-"""The end of `mta bank build`: what the bank gains for people who were left out of it, and whether history helps.
-
-A few people, a few of their last answers, one pass under each of two adapters, without and with past items in the
-prompt; by the code of `mta eval`, which is the code that serves.
-"""
+"""The end of `mta bank build`: what the bank gains for people who were left out of it, and whether history helps."""
 
 from __future__ import annotations
 
@@ -17,23 +13,20 @@ from bank.building.options import BuildInputs, BuildOptions
 from bank.building.rows import RowProgress
 from bank.building.selection import QUERIES
 from bank.evaluation.methods import Evaluator, Method
-from bank.evaluation.people import EvalUser, Query
+from bank.evaluation.run import MethodRun, evaluate_user
 from bank.evaluation.scoring import OpenBank, Scorer
-from bank.items.histories import History
+from bank.items.histories import History, Query
 from bank.items.tasks import few_and_many, get_task
 from bank.lookup.embedder import Embedder
-from bank.manifest import BankManifest, write_manifest
+from bank.manifest import BankManifest, LossDifference, Verdict, write_manifest
 from bank.models.folders import ensure_base_model, ensure_embedder
 from bank.models.load import load_base, resolve_dtype
-from bank.rules import LossDifference, Verdict
 
 COMMON, MERGED, PRIOR = "common", "merged", "prior"
 _LEVEL = 0.95
-_NO_BOUND = 1e9
-"""As good as infinity, which JSON has not."""
+_NO_BOUND = 1e9  # JSON has no infinity
 
-Losses = dict[str, float]
-"""One person's mean loss by method, nats a token."""
+Losses = dict[str, float]  # one person's mean loss by method, nats a token
 
 
 def judge_bank(
@@ -61,24 +54,13 @@ def judge_bank(
 
 def _losses(evaluator: Evaluator, person: History) -> Losses:
     """The losses of a person's last answers, of which the bank knows only what came before them."""
-    task, manifest = evaluator.bank.serving.task, evaluator.bank.manifest
-    later = enumerate(person.pairs(task)[-QUERIES:])
-    known = History(person.user_id, person.items[:-QUERIES])
-    evidence = evaluator.evidence(EvalUser(known, tuple(Query(str(place), *pair) for place, pair in later)))
-    methods = {
-        Method(name, history).name: Method(adapter, history)
-        for name, adapter in {COMMON: COMMON if manifest.common else "base", MERGED: MERGED}.items()
-        for history in (0, *few_and_many(task.kind))
-    }
-    if manifest.prior:
-        methods[PRIOR] = Method(PRIOR)
-    # All adapters before any reading, as in `evaluate_people`.
-    adapters = {name: evaluator.adapter(method, evidence, 0) for name, method in methods.items()}
-    found: Losses = {}
-    for name, method in methods.items():
-        _, readings = evaluator.read(method, evidence, adapters[name])
-        found[name] = fmean(reading.loss for reading in readings)
-    return found
+    task = evaluator.bank.serving.task
+    asked = tuple(Query(str(place), *pair) for place, pair in enumerate(person.pairs(task)[-QUERIES:]))
+    user = History(person.user_id, person.items[:-QUERIES], asked)
+    methods = [Method(name, history) for name in (COMMON, MERGED) for history in (0, *few_and_many(task.kind))]
+    methods += [Method(PRIOR)] if evaluator.bank.manifest.prior else []
+    found = evaluate_user(evaluator, user, [MethodRun(method) for method in methods])
+    return {records[0].method: fmean(record.loss for record in records) for records in found}
 
 
 def verdict(people: Sequence[Losses], tried: tuple[int, int]) -> Verdict:

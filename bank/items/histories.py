@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from adapters.errors import excerpt
 from bank.errors import BankError, ProfileError
@@ -15,105 +16,112 @@ from bank.items.tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
+class Query:
+    """One question to be answered as its person would: `gold` is their own answer."""
+
+    __pydantic_config__ = ConfigDict(coerce_numbers_to_str=True)
+    id: str
+    input: str
+    gold: str
+
+
+@dataclass(frozen=True, slots=True)
 class History:
-    """One person's items, at least one, in the order of the file; their id never enters a bank."""
+    """One person's items in the order of the file, and for evaluation later queries; their id never enters a bank."""
 
     user_id: str
     items: tuple[Item, ...]
+    queries: tuple[Query, ...] = ()
 
     def pairs(self, task: Task) -> list[tuple[str, str]]:
         """The (input, output) pairs to train on; items of plain text give none."""
         return [pair for item in self.items if (pair := item_pair(item, task)) is not None]
 
 
-def read_histories(path: Path, task: Task, outputs: Path | None = None) -> list[History]:
-    """Read people's histories; BankError names the person and the item at fault.
+class RawName(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    user_id: str = Field(validation_alias=AliasChoices("user_id", "id"))
 
-    There are two layouts. Per user: a list of `{"user_id", "profile": [item…]}`; queries beside the profile are not
-    read: they are for evaluation. LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with
-    `outputs`, LaMP's outputs file, each question and its gold answer are one more item of that person.
+
+class RawPerson(RawName):
+    id: str = ""  # of the question, in LaMP's own files
+    input: Any = None
+    profile: list[Any]
+    query: Any = None
+
+
+class RawGold(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    id: str
+    output: str
+
+
+class RawGolds(BaseModel):
+    golds: list[RawGold]
+
+
+def read_histories(path: Path, task: Task, outputs: Path | None = None, *, queries: bool = False) -> list[History]:
+    """Read people's histories, with their `queries` if wanted; BankError names the person and the item at fault.
+
+    There are two layouts. Per user: a list of `{"user_id", "profile": [item…], "query": [{"id", "input", "gold"}…]}`.
+    LaMP's own: a list of questions `{"id", "input", "profile": [item…]}`; with LaMP's `outputs` file, each question and
+    its gold answer are one more item of that person.
     """
-    golds = _read_golds(outputs) if outputs is not None else None
+    shape = '{"golds": [{"id", "output"}…]}'
+    golds = None if outputs is None else {gold.id: gold.output for gold in _read(outputs, RawGolds, shape).golds}
     people: dict[str, dict[str, Item]] = {}
-    for position, raw in enumerate(_read_list(path)):
-        user_id, entries = _person(path, position, raw, golds)
-        if user_id in people and "input" not in raw:
-            raise BankError(f"{path}: person {excerpt(user_id)} appears twice: join the two entries")
-        items = people.setdefault(user_id, {})
+    asked: dict[str, tuple[Query, ...]] = {}
+    for raw in _read(path, list[RawPerson], 'a list of people, {"user_id" or "id", "profile": [item…]}'):
+        who = f"{path}: person {excerpt(raw.user_id)}"
+        if raw.user_id in people and raw.input is None:
+            raise BankError(f"{who} appears twice: join the two entries")
+        entries = list(raw.profile)
+        if golds is not None:
+            if raw.id not in golds:
+                raise BankError(f"{path}: question {excerpt(raw.id)} has no gold in {outputs}")
+            entries.append({"id": f"question {raw.id}", "input": raw.input, "output": golds[raw.id]})
+        items = people.setdefault(raw.user_id, {})
         for place, entry in enumerate(entries):
             try:
                 item = parse_item(entry, task, place)
             except ProfileError as error:
-                raise BankError(f"{path}: person {excerpt(user_id)}: {error}") from error
+                raise BankError(f"{who}: {error}") from error
             items[item.id] = item
         if not items:
-            raise BankError(f"{path}: person {excerpt(user_id)} has an empty profile: leave them out")
+            raise BankError(f"{who} has an empty profile: leave them out")
+        if queries:
+            shape = 'a list of {"id", "input", "gold"}'
+            asked[raw.user_id] = _checked(f"{who}: its `query`", raw.query or (), tuple[Query, ...], shape)
+            if not asked[raw.user_id]:
+                raise BankError(
+                    f"{who} has no queries to evaluate on: give `query`, or make queries of the last items with "
+                    "`mta eval --last N`"
+                )
     if not people:
         raise BankError(f"{path} lists no people")
-    return [History(user_id, tuple(items.values())) for user_id, items in people.items()]
+    return [History(user_id, tuple(items.values()), asked.get(user_id, ())) for user_id, items in people.items()]
 
 
 def read_excluded(path: Path) -> frozenset[str]:
-    """The ids of people to leave out, from a file in a layout of `read_histories` or a list of ids; else BankError."""
-    ids = set()
-    for position, raw in enumerate(_read_list(path)):
-        found = identity_of(raw) if isinstance(raw, Mapping) else raw
-        if isinstance(found, bool) or not isinstance(found, str | int):
-            raise BankError(f"{path}: entry {position} names nobody: give an id or user_id, got {excerpt(raw)}")
-        ids.add(str(found))
-    return frozenset(ids)
+    """The ids of people to leave out, from a file in a layout of `read_histories` or a list of ids."""
+    found = _read(path, list[RawName | StrictStr | StrictInt], "a list of ids, or of people with a user_id or an id")
+    return frozenset(one.user_id if isinstance(one, RawName) else str(one) for one in found)
 
 
-def identity_of(raw: Mapping[str, Any]) -> Any:
-    """What an entry names its person by; in LaMP's own files that is the question's id."""
-    return raw.get("user_id", raw.get("id"))
-
-
-def _read_json(path: Path) -> Any:
+def _read(path: Path, kind: Any, shape: str) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        document = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise BankError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise BankError(f"{path} is not JSON: {error}") from error
+    return _checked(str(path), document, kind, shape)
 
 
-def _read_list(path: Path) -> Iterator[Any]:
-    document = _read_json(path)
-    if not isinstance(document, list):
-        raise BankError(f"{path} must hold a list of people, got {excerpt(document)}")
-    yield from document
-
-
-def _read_golds(path: Path) -> dict[str, str]:
-    document = _read_json(path)
-    golds = document.get("golds") if isinstance(document, Mapping) else None
-    if not isinstance(golds, list):
-        raise BankError(f'{path} must hold {{"task", "golds": [{{"id", "output"}}…]}}, got {excerpt(document)}')
-    answers = {}
-    for position, gold in enumerate(golds):
-        if not isinstance(gold, Mapping) or "id" not in gold or not isinstance(gold.get("output"), str):
-            raise BankError(f'{path}: gold {position} must be {{"id", "output"}}, got {excerpt(gold)}')
-        answers[str(gold["id"])] = gold["output"]
-    return answers
-
-
-def _person(path: Path, position: int, raw: Any, golds: Mapping[str, str] | None) -> tuple[str, list[Any]]:
-    """One entry's person and raw items."""
-    if not isinstance(raw, Mapping):
-        raise BankError(f"{path}: entry {position} must be an object, got {excerpt(raw)}")
-    identity = identity_of(raw)
-    if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise BankError(f"{path}: entry {position} has no user_id (or, in LaMP's own files, no id)")
-    profile = raw.get("profile")
-    if not isinstance(profile, list):
-        raise BankError(f"{path}: person {excerpt(identity)} has no profile: a list of items, got {excerpt(profile)}")
-    if golds is None:
-        return str(identity), profile
-    question = str(raw.get("id"))
-    if question not in golds:
-        raise BankError(f"{path}: question {excerpt(question)} has no gold in the outputs file")
-    return str(identity), [
-        *profile,
-        {"id": f"question {question}", "input": raw.get("input"), "output": golds[question]},
-    ]
+def _checked(what: str, document: Any, kind: Any, shape: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise BankError(f"{what} must hold {shape}; {where}: {first['msg']}, got {excerpt(first['input'])}") from None

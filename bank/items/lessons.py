@@ -1,9 +1,7 @@
 """What a person's adapters learn from: their items, a share of them with past items of the same person in the prompt.
 
-A model that was never trained with past items in the prompt takes them for noise. How to take over somebody's greeting,
-tone and turn of phrase from an example is itself something that all people share, so that is where it is learnt. The
-items are found and rendered as serving does it (`bank/items/retrieval.py`): an item never sees itself, nor what came
-after it.
+A model that was never trained with past items in the prompt takes them for noise. They are found and rendered as in
+serving (`bank/items/retrieval.py`); an item never sees itself, nor what came after it.
 """
 
 from __future__ import annotations
@@ -64,8 +62,8 @@ class Lesson:
 
     def example(self, tokenizer: ChatTokenizer, max_tokens: int) -> Example:
         """The item as the model sees it, with the memories that fit into `max_tokens`."""
-        memories = self.past.memories(self.turn, self.output)
         task, turn, output = self.past.task, self.turn, self.output
+        memories = self.past.memories(turn, output)
         return encode_recalling(tokenizer, task, turn, output, memories=memories, max_tokens=max_tokens)
 
 

@@ -33,7 +33,7 @@ class Item:
 def parse_item(raw: object, task: Task, position: int) -> Item:
     """Read one item: the task's own fields as in LaMP's files, an `{"input", "output"}` pair, or plain `{"text"}`.
 
-    Fields that mean nothing to the task are ignored. ProfileError names the field at fault, of the item at `position`.
+    Fields that mean nothing to the task are ignored. ProfileError names the field at fault.
     """
     where = f"items.{position}"
     if not isinstance(raw, Mapping):

@@ -1,8 +1,4 @@
-"""The one place where a conversation becomes what the model reads.
-
-Training, adapting, serving and evaluation all render a user's turn with `chat_messages`: vLLM applies the base model's
-chat template to it when serving, `encode_pair` applies the same template when training, so both see the same tokens.
-"""
+"""The one place where a conversation becomes what the model reads: the same tokens in training as in vLLM's serving."""
 
 from __future__ import annotations
 
@@ -27,7 +23,6 @@ class ChatTokenizer(Protocol):
 
 
 def chat_messages(turn: str) -> list[dict[str, str]]:
-    """The conversation that a single user turn stands for."""
     return [{"role": "user", "content": turn}]
 
 

@@ -1,7 +1,6 @@
 """Past items in the prompt: the most relevant ones by BM25, rendered by the task's template before the user's turn.
 
-Serving, training and evaluation all use it. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts),
-so that a model sees a history as LaMP's models do.
+Serving, training and evaluation all use it. The templates are LaMP's own (Salemi et al., ACL 2024, table of prompts).
 """
 
 from __future__ import annotations
@@ -14,12 +13,8 @@ from bank.items.profile import Item, is_pair, item_text
 from bank.items.tasks import Task, get_task
 
 JOIN = ", and "
-
-_POSTING_BYTES = 8
-"""A word in a text: its score and the text's number."""
-
-_WORD_BYTES = 128
-"""A word of the vocabulary, beyond its letters: its number, and its place in a dictionary and a set."""
+_POSTING_BYTES = 8  # a word in a text: its score and the text's number
+_WORD_BYTES = 128  # a word of the vocabulary, beyond its letters: its number, and its place in a dictionary and a set
 
 
 class ItemIndex:
@@ -34,8 +29,7 @@ class ItemIndex:
         self._places = [place for place, _, _ in known]
         self._memories = [memory for _, _, memory in known]
         self._retriever = None
-        self.size_bytes = sum(map(sys.getsizeof, self._memories))
-        """About how much memory it takes."""
+        self.size_bytes = sum(map(sys.getsizeof, self._memories))  # about how much memory it takes
         words = bm25s.tokenize([text for _, text, _ in known], show_progress=False)
         if words.vocab:  # texts of stop words alone have none
             self._retriever = bm25s.BM25()

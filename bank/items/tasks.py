@@ -30,16 +30,7 @@ def few_and_many(kind: AnswerKind) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one task's items look like.
-
-    Attributes:
-        lamp: its name in the LaMP benchmark, or None.
-        input, output: templates of the user turn and of the answer.
-        text: the fields that are embedded.
-        memory, remembering: templates of a past item in a later prompt, and of a turn with such memories before it.
-        kind: what its answers are, and so how they are measured.
-        proxy: whether histories lack the task's own answers, so that input and output are a stand-in.
-    """
+    """What one task's items look like; the fields are described in `tasks.toml`."""
 
     name: str
     lamp: str | None
@@ -49,16 +40,13 @@ class Task:
     memory: str
     remembering: str = "{memories}. {input}"
     kind: AnswerKind = "text"
-    proxy: bool = False
 
     @property
     def pair_fields(self) -> tuple[str, ...]:
-        """The fields that a training pair needs."""
         return _placeholders(self.input + self.output)
 
     @property
     def memory_fields(self) -> tuple[str, ...]:
-        """The fields that a past item in a prompt needs."""
         return _placeholders(self.memory)
 
     @property
@@ -85,7 +73,6 @@ def _placeholders(template: str) -> tuple[str, ...]:
 
 @cache
 def tasks() -> Mapping[str, Task]:
-    """All tasks by name, in the order of `tasks.toml`."""
     document = tomllib.loads(resources.files("bank.items").joinpath("tasks.toml").read_text("utf-8"))
     return {
         name: Task(name, **raw | {"lamp": raw.get("lamp"), "text": tuple(raw["text"])})
@@ -94,7 +81,6 @@ def tasks() -> Mapping[str, Task]:
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`. Raises BankError when there is none, listing those there are."""
     try:
         return tasks()[name]
     except KeyError:

@@ -1,8 +1,4 @@
-"""The map of a bank: two dimensions in which people can look at its anchors, and at a user among them.
-
-The principal components of the anchors' embeddings (PCA), made at build. It decides nothing: weights are made from all
-of an embedding. The same embeddings give the same file.
-"""
+"""The map of a bank, for people to look at: the principal components of its anchors' embeddings, made at build."""
 
 from __future__ import annotations
 
@@ -17,8 +13,7 @@ from bank.errors import BankError
 from bank.items.profile import Vectors
 
 _AXES = 2
-_DIGITS = 6  # far finer than a picture, and coarser than what two processors differ by
-
+_DIGITS = 6  # far finer than a picture, and coarser than what two processors differ by: the same anchors, the same file
 
 Numbers = npt.NDArray[np.float64]
 
@@ -37,7 +32,6 @@ class Atlas:
 
     @classmethod
     def of(cls, embeddings: Vectors) -> Atlas:
-        """The map of some anchors, by their embeddings [N, E]."""
         vectors = np.asarray(embeddings, np.float64)
         mean = vectors.mean(axis=0)
         centred = vectors - mean
@@ -54,15 +48,10 @@ class Atlas:
 
     @classmethod
     def load(cls, path: Path, anchors: int, dim: int) -> Atlas:
-        """Read what `save` wrote, the map of N `anchors` in `dim` numbers, E.
-
-        Raises:
-            BankError: when it is missing, damaged, or the map of other anchors.
-        """
+        """Read what `save` wrote; BankError unless it is the map of N `anchors` in `dim` numbers, E."""
         try:
             read = json.loads(path.read_text("utf-8"))
-            arrays = (np.asarray(read[name], np.float64) for name in ("mean", "axes", "anchors"))
-            mean, axes, places = arrays
+            mean, axes, places = (np.asarray(read[name], np.float64) for name in ("mean", "axes", "anchors"))
             explained = tuple(map(float, read["explained"]))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise BankError(f"cannot read the map {path}: {error}") from error
@@ -71,7 +60,6 @@ class Atlas:
         return cls(mean, axes, explained, places)
 
     def save(self, path: Path) -> None:
-        """Write it, as JSON."""
         arrays = {"mean": self.mean, "axes": self.axes, "anchors": self.anchors}
         content = {"explained": self.explained} | {name: array.tolist() for name, array in arrays.items()}
         path.write_text(json.dumps(content) + "\n", "utf-8")

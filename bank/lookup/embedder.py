@@ -39,11 +39,7 @@ class Embedder:
 
     @classmethod
     def load(cls, folder: Path, threads: int = 1) -> Embedder:
-        """Open the embedder in `folder`; one call uses `threads` threads.
-
-        Raises:
-            BankError: when a file is missing or not an embedder's.
-        """
+        """Open the embedder in `folder`; one call uses `threads` threads."""
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # from its import on it would report to its makers
         import onnxruntime
         import tokenizers

@@ -13,12 +13,8 @@ import numpy.typing as npt
 from bank.errors import BankError
 from bank.items.profile import Vectors
 
-FLAT_LIMIT = 10_000
-"""Above this many anchors the index is approximate."""
-
-_LINKS = 32
-_BUILD_DEPTH = 200
-_SEARCH_DEPTH = 128
+FLAT_LIMIT = 10_000  # above this many anchors the index is approximate
+_LINKS, _BUILD_DEPTH, _SEARCH_DEPTH = 32, 200, 128
 
 
 class AnchorIndex:
@@ -29,11 +25,7 @@ class AnchorIndex:
 
     @classmethod
     def build(cls, embeddings: Vectors, flat_limit: int = FLAT_LIMIT) -> AnchorIndex:
-        """Index the anchors' embeddings [N, E], in anchor order. The same input gives the same file.
-
-        Raises:
-            BankError: when there are no anchors.
-        """
+        """Index the anchors' embeddings [N, E], in anchor order. The same input gives the same file."""
         import faiss
 
         vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
@@ -52,11 +44,6 @@ class AnchorIndex:
 
     @classmethod
     def load(cls, path: Path) -> AnchorIndex:
-        """Read an index that `save` wrote.
-
-        Raises:
-            BankError: when the file is not an index.
-        """
         import faiss
 
         try:
@@ -65,37 +52,28 @@ class AnchorIndex:
             raise BankError(f"{path} is not a FAISS index: copy the bank again or build it again") from error
 
     def save(self, path: Path) -> None:
-        """Write the index."""
         import faiss
 
         faiss.write_index(self._index, str(path))
 
     @property
     def anchors(self) -> int:
-        """N, how many anchors there are."""
         return int(self._index.ntotal)
 
     @property
     def dim(self) -> int:
-        """E, the numbers in an embedding."""
         return int(self._index.d)
 
     @property
     def kind(self) -> str:
-        """The FAISS class, for display."""
         return type(self._index).__name__
 
     def vectors(self, anchors: Sequence[int]) -> Vectors:
-        """The embeddings of some anchors, [n, E]."""
         held: Vectors = self._index.reconstruct_batch(np.asarray(anchors, np.int64))
         return held
 
     def search(self, embedding: Vectors, k: int) -> list[tuple[int, float]]:
-        """The `k` anchors, or all, with the largest inner product with an embedding [E], best first, ties in order.
-
-        Raises:
-            BankError: when the embedding is of another size, or not finite.
-        """
+        """The `k` anchors, or all, with the largest inner product with an embedding [E], best first, ties in order."""
         query: npt.NDArray[np.float32] = np.ascontiguousarray(embedding, dtype=np.float32)
         if query.shape != (self.dim,) or not np.isfinite(query).all():
             raise BankError(f"an embedding of this bank has {self.dim} finite numbers, got shape {query.shape}")

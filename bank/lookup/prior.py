@@ -12,14 +12,11 @@ from collections.abc import Mapping, Sequence
 from adapters.errors import excerpt
 from bank.errors import BankError
 from bank.items.tasks import Task
-from bank.rules import AnswerPrior
+from bank.manifest import AnswerPrior
 
 SCORES = ("1", "2", "3", "4", "5")
-WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""How many answers everybody's shares may count for."""
-
-QUERIES, PROFILE = 6, 10
-"""Of each person's history the weight is chosen on: the last answers, from those before them."""
+WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # how many answers everybody's shares may count for
+QUERIES, PROFILE = 6, 10  # the weight is chosen on each person's last answers, from those before them
 
 
 def answers_of(task: Task) -> tuple[str, ...]:
@@ -51,11 +48,7 @@ def personal_shares(prior: AnswerPrior, answers: Sequence[str]) -> Mapping[str, 
 
 
 def surprise(shares: Mapping[str, float], answer: str) -> float:
-    """−log of an answer's share, nats.
-
-    Raises:
-        BankError: when the task has no such answer.
-    """
+    """−log of an answer's share, nats."""
     if answer not in shares:
         raise BankError(f"{excerpt(answer)} is not an answer of this task; they are {', '.join(shares)}")
     return -math.log(shares[answer])

@@ -1,28 +1,47 @@
-"""All that the gateway needs from a bank: its manifest, its index, and the way from an embedding to a recipe."""
+"""What a gateway needs of a bank: the way from a profile to weights, by topics or by signature, and to a recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from adapters.recipe import FusionRecipe
+from adapters.recipe import MAX_STEP, MAX_TERMS, PER_MILLE, FusionRecipe, Term, per_mille
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.items.tasks import Task, get_task
 from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
 from bank.lookup.signature import Curvature, Signature
-from bank.lookup.weights import (
-    TOPIC_GRAIN,
-    AnchorWeight,
-    posterior_weights,
-    recipe_of_shares,
-    recipe_of_steps,
-    topic_weights,
+from bank.manifest import (
+    CURVATURE_FILE,
+    INDEX_FILE,
+    MAP_FILE,
+    BankManifest,
+    PosteriorRule,
+    WeightRule,
+    read_manifest,
+    verify_files,
 )
-from bank.manifest import CURVATURE_FILE, INDEX_FILE, MAP_FILE, BankManifest, read_manifest, verify_files
+
+TOPIC_GRAIN = 50
+"""Weights by topic are multiples of so many per mille: people who are alike then have one recipe, and share its slot.
+
+Of 117 authors 88 had a recipe of their own kind by the per mille, and 25 by this (12 anchors, two a recipe); over the
+mails of 17 people it moved the loss by 0.0000 nats a token, 95 % interval -0.0006 to 0.0006.
+"""
+
+
+@dataclass(slots=True, frozen=True)
+class AnchorWeight:
+    """One anchor's say, before rounding."""
+
+    anchor: int  # its index in the bank
+    weight: float  # by topics a share of the rule's strength; by signature the step along its row, maybe negative
+    similarity: float  # the cosine of topics, -1 to 1
+    gain: float | None = None  # of its row for the user's own items, nats a token to first order; None by topics
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +67,7 @@ class ServingBank:
 
     @classmethod
     def open(cls, folder: Path, embedder_id: str) -> ServingBank:
-        """Open the bank in `folder`, for profiles whose vectors the embedder with this id makes.
-
-        Raises:
-            BankError: when the bank is missing, damaged, or made with another embedder.
-        """
+        """Open the bank in `folder`; BankError if it is damaged, or made with another embedder than that of this id."""
         manifest = read_manifest(folder)
         verify_files(folder, manifest, (INDEX_FILE, MAP_FILE, *([CURVATURE_FILE] * manifest.signs)))
         if manifest.embedder.id != embedder_id:
@@ -69,11 +84,6 @@ class ServingBank:
         atlas = Atlas.load(folder / MAP_FILE, index.anchors, index.dim)
         return cls(manifest, index, atlas, Curvature.load(folder / CURVATURE_FILE) if manifest.signs else None)
 
-    @property
-    def signs(self) -> bool:
-        """Whether signatures speak for users of this bank."""
-        return self.manifest.signs
-
     def personalise(self, embedding: Vectors, signature: Signature | None = None, share: float = 1.0) -> UserRecipe:
         """The recipe for a user, and the anchors behind it, the strongest evidence first.
 
@@ -81,12 +91,63 @@ class ServingBank:
         finite, says nothing. The anchors get a share, 0 to 1, of their weights.
         """
         rule = self.manifest.weights
-        if rule.posterior and self.curvature and signature and _says_something(signature, self.manifest.short):
+        if rule.posterior and self.curvature and signature and signature.speaks_for(self.manifest.short):
             weights = posterior_weights(self.index, rule.posterior, self.curvature, embedding, signature)
             return UserRecipe(recipe_of_steps(self.manifest, weights, share), weights, "signature")
         weights = topic_weights(self.index, rule, embedding)
         return UserRecipe(recipe_of_shares(self.manifest, weights, share, TOPIC_GRAIN), weights, "topic")
 
 
-def _says_something(signature: Signature, bank: str) -> bool:
-    return signature.tokens > 0 and signature.bank == bank and bool(np.isfinite(signature.products).all())
+def topic_weights(index: AnchorIndex, rule: WeightRule, embedding: Vectors) -> tuple[AnchorWeight, ...]:
+    """The K anchors nearest to an embedding [E] at unit length, nearest first, weighted by cosine over their sum.
+
+    A negative cosine counts as 0; when all do, the weights are equal.
+    """
+    found = index.search(embedding, rule.anchors)
+    evidence = [max(similarity, 0.0) for _, similarity in found]
+    if not any(evidence):
+        evidence = [1.0] * len(found)
+    scale = rule.strength / sum(evidence)
+    return tuple(
+        AnchorWeight(anchor, share * scale, similarity)
+        for (anchor, similarity), share in zip(found, evidence, strict=True)
+    )
+
+
+def posterior_weights(
+    index: AnchorIndex, rule: PosteriorRule, curvature: Curvature, embedding: Vectors, signature: Signature
+) -> tuple[AnchorWeight, ...]:
+    """Steps from the common row, the longest first; the embedding [E] is for the similarities alone."""
+    steps = curvature.step(signature, rule.decay)
+    cosines = index.vectors(range(index.anchors)) @ np.asarray(embedding, np.float32)
+    most = min(rule.anchors, MAX_TERMS)
+    longest = sorted(range(index.anchors), key=lambda place: (-abs(steps[place]), place))[:most]
+    return tuple(
+        AnchorWeight(place, float(steps[place]), float(cosines[place]), float(signature.products[place]))
+        for place in longest
+    )
+
+
+def common_recipe(manifest: BankManifest) -> FusionRecipe:
+    return FusionRecipe(manifest.short, manifest.method, True, ())
+
+
+def recipe_of_steps(manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0) -> FusionRecipe:
+    """Round a share, 0 to 1, of each step to the per mille; steps that round to nothing are left out."""
+    steps = {w.anchor: round(share * w.weight * PER_MILLE) for w in sorted(weights, key=lambda w: w.anchor)}
+    terms = tuple(Term(anchor, max(-MAX_STEP, min(MAX_STEP, step))) for anchor, step in steps.items() if step)
+    return FusionRecipe(manifest.short, manifest.method, True, terms)
+
+
+def recipe_of_shares(
+    manifest: BankManifest, weights: Sequence[AnchorWeight], share: float = 1.0, grain: int = 1
+) -> FusionRecipe:
+    """Round non-negative weights to multiples of `grain` per mille that keep their sum; those of nothing are left out.
+
+    They get a share, 0 to 1, of that sum. Without a common row, which would take the rest, they sum to 1000.
+    """
+    total = round(share * sum(w.weight for w in weights) * PER_MILLE) if manifest.common else PER_MILLE
+    ordered = sorted(weights, key=lambda w: w.anchor)
+    rounded = per_mille([w.weight for w in ordered], total, grain)
+    terms = tuple(Term(w.anchor, mille) for w, mille in zip(ordered, rounded, strict=True) if mille)
+    return FusionRecipe(manifest.short, manifest.method, manifest.common, terms)

@@ -2,11 +2,8 @@
 
 Around the common row the loss of a user's n output tokens is n(L₀ − x·z + ½ zᵀHz) for a step of zᵢ along each anchor's
 row: xᵢ = −⟨g, rowᵢ⟩ with g the gradient of their mean loss a token, H the curvature, measured at build. With a prior
-N(0, I/λ) on z the answer is z = (nH + λI)⁻¹ n x. Steps may be negative, little evidence makes small steps, and
-directions in which the loss bends sharply get smaller ones. Of the gradient only x is kept: a few numbers instead of a
-million, and nothing is lost, for nothing else is ever asked of it.
-
-Plain numpy: the gateway reads signatures; only the build and the worker make them (`bank/building/signer.py`).
+N(0, I/λ) on z the answer is z = (nH + λI)⁻¹ n x. Of the gradient only x is kept, because nothing else is asked of it.
+Plain numpy: the gateway reads signatures; the build and the worker make them (`bank/building/signer.py`).
 """
 
 from __future__ import annotations
@@ -19,26 +16,17 @@ import numpy as np
 from bank.errors import BankError
 from bank.items.profile import Vectors
 
-MAX_ITEMS = 32
-"""How many of a user's newest items a signature is made from."""
-
-MAX_ANCHORS = 1024
-"""Most anchors of a bank with signatures: each costs a number per user, and users must stay small."""
+MAX_ITEMS = 32  # how many of a user's newest items a signature is made from
+MAX_ANCHORS = 1024  # of a bank with signatures: each costs a number per user, and users must stay small
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a user's items would do to the model.
+    """What a user's items would do to the model."""
 
-    Attributes:
-        bank: the 8 hex digits of the bank it belongs to.
-        tokens: n, the items' output tokens: how much evidence there is; 0 when there was none.
-        products: x [N] float32: to first order, by how much each anchor's row lowers the loss, nats a token.
-    """
-
-    bank: str
-    tokens: int
-    products: Vectors
+    bank: str  # the 8 hex digits of the bank it belongs to
+    tokens: int  # n, the items' output tokens: how much evidence there is
+    products: Vectors  # x [N] float32: to first order, by how much each anchor's row lowers the loss, nats a token
 
     @property
     def finite(self) -> bool:
@@ -47,8 +35,11 @@ class Signature:
 
     @property
     def length(self) -> float:
-        """The length of the products as a vector."""
         return float(np.linalg.norm(self.products.astype(np.float64)))
+
+    def speaks_for(self, bank: str) -> bool:
+        """Whether there is evidence in it for the bank with these 8 hex digits."""
+        return self.tokens > 0 and self.bank == bank and bool(np.isfinite(self.products).all())
 
 
 def empty_signature(bank: str, anchors: int) -> Signature:
@@ -65,11 +56,7 @@ class Curvature:
 
     @classmethod
     def of(cls, measured: Vectors) -> Curvature:
-        """From a measured [N, N]: made symmetric, negative eigenvalues set to 0.
-
-        Raises:
-            BankError: when nothing bends, or a number is not finite: then it says nothing about how far to go.
-        """
+        """From a measured [N, N]: made symmetric, negative eigenvalues set to 0; BankError where nothing bends."""
         h = np.asarray(measured, np.float64)
         if not np.isfinite(h).all():
             raise BankError("the curvature of this bank has numbers that are not finite: build it again")
@@ -84,11 +71,6 @@ class Curvature:
 
     @classmethod
     def load(cls, path: Path) -> Curvature:
-        """Read what the build wrote.
-
-        Raises:
-            BankError: when it is missing or damaged.
-        """
         try:
             return cls.of(np.load(path, allow_pickle=False))
         except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """A BERT-like sentence embedder as one ONNX file: token embeddings, encoder, mean pooling, unit length.
 
-The graph is written operator by operator, not traced: its bytes, and so the embedder's id that banks and stored
-profiles are bound to, then depend on the weights alone and not on an exporter's version.
+The graph is written operator by operator, not traced: so its bytes, and with them the embedder's id, which banks and
+stored profiles are bound to, do not depend on an exporter's version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ Weights = Mapping[str, npt.NDArray[Any]]
 
 
 def export_embedder(source: Path, target: Path) -> None:
-    """Write `model.onnx` and `tokenizer.json` of a sentence-transformers folder, a BERT with mean pooling."""
     import onnx
     from safetensors.numpy import load_file
 
@@ -48,16 +47,18 @@ def encoder_model(config: Mapping[str, Any], weights: Weights) -> onnx.ModelProt
     """The ONNX model: `input_ids` and `attention_mask` [n, tokens] to `embedding` [n, E], rows at unit length."""
     from onnx import TensorProto, helper
 
-    graph = _Graph(weights)
-    hidden = _embeddings(graph, config)
-    bias = _attention_bias(graph)
+    graph = _Graph(config, weights)
+    hidden = _embeddings(graph)
+    # The bias [n, 1, 1, tokens] is 0 where there is a token, far below 0 where there is padding.
+    mask = graph.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+    padding = graph.op("Sub", graph.constant(1.0, np.float32), mask)
+    bias = graph.op("Mul", padding, graph.constant(_MASKED, np.float32))
+    bias = graph.op("Unsqueeze", bias, graph.constant([1, 2], np.int64))
     for layer in range(config["num_hidden_layers"]):
-        hidden = _layer(graph, config, f"encoder.layer.{layer}", hidden, bias)
+        hidden = _layer(graph, f"encoder.layer.{layer}", hidden, bias)
     _pool(graph, hidden)
-    tokens = [
-        helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "tokens"])
-        for name in ("input_ids", "attention_mask")
-    ]
+    inputs = ("input_ids", "attention_mask")
+    tokens = [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "tokens"]) for name in inputs]
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", config["hidden_size"]])
     return helper.make_model(
         helper.make_graph(graph.nodes, "embedder", tokens, [embedding], graph.initializers),
@@ -67,9 +68,10 @@ def encoder_model(config: Mapping[str, Any], weights: Weights) -> onnx.ModelProt
 
 
 class _Graph:
-    """Nodes and initializers in the making; `op` returns the name of the node's output."""
+    """Nodes and initializers in the making; all but the latter's values are names of nodes' outputs."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Weights) -> None:
+        self.config = config
         self.weights = weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -96,12 +98,12 @@ class _Graph:
         product = self.op("MatMul", x, self.weight(f"{module}.weight", transpose=True))
         return self.op("Add", product, self.weight(f"{module}.bias"))
 
-    def layer_norm(self, x: str, module: str, config: Mapping[str, Any]) -> str:
+    def layer_norm(self, x: str, module: str) -> str:
         scale, shift = self.weight(f"{module}.weight"), self.weight(f"{module}.bias")
-        return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=float(config["layer_norm_eps"]))
+        return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=float(self.config["layer_norm_eps"]))
 
 
-def _embeddings(graph: _Graph, config: Mapping[str, Any]) -> str:
+def _embeddings(graph: _Graph) -> str:
     """[n, tokens, E]: word, position, and the first token type."""
     words = graph.op("Gather", graph.weight("embeddings.word_embeddings.weight"), "input_ids")
     length = graph.op("Shape", "input_ids", start=1, end=2)
@@ -109,37 +111,28 @@ def _embeddings(graph: _Graph, config: Mapping[str, Any]) -> str:
     positions = graph.op("Slice", graph.weight("embeddings.position_embeddings.weight"), zero, length, axis)
     first_type = graph.constant(graph.weights["embeddings.token_type_embeddings.weight"][0], np.float32)
     total = graph.op("Add", graph.op("Add", words, positions), first_type)
-    return graph.layer_norm(total, "embeddings.LayerNorm", config)
+    return graph.layer_norm(total, "embeddings.LayerNorm")
 
 
-def _attention_bias(graph: _Graph) -> str:
-    """[n, 1, 1, tokens]: 0 where there is a token, far below 0 where there is padding."""
-    mask = graph.op("Cast", "attention_mask", to=1)  # 1 is FLOAT
-    padding = graph.op("Sub", graph.constant(1.0, np.float32), mask)
-    bias = graph.op("Mul", padding, graph.constant(_MASKED, np.float32))
-    return graph.op("Unsqueeze", bias, graph.constant([1, 2], np.int64))
-
-
-def _layer(graph: _Graph, config: Mapping[str, Any], module: str, hidden: str, bias: str) -> str:
-    heads = config["num_attention_heads"]
-    width = config["hidden_size"] // heads
-    split = graph.constant([0, 0, heads, width], np.int64)
-    join = graph.constant([0, 0, config["hidden_size"]], np.int64)
+def _layer(graph: _Graph, module: str, hidden: str, bias: str) -> str:
+    heads, size = graph.config["num_attention_heads"], graph.config["hidden_size"]
+    split = graph.constant([0, 0, heads, size // heads], np.int64)
+    join = graph.constant([0, 0, size], np.int64)
 
     def head(part: str, order: list[int]) -> str:
         projected = graph.linear(hidden, f"{module}.attention.self.{part}")
         return graph.op("Transpose", graph.op("Reshape", projected, split), perm=order)
 
     query, key, value = head("query", [0, 2, 1, 3]), head("key", [0, 2, 3, 1]), head("value", [0, 2, 1, 3])
-    scale = graph.constant(width**-0.5, np.float32)
+    scale = graph.constant((size // heads) ** -0.5, np.float32)
     scores = graph.op("Add", graph.op("Mul", graph.op("MatMul", query, key), scale), bias)
     mixed = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
     context = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), join)
     attended = graph.op("Add", graph.linear(context, f"{module}.attention.output.dense"), hidden)
-    hidden = graph.layer_norm(attended, f"{module}.attention.output.LayerNorm", config)
+    hidden = graph.layer_norm(attended, f"{module}.attention.output.LayerNorm")
     wide = graph.op("Gelu", graph.linear(hidden, f"{module}.intermediate.dense"))
     narrow = graph.op("Add", graph.linear(wide, f"{module}.output.dense"), hidden)
-    return graph.layer_norm(narrow, f"{module}.output.LayerNorm", config)
+    return graph.layer_norm(narrow, f"{module}.output.LayerNorm")
 
 
 def _pool(graph: _Graph, hidden: str) -> None:

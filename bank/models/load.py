@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,30 @@ def _cpu_has_bf16() -> bool:
     except OSError:
         return False
     return bool({"amx_bf16", "avx512_bf16", "bf16"} & set(flags))
+
+
+def export_gguf(source: Path, target: Path) -> None:
+    """Dequantise a GGUF file into a folder: config, bf16 safetensors, tokenizer with its chat template.
+
+    `python -m bank.models.load MODEL.gguf FOLDER` does it in a process of its own, because only this needs torch.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder, file = str(source.parent), source.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file,
+        quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed
+        dtype=torch.float32,
+    )
+    # `save_pretrained` would otherwise write the plain weights under a config that calls them GGUF.
+    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    export_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

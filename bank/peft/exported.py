@@ -1,7 +1,6 @@
 """An adapter of a bank as a PEFT folder's two files, in plain numpy: a gateway exports without torch or an engine.
 
-What `adapters/fusion.py` and `adapters/user_adapter.py` do for the engine is done here module by module, so that never
-more than one of them is in memory; the tests say that it is the same adapter.
+It goes module by module, so that no more than one is in memory.
 """
 
 from __future__ import annotations
@@ -13,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from adapters.errors import UserAdapterError
+from adapters.errors import FusionError, UserAdapterError, excerpt
 from adapters.raw import Bits, RawTensors, file_head, read_user_adapter, to_bits, to_float
-from adapters.recipe import PER_MILLE, FusionRecipe
+from adapters.recipe import PER_MILLE, FusionRecipe, Term
 from bank.errors import BankError
-from bank.manifest import MATRIX_FILE, BankManifest
+from bank.manifest import MATRIX_FILE, BankManifest, read_manifest, verify_files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of modules."""
+PREFIX = "base_model.model."  # PEFT puts it before the names of modules
 
 
 class ExportedAdapter:
@@ -45,7 +43,6 @@ class ExportedAdapter:
         self.rank = manifest.rank_of(recipe) + self._user_rank
 
     def write(self, folder: Path) -> None:
-        """Write both files; the folder is made if needed. Raises BankError when they cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG_FILE).write_text(json.dumps(self.config(), indent=2), "utf-8")
@@ -114,8 +111,21 @@ class ExportedAdapter:
         return matrix
 
     def _decoded(self, raw: bytes) -> tuple[RawTensors, int]:
-        """A user adapter's tensors and its rank."""
         recipe, rank, tensors = read_user_adapter(self._layout, raw)
         if recipe != self._recipe.name:
             raise UserAdapterError(f"user adapter was trained on {recipe}, but {self._recipe.name} was expected")
         return tensors, rank
+
+
+def export_anchor(bank: Path, anchor: str, out: Path, with_common: bool = False) -> None:
+    """Write one anchor's meta-LoRA as a PEFT folder, alone or with the common row in the same adapter."""
+    manifest = read_manifest(bank)
+    ids = [entry.id for entry in manifest.anchors]
+    if anchor not in ids:
+        raise BankError(f"the bank at {bank} has no anchor {excerpt(anchor)}; its anchors are {ids[0]} to {ids[-1]}")
+    verify_files(bank, manifest, (MATRIX_FILE,))
+    recipe = FusionRecipe(manifest.short, manifest.method, with_common, (Term(ids.index(anchor), PER_MILLE),))
+    try:
+        ExportedAdapter(bank, manifest, recipe).write(out)
+    except FusionError as error:
+        raise BankError(str(error)) from error

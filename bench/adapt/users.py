@@ -25,7 +25,7 @@ from adapters.recipe import UserAdapterId, parse_recipe
 from adapters.training.attached import attached
 from adapters.training.loss import mean_loss
 from adapters.user_adapter import decode_user_adapter, stack
-from bank.evaluation.report.intervals import over_users
+from bank.evaluation.intervals import over_users
 from bank.items.histories import History, read_histories
 from bank.items.prompt import encode_pair
 from bank.items.tasks import Task, get_task

@@ -39,7 +39,7 @@ BUILDS = {
 }
 """Options of `mta bank build` where the figures of docs/quality.md were not taken with its defaults."""
 
-WRITTEN = "task,base+history,common+history,merged+history,own+history,stacked+history"
+WRITTEN = "task," + ",".join(f"{name}+history@h1" for name in ("base", "common", "merged", "own", "stacked"))
 EVALS = {"mail": f"--no-predict --no-curves --write {WRITTEN}"}
 """Options of `mta eval` for tasks whose answers are long: what they sound like says more than which words they share
 with the gold, and there is not the time for both."""
@@ -114,7 +114,7 @@ def _quick(out: Path, seeds: int) -> None:
     bank = _bank(out / "bank", known, "chat", 3, small)
     methods = f"{DEFAULT},merged:topic,merged+history@h1"
     mta("eval", "--users", new, "--bank", bank, "--out", out, "--seeds", seeds, "--methods", methods, "--model", model,
-         "--sample", 2, "--write", "common,merged+history")  # fmt: skip
+         "--sample", 2, "--write", "common,merged+history@h1")  # fmt: skip
 
 
 def _bank(out: Path, users: Path, task: str, anchors: int, options: str) -> Path:

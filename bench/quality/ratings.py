@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from bank.evaluation.report.intervals import against_one
+from bank.evaluation.intervals import against_one
 from bank.evaluation.run import RECORDS_FILE, Record, read_records
 from bank.items.tasks import get_task
 from bank.lookup.prior import SCORES

@@ -14,12 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from adapters.lora import RowLayout
 from adapters.recipe import FusionMethod
 from adapters.training.trainer import linear_modules
-from bank.building.assemble import BankParts, write_bank
+from bank.building.assemble import write_bank
 from bank.items.profile import Vectors
 from bank.lookup.embedder import Embedder
-from bank.manifest import BaseModelId, EmbedderId
+from bank.manifest import BaseModelId, EmbedderId, PosteriorRule, WeightRule
 from bank.models.folders import model_hash
-from bank.rules import PosteriorRule, WeightRule
 
 CHAT_TEMPLATE = (  # strict, as many models' are
     "{% for message in messages %}"
@@ -123,11 +122,11 @@ def tiny_bank(
     shared_a = torch.randn(layout.a_numbers, generator=generator) * scale if layout.shared_a else None
     embedder = Embedder.load(embedder_folder)
     posterior = PosteriorRule(anchors=anchors) if signs else None
-    parts = BankParts(
+    write_bank(
+        folder,
         task="chat",
         base_model=BaseModelId(name=name, hash=model_hash(model_folder)),
         embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
-        method=method,
         common=common,
         user_rank=user_rank,
         weights=WeightRule(anchors=k, posterior=posterior),
@@ -139,7 +138,6 @@ def tiny_bank(
         training={"seed": seed},
         curvature=np.eye(anchors, dtype=np.float32) if signs else None,
     )
-    write_bank(folder, parts)
     return folder
 
 

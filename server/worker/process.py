@@ -66,7 +66,7 @@ def _loops(
     profiles, model_lock = stores.profiles, asyncio.Lock()
     jobs = JobLoop(stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
     loops = [work_forever(jobs.work_once)]
-    if bank.signs:
+    if bank.manifest.signs:
         signing = stores.signing(bank.manifest.short)
         signs = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
         loops.append(work_forever(signs.work_once))

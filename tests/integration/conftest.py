@@ -15,8 +15,7 @@ from adapters.training.adapt_config import AdaptConfig
 from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
 from bank.items.profile import Item
 from bank.lookup.serving import ServingBank
-from bank.manifest import BankManifest, read_manifest
-from bank.rules import LossDifference, Verdict
+from bank.manifest import BankManifest, LossDifference, Verdict, read_manifest
 from bench.rig.engine import Engine
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings

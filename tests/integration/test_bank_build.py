@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,9 +12,13 @@ from adapters.fusion import fuse
 from adapters.recipe import FusionMethod, FusionRecipe, Term
 from bank.building.resume import WORK_FOLDER
 from bank.errors import BankError
+from bank.items.histories import read_histories
+from bank.items.prompt import encode_pair
+from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.manifest import BankManifest, read_manifest
+from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
@@ -30,18 +33,12 @@ def test_the_same_seed_gives_the_same_bank_and_another_seed_another(bench: Bench
     assert bench.build("other-seed", seed=1).fingerprint != built.fingerprint
 
 
-def test_every_option_is_in_the_manifest(built: BankManifest) -> None:
-    recorded = {name: str(value) for name, value in built.training.items()}
-    for name, value in dataclasses.asdict(OPTIONS).items():
-        assert recorded[name] == str(value)
-    assert built.training["people"] == 5
-
-
-def test_no_name_and_no_text_of_anybody_is_in_the_artifact(bench: Bench, built: BankManifest) -> None:
-    for path in (bench.folder / "plain").rglob("*"):
-        content = path.read_bytes()
-        assert b"secret-person" not in content
-        assert b"surfing" not in content
+def test_every_option_is_in_the_manifest_and_no_name_or_text_of_anybody_in_the_artifact(
+    bench: Bench, built: BankManifest
+) -> None:
+    assert built.training.items() >= (dataclasses.asdict(OPTIONS) | {"people": 5}).items()
+    content = b"".join(path.read_bytes() for path in (bench.folder / "plain").rglob("*"))
+    assert not any(word in content for word in (b"secret-person", b"surfing"))
 
 
 def test_typical_words_of_anchors_are_kept_on_request_alone(bench: Bench, built: BankManifest) -> None:
@@ -73,11 +70,6 @@ def test_a_shared_bank_has_one_a_and_rows_that_are_b_alone(bench: Bench, built: 
 
 def test_an_anchor_explains_its_person_better_than_the_common_row_alone(bench: Bench, tiny_model_folder: Path) -> None:
     """The dense sum of base, common row and anchor, as a recipe of that anchor is served."""
-    from bank.items.histories import read_histories
-    from bank.items.prompt import encode_pair
-    from bank.items.tasks import get_task
-    from bank.models.load import load_base
-
     manifest = bench.build("better", anchors=5, steps=40)
     matrix = bench.matrix("better", manifest)
     model, tokenizer = load_base(tiny_model_folder, "float32")
@@ -112,10 +104,8 @@ def test_people_left_out_shape_nothing(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_too_few_candidates_is_an_error_with_both_numbers(bench: Bench, tmp_path: Path) -> None:
-    short = write_people(
-        tmp_path / "short.json",
-        [*people(2), {**people(1, items=10)[0], "user_id": "of ten items"}],
-    )
+    of_ten = {**people(1, items=10)[0], "user_id": "of ten items"}
+    short = write_people(tmp_path / "short.json", [*people(2), of_ten])
     with pytest.raises(BankError, match="3 anchors were asked for, but only 2 people"):
         bench.build("few", inputs={"users": short})
     assert not (bench.folder / "few").exists()
@@ -134,10 +124,7 @@ def test_a_user_is_led_to_the_anchor_who_talks_of_the_same(
 ) -> None:
     embedder = Embedder.load(embedder_folder)
     bank = ServingBank.open(bench.folder / "plain", embedder.id)
-    profile = embedder.embed(["Say 99 on baking bread"])[0]
-    found = bank.personalise(profile)
-    recipe, weights = found.recipe, found.weights
-    assert weights[0].similarity == max(w.similarity for w in weights) > 0.5
-    assert recipe.common
-    assert sum(term.weight for term in recipe.terms) == 500
-    assert np.isclose(sum(w.weight for w in weights), 0.5)
+    found = bank.personalise(embedder.embed(["Say 99 on baking bread"])[0])
+    assert found.weights[0].similarity == max(weight.similarity for weight in found.weights) > 0.5
+    assert found.recipe.common
+    assert sum(term.weight for term in found.recipe.terms) == 500

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adapters.fusion import fuse
 from adapters.recipe import FusionMethod, FusionRecipe, Term, anchor_id
@@ -23,12 +23,12 @@ from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
 from bank.matrix import open_matrix
-from bank.peft.exchange import ImportOptions, export_anchor, import_bank
+from bank.peft.exported import export_anchor
+from bank.peft.imported import ImportOptions, import_bank
 from bench.rig.people import people, write_people
-from bench.rig.tiny import tiny_bank, tiny_model
+from bench.rig.tiny import tiny_bank
 
 Tensors = dict[str, torch.Tensor]
-OPTIONS = ImportOptions(task="chat", user_rank=4, k=2)
 
 
 def base(folder: Path) -> Any:
@@ -71,7 +71,7 @@ def test_an_exported_anchor_is_loaded_by_peft_with_the_same_delta(
     assert max(delta.abs().max() for delta in expected.values()) > 1e-3
 
 
-def test_an_anchor_or_common_row_that_is_not_there_is_refused(
+def test_what_is_not_there_or_damaged_is_not_exported(
     tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path
 ) -> None:
     bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder, anchors=3, common=False)
@@ -79,16 +79,12 @@ def test_an_anchor_or_common_row_that_is_not_there_is_refused(
         export_anchor(bank, "a03", tmp_path / "out")
     with pytest.raises(BankError, match="no common row"):
         export_anchor(bank, "a00", tmp_path / "out", with_common=True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_matrix_is_not_exported(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> None:
-    bank = tiny_bank(tmp_path / "bank", tiny_model_folder, embedder_folder)
     content = bytearray((bank / MATRIX_FILE).read_bytes())
     content[len(content) // 2] ^= 1
     (bank / MATRIX_FILE).write_bytes(content)
     with pytest.raises(BankError, match="damaged"):
         export_anchor(bank, "a00", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def make_adapter(folder: Path, model_folder: Path, seed: int, **config: Any) -> Path:
@@ -135,17 +131,16 @@ class Inbox:
         everybody = [{**person, "user_id": name} for person, name in zip(people(len(names)), names, strict=True)]
         return write_people(self.folder / f"profiles-{'-'.join(names)}.json", everybody)
 
-    def bring_in(self, out: str, adapters: list[Path] | None = None, **changes: Any) -> BankManifest:
-        settings = {
-            "profiles": self.profiles,
-            "options": OPTIONS,
-            "model_folder": self.model,
-            "base_model": "tiny",
-            "embedder": self.embedder,
-            **changes,
-        }
-        profiles, options = settings.pop("profiles"), settings.pop("options")
-        return import_bank(adapters or self.adapters, profiles, self.folder / out, options, **settings)
+    def bring_in(self, out: str, adapters: list[Path] | None = None, profiles: Path | None = None) -> BankManifest:
+        return import_bank(
+            adapters or self.adapters,
+            profiles or self.profiles,
+            self.folder / out,
+            ImportOptions(task="chat", user_rank=4, k=2),
+            model_folder=self.model,
+            base_model="tiny",
+            embedder=self.embedder,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +148,7 @@ def inbox(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, emb
     return Inbox(tmp_path_factory.mktemp("inbox"), tiny_model_folder, embedder_folder)
 
 
-def test_imported_adapters_are_anchors_with_peft_own_delta(inbox: Inbox) -> None:
+def test_imported_adapters_are_anchors_with_pefts_own_delta_and_serve_by_their_profiles(inbox: Inbox) -> None:
     """Rank and alpha patterns, rank-stabilised scaling, unequal ranks, unequal modules."""
     manifest = inbox.bring_in("bank")
     assert [entry.id for entry in manifest.anchors] == ["a00", "a01", "a02"]
@@ -163,11 +158,7 @@ def test_imported_adapters_are_anchors_with_peft_own_delta(inbox: Inbox) -> None
         assert expected.keys() == delta.keys()
         for name, value in expected.items():
             assert (delta[name] - value).abs().max() <= 0.01 * value.abs().max()  # rows are bf16
-
-
-def test_an_imported_bank_serves_by_its_profiles(inbox: Inbox) -> None:
-    inbox.bring_in("serving")
-    bank = ServingBank.open(inbox.folder / "serving", inbox.embedder.id)
+    bank = ServingBank.open(inbox.folder / "bank", inbox.embedder.id)
     weights = bank.personalise(inbox.embedder.embed(["Say 5 on growing roses"])[0]).weights
     assert weights[0].anchor == 2
 
@@ -194,8 +185,6 @@ def test_imports_that_make_no_bank_are_refused(inbox: Inbox, tmp_path: Path) -> 
 
 
 def test_an_adapter_of_another_model_is_refused_with_the_module(inbox: Inbox, tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig.from_pretrained(inbox.model)
     config.intermediate_size = 96
     other = tmp_path / "other"
@@ -206,12 +195,10 @@ def test_an_adapter_of_another_model_is_refused_with_the_module(inbox: Inbox, tm
 
 
 def number_of(value: float) -> Callable[[Tensors], None]:
-    """Puts a number into the first matrix."""
     return lambda tensors: operator.setitem(tensors[min(tensors)][0], 0, value)
 
 
 def without(part: str) -> Callable[[Tensors], None]:
-    """Takes one matrix out."""
     return lambda tensors: operator.delitem(tensors, next(key for key in tensors if part in key))
 
 
@@ -278,9 +265,3 @@ def test_a_command_without_a_bank_says_how_to_name_one(tmp_path: Path) -> None:
     done = mta("info", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: no bank at {tmp_path}")
-
-
-def test_two_models_of_one_shape_have_different_hashes(tmp_path: Path) -> None:
-    from bank.models.folders import model_hash
-
-    assert model_hash(tiny_model(tmp_path / "one", seed=0)) != model_hash(tiny_model(tmp_path / "two", seed=1))

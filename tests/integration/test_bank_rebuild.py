@@ -70,14 +70,18 @@ def test_options_that_make_no_bank_are_refused_before_anything_is_trained(
     assert not (bench.folder / "refused").exists()
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Two threads gain a tiny model nothing, and wait for each other where other tests run beside them."""
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two would wait for each other where other tests run
+
+
+def run(command: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, check=False, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
 
 
 def command(bench: Bench, out: Path, *more: str) -> list[str]:
     options = {"users": bench.users, "task": "chat", "out": out, "model": bench.model, "embedder": bench.embedder}
-    options |= {"anchors": 3, "rank": 4, "steps": 30, "common-steps": 5, "dtype": "float32"}
-    options |= {"history-share": 0}  # the quickest
+    options |= {"anchors": 3, "rank": 4, "steps": 30, "common-steps": 5, "dtype": "float32", "history-share": 0}
     return [
         sys.executable, "-m", "server.cli", "bank", "build",
         *(text for name, value in options.items() for text in (f"--{name}", str(value))), *more,
@@ -87,7 +91,7 @@ def command(bench: Bench, out: Path, *more: str) -> list[str]:
 def test_a_killed_build_goes_on_with_the_next_anchor_and_ends_with_the_same_fingerprint(bench: Bench) -> None:
     whole, killed = bench.folder / "whole", bench.folder / "killed"
     long = ("--steps", "150")  # long enough that a kill right after the first anchor falls before the last
-    subprocess.run(command(bench, whole, *long), check=True, env=ONE_THREAD, capture_output=True)
+    run(command(bench, whole, *long))
     process = subprocess.Popen(
         command(bench, killed, *long), env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -102,7 +106,7 @@ def test_a_killed_build_goes_on_with_the_next_anchor_and_ends_with_the_same_fing
     finished = {path.name: path.stat().st_mtime_ns for path in killed.glob(f"{WORK_FOLDER}/*/*.safetensors")}
     assert {"common.safetensors", "a00.safetensors"} <= set(finished)
     assert "a02.safetensors" not in finished
-    again = subprocess.run(command(bench, killed, *long), check=True, env=ONE_THREAD, capture_output=True, text=True)
+    again = run(command(bench, killed, *long))
     assert f"{len(finished)} of 4 rows are there from an earlier run" in again.stderr
     assert "training common" not in again.stderr
     fingerprints = [json.loads((folder / MANIFEST_FILE).read_text())["fingerprint"] for folder in (whole, killed)]
@@ -119,9 +123,7 @@ def test_pieces_of_another_build_are_never_taken_over(bench: Bench) -> None:
 
 
 def test_without_a_terminal_the_command_says_what_is_trained_and_what_is_left(bench: Bench) -> None:
-    done = subprocess.run(
-        command(bench, bench.folder / "lines"), check=True, env=ONE_THREAD, capture_output=True, text=True
-    )
+    done = run(command(bench, bench.folder / "lines"))
     last = [line for line in done.stderr.splitlines() if line.startswith("training ")][-1]
     assert last.startswith("training a02 (4 of 4)  step 30/30  loss ")
     assert last.endswith("min left")
@@ -129,8 +131,5 @@ def test_without_a_terminal_the_command_says_what_is_trained_and_what_is_left(be
 
 
 def test_a_refused_build_is_one_line_and_status_1(bench: Bench) -> None:
-    done = subprocess.run(
-        command(bench, bench.folder / "no", "--exclude", "/nowhere.json"), check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 1
+    done = run(command(bench, bench.folder / "no", "--exclude", "/nowhere.json"), status=1)
     assert done.stderr.strip() == "error: cannot read /nowhere.json: No such file or directory"

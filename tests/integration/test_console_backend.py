@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from starlette.staticfiles import StaticFiles
 
-from bank.rules import PosteriorRule, WeightRule
+from bank.manifest import PosteriorRule, WeightRule
 from bench.rig.tiny import world
 from server.gateway.routes.console import routes as pages
 from server.gateway.routes.console.routes import rule_answer

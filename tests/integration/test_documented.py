@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bank.peft.exchange import export_anchor
+from bank.peft.exported import export_anchor
 from bench.rig.up import Up, up
 from mta_client import Client
 from tests.support.documented import ROOT, Reader, blocks_of

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from adapters.errors import MtaError
 from adapters.recipe import FusionRecipe, Term
@@ -18,9 +19,8 @@ from bench.rig.engine import KEY, running_engine
 from bench.rig.tiny import tiny_bank
 from bench.rig.user_adapters import random_user_adapter
 from bench.rig.valkey import ValkeyProcess
-from server.cli.eval.engine import EngineScores
+from server.cli.eval.engine import EngineScores, engine_scores
 from server.settings import Settings
-from server.store.opening import open_stores
 
 TURNS = ("Say 1", "Say something about trains", "And?")
 
@@ -43,7 +43,7 @@ def engine(bank: OpenBank, tiny_model_folder: Path, valkey: ValkeyProcess) -> It
     folder = bank.folder
     with (
         running_engine(folder, tiny_model_folder, dtype="float32", redis_url=valkey.url) as running,
-        EngineScores(running.url, KEY, lambda: open_stores(Settings(redis_url=valkey.url), checked=False)) as scores,
+        engine_scores(running.url, Settings(redis_url=valkey.url, engine_key=SecretStr(KEY))) as scores,
     ):
         yield scores
 

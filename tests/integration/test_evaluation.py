@@ -11,21 +11,21 @@ import pytest
 
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.trainer import initial_lora
-from bank.building.baselines import BASELINES, build_baselines
+from bank.building.build import BASELINES, build_baselines
 from bank.building.options import BuildInputs
 from bank.errors import BankError
-from bank.evaluation.methods import DEFAULT, Evaluator, parse_methods
-from bank.evaluation.people import read_people
+from bank.evaluation.methods import DEFAULT, METHODS, Evaluator, parse_methods
 from bank.evaluation.run import RECORDS_FILE, EvalOptions
-from bank.evaluation.scoring import OpenBank, Scorer
+from bank.evaluation.scoring import EvalAdapter, OpenBank, Scorer
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE, EvalInputs, evaluate
+from bank.items.histories import read_histories
 from bank.lookup.embedder import Embedder
 from bank.manifest import read_manifest
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 
-METHODS = f"{DEFAULT},merged:topic,merged+history@h1"
+NAMES = f"{DEFAULT},merged:topic,merged+history@h1"
 AGAIN = 3  # of them do something else with another seed: random, stacked, own
 CONFIG = AdaptConfig(rank=1, steps=2)
 
@@ -57,7 +57,7 @@ def inputs(bench: Bench, embedder_folder: Path) -> EvalInputs:
     )
 
 
-def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[list[str], int]:
+def run(inputs: EvalInputs, methods: str = NAMES, seeds: int = 2) -> tuple[list[str], int]:
     """Names of the methods in the order of their loss, and how many runs were told as done."""
     told: list[tuple[int, int]] = []
     options = EvalOptions(tuple(parse_methods(methods)), seeds)
@@ -70,7 +70,7 @@ def run(inputs: EvalInputs, methods: str = METHODS, seeds: int = 2) -> tuple[lis
 
 def test_every_method_has_a_record_of_every_query_and_a_row_in_the_table(inputs: EvalInputs) -> None:
     names, done = run(inputs)
-    wanted = METHODS.split(",")
+    wanted = NAMES.split(",")
     assert sorted(names) == sorted(wanted)
     assert done == (len(wanted) + AGAIN) * 3
     lines = [json.loads(line) for line in (inputs.out / RECORDS_FILE).read_text("utf-8").splitlines()]
@@ -97,13 +97,11 @@ def test_a_killed_run_goes_on_and_a_torn_line_is_made_again(inputs: EvalInputs) 
     whole = path.read_text("utf-8")
     path.write_text(whole[: len(whole) // 2], "utf-8")
     run(inputs)
-    ours = [json.loads(line) for line in whole.splitlines()]
-    again = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    losses = {(r["user_id"], r["query_id"], r["method"], r["seed"]): r["loss"] for r in ours}
-    for record in again:
-        key = (record["user_id"], record["query_id"], record["method"], record["seed"])
-        assert record["loss"] == pytest.approx(losses[key], abs=1e-5)
-    assert {(r["user_id"], r["query_id"], r["method"], r["seed"]) for r in again} == set(losses)
+    before, after = (
+        {(r["user_id"], r["query_id"], r["method"], r["seed"]): r["loss"] for r in map(json.loads, text.splitlines())}
+        for text in (whole, path.read_text("utf-8"))
+    )
+    assert after == pytest.approx(before, abs=1e-5)
 
 
 def test_other_methods_in_the_same_folder_leave_the_records_of_before_as_they_are(inputs: EvalInputs) -> None:
@@ -132,9 +130,8 @@ def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> No
         item["text"] = item.pop("input") + item.pop("output")
     people[0]["id"] = people[0].pop("user_id")
     users = write_people(bench.folder / "plain.json", people)
-    methods = "common,merged,own,stacked"
     where = dataclasses.replace(inputs, users=users, out=bench.folder / "plain")
-    chosen = tuple(parse_methods(methods))
+    chosen = tuple(parse_methods("common,merged,own,stacked"))
     options = EvalOptions(chosen, predict=False, writing=chosen[:1])
     results = evaluate(where, options, CONFIG, lambda done, total: None)
     assert [row.named.n for row in results.voices] == [2] * 2
@@ -157,15 +154,20 @@ def test_stacked_stands_on_half_the_anchors_and_is_merged_when_nothing_was_learn
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     scorer = Scorer(*load_base(inputs.model_folder, "float32"))
     evaluator = Evaluator(bank=bank, scorer=scorer, embedder=inputs.embedder, max_tokens=64, config=CONFIG)
-    evidence = evaluator.evidence(read_people(inputs.users, bank.serving.task)[0])
-    without = evaluator.merged(evidence, 0)
-    first = evaluator.stacked(evidence, 0)
+    evidence = evaluator.evidence(read_histories(inputs.users, bank.serving.task, queries=True)[0])
+
+    def made(name: str) -> EvalAdapter:
+        found = evaluator.adapter(METHODS[name], evidence, 0)
+        assert found is not None
+        return found
+
+    without, first = made("merged"), made("stacked")
     ((recipe, _),) = evidence.trained
     learnt = initial_lora(bank.manifest.layout.modules, 1, seed=0)
     found = []
     for weights in (learnt, None):
         evidence.trained[recipe, 0] = weights
-        found.append(evaluator.stacked(evidence, 0))
+        found.append(made("stacked"))
     scorer.bare()
     kept, rejected = found
     assert rejected == without

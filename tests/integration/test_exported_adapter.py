@@ -19,7 +19,7 @@ from bank.errors import BankError
 from bank.manifest import MATRIX_FILE, BankManifest, read_manifest
 from bank.matrix import open_matrix
 from bank.peft.exported import ExportedAdapter
-from bank.peft.peft_adapter import read_peft
+from bank.peft.imported import read_peft
 from bench.rig.tiny import tiny_bank
 from bench.rig.user_adapters import random_user_adapter
 

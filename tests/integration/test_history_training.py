@@ -11,15 +11,13 @@ import pytest
 from adapters.training.adapt_config import AdaptConfig
 from adapters.training.example import Example
 from adapters.training.user_trainer import train_user
-from bank.building.baselines import build_baselines
-from bank.building.build import read_inputs
+from bank.building.build import build_baselines, read_inputs
 from bank.building.options import BuildInputs
 from bank.building.rows import row_job
-from bank.evaluation.methods import Evaluator
-from bank.evaluation.people import EvalUser, Query
+from bank.evaluation.methods import METHODS, Evaluator
 from bank.evaluation.scoring import OpenBank, Scorer
 from bank.evaluation.verdict import judge_bank
-from bank.items.histories import read_histories
+from bank.items.histories import Query, read_histories
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
@@ -74,7 +72,7 @@ def test_rows_are_trained_with_the_past_in_the_prompt_and_the_manifest_says_so(
         return made
 
     monkeypatch.setattr("bank.building.rows.row_job", spying)
-    monkeypatch.setattr("bank.building.baselines.row_job", spying)
+    monkeypatch.setattr("bank.building.build.row_job", spying)
     again = bench.build("knowing-again", history_share=1.0)
     where = BuildInputs(bench.users, bench.folder / "knowing-again", str(bench.model), bench.folder)
     build_baselines(replace(where, embedder=bench.embedder), KNOWING, again, Recorder())
@@ -88,14 +86,14 @@ def test_user_adapters_are_evaluated_as_the_bank_was_trained(
 ) -> None:
     embedder = Embedder.load(embedder_folder)
     (history, *_) = read_histories(bench.users, CHAT)
-    user = EvalUser(history, (Query("q", "Say 99", "99"),))
+    user = replace(history, queries=(Query("q", "Say 99", "99"),))
     scorer = Scorer(*load_base(bench.model, "float32"))
     config = AdaptConfig(rank=1, steps=1)
     for name in ("knowing", "plain"):
         bank = OpenBank.open(bench.folder / name, embedder.id)
         evaluator = Evaluator(bank=bank, scorer=scorer, embedder=embedder, max_tokens=512, config=config)
         evidence = evaluator.evidence(user)
-        evaluator.own(evidence, 0)
+        evaluator.adapter(METHODS["own"], evidence, 0)
         assert not any(recalls(scorer.tokenizer, example) for example in evidence.signed)
     counts = [sum(recalls(scorer.tokenizer, example) for example in samples) for samples in trained_on]
     assert counts == [len(history.items) - 1, 0]

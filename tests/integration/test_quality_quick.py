@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bank.evaluation.report.lamp import LAMP_FOLDER
-from bank.evaluation.report.pictures import CURVES_FILE, GAINS_FILE, PRICES_FILE
+from bank.evaluation.pictures import CURVES_FILE, GAINS_FILE, PRICES_FILE
 from bank.evaluation.session import SUMMARY_FILE, TABLE_FILE
+from bank.evaluation.summary import LAMP_FOLDER
 
 METHODS = {
     *("base", "common", "task", "mean", "random", "merged", "stacked", "own", "merged:topic", "merged+history@h1"),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import mta_client
 from adapters.errors import MtaError
-from bank.peft.peft_adapter import read_peft
+from bank.peft.imported import read_peft
 from bench.rig.valkey import free_port
 from server.cli import app
 from server.cli.users.importing import Import, ImportCounts, journal_of

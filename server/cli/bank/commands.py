@@ -85,8 +85,7 @@ def build(
     options = _options(BuildOptions, locals())
     settings = load_settings()
     prepare_to_train()
-    from bank.building.baselines import build_baselines
-    from bank.building.build import build_bank
+    from bank.building.build import build_bank, build_baselines
     from bank.evaluation.verdict import judge_bank
     from bank.lookup.summary import in_words
     from server.cli.bank.progress import ConsoleProgress
@@ -141,7 +140,7 @@ def export(
     ] = False,
 ) -> None:
     """Write an anchor's adapter as a PEFT folder."""
-    from bank.peft.exchange import export_anchor
+    from bank.peft.exported import export_anchor
 
     export_anchor(load_settings(bank=bank).bank_folder(), anchor, out, with_common)
     typer.echo(f"{anchor} is a PEFT adapter at {out}")
@@ -168,7 +167,7 @@ def import_(
     from bank.lookup.embedder import Embedder
     from bank.manifest import MANIFEST_FILE
     from bank.models.folders import ensure_base_model, ensure_embedder, model_name
-    from bank.peft.exchange import import_bank
+    from bank.peft.imported import import_bank
 
     if (out / MANIFEST_FILE).exists() and not force:
         raise BankError(f"{out} already holds a bank: choose another --out, or replace it with --force")

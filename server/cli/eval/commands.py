@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -72,10 +71,9 @@ def evaluate(
     from bank.lookup.embedder import Embedder
     from bank.manifest import read_manifest
     from bank.models.folders import ensure_base_model, ensure_embedder
-    from server.cli.eval.engine import EngineScores
+    from server.cli.eval.engine import engine_scores
     from server.cli.eval.tables import print_tables, print_voices
     from server.settings import load_settings
-    from server.store.opening import open_stores
 
     kind = get_task(read_manifest(bank).task).kind
     chosen = parse_methods(methods) if methods else default_methods(kind)
@@ -100,9 +98,7 @@ def evaluate(
     )
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    key = settings.engine_key.get_secret_value() if settings.engine_key else None
-    stores = partial(open_stores, settings, checked=False)
-    opened = EngineScores(engine_url, key, stores) if engine_url else nullcontext()
+    opened = engine_scores(engine_url, settings) if engine_url else nullcontext()
     with Progress(*columns, console=console) as progress, opened as engine:
         bar = progress.add_task("evaluating", total=None)
 

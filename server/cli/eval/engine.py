@@ -10,13 +10,12 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from statistics import fmean
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 import orjson
@@ -28,43 +27,54 @@ from adapters.user_adapter import encode_user_adapter
 from bank.evaluation.scoring import TEMPERATURE, WRITTEN_TOKENS, EvalAdapter, Reading
 from server.engine_protocol import BASE_MODEL, key_header
 from server.gateway.engines.chat import open_session
-from server.store.adapters import StoredAdapter, new_adapter_id
-from server.store.opening import Stores
+from server.settings import Settings
+from server.store.adapters import AdapterStore, StoredAdapter, new_adapter_id
+from server.store.opening import open_stores
 from server.store.tenants.user_key import UserKeys
 
 LENT_S = 3600
 SILENCE_S = 300.0
 
 
+@contextmanager
+def engine_scores(url: str, settings: Settings) -> Iterator[EngineScores]:
+    """The engine at this URL, its own and not a gateway's; its key and its store are those of the settings."""
+    key = settings.engine_key.get_secret_value() if settings.engine_key else None
+    opened = AsyncExitStack()
+
+    async def begin() -> EngineScores:
+        session = await opened.enter_async_context(open_session(SILENCE_S))
+        stores = await opened.enter_async_context(open_stores(settings, checked=False))
+        return EngineScores(f"{url.rstrip('/')}/v1/completions", key_header(key), runner, session, stores.adapters)
+
+    with asyncio.Runner() as runner:
+        try:
+            yield runner.run(begin())
+        finally:
+            runner.run(opened.aclose())
+
+
 class EngineScores:
-    """A running engine that reads the queries, as `bank.evaluation.scoring.Scores`; a context manager.
+    """A running engine that reads the queries, as `bank.evaluation.scoring.Scores`.
 
     All raise MtaError when the engine cannot be reached, or does not serve the adapter.
-
-    Args:
-        url: the engine's own, not a gateway's.
-        key: the engine's; None without one.
-        stores: opens the stores in which the engine looks for user adapters.
     """
 
-    def __init__(self, url: str, key: str | None, stores: Callable[[], AbstractAsyncContextManager[Stores]]) -> None:
-        self._url = f"{url.rstrip('/')}/v1/completions"
-        self._headers = {"Content-Type": "application/json"} | key_header(key)
-        self._stores = stores
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        runner: asyncio.Runner,
+        session: aiohttp.ClientSession,
+        adapters: AdapterStore,
+    ) -> None:
+        self._url = url
+        self._headers = {"Content-Type": "application/json", **headers}
+        self._runner = runner
+        self._session = session
+        self._adapters = adapters
         self._keys = UserKeys(secrets.token_hex(32), "evaluation")
         self._lent: dict[str, str] = {}  # SHA-256 of the bytes → the name that serves them
-        self._opened = AsyncExitStack()
-        self._runner = asyncio.Runner()
-
-    def __enter__(self) -> Self:
-        self._runner.run(self._open())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._runner.run(self._opened.aclose())
-        self._runner.close()
 
     def read(
         self, adapter: EvalAdapter | None, examples: Sequence[Example], new_tokens: int = 0, *, chances: bool = False
@@ -80,22 +90,15 @@ class EngineScores:
         return [Reading(loss, text) for loss, text in zip(losses, texts, strict=True)]
 
     def write(self, adapter: EvalAdapter | None, examples: Sequence[Example], texts: int) -> list[list[str]]:
-        """Texts at length for each prompt."""
         sampling = {"max_tokens": WRITTEN_TOKENS, "temperature": TEMPERATURE, "n": texts, "seed": 0}
         answers = self._complete_all(adapter, _prompts(examples), **sampling)
         return [[choice["text"].strip() for choice in answer["choices"]] for answer in answers]
 
     def first_token_ms(self, adapter: EvalAdapter | None, example: Example) -> float:
-        """How long a prompt takes; the salt keeps the engine from remembering it."""
         start_s = time.perf_counter()
-        salt = secrets.token_hex(8)
+        salt = secrets.token_hex(8)  # the engine remembers nothing of the prompt
         self._complete_all(adapter, _prompts([example]), max_tokens=1, temperature=0, cache_salt=salt)
         return (time.perf_counter() - start_s) * 1e3
-
-    async def _open(self) -> None:
-        self._session = await self._opened.enter_async_context(open_session(SILENCE_S))
-        stores = await self._opened.enter_async_context(self._stores())
-        self._adapters = stores.adapters
 
     def _complete_all(
         self, adapter: EvalAdapter | None, prompts: Sequence[list[int]], **fields: Any

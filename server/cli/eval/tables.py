@@ -7,23 +7,21 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bank.evaluation.report.authorship import AuthorshipRow
-from bank.evaluation.report.intervals import LEVEL, Interval
-from bank.evaluation.report.summary import MethodRow, columns
+from bank.evaluation.authorship import AuthorshipRow
+from bank.evaluation.intervals import LEVEL, Interval
 from bank.evaluation.session import TABLE_FILE
+from bank.evaluation.summary import MethodRow, columns
 
 _ASIDE = ("prior", "random", "common", "mean")
-"""What is not compared with where there is no room for it, the first one first; each has a row of its own."""
+"""Columns that a narrow terminal leaves out, the first one first; each of them has a row."""
 
 
 def print_tables(found: Mapping[str, Sequence[MethodRow]], console: Console) -> None:
     """Print rows of methods, each table under its title with what the methods cost, and how to read them."""
     for title, rows in found.items():
-        console.print(_losses(title, rows, console.width))
-        console.print()
-        prices = [(row.method, f"{row.prompt_tokens:.0f}", _ms(row), f"{row.kept_bytes:,.0f}") for row in rows]
-        console.print(_table(None, ("tokens of the prompt", "ms to the first token", "bytes kept"), prices))
-        console.print()
+        prices = [(row.method, f"{row.prompt_tokens:.0f}", row.first_ms, f"{row.kept_bytes:,.0f}") for row in rows]
+        heads = ("tokens of the prompt", "ms to the first token", "bytes kept")
+        console.print(_losses(title, rows, console.width), "", _table(None, heads, prices), "", sep="\n")
     console.print(
         "loss in nats per token, lower is better; then the task's metrics; then the loss less that of another method, "
         f"with a star where the difference is sure: p below {LEVEL} in a paired sign-flip test over people, after "
@@ -37,16 +35,6 @@ def print_voices(rows: Sequence[AuthorshipRow], console: Console) -> None:
         lines = [(row.method, f"{row.named.mean:.1%}", f"{row.rank.mean:.2f}") for row in rows]
         title = f"whose voice? {rows[0].named.n} people"
         console.print(_table(title, ("right person first", "mean rank"), lines))
-
-
-def _table(title: str | None, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for head in heads:
-        table.add_column(head, justify="right", vertical="bottom")
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def _losses(title: str, rows: Sequence[MethodRow], width: int) -> Table:
@@ -68,11 +56,17 @@ def _losses(title: str, rows: Sequence[MethodRow], width: int) -> Table:
     return _table(title, heads, lines)
 
 
+def _table(title: str | None, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right", vertical="bottom")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 def _gain(interval: Interval | None) -> str:
     if interval is None:
         return ""
     return f"[bold]{interval.mean:+.3f}*[/bold]" if interval.sure else f"{interval.mean:+.3f} "
-
-
-def _ms(row: MethodRow) -> str:
-    return "" if row.first_token_ms is None else f"{row.first_token_ms:.0f}"

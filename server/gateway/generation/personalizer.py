@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from adapters.errors import excerpt
 from adapters.recipe import FusionRecipe, UserAdapterId, bank_of, parse_recipe
-from bank.lookup.serving import ServingBank
-from bank.lookup.weights import AnchorWeight
+from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, InvalidRequest, NotFound
 from server.gateway.generation.request import GenerationRequest, Personalize
@@ -87,7 +86,7 @@ class Personalizer:
         user = request.user
         if user is None or profile is None:
             return (_without_profile(request),)
-        if self._bank.signs and not profile.is_signed(self._bank.manifest.short):
+        if self._bank.manifest.signs and not profile.is_signed(self._bank.manifest.short):
             self._want_signature(user)
         found = self._bank.personalise(profile.embedding, profile.evidence, request.strength)
         merged = Personalization(Level.MERGED, found.recipe, found.source, found.weights)

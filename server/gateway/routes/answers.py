@@ -10,7 +10,7 @@ import orjson
 from pydantic import BaseModel, Field
 
 from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id
-from bank.lookup.weights import AnchorWeight
+from bank.lookup.serving import AnchorWeight
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level
 from server.store.jobs import Job, JobState

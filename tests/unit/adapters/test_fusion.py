@@ -14,8 +14,7 @@ from adapters.fusion import fuse
 from adapters.lora import ModuleShape, RowLayout
 from adapters.matrix import MetaMatrix, write_matrix
 from adapters.recipe import FusionMethod, FusionRecipe, Term
-from bank.manifest import BankManifest
-from bank.rules import WeightRule
+from bank.manifest import BankManifest, WeightRule
 from bench.oracle.dense import dense_delta, dense_parts
 
 MODULES = (ModuleShape("q", 24, 16), ModuleShape("down", 40, 24))

@@ -35,24 +35,21 @@ def test_an_anchors_own_embedding_lies_where_the_anchor_does_and_a_far_one_elsew
     assert atlas.at(-vectors[3]) != pytest.approx(tuple(atlas.anchors[3]), abs=0.1)
 
 
-@pytest.mark.parametrize(("count", "axes"), [(1, 0), (2, 1), (3, 2)])
-def test_few_anchors_have_a_map_too(count: int, axes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "axes"), [(1, 0), (2, 1), (3, 2), (30, 2)])
+def test_few_anchors_have_a_map_too_always_the_same_file_and_it_reads_back(
+    count: int, axes: int, tmp_path: Path
+) -> None:
     atlas = Atlas.of(embeddings(count))
     assert sum(share > 0 for share in atlas.explained) == axes
-    assert sum(atlas.explained) == pytest.approx(min(axes, 1), abs=1e-5)
+    assert count > 3 or sum(atlas.explained) == pytest.approx(min(axes, 1), abs=1e-5)
     assert atlas.anchors.shape == (count, 2)
     assert np.isfinite(atlas.anchors).all()
-    atlas.save(tmp_path / "map.json")
-    assert Atlas.load(tmp_path / "map.json", count, 16).explained == atlas.explained
-
-
-def test_the_same_embeddings_give_the_same_file_and_it_reads_back(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        Atlas.of(embeddings(30)).save(tmp_path / name)
+        Atlas.of(embeddings(count)).save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    read, made = Atlas.load(tmp_path / "one", 30, 16), Atlas.of(embeddings(30))
-    for field in ("mean", "axes", "anchors"):
-        assert np.array_equal(getattr(read, field), getattr(made, field))
+    read = Atlas.load(tmp_path / "one", count, 16)
+    assert read.explained == atlas.explained
+    assert all(np.array_equal(getattr(read, name), getattr(atlas, name)) for name in ("mean", "axes", "anchors"))
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"mean": 1, "axes": 1, "anchors": 1, "explained": 1}'])
@@ -62,9 +59,6 @@ def test_what_is_no_map_is_refused_with_its_path(tmp_path: Path, content: str | 
         path.write_text(content)
     with pytest.raises(BankError, match=r"map\.json"):
         Atlas.load(path, 30, 16)
-
-
-def test_the_map_of_other_anchors_is_refused(tmp_path: Path) -> None:
-    Atlas.of(embeddings(30)).save(tmp_path / "map.json")
+    Atlas.of(embeddings(30)).save(path)
     with pytest.raises(BankError, match="not the map of 31 anchors"):
-        Atlas.load(tmp_path / "map.json", 31, 16)
+        Atlas.load(path, 31, 16)

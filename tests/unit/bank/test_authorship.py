@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 
 from bank.errors import BankError
-from bank.evaluation.people import EvalUser, Query
-from bank.evaluation.report.authorship import GOLD, AuthorshipRow, authorship, markdown
+from bank.evaluation.authorship import GOLD, AuthorshipRow, authorship, markdown
 from bank.evaluation.run import Record
-from bank.items.histories import History
+from bank.items.histories import History, Query
 from bank.items.profile import Item
 from bank.items.tasks import get_task
 
@@ -24,16 +23,12 @@ VOICES = {
 TOPICS = ("tea", "rain", "chess", "bread", "mountains", "jazz")
 
 
-def person(name: str, voice: str | None = None) -> EvalUser:
-    voice = voice or VOICES[name]
-    items = tuple(
-        Item(f"{name}-{topic}", {"input": f"What of {topic}?", "output": voice.format(topic)}) for topic in TOPICS[:4]
-    )
-    queries = tuple(Query(f"{name}-{t}", f"What of {t}?", voice.format(t)) for t in TOPICS[4:])
-    return EvalUser(History(name, items), queries)
+def person(name: str, voice: str) -> History:
+    items = tuple(Item(f"{name}-{t}", {"input": f"What of {t}?", "output": voice.format(t)}) for t in TOPICS[:4])
+    return History(name, items, tuple(Query(f"{name}-{t}", f"What of {t}?", voice.format(t)) for t in TOPICS[4:]))
 
 
-PEOPLE = [person(name) for name in VOICES]
+PEOPLE = [person(name, voice) for name, voice in VOICES.items()]
 
 
 def records(method: str, voice_of: dict[str, str]) -> list[Record]:
@@ -89,6 +84,6 @@ def test_many_people_make_a_difference_sure() -> None:
 
 
 def test_profiles_without_anything_in_common_are_refused() -> None:
-    silent = [replace(p, history=History(p.user_id, p.history.items[:0])) for p in PEOPLE]
+    silent = [replace(person, items=()) for person in PEOPLE]
     with pytest.raises(BankError, match="too little text to tell their 4 people apart"):
         authorship(silent, [], CHAT)

@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bank.evaluation.methods import parse_method, parse_methods
-from bank.evaluation.people import EvalUser, Query
-from bank.evaluation.report.lamp import GOLDS, write_lamp_files
-from bank.evaluation.report.summary import markdown, summarise, tables
+from bank.evaluation.methods import METHODS, parse_methods
 from bank.evaluation.run import EvalOptions, MethodRun, Record, Records
-from bank.items.histories import History
+from bank.evaluation.summary import GOLDS, markdown, summarise, tables, write_lamp_files
+from bank.items.histories import History, Query
 from bank.items.tasks import AnswerKind, get_task
 from server.cli.eval.tables import print_tables
 
-MERGED = parse_method("merged")
-METHODS = "base,merged,random,stacked,merged@k2"
-OPTIONS = EvalOptions(tuple(parse_methods(METHODS)), seeds=2, sample=2, writing=(MERGED,))
+FILMS = get_task("movie_rating")
+MERGED = METHODS["merged"]
+NAMES = "base,merged,random,stacked,merged@k2"
+OPTIONS = EvalOptions(tuple(parse_methods(NAMES)), seeds=2, sample=2, writing=(MERGED,))
 
 
 def record(user: str, method: str, loss: float, prediction: str | None = None) -> Record:
@@ -30,10 +29,9 @@ def record(user: str, method: str, loss: float, prediction: str | None = None) -
 @pytest.mark.parametrize(
     ("place", "kind", "seed", "methods", "predicted", "writing"),
     [
-        (1, "text", 0, METHODS, "base,merged,random,stacked", "merged"),
+        (1, "text", 0, NAMES, "base,merged,random,stacked", "merged"),
         (2, "text", 0, "base,merged,random", "", ""),
-        (1, "score", 0, METHODS, "base,merged,random,stacked", ""),
-        (2, "score", 0, "base,merged,random", "base,merged,random", ""),
+        (1, "score", 0, NAMES, "base,merged,random,stacked", ""),
         (2, "labels", 0, "base,merged,random", "base,merged,random", ""),
         (1, "text", 1, "random,stacked", "random,stacked", ""),
         (2, "text", 1, "random", "", ""),
@@ -51,18 +49,14 @@ def test_what_is_costly_is_for_the_sample_and_another_seed_for_what_is_random(
 
 def test_without_predictions_nobody_is_answered_and_without_a_sample_all_get_everything() -> None:
     everybody = replace(OPTIONS, predict=False, sample=None)
-    assert [run.method.name for run in everybody.runs(9, "text") if run.seed == 0] == METHODS.split(",")
+    assert [run.method.name for run in everybody.runs(9, "text") if run.seed == 0] == NAMES.split(",")
     assert not any(run.predicted for run in everybody.runs(9, "score"))
 
 
 def test_what_a_record_lacks_is_made_again_and_the_later_one_counts(tmp_path: Path) -> None:
     records = Records(tmp_path, "key")
-    user = EvalUser(History("u", ()), (Query("u-0", "?", "3"),))
-    plain, answering, writing = (
-        MethodRun(MERGED, 0, False, 0),
-        MethodRun(MERGED, 0, True, 0),
-        MethodRun(MERGED, 0, False, 3),
-    )
+    user = History("u", (), (Query("u-0", "?", "3"),))
+    plain, answering, writing = MethodRun(MERGED), MethodRun(MERGED, predicted=True), MethodRun(MERGED, texts=3)
     assert not records.have(user, plain)
     records.add([replace(record("u", "merged", 0.5), written=["once"])])
     assert [records.have(user, run) for run in (plain, answering, writing)] == [True, False, False]
@@ -77,8 +71,7 @@ def test_what_a_record_lacks_is_made_again_and_the_later_one_counts(tmp_path: Pa
 
 def shown(records: Sequence[Record]) -> list[list[str]]:
     """Headings and tables in turn, as lines; the caption aside."""
-    task = get_task("movie_rating")
-    table = markdown(tables(summarise(records, task), records, task))
+    table = markdown(tables(summarise(records, FILMS), records, FILMS))
     return [block.splitlines() for block in table.strip().split("\n\n")[:-1]]
 
 
@@ -102,11 +95,10 @@ def test_metrics_are_shown_where_everybody_of_the_table_was_answered() -> None:
 def test_a_terminal_shows_all_columns_in_eighty_and_stars_what_counts() -> None:
     methods = ("base", "task", "mean", "random", "merged:topic", "merged", "stacked", "own")
     losses = [(user, method, place + ord(user) / 100) for place, method in enumerate(methods) for user in "abcdefghi"]
-    task = get_task("movie_rating")
     records = [record(user, method, loss, "3") for user, method, loss in losses]
     console = Console(width=80)
     with console.capture() as captured:
-        print_tables(tables(summarise(records, task), records, task), console)
+        print_tables(tables(summarise(records, FILMS), records, FILMS), console)
     lines = captured.get().splitlines()
     assert lines[0].strip() == "9 people"
     assert "…" not in captured.get()
@@ -116,6 +108,6 @@ def test_a_terminal_shows_all_columns_in_eighty_and_stars_what_counts() -> None:
 
 def test_the_leaderboard_gets_empty_answers_and_none_that_were_not_asked_for(tmp_path: Path) -> None:
     records = [record("a", "merged:topic", 1.0, ""), record("b", "merged:topic", 1.0)]
-    write_lamp_files(records, get_task("movie_rating"), tmp_path)
+    write_lamp_files(records, FILMS, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{GOLDS}.json", "merged-topic.json"]
     assert "b-0" not in (tmp_path / "merged-topic.json").read_text("utf-8")

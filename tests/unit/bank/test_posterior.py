@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,17 +14,13 @@ from adapters.recipe import FusionMethod, UserAdapterId, parse_recipe
 from bank.building.resume import Workbench
 from bank.building.signer import measure_curvature
 from bank.errors import BankError
-from bank.evaluation.methods import Evaluator
-from bank.evaluation.scoring import OpenBank
 from bank.items.histories import History
 from bank.items.profile import Item, Vectors
 from bank.items.tasks import get_task
 from bank.lookup.index import AnchorIndex
-from bank.lookup.serving import ServingBank
+from bank.lookup.serving import AnchorWeight, ServingBank, common_recipe, posterior_weights, recipe_of_steps
 from bank.lookup.signature import Curvature, Signature
-from bank.lookup.weights import AnchorWeight, posterior_weights, recipe_of_steps
-from bank.manifest import BankManifest
-from bank.rules import PosteriorRule, WeightRule
+from bank.manifest import BankManifest, PosteriorRule, WeightRule
 from tests.unit.bank.test_weights import index_at, manifest, saved_bank
 
 N = 4
@@ -65,9 +60,8 @@ def test_a_curvature_that_says_nothing_is_refused(number: float, reason: str) ->
         Curvature.of(np.full((N, N), number))
 
 
-def signed_bank(folder: Path) -> tuple[BankManifest, np.ndarray]:
-    """A bank with the posterior, and an embedding."""
-    return saved_bank(folder, weights=SIGNED, method=FusionMethod.SHARED, common=True), index_at(1.0)[1]
+def signed_bank(folder: Path) -> BankManifest:
+    return saved_bank(folder, weights=SIGNED, method=FusionMethod.SHARED, common=True)
 
 
 class Bowl:
@@ -104,7 +98,7 @@ def test_the_curvature_is_how_slopes_change_and_columns_of_a_killed_run_are_not_
 
 
 def test_evidence_leads_to_steps_and_topics_to_coarse_shares(tmp_path: Path) -> None:
-    written, embedding = signed_bank(tmp_path)
+    written, embedding = signed_bank(tmp_path), index_at(1.0)[1]
     bank = ServingBank.open(tmp_path, "e" * 16)
     found = bank.personalise(embedding, Signature(written.short, 10**6, np.array([1.0, -1.0, 0.5, 0.1], np.float32)))
     assert found.source == "signature"
@@ -130,15 +124,9 @@ def test_however_many_anchors_there_are_a_name_holds_the_longest_steps() -> None
 
 
 def test_steps_are_shortened_by_a_share_bounded_and_dropped_where_they_round_to_nothing(tmp_path: Path) -> None:
-    written, _ = signed_bank(tmp_path)
+    written = signed_bank(tmp_path)
     weights = [AnchorWeight(anchor, step, 0.0) for anchor, step in ((2, -9.0), (0, 0.5), (1, 0.0004))]
     assert recipe_of_steps(written, weights).name.endswith(":c+a00*500+a02*-4000")
     assert recipe_of_steps(written, weights, 0.5).name.endswith(":c+a00*250+a02*-4000")
     assert recipe_of_steps(written, weights, 0.0).name.endswith(":c")
-
-
-def test_the_common_row_alone_is_a_recipe_of_the_banks_format(tmp_path: Path) -> None:
-    written, _ = signed_bank(tmp_path)
-    bank = OpenBank(ServingBank.open(tmp_path, "e" * 16), Mock(), tmp_path)
-    adapter = Evaluator(bank=bank, scorer=Mock(), embedder=Mock(), max_tokens=64).common(Mock(), seed=0)
-    assert adapter.recipe.name == f"mta3:{written.short}:shared:c"
+    assert common_recipe(written).name == f"mta3:{written.short}:shared:c"

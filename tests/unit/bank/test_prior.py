@@ -10,8 +10,7 @@ import pytest
 from bank.errors import BankError
 from bank.items.tasks import get_task
 from bank.lookup.prior import fit_prior, personal_shares, surprise
-from bank.manifest import read_manifest
-from bank.rules import AnswerPrior
+from bank.manifest import AnswerPrior, read_manifest
 
 FILMS = get_task("movie_rating")
 EVEN = AnswerPrior(weight=8, shares=dict.fromkeys("12345", 0.2))
@@ -31,11 +30,8 @@ def test_people_who_always_answer_alike_get_a_small_weight_and_people_who_do_not
     assert small.weight < 1 < large.weight
 
 
-def test_free_texts_have_none() -> None:
+def test_labels_are_those_of_the_task_and_free_texts_have_none() -> None:
     assert fit_prior(get_task("chat"), [["a", "b"]]) is None
-
-
-def test_labels_are_those_of_the_task() -> None:
     prior = fit_prior(get_task("news_category"), [["travel"]])
     assert prior is not None and set(prior.shares) == set(get_task("news_category").labels)
 

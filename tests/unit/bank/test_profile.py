@@ -23,13 +23,10 @@ def test_a_lamp_item_gives_the_pair_to_train_on_and_the_text_to_embed_and_nothin
     assert item_text(item, HEADLINE) == "Big News\nIt happened."
 
 
-def test_a_rating_may_be_a_number() -> None:
+def test_numbers_are_texts_with_all_their_digits() -> None:
+    """As an id, `time.time()` tells items apart."""
     number, text = (parse_item({"text": "Dogma (1999)", "score": score}, RATING, 0) for score in (5, "5"))
     assert item_pair(number, RATING) == item_pair(text, RATING)
-
-
-def test_numbers_keep_all_their_digits() -> None:
-    """As an id, `time.time()` tells items apart."""
     ids = [parse_item({"id": number, "text": "a"}, CHAT, 0).id for number in (1700000000.123, 1700000999.9, 5.0, 5)]
     assert ids == ["1700000000.123", "1700000999.9", "5", "5"]
 
@@ -46,11 +43,12 @@ def test_an_input_output_pair_serves_every_task_and_is_embedded_without_the_inst
     assert item_text(item, HEADLINE) == "It happened.\nBig News"
 
 
-def test_plain_text_is_embedded_and_trains_nothing() -> None:
+def test_plain_text_is_embedded_and_trains_nothing_with_half_a_pair_beside_it_too() -> None:
     for task in (HEADLINE, RATING, CHAT):
         item = parse_item({"text": "I like trains."}, task, 0)
         assert item_text(item, task) == "I like trains."
         assert item_pair(item, task) is None
+    assert item_pair(parse_item({"text": "a", "input": "b"}, CHAT, 0), CHAT) is None
 
 
 def test_braces_in_a_users_text_are_text() -> None:
@@ -94,10 +92,6 @@ def test_an_item_that_cannot_stand_is_refused_by_field(raw: object, param: str) 
         parse_item(raw, RATING if raw == {"score": "5"} else HEADLINE, 3)
     assert caught.value.param == param
     assert param in str(caught.value)
-
-
-def test_half_a_pair_beside_plain_text_is_plain_text() -> None:
-    assert item_pair(parse_item({"text": "a", "input": "b"}, CHAT, 0), CHAT) is None
 
 
 @given(

@@ -61,15 +61,6 @@ def test_of_equally_relevant_items_the_newest_comes_first(turn: str, texts: list
     assert ItemIndex(chat, items).memories(turn, 2) == [f'"yes" is the answer to "{text}"' for text in best]
 
 
-def test_one_index_serves_many_turns() -> None:
-    index = ItemIndex(NEWS, ITEMS)
-    assert [index.memories(turn, 1) for turn in ("a dog", "a cat", "a dog")] == [
-        ['"Dogs Lose" is the title for "A dog lost a race."'],
-        ['"Cats Win" is the title for "A cat won a contest."'],
-        ['"Dogs Lose" is the title for "A dog lost a race."'],
-    ]
-
-
 def test_what_came_later_is_not_searched() -> None:
     index = ItemIndex(NEWS, [ITEMS[2], *ITEMS[:2], *ITEMS[:2]])
     best = [index.memories("a dog and a cat", 9, before) for before in range(6)]

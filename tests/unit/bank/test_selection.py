@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +13,10 @@ from bank.building.selection import (
     sampled_embedding,
     select_anchors,
     spread,
+    typical_words,
 )
-from bank.errors import BankError
 from bank.items.histories import History
-from bank.items.profile import Item, Vectors, profile_embedding
+from bank.items.profile import Item, Vectors, parse_item, profile_embedding
 from bank.items.tasks import get_task
 from server.settings import Settings
 
@@ -31,12 +30,9 @@ def groups(*sizes: int, seed: int = 0) -> Vectors:
     return np.array(rows, dtype=np.float32)
 
 
-def test_each_cluster_gives_its_longest_history() -> None:
+def test_each_cluster_gives_its_longest_history_and_the_first_of_equal_ones() -> None:
     lengths = [11, 30, 12, 50, 13, 14, 99, 15]
     assert select_anchors(groups(3, 2, 3), lengths, 3, seed=0) == [1, 3, 6]
-
-
-def test_equal_lengths_are_decided_by_order() -> None:
     assert select_anchors(groups(3, 3), [20] * 6, 2, seed=0) == [0, 3]
 
 
@@ -55,12 +51,6 @@ def test_there_are_exactly_as_many_as_asked_for(count: int, more: int, seed: int
     chosen = select_anchors(embeddings, list(range(11, 11 + people)), count, seed)
     assert len(chosen) == len(set(chosen)) == count
     assert chosen == sorted(chosen) == select_anchors(embeddings, list(range(11, 11 + people)), count, seed)
-
-
-@pytest.mark.parametrize("count", [0, 4])
-def test_too_few_people_is_an_error_with_both_numbers(count: int) -> None:
-    with pytest.raises(BankError, match=f"{count} anchors were asked for, but only 3 people"):
-        select_anchors(groups(3), [20] * 3, count, seed=0)
 
 
 def test_embedded_items_are_spread_over_the_whole_history() -> None:
@@ -156,3 +146,24 @@ def test_who_answers_what_the_task_lacks_stays() -> None:
 
     assert [len(left_out(raters(*["5"] * 23, last), get_task("movie_rating"), 0)) for last in ("5", "4.5")] == [6, 6]
     assert left_out(raters(*["4.5"] * 24), get_task("movie_rating"), 0) == []
+
+
+CHAT = get_task("chat")
+
+
+def writer(name: str, *texts: str) -> History:
+    return History(name, tuple(parse_item({"text": text}, CHAT, place) for place, text in enumerate(texts)))
+
+
+def test_an_anchor_is_told_by_words_that_it_used_more_than_once_and_others_did_not() -> None:
+    gardener = writer(
+        "g", "the roses are open", "prune the roses today", "roses and Miller's plums", "plums again today"
+    )
+    sailor = writer("s", "the swell came today", "a swell at dawn", "waxed boards for the swell", "boards at dawn")
+    assert typical_words([gardener, sailor], CHAT, count=2) == [("roses", "plums"), ("swell", "boards")]
+    assert all("miller" not in words for words in typical_words([gardener, sailor], CHAT))
+
+
+def test_numbers_and_stop_words_tell_nothing() -> None:
+    people = [writer("a", "it is 555123", "it is 555123"), writer("b", "and so", "and so")]
+    assert typical_words(people, CHAT) == [(), ()]

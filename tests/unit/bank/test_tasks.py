@@ -39,10 +39,6 @@ def test_the_turn_is_lamps_own_input(name: str, turn: str) -> None:
     assert task.input.format_map(dict.fromkeys(task.fields, "T")) == turn
 
 
-def test_a_task_whose_histories_lack_answers_says_that_its_pairs_are_a_stand_in() -> None:
-    assert {name for name, task in tasks().items() if task.proxy} == {"citation", "tweet_paraphrase"}
-
-
 @pytest.mark.parametrize("task", tasks().values(), ids=tasks())
 def test_an_item_can_be_embedded_by_the_fields_its_pair_needs_and_quoted_by_those_it_has(task: Task) -> None:
     assert set(task.text) & set(task.pair_fields)

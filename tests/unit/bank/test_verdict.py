@@ -10,8 +10,7 @@ from scipy.stats import wilcoxon
 
 from bank.evaluation.verdict import difference, verdict
 from bank.lookup.summary import in_words
-from bank.manifest import read_manifest, write_manifest
-from bank.rules import Verdict
+from bank.manifest import Verdict, read_manifest, write_manifest
 from tests.unit.bank.test_weights import manifest
 
 PEOPLE = (0.0, 0.1, -0.1, 0.05, -0.05, 0.02)

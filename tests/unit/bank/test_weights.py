@@ -14,9 +14,8 @@ from adapters.recipe import FusionMethod, parse_recipe
 from bank.errors import BankError
 from bank.lookup.atlas import Atlas
 from bank.lookup.index import AnchorIndex
-from bank.lookup.serving import ServingBank
+from bank.lookup.serving import AnchorWeight, ServingBank, recipe_of_shares, topic_weights
 from bank.lookup.signature import Signature
-from bank.lookup.weights import AnchorWeight, recipe_of_shares, topic_weights
 from bank.manifest import (
     CURVATURE_FILE,
     INDEX_FILE,
@@ -27,10 +26,11 @@ from bank.manifest import (
     BaseModelId,
     EmbedderId,
     ModuleEntry,
+    PosteriorRule,
+    WeightRule,
     file_sha256,
     write_manifest,
 )
-from bank.rules import PosteriorRule, WeightRule
 from server.store.profile_record import decode_profile, encode_profile
 from server.store.profiles import Profile, StoredSignature
 
@@ -73,17 +73,17 @@ def test_weights_are_similarities_over_their_sum_and_are_never_swapped() -> None
     assert recipe.name == "mta3:9f2c41d0:cat:a00*250+a02*750"
 
 
-def test_a_negative_similarity_counts_as_nothing() -> None:
-    index, query = index_at(0.5, -0.5)
-    weights = topic_weights(index, WeightRule(anchors=2), query)
-    assert [w.weight for w in weights] == [1.0, 0.0]
-    assert recipe_of_shares(manifest(), weights).name == "mta3:9f2c41d0:cat:a00*1000"
-
-
-def test_when_nothing_is_similar_the_weights_are_equal() -> None:
-    index, query = index_at(-0.5, -0.1, -0.9)
-    weights = topic_weights(index, WeightRule(anchors=2), query)
-    assert [(w.anchor, w.weight) for w in weights] == [(1, 0.5), (0, 0.5)]
+@pytest.mark.parametrize(
+    ("cosines", "weights", "terms"),
+    [((0.5, -0.5), {0: 1.0, 1: 0.0}, "a00*1000"), ((-0.5, -0.1, -0.9), {1: 0.5, 0: 0.5}, "a00*500+a01*500")],
+)
+def test_a_negative_similarity_counts_as_nothing_and_where_all_are_the_weights_are_equal(
+    cosines: tuple[float, ...], weights: dict[int, float], terms: str
+) -> None:
+    index, query = index_at(*cosines)
+    found = topic_weights(index, WeightRule(anchors=2), query)
+    assert {weight.anchor: weight.weight for weight in found} == weights
+    assert recipe_of_shares(manifest(), found).name == f"mta3:9f2c41d0:cat:{terms}"
 
 
 def test_strength_leaves_the_rest_to_the_common_row() -> None:
@@ -130,13 +130,6 @@ def test_people_of_nearly_the_same_topics_share_a_recipe(tmp_path: Path) -> None
     assert [term.weight for term in bank.personalise(one).recipe.terms] == [750, 250]
 
 
-def damage(path: Path) -> None:
-    """Flip a bit of a file's last byte."""
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
 def saved_bank(folder: Path, **changes: object) -> BankManifest:
     index, _ = index_at(0.9, 0.3, -0.2, 0.1)
     index.save(folder / INDEX_FILE)
@@ -150,10 +143,8 @@ def test_a_serving_bank_leads_from_an_embedding_to_a_recipe(tmp_path: Path) -> N
     written = saved_bank(tmp_path)
     bank = ServingBank.open(tmp_path, "e" * 16)
     found = bank.personalise(np.array([1, 0, 0, 0], dtype=np.float32))
-    recipe, weights = found.recipe, found.weights
-    assert recipe.name == f"mta3:{written.short}:cat:a00*750+a01*250"
-    assert [w.anchor for w in weights] == [0, 1]
-    assert bank.task.name == "chat"
+    assert found.recipe.name == f"mta3:{written.short}:cat:a00*750+a01*250"
+    assert [weight.anchor for weight in found.weights] == [0, 1]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -178,27 +169,25 @@ def test_a_bank_of_before_is_refused_with_the_words_to_build_it_again(tmp_path: 
         ServingBank.open(tmp_path, "e" * 16)
 
 
-def test_a_bank_of_another_embedder_is_refused(tmp_path: Path) -> None:
-    saved_bank(tmp_path)
-    with pytest.raises(BankError, match="made with embedder eeee"):
-        ServingBank.open(tmp_path, "f" * 16)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedder": EmbedderId(id="f" * 16, dim=4)}, "made with embedder ffff"),
+        ({"anchors": (AnchorEntry(id="a00", items=11),)}, "holds 4 anchors"),
+        ({"task": "poems"}, "unknown task 'poems'"),
+    ],
+)
+def test_a_bank_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    saved_bank(tmp_path, **changes)
+    with pytest.raises(BankError, match=message):
+        ServingBank.open(tmp_path, "e" * 16)
 
 
 @pytest.mark.parametrize("file", [INDEX_FILE, MAP_FILE, CURVATURE_FILE])
 def test_a_bank_with_a_flipped_byte_in_a_file_of_its_lookups_is_refused(tmp_path: Path, file: str) -> None:
     saved_bank(tmp_path, weights=WeightRule(posterior=PosteriorRule()))
-    damage(tmp_path / file)
+    content = bytearray((tmp_path / file).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / file).write_bytes(content)
     with pytest.raises(BankError, match="damaged"):
-        ServingBank.open(tmp_path, "e" * 16)
-
-
-def test_an_index_of_another_size_than_the_manifest_is_refused(tmp_path: Path) -> None:
-    saved_bank(tmp_path, anchors=(AnchorEntry(id="a00", items=11),))
-    with pytest.raises(BankError, match="holds 4 anchors"):
-        ServingBank.open(tmp_path, "e" * 16)
-
-
-def test_a_bank_for_a_task_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    saved_bank(tmp_path, task="poems")
-    with pytest.raises(BankError, match="unknown task 'poems'"):
         ServingBank.open(tmp_path, "e" * 16)

@@ -9,9 +9,8 @@ import pytest
 
 from adapters.errors import MtaError
 from adapters.recipe import parse_recipe
-from bank.manifest import read_manifest
+from bank.manifest import PosteriorRule, WeightRule, read_manifest
 from bank.matrix import open_matrix
-from bank.rules import PosteriorRule, WeightRule
 from bench.rig.subject import Subject, given, of_rank
 from bench.rig.tiny import hollow_model, tiny_bank
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bank.building.options import BuildOptions, ImportOptions
 from bank.errors import BankError
-from bank.rules import PosteriorRule, WeightRule
+from bank.manifest import PosteriorRule, WeightRule
 from server.cli import app
 from server.cli.bank import commands
 from server.cli.bank.tables import _rule

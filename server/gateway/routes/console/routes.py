@@ -10,8 +10,8 @@ from starlette.responses import RedirectResponse
 from starlette.staticfiles import StaticFiles
 
 from adapters.recipe import PER_MILLE
-from bank.lookup.weights import TOPIC_GRAIN
-from bank.rules import WeightRule
+from bank.lookup.serving import TOPIC_GRAIN
+from bank.manifest import WeightRule
 from server.gateway.parts import parts_of
 
 router = APIRouter()

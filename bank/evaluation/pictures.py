@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bank.evaluation.methods import parse_method
-from bank.evaluation.report.summary import MethodRow, user_losses
+from bank.evaluation.methods import METHODS
 from bank.evaluation.run import Record
+from bank.evaluation.summary import MethodRow, user_losses
 
 GAINS_FILE, CURVES_FILE, PRICES_FILE = "gain_per_user.png", "loss_by_k_and_items.png", "loss_by_price.png"
 _INK, _GOOD, _BAD, _PALE = "#1f2933", "#2a9d8f", "#d1495b", "#9aa5b1"
@@ -21,7 +21,6 @@ _MARKS = ("o", "^", "s", "D")  # by how many past items the prompt has
 
 
 def draw(records: Sequence[Record], rows: Sequence[MethodRow], folder: Path) -> None:
-    """Draw the pictures that the evaluated methods allow; `rows` are those of one table."""
     losses = user_losses(records)
     against = next((name for name in ("task", "base") if name in losses), None)
     shown = [name for name in ("merged", "stacked", "own") if name in losses]
@@ -50,42 +49,34 @@ def draw_prices(rows: Sequence[MethodRow], path: Path) -> None:
     """The loss of each method against what it costs: bytes kept of a user, and tokens that prompts get longer by.
 
     A colour is an adapter, a mark how many past items the prompt has; a line joins what differs in that alone. The base
-    model, which may lie far above all others, does not stretch the scale: it is drawn at the upper edge with its loss
-    beside it.
+    model must not stretch the scale: if it is above all others, it stands at the upper edge with its loss beside it.
     """
-    methods = [parse_method(row.method) for row in rows]
+    methods = [METHODS[row.method] for row in rows]
     adapters = list(dict.fromkeys(method.adapter for method in methods))
     colours = {name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(reversed(adapters))}
-    counts = sorted({method.history for method in methods})
-    marks = {count: _MARKS[min(place, 3)] for place, count in enumerate(counts)}
+    marks = {n: _MARKS[min(place, 3)] for place, n in enumerate(sorted({method.history for method in methods}))}
     shortest = min((row.prompt_tokens for row in rows if row.prompt_tokens), default=0.0)
-    adapted = [row.loss for row, method in zip(rows, methods, strict=True) if method.adapter != "base"]
-    top = max(adapted or [row.loss for row in rows])
+    top = max([row.loss for row in rows if not row.method.startswith("base")] or [row.loss for row in rows])
     figure, panels = _panels(2, size=4.4)
     prices = ((panels[0], lambda row: row.kept_bytes), (panels[1], lambda row: max(0.0, row.prompt_tokens - shortest)))
     for name, (panel, price) in product(adapters, prices):
-        found = [(m.history, row) for m, row in zip(methods, rows, strict=True) if m.adapter == name]
-        points = [(history, price(row), row.loss) for history, row in sorted(found, key=lambda one: one[0])]
-        line = [(x, min(loss, top)) for _, x, loss in points]
-        panel.plot(*zip(*line, strict=True), color=colours[name], linewidth=0.8, alpha=0.5)
-        above: dict[float, list[str]] = defaultdict(list)
-        for history, x, loss in points:
-            look = {"marker": marks[history], "s": 42, "linewidth": 0, "alpha": 0.85, "clip_on": False}
-            panel.scatter(x, min(loss, top), color=colours[name], **look)
+        found = sorted(((m.history, price(r), r.loss) for m, r in zip(methods, rows, strict=True) if m.adapter == name))
+        colour, above = colours[name], defaultdict[float, list[str]](list)
+        panel.plot([x for _, x, _ in found], [min(loss, top) for *_, loss in found], color=colour, lw=0.8, alpha=0.5)
+        for history, x, loss in found:
+            panel.plot(x, min(loss, top), marks[history], color=colour, ms=6.5, mew=0, alpha=0.85, clip_on=False)
             if loss > top:
                 above[x].append(f"{loss:.2f}")
         for x, losses in above.items():
             panel.annotate(f"{', '.join(losses)} ↑", (x, top), (4, 4), textcoords="offset points", fontsize=7)
     panels[0].set_xscale("symlog", linthresh=100)
+    panels[0].set(xlabel="bytes kept of a user", ylabel="loss, nats per token")
     panels[0].set_xlim(left=-30)
-    panels[0].set_xlabel("bytes kept of a user")
-    panels[0].set_ylabel("loss, nats per token")
     panels[1].set_xlabel("tokens that prompts get longer by")
     for name in adapters:
         panels[1].plot([], [], color=colours[name], linewidth=3, label=name)
-    for count in counts:
-        label = f"past items in the prompt: {count}"
-        panels[1].plot([], [], color=_PALE, marker=marks[count], linestyle="", label=label)
+    for count, mark in marks.items():
+        panels[1].plot([], [], color=_PALE, marker=mark, linestyle="", label=f"past items in the prompt: {count}")
     panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     _save(figure, path)
 
@@ -95,7 +86,7 @@ def draw_curves(by_user: dict[str, dict[str, float]], path: Path) -> None:
 
     The dashed line is the bank's own rule with everything known, for the same users.
     """
-    points = {name: method for name in by_user if (method := parse_method(name)).on_curve}
+    points = {name: METHODS[name] for name in by_user if METHODS[name].on_curve}
     sampled = {user for name in points for user in by_user[name]}
     curves = {
         "anchors that speak, k": sorted((method.k, name) for name, method in points.items() if method.k),

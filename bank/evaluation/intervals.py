@@ -1,8 +1,7 @@
 """How certain a mean over users is: bootstrap intervals, and tests of several methods against one.
 
 BCa intervals allow for skew, but not for how few users there are: with normal differences, about 90 of 100 hold the
-true mean over 10 users, and 93 over 20. So a test says whether a difference is significant, not the interval: if there
-were no difference, each user's could just as well have the other sign.
+true mean over 10 users, and 93 over 20. So a test says whether a difference is significant, not the interval.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-DRAWS = 9_999
-"""Resamples of an interval, and random sign flips of a test; up to 13 users a test takes all flips and is exact."""
-
+DRAWS = 9_999  # resamples of an interval, and sign flips of a test, which up to 13 users takes all of them
 LEVEL = 0.05
 _BATCH = 1_000  # resamples in memory at a time
 
@@ -24,8 +21,8 @@ _BATCH = 1_000  # resamples in memory at a time
 class Interval:
     """The mean of one difference per user, of `n` users, with its 95 % interval.
 
-    `p` is that of the test that there is no difference, Holm-adjusted for all methods that were compared with the same
-    one; None where nothing was tested.
+    `p` is of the test that there is no difference, Holm-adjusted for all methods compared with the same one; None where
+    nothing was tested.
     """
 
     mean: float
@@ -36,7 +33,6 @@ class Interval:
 
     @property
     def sure(self) -> bool:
-        """Whether the test rejects that there is no difference."""
         return self.p is not None and self.p < LEVEL
 
     def __str__(self) -> str:
@@ -59,21 +55,17 @@ def over_users(differences: Sequence[float], seed: int = 0) -> Interval:
     mean, n = float(values.mean()), len(values)
     if n < 2 or np.allclose(values, mean, rtol=1e-9, atol=1e-12):
         return Interval(mean, mean, mean, n)
-    drawn = stats.bootstrap(
-        (values,), np.mean, n_resamples=DRAWS, batch=_BATCH, method="BCa", rng=np.random.default_rng(seed)
-    )
+    chance = np.random.default_rng(seed)
+    drawn = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, batch=_BATCH, method="BCa", rng=chance)
     low, high = drawn.confidence_interval
     return Interval(mean, float(low), float(high), n)
 
 
-def against_one(differences: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, Interval]:
+def against_one(differences: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
     """Several methods' differences from one, over the same users: an interval each, tested together."""
-    if not differences:
-        return {}
-    adjusted = holm(sign_flip_p(list(differences.values()), seed))
+    adjusted = holm(sign_flip_p(list(differences.values()))) if differences else []
     return {
-        name: replace(over_users(values, seed), p=p)
-        for (name, values), p in zip(differences.items(), adjusted, strict=True)
+        name: replace(over_users(values), p=p) for (name, values), p in zip(differences.items(), adjusted, strict=True)
     }
 
 
@@ -91,38 +83,32 @@ def compared(
             for method, ours in values.items()
             if method != other and theirs.keys() >= ours.keys()
         }
-        column = {
-            method: less
-            for method, less in differences.items()
-            if len(less) == len(theirs) and not {method, other} & set(untested)
-        }
-        tested = against_one(column)
+        tested = against_one(
+            {
+                method: less
+                for method, less in differences.items()
+                if len(less) == len(theirs) and not {method, other} & set(untested)
+            }
+        )
         for method, less in differences.items():
             found[method][other] = tested.get(method) or over_users(less)
     return found
 
 
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first line its head."""
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *lines))
 
 
-def sign_flip_p(differences: Sequence[Sequence[float]], seed: int = 0) -> list[float]:
-    """Two-sided p-values of paired sign-flip permutation tests, one for each row of differences [M, users]."""
+def sign_flip_p(differences: Sequence[Sequence[float]]) -> list[float]:
+    """Two-sided p-values of paired sign-flip permutation tests, one for each row of differences [M, users].
+
+    If there were no difference, each user's could just as well have the other sign.
+    """
     values = np.asarray(differences, np.float64)
     if values.shape[1] < 2:
         return [1.0] * len(values)
-    found = stats.permutation_test(
-        (values,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=DRAWS,
-        batch=_BATCH,
-        axis=-1,
-        rng=np.random.default_rng(seed),
-    )
-    return [float(p) for p in found.pvalue]
+    how = {"permutation_type": "samples", "n_resamples": DRAWS, "batch": _BATCH, "rng": np.random.default_rng(0)}
+    return [float(p) for p in stats.permutation_test((values,), np.mean, axis=-1, **how).pvalue]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,0 +1,95 @@
+"""Does it sound like them? How often a classifier of character n-grams names the right person for a generated text.
+
+It is trained on what the evaluated people wrote in their profiles; their own later answers (`gold`) are the ceiling.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bank.errors import BankError
+from bank.evaluation.intervals import LEVEL, Interval, compared, markdown_table, over_users
+from bank.evaluation.run import Record
+from bank.items.histories import History
+from bank.items.tasks import Task
+
+GOLD = "gold"
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorshipRow:
+    """How the texts of one method, or of `gold`, are attributed, mean over people."""
+
+    method: str
+    named: Interval  # how often the right person comes first
+    rank: Interval  # of the right person among all, from 1
+    against: Mapping[str, Interval] = field(default_factory=dict)  # `named` less another method's; not for `gold`
+
+
+def authorship(people: Sequence[History], records: Sequence[Record], task: Task) -> list[AuthorshipRow]:
+    """One row for what the people (at least two) wrote, and one for each method that wrote texts for all of them."""
+    texts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for person in people:
+        texts[GOLD][person.user_id] = [query.gold for query in person.queries]
+    for record in records:
+        if record.written and record.user_id in texts[GOLD]:
+            texts[record.method][record.user_id] += record.written
+    rank_all = _classifier(people, task)
+    ranks = {
+        method: {person: rank_all(person, found[person]) for person in texts[GOLD]}
+        for method, found in texts.items()
+        if len(found) == len(people)
+    }
+    named = {
+        method: {person: float(np.equal(places, 1).mean()) for person, places in found.items()}
+        for method, found in ranks.items()
+    }
+    against = compared({method: shares for method, shares in named.items() if method != GOLD})
+    rows = [
+        AuthorshipRow(
+            method,
+            over_users(list(named[method].values())),
+            over_users([float(np.mean(places)) for places in found.values()]),
+            against.get(method, {}),
+        )
+        for method, found in ranks.items()
+    ]
+    return sorted(rows, key=lambda row: row.named.mean)
+
+
+def markdown(rows: Sequence[AuthorshipRow]) -> str:
+    others = [row.method for row in rows if row.method != GOLD]
+    heads = ["method", "right person named first, %", "mean rank", *(f"named, less {name}" for name in others)]
+    lines = [
+        [row.method, row.named.cell(".1%"), row.rank.cell(".2f")]
+        + [row.against[name].cell("+.1%") if name in row.against else "" for name in others]
+        for row in rows
+    ]
+    title = f"**Whose voice?** {rows[0].named.n} people; chance names {1 / rows[0].named.n:.1%}; bold: p below {LEVEL}"
+    return f"{title}\n\n{markdown_table(heads, lines)}\n"
+
+
+def _classifier(people: Sequence[History], task: Task) -> Callable[[str, Sequence[str]], list[int]]:
+    """What gives a person's place among all, from 1, for each of some texts; trained on the people's profiles."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    known = [(output, person.user_id) for person in people for _, output in person.pairs(task)]
+    words = TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
+    model = make_pipeline(words, LogisticRegression(C=30.0, max_iter=2000))
+    try:
+        model.fit([text for text, _ in known], [name for _, name in known])
+    except ValueError as error:
+        raise BankError(f"the profiles have too little text to tell their {len(people)} people apart") from error
+
+    def ranks(person: str, texts: Sequence[str]) -> list[int]:
+        shares = model.predict_proba(texts)
+        own = shares[:, list(model.classes_).index(person)]
+        return [int(place) for place in 1 + (shares > own[:, None]).sum(axis=1)]
+
+    return ranks

@@ -1,1 +1,0 @@
-"""What is made of an evaluation's records: metrics, intervals, tables, pictures, files."""

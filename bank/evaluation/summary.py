@@ -1,0 +1,185 @@
+"""From records to tables: each method's mean, LaMP's metrics, and its gain against others, paired over users."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bank.evaluation.intervals import LEVEL, Interval, compared, markdown_table
+from bank.evaluation.methods import METHODS
+from bank.evaluation.run import Record
+from bank.items.tasks import Task
+
+COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")
+"""The methods whose losses a table compares all others with."""
+
+LOWEST, HIGHEST = 1.0, 5.0
+LAMP_FOLDER, GOLDS = "lamp", "golds"
+CAPTION = (
+    "In brackets: the 95 % interval of each difference (BCa bootstrap over people). A difference is bold where "
+    f"it is significant: p is below {LEVEL} in a paired sign-flip test, after Holm's correction for all methods in its "
+    "column."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """The results of one method, means over its users where nothing else is said."""
+
+    method: str
+    users: int  # how many; differences are over the same ones
+    loss: float  # nats per gold token
+    metrics: Mapping[str, float]  # over all queries of all seeds; empty where some have no prediction
+    against: Mapping[str, Interval]  # its loss less another method's, by that method's name; negative is better
+    rejected: float  # share of users whose training was rejected
+    prompt_tokens: float  # mean over queries
+    first_token_ms: float | None  # median over users; None where it was not measured
+    kept_bytes: float
+
+    @property
+    def first_ms(self) -> str:
+        return "" if self.first_token_ms is None else f"{self.first_token_ms:.0f}"
+
+
+def summarise(records: Sequence[Record], task: Task) -> list[MethodRow]:
+    """One row per method, the best loss last."""
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_method[record.method].append(record)
+    losses = user_losses(records)
+    against = compared(losses, {method for method in losses if METHODS[method].on_curve})
+    rows = []
+    for method, found in by_method.items():
+        answers = [record.prediction for record in found if record.prediction is not None]
+        times = [record.first_token_ms for record in found if record.first_token_ms is not None]
+        rows.append(
+            MethodRow(
+                method,
+                users=len(losses[method]),
+                loss=float(np.mean(list(losses[method].values()))),
+                metrics=lamp_metrics(task, answers, [r.gold for r in found]) if len(answers) == len(found) else {},
+                against=against[method],
+                rejected=float(np.mean([record.rejected for record in found])),
+                prompt_tokens=float(np.mean([record.prompt_tokens for record in found])),
+                first_token_ms=float(np.median(times)) if times else None,
+                kept_bytes=float(np.mean([record.kept_bytes for record in found])),
+            )
+        )
+    return sorted(rows, key=lambda row: -row.loss)
+
+
+def user_losses(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By method, each user's mean loss over their queries and all seeds."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        found[record.method][record.user_id].append(record.loss)
+    return {method: {user: float(np.mean(losses)) for user, losses in users.items()} for method, users in found.items()}
+
+
+def tables(rows: Sequence[MethodRow], records: Sequence[Record], task: Task) -> dict[str, list[MethodRow]]:
+    """Tables by title: the methods that everyone was evaluated with and, where other methods or predictions cover only
+    some people, all methods over those. Points of curves are left out; `rows` are those of all `records`.
+    """
+    rows = [row for row in rows if not METHODS[row.method].on_curve]
+    everyone = max(row.users for row in rows)
+    found = {f"{everyone} people": [row for row in rows if row.users == everyone]}
+    names = {row.method for row in rows}
+    shown = [record for record in records if record.method in names]
+    sample = _sample(shown)
+    if len(sample) < everyone:
+        found[f"{len(sample)} of them"] = summarise([record for record in shown if record.user_id in sample], task)
+    return found
+
+
+def _sample(records: Sequence[Record]) -> set[str]:
+    """Users with records of every method, and with predictions of every method that has some."""
+    users: dict[str, set[str]] = defaultdict(set)
+    answered: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        users[record.method].add(record.user_id)
+        if record.prediction is not None:
+            answered[record.method].add(record.user_id)
+    return set.intersection(*(answered[method] or found for method, found in users.items()))
+
+
+def columns(rows: Sequence[MethodRow]) -> tuple[list[str], list[str]]:
+    """The columns of a table of these rows: the metrics, and the rows' methods that are in `COMPARED`."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    return metrics, [name for name in COMPARED if any(row.method == name for row in rows)]
+
+
+def markdown(found: Mapping[str, Sequence[MethodRow]]) -> str:
+    """Tables by title, in Markdown: with intervals, bold where a difference is significant, and a caption."""
+    blocks = [f"**{title}**\n\n{_table(rows)}" for title, rows in found.items()]
+    return "\n\n".join([*blocks, CAPTION]) + "\n"
+
+
+def _table(rows: Sequence[MethodRow]) -> str:
+    metrics, others = columns(rows)
+    heads = ["method", "loss", "prompt tokens", "first token, ms", "bytes kept", *metrics]
+    lines = [
+        [row.method, f"{row.loss:.4f}", f"{row.prompt_tokens:.0f}", row.first_ms, f"{row.kept_bytes:.0f}"]
+        + [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in metrics]
+        + [row.against[name].cell("+.4f") if name in row.against else "" for name in others]
+        for row in rows
+    ]
+    return markdown_table([*heads, *(f"loss against {name}" for name in others)], lines)
+
+
+def lamp_metrics(task: Task, predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
+    """LaMP's metrics by its own definitions (Salemi et al., ACL 2024, and its evaluation code), over all queries.
+
+    labels: accuracy and macro-F1 over the task's labels; a prediction that is not a label is always wrong.
+    score: MAE and RMSE; what is not a number counts as the end of the scale that is farther from the gold.
+    text: ROUGE-1 and ROUGE-L, F-measure, with stemming.
+    """
+    if task.kind == "labels":
+        from sklearn.metrics import accuracy_score, f1_score
+
+        every = {label: place for place, label in enumerate(task.labels)}
+        wanted, found = ([every.get(text.strip(), -1) for text in texts] for texts in (golds, predictions))
+        f1 = f1_score(wanted, found, labels=list(every.values()), average="macro", zero_division=0)
+        return {"accuracy": float(accuracy_score(wanted, found)), "f1": float(f1)}
+    if task.kind == "score":
+        pairs = zip(predictions, map(float, golds), strict=True)
+        errors = np.array([_score(text, gold) - gold for text, gold in pairs])
+        return {"mae": float(np.abs(errors).mean()), "rmse": math.sqrt((errors**2).mean())}
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(names := ["rouge1", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(gold, text) for text, gold in zip(predictions, golds, strict=True)]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+
+
+def _score(prediction: str, gold: float) -> float:
+    try:
+        value = float(prediction.strip())
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value):
+        return value
+    return max(HIGHEST, LOWEST, key=lambda end: abs(end - gold))
+
+
+def write_lamp_files(records: Sequence[Record], task: Task, folder: Path) -> None:
+    """Predictions as LaMP's leaderboard reads them: `golds.json`, and `METHOD.json` for each method that has some.
+
+    Of the first seed; the folder is made if needed.
+    """
+    outputs: dict[str, dict[str, str]] = defaultdict(dict)
+    for record in records:
+        if record.seed == 0 and record.prediction is not None:
+            outputs[record.method.replace(":", "-")][record.query_id] = record.prediction
+            outputs[GOLDS][record.query_id] = record.gold
+    name = (task.lamp or task.name).replace("-", "_")
+    for file, answers in outputs.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        golds = [{"id": query_id, "output": output} for query_id, output in answers.items()]
+        content = json.dumps({"task": name, "golds": golds}, ensure_ascii=False)
+        (folder / f"{file}.json").write_text(content + "\n", "utf-8")

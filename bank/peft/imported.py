@@ -1,0 +1,199 @@
+"""PEFT adapters as PEFT saved them, read with scaling folded into B; with profiles they become anchors of a bank."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapters.errors import excerpt
+from adapters.flat import flat_a, flat_b
+from adapters.lora import LoraWeights, ModuleShape, RowLayout
+from adapters.recipe import FusionMethod
+from bank.building.assemble import bank_rank, write_bank
+from bank.building.options import ImportOptions
+from bank.building.selection import person_embedding
+from bank.errors import BankError
+from bank.items.histories import History, read_histories
+from bank.items.tasks import get_task
+from bank.lookup.embedder import Embedder
+from bank.manifest import BankManifest, BaseModelId, EmbedderId, WeightRule
+from bank.models.folders import model_hash
+from bank.peft.exported import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+
+# Settings that make a PEFT LoRA more than ΔW = scaling · B A, with the value at which they do not.
+_PLAIN = {
+    "bias": "none",
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "use_qalora": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """A LoRA as PEFT saved it, by the folder's name; float32, scaling folded. Ranks may differ between modules."""
+
+    name: str
+    a: dict[str, torch.Tensor]
+    b: dict[str, torch.Tensor]
+
+    @property
+    def rank(self) -> int:
+        return max(a.shape[0] for a in self.a.values())
+
+    def padded(self, modules: Mapping[str, tuple[int, int]], rank: int) -> LoraWeights:
+        """The same ΔW padded with zeros, to at least its own rank, over modules (H_in, H_out), its own among them."""
+        a = {name: torch.zeros(rank, h_in) for name, (h_in, _) in modules.items()}
+        b = {name: torch.zeros(h_out, rank) for name, (_, h_out) in modules.items()}
+        for name, own in self.a.items():
+            a[name][: own.shape[0]] = own
+            b[name][:, : own.shape[0]] = self.b[name]
+        return LoraWeights(rank, a, b)
+
+
+def import_bank(
+    adapters: Sequence[Path],
+    profiles: Path,
+    out: Path,
+    options: ImportOptions,
+    *,
+    model_folder: Path,
+    base_model: str,
+    embedder: Embedder,
+) -> BankManifest:
+    """Make a bank from PEFT folders, in anchor order; adapters of smaller rank are padded to the largest.
+
+    Profiles come in LaMP's per-user layout; each `user_id` is the name of an adapter's folder.
+    """
+    task = get_task(options.task)
+    read = [read_peft(folder) for folder in adapters]
+    people = _profiles_of(read, {person.user_id: person for person in read_histories(profiles, task)}, profiles)
+    modules = _common_modules(read, model_folder)
+    layout = RowLayout(modules, max(adapter.rank for adapter in read), shared_a=False)
+    rule = WeightRule(anchors=min(options.k, len(read)))
+    bank_rank(FusionMethod.CAT, layout.rank, rule, False, options.user_rank)
+    sizes = {module.name: (module.h_in, module.h_out) for module in modules}
+    loras = [adapter.padded(sizes, layout.rank) for adapter in read]
+    return write_bank(
+        out,
+        task=task.name,
+        base_model=BaseModelId(name=base_model, hash=model_hash(model_folder)),
+        embedder=EmbedderId(id=embedder.id, dim=embedder.dim),
+        common=False,
+        user_rank=options.user_rank,
+        weights=rule,
+        layout=layout,
+        rows=[torch.cat([flat_a(layout, lora), flat_b(layout, lora)]) for lora in loras],
+        shared_a=None,
+        embeddings=np.stack([person_embedding(person, task, embedder) for person in people]),
+        items=[len(person.items) for person in people],
+        training={"imported": True},
+    )
+
+
+def _profiles_of(read: Sequence[PeftAdapter], profiles: dict[str, History], path: Path) -> list[History]:
+    names = [adapter.name for adapter in read]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise BankError(f"adapter folders must have distinct names; these repeat: {excerpt(repeated)}")
+    if missing := [name for name in names if name not in profiles]:
+        raise BankError(f"{path} has no profile for {excerpt(missing)}: user_id must be the adapter folder's name")
+    return [profiles[name] for name in names]
+
+
+def _common_modules(read: Sequence[PeftAdapter], model_folder: Path) -> tuple[ModuleShape, ...]:
+    """Every module that any adapter has, layer by layer, checked against the base model's own shapes."""
+    shapes = linear_shapes(model_folder)
+    names = {name for adapter in read for name in adapter.a}
+    for adapter in read:
+        for name, a in adapter.a.items():
+            found = (adapter.b[name].shape[0], a.shape[1])
+            if shapes.get(name) != found:
+                raise BankError(
+                    f"adapter {adapter.name} does not fit the base model: {name} is {found} there, "
+                    f"{shapes.get(name, 'absent')} in {model_folder}"
+                )
+    return tuple(ModuleShape(name, shapes[name][1], shapes[name][0]) for name in sorted(names, key=_natural))
+
+
+def linear_shapes(model_folder: Path) -> dict[str, tuple[int, int]]:
+    """Module name → (H_out, H_in) of every matrix in the base model's safetensors, from their headers alone."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in sorted(model_folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118 - the handle is not a mapping
+                shape = file.get_slice(key).get_shape()
+                if key.endswith(".weight") and len(shape) == 2:
+                    shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+    if not shapes:
+        raise BankError(f"the base model at {model_folder} has no *.safetensors to check adapters against")
+    return shapes
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """Read a PEFT LoRA: rank, alpha, their patterns and rank-stabilised scaling; BankError for what is more or less."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BankError(f"no PEFT adapter at {folder}: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise BankError(f"{folder} holds a PEFT adapter of type {excerpt(config.get('peft_type'))}, not a LoRA")
+    for key, plain in _PLAIN.items():
+        if config.get(key) not in (plain, None, False):
+            raise BankError(f"{folder}: {key} = {excerpt(config[key])} is more than a LoRA: a bank cannot hold it")
+    a, b = _matrices(folder, tensors)
+    for name in a:
+        if a[name].shape[0] != b[name].shape[1]:
+            raise BankError(f"{folder}: {name} has A of rank {a[name].shape[0]} and B of rank {b[name].shape[1]}")
+        b[name] = b[name] * _scaling(folder, config, name, a[name].shape[0])
+        if not (a[name].isfinite().all() and b[name].isfinite().all()):
+            raise BankError(f"{folder}: {name} holds numbers that are not finite: its training went wrong")
+    return PeftAdapter(folder.resolve().name, a, b)
+
+
+def _matrices(
+    folder: Path, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
+    for key, value in tensors.items():
+        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(PREFIX) or part not in found or value.ndim != 2:
+            raise BankError(f"{folder}: {excerpt(key)} is not a LoRA of a linear layer: a bank cannot hold it")
+        found[part][name] = value.float()
+    if not found["lora_A"] or found["lora_A"].keys() != found["lora_B"].keys():
+        unpaired = sorted(found["lora_A"].keys() ^ found["lora_B"].keys())
+        raise BankError(f"{folder}: every module needs one A and one B; these do not have both: {excerpt(unpaired)}")
+    return found["lora_A"], found["lora_B"]
+
+
+def _scaling(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / R, or alpha / √R where the adapter is rank-stabilised, by PEFT's own pattern rules."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    declared = ranks.get(get_pattern_key(ranks.keys(), module), config.get("r"))
+    if declared != rank:
+        raise BankError(f"{folder}: {module} has rank {rank}, but its configuration says {excerpt(declared)}")
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise BankError(f"{folder}: lora_alpha must be a number, got {excerpt(alpha)}")
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
