@@ -5,13 +5,16 @@
              event streams, bodies that trickle, requests for 32 answers, streams that it does not read, deletes of
              nobody, each again as soon as it is refused
 
-The engine is real, its model is tiny. Ends with status 1 when a claim fails.
+The engine is real, its model is tiny. It has one core to itself, so that what is measured is who gets the engine and
+not how an operating system divides cores among clients, gateway and model. Ends with status 1 when a claim fails.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -79,10 +82,13 @@ def main(
             raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     with tempfile.TemporaryDirectory() as scratch:
         subject = tiny(Path(scratch))
+        *others, engines_core = sorted(os.sched_getaffinity(0))
         store = ValkeyProcess(Path(scratch) / "valkey").start()
         try:
             keys = asyncio.run(_keys(store.url))
+            os.sched_setaffinity(0, {engines_core})
             with vllm_server(subject, max_num_seqs=PLACES, max_loras=USERS) as engine:
+                os.sched_setaffinity(0, others or {engines_core})
                 parts = (subject.bank, store.url, engine.url, KEY, SECRET)
                 with running_gateway(*parts, engine_places=PLACES) as process:  # users share recipes: fewer slots
                     url = gateway_url(process)
@@ -141,6 +147,8 @@ class Fairness:
 
     async def measure(self, parts: Sequence[str], seconds: float, turns: int) -> Rows:
         """What the engine can bear, and the parts."""
+        gc.collect()
+        gc.freeze()  # a collection over all that was imported would stop the clients for half a second
         async with AsyncExitStack() as stack:
             loaders = [
                 await stack.enter_async_context(loading([self._url], _bodies(self._tokens), key)) for key in self._keys
