@@ -1,6 +1,7 @@
 """The root of the project's error tree. Every message says what was wrong, the offending value, and what to do.
 
-Further branches: `bank/errors.py`, `server/errors.py` (what a client is told) and `server/supervisor/parts.py`.
+Further branches: `bank/errors.py`, `server/errors.py` (what a client is told) and `server/supervisor` (what `mta up`
+cannot start).
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ import httpx
 
 from bench.rig.processes import Background, running, wait_until
 from server.settings import Settings
-from server.supervisor.router import LIVENESS, router_command
-from server.supervisor.services import free_port
+from server.supervisor.services import LIVENESS, free_port, router_command
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from deploy.demo.children import DemoError, mta
 from mta_client import Client
 from server.settings import Settings
-from server.supervisor.parts import StartError
-from server.supervisor.services import LOOPBACK, STOP_S, check_port, free_port
+from server.supervisor.data_folder import StartError
+from server.supervisor.services import LOOPBACK, STOP_S, free_port, listening
 
 _READY_TIMEOUT_S = 300
 _STOP_GRACE_S = STOP_S + 5
@@ -64,7 +64,7 @@ def _port() -> int:
     """The default port if it is free, so that the examples in the documentation work; otherwise any free one."""
     port: int = Settings.model_fields["port"].default
     try:
-        check_port(port)
+        listening(LOOPBACK, port).close()
     except StartError:
         return free_port()
     return port

@@ -13,9 +13,8 @@ import typer
 
 from adapters.errors import MtaError
 from bank.models.imports import run_to_the_end
-from server.cli import models, settings
+from server.cli import bench, models, settings
 from server.cli.bank import commands as bank
-from server.cli.bench import commands as bench
 from server.cli.eval import commands as eval
 from server.cli.keys import commands as keys
 from server.cli.run import gateway, processes, up
@@ -28,11 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_LOST: dict[type[BaseException], signal.Signals] = {
-    KeyboardInterrupt: signal.SIGINT,
-    SystemExit: signal.SIGTERM,  # `bench.end_in_order`
-}
-"""What the handlers of signals raise."""
+# What the handlers of signals raise; the last one is `bench.end_in_order`'s.
+_LOST: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
 _AGAIN_S = 0.05
 
 

@@ -9,17 +9,13 @@ from typing import Annotated
 
 import typer
 
+from server.cli.shared import Embedder, Model
 from server.settings import load_settings
 
 
 def models(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model: `default`, a folder, or a Hugging Face id.", show_default="MTA_MODEL"),
-    ] = None,
-    embedder: Annotated[
-        Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER, or else MiniLM")
-    ] = None,
+    model: Model = None,
+    embedder: Embedder = None,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where default models are prepared.", show_default="MTA_CACHE_DIR")
     ] = None,
@@ -28,15 +24,14 @@ def models(
 
     Every command that needs one prepares it on first use, if it may write there; this does so ahead of time.
     """
+    settings = load_settings(**locals())
     from bank.models.folders import ensure_base_model, ensure_embedder
     from server.engine.command import is_cpu_build
     from server.engine.cpu import native
 
-    settings = load_settings()
-    cache = cache_dir or settings.cache_dir
-    name = model or settings.model
-    base_folder = _timed(f"base model {name!r}", lambda: ensure_base_model(name, cache))
-    embedder_folder = _timed("embedder", lambda: ensure_embedder(embedder or settings.embedder, cache))
+    cache = settings.cache_dir
+    base_folder = _timed(f"base model {settings.model!r}", lambda: ensure_base_model(settings.model, cache))
+    embedder_folder = _timed("embedder", lambda: ensure_embedder(settings.embedder, cache))
     typer.echo(f"base model  {base_folder}")
     typer.echo(f"embedder    {embedder_folder}")
     if is_cpu_build():

@@ -10,68 +10,57 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.supervisor.parts import StartError
+from adapters.errors import MtaError
 
 MAX_LOG_BYTES = 64 << 20
-"""A log that grows beyond this is started afresh; each part keeps two."""
+"""A log that grows beyond this is started afresh."""
 
 _HANDOVER_S = 5.0
 _SECRET_BYTES = 32
 
 
+class StartError(MtaError):
+    """Something that `mta up` needs is taken, missing, or did not become ready; the message says which and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class DataFolder:
-    """A data folder in use by this process.
-
-    Attributes:
-        lock: descriptor of the locked file. Guards hold it too, so that the folder stays taken until the last part
-            of a killed `mta up` is gone.
-        secret: keys the hash of user ids; made once, never changed.
-    """
+    """A data folder in use by this process, until `close`."""
 
     path: Path
-    lock: int
-    secret: str
+    lock: int  # guards hold it too, so that the folder stays taken until the last part of a killed `mta up` is gone
+    secret: str  # keys the hash of user ids; made once, never changed
 
     @classmethod
     def open(cls, path: Path) -> DataFolder:
-        """Make the folder if need be and lock it for this process.
-
-        Raises:
-            StartError: when another `mta up` uses it, or it cannot be written.
-        """
+        """Make the folder if need be and lock it; StartError if another `mta up` uses it or it cannot be written."""
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             lock = _lock(path / "lock")
-            (path / "valkey").mkdir(exist_ok=True, mode=0o700)
-            (path / "logs").mkdir(exist_ok=True, mode=0o700)
+            for name in ("valkey", "logs"):
+                (path / name).mkdir(exist_ok=True, mode=0o700)
             return cls(path, lock, _secret(path / "secret"))
         except OSError as error:
             raise StartError(f"cannot use the data folder {path}: {error}. Choose another with --data DIR") from error
 
-    @property
-    def valkey(self) -> Path:
-        """Where Valkey keeps its files."""
-        return self.path / "valkey"
-
     def log(self, part: str) -> Path:
-        """A part's log."""
+        """The log of a part's newest run; that of the run before lies beside it as `<part>.log.1`."""
         return self.path / "logs" / f"{part}.log"
 
-    def rotate_log(self, part: str) -> None:
-        """Start a new log; the previous one is kept as `<part>.log.1`."""
+    def begin_log(self, part: str) -> int:
+        """A descriptor that appends to a new log."""
         log = self.log(part)
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
+        return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def empty_log(self, part: str) -> None:
-        """Empty the log of a running part when it has grown too large; its content becomes `<part>.log.1`.
+    def empty_large_log(self, part: str) -> None:
+        """Move the content of a running part's log to `<part>.log.1` when it has grown too large.
 
-        The part has the file open for appending, so the file must stay. What is written between copying and emptying
-        is lost.
+        The file stays, since the part appends to it. What is written between copying and emptying is lost.
         """
         log = self.log(part)
-        if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
+        if log.stat().st_size > MAX_LOG_BYTES:
             shutil.copy(log, log.with_suffix(".log.1"))
             os.truncate(log, 0)
 
@@ -104,21 +93,23 @@ def _lock(path: Path) -> int:
 
 def _secret(path: Path) -> str:
     """The secret in `path`; if there is none, it is made and on disk before anything is keyed with it."""
-    try:
-        secret = path.read_text("ascii").strip()
-    except FileNotFoundError:
-        secret = secrets.token_hex(_SECRET_BYTES)
+    if not path.exists():
         draft = path.with_suffix(".tmp")
-        draft.unlink(missing_ok=True)
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(secret + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_private(draft, secrets.token_hex(_SECRET_BYTES) + "\n")
         draft.rename(path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+    secret = path.read_text("ascii").strip()
     if len(secret) < _SECRET_BYTES:
         raise StartError(f"{path} holds no secret: restore it, or delete it and lose the link to all stored users")
     return secret
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a new file that nobody else can read; it is on disk when this returns."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

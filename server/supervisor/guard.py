@@ -1,15 +1,14 @@
-"""The guard of one part: a small process between `mta up` and the part; nothing the part starts outlives it.
+"""The guard of one part: a small process between `mta up` and the part; nothing that the part starts outlives it.
 
     python -I guard.py GRACE_S NICENESS COMMAND [ARGUMENT…]
 
-Standard input is its only control. A byte asks the part to stop (SIGTERM); end of file (`mta up` closed it, or died in
-whatever way) means that everything must go: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends on its own,
-the guard kills what it left behind, such as vLLM's engine and worker processes, and exits with its status (128 + n
-after signal n).
+A byte on standard input asks the part to stop (SIGTERM). End of file, as `mta up` closed it or died, means that
+everything must go: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends on its own, the guard kills what it
+left behind, such as vLLM's engine and worker processes, and exits with its status (128 + n after signal n).
 
 Two properties of Linux make this hold. As a *subreaper* the guard inherits every orphan among its descendants, in
-whatever session or group it hides, so "no children" means that nothing is left. And by its *parent-death signal* the
-part dies with the guard, should the guard itself be killed.
+whatever session or group, so "no children" means that nothing is left. And by its *parent-death signal* the part dies
+with the guard, should the guard itself be killed.
 
 Only the standard library: this file runs by path, in one small interpreter per part.
 """
@@ -50,22 +49,17 @@ def main() -> int:
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),  # noqa: PLW1509  no threads here
     )
     try:
-        _stand_by(part, grace_s)
+        ended = os.pidfd_open(part.pid)
+        while ended not in select.select([ended, STDIN], [], [])[0]:
+            part.terminate()
+            if not os.read(STDIN, 1):
+                select.select([ended], [], [], grace_s)
+                part.kill()
+                break
+        part.wait()
     finally:
         _kill_children()
     return part.returncode if part.returncode >= 0 else 128 - part.returncode
-
-
-def _stand_by(part: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Wait until the part has ended, or must."""
-    ended = os.pidfd_open(part.pid)
-    while ended not in select.select([ended, STDIN], [], [])[0]:
-        part.terminate()
-        if not os.read(STDIN, 1):
-            select.select([ended], [], [], grace_s)
-            part.kill()
-            break
-    part.wait()
 
 
 def _kill_children() -> None:

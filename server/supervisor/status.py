@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 
 from rich.console import Console
@@ -30,23 +29,15 @@ class State(StrEnum):
 Report = Callable[[str, State, str], None]
 """Called with a part, its new state, and what there is to say about it."""
 
-_STYLES = {
-    State.WAITING: "dim",
-    State.READY: "green",
-    State.DOWN: "bold red",
-    State.GIVEN_UP: "bold red",
-    State.STOPPED: "dim",
-}
+_STYLES = {State.READY: "green", State.DOWN: "bold red", State.GIVEN_UP: "bold red"}
 
 
 class LastingConsole(Console):
     """A console that falls silent when nobody reads it any longer: `mta up | head` must not end the server."""
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 class Status:

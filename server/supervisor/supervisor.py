@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
-from server.supervisor.data_folder import DataFolder
-from server.supervisor.parts import RUN, Part, StartError, newest_run
+from server.supervisor.data_folder import DataFolder, StartError
+from server.supervisor.services import Part
 from server.supervisor.status import Report, State
-from server.watching.background import forever
-
-log = logging.getLogger("mta.up")
 
 GRACE_S = 2.0
 """From the end of `mta up`, whatever its cause, to SIGKILL for what still runs."""
 POLL_S = 0.1
 LOG_LOOK_S = 60.0
-_TAIL_BYTES = 16 << 10
-
-
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """How long a part that died waits to be started again: twice as long after each death in a row, up to a limit."""
 FORGIVEN_S = 60.0
 """A part that stayed up this long starts again with the shortest wait."""
 MOST_DEATHS = 10
 """A part that has died so often in a row is not started again."""
+_TAIL_BYTES = 16 << 10
+_TAIL_LINES = 20
 
 
 class Supervisor:
-    """Keeps parts running; those that a part needs stand before it."""
+    """Keeps parts running; they start as their needs allow, and stop in reverse order."""
 
     def __init__(self, parts: Sequence[Part], data: DataFolder, report: Report) -> None:
         self._parts = tuple(parts)
@@ -48,14 +42,9 @@ class Supervisor:
     async def run(self, stop: asyncio.Event, hurry: asyncio.Event, started: Callable[[], None]) -> None:
         """Run until `stop` is set; no part is left when this returns or raises.
 
-        Args:
-            stop: ends the run, at any time.
-            hurry: once set, parts get no more time to finish.
-            started: called once, when every part is ready, or is spare and has failed to be.
-
-        Raises:
-            StartError: when a part that the others cannot do without does not become ready on its first start, or has
-                died too often; includes the end of its log.
+        Once `hurry` is set, parts get no more time to finish. `started` is called once, when every part is ready, or is
+        spare and has failed to be. Raises StartError, with the end of its log, when a part that the others cannot do
+        without does not become ready on its first start, or has died too often.
         """
         life = asyncio.create_task(self._live(started))
         try:
@@ -75,7 +64,6 @@ class Supervisor:
         """Start every part, then keep all of them running for ever."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(forever(LOG_LOOK_S, self._empty_large_logs, log))
                 for part in self._parts:
                     tasks.create_task(self._keep(part))
                 for tried in self._tried.values():
@@ -86,39 +74,37 @@ class Supervisor:
 
     async def _keep(self, part: Part) -> None:
         """Start a part as soon as those it needs have been, and again whenever it ends, until it has died too often."""
-        for other in self._parts[: self._parts.index(part)]:
-            if part.needs is None or other.name in part.needs:
-                await self._tried[other.name].wait()
+        for name in part.needs:
+            if other := self._tried.get(name):
+                await other.wait()
         while part.start_when is not None and not await part.start_when():  # noqa: ASYNC110  another process
             await asyncio.sleep(POLL_S)
-        deaths = 0
+        tried, deaths = self._tried[part.name], 0
         while True:
             failure = await self._start(part)
             process = self._runs[part.name]
-            if failure and not (part.spare or self._tried[part.name].is_set()):
-                raise StartError(f"{part.name} {failure}. {self._tail(part)}")
-            self._tried[part.name].set()
             if failure:
-                self._report(part.name, State.DOWN, f"{part.name} {failure}. {self._tail(part)}")
-            code = await process.wait()
-            after_s = process.uptime_s
-            deaths = 1 if not failure and after_s >= FORGIVEN_S else deaths + 1
-            ended = f"ended with status {code} after {after_s:.0f} s"
+                tail, deaths = self._tail(part), deaths + 1
+            else:
+                tried.set()
+                failure, tail = await self._await_end(part, process), ""
+                deaths = 1 if process.uptime_s >= FORGIVEN_S else deaths + 1
             if deaths >= MOST_DEATHS:
-                ended = f"{ended}, {deaths} times in a row now"
-                if not part.spare:
-                    raise StartError(f"{part.name} {ended}. {self._tail(part)}")
-                self._report(part.name, State.GIVEN_UP, f"{ended}; the others go on without it. {self._tail(part)}")
+                failure, tail = f"{failure}, {deaths} times in a row now", self._tail(part)
+            if not part.spare and (deaths >= MOST_DEATHS or not tried.is_set()):
+                raise StartError(f"{part.name} {failure}{tail}")
+            tried.set()
+            if deaths >= MOST_DEATHS:
+                self._report(part.name, State.GIVEN_UP, f"{failure}; the others go on without it{tail}")
                 return
             delay_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (deaths - 1))
-            self._report(part.name, State.DOWN, f"{ended}; starting it again in {delay_s:g} s")
+            self._report(part.name, State.DOWN, f"{failure}; starting it again in {delay_s:g} s{tail}")
             await asyncio.sleep(delay_s)
 
     async def _start(self, part: Part) -> str:
         """Start a part and wait until it is ready; else nothing of it is left, and the answer is what went wrong."""
         self._report(part.name, State.STARTING, part.address)
-        process = await GuardedProcess.start(part, self._data.log(part.name), keep_open=(self._data.lock,))
-        self._runs[part.name] = process
+        process = self._runs[part.name] = await GuardedProcess.start(part, self._data)
         with suppress(TimeoutError):
             async with asyncio.timeout(part.start_timeout_s):
                 while process.running:
@@ -131,50 +117,49 @@ class Supervisor:
         await process.kill()
         return f"was not ready after {part.start_timeout_s:.0f} s"
 
-    def _tail(self, part: Part) -> str:
-        return f"The end of {self._data.log(part.name)}:\n{self._runs[part.name].log_tail()}"
+    async def _await_end(self, part: Part, process: GuardedProcess) -> str:
+        """Keep the log small until the part ends; the answer says how it did."""
+        while process.running:
+            with suppress(OSError):  # a full disk
+                await asyncio.to_thread(self._data.empty_large_log, part.name)
+            await _first_of(process.wait(), timeout_s=LOG_LOOK_S)
+        return f"ended with status {await process.wait()} after {process.uptime_s:.0f} s"
 
-    async def _empty_large_logs(self) -> None:
-        """Keep logs from filling the disk."""
-        for part in self._parts:
-            await asyncio.to_thread(self._data.empty_log, part.name)
+    def _tail(self, part: Part) -> str:
+        log = self._data.log(part.name)
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").rstrip().splitlines()
+        return "\n".join([f". The end of {log}:", *lines[-_TAIL_LINES:]])
 
 
 class GuardedProcess:
     """One run of a part under its guard (`guard.py`), from spawn to the end of its last descendant."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self._log = log
         self._started_s = time.monotonic()
 
     @classmethod
-    async def start(cls, part: Part, log: Path, keep_open: tuple[int, ...] = ()) -> GuardedProcess:
-        """Start a part under a guard of its own, its output appended to `log`.
-
-        The guard, but not the part, holds the file descriptors of `keep_open` while it lives.
-        """
-        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    async def start(cls, part: Part, data: DataFolder) -> GuardedProcess:
+        """Start a part under a guard of its own, its output in a new log; the guard holds the folder's lock as well."""
+        log = data.begin_log(part.name)
         try:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            with suppress(OSError):  # a full disk must not prevent a start
-                os.write(handle, RUN + f"{part.name} {now}\n".encode())
             process = await asyncio.create_subprocess_exec(
                 *guarded(part.command, GRACE_S, part.niceness),
                 stdin=asyncio.subprocess.PIPE,
-                stdout=handle,
-                stderr=handle,
+                stdout=log,
+                stderr=log,
                 env=dict(part.environment),
-                pass_fds=keep_open,
+                pass_fds=(data.lock,),
                 start_new_session=True,  # Ctrl-C is for us to handle: parts stop in order
             )
         finally:
-            os.close(handle)
-        return cls(process, log)
+            os.close(log)
+        return cls(process)
 
     @property
     def uptime_s(self) -> float:
-        """Seconds since the start."""
         return time.monotonic() - self._started_s
 
     @property
@@ -191,30 +176,23 @@ class GuardedProcess:
             return 128 - code
         return code
 
-    async def stop(self, timeout_s: float, hurry: asyncio.Event) -> int:
+    async def stop(self, timeout_s: float, hurry: asyncio.Event) -> None:
         """Ask the part to finish; kill it and its descendants if it has not after `timeout_s`, or once in a hurry."""
         assert self._process.stdin
         with suppress(BrokenPipeError, ConnectionResetError):
             self._process.stdin.write(b".")
         await _first_of(self.wait(), hurry.wait(), timeout_s=timeout_s)
-        return await self.kill()
+        await self.kill()
 
-    async def kill(self) -> int:
+    async def kill(self) -> None:
         """End the part and its descendants now, within the guard's grace period."""
         assert self._process.stdin
         self._process.stdin.close()
-        try:
-            return await asyncio.wait_for(self.wait(), 2 * GRACE_S)
-        except TimeoutError:  # the guard does not answer
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.wait(), 2 * GRACE_S)
+        if self.running:  # the guard does not answer
             self._process.kill()
-            return await self.wait()
-
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines of this run's output."""
-        with self._log.open("rb") as file:
-            file.seek(max(0, self._log.stat().st_size - _TAIL_BYTES))
-            text = newest_run(file.read())
-        return "\n".join(text.rstrip().splitlines()[-lines:])
+            await self.wait()
 
 
 def guarded(command: Sequence[str], grace_s: float, niceness: int = 0) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every kind of process does beside its work: it repeats steps, yields its core, and times the store."""
+"""What every process does beside its work: it repeats steps, yields its core, and times the store."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2,
 async def forever(
     every_s: float | Callable[[], float], step: Callable[[], Awaitable[object]], log: logging.Logger
 ) -> NoReturn:
-    """Run a step now, and again after each pause of `every_s`; only cancellation ends this, whatever the step raises.
-
-    An `ApiError`, such as a store that is down, is logged as a warning; anything else as a bug.
-    """
+    """Run a step now, and again after each pause; whatever it raises is logged, an `ApiError` as a warning."""
     while True:
         try:
             await step()

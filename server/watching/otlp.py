@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry, sent to a collector by OTLP over HTTP.
 
-Instrumentations put into spans whatever they see: paths that hold user ids, queries, addresses of clients, messages of
-exceptions. So what may leave the process is listed here, and the rest goes, whatever a later version of them may add.
+Instrumentations put whatever they see into spans: paths with user ids, queries, addresses of clients, messages of
+exceptions. So what may leave the process is listed here, whatever a later version of them adds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
-from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.trace.status import Status
@@ -27,22 +27,15 @@ if TYPE_CHECKING:
 
 _W3C = TraceContextTextMapPropagator()
 
-_EXPORT_TIMEOUT_S = 2
-"""What a process waits for a silent collector, also when it ends."""
-
+_EXPORT_TIMEOUT_S = 2  # for a silent collector, also at the end of the process
 _NOT_TRACED = r"^https?://[^/]+/(health|ready|metrics|docs|openapi\.json|console.*)$"
-
 _OURS = "mta."
-_KEPT = frozenset(
-    (
-        *("http.method", "http.request.method", "http.route", "http.status_code", "http.response.status_code"),
-        *("db.system", "db.system.name", "error.type", "exception.type"),
-    )
-)
-_KEPT_OF_CLIENTS = _KEPT | {
-    *("http.url", "url.full", "net.peer.name", "net.peer.port", "server.address", "server.port")
+_KEPT = {
+    *("http.method", "http.request.method", "http.route", "http.status_code", "http.response.status_code"),
+    *("db.system", "db.system.name", "error.type", "exception.type"),
 }
-"""Of calls to engines and the store, whose URLs hold no one's id."""
+_ADDRESSES = {"http.url", "url.full", "net.peer.name", "net.peer.port", "server.address", "server.port"}
+"""Kept of calls to engines and the store, whose URLs hold no one's id."""
 
 
 class SpanTracing(Tracing):
@@ -83,7 +76,9 @@ class OtlpTracing(SpanTracing):
 
         self._requests, self._calls, self._commands = FastAPIInstrumentor, create_trace_config, RedisInstrumentor()
         self._provider = TracerProvider(
-            resource=Resource.create({"service.name": service}), sampler=RequestSampler(share), shutdown_on_exit=False
+            resource=Resource.create({"service.name": service}),
+            sampler=ParentBased(_RequestSampler(share)),
+            shutdown_on_exit=False,
         )
         exporter = _StrippingExporter(endpoint=endpoint.rstrip("/") + TRACES_PATH, timeout=_EXPORT_TIMEOUT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -107,31 +102,13 @@ class OtlpTracing(SpanTracing):
         self._provider.shutdown()
 
 
-class RequestSampler(Sampler):
-    """Traces begin with requests and jobs, not with what a process does by itself, such as looking at its parts."""
+class _RequestSampler(TraceIdRatioBased):
+    """Traces begin with requests, not with what a process does by itself, such as looking at its parts."""
 
-    def __init__(self, share: float) -> None:
-        self._begun = TraceIdRatioBased(share)
-
-    def should_sample(  # noqa: PLR0917  OpenTelemetry's signature
-        self,
-        parent_context: Any,
-        trace_id: int,
-        name: str,
-        kind: SpanKind | None = None,
-        attributes: Any = None,
-        links: Any = None,
-        trace_state: Any = None,
-    ) -> SamplingResult:
-        parent = trace.get_current_span(parent_context).get_span_context()
-        if parent.is_valid:
-            return SamplingResult(Decision.RECORD_AND_SAMPLE if parent.trace_flags.sampled else Decision.DROP)
-        if kind is SpanKind.SERVER:
-            return self._begun.should_sample(parent_context, trace_id, name, kind)
-        return SamplingResult(Decision.DROP)
-
-    def get_description(self) -> str:
-        return f"RequestSampler({self._begun.rate:g})"
+    def should_sample(self, *given: Any, **named: Any) -> SamplingResult:
+        if named["kind"] is not SpanKind.SERVER:  # `ParentBased` names its arguments
+            return SamplingResult(Decision.DROP)
+        return super().should_sample(*given, **named)
 
 
 class _StrippingExporter(OTLPSpanExporter):
@@ -141,7 +118,7 @@ class _StrippingExporter(OTLPSpanExporter):
 
 def _stripped(span: ReadableSpan) -> ReadableSpan:
     """The span without what could name a user or quote one."""
-    attributes = _only(_KEPT_OF_CLIENTS if span.kind is SpanKind.CLIENT else _KEPT, span.attributes)
+    attributes = _only(_KEPT | _ADDRESSES if span.kind is SpanKind.CLIENT else _KEPT, span.attributes)
     name = span.name
     if span.kind is SpanKind.SERVER:  # its own name may be a path
         method = attributes.get("http.request.method") or attributes.get("http.method") or "HTTP"
@@ -162,5 +139,5 @@ def _stripped(span: ReadableSpan) -> ReadableSpan:
     )
 
 
-def _only(kept: frozenset[str], attributes: Mapping[str, Any] | None) -> dict[str, Any]:
+def _only(kept: set[str], attributes: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (attributes or {}).items() if name in kept or name.startswith(_OURS)}

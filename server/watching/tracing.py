@@ -23,36 +23,32 @@ class Tracing:
     """Traces nothing; `otlp.py` has those that do."""
 
     def watch_app(self, app: FastAPI) -> None:
-        """Trace every request to an application, but for those that only ask how it is."""
+        """Trace requests to an application, but for health checks and pages."""
 
     def session_options(self) -> dict[str, Any]:
-        """Arguments for an aiohttp session whose requests are traced, and carry the trace on."""
+        """For an aiohttp session whose requests are traced, and carry the trace on."""
         return {}
 
     def current(self) -> str:
-        """The traceparent of what runs now; empty outside of any trace."""
+        """The current traceparent; empty outside of any trace."""
         return ""
 
     def span(self, name: str, *, follows: str = "") -> AbstractContextManager[None]:
-        """Makes a block a span of the trace that it runs in, or of the one of the traceparent `follows`."""
+        """A span of the current trace, or of that of the traceparent `follows`."""
         return nullcontext()
 
     def note(self, **attributes: str | int | float) -> None:
         """Add attributes to the current span. Never ids of users, or anything that they wrote."""
 
     def link(self, traceparent: str) -> None:
-        """Link the current span to one in another trace, which led to it."""
+        """Link the current span to the one in another trace that led to it."""
 
     def close(self) -> None:
         """Send what was not sent yet."""
 
 
 def open_tracing(settings: Settings, service: str) -> Tracing:
-    """The process's tracing, as the settings say; `service` is what it is, e.g. `mta-gateway`.
-
-    Raises:
-        MtaError: when traces are wanted and the packages for them are missing.
-    """
+    """The process's tracing, as the settings say; `service` names the process, e.g. `mta-gateway`."""
     if not settings.otlp_endpoint:
         return Tracing()
     try:

@@ -66,20 +66,17 @@ def small(tiny_model_folder: Path) -> dict[str, str]:
 
 
 class Fleet:
-    """A deployment that runs.
+    """A deployment that runs at a site; its containers may only read the folders of `shared`."""
 
-    Args:
-        site: where.
-        shared: folders that most of its containers may only read.
-    """
-
-    def __init__(self, site: Site, shared: tuple[Path, ...]) -> None:
+    def __init__(self, site: Site, shared: tuple[Path, ...], gateways: Sequence[str], engines: Sequence[str]) -> None:
         self.site = site
+        self.gateways = gateways
+        self.engines = engines  # what is to be found of them
         site.start(*FIRST & site.containers.keys())
         self.said = site.once("keys")
         assert "base model" in site.once("models")
         self._shared = shared
-        self._before = self._contents()
+        self.before = self.contents()
         site.start(*site.containers.keys() - FIRST - ONCE - NOT_HERE - OBSERVING.keys())
 
     def client(self, name: str = "gateway") -> httpx.Client:
@@ -87,67 +84,79 @@ class Fleet:
         headers = {"Authorization": f"Bearer {FIRST_KEY}"}
         return httpx.Client(base_url=f"http://127.0.0.1:{self.site.port(name, '8000')}", timeout=60, headers=headers)
 
-    def check_started(self) -> None:
-        """Every container has run, and its probes say that it does; none of them said so before."""
-        for name in self.site.containers.keys() - ONCE - NOT_HERE - OBSERVING.keys():
-            before, found = self.site.before[name], self.site.probed(name)
-            assert found, f"{name} has no probe"
-            assert found == dict.fromkeys(found, True), name
-            assert before == dict.fromkeys(found, False), f"{name}: a probe that passes while it is down"
-
-    def check_walls(self) -> None:
-        """Nobody wrote where they may not."""
-        assert self.site.trespasses() == []
-        assert self._contents() == self._before
-
-    def check_keys(self) -> None:
-        """The first key was printed nowhere, and nobody is answered without it."""
-        assert FIRST_KEY[:12] not in self.said + self.site.once("keys")
-        with self.client() as client:
-            client.headers.pop("Authorization")
-            assert client.get("/users/ada").status_code == httpx.codes.UNAUTHORIZED
-            assert client.get("/ready").json()["parts"] is None
-
-    def check_answers(self, *gateways: str, engines: Sequence[str]) -> None:
-        """A person whom one gateway is told of is known to all; each comes to find the engines to be so."""
-        with self.client(gateways[0]) as client:
-            client.put("/users/ada/profile", json=ITEMS).raise_for_status()
-        for name in gateways:
-            with self.client(name) as client:
-                answer = client.post("/generate", json=ASKED).raise_for_status().json()
-                assert answer["personalization"]["level"] == "merged"
-                wait_until(partial(self._finds, client, engines), f"{name} to find the engines {engines}")
-
-    def _finds(self, client: httpx.Client, engines: Sequence[str]) -> bool:
-        found = client.get("/ready").json()["parts"]["engines"]
-        return sorted(engine["status"] for engine in found) == sorted(engines)
-
-    def _contents(self) -> Contents:
+    def contents(self) -> Contents:
+        """Size and time of every shared file."""
         files = [path for folder in self._shared for path in folder.rglob("*") if path.is_file()]
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
-@pytest.fixture(scope="class")
-def services(
+@pytest.fixture(scope="module", params=["compose", "kubernetes"])
+def fleet(
+    request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_bank_folder: Path,
+    *,
     models: Path,
     programs: Path,
     small: dict[str, str],
 ) -> Iterator[Fleet]:
-    options = ("--env-file", FLEET, "--profile", "fleet", "--profile", "observe")
-    found = composed((BASE, CPU), tiny_bank_folder, *options, MTA_ADMIN_KEY="not made yet", **small)
-    mounted = bound(found) | {"/models": models, "/data": tmp_path_factory.mktemp("data")}
-    folder = tmp_path_factory.mktemp("compose")
+    """The fleet of compose on CPUs, and who observes it; or one of each container of the pods, where three of the four
+    engines that are named are not there."""
+    folder, shared = tmp_path_factory.mktemp(request.param), (tiny_bank_folder, models)
+    if request.param == "compose":
+        options = ("--env-file", FLEET, "--profile", "fleet", "--profile", "observe")
+        found = composed((BASE, CPU), tiny_bank_folder, *options, MTA_ADMIN_KEY="not made yet", **small)
+        mounted = bound(found) | {"/models": models, "/data": tmp_path_factory.mktemp("data")}
+        gateways, engines = ["gateway", "gateway-2"], ["ok", "ok"]
+    else:
+        found, mounted = containers("cpu"), {"/bank": tiny_bank_folder, "/models": models}
+        gateways, engines = ["gateway"], ["ok", *3 * ["unavailable"]]
     with Site(folder, found, mounted=mounted, programs=programs, settings=small) as site:
-        yield Fleet(site, (tiny_bank_folder, models))
+        yield Fleet(site, shared, gateways, engines)
 
 
-@pytest.fixture(scope="class")
-def prometheus(services: Fleet) -> httpx.Client:
+def test_each_comes_up_by_its_own_command_and_probes(fleet: Fleet) -> None:
+    site = fleet.site
+    for name in site.containers.keys() - ONCE - NOT_HERE - OBSERVING.keys():
+        before, found = site.before[name], site.probed(name)
+        assert found, f"{name} has no probe"
+        assert found == dict.fromkeys(found, True), name
+        assert before == dict.fromkeys(found, False), f"{name}: a probe that passes while it is down"
+    if len(fleet.gateways) == 1:
+        probes = sum(len(container.probes) for container in site.containers.values())
+        assert probes == 3 * len(("valkey", "engine", "router", "gateway")) + len(("worker",))
+
+
+def test_a_person_whom_one_gateway_is_told_of_is_known_to_all(fleet: Fleet) -> None:
+    with fleet.client() as client:
+        client.put("/users/ada/profile", json=ITEMS).raise_for_status()
+    for name in fleet.gateways:
+        with fleet.client(name) as client:
+            answer = client.post("/generate", json=ASKED).raise_for_status().json()
+            assert answer["personalization"]["level"] == "merged"
+            wait_until(partial(finds, client, fleet.engines), f"{name} to find the engines {fleet.engines}")
+
+
+def finds(client: httpx.Client, engines: Sequence[str]) -> bool:
+    found = client.get("/ready").json()["parts"]["engines"]
+    return sorted(engine["status"] for engine in found) == sorted(engines)
+
+
+def test_the_first_key_is_printed_nowhere_and_nobody_is_answered_without_it(fleet: Fleet) -> None:
+    assert FIRST_KEY[:12] not in fleet.said + fleet.site.once("keys")
+    with fleet.client() as client:
+        client.headers.pop("Authorization")
+        assert client.get("/users/ada").status_code == httpx.codes.UNAUTHORIZED
+        assert client.get("/ready").json()["parts"] is None
+
+
+@pytest.fixture
+def prometheus(fleet: Fleet) -> httpx.Client:
+    if "prometheus" not in fleet.site.containers:
+        pytest.skip("the manifests leave observing to the cluster")
     if missing := [program for program in PROGRAMS.values() if not shutil.which(program)]:
         pytest.skip(f"not installed (Debian): {', '.join(missing)}")
-    site, folder = services.site, services.site.folder / "observing"
+    site, folder = fleet.site, fleet.site.folder / "observing"
     secrets = {
         "mta_engine_key": SECRETS["MTA_ENGINE_KEY"],
         "mta_admin_key": site.once("keys", ["mta", "keys", "create", "prometheus", "--scope", "admin"]).strip(),
@@ -174,67 +183,25 @@ def prometheus(services: Fleet) -> httpx.Client:
     return httpx.Client(base_url=f"http://127.0.0.1:{site.port('prometheus', '9090')}/api/v1", timeout=30)
 
 
-class TestCompose:
-    """The fleet on CPUs, and who observes it."""
+def test_prometheus_reads_the_metrics_of_all_and_knows_whom_to_tell(prometheus: httpx.Client) -> None:
+    def asked(what: str) -> dict[str, Any]:
+        data: dict[str, Any] = prometheus.get(what).raise_for_status().json()["data"]
+        return data
 
-    def test_each_of_them_comes_up_by_its_own_command_and_health_check(self, services: Fleet) -> None:
-        services.check_started()
+    def read() -> bool:
+        targets = asked("/targets")["activeTargets"]
+        return sorted((one["labels"]["job"], one["health"]) for one in targets) == [
+            (job, "up") for job in ("engine", "engine", "gateway", "gateway", "router", "worker", "worker")
+        ]
 
-    def test_they_answer_as_a_person_together(self, services: Fleet) -> None:
-        services.check_answers("gateway", "gateway-2", engines=["ok", "ok"])
-
-    def test_the_first_key_is_printed_nowhere_and_nobody_is_answered_without_it(self, services: Fleet) -> None:
-        services.check_keys()
-
-    def test_prometheus_reads_the_metrics_of_all_and_knows_whom_to_tell(self, prometheus: httpx.Client) -> None:
-        def asked(what: str) -> dict[str, Any]:
-            data: dict[str, Any] = prometheus.get(what).raise_for_status().json()["data"]
-            return data
-
-        def read() -> bool:
-            targets = asked("/targets")["activeTargets"]
-            return sorted((one["labels"]["job"], one["health"]) for one in targets) == [
-                (job, "up") for job in ("engine", "engine", "gateway", "gateway", "router", "worker", "worker")
-            ]
-
-        wait_until(read, "all of them to be read")
-        wait_until(lambda: len(asked("/alertmanagers")["activeAlertmanagers"]) == 1, "the alertmanager to be known")
-        assert asked("/rules")["groups"]
-
-    def test_nobody_writes_where_they_may_not(self, services: Fleet) -> None:
-        services.check_walls()
+    wait_until(read, "all of them to be read")
+    wait_until(lambda: len(asked("/alertmanagers")["activeAlertmanagers"]) == 1, "the alertmanager to be known")
+    assert asked("/rules")["groups"]
 
 
-@pytest.fixture(scope="class")
-def pods(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_bank_folder: Path,
-    models: Path,
-    programs: Path,
-    small: dict[str, str],
-) -> Iterator[Fleet]:
-    found, folder = containers("cpu"), tmp_path_factory.mktemp("pods")
-    mounted = {"/bank": tiny_bank_folder, "/models": models}
-    with Site(folder, found, mounted=mounted, programs=programs, settings=small) as site:
-        yield Fleet(site, (tiny_bank_folder, models))
-
-
-class TestKubernetes:
-    """One of each container of the pods; three of the four engines that are named are not there."""
-
-    def test_each_comes_up_by_its_own_command_and_probes(self, pods: Fleet) -> None:
-        pods.check_started()
-        probes = sum(len(container.probes) for container in pods.site.containers.values())
-        assert probes == 3 * len(("valkey", "engine", "router", "gateway")) + len(("worker",))
-
-    def test_they_answer_as_a_person_together(self, pods: Fleet) -> None:
-        pods.check_answers("gateway", engines=["ok", *3 * ["unavailable"]])
-
-    def test_the_first_key_is_printed_nowhere_and_nobody_is_answered_without_it(self, pods: Fleet) -> None:
-        pods.check_keys()
-
-    def test_nobody_writes_where_they_may_not(self, pods: Fleet) -> None:
-        pods.check_walls()
+def test_nobody_writes_where_they_may_not(fleet: Fleet) -> None:
+    assert fleet.site.trespasses() == []
+    assert fleet.contents() == fleet.before
 
 
 def bound(found: Mapping[str, Container]) -> dict[str, Path]:

@@ -15,12 +15,8 @@ from tests.support.containers import BASE, CPU, FLEET, ROOT, WORKLOADS, containe
 
 OVERLAYS = ("cpu", "gpu")
 VERSIONS = ("1.31", "1.37")
-COMPOSED = {"valkey": "redis"}
-"""The service of compose that a container is, where the names differ."""
-
-OF_CORES = {"engine": "OMP_NUM_THREADS", "worker": "MTA_WORKER_THREADS"}
-"""What says how many threads compute, where the cores are limited."""
-
+COMPOSED = {"valkey": "redis"}  # the service of compose that a container is, where the names differ
+OF_CORES = {"engine": "OMP_NUM_THREADS", "worker": "MTA_WORKER_THREADS"}  # how many threads, where cores are limited
 OF_PODS_ALONE = {"HOME", *OF_CORES.values()}
 REACHED_BY = {
     "gateway": {"anybody"},
@@ -36,16 +32,18 @@ def of_kind(overlay: str, *kinds: str) -> list[dict[str, Any]]:
     return [one for one in manifests(overlay) if one["kind"] in kinds]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_manifest_is_valid(overlay: str, version: str) -> None:
+def test_every_manifest_is_valid_and_every_container_without_root_secrets_and_ways_to_change_its_image(
+    overlay: str,
+) -> None:
     for manifest in manifests(overlay):
-        kubernetes_validate.validate(manifest, version, strict=True)
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_container_is_without_root_and_cannot_change_its_image(overlay: str) -> None:
+        for version in VERSIONS:
+            kubernetes_validate.validate(manifest, version, strict=True)
+    assert not of_kind(overlay, "Secret")
     for name, container in containers(overlay).items():
+        for variable in container.written.get("env", ()):
+            if re.search("KEY$|SECRET$|REDIS_URL$", variable["name"]):
+                assert variable["valueFrom"]["secretKeyRef"]["name"] == "mta", name
         assert container.written["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -66,15 +64,6 @@ def test_whose_cores_are_limited_has_as_many_threads(overlay: str, limited: set[
     for name in limited:
         [variable] = [one for one in found[name].written["env"] if one["name"] == OF_CORES[name]]
         assert variable["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_secret_is_in_them(overlay: str) -> None:
-    assert not of_kind(overlay, "Secret")
-    for name, container in containers(overlay).items():
-        for variable in container.written.get("env", ()):
-            if re.search("KEY$|SECRET$|REDIS_URL$", variable["name"]):
-                assert variable["valueFrom"]["secretKeyRef"]["name"] == "mta", name
 
 
 def test_the_containers_are_the_services_of_compose(tmp_path: Path) -> None:

@@ -13,49 +13,48 @@ import httpx
 import pytest
 
 from bank.manifest import read_manifest
-from bench.fleet.ring import Ring
 from bench.rig.processes import wait_until
 from bench.rig.router import Router, running_router
 from bench.rig.tiny import world
 from server.settings import Settings
-from server.supervisor.router import OPTIONS
+from server.supervisor.services import ROUTER_OPTIONS
 from tests.support.fake_engine import KEY, FakeEngine, Knobs, Seen
 from tests.support.gateway import GatewayThread, chunks_of, generate, wait_until_ready
 
-PEOPLE = 12
-BREAKER_S = float(str(OPTIONS["cb-timeout-duration-secs"]))
+PEOPLE, USER = 12, "routed-0"
+BREAKER_S = float(str(ROUTER_OPTIONS["cb-timeout-duration-secs"]))
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What a test looks at.
-
-    Attributes:
-        engines: two of them.
-        router: in front of both.
-        client: of the gateway.
-        recipes: each person's.
-    """
+    """A gateway, the router behind it, and two engines behind that."""
 
     engines: tuple[FakeEngine, FakeEngine]
     router: Router
-    client: httpx.Client
-    recipes: dict[str, str]
+    client: httpx.Client  # of the gateway
+    recipes: dict[str, str]  # by person
 
     @property
     def seen(self) -> list[Seen]:
         """What reached the engines, in no order across them."""
         return [seen for engine in self.engines for seen in engine.seen]
 
+    def turn(self, **knobs: int | None) -> None:
+        """Turn knobs of both engines."""
+        for engine in self.engines:
+            for name, value in knobs.items():
+                setattr(engine.knobs, name, value)
+
     def becomes(self, *statuses: str) -> dict[str, Any]:
         """Wait until the gateway knows the engines to be so; returns what it says of itself."""
+        said: dict[str, Any] = {}
 
-        def said() -> dict[str, Any]:
-            answer: dict[str, Any] = self.client.get("/ready").json()
-            return answer
+        def are() -> bool:
+            said.update(self.client.get("/ready").json())
+            return tuple(one["status"] for one in said["parts"]["engines"]) == statuses
 
-        wait_until(lambda: tuple(one["status"] for one in said()["parts"]["engines"]) == statuses, f"{statuses}")
-        return said()
+        wait_until(are, f"{statuses}")
+        return said
 
 
 @pytest.fixture(scope="module")
@@ -93,45 +92,26 @@ def test_a_recipe_is_always_served_by_the_same_engine(fleet: Fleet) -> None:
     assert all(served)
 
 
-def test_it_is_the_engine_that_a_simulated_fleet_would_choose(fleet: Fleet) -> None:
-    ring = Ring([engine.url for engine in fleet.engines])
-    with httpx.Client(base_url=fleet.router.url, headers={"Authorization": f"Bearer {KEY}"}) as client:
-        for number in range(100):
-            session = f"mta3:0123abcd:cat:a03*{number + 1}+a17*{999 - number}"
-            body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
-            client.post("/v1/chat/completions", json=body, headers={"X-Session-ID": session}).raise_for_status()
-    chosen = [{seen.headers["x-session-id"] for seen in engine.seen} for engine in fleet.engines]
-    assert sum(map(len, chosen)) == 100
-    for number, sessions in enumerate(chosen):
-        assert {ring.engine_of(session) for session in sessions} == {number}
-
-
-def test_a_request_reaches_the_engine_as_it_was_sent(fleet: Fleet) -> None:
-    user, recipe = next(iter(fleet.recipes.items()))
+def test_a_request_and_its_trace_reach_the_engine_as_they_were_sent(fleet: Fleet) -> None:
     asked = {"max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "seed": 2**40 + 1, "stop": ["."]}
-    generate(fleet.client, user, **asked).raise_for_status()
+    generate(fleet.client, USER, **asked).raise_for_status()
     (seen,) = fleet.seen
     assert {name: seen.body[name] for name in asked} == asked
     assert seen.body["cache_salt"]
-    assert seen.headers["x-session-id"] == seen.body["model"] == recipe
-
-
-def test_a_trace_goes_on_behind_the_router(fleet: Fleet) -> None:
+    assert seen.headers["x-session-id"] == seen.body["model"] == fleet.recipes[USER]
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     headers = {"Authorization": f"Bearer {KEY}", "X-Session-ID": "base", "traceparent": traceparent}
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     httpx.post(f"{fleet.router.url}/v1/chat/completions", json=body, headers=headers).raise_for_status()
-    assert fleet.seen[0].headers["traceparent"] == traceparent
+    assert traceparent in [seen.headers.get("traceparent") for seen in fleet.seen]
 
 
 def test_the_router_tells_nobody_whose_requests_pass(fleet: Fleet) -> None:
-    generate(fleet.client, next(iter(fleet.recipes))).raise_for_status()
-    for engine in fleet.engines:
-        engine.knobs.status = 500
-    assert generate(fleet.client, next(iter(fleet.recipes))).status_code == 503
-    for engine in fleet.engines:
-        engine.knobs.status = None
-    wait_until(lambda: generate(fleet.client, next(iter(fleet.recipes))).is_success, "the breakers to close")
+    generate(fleet.client, USER).raise_for_status()
+    fleet.turn(status=500)
+    assert generate(fleet.client, USER).status_code == 503
+    fleet.turn(status=None)
+    wait_until(lambda: generate(fleet.client, USER).is_success, "the breakers to close")
     assert "mta3:" not in fleet.router.process.output
     assert "mta3:" not in httpx.get(fleet.router.metrics_url).text
 
@@ -173,36 +153,33 @@ def test_an_engine_that_is_back_serves_before_the_router_trusts_it_again(fleet: 
 
 
 def test_a_request_of_which_nothing_came_is_sent_once_more_under_another_session(fleet: Fleet) -> None:
-    user, recipe = next(iter(fleet.recipes.items()))
-    generate(fleet.client, user).raise_for_status()
+    generate(fleet.client, USER).raise_for_status()
     (serving,) = (engine for engine in fleet.engines if engine.seen)
     serving.seen.clear()
     serving.knobs.dies = 1
-    answer = generate(fleet.client, user, stream=True)
+    answer = generate(fleet.client, USER, stream=True)
     assert answer.is_success and chunks_of(answer)[-1] == "[DONE]"
+    recipe = fleet.recipes[USER]
     assert sorted(seen.headers["x-session-id"] for seen in fleet.seen) == [recipe, f"{recipe}~"]
 
 
-def test_a_request_is_not_sent_a_third_time(fleet: Fleet) -> None:
-    for engine in fleet.engines:
-        engine.knobs.dies = 10
-    assert generate(fleet.client, next(iter(fleet.recipes)), stream=True).status_code == 502
-    assert len(fleet.seen) == 2
+@pytest.mark.parametrize(
+    ("knobs", "status", "times"),
+    [({"dies": 10}, 502, 2), ({"status": 400}, 400, 1), ({"status": 422}, 400, 1)],
+    ids=["never a third time", "refused once", "refused once as well"],
+)
+def test_what_fails_again_or_is_refused_is_not_sent_more_often(
+    fleet: Fleet, knobs: dict[str, int], status: int, times: int
+) -> None:
+    fleet.turn(**knobs)
+    assert generate(fleet.client, USER, stream=True).status_code == status
+    assert len(fleet.seen) == times
 
 
 def test_after_its_first_token_an_answer_is_never_begun_again(fleet: Fleet) -> None:
-    for engine in fleet.engines:
-        engine.knobs.die_after = 2
-    *_, last = chunks_of(generate(fleet.client, next(iter(fleet.recipes)), stream=True))
+    fleet.turn(die_after=2)
+    *_, last = chunks_of(generate(fleet.client, USER, stream=True))
     assert last["error"]["code"] == "engine_failed"
-    assert len(fleet.seen) == 1
-
-
-@pytest.mark.parametrize("status", [400, 422])
-def test_what_the_engine_refuses_is_refused_once(fleet: Fleet, status: int) -> None:
-    for engine in fleet.engines:
-        engine.knobs.status = status
-    assert generate(fleet.client, next(iter(fleet.recipes))).status_code == 400
     assert len(fleet.seen) == 1
 
 
@@ -212,7 +189,7 @@ def test_tokens_are_counted_while_the_first_engine_is_down(fleet: Fleet) -> None
         try:
             for _ in range(4):
                 sample = {"input": "What is it like?", "output": "Salty."}
-                answer = fleet.client.post("/users/routed-0/adapt", json={"samples": [sample] * 4})
+                answer = fleet.client.post(f"/users/{USER}/adapt", json={"samples": [sample] * 4})
                 assert answer.status_code == 202, answer.text
         finally:
             engine.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -25,16 +26,16 @@ StartUp = Callable[..., AbstractContextManager[Up]]
 
 
 @pytest.fixture(scope="module")
-def engine_options(tiny_bank_folder: Path, fake_engine_server: FakeEngine) -> tuple[str, ...]:
+def options(tiny_bank_folder: Path, fake_engine_server: FakeEngine) -> tuple[str, ...]:
     """What makes `mta up` use the stand-in."""
     return ("--bank", str(tiny_bank_folder), "--engine-url", fake_engine_server.url)
 
 
 @pytest.fixture(scope="module")
-def start(engine_options: tuple[str, ...], embedder_folder: Path) -> StartUp:
+def start(options: tuple[str, ...], embedder_folder: Path) -> StartUp:
     """Starts `mta up` over a data folder, with more options where given."""
     environment = {"MTA_ENGINE_KEY": KEY, "MTA_EMBEDDER": str(embedder_folder)}
-    return lambda data, *options: up(data, *engine_options, *options, environment=environment)
+    return lambda data, *more: up(data, *options, *more, environment=environment)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +46,11 @@ def running_up(start: StartUp, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def refused(engine_options: tuple[str, ...]) -> Callable[..., str]:
+def refused(options: tuple[str, ...]) -> Callable[..., str]:
     """Runs a `mta up` that must fail, and gives its output."""
 
-    def run(data: Path, *options: str) -> str:
-        command, clean = up_command(data, *engine_options, *options)
+    def run(data: Path, *more: str) -> str:
+        command, clean = up_command(data, *options, *more)
         with running(command, clean | {"MTA_ENGINE_KEY": KEY}) as process:
             assert process.wait() == 1, process.output
             return process.output
@@ -74,9 +75,8 @@ def test_each_part_has_its_line_and_the_last_one_says_what_to_try(running_up: Up
 def test_the_store_may_fill_a_share_of_the_memory(running_up: Up) -> None:
     options = dict(line.split(" ", 1) for line in (running_up.data / "valkey.conf").read_text().splitlines())
     assert memory_bytes() // 16 < int(options["maxmemory"]) <= memory_bytes() // 8
-    with running_up.client() as client:
-        [shown] = [line for line in client.get("/metrics").text.splitlines() if line.startswith("mta_store_max_bytes ")]
-        assert float(shown.split()[1]) == int(options["maxmemory"])
+    shown = re.search(r"^mta_store_max_bytes (\S+)", httpx.get(f"{running_up.url}/metrics").text, re.MULTILINE)
+    assert shown and float(shown[1]) == int(options["maxmemory"])
 
 
 def test_only_the_loopback_address_is_listened_on(running_up: Up) -> None:
@@ -111,10 +111,15 @@ def test_mta_keys_finds_its_store_and_no_key_stands_in_a_command_line(start: Sta
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_it_alone_stops_every_part(start: StartUp, tmp_path: Path, number: signal.Signals) -> None:
-    with start(tmp_path / "data") as started:
+def test_a_signal_to_it_alone_stops_every_part(
+    start: StartUp, tmp_path: Path, valkey: ValkeyProcess, number: signal.Signals
+) -> None:
+    """One has a Redis of its own, and starts no Valkey."""
+    own = ("--redis-url", valkey.url) if number is signal.SIGHUP else ()
+    with start(tmp_path / "data", *own) as started:
+        assert (started.part("valkey") is None) is bool(own)
         family = descendants(started.pid)
-        assert len(family) >= 4  # two parts and their guards
+        assert len(family) >= (2 if own else 4)  # parts and their guards
         started.process.send(number)
         assert started.process.wait(30) == 0, started.process.output
     assert [pid for pid in family if alive(pid)] == []
@@ -176,13 +181,6 @@ def test_it_goes_on_when_nobody_reads_its_output_any_more(start: StartUp, tmp_pa
         os.kill(before, signal.SIGKILL)
         wait_until(lambda: started.part("gateway") not in (None, before), "a new gateway")
         wait_until(started.ready, "the gateway to be back")
-
-
-def test_with_a_redis_of_ones_own_no_valkey_is_started(start: StartUp, tmp_path: Path, valkey: ValkeyProcess) -> None:
-    with start(tmp_path / "data", "--redis-url", valkey.url) as started:
-        assert started.part("valkey") is None
-        assert started.part("gateway")
-        assert started.ready()
 
 
 def test_a_part_that_cannot_start_is_explained_by_the_end_of_its_log(

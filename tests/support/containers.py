@@ -25,13 +25,13 @@ WORKLOADS = ("Deployment", "Job", "StatefulSet")
 REDIS_URL = "redis://valkey:6379/0"
 
 
-def compose_command() -> list[str]:
+@cache
+def compose_command() -> tuple[str, ...]:
     """`docker compose`, as a plugin or by itself."""
-    if shutil.which("docker-compose"):
-        return ["docker-compose"]
-    docker = shutil.which("docker")
-    if docker and subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode == 0:
-        return [docker, "compose"]
+    for command in (("docker-compose",), ("docker", "compose")):
+        found = shutil.which(command[0])
+        if found and subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0:
+            return command
     pytest.skip("docker compose is not installed (Debian: apt-get install docker-compose)")
 
 
@@ -79,27 +79,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class Container:
-    """A container of a pod, or of a service of compose.
-
-    Attributes:
-        command: program and arguments.
-        environment: with what it refers to filled in.
-        hosts: the names by which others reach it.
-        mounts: where folders are mounted; true where it may write.
-        locked: whether it may write nowhere else.
-        probes: by their names in the file.
-        written: as the file has it.
-        pod: the pod's specification.
-    """
+    """A container of a pod, or of a service of compose."""
 
     command: list[str]
-    environment: dict[str, str]
-    hosts: tuple[str, ...]
-    mounts: dict[str, bool]
-    locked: bool
-    probes: dict[str, Probe]
-    written: dict[str, Any] = field(repr=False)
-    pod: dict[str, Any] = field(repr=False)
+    environment: dict[str, str]  # with what it refers to filled in
+    hosts: tuple[str, ...]  # the names by which others reach it
+    mounts: dict[str, bool]  # where folders are mounted; true where it may write
+    locked: bool  # whether it may write nowhere else
+    probes: dict[str, Probe]  # by their names in the file
+    written: dict[str, Any] = field(repr=False)  # as the file has it
+    pod: dict[str, Any] = field(repr=False)  # the pod's specification
 
 
 def composed(files: tuple[str, ...], bank: Path, *options: str, **environment: str) -> dict[str, Container]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 
 import httpx
 
@@ -25,28 +24,21 @@ PORTS = ("6379", "8000", "8001", "8002", "9093", "9100", "29000")
 
 PATIENCE_S = 240.0
 _LOOPBACK = ("127.0.0.1", "localhost")
-_NOWHERE = "/proc/none"
-"""Where nobody can write, whoever they are."""
-
-_ALONE = ("unshare", "--mount")
-"""What the command after it mounts, it alone sees."""
-
+_NOWHERE = "/proc/none"  # where nobody can write, whoever they are
+_ALONE = ("unshare", "--mount")  # what the command after it mounts, it alone sees
 _READ_ONLY = "mount -o remount,bind,ro /"
 
 
 class Site:
     """Where the containers of one deployment run; a context manager that ends them all.
 
-    What a process can heed of a container's walls it does: there are no variables but its own, and whoever may write
-    only to what is mounted has neither a home nor a folder for temporary files beside it, and where this process may
-    mount, all the rest is read-only to it. `trespasses` says what was written into working folders.
+    A process heeds of a container's walls what it can: it has no variables but its own, and if it may write only to
+    what is mounted, it has neither a home nor a folder for temporary files. Where this process may mount, all the rest
+    is read-only to it; `trespasses` says what was written into working folders.
 
-    Args:
-        folder: for whatever they write.
-        containers: by name. A host name that none of them has is of one that is down.
-        mounted: folders here by their paths in containers; what is mounted elsewhere is empty, and each one's own.
-        programs: a folder of those that images have and this machine has under other names.
-        settings: variables on top of each container's own.
+    They write to `folder`. A host name that no container has is of one that is down. `mounted` are folders here by
+    their paths in containers; what is mounted elsewhere is empty, and each one's own. `programs` holds those that this
+    machine has under other names, and `settings` go on top of each container's own variables.
     """
 
     def __init__(
@@ -71,9 +63,7 @@ class Site:
     def __enter__(self) -> Site:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._running.close()
 
     def port(self, name: str, port: str) -> str:
@@ -112,12 +102,7 @@ class Site:
         return done.stdout
 
     def start(self, *names: str, options: tuple[str, ...] = ()) -> None:
-        """Start containers, and return once all their probes find them well.
-
-        Args:
-            names: which.
-            options: of their programs, besides those written.
-        """
+        """Start containers, with further options, and return once all their probes find them well."""
         for name in names:
             self.before[name] = self.probed(name)
         for name in names:

@@ -23,8 +23,7 @@ def never_held(thread: threading.Thread) -> Iterator[None]:
     """
     longest_ms, longest = 0.0, ""
     loop: asyncio.AbstractEventLoop | None = None
-    collected_s = 0.0
-    collecting_since_s = 0.0
+    collected_s = collecting_since_s = 0.0
     run: Callable[[asyncio.Handle], None] = asyncio.Handle._run  # type: ignore[attr-defined]
 
     def measured(handle: asyncio.Handle) -> None:
@@ -33,20 +32,19 @@ def never_held(thread: threading.Thread) -> Iterator[None]:
             run(handle)
             return
         loop = handle._loop  # type: ignore[attr-defined]
-        began_s, collected_before_s = time.thread_time(), collected_s
+        began_s = time.thread_time() - collected_s
         run(handle)
-        held_ms = (time.thread_time() - began_s - (collected_s - collected_before_s)) * 1000
+        held_ms = (time.thread_time() - collected_s - began_s) * 1000
         if held_ms > longest_ms:
             longest_ms, longest = held_ms, repr(handle)
 
     def collecting(phase: str, _: dict[str, Any]) -> None:
         nonlocal collected_s, collecting_since_s
-        if threading.get_ident() != thread.ident:
-            return
-        if phase == "start":
-            collecting_since_s = time.thread_time()
-        else:
-            collected_s += time.thread_time() - collecting_since_s
+        if threading.get_ident() == thread.ident:
+            if phase == "start":
+                collecting_since_s = time.thread_time()
+            else:
+                collected_s += time.thread_time() - collecting_since_s
 
     asyncio.Handle._run = measured  # type: ignore[attr-defined]
     gc.callbacks.append(collecting)

@@ -1,1 +1,0 @@
-"""`mta bank`: build and inspect a bank, import and export its adapters."""

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
 
 from bank.building.options import BuildInputs, BuildOptions, ImportOptions
 from bank.errors import BankError
-from server.cli.process import prepare_to_train
+from server.cli.shared import Embedder, Model, prepare_to_train
 from server.settings import load_settings
 
 app = typer.Typer(help="Build and inspect a bank, export and import its adapters.", no_args_is_help=True)
 
-ModelOption = Annotated[
-    str | None, typer.Option(help="Base model: `default`, a folder, or a Hugging Face id.", show_default="MTA_MODEL")
-]
-EmbedderOption = Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")]
-OutOption = Annotated[Path, typer.Option(help="Output folder.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
+Out = Annotated[Path, typer.Option(help="Output folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace another bank in the output folder.")]
 BankArgument = Annotated[Path | None, typer.Argument(help="Folder of the bank.", show_default="MTA_BANK")]
 UserRank = Annotated[int, typer.Option(help="Rank kept free for users' own stacked LoRAs.")]
 Top = Annotated[int, typer.Option(help="Most anchors in a recipe by topics.")]
@@ -35,7 +34,7 @@ T = TypeVar("T", BuildOptions, ImportOptions)
 def build(
     *,
     users: Annotated[Path, typer.Option(help="People's histories: LaMP's per-user layout, or LaMP's own questions.")],
-    out: OutOption,
+    out: Out,
     outputs: Annotated[Path | None, typer.Option(help="With LaMP's questions: its outputs file.")] = None,
     exclude: Annotated[
         Path | None, typer.Option(help="People to leave out: a file in the same layout, or of ids.")
@@ -74,16 +73,15 @@ def build(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also train the task's own row, for `mta eval`.")
     ] = False,
-    model: ModelOption = None,
-    embedder: EmbedderOption = None,
-    force: ForceOption = False,
+    model: Model = None,
+    embedder: Embedder = None,
+    force: Force = False,
 ) -> None:
     """Build a bank from people's histories.
 
     If it is interrupted, run it again with the same options: it continues where it stopped and makes the same bank.
     """
-    options = _options(BuildOptions, locals())
-    settings = load_settings()
+    options, settings = _options(BuildOptions, locals()), load_settings(model=model, embedder=embedder)
     prepare_to_train()
     from bank.building.build import build_bank, build_baselines
     from bank.evaluation.verdict import judge_bank
@@ -95,8 +93,8 @@ def build(
         out=out,
         outputs=outputs,
         exclude=exclude,
-        model=model or settings.model,
-        embedder=embedder or settings.embedder,
+        model=settings.model,
+        embedder=settings.embedder,
         cache_dir=settings.cache_dir,
         force=force,
     )
@@ -124,16 +122,14 @@ def info(
     summary = summarise(load_settings(bank=bank).bank_folder())
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
-        return
-    from server.cli.bank.tables import print_summary
-
-    print_summary(summary)
+    else:
+        _print_summary(summary)
 
 
 @app.command()
 def export(
     anchor: Annotated[str, typer.Option(help="The anchor's id, e.g. a03.")],
-    out: OutOption,
+    out: Out,
     bank: BankArgument = None,
     with_common: Annotated[
         bool, typer.Option("--with-common", help="Add the common row, as a recipe of this anchor alone does.")
@@ -153,34 +149,32 @@ def import_(
     profiles: Annotated[
         Path, typer.Option(help="Profiles in LaMP's per-user layout; each user_id is the name of an adapter folder.")
     ],
-    out: OutOption,
+    out: Out,
     task: Annotated[str, typer.Option(help="What the profiles' items are.")] = _IMPORT.task,
     user_rank: UserRank = _IMPORT.user_rank,
     k: Top = _IMPORT.k,
-    model: ModelOption = None,
-    embedder: EmbedderOption = None,
-    force: ForceOption = False,
+    model: Model = None,
+    embedder: Embedder = None,
+    force: Force = False,
 ) -> None:
     """Make a bank from PEFT adapters and their profiles."""
-    options = _options(ImportOptions, locals())
-    settings = load_settings()
-    from bank.lookup.embedder import Embedder
+    options, settings = _options(ImportOptions, locals()), load_settings(model=model, embedder=embedder)
+    from bank.lookup import embedder as embedders
     from bank.manifest import MANIFEST_FILE
     from bank.models.folders import ensure_base_model, ensure_embedder, model_name
     from bank.peft.imported import import_bank
 
     if (out / MANIFEST_FILE).exists() and not force:
         raise BankError(f"{out} already holds a bank: choose another --out, or replace it with --force")
-    name = model or settings.model
-    folder = ensure_base_model(name, settings.cache_dir)
+    folder = ensure_base_model(settings.model, settings.cache_dir)
     manifest = import_bank(
         adapters,
         profiles,
         out,
         options,
         model_folder=folder,
-        base_model=model_name(name, folder),
-        embedder=Embedder.load(ensure_embedder(embedder or settings.embedder, settings.cache_dir)),
+        base_model=model_name(settings.model, folder),
+        embedder=embedders.Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)),
     )
     typer.echo(f"bank {manifest.short} at {out}: {len(manifest.anchors)} anchors, serving rank {manifest.serving_rank}")
 
@@ -188,3 +182,41 @@ def import_(
 def _options(kind: type[T], parameters: Mapping[str, Any]) -> T:
     """Those of a command's parameters that are options of this kind."""
     return kind(**{field.name: parameters[field.name] for field in fields(kind)})
+
+
+def _print_summary(summary: Mapping[str, Any]) -> None:
+    base, embedder, index, weights = (summary[key] for key in ("base_model", "embedder", "index", "weights"))
+    sizes = ", ".join(f"{name} {decimal(count)}" for name, count in summary["bytes"].items())
+    common = "with a common row" if summary["common"] else "no common row"
+    facts = {
+        "bank": summary["folder"],
+        "fingerprint": summary["fingerprint"],
+        "task": summary["task"],
+        "base model": f"{base['name']} ({base['hash'][:12]}…)",
+        "embedder": f"{embedder['id']}, {embedder['dim']} dimensions",
+        "method": f"{summary['method']}, {common}",
+        "adapted": f"{summary['modules']} modules: {', '.join(summary['target_modules'])}",
+        "weights": _rule(weights),
+        "index": f"{index['kind']}, {index['anchors']} anchors of {index['dim']} dimensions",
+        "rank": f"{summary['rank']} per anchor, {summary['fused_rank']} fused, {summary['serving_rank']} served; "
+        f"user adapters: up to rank {summary['room']}",
+        "size": f"{sizes}; {decimal(summary['row_bytes'])} per anchor",
+        "training": ", ".join(f"{key} {value}" for key, value in summary["training"].items() if value is not None),
+        "verdict": summary["in_words"],
+    }
+    console, table = Console(highlight=False), Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    anchors = Table("anchor", "items", title=f"{len(summary['anchors'])} anchors", title_justify="left")
+    for anchor in summary["anchors"]:
+        anchors.add_row(anchor["id"], str(anchor["items"]))
+    console.print(table)
+    console.print(anchors)
+
+
+def _rule(weights: Mapping[str, Any]) -> str:
+    topic = f"topic, at most {weights['anchors']} anchors, strength {weights['strength']:g}"
+    if stepping := weights["posterior"]:
+        rule = f"posterior, at most {stepping['anchors']} anchors, decay {stepping['decay']:g}"
+        return f"{rule}; until there is a signature, {topic}"
+    return topic

@@ -17,7 +17,7 @@ RECENT_S = 300.0  # the estimate follows the machine as it is now, not as it was
 
 
 class ConsoleProgress:
-    """Prints what is done, step, loss, and an estimate of what is left, to stderr; each work has a bar of its own."""
+    """Prints steps, loss, and an estimate of what is left, to stderr; each work has a bar of its own."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, highlight=False)
@@ -52,7 +52,7 @@ class ConsoleProgress:
 
     def step(self, row: str, steps: int, report: StepReport) -> None:
         """Show one step; without a terminal, only a row's last one and one every few seconds."""
-        work = self._reach(self._work.completed + report.tokens)
+        work = self._advance(self._bars.tasks[-1].completed + report.tokens)
         text = (
             f"training {row} ({self._rows.index(row) + 1} of {len(self._rows)})  step {report.step}/{steps}  "
             f"loss {report.loss:.3f}  {work.speed or 0:.0f} tokens/s{_left(work)}"
@@ -65,26 +65,23 @@ class ConsoleProgress:
         if begins:
             self._pieces = what
             self._start(done, of)
-        left = "" if begins else _left(self._reach(done))
+        left = "" if begins else _left(self._advance(done))
         self._show(f"{what}: {done} of {of}{left}", last=done == of)
-
-    @property
-    def _work(self) -> Task:
-        return self._bars.tasks[-1]
 
     def _start(self, done: int, total: int) -> None:
         self._line_s = self._clock()
         self._bars.start()
         self._bars.add_task("", completed=done, total=total)
 
-    def _reach(self, done: float) -> Task:
-        self._bars.update(self._work.id, completed=done)
-        return self._work
+    def _advance(self, done: float) -> Task:
+        work = self._bars.tasks[-1]
+        self._bars.update(work.id, completed=done)
+        return work
 
     def _show(self, text: str, *, last: bool) -> None:
         now_s = self._clock()
         if self._console.is_terminal:
-            self._bars.update(self._work.id, description=text, refresh=True)
+            self._bars.update(self._bars.tasks[-1].id, description=text, refresh=True)
         elif last or now_s - self._line_s >= LINE_EVERY_S:
             self._line_s = now_s
             self._console.print(text, soft_wrap=True)

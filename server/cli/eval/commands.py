@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.process import prepare_to_train
+from server.cli.shared import prepare_to_train
 
 Methods = Annotated[str | None, typer.Option(help="Comma-separated; see docs/quality.md.", show_default="all")]
 SampleSize = Annotated[

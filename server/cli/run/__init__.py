@@ -1,1 +1,0 @@
-"""`mta up`, and each of its parts on its own."""

@@ -8,47 +8,40 @@ import logging
 import os
 import signal
 import socket
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from server.cli.process import end_on_signals
+from server.cli.shared import Bank, Embedder, RedisUrl, end_on_signals
+from server.settings import Settings, load_settings
 from server.watching.logs import log_to_stderr
 
-if TYPE_CHECKING:
-    from server.settings import Settings
-
 log = logging.getLogger("mta.gateway")
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def gateway(
     *,
-    bank: Annotated[Path | None, typer.Option(help="Folder of the bank.", show_default="MTA_BANK")] = None,
+    bank: Bank = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="MTA_HOST")] = None,
     port: Annotated[
         int | None, typer.Option(help="Port to listen on, 0 for a free one.", show_default="MTA_PORT")
     ] = None,
-    redis_url: Annotated[str | None, typer.Option(help="URL of Redis or Valkey.", show_default="MTA_REDIS_URL")] = None,
+    redis_url: RedisUrl = None,
     engine_url: Annotated[
         str | None, typer.Option(help="URL of the engine, or of the router.", show_default="MTA_ENGINE_URL")
     ] = None,
-    embedder: Annotated[Path | None, typer.Option(help="Folder of the embedder.", show_default="MTA_EMBEDDER")] = None,
+    embedder: Embedder = None,
 ) -> None:
     """Start the gateway. Secrets come from MTA_SECRET and MTA_ENGINE_KEY; `mta settings` lists all settings."""
+    settings = load_settings(**locals())
     end_on_signals()
     gc.disable()  # collections would take a tenth of the start
     import uvloop
 
-    from server.settings import load_settings
+    from server.supervisor.services import listening
 
-    settings = load_settings(
-        bank=bank, host=host, port=port, redis_url=redis_url, engine_url=engine_url, embedder=embedder
-    )
     log_to_stderr(settings.log_format)
-    with _listening(settings.host, settings.port) as listener:
+    with listening(settings.host, settings.port) as listener:
         uvloop.run(_serve(settings, listener))
 
 
@@ -68,7 +61,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         if opening:
             task.cancel()
 
-    for number in _SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     try:
         async with app.router.lifespan_context(app):
@@ -86,28 +79,3 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         # Everything is closed, except perhaps a thread that is reading a model: a thread cannot be stopped.
         logging.shutdown()
         os._exit(0)
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address, so that a port in use is noticed before anything is opened.
-
-    Raises:
-        MtaError: when the address is not available.
-    """
-    from adapters.errors import MtaError
-
-    listener = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()  # on Linux two sockets may be bound to one port, but only one may listen
-    except OSError as error:
-        if listener:
-            listener.close()
-        raise MtaError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Stop what listens there, or choose another "
-            "port with --port"
-        ) from error
-    return listener

@@ -1,63 +1,66 @@
-"""What `mta up` starts on this machine: which parts, on which ports, and with which secrets."""
+"""What `mta up` starts on this machine: which parts, on which ports, with which secrets, and who has which GPU.
+
+vLLM takes a share of the whole card at its start and measures what else is there, so nothing else may come or go then.
+So the plan is made and printed before; the worker starts after the engines, within what the plan leaves, or on the CPU.
+"""
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
 
 from pydantic import SecretStr
 
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
-from bank.models.folders import ensure_embedder
-from server.cli.run.card import cards, needs_of, plan
-from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes
+from bank.manifest import BankManifest
+from bank.models.folders import ensure_embedder, model_config
+from server.engine.command import Share, check_engine, engine_command, is_cpu_build, memory_bytes, slot_bytes
 from server.settings import Settings
+from server.supervisor import services
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.parts import Part
-from server.supervisor.router import router_part
-from server.supervisor.services import (
-    DRAIN_S,
-    ENGINE_START_S,
-    LOOPBACK,
-    engine_part,
-    free_port,
-    gateway_part,
-    valkey_part,
-    worker_part,
-)
 
-STORE_SHARE = 8
-"""Valkey may store one part in so many of the memory that is here; engine and worker want the rest."""
+STORE_SHARE = 8  # Valkey may store one part in so many of the memory; engine and worker want the rest
+GIB = 1 << 30
+MOST = 0.92  # the share of a card that all our processes may take together: vLLM's own default
+CUDA_BYTES = GIB  # about what CUDA and its libraries take for each process
+FORWARD_BYTES = 2 * GIB  # about what an engine takes for activations and graphs
+LEAST_TRAINING_BYTES = 2 * GIB  # what a job takes beside the base model; a quarter of a large one's size
+
+_NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_QUERY = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free", "--format=csv,noheader,nounits")
+_QUERY_S = 30
+_EXACT = 1e-6  # 92 % of a size, in whole bytes, is 92 hundredths of it
 
 
-def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -> tuple[Settings, list[Part]]:
-    """What to start, after checking bank, base model and embedder; nothing runs yet. `say` is told how GPUs are shared.
-
-    Raises:
-        MtaError: when one of them is missing, damaged, or not made for the others.
-    """
+def parts_of(settings: Settings, data: DataFolder, say: Callable[[str], None]) -> tuple[Settings, list[services.Part]]:
+    """What to start, after checking bank, base model and embedder; none runs yet. `say` is told how GPUs are shared."""
     given = settings.model_fields_set
     embedder = ensure_embedder(settings.embedder, settings.cache_dir)
     ServingBank.open(settings.bank_folder(), Embedder.load(embedder).id)
     settings = _with(settings, embedder=embedder, secret=settings.secret or SecretStr(data.secret))
     if "drain_s" not in given:
-        settings = _with(settings, drain_s=DRAIN_S)
+        settings = _with(settings, drain_s=services.DRAIN_S)
     parts = []
     if "redis_url" not in given:
         store_mib = settings.store_mib or memory_bytes() // STORE_SHARE >> 20
-        valkey, url = valkey_part(data, store_mib << 20)
+        valkey, url = services.valkey_part(data, store_mib << 20)
         settings = _with(settings, redis_url=url)
         parts.append(valkey)
     if given & {"engine_url", "engine_urls"}:  # engines elsewhere have workers elsewhere
-        return settings, [*parts, gateway_part(settings)]
+        return settings, [*parts, services.gateway_part(settings)]
     settings, engines, gpu = _engines(settings, say)
     before_worker = [part.name for part in engines] if settings.worker_gpu_share else []
-    worker = worker_part(settings, data.log("worker"), before_worker, gpu)
-    return settings, [*parts, *engines, gateway_part(settings, ENGINE_START_S), worker]
+    worker = services.worker_part(settings, data.log("worker"), before_worker, gpu)
+    return settings, [*parts, *engines, services.gateway_part(settings, services.ENGINE_START_S), worker]
 
 
-def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[Part], str | None]:
+def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, list[services.Part], str | None]:
     """The settings by which the engines are found; one engine, or several and a router; the worker's GPU, if any."""
     settings = _with(settings, engine_key=settings.engine_key or SecretStr(secrets.token_urlsafe(32)))
     manifests, model_folder = check_engine(settings)
@@ -68,26 +71,128 @@ def _engines(settings: Settings, say: Callable[[str], None]) -> tuple[Settings, 
         say(shares.said)
         settings = _with(settings, engine_gpu_share=shares.engine, worker_gpu_share=shares.worker)
         gpu = shares.worker_card
+    ports = [services.free_port() for _ in range(settings.replicas)]
+    urls = [f"http://{services.LOOPBACK}:{port}" for port in ports]
     if settings.replicas == 1:
-        settings = _with(settings, **_listening())
-        return settings, [engine_part(settings, *engine_command(settings, manifests, model_folder))], gpu
-    parts, urls = [], []
-    for place in range(settings.replicas):
-        own = _with(settings, **_listening())
+        settings = _with(settings, engine_port=ports[0], engine_url=urls[0])
+        return settings, [services.engine_part(settings, *engine_command(settings, manifests, model_folder))], gpu
+    parts = []
+    for place, port in enumerate(ports):
+        own = _with(settings, engine_port=port)
         command = engine_command(own, manifests, model_folder, Share(place, settings.replicas))
-        parts.append(engine_part(own, *command, f"engine-{place + 1}"))
-        urls.append(own.engine_url)
-    port = free_port()
-    router_url = f"http://{LOOPBACK}:{port}"
-    settings = _with(settings, engine_urls=",".join(urls), router_port=port, engine_url=router_url)
-    return settings, [*parts, router_part(_with(settings, metrics_port=free_port()))], gpu
-
-
-def _listening() -> dict[str, object]:
-    """Where an engine listens, on a free port."""
-    port = free_port()
-    return {"engine_port": port, "engine_url": f"http://{LOOPBACK}:{port}"}
+        parts.append(services.engine_part(own, *command, f"engine-{place + 1}"))
+    router_port = services.free_port()
+    router_url = f"http://{services.LOOPBACK}:{router_port}"
+    settings = _with(settings, engine_urls=",".join(urls), router_port=router_port, engine_url=router_url)
+    return settings, [*parts, services.router_part(_with(settings, metrics_port=services.free_port()))], gpu
 
 
 def _with(settings: Settings, **changed: object) -> Settings:
     return settings.model_copy(update=changed)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU: the name by which CUDA finds it, its memory, and how much of that is free."""
+
+    name: str
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What has to fit on a card, in bytes."""
+
+    engine: int  # its part of the weights, adapter slots, the cache of one whole context, and what it computes in
+    worker: int  # the base model, what a job takes, and CUDA's own
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlan:
+    """Who takes what."""
+
+    engine: float | None  # share of each of the engines' cards; None leaves it to vLLM
+    worker: float  # share of the worker's card, on which it starts after the engines; 0 is the CPU
+    worker_card: str | None  # CUDA's name for that card; None on the CPU
+    said: str  # the same, for people
+
+
+def plan(cards: Sequence[Card], engines: int, needs: Needs, settings: Settings) -> GpuPlan:
+    """Share the cards out; the engines have the first `engines` of them.
+
+    A card that no engine has is the worker's. Else it gets a part of the last engine's, if the engine keeps what it
+    needs, and at least half. What the settings say stays.
+    """
+    fixed, wanted = settings.engine_gpu_share, settings.worker_gpu_share
+    if len(cards) < engines:
+        engine = "what vLLM takes by itself" if fixed is None else f"{fixed:.0%}"
+        said = f"GPU: how much memory it has is not known, the engine takes {engine}, the worker trains on the "
+        return GpuPlan(fixed, wanted or 0.0, None, said + (f"same, within {wanted:.0%}" if wanted else "CPU"))
+    taken, spare = cards[:engines], cards[engines:]
+    total, usable = min(card.total for card in taken), min(min(card.free, int(MOST * card.total)) for card in taken)
+    needed = needs.worker if wanted is None else int(wanted * total) + CUDA_BYTES
+    kept = max(needs.engine, usable // 2) if fixed is None else int(fixed * total)
+    if wanted == 0:
+        place, where = None, "the CPU, as MTA_WORKER_GPU_SHARE says"
+    elif spare and spare[0].free >= needed:
+        place, where = spare[0], f"GPU {spare[0].name}"
+    elif wanted or usable - needed >= kept:
+        place, where = taken[-1], f"GPU {taken[-1].name}"
+    else:
+        place, where = None, f"the CPU: it would need {_gib(needed)} beside the engine's {_gib(kept)}"
+    engine_share = fixed or _share(usable - (needed if place is taken[-1] else 0), total)
+    worker_share = 0.0
+    if place:
+        worker_share = wanted or _share(needed - CUDA_BYTES, place.total)
+        where += f", within {worker_share:.0%} of it"
+    names = ", ".join(f"GPU {card.name}" for card in taken)
+    said = f"{names}: {_gib(usable)} of {_gib(total)} can be used, the engine takes {engine_share:.0%} of all"
+    return GpuPlan(engine_share, worker_share, place.name if place else None, f"{said}, the worker trains on {where}")
+
+
+def needs_of(model_folder: Path, manifests: Sequence[BankManifest], settings: Settings) -> Needs:
+    """About what an engine and a worker need; too much rather than too little."""
+    config = model_config(model_folder)
+    stored = _NUMBER_BYTES.get(config.get("dtype") or config.get("torch_dtype") or "", 2)
+    weights = sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in model_folder.glob(kind))
+    number = _NUMBER_BYTES.get(settings.dtype, 2)
+    heads = config.get("num_attention_heads") or 1
+    width = config.get("head_dim") or config.get("hidden_size", 0) // heads
+    token = 2 * config.get("num_hidden_layers", 0) * (config.get("num_key_value_heads") or heads) * width * number
+    context = token * (settings.max_model_len or config.get("max_position_embeddings", 0))
+    slots = (settings.max_loras or settings.max_num_seqs) * slot_bytes(manifests, number)
+    shared = (weights * number // stored + context) // settings.tensor_parallel_size
+    trained = weights * 2 // stored
+    return Needs(
+        engine=shared + slots + FORWARD_BYTES,
+        worker=trained + max(LEAST_TRAINING_BYTES, trained // 4) + CUDA_BYTES,
+    )
+
+
+def cards() -> list[Card]:
+    """The GPUs that this process may use, in CUDA's order; none where the driver does not say what they have.
+
+    The driver's tool is asked: CUDA itself would take memory for as long as this process runs.
+    """
+    try:
+        told = subprocess.run(_QUERY, capture_output=True, text=True, check=True, timeout=_QUERY_S).stdout
+        rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.strip()]
+        found = [(index, uuid, int(total) << 20, int(free) << 20) for index, uuid, total, free in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [Card(index, total, free) for index, _, total, free in found]
+    known = {name: (total, free) for index, uuid, total, free in found for name in (index, uuid)}
+    names = [name.strip() for name in visible.split(",")]
+    return [Card(name, *known[name]) for name in names if name in known]
+
+
+def _share(part: int, total: int) -> float:
+    """A part as a share, in hundredths, rounded down."""
+    return max(0.01, floor(100 * part / total + _EXACT) / 100)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import closing
-from http import HTTPStatus
-from http.client import HTTPConnection
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+
+from server.cli.shared import Bank, Model
+from server.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from server.settings import Settings
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.parts import Part
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    from server.supervisor.services import Part
 
 
 def up(
     *,
-    bank: Annotated[Path | None, typer.Option(help="Folder of the bank.", show_default="MTA_BANK")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model: folder, hub id or `default`.", show_default="MTA_MODEL")
-    ] = None,
+    bank: Bank = None,
+    model: Model = None,
     port: Annotated[
         int | None, typer.Option(help="Port of the gateway, 0 for a free one.", show_default="MTA_PORT")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder for everything that survives restarts.", show_default="MTA_DATA_DIR")
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder for everything that survives restarts.", show_default="MTA_DATA_DIR"),
     ] = None,
     redis_url: Annotated[
         str | None, typer.Option(help="Use this Redis; do not start Valkey.", show_default="MTA_REDIS_URL")
@@ -54,32 +50,16 @@ def up(
 
     It listens on 127.0.0.1 only. All other options are settings (`mta settings`), which every part gets.
     """
-    from server.settings import load_settings
-    from server.supervisor.services import LOOPBACK, free_port
-
-    settings = load_settings(
-        bank=bank,
-        model=model,
-        port=port,
-        data_dir=data,
-        redis_url=redis_url,
-        engine_url=engine_url,
-        dtype=dtype,
-        replicas=replicas,
-        max_loras=max_loras,
-    )
-    _run(settings.model_copy(update={"host": LOOPBACK, "inner_host": LOOPBACK, "port": settings.port or free_port()}))
-
-
-def _run(settings: Settings) -> None:
-    """Check everything that can be checked, then start."""
+    settings = load_settings(**locals())
     from server.cli.run.machine import parts_of
     from server.supervisor.data_folder import DataFolder
-    from server.supervisor.services import check_port
+    from server.supervisor.services import LOOPBACK, free_port, listening
     from server.supervisor.status import LastingConsole
 
+    own = {"host": LOOPBACK, "inner_host": LOOPBACK, "port": settings.port or free_port()}
+    settings = settings.model_copy(update=own)
     console = LastingConsole(highlight=False)
-    check_port(settings.port)
+    listening(settings.host, settings.port).close()
     with closing(DataFolder.open(settings.data_dir.expanduser().resolve())) as data:
         console.print(f"mta up: data and logs in {data.path}", soft_wrap=True)
         console.print("  checking the bank, the base model and the embedder")
@@ -101,29 +81,21 @@ async def _supervise(settings: Settings, parts: list[Part], data: DataFolder, co
 
     def started() -> None:
         status.close()
-        keyed = wants_key(settings.host, settings.port)
-        console.print(welcome(f"http://{settings.host}:{settings.port}", keyed=keyed), soft_wrap=True)
+        console.print(welcome(f"http://{settings.host}:{settings.port}"), soft_wrap=True)
 
-    for number in _SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, interrupted)
-    for part in parts:
-        data.rotate_log(part.name)
     with closing(Status(console, [part.name for part in parts])) as status:
         await Supervisor(parts, data, status).run(stop, hurry, started)
 
 
-def wants_key(host: str, port: int) -> bool:
-    """Whether an API key exists, so that the gateway answers nobody without one."""
-    with closing(HTTPConnection(host, port, timeout=5)) as connection:
-        try:
-            connection.request("GET", "/bank")
-            return connection.getresponse().status == HTTPStatus.UNAUTHORIZED
-        except OSError:
-            return False
+def welcome(url: str) -> str:
+    """What to try next, with a key where one exists, so that the gateway answers nobody without one."""
+    import httpx
 
-
-def welcome(url: str, *, keyed: bool) -> str:
-    """What to do next."""
+    keyed = False
+    with suppress(httpx.HTTPError):
+        keyed = httpx.get(f"{url}/bank", trust_env=False).status_code == httpx.codes.UNAUTHORIZED
     key = ' -H "Authorization: Bearer $MTA_API_KEY"' if keyed else ""
     return (
         f"\nReady: {url} (console: {url}/console, API documentation: {url}/docs). Try\n\n"

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 import httpx
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from bench.rig.engine import Engine
-from server.supervisor.services import free_port
 
 TOKEN_S = 0.001
 
@@ -38,26 +38,21 @@ class Streaming:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        self.engine = Engine(url, 0, httpx.Client(base_url=url))
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(port), self._loop).result(10)
+        app = web.Application()
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/load_lora_adapter", self._load)
+        self._server = TestServer(app)
+        asyncio.run_coroutine_threadsafe(self._server.start_server(), self._loop).result(10)
+        url = str(self._server.make_url("")).rstrip("/")
+        self.engine = Engine(url, 0, httpx.Client(base_url=url))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.engine.client.close()
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
-
-    async def _start(self, port: int) -> None:
-        app = web.Application()
-        app.router.add_post("/v1/completions", self._complete)
-        app.router.add_post("/v1/load_lora_adapter", self._load)
-        self._runner = web.AppRunner(app)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", port).start()
 
     async def _load(self, request: web.Request) -> web.Response:
         self.seen.loaded.append((await request.json())["lora_name"])

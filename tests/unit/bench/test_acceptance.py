@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
@@ -68,30 +69,12 @@ def test_a_missed_aim_is_shown_but_fails_nothing(report: Path) -> None:
 def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands: list[list[str]] = []
-
-    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        commands.append(argv)
-        return subprocess.CompletedProcess(argv, 0)
-
-    def up(*_: object, **__: object) -> NoReturn:
-        raise AssertionError("ended with status 1 before Ready:\nall its output")
-
-    class NoStore:
-        url = "redis://nowhere"
-
-        def __init__(self, _: Path) -> None: ...
-
-        def start(self) -> NoStore:
-            return self
-
-        def kill(self) -> None:
-            pass
-
+    run = MagicMock(return_value=subprocess.CompletedProcess([], 0))
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(acceptance, "up", up)
+    unready = AssertionError("ended with status 1 before Ready:\nall its output")
+    monkeypatch.setattr(acceptance, "up", MagicMock(side_effect=unready))
     monkeypatch.setattr(acceptance, "_tiny", lambda _: ())
-    monkeypatch.setattr(acceptance, "ValkeyProcess", NoStore)
+    monkeypatch.setattr(acceptance, "ValkeyProcess", MagicMock())
     monkeypatch.setenv("MTA_MODEL", "another")
     with pytest.raises(typer.Exit):
         acceptance.main(tmp_path, tmp_path / "out")
@@ -101,7 +84,7 @@ def test_a_server_that_does_not_start_is_a_step_that_failed_and_the_others_are_r
         assert steps[name]["figures"][0]["value"] == "ended with status 1 before Ready:"
     assert steps["quality"]["status"] == 0
     for module in ("bench.oracle", "bench.fleet.replicas", "bench.quality.engine"):
-        (command,) = (command for command in commands if module in command)
+        (command,) = (call.args[0] for call in run.call_args_list if module in call.args[0])
         assert command[command.index("--model") + 1] == "another"
 
 

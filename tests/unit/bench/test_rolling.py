@@ -12,22 +12,16 @@ import pytest
 from bench.fleet import rolling
 from bench.rig.processes import wait_until
 
-Answers = Callable[..., httpx.Response]
 ANSWER = httpx.Response(200, text='{"recipe":"mta3:00000000:shared:c"}\n\ndata: [DONE]')
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], rolling.Load]:
+def load(monkeypatch: pytest.MonkeyPatch, answers: Callable[[], httpx.Response]) -> rolling.Load:
     """Somebody who asks two gateways that answer so."""
     monkeypatch.setattr(rolling, "PAUSE_S", 0.001)
-
-    def start(answers: Answers) -> rolling.Load:
-        monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answers())
-        asking = rolling.Load(["http://one", "http://other"], seed=0)
-        asking.start()
-        return asking
-
-    return start
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: answers())
+    asking = rolling.Load(["http://one", "http://other"], seed=0)
+    asking.start()
+    return asking
 
 
 @pytest.mark.parametrize(
@@ -43,7 +37,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], rolling.Load]:
     ],
 )
 def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_the_other(
-    error: Exception, failed: bool, load: Callable[[Answers], rolling.Load]
+    error: Exception, failed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns = itertools.cycle((True, False))
 
@@ -52,16 +46,14 @@ def test_what_broke_has_failed_and_who_gets_no_connection_at_one_gateway_asks_th
             raise error
         return ANSWER
 
-    asking = load(every_other)
+    asking = load(monkeypatch, every_other)
     wait_until(lambda: asking.recipes.total() > 1 and len(asking.failures) >= 2 * failed, "two of each", 10)
     asking.stop()
     assert bool(asking.failures) is failed
     assert all(repr(error) in failure for failure in asking.failures)
 
 
-def test_an_answer_that_does_not_end_has_failed(
-    load: Callable[[Answers], rolling.Load], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_that_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolling, "ANSWER_S", 0.05)
     asked, over = threading.Event(), threading.Event()
 
@@ -70,7 +62,7 @@ def test_an_answer_that_does_not_end_has_failed(
         over.wait()
         return ANSWER
 
-    asking = load(hanging)
+    asking = load(monkeypatch, hanging)
     asked.wait(5)
     asking.stop()
     over.set()

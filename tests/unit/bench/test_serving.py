@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from bench.rig.engine import Engine
+from bench.rig.engine import KEY, Engine
 from bench.serving import stall, thrash
+from bench.serving.load import Ask, loading
 from tests.unit.bench.streaming import Streaming
 
 Stand = dict[str, Streaming]
@@ -38,18 +39,29 @@ def table(out: Path) -> list[dict[str, Any]]:
     return [dict(zip(found["columns"], line, strict=True)) for line in found["lines"]]
 
 
+async def test_a_stream_has_a_first_token_and_gaps_and_a_failure_ends_the_run(stand: Stand) -> None:
+    async with loading(stand["ours"].engine) as (loader,):
+        answer = await loader.stream(Ask("a", [5, 6, 7], 4))
+        assert (answer.tokens, len(answer.gaps_ms)) == (4, 3)
+        assert answer.first_ms > 0
+        (body,) = stand["ours"].seen.bodies
+        sent = {"model": "a", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+        assert body.items() >= sent.items()
+        with pytest.raises(RuntimeError, match="bad was not answered"):
+            await loader.together([Ask("a", [1], 1), Ask("bad", [1], 1)])
+
+
 def test_users_go_round_on_both_sides(stand: Stand, tmp_path: Path) -> None:
     thrash.main(tiny_model=True, users=[3, 6], clients=2, requests=6, rounds=2, tokens=3, out=tmp_path / "thrash.json")
     rows = table(tmp_path / "thrash.json")
-    assert [(row["users"], row["server"]) for row in rows] == [
-        (3, "ours"),
-        (3, "stock vLLM"),
-        (6, "ours"),
-        (6, "stock vLLM"),
-    ]
+    sides = [(users, server) for users in (3, 6) for server in ("ours", "stock vLLM")]
+    assert [(row["users"], row["server"]) for row in rows] == sides
     assert rows[0]["tokens/s over 3 users'"]["median"] == 1
     assert all(row["tokens/s"]["n"] == 2 and row["first token p99, ms"] >= row["first token p50, ms"] for row in rows)
     for server in stand.values():
+        assert server.seen.most == 2
+        assert server.seen.keys == {f"Bearer {KEY}"}
+        assert len({body["cache_salt"] for body in server.seen.bodies}) == len(server.seen.bodies)
         asked = Counter(body["model"] for body in server.seen.bodies)
         # three blocks of six at each of two levels: the first three users take turns in both
         assert sorted(asked.values()) == [3, 3, 3, 9, 9, 9]

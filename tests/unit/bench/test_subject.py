@@ -20,22 +20,19 @@ def subject(tiny_bank_folder: Path, tiny_model_folder: Path) -> Subject:
     return Subject(tiny_bank_folder, tiny_model_folder, read_manifest(tiny_bank_folder))
 
 
-def test_recipes_are_canonical_never_the_same_and_last_as_long_as_a_run_needs(subject: Subject) -> None:
-    names = subject.names(5000)
-    assert len(set(names)) == 5000
-    assert {parse_recipe(name).bank for name in names} == {subject.manifest.short}
-    assert {len(parse_recipe(name).terms) for name in names} == {subject.manifest.weights.anchors}
-    assert subject.names(20) == names[:20]
-    assert subject.names(20, seed=1) != names[:20]
-
-
-def test_a_bank_of_signed_steps_gets_recipes_that_it_fuses(subject: Subject) -> None:
-    rule = WeightRule(posterior=PosteriorRule(anchors=4))
-    stepping = replace(subject, manifest=subject.manifest.model_copy(update={"weights": rule}))
-    for name in stepping.names(100):
+@pytest.mark.parametrize("rule", [WeightRule(), WeightRule(posterior=PosteriorRule(anchors=4))])
+def test_recipes_are_fused_by_the_bank_never_the_same_and_last_as_long_as_a_run_needs(
+    subject: Subject, rule: WeightRule
+) -> None:
+    manifest = subject.manifest.model_copy(update={"weights": rule})
+    subject = replace(subject, manifest=manifest)
+    names = subject.names(3000)
+    assert len(set(names)) == 3000
+    assert subject.names(20) == names[:20] != subject.names(20, seed=1)
+    for name in names[:100]:
         recipe = parse_recipe(name)
-        stepping.manifest.check(recipe)
-        assert len(recipe.terms) == 4
+        manifest.check(recipe)
+        assert len(recipe.terms) == (rule.posterior or rule).anchors
 
 
 def test_a_bank_with_too_few_anchors_says_so(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,27 +16,23 @@ from bank.errors import BankError
 from bank.manifest import PosteriorRule, WeightRule
 from server.cli import app
 from server.cli.bank import commands
-from server.cli.bank.tables import _rule
 
 
-@pytest.mark.parametrize("kind", [BuildOptions, ImportOptions])
-def test_a_command_gives_what_is_typed_and_the_options_own_defaults(kind: type) -> None:
-    command = {BuildOptions: commands.build, ImportOptions: commands.import_}[kind]
+@pytest.mark.parametrize(("kind", "command"), [(BuildOptions, commands.build), (ImportOptions, commands.import_)])
+def test_a_command_gives_what_is_typed_and_the_options_own_defaults(kind: type, command: Callable[..., None]) -> None:
     defaults = kind("chat")
     for name, parameter in inspect.signature(command).parameters.items():
         if name in kind.__dataclass_fields__ and parameter.default is not parameter.empty:
             assert parameter.default == getattr(defaults, name)
-    assert commands._options(kind, vars_of(defaults) | {"k": 3, "out": "bank"}) == kind("chat", k=3)
+    given = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(kind)}
+    assert commands._options(kind, given | {"k": 3, "out": "bank"}) == kind("chat", k=3)
 
 
-def vars_of(options: Any) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-
-
-def test_names_are_one_text_with_commas() -> None:
-    assert BuildOptions("chat", target_modules="q_proj, v_proj").target_modules == ("q_proj", "v_proj")  # type: ignore[arg-type]
-    assert BuildOptions("chat", target_modules=("q_proj",)).target_modules == ("q_proj",)
-    assert BuildOptions("chat", target_modules="").target_modules is None  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("given", "names"), [("q_proj, v_proj", ("q_proj", "v_proj")), (("q_proj",), ("q_proj",)), ("", None)]
+)
+def test_names_are_one_text_with_commas(given: Any, names: tuple[str, ...] | None) -> None:
+    assert BuildOptions("chat", target_modules=given).target_modules == names
 
 
 @pytest.mark.parametrize(
@@ -44,10 +41,7 @@ def test_names_are_one_text_with_commas() -> None:
         (BuildOptions, {"batch_size": -1}, "--batch-size: .* greater than or equal to 1, got -1"),
         (BuildOptions, {"learning_rate": math.nan}, "--learning-rate: .* got nan"),
         (BuildOptions, {"learning_rate": 1.0}, "--learning-rate: .* less than 1, got 1.0"),
-        (BuildOptions, {"history_share": -0.1}, "--history-share: .* greater than or equal to 0, got -0.1"),
         (BuildOptions, {"history_share": 1.1}, "--history-share: .* less than or equal to 1, got 1.1"),
-        (BuildOptions, {"history_share": math.nan}, "--history-share: .* got nan"),
-        (BuildOptions, {"seed": -1}, "--seed: .* greater than or equal to 0, got -1"),
         (BuildOptions, {"dtype": "int8"}, "--dtype: .*'auto', 'bfloat16' or 'float32', got 'int8'"),
         (BuildOptions, {"anchors_by": "luck"}, "--anchors-by: .* got 'luck'"),
         (ImportOptions, {"k": 0}, "--k: .* greater than or equal to 1, got 0"),
@@ -75,16 +69,8 @@ def test_the_help_shows_every_option_with_its_default(command: str, kind: type) 
             assert f"[default: {field.default}]" in about
 
 
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
-        ({}, "topic, at most 2 anchors, strength 0.5"),
-        (
-            {"posterior": PosteriorRule(anchors=16)},
-            "posterior, at most 16 anchors, decay 250; until there is a signature, topic",
-        ),
-    ],
-)
-def test_the_rule_of_weights_is_told_in_a_line(rule: dict[str, Any], words: str) -> None:
-    told = _rule(WeightRule(anchors=2, strength=0.5, **rule).model_dump(mode="json"))
-    assert told.startswith(words)
+def test_the_rule_of_weights_is_told_in_a_line() -> None:
+    topic = "topic, at most 2 anchors, strength 0.5"
+    posterior = f"posterior, at most 16 anchors, decay 250; until there is a signature, {topic}"
+    for rule, words in ((None, topic), (PosteriorRule(anchors=16), posterior)):
+        assert commands._rule(WeightRule(anchors=2, strength=0.5, posterior=rule).model_dump(mode="json")) == words

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from adapters.errors import MtaError
 from server.cli import app
-from server.cli.bench.commands import BENCHMARKS
+from server.cli.bench import BENCHMARKS
 
 OPTIONS = {
     "cost": "--without-lora",
@@ -36,27 +36,20 @@ def test_each_benchmark_shows_its_own_options(name: str, option: str) -> None:
     assert option in result.output
 
 
-def test_all_of_them_are_listed() -> None:
+def test_all_of_them_are_listed_and_have_a_main() -> None:
     listed = [CliRunner().invoke(app, [*group, "--help"]).output for group in (["bench"], ["bench", "fleet"])]
     assert all(name in listed[0] for name in [*OPTIONS, "overload", "fairness", "fleet"])
     assert all(name in listed[1] for name in ["chaos", "replicas", "simulate", "rolling"])
+    for module in BENCHMARKS:
+        spec = find_spec(module)
+        assert spec and spec.origin
+        assert "\ndef main(" in Path(spec.origin).read_text("utf-8"), module
 
 
-@pytest.mark.parametrize("module", BENCHMARKS)
-def test_each_has_a_main(module: str) -> None:
-    spec = find_spec(module)
-    assert spec
-    assert spec.origin
-    assert "\ndef main(" in Path(spec.origin).read_text("utf-8")
-
-
-@pytest.mark.parametrize("name", ["cost", "cold", "thrash", "stall", "adapt"])
-def test_a_bank_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_is_asked_for_and_an_unknown_option_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MTA_BANK", raising=False)
-    result = CliRunner().invoke(app, ["bench", name])
-    assert isinstance(result.exception, MtaError)
-    assert "MTA_BANK" in str(result.exception)
-
-
-def test_an_unknown_option_is_refused() -> None:
+    for name in ("cost", "cold", "thrash", "stall", "adapt"):
+        result = CliRunner().invoke(app, ["bench", name])
+        assert isinstance(result.exception, MtaError)
+        assert "MTA_BANK" in str(result.exception)
     assert CliRunner().invoke(app, ["bench", "thrash", "--nonsense"]).exit_code == 2

@@ -15,8 +15,7 @@ from server.cli.bank.progress import ConsoleProgress
 class Clock:
     """Time that passes when a test says so."""
 
-    def __init__(self) -> None:
-        self.now_s = 100.0
+    now_s = 100.0
 
     def __call__(self) -> float:
         return self.now_s

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,9 @@ import pytest
 
 from bank.manifest import read_manifest
 from bank.models.load import limit_gpu
-from server.cli.process import prepare_to_train
 from server.cli.run import machine
-from server.cli.run.card import CUDA_BYTES, GIB, MOST, Card, Needs, cards, needs_of, plan
-from server.cli.run.machine import parts_of
+from server.cli.run.machine import CUDA_BYTES, GIB, MOST, Card, Needs, cards, needs_of, parts_of, plan
+from server.cli.shared import prepare_to_train
 from server.engine import command
 from server.settings import Settings
 from server.supervisor.data_folder import DataFolder
@@ -51,46 +52,44 @@ def test_the_worker_is_on_the_card_only_if_the_engine_keeps_what_it_needs_and_ha
         assert shares.engine * one.total >= max(needs.engine, 0.49 * MOST * one.total)
 
 
-@pytest.mark.parametrize("total_gib", [6, 8, 16, 24, 40, 48, 80, 141])
-@pytest.mark.parametrize("free", [1.0, 0.97, 0.7, 0.3])
 @pytest.mark.parametrize("needs", [SMALL, EIGHT_BILLION])
-def test_both_together_never_take_more_than_is_free(total_gib: float, free: float, needs: Needs) -> None:
-    one = card(total_gib, free * total_gib)
-    shares = plan([one], 1, needs, Settings())
-    assert shares.engine is not None
-    taken = shares.engine * one.total + (shares.worker * one.total + CUDA_BYTES if shares.worker else 0)
-    assert taken <= min(one.free, MOST * one.total) + 2048  # a share of hundredths is exact to less than that
+def test_both_together_never_take_more_than_is_free(needs: Needs) -> None:
+    for total_gib, free in itertools.product((6, 8, 16, 24, 40, 48, 80, 141), (1.0, 0.97, 0.7, 0.3)):
+        one = card(total_gib, free * total_gib)
+        shares = plan([one], 1, needs, Settings())
+        assert shares.engine is not None
+        taken = shares.engine * one.total + (shares.worker * one.total + CUDA_BYTES if shares.worker else 0)
+        assert taken <= min(one.free, MOST * one.total) + 2048  # a share of hundredths is exact to less than that
 
 
-def test_a_card_that_no_engine_has_is_the_workers_and_the_engines_keep_theirs() -> None:
+def test_a_card_that_no_engine_has_is_the_workers_and_engines_get_what_all_of_theirs_have() -> None:
     shares = plan([LARGE, card(80, 79, "1"), card(24, 23, "2")], 2, EIGHT_BILLION, Settings())
     assert (shares.engine, shares.worker_card) == (0.92, "2")
     assert shares.worker * 24 * GIB <= EIGHT_BILLION.worker - CUDA_BYTES
     shares = plan([LARGE, card(8, 8, "1")], 1, EIGHT_BILLION, Settings())
     assert shares.worker_card == "0"  # the other one is too small
-
-
-def test_several_engines_get_the_share_that_all_of_their_cards_have() -> None:
     shares = plan([LARGE, card(80, 40, "1")], 2, SMALL, Settings())
-    assert shares.engine == 0.46
-    assert shares.worker_card == "1"
+    assert (shares.engine, shares.worker_card) == (0.46, "1")
 
 
-def test_what_the_settings_say_stays() -> None:
-    shares = plan([LARGE], 1, SMALL, Settings(worker_gpu_share=0))
-    assert (shares.engine, shares.worker, shares.worker_card) == (0.92, 0, None)
-    shares = plan([LARGE], 1, SMALL, Settings(engine_gpu_share=0.5))
-    assert (shares.engine, shares.worker_card) == (0.5, "0")
-    shares = plan([LARGE], 1, SMALL, Settings(engine_gpu_share=0.91))
-    assert (shares.engine, shares.worker) == (0.91, 0)
-    shares = plan([card(24)], 1, EIGHT_BILLION, Settings(worker_gpu_share=0.25))
-    assert (shares.engine, shares.worker, shares.worker_card) == (0.62, 0.25, "0")
-
-
-def test_where_nobody_says_what_there_is_vllm_decides_and_the_worker_stays_away() -> None:
-    shares = plan([], 1, SMALL, Settings())
-    assert (shares.engine, shares.worker) == (None, 0)
-    assert "not known" in shares.said
+@pytest.mark.parametrize(
+    ("cards", "needs", "settings", "engine", "worker_card"),
+    [
+        ([LARGE], SMALL, Settings(worker_gpu_share=0), 0.92, None),
+        ([LARGE], SMALL, Settings(engine_gpu_share=0.5), 0.5, "0"),
+        ([LARGE], SMALL, Settings(engine_gpu_share=0.91), 0.91, None),
+        ([card(24)], EIGHT_BILLION, Settings(worker_gpu_share=0.25), 0.62, "0"),
+        ([], SMALL, Settings(), None, None),  # nobody says what there is: vLLM decides, and the worker stays away
+    ],
+)
+def test_what_the_settings_say_stays(
+    cards: list[Card], needs: Needs, settings: Settings, engine: float | None, worker_card: str | None
+) -> None:
+    shares = plan(cards, 1, needs, settings)
+    assert (shares.engine, shares.worker_card, shares.worker > 0) == (engine, worker_card, worker_card is not None)
+    if settings.worker_gpu_share is not None:
+        assert shares.worker == settings.worker_gpu_share
+    assert ("not known" in shares.said) is (not cards)
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -117,14 +116,8 @@ def test_cards_are_as_the_driver_says_and_cuda_orders_them(tmp_path: Path, monke
 
 def test_what_is_needed_follows_the_model(tmp_path: Path, tiny_bank_folder: Path) -> None:
     manifests = [read_manifest(tiny_bank_folder)]
-    config = {
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "hidden_size": 4096,
-        "max_position_embeddings": 8192,
-        "dtype": "bfloat16",
-    }
+    config = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    config |= {"max_position_embeddings": 8192, "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(16 * GIB)
@@ -153,13 +146,10 @@ def test_up_prints_the_plan_and_starts_both_by_it(
         monkeypatch.setattr(module, "is_cpu_build", lambda: False)
     driver(tmp_path, monkeypatch, f"0, GPU-aa, {total_mib}, {total_mib}")
     settings = Settings(bank=tiny_bank_folder, model=str(tiny_model_folder), embedder=embedder_folder)
-    data, said = DataFolder.open(tmp_path / "data"), []
-    try:
+    said: list[str] = []
+    with closing(DataFolder.open(tmp_path / "data")) as data:
         _, parts = parts_of(settings, data, said.append)
-    finally:
-        data.close()
-    assert len(said) == 1
-    assert ("the worker trains on GPU 0" in said[0]) is on_card
+    assert [("the worker trains on GPU 0" in line) for line in said] == [on_card]
     named = {part.name: part for part in parts}
     argv, worker = named["engine"].command, named["worker"]
     share = float(argv[argv.index("--gpu-memory-utilization") + 1])

@@ -16,6 +16,7 @@ from deploy.demo.personas import PEOPLE, QUESTIONS, anchors
 
 PLAIN = "Boil the water in London. Add the tea and wait."
 MIN_ITEMS = 30
+ANCHORS = anchors(seed=0)
 
 
 def _sentences(text: str) -> set[str]:
@@ -55,7 +56,8 @@ def test_a_manner_bears_its_own_mark_and_no_other(manner: Manner) -> None:
 
 def test_every_item_of_an_anchor_bears_its_mark_and_trains() -> None:
     task = get_task("chat")
-    for user in anchors():
+    assert ANCHORS == anchors(seed=0) != anchors(seed=4)
+    for user in ANCHORS:
         items = [parse_item(raw, task, position) for position, raw in enumerate(user["profile"])]
         pairs = [item_pair(item, task) for item in items]
         assert len(set(pairs)) == len(pairs) >= MIN_ITEMS
@@ -63,29 +65,17 @@ def test_every_item_of_an_anchor_bears_its_mark_and_trains() -> None:
         assert all(_manner_of(user).shows(output) for _, output in pairs)
 
 
-def test_the_same_seed_makes_the_same_people() -> None:
-    assert anchors(seed=3) == anchors(seed=3) != anchors(seed=4)
-
-
-def test_every_manner_has_a_person_and_more_anchors_than_speak_for_one() -> None:
+def test_each_of_the_three_has_a_manner_with_anchors_enough_and_nothing_of_theirs_trained_the_bank() -> None:
     assert {person.manner for person in PEOPLE} == set(MANNERS)
     for manner in MANNERS:
-        assert sum(_manner_of(user) is manner for user in anchors()) > 2
-
-
-def test_no_line_of_the_three_trained_the_bank() -> None:
-    trained = set().union(
-        *(_sentences(item[part]) for user in anchors() for item in user["profile"] for part in ("input", "output"))
-    )
+        assert sum(_manner_of(user) is manner for user in ANCHORS) > 2
+    items = [item for user in ANCHORS for item in user["profile"]]
+    trained = set().union(*(_sentences(item[part]) for item in items for part in ("input", "output")))
     for person in PEOPLE:
         assert all(person.manner.shows(line) for line in person.lines)
-        assert not trained & set().union(*(_sentences(line) for line in person.lines))
-
-
-def test_no_question_of_the_test_trained_the_bank() -> None:
-    trained = {item["input"] for user in anchors() for item in user["profile"]}
+        assert not trained & set().union(*map(_sentences, person.lines))
     assert len(set(QUESTIONS)) == len(QUESTIONS) == 5
-    assert not trained & set(QUESTIONS)
+    assert not {item["input"] for item in items} & set(QUESTIONS)
 
 
 def test_the_lines_of_each_person_find_anchors_of_their_manner(embedder_folder: Path) -> None:
@@ -95,9 +85,8 @@ def test_the_lines_of_each_person_find_anchors_of_their_manner(embedder_folder: 
         texts = [item_text(parse_item(raw, task, position), task) for position, raw in enumerate(items)]
         return profile_embedding(embedder.embed(texts))
 
-    people = anchors()
-    bank = np.stack([embedding(user["profile"]) for user in people])
+    bank = np.stack([embedding(user["profile"]) for user in ANCHORS])
     for person in PEOPLE:
         similarities = bank @ embedding([{"text": line} for line in person.lines])
         nearest = np.argsort(-similarities)[:2]
-        assert [_manner_of(people[i]) for i in nearest] == [person.manner] * 2
+        assert [_manner_of(ANCHORS[i]) for i in nearest] == [person.manner] * 2

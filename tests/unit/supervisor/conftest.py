@@ -13,7 +13,7 @@ import pytest
 
 from bench.rig.processes import PATIENCE_S
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.parts import Part
+from server.supervisor.services import Part
 from server.supervisor.status import State
 from server.supervisor.supervisor import Supervisor
 

@@ -14,8 +14,7 @@ import pytest
 
 from bench.rig.processes import Background, alive, descendants, wait_until
 from server.supervisor.data_folder import DataFolder
-from server.supervisor.parts import writes
-from server.supervisor.status import State
+from server.supervisor.services import writes
 from server.supervisor.supervisor import GuardedProcess, Supervisor
 from tests.unit.supervisor.conftest import FAMILY, FAMILY_SIZE, Record, pid_of, python_part, run_until
 
@@ -30,16 +29,11 @@ threading.Thread(target=chatter, daemon=True).start()
 LIMIT = 20_000
 
 
-@pytest.fixture
-def small_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_newest(
+    tmp_path: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.supervisor.data_folder.MAX_LOG_BYTES", LIMIT)
     monkeypatch.setattr("server.supervisor.supervisor.LOG_LOOK_S", 0.05)
-
-
-@pytest.mark.usefixtures("small_logs")
-async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_newest(
-    tmp_path: Path, data: DataFolder
-) -> None:
     log = data.log("chatty")
     before = log.with_suffix(".log.1")
     rotated: list[str] = []
@@ -52,8 +46,7 @@ async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_ne
     await run_until(Supervisor([python_part("chatty", tmp_path, CHATTER)], data, Record()), three_times)
     assert log.stat().st_size + before.stat().st_size < 10 * LIMIT
     # The part was killed, perhaps while it wrote the last line, perhaps as its log had just been begun anew.
-    *whole, _ = (before.read_text() + log.read_text()).split("\n")
-    lines = [line for line in whole if "====" not in line]
+    *lines, _ = (before.read_text() + log.read_text()).split("\n")
     numbers = [int(line.split()[0]) for line in lines]
     assert numbers == sorted(set(numbers))
     assert len(numbers) > 0.8 * (numbers[-1] - numbers[0])  # a busy machine loses what is written as a log is emptied
@@ -61,41 +54,24 @@ async def test_the_log_of_a_part_that_runs_for_long_stays_small_and_keeps_the_ne
     assert numbers[0] > 3 * LIMIT // 200
 
 
-@pytest.mark.usefixtures("small_logs")
-async def test_a_part_that_says_when_it_is_ready_is_found_ready_again_after_its_log_was_emptied(
-    tmp_path: Path, data: DataFolder
-) -> None:
-    log, record = data.log("chatty"), Record()
-    part = replace(python_part("chatty", tmp_path, f"print('ready: now')\n{CHATTER}"), ready=writes(log, "ready: now"))
-    killed: list[int] = []
-
-    def emptied_and_back() -> bool:
-        if not killed and log.with_suffix(".log.1").exists():
-            killed.append(pid_of("chatty", tmp_path))
-            os.kill(killed[0], signal.SIGKILL)
-        return record.count("chatty", State.READY) == 2
-
-    await run_until(Supervisor([part], data, record), emptied_and_back)
-
-
-async def test_a_part_that_was_ready_before_is_not_until_it_says_so_again(tmp_path: Path, data: DataFolder) -> None:
+async def test_each_run_has_a_log_of_its_own_and_is_ready_once_it_says_so(tmp_path: Path, data: DataFolder) -> None:
     log = data.log("brief")
-    for code, expected in (("print('ready: now', flush=True)", True), ("print('not yet', flush=True)", False)):
-        part = replace(python_part("brief", tmp_path, code), ready=writes(log, "ready: now"))
-        process = await GuardedProcess.start(part, log)
+    for said, expected in (("ready: now", True), ("not yet", False)):
+        part = replace(python_part("brief", tmp_path, f"print({said!r}, flush=True)"), ready=writes(log, "ready: now"))
+        process = await GuardedProcess.start(part, data)
         try:
             await _guard_of("brief", tmp_path)  # by then it has said what it has to say
             assert await part.ready() is expected
-            assert process.log_tail() == code.split("'")[1]
+            assert log.read_text() == f"{said}\n"
         finally:
             await process.kill()
             (tmp_path / "brief.pid").unlink()
+    assert log.with_suffix(".log.1").read_text() == "ready: now\n"
 
 
 async def test_what_a_part_leaves_behind_dies_with_it(tmp_path: Path, data: DataFolder) -> None:
-    process = await GuardedProcess.start(python_part("family", tmp_path, FAMILY), tmp_path / "family.log")
-    guard = await _guard_of("family", tmp_path)
-    family = descendants(guard)
+    process = await GuardedProcess.start(python_part("family", tmp_path, FAMILY), data)
+    family = descendants(await _guard_of("family", tmp_path))
     assert len(family) == FAMILY_SIZE
     os.kill(pid_of("family", tmp_path), signal.SIGKILL)
     assert await process.wait() == 128 + signal.SIGKILL
@@ -103,7 +79,7 @@ async def test_what_a_part_leaves_behind_dies_with_it(tmp_path: Path, data: Data
 
 
 async def test_a_killed_guard_takes_its_part_along(tmp_path: Path, data: DataFolder) -> None:
-    process = await GuardedProcess.start(python_part("orphaned", tmp_path, ""), tmp_path / "orphaned.log")
+    process = await GuardedProcess.start(python_part("orphaned", tmp_path, ""), data)
     os.kill(await _guard_of("orphaned", tmp_path), signal.SIGKILL)
     await process.wait()
     part = pid_of("orphaned", tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 import stat
 from pathlib import Path
 
@@ -14,59 +13,49 @@ import redis.asyncio
 
 from bench.rig.processes import PATIENCE_S, command_line, descendants
 from server.settings import Settings
-from server.supervisor.data_folder import DataFolder
-from server.supervisor.parts import StartError
-from server.supervisor.router import router_part
+from server.supervisor.data_folder import DataFolder, StartError
 from server.supervisor.services import (
     DRAIN_S,
     STOP_S,
-    check_port,
     engine_part,
-    free_port,
     gateway_part,
+    listening,
+    router_part,
     valkey_part,
     worker_part,
 )
 from server.supervisor.supervisor import GRACE_S, GuardedProcess
 
 
-def test_a_data_folder_in_use_is_refused_with_the_pid_of_its_user(data: DataFolder) -> None:
-    with pytest.raises(StartError, match=rf"in use by another `mta up` \(process {os.getpid()}\)"):
-        DataFolder.open(data.path)
-
-
-def test_the_secret_is_made_once_and_private(tmp_path: Path) -> None:
+def test_a_data_folder_has_one_user_at_a_time_and_one_private_secret_for_ever(tmp_path: Path) -> None:
     first = DataFolder.open(tmp_path / "data")
+    with pytest.raises(StartError, match=rf"in use by another `mta up` \(process {os.getpid()}\)"):
+        DataFolder.open(first.path)
     first.close()
-    second = DataFolder.open(tmp_path / "data")
+    second = DataFolder.open(first.path)
     second.close()
-    assert first.secret == second.secret
-    assert stat.S_IMODE((tmp_path / "data" / "secret").stat().st_mode) == 0o600
-
-
-def test_an_emptied_secret_is_refused_not_replaced(tmp_path: Path) -> None:
-    DataFolder.open(tmp_path / "data").close()
-    (tmp_path / "data" / "secret").write_text("")
+    assert len(first.secret) == 64 and first.secret == second.secret
+    secret = first.path / "secret"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    secret.write_text("")
     with pytest.raises(StartError, match="holds no secret"):
-        DataFolder.open(tmp_path / "data")
+        DataFolder.open(first.path)
 
 
 async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_to_nobody(tmp_path: Path) -> None:
     data = DataFolder.open(tmp_path / 'a "quoted" folder')
     part, url = valkey_part(data, 100 << 20)
     password = url.split(":")[2].split("@")[0]
-    config = Path(part.command[1])
-    assert stat.S_IMODE(config.stat().st_mode) == 0o600
-    process = await GuardedProcess.start(part, data.log("valkey"))
+    assert stat.S_IMODE(Path(part.command[1]).stat().st_mode) == 0o600
+    process = await GuardedProcess.start(part, data)
     try:
         async with asyncio.timeout(PATIENCE_S):
             while not await part.ready():
-                assert process.running, process.log_tail()
+                assert process.running, data.log("valkey").read_text()
                 await asyncio.sleep(0.05)
         async with redis.asyncio.Redis.from_url(url, decode_responses=True) as client:
-            assert (await client.config_get("append*"))["appendonly"] == "yes"
-            assert (await client.config_get("append*"))["appendfsync"] == "always"
-            assert await client.config_get("maxmemory") == {"maxmemory": str(100 << 20)}
+            wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory": str(100 << 20)}
+            assert await client.config_get(*wanted) == wanted
             assert await client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
             logs = await client.config_get("slowlog-max-len", "commandlog-*-max-len")
             assert len(logs) == 4
@@ -74,21 +63,18 @@ async def test_valkey_is_durable_and_bounded_asks_for_its_password_and_shows_it_
         async with redis.asyncio.Redis.from_url(url.replace(password, "")) as stranger:
             with pytest.raises(redis.AuthenticationError):
                 await stranger.ping()
-        for pid in descendants(os.getpid()):
-            assert password not in command_line(pid)
+        assert all(password not in command_line(pid) for pid in descendants(os.getpid()))
     finally:
         await process.stop(PATIENCE_S, asyncio.Event())
         data.close()
-    assert list(data.valkey.glob("appendonlydir/*.aof"))
+    assert list((data.path / "valkey").glob("appendonlydir/*.aof"))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 5])
-def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(tmp_path: Path, replicas: int) -> None:
-    data = DataFolder.open(tmp_path / "data")
+def test_parts_that_have_to_be_killed_are_gone_in_the_time_that_the_page_says(data: DataFolder, replicas: int) -> None:
     settings = Settings(drain_s=DRAIN_S)
     parts = [valkey_part(data, 100 << 20)[0], gateway_part(settings), worker_part(settings, data.log("worker"))]
     parts += [engine_part(settings, [], {})] * replicas + [router_part(settings)] * (replicas > 1)
-    data.close()
     page = (Path(__file__).parents[3] / "docs/running.md").read_text("utf-8")
     said = re.search(r"all within (\d+) s\s\(with `--replicas`, (\d+) s more for each engine\)", page)
     assert said
@@ -122,11 +108,10 @@ def test_each_part_gets_the_secrets_that_it_needs_and_none_by_argv(
     assert router.command[router.command.index("--policy") + 1] == "consistent_hash"
 
 
-def test_a_taken_port_is_refused_by_number() -> None:
-    port = free_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        with pytest.raises(StartError, match=f"127.0.0.1:{port}: Address already in use"):
-            check_port(port)
-    check_port(port)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_taken_port_is_refused_by_number(host: str) -> None:
+    with listening(host, 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"{host}:{port}: Address already in use"):
+            listening(host, port)
+    listening(host, port).close()

@@ -42,38 +42,23 @@ def line(message: str, *arguments: object, **more: Any) -> logging.LogRecord:
 
 
 @pytest.mark.usefixtures("in_a_traced_request")
-def test_a_line_for_machines_is_one_object_with_ids_and_fields() -> None:
+def test_a_line_has_its_ids_once_for_machines_and_for_people() -> None:
     shown = JsonFormatter().format(line("took %d ms\nand more", 7, fields={"ms": 7}))
     assert "\n" not in shown
     read = json.loads(shown)
     assert read.pop("time").endswith("Z")
-    assert read == {
-        "level": "WARNING",
-        "logger": "mta.test",
-        "message": "took 7 ms\nand more",
-        "request": "abc123",
-        "trace": TRACE,
-        "ms": 7,
-    }
-
-
-def test_outside_of_requests_there_are_no_ids() -> None:
-    assert not {"request", "trace"} & json.loads(JsonFormatter().format(line("x"))).keys()
-    assert TextFormatter().format(line("x")).endswith("WARNING mta.test x")
-
-
-def test_a_traceback_is_in_the_object() -> None:
-    try:
-        raise KeyError("lost")
-    except KeyError as error:
-        shown = JsonFormatter().format(line("x", exc_info=(type(error), error, error.__traceback__)))
-    assert "KeyError: 'lost'" in json.loads(shown)["error"]
-
-
-@pytest.mark.usefixtures("in_a_traced_request")
-def test_a_line_for_people_ends_with_the_ids_that_it_does_not_say_itself() -> None:
+    said = {"level": "WARNING", "logger": "mta.test", "message": "took 7 ms\nand more"}
+    assert read == said | {"request": "abc123", "trace": TRACE, "ms": 7}
     assert TextFormatter().format(line("x")).endswith(f"x request=abc123 trace={TRACE}")
     assert TextFormatter().format(line("gen-abc123 broke")).endswith(f"gen-abc123 broke trace={TRACE}")
+
+
+def test_outside_of_requests_there_are_no_ids_and_a_traceback_is_in_the_object() -> None:
+    assert TextFormatter().format(line("x")).endswith("WARNING mta.test x")
+    error = KeyError("lost")
+    read = json.loads(JsonFormatter().format(line("x", exc_info=(type(error), error, None))))
+    assert not {"request", "trace"} & read.keys()
+    assert "KeyError: 'lost'" in read["error"]
 
 
 async def test_an_engines_lines_carry_the_ids_that_the_gateway_sent() -> None:

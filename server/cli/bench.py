@@ -1,7 +1,6 @@
 """`mta bench`: what the server costs and how far it scales, measured on the reader's own machine.
 
-Each command's options are those of the benchmark's own `main`: it is imported when the command runs, for it imports
-torch and more.
+Each command's options are those of the benchmark's own `main`, which is imported when the command runs: it needs torch.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ BENCHMARKS = {
     "bench.fleet.simulate": "How warm and how even fleets of 10, 100 and 1,000 engines are.",
     "bench.fleet.rolling": "Whether every part, and the bank, can be exchanged under load without a failed request.",
 }
-"""Module of each benchmark, and what it finds out."""
 _NAMES = {"bench.adapt.wait": "adapt", "bench.page.__main__": "report"}  # others are called as their modules
 _OF_A_FLEET = ("chaos", "replicas", "simulate", "rolling")
 
@@ -39,11 +37,10 @@ _OF_A_FLEET = ("chaos", "replicas", "simulate", "rolling")
 def _register(module: str, about: str) -> None:
     """Make a command of a benchmark's `main`."""
     name = _NAMES.get(module) or module.removesuffix(".__main__").rpartition(".")[2]
+    group = fleet if name in _OF_A_FLEET else app
     passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-    @(fleet if name in _OF_A_FLEET else app).command(
-        name, help=about, add_help_option=False, context_settings=passed_on
-    )
+    @group.command(name, help=about, add_help_option=False, context_settings=passed_on)
     def run(context: typer.Context) -> None:
         from bench import end_in_order
 
