@@ -14,7 +14,8 @@ from bench.scale import importing
 
 
 def test_people_are_imported_beside_streams_that_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importing, "ALONE_S", 1.0)
+    monkeypatch.setattr(importing, "ALONE_S", 0.5)
+    monkeypatch.setattr(importing, "TURNS", 2)
     scale.main(part=["import"], people=100, out=tmp_path / "scale.json")
     (table,) = json.loads((tmp_path / "scale-import.json").read_text("utf-8"))["tables"]
     found = dict(table["lines"])
