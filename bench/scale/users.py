@@ -30,8 +30,8 @@ from bench.rig.valkey import ValkeyProcess
 from bench.serving.front import SECRET
 from server.settings import Settings
 from server.store.opening import open_stores
-from server.store.profile_record import encode_profile
-from server.store.profiles import Change, Profile, StoredSignature
+from server.store.profile_record import Profile, StoredSignature, encode_profile
+from server.store.profiles import Change
 from server.store.tenants.user_key import UserKeys
 
 BATCH = 2000

@@ -1,15 +1,17 @@
-"""How durable a store's writes are, how full it is, what calls take, and how erased data leaves the disk."""
+"""What can be said of a store: how durable its writes are, how full it is, what calls take, when its file forgets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-LOOK_S = 10.0
-"""How often each gateway checks whether the file is due to be rewritten."""
+from server.errors import Unavailable
+
+LOOK_S = 10.0  # how often each gateway checks whether the file is due to be rewritten
+FULL_SHARE = 0.99  # from where on a store counts as full: the next write may need more than is left
 
 
 class Durability(StrEnum):
@@ -22,30 +24,22 @@ class Durability(StrEnum):
 
     @property
     def lasts(self) -> bool:
-        """Whether what was acknowledged stays."""
         return self not in (Durability.NONE, Durability.EVICTS)
-
-
-FULL_SHARE = 0.99
-"""From where on a store counts as full: the next write may need more than is left."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A store's memory; of several servers, the fullest one's. Beyond `most_bytes` it refuses to store anything; 0 if
-    nobody said."""
+    """A store's memory; of several servers, the fullest one's."""
 
     used_bytes: int
-    most_bytes: int
+    most_bytes: int  # beyond which it refuses to store anything; 0 if nobody said
 
     @property
     def share(self) -> float:
-        """How much of it is taken; 0 where there is no maximum."""
         return self.used_bytes / self.most_bytes if self.most_bytes else 0.0
 
     @property
     def full(self) -> bool:
-        """Whether new writes are refused, or are about to be."""
         return self.share >= FULL_SHARE
 
 
@@ -58,54 +52,51 @@ def untimed(kind: str, seconds: float, failed: bool) -> None:
 
 
 Span = Callable[[str], AbstractContextManager[object]]
-"""Makes a block a part of the trace that it runs in, as `server.watching.tracing.Tracing.span` does; or
-`contextlib.nullcontext`."""
+"""Makes a block a part of its trace (`server.watching.tracing.Tracing.span`), or is `contextlib.nullcontext`."""
 
 
 class CheckedStore(Protocol):
-    """A store whose state can be checked."""
+    """A store, and what `check` last found of it."""
 
-    @property
-    def durability(self) -> Durability:
-        """What `check` last found."""
+    durability: Durability
+    memory: Memory | None  # None if the store does not say
 
     @property
     def unserved(self) -> str | None:
-        """Who cannot be served while most can, in a sentence, as `check` last found; None if nobody."""
-
-    @property
-    def memory(self) -> Memory | None:
-        """What `check` last found; None if the store does not say."""
+        """Who cannot be served while most can, in a sentence; None if nobody."""
 
     async def check(self) -> Durability:
         """Reach the store and find out how its writes become durable.
 
-        Raises:
-            Unavailable: when it cannot be reached, or may lose what it acknowledges although that is forbidden.
+        Raises `Unavailable` when it cannot be reached, or may lose what it acknowledges although that is forbidden.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A requested rewrite of the store's file: by when to erase what it must leave out, and by when that is gone from
-    the file. Unix time in milliseconds by the store's clock."""
+    """A requested rewrite of the store's file. Unix time by the store's clock."""
 
-    erase_by_ms: int
-    rewritten_by_ms: int
+    erase_by_ms: int  # by when to erase what it must leave out
+    rewritten_by_ms: int  # by when that is gone from the file
 
 
 class ForgetsOnDisk(Protocol):
-    """The store's file, or files, which holds erased data until it is rewritten."""
+    """The store's file, or files, which holds erased data until it is rewritten (`AppendOnlyFile`)."""
 
     async def request_rewrite(self, user_key: str) -> Rewrite:
-        """Request a rewrite of the file that leaves out what is about to be erased of a user.
-
-        Raises:
-            Unavailable: when the store cannot be used; then the caller should erase nothing yet.
-        """
+        """Request one that leaves out what is about to be erased of a user; raises `Unavailable`: erase nothing yet."""
 
     async def overdue_s(self) -> float:
         """For how long a rewrite that was promised should have been done; 0 if none is late."""
 
     async def look(self) -> None:
         """Settle a rewrite that has ended and begin one that is due. Only one of all gateways does so."""
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Translate decoding errors: the store is corrupt, or a later version wrote to it (`store_corrupt`)."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unavailable("the store holds a record that this version cannot read", code="store_corrupt") from error

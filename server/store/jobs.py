@@ -1,30 +1,57 @@
-"""The store's port for adapt jobs: their records, and the samples they train on.
+"""Adapt jobs: their records, and the samples they train on (keys: `server/store/redis/keys.py`).
 
-The record is the truth about a job. A queue for each bank says when to look at whose: a look too many does no harm.
-Each call that changes a job is one atomic step on its user's keys, and may be repeated if its answer was lost.
+The record is the truth about a job. A queue for each bank (`queue.py`) says when to look at whose: a look too many does
+no harm. Each call that changes a job is one atomic step on its user's keys, and may be repeated if its answer was lost.
+
+A job's hash holds its record (`_FIELDS`); the submission's `token` and `epoch`; `lease`, `lease_until` and
+`lease_ms` while a worker has it; and the token that it was `ended_by`. Only a user's newest job is ever open, so a look
+at a user is one at that job.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from functools import cache
+from typing import Any
 
-from server.store.adapters import StoredAdapter
-from server.store.profiles import Profile
-from server.store.samples import NO_CURVE, Curve
+import orjson
 
-KEPT_JOBS = 20
-"""How many of a user's newest jobs are remembered."""
+from adapters.recipe import parse_recipe
+from server.errors import Unavailable, UserErased
+from server.store.adapters import AdapterStore, StoredAdapter
+from server.store.durability import readable
+from server.store.profile_record import Profile, encode_profile
+from server.store.queue import Backlog, UserQueue
+from server.store.redis import keys, scripts
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection
+from server.store.samples import NO_CURVE, Curve, decode_curve, encode_curve
 
-KEPT_S = 7 * 24 * 3600
-"""How long an ended job is remembered."""
+log = logging.getLogger("mta.store")
 
+KEPT_JOBS = 20  # so many of a user's newest jobs are remembered
+KEPT_S = 7 * 24 * 3600  # how long an ended job is remembered
 MAX_TRIES = 3
 _JOB_ID = re.compile(r"([a-z2-7]{26})\.([1-9][0-9]{0,9})")
+_TOO_MANY, _ERASED, _LATE = 0, -1, -2
+_FIRST_NUMBERS = 1 << 32
+"""A user's first job has one of so many numbers, since nothing remembers those of before an erasure."""
+_NEVER_ENDED = (
+    f"this job was begun {MAX_TRIES} times and never ended, most likely since its workers died for lack of memory: "
+    "send fewer or shorter samples, or give workers more; or its record is damaged: send the samples again. "
+    "The workers' logs say which"
+)
+_TEXTS = ("config", "bank", "adapter", "error", "traceparent")
+_WHOLE = ("created_ms", "started_ms", "ended_ms", "tries", "step", "of")
+_LOSSES = ("loss", "before", "after")
+_FIELDS = ("state", "curve", "key", *_TEXTS, *_WHOLE, *_LOSSES)
 
 
 class JobState(StrEnum):
@@ -58,70 +85,46 @@ class JobId:
 
 
 def parse_job_id(text: str) -> JobId | None:
-    """The job id that a text is, if it is one."""
     match = _JOB_ID.fullmatch(text)
     return JobId(match[1], int(match[2])) if match else None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's record. Times are Unix time in ms, 0 until it happens; texts are empty where there is nothing to say.
-
-    Attributes:
-        config: how to train, as JSON.
-        bank: the bank (8 hex digits) that it trains for.
-        tries: how often a worker has claimed it.
-        step, of: training progress, over all its runs.
-        loss: of the last step, nats per output token.
-        before, after: held-out loss of the fused adapter alone, and with the trained adapter.
-        adapter: id of the promoted user adapter.
-        error: why it failed, for people.
-        traceparent: of the request's trace.
-    """
+    """A job's record. Times are Unix time, 0 until it happens; texts are empty where there is nothing to say."""
 
     id: JobId
     state: JobState
-    config: str
+    config: str  # as JSON
     created_ms: int
-    bank: str
+    bank: str  # 8 hex digits
     started_ms: int = 0
     ended_ms: int = 0
-    tries: int = 0
-    step: int = 0
+    tries: int = 0  # how often a worker has claimed it
+    step: int = 0  # of `of`, over all its runs
     of: int = 0
-    loss: float | None = None
+    loss: float | None = None  # of the last step, nats per output token
     curve: Curve = NO_CURVE
-    before: float | None = None
-    after: float | None = None
-    adapter: str = ""
-    error: str = ""
-    traceparent: str = ""
+    before: float | None = None  # held-out loss of the fused adapter alone
+    after: float | None = None  # the same with the trained adapter
+    adapter: str = ""  # id of the promoted user adapter
+    error: str = ""  # why it failed, for people
+    traceparent: str = ""  # of the request's trace
     idempotency_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request for a job.
+    """A request for a job; see `Job`."""
 
-    Attributes:
-        samples: each encoded on its own; duplicates are kept once.
-        append: whether they are added to the kept ones or replace them.
-        config: as JSON.
-        bank: the bank (8 hex digits) to train for.
-        epoch: the user's when the request began (`server/store/profiles.py`).
-        idempotency_key: the same key gives the same job, while that is remembered; empty for none.
-        traceparent: of the request's trace; empty if that is not traced.
-        background: whether nobody asked for it: it is trained when nothing else is due.
-    """
-
-    samples: Sequence[bytes]
-    append: bool
+    samples: Sequence[bytes]  # each encoded on its own; duplicates are kept once
+    append: bool  # whether they are added to the kept ones, or replace them
     config: str
     bank: str
-    epoch: str = ""
-    idempotency_key: str = ""
+    epoch: str = ""  # the user's when the request began (`server/store/profiles.py`)
+    idempotency_key: str = ""  # the same key gives the same job, while that is remembered
     traceparent: str = ""
-    background: bool = False
+    background: bool = False  # nobody asked for it: it is trained when nothing else is due
 
     @property
     def token(self) -> str:
@@ -143,13 +146,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How training ended, to be written if the lease still holds.
-
-    Attributes:
-        state: `succeeded`, `rejected` or `failed`.
-        before, after: held-out losses; None when it failed.
-        error: why it failed, for people; empty otherwise.
-    """
+    """How training ended, to be written if the lease still holds; the fields are those of `Job`."""
 
     state: JobState
     before: float | None = None
@@ -157,88 +154,217 @@ class Trained:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """About how much a bank's workers have to do.
-
-    Attributes:
-        open: jobs that have not ended.
-        waiting: those of them that no worker has.
-        oldest_s: how long the first of these has waited; 0 without one.
-    """
-
-    open: int
-    waiting: int
-    oldest_s: float
-
-
-class JobStore(Protocol):
+class JobStore:
     """Keeps jobs and samples. Every method raises `Unavailable` when the store cannot be used."""
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+        self._adapters = AdapterStore(connection)
+        self._queue = cache(lambda bank: UserQueue(connection, "jobs", bank))  # it knows whom it has seen
 
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         """Store samples and create the job that trains on them; older jobs of the user end as superseded.
 
-        Returns:
-            The job, on disk and in the queue; the existing one for a repeated submission; None if there would be more
-            than `max_samples`.
-
-        Raises:
-            UserErased: when the user has been erased since the request began.
+        Returns the job, on disk and in the queue; the existing one for a repeated submission; None if there would be
+        more than `max_samples`. Raises `UserErased` when the user has been erased since the request began.
         """
+        queue = self._queue(submission.bank)
+        # Before there is a job: a look in vain does no harm, a job that nobody looks at would wait for ever.
+        listing = await queue.enlist(user_key, background=submission.background)
+        given = {
+            "prefix": keys.job_prefix(user_key),
+            "number_before": secrets.randbelow(_FIRST_NUMBERS),
+            "kept": KEPT_JOBS,
+            "kept_s": KEPT_S,
+            "until_ms": listing.until_ms,
+            "epoch": submission.epoch,
+            "key": submission.idempotency_key,
+            "token": submission.token,
+            "bank": submission.bank,
+            "config": submission.config,
+            "append": submission.append,
+            "max_samples": max_samples,
+            "traceparent": submission.traceparent,
+        }
+        names = (keys.jobs(user_key), keys.samples(user_key), keys.epoch(user_key))
+        number = int(await self._connection.write(scripts.SUBMIT, names, orjson.dumps(given), *submission.samples))
+        job = await self.job(JobId(user_key, number)) if number > 0 else None
+        if job is not None and job.state is JobState.QUEUED:
+            await queue.request(user_key, listing, background=submission.background)
+        else:
+            await queue.unlist(listing)
+        if number == _LATE:
+            raise Unavailable("the store took too long to accept the samples: send the request again")
+        if job is None and number != _TOO_MANY:
+            raise UserErased
+        return job
 
     async def job(self, job_id: JobId) -> Job | None:
         """A job's record, if it is remembered."""
+        values = await self._connection.run(lambda redis: redis.hmget(keys.job(job_id), _FIELDS))
+        with readable():
+            return _decoded(job_id, values)
 
     async def jobs(self, user_key: str) -> list[Job]:
         """A user's jobs that are remembered, oldest first."""
+        arguments = (keys.job_prefix(user_key), KEPT_JOBS, *_FIELDS)
+        found = await self._connection.evaluate(scripts.JOBS, (keys.jobs(user_key),), *arguments)
+        with readable():
+            jobs = [_decoded(JobId(user_key, number), values) for number, values in found]
+        return [job for job in jobs if job is not None]
 
     async def cancel(self, job_id: JobId) -> tuple[Job | None, bool]:
-        """Cancel a job; returns the job as it is now, and whether this call ended it."""
+        """Returns the job as it is now, and whether this call ended it."""
+        ended = await self._connection.write(scripts.CANCEL, (keys.job(job_id),), secrets.token_hex(16), KEPT_S)
+        return await self.job(job_id), bool(ended)
 
     async def samples(self, user_key: str) -> list[bytes]:
         """The samples kept for a user, oldest first."""
+        name = keys.samples(user_key)
+        return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
     async def next_job(self, bank: str, wait_s: float) -> JobId | None:
         """Wait for a job of a bank that needs a worker: a new one, or one whose worker has died.
 
         Others find it again a few seconds later, unless it is claimed by then.
         """
+        queue, until_s = self._queue(bank), time.monotonic() + wait_s
+        while (user_key := await queue.take(until_s - time.monotonic())) is not None:
+            try:
+                job_id, held_ms = await self._look(user_key, bank)
+            except Unavailable as error:
+                if error.code != "store_corrupt":
+                    raise
+                log.error("%s: %s", user_key, error.explained)
+                continue  # taking it has moved it on: nobody else waits for it
+            if job_id is None:
+                await queue.done(user_key)
+            elif held_ms:
+                await queue.move(user_key, held_ms)
+            else:
+                return job_id
+        return None
 
     async def claim(self, job_id: JobId, lease_s: float, token: str = "") -> Lease | None:
         """Take a job that is queued, or whose lease has run out; None if there is nothing to do.
 
-        A job that has been tried `MAX_TRIES` times ends as failed. Pass the same token again if the answer was lost; it
-        is generated if empty.
+        A job that has been tried `MAX_TRIES` times ends as failed. Pass the same token again if the answer was lost.
         """
+        token, lease_ms = token or secrets.token_hex(16), round(lease_s * 1000)
+        arguments = (token, lease_ms, MAX_TRIES, _NEVER_ENDED, KEPT_S)
+        if not await self._connection.write(scripts.CLAIM, (keys.job(job_id),), *arguments):
+            return None
+        job = await self.job(job_id)
+        if job is None:
+            return None
+        await self._queue(job.bank).move(job_id.user_key, lease_ms)
+        return Lease(job, token)
 
     async def renew(
         self, lease: Lease, lease_s: float, *, step: int, of: int, loss: float | None, curve: Curve | None = None
     ) -> bool:
         """Extend a lease and note how far training is; False if it no longer holds. No `curve`: it is as it was."""
+        queue, lease_ms = self._queue(lease.job.bank), round(lease_s * 1000)
+        shown = (step, of, _text(loss), b"" if curve is None else encode_curve(curve))
+        if not await self._connection.write(scripts.RENEW, (keys.job(lease.job.id),), lease.token, lease_ms, *shown):
+            queue.leave(lease.job.id.user_key)
+            return False
+        await queue.move(lease.job.id.user_key, lease_ms)
+        return True
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
-        """Have another worker take a job, at once; False if the lease no longer holds.
+        """Have another worker take a job at once; False if the lease no longer holds.
 
         `counts` says whether this was one of the job's tries.
         """
+        queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
+        released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
+        if released:
+            await queue.move(lease.job.id.user_key, 0)
+        queue.leave(lease.job.id.user_key)
+        return released
 
     async def end(self, lease: Lease, trained: Trained) -> bool:
         """End a job without an adapter; False if the lease no longer holds."""
+        given = orjson.dumps(_outcome(lease, trained))
+        done = bool(await self._connection.write(scripts.END, (keys.job(lease.job.id),), given))
+        if done:
+            await self._queue(lease.job.bank).done(lease.job.id.user_key)
+        return done
 
     async def promote(
         self, lease: Lease, trained: Trained, profile: Profile, version: bytes, raw: StoredAdapter
     ) -> bool:
         """End a job with an adapter, which replaces the user's previous one, all in one step.
 
-        `profile` is the user's record with the adapter noted in it, made from the record `version`.
-
-        Returns:
-            False if the lease no longer holds, the user's record has changed meanwhile, the user has been erased since
-            the job was requested, or the job is for another bank.
+        `profile` is the user's record with the adapter noted in it, made from the record `version`. False if the lease
+        no longer holds, the user's record has changed meanwhile, the user has been erased since the job was requested,
+        or the job is for another bank.
         """
+        user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
+        # Before the promotion: an extra user on the list does no harm, a missing one would never be adapted again.
+        await self._adapters.list_adapted(user_key, bank)
+        given = _outcome(lease, trained) | {"adapter": raw.id, "bank": bank, "recipe": raw.recipe, "sha256": raw.sha256}
+        names = (keys.job(lease.job.id), keys.profile(user_key), keys.adapter(user_key), keys.epoch(user_key))
+        raws = (version, encode_profile(profile), raw.raw)
+        done = bool(await self._connection.write(scripts.PROMOTE, names, orjson.dumps(given), *raws))
+        if done:
+            await self._adapters.forget_adapted(user_key, but=bank)
+            await self._queue(lease.job.bank).done(user_key)
+        elif not await self._has_jobs(user_key):  # erased meanwhile
+            await self._adapters.forget_adapted(user_key)
+        return done
 
     async def backlog(self, bank: str) -> Backlog:
-        """How much there is to do."""
+        return await self._queue(bank).backlog()
 
     async def withdraw(self, user_key: str, bank: str) -> None:
         """Remove an erased user from a bank's queue."""
+        queue = self._queue(bank)
+        await queue.see(user_key)
+        if await self._has_jobs(user_key):  # they are back already
+            queue.leave(user_key)
+        else:
+            await queue.done(user_key)
+
+    async def _look(self, user_key: str, bank: str) -> tuple[JobId | None, int]:
+        """A user's open job of a bank, and for how many ms a worker still has it."""
+        found = await self._connection.evaluate(scripts.LOOK, (keys.jobs(user_key),), keys.job_prefix(user_key))
+        if not found:
+            return None, 0
+        number, state, of_bank, held_ms = found
+        if state is None or of_bank != bank.encode():
+            return None, 0
+        with readable():
+            ended = JobState(state.decode()).ended
+        return None if ended else JobId(user_key, int(number)), held_ms
+
+    async def _has_jobs(self, user_key: str) -> bool:
+        return bool(await self._connection.run(lambda redis: redis.exists(keys.jobs(user_key))))
+
+
+def _outcome(lease: Lease, trained: Trained) -> dict[str, object]:
+    return {
+        "token": lease.token,
+        "state": trained.state.value,
+        "before": _text(trained.before),
+        "after": _text(trained.after),
+        "error": trained.error,
+        "adapter": "",
+        "kept_s": KEPT_S,
+    }
+
+
+def _text(loss: float | None) -> str:
+    return "" if loss is None else repr(loss)
+
+
+def _decoded(job_id: JobId, values: list[bytes | None]) -> Job | None:
+    if values[0] is None:
+        return None
+    texts = {name: (value or b"").decode() for name, value in zip(_FIELDS, values, strict=True)}
+    fields: dict[str, Any] = {name: texts[name] for name in _TEXTS}
+    fields |= {name: int(texts[name] or 0) for name in _WHOLE}
+    fields |= {name: float(texts[name]) if texts[name] else None for name in _LOSSES}
+    state, curve = JobState(texts["state"]), decode_curve(texts["curve"])
+    return Job(job_id, state, curve=curve, idempotency_key=texts["key"], **fields)

@@ -10,13 +10,8 @@ from server.settings import Settings
 from server.store.adapters import AdapterStore
 from server.store.durability import CheckedStore, ForgetsOnDisk, Span, Timed, untimed
 from server.store.jobs import JobStore
-from server.store.profiles import ProfileStore, SignQueue
-from server.store.redis.access.api_keys import RedisAccessKeys
-from server.store.redis.access.rates import RedisRates
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.queue import RedisSigning
+from server.store.profiles import ProfileStore
+from server.store.queue import UserQueue
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import AccessKeys
@@ -33,7 +28,7 @@ class Stores:
     profiles: ProfileStore
     jobs: JobStore
     adapters: AdapterStore
-    signing: Callable[[str], SignQueue]
+    signing: Callable[[str], UserQueue]
     file: ForgetsOnDisk
 
 
@@ -45,9 +40,8 @@ async def open_stores(
 
     Unless `checked`, a process starts while the store is down or not durable, and must write nothing that has to last.
 
-    Raises:
-        MtaError: when the URL cannot be read.
-        Unavailable: when a checked server cannot be reached or is not durable.
+    Raises `MtaError` when the URL cannot be read, `Unavailable` when a checked server cannot be reached or is not
+    durable.
     """
     must_last = checked and settings.require_durable_store
     connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed, span=span)
@@ -56,12 +50,12 @@ async def open_stores(
             await connection.check()
         yield Stores(
             server=connection,
-            keys=RedisAccessKeys(connection),
-            rates=RedisRates(connection),
-            profiles=RedisProfiles(connection),
-            jobs=RedisJobs(connection),
-            adapters=RedisAdapters(connection),
-            signing=lambda bank: RedisSigning(connection, bank),
+            keys=AccessKeys(connection),
+            rates=Rates(connection),
+            profiles=ProfileStore(connection),
+            jobs=JobStore(connection),
+            adapters=AdapterStore(connection),
+            signing=lambda bank: UserQueue(connection, "sign", bank),
             file=AppendOnlyFile(connection),
         )
     finally:

@@ -1,22 +1,22 @@
-"""The profile record as bytes, and the small encodings beside it.
+"""A user's profile, the record that it is kept as, and the small encodings beside it.
 
 A record is `version u8`, then parts of `tag u8 · length u16 · bytes`, all little-endian, in tag order. A reader keeps
-the parts it does not know, so the record can take up new kinds of evidence about a user without a migration. With 384
-fp16 numbers it stays under 1 KiB, which a Redis hash of the same content would not.
+the parts that it does not know. With 384 fp16 numbers it stays under 1 KiB, which a Redis hash would not.
 """
 
 from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import orjson
 
 from bank.items.profile import Vectors
 from bank.lookup.signature import Signature, empty_signature
-from server.store.profiles import AdapterNote, OtherEmbedding, Profile, StoredItem, StoredSignature, StoredVector
 
 RECORD_VERSION = 1
 _PART = struct.Struct("<BH")
@@ -28,6 +28,88 @@ _KNOWN = _REQUIRED | {_ADAPTER, _SIGNATURE, _OTHER}
 _HALF_BYTES = 2
 _SIGNED = struct.Struct("<4sIQf")  # bank, tokens, made of, length of the products
 _OTHER_HEAD = struct.Struct("<8sQ")  # embedder, made of
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterNote:
+    """Which user adapter a user has, noted in the record so that a request reads nothing else."""
+
+    id: str
+    recipe: str  # the one that it was trained on, with which it is always served
+    size_bytes: int
+    created_ms: int  # when it was promoted, Unix time
+    made_in: str = ""  # traceparent of the job that made it, if that was traced
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSignature:
+    """A user's signature, of 0 tokens if there was nothing to make one from, and `updated_ms` of its profile."""
+
+    signature: Signature
+    made_of_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEmbedding:
+    """The profile's embedding [E] by a second embedder, kept while gateways move from one to the other.
+
+    It is void unless `made_of_ms` is the profile's `updated_ms`.
+    """
+
+    embedder: str
+    embedding: Vectors
+    made_of_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a request needs to know of a user."""
+
+    user_id: str  # as the app gave it; stored nowhere else
+    items: int  # how many are kept
+    updated_ms: int  # when the items last changed, Unix time; increases with every change
+    embedder: str  # embeddings of two embedders are never compared
+    embedding: Vectors  # [E] float32 at unit length, kept as fp16
+    adapter: AdapterNote | None = None
+    signature: StoredSignature | None = None  # maybe of an earlier profile, or for another bank
+    other: OtherEmbedding | None = None
+    extra: Mapping[int, bytes] = field(default_factory=dict)  # parts that this version does not know, by tag
+
+    def seen_by(self, embedder: str) -> Profile | None:
+        """The profile with its embedding by this embedder; None if there is none of the current items."""
+        if self.embedder == embedder:
+            return self
+        other = self.other
+        if other is None or (other.embedder, other.made_of_ms) != (embedder, self.updated_ms):
+            return None
+        mine = OtherEmbedding(self.embedder, self.embedding, self.updated_ms)
+        return replace(self, embedder=embedder, embedding=other.embedding, other=mine)
+
+    @property
+    def evidence(self) -> Signature | None:
+        """The signature, however old."""
+        return self.signature.signature if self.signature else None
+
+    def is_signed(self, bank: str) -> bool:
+        """Whether there is a signature of the current items for a bank (8 hex digits)."""
+        signed = self.signature
+        return signed is not None and (signed.signature.bank, signed.made_of_ms) == (bank, self.updated_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredItem:
+    """One item of a history; larger orders are newer, unique within a history, not dense."""
+
+    order: int
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVector:
+    """An item's embedding [E] float32, kept as fp16, and the id of the embedder that made it."""
+
+    embedder: str
+    vector: Vectors
 
 
 def encode_profile(profile: Profile) -> bytes:
@@ -54,11 +136,7 @@ def encode_profile(profile: Profile) -> bytes:
 
 
 def decode_profile(record: bytes) -> Profile:
-    """Read a record.
-
-    Raises:
-        ValueError: when the bytes are not a record of this version.
-    """
+    """Raises `ValueError` of bytes that are not a record of this version."""
     if not record or record[0] != RECORD_VERSION:
         version = record[:1].hex() or "none"
         raise ValueError(f"profile record has version {version}, this gateway reads {RECORD_VERSION}")
@@ -128,11 +206,8 @@ def _signed(stored: StoredSignature) -> bytes:
 
 
 def _stored_signature(raw: bytes) -> StoredSignature:
-    if len(raw) < _SIGNED.size or (len(raw) - _SIGNED.size) % _HALF_BYTES:
-        raise ValueError(f"profile record has a signature of {len(raw)} bytes: it is cut short")
-    bank, tokens, made_of_ms, length = _SIGNED.unpack_from(raw)
-    products = _single(raw[_SIGNED.size :]) * np.float32(length)
-    return StoredSignature(_sound(Signature(bank.hex(), tokens, products)), made_of_ms)
+    (bank, tokens, made_of_ms, length), unit = _headed(_SIGNED, raw, "signature")
+    return StoredSignature(_sound(Signature(bank.hex(), tokens, unit * np.float32(length))), made_of_ms)
 
 
 def _sound(made: Signature) -> Signature:
@@ -141,10 +216,15 @@ def _sound(made: Signature) -> Signature:
 
 
 def _other(raw: bytes) -> OtherEmbedding:
-    if len(raw) < _OTHER_HEAD.size or (len(raw) - _OTHER_HEAD.size) % _HALF_BYTES:
-        raise ValueError(f"profile record has a second embedding of {len(raw)} bytes: it is cut short")
-    embedder, made_of_ms = _OTHER_HEAD.unpack_from(raw)
-    return OtherEmbedding(embedder.hex(), _single(raw[_OTHER_HEAD.size :]), made_of_ms)
+    (embedder, made_of_ms), embedding = _headed(_OTHER_HEAD, raw, "second embedding")
+    return OtherEmbedding(embedder.hex(), embedding, made_of_ms)
+
+
+def _headed(head: struct.Struct, raw: bytes, what: str) -> tuple[tuple[Any, ...], Vectors]:
+    """The fields of a head, and the fp16 numbers behind it."""
+    if len(raw) < head.size or (len(raw) - head.size) % _HALF_BYTES:
+        raise ValueError(f"profile record has a {what} of {len(raw)} bytes: it is cut short")
+    return head.unpack_from(raw), _single(raw[head.size :])
 
 
 def _half(vector: Vectors) -> bytes:

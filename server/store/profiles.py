@@ -1,142 +1,133 @@
-"""The store's port for profiles: what is kept about a user, and what the rest of the gateway may ask for.
+"""Profiles: record, items, vectors and epoch of a user (keys: `server/store/redis/keys.py`).
 
-Three things are kept under a user's key (`server/store/tenants/user_key.py`): the profile record, the items it was made
-from, and the items' embeddings. The record alone serves a request; the other two serve the next change. Item embeddings
-can be dropped at any time: they are remade from the items.
+The record alone serves a request; items and vectors serve the next change. Vectors can be dropped at any time: they are
+remade from the items.
+
+A commit is one script that writes only if the record is the one that the change was made from, so concurrent writers
+never overwrite each other. Erasing a user starts a new *epoch*. A write names the epoch that it saw when it began, and
+is refused when another has begun since, even on an empty record: what was in progress stores nothing of an erased user.
 """
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from contextlib import suppress
+from dataclasses import dataclass
 
-from bank.items.profile import Vectors
-from bank.lookup.signature import Signature
+from server.errors import Unavailable, UserErased
+from server.store.durability import readable
+from server.store.jobs import KEPT_JOBS
+from server.store.profile_record import (
+    Profile,
+    StoredItem,
+    StoredVector,
+    decode_item,
+    decode_profile,
+    decode_vector,
+    encode_item,
+    encode_profile,
+    encode_vector,
+)
+from server.store.redis import keys
+from server.store.redis.scripts import full_script, script
+from server.store.redis.servers.base import WRITE_TIMEOUT_S
+from server.store.redis.servers.connection import RedisConnection
 
+TOMBSTONE_S = 7 * 24 * 3600
+NOBODY_S = 600
+"""How long it is remembered that nobody was erased: longer than any request takes whose body is still arriving."""
 
-@dataclass(frozen=True, slots=True)
-class AdapterNote:
-    """Which user adapter a user has, noted in the record so that a request reads nothing else.
+_FORGET = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
+"""The latter from Valkey 8.1 on, where the former is one of three such logs."""
 
-    Attributes:
-        recipe: name of the recipe it was trained on, which it is always served with.
-        created_ms: when it was promoted, Unix time in milliseconds.
-        made_in: traceparent of the job that made it; empty if that was not traced.
-    """
+# KEYS: record, items, vectors, epoch. ARGV as named, then id, item and vector of each put, empty where unchanged; then
+# the ids to drop. Returns 1 if it is written, 0 if the record is a different one, -1 if the user was erased.
+_COMMIT = script("""
+local expected, record, epoch, puts = unpack(ARGV)
+local current = redis.call('GET', KEYS[1]) or ''
+if current == record then
+  redis.call('SET', KEYS[1], current)
+  return 1
+end
+if erased_since(KEYS[4], epoch) then return -1 end
+if current ~= expected then return 0 end
+redis.call('SET', KEYS[1], record)
+local drops = 5 + 3 * tonumber(puts)
+for i = 5, drops - 1, 3 do
+  local id, item, vector = unpack(ARGV, i, i + 2)
+  if item ~= '' then redis.call('HSET', KEYS[2], id, item) end
+  if vector ~= '' then redis.call('HSET', KEYS[3], id, vector) end
+end
+for i = drops, #ARGV do
+  redis.call('HDEL', KEYS[2], ARGV[i])
+  redis.call('HDEL', KEYS[3], ARGV[i])
+end
+return 1
+""")
 
-    id: str
-    recipe: str
-    size_bytes: int
-    created_ms: int
-    made_in: str = ""
+# KEYS: the tombstone, then all that is stored of the user. Returns what the tombstone then says, except the new epoch;
+# nothing if there is somebody and it is too late. A tombstone without counts is that of a user who never existed.
+_ERASE = full_script("""
+local prefix, kept_jobs, somebody_s, nobody_s, epoch, until_ms, rewritten_by = unpack(ARGV)
+local tombstone, record, items, vectors, job_numbers, samples, adapter = unpack(KEYS)
+if now > tonumber(until_ms) and redis.call('EXISTS', unpack(KEYS, 2)) > 0 then return {} end
+local counts = {
+  'items', redis.call('HLEN', items), 'samples', redis.call('LLEN', samples), 'adapters', redis.call('EXISTS', adapter)
+}
+local jobs, banks, last = 0, {}, tonumber(redis.call('HGET', job_numbers, 'last') or 0)
+for number = math.max(1, last - kept_jobs), last do
+  banks[#banks + 1] = redis.call('HGET', prefix .. number, 'bank') or nil
+  jobs = jobs + redis.call('DEL', prefix .. number)
+end
+local keys = jobs + redis.call('DEL', unpack(KEYS, 2))
+if keys > 0 then
+  redis.call('HSET', tombstone, 'jobs', jobs, 'keys', keys, 'rewritten_by', rewritten_by,
+    'banks', table.concat(banks, ' '), unpack(counts))
+end
+redis.call('HSET', tombstone, 'epoch', epoch)
+local stays_s = tonumber(keys > 0 and somebody_s or nobody_s)
+if redis.call('TTL', tombstone) < stays_s then redis.call('EXPIRE', tombstone, stays_s) end
+return redis.call('HMGET', tombstone, 'items', 'samples', 'jobs', 'adapters', 'keys', 'rewritten_by', 'banks')
+""")
 
+# KEYS: record. It is written as it is: who waits for that waits for all that was written before.
+_AGAIN = """
+local current = redis.call('GET', KEYS[1])
+if current then redis.call('SET', KEYS[1], current) end
+return 1
+"""
 
-@dataclass(frozen=True, slots=True)
-class StoredSignature:
-    """A user's signature, with 0 tokens if there was nothing to make one from; and `updated_ms` of the profile that it
-    was made from."""
-
-    signature: Signature
-    made_of_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class OtherEmbedding:
-    """The profile's embedding [E] by a second embedder, kept while gateways move from one to the other.
-
-    `made_of_ms` is `updated_ms` of the profile that it was made from; it is void for any other.
-    """
-
-    embedder: str
-    embedding: Vectors
-    made_of_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """The profile record.
-
-    Attributes:
-        user_id: as the app gave it; stored nowhere else.
-        items: how many items are kept.
-        updated_ms: when its items last changed, Unix time in milliseconds; increases with every change.
-        embedder: id of the embedder that made the embedding; an embedding is never compared across embedders.
-        embedding: [E] float32 at unit length, kept as fp16.
-        signature: if one was made; it may be for an earlier profile, or for another bank.
-        extra: parts of the record that this version does not know, by tag; kept untouched.
-    """
-
-    user_id: str
-    items: int
-    updated_ms: int
-    embedder: str
-    embedding: Vectors
-    adapter: AdapterNote | None = None
-    signature: StoredSignature | None = None
-    other: OtherEmbedding | None = None
-    extra: Mapping[int, bytes] = field(default_factory=dict)
-
-    def seen_by(self, embedder: str) -> Profile | None:
-        """The profile with its embedding by this embedder; None if there is none of the current items."""
-        if self.embedder == embedder:
-            return self
-        other = self.other
-        if other is None or (other.embedder, other.made_of_ms) != (embedder, self.updated_ms):
-            return None
-        mine = OtherEmbedding(self.embedder, self.embedding, self.updated_ms)
-        return replace(self, embedder=embedder, embedding=other.embedding, other=mine)
-
-    @property
-    def evidence(self) -> Signature | None:
-        """The signature, however old."""
-        return self.signature.signature if self.signature else None
-
-    def is_signed(self, bank: str) -> bool:
-        """Whether there is a signature of the current items for a bank (8 hex digits)."""
-        signed = self.signature
-        return signed is not None and (signed.signature.bank, signed.made_of_ms) == (bank, self.updated_ms)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredItem:
-    """One item in a history: its fields, and its place there; larger is newer, unique within a history, not dense."""
-
-    order: int
-    fields: Mapping[str, str]
+# KEYS: record, items, vectors, epoch. All of one moment.
+_READ = """
+return {redis.call('GET', KEYS[1]), redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3]),
+  redis.call('HGET', KEYS[4], 'epoch')}
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredVector:
-    """One item's embedding, [E] float32, kept as fp16, and the id of the embedder that made it."""
-
-    embedder: str
-    vector: Vectors
+# KEYS: some. Returns the memory that they take, bytes.
+_BYTES = """
+local bytes = 0
+for _, key in ipairs(KEYS) do bytes = bytes + (redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0) end
+return bytes
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A user's profile with its items and vectors, as they were at one moment.
+    """A user's profile with its items and vectors, as they were at one moment."""
 
-    Attributes:
-        version: what `commit` compares; empty when the user is unknown.
-        epoch: identifies the user's last erasure; empty when none is remembered.
-        profile: None when the user is unknown.
-        items: by id, oldest first.
-        vectors: by item id; some or all may be missing.
-    """
-
-    version: bytes
-    epoch: str
-    profile: Profile | None
-    items: Mapping[str, StoredItem]
-    vectors: Mapping[str, StoredVector]
+    version: bytes  # what `commit` compares; empty for an unknown user
+    epoch: str  # identifies the user's last erasure; empty when none is remembered
+    profile: Profile | None  # None for an unknown user
+    items: Mapping[str, StoredItem]  # by id, oldest first
+    vectors: Mapping[str, StoredVector]  # by item id; some or all may be missing
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one commit writes: the new record; items and embeddings that are new or differ, by item id; the ids of items
-    to remove, with their embeddings."""
+    """What one commit writes: the record; items and vectors that are new or differ, by item id; ids to remove."""
 
     profile: Profile
     put_items: Mapping[str, StoredItem]
@@ -157,88 +148,132 @@ class Erased:
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """An erasure, as it is remembered.
-
-    Attributes:
-        rewritten_by_ms: by when it is gone from the store's file on disk too, Unix time in milliseconds.
-        banks: the banks (8 hex digits) of the jobs that it removed.
-    """
+    """An erasure, as it is remembered."""
 
     erased: Erased
-    rewritten_by_ms: int
-    banks: tuple[str, ...] = ()
+    rewritten_by_ms: int  # by when it is gone from the file on disk too, Unix time
+    banks: tuple[str, ...] = ()  # the banks (8 hex digits) of the jobs that it removed
 
 
-class ProfileStore(Protocol):
-    """Keeps profiles. Every method raises `Unavailable` when the store cannot be reached or refuses.
+class ProfileStore:
+    """Keeps profiles. Every method raises `Unavailable` when the store cannot be reached or refuses."""
 
-    Erasing a user starts a new *epoch*. A write names the epoch that it saw when it began, and is refused when another
-    has begun since: a write in progress when a user is erased stores nothing of them.
-    """
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
 
     async def load(self, key: str) -> Profile | None:
         """The record alone: all that a request needs."""
+        record = await self._connection.run(lambda redis: redis.get(keys.profile(key)))
+        with readable():
+            return decode_profile(record) if record else None
 
     async def read(self, key: str) -> Snapshot:
         """A consistent snapshot: what a change starts from."""
+        names = (*_names(key), keys.epoch(key))
+        answer = await self._connection.evaluate(_READ, names, timeout_s=WRITE_TIMEOUT_S)
+        record, raw_items, raw_vectors, epoch = answer
+        with readable():
+            return Snapshot(
+                version=record or b"",
+                epoch=(epoch or b"").decode(),
+                profile=decode_profile(record) if record else None,
+                items=_in_order(_pairs(raw_items)),
+                vectors={name.decode(): decode_vector(raw) for name, raw in _pairs(raw_vectors).items()},
+            )
 
     async def items(self, key: str) -> Mapping[str, StoredItem]:
         """The items alone, by id, oldest first; empty for an unknown user."""
+        raw_items = await self._connection.run(lambda redis: redis.hgetall(keys.items(key)), WRITE_TIMEOUT_S)
+        with readable():
+            return _in_order(raw_items)
 
     async def epoch(self, key: str) -> str:
         """Identifies the user's last erasure; empty when none is remembered."""
+        epoch = await self._connection.run(lambda redis: redis.hget(keys.epoch(key), "epoch"))
+        return (epoch or b"").decode()
 
     async def commit(self, key: str, version: bytes, change: Change, epoch: str = "") -> bool:
-        """Write a change made from the snapshot of `version`, all or nothing: true when it is on disk, false when
+        """Write a change made from the snapshot of `version`, all or nothing: True when it is on disk, False when
         someone else changed the user meanwhile.
 
-        Raises:
-            UserErased: when the user has been erased since `epoch`, the user's when work on the change began.
+        Raises `UserErased` when the user has been erased since `epoch`, the user's when work on the change began.
         """
+        items = {name: encode_item(item) for name, item in change.put_items.items()}
+        vectors = {name: encode_vector(vector) for name, vector in change.put_vectors.items()}
+        puts = list(dict.fromkeys((*items, *vectors)))
+        arguments = [version, encode_profile(change.profile), epoch, len(puts)]
+        for name in puts:
+            arguments += [name, items.get(name, b""), vectors.get(name, b"")]
+        written = await self._connection.write(_COMMIT, (*_names(key), keys.epoch(key)), *arguments, *change.drop)
+        if written < 0:
+            raise UserErased
+        return bool(written)
 
     async def settle(self, key: str) -> None:
         """Return once what `read` has shown of a user lasts as what is committed does.
 
         It may have shown a change that its writer was told to send again, since no disk or no replica had it in time.
         """
+        if not self._connection.shows_only_what_lasts:
+            await self._connection.write(_AGAIN, (keys.profile(key),))
 
     async def erase_nobody(self, key: str) -> tuple[bool, Erasure | None]:
         """Erase a user of whom nothing is stored, so that what is under way stores nothing either; nobody else.
 
         Returns whether nothing is stored, and if so, the last erasure that is remembered.
         """
+        answer = await self._erase(key, 0, 0)
+        return bool(answer), _erasure(answer)
 
     async def erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> Erasure | None:
         """Remove everything stored about a user, on disk before it returns.
 
-        Returns the erasure; if nothing was stored, the last one that is remembered; None for an unknown user.
-
-        Raises:
-            Unavailable: also when the store's clock is past `deadline_ms`, Unix time in milliseconds.
+        Returns the erasure; if nothing was stored, the last one that is remembered; None for an unknown user. Raises
+        `Unavailable` also when the store's clock is past `deadline_ms`, Unix time.
         """
+        answer = await self._erase(key, deadline_ms, rewritten_by_ms)
+        if not answer:
+            raise Unavailable("the store took too long to erase the user: send the request again")
+        if (erasure := _erasure(answer)) is not None:
+            await self._forget_commands()
+        return erasure
+
+    async def _forget_commands(self) -> None:
+        """Ask all servers to forget the commands that they log, with what people wrote; as far as they let us."""
+        with suppress(Unavailable):
+            asked = [(server, command) for server in await self._connection.members() for command in _FORGET]
+            await asyncio.gather(*(self._connection.send(*one) for one in asked), return_exceptions=True)
 
     async def stored_bytes(self, key: str) -> int:
         """Memory that the user's profile, items and vectors take in the store."""
+        return int(await self._connection.evaluate(_BYTES, _names(key)))
+
+    async def _erase(self, key: str, deadline_ms: int, rewritten_by_ms: int) -> list[bytes | None]:
+        names = (keys.epoch(key), *_names(key), keys.jobs(key), keys.samples(key), keys.adapter(key))
+        arguments = (KEPT_JOBS, TOMBSTONE_S, NOBODY_S, secrets.token_hex(8), deadline_ms, rewritten_by_ms)
+        answer: list[bytes | None] = await self._connection.write(_ERASE, names, keys.job_prefix(key), *arguments)
+        return answer
 
 
-class SignQueue(Protocol):
-    """Users who need a signature for one bank. Every method raises `Unavailable` when the store cannot be used.
+def _erasure(tombstone: list[bytes | None]) -> Erasure | None:
+    """What a tombstone says was erased; None for one that says nothing of it."""
+    said = [value for value in tombstone if value is not None]
+    if not said:
+        return None
+    *counts, rewritten_by, banks = said
+    return Erasure(Erased(*map(int, counts)), int(rewritten_by), tuple(sorted(set(banks.decode().split()))))
 
-    A user who is already waiting is queued once. A user whose worker died is taken again.
-    """
 
-    async def request(self, user_key: str) -> None:
-        """Have a worker make a user's signature."""
+def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
+    """A hash as Lua returns it: field, value, field, value."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
-    async def take(self, wait_s: float) -> str | None:
-        """Wait for a user who needs one; by now they may be gone, or have it."""
 
-    async def begin(self, user_key: str) -> int:
-        """Count a worker's attempt to make it; returns the number of attempts since `done`, from 1; 0 for a user who is
-        no longer in the queue."""
+def _in_order(raw_items: Mapping[bytes, bytes]) -> dict[str, StoredItem]:
+    decoded = ((name.decode(), decode_item(raw)) for name, raw in raw_items.items())
+    return dict(sorted(decoded, key=lambda pair: pair[1].order))
 
-    async def done(self, user_key: str) -> None:
-        """Take a user out of the queue, unless they were asked for again since they were taken."""
 
-    async def withdraw(self, user_key: str) -> None:
-        """Remove an erased user from the queue."""
+def _names(key: str) -> tuple[str, str, str]:
+    """The keys that a profile is stored under."""
+    return keys.profile(key), keys.items(key), keys.vectors(key)

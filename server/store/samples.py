@@ -10,23 +10,17 @@ import orjson
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
 
-MAX_SAMPLES = 1000
-"""Most samples kept for a user."""
+MAX_SAMPLES = 1000  # kept for a user
 
 Messages = Sequence[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One example of how a user wants to be answered.
+    """One example of how a user wants to be answered."""
 
-    Attributes:
-        messages: the conversation, ending with the user's turn.
-        output: what the answer should have been.
-    """
-
-    messages: Messages
-    output: str
+    messages: Messages  # the conversation, ending with the user's turn
+    output: str  # what the answer should have been
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,46 +37,34 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """How training goes.
+    """How training goes; empty before it begins."""
 
-    Attributes:
-        phase: what is being done, in a few words; empty before anything is.
-        loss: of the steps' samples.
-        held_out: of samples that are not trained on.
-    """
-
-    phase: str = ""
-    loss: tuple[Point, ...] = ()
-    held_out: tuple[Point, ...] = ()
+    phase: str = ""  # what is being done, in a few words
+    loss: tuple[Point, ...] = ()  # of the steps' samples
+    held_out: tuple[Point, ...] = ()  # of samples that are not trained on
 
 
 NO_CURVE = Curve()
-"""Of a job before it trains."""
 
 
 def encode_sample(sample: Sample) -> bytes:
-    """A sample as JSON."""
     return orjson.dumps({"messages": list(sample.messages), "output": sample.output})
 
 
 def decode_sample(raw: bytes) -> Sample:
-    """The inverse of `encode_sample`."""
     value = orjson.loads(raw)
     return Sample(value["messages"], value["output"])
 
 
 def encode_config(config: AdaptConfig) -> str:
-    """A configuration as JSON."""
     return orjson.dumps(asdict(config)).decode()
 
 
 def decode_config(text: str) -> AdaptConfig:
-    """The inverse of `encode_config`; missing fields get their defaults.
+    """Missing fields get their defaults.
 
-    Raises:
-        ValueError: when the text is not a configuration, or has a field that this version does not know: ignoring it
-            would not train what was asked for.
-        TrainingError: naming a value that cannot be trained with.
+    Raises `TrainingError` naming a value that cannot be trained with, and `ValueError` of what is no configuration, or
+    has a field that this version does not know: ignoring it would not train what was asked for.
     """
     value = orjson.loads(text)
     if not isinstance(value, dict):
@@ -97,16 +79,11 @@ def decode_config(text: str) -> AdaptConfig:
 
 
 def encode_curve(curve: Curve) -> bytes:
-    """A curve as JSON."""
     return orjson.dumps(asdict(curve))
 
 
 def decode_curve(text: str) -> Curve:
-    """The inverse of `encode_curve`; an empty text is an empty curve.
-
-    Raises:
-        ValueError, KeyError, TypeError: when the text is not a curve.
-    """
+    """An empty text is an empty curve; raises `ValueError`, `KeyError` or `TypeError` of what is no curve."""
     if not text:
         return NO_CURVE
     value = orjson.loads(text)

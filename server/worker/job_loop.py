@@ -26,7 +26,8 @@ from bank.lookup.serving import ServingBank
 from server.errors import ApiError, Unavailable
 from server.store.adapters import StoredAdapter, new_adapter_id
 from server.store.jobs import JobId, JobState, JobStore, Lease, Trained
-from server.store.profiles import AdapterNote, ProfileStore
+from server.store.profile_record import AdapterNote
+from server.store.profiles import ProfileStore
 from server.store.samples import Sample, decode_config, decode_sample
 from server.watching.logs import traceparent
 from server.watching.tracing import Tracing

@@ -13,7 +13,9 @@ from bank.items.profile import Item, item_pair
 from bank.lookup.serving import ServingBank
 from bank.lookup.signature import MAX_ITEMS, Signature, empty_signature
 from server.errors import Unavailable, UserErased
-from server.store.profiles import Change, ProfileStore, SignQueue, StoredSignature
+from server.store.profile_record import StoredSignature
+from server.store.profiles import Change, ProfileStore
+from server.store.queue import UserQueue
 from server.worker.metrics import WorkerMetrics
 from server.worker.training_thread import STALL_S, Stalled
 
@@ -36,7 +38,7 @@ class SigningLoop:
 
     def __init__(
         self,
-        queue: SignQueue,
+        queue: UserQueue,
         profiles: ProfileStore,
         bank: ServingBank,
         signer: Signs,

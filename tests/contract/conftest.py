@@ -17,7 +17,7 @@ from bench.rig.engine import KEY, Engine
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
 from server.gateway.engines.admin import Engines, TokenizerClient
 from server.gateway.engines.chat import EngineClient, open_session
-from server.store.redis.jobs import RedisJobs
+from server.store.jobs import JobStore
 from server.store.redis.servers import append_only_file
 from tests.support.engine import Subject, client_of
 from tests.support.fake_engine import FakeEngine, Knobs
@@ -35,25 +35,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]
     running.kill()
 
 
-@pytest.fixture(scope="module", params=sorted(server_binaries()))
-def one_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+@pytest.fixture(scope="session")
+def each_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ValkeyProcess]]:
     """The packaged Valkey, and Redis where it is installed."""
-    running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
+    folders = {name: tmp_path_factory.mktemp(name) for name in server_binaries()}
+    running = {name: ValkeyProcess(folders[name], DURABLE, binary) for name, binary in server_binaries().items()}
+    for server in running.values():
+        server.start()
     yield running
-    running.kill()
+    for server in running.values():
+        server.kill()
 
 
-@pytest.fixture(scope="module", params=[*sorted(server_binaries()), "cluster"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ValkeyProcess | ValkeyCluster]:
+@pytest.fixture(params=sorted(server_binaries()))
+def one_server(request: pytest.FixtureRequest, each_server: dict[str, ValkeyProcess]) -> ValkeyProcess:
+    return each_server[request.param]
+
+
+@pytest.fixture(params=[*sorted(server_binaries()), "cluster"])
+def server(request: pytest.FixtureRequest, each_server: dict[str, ValkeyProcess]) -> ValkeyProcess | ValkeyCluster:
     """Each of those, and a cluster."""
-    if request.param == "cluster":
-        yield request.getfixturevalue("cluster")
-        return
-    running = ValkeyProcess(tmp_path_factory.mktemp(request.param), DURABLE, server_binaries()[request.param]).start()
-    yield running
-    running.kill()
+    return request.getfixturevalue("cluster") if request.param == "cluster" else each_server[request.param]
 
 
 @pytest.fixture
@@ -72,21 +74,20 @@ async def parts(server: ValkeyProcess | ValkeyCluster, raw: redis.Redis) -> Asyn
 
 
 @pytest.fixture
-def jobs(parts: StoreParts) -> RedisJobs:
+def jobs(parts: StoreParts) -> JobStore:
     return parts.jobs
 
 
 @pytest.fixture
 def user() -> str:
-    """The key of a user whom no other test knows."""
     return KEYS.key(f"user-{next(_numbers)}")
 
 
 @pytest.fixture
 def quick_rewrites(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrites of the append-only file follow quickly on each other."""
-    quick = {"INTERVAL_MS": 1500, "ASKED_MS": 300, "CLOCKS_MS": 0, "BEGIN_MS": 500, "LOOK_S": 0.05, "REWRITE_MS": 0}
-    quick |= {"RETRY_MS": 300}
+    quick = {"INTERVAL_MS": 800, "ASKED_MS": 200, "CLOCKS_MS": 0, "BEGIN_MS": 500, "LOOK_S": 0.05, "REWRITE_MS": 0}
+    quick |= {"RETRY_MS": 150}
     for name, value in quick.items():
         monkeypatch.setattr(append_only_file, name, value)
 

@@ -11,9 +11,8 @@ import redis.asyncio as redis
 
 from server.errors import ApiError, Forbidden, Unauthorized, Unavailable
 from server.gateway.access.keys import LOOK_AGAIN_S, Caller, KnownKeys
-from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.servers.connection import READ_TIMEOUT_S
-from server.store.tenants.access_keys import AccessKey, Scope, access_key, new_secret
+from server.store.tenants.access_keys import AccessKey, AccessKeys, Scope, access_key, new_secret
 from server.store.tenants.rates import Allowance
 from tests.support.store_parts import StoreParts
 
@@ -22,8 +21,8 @@ LOCAL = [(b"host", b"127.0.0.1:8000")]
 
 
 @pytest.fixture
-def store(parts: StoreParts) -> RedisAccessKeys:
-    return RedisAccessKeys(parts.connection)
+def store(parts: StoreParts) -> AccessKeys:
+    return AccessKeys(parts.connection)
 
 
 @pytest.fixture
@@ -46,9 +45,7 @@ def refused(keys: KnownKeys, headers: list[tuple[bytes, bytes]]) -> str:
     return found.code
 
 
-async def test_what_was_added_is_there_and_the_secret_is_not(
-    store: RedisAccessKeys, raw: redis.Redis, secret: str
-) -> None:
+async def test_what_was_added_is_there_and_the_secret_is_not(store: AccessKeys, raw: redis.Redis, secret: str) -> None:
     assert await store.revision() == ("", 0)
     assert (await store.all()).keys == []
     key = key_of(secret)
@@ -62,7 +59,7 @@ async def test_what_was_added_is_there_and_the_secret_is_not(
     assert secret[:-4] not in kept
 
 
-async def test_a_revoked_key_stays_known_as_such(store: RedisAccessKeys, secret: str) -> None:
+async def test_a_revoked_key_stays_known_as_such(store: AccessKeys, secret: str) -> None:
     key = key_of(secret)
     await store.add(key)
     ring, before = await store.revision()
@@ -73,7 +70,7 @@ async def test_a_revoked_key_stays_known_as_such(store: RedisAccessKeys, secret:
     assert await store.revision() == (ring, before + 1)
 
 
-async def test_the_first_key_is_made_once_however_many_try(store: RedisAccessKeys) -> None:
+async def test_the_first_key_is_made_once_however_many_try(store: AccessKeys) -> None:
     keys = [key_of(new_secret()) for _ in range(8)]
     made = await asyncio.gather(*(store.add(key, only_first=True) for key in keys))
     assert sum(made) == 1
@@ -84,7 +81,7 @@ async def test_the_first_key_is_made_once_however_many_try(store: RedisAccessKey
     assert not await store.add(keys[made.index(False)], only_first=True)
 
 
-async def test_a_part_of_the_keys_is_no_answer(store: RedisAccessKeys, raw: redis.Redis, secret: str) -> None:
+async def test_a_part_of_the_keys_is_no_answer(store: AccessKeys, raw: redis.Redis, secret: str) -> None:
     await store.add(key_of(secret))
     await raw.hdel(HASH, key_of(secret).digest)
     with pytest.raises(Unavailable) as caught:
@@ -92,7 +89,7 @@ async def test_a_part_of_the_keys_is_no_answer(store: RedisAccessKeys, raw: redi
     assert caught.value.code == "store_corrupt"
 
 
-async def test_while_no_key_exists_this_machine_alone_is_answered(store: RedisAccessKeys) -> None:
+async def test_while_no_key_exists_this_machine_alone_is_answered(store: AccessKeys) -> None:
     keys = KnownKeys("default")
     await keys.look(store)
     everything = Caller("default", "", frozenset(Scope))
@@ -105,7 +102,7 @@ async def test_while_no_key_exists_this_machine_alone_is_answered(store: RedisAc
         assert caught.value.code == "no_api_key_exists"
 
 
-async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: RedisAccessKeys, secret: str) -> None:
+async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: AccessKeys, secret: str) -> None:
     keys, key = KnownKeys("default"), key_of(secret)
     await keys.look(store)
     await store.add(key)
@@ -123,7 +120,7 @@ async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: Re
     "header",
     ["", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer {} {}", "Bearer {}x", "bearer\t{}", "Bearer " + "x" * 10_000],
 )
-async def test_only_a_bearer_with_the_whole_secret_counts(store: RedisAccessKeys, secret: str, header: str) -> None:
+async def test_only_a_bearer_with_the_whole_secret_counts(store: AccessKeys, secret: str, header: str) -> None:
     keys = KnownKeys("default")
     await store.add(key_of(secret))
     await keys.look(store)
@@ -133,7 +130,7 @@ async def test_only_a_bearer_with_the_whole_secret_counts(store: RedisAccessKeys
 
 
 async def test_a_store_that_is_away_or_empty_opens_nothing(
-    store: RedisAccessKeys, parts: StoreParts, raw: redis.Redis, secret: str, caplog: pytest.LogCaptureFixture
+    store: AccessKeys, parts: StoreParts, raw: redis.Redis, secret: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = KnownKeys("default")
     await store.add(key_of(secret))
@@ -160,7 +157,7 @@ async def test_a_store_that_is_away_or_empty_opens_nothing(
 
 
 async def test_another_ring_at_any_revision_is_no_newer_one(
-    store: RedisAccessKeys, raw: redis.Redis, secret: str, caplog: pytest.LogCaptureFixture
+    store: AccessKeys, raw: redis.Redis, secret: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys, others = KnownKeys("default"), [new_secret() for _ in range(3)]
     await store.add(key_of(secret))
@@ -175,7 +172,7 @@ async def test_another_ring_at_any_revision_is_no_newer_one(
     assert caplog.text.count("lost API keys") == len(others)
 
 
-async def test_a_ring_keeps_its_id_whatever_changes(store: RedisAccessKeys, secret: str) -> None:
+async def test_a_ring_keeps_its_id_whatever_changes(store: AccessKeys, secret: str) -> None:
     await store.name_bank("acme", "9f2c41d0")
     (ring, revision), key = await store.revision(), key_of(secret)
     assert len(ring) == 16
@@ -185,7 +182,7 @@ async def test_a_ring_keeps_its_id_whatever_changes(store: RedisAccessKeys, secr
 
 
 async def test_a_store_that_cannot_be_read_at_the_start_is_not_one_without_keys(
-    store: RedisAccessKeys, raw: redis.Redis
+    store: AccessKeys, raw: redis.Redis
 ) -> None:
     await raw.set(HASH, "not a hash")
     with pytest.raises(Unavailable):

@@ -16,14 +16,11 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.store.durability import Durability
+from server.store.profiles import ProfileStore
 from server.store.redis import keys
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.stored import LATER_MS, change, connected, on_disk, strict_and_lenient, until_forgotten, users_at
-
-SECRET = "words that nobody shall find again"
+from tests.support.stored import LATER_MS, change, connected, forgotten, strict_and_lenient, users_at
 
 
 @pytest.fixture
@@ -45,13 +42,11 @@ def configured(node: ValkeyProcess, name: str, value: str) -> Iterator[None]:
 
 
 def rewriting(node: ValkeyProcess) -> bool:
-    """Whether a node rewrites its file, or is about to."""
     info = ask(node, "INFO", "persistence")
     return bool(info["aof_rewrite_in_progress"] or info["aof_rewrite_scheduled"])
 
 
 def calls(node: ValkeyProcess, command: str) -> int:
-    """How often a command was called."""
     return int(ask(node, "INFO", "commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
@@ -75,10 +70,10 @@ async def test_one_primary_decides_how_durable_all_are(
                 with pytest.raises(Unavailable, match="appendonly yes"):
                     await strict.check()
                 with pytest.raises(Unavailable, match="appendonly yes"):  # wherever the user is
-                    await RedisProfiles(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
+                    await ProfileStore(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
                 assert f":{weak.port}" in caplog.text
                 assert await lenient.check() is Durability.NONE
-                assert await RedisProfiles(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
+                assert await ProfileStore(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
 
 
 async def test_one_server_that_may_evict_is_refused_wherever_the_user_is(cluster: ValkeyCluster) -> None:
@@ -88,28 +83,28 @@ async def test_one_server_that_may_evict_is_refused_wherever_the_user_is(cluster
             with pytest.raises(Unavailable, match=f"{ask(weak, 'CLUSTER MYID').decode()} allkeys-lru"):
                 await strict.check()
             with pytest.raises(Unavailable, match="maxmemory-policy noeviction"):
-                await RedisProfiles(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
+                await ProfileStore(strict).commit(next(users_at(cluster, cluster.primaries[0])), b"", change("a"))
             assert await lenient.check() is Durability.EVICTS
-            assert await RedisProfiles(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
+            assert await ProfileStore(lenient).commit(next(users_at(cluster, weak)), b"", change("a"))
         assert (await strict.check()).lasts
 
 
-async def test_a_primary_that_no_longer_keeps_what_it_acknowledges_acknowledges_nothing(
+async def test_a_primary_without_a_file_acknowledges_nothing(
     cluster: ValkeyCluster, connection: RedisConnection
 ) -> None:
     """Before anybody has looked again: a replica without a file may have taken over."""
     weak = cluster.primaries[2]
     with configured(weak, "appendonly", "no"), pytest.raises(Unavailable):
-        await RedisProfiles(connection).commit(next(users_at(cluster, weak)), b"", change("a"))
+        await ProfileStore(connection).commit(next(users_at(cluster, weak)), b"", change("a"))
 
 
-async def test_a_write_waits_for_the_disk_over_the_connection_that_wrote(
+async def test_a_write_waits_for_the_disk_on_its_own_connection(
     cluster: ValkeyCluster, connection: RedisConnection
 ) -> None:
     for home in cluster.primaries:
         key = next(users_at(cluster, home))
         async with redis.from_url(home.url) as raw, raw.monitor() as monitor:
-            assert await RedisProfiles(connection).commit(key, b"", change("a"))
+            assert await ProfileStore(connection).commit(key, b"", change("a"))
             seen = monitor.listen()
             async with asyncio.timeout(10):
                 heard = [await anext(seen)]
@@ -120,12 +115,12 @@ async def test_a_write_waits_for_the_disk_over_the_connection_that_wrote(
         assert wrote["client_port"] == heard[-1]["client_port"]
 
 
-async def test_a_user_whose_keys_move_is_read_and_written_all_the_while(
+async def test_a_user_is_read_and_written_while_their_keys_move(
     cluster: ValkeyCluster, connection: RedisConnection
 ) -> None:
     source, target, other = cluster.primaries
     here, there = (ask(node, "CLUSTER MYID").decode() for node in (source, target))
-    key, store = next(users_at(cluster, source)), RedisProfiles(connection)
+    key, store = next(users_at(cluster, source)), ProfileStore(connection)
     slot = key_slot(keys.profile(key).encode())
     async with connected(cluster.url) as unaware:
         ask(target, f"CLUSTER SETSLOT {slot} IMPORTING {here}")
@@ -146,8 +141,8 @@ async def test_a_user_whose_keys_move_is_read_and_written_all_the_while(
             ask(node, f"CLUSTER SETSLOT {slot} NODE {there}")
         assert await writing
         await reading
-        assert await RedisProfiles(unaware).load(key) is not None
-        assert await RedisProfiles(unaware).erase(key, LATER_MS, 0)
+        assert await ProfileStore(unaware).load(key) is not None
+        assert await ProfileStore(unaware).erase(key, LATER_MS, 0)
         assert await connection.holders(keys.profile(key)) == [there]
     cluster.move(slot, target, source)
 
@@ -155,20 +150,13 @@ async def test_a_user_whose_keys_move_is_read_and_written_all_the_while(
 async def test_what_was_erased_leaves_the_file_of_the_server_that_held_it(
     cluster: ValkeyCluster, connection: RedisConnection, quick_rewrites: None
 ) -> None:
-    home, file, store = cluster.primaries[1], AppendOnlyFile(connection), RedisProfiles(connection)
+    async with cluster.client() as raw:
+        await raw.flushall()  # what other tests had due
+    home = cluster.primaries[1]
     others = [node for node in cluster.nodes if node is not home]
-    key = next(users_at(cluster, home))
-    before = [rewrites(node) for node in others]
-    await store.commit(key, b"", change("a", user_id=SECRET))
-    asked = await file.request_rewrite(key)
-    assert await store.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
-    assert on_disk(SECRET, home)
-    await until_forgotten(connection, SECRET, home)
-    assert [rewrites(node) for node in others] == before
-
-
-def rewrites(node: ValkeyProcess) -> int:
-    return int(ask(node, "INFO", "persistence")["aof_rewrites"])
+    before = [ask(node, "INFO", "persistence")["aof_rewrites"] for node in others]
+    await forgotten(connection, next(users_at(cluster, home)), home)
+    assert [ask(node, "INFO", "persistence")["aof_rewrites"] for node in others] == before
 
 
 @pytest.mark.parametrize("url", ["redis+cluster://", "redis+cluster://a,,b", "redis+cluster://a:7000/3", "redis+c://a"])

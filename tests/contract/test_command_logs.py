@@ -9,7 +9,7 @@ import pytest
 
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.valkey import DURABLE, ValkeyProcess
-from tests.support.store_parts import KEYS, StoreParts, put_of, submitted
+from tests.support.store_parts import KEYS, StoreParts, submitted
 
 USER, WORDS = "somebody-who-was-here", "words that nobody shall find again"
 KINDS = ("slow", "large-request", "large-reply")
@@ -30,7 +30,6 @@ def nodes(server: ValkeyProcess | ValkeyCluster) -> Iterator[Sequence[ValkeyProc
 
 
 def logged(nodes: Sequence[ValkeyProcess]) -> str:
-    """All that stands in their logs."""
     has_more = [bool(ask(node, "CONFIG GET", "commandlog-request-larger-than")) for node in nodes]
     found = [ask(node, "SLOWLOG GET", -1) for node in nodes]
     found += [
@@ -43,10 +42,8 @@ def logged(nodes: Sequence[ValkeyProcess]) -> str:
 
 
 async def store_somebody(parts: StoreParts) -> None:
-    key = KEYS.key(USER)
-    snapshot = await parts.profiles.read(key)
-    assert await parts.profiles.commit(key, snapshot.version, put_of(USER, WORDS, snapshot), snapshot.epoch)
-    await submitted(parts.jobs, key, WORDS)
+    await parts.put(USER, WORDS)
+    await submitted(parts.jobs, KEYS.key(USER), WORDS)
 
 
 async def test_they_forget_who_is_erased(parts: StoreParts, nodes: Sequence[ValkeyProcess]) -> None:

@@ -11,13 +11,11 @@ import redis.asyncio as redis
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
+from server.store.queue import UserQueue
 from server.store.redis import keys
-from server.store.redis.access.api_keys import RedisAccessKeys
-from server.store.redis.access.rates import RedisRates
-from server.store.redis.queue import RedisQueue
-from server.store.tenants.access_keys import Scope, access_key, new_secret
-from server.store.tenants.rates import Rate, Use
-from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, put_of, submitted
+from server.store.tenants.access_keys import AccessKeys, Scope, access_key, new_secret
+from server.store.tenants.rates import Rate, Rates, Use
+from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps, submitted
 from tests.support.stored import on_disk, until_forgotten
 
 ROOM_BYTES = 1_200_000  # far more than what connections and scripts take of it meanwhile
@@ -34,20 +32,20 @@ def nodes(server: ValkeyProcess | ValkeyCluster) -> Nodes:
 
 
 @pytest.fixture
-async def keyring(parts: StoreParts) -> RedisAccessKeys:
+async def keyring(parts: StoreParts) -> AccessKeys:
     """API keys, of which one, made while there was room, has leaked."""
-    keyring = RedisAccessKeys(parts.connection)
+    keyring = AccessKeys(parts.connection)
     await keyring.add(access_key(new_secret(), "leaked", "acme", (Scope.GENERATE,)))
     return keyring
 
 
 @pytest.fixture
 async def full(
-    server: ValkeyProcess | ValkeyCluster, nodes: Nodes, parts: StoreParts, keyring: RedisAccessKeys
+    server: ValkeyProcess | ValkeyCluster, nodes: Nodes, parts: StoreParts, keyring: AccessKeys
 ) -> AsyncIterator[StoreParts]:
     """Stores on servers without room. Ann has a profile, a user adapter, samples, a job and a call in them; a job of
     Cai's was announced and never stored."""
-    await _put(parts, ANN, "about ann")
+    await parts.put(ANN, "about ann")
     worker, key = WorkerSteps(parts), KEYS.key(ANN)
     await submitted(parts.jobs, key, SAMPLE)
     await worker.take()
@@ -55,8 +53,8 @@ async def full(
     assert await worker.promote()
     await submitted(parts.jobs, key, SAMPLE, "another")
     await parts.signing.request(key)
-    await _put(parts, CAI, "about cai")
-    await RedisQueue(parts.connection, "jobs", BANK).enlist(KEYS.key(CAI))
+    await parts.put(CAI, "about cai")
+    await UserQueue(parts.connection, "jobs", BANK).enlist(KEYS.key(CAI))
     for node in nodes:
         ask(node, "CONFIG SET", "maxmemory", ask(node, "INFO", "memory")["used_memory"] + ROOM_BYTES)
         await _fill(parts, lambda user, node=node: node is _home(server, user))
@@ -71,24 +69,18 @@ def _home(server: ValkeyProcess | ValkeyCluster, user: str) -> ValkeyProcess:
     return server if isinstance(server, ValkeyProcess) else server.home_of(keys.profile(KEYS.key(user)))
 
 
-async def _put(parts: StoreParts, user: str, text: str) -> None:
-    key = KEYS.key(user)
-    snapshot = await parts.profiles.read(key)
-    assert await parts.profiles.commit(key, snapshot.version, put_of(user, text, snapshot), snapshot.epoch)
-
-
 async def _fill(parts: StoreParts, chosen: Callable[[str], bool]) -> None:
     for user in filter(chosen, (f"one of many {number}" for number in itertools.count())):
         try:
-            await _put(parts, user, "x" * 10_000)
+            await parts.put(user, "x" * 50_000)
         except Unavailable as error:
             assert error.code == "store_full"
             return
 
 
-async def test_what_would_be_stored_is_refused_as_too_much_for_it(full: StoreParts) -> None:
+async def test_it_refuses_what_would_be_stored_and_serves_who_is_in_it(full: StoreParts, keyring: AccessKeys) -> None:
     for refused in (
-        _put(full, BOB, "about bob"),
+        full.put(BOB, "about bob"),
         submitted(full.jobs, KEYS.key(BOB)),
         full.signing.request(KEYS.key(BOB)),
         full.connection.run(lambda redis: redis.set("mta:{bob}:samples", "x")),
@@ -96,27 +88,38 @@ async def test_what_would_be_stored_is_refused_as_too_much_for_it(full: StorePar
         with pytest.raises(Unavailable, match="full") as caught:
             await refused
         assert (caught.value.status, caught.value.code) == (503, "store_full")
-    with pytest.raises(Unavailable, match="full"):
-        async with full.connection.pipeline() as pipe:
-            pipe.set("mta:{bob}:samples", "x")
-            await pipe.execute()
-
-
-async def test_it_is_used_all_the_same_and_says_how_full_it_is(full: StoreParts) -> None:
     assert (await full.connection.check()).lasts
     memory = full.connection.memory
-    assert memory is not None
     assert memory.full
     assert memory.used_bytes > memory.most_bytes > 0
     assert await full.profiles.load(KEYS.key(ANN)) is not None
 
+    # A key is revoked, and another takes its place.
+    [leaked] = (await keyring.all()).keys
+    assert await keyring.revoke(leaked.digest, 7)
+    assert not await keyring.revoke(leaked.digest, 8)
+    another = access_key(new_secret(), "another", "acme", (Scope.GENERATE,))
+    assert await keyring.add(another)
+    revoked = {key.digest: key.revoked_ms for key in (await keyring.all()).keys}
+    assert revoked == {leaked.digest: 7, another.digest: None}
 
-async def test_a_user_is_erased_from_it(full: StoreParts, raw: redis.Redis) -> None:
+    # Limits hold for whoever filled it.
+    rates, use = Rates(full.connection), Use(Rate("requests", "key-1", 1), 1)
+    assert (await rates.consume([use])).counted
+    assert not (await rates.consume([use])).counted
+    assert await rates.acquire("running/key-1", ["one"], 60, 1) == 1
+    assert await rates.acquire("running/key-1", ["two"], 60, 1) is None
+    await rates.renew("running/key-1", ["one"], 60)
+
+
+async def test_users_are_erased_from_it_and_its_file_forgets_them(
+    quick_rewrites: None, full: StoreParts, raw: redis.Redis, nodes: Nodes
+) -> None:
     key = KEYS.key(ANN)
+    assert on_disk(SAMPLE, *nodes)
     erasure = await full.erase(ANN)
-    assert erasure is not None
-    assert (erasure.erased.items, erasure.erased.samples, erasure.erased.jobs) == (1, 2, 2)
-    assert erasure.erased.adapters == 1
+    erased = erasure.erased
+    assert (erased.items, erased.samples, erased.jobs, erased.adapters) == (1, 2, 2, 1)
     assert [name async for name in raw.scan_iter(f"*{key}*")] == [keys.epoch(key).encode()]
     assert await full.erase(ANN) == erasure
     assert await full.erase(CAI)
@@ -125,36 +128,8 @@ async def test_a_user_is_erased_from_it(full: StoreParts, raw: redis.Redis) -> N
         assert await raw.type(name) in (b"none", b"zset")
         assert await raw.zscore(name, key) is None
     with pytest.raises(Unavailable, match="full"):
-        await _put(full, BOB, "about bob")
-
-
-async def test_its_file_forgets_who_was_erased(
-    quick_rewrites: None, full: StoreParts, raw: redis.Redis, nodes: Nodes
-) -> None:
-    assert on_disk(SAMPLE, *nodes)
-    await full.erase(ANN)
+        await full.put(BOB, "about bob")
     await until_forgotten(full.connection, SAMPLE, *nodes)
-
-
-async def test_a_key_is_revoked_in_it_and_another_takes_its_place(full: StoreParts, keyring: RedisAccessKeys) -> None:
-    [leaked] = (await keyring.all()).keys
-    assert await keyring.revoke(leaked.digest, 7)
-    assert not await keyring.revoke(leaked.digest, 8)
-    another = access_key(new_secret(), "another", "acme", (Scope.GENERATE,))
-    assert await keyring.add(another)
-    assert {key.digest: key.revoked_ms for key in (await keyring.all()).keys} == {
-        leaked.digest: 7,
-        another.digest: None,
-    }
-
-
-async def test_limits_hold_for_whoever_filled_it(full: StoreParts) -> None:
-    rates, use = RedisRates(full.connection), Use(Rate("requests", "key-1", 1), 1)
-    assert (await rates.consume([use])).counted
-    assert not (await rates.consume([use])).counted
-    assert await rates.acquire("running/key-1", ["one"], 60, 1) == 1
-    assert await rates.acquire("running/key-1", ["two"], 60, 1) is None
-    await rates.renew("running/key-1", ["one"], 60)
 
 
 async def test_there_is_room_again_once_enough_was_erased(full: StoreParts, nodes: Nodes, raw: redis.Redis) -> None:
@@ -163,7 +138,7 @@ async def test_there_is_room_again_once_enough_was_erased(full: StoreParts, node
         if erased and not any(_full(node) for node in nodes):
             break
         erased += await full.erase(f"one of many {number}") is not None
-    await _put(full, BOB, "about bob")
+    await full.put(BOB, "about bob")
 
 
 def _full(node: ValkeyProcess) -> bool:

@@ -10,13 +10,11 @@ import redis.asyncio as redis
 
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
-from server.store.profiles import StoredVector
+from server.store.profile_record import StoredVector
+from server.store.queue import UserQueue
 from server.store.redis import keys
-from server.store.redis.access.api_keys import RedisAccessKeys
-from server.store.redis.access.rates import RedisRates
-from server.store.redis.queue import RedisQueue
-from server.store.tenants.access_keys import Scope, access_key, new_secret
-from server.store.tenants.rates import Rate, Use
+from server.store.tenants.access_keys import AccessKeys, Scope, access_key, new_secret
+from server.store.tenants.rates import Rate, Rates, Use
 from tests.support.store_parts import BANK, EMBEDDER, KEYS, StoreParts, WorkerSteps, put_of, submitted
 
 _ROW = re.compile(r"^    (mta:.+?)  +(string|hash|list|set|zset)  (.+)$", re.MULTILINE)
@@ -67,8 +65,8 @@ async def test_whatever_is_written_stands_in_the_table(
         assert await parts.profiles.commit(key, snapshot.version, change)
         await submitted(parts.jobs, key)
         await parts.signing.request(key)
-    await RedisAccessKeys(parts.connection).add(access_key(new_secret(), "app", "acme", Scope))
-    rates = RedisRates(parts.connection)
+    await AccessKeys(parts.connection).add(access_key(new_secret(), "app", "acme", Scope))
+    rates = Rates(parts.connection)
     assert (await rates.consume([Use(Rate("tokens", "user-x", 5), 1)])).counted
     for held in ("running/key-x", f"gateways/{'0' * 16}"):
         assert await rates.acquire(held, ["it"], 60)
@@ -78,7 +76,7 @@ async def test_whatever_is_written_stands_in_the_table(
     assert await worker.promote()
     await worker.take_signing()
     await parts.signing.begin(KEYS.key("ada"))
-    await RedisQueue(parts.connection, "jobs", BANK).enlist(KEYS.key("bob"), background=True)
+    await UserQueue(parts.connection, "jobs", BANK).enlist(KEYS.key("bob"), background=True)
     await parts.erase("bob")
 
     seen, expiring = set(), set()

@@ -12,17 +12,15 @@ import redis.asyncio as redis
 from bench.rig.processes import PATIENCE_S
 from bench.rig.valkey import FAKE_TIME, ValkeyProcess
 from server.errors import Unavailable
-from server.store.jobs import KEPT_JOBS, Backlog, JobState, Trained
+from server.store.jobs import KEPT_JOBS, Backlog, JobState, JobStore, Trained
+from server.store.queue import POLL_S, UserQueue
 from server.store.redis import keys
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.queue import POLL_S, RedisQueue, RedisSigning
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.faults import Fault, FaultyConnection
 from tests.support.store_parts import BANK, KEYS, StoreParts, claimed, submitted
 
 OTHER_BANK = "00000000"
 DUE, BACKGROUND, _ = keys.queue("jobs", BANK)
-LATER_MS = 1 << 52
 REJECTED = Trained(JobState.REJECTED, 1.0, 1.0)
 
 
@@ -37,14 +35,14 @@ async def in_queue(raw: redis.Redis) -> list[str]:
     return [user.decode() for name in (DUE, BACKGROUND) for user in await raw.zrange(name, 0, -1)]
 
 
-async def test_a_job_is_taken_within_half_a_second_and_who_waits_asks_a_few_times_a_second(
-    server: ValkeyProcess, jobs: RedisJobs, user: str
+async def test_a_job_is_taken_within_half_a_second_at_few_polls(
+    server: ValkeyProcess, jobs: JobStore, user: str
 ) -> None:
     asked: list[str] = []
     connection = RedisConnection(server.url, timed=lambda kind, *_: asked.append(kind))
     await connection.check()
     assert POLL_S < 0.5  # the worst case, to which a submission between two questions does not come
-    waiting = asyncio.create_task(RedisJobs(connection).next_job(BANK, PATIENCE_S))
+    waiting = asyncio.create_task(JobStore(connection).next_job(BANK, PATIENCE_S))
     await asyncio.sleep(3.5 * POLL_S)
     assert 3 <= len(asked) <= 4
     job, since_s = await submitted(jobs, user), time.monotonic()
@@ -53,9 +51,7 @@ async def test_a_job_is_taken_within_half_a_second_and_who_waits_asks_a_few_time
     await connection.close()
 
 
-async def test_what_a_worker_took_and_did_not_live_to_claim_is_taken_again_though_others_are_waiting(
-    jobs: RedisJobs, user: str, raw: redis.Redis
-) -> None:
+async def test_a_job_taken_and_not_claimed_is_taken_again_first(jobs: JobStore, user: str, raw: redis.Redis) -> None:
     job = await submitted(jobs, user)
     assert await jobs.next_job(BANK, 1) == job.id
     assert await jobs.next_job(BANK, 0.05) is None
@@ -66,14 +62,14 @@ async def test_what_a_worker_took_and_did_not_live_to_claim_is_taken_again_thoug
     assert await jobs.next_job(BANK, 0.05) is None
 
 
-async def test_a_job_whose_gateway_died_before_it_could_call_is_found(
-    server: ValkeyProcess, jobs: RedisJobs, user: str, raw: redis.Redis
+async def test_a_job_that_no_gateway_called_for_is_found(
+    server: ValkeyProcess, jobs: JobStore, user: str, raw: redis.Redis
 ) -> None:
     connection = FaultyConnection(server.url)
     await connection.check()
     connection.fail(Fault.LOST_REQUEST, after_writes=2)  # it is listed, and made
     with pytest.raises(Unavailable):
-        await submitted(RedisJobs(connection), user)
+        await submitted(JobStore(connection), user)
     await connection.close()
     (job,) = await jobs.jobs(user)
     assert await jobs.next_job(BANK, 0.05) is None
@@ -82,18 +78,16 @@ async def test_a_job_whose_gateway_died_before_it_could_call_is_found(
     assert await in_queue(raw) == [user]
 
 
-async def test_a_job_that_is_made_long_after_it_was_listed_is_refused(
-    jobs: RedisJobs, user: str, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+async def test_a_job_made_long_after_it_was_listed_is_refused(
+    jobs: JobStore, user: str, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis.queue.LISTED_MS", -1000)
+    monkeypatch.setattr("server.store.queue.LISTED_MS", -1000)
     with pytest.raises(Unavailable, match="too long"):
         await submitted(jobs, user)
     assert await jobs.jobs(user) == await jobs.samples(user) == await in_queue(raw) == []
 
 
-async def test_a_job_is_looked_at_again_when_its_lease_has_run_out_and_not_before(
-    jobs: RedisJobs, user: str, raw: redis.Redis
-) -> None:
+async def test_a_job_is_looked_at_when_its_lease_has_run_out(jobs: JobStore, user: str, raw: redis.Redis) -> None:
     job = await submitted(jobs, user)
     assert await jobs.next_job(BANK, 1) == job.id
     lease = await claimed(jobs, job.id, 30)
@@ -108,7 +102,7 @@ async def test_a_job_is_looked_at_again_when_its_lease_has_run_out_and_not_befor
     assert await jobs.next_job(BANK, 0.05) is None
 
 
-async def test_a_worker_that_renews_its_lease_is_not_looked_at(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:
+async def test_a_worker_that_renews_its_lease_is_not_looked_at(jobs: JobStore, user: str, raw: redis.Redis) -> None:
     job = await submitted(jobs, user)
     await jobs.next_job(BANK, 1)
     lease = await claimed(jobs, job.id, 0.001)
@@ -120,9 +114,7 @@ async def test_a_worker_that_renews_its_lease_is_not_looked_at(jobs: RedisJobs, 
     assert await in_queue(raw) == []
 
 
-async def test_the_backlog_is_what_waits_since_it_is_due_and_what_workers_have(
-    jobs: RedisJobs, user: str, raw: redis.Redis
-) -> None:
+async def test_the_backlog_is_what_is_due_and_what_workers_have(jobs: JobStore, user: str, raw: redis.Redis) -> None:
     assert await jobs.backlog(BANK) == Backlog(0, 0, 0)
     job = await submitted(jobs, user)
     await submitted(jobs, f"{user}x", background=True)
@@ -144,9 +136,7 @@ async def test_the_backlog_is_what_waits_since_it_is_due_and_what_workers_have(
     assert (await jobs.backlog(BANK)).open == 1
 
 
-async def test_what_nobody_asked_for_is_taken_when_nothing_else_is_due(
-    jobs: RedisJobs, user: str, raw: redis.Redis
-) -> None:
+async def test_background_work_is_taken_when_nothing_else_is_due(jobs: JobStore, user: str, raw: redis.Redis) -> None:
     own = (await submitted(jobs, user, background=True)).id
     asked = (await submitted(jobs, f"{user}x")).id
     assert [await jobs.next_job(BANK, 1) for _ in range(2)] == [asked, own]
@@ -158,7 +148,7 @@ async def test_what_nobody_asked_for_is_taken_when_nothing_else_is_due(
     assert await jobs.next_job(BANK, 1) == newer
 
 
-async def test_who_asks_again_keeps_their_place_in_the_queue(jobs: RedisJobs, user: str) -> None:
+async def test_who_asks_again_keeps_their_place_in_the_queue(jobs: JobStore, user: str) -> None:
     await submitted(jobs, user, "first")
     behind = (await submitted(jobs, f"{user}x")).id
     await asyncio.sleep(0.01)
@@ -166,7 +156,7 @@ async def test_who_asks_again_keeps_their_place_in_the_queue(jobs: RedisJobs, us
     assert [await jobs.next_job(BANK, 1) for _ in range(2)] == [again, behind]
 
 
-async def test_a_repeated_request_does_not_call_for_what_a_worker_has(jobs: RedisJobs, user: str) -> None:
+async def test_a_repeated_request_does_not_call_for_what_a_worker_has(jobs: JobStore, user: str) -> None:
     job = await submitted(jobs, user)
     await jobs.next_job(BANK, 1)
     await claimed(jobs, job.id)
@@ -175,27 +165,25 @@ async def test_a_repeated_request_does_not_call_for_what_a_worker_has(jobs: Redi
 
 
 async def test_a_call_before_a_worker_has_left_is_heard(parts: StoreParts, user: str, raw: redis.Redis) -> None:
-    queue, gateway = (RedisQueue(parts.connection, "jobs", BANK) for _ in range(2))
+    queue, gateway = (UserQueue(parts.connection, "jobs", BANK) for _ in range(2))
     for late in (False, True):
-        await gateway.call(user)
-        assert await queue.take(time.monotonic() + 1) == user
+        await gateway.request(user)
+        assert await queue.take(1) == user
         if late:  # whoever took the user has been silent, so they are due
             await time_passes(raw)
             await queue.see(user)
-        await gateway.call(user)
+        await gateway.request(user)
         await queue.move(user, 60_000)
-        assert await gateway.take(time.monotonic() + 1) == user
-        await gateway.close(user)
+        assert await gateway.take(1) == user
+        await gateway.done(user)
         assert await in_queue(raw) == []
 
 
-async def test_whom_a_request_has_listed_is_looked_at_whatever_becomes_of_their_earlier_job(
-    parts: StoreParts, user: str, raw: redis.Redis
-) -> None:
+async def test_a_listing_outlives_an_earlier_job(parts: StoreParts, user: str, raw: redis.Redis) -> None:
     job = await submitted(parts.jobs, user)
     await parts.jobs.next_job(BANK, 1)
     lease = await claimed(parts.jobs, job.id)
-    listing = await RedisQueue(parts.connection, "jobs", BANK).enlist(user)  # by another gateway, which is slow
+    listing = await UserQueue(parts.connection, "jobs", BANK).enlist(user)  # by another gateway, which is slow
     assert await parts.jobs.end(lease, REJECTED)
     await parts.jobs.withdraw(user, BANK)
     assert await in_queue(raw) == [listing.entry]
@@ -220,7 +208,7 @@ async def test_a_job_whose_worker_died_is_found_though_the_clock_was_set_back(tm
         server.kill()
 
 
-async def test_a_job_is_for_the_workers_of_its_bank_alone(jobs: RedisJobs, user: str, raw: redis.Redis) -> None:
+async def test_a_job_is_for_the_workers_of_its_bank_alone(jobs: JobStore, user: str, raw: redis.Redis) -> None:
     job = await submitted(jobs, user)
     assert job.bank == BANK
     assert await jobs.next_job(OTHER_BANK, 0.05) is None
@@ -230,9 +218,7 @@ async def test_a_job_is_for_the_workers_of_its_bank_alone(jobs: RedisJobs, user:
     assert await jobs.next_job(OTHER_BANK, 1) == newer.id
 
 
-async def test_a_job_of_a_later_version_that_cannot_be_read_keeps_nobody_else_waiting(
-    jobs: RedisJobs, user: str, raw: redis.Redis
-) -> None:
+async def test_a_job_that_cannot_be_read_keeps_nobody_waiting(jobs: JobStore, user: str, raw: redis.Redis) -> None:
     job, other = await submitted(jobs, user), KEYS.key("behind it")
     await raw.hset(f"mta:{{{user}}}:job:{job.id.number}", "state", "paused")
     behind = await submitted(jobs, other)
@@ -243,10 +229,8 @@ async def test_a_job_of_a_later_version_that_cannot_be_read_keeps_nobody_else_wa
     assert caught.value.code == "store_corrupt"
 
 
-async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while_they_end_nobody(
-    parts: StoreParts, user: str, raw: redis.Redis
-) -> None:
-    signing, other = parts.signing, RedisSigning(parts.connection, OTHER_BANK)
+async def test_attempts_at_a_signature_are_counted_by_bank(parts: StoreParts, user: str, raw: redis.Redis) -> None:
+    signing, other = parts.signing, UserQueue(parts.connection, "sign", OTHER_BANK)
     for _ in range(3):
         await signing.request(user)
     assert await other.take(0.05) is None
@@ -265,7 +249,7 @@ async def test_signatures_are_asked_for_by_bank_once_at_a_time_and_counted_while
 
 
 async def test_a_worker_that_is_slow_is_none_that_died(parts: StoreParts, user: str, raw: redis.Redis) -> None:
-    others = RedisSigning(parts.connection, BANK)
+    others = UserQueue(parts.connection, "sign", BANK)
     await parts.signing.request(user)
     for _ in range(3):
         assert await parts.signing.take(1) == user
@@ -276,9 +260,7 @@ async def test_a_worker_that_is_slow_is_none_that_died(parts: StoreParts, user: 
         await time_passes(raw)
 
 
-async def test_nothing_is_counted_of_a_user_who_is_erased_before_their_worker_begins(
-    parts: StoreParts, user: str, raw: redis.Redis
-) -> None:
+async def test_no_attempt_is_counted_of_an_erased_user(parts: StoreParts, user: str, raw: redis.Redis) -> None:
     await parts.signing.request(user)
     assert await parts.signing.take(1) == user
     await parts.signing.withdraw(user)
@@ -286,12 +268,10 @@ async def test_nothing_is_counted_of_a_user_who_is_erased_before_their_worker_be
     assert not await raw.exists(*keys.queue("sign", BANK))
 
 
-async def test_an_erased_user_leaves_the_queues_of_every_bank_that_there_has_been(
-    parts: StoreParts, raw: redis.Redis
-) -> None:
+async def test_an_erased_user_leaves_the_queues_of_every_bank(parts: StoreParts, raw: redis.Redis) -> None:
     user = KEYS.key("moved")
     await submitted(parts.jobs, user, bank=OTHER_BANK)
-    for signing in (RedisSigning(parts.connection, OTHER_BANK), parts.signing):
+    for signing in (UserQueue(parts.connection, "sign", OTHER_BANK), parts.signing):
         await signing.request(user)
         assert await signing.begin(user) == 1
     for number in range(KEPT_JOBS):  # until nothing of the user's own says which bank that was

@@ -13,18 +13,17 @@ import redis.asyncio as redis
 
 from server.errors import Unavailable
 from server.gateway.access.limiter import InProgress
-from server.store.redis.access.rates import _CONSUME, RedisRates
-from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.rates import Rate, Use
+from server.store.tenants.rates import _CONSUME, Rate, Rates, Use
 from tests.support.store_parts import StoreParts
 
-SCRIPTS = "server.store.redis.access.rates"
+SCRIPTS = "server.store.tenants.rates"
+Clock = Callable[[float], None]
 _numbers = itertools.count()
 
 
 @pytest.fixture
-def rates(parts: StoreParts) -> RedisRates:
-    return RedisRates(parts.connection)
+def rates(parts: StoreParts) -> Rates:
+    return Rates(parts.connection)
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def rate() -> Rate:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Sets the time that the server's scripts see, in seconds."""
 
     def set_to(now_s: float) -> None:
@@ -43,179 +42,167 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return set_to
 
 
-async def take(rates: RedisRates, rate: Rate, amount: int) -> bool:
+async def take(rates: Rates, rate: Rate, amount: int) -> bool:
     return (await rates.consume([Use(rate, amount)])).counted
 
 
-async def left(rates: RedisRates, rate: Rate) -> int:
+async def left(rates: Rates, rate: Rate) -> int:
     (level,) = (await rates.consume([Use(rate, 0)])).levels
     return level.left
 
 
-class TestRates:
-    """Token buckets."""
-
-    async def test_no_more_is_taken_than_there_is(self, rates: RedisRates, rate: Rate) -> None:
-        assert sum(await asyncio.gather(*(take(rates, rate, 1) for _ in range(9)))) == 5
-        refused = await rates.consume([Use(rate, 1)])
-        assert not refused.counted
-        assert refused.levels[0].left == 0
-        assert 0 < refused.levels[0].fits_in_s(1) <= 12
-
-    async def test_of_several_rates_all_or_nothing(self, rates: RedisRates, rate: Rate) -> None:
-        tokens = Rate("tokens", rate.owner, 100)
-        assert (await rates.consume([Use(rate, 1), Use(tokens, 80)])).counted
-        refused = await rates.consume([Use(rate, 1), Use(tokens, 80)])
-        assert refused.fit == [True, False]
-        assert [level.left for level in refused.levels] == [4, 20]
-        assert [await left(rates, one) for one in (rate, tokens)] == [4, 20]
-
-    async def test_what_is_given_back_can_be_taken_again(self, rates: RedisRates, rate: Rate) -> None:
-        assert await take(rates, rate, 5)
-        await rates.correct([Use(rate, -4)])
-        assert await left(rates, rate) == 4
-        assert await take(rates, rate, 4)
-
-    async def test_a_refund_never_leaves_more_than_the_limit(
-        self, rates: RedisRates, clock: Callable[[float], None]
-    ) -> None:
-        rate = Rate("tokens", f"owner-{next(_numbers)}", 1000)
-        for minute in range(12):  # an answer in each, which took a minute and a half, and none of its estimate
-            clock(1000 + 120 * minute)
-            assert await take(rates, rate, 600)
-            clock(1000 + 120 * minute + 90)
-            await rates.correct([Use(rate, -600)])
-        assert await left(rates, rate) == 1000
-        assert sum([await take(rates, rate, 100) for _ in range(100)]) == 10
-
-    async def test_more_than_the_limit_counts_as_all_of_it(self, rates: RedisRates, rate: Rate) -> None:
-        await rates.correct([Use(rate, 500)])
-        level = (await rates.consume([Use(rate, 1)])).levels[0]
-        assert (level.left, level.fits_in_s(rate.most) <= rate.window_s) == (0, True)
-
-    async def test_owners_do_not_share(self, rates: RedisRates, rate: Rate) -> None:
-        assert await take(rates, rate, 5)
-        assert await left(rates, Rate(rate.what, rate.owner + "x", rate.most)) == 5
-        assert await left(rates, Rate("tokens", rate.owner, 5)) == 5
-
-    async def test_use_leaks_evenly_and_after_a_window_all_is_there_but_no_more(
-        self, rates: RedisRates, rate: Rate, clock: Callable[[float], None]
-    ) -> None:
-        clock(1000)
-        assert await take(rates, rate, 5)
-        clock(1011)
-        assert not await take(rates, rate, 1)
-        clock(1012)
-        assert await take(rates, rate, 1)
-        assert not await take(rates, rate, 1)
-        clock(100_000)
-        assert await left(rates, rate) == 5
-        assert not await take(rates, rate, 6)
-
-    async def test_a_clock_that_was_set_back_holds_nobody_up(
-        self, rates: RedisRates, rate: Rate, clock: Callable[[float], None]
-    ) -> None:
-        clock(10_000)
-        assert await take(rates, rate, 5)
-        clock(1000)
-        assert not await take(rates, rate, 1)
-        clock(1012)
-        assert await take(rates, rate, 1)
-
-    async def test_another_limit_holds_at_once(self, rates: RedisRates, rate: Rate) -> None:
-        assert await take(rates, rate, 5)
-        assert await left(rates, replace(rate, most=20)) == 15
-        assert await left(rates, replace(rate, most=2)) == 0
-
-    async def test_the_server_s_own_clock_counts(self, rates: RedisRates) -> None:
-        rate = Rate("requests", f"owner-{next(_numbers)}", 1, 1)
-        assert await take(rates, rate, 1)
-        async with asyncio.timeout(30):
-            while not await take(rates, rate, 1):
-                await asyncio.sleep(0.1)
-
-    async def test_nothing_stays(self, rates: RedisRates, rate: Rate, raw: redis.Redis) -> None:
-        await take(rates, rate, 1)
-        await rates.acquire("x", ["a"], 30)
-        assert all([0 < await raw.pttl(key) <= 30_000 for key in await raw.keys("*")])
-        await rates.correct([Use(rate, -1)])
-        assert not await raw.keys("mta:rates:*")
+async def test_no_more_is_taken_than_there_is(rates: Rates, rate: Rate) -> None:
+    assert sum(await asyncio.gather(*(take(rates, rate, 1) for _ in range(9)))) == 5
+    refused = await rates.consume([Use(rate, 1)])
+    assert not refused.counted
+    assert refused.levels[0].left == 0
+    assert 0 < refused.levels[0].fits_in_s(1) <= 12
 
 
-class TestLeases:
-    """Who holds what."""
-
-    async def test_only_so_many_hold_it(self, rates: RedisRates) -> None:
-        assert await rates.acquire("x", ["a"], 30, 2) == 1
-        assert await rates.acquire("x", ["b"], 30, 2) == 2
-        assert await rates.acquire("x", ["c"], 30, 2) is None
-        assert await rates.acquire("x", ["a"], 30, 2) == 2  # renewed
-        await rates.release("x", "a")
-        assert await rates.acquire("x", ["c"], 30, 2) == 2
-        assert await rates.acquire("y", ["c"], 30, 2) == 1
-        assert await rates.acquire("gateways", ["a", "b", "c"], 30) == 3
-
-    async def test_a_lease_ends(self, rates: RedisRates) -> None:
-        await rates.acquire("x", ["a"], 0.05, 1)
-        await asyncio.sleep(0.1)
-        assert await rates.acquire("x", ["b"], 30, 1) == 1
+async def test_of_several_rates_all_or_nothing(rates: Rates, rate: Rate) -> None:
+    tokens = Rate("tokens", rate.owner, 100)
+    assert (await rates.consume([Use(rate, 1), Use(tokens, 80)])).counted
+    refused = await rates.consume([Use(rate, 1), Use(tokens, 80)])
+    assert refused.fit == [True, False]
+    assert [level.left for level in refused.levels] == [4, 20]
+    assert [await left(rates, one) for one in (rate, tokens)] == [4, 20]
 
 
-class TestSeats:
-    """Requests in progress, as a gateway keeps them."""
+async def test_what_is_given_back_can_be_taken_again(rates: Rates, rate: Rate) -> None:
+    assert await take(rates, rate, 5)
+    await rates.correct([Use(rate, -4)])
+    assert await left(rates, rate) == 4
+    assert await take(rates, rate, 4)
 
-    async def test_renewing_does_not_bring_back_who_left_meanwhile(
-        self, rates: RedisRates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        running, reached, gate, run = InProgress(rates), asyncio.Event(), asyncio.Event(), parts.connection.run
+
+async def test_a_refund_never_leaves_more_than_the_limit(rates: Rates, clock: Clock) -> None:
+    rate = Rate("tokens", f"owner-{next(_numbers)}", 1000)
+    for minute in range(12):  # an answer in each, which took a minute and a half, and none of its estimate
+        clock(1000 + 120 * minute)
+        assert await take(rates, rate, 600)
+        clock(1000 + 120 * minute + 90)
+        await rates.correct([Use(rate, -600)])
+    assert await left(rates, rate) == 1000
+    assert sum([await take(rates, rate, 100) for _ in range(100)]) == 10
+
+
+async def test_more_than_the_limit_counts_as_all_of_it(rates: Rates, rate: Rate) -> None:
+    await rates.correct([Use(rate, 500)])
+    level = (await rates.consume([Use(rate, 1)])).levels[0]
+    assert (level.left, level.fits_in_s(rate.most) <= rate.window_s) == (0, True)
+
+
+async def test_owners_do_not_share(rates: Rates, rate: Rate) -> None:
+    assert await take(rates, rate, 5)
+    assert await left(rates, Rate(rate.what, rate.owner + "x", rate.most)) == 5
+    assert await left(rates, Rate("tokens", rate.owner, 5)) == 5
+
+
+async def test_use_leaks_evenly_within_a_window(rates: Rates, rate: Rate, clock: Clock) -> None:
+    clock(1000)
+    assert await take(rates, rate, 5)
+    clock(1011)
+    assert not await take(rates, rate, 1)
+    clock(1012)
+    assert await take(rates, rate, 1)
+    assert not await take(rates, rate, 1)
+    clock(100_000)
+    assert await left(rates, rate) == 5
+    assert not await take(rates, rate, 6)
+
+
+async def test_a_clock_that_was_set_back_delays_nobody(rates: Rates, rate: Rate, clock: Clock) -> None:
+    clock(10_000)
+    assert await take(rates, rate, 5)
+    clock(1000)
+    assert not await take(rates, rate, 1)
+    clock(1012)
+    assert await take(rates, rate, 1)
+
+
+async def test_another_limit_holds_at_once(rates: Rates, rate: Rate) -> None:
+    assert await take(rates, rate, 5)
+    assert await left(rates, replace(rate, most=20)) == 15
+    assert await left(rates, replace(rate, most=2)) == 0
+
+
+async def test_the_server_s_own_clock_counts(rates: Rates) -> None:
+    rate = Rate("requests", f"owner-{next(_numbers)}", 1, 1)
+    assert await take(rates, rate, 1)
+    async with asyncio.timeout(30):
+        while not await take(rates, rate, 1):
+            await asyncio.sleep(0.1)
+
+
+async def test_nothing_stays(rates: Rates, rate: Rate, raw: redis.Redis) -> None:
+    await take(rates, rate, 1)
+    await rates.acquire("x", ["a"], 30)
+    assert all([0 < await raw.pttl(key) <= 30_000 for key in await raw.keys("*")])
+    await rates.correct([Use(rate, -1)])
+    assert not await raw.keys("mta:rates:*")
+
+
+async def test_only_so_many_hold_it(rates: Rates) -> None:
+    assert await rates.acquire("x", ["a"], 30, 2) == 1
+    assert await rates.acquire("x", ["b"], 30, 2) == 2
+    assert await rates.acquire("x", ["c"], 30, 2) is None
+    assert await rates.acquire("x", ["a"], 30, 2) == 2  # renewed
+    await rates.release("x", "a")
+    assert await rates.acquire("x", ["c"], 30, 2) == 2
+    assert await rates.acquire("y", ["c"], 30, 2) == 1
+    assert await rates.acquire("gateways", ["a", "b", "c"], 30) == 3
+
+
+async def test_a_lease_ends(rates: Rates) -> None:
+    await rates.acquire("x", ["a"], 0.05, 1)
+    await asyncio.sleep(0.1)
+    assert await rates.acquire("x", ["b"], 30, 1) == 1
+
+
+async def test_renewing_does_not_bring_back_who_left(
+    rates: Rates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, reached, gate, run = InProgress(rates), asyncio.Event(), asyncio.Event(), parts.connection.run
+    member = await running.enter("key-x", 1)
+
+    async def late(*arguments: Any) -> Any:
+        reached.set()
+        await gate.wait()
+        return await run(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.connection, "run", late)
+        renewing = asyncio.create_task(running.renew())
+        await reached.wait()
+    assert member
+    await running.leave("key-x", member)
+    gate.set()
+    await renewing
+    assert await running.enter("key-x", 1)
+
+
+async def test_a_seat_whose_answer_was_lost_is_left(
+    rates: Rates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, run = InProgress(rates), parts.connection.run
+
+    async def lost(*arguments: Any) -> Any:
+        await run(*arguments)
+        raise Unavailable("lost on its way from the store")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.connection, "run", lost)
         member = await running.enter("key-x", 1)
-
-        async def late(*arguments: Any) -> Any:
-            reached.set()
-            await gate.wait()
-            return await run(*arguments)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(parts.connection, "run", late)
-            renewing = asyncio.create_task(running.renew())
-            await reached.wait()
-        assert member
-        await running.leave("key-x", member)
-        gate.set()
-        await renewing
-        assert await running.enter("key-x", 1)
-
-    async def test_a_seat_whose_answer_was_lost_is_left_with_its_request(
-        self, rates: RedisRates, parts: StoreParts, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        running, run = InProgress(rates), parts.connection.run
-
-        async def lost(*arguments: Any) -> Any:
-            await run(*arguments)
-            raise Unavailable("lost on its way from the store")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(parts.connection, "run", lost)
-            member = await running.enter("key-x", 1)
-        assert member
-        assert not await running.enter("key-x", 1)
-        await running.leave("key-x", member)
-        assert await running.enter("key-x", 1)
-
-    async def test_who_goes_on_keeps_its_seat(self, rates: RedisRates, raw: redis.Redis) -> None:
-        running = InProgress(rates)
-        await running.enter("key-x", 1)
-        await raw.pexpire("mta:held:running/key-x", 50_000)
-        await running.renew()
-        assert await raw.pttl("mta:held:running/key-x") > 50_000
-        assert not await running.enter("key-x", 1)
+    assert member
+    assert not await running.enter("key-x", 1)
+    await running.leave("key-x", member)
+    assert await running.enter("key-x", 1)
 
 
-async def test_a_store_that_is_away_is_said_to_be(rate: Rate) -> None:
-    connection = RedisConnection("redis://127.0.0.1:1", require_durable=False)
-    rates = RedisRates(connection)
-    uses = [Use(rate, 1)]
-    for asked in (rates.consume(uses), rates.correct(uses), rates.acquire("x", ["a"], 1), rates.release("x", "a")):
-        with pytest.raises(Unavailable):
-            await asked
-    await connection.close()
+async def test_who_goes_on_keeps_its_seat(rates: Rates, raw: redis.Redis) -> None:
+    running = InProgress(rates)
+    await running.enter("key-x", 1)
+    await raw.pexpire("mta:held:running/key-x", 50_000)
+    await running.renew()
+    assert await raw.pttl("mta:held:running/key-x") > 50_000
+    assert not await running.enter("key-x", 1)

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from bank.errors import BankError
-from bench.rig.valkey import ValkeyProcess
-from server.store.adapters import StoredAdapter
-from server.store.jobs import Job, JobState, Submission, Trained
-from server.store.profiles import AdapterNote, Change, Profile
+from server.store.jobs import Job, JobState
 from server.store.samples import JobBudget, decode_config
 from server.store.tenants.access_keys import KeyRing, Scope, access_key
 from server.store.tenants.user_key import Tenants
 from server.worker.readapting import Readapting, ReadaptTally, ServedBanks
-from tests.support.store_parts import EMBEDDER, KEYS, SECRET, TENANT, StoreParts
+from tests.support.store_parts import EMBEDDER, KEYS, SECRET, TENANT, StoreParts, WorkerSteps, submitted
 
 A, B = "aaaaaaaa", "bbbbbbbb"
 ADA = KEYS.key("ada")
 
 
 @pytest.fixture
-async def parts(server: ValkeyProcess) -> AsyncIterator[StoreParts]:
+async def parts(parts: StoreParts) -> StoreParts:
     """A store in which Ada has an adapter of bank A."""
-    async with server.client() as raw:
-        await raw.flushall()
-    async with StoreParts.opened(server.url) as parts:
-        profile = Profile("ada", 0, 1, EMBEDDER, np.ones(4, "f4"))
-        assert await parts.profiles.commit(ADA, b"", Change(profile, {}, {}, ()))
-        assert await parts.jobs.submit(ADA, Submission([b"a sample"], False, "{}", A), 100)
-        await trained(parts, A)
-        yield parts
+    await parts.put("ada", "text")
+    await submitted(parts.jobs, ADA, bank=A)
+    await trained(parts, A)
+    return parts
 
 
 def served(own: str, *, secret: str = SECRET, **named: str) -> ServedBanks:
@@ -55,24 +44,11 @@ async def readapted(parts: StoreParts, bank: str, served: ServedBanks | None = N
 
 async def trained(parts: StoreParts, bank: str, *, better: bool = True) -> Job:
     """Have a worker of a bank train the job that there is."""
-    job_id = await parts.jobs.next_job(bank, 1)
-    assert job_id is not None
-    lease = await parts.jobs.claim(job_id, 30)
-    assert lease is not None
-    if better:
-        snapshot = await parts.profiles.read(ADA)
-        assert snapshot.profile is not None
-        raw, recipe = f"{job_id}".encode(), f"mta3:{bank}:shared:c"
-        stored = StoredAdapter(f"of {job_id.number}", recipe, hashlib.sha256(raw).hexdigest(), raw)
-        note = AdapterNote(f"of-{job_id.number}", recipe, len(raw), 1)
-        done = Trained(JobState.SUCCEEDED, 2.0, 1.0)
-        noted = replace(snapshot.profile, adapter=note)
-        assert await parts.jobs.promote(lease, done, noted, snapshot.version, stored)
-    else:
-        assert await parts.jobs.end(lease, Trained(JobState.REJECTED, 1.0, 1.0))
-    job = await parts.jobs.job(job_id)
-    assert job is not None
-    return job
+    worker = WorkerSteps(parts, bank)
+    await worker.take()
+    await worker.claim()
+    assert await (worker.promote() if better else worker.reject())
+    return (await parts.jobs.jobs(ADA))[-1]
 
 
 async def test_whoever_moves_back_and_forth_is_adapted_each_time(parts: StoreParts) -> None:
@@ -124,6 +100,5 @@ async def test_its_jobs_have_the_budget_of_all_others(parts: StoreParts) -> None
     job_id = await parts.jobs.next_job(B, 1)
     assert job_id is not None
     job = await parts.jobs.job(job_id)
-    assert job is not None
     config = decode_config(job.config)
     assert (config.max_tokens, config.max_seconds) == (1234, 56)

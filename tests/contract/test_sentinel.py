@@ -16,14 +16,11 @@ from bench.rig.valkey import free_port
 from bench.rig.watched import SERVICE, WatchedValkey
 from server.errors import Unavailable
 from server.store.durability import Durability
+from server.store.profiles import ProfileStore
 from server.store.redis import keys
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from server.store.redis.servers.sentinel import Sentinel
-from tests.support.stored import LATER_MS, Writing, change, connected, on_disk, opened, until_forgotten
-
-SECRET = "words that nobody shall find again"
+from tests.support.stored import LATER_MS, Writing, change, connected, forgotten, opened
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +40,18 @@ async def connection(watched: WatchedValkey) -> AsyncIterator[RedisConnection]:
 async def test_what_the_primary_acknowledges_its_replica_has(
     watched: WatchedValkey, connection: RedisConnection, user: str
 ) -> None:
-    store = RedisProfiles(connection)
+    store = ProfileStore(connection)
     assert not connection.shows_only_what_lasts
     for number in range(20):
         assert await store.commit(user, (await store.read(user)).version, change(chr(97 + number)))
         assert ask(watched.replica, "HLEN", keys.items(user)) == number + 1
 
 
-async def test_a_write_that_no_replica_has_received_is_not_acknowledged_until_it_is_taken_for_down(
+async def test_a_write_waits_for_the_replica_until_it_is_down(
     watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
-    store = RedisProfiles(connection)
+    store = ProfileStore(connection)
     with standing_still(watched.replica.pid):
         with pytest.raises(Unavailable, match="on a replica"):
             await store.commit(user, b"", change("a"))
@@ -74,27 +71,26 @@ async def test_a_write_that_no_replica_has_received_is_not_acknowledged_until_it
 async def test_what_was_erased_leaves_the_files_of_both(
     watched: WatchedValkey, connection: RedisConnection, user: str, quick_rewrites: None
 ) -> None:
-    store, file = RedisProfiles(connection), AppendOnlyFile(connection)
-    await store.commit(user, b"", change("a", user_id=SECRET))
-    assert all(on_disk(SECRET, server) for server in watched.servers)
-    asked = await file.request_rewrite(user)
-    assert await store.erase(user, asked.erase_by_ms, asked.rewritten_by_ms)
-    await until_forgotten(connection, SECRET, *watched.servers)
+    await forgotten(connection, user, *watched.servers)
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
-async def test_writes_go_on_by_themselves_and_nothing_acknowledged_is_lost(
-    watched: WatchedValkey, connection: RedisConnection, user: str, *, silent: bool
+async def test_writes_go_on_and_nothing_acknowledged_is_lost(
+    watched: WatchedValkey, connection: RedisConnection, user: str, monkeypatch: pytest.MonkeyPatch, *, silent: bool
 ) -> None:
+    patience = {"connection.WRITE_TIMEOUT_S": 3.0, "base.REPLICA_TIMEOUT_MS": 300, "sentinel.REFRESH_S": 1.0}
+    for name, value in patience.items():
+        monkeypatch.setattr(f"server.store.redis.servers.{name}", value)
     lost, promoted = watched.primary, watched.replica
-    writing = Writing(RedisProfiles(connection), [user])
+    writing = Writing(ProfileStore(connection), [user])
     async with asyncio.timeout(120), writing:
         await writing.goes_on()
         os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
         await writing.goes_on()
         os.kill(lost.pid, signal.SIGCONT) if silent else lost.start()
         watched.primary, watched.replica = promoted, lost
-        while not watched.knows_all or ask(lost, "ROLE")[0] != b"slave":
+        watched.follow()  # Sentinel would see to it after eight seconds
+        while not watched.knows_all:
             await asyncio.sleep(0.1)
     await writing.check()
     assert ask(promoted, "ROLE")[0] == b"master"
@@ -107,7 +103,7 @@ async def test_who_was_the_primary_acknowledges_nothing_when_it_wakes(
 ) -> None:
     """Its replica has taken over, and it has not heard of it: nobody follows it."""
     monkeypatch.setattr("server.store.redis.servers.base.REPLICA_TIMEOUT_MS", 100)
-    store = RedisProfiles(connection)
+    store = ProfileStore(connection)
     assert await store.commit(user, b"", change("a"))
     ask(watched.replica, "REPLICAOF", "NO", "ONE")
     with pytest.raises(Unavailable, match="on a replica"):

@@ -22,8 +22,8 @@ from bench.rig.valkey import FAKE_TIME
 from bench.rig.watched import WatchedValkey
 from server.errors import ApiError, Unavailable, UserErased
 from server.store.jobs import KEPT_JOBS, JobId, JobState, Submission
+from server.store.profiles import NOBODY_S
 from server.store.redis import keys
-from server.store.redis.profiles import NOBODY_S
 from server.store.redis.servers import base
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from tests.support.faults import Fault
@@ -113,7 +113,6 @@ class Store(RuleBasedStateMachine):
         newest = self.world.newest(user)
         assert newest in (expected.newest, expected.newest + 1) or (expected.newest == 0 and not before)
         assert newest not in expected.former
-        assert outcome is not None
         assert not (self.world.full and newest > expected.newest)
         if not isinstance(outcome, ApiError):
             assert outcome.id == JobId(key, newest)
@@ -126,7 +125,6 @@ class Store(RuleBasedStateMachine):
 
     @rule(user=USERS, gateway=TWO, fault=FAULTS, place=PLACES)
     def adapt_while_erased(self, user: str, gateway: int, fault: Fault | None, place: int) -> None:
-        """A submission whose user is erased after it has begun."""
         parts, key = self.world.gateways[gateway], KEYS.key(user)
         epoch = self.world.run(parts.profiles.epoch(key))
         self.erase(user, 1 - gateway, None, 0)
@@ -237,7 +235,6 @@ class Store(RuleBasedStateMachine):
 
     @rule(full=st.sampled_from([True, False, False]))
     def fill(self, *, full: bool) -> None:
-        """There is room for nothing new, or there is again."""
         self.world.fill(full=full)
 
     @precondition(lambda self: not self.failed_over)
@@ -269,7 +266,6 @@ class Store(RuleBasedStateMachine):
     @precondition(lambda self: FAKE_TIME is not None)
     @rule(by_s=JUMPS_S)
     def jump(self, by_s: float) -> None:
-        """The store's clock is set forward or back."""
         self.jumped_s += max(0.0, by_s)
         self.world.ahead_s = min(MOST_AHEAD_S, max(-MOST_AHEAD_S, self.world.ahead_s + by_s))
         server.set_clock(self.world.ahead_s)

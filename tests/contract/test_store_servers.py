@@ -1,26 +1,32 @@
-"""What a store takes of a server: how its writes last, that it dies and comes back, that a caller leaves."""
+"""What a store takes of a server: how its writes last, that it dies, comes back or is another."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from adapters.errors import MtaError
+from bench.rig.cluster import ask
+from bench.rig.processes import wait_until
+from bench.rig.proxy import LossyProxy
 from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable
 from server.store.durability import Durability
-from server.store.redis.profiles import RedisProfiles
+from server.store.profiles import ProfileStore
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.store_parts import StoreParts
 from tests.support.stored import LATER_MS, change, connected, opened, strict_and_lenient
 
+Start = Callable[..., ValkeyProcess]
+Pair = tuple[ValkeyProcess, ValkeyProcess]
 EVERYSEC = ("--appendonly", "yes", "--appendfsync", "everysec")
 
 
 @pytest.fixture
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ValkeyProcess]]:
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts a server with the given options; all are killed when the test ends."""
     running: list[ValkeyProcess] = []
 
@@ -41,12 +47,12 @@ HIDDEN = ("--rename-command", "CONFIG", "")
     ("options", "expected"),
     [(DURABLE, Durability.ALWAYS), (EVERYSEC, Durability.WAITAOF), ((*DURABLE, *HIDDEN), Durability.WAITAOF)],
 )
-async def test_a_server_that_keeps_what_it_acknowledges_is_taken(
-    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], expected: Durability, user: str
+async def test_a_durable_server_is_taken(
+    start_server: Start, options: tuple[str, ...], expected: Durability, user: str
 ) -> None:
     async with connected(start_server(*options).url) as connection:
         assert connection.durability is expected
-        store = RedisProfiles(connection)
+        store = ProfileStore(connection)
         assert await store.commit(user, b"", change("a"))
         assert (await store.erase(user, LATER_MS, 0)) is not None
 
@@ -56,8 +62,8 @@ LOSES = [
     ("--appendonly", "yes", "--appendfsync", "no"),
     ("--appendonly", "no", *HIDDEN),
 ]
-POLICIES = ("allkeys-lru", "volatile-lru", "volatile-ttl", "allkeys-random")
-EVICTS = [(*DURABLE, *hidden, "--maxmemory-policy", policy) for hidden in ((), HIDDEN) for policy in POLICIES]
+POLICIES = (("allkeys-lru",), ("volatile-ttl",), ("allkeys-random", *HIDDEN))
+EVICTS = [(*DURABLE, *hidden, "--maxmemory-policy", policy) for policy, *hidden in POLICIES]
 
 
 @pytest.mark.parametrize(
@@ -65,35 +71,33 @@ EVICTS = [(*DURABLE, *hidden, "--maxmemory-policy", policy) for hidden in ((), H
     [(options, "appendonly yes") for options in LOSES]
     + [(options, f"{options[-1]}.*`maxmemory-policy noeviction`") for options in EVICTS],
 )
-async def test_a_server_that_may_lose_or_evict_is_refused_or_on_request_only_noted(
-    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], said: str, user: str
+async def test_a_server_that_may_lose_or_evict_is_refused(
+    start_server: Start, options: tuple[str, ...], said: str, user: str
 ) -> None:
     async with strict_and_lenient(start_server(*options).url) as (strict, lenient):
-        for refused in (strict.check(), RedisProfiles(strict).commit(user, b"", change("a"))):
+        for refused in (strict.check(), ProfileStore(strict).commit(user, b"", change("a"))):
             with pytest.raises(Unavailable, match=said) as caught:
                 await refused
             assert caught.value.code == "store_not_durable"
         assert await lenient.check() is (Durability.NONE if options in LOSES else Durability.EVICTS)
-        assert await RedisProfiles(lenient).commit(user, b"", change("a"))
+        assert await ProfileStore(lenient).commit(user, b"", change("a"))
 
 
-async def test_a_server_that_begins_to_evict_while_it_is_used_is_noticed(
-    start_server: Callable[..., ValkeyProcess], user: str
-) -> None:
+async def test_a_server_that_begins_to_evict_is_noticed(start_server: Start, user: str) -> None:
     server = start_server(*DURABLE)
     async with connected(server.url) as connection, server.client() as raw:
         await raw.config_set("maxmemory-policy", "allkeys-lru")
-        for refused in (connection.check(), RedisProfiles(connection).commit(user, b"", change("a"))):
+        for refused in (connection.check(), ProfileStore(connection).commit(user, b"", change("a"))):
             with pytest.raises(Unavailable, match="allkeys-lru"):
                 await refused
         await raw.config_set("maxmemory-policy", "noeviction")
         await connection.check()
-        assert await RedisProfiles(connection).commit(user, b"", change("a"))
+        assert await ProfileStore(connection).commit(user, b"", change("a"))
 
 
 @pytest.mark.parametrize(("options", "waits"), [(EVERYSEC, 1), (DURABLE, 0)])
-async def test_every_write_waits_for_the_disk_where_the_server_does_not_by_itself(
-    start_server: Callable[..., ValkeyProcess], options: tuple[str, ...], waits: int, user: str
+async def test_every_write_waits_for_the_disk(
+    start_server: Start, options: tuple[str, ...], waits: int, user: str
 ) -> None:
     server = start_server(*options)
     async with opened(server.url) as store, server.client() as raw:
@@ -105,12 +109,10 @@ async def test_every_write_waits_for_the_disk_where_the_server_does_not_by_itsel
             assert calls.get("cmdstat_waitaof", 0) == waits
 
 
-async def test_a_dead_server_is_unavailable_and_a_restarted_one_is_used_again(
-    start_server: Callable[..., ValkeyProcess], user: str
-) -> None:
+async def test_a_restarted_server_is_used_again(start_server: Start, user: str) -> None:
     server = start_server(*DURABLE)
     async with connected(server.url) as connection:
-        store = RedisProfiles(connection)
+        store = ProfileStore(connection)
         await store.commit(user, b"", change("a"))
         server.kill()
         for attempt in (store.load(user), store.read(user), store.erase(user, LATER_MS, 0), connection.check()):
@@ -142,3 +144,56 @@ async def test_who_is_cancelled_amid_a_call_ends(server: ValkeyProcess) -> None:
         for task in left:
             task.cancel()
         assert not left
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    """A primary, and a replica that has all it has."""
+    options = (*DURABLE, "--repl-diskless-sync-delay", "0")
+    primary, replica = (ValkeyProcess(tmp_path / name, options).start() for name in ("primary", "replica"))
+    ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
+    wait_until(lambda: ask(replica, "ROLE")[3] == b"connected", "the replica to follow")
+    yield primary, replica
+    primary.kill()
+    replica.kill()
+
+
+def fail_over(primary: ValkeyProcess, replica: ValkeyProcess) -> None:
+    ask(primary, "FAILOVER", "TO", "127.0.0.1", replica.port)
+    wait_until(lambda: ask(primary, "ROLE")[0] == b"slave", "the replica to take over")
+
+
+async def test_a_write_that_meets_a_replica_goes_to_the_new_primary(pair: Pair, user: str) -> None:
+    primary, replica = pair
+    with LossyProxy(primary.port) as address:
+        async with connected(f"redis://127.0.0.1:{address.port}") as connection:
+            store = ProfileStore(connection)
+            assert await store.commit(user, b"", change("a"))
+            fail_over(primary, replica)
+            address.to_port = replica.port
+            snapshot = await store.read(user)  # of the old one: its connection stands
+            assert await store.commit(user, snapshot.version, change("b"))
+            assert list((await store.read(user)).items) == ["a", "b"]
+
+
+async def test_a_check_that_meets_a_replica_reconnects(pair: Pair) -> None:
+    primary, replica = pair
+    with LossyProxy(primary.port) as address:
+        async with connected(f"redis://127.0.0.1:{address.port}") as connection:
+            fail_over(primary, replica)
+            address.to_port = replica.port
+            assert await connection.check() is Durability.ALWAYS
+            info = await connection.run(lambda redis: redis.info("server"))
+            assert info["tcp_port"] == replica.port
+
+
+async def test_a_replica_is_no_store_until_it_takes_writes(pair: Pair, user: str) -> None:
+    primary, replica = pair
+    async with strict_and_lenient(replica.url) as (connection, _):
+        with pytest.raises(Unavailable) as caught:
+            await connection.check()
+        assert caught.value.code == "store_unavailable"
+        assert f"it is a replica of 127.0.0.1:{primary.port}" in caught.value.explained
+        ask(replica, "REPLICAOF", "NO", "ONE")
+        assert await connection.check() is Durability.ALWAYS
+        assert await ProfileStore(connection).commit(user, b"", change("a"))

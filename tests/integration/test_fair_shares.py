@@ -19,9 +19,8 @@ from bench.rig.valkey import ValkeyProcess
 from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
-from server.store.redis.access.api_keys import RedisAccessKeys
 from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.access_keys import AccessKeys, Scope, access_key, new_secret
 from server.store.tenants.rates import AS_USUAL, Allowance
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, chunks_of, generate
@@ -90,7 +89,7 @@ def keyed(started: Callable[..., Any]) -> Iterator[Keyed]:
 async def _make(url: str, secrets: Mapping[str, str]) -> None:
     connection = RedisConnection(url)
     await connection.check()
-    keys = RedisAccessKeys(connection)
+    keys = AccessKeys(connection)
     for name, secret in secrets.items():
         await keys.add(access_key(secret, name, name.replace(" ", "-"), frozenset(Scope), ALLOWED[name]))
     await connection.close()

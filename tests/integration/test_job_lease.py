@@ -17,9 +17,8 @@ from bank.lookup.serving import ServingBank
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
-from server.store.jobs import MAX_TRIES, JobState
+from server.store.jobs import MAX_TRIES, JobState, JobStore
 from server.store.redis import keys
-from server.store.redis.jobs import RedisJobs
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import encode_config
 from server.worker.job_loop import JobLoop
@@ -32,7 +31,7 @@ from tests.support.desk import SAMPLES, Desk
 
 def shaky(name: str) -> Any:
     """A call of the store, which may fail or whose answer may be lost."""
-    whole = getattr(RedisJobs, name)
+    whole = getattr(JobStore, name)
 
     async def call(jobs: Shaky, *args: Any, **kwargs: Any) -> Any:
         answer = None if jobs.away else await whole(jobs, *args, **kwargs)
@@ -47,7 +46,7 @@ def shaky(name: str) -> Any:
     return call
 
 
-class Shaky(RedisJobs):
+class Shaky(JobStore):
     """Real jobs, some of whose answers do not arrive.
 
     Attributes:
@@ -107,7 +106,7 @@ async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_t
 
     async def renew(*args: Any, **kwargs: Any) -> Any:
         try:
-            return await RedisJobs.renew(jobs, *args, **kwargs)
+            return await JobStore.renew(jobs, *args, **kwargs)
         except Unavailable:
             jobs.failures += 1
             raise
@@ -244,7 +243,7 @@ async def test_a_job_whose_record_cannot_be_read_holds_up_no_other_and_fails_aft
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)
+    monkeypatch.setattr("server.store.queue.GRACE_MS", 0)
     broken, behind = await desk.submit(), await desk.submit()
     async with redis.from_url(store.url, decode_responses=True) as raw:
         await raw.hset(keys.job(broken), "curve", "{")

@@ -108,9 +108,7 @@ def accepted(machine: Machine, user: int) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_every_accepted_job_ends_once_and_leaves_at_most_one_whole_adapter(
-    machine: Machine, tiny_bank_folder: Path
-) -> None:
+def test_every_accepted_job_ends_once(machine: Machine, tiny_bank_folder: Path) -> None:
     chance = random.Random(7)
     with ThreadPoolExecutor(32) as pool:
         machine.lossy.share = LOST_SHARE
@@ -152,13 +150,11 @@ async def _check(machine: Machine, ids: list[JobId], bank: Path) -> None:
             assert all(one.state in ("rejected", "failed") for one in earlier)
             states[job.state] += 1
             profile = await parts.profiles.load(job_id.user_key)
-            assert profile is not None
             kept = await parts.adapters.adapter_id(job_id.user_key)
             assert (kept or "") == job.adapter == (profile.adapter.id if profile.adapter else "")
             assert bool(kept) == (job.state == "succeeded")
             if kept:
                 stored = await parts.adapters.adapter(UserAdapterId(job_id.user_key, kept))
-                assert stored is not None
                 assert hashlib.sha256(stored.raw).hexdigest() == stored.sha256
                 assert parse_recipe(decode_user_adapter(layout, stored.raw).recipe).name == stored.recipe
     assert set(states) <= {"succeeded", "rejected", "failed"}

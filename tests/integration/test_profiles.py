@@ -20,9 +20,9 @@ from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.gateway.users.history import HistoryLimit
 from server.gateway.users.profiles import EMBED_BATCH, Profiles
-from server.store.profiles import AdapterNote, Change, SignQueue
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.queue import RedisSigning
+from server.store.profile_record import AdapterNote
+from server.store.profiles import Change, ProfileStore
+from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.user_key import User, UserKeys
 from tests.support.stored import opened
@@ -62,13 +62,13 @@ def embedder(inner: Embedder) -> CountingEmbedder:
 
 
 @pytest.fixture
-async def store(valkey: ValkeyProcess) -> AsyncIterator[RedisProfiles]:
+async def store(valkey: ValkeyProcess) -> AsyncIterator[ProfileStore]:
     async with opened(valkey.url) as store:
         yield store
 
 
 @pytest.fixture
-def writing(store: RedisProfiles, embedder: CountingEmbedder) -> Profiles:
+def writing(store: ProfileStore, embedder: CountingEmbedder) -> Profiles:
     return profiles(store, embedder)
 
 
@@ -77,12 +77,12 @@ def user() -> User:
     return KEYS.user(f"user-{next(_numbers)}")
 
 
-def profiles(store: RedisProfiles, embedder: CountingEmbedder, signing: SignQueue | None = None) -> Profiles:
+def profiles(store: ProfileStore, embedder: CountingEmbedder, signing: UserQueue | None = None) -> Profiles:
     executor, limit = ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20)
     return Profiles(store, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit, signing=signing)
 
 
-async def changed(store: RedisProfiles, user: User, **fields: object) -> None:
+async def changed(store: ProfileStore, user: User, **fields: object) -> None:
     """Write fields of the record, as others do."""
     snapshot = await store.read(user.key)
     assert snapshot.profile is not None
@@ -103,11 +103,11 @@ async def test_adding_one_item_embeds_one_text(writing: Profiles, embedder: Coun
 
 
 async def test_a_write_stands_though_the_queue_for_signatures_is_away(
-    store: RedisProfiles, embedder: CountingEmbedder, user: User, caplog: pytest.LogCaptureFixture
+    store: ProfileStore, embedder: CountingEmbedder, user: User, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a cluster, it is on another server."""
     nobody = RedisConnection(f"redis://127.0.0.1:{free_port()}", require_durable=False)
-    writing = profiles(store, embedder, RedisSigning(nobody, "9f2c41d0"))
+    writing = profiles(store, embedder, UserQueue(nobody, "sign", "9f2c41d0"))
     assert (await writing.replace(user, items("waves"), "")).changed == 1
     assert "a signature could not be requested" in caplog.text
     await nobody.close()
@@ -124,7 +124,7 @@ async def test_a_repeated_or_shrinking_history_embeds_nothing(
 
 
 async def test_the_embedding_is_the_unit_mean_of_the_items(
-    store: RedisProfiles, embedder: CountingEmbedder, inner: Embedder, user: User
+    store: ProfileStore, embedder: CountingEmbedder, inner: Embedder, user: User
 ) -> None:
     await profiles(store, embedder).replace(user, items("waves", "roses"), "")
     profile = await profiles(store, embedder).current(user)
@@ -134,7 +134,7 @@ async def test_the_embedding_is_the_unit_mean_of_the_items(
 
 
 async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
-    store: RedisProfiles, inner: Embedder, user: User
+    store: ProfileStore, inner: Embedder, user: User
 ) -> None:
     old, new = CountingEmbedder(inner, OLD), CountingEmbedder(inner)
     await profiles(store, old).replace(user, items("waves", "roses"), "")
@@ -148,7 +148,7 @@ async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
 
 
 async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
-    store: RedisProfiles, inner: Embedder, user: User
+    store: ProfileStore, inner: Embedder, user: User
 ) -> None:
     await profiles(store, CountingEmbedder(inner, OLD)).replace(user, items("waves", "roses"), "")
     new = CountingEmbedder(inner)
@@ -163,7 +163,7 @@ async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
 
 
 async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
-    store: RedisProfiles, embedder: CountingEmbedder, user: User
+    store: ProfileStore, embedder: CountingEmbedder, user: User
 ) -> None:
     service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta3:9f2c41d0:shared:c", 27_000, 1)
     await service.add(user, items("surf"), "")
@@ -172,7 +172,7 @@ async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
     assert (await service.replace(user, items("bread"), "")).profile.adapter == note
 
 
-async def test_adding_after_a_change_of_embedder_remakes_all(store: RedisProfiles, inner: Embedder, user: User) -> None:
+async def test_adding_after_a_change_of_embedder_remakes_all(store: ProfileStore, inner: Embedder, user: User) -> None:
     await profiles(store, CountingEmbedder(inner, OLD)).replace(user, items("waves", "roses"), "")
     new = CountingEmbedder(inner)
     changed = await profiles(store, new).add(user, items("chess"), "")
@@ -196,7 +196,7 @@ async def test_lost_item_embeddings_are_remade_when_they_are_needed(
 
 
 async def test_a_writer_that_loses_a_race_does_not_embed_again(
-    store: RedisProfiles, writing: Profiles, embedder: CountingEmbedder, user: User
+    store: ProfileStore, writing: Profiles, embedder: CountingEmbedder, user: User
 ) -> None:
     embedder.gate.clear()
     slow = asyncio.create_task(writing.add(user, items("waves"), ""))
@@ -209,7 +209,7 @@ async def test_a_writer_that_loses_a_race_does_not_embed_again(
 
 
 async def test_a_long_history_is_embedded_in_short_turns(
-    store: RedisProfiles, embedder: CountingEmbedder, user: User
+    store: ProfileStore, embedder: CountingEmbedder, user: User
 ) -> None:
     names = [f"n{number}" for number in range(3 * EMBED_BATCH)]
     await profiles(store, embedder).replace(user, items(*names), "")
@@ -218,7 +218,7 @@ async def test_a_long_history_is_embedded_in_short_turns(
 
 
 async def test_embedding_never_holds_up_the_event_loop(
-    store: RedisProfiles, embedder: CountingEmbedder, user: User
+    store: ProfileStore, embedder: CountingEmbedder, user: User
 ) -> None:
     embedder.gate.clear()
     writing = asyncio.create_task(profiles(store, embedder).replace(user, items("waves"), ""))
@@ -230,7 +230,7 @@ async def test_embedding_never_holds_up_the_event_loop(
 
 
 async def test_evidence_that_this_version_does_not_know_survives_a_change(
-    store: RedisProfiles, writing: Profiles, user: User
+    store: ProfileStore, writing: Profiles, user: User
 ) -> None:
     await writing.replace(user, items("waves"), "")
     await changed(store, user, extra={200: b"signature" * 170})
@@ -241,7 +241,7 @@ async def test_evidence_that_this_version_does_not_know_survives_a_change(
 
 
 async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(
-    store: RedisProfiles, inner: Embedder, valkey: ValkeyProcess, user: User
+    store: ProfileStore, inner: Embedder, valkey: ValkeyProcess, user: User
 ) -> None:
     old, new = CountingEmbedder(inner), CountingEmbedder(inner, "11" * 8)
     gateways = [profiles(store, embedder) for embedder in (old, new)]

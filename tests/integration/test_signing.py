@@ -19,8 +19,8 @@ from bench.rig.tiny import tiny_bank, world
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
 from server.settings import Settings
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.queue import RedisSigning
+from server.store.profiles import ProfileStore
+from server.store.queue import UserQueue
 from server.store.redis.servers.connection import RedisConnection
 from server.worker.signing_loop import MAX_TRIES, SigningLoop
 from server.worker.training import AdapterTrainer
@@ -54,7 +54,7 @@ class Sign:
     def __call__(
         self,
         meanwhile: Callable[[], object] = lambda: None,
-        before: Callable[[RedisSigning], Awaitable[object]] | None = None,
+        before: Callable[[UserQueue], Awaitable[object]] | None = None,
     ) -> None:
         self.made, self._meanwhile = 0, meanwhile
         asyncio.run(self._all(before))
@@ -65,11 +65,11 @@ class Sign:
             self._meanwhile()
         return self.trainer.signature(pairs)
 
-    async def _all(self, before: Callable[[RedisSigning], Awaitable[object]] | None) -> None:
+    async def _all(self, before: Callable[[UserQueue], Awaitable[object]] | None) -> None:
         connection = RedisConnection(self._url)
         await connection.check()
         try:
-            queue, profiles = RedisSigning(connection, self._bank.manifest.short), RedisProfiles(connection)
+            queue, profiles = UserQueue(connection, "sign", self._bank.manifest.short), ProfileStore(connection)
             lock = Awaited(lambda: before(queue)) if before else asyncio.Lock()
             loop = SigningLoop(queue, profiles, self._bank, self, model_lock=lock)
             while await loop.work_once(0.2):
@@ -207,7 +207,7 @@ def test_items_that_cannot_be_encoded_are_signed_as_none_and_the_next_user_is_si
 def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
     client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)  # what a worker that died had taken is due at once
+    monkeypatch.setattr("server.store.queue.GRACE_MS", 0)  # what a worker that died had taken is due at once
     user_id = new_user()
     put(client, user_id, PAIRS)
 
@@ -228,11 +228,11 @@ def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
 def test_a_signature_that_waits_for_the_model_is_made_however_often_its_user_is_called_again(
     client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.store.redis.queue.GRACE_MS", 0)  # whoever waits is due at once
+    monkeypatch.setattr("server.store.queue.GRACE_MS", 0)  # whoever waits is due at once
     user_id, waits = new_user(), 0
     put(client, user_id, PAIRS[:4])
 
-    async def wait(queue: RedisSigning) -> None:
+    async def wait(queue: UserQueue) -> None:
         nonlocal waits
         waits += 1
         if waits <= MAX_TRIES:
@@ -251,7 +251,7 @@ def test_a_store_that_is_away_is_no_try(
     client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.worker.signing_loop.RETRY_S", 0.01)
-    user_id, commit, failures = new_user(), RedisProfiles.commit, 0
+    user_id, commit, failures = new_user(), ProfileStore.commit, 0
     put(client, user_id, PAIRS)
 
     async def away(*args: Any) -> bool:
@@ -261,7 +261,7 @@ def test_a_store_that_is_away_is_no_try(
             raise Unavailable("the store cannot be used now")
         return await commit(*args)
 
-    monkeypatch.setattr(RedisProfiles, "commit", away)
+    monkeypatch.setattr(ProfileStore, "commit", away)
     sign()
     assert failures == MAX_TRIES + 1
     assert source(client, user_id) == "signature"

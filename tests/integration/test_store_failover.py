@@ -13,7 +13,6 @@ import pytest
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import wait_until
 from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
-from bench.rig.watched import WatchedValkey
 from server.settings import Settings
 from server.store.redis import keys
 from tests.support.fake_engine import FakeEngine
@@ -27,7 +26,6 @@ def put(client: httpx.Client, user: str) -> httpx.Response:
 
 
 def ready(client: httpx.Client) -> tuple[int, Any]:
-    """Status and body of `/ready`."""
     answer = client.get("/ready")
     return answer.status_code, answer.json()
 
@@ -39,9 +37,7 @@ def server(tmp_path: Path) -> Iterator[ValkeyProcess]:
     running.kill()
 
 
-def test_a_gateway_whose_store_is_a_replica_now_is_not_ready_until_it_takes_writes_again(
-    gateway_settings: Settings, server: ValkeyProcess
-) -> None:
+def test_a_gateway_is_not_ready_while_its_store_is_a_replica(gateway_settings: Settings, server: ValkeyProcess) -> None:
     settings = gateway_settings.model_copy(update={"redis_url": server.url})
     with GatewayThread(settings) as gateway, gateway.client() as client:
         wait_until_ready(client)
@@ -66,7 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]
     running.kill()
 
 
-def test_a_gateway_serves_who_can_be_served_while_one_primary_of_three_is_gone(
+def test_a_gateway_serves_others_while_a_primary_is_gone(
     gateway_settings: Settings, cluster: ValkeyCluster, fake_engine: FakeEngine
 ) -> None:
     gone = cluster.primaries[1]
@@ -90,24 +86,3 @@ def test_a_gateway_serves_who_can_be_served_while_one_primary_of_three_is_gone(
         wait_until(lambda: ready(client)[1]["parts"]["redis"]["status"] == "ok", "it to be back")
         for user in homes:
             put(client, user).raise_for_status()
-
-
-def test_a_gateway_goes_on_by_itself_once_sentinel_let_a_replica_take_over(
-    gateway_settings: Settings, tmp_path: Path
-) -> None:
-    watched = WatchedValkey(tmp_path, sentinels=3).start()
-    try:
-        settings = gateway_settings.model_copy(update={"redis_url": watched.url})
-        with GatewayThread(settings) as gateway, gateway.client() as client:
-            wait_until_ready(client)
-            put(client, "ada").raise_for_status()
-            client.delete("/users/ada").raise_for_status()
-            put(client, "bob").raise_for_status()
-            watched.primary.kill()
-            wait_until(lambda: ready(client)[0] == 503, "the gateway to see it")
-            wait_until_ready(client)
-            # The dead one is a replica now, which writes wait for until it is taken for down.
-            wait_until(lambda: put(client, "cleo").is_success, "writes to go on")
-            assert [client.get(f"/users/{user}").status_code for user in ("ada", "bob", "cleo")] == [404, 200, 200]
-    finally:
-        watched.kill()

@@ -12,11 +12,10 @@ import redis.asyncio as redis
 
 from adapters.training.adapt_config import AdaptConfig
 from bank.manifest import BankManifest
-from server.store.jobs import Job, JobId, Submission
-from server.store.profiles import Change, Profile, StoredItem
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
+from server.store.adapters import AdapterStore
+from server.store.jobs import Job, JobId, JobStore, Submission
+from server.store.profile_record import Profile, StoredItem
+from server.store.profiles import Change, ProfileStore
 from server.store.redis.servers.connection import RedisConnection
 from server.store.samples import Sample, encode_config, encode_sample
 from server.store.tenants.user_key import UserKeys
@@ -36,9 +35,9 @@ class Desk:
         manifest: of the bank.
     """
 
-    jobs: RedisJobs
-    adapters: RedisAdapters
-    profiles: RedisProfiles
+    jobs: JobStore
+    adapters: AdapterStore
+    profiles: ProfileStore
     connection: RedisConnection
     manifest: BankManifest
 
@@ -77,6 +76,6 @@ async def desk_at(url: str, manifest: BankManifest) -> AsyncIterator[Desk]:
     connection = RedisConnection(url)
     await connection.check()
     try:
-        yield Desk(RedisJobs(connection), RedisAdapters(connection), RedisProfiles(connection), connection, manifest)
+        yield Desk(JobStore(connection), AdapterStore(connection), ProfileStore(connection), connection, manifest)
     finally:
         await connection.close()

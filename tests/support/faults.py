@@ -25,7 +25,6 @@ class FaultyConnection(RedisConnection):
     _left = 0
 
     def fail(self, fault: Fault | None, after_writes: int = 0) -> None:
-        """Let one write fail, so many writes from now."""
         self._fault, self._left = fault, after_writes
 
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:

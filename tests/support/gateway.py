@@ -18,8 +18,8 @@ from server.gateway.app import create_app
 from server.gateway.http.serving import uvicorn_config
 from server.gateway.parts import Gateway, Parts
 from server.settings import Settings
-from server.store.profiles import AdapterNote, Change
-from server.store.redis.profiles import RedisProfiles
+from server.store.profile_record import AdapterNote
+from server.store.profiles import Change, ProfileStore
 from server.store.redis.servers.connection import RedisConnection
 
 SECRET = "a secret that only tests know"
@@ -118,7 +118,7 @@ async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
     """Note in a profile that there is a user adapter, as promotion does."""
     connection = RedisConnection(gateway.parts.settings.redis_url)
     await connection.check()
-    store, key = RedisProfiles(connection), gateway.key(user_id)
+    store, key = ProfileStore(connection), gateway.key(user_id)
     snapshot = await store.read(key)
     assert snapshot.profile
     note = AdapterNote("a" * 26, f"mta3:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)

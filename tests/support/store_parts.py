@@ -12,15 +12,13 @@ import numpy as np
 
 from bank.lookup.signature import Signature
 from server.gateway.users.erasing import Erasing
-from server.store.adapters import StoredAdapter
-from server.store.jobs import Job, JobId, JobState, Lease, Submission, Trained
-from server.store.profiles import AdapterNote, Change, Erasure, Profile, Snapshot, StoredItem, StoredSignature
-from server.store.redis.access.api_keys import RedisAccessKeys
-from server.store.redis.adapters import RedisAdapters
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
-from server.store.redis.queue import RedisSigning
+from server.store.adapters import AdapterStore, StoredAdapter
+from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Submission, Trained
+from server.store.profile_record import AdapterNote, Profile, StoredItem, StoredSignature
+from server.store.profiles import Change, Erasure, ProfileStore, Snapshot
+from server.store.queue import UserQueue
 from server.store.redis.servers.append_only_file import AppendOnlyFile
+from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.user_key import UserKeys
 from tests.support.faults import FaultyConnection
 
@@ -38,9 +36,9 @@ class StoreParts:
 
     def __init__(self, url: str) -> None:
         self.connection = FaultyConnection(url)
-        self.profiles, self.jobs = RedisProfiles(self.connection), RedisJobs(self.connection)
-        self.keys = RedisAccessKeys(self.connection)
-        self.adapters, self.signing = RedisAdapters(self.connection), RedisSigning(self.connection, BANK)
+        self.profiles, self.jobs = ProfileStore(self.connection), JobStore(self.connection)
+        self.keys = AccessKeys(self.connection)
+        self.adapters, self.signing = AdapterStore(self.connection), UserQueue(self.connection, "sign", BANK)
 
     @classmethod
     @asynccontextmanager
@@ -53,6 +51,12 @@ class StoreParts:
         finally:
             await parts.connection.close()
 
+    async def put(self, user: str, text: str) -> None:
+        """Let one item be all that a user has."""
+        key = KEYS.key(user)
+        before = await self.profiles.read(key)
+        assert await self.profiles.commit(key, before.version, put_of(user, text, before), before.epoch)
+
     async def erase(self, user: str) -> Erasure | None:
         """As the gateway does; there are no engines."""
 
@@ -63,7 +67,7 @@ class StoreParts:
             self.profiles,
             adapters=self.adapters,
             jobs=self.jobs,
-            signing=lambda bank: RedisSigning(self.connection, bank),
+            signing=lambda bank: UserQueue(self.connection, "sign", bank),
             bank=BANK,
             log_file=AppendOnlyFile(self.connection),
             drop=drop,
@@ -71,7 +75,7 @@ class StoreParts:
         return await erasing.erase(KEYS.user(user))
 
 
-async def submitted(jobs: RedisJobs, user_key: str, *samples: str, **fields: object) -> Job:
+async def submitted(jobs: JobStore, user_key: str, *samples: str, **fields: object) -> Job:
     """A job, queued, of one sample where none is given; `fields` as of a `Submission`."""
     encoded = [sample.encode() for sample in samples or ("a",)]
     given = {"samples": encoded, "append": False, "config": "{}", "bank": BANK} | fields
@@ -80,17 +84,14 @@ async def submitted(jobs: RedisJobs, user_key: str, *samples: str, **fields: obj
     return job
 
 
-async def claimed(jobs: RedisJobs, job_id: JobId, lease_s: float = LEASE_S) -> Lease:
-    """A lease of a job that wants a worker."""
+async def claimed(jobs: JobStore, job_id: JobId, lease_s: float = LEASE_S) -> Lease:
     lease = await jobs.claim(job_id, lease_s)
     assert lease is not None
     return lease
 
 
-async def state(jobs: RedisJobs, job_id: JobId) -> JobState:
-    """Where a job is."""
+async def state(jobs: JobStore, job_id: JobId) -> JobState:
     job = await jobs.job(job_id)
-    assert job is not None
     return job.state
 
 
@@ -105,54 +106,42 @@ def put_of(user: str, text: str, snapshot: Snapshot) -> Change:
 
 @dataclass
 class WorkerSteps:
-    """A worker that can be stopped between any two of its steps.
-
-    Attributes:
-        parts: its stores.
-        taken: a job that the queue gave it.
-        lease: a job that it has claimed.
-        signing: a user whose signature it was asked for.
-    """
+    """A worker that can be stopped between any two of its steps."""
 
     parts: StoreParts
-    taken: JobId | None = None
-    lease: Lease | None = None
-    signing: str | None = None
+    bank: str = BANK
+    taken: JobId | None = None  # a job that the queue gave it
+    lease: Lease | None = None  # a job that it has claimed
+    signing: str | None = None  # a user whose signature it was asked for
 
     async def take(self) -> None:
-        """Hear of a job."""
-        self.taken = await self.parts.jobs.next_job(BANK, 0.001)
+        self.taken = await self.parts.jobs.next_job(self.bank, 0.001)
 
     async def claim(self) -> None:
-        """Claim the job heard of."""
         if self.taken is not None:
             job, self.taken = self.taken, None
             self.lease = await self.parts.jobs.claim(job, LEASE_S)
 
     async def reject(self) -> bool:
-        """End the claimed job without an adapter."""
-        assert self.lease is not None
         return await self.parts.jobs.end(self.lease, Trained(JobState.REJECTED, 1.0, 1.0))
 
     async def promote(self) -> str | None:
         """End the claimed job with an adapter; the adapter's id, if it was written."""
-        assert self.lease is not None
         key, raw = self.lease.job.id.user_key, f"adapter {next(_numbers)}".encode()
-        stored = StoredAdapter(f"id{next(_numbers)}", RECIPE, hashlib.sha256(raw).hexdigest(), raw)
+        recipe = RECIPE.replace(BANK, self.bank)
+        stored = StoredAdapter(f"id{next(_numbers)}", recipe, hashlib.sha256(raw).hexdigest(), raw)
         snapshot = await self.parts.profiles.read(key)
         if snapshot.profile is None:
             return None
-        noted = replace(snapshot.profile, adapter=AdapterNote(stored.id, RECIPE, len(raw), 1))
+        noted = replace(snapshot.profile, adapter=AdapterNote(stored.id, recipe, len(raw), 1))
         trained = Trained(JobState.SUCCEEDED, 2.0, 1.0)
         done = await self.parts.jobs.promote(self.lease, trained, noted, snapshot.version, stored)
         return stored.id if done else None
 
     async def take_signing(self) -> None:
-        """Hear of a user who wants a signature."""
         self.signing = await self.parts.signing.take(0.001)
 
     async def sign(self) -> None:
-        """Make the signature that was asked for."""
         assert self.signing is not None
         await self.parts.signing.begin(self.signing)
         snapshot = await self.parts.profiles.read(self.signing)

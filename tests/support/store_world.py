@@ -25,45 +25,31 @@ QUEUES = [name for work in ("jobs", "sign") for name in keys.queue(work, BANK)[:
 
 @dataclass
 class Expected:
-    """What is known of a user.
+    """What is known of a user."""
 
-    Attributes:
-        text: of their item; None for an unknown user.
-        erasures: how often they were erased.
-        was_nobody: whether there was nothing to be erased the last time.
-        newest: number of the newest job; 0 without one.
-        former: numbers of the jobs that went with an erasure.
-        acknowledged: jobs that were answered with 2xx and whose user was not erased since.
-    """
-
-    text: str | None = None
+    text: str | None = None  # of their item; None for an unknown user
     erasures: int = 0
-    was_nobody: bool = False
-    newest: int = 0
-    former: frozenset[int] = frozenset()
-    acknowledged: set[int] = field(default_factory=set)
+    was_nobody: bool = False  # there was nothing to be erased the last time
+    newest: int = 0  # number of the newest job
+    former: frozenset[int] = frozenset()  # numbers of the jobs that went with an erasure
+    acknowledged: set[int] = field(default_factory=set)  # jobs answered with 2xx, of a user not erased since
 
 
 @dataclass(frozen=True)
 class UnderWay:
-    """A profile write that has begun; `jumped_s` is by how much the clock had been set forward by then, in all."""
+    """A profile write that has begun."""
 
     user: str
     text: str
     snapshot: Snapshot
     erasures: int
-    jumped_s: float
+    jumped_s: float  # by how much the clock had been set forward by then, in all
 
 
 class StoreWorld:
-    """Two gateways, two workers, two users, one store that Sentinel watches, which holds nothing at first.
+    """Two gateways, two workers, two users, one store that Sentinel watches, which holds nothing at first."""
 
-    Args:
-        server: the store.
-    """
-
-    steps: ClassVar[int] = 0
-    """How often anything was tried, in all worlds."""
+    steps: ClassVar[int] = 0  # how often anything was tried, in all worlds
 
     def __init__(self, server: WatchedValkey) -> None:
         self.server = server
@@ -83,11 +69,9 @@ class StoreWorld:
 
     @property
     def raw(self) -> redis.Redis:
-        """A client of the server that is the primary now."""
         return self._raw[self.server.servers.index(self.server.primary)]
 
     def fill(self, *, full: bool) -> None:
-        """Leave room for nothing, or for all."""
         self.full = full
         for server in self.server.servers:
             ask(server, "CONFIG SET", "maxmemory", ask(server, "INFO", "memory")["used_memory"] // 2 if full else 0)
@@ -110,13 +94,11 @@ class StoreWorld:
         assert {key.digest: key.revoked_ms is not None for key in ring.keys} == self.revoked
 
     def connected(self) -> StoreParts:
-        """Another process."""
         parts = StoreParts(self.server.url)
         self.run(parts.connection.check())
         return parts
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What comes of some work."""
         return self.loop.run(work)
 
     def tried(
@@ -168,7 +150,6 @@ class StoreWorld:
                 self.raw.zadd(name, {member: 0})
 
     async def close(self) -> None:
-        """End all processes."""
         for parts in (*self.gateways, *(worker.parts for worker in self.workers)):
             await parts.connection.close()
 
@@ -179,13 +160,11 @@ class StoreWorld:
         return snapshot.items["it"].fields["text"] if snapshot.items else None
 
     def newest(self, user: str) -> int:
-        """Number of a user's newest job."""
         key = KEYS.key(user)
         last = self.raw.hget(f"mta:{{{key}}}:jobs", "last")
         return int(last) if last else self.users[user].newest
 
     def states(self, user: str) -> dict[int, JobState]:
-        """The state of every job that the store remembers."""
         key = KEYS.key(user)
         names = self.raw.keys(f"mta:{{{key}}}:job:*")
         return {int(name.rsplit(b":", 1)[1]): JobState(self.raw.hget(name, "state").decode()) for name in names}
@@ -198,7 +177,6 @@ class StoreWorld:
             assert self.states(user).get(number, state) is state
 
     def observe(self, user: str) -> None:
-        """What has ended stays as it ended."""
         for number, state in self.states(user).items():
             if state.ended:
                 assert self.ended.setdefault(JobId(KEYS.key(user), number), state) is state

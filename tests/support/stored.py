@@ -15,9 +15,9 @@ import redis
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.valkey import ValkeyProcess
 from server.errors import Unavailable
-from server.store.profiles import Change, Profile, StoredItem, StoredVector
+from server.store.profile_record import Profile, StoredItem, StoredVector
+from server.store.profiles import Change, ProfileStore
 from server.store.redis import keys
-from server.store.redis.profiles import RedisProfiles
 from server.store.redis.servers.append_only_file import AppendOnlyFile
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.store_parts import EMBEDDER, KEYS
@@ -40,9 +40,9 @@ async def connected(url: str, **options: bool) -> AsyncIterator[RedisConnection]
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[RedisProfiles]:
+async def opened(url: str) -> AsyncIterator[ProfileStore]:
     async with connected(url) as connection:
-        yield RedisProfiles(connection)
+        yield ProfileStore(connection)
 
 
 @asynccontextmanager
@@ -69,6 +69,16 @@ def on_disk(text: str, *servers: ValkeyProcess) -> bool:
     return any(text.encode() in path.read_bytes() for path in files)
 
 
+async def forgotten(connection: RedisConnection, key: str, *servers: ValkeyProcess) -> None:
+    """What is stored of a user and erased stands in the files of its servers, and then leaves them."""
+    store, file, secret = ProfileStore(connection), AppendOnlyFile(connection), "words that nobody shall find again"
+    await store.commit(key, b"", change("a", user_id=secret))
+    asked = await file.request_rewrite(key)
+    assert await store.erase(key, asked.erase_by_ms, asked.rewritten_by_ms)
+    assert all(on_disk(secret, server) for server in servers)
+    await until_forgotten(connection, secret, *servers)
+
+
 async def until_forgotten(connection: RedisConnection, text: str, *servers: ValkeyProcess) -> None:
     """Look after the append-only files, as a gateway does, until the text is gone from them."""
     file = AppendOnlyFile(connection)
@@ -81,7 +91,7 @@ async def until_forgotten(connection: RedisConnection, text: str, *servers: Valk
 class Writing:
     """Users whose record is written all the while, each time with a higher `updated_ms`."""
 
-    def __init__(self, store: RedisProfiles, users: Sequence[str]) -> None:
+    def __init__(self, store: ProfileStore, users: Sequence[str]) -> None:
         self._store, self._enough = store, False
         self._tried, self._written, self._refused = dict.fromkeys(users, 0), dict.fromkeys(users, 0), set[str]()
 
@@ -104,7 +114,6 @@ class Writing:
         """What was acknowledged is there, and what was not was refused."""
         for user, written in self._written.items():
             found = await self._store.load(user)
-            assert found is not None
             assert written <= found.updated_ms <= self._tried[user]
         assert self._refused <= {"store_unavailable", "store_not_durable"}
 

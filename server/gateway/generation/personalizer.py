@@ -16,7 +16,7 @@ from bank.lookup.serving import AnchorWeight, ServingBank
 from server.engine_protocol import BASE_MODEL
 from server.errors import ApiError, InvalidRequest, NotFound
 from server.gateway.generation.request import GenerationRequest, Personalize
-from server.store.profiles import Profile
+from server.store.profile_record import Profile
 from server.store.tenants.user_key import User
 
 if TYPE_CHECKING:

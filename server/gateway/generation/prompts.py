@@ -16,7 +16,7 @@ from server.gateway.access.shares import FairQueue, Shares
 from server.gateway.engines.admin import TokenizerClient
 from server.gateway.engines.chat import Conversation
 from server.gateway.generation.request import GenerationRequest, LengthLimits, chars_of, most_tokens, size_bytes
-from server.store.profiles import Profile, StoredItem
+from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User
 
 KEPT_S = 300.0

@@ -9,7 +9,8 @@ from typing import Any
 from server.store.adapters import AdapterStore
 from server.store.durability import ForgetsOnDisk
 from server.store.jobs import JobStore
-from server.store.profiles import Erasure, ProfileStore, SignQueue
+from server.store.profiles import Erasure, ProfileStore
+from server.store.queue import UserQueue
 from server.store.tenants.user_key import User
 
 
@@ -30,7 +31,7 @@ class Erasing:
         *,
         adapters: AdapterStore,
         jobs: JobStore,
-        signing: Callable[[str], SignQueue],
+        signing: Callable[[str], UserQueue],
         bank: str,
         log_file: ForgetsOnDisk,
         drop: Callable[[str], Coroutine[Any, Any, None]],

@@ -18,7 +18,8 @@ from bank.peft.exported import ExportedAdapter
 from server.errors import UserErased
 from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.jobs import Job, JobStore
-from server.store.profiles import AdapterNote, Profile, ProfileStore, Snapshot
+from server.store.profile_record import AdapterNote, Profile
+from server.store.profiles import ProfileStore, Snapshot
 from server.store.samples import decode_sample
 from server.store.tenants.user_key import User
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import orjson
 
 from bank.items.profile import Item
-from server.store.profiles import StoredItem
+from server.store.profile_record import StoredItem
 
 StoredItems = Mapping[str, StoredItem]
 

@@ -17,17 +17,9 @@ from bank.items.profile import Item, Vectors, item_text, profile_embedding
 from bank.items.tasks import Task
 from server.errors import Unavailable, UserErased
 from server.gateway.users.history import HistoryLimit, StoredItems, added, difference, replaced
-from server.store.profile_record import as_stored
-from server.store.profiles import (
-    Change,
-    OtherEmbedding,
-    Profile,
-    ProfileStore,
-    SignQueue,
-    Snapshot,
-    StoredItem,
-    StoredVector,
-)
+from server.store.profile_record import OtherEmbedding, Profile, StoredItem, StoredVector, as_stored
+from server.store.profiles import Change, ProfileStore, Snapshot
+from server.store.queue import UserQueue
 from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
@@ -71,7 +63,7 @@ class Profiles:
         task: Task,
         executor: Executor,
         limit: HistoryLimit,
-        signing: SignQueue | None = None,
+        signing: UserQueue | None = None,
     ) -> None:
         self._store = store
         self._embedder = embedder

@@ -10,13 +10,10 @@ Of one user (`server/store/tenants/user_key.py`)::
     mta:{<user key>}:samples  list    encoded samples, the oldest first                   -
     mta:{<user key>}:adapter  hash    id, recipe, sha256, raw                             - (if lent: as asked)
     mta:{<user key>}:jobs     hash    `last` → number of the newest job                   -
-    mta:{<user key>}:job:<n>  hash    a job's record (`server/store/redis/jobs.py`)       7 days after it ended, or 20
-                                                                                          jobs later
-    mta:{<user key>}:epoch    hash    tombstone: the `epoch` it began, and what the       7 days after the user
-                                      erasure removed                                     was erased; 10 minutes
-                                                                                          if there was none
+    mta:{<user key>}:job:<n>  hash    a job's record (`server/store/jobs.py`)             7 days or 20 jobs later
+    mta:{<user key>}:epoch    hash    tombstone: `epoch`, and what the erasure removed    7 days (of nobody: 10 minutes)
 
-Of one queue (`queue.py`), `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
+Of one queue (`server/store/queue.py`), `jobs:<bank>` or `sign:<bank>`; neither these nor those below expire::
 
     mta:{<queue>}:due         zset    user key → when to look at the user, ms
     mta:{<queue>}:background  zset    the same, of what nobody asked for
@@ -31,7 +28,7 @@ Of all users::
     mta:{access}:keys         hash    API keys: SHA-256 → JSON, `revoked:<SHA-256>` → ms, `bank:<tenant>`; of all:
                                       `revision`, `ring` (a random id)
 
-Of limits (`server/store/redis/access/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
+Of limits (`server/store/tenants/rates.py`); an owner is `key-`, `user-` or `tenant-` and its name::
 
     mta:rates:{<owner>}:<what>  string  how much is used, and when that was so, µs         after a window at most
     mta:held:running/<owner>  zset    requests in progress → until when, ms               after the last lease
@@ -43,9 +40,10 @@ Scripts are passed these names. Only a job record's is built in Lua, from `job_p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from server.store.jobs import JobId
+if TYPE_CHECKING:
+    from server.store.jobs import JobId
 
 Work = Literal["jobs", "sign"]
 

@@ -1,10 +1,20 @@
-"""The store's port for limits: what is used of each within its window, and who holds what at this moment."""
+"""Limits: token buckets, and leases as sorted sets, which count for all gateways together.
+
+None of it is waited for until it is on disk: at worst a crash forgives what was used in the last seconds. A full store
+counts too: what is counted is small and expires, and whoever filled the store is to be held to their limits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+from server.store.redis import keys
+from server.store.redis.scripts import full_script
+
+if TYPE_CHECKING:
+    from server.store.redis.servers.connection import RedisConnection  # commands start without redis-py
 
 MINUTE_S = 60
 DAY_S = 24 * 3600
@@ -81,21 +91,82 @@ class BucketLevels:
         return all(self.fit)
 
 
-class Rates(Protocol):
-    """Counts for all gateways together. Every method raises `Unavailable` when the store cannot be reached.
+# KEYS: a bucket for each use: how much is used, and when that was so, µs. It expires when nothing is.
+# ARGV: whether to count whatever is left, then of each use most, window (µs) and amount.
+# Returns of each whether there was room, and what is used. If not for all, nothing is counted.
+_CONSUME = full_script("""
+local now = time[1] * 1000000 + time[2]
+local fit, used, ahead, all = {}, {}, {}, true
+for i = 1, #KEYS do
+  local most, window, amount = tonumber(ARGV[i * 3 - 1]), tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1])
+  local known = redis.call('GET', KEYS[i])
+  used[i] = 0
+  if known then
+    local before, at = string.match(known, '^(%S+) (%S+)$')
+    local leaked = math.max(0, now - tonumber(at)) * most / window
+    used[i] = math.max(0, math.min(most, tonumber(before)) - leaked)
+    ahead[i] = tonumber(at) > now  -- the clock was set back: from now on it leaks again
+  end
+  fit[i] = used[i] + amount <= most
+  all = all and fit[i]
+end
+local answer = {}
+for i = 1, #KEYS do
+  local most, window, amount = tonumber(ARGV[i * 3 - 1]), tonumber(ARGV[i * 3]), tonumber(ARGV[i * 3 + 1])
+  local counts = amount ~= 0 and (ARGV[1] == '1' or all)
+  if counts then used[i] = math.max(0, math.min(most, used[i] + amount)) end
+  local left_ms = math.ceil(used[i] * window / most / 1000)
+  if (counts or ahead[i]) and left_ms > 0 then
+    redis.call('SET', KEYS[i], string.format('%.17g %.0f', used[i], now), 'PX', left_ms)
+  elseif counts then
+    redis.call('DEL', KEYS[i])
+  end
+  answer[i * 2 - 1], answer[i * 2] = fit[i] and 1 or 0, string.format('%.17g', used[i])
+end
+return answer
+""")
+
+# KEYS: who holds it, by when that ends. ARGV: most (-1: any number), lease (ms), members. Returns how many hold it, or
+# -1 if there is no room.
+_ACQUIRE = full_script("""
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+local most, lease = tonumber(ARGV[1]), tonumber(ARGV[2])
+for i = 3, #ARGV do
+  local known = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if not known and most >= 0 and redis.call('ZCARD', KEYS[1]) >= most then return -1 end
+  redis.call('ZADD', KEYS[1], now + lease, ARGV[i])
+end
+redis.call('PEXPIRE', KEYS[1], lease)
+return redis.call('ZCARD', KEYS[1])
+""")
+
+# KEYS: who holds it. ARGV: lease (ms), members. Whoever is not among the holders stays without.
+_RENEW = full_script("""
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', now + ARGV[1], ARGV[i]) end
+return redis.call('PEXPIRE', KEYS[1], ARGV[1])
+""")
+
+
+class Rates:
+    """Every method raises `Unavailable` when the store cannot be reached.
 
     A rate is a bucket: what is used leaks out evenly, and whoever has used nothing for a window can use the whole
-    limit at once, never more. What is counted may be lost with the server, unlike what users store.
+    limit at once, never more.
     """
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
 
     async def consume(self, uses: Sequence[Use]) -> BucketLevels:
         """Use some of what an owner's rates allow: all of it, or nothing if there is too little left of one.
 
         All uses are of one owner, no rate twice. An amount of 0 only asks.
         """
+        return await self._count(uses, anyway=False)
 
     async def correct(self, uses: Sequence[Use]) -> None:
         """Count so much more or less of an owner's rates, whatever is left: no level leaves 0 to `most`."""
+        await self._count(uses, anyway=True)
 
     async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         """Be among those who hold something, for `lease_s` or until `release`; calling it again renews that.
@@ -103,9 +174,20 @@ class Rates(Protocol):
         Returns how many hold it now; None if there is no room for all of the members, whose names nobody else uses,
         among the `most` that may hold it.
         """
+        allowed, lease_ms = -1 if most is None else most, int(lease_s * 1000)
+        count = await self._connection.evaluate(_ACQUIRE, (keys.held(name),), allowed, lease_ms, *members)
+        return None if count < 0 else int(count)
 
     async def renew(self, name: str, members: Sequence[str], lease_s: float) -> None:
         """Hold it for `lease_s` from now. A member that has been released, or never held it, stays without."""
+        await self._connection.evaluate(_RENEW, (keys.held(name),), int(lease_s * 1000), *members)
 
     async def release(self, name: str, member: str) -> None:
-        """Hold it no more."""
+        await self._connection.run(lambda redis: redis.zrem(keys.held(name), member))
+
+    async def _count(self, uses: Sequence[Use], *, anyway: bool) -> BucketLevels:
+        names = [keys.rate(use.rate.owner, use.rate.what) for use in uses]
+        given = [number for use in uses for number in (use.rate.most, use.rate.window_s * 1_000_000, use.amount)]
+        found = await self._connection.evaluate(_CONSUME, names, int(anyway), *given)
+        levels = [BucketLevel(use.rate, float(used)) for use, used in zip(uses, found[1::2], strict=True)]
+        return BucketLevels([bool(fit) for fit in found[0::2]], levels)

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
 from adapters.errors import MtaError
 
@@ -17,11 +18,7 @@ _UNDECODABLE = "\ufffd"  # what a percent-encoded byte that is not UTF-8 has bec
 
 
 def check_user_id(user_id: str) -> str:
-    """Return `user_id` if it is valid.
-
-    Raises:
-        ValueError: saying which rule it breaks; the caller adds the value.
-    """
+    """Return a valid id; `ValueError` says which rule another one breaks, and the caller adds the value."""
     # Characters first: a megabyte is refused without being encoded.
     if not 0 < len(user_id) <= MAX_USER_ID_BYTES or len(user_id.encode("utf-8", "replace")) > MAX_USER_ID_BYTES:
         raise ValueError(f"must be 1 to {MAX_USER_ID_BYTES} bytes of UTF-8")
@@ -48,12 +45,8 @@ class User:
 class UserKeys:
     """The keyed hashes of one tenant's users: the same id is another user in each tenant.
 
-    Args:
-        secret: the same for all gateways, never changed: without it no user can be found again.
-        tenant: whose users these are.
-
-    Raises:
-        MtaError: when the secret is missing or short, or the tenant could be mistaken for another.
+    The secret is the same for all gateways and never changes: without it no user can be found again. Raises `MtaError`
+    when it is missing or short, or the tenant could be mistaken for another.
     """
 
     def __init__(self, secret: str | None, tenant: str) -> None:
@@ -84,14 +77,8 @@ class UserKeys:
 
 
 class Tenants:
-    """The user keys of each tenant, made when they are first needed; those of `tenant` at once, so that a secret that
-    does not do is noticed. Arguments and errors as of `UserKeys`."""
+    """The user keys of each tenant; those of `tenant` are made at once, so that a bad secret is noticed."""
 
     def __init__(self, secret: str | None, tenant: str) -> None:
-        self._secret = secret
-        self._known = {tenant: UserKeys(secret, tenant)}
-
-    def users(self, tenant: str) -> UserKeys:
-        if (users := self._known.get(tenant)) is None:
-            users = self._known[tenant] = UserKeys(self._secret, tenant)
-        return users
+        self.users = cache(lambda tenant: UserKeys(secret, tenant))
+        self.users(tenant)

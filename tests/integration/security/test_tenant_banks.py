@@ -17,7 +17,8 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.settings import Settings
-from server.store.profiles import AdapterNote, Change
+from server.store.profile_record import AdapterNote
+from server.store.profiles import Change
 from server.store.tenants.access_keys import Scope, access_key, new_secret
 from server.store.tenants.user_key import UserKeys
 from tests.integration.security.conftest import Keyed, ask

@@ -31,8 +31,7 @@ from bank.manifest import (
     file_sha256,
     write_manifest,
 )
-from server.store.profile_record import decode_profile, encode_profile
-from server.store.profiles import Profile, StoredSignature
+from server.store.profile_record import Profile, StoredSignature, decode_profile, encode_profile
 
 
 def manifest(anchors: int = 4, common: bool = False, strength: float = 1.0, k: int = 2) -> BankManifest:

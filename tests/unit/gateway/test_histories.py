@@ -18,7 +18,7 @@ from server.errors import Unavailable
 from server.gateway.access.keys import Caller
 from server.gateway.generation.prompts import MOST_WAITING, HistoryIndexer, IndexCache, PromptBuilder, Version
 from server.gateway.generation.request import GenerationRequest, LengthLimits, Personalize
-from server.store.profiles import Profile, StoredItem
+from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret that only tests know", "default")

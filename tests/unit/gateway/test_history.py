@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bank.items.profile import Item
 from server.gateway.users.history import HistoryLimit, added, difference, replaced
-from server.store.profiles import StoredItem
+from server.store.profile_record import StoredItem
 
 FEW = 5
 LIMIT = HistoryLimit(FEW, 100)

@@ -1,13 +1,27 @@
-"""Adapt configurations as bytes: old records are read, and nothing of a newer one is dropped in silence."""
+"""Job ids and adapt configurations as they are kept: old ones are read, nothing of a newer one is dropped."""
 
 from __future__ import annotations
 
 import pytest
 
 from adapters.training.adapt_config import AdaptConfig
+from server.store.jobs import JobId, parse_job_id
 from server.store.samples import decode_config, encode_config
 
+USER = "axi2q2svfyrolurh6ecirfzy3m"
 OLD = '{"rank":2,"steps":16,"learning_rate":0.02,"holdout":0.2,"strength":1.0,"seed":0}'
+
+
+@pytest.mark.parametrize("number", [1, 10, 9_999_999_999])
+def test_a_job_id_comes_back_from_its_text(number: int) -> None:
+    assert parse_job_id(f"{USER}.{number}") == JobId(USER, number)
+    assert str(JobId(USER, number)) == f"{USER}.{number}"
+
+
+@pytest.mark.parametrize("text", ["", "a", "a.", ".1", "a.01", "a.-1", "a.1.2", "a.x", "a/b.1", "a.²"])
+def test_any_other_text_is_refused(text: str) -> None:
+    assert parse_job_id(text) is None
+    assert parse_job_id(text.replace("a", USER, 1)) is None
 
 
 def test_a_configuration_comes_back_as_it_was() -> None:
@@ -16,9 +30,9 @@ def test_a_configuration_comes_back_as_it_was() -> None:
 
 
 def test_a_record_of_an_earlier_gateway_gets_the_usual_budget() -> None:
-    config = decode_config(OLD)
+    config, usual = decode_config(OLD), AdaptConfig()
     assert (config.steps, config.learning_rate) == (16, 0.02)
-    assert (config.max_tokens, config.max_seconds) == (AdaptConfig().max_tokens, AdaptConfig().max_seconds)
+    assert (config.max_tokens, config.max_seconds) == (usual.max_tokens, usual.max_seconds)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import redis.asyncio as redis
@@ -32,6 +31,8 @@ class Alone:
     they are made anew, to the server that has the address then.
     """
 
+    unserved: str | None = None  # it serves all or none
+
     def __init__(self, url: str) -> None:
         # One retry: a connection that idled through a restart of the server fails once. Commits may be repeated.
         pool = redis.BlockingConnectionPool.from_url(
@@ -44,26 +45,29 @@ class Alone:
         )
         self._client: Any = redis.Redis(connection_pool=pool)  # Any: its annotations mix sync and async answers
 
-    @property
-    def unserved(self) -> None:
-        """It serves all or none."""
-
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         return await self._reconnecting(lambda: command(self._client))
 
-    @asynccontextmanager
-    async def pipeline(self) -> AsyncIterator[Any]:
-        try:
-            async with self._client.pipeline(transaction=False) as pipe:
-                yield pipe
-        except ReadOnlyError:
-            await self._drop()
-            raise
+    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
+        confirm = [WAITAOF] if durability is Durability.WAITAOF else []
+        answer, confirmed = await self.send(script, names, arguments, confirm)
+        check_confirmed(confirmed)
+        return answer
 
-    async def evaluate(
-        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
-    ) -> Any:
-        return await self._reconnecting(lambda: self._evaluate(script, names, arguments, durability))
+    async def send(
+        self, script: str, names: Sequence[str], arguments: Sequence[Any], confirm: Sequence[tuple[object, ...]]
+    ) -> tuple[Any, list[Any]]:
+        """A script's answer, and those of the commands that follow it on the same connection."""
+
+        async def work() -> tuple[Any, list[Any]]:
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.eval(script, len(names), *names, *arguments)
+                for command in confirm:
+                    pipe.execute_command(*command)
+                answer, *confirmed = await pipe.execute()
+            return answer, confirmed
+
+        return await self._reconnecting(work)
 
     async def durability(self) -> Durability:
         return await self._reconnecting(self._writable_durability)
@@ -77,17 +81,6 @@ class Alone:
     async def close(self) -> None:
         await self._client.aclose()
         await self._client.connection_pool.disconnect()
-
-    async def _evaluate(
-        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
-    ) -> Any:
-        async with self._client.pipeline(transaction=False) as pipe:
-            pipe.eval(script, len(names), *names, *arguments)
-            if durability is Durability.WAITAOF:
-                pipe.execute_command(*WAITAOF)
-            answer, *confirmed = await pipe.execute()
-        check_confirmed(confirmed)
-        return answer
 
     async def _writable_durability(self) -> Durability:
         """Raises `ReadOnlyError` of a replica, even one that would take writes: it loses them."""

@@ -1,21 +1,19 @@
 """The append-only file holds erased data until it is rewritten: requested at every erasure, done at most hourly.
 
 Each server has a file of its own. The hash `keys.rewrite(server)` holds its state, with times in ms: `asked`, when a
-rewrite was last requested; `due`, when the next is due, absent when all requests are done; `last`, when the last
-successful one began; for the one in progress, when it `began`, the server's `run`, and its `count` of rewrites before;
-and while they fail, how many `failures` there were in a row, and when to `retry`.
+rewrite was last requested; `due`, when the next is due, if any is; `last`, when the last successful one began; for the
+one in progress, when it `began`, the server's `run`, and its `count` of rewrites before; how many `failures` there were
+in a row, and when to `retry`.
 
 A rewrite is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The
-erasure follows within `ASKED_MS` or not at all. So a successful rewrite that began later than that after the request
-has left out what was erased; only such a rewrite settles what is due. In a cluster that concerns the primary that
-holds the user, and its replicas; the times are by the clock of whichever server holds the states.
+erasure follows within `ASKED_MS` or not at all. So only a successful rewrite that began later than that settles what is
+due. In a cluster that concerns the user's primary and its replicas, by the clock of whichever server holds the states.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 
 import orjson
 from redis.exceptions import ResponseError
@@ -23,7 +21,7 @@ from redis.exceptions import ResponseError
 from server.errors import Unavailable
 from server.store.durability import LOOK_S, Rewrite
 from server.store.redis import keys
-from server.store.redis.job_scripts import ALLOW_OOM, NOW
+from server.store.redis.scripts import full_script, script
 from server.store.redis.servers.base import StoreServer
 from server.store.redis.servers.connection import RedisConnection
 
@@ -38,10 +36,7 @@ RETRY_MS = 60_000  # until a failed rewrite is tried again; each further failure
 
 # KEYS: rewrite. ARGV: interval, time to erase (ms). Returns the time, and when a rewrite is due that is sure to begin
 # after the erasure: the one that is already due may begin too early.
-_ASK = (
-    ALLOW_OOM
-    + NOW
-    + """
+_ASK = full_script("""
 redis.call('HSET', KEYS[1], 'asked', now)
 local from = now + ARGV[2]
 local due = tonumber(redis.call('HGET', KEYS[1], 'due'))
@@ -53,8 +48,7 @@ end
 local began = redis.call('HEXISTS', KEYS[1], 'began') == 1
 if began or due < from then due = math.max(due, now) + ARGV[1] end
 return {now, due}
-"""
-)
+""")
 
 _FAIL = """
 local function failed(first, longest)
@@ -66,10 +60,8 @@ end
 """
 
 # KEYS: rewrite. ARGV: time until the next try, interval (ms). Returns how often rewrites have failed, below zero.
-_REFUSED = (
-    ALLOW_OOM
-    + NOW
-    + _FAIL
+_REFUSED = full_script(
+    _FAIL
     + """
 if redis.call('HEXISTS', KEYS[1], 'began') == 1 then return failed(tonumber(ARGV[1]), tonumber(ARGV[2])) end
 return -tonumber(redis.call('HGET', KEYS[1], 'failures') or 0)
@@ -77,19 +69,14 @@ return -tonumber(redis.call('HGET', KEYS[1], 'failures') or 0)
 )
 
 # KEYS: rewrite. ARGV: how long a rewrite may take (ms). Returns for how long one should have been done, ms.
-_OVERDUE = (
-    NOW
-    + """
+_OVERDUE = script("""
 return math.max(0, now - (redis.call('HGET', KEYS[1], 'due') or now) - ARGV[1])
-"""
-)
+""")
 
 # KEYS: rewrite. Returns 1 if the caller should begin a rewrite now, 0 if nobody should; below zero, how often rewrites
 # have failed in a row, one of them just now. A time too far ahead to have been set by this clock counts as reached.
-_SETTLE = (
-    ALLOW_OOM
-    + NOW
-    + _FAIL
+_SETTLE = full_script(
+    _FAIL
     + """
 local run, count, well, times = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
 local function get(field) return redis.call('HGET', KEYS[1], field) end
@@ -130,12 +117,15 @@ class AppendOnlyFile:
         self._connection = connection
 
     async def request_rewrite(self, user_key: str) -> Rewrite:
-        return await self._ask(await self._connection.holders(keys.profile(user_key)))
+        states = [keys.rewrite(server) for server in await self._connection.holders(keys.profile(user_key))]
+        asked = [await self._connection.write(_ASK, (state,), INTERVAL_MS, ASKED_MS) for state in states]
+        now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
+        return Rewrite(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
 
     async def overdue_s(self) -> float:
-        """For how long a rewrite that was promised should have been done, on the server where that is longest."""
-        states = [keys.rewrite(server.id) for server in await self._connection.members()]
-        return max([await self._overdue_ms(state) for state in states], default=0) / 1000
+        states = [(keys.rewrite(server.id),) for server in await self._connection.members()]
+        late_ms = [int(await self._connection.evaluate(_OVERDUE, state, _taken_ms())) for state in states]
+        return max(late_ms, default=0) / 1000
 
     async def look(self) -> None:
         members = await self._connection.members()
@@ -143,15 +133,6 @@ class AppendOnlyFile:
         for error in looked:  # that one server is away keeps nobody from looking at the others
             if error is not None:
                 raise error
-
-    async def _ask(self, servers: Sequence[str]) -> Rewrite:
-        states = [keys.rewrite(server) for server in servers]
-        asked = [await self._connection.write(_ASK, (state,), INTERVAL_MS, ASKED_MS) for state in states]
-        now_ms, due_ms = min(now for now, _ in asked), max(due for _, due in asked)
-        return Rewrite(now_ms + ASKED_MS - CLOCKS_MS, due_ms + _taken_ms())
-
-    async def _overdue_ms(self, state: str) -> int:
-        return int(await self._connection.run(lambda redis: redis.eval(_OVERDUE, 1, state, _taken_ms())))
 
     async def _look_at(self, server: StoreServer) -> None:
         state, info = keys.rewrite(server.id), await self._connection.send(server, "INFO")

@@ -1,17 +1,17 @@
-"""What the stores need of Redis 7.2+ or Valkey 8+, be it one server (`alone.py`) or a cluster (`cluster.py`).
+"""What the stores need of Redis 7.2+ or Valkey 8+: one server (`alone.py`), a cluster, or a watched primary.
 
-Every change is one Lua script on keys of one slot, so it is atomic on a cluster too. What makes it last is asked for
-on the connection that the script went over, in the same round trip: elsewhere `WAITAOF` would wait for nothing.
+Every change is one Lua script on keys of one slot, so it is atomic on a cluster too. `WAITAOF` follows on the same
+connection: elsewhere it would wait for nothing.
 
-`RedisConnection` stops waiting when its time is up, and cancels what it waited for. redis-py is given no time of its
-own (`socket_timeout`): it would then send through `asyncio.wait_for`, in which Python 3.11 loses cancellations.
+`RedisConnection` stops waiting when its time is up, and cancels what it waited for. redis-py gets no `socket_timeout`:
+it would then send through `asyncio.wait_for`, in which Python 3.11 loses cancellations.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,45 +24,31 @@ CONNECTIONS = 64
 CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 2.0
 WRITE_TIMEOUT_S = 15.0
-CHECK_TIMEOUT_S = 3.0
-"""In a cluster a silent server may be met twice, each time for a second."""
-
+CHECK_TIMEOUT_S = 3.0  # in a cluster a silent server may be met twice, each time for a second
 WAITAOF_TIMEOUT_MS = 10_000
 REPLICA_TIMEOUT_MS = 4_000
 WAITAOF = ("WAITAOF", 1, 0, WAITAOF_TIMEOUT_MS)
-MEMORY_TIMEOUT_S = 0.5
-"""How long to wait for what one server says of its memory: a replica may be silent, and a check must end in time."""
+MEMORY_TIMEOUT_S = 0.5  # for what one server says of its memory: a replica may be silent, and a check must end in time
 
 Execute = Callable[..., Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreServer:
-    """One server process, and how to send it a command: `execute("INFO")`.
+    """One server process, and how to send it a command: `execute("INFO")`."""
 
-    `id` is its name for life, which it keeps when its address changes; empty if it is not in a cluster.
-    """
-
-    id: str
+    id: str  # which it keeps when its address changes; empty if it is not in a cluster
     execute: Execute
 
 
 class Servers(Protocol):
-    """One server, or a cluster. Raises redis-py's errors; `RedisConnection` translates them."""
+    """One server, or several. Raises redis-py's errors; `RedisConnection` translates them."""
 
-    @property
-    def unserved(self) -> str | None:
-        """Who cannot be served while most can, as `durability` last found; None if nobody."""
+    unserved: str | None  # who cannot be served while most can, as `durability` last found
 
-    async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
-        """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`."""
+    async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any: ...
 
-    def pipeline(self) -> AbstractAsyncContextManager[Any]:
-        """Commands that need not succeed together, in one round trip to each server that they concern."""
-
-    async def evaluate(
-        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
-    ) -> Any:
+    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
         """Run a script on keys of one slot; return its answer once what it wrote is as durable as was found."""
 
     async def durability(self) -> Durability:
@@ -74,17 +60,15 @@ class Servers(Protocol):
     async def holders(self, name: str) -> list[str]:
         """The ids of the servers whose files hold a key, whether or not they can be asked now."""
 
-    async def close(self) -> None:
-        """Close all connections."""
+    async def close(self) -> None: ...
 
 
 async def durability_of(execute: Execute) -> Durability:
-    """How one server's writes become durable."""
     try:
         config = await execute("CONFIG GET", "appendonly", "appendfsync")
     except (NoPermissionError, ResponseError):  # managed services hide CONFIG
         return await _try_waitaof(execute)
-    found = {_text(name): _text(value) for name, value in config.items()}
+    found = decoded(config)
     if found.get("appendonly") != "yes" or found.get("appendfsync") == "no":
         return Durability.NONE  # with `no` the server never learns what is on disk: WAITAOF would wait for ever
     return Durability.ALWAYS if found.get("appendfsync") == "always" else await _try_waitaof(execute)
@@ -100,10 +84,9 @@ async def _try_waitaof(execute: Execute) -> Durability:
 
 
 async def memory_of(servers: Sequence[StoreServer]) -> tuple[list[str], Memory | None]:
-    """Which servers may drop keys to make room, each with its policy; and the memory of the fullest.
+    """Which servers may drop keys to make room, each with its policy; and the memory of the fullest, if any says so.
 
-    It is read from `INFO`, for managed services hide `CONFIG`. A server that cannot be asked, or refuses, says nothing;
-    the memory is None if none says anything.
+    It is read from `INFO`, for managed services hide `CONFIG`. A server that cannot be asked, or refuses, says nothing.
     """
     evicting, fullest = [], None
     for server, info in zip(servers, await asyncio.gather(*map(_memory_info, servers)), strict=True):
@@ -125,7 +108,7 @@ async def _memory_info(server: StoreServer) -> dict[str, Any]:
 
 
 def confirmations(durability: Durability, *, replicas: bool) -> list[tuple[object, ...]]:
-    """The commands behind a script by which its server says that what it wrote lasts.
+    """The commands after a script that wait until its writes last.
 
     Also where the server fsyncs before it answers: one that takes over may not, and then this is an error.
     """
@@ -145,5 +128,9 @@ def check_confirmed(answers: Sequence[Any]) -> None:
             )
 
 
-def _text(value: bytes | str) -> str:
+def decoded(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    return {text(name): text(value) for name, value in fields.items()}
+
+
+def text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value

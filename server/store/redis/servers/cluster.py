@@ -1,8 +1,7 @@
 """A cluster, over redis-py's client for clusters, which finds the server of each key and follows when keys move.
 
-Writing is not left to that client: it would send what asks for durability to a server of its choice, and after a lost
-connection repeat only what had no answer, over another one. Here a script and what it waits for go to the primary of
-its keys over one connection, and all of it is repeated, there or wherever the keys have gone.
+Writes bypass that client: it would send WAITAOF to a server of its choice, and after a lost connection repeat only what
+had no answer. Here a script and what it waits for go over one connection, and all of it is repeated.
 """
 
 from __future__ import annotations
@@ -11,25 +10,36 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from redis import exceptions
-from redis.asyncio.cluster import PipelineCommand
+from redis.asyncio.cluster import ClusterNode, PipelineCommand, RedisCluster
+from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from server.store.durability import Durability
-from server.store.redis.servers.base import CONNECTIONS, StoreServer, check_confirmed, confirmations, durability_of
-from server.store.redis.servers.cluster_client import READ_RETRIES, Away, cluster_client
+from server.store.redis.servers.base import (
+    CONNECT_TIMEOUT_S,
+    CONNECTIONS,
+    StoreServer,
+    check_confirmed,
+    confirmations,
+    decoded,
+    durability_of,
+    text,
+)
 
 log = logging.getLogger("mta.store")
 
 # Between attempts: a replica takes over within seconds, and keys have moved by then, or an operator is needed.
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.5)
-# How often to find out which servers there are now. Errors do not always tell: one that is silent sends none, and a
-# replica that has come must be waited for.
-REFRESH_S = 5.0
+REFRESH_S = 5.0  # how often to ask which servers there are: silent ones and new replicas cause no errors
 PATIENCE_S = 1.0  # how long to wait for a server that is asked which servers there are, before another is
+READ_RETRIES = 3
 AWAY_S = 5.0  # how long nothing is sent to a server that did not answer to `durability`, asked every two seconds
 
 SLOTS = 16384
@@ -47,27 +57,56 @@ _PASSING = (
 """What a write meets while a replica takes over, or while keys are on their way from server to server."""
 
 
+class Away(exceptions.ConnectionError):  # type: ignore[misc]  # untyped
+    """A server did not answer a moment ago, so it is not asked: who waits for it holds the place of others."""
+
+
+class _Client(RedisCluster):  # type: ignore[misc]  # untyped
+    """Leaves servers alone that are away."""
+
+    _away: Collection[Any] = ()
+    _until_s = 0.0
+
+    def stay_away(self, nodes: Collection[Any], for_s: float) -> None:
+        self._away, self._until_s = nodes, time.monotonic() + for_s
+
+    def is_away(self, node: Any) -> bool:
+        return node in self._away and time.monotonic() < self._until_s
+
+    def refuse_away(self, node: Any) -> None:
+        if self.is_away(node):
+            raise Away(f"{node.name} did not answer when it was last looked at")
+
+    async def _execute_command(self, target_node: Any, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_away(target_node)
+        return await super()._execute_command(target_node, *args, **kwargs)
+
+
 class Cluster:
     """`Servers` that share the keys, each with replicas or without.
 
-    A write is on the disk of its primary, and has reached one of its replicas if there are any: so it is still there
-    when that replica takes over.
+    A write is on its primary's disk, and on one replica if there are any, so it survives when that one takes over.
 
-    Its URL is `redis+cluster://` or `rediss+cluster://`, then what redis-py reads behind `redis://`, with one host or
-    several, comma-separated: those that the others are found from; `ValueError` when it cannot be read.
+    Its URL is `redis+cluster://` or `rediss+cluster://`, then as redis-py reads it, with one host or several,
+    comma-separated, from which the others are found; raises `ValueError`.
     """
 
     def __init__(self, url: str) -> None:
-        self._client = cluster_client(url)
+        hosts, options = _read_url(url)
+        self._client = _Client(
+            startup_nodes=[ClusterNode(host, port) for host, port in hosts],
+            max_connections=4 * CONNECTIONS,  # those that are being closed count, too
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=None,  # see `base.py`
+            retry=Retry(NoBackoff(), READ_RETRIES),
+            reinitialize_steps=0,  # it would cut all connections off; we look around often enough
+            **options,
+        )
+        self.unserved: str | None = None
         self._connections = asyncio.Semaphore(CONNECTIONS)  # the client fails where it should wait for a connection
         self._refreshing = asyncio.Lock()
         self._refreshed_s = -REFRESH_S
         self._not_durable: set[str] = set()
-        self._unserved: str | None = None
-
-    @property
-    def unserved(self) -> str | None:
-        return self._unserved
 
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         for pause_s in (*PAUSES_S, None):
@@ -81,16 +120,7 @@ class Cluster:
                 await asyncio.sleep(pause_s)  # its keys move: servers sent it to each other, and none did it
         raise AssertionError("unreachable")
 
-    @asynccontextmanager
-    async def pipeline(self) -> AsyncIterator[Any]:
-        async with self._connections:
-            await self._refresh()
-            async with self._client.pipeline(transaction=False) as pipe:
-                yield pipe
-
-    async def evaluate(
-        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
-    ) -> Any:
+    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
         command = ("EVAL", script, len(names), *names, *arguments)
         node, asking, home = None, False, None
         for pause_s in (*PAUSES_S, None):
@@ -100,7 +130,7 @@ class Cluster:
                     await self._client.initialize()
                     home = node or self._client.get_node_from_key(names[0])
                     self._client.refuse_away(home)
-                    return await self._evaluate(home, command, names[0], durability, asking=asking)
+                    return await self._write(home, command, names[0], durability, asking=asking)
             except _PASSING as error:
                 if pause_s is None or (isinstance(error, Away) and not self._replicas(home, names[0])):
                     raise
@@ -158,13 +188,13 @@ class Cluster:
         served = sum(held[0] in serving for held in self._client.nodes_manager.slots_cache.values())
         said = f"{1 - served / SLOTS:.0%} of all users cannot be served: {', '.join(sorted(away))} cannot be used"
         unserved = said if served < SLOTS else None
-        if unserved and unserved != self._unserved:
+        if unserved and unserved != self.unserved:
             log.error("%s", unserved)
-        self._unserved = unserved
+        self.unserved = unserved
         if served <= SLOTS / 2:
             raise exceptions.ClusterDownError(said)
 
-    async def _evaluate(
+    async def _write(
         self, node: Any, command: Sequence[Any], name: str, durability: Durability, *, asking: bool
     ) -> Any:
         """On one connection: leave to use keys that are arriving, the script, and what it waits for."""
@@ -198,10 +228,9 @@ class Cluster:
         return node, not isinstance(error, exceptions.MovedError)
 
     async def _discover(self, silent: Any = None) -> None:
-        """Find out again which servers there are and what they hold, if need be from the one that may be silent.
+        """Find out again which servers there are and what they hold; the one that may be silent is asked last.
 
-        Connections are made anew, each when it is free; those to a server that is no primary any more at once, so that
-        nobody waits for it: it may be silent.
+        Connections are made anew, each when it is free; those to a former primary at once, since it may be silent.
         """
         before = self._client.get_primaries()
         for _ in self._client.get_nodes():
@@ -216,7 +245,7 @@ class Cluster:
         await asyncio.gather(*(node.disconnect() for node in before if node not in now), return_exceptions=True)
 
     async def _refresh(self, *, at_once: bool = False) -> None:
-        """Look around if anything has changed, every few seconds. Calls that come meanwhile wait for the result."""
+        """Every few seconds, look whether anything has changed; other calls wait for the result."""
         if time.monotonic() < self._refreshed_s + REFRESH_S and not (at_once or self._refreshing.locked()):
             return
         async with self._refreshing:
@@ -239,22 +268,22 @@ class Cluster:
         raise exceptions.ConnectionError("no server of the cluster answers")
 
     def _knows(self, shards: Sequence[Any], host: str) -> bool:
-        """Whether the client knows which primary holds which slots, and who follows it, as the server at a host says.
+        """Whether the client knows the primaries and replicas of all slots as the server at a host says.
 
-        It is compared with what the client holds, not with what was said last: the next server may know less.
+        Compared with what the client holds, not with what was said last: the next server may know less.
         """
         for first, last, *nodes in shards:
-            primary, *replicas = (f"{_text(node[0]) or host}:{node[1]}" for node in nodes)
+            primary, *replicas = (f"{text(node[0]) or host}:{node[1]}" for node in nodes)
             for known in self._layouts(first, last):
                 if known[:1] != [primary] or set(known[1:]) != set(replicas):
                     return False
         return True
 
     def _layouts(self, first: int, last: int) -> list[list[str]]:
-        """The names of the primary and its replicas that the client has for some slots: each different list once.
+        """The names of primary and replicas that the client has for some slots: each different list once.
 
-        redis-py lets the slots of a primary share one list object, but for those that it was redirected from: of these
-        it forgets the replicas. So few lists are compared, not 16,384.
+        redis-py shares one list among a primary's slots, except those that it was redirected from, of which it forgets
+        the replicas. So few lists are compared, not 16,384.
         """
         slots = self._client.nodes_manager.slots_cache
         lists = {id(nodes): nodes for nodes in (slots.get(slot, ()) for slot in range(first, last + 1))}
@@ -263,12 +292,22 @@ class Cluster:
     async def _shards(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
         """For each primary: its ranges of slots, first and last in turn; then its own fields and its replicas'."""
         _, shards = await self._ask_any("CLUSTER SHARDS")
-        return [(shard["slots"], [_decoded(node) for node in shard["nodes"]]) for shard in shards]
+        return [(shard["slots"], [decoded(node) for node in shard["nodes"]]) for shard in shards]
 
 
-def _decoded(fields: dict[Any, Any]) -> dict[str, Any]:
-    return {_text(name): _text(value) for name, value in fields.items()}
-
-
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
+def _read_url(url: str) -> tuple[list[tuple[str, int]], dict[str, Any]]:
+    """Hosts with ports, and options of redis-py's client; raises `ValueError`."""
+    parts = urlsplit(url)
+    login, at, hosts = parts.netloc.rpartition("@")
+    scheme = parts.scheme.removesuffix("+cluster")
+    found, options = [], {}
+    for host in hosts.split(","):
+        options = parse_url(urlunsplit((scheme, f"{login}{at}{host}", parts.path, parts.query, "")))
+        found.append((options.pop("host", ""), options.pop("port", 6379)))
+    if options.pop("db", 0):
+        raise ValueError("a cluster has no numbered databases")
+    if not all(host for host, _ in found):
+        raise ValueError("a host is missing")
+    if options.pop("connection_class", None) is SSLConnection:
+        options["ssl"] = True
+    return found, options

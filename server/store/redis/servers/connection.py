@@ -26,9 +26,7 @@ from server.store.redis.servers.base import (
 from server.store.redis.servers.cluster import Cluster
 from server.store.redis.servers.sentinel import Sentinel
 
-FULL_RETRY_S = 60
-"""Somebody has to make room first."""
-
+FULL_RETRY_S = 60  # somebody has to make room first
 _NOT_DURABLE = (
     "Redis does not guarantee to keep acknowledged writes: set `appendonly yes` and `appendfsync always` (or "
     "`everysec`; Redis 7.2+ or Valkey 8+), or MTA_REQUIRE_DURABLE_STORE=false to accept losses"
@@ -49,32 +47,12 @@ _KINDS: dict[str, Callable[[str], Servers]] = {
 }
 
 
-@contextmanager
-def readable() -> Iterator[None]:
-    """Translate decoding errors: the store is corrupt, or a later version wrote to it.
-
-    Raises:
-        Unavailable: with code `store_corrupt`.
-    """
-    try:
-        yield
-    except (ValueError, KeyError, TypeError) as error:
-        raise Unavailable("the store holds a record that this version cannot read", code="store_corrupt") from error
-
-
 class RedisConnection:
     """Reads, and writes that are on disk when they return.
 
-    Args:
-        url: as in redis-py: `redis://`, `rediss://` or `unix://`; of a cluster, `redis+cluster://` or
-            `rediss+cluster://` with one host or several, comma-separated; of servers that Sentinel watches, as
-            `sentinel.FORM` says.
-        require_durable: whether a server that may lose or evict what it acknowledged is refused; in a cluster, one such
-            primary, or one server that evicts.
-        span: what a write is in a trace, however often it is sent until it lasts.
-
-    Raises:
-        MtaError: when the URL cannot be read.
+    Its URL is one of redis-py, or of a cluster (`Cluster`), or of servers that Sentinel watches (`sentinel.FORM`);
+    `MtaError` when it cannot be read. `require_durable` refuses servers that may lose or evict what they acknowledged:
+    in a cluster, one such primary, or one server that evicts. A `span` is one write, however often it is sent.
     """
 
     def __init__(
@@ -87,41 +65,32 @@ class RedisConnection:
         self._require_durable = require_durable
         self._timed = timed
         self._span = span
-        self._durability = Durability.NONE
         self._evicting: list[str] = []
-        self._memory: Memory | None = None
-
-    @property
-    def durability(self) -> Durability:
-        return self._durability
+        self.durability = Durability.NONE
+        self.memory: Memory | None = None
 
     @property
     def unserved(self) -> str | None:
         return self._servers.unserved
 
     @property
-    def memory(self) -> Memory | None:
-        return self._memory
-
-    @property
     def shows_only_what_lasts(self) -> bool:
         """Whether nothing can be read that is lost when a server dies: on one server that answers after its fsync."""
-        return self._durability is Durability.ALWAYS and isinstance(self._servers, Alone)
+        return self.durability is Durability.ALWAYS and isinstance(self._servers, Alone)
 
     async def check(self) -> Durability:
         async with _translated(CHECK_TIMEOUT_S):
             durability = await self._servers.durability()
-            self._evicting, self._memory = await memory_of(await self._servers.members())
-            self._durability = Durability.EVICTS if self._evicting and durability.lasts else durability
+            self._evicting, self.memory = await memory_of(await self._servers.members())
+            self.durability = Durability.EVICTS if self._evicting and durability.lasts else durability
         self._refuse_if_not_durable()
-        return self._durability
+        return self.durability
 
-    @asynccontextmanager
-    async def pipeline(self, timeout_s: float = READ_TIMEOUT_S) -> AsyncIterator[Any]:
-        """Commands in one round trip, none of which needs the others; Redis's errors become `Unavailable`."""
-        with _measured(self._timed, "command"):
-            async with _translated(timeout_s), self._servers.pipeline() as pipe:
-                yield pipe
+    async def evaluate(
+        self, script: str, names: Sequence[str], *arguments: Any, timeout_s: float = READ_TIMEOUT_S
+    ) -> Any:
+        """Run a script on some keys of one slot, whose changes need not last."""
+        return await self.run(lambda redis: redis.eval(script, len(names), *names, *arguments), timeout_s)
 
     async def run(self, command: Callable[[Any], Awaitable[Any]], timeout_s: float = READ_TIMEOUT_S) -> Any:
         """One command of redis-py's client, e.g. `lambda redis: redis.get(name)`; errors become `Unavailable`."""
@@ -139,7 +108,7 @@ class RedisConnection:
         self._refuse_if_not_durable()
         with _measured(self._timed, "write"), self._span("store write"):
             async with _translated(WRITE_TIMEOUT_S):
-                return await self._servers.evaluate(script, names, arguments, self._durability)
+                return await self._servers.write(script, names, arguments, self.durability)
 
     async def members(self) -> list[StoreServer]:
         async with _translated(READ_TIMEOUT_S):
@@ -158,8 +127,8 @@ class RedisConnection:
         await self._servers.close()
 
     def _refuse_if_not_durable(self) -> None:
-        if self._require_durable and not self._durability.lasts:
-            evicts = self._durability is Durability.EVICTS
+        if self._require_durable and not self.durability.lasts:
+            evicts = self.durability is Durability.EVICTS
             message = _EVICTS.format(", ".join(self._evicting)) if evicts else _NOT_DURABLE
             raise Unavailable(message, code="store_not_durable")
 

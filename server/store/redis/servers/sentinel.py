@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit, urlunsplit
@@ -24,41 +24,34 @@ log = logging.getLogger("mta.store")
 
 FORM = "redis+sentinel://[user:password@]host:port[,host:port…]/service[/database]"
 
-# How often to ask who is the primary and who follows it. Errors do not always tell: a replica that has come must be
-# waited for.
+# How often to ask who is the primary and who follows it: no error tells that a replica has come, to be waited for.
 REFRESH_S = 5.0
 PATIENCE_S = 1.0  # how long to wait for a Sentinel, before another is asked; for the last one, the caller decides
 
+# What a call meets when the server is no longer the primary.
 _PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
-"""What whoever uses the primary meets when it is none any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Topology:
-    """What a Sentinel said, in names of the form `host:port`.
-
-    Attributes:
-        replicas: those that follow the primary, and that Sentinel does not take for down.
-        known: all that have followed it, down or not: their files hold what they held.
-        server: the primary. All connections to it are to that address: what was said of its replicas is said of it.
-    """
+    """What a Sentinel said, in names of the form `host:port`."""
 
     primary: str
-    replicas: frozenset[str]
-    known: frozenset[str]
-    server: Alone
+    replicas: frozenset[str]  # that follow the primary, and that Sentinel does not take for down
+    known: frozenset[str]  # all that have followed it, down or not: their files hold what they held
+    server: Alone  # all connections are to the primary's address: what was said of its replicas is said of it
 
 
 class Sentinel:
     """`Servers` that are one primary and its replicas.
 
-    A write is on the primary's disk, and has reached one of the replicas if there are any: so it is still there when
-    that replica takes over.
+    A write is on the primary's disk, and on one replica if there are any, so it survives when that one takes over.
 
-    Its URL is as `FORM` says, or `rediss+sentinel://`, with redis-py's options behind a `?`; `ValueError` if it cannot
-    be read. Login and options are those of the servers; the options `sentinel_username` and `sentinel_password` are the
-    Sentinels' login.
+    Its URL is as `FORM` says, or `rediss+sentinel://`, with redis-py's options after a `?`; raises `ValueError`. Login
+    and options are the servers'; `sentinel_username` and `sentinel_password` are the Sentinels' login.
     """
+
+    unserved: str | None = None  # it serves all or none
 
     def __init__(self, url: str) -> None:
         self._urls, sentinels, self._service = _read_url(url)
@@ -71,28 +64,13 @@ class Sentinel:
         self._refreshing = asyncio.Lock()
         self._refreshed_s = -REFRESH_S
 
-    @property
-    def unserved(self) -> None:
-        """It serves all or none."""
-
     async def run(self, command: Callable[[Any], Awaitable[Any]]) -> Any:
         return await self._with_primary(lambda topology: topology.server.run(command))
 
-    @asynccontextmanager
-    async def pipeline(self) -> AsyncIterator[Any]:
-        topology = await self._current()
-        async with topology.server.pipeline() as pipe:
-            yield pipe
-
-    async def evaluate(
-        self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability
-    ) -> Any:
+    async def write(self, script: str, names: Sequence[str], arguments: Sequence[Any], durability: Durability) -> Any:
         async def at(topology: _Topology) -> Any:
-            async with topology.server.pipeline() as pipe:
-                pipe.eval(script, len(names), *names, *arguments)
-                for command in confirmations(durability, replicas=bool(topology.replicas)):
-                    pipe.execute_command(*command)
-                answer, *confirmed = await pipe.execute()
+            confirm = confirmations(durability, replicas=bool(topology.replicas))
+            answer, confirmed = await topology.server.send(script, names, arguments, confirm)
             if len(confirmed) > 1 and confirmed[1] < 1:
                 self._refreshed_s = -REFRESH_S  # once Sentinel takes the replica for down, nobody waits for it
             check_confirmed(confirmed)
@@ -156,11 +134,7 @@ class Sentinel:
             return now
 
     async def _discover(self) -> _Topology:
-        """The servers, as the first Sentinel says that can be asked and knows.
-
-        Raises:
-            ConnectionError: naming what each of them said.
-        """
+        """The servers, as the first Sentinel says that knows them; raises `ConnectionError`: what each of them said."""
         said = []
         for sentinel in (asked := tuple(self._sentinels)):
             try:
@@ -199,11 +173,7 @@ def _down(state: dict[str, Any]) -> bool:
 
 
 def _read_url(url: str) -> tuple[Callable[[str], str], list[str], str]:
-    """The URL of a server at an address, the Sentinels' URLs, and the name of the service.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
+    """The URL of a server at an address, the Sentinels' URLs, and the name of the service; raises `ValueError`."""
     parts = urlsplit(url)
     scheme = parts.scheme.removesuffix("+sentinel")
     login, at, hosts = parts.netloc.rpartition("@")

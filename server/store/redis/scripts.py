@@ -1,27 +1,34 @@
-"""The Lua scripts of jobs: each changes one user's keys in one step. The server's clock is the only one used.
+"""How Lua scripts are made, and those of jobs: each changes one user's keys in one step.
 
-The scripts make a job's name from its number; it is in the same slot as the declared keys. Each script may run twice,
-since its answer can be lost on the way: the second run changes nothing and returns the same. What the caller is then
-told, it writes again as it is, for else nobody waits until that lasts (`RedisConnection.write`).
+The server's clock is the only one used. A job script makes the job's name from its number; it is in the same slot as
+the declared keys. Each script may run twice, since its answer can be lost on the way: the second run changes nothing
+and returns the same. What the caller is then told, it writes again as it is, for else nobody waits until that lasts
+(`RedisConnection.write`).
 """
 
-from __future__ import annotations
-
-ALLOW_OOM = "#!lua flags=allow-oom"
-"""Begins a script that a server runs even at its `maxmemory`: what lets users go, and what decides which keys count."""
-
-NOW = """
+_PRELUDE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""
-
-ERASED_SINCE = """
-local function erased_since(key, seen)
+local function erased_since(key, seen)  -- forgotten once the tombstone expires
   local epoch = redis.call('HGET', key, 'epoch')
   return epoch and epoch ~= seen
 end
 """
-"""Whether a user was erased since their epoch was seen; this is forgotten once the tombstone expires."""
+
+
+def script(body: str) -> str:
+    """A script that knows what time it is (ms), and whether a user was erased since their epoch was seen."""
+    return _PRELUDE + body
+
+
+def full_script(body: str) -> str:
+    """One that a server runs even at its `maxmemory`: what lets users go, and what decides which keys count."""
+    return "#!lua flags=allow-oom" + script(body)
+
+
+def _job_script(body: str) -> str:
+    return script(_JOB + body)
+
 
 # A lease with more time left than its whole length was given before the clock was set back, and counts as lost.
 _JOB = """
@@ -41,13 +48,9 @@ local function finish(job, state, kept_s)
 end
 """
 
-# KEYS: jobs, samples, epoch. ARGV: JSON (`RedisJobs.submit`), then the samples. Returns the job's number, 0 if there
+# KEYS: jobs, samples, epoch. ARGV: JSON (`JobStore.submit`), then the samples. Returns the job's number, 0 if there
 # would be too many samples, -1 if the user was erased, -2 if it is too late.
-SUBMIT = (
-    NOW
-    + ERASED_SINCE
-    + _JOB
-    + """
+SUBMIT = _job_script("""
 local given = cjson.decode(ARGV[1])
 if erased_since(KEYS[3], given.epoch) then return -1 end
 
@@ -89,27 +92,28 @@ end
 redis.call('HSET', name(number), 'state', 'queued', 'config', given.config, 'created_ms', now, 'bank', given.bank,
   'epoch', given.epoch, 'token', given.token, 'key', given.key, 'traceparent', given.traceparent)
 return number
+""")
+
+# KEYS: jobs. ARGV: prefix of job names, how many are kept, fields. Returns each one's number and fields.
+JOBS = """
+local last, found = tonumber(redis.call('HGET', KEYS[1], 'last') or 0), {}
+for number = math.max(1, last - ARGV[2] + 1), last do
+  found[#found + 1] = {number, redis.call('HMGET', ARGV[1] .. number, unpack(ARGV, 3))}
+end
+return found
 """
-)
 
 # KEYS: jobs. ARGV: prefix of job names. Returns the number of the user's newest job, its state and bank, and for how
 # many ms a worker still has it; nothing for a user without jobs.
-LOOK = (
-    NOW
-    + _JOB
-    + """
+LOOK = _job_script("""
 local last = redis.call('HGET', KEYS[1], 'last')
 if not last then return {} end
 local state, bank = unpack(redis.call('HMGET', ARGV[1] .. last, 'state', 'bank'))
 return {last, state, bank, lease_left(ARGV[1] .. last)}
-"""
-)
+""")
 
 # KEYS: job. Returns whether this call ended it.
-CANCEL = (
-    NOW
-    + _JOB
-    + """
+CANCEL = _job_script("""
 local token, kept_s = unpack(ARGV)
 local state, ended_by = unpack(redis.call('HMGET', KEYS[1], 'state', 'ended_by'))
 if not is_open(KEYS[1]) then
@@ -119,14 +123,10 @@ end
 redis.call('HSET', KEYS[1], 'ended_by', token)
 finish(KEYS[1], 'cancelled', kept_s)
 return 1
-"""
-)
+""")
 
 # KEYS: job. Returns whether the caller has it now.
-CLAIM = (
-    NOW
-    + _JOB
-    + """
+CLAIM = _job_script("""
 local token, lease_ms, max_tries, error, kept_s = unpack(ARGV)
 if not is_open(KEYS[1]) then return 0 end
 if redis.call('HGET', KEYS[1], 'lease') == token then return 1 end
@@ -139,20 +139,16 @@ end
 redis.call('HSET', KEYS[1], 'state', 'running', 'lease', token, 'lease_until', now + lease_ms, 'lease_ms', lease_ms)
 redis.call('HSETNX', KEYS[1], 'started_ms', now)
 return 1
-"""
-)
+""")
 
 # KEYS: job. An empty curve leaves it as it was. Returns whether the lease holds.
-RENEW = (
-    NOW
-    + """
+RENEW = script("""
 local token, lease_ms, step, of, loss, curve = unpack(ARGV)
 if redis.call('HGET', KEYS[1], 'lease') ~= token then return 0 end
 redis.call('HSET', KEYS[1], 'lease_until', now + lease_ms, 'lease_ms', lease_ms, 'step', step, 'of', of, 'loss', loss)
 if curve ~= '' then redis.call('HSET', KEYS[1], 'curve', curve) end
 return 1
-"""
-)
+""")
 
 # KEYS: job. Returns whether it is queued again.
 RELEASE = """
@@ -181,15 +177,12 @@ return 1
 """
 
 # KEYS: job. ARGV: JSON (`_outcome` in `jobs.py`). Returns whether it was written.
-END = NOW + _JOB + _MINE + _OUTCOME
+END = _job_script(_MINE + _OUTCOME)
 
 # KEYS: job, record, adapter, epoch. ARGV: JSON as of END, and of the adapter; the record expected, the new one, the
 # adapter's bytes. Returns whether all of it was written.
-PROMOTE = (
-    NOW
-    + ERASED_SINCE
-    + _JOB
-    + _MINE
+PROMOTE = _job_script(
+    _MINE
     + """
 local expected, record, raw = unpack(ARGV, 2)
 local epoch, bank = unpack(redis.call('HMGET', KEYS[1], 'epoch', 'bank'))

@@ -1,4 +1,4 @@
-"""What a replica has when it takes over, and what is acknowledged before it has it."""
+"""A cluster whose servers are silent or gone: what a replica has when it takes over, and who is served without one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import pytest
 
 from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import standing_still, wait_until
+from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable
+from server.store import profiles as profile_scripts
 from server.store.durability import Durability
-from server.store.jobs import JobState, Trained
-from server.store.redis import job_scripts, keys
-from server.store.redis import profiles as profile_scripts
-from server.store.redis.jobs import RedisJobs
-from server.store.redis.profiles import RedisProfiles
+from server.store.jobs import JobState, JobStore, Trained
+from server.store.profiles import ProfileStore
+from server.store.redis import keys, scripts
 from server.store.redis.servers.connection import RedisConnection
 from tests.support.store_parts import claimed, submitted
 from tests.support.stored import LATER_MS, Writing, change, connected, opened, users_at
+
+READS = 200
+"""More than there are places for, on one connection of the stores."""
 
 REPLICA_TIMEOUT_MS = "server.store.redis.servers.base.REPLICA_TIMEOUT_MS"
 
@@ -35,7 +38,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster
     running.kill()
 
 
-async def test_a_write_that_no_replica_has_received_is_not_acknowledged(
+async def test_a_write_without_a_replica_is_not_acknowledged(
     followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(REPLICA_TIMEOUT_MS, 100)
@@ -61,15 +64,13 @@ class Repeatable(RedisConnection):
         return await super().write(script, names, *arguments)
 
 
-async def test_what_is_sent_again_is_not_acknowledged_before_a_replica_has_it_either(
-    followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nor_is_one_that_is_sent_again(followed: ValkeyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server waits for what a connection wrote: for nothing, if all is already as it should be."""
     users = users_at(followed, followed.primaries[0])
     user, erased = next(users), next(users)
     connection = Repeatable(followed.url)
     await connection.check()
-    profiles, jobs = RedisProfiles(connection), RedisJobs(connection)
+    profiles, jobs = ProfileStore(connection), JobStore(connection)
     await profiles.commit(user, b"", change("a"))
     await profiles.settle(user)
     await profiles.erase(erased, LATER_MS, 0)
@@ -81,9 +82,9 @@ async def test_what_is_sent_again_is_not_acknowledged_before_a_replica_has_it_ei
         "commit": profile_scripts._COMMIT,
         "settle": profile_scripts._AGAIN,
         "erase": profile_scripts._ERASE,
-        "submit": job_scripts.SUBMIT,
-        "cancel": job_scripts.CANCEL,
-        "end": job_scripts.END,
+        "submit": scripts.SUBMIT,
+        "cancel": scripts.CANCEL,
+        "end": scripts.END,
     }
     acknowledged = []
     for name, script in said.items():
@@ -121,7 +122,7 @@ async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
     (lost,) = [node for node in pair if ask(node, "ROLE")[0] == b"master"]
     users = list(itertools.islice(users_at(followed, followed.primaries[0]), 4))
     async with connected(followed.url) as connection, asyncio.timeout(120):
-        writing = Writing(RedisProfiles(connection), users)
+        writing = Writing(ProfileStore(connection), users)
         async with writing:
             await writing.goes_on()
             os.kill(lost.pid, signal.SIGSTOP) if silent else lost.kill()
@@ -135,3 +136,67 @@ async def test_what_was_acknowledged_is_there_after_a_replica_took_over(
             await asyncio.sleep(0.1)
         assert len(await connection.holders(keys.profile(users[0]))) == 2
         assert await connection.check() is Durability.ALWAYS
+
+
+@pytest.fixture(scope="module")
+def lenient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    """Three primaries that go on when one is gone."""
+    options = (*DURABLE, "--cluster-require-full-coverage", "no")
+    running = ValkeyCluster(tmp_path_factory.mktemp("lenient"), options).start()
+    yield running
+    running.kill()
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "silent"])
+async def test_who_lives_elsewhere_is_served(lenient: ValkeyCluster, *, silent: bool) -> None:
+    gone, there = lenient.primaries[1], lenient.primaries[2]
+    lost, served = next(users_at(lenient, gone)), next(users_at(lenient, there))
+    async with connected(lenient.url) as connection:
+        store = ProfileStore(connection)
+        assert connection.unserved is None
+        with standing_still(*([gone.pid] if silent else [])):
+            if not silent:
+                gone.kill()
+            assert await connection.check() is Durability.ALWAYS
+            assert "33% of all users cannot be served" in str(connection.unserved)
+            assert f"127.0.0.1:{gone.port}" in str(connection.unserved)
+            reading = [asyncio.create_task(store.load(lost)) for _ in range(READS)]
+            writing = [asyncio.create_task(store.commit(lost, b"", change("a"))) for _ in range(READS)]
+            await asyncio.sleep(0)
+            assert await store.commit(served, b"", change("a"))
+            assert await store.load(served) is not None
+            refused = await asyncio.gather(*reading, *writing, return_exceptions=True)
+            assert {error.code for error in refused if isinstance(error, Unavailable)} == {"store_unavailable"}
+            assert all(isinstance(error, Unavailable) for error in refused)
+        if not silent:
+            gone.start()
+        wait_until(lambda: {state(node) for node in lenient.nodes} == {"ok"}, "peace")
+        await connection.check()
+        assert connection.unserved is None
+        assert await store.commit(lost, b"", change("a"))
+
+
+async def test_a_cluster_that_serves_less_than_half_is_not_usable(lenient: ValkeyCluster) -> None:
+    async with connected(lenient.url) as connection:
+        for gone in lenient.primaries[:2]:
+            gone.kill()
+        with pytest.raises(Unavailable, match="cannot be used"):
+            await connection.check()
+
+
+async def test_a_cluster_that_serves_nobody_once_a_primary_is_gone_is_not_usable(cluster: ValkeyCluster) -> None:
+    """As servers do by default: those that are left answer, and refuse every key."""
+    gone, *left = cluster.primaries
+    async with connected(cluster.url) as connection:
+        gone.kill()
+        try:
+            wait_until(lambda: {state(node) for node in left} == {"fail"}, "it to fail")
+            with pytest.raises(Unavailable, match="cannot be used"):
+                await connection.check()
+        finally:
+            gone.start()
+    wait_until(lambda: {state(node) for node in cluster.nodes} == {"ok"}, "peace")
+
+
+def state(node: ValkeyProcess) -> str:
+    return str(ask(node, "CLUSTER INFO")["cluster_state"])

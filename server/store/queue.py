@@ -1,11 +1,11 @@
-"""Queues on Redis (keys: `server/store/redis/keys.py`): they say when a worker is to look at whose record.
+"""Queues (keys: `server/store/redis/keys.py`): they say when a worker is to look at whose record.
 
-Whoever takes the first user that is due thereby moves that user's entry on by `GRACE_MS`. So if nothing comes of it the
-next worker looks again: waking and finding what was lost are the same act. After a look the entry is moved on for as
-long as somebody is at work, or removed when nothing is left to do, unless the user was called meanwhile.
+Taking the first user that is due moves that user's entry on by `GRACE_MS`. So if nothing comes of it the next worker
+looks again: waking and finding what was lost are the same act. After a look the entry is moved on for as long as
+a worker is busy, or removed when nothing is left to do, unless the user was requested meanwhile.
 
-A request that is about to create work first adds an entry of its own, `<user key>+<random>`. If the request dies on the
-way, that entry falls due and is taken like any other; nothing that happens to the user's own entry touches it.
+A request that is about to create work first adds an entry of its own, `<user key>+<random>`. If the request dies, that
+entry falls due and is taken like any other; nothing that happens to the user's own entry touches it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import Unavailable
-from server.store.jobs import Backlog
 from server.store.redis import keys
-from server.store.redis.job_scripts import ALLOW_OOM, NOW
+from server.store.redis.scripts import full_script, script
 from server.store.redis.servers.connection import RedisConnection
 
 POLL_S = 0.4  # how often an idle worker looks whether anybody is due: one command, and nothing is written
@@ -29,33 +28,24 @@ LISTED_MS = 60_000  # how long a request has to create the work that it listed a
 
 # KEYS of all: the set of what is due, that of the background, tries. The server's clock is the only one used.
 
-_ENLIST = (
-    NOW
-    + """
+_ENLIST = script("""
 local set, entry, ahead = KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[3]
 redis.call('ZADD', set, now + ahead, entry)
 return now
-"""
-)
+""")
 
 # Who waits already keeps their place, but not their score: whoever has seen that would remove the entry.
-_CALL = (
-    NOW
-    + """
+_REQUEST = script("""
 local class, user, listed = tonumber(ARGV[1]), ARGV[2], ARGV[3]
 local due = tonumber(redis.call('ZSCORE', KEYS[class], user) or now + 1)
 redis.call('ZADD', KEYS[class], due <= now and due + 1 or now, user)
 redis.call('ZREM', KEYS[3 - class], user)
 redis.call('ZREM', KEYS[class], listed)
 return 1
-"""
-)
+""")
 
 # An entry further ahead than this clock ever sets one was made before it was set back.
-_TAKE = (
-    ALLOW_OOM
-    + NOW
-    + """
+_TAKE = full_script("""
 local grace, furthest = unpack(ARGV)
 for class = 1, 2 do
   local found = redis.call('ZRANGEBYSCORE', KEYS[class], '-inf', now, 'LIMIT', 0, 1)[1]
@@ -68,15 +58,11 @@ for class = 1, 2 do
   end
 end
 return {}
-"""
-)
+""")
 
 # Moves an entry on by so many ms, or removes it where none are given, if it still has the score that the caller saw.
 # Returns its score after that, -1 without one.
-_SETTLE = (
-    ALLOW_OOM
-    + NOW
-    + """
+_SETTLE = full_script("""
 local user, seen, wait = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 if not wait then redis.call('HDEL', KEYS[3], user) end
 for class = 1, 2 do
@@ -89,12 +75,9 @@ for class = 1, 2 do
   redis.call('ZREM', KEYS[class], user)
 end
 return -1
-"""
-)
+""")
 
-_COUNT = (
-    NOW
-    + """
+_COUNT = script("""
 local all, due, first = 0, 0, now
 for class = 1, 2 do
   all = all + redis.call('ZCARD', KEYS[class])
@@ -102,8 +85,7 @@ for class = 1, 2 do
   first = math.min(first, tonumber(redis.call('ZRANGE', KEYS[class], 0, 0, 'WITHSCORES')[2] or now))
 end
 return {all, due, now - first}
-"""
-)
+""")
 
 # Nothing would ever remove what is counted of somebody who was erased meanwhile.
 _BEGIN = """
@@ -114,20 +96,27 @@ return redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A request's own entry in a set, and until when the request may create its work, in ms by the server's clock."""
+    """A request's own entry in a set, and until when the request may create its work, by the server's clock."""
 
     name: str
     entry: str
     until_ms: int
 
 
-class RedisQueue:
-    """User keys on their way to workers, in two classes: what is in the background comes after all else.
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """About how much a bank's workers have to do."""
 
-    Args:
-        connection: shared with the store that holds the work.
-        work: what workers are to do.
-        bank: the 8 hex digits of the bank that the work is for.
+    open: int  # jobs that have not ended
+    waiting: int  # those that no worker has
+    oldest_s: float  # how long the first of these has waited; 0 without one
+
+
+class UserQueue:
+    """Users who wait for work of one kind, for one bank (8 hex digits); what is in the background comes after all else.
+
+    A user is queued once. One whose worker died is taken again. Methods raise `Unavailable` when the store cannot be
+    used.
     """
 
     def __init__(self, connection: RedisConnection, work: keys.Work, bank: str) -> None:
@@ -149,19 +138,20 @@ class RedisQueue:
         with suppress(Unavailable):
             await self._connection.run(lambda redis: redis.zrem(listing.name, listing.entry))
 
-    async def call(self, user_key: str, listing: Listing | None = None, *, background: bool = False) -> None:
+    async def request(self, user_key: str, listing: Listing | None = None, *, background: bool = False) -> None:
         """Have a worker look at a user now."""
         await self._make_known()
-        await self._write(_CALL, 1 + background, user_key, listing.entry if listing else "")
+        await self._write(_REQUEST, 1 + background, user_key, listing.entry if listing else "")
 
-    async def take(self, until_s: float) -> str | None:
-        """Wait, until a time by `time.monotonic`, for a user who is due."""
-        while time.monotonic() < until_s:
+    async def take(self, wait_s: float) -> str | None:
+        """Wait for a user who is due; by now they may be gone, or have what they were to get."""
+        until_s = time.monotonic() + wait_s
+        while (left_s := until_s - time.monotonic()) > 0:
             if found := await self._run(_TAKE, GRACE_MS, 2 * (LISTED_MS + GRACE_MS)):
                 user_key: str = found[0].decode()
                 self._seen[user_key] = int(found[1])
                 return user_key
-            await asyncio.sleep(max(0.0, min(POLL_S, until_s - time.monotonic())))
+            await asyncio.sleep(min(POLL_S, left_s))
         return None
 
     async def move(self, user_key: str, wait_ms: int) -> None:
@@ -169,25 +159,29 @@ class RedisQueue:
         with suppress(Unavailable):
             self._seen[user_key] = int(await self._run(_SETTLE, user_key, self._seen.get(user_key, -1), wait_ms))
 
-    async def close(self, user_key: str) -> None:
-        """Look at a user no more, unless they were called since this process last took or moved or saw them."""
+    async def done(self, user_key: str) -> None:
+        """Look at a user no more, unless they were requested since this process last took or moved or saw them."""
         await self._write(_SETTLE, user_key, self._seen.pop(user_key, -1))
 
     async def see(self, user_key: str) -> None:
-        """Note when a user is due, for `close` or `leave`."""
+        """Note when a user is due, for `done` or `leave`."""
         self._seen[user_key] = int(await self._run(_SETTLE, user_key, -2, 0))
 
     def leave(self, user_key: str) -> None:
         """Leave a user to others."""
         self._seen.pop(user_key, None)
 
+    async def withdraw(self, user_key: str) -> None:
+        """Remove an erased user."""
+        await self.see(user_key)
+        await self.done(user_key)
+
     async def backlog(self) -> Backlog:
-        """How many users there are, and how many of them are due."""
         all_, due, oldest_ms = await self._run(_COUNT)
         return Backlog(all_, due, oldest_ms / 1000)
 
     async def begin(self, user_key: str) -> int:
-        """Count an attempt; returns how many there were since `close`; 0 for who has left the queue."""
+        """Count an attempt; returns how many there were since `done`, from 1; 0 for who has left the queue."""
         return int(await self._run(_BEGIN, user_key))
 
     async def _write(self, script: str, *arguments: object) -> Any:
@@ -195,33 +189,10 @@ class RedisQueue:
 
     async def _run(self, script: str, *arguments: object) -> Any:
         """A script whose changes need not last."""
-        return await self._connection.run(lambda redis: redis.eval(script, len(self._keys), *self._keys, *arguments))
+        return await self._connection.evaluate(script, self._keys, *arguments)
 
     async def _make_known(self) -> None:
         """Put the bank on the list of those whose queues an erasure looks into, once for all users."""
         if not self._is_known:
             await self._connection.run(lambda redis: redis.sadd(keys.BANKS, self._bank))
             self._is_known = True
-
-
-class RedisSigning:
-    """`server.store.profiles.SignQueue` on Redis, for a bank's 8 hex digits."""
-
-    def __init__(self, connection: RedisConnection, bank: str) -> None:
-        self._queue = RedisQueue(connection, "sign", bank)
-
-    async def request(self, user_key: str) -> None:
-        await self._queue.call(user_key)
-
-    async def take(self, wait_s: float) -> str | None:
-        return await self._queue.take(time.monotonic() + wait_s)
-
-    async def begin(self, user_key: str) -> int:
-        return await self._queue.begin(user_key)
-
-    async def done(self, user_key: str) -> None:
-        await self._queue.close(user_key)
-
-    async def withdraw(self, user_key: str) -> None:
-        await self._queue.see(user_key)
-        await self._queue.close(user_key)

@@ -1,1 +1,0 @@
-"""Who may call, and how much, on Redis: API keys and what limits count."""
