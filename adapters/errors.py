@@ -1,8 +1,4 @@
-"""The root of the project's error tree. Every message says what was wrong, the offending value, and what to do.
-
-Further branches: `bank/errors.py`, `server/errors.py` (what a client is told) and `server/supervisor` (what `mta up`
-cannot start).
-"""
+"""The root of the project's error tree. Every message says what was wrong, the offending value, and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of the bank's layer; the whole tree is drawn in `adapters/errors.py`."""
+"""Errors of the bank's layer; the root is in `adapters/errors.py`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Attaching LoRAs to a base model for training, and detaching them.
 
-A LoRA computes in the base's own type, mostly bf16, as it will be served; what moves is kept in float32, so that small
-steps are not lost. Forward and backward are written out: automatic differentiation would take half as long again.
+They compute in the base's own type, as they will be served; what moves is kept in float32, so that small steps are not
+lost. Forward and backward are written out: automatic differentiation would take half as long again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ import torch
 from adapters.lora import LoraWeights
 
 
+@dataclass(frozen=True)
 class Attached:
     """A base model that carries a LoRA to train and maybe a frozen one; its adapted modules are replaced meanwhile."""
 
-    def __init__(self, model: Any, moving: dict[str, AdaptedLinear]) -> None:
-        self.model = model
-        self._moving = moving
+    model: Any
+    _moving: dict[str, AdaptedLinear]
 
     def put(self, lora: LoraWeights) -> None:
         with torch.no_grad():
@@ -52,10 +53,7 @@ class Attached:
 
 @contextmanager
 def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None) -> Iterator[Attached]:
-    """Attach a LoRA to train, which starts at `trained`; afterwards the model is as it was.
-
-    `frozen` is another LoRA beside it, of these modules and maybe others.
-    """
+    """Attach a LoRA to train, from `trained` on, and one of maybe more modules; afterwards the model is as it was."""
     layers = {}
     for name in {**(frozen.a if frozen else {}), **trained.a}:
         beside = (frozen.a[name], frozen.b[name]) if frozen else None
@@ -72,10 +70,7 @@ def attached(model: Any, trained: LoraWeights, frozen: LoraWeights | None = None
 
 
 class AdaptedLinear(torch.nn.Module):
-    """A frozen linear module with a LoRA that moves, `a` [R, H_in] and `b` [H_out, R] in float32.
-
-    `frozen` is A [R_f, H_in] and B [H_out, R_f] of one that does not.
-    """
+    """A frozen linear module with a LoRA that moves, `a` and `b`, in float32, and maybe one that does not."""
 
     def __init__(
         self, base: torch.nn.Linear, rank: int, frozen: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -40,10 +40,7 @@ class StepReport:
 
 
 def linear_modules(model: Any, targets: Sequence[str] | None = None) -> tuple[ModuleShape, ...]:
-    """The linear modules to adapt, in model order: those whose last parts are `targets`, else all but the output head.
-
-    FusionError names a target that matches nothing.
-    """
+    """In model order, those whose last parts are `targets`, else all but the output head; FusionError for no match."""
     head = model.get_output_embeddings()
     found = [
         ModuleShape(name, module.in_features, module.out_features)
@@ -102,10 +99,7 @@ def optimise(
     rate: Callable[[int, int], float] = rate_factor,
     below: LowerLayers | None = None,
 ) -> Iterator[StepReport]:
-    """Train parameters in place, one step for each report that is asked for; leave the loop to stop.
-
-    `rate` gives the share of the peak at a step, from 0, of so many.
-    """
+    """Train parameters in place, a step for each report that is asked for; `rate` of (step from 0, steps)."""
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, plan.steps))
     batches = _batches(len(examples), plan.batch_size, plan.seed)

@@ -59,6 +59,7 @@ _Judging = Generator[TrainingProgress, None, Judgement]
 _Losses = dict[int, float]  # held-out losses by step
 
 
+@dataclass
 class TrainingRun:
     """Training that goes on only while it is iterated over: leave the loop to end it. The model is then as it was.
 
@@ -66,12 +67,11 @@ class TrainingRun:
     training has ended.
     """
 
-    def __init__(self, progress: _Judging) -> None:
-        self.judgement: Judgement | None = None
-        self._progress = progress
+    progress: _Judging
+    judgement: Judgement | None = None
 
     def __iter__(self) -> Iterator[TrainingProgress]:
-        self.judgement = yield from self._progress
+        self.judgement = yield from self.progress
 
     def finish(self) -> Judgement:
         for _ in self:
@@ -81,9 +81,9 @@ class TrainingRun:
 
 
 def train_user(model: Any, fused: LoraWeights, samples: Sequence[Example], config: AdaptConfig) -> TrainingRun:
-    """Train and judge a user adapter on what the user's recipe stands for, float32.
+    """Train a user adapter on what the user's recipe stands for, float32; TrainingError if there are no samples.
 
-    TrainingError when there are no samples; while training, when the loss explodes or is no number.
+    While training, TrainingError when the loss explodes or is no number.
     """
     if not samples:
         raise TrainingError("there are no samples: send some")
@@ -144,44 +144,38 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
 
+@dataclass(slots=True)
 class UserRun:
     """Runs of one configuration on one attached LoRA, each from the same start; all but `parameters` is frozen.
 
     The rate is constant after its warm-up, so that a run stopped early equals a shorter run.
     """
 
-    def __init__(
-        self,
-        here: Attached,
-        config: AdaptConfig,
-        start: LoraWeights,
-        modules: Sequence[ModuleShape],
-        below: LowerLayers | None,
-    ) -> None:
-        self.config = config
-        self.model = here.model
-        self.parameters = here.trainable(train_a=True)
-        self.below = below
-        self._here, self._start, self._modules = here, start, modules
-        self._now = TrainingProgress(0, 0, 0.0)
+    config: AdaptConfig
+    lora: Attached
+    start: LoraWeights
+    modules: Sequence[ModuleShape]  # of the fused adapter
+    below: LowerLayers | None  # the layers below those that move
+    parameters: list[torch.nn.Parameter]
+    now: TrainingProgress = TrainingProgress(0, 0, 0.0)
 
     def enter(self, phase: str) -> None:
-        self._now = replace(self._now, phase=phase)
+        self.now = replace(self.now, phase=phase)
 
     def begin(self, phase: str, held_out: Sequence[Example]) -> Generator[TrainingProgress, None, float]:
         """Go back to the start, where the user's LoRA changes nothing, and return the held-out loss there."""
         self.enter(phase)
-        self._here.put(self._start)
+        self.lora.put(self.start)
         loss = yield from self.loss(held_out)
-        yield replace(self._now, held_out=loss)
+        yield replace(self.now, held_out=loss)
         return loss
 
     def loss(self, examples: Sequence[Example]) -> Generator[TrainingProgress, None, float]:
         """The examples' mean loss under the adapter as it is now; yields the progress after each row of them."""
         loss = 0.0
-        for row_loss in row_losses(self.model, examples, self.below):
+        for row_loss in row_losses(self.lora.model, examples, self.below):
             loss += row_loss
-            yield self._now
+            yield self.now
         return loss / output_tokens(examples)
 
     def watched(
@@ -216,11 +210,11 @@ class UserRun:
 
     def train(self, samples: Sequence[Example], steps: int) -> Iterator[StepReport]:
         """One run from the start, a step for each report; TrainingError when the loss explodes or is no number."""
-        self._here.put(self._start)
+        self.lora.put(self.start)
         rate = self.config.learning_rate * (UPPER_PACE if self.below else 1.0)
         plan = TrainPlan(steps, min(BATCH_SIZE, len(samples)), rate, self.config.seed)
         first = math.nan
-        for report in optimise(self.model, self.parameters, samples, plan, rate=_constant, below=self.below):
+        for report in optimise(self.lora.model, self.parameters, samples, plan, rate=_constant, below=self.below):
             first = report.loss if report.step == 1 else first
             if not report.loss <= first + EXPLODED:  # NaN is not below anything
                 raise TrainingError(
@@ -230,8 +224,8 @@ class UserRun:
             yield report
 
     def count(self, report: StepReport, of: int, held_out: float | None = None) -> TrainingProgress:
-        self._now = replace(self._now, step=self._now.step + 1, of=of, loss=report.loss)
-        return replace(self._now, held_out=held_out)
+        self.now = replace(self.now, step=self.now.step + 1, of=of, loss=report.loss)
+        return replace(self.now, held_out=held_out)
 
     def weights(self) -> LoraWeights:
         """The user's LoRA as it is now, zero where no module moves, float32 on CPU."""
@@ -239,15 +233,15 @@ class UserRun:
             raise TrainingError(
                 "training exploded: its last step left weights that are not finite: lower the learning rate"
             )
-        made, rank = self._here.weights(), self._start.rank
-        a = {m.name: made.a.get(m.name, torch.zeros(rank, m.h_in)) for m in self._modules}
-        b = {m.name: made.b.get(m.name, torch.zeros(m.h_out, rank)) for m in self._modules}
+        made, rank = self.lora.weights(), self.start.rank
+        a = {m.name: made.a.get(m.name, torch.zeros(rank, m.h_in)) for m in self.modules}
+        b = {m.name: made.b.get(m.name, torch.zeros(m.h_out, rank)) for m in self.modules}
         return LoraWeights(rank, a, b)
 
 
 @contextmanager
 def user_run(model: Any, fused: LoraWeights, config: AdaptConfig) -> Iterator[UserRun]:
-    """Attach a new user's LoRA on top of a fused adapter in float32; the model is left as it was.
+    """Attach a new user's LoRA on top of a fused adapter; the model is left as it was.
 
     It adapts the upper half of the layers where that can run alone, which takes half the time.
     """
@@ -257,7 +251,7 @@ def user_run(model: Any, fused: LoraWeights, config: AdaptConfig) -> Iterator[Us
     start = initial_lora(moving, config.rank, config.seed)
     with attached(model, start, frozen=fused) as here:
         below = None if half is None else LowerLayers(model, model.get_submodule(half[0]), half[1])
-        yield UserRun(here, config, start, modules, below)
+        yield UserRun(config, here, start, modules, below, here.trainable(train_a=True))
 
 
 def _constant(step: int, steps: int) -> float:

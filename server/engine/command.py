@@ -97,10 +97,7 @@ def _experts(config: object) -> int:
 def engine_command(
     settings: Settings, manifests: Sequence[BankManifest], model_folder: Path, share: Share | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """argv and environment of the vLLM process, perhaps one of several on this machine; checks nothing.
-
-    Slots fit the modules that any of the banks adapts, at the highest serving rank.
-    """
+    """argv and environment of the vLLM process, perhaps one of several on this machine; checks nothing."""
     on_cpu = is_cpu_build()
     cores = sorted(os.sched_getaffinity(0))
     number_bytes = 4 if settings.dtype == "float32" else 2

@@ -1,7 +1,6 @@
 """Every name of vLLM that the engine replaces or overrides: in which process and when, with what, and why.
 
-Each is looked up at start, in the process where it counts: a vLLM that lacks it, or that calls it with other
-parameters, does not start. `replace` knows no other names.
+A vLLM that lacks one, or calls it with other parameters, does not start in the process where it counts.
 """
 
 from __future__ import annotations

@@ -9,11 +9,7 @@ from server.engine_protocol import PLUGIN
 
 
 def register() -> None:
-    """Have vLLM's workers fuse recipes, where this vLLM serves a bank (`MTA_BANK` is set).
-
-    BankError when vLLM would start without our routes, when it differs from the one known, or when it would apply LoRA
-    on CPU to rows that have no adapter.
-    """
+    """Have vLLM's workers fuse recipes, if it serves a bank; BankError unless it is as known and gets our routes."""
     if not os.environ.get("MTA_BANK"):
         return
     if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):

@@ -1,10 +1,7 @@
 """The engine's only door: it lets through what the product uses, with a key, and answers 404 to everything else.
 
-vLLM opens dozens of routes and checks its key only on some prefixes: the others generate, name adapters or steer the
-engine for anybody, and the next release may add more.
-
-The door also ends the engine in order. vLLM would answer what arrives meanwhile with an empty text; here that is a 503,
-which sends a router on to another engine, and vLLM stops once what had begun is finished.
+vLLM opens dozens of routes and checks its key on some alone. It would also answer what arrives while it stops with an
+empty text: here that is a 503, which sends a router on, and vLLM stops once what had begun is finished.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What the engine's `/metrics` says of adapters: how many, and how long each step on their way takes.
 
-vLLM's `vllm:lora_requests_info` puts adapter names into label values: a time series for each combination ever seen, and
-user keys in the monitoring. An operator needs counts alone. The workers measure most durations, and are asked for them.
+vLLM's `vllm:lora_requests_info` has adapter names as label values: series without bound, and user keys in monitoring.
 """
 
 from __future__ import annotations

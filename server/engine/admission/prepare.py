@@ -1,7 +1,7 @@
 """Prepare before admission: a recipe is checked, named and held before vLLM sees the request that asks for it.
 
-Nothing may fail inside `execute_model`: an exception there ends the engine. So everything that could be wrong with a
-recipe is found here, in the API process, and answered with a 404 that the gateway understands.
+An exception inside `execute_model` ends the engine: so whatever could be wrong with a recipe is found here, in the API
+process, and answered with a 404 that the gateway understands.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Set
 from contextlib import ExitStack
 from contextvars import ContextVar
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -105,17 +106,13 @@ class AdapterNames:
         return LoRARequest(lora_name=name, lora_int_id=new, lora_path=name)
 
 
+@dataclass(frozen=True, slots=True)
 class Preparer:
-    """Admits recipes; `check` gets how long checking and naming one takes, without its user adapter."""
-
-    def __init__(
-        self, manifests: Manifests, names: AdapterNames, users: UserAdapters, check: Histogram, tracing: Tracing
-    ) -> None:
-        self._manifests = manifests
-        self._names = names
-        self._users = users
-        self._check = check
-        self._tracing = tracing
+    manifests: Manifests
+    names: AdapterNames
+    users: UserAdapters
+    check: Histogram  # gets how long checking and naming a recipe takes, without its user adapter
+    tracing: Tracing
 
     async def prepare(self, name: str) -> None:
         """Check a recipe, hold its name for the rest of the current HTTP request, and load its user adapter.
@@ -123,20 +120,20 @@ class Preparer:
         MtaError: the name is not canonical, no bank of this engine can fuse it, or its user adapter is at fault.
         """
         held = _held.get()
-        with timed(self._check):
+        with timed(self.check):
             recipe = self._checked(name)
-            self._names.lease(name)
-            held.callback(self._names.release, name)
+            self.names.lease(name)
+            held.callback(self.names.release, name)
         if recipe.user_adapter is not None:
-            await self._users.ensure(recipe)
+            await self.users.ensure(recipe)
 
     def _checked(self, name: str) -> FusionRecipe:
         """A recipe whose fusion cannot fail, apart from its user adapter."""
         recipe = parse_recipe(name)
-        manifest = self._manifests.get(recipe.bank)
+        manifest = self.manifests.get(recipe.bank)
         if manifest is None:
             raise FusionError(
-                f"recipe {excerpt(name)} is for bank {recipe.bank}; this engine has {sorted(self._manifests)}"
+                f"recipe {excerpt(name)} is for bank {recipe.bank}; this engine has {sorted(self.manifests)}"
             )
         manifest.check(recipe)
         return recipe
@@ -148,7 +145,7 @@ class Preparer:
             async def check_model(serving: Any, request: Any) -> Any:
                 if is_recipe_name(request.model):
                     try:
-                        with self._tracing.span("prepare", follows=traceparent.get()):
+                        with self.tracing.span("prepare", follows=traceparent.get()):
                             await self.prepare(request.model)
                     except MtaError as error:
                         return serving.create_error_response(

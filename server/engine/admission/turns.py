@@ -1,11 +1,8 @@
 """Whose turn it is when adapters are still being fused, or when more recipes wait than there are slots.
 
-A step waits for the fusions of all its requests, so a request is left out of steps until its adapter is fused, as long
-as anything else can run.
-
-vLLM passes over a waiting request whose recipe finds no slot, and admits those behind it whose recipes have one: the
-batch stays full. But while such requests keep coming, a slot may never become free. So for a request that has waited
-too long a slot is drained: of the recipe with the fewest running requests no other is admitted before it.
+A step waits for the fusions of all its requests, so one is left out until its adapter is fused, if anything else can
+run. vLLM admits requests whose recipes have slots past one whose recipe has none, for as long as such requests come: so
+for one that has waited too long a slot is drained, that of the recipe with the fewest running requests.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """One worker, inside the engine core's own process: how a CPU serves at tensor-parallel size 1.
 
-On CPUs vLLM starts the worker as a second process, and each of the two polls a shared buffer in a loop of
-`sched_yield` while the other computes. On few cores those loops starve everything else: clients, the API process, even
-kernel threads were seen to wait for seconds. In one process nothing polls, and a step costs no round trip.
+On CPUs vLLM's worker is a second process, and each of the two polls a shared buffer while the other computes: on few
+cores that starves everything else, even kernel threads were seen to wait for seconds. Here nothing polls.
 
-Each thread of the model's OpenMP team has a core of its own, as in vLLM's worker processes. They spin at barriers: were
-two on one core, because something else keeps the other busy, each of a token's many barriers would cost a slice of the
-scheduler, and a token some seconds.
+Each thread of the model's OpenMP team has a core of its own, because they spin at barriers: with two on one core, when
+something else keeps the other busy, a token would take some seconds.
 """
 
 from __future__ import annotations
@@ -43,9 +41,9 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
 
 
 def bind_team() -> bool:
-    """Give each thread of the caller's OpenMP team, except the caller, a core; call it before anything is computed.
+    """Give each thread of the caller's OpenMP team but the caller a core, before anything is computed.
 
-    Answers whether it is done: only where the team has as many threads as this process has cores.
+    Answers whether it is done: only if the team has as many threads as this process has cores.
     """
     if not hasattr(os, "sched_setaffinity"):
         return False

@@ -23,14 +23,11 @@ def install() -> None:
 
 
 def forking(settle: Callable[[Any], None]) -> Any:
-    """The engine core is a fork of the API process, which need not import all of vLLM again; ranks are spawned.
+    """The engine core is a fork, which need not import vLLM again: 10.6 s of CPU time for a tiny model, not 24.3.
 
-    vLLM can fork its core, and starts no thread before. But its CPU platform insists on spawning, for two reasons. It
-    preloads libraries into the core: here the whole engine has them from its start (`command.py`). And a process that
-    has computed cannot compute in a fork, where OpenMP waits for threads that are not there: but its teams belong to
-    threads, so a thread without one forks (`CoreContext`).
-
-    A tiny model is served after 10.6 seconds of CPU time instead of 24.3, in 0.3 GiB less (two cores, vLLM 0.32).
+    vLLM's CPU platform insists on spawning it, to preload libraries into it, which the whole engine has here from its
+    start (`command.py`), and because a process that has computed cannot compute in a fork, where OpenMP waits for
+    threads that are not there. But its teams belong to threads: one without a team forks (`CoreContext`).
     """
 
     def settle_but_fork(config: Any) -> None:
@@ -66,10 +63,9 @@ class CoreContext(ForkContext):
 
 
 def attention_off_amx(choose: Callable[..., str]) -> Callable[..., str]:
-    """CPUs with AMX compute attention with AVX-512.
+    """CPUs with AMX compute attention with AVX-512: vLLM's AMX kernel uses threads whose tiles were never configured.
 
-    vLLM's AMX kernel runs `tilezero` on threads whose tiles were never configured: with a model that has as many key
-    heads as query heads, a prompt of one token kills the engine with SIGILL.
+    With a model that has as many key heads as query heads, a prompt of one token kills the engine with SIGILL.
     """
 
     def choose_but_amx(*args: Any, **kwargs: Any) -> str:
@@ -88,12 +84,11 @@ class _BeginningAgain(torch.Generator):
 
 
 def seeds_that_begin_again(settle: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Requests' generators take back draws, as vLLM asks of them.
+    """Requests' generators take back draws, by beginning again.
 
-    A prompt that is read in several steps is sampled at the end of each, and vLLM takes back all draws but the last by
-    moving the generator's offset. CPU generators have none: a request with a seed and a temperature whose prompt does
-    not fit into a step beside others ends the engine. Nothing that counts was drawn before, so the generator begins
-    again; an answer that made way for others midway draws the same numbers twice.
+    vLLM samples at the end of each step that reads a prompt, and moves the generator's offset back. CPU generators have
+    none: a seeded request whose prompt takes several steps ends the engine. An answer that made way for others midway
+    draws the same numbers twice.
     """
 
     def settle_with_generator(state: Any) -> None:

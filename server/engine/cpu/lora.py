@@ -1,9 +1,8 @@
 """LoRA on CPUs: operators, slots as they read them, sums. Every row gets its own adapter, rows without one nothing.
 
-vLLM's own copy a whole A and B for every token, and take the -1 of a row without an adapter for an index: once one row
-of the step has an adapter, the others get what is in the last slot. Here a step's rows are sorted by adapter once, and
-each layer is one call of a compiled kernel, or, without a compiler or in other types than bfloat16, one dense product
-for each adapter.
+vLLM's copy a whole A and B for every token, and take a row's -1, for no adapter, as the index of the last slot. Here a
+step's rows are sorted by adapter once, and each layer is one call of a compiled kernel, or, without a compiler or in
+other types than bfloat16, one dense product for each adapter.
 """
 
 from __future__ import annotations
@@ -180,10 +179,7 @@ def _flat(rows: torch.Tensor) -> torch.Tensor:
 
 
 class CpuSlots(FusedSlots):
-    """Every layer's B lies transposed in memory, [S, 1, R, H_out], behind tensors of the shape that vLLM knows.
-
-    Along H_out the kernel then reads and writes contiguous memory, whatever the rank.
-    """
+    """Every layer's B lies along H_out in memory, as the kernel reads and writes it, whatever shape vLLM knows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,7 +1,4 @@
-"""The compiled kernels: built once for each source and version of PyTorch, then loaded from the cache folder.
-
-Importing this imports no torch: the command that becomes the engine only sees to it that the library is there.
-"""
+"""The compiled kernels: built once for each source and PyTorch, then loaded from the cache folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -33,10 +30,7 @@ def library_path(cache_dir: Path) -> Path:
 
 
 def build(cache_dir: Path) -> bool:
-    """Compile the library if need be, in ten to thirty seconds; several processes may ask at once.
-
-    Answers whether it is there; if it does not compile, the reason is logged.
-    """
+    """Compile the library if need be, in 10 to 30 s; False, and the reason is logged, if that is impossible."""
     path = library_path(cache_dir)
     if path.exists():
         return True

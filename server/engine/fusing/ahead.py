@@ -1,8 +1,7 @@
 """Fusing ahead of use: in a thread of its own, while the model computes.
 
-The engine core receives a request often a whole step before it can be scheduled. Where the worker lives in the same
-process, that starts the fusion, and the scheduler leaves the request out of steps until it is done
-(`admission/turns.py`). A step that needs an adapter all the same waits for its fusion and the one that is running.
+Where the worker lives in the engine core's process, the arrival of a request starts the fusion, often a whole step
+before the request is scheduled. A step that needs an adapter waits for its fusion and the one that is running.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Where in a slot's tensors an adapter's numbers lie, so that another adapter is written over it in one call.
 
-Copying is bound by the number of pieces and of rows, not by bytes: so a row of a few bf16 numbers is copied as one or
-two wide ones.
+The number of pieces and rows costs, not their bytes: so a row of a few bf16 numbers is copied as one or two wide ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A worker's loop for adapters: a recipe comes in, rows of its bank are summed, a slot is written.
 
-A request that arrives starts its recipe's fusion (`notice`, `ahead.py`), which sums rows of the mapped bank (`_fuse`):
-it cannot fail, because the name was checked before admission. The step that runs the request writes the sum into a slot
-(`_apply_adapters`, `slots.py`): what the running batch uses is never evicted, nor is an id with another recipe used.
+A request's arrival starts its fusion (`notice`, `ahead.py`), which cannot fail, because the name was checked before
+admission. The step that runs the request writes the sum into a slot (`_apply_adapters`, `slots.py`): what the running
+batch uses is never evicted, nor is an id with another recipe used.
 """
 
 from __future__ import annotations

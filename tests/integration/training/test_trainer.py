@@ -224,7 +224,7 @@ def moved(here: UserRun, seed: int) -> None:
 def gradient_of(here: UserRun, batch: list[Example], below: LowerLayers | None) -> torch.Tensor:
     for parameter in here.parameters:
         parameter.grad = None
-    backward(here.model, batch, below)
+    backward(here.lora.model, batch, below)
     return torch.cat([parameter.grad.reshape(-1) for parameter in here.parameters if parameter.grad is not None])
 
 
@@ -277,7 +277,7 @@ def test_a_users_lora_leaves_the_lower_layers_as_they_are_and_the_model_runs_who
     before = list(row_losses(quick, examples))
     with user_run(quick, fused, AdaptConfig(rank=2)) as here:
         moved(here, 0)
-        backward(here.model, examples, here.below)
+        backward(here.lora.model, examples, here.below)
         made = here.weights()
     assert set(made.a) == set(fused.a)
     for name in made.a:
