@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ class AdapterFigures(Collector):
         )
         self._taken: int | None = None
         self._prepares = 0
-        self._of_worker = _metrics(WorkerFigures().text)
+        self._of_worker = WorkerFigures().text
 
     async def refresh(self) -> None:
         """Ask the workers; one question at a time, and not for long."""
@@ -52,7 +53,7 @@ class AdapterFigures(Collector):
     def brief(self) -> dict[str, int]:
         """What the workers said when they were last asked; asks them again, without waiting."""
         self._question()
-        counts = {"prepares": self._prepares, "fuses": _count(self._of_worker, "fuse")}
+        counts = {"prepares": self._prepares, "fuses": self._fuses()}
         return counts if self._taken is None else counts | {"slots_taken": self._taken}
 
     def _question(self) -> asyncio.Task[None]:
@@ -62,21 +63,23 @@ class AdapterFigures(Collector):
 
     async def _answered(self) -> None:
         try:
-            self._taken, text = (await self._ask())[0]
-            self._of_worker = _metrics(text)
-            self._prepares = _count(self._own(), "check")  # of the same moment: they are compared
+            self._taken, self._of_worker = (await self._ask())[0]
+            checks = self._registry.get_sample_value("mta_engine_check_seconds_count")
+            self._prepares = int(checks or 0)  # of the same moment: they are compared
         except Exception as error:
             log.debug("the workers did not say what they measured: %s", error)
         finally:
             self._asking = None
 
-    def _own(self) -> list[Metric]:
-        return _metrics(generate_latest(self._registry).decode())
+    def _fuses(self) -> int:
+        found = re.search(r"^mta_engine_fuse_seconds_count (\S+)$", self._of_worker, re.MULTILINE)
+        return int(float(found[1])) if found else 0
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._own()
-        yield from self._of_worker
-        names, fuses = self._names, _count(self._of_worker, "fuse")
+        for metric in text_string_to_metric_families(generate_latest(self._registry).decode() + self._of_worker):
+            if not metric.name.endswith("_created"):  # since when something is counted says nothing
+                yield metric
+        names, fuses = self._names, self._fuses()
         shared = "Requests admitted while another one under the same recipe was open."
         yield CounterMetricFamily("mta_engine_fuses", "Recipes fused.", fuses)
         yield CounterMetricFamily("mta_engine_shared_slots", shared, names.shared)
@@ -96,16 +99,6 @@ class AdapterFigures(Collector):
         prepares.add_metric(("cold",), fuses)
         prepares.add_metric(("warm",), max(0, self._prepares - fuses))
         yield prepares
-
-
-def _metrics(text: str) -> list[Metric]:
-    """What a text says, but not since when."""
-    return [metric for metric in text_string_to_metric_families(text) if not metric.name.endswith("_created")]
-
-
-def _count(metrics: list[Metric], what: str) -> int:
-    wanted = f"mta_engine_{what}_seconds_count"
-    return next(int(sample.value) for metric in metrics for sample in metric.samples if sample.name == wanted)
 
 
 class Refreshing:

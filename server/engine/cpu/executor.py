@@ -45,8 +45,6 @@ def bind_team() -> bool:
 
     Answers whether it is done: only if the team has as many threads as this process has cores.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return False
     cores = sorted(os.sched_getaffinity(0))
     if torch.get_num_threads() != len(cores):
         return False
