@@ -13,12 +13,11 @@ import typer
 
 from adapters.errors import MtaError
 from bank.models.imports import run_to_the_end
-from server.cli import bench, models, settings
+from server.cli import bench, keys, models, settings
 from server.cli.bank import commands as bank
 from server.cli.eval import commands as eval
-from server.cli.keys import commands as keys
 from server.cli.run import gateway, processes, up
-from server.cli.users import chat, readapt
+from server.cli.users import chat
 from server.cli.users import commands as users
 
 app = typer.Typer(
@@ -60,7 +59,7 @@ app.command("worker")(processes.worker)
 app.add_typer(keys.app, name="keys")
 app.add_typer(users.app, name="users")
 app.command("chat")(chat.chat)
-app.command("readapt")(readapt.readapt)
+app.command("readapt")(users.readapt)
 app.command("settings")(settings.settings)
 
 

@@ -36,12 +36,10 @@ from server.gateway.http.json_body import JsonRoute, SamplesRoute
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
 from server.gateway.operating.metrics import Metrics, PartsCollector
 from server.gateway.users.adapting import Adapting
-from server.gateway.users.erasing import Erasing
-from server.gateway.users.exporting import Exporting
-from server.gateway.users.history import HistoryLimit
-from server.gateway.users.profiles import Profiles
+from server.gateway.users.privacy import Erasing, Exporting
+from server.gateway.users.profiles import HistoryLimit, Profiles
 from server.gateway.users.sample_checks import SampleChecks
-from server.settings import MAX_ITEM_BYTES, Settings
+from server.settings import Settings
 from server.store.durability import LOOK_S, ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
@@ -181,7 +179,6 @@ async def open_gateway(
                     checks=SampleChecks(tokenizer, lambda: engines.context),
                     manifest=bank.manifest,
                     task=bank.task,
-                    max_sample_bytes=MAX_ITEM_BYTES,
                     budget=JobBudget(settings.job_tokens, settings.job_seconds),
                     tracing=tracing,
                 ),
@@ -298,7 +295,7 @@ class UserRoute(JsonRoute):
 
     async def accepted(self, request: Request) -> None:
         user = user_of(request, request.path_params["user_id"])
-        request.state.epoch = await parts_of(request).profiles.epoch(user)
+        request.state.epoch = await parts_of(request).profiles.store.epoch(user.key)
 
 
 class UserSamplesRoute(UserRoute, SamplesRoute):

@@ -1,1 +1,0 @@
-"""Few-shot adaptation: the process that trains user adapters."""

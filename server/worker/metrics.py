@@ -18,11 +18,8 @@ log = logging.getLogger("mta.worker")
 
 _BUCKETS_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
-GIVEN_UP = "given up"
-"""For another worker to take."""
-
-UNWANTED = "unwanted"
-"""Cancelled, superseded or erased meanwhile, or another worker's by now."""
+GIVEN_UP = "given up"  # for another worker to take
+UNWANTED = "unwanted"  # cancelled, superseded or erased meanwhile, or another worker's by now
 
 
 class WorkerMetrics:
@@ -30,23 +27,14 @@ class WorkerMetrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.jobs = Counter(
-            "mta_worker_jobs",
-            "Adapt jobs by how this worker left them.",
-            ("outcome",),
-            registry=registry,
-        )
+        about = "Adapt jobs by how this worker left them."
+        self.jobs = Counter("mta_worker_jobs", about, ("outcome",), registry=registry)
         for outcome in (JobState.SUCCEEDED, JobState.REJECTED, JobState.FAILED, UNWANTED, GIVEN_UP):
             self.jobs.labels(outcome)  # from zero on: a first one is an increase
-        self.wait = Histogram(
-            "mta_worker_job_wait_seconds",
-            "From a job's request to its first try.",
-            buckets=_BUCKETS_S,
-            registry=registry,
-        )
-        self.took = Histogram(
-            "mta_worker_job_seconds", "From taking a job to its outcome.", buckets=_BUCKETS_S, registry=registry
-        )
+        about = "From a job's request to its first try."
+        self.wait = Histogram("mta_worker_job_wait_seconds", about, buckets=_BUCKETS_S, registry=registry)
+        about = "From taking a job to its outcome."
+        self.took = Histogram("mta_worker_job_seconds", about, buckets=_BUCKETS_S, registry=registry)
         self.signatures = Counter("mta_worker_signatures", "Users whose items were signed.", registry=registry)
         self.store = StoreSeconds(registry)
         self._begun_s: float | None = None

@@ -6,9 +6,8 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
 
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
@@ -17,11 +16,10 @@ from bank.models.imports import heavy_imports
 from bank.models.load import limit_gpu, resolve_dtype
 from server.errors import ApiError
 from server.settings import Settings
-from server.store.opening import Stores, open_stores
-from server.watching.tracing import Tracing, open_tracing
-from server.worker.job_loop import JobLoop
+from server.store.opening import open_stores
+from server.watching.tracing import open_tracing
+from server.worker.loops import JobLoop, SigningLoop
 from server.worker.metrics import WorkerMetrics
-from server.worker.signing_loop import SigningLoop
 from server.worker.training import AdapterTrainer
 
 log = logging.getLogger("mta.worker")
@@ -31,19 +29,38 @@ RETRY_S = 1.0
 
 
 async def run_worker(settings: Settings) -> None:
-    """Open the parts, then work until a signal. Raises MtaError when a part cannot be opened, or does not match."""
+    """Open the parts, then train and, where the bank uses signatures, sign, in turns, until a signal.
+
+    Raises MtaError when a part cannot be opened, or does not match.
+    """
     limit_gpu(settings.worker_gpu_share)
     with heavy_imports():
         bank, trainer = _opened(settings)
     metrics, tracing = WorkerMetrics(), open_tracing(settings, "mta-worker")
     metrics.publish(settings)
     async with open_stores(settings, timed=metrics.store, span=tracing.span) as stores:
-        working = asyncio.gather(*_loops(stores, bank, trainer, metrics, tracing))
+        profiles, model_lock = stores.profiles, asyncio.Lock()
+        jobs = JobLoop(stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
+        loops = [work_forever(jobs.work_once)]
+        if bank.manifest.signs:
+            signing = stores.signing(bank.manifest.short)
+            signs = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
+            loops.append(work_forever(signs.work_once))
+        working = asyncio.gather(*loops)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, working.cancel)
         log.info("ready: bank %s, %s", bank.manifest.short, bank.manifest.base_model.name)
-        with suppress(asyncio.CancelledError):
-            await _until_it_fails(working)
+        try:
+            with suppress(asyncio.CancelledError):
+                await working
+        except Exception:
+            # Here and now: any other way out waits for a thread that may hang, and starts one, which may never begin
+            # for lack of memory.
+            try:
+                log.critical("the worker ends", exc_info=True)
+                logging.shutdown()
+            finally:
+                os._exit(1)
     await asyncio.to_thread(tracing.close)
 
 
@@ -59,20 +76,6 @@ def _opened(settings: Settings) -> tuple[ServingBank, AdapterTrainer]:
     return bank, trainer
 
 
-def _loops(
-    stores: Stores, bank: ServingBank, trainer: AdapterTrainer, metrics: WorkerMetrics, tracing: Tracing
-) -> list[Coroutine[Any, Any, None]]:
-    """The loops of this process: it trains and, where the bank uses signatures, makes those too, in turns."""
-    profiles, model_lock = stores.profiles, asyncio.Lock()
-    jobs = JobLoop(stores.jobs, profiles, bank, trainer, model_lock=model_lock, metrics=metrics, tracing=tracing)
-    loops = [work_forever(jobs.work_once)]
-    if bank.manifest.signs:
-        signing = stores.signing(bank.manifest.short)
-        signs = SigningLoop(signing, profiles, bank, trainer, model_lock=model_lock, metrics=metrics)
-        loops.append(work_forever(signs.work_once))
-    return loops
-
-
 async def work_forever(work_once: Callable[[float], Awaitable[object]]) -> None:
     """Work until cancelled; waits for a store that cannot be reached.
 
@@ -85,18 +88,3 @@ async def work_forever(work_once: Callable[[float], Awaitable[object]]) -> None:
         except ApiError as error:
             log.warning("%s", error.explained)
             await asyncio.sleep(RETRY_S)
-
-
-async def _until_it_fails(working: asyncio.Future[Any]) -> None:
-    """Wait for loops that never end; an error ends the process here and now.
-
-    Any other way out would wait for a thread that may hang, and start one, which may never begin for lack of memory.
-    """
-    try:
-        await working
-    except Exception:
-        try:
-            log.critical("the worker ends", exc_info=True)
-            logging.shutdown()
-        finally:
-            os._exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from bank.building.signer import Signer
 from bank.items.lessons import Past, recalling
 from bank.items.profile import Item
 from bank.items.prompt import encode_conversation, encode_pair
-from bank.items.tasks import Task, get_task
+from bank.items.tasks import get_task
 from bank.lookup.signature import Signature
 from bank.manifest import BankManifest
 from bank.matrix import open_matrix
@@ -41,9 +41,9 @@ _WARM_UP_TOKENS = 64
 
 @contextmanager
 def blamed(what: str, remedy: str) -> Iterator[None]:
-    """Blame what a job holds, e.g. `samples.3`, with a TrainingError for whatever goes wrong in a block.
+    """Whatever goes wrong in a block is the fault of what a job holds, e.g. `samples.3`: a TrainingError.
 
-    A lack of memory is the process's fault. For code that only reads and encodes, and touches no device.
+    Lack of memory is the process's fault. For code that only reads and encodes, and touches no device.
     """
     try:
         yield
@@ -80,29 +80,34 @@ class AdapterTrainer:
     ) -> TrainingRun:
         """Train and judge a user adapter on top of a recipe, step by step.
 
-        `items` are the user's, the oldest first: in a bank whose rows know history some stand before samples, as far
-        as the job may read them.
+        In a bank whose rows know history, some of the user's `items`, oldest first, stand before samples, as far as the
+        job may read them.
         """
         room = self.manifest.serving_rank - self.manifest.rank_of(recipe)
         if config.rank > room:
             raise TrainingError(f"rank {config.rank} does not fit: the bank leaves rank {room} for users")
-        examples = [self._encoded(place, list(sample.messages), sample.output) for place, sample in enumerate(samples)]
+        examples = [
+            self._example(f"samples.{place}", encode_conversation, list(sample.messages), sample.output)
+            for place, sample in enumerate(samples)
+        ]
         past = Past(get_task(self.manifest.task), items, self.manifest.history_share, config.seed)
         left = config.room_for_past([len(example.ids) for example in examples])
         for place, sample in enumerate(samples):
             if left and (memories := past.memories(sample.messages[-1]["content"], sample.output)):
-                alone = len(examples[place].ids)
-                examples[place] = self._recalling(place, sample, past.task, memories, alone + left)
+                what, alone = f"samples.{place}", len(examples[place].ids)
+                messages, most = list(sample.messages), min(alone + left, self._context)
+                with blamed(what, SAMPLE_REMEDY):
+                    messages = recalling(
+                        self.tokenizer, past.task, messages, sample.output, memories=memories, max_tokens=most
+                    )
+                examples[place] = self._example(what, encode_conversation, messages, sample.output)
                 left -= len(examples[place].ids) - alone
         return train_user(self.model, fuse(self.matrix, recipe, torch.float32), examples, config)
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         """The signature of a user's items; an empty one when there is nothing to learn from them."""
-        examples = []
-        for place, pair in enumerate(pairs):
-            with blamed(f"items.{place}", SAMPLE_REMEDY):
-                examples.append(encode_pair(self.tokenizer, *pair, MAX_SIGNED_TOKENS))
-            self._check(f"items.{place}", examples[-1])
+        most = min(MAX_SIGNED_TOKENS, self._context)
+        examples = [self._example(f"items.{place}", encode_pair, *pair, most) for place, pair in enumerate(pairs)]
         return self._signer.signature(self.manifest.short, examples)
 
     @cached_property
@@ -110,32 +115,21 @@ class AdapterTrainer:
         return Signer(self.model, self.matrix)
 
     def encoded(self, recipe: FusionRecipe, judgement: Judgement) -> bytes:
-        """The trained adapter as bytes."""
         assert judgement.weights is not None
         return encode_user_adapter(self.manifest.layout, UserAdapter(recipe.name, judgement.weights))
 
-    def _recalling(self, place: int, sample: Sample, task: Task, memories: Sequence[str], max_tokens: int) -> Example:
-        """A sample with those of the memories that fit."""
-        most, messages, output = min(max_tokens, self._context), list(sample.messages), sample.output
-        with blamed(f"samples.{place}", SAMPLE_REMEDY):
-            messages = recalling(self.tokenizer, task, messages, output, memories=memories, max_tokens=most)
-        return self._encoded(place, messages, output)
-
-    def _encoded(self, place: int, messages: list[dict[str, str]], output: str) -> Example:
-        with blamed(f"samples.{place}", SAMPLE_REMEDY):
-            example = encode_conversation(self.tokenizer, messages, output)
+    def _example(self, what: str, encode: Callable[..., Example], *content: Any) -> Example:
+        """Encode; refuses what would otherwise fail inside the model and look like a fault of the process."""
+        with blamed(what, SAMPLE_REMEDY):
+            example = encode(self.tokenizer, *content)
         if len(example.ids) > self._context:
             raise TrainingError(
-                f"samples.{place} has {len(example.ids)} tokens, but the model's context is {self._context}: shorten it"
+                f"{what} has {len(example.ids)} tokens, but the model's context is {self._context}: shorten it"
             )
-        self._check(f"samples.{place}", example)
-        return example
-
-    def _check(self, what: str, example: Example) -> None:
-        """Refuse what would otherwise fail inside the model and look like a fault of the process."""
         if not 0 < example.loss_from < len(example.ids):
             raise TrainingError(f"{what} has no token to learn after a prompt: {SAMPLE_REMEDY}")
         if max(example.ids) >= self._tokens:
             raise TrainingError(
                 f"{what} has token id {max(example.ids)}, but the model knows only {self._tokens}: {SAMPLE_REMEDY}"
             )
+        return example

@@ -21,7 +21,7 @@ from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
 from server.store.samples import Sample
 from server.watching.tracing import Tracing
-from server.worker.job_loop import JobLoop
+from server.worker.loops import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import Bench
 from tests.support.desk import Desk, desk_at
@@ -112,7 +112,7 @@ def working(url: str, trainer: AdapterTrainer, bank_folder: Path) -> Work:
     async def all_of_it(meanwhile: Callable[[], object], tracing: Tracing | None) -> None:
         async with StoreParts.opened(url) as parts:
             interrupted = Interrupted(trainer, meanwhile)
-            worker = JobLoop(parts.jobs, parts.profiles, bank, interrupted, tracing=tracing)
+            worker = JobLoop(parts.jobs, parts.profiles, bank, interrupted, tracing=tracing or Tracing())
             while await worker.work_once(0.1):
                 pass
 

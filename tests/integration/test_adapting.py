@@ -15,7 +15,6 @@ import pytest
 import redis
 
 from adapters.training.adapt_config import AdaptConfig
-from bank.manifest import BankManifest
 from bench.rig.processes import wait_until
 from bench.rig.tiny import world
 from bench.rig.valkey import ValkeyProcess
@@ -23,14 +22,13 @@ from server.errors import InvalidRequest
 from server.gateway.users.adapting import training_config
 from server.store.profiles import Change
 from server.store.samples import JobBudget
-from server.worker.readapting import Readapting, ReadaptTally
+from server.worker.readapting import Readapting
 from server.worker.training import AdapterTrainer
 from tests.integration.conftest import Work, working
 from tests.support.adapting import SAMPLES, adapt, job_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate
 from tests.support.store_parts import StoreParts
-from tests.support.stored import opened
 
 NewUser = Callable[[], str]
 LIVELY = {"learning_rate": 0.02}
@@ -86,7 +84,7 @@ def test_a_user_is_answered_by_their_own_adapter_once_it_is_trained(
     assert generate(client, ada, personalize="merged").json()["personalization"]["level"] == "merged"
 
 
-@pytest.mark.parametrize("strength", [None, 1, 0])
+@pytest.mark.parametrize("strength", [None, 0])
 def test_beneath_a_users_adapter_the_anchors_have_a_share_of_their_strength(
     client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, strength: float | None
 ) -> None:
@@ -146,10 +144,15 @@ def test_clients_are_never_told_whose_adapter_is_stacked_on_a_recipe(
         assert ":u-" not in answer.text
 
 
-def test_a_user_without_a_profile_gets_one_of_the_samples(client: httpx.Client, new_user: NewUser) -> None:
+def test_a_user_without_a_profile_gets_one_of_the_samples_and_their_job_is_cancelled_once(
+    client: httpx.Client, new_user: NewUser
+) -> None:
     user_id = new_user()
-    adapt(client, user_id).raise_for_status()
+    job = adapt(client, user_id).raise_for_status().json()
     assert client.get(f"/users/{user_id}").json()["items"] == len(SAMPLES)
+    assert client.delete(f"/jobs/{job['id']}").json()["state"] == "cancelled"
+    again = client.delete(f"/jobs/{job['id']}")
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "job_ended")
 
 
 def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
@@ -162,166 +165,74 @@ def test_erasing_a_user_takes_everything_and_a_running_job_leaves_nothing(
     assert {name: erased[name] for name in counted} == counted
     assert client.get(f"/jobs/{job['id']}").status_code == 404
     key = gateway.key(adapted)
-    assert keys_of(valkey, key) == [f"mta:{{{key}}}:epoch".encode()]
+    with redis.Redis.from_url(valkey.url) as raw:
+        assert [name for name in raw.scan_iter() if key.encode() in name] == [f"mta:{{{key}}}:epoch".encode()]
     wait_until(lambda: fake_engine.dropped == [key], "the engine to be told")
     assert generate(client, adapted).json()["personalization"]["level"] == "base"
 
 
-def test_a_job_of_a_user_who_was_erased_and_made_again_meanwhile_promotes_nothing(
-    client: httpx.Client, ada: str, work: Work
-) -> None:
-    adapt(client, ada, config=LIVELY).raise_for_status()
-
-    def begin_anew() -> None:
-        client.delete(f"/users/{ada}").raise_for_status()
-        client.put(f"/users/{ada}/profile", json={"items": [{"text": world(1)}]}).raise_for_status()
-
-    work(begin_anew)
-    assert client.get(f"/users/{ada}").json()["adapter"] is None
-    assert generate(client, ada).json()["personalization"]["level"] == "merged"
-
-
 def test_after_a_change_of_bank_users_are_merged_at_once_and_adapted_again_from_their_samples(
-    client: httpx.Client, ada: str, fake_engine: FakeEngine, work: Work, gateway: GatewayThread
+    client: httpx.Client, adapted: str, work: Work, gateway: GatewayThread
 ) -> None:
-    fake_engine.knobs.user_adapters = True
-    key, _, first = adapt(client, ada, config=LIVELY).raise_for_status().json()["id"].partition(".")
+    async def stale_and_readapted() -> None:
+        """As if the user's adapter had been trained on an earlier bank."""
+        async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+            key = gateway.key(adapted)
+            snapshot = await parts.profiles.read(key)
+            assert snapshot.profile is not None
+            assert snapshot.profile.adapter is not None
+            note = replace(snapshot.profile.adapter, recipe="mta3:00000000:shared:c")
+            change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
+            await parts.profiles.commit(key, snapshot.version, change)
+            await parts.connection.run(lambda redis: redis.sadd("mta:adapted", "00000000"))
+            await parts.connection.run(lambda redis: redis.sadd("mta:adapted:00000000", key))
+            assert generate(client, adapted).json()["personalization"]["level"] == "merged"
+            assert client.get(f"/users/{adapted}").json()["adapter"]["stale"]
+            many, budget = 1000, JobBudget(1000, 60)  # more than other tests leave waiting
+            stores = parts.jobs, parts.adapters, parts.profiles
+            tally = await Readapting(*stores, gateway.parts.bank.manifest, many, budget).run()
+            assert (tally.queued, tally.waiting) == (1, 0)
+
+    asyncio.run(stale_and_readapted())
     work()
-    url = gateway.parts.settings.redis_url
-    asyncio.run(_make_stale(url, gateway.key(ada)))
-    assert generate(client, ada).json()["personalization"]["level"] == "merged"
-    assert client.get(f"/users/{ada}").json()["adapter"]["stale"]
-    manifest = gateway.parts.bank.manifest
-    for _ in range(2):  # the second time it finds the job there
-        counts = asyncio.run(_readapt(url, manifest))
-        assert (counts.queued, counts.waiting) == (1, 0)
-    job = f"{key}.{int(first) + 1}"
-    assert client.get(f"/jobs/{job}").json()["state"] == "queued"
-    work()
-    assert client.get(f"/jobs/{job}").json()["state"] == "succeeded"
-    assert asyncio.run(_readapt(url, manifest)) == ReadaptTally()
-    assert generate(client, ada).json()["personalization"]["level"] == "stacked"
-
-
-def test_of_many_posts_the_newest_samples_win(client: httpx.Client, ada: str, work: Work) -> None:
-    newest = [{"input": "which?", "output": f"the {n}th yes yes"} for n in range(10)]
-    jobs = [adapt(client, ada, samples=[*SAMPLES, sample]).json() for sample in newest]
-    work()
-    states = [job_of(client, job)["state"] for job in jobs]
-    assert states[:-1] == ["superseded"] * 9
-    assert states[-1] in ("succeeded", "rejected")
-
-
-def test_the_same_idempotency_key_is_the_same_job(client: httpx.Client, ada: str) -> None:
-    first, second = (adapt(client, ada, idempotency_key="once").json() for _ in range(2))
-    assert first["id"] == second["id"]
-
-
-@pytest.mark.parametrize("append", [False, True])
-def test_repeating_a_post_changes_nothing_while_its_job_goes_well(
-    client: httpx.Client, ada: str, work: Work, *, append: bool
-) -> None:
-    body = {"append": append, "config": LIVELY}
-    first = adapt(client, ada, **body).json()
-    assert adapt(client, ada, **body).json()["id"] == first["id"]
-    work()
-    assert adapt(client, ada, **body).json()["id"] == first["id"]
-    assert job_of(client, first)["state"] == "succeeded"
-    other = adapt(client, ada, samples=SAMPLES[:3]).json()
-    assert adapt(client, ada, **body).json()["id"] not in (first["id"], other["id"])
-    client.delete(f"/users/{ada}").raise_for_status()
-
-
-def test_a_cancelled_job_is_never_trained_and_cancelled_once(client: httpx.Client, ada: str, work: Work) -> None:
-    job = adapt(client, ada).json()
-    assert client.delete(f"/jobs/{job['id']}").json()["state"] == "cancelled"
-    again = client.delete(f"/jobs/{job['id']}")
-    assert (again.status_code, again.json()["error"]["code"]) == (409, "job_ended")
-    work()
-    assert job_of(client, job)["state"] == "cancelled"
+    assert generate(client, adapted).json()["personalization"]["level"] == "stacked"
 
 
 def test_a_job_that_cannot_be_trained_fails_with_the_reason_and_the_old_adapter_stays(
-    client: httpx.Client, ada: str, work: Work
+    client: httpx.Client, adapted: str, work: Work
 ) -> None:
-    adapt(client, ada, config=LIVELY).raise_for_status()
-    work()
-    before = client.get(f"/users/{ada}").json()["adapter"]
+    before = client.get(f"/users/{adapted}").json()["adapter"]
     assert before
     almost = [{"input": f"question {n}", "output": "y" * 500} for n in range(3)]  # too long with the chat template
-    job = adapt(client, ada, samples=almost).json()
+    job = adapt(client, adapted, samples=almost).json()
     work()
     failed = job_of(client, job)
     assert (failed["state"], failed["adapter"]) == ("failed", None)
     assert "samples.0 has" in failed["error"]
-    assert client.get(f"/users/{ada}").json()["adapter"] == before
-
-
-def test_the_events_of_a_job_end_with_its_last_state(client: httpx.Client, ada: str, work: Work) -> None:
-    job = adapt(client, ada).json()
-    work()
-    lines = [line for line in client.get(f"/jobs/{job['id']}/events").text.splitlines() if line]
-    assert (lines[0], lines[2:]) == ("event: job", ["event: done", "data: [DONE]"])
-    assert json.loads(lines[1].removeprefix("data: ")) == job_of(client, job)
+    assert client.get(f"/users/{adapted}").json()["adapter"] == before
 
 
 def test_while_a_job_trains_its_events_carry_its_curves(
     client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.worker.training_thread.RENEW_S", 0.02)
+    monkeypatch.setattr("server.worker.lease.RENEW_S", 0.02)
     monkeypatch.setattr("server.gateway.routes.jobs._POLL_S", 0.02)
-    job, told = adapt(client, ada).json(), list[dict[str, Any]]()
+    job, lines = adapt(client, ada).json(), list[str]()
 
     def follow() -> None:
         with gateway.client() as mine, mine.stream("GET", f"/jobs/{job['id']}/events") as events:
-            told.extend(json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {"))
+            lines.extend(line for line in events.iter_lines() if line)
 
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(follow)
-        wait_until(lambda: told, "the first event")
+        wait_until(lambda: lines, "the first event")
         work(lambda: wait_until(lambda: job_of(client, job)["progress"]["held_out"], "the first look to be stored"))
         following.result(30)
+    assert (lines[0], lines[-2:]) == ("event: job", ["event: done", "data: [DONE]"])
+    told: list[dict[str, Any]] = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     states = [state["state"] for state in told]
     assert (states[0], states[-1]) == ("queued", job_of(client, job)["state"])
     lengths = [len(state["progress"]["loss"]) for state in told]
     assert lengths == sorted(lengths)
     assert any(state["state"] == "running" and state["progress"]["held_out"] for state in told)
     assert told[-1] == job_of(client, job)
-
-
-def test_the_jobs_of_a_user_are_listed_with_their_curves_and_gone_with_the_user(
-    client: httpx.Client, gateway: GatewayThread, ada: str, work: Work
-) -> None:
-    jobs = [adapt(client, ada).json()]
-    jobs.append(adapt(client, ada, samples=SAMPLES[:3]).json())
-    work()
-    sent = {"idempotency_key": None, "traceparent": None}
-    assert client.get(f"/users/{ada}/export").json()["jobs"] == [job_of(client, job) | sent for job in jobs]
-    client.delete(f"/users/{ada}").raise_for_status()
-    assert client.get(f"/jobs/{jobs[1]['id']}").status_code == 404
-
-
-async def _make_stale(url: str, key: str) -> None:
-    """As if the user's adapter had been trained on an earlier bank."""
-    async with opened(url) as profiles:
-        snapshot = await profiles.read(key)
-        assert snapshot.profile is not None
-        assert snapshot.profile.adapter is not None
-        note = replace(snapshot.profile.adapter, recipe="mta3:00000000:shared:c")
-        await profiles.commit(key, snapshot.version, Change(replace(snapshot.profile, adapter=note), {}, {}, ()))
-    with redis.Redis.from_url(url) as raw:
-        raw.sadd("mta:adapted", "00000000")
-        raw.sadd("mta:adapted:00000000", key)
-
-
-async def _readapt(url: str, manifest: BankManifest) -> ReadaptTally:
-    async with StoreParts.opened(url) as parts:
-        room = 1000  # more than other tests leave waiting
-        budget = JobBudget(1000, 60)
-        stores = parts.jobs, parts.adapters, parts.profiles
-        return await Readapting(*stores, manifest=manifest, at_a_time=room, budget=budget).run()
-
-
-def keys_of(valkey: ValkeyProcess, user_key: str) -> list[bytes]:
-    with redis.Redis.from_url(valkey.url) as raw:
-        return [key for key in raw.scan_iter() if user_key.encode() in key]

@@ -38,7 +38,7 @@ def ask(talk: Terminal, line: str, level: str) -> None:
     talk.wait_for("> ")
 
 
-def test_both_sides_answer_one_conversation(talk: Terminal, fake_engine: FakeEngine) -> None:
+def test_both_sides_answer_a_conversation_that_an_error_does_not_end(talk: Terminal, fake_engine: FakeEngine) -> None:
     ask(talk, "hello", "merged")
     talk.type("/base\n")
     talk.wait_for("base> ")
@@ -51,13 +51,14 @@ def test_both_sides_answer_one_conversation(talk: Terminal, fake_engine: FakeEng
     talk.wait_for("user-.*> ")
     talk.type("/new\n")
     talk.wait_for("> ")
+    fake_engine.knobs.status = 500
+    talk.type("hello\n")
+    talk.wait_for("error: ")
+    talk.wait_for("> ")
+    fake_engine.knobs.status = None
     ask(talk, "hello", "merged")
-    recipe, plain, again = (seen.body["model"] for seen in fake_engine.seen[-3:])
-    assert (again, plain) == (recipe, "base")
+    assert fake_engine.seen[-3].body["model"] == "base"
     assert len(fake_engine.seen[-1].body["messages"]) == 1
-
-
-def test_the_strength_is_the_recipes(talk: Terminal, fake_engine: FakeEngine) -> None:
     talk.type("/strength 0\n")
     talk.wait_for(" 0> ")
     ask(talk, "hello", "merged")
@@ -68,6 +69,8 @@ def test_the_strength_is_the_recipes(talk: Terminal, fake_engine: FakeEngine) ->
     talk.wait_for("error: strength must be a multiple of 0.05")
     talk.type("/strength much\n")
     talk.wait_for("/quit +leave")
+    talk.type("/quit\n")
+    assert talk.process.wait(PATIENCE_S) == 0
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine: FakeEngine) -> None:
@@ -78,25 +81,23 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Terminal, fake_engine:
     talk.wait_for(f"merged, {FIRST}, stopped")
     wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
     talk.wait_for("> ")
+    fake_engine.knobs.hold_after = None
+    fake_engine.knobs.admit_s = 600
+    talk.type("hello\n")
+    wait_until(lambda: not fake_engine.seen[-1].aborted, "the engine to be asked")
+    talk.type(CTRL_C)
+    talk.wait_for("no token, stopped")
+    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
+    talk.wait_for("> ")
+    fake_engine.knobs.admit_s = 0
     talk.type("half a question")
     talk.wait_for("half a question")
     time.sleep(SHOWN_S)
     talk.type(CTRL_C)
     talk.wait_for("> ")
-    fake_engine.knobs.hold_after = None
     ask(talk, "hello again", "merged")
     talk.type(CTRL_D)
     assert talk.process.wait(PATIENCE_S) == 0
-
-
-def test_ctrl_c_stops_an_answer_that_has_not_begun(talk: Terminal, fake_engine: FakeEngine) -> None:
-    fake_engine.knobs.admit_s = 600
-    talk.type("hello\n")
-    wait_until(lambda: fake_engine.seen != [], "the engine to be asked")
-    talk.type(CTRL_C)
-    talk.wait_for("no token, stopped")
-    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
-    talk.wait_for("> ")
 
 
 class Dying:
@@ -143,18 +144,6 @@ def test_an_answer_cannot_control_the_terminal(
     monkeypatch.setattr(Client, "stream", lambda self, *asked, **options: (one for one in [chunk]))
     chat(ada, gateway.url, 8)
     assert "red [31mor\n\tnot\n" in capsys.readouterr().out
-
-
-def test_an_error_of_the_engine_is_said_and_the_conversation_goes_on(talk: Terminal, fake_engine: FakeEngine) -> None:
-    fake_engine.knobs.status = 500
-    talk.type("hello\n")
-    talk.wait_for("error: ")
-    talk.wait_for("> ")
-    fake_engine.knobs.status = None
-    ask(talk, "hello", "merged")
-    assert len(fake_engine.seen[-1].body["messages"]) == 1
-    talk.type("/quit\n")
-    assert talk.process.wait(PATIENCE_S) == 0
 
 
 def test_a_gateway_that_is_not_there_is_one_line() -> None:

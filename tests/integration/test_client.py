@@ -61,37 +61,12 @@ def test_whole_and_streamed_answers_say_the_same(api: Client, ada: str) -> None:
     assert answer.personalization.timings_ms["total"] > 0
 
 
-def test_a_conversation_is_sent_as_one(api: Client, ada: str, fake_engine: FakeEngine) -> None:
-    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    api.generate(ada, said, max_tokens=2)
-    assert fake_engine.seen[-1].body["messages"] == said
-
-
-def test_a_closed_stream_ends_the_answer(api: Client, ada: str, fake_engine: FakeEngine) -> None:
-    fake_engine.knobs.token_delay_s = 0.05
-    chunks = api.stream(ada, "hello", max_tokens=400)
-    next(chunks)
-    chunks.close()
-    wait_until(lambda: fake_engine.seen[-1].aborted, "the engine to be told")
-
-
 def test_a_refusal_says_which_field_is_at_fault(api: Client, ada: str) -> None:
     for call in (api.generate, lambda *question, **options: next(api.stream(*question, **options))):
         with pytest.raises(MtaError, match="temperature must be") as failure:
             call(ada, "hello", temperature=-1)
         assert (failure.value.status, failure.value.code) == (400, "invalid_value")
         assert failure.value.param == "temperature"
-
-
-def test_a_stream_that_breaks_is_an_error_after_its_pieces(api: Client, ada: str, fake_engine: FakeEngine) -> None:
-    fake_engine.knobs.fail_after = 2
-    pieces = []
-    with pytest.raises(MtaError) as failure:
-        for chunk in api.stream(ada, "hello", max_tokens=4):
-            pieces.append(chunk.text)
-    assert len("".join(pieces).split()) == 2
-    assert failure.value.status == 0
-    assert failure.value.code
 
 
 def test_samples_become_a_job(api: Client, new_user: NewUser) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from bench.rig.tiny import world
 from tests.integration.conftest import Work
+from tests.support.adapting import SAMPLES, adapt, job_of
 from tests.support.gateway import GatewayThread, give_adapter
 
-SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
 NewUser = Callable[[], str]
 
 
@@ -40,13 +40,11 @@ def test_the_items_of_an_export_make_the_same_profile_again(client: httpx.Client
 
 
 def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter(client: httpx.Client, ada: str, work: Work) -> None:
-    body = {"samples": SAMPLES, "config": {"learning_rate": 0.02}, "idempotency_key": "once"}
-    job = client.post(f"/users/{ada}/adapt", json=body).raise_for_status().json()
+    job = adapt(client, ada, config={"learning_rate": 0.02}, idempotency_key="once").raise_for_status().json()
     work()
     export = client.get(f"/users/{ada}/export").raise_for_status().json()
     assert [sample["output"] for sample in export["samples"]] == [sample["output"] for sample in SAMPLES]
-    told = client.get(f"/jobs/{job['id']}").json()
-    assert export["jobs"] == [told | {"idempotency_key": "once", "traceparent": None}]
+    assert export["jobs"] == [job_of(client, job) | {"idempotency_key": "once", "traceparent": None}]
     adapter = export["adapter"]
     noted = client.get(f"/users/{ada}").json()["adapter"]
     assert (adapter["id"], adapter["recipe"], adapter["bytes"]) == (noted["id"], noted["recipe"], noted["bytes"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
@@ -144,15 +143,6 @@ def test_erasing_leaves_nothing(client: httpx.Client, new_user: NewUser, gateway
     assert who["level"] == "base"
 
 
-def test_users_do_not_see_each_other(client: httpx.Client, new_user: NewUser) -> None:
-    one, other = new_user(), new_user()
-    put(client, one, texts(0))
-    assert client.get(f"/users/{other}").status_code == 404
-    put(client, other, texts(1))
-    client.delete(f"/users/{one}").raise_for_status()
-    assert client.get(f"/users/{other}").json()["items"] == 1
-
-
 @pytest.mark.parametrize("user_id", ["ada@example.org", "Ångström", "用户:1", "a+b%20c", "%2F", "x" * 256, "..."])
 def test_any_printable_id_works_once_it_is_percent_encoded(client: httpx.Client, user_id: str) -> None:
     path = f"/users/{quote(user_id, safe='')}"
@@ -161,24 +151,6 @@ def test_any_printable_id_works_once_it_is_percent_encoded(client: httpx.Client,
     body = {"user_id": user_id, "prompt": "x", "max_tokens": 1}
     assert client.post("/generate", json=body).json()["personalization"]["level"] == "merged"
     client.delete(path).raise_for_status()
-
-
-def test_concurrent_writers_of_one_user_lose_nothing(
-    gateway: GatewayThread, gateway_settings: Settings, new_user: NewUser
-) -> None:
-    user_id, writers, each = new_user(), 8, 5
-    with GatewayThread(gateway_settings) as second, ThreadPoolExecutor(writers) as pool:
-
-        def write(number: int) -> None:
-            with (gateway, second)[number % 2].client() as own:
-                for part in range(each):
-                    post(own, user_id, [{"id": f"w{number}-{part}", "text": f"{number} {part}"}])
-
-        list(pool.map(write, range(writers)))
-    expected = {f"w{number}-{part}" for number in range(writers) for part in range(each)}
-    assert item_ids(gateway_settings, user_id) == expected
-    with gateway.client() as client:
-        assert client.get(f"/users/{user_id}").json()["items"] == len(expected)
 
 
 def item_ids(settings: Settings, user_id: str) -> set[str]:

@@ -26,7 +26,7 @@ from bank.manifest import BankManifest, read_manifest
 from bank.models.load import load_base
 from bench.rig.people import people, write_people
 from server.store.jobs import JobState
-from server.worker.job_loop import JobLoop
+from server.worker.loops import JobLoop
 from server.worker.training import AdapterTrainer
 from tests.support.bank_bench import OPTIONS, Bench, Recorder
 from tests.support.desk import Desk

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis.asyncio as redis
 
-from adapters.training.adapt_config import AdaptConfig
-from adapters.training.user_trainer import TrainingRun
 from bank.lookup.serving import ServingBank
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess
@@ -20,11 +18,9 @@ from server.errors import Unavailable
 from server.store.jobs import MAX_TRIES, JobState, JobStore
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection
-from server.store.samples import encode_config
-from server.worker.job_loop import JobLoop
+from server.worker.loops import JobLoop
 from server.worker.process import work_forever
 from server.worker.training import AdapterTrainer
-from server.worker.training_thread import Stalled
 from tests.integration.conftest import Interrupted
 from tests.support.desk import SAMPLES, Desk
 
@@ -47,32 +43,17 @@ def shaky(name: str) -> Any:
 
 
 class Shaky(JobStore):
-    """Real jobs, some of whose answers do not arrive.
-
-    Attributes:
-        away: while it is set, nothing reaches the store.
-        lost: names of calls whose next answer is lost after the store has done what was asked.
-        silent: whether a lost answer is silence rather than an error.
-        failures: how many calls failed.
-    """
+    """Real jobs, some of whose answers do not arrive."""
 
     def __init__(self, connection: RedisConnection) -> None:
         super().__init__(connection)
-        self.away, self.lost, self.silent, self.failures = False, set[str](), False, 0
+        self.away = False  # while it is set, nothing reaches the store
+        self.lost = set[str]()  # calls whose next answer is lost after the store has done what was asked
+        self.silent = False  # whether a lost answer is silence rather than an error
+        self.failures = 0
 
     renew, claim, samples = shaky("renew"), shaky("claim"), shaky("samples")
     end, promote, release = shaky("end"), shaky("promote"), shaky("release")
-
-
-class Hanging:
-    """A trainer whose training never ends by itself."""
-
-    def __init__(self, trainer: AdapterTrainer) -> None:
-        self.encoded, self.end = trainer.encoded, threading.Event()
-
-    def train(self, *_: object) -> TrainingRun:
-        self.end.wait()
-        raise AssertionError
 
 
 @pytest.fixture
@@ -88,10 +69,9 @@ def jobs(desk: Desk) -> Shaky:
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that runs out in a test's time."""
-    for module in ("lease", "job_loop"):
+    for module in ("lease", "loops"):
         monkeypatch.setattr(f"server.worker.{module}.LEASE_S", 0.5)
-    for module in ("lease", "training_thread"):
-        monkeypatch.setattr(f"server.worker.{module}.RENEW_S", 0.05)
+    monkeypatch.setattr("server.worker.lease.RENEW_S", 0.05)
 
 
 async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_training(
@@ -120,21 +100,18 @@ async def test_a_store_that_is_killed_and_comes_back_within_the_lease_costs_no_t
     assert steps.count(1) == 1
 
 
+def slowly(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) -> JobLoop:
+    """A worker whose store goes away at the first step, and whose training takes longer than its lease."""
+    trainer = Interrupted(trainer, partial(setattr, jobs, "away", True), lambda step: time.sleep(0.1))
+    return JobLoop(jobs, desk.profiles, bank, trainer)
+
+
 @pytest.mark.usefixtures("short_lease")
 async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_given_back_and_is_no_try(
     desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky
 ) -> None:
-    gone = threading.Event()
-
-    def go_away() -> None:
-        jobs.away = True
-
-    def at_step(_: int) -> None:
-        gone.wait(0.1)  # training that takes longer than the lease
-
     job_id = await desk.submit()
-    worker = JobLoop(jobs, desk.profiles, bank, Interrupted(trainer, go_away, at_step))
-    working = asyncio.create_task(worker.work_once(1))
+    working = asyncio.create_task(slowly(desk, bank, trainer, jobs).work_once(1))
     while jobs.failures < 15:
         await asyncio.sleep(0.05)
     assert not working.done()  # waits for the store
@@ -151,13 +128,8 @@ async def test_a_job_whose_lease_runs_out_without_the_store_is_given_up_and_give
 async def test_a_try_is_not_undone_when_another_worker_has_the_job_by_then(
     desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky
 ) -> None:
-    def go_away() -> None:
-        jobs.away = True
-
     job_id = await desk.submit()
-    interrupted = Interrupted(trainer, go_away, lambda _: threading.Event().wait(0.1))
-    worker = JobLoop(jobs, desk.profiles, bank, interrupted)
-    working = asyncio.create_task(worker.work_once(1))
+    working = asyncio.create_task(slowly(desk, bank, trainer, jobs).work_once(1))
     while jobs.failures == 0 or (lease := await desk.jobs.claim(job_id, 60)) is None:
         await asyncio.sleep(0.05)
     jobs.away = False
@@ -172,8 +144,10 @@ def worker(desk: Desk, bank: ServingBank, trainer: AdapterTrainer, jobs: Shaky) 
     return JobLoop(jobs, desk.profiles, bank, trainer)
 
 
-@pytest.mark.parametrize("silent", [False, True])
-@pytest.mark.parametrize("call", ["claim", "samples", "renew", "promote", "end"])
+@pytest.mark.parametrize(
+    ("call", "silent"),
+    [*((call, False) for call in ("claim", "samples", "renew", "promote", "end")), ("claim", True), ("renew", True)],
+)
 async def test_a_lost_answer_changes_nothing(
     desk: Desk, worker: JobLoop, jobs: Shaky, monkeypatch: pytest.MonkeyPatch, *, call: str, silent: bool
 ) -> None:
@@ -186,53 +160,6 @@ async def test_a_lost_answer_changes_nothing(
     job, adapter = await desk.job(job_id), await desk.adapters.adapter_id(job_id.user_key)
     assert (job.state, job.tries) == (JobState.FAILED if call == "end" else JobState.SUCCEEDED, 1)
     assert (adapter or "") == job.adapter
-
-
-async def test_a_job_that_takes_longer_than_it_may_fails_and_says_where_it_was(desk: Desk, worker: JobLoop) -> None:
-    job_id = await desk.submit(config=encode_config(AdaptConfig(max_seconds=0)))
-    assert await worker.work_once(1)
-    job = await desk.job(job_id)
-    assert (job.state, job.tries) == (JobState.FAILED, 1)
-    assert "ran over its limit of 0 s" in job.error
-    assert await desk.adapters.adapter_id(job_id.user_key) is None
-
-
-async def test_training_that_shows_no_sign_of_life_loses_its_lease_and_ends_the_process(
-    desk: Desk, bank: ServingBank, trainer: AdapterTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job_id, hanging = await desk.submit(), Hanging(trainer)
-    with monkeypatch.context() as patched:
-        patched.setattr("server.worker.training_thread.STALL_S", 0.2)
-        patched.setattr("server.worker.training_thread.RENEW_S", 0.05)
-        try:
-            with pytest.raises(Stalled):
-                await JobLoop(desk.jobs, desk.profiles, bank, hanging).work_once(1)
-        finally:
-            hanging.end.set()
-    job = await desk.job(job_id)
-    assert (job.state, job.tries) == (JobState.QUEUED, 1)
-    assert await JobLoop(desk.jobs, desk.profiles, bank, trainer).work_once(1)
-    assert (await desk.job(job_id)).state is JobState.SUCCEEDED
-
-
-@pytest.mark.parametrize(
-    "want", [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "Cannot allocate memory")]
-)
-async def test_a_process_that_can_make_no_connection_for_want_of_memory_ends_and_that_is_a_try(
-    desk: Desk, worker: JobLoop, jobs: Shaky, want: Exception
-) -> None:
-    async def renew(*_: Any, **__: Any) -> bool:
-        try:
-            raise ConnectionError from want
-        except ConnectionError as error:
-            raise Unavailable("the store cannot be used now") from error
-
-    jobs.renew = renew  # type: ignore[method-assign]
-    job_id = await desk.submit()
-    with pytest.raises(RuntimeError, match="can no longer reach the store"):
-        await worker.work_once(1)
-    job = await desk.job(job_id)
-    assert (job.state, job.tries) == (JobState.QUEUED, 1)
 
 
 @pytest.mark.usefixtures("short_lease")
@@ -259,13 +186,3 @@ async def test_a_job_whose_record_cannot_be_read_holds_up_no_other_and_fails_aft
     assert ((await desk.job(behind)).state, state) == (JobState.SUCCEEDED, "failed")
     said = [record.message for record in caplog.records if record.message.startswith(f"{broken}: cannot be read")]
     assert len(said) == MAX_TRIES
-
-
-async def test_a_newer_job_for_another_bank_is_left_to_its_workers(desk: Desk, worker: JobLoop) -> None:
-    job_id = await desk.submit()
-    newer = await desk.submit(SAMPLES[:2], user=job_id.user_key, bank="00000000")
-    assert not await worker.work_once(0.1)
-    assert (await desk.job(job_id)).state is JobState.SUPERSEDED
-    job = await desk.job(newer)
-    assert (job.state, job.tries) == (JobState.QUEUED, 0)
-    assert await desk.jobs.next_job("00000000", 1) == newer

@@ -18,8 +18,7 @@ from bank.items.profile import Item, Vectors
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bench.rig.valkey import ValkeyProcess, free_port
-from server.gateway.users.history import HistoryLimit
-from server.gateway.users.profiles import EMBED_BATCH, Profiles
+from server.gateway.users.profiles import EMBED_BATCH, HistoryLimit, Profiles
 from server.store.profile_record import AdapterNote
 from server.store.profiles import Change, ProfileStore
 from server.store.queue import UserQueue
@@ -79,23 +78,19 @@ def user() -> User:
 
 def profiles(store: ProfileStore, embedder: CountingEmbedder, signing: UserQueue | None = None) -> Profiles:
     executor, limit = ThreadPoolExecutor(1), HistoryLimit(64, 1 << 20)
-    return Profiles(store, embedder=embedder, task=get_task("chat"), executor=executor, limit=limit, signing=signing)
-
-
-async def changed(store: ProfileStore, user: User, **fields: object) -> None:
-    """Write fields of the record, as others do."""
-    snapshot = await store.read(user.key)
-    assert snapshot.profile is not None
-    assert await store.commit(user.key, snapshot.version, Change(replace(snapshot.profile, **fields), {}, {}, ()))
+    return Profiles(store, embedder, get_task("chat"), executor, limit, signing)
 
 
 def items(*names: str) -> list[Item]:
     return [Item(name, {"text": f"a text about {name}"}) for name in names]
 
 
-async def test_adding_one_item_embeds_one_text(writing: Profiles, embedder: CountingEmbedder, user: User) -> None:
+async def test_only_what_is_new_is_embedded(writing: Profiles, embedder: CountingEmbedder, user: User) -> None:
     await writing.replace(user, items("waves", "roses", "chess"), "")
     embedder.texts.clear()
+    await writing.replace(user, items("waves", "roses", "chess"), "")
+    await writing.replace(user, items("chess", "waves"), "")
+    assert embedder.texts == []
     await writing.add(user, items("bread"), "")
     assert embedder.texts == ["a text about bread"]
     await writing.add(user, [Item("bread", {"text": "another text"})], "")
@@ -111,16 +106,6 @@ async def test_a_write_stands_though_the_queue_for_signatures_is_away(
     assert (await writing.replace(user, items("waves"), "")).changed == 1
     assert "a signature could not be requested" in caplog.text
     await nobody.close()
-
-
-async def test_a_repeated_or_shrinking_history_embeds_nothing(
-    writing: Profiles, embedder: CountingEmbedder, user: User
-) -> None:
-    await writing.replace(user, items("waves", "roses", "chess"), "")
-    embedder.texts.clear()
-    await writing.replace(user, items("waves", "roses", "chess"), "")
-    await writing.replace(user, items("chess", "waves"), "")
-    assert embedder.texts == []
 
 
 async def test_the_embedding_is_the_unit_mean_of_the_items(
@@ -162,14 +147,23 @@ async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
     assert len(new.texts) == 2
 
 
-async def test_a_user_adapter_stays_with_the_recipe_it_was_trained_on(
-    store: ProfileStore, embedder: CountingEmbedder, user: User
+async def test_what_is_kept_beside_the_items_survives_their_changes(
+    store: ProfileStore, writing: Profiles, user: User
 ) -> None:
-    service, note = profiles(store, embedder), AdapterNote("a" * 26, "mta3:9f2c41d0:shared:c", 27_000, 1)
-    await service.add(user, items("surf"), "")
-    await changed(store, user, adapter=note)
-    assert (await service.add(user, items("waves"), "")).profile.adapter == note
-    assert (await service.replace(user, items("bread"), "")).profile.adapter == note
+    kept = {
+        "adapter": AdapterNote("a" * 26, "mta3:9f2c41d0:shared:c", 27_000, 1),
+        "extra": {200: b"of a later version" * 80},
+    }
+    await writing.add(user, items("surf"), "")
+    snapshot = await store.read(user.key)
+    assert snapshot.profile is not None
+    change = Change(replace(snapshot.profile, **kept), {}, {}, ())
+    assert await store.commit(user.key, snapshot.version, change)
+    await writing.add(user, items("waves"), "")
+    await writing.replace(user, items("bread"), "")
+    profile = await writing.current(user)
+    assert profile is not None
+    assert {name: getattr(profile, name) for name in kept} == kept
 
 
 async def test_adding_after_a_change_of_embedder_remakes_all(store: ProfileStore, inner: Embedder, user: User) -> None:
@@ -227,17 +221,6 @@ async def test_embedding_never_holds_up_the_event_loop(
     assert not writing.done()
     embedder.gate.set()
     await writing
-
-
-async def test_evidence_that_this_version_does_not_know_survives_a_change(
-    store: ProfileStore, writing: Profiles, user: User
-) -> None:
-    await writing.replace(user, items("waves"), "")
-    await changed(store, user, extra={200: b"signature" * 170})
-    await writing.add(user, items("roses"), "")
-    profile = await writing.current(user)
-    assert profile is not None
-    assert profile.extra == {200: b"signature" * 170}
 
 
 async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(

@@ -38,7 +38,7 @@ def small(gateway_settings: Settings, fake_engine_server: FakeEngine) -> Iterato
 def strict(small: GatewayThread, fake_engine: FakeEngine) -> Iterator[httpx.Client]:
     """It has asked nothing yet, and the engine has a strict template."""
     fake_engine.knobs.strict = True
-    small.parts.adapting._checks._accepted.clear()
+    small.parts.adapting.checks._accepted.clear()
     with small.client() as client:
         yield client
 
@@ -105,12 +105,6 @@ def test_where_the_engine_cannot_say_the_job_is_taken_and_it_is_asked_again_the_
     assert adapt(strict, new_user(), conversation("user", "user")).status_code == 400
 
 
-def test_a_job_says_what_it_is_granted(strict: httpx.Client, new_user: NewUser) -> None:
-    job = adapt(strict, new_user(), GOOD, GOOD).raise_for_status().json()
-    assert (job["config"]["max_tokens"], job["config"]["max_seconds"]) == (20_000, 60)
-    assert strict.get(f"/jobs/{job['id']}").json()["config"] == job["config"]
-
-
 def test_more_steps_than_the_budget_has_are_refused_with_how_many_fit(strict: httpx.Client, new_user: NewUser) -> None:
     user_id, samples = new_user(), [{"input": f"{n}", "output": "x" * 99} for n in range(10)]
     response = adapt(strict, user_id, *samples, config={"steps": 500})
@@ -120,7 +114,9 @@ def test_more_steps_than_the_budget_has_are_refused_with_how_many_fit(strict: ht
     assert "20000 are allowed" in error["message"]
     fitting = int(error["message"].rpartition("with ")[2].partition(" steps")[0])
     assert adapt(strict, user_id, *samples, config={"steps": fitting + 1}).status_code == 400
-    adapt(strict, user_id, *samples, config={"steps": fitting}).raise_for_status()
+    job = adapt(strict, user_id, *samples, config={"steps": fitting}).raise_for_status().json()
+    assert (job["config"]["max_tokens"], job["config"]["max_seconds"]) == (20_000, 60)
+    assert strict.get(f"/jobs/{job['id']}").json()["config"] == job["config"]
 
 
 def test_samples_of_which_a_single_step_is_too_much_are_refused(strict: httpx.Client, new_user: NewUser) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import pytest
@@ -21,43 +21,25 @@ from server.errors import Unavailable
 from server.settings import Settings
 from server.store.profiles import ProfileStore
 from server.store.queue import UserQueue
-from server.store.redis.servers.connection import RedisConnection
-from server.worker.signing_loop import MAX_TRIES, SigningLoop
+from server.worker.lease import Stalled
+from server.worker.loops import MAX_SIGN_TRIES, SigningLoop
 from server.worker.training import AdapterTrainer
-from server.worker.training_thread import Stalled
+from tests.support.adapting import SAMPLES
 from tests.support.fake_engine import FakeEngine, Knobs
 from tests.support.gateway import GatewayThread, generate
-
-PAIRS = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
-
-
-class Awaited(asyncio.Lock):
-    """A lock that is held by others while something happens."""
-
-    def __init__(self, meanwhile: Callable[[], Awaitable[object]]) -> None:
-        super().__init__()
-        self._meanwhile = meanwhile
-
-    async def acquire(self) -> Literal[True]:
-        await self._meanwhile()
-        return await super().acquire()
+from tests.support.stored import connected
 
 
 class Sign:
-    """Makes all signatures that are wanted now; `meanwhile` happens while the first is made, `before` while each waits
-    for the model."""
+    """Makes all signatures that are wanted now; `meanwhile` happens while the first is made."""
 
     def __init__(self, url: str, bank: ServingBank, trainer: AdapterTrainer) -> None:
         self._url, self._bank, self.trainer = url, bank, trainer
         self.made = 0
 
-    def __call__(
-        self,
-        meanwhile: Callable[[], object] = lambda: None,
-        before: Callable[[UserQueue], Awaitable[object]] | None = None,
-    ) -> None:
+    def __call__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         self.made, self._meanwhile = 0, meanwhile
-        asyncio.run(self._all(before))
+        asyncio.run(self._all())
 
     def signature(self, pairs: Sequence[tuple[str, str]]) -> Signature:
         self.made += 1
@@ -65,17 +47,12 @@ class Sign:
             self._meanwhile()
         return self.trainer.signature(pairs)
 
-    async def _all(self, before: Callable[[UserQueue], Awaitable[object]] | None) -> None:
-        connection = RedisConnection(self._url)
-        await connection.check()
-        try:
+    async def _all(self) -> None:
+        async with connected(self._url) as connection:
             queue, profiles = UserQueue(connection, "sign", self._bank.manifest.short), ProfileStore(connection)
-            lock = Awaited(lambda: before(queue)) if before else asyncio.Lock()
-            loop = SigningLoop(queue, profiles, self._bank, self, model_lock=lock)
-            while await loop.work_once(0.2):
+            loop = SigningLoop(queue, profiles, self._bank, self, model_lock=asyncio.Lock())
+            while await loop.work_once(0.05):
                 pass
-        finally:
-            await connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -116,161 +93,111 @@ def source(client: httpx.Client, user_id: str) -> str:
     return found
 
 
-def test_topics_speak_until_the_signature_is_there(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign
-) -> None:
+@pytest.fixture
+def user_id(client: httpx.Client, new_user: Callable[[], str]) -> str:
+    """Somebody with eight items to sign."""
     user_id = new_user()
-    put(client, user_id, PAIRS)
+    put(client, user_id, SAMPLES)
+    return user_id
+
+
+def test_topics_speak_until_the_signature_is_there(client: httpx.Client, user_id: str, sign: Sign) -> None:
+    put(client, user_id, SAMPLES[:3])  # changes that nobody has seen yet are one signature
+    put(client, user_id, SAMPLES)
     assert source(client, user_id) == "topic"
     sign()
     assert sign.made == 1
     who = generate(client, user_id).json()["personalization"]
     assert who["source"] == client.get(f"/users/{user_id}").json()["source"] == "signature"
-    assert all(anchor["gain"] is not None for anchor in who["anchors"])
     gains = [anchor["gain"] for anchor in who["anchors"]]
     assert [abs(gain) for gain in gains] == sorted(map(abs, gains), reverse=True)
     assert all((anchor["weight"] > 0) is (anchor["gain"] > 0) for anchor in who["anchors"])
 
 
-def test_changes_that_nobody_has_seen_yet_are_one_signature(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign
-) -> None:
-    user_id = new_user()
-    for count in (3, 5, 8):
-        put(client, user_id, PAIRS[:count])
-    sign()
-    assert sign.made == 1
-    assert source(client, user_id) == "signature"
-
-
-def test_a_change_while_a_signature_is_made_is_seen_to(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign
-) -> None:
-    user_id = new_user()
-    put(client, user_id, PAIRS[:4])
-    sign(lambda: put(client, user_id, PAIRS))
+def test_a_change_while_a_signature_is_made_is_seen_to(client: httpx.Client, user_id: str, sign: Sign) -> None:
+    sign(lambda: put(client, user_id, SAMPLES[:4]))
     assert sign.made == 2
     sign()
     assert sign.made == 0
 
 
-def test_items_without_outputs_leave_it_to_the_topics_and_are_not_asked_for_again(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign
-) -> None:
-    user_id = new_user()
-    put(client, user_id, [{"text": world(0)}, {"text": world(1)}])
-    sign()
-    assert sign.made == 1
-    assert source(client, user_id) == "topic"
-    sign()
-    assert sign.made == 0
-
-
-def test_who_is_erased_meanwhile_stays_so(client: httpx.Client, new_user: Callable[[], str], sign: Sign) -> None:
-    user_id = new_user()
-    put(client, user_id, PAIRS)
+def test_who_is_erased_meanwhile_stays_so(client: httpx.Client, user_id: str, sign: Sign) -> None:
     sign(lambda: client.delete(f"/users/{user_id}").raise_for_status())
     assert client.get(f"/users/{user_id}").status_code == httpx.codes.NOT_FOUND
 
 
-def test_a_gradient_that_is_no_number_leaves_it_to_the_topics_and_is_not_asked_for_again(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    user_id = new_user()
-    put(client, user_id, PAIRS)
+def no_outputs(sign: Sign, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    return [{"text": world(0)}, {"text": world(1)}]
+
+
+def gradient_that_is_no_number(sign: Sign, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     numbers = sign.trainer.manifest.layout.b_numbers
     monkeypatch.setattr("bank.building.signer.b_gradient", lambda *_: torch.full((numbers,), torch.nan))
+    return SAMPLES
+
+
+def refused_by_template(sign: Sign, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    picky = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
+    monkeypatch.setattr(sign.trainer.tokenizer, "chat_template", picky + sign.trainer.tokenizer.chat_template)
+    return [*SAMPLES, {"input": "odd", "output": "one"}]
+
+
+@pytest.mark.parametrize("trouble", [no_outputs, gradient_that_is_no_number, refused_by_template])
+def test_items_that_teach_nothing_leave_it_to_the_topics_and_are_not_asked_for_again(
+    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch, trouble: Any
+) -> None:
+    user_id = new_user()
+    put(client, user_id, trouble(sign, monkeypatch))
     sign()
-    assert sign.made == 1
-    assert source(client, user_id) == "topic"
+    assert (sign.made, source(client, user_id)) == (1, "topic")
     sign()
     assert sign.made == 0
     monkeypatch.undo()
-    put(client, user_id, PAIRS[:4])
+    put(client, user_id, SAMPLES[:4])
     sign()
     assert source(client, user_id) == "signature"
 
 
-def test_items_that_cannot_be_encoded_are_signed_as_none_and_the_next_user_is_signed(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    odd, user_id = new_user(), new_user()
-    put(client, odd, [*PAIRS, {"input": "odd", "output": "one"}])
-    put(client, user_id, PAIRS)
-    picky = "{% if messages[0]['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
-    monkeypatch.setattr(sign.trainer.tokenizer, "chat_template", picky + sign.trainer.tokenizer.chat_template)
-    sign()
-    assert sign.made == 2
-    assert (source(client, odd), source(client, user_id)) == ("topic", "signature")
-
-
 def test_a_signature_over_which_workers_die_is_given_up_after_the_last_try(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client, user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.store.queue.GRACE_MS", 0)  # what a worker that died had taken is due at once
-    user_id = new_user()
-    put(client, user_id, PAIRS)
 
     def no_memory() -> None:
         raise MemoryError
 
-    for _ in range(MAX_TRIES):
+    for _ in range(MAX_SIGN_TRIES):
         with pytest.raises(MemoryError):
             sign(no_memory)
     sign(no_memory)
-    assert sign.made == 0
-    assert source(client, user_id) == "topic"
-    put(client, user_id, PAIRS[:4])
+    assert (sign.made, source(client, user_id)) == (0, "topic")
+    put(client, user_id, SAMPLES[:4])
     sign()
     assert source(client, user_id) == "signature"
 
 
-def test_a_signature_that_waits_for_the_model_is_made_however_often_its_user_is_called_again(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.store.queue.GRACE_MS", 0)  # whoever waits is due at once
-    user_id, waits = new_user(), 0
-    put(client, user_id, PAIRS[:4])
-
-    async def wait(queue: UserQueue) -> None:
-        nonlocal waits
-        waits += 1
-        if waits <= MAX_TRIES:
-            taken = await queue.take(0.05)  # by another worker
-            assert taken is not None
-            await queue.request(taken)
-        elif waits == MAX_TRIES + 1:
-            put(client, user_id, PAIRS)
-
-    sign(before=wait)
-    assert sign.made == 2
-    assert source(client, user_id) == "signature"
-
-
 def test_a_store_that_is_away_is_no_try(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client, user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.worker.signing_loop.RETRY_S", 0.01)
-    user_id, commit, failures = new_user(), ProfileStore.commit, 0
-    put(client, user_id, PAIRS)
+    monkeypatch.setattr("server.worker.lease.RENEW_S", 0.01)
+    commit, failures = ProfileStore.commit, 0
 
     async def away(*args: Any) -> bool:
         nonlocal failures
         failures += 1
-        if failures <= MAX_TRIES:
+        if failures <= MAX_SIGN_TRIES:
             raise Unavailable("the store cannot be used now")
         return await commit(*args)
 
     monkeypatch.setattr(ProfileStore, "commit", away)
     sign()
-    assert failures == MAX_TRIES + 1
+    assert (failures, sign.made) == (MAX_SIGN_TRIES + 1, 1)
     assert source(client, user_id) == "signature"
 
 
 def test_a_signature_that_never_comes_ends_the_process(
-    client: httpx.Client, new_user: Callable[[], str], sign: Sign, monkeypatch: pytest.MonkeyPatch
+    user_id: str, sign: Sign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.worker.signing_loop.STALL_S", 0.1)
-    put(client, new_user(), PAIRS)
+    monkeypatch.setattr("server.worker.loops.STALL_S", 0.1)
     with pytest.raises(Stalled):
-        sign(lambda: time.sleep(1))
+        sign(lambda: time.sleep(0.5))

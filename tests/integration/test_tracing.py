@@ -14,6 +14,7 @@ from deploy.observe.pictures.receiver import Receiver, Span, receiving
 from server.settings import Settings
 from server.watching.tracing import open_tracing
 from tests.integration.conftest import Work
+from tests.support.adapting import adapt, job_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, wait_until_ready
 
@@ -93,23 +94,22 @@ def test_looks_at_the_parts_are_no_traces(client: httpx.Client, traced: GatewayT
 def test_an_answer_by_an_adapter_is_linked_to_the_job_that_made_it(
     client: httpx.Client, traced: GatewayThread, receiver: Receiver, fake_engine: FakeEngine, work: Work
 ) -> None:
-    samples = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
-    job = client.post(f"/users/{USER}/adapt", json={"samples": samples, "config": {"steps": 6, "learning_rate": 0.05}})
+    job = adapt(client, USER, config={"steps": 6, "learning_rate": 0.05}).json()
     [request] = requests(sent(traced, receiver), "POST /users/{user_id}/adapt")
     work(tracing=traced.parts.tracing)
-    assert client.get(f"/jobs/{job.json()['id']}").json()["state"] == "succeeded"
+    assert job_of(client, job)["state"] == "succeeded"
     fake_engine.knobs.user_adapters = True
     answer = client.post("/generate", json={"user_id": USER, "prompt": PROMPT, "max_tokens": 1}).raise_for_status()
     assert answer.json()["personalization"]["level"] == "stacked"
-    [adapt] = requests(sent(traced, receiver), "adapt")
-    assert (adapt.trace_id, adapt.parent) == (request.trace_id, request.id)
-    assert adapt.attributes == {"mta.outcome": "succeeded", "mta.tries": 1}
-    [train] = requests(receiver.trace(adapt.trace_id), "train")
-    assert (train.parent, train.attributes["mta.samples"]) == (adapt.id, 8)
-    assert requests(receiver.spans, "POST /generate")[-1].links == (adapt.trace_id,)
+    [adapted] = requests(sent(traced, receiver), "adapt")
+    assert (adapted.trace_id, adapted.parent) == (request.trace_id, request.id)
+    assert adapted.attributes == {"mta.outcome": "succeeded", "mta.tries": 1}
+    [train] = requests(receiver.trace(adapted.trace_id), "train")
+    assert (train.parent, train.attributes["mta.samples"]) == (adapted.id, 8)
+    assert requests(receiver.spans, "POST /generate")[-1].links == (adapted.trace_id,)
     export = client.get(f"/users/{USER}/export").raise_for_status().json()
     kept = export["jobs"][0]["traceparent"], export["adapter"]["traceparent"]
-    assert [traceparent.split("-")[1] for traceparent in kept] == [adapt.trace_id] * 2
+    assert [traceparent.split("-")[1] for traceparent in kept] == [adapted.trace_id] * 2
 
 
 def test_nothing_of_a_user_is_in_what_is_sent(

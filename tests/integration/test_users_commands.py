@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from aiohttp import web
 from typer.testing import CliRunner, Result
 
 import mta_client
 from adapters.errors import MtaError
 from bank.peft.imported import read_peft
+from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
 from server.cli import app
-from server.cli.users.importing import Import, ImportCounts, journal_of
+from server.cli.users.importing import Import, ImportCounts, Journal
 from server.cli.users.patience import PatientGateway, Refused
 from tests.integration.conftest import Work
+from tests.support.adapting import adapt
 from tests.support.gateway import GatewayThread
 
 NewUser = Callable[[], str]
@@ -132,75 +134,58 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: str | None
 
 
 class Stub:
-    """A gateway that says what it is told to.
-
-    Attributes:
-        answers: status and headers of the next answers; then 200.
-        served: the users who got a 200, in order.
-        most: the most requests it had at a time.
-    """
+    """A gateway that says what it is told to."""
 
     def __init__(self) -> None:
-        self.answers: list[tuple[int, dict[str, str]]] = []
-        self.served: list[str] = []
-        self.most = self._now = 0
-        self.url = ""
+        self.answers: list[tuple[int, dict[str, str]]] = []  # status and headers of the next ones; then 200
+        self.served: list[str] = []  # the users who got a 200, in order
+        self.most = self._now = 0  # requests at a time
+        self.client = mta_client.Client("http://stub", transport=httpx.MockTransport(self._answer))
 
-    async def answer(self, request: web.Request) -> web.Response:
+    def _answer(self, request: httpx.Request) -> httpx.Response:
         self._now += 1
         self.most = max(self.most, self._now)
-        await asyncio.sleep(0)
+        time.sleep(0.001)
         self._now -= 1
         status, headers = self.answers.pop(0) if self.answers else (200, {})
         if status == 200:
-            self.served.append(request.match_info["user"])
-            return web.json_response(PROFILE)
+            self.served.append(request.url.path.split("/")[2])
+            return httpx.Response(200, json=PROFILE)
         error = {"message": f"told to say {status}", "code": "no", "param": None}
-        return web.json_response({"error": error}, status=status, headers=headers)
+        return httpx.Response(status, json={"error": error}, headers=headers)
 
 
 @pytest.fixture
-async def stub() -> AsyncIterator[Stub]:
-    stub, app, port = Stub(), web.Application(), free_port()
-    app.router.add_put("/users/{user}/profile", stub.answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    stub.url = f"http://127.0.0.1:{port}"
-    yield stub
-    await runner.cleanup()
+def stub() -> Stub:
+    return Stub()
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the gateway's callers were to wait, each time; nobody waits for that long here."""
     asked: list[float] = []
-
-    def uniform(low: float, high: float) -> float:
-        return 0.0
-
     back_off = PatientGateway._back_off
 
     def noted(self: PatientGateway, error: mta_client.MtaError) -> None:
         asked.append(error.retry_after_s or math.nan)
         back_off(self, error)
 
-    monkeypatch.setattr("random.uniform", uniform)
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
     monkeypatch.setattr(PatientGateway, "_back_off", noted)
-    yield asked
+    return asked
 
 
-async def imported(stub: Stub, path: Path, at_a_time: int = 3, patience_s: float = 60) -> ImportCounts:
-    with closing(journal_of(path)) as journal, mta_client.Client(stub.url) as client:
-        return await asyncio.to_thread(Import(PatientGateway(client, patience_s), journal).run, path, at_a_time)
+def imported(stub: Stub, path: Path, at_a_time: int = 3) -> ImportCounts:
+    with closing(Journal(path)) as journal:
+        return Import(PatientGateway(stub.client, 60), journal).run(path, at_a_time)
 
 
-async def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
+def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
     stub: Stub, people: tuple[Path, list[str]], waits: list[float]
 ) -> None:
     path, ids = people
     stub.answers = [(200, {}), (503, {"Retry-After": "7"}), (429, {"Retry-After": "3"}), (502, {})]
-    counts = await imported(stub, path)
+    counts = imported(stub, path)
     assert (counts.imported, counts.failed) == (10, 0)
     assert sorted(stub.served) == sorted(ids)
     assert len(waits) == 3
@@ -208,16 +193,16 @@ async def test_a_busy_gateway_is_asked_again_and_a_few_requests_are_in_flight(
     assert stub.most <= 3
 
 
-async def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
+def test_an_import_that_was_broken_off_goes_on_where_it_stopped(
     stub: Stub, people: tuple[Path, list[str]], waits: list[float]
 ) -> None:
     path, ids = people
     stub.answers = [(200, {})] * 4 + [(503, {"Retry-After": "61"})] * 100
     with pytest.raises(MtaError, match="told to say 503; given up"):
-        await imported(stub, path, at_a_time=1)
+        imported(stub, path, at_a_time=1)
     assert stub.served == ids[:4]
     stub.answers = []
-    counts = await imported(stub, path)
+    counts = imported(stub, path)
     assert (counts.imported, counts.before) == (6, 4)
     assert sorted(stub.served) == sorted(ids)
 
@@ -228,22 +213,22 @@ def test_nobody_there_is_said_after_a_while(waits: list[float]) -> None:
         nobody.call(lambda client: client.user("ada"))
 
 
-async def test_a_no_is_not_asked_again(stub: Stub) -> None:
+def test_a_no_is_not_asked_again(stub: Stub) -> None:
     stub.answers = [(413, {})]
-    with mta_client.Client(stub.url) as client, pytest.raises(Refused, match=r"^told to say 413$"):
-        await asyncio.to_thread(PatientGateway(client).call, lambda client: client.put_profile("a", []))
+    with pytest.raises(Refused, match=r"^told to say 413$"):
+        PatientGateway(stub.client).call(lambda client: client.put_profile("a", []))
     assert stub.served == []
 
 
-async def test_a_call_that_waits_ends_when_all_is_stopped(stub: Stub) -> None:
+def test_a_call_that_waits_ends_when_all_is_stopped(stub: Stub) -> None:
     stub.answers = [(503, {"Retry-After": "300"})]
-    gateway = PatientGateway(mta_client.Client(stub.url), patience_s=600)
-    waiting = asyncio.create_task(asyncio.to_thread(gateway.call, lambda client: client.put_profile("a", [])))
-    while not gateway._not_before_s:
-        await asyncio.sleep(0.01)
-    gateway.stop()
-    with pytest.raises(MtaError, match="stopped"):
-        await waiting
+    gateway = PatientGateway(stub.client, patience_s=600)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(gateway.call, lambda client: client.put_profile("a", []))
+        wait_until(lambda: gateway._not_before_s, "the gateway to say that it is busy")
+        gateway.stop()
+        with pytest.raises(MtaError, match="stopped"):
+            waiting.result()
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://[", "http://a:port"])
@@ -278,15 +263,13 @@ def test_a_user_with_a_strange_id_is_shown_exported_and_erased(
     assert "1 items, 0 samples" in erased.output
     gone = mta("show", STRANGE, "--url", gateway.url).exception
     assert isinstance(gone, Refused)
-    assert (gone.status, "unknown" in str(gone)) == (404, True)
+    assert "unknown" in str(gone)
 
 
 def test_an_adapted_users_export_is_a_peft_folder(
     client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
 ) -> None:
-    samples = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in range(8)]
-    body = {"samples": samples, "config": {"learning_rate": 0.02}}
-    client.post(f"/users/{ada}/adapt", json=body).raise_for_status()
+    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
     work()
     done = mta("export", ada, "--url", gateway.url, "--out", str(tmp_path / "ada"))
     assert done.exit_code == 0, done.output

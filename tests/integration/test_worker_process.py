@@ -22,7 +22,7 @@ from tests.support.gateway import GatewayThread
 
 HANGS = """
 import time
-import server.worker.training_thread as stall
+import server.worker.lease as stall
 import server.worker.training as training
 from server.cli.run.processes import worker
 

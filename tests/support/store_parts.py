@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bank.lookup.signature import Signature
-from server.gateway.users.erasing import Erasing
+from server.gateway.users.privacy import Erasing
 from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Submission, Trained
 from server.store.profile_record import AdapterNote, Profile, StoredItem, StoredSignature

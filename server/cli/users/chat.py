@@ -15,7 +15,7 @@ import typer
 from adapters.errors import MtaError
 
 if TYPE_CHECKING:
-    from mta_client import Client, Personalization
+    from mta_client import Client
 
 COMMANDS = {
     "/base": "the base model answers",
@@ -24,8 +24,8 @@ COMMANDS = {
     "/new": "begin a new conversation",
     "/quit": "leave; so does Ctrl-D",
 }
+# An answer must not control the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which an answer must not send to a terminal."""
 
 
 def chat(
@@ -43,52 +43,64 @@ def chat(
         except mta_client.MtaError as error:
             raise MtaError(f"no gateway at {url}: {error}. Start one with `mta up`, or name it by --url") from error
         after.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
-        keyboard = Keyboard()
-        _talk(Conversation(client, keyboard, user, max_tokens), keyboard)
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives `input` its line editing
+        _note("/base, /me, /strength X, /new, /quit; Ctrl-C stops an answer")
+        Conversation(client, user, max_tokens).run()
 
 
-class Keyboard:
-    """What Ctrl-C does: it drops the line that is being typed or stops the answer that is being given, nothing else."""
+class Conversation:
+    """The messages so far, and who answers next. Ctrl-C drops the line that is being typed, or stops the answer."""
 
-    pressed = False
-    """Whether it was, since the last line or answer began. An exception alone would not do: raised in a callback of the
-    interpreter, it is lost."""
+    def __init__(self, client: Client, user: str, max_tokens: int) -> None:
+        self._client = client
+        self._user = user
+        self._messages: list[dict[str, str]] = []
+        self._options: dict[str, Any] = {"personalize": "auto", "strength": 1.0, "max_tokens": max_tokens}
+        self._interrupted = False
+
+    def run(self) -> None:
+        """Read lines until the last one."""
+        while True:
+            line = None
+            try:
+                with self._ended_by_ctrl_c():
+                    line = input(self._prompt).strip()
+            except EOFError:
+                typer.echo()
+                return
+            if line is None:
+                typer.echo()
+            elif line == "/quit":
+                return
+            elif line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._ask(line)
 
     @contextmanager
-    def ends(self) -> Iterator[None]:
+    def _ended_by_ctrl_c(self) -> Iterator[None]:
         """Ctrl-C ends the block, and is ignored after it."""
-        self.pressed = False
+        self._interrupted = False
         with suppress(KeyboardInterrupt):
-            signal.signal(signal.SIGINT, self._press)
+            signal.signal(signal.SIGINT, self._interrupt)
             try:
                 yield
             finally:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        self.pressed = True
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True  # an exception raised in a callback of the interpreter is lost
         raise KeyboardInterrupt
 
-
-class Conversation:
-    """The messages so far, and who answers next."""
-
-    def __init__(self, client: Client, keyboard: Keyboard, user: str, max_tokens: int) -> None:
-        self._client = client
-        self._keyboard = keyboard
-        self._user = user
-        self._messages: list[dict[str, str]] = []
-        self._options: dict[str, Any] = {"personalize": "auto", "strength": 1.0, "max_tokens": max_tokens}
-
     @property
-    def prompt(self) -> str:
+    def _prompt(self) -> str:
         """The text before a question: it names who will answer."""
         if self._options["personalize"] == "none":
             return "base> "
         return f"{self._user} {self._options['strength']:g}> " if self._options["strength"] < 1 else f"{self._user}> "
 
-    def command(self, line: str) -> None:
-        """Run a command: a line that begins with a slash."""
+    def _command(self, line: str) -> None:
         name, _, value = line.partition(" ")
         if name == "/base":
             self._options["personalize"] = "none"
@@ -101,65 +113,35 @@ class Conversation:
         else:
             _note("\n".join(f"{command:<12} {what}" for command, what in COMMANDS.items()))
 
-    def ask(self, question: str) -> None:
+    def _ask(self, question: str) -> None:
         """Print the answer as it comes, and who gave it; the text of a stopped answer stays in the conversation."""
         import mta_client
         from server.cli.users.patience import reason_of
 
         messages = [*self._messages, {"role": "user", "content": question}]
-        text, who, end, first_s, begun_s = "", None, "stopped", None, time.monotonic()
+        text, level, end, first_s, begun_s = "", "", "stopped", None, time.monotonic()
         try:
             chunks = self._client.stream(self._user, messages, **self._options)
-            with self._keyboard.ends(), closing(chunks):
+            with self._ended_by_ctrl_c(), closing(chunks):
                 for chunk in chunks:
-                    who = who or chunk.personalization
+                    if who := chunk.personalization:
+                        reasons = "; ".join(filter(None, (who.reason, who.history_reason)))
+                        level = f"{who.level} ({reasons})" if reasons else who.level
                     first_s = first_s or (time.monotonic() if chunk.text else None)
                     text += chunk.text
                     typer.echo(chunk.text.translate(_CONTROLS), nl=False)
                     if chunk.usage:
                         end = f"{chunk.usage['completion_tokens']} tokens"
-                    if self._keyboard.pressed:
+                    if self._interrupted:
                         break
         except mta_client.MtaError as error:
             typer.secho(f"{chr(10) if text else ''}error: {reason_of(error)}", fg=typer.colors.RED)
             return
         typer.echo()
         first = "no token" if first_s is None else f"first token after {(first_s - begun_s) * 1000:.0f} ms"
-        _note(", ".join(filter(None, (_level(who), first, end))))
+        _note(", ".join(filter(None, (level, first, end))))
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]
-
-
-def _talk(conversation: Conversation, keyboard: Keyboard) -> None:
-    """Read lines until the last one."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` its line editing
-
-    _note("/base, /me, /strength X, /new, /quit; Ctrl-C stops an answer")
-    while True:
-        line = None
-        try:
-            with keyboard.ends():
-                line = input(conversation.prompt).strip()
-        except EOFError:
-            typer.echo()
-            return
-        if line is None:
-            typer.echo()
-            continue
-        if line == "/quit":
-            return
-        if line.startswith("/"):
-            conversation.command(line)
-        elif line:
-            conversation.ask(line)
-
-
-def _level(who: Personalization | None) -> str:
-    if who is None:
-        return ""
-    reasons = "; ".join(filter(None, (who.reason, who.history_reason)))
-    return f"{who.level} ({reasons})" if reasons else who.level
 
 
 def _note(text: str) -> None:

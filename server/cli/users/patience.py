@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import urlsplit
+
+from pydantic import HttpUrl, TypeAdapter, ValidationError
 
 import mta_client
 from adapters.errors import MtaError, excerpt
@@ -20,16 +21,11 @@ PATIENCE_S = 300.0
 """How long a gateway may be away or busy before a command gives up."""
 
 _BUSY = frozenset((408, 429, 502, 503, 504))
-_LONGEST_PAUSE_S = 30.0
-_FIRST_PAUSE_S = 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
 class Refused(MtaError):
-    """The gateway refused the request, and would again; `status` is the answer's."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+    """The gateway refused the request, and would again."""
 
 
 class PatientGateway:
@@ -45,15 +41,12 @@ class PatientGateway:
         self._state = threading.Lock()
         self._not_before_s = 0.0
         self._failing_since_s: float | None = None
-        self._failures = 0
         self._stopped = threading.Event()
 
     def call(self, method: Callable[[mta_client.Client], T]) -> T:
-        """Call a method of the client until it answers: it must be one that can be repeated.
+        """Call a method of the client, one that can be repeated, until it answers.
 
-        Raises:
-            Refused: when the gateway refuses it.
-            MtaError: when the gateway has been busy or away for too long.
+        Raises Refused when the gateway refuses it, and MtaError when it has been busy or away for too long.
         """
         while True:
             while (left_s := self._not_before_s - time.monotonic()) > 0 and not self._stopped.wait(left_s):
@@ -64,10 +57,10 @@ class PatientGateway:
                 answer = method(self._client)
             except mta_client.MtaError as error:
                 if error.code != "no_answer" and error.status not in _BUSY:
-                    raise Refused(reason_of(error), error.status) from error
+                    raise Refused(reason_of(error)) from error
                 self._back_off(error)
                 continue
-            self._failing_since_s, self._failures = None, 0
+            self._failing_since_s = None
             return answer
 
     def stop(self) -> None:
@@ -75,12 +68,11 @@ class PatientGateway:
         self._stopped.set()
 
     def _back_off(self, error: mta_client.MtaError) -> None:
-        """Let all calls wait as long as the gateway asks for, or longer with every failure in a row."""
+        """Let all calls wait as long as the gateway asks for, or as long as it has been away already."""
         now_s = time.monotonic()
         with self._state:
             since_s = self._failing_since_s = now_s if self._failing_since_s is None else self._failing_since_s
-            self._failures += 1
-            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10))
+            pause_s = min(max(now_s - since_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
             if error.retry_after_s is not None:
                 pause_s = min(error.retry_after_s, self._patience_s)
             if now_s + pause_s > since_s + self._patience_s:
@@ -96,20 +88,13 @@ def reason_of(error: mta_client.MtaError) -> str:
 
 
 def client_of(url: str | None) -> mta_client.Client:
-    """A client of the gateway at `url`, by default this machine's, with the key in MTA_API_KEY.
-
-    Raises:
-        MtaError: when there can be no gateway at `url`.
-    """
+    """A client of the gateway at `url`, by default this machine's, with the key in MTA_API_KEY."""
     settings = load_settings()
     url = url or f"http://127.0.0.1:{settings.port}"
     try:
-        parts = urlsplit(url)
-        well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        well_formed = False
-    if not well_formed:
-        raise MtaError(f"{excerpt(url)} is not the URL of a gateway, such as http://127.0.0.1:8000")
+        TypeAdapter(HttpUrl).validate_python(url)
+    except ValidationError as error:
+        raise MtaError(f"{excerpt(url)} is not the URL of a gateway, such as http://127.0.0.1:8000") from error
     key = settings.api_key.get_secret_value() if settings.api_key else None
     # Proxies of the environment are for what is outside.
     return mta_client.Client(url, key=key, trust_env=False, verify=ssl.create_default_context())

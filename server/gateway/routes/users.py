@@ -72,7 +72,7 @@ async def read_user(request: Request, user_id: UserIdInPath) -> UserAnswer:
     return UserAnswer(
         user_id=user_id,
         items=profile.items,
-        bytes=await parts.profiles.stored_bytes(user),
+        bytes=await parts.profiles.store.stored_bytes(user.key),
         embedder=profile.embedder,
         updated_at=iso(profile.updated_ms),
         recipe=speaking.recipe.name,

@@ -1,1 +1,0 @@
-"""What is kept about users: profiles and their history, samples for training, and erasing it all."""

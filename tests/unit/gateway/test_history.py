@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bank.items.profile import Item
-from server.gateway.users.history import HistoryLimit, added, difference, replaced
+from server.gateway.users.profiles import HistoryLimit, added, difference, replaced
 from server.store.profile_record import StoredItem
 
 FEW = 5

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from adapters.errors import TrainingError
 from adapters.training.adapt_config import AdaptConfig
 from server.store.jobs import JobId, parse_job_id
 from server.store.samples import decode_config, encode_config
@@ -43,3 +46,12 @@ def test_what_this_version_does_not_know_is_named(text: str, shown: str) -> None
     with pytest.raises(ValueError) as caught:
         decode_config(text)
     assert shown in str(caught.value)
+
+
+WRONG = [("steps", 0), ("learning_rate", "fast"), ("learning_rate", 0), ("rank", "2"), ("rank", 0), ("holdout", 1)]
+
+
+@pytest.mark.parametrize(("field", "value"), [*WRONG, ("seed", None)])
+def test_a_value_that_nothing_can_be_trained_with_is_named(field: str, value: object) -> None:
+    with pytest.raises(TrainingError, match=field):
+        decode_config(json.dumps(json.loads(OLD) | {field: value}))

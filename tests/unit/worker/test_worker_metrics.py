@@ -38,13 +38,10 @@ def test_a_jobs_wait_is_counted_at_its_first_try_and_its_time_at_each() -> None:
     assert found["mta_worker_job_running_seconds"] == 0
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_port_that_is_taken_is_named_and_by_default_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(MtaError, match=f"127.0.0.1:{port}.*MTA_METRICS_PORT"):
             WorkerMetrics().publish(Settings(metrics_port=port))
-
-
-def test_by_default_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.worker.metrics.start_http_server", lambda *_, **__: pytest.fail("it listens"))
     WorkerMetrics().publish(Settings())

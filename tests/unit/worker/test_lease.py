@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import math
 import threading
+import time
 from collections.abc import Generator
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +16,24 @@ import pytest
 
 from adapters.errors import TrainingError
 from adapters.training.user_trainer import Judgement, TrainingProgress, TrainingRun
+from server.errors import Unavailable
 from server.store.samples import Curve
-from server.worker.lease import LeaseLost
-from server.worker.training_thread import MOST_POINTS, Points, ProgressLog, train_holding
+from server.worker.lease import (
+    MOST_POINTS,
+    LeaseLost,
+    ProgressLog,
+    Stalled,
+    StoreSilent,
+    retry_until,
+    thinned,
+    train_holding,
+)
 
 JUDGEMENT = Judgement(None, 2.0, 1.0, 3)
 
 
 class Run:
-    """Training of three steps, the second of which waits until it may be done.
-
-    Attributes:
-        steps: how many were taken.
-        left: whether it has been ended, by its end or from outside.
-    """
+    """Training of three steps, the second of which waits until it may be done."""
 
     def __init__(self) -> None:
         self.steps, self.left, self.may_go_on = 0, False, threading.Event()
@@ -49,7 +55,12 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.worker.training_thread.RENEW_S", 0.01)
+    monkeypatch.setattr("server.worker.lease.RENEW_S", 0.01)
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run()
 
 
 def held(run: Run, *, lost: bool = False) -> Any:
@@ -64,21 +75,14 @@ def held(run: Run, *, lost: bool = False) -> Any:
     return SimpleNamespace(renew=renew, lease=SimpleNamespace(job=SimpleNamespace(id="a.1")))
 
 
-async def test_training_under_a_lease_that_holds_comes_to_its_end() -> None:
-    run = Run()
-    assert await train_holding(held(run), 60, run.training) is JUDGEMENT
-    assert (run.steps, run.left) == (3, True)
-
-
-async def test_training_whose_lease_is_lost_is_left_after_the_step_that_is_being_taken() -> None:
-    run = Run()
+async def test_training_whose_lease_is_lost_is_left_after_the_step_that_is_being_taken(run: Run) -> None:
     with pytest.raises(LeaseLost):
         await train_holding(held(run, lost=True), 60, run.training)
     assert (run.steps, run.left) == (2, True)
 
 
-async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_which_is_the_last() -> None:
-    run, renewed = Run(), asyncio.Event()
+async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_which_is_the_last(run: Run) -> None:
+    renewed = asyncio.Event()
 
     async def renew(progress: TrainingProgress, curve: Curve) -> None:
         if progress.step:
@@ -96,32 +100,62 @@ async def test_who_is_cancelled_does_not_wait_for_the_step_that_is_being_taken_w
     assert (run.steps, run.left) == (2, True)
 
 
-async def test_training_that_takes_longer_than_it_may_is_left_where_it_is() -> None:
-    run = Run()
+async def test_training_that_takes_longer_than_it_may_is_left_where_it_is(run: Run) -> None:
     with pytest.raises(TrainingError, match="limit of 0 s, at step 1 of 3"):
         await train_holding(held(run), 0, run.training)
     assert (run.steps, run.left) == (1, True)
 
 
+async def test_training_without_a_sign_of_life_cannot_be_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.worker.lease.STALL_S", 0.05)
+    with pytest.raises(Stalled, match=r"a\.1: no step"):
+        await train_holding(held(run), 60, run.training)
+    run.may_go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("cause", "becomes"),
+    [
+        (None, StoreSilent),
+        (OSError(errno.ECONNREFUSED, "refused"), StoreSilent),
+        (MemoryError(), RuntimeError),
+        (RuntimeError("can't start new thread"), RuntimeError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError),
+    ],
+)
+async def test_the_store_is_waited_for_unless_this_process_lacks_what_it_takes(
+    cause: Exception | None, becomes: type[Exception]
+) -> None:
+    calls = 0
+
+    async def call() -> None:
+        nonlocal calls
+        calls += 1
+        try:
+            raise ConnectionError from cause
+        except ConnectionError as error:
+            raise Unavailable("the store cannot be used now") from error
+
+    with pytest.raises(becomes, match="the store"):
+        await retry_until(time.monotonic() + 0.05, call)
+    assert (calls > 1) is (becomes is StoreSilent)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, MOST_POINTS - 1, MOST_POINTS, MOST_POINTS + 1, 5_000])
 def test_a_curve_is_bounded_ends_with_the_last_point_and_is_evenly_spaced(count: int) -> None:
-    curve = Points()
-    for step in range(count):
-        curve.add(step, step / 2)
-        assert curve.points[-1] == (step, step / 2)
-    steps = [step for step, _ in curve.points]
-    assert len(steps) == count if count < MOST_POINTS else MOST_POINTS / 2 <= len(steps) <= MOST_POINTS
-    assert all(loss == step / 2 for step, loss in curve.points)
-    gaps = {after - before for before, after in itertools.pairwise(steps[:-1])}
-    assert len(gaps) <= 1
-    assert steps == sorted(set(steps))
+    points = [(step, step / 2) for step in range(count)]
+    kept = thinned(points)
+    assert kept[-1:] == tuple(points[-1:])
+    assert kept == tuple(points) if count < MOST_POINTS else MOST_POINTS / 2 <= len(kept) <= MOST_POINTS
+    assert set(kept) <= set(points)
+    assert len({after[0] - before[0] for before, after in itertools.pairwise(kept[:-1])}) <= 1
 
 
 def test_a_loss_that_is_no_number_is_left_out() -> None:
-    curve = Points()
-    for step, loss in enumerate((1.0, math.nan, math.inf, 2.0)):
-        curve.add(step, loss)
-    assert curve.points == ((0, 1.0), (3, 2.0))
+    told = ProgressLog()
+    for step, loss in enumerate((1.0, math.nan, math.inf, 2.0), 1):
+        told.add(TrainingProgress(step, 4, loss, held_out=loss))
+    assert told.curve.loss == told.curve.held_out == ((1, 1.0), (4, 2.0))
 
 
 def test_a_step_that_is_told_twice_counts_once_and_a_held_out_loss_whenever_it_is_told() -> None:

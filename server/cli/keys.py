@@ -33,10 +33,6 @@ def _limit(what: str, setting: str) -> Any:
     return typer.Option(help=f"{what}; 0 for any number.", min=0, show_default=f"MTA_{setting}")
 
 
-_EVERYTHING = tuple(Scope)
-_AN_APPS = (Scope.GENERATE, Scope.WRITE, Scope.ADAPT)
-
-
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="What to call it, for example after the app that gets it.")],
@@ -69,7 +65,7 @@ def create(
         secret,
         name,
         settings.tenant if tenant is None else tenant,
-        scope or (_EVERYTHING if first else _AN_APPS),
+        scope or (Scope if first else (Scope.GENERATE, Scope.WRITE, Scope.ADAPT)),
         Allowance(requests, tokens, jobs, concurrent),
     )
     if not _in(settings, lambda keys: keys.add(key, only_first=first)):

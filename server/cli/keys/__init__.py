@@ -1,1 +1,0 @@
-"""`mta keys`: who may call a gateway, and for what."""
