@@ -20,12 +20,7 @@ from server.cli.run import gateway, processes, up
 from server.cli.users import chat
 from server.cli.users import commands as users
 
-app = typer.Typer(
-    name="mta",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+app = typer.Typer(name="mta", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 # What the handlers of signals raise; the last one is `bench.end_in_order`'s.
 _LOST: dict[type[BaseException], signal.Signals] = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
 _AGAIN_S = 0.05

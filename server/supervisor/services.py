@@ -34,11 +34,9 @@ STOP_S = 35
 
 With several engines it is 10 s more for each, the router among them. docs/running.md says so.
 """
-VALKEY_STOP_S = 5
 DRAIN_S = 5
 """How long engine and gateway may finish what they have begun, unless the settings say otherwise."""
 BEYOND_DRAIN_S = 3
-WORKER_STOP_S = 3
 PROBE_TIMEOUT_S = 5.0
 
 # vLLM's processes talk to each other over TCP, by default on whatever address the host name resolves to.
@@ -152,7 +150,7 @@ def valkey_part(data: DataFolder, most_bytes: int) -> tuple[Part, str]:
         ready=writes(data.log("valkey"), "Ready to accept connections"),  # its append-only file is loaded
         address=f"{LOOPBACK}:{port}",
         start_timeout_s=300,  # the append-only file of many users takes a while to load
-        stop_timeout_s=VALKEY_STOP_S,
+        stop_timeout_s=5,
     )
     return part, _redis_url(port, password)
 
@@ -211,7 +209,7 @@ def worker_part(settings: Settings, log: Path, after: Sequence[str] = (), gpu: s
         ready=writes(log, "ready: bank"),
         address=f"{settings.worker_threads} threads",
         start_timeout_s=600,
-        stop_timeout_s=WORKER_STOP_S,
+        stop_timeout_s=3,
         needs=("valkey", *after),
         spare=True,
         niceness=settings.worker_niceness,

@@ -7,16 +7,13 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
+
+from prometheus_client import CollectorRegistry, Histogram
 
 from server.errors import ApiError
 
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
-
-NICENESS = 10
-"""Gets about a tenth of a core that something else wants."""
-
+NICENESS = 10  # gets about a tenth of a core that something else wants
 BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
@@ -43,8 +40,6 @@ class StoreSeconds:
     """How long the store takes. `kind` is `write` where the answer means that it is on disk, else `command`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        from prometheus_client import Histogram  # the supervisor, which repeats steps, counts nothing
-
         histogram = Histogram(
             "mta_store_seconds",
             "Round trips to the store, or several of them where one call makes several.",

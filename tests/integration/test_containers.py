@@ -152,8 +152,6 @@ def test_the_first_key_is_printed_nowhere_and_nobody_is_answered_without_it(flee
 
 @pytest.fixture
 def prometheus(fleet: Fleet) -> httpx.Client:
-    if "prometheus" not in fleet.site.containers:
-        pytest.skip("the manifests leave observing to the cluster")
     if missing := [program for program in PROGRAMS.values() if not shutil.which(program)]:
         pytest.skip(f"not installed (Debian): {', '.join(missing)}")
     site, folder = fleet.site, fleet.site.folder / "observing"
@@ -183,6 +181,7 @@ def prometheus(fleet: Fleet) -> httpx.Client:
     return httpx.Client(base_url=f"http://127.0.0.1:{site.port('prometheus', '9090')}/api/v1", timeout=30)
 
 
+@pytest.mark.parametrize("fleet", ["compose"], indirect=True)
 def test_prometheus_reads_the_metrics_of_all_and_knows_whom_to_tell(prometheus: httpx.Client) -> None:
     def asked(what: str) -> dict[str, Any]:
         data: dict[str, Any] = prometheus.get(what).raise_for_status().json()["data"]
