@@ -48,11 +48,14 @@ class DataFolder:
         return self.path / "logs" / f"{part}.log"
 
     def begin_log(self, part: str) -> int:
-        """A descriptor that appends to a new log."""
+        """A descriptor that appends to a new log; of no file where there can be none: a full disk prevents no start."""
         log = self.log(part)
-        if log.exists():
-            log.replace(log.with_suffix(".log.1"))
-        return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            if log.exists():
+                log.replace(log.with_suffix(".log.1"))
+            return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError:
+            return os.open(os.devnull, os.O_WRONLY)
 
     def empty_large_log(self, part: str) -> None:
         """Move the content of a running part's log to `<part>.log.1` when it has grown too large.

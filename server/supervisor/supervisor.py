@@ -126,8 +126,8 @@ class Supervisor:
         return f"ended with status {await process.wait()} after {process.uptime_s:.0f} s"
 
     def _tail(self, part: Part) -> str:
-        log = self._data.log(part.name)
-        with log.open("rb") as file:
+        log, lines = self._data.log(part.name), list[str]()
+        with suppress(OSError), log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = file.read().decode("utf-8", "replace").rstrip().splitlines()
         return "\n".join([f". The end of {log}:", *lines[-_TAIL_LINES:]])
