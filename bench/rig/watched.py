@@ -18,7 +18,7 @@ DOWN_AFTER_MS = 1000
 """How long a server may be silent before a Sentinel takes it for down."""
 
 FAILOVER_TIMEOUT_MS = 2000
-_AT_ONCE = ("--repl-diskless-sync-delay", "0", "--repl-timeout", "1000000")
+_AT_ONCE = ("--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb", "--repl-timeout", "1000000")
 
 
 class WatchedValkey:

@@ -149,7 +149,7 @@ async def test_who_is_cancelled_amid_a_call_ends(server: ValkeyProcess) -> None:
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
     """A primary, and a replica that has all it has."""
-    options = (*DURABLE, "--repl-diskless-sync-delay", "0")
+    options = (*DURABLE, "--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb")
     primary, replica = (ValkeyProcess(tmp_path / name, options).start() for name in ("primary", "replica"))
     ask(replica, "REPLICAOF", "127.0.0.1", primary.port)
     wait_until(lambda: ask(replica, "ROLE")[3] == b"connected", "the replica to follow")
