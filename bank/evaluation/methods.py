@@ -72,42 +72,58 @@ class Evaluator:
     def adapter(self, method: Method, evidence: Evidence, seed: int) -> EvalAdapter | None:
         """A method's adapter for the user; None for the bare model. The seed is for random anchors and training."""
         if method.k:
-            return self._fused(evidence, serving=_with_k(self.bank.serving, method.k))
+            serving, rule = self.bank.serving, self.bank.manifest.weights
+            posterior = rule.posterior and rule.posterior.model_copy(update={"anchors": method.k})
+            rule = rule.model_copy(update={"anchors": method.k, "posterior": posterior})
+            manifest = serving.manifest.model_copy(update={"weights": rule})
+            other = ServingBank(manifest, serving.index, serving.atlas, serving.curvature)
+            return self.fused(evidence, serving=other)
         return ADAPTERS[method.adapter](self, evidence, seed)
 
-    def _bare(self, evidence: Evidence, seed: int) -> None:
-        return None
-
-    def _common(self, evidence: Evidence, seed: int) -> EvalAdapter:
+    def common(self) -> EvalAdapter:
         if not self.bank.manifest.common:
             raise BankError("`common` and `own` need the common row, but this bank has none")
         return EvalAdapter(self.bank, common_recipe(self.bank.manifest))
 
-    def _task(self, evidence: Evidence, seed: int) -> EvalAdapter:
+    def task(self) -> EvalAdapter:
         if self.task_bank is None:
             raise BankError("`task` needs the task's row: build the bank with --baselines")
         return EvalAdapter(self.task_bank, common_recipe(self.task_bank.manifest))
 
-    def _mean(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        return self._equal(range(len(self.bank.manifest.anchors)))
+    def equal(self, count: int | None = None, seed: str = "") -> EvalAdapter:
+        """All anchors, or so many random ones, with equal weights."""
+        anchors: Sequence[int] = range(len(self.bank.manifest.anchors))
+        if count:
+            anchors = random.Random(seed).sample(anchors, min(count, len(anchors)))
+        weight = self.bank.manifest.weights.strength / len(anchors)
+        recipe = recipe_of_shares(self.bank.manifest, [AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
+        return EvalAdapter(self.bank, recipe)
 
-    def _random(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        anchors, count = range(len(self.bank.manifest.anchors)), self.bank.manifest.weights.anchors
-        drawn = random.Random(f"{seed}:{evidence.user.user_id}").sample(anchors, min(count, len(anchors)))
-        return self._equal(drawn)
+    def fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
+        """What serving fuses for the user, by signature where the bank has them; `share` as in `personalise`."""
+        serving = serving or self.bank.serving
+        if serving.manifest.signs and evidence.signature is None:
+            model = self.scorer.bare()
+            self._signer = self._signer or Signer(model, self.bank.matrix)
+            evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signed)
+        return EvalAdapter(self.bank, serving.personalise(evidence.embedding, evidence.signature, share).recipe)
 
-    def _by_topic(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        return EvalAdapter(self.bank, self.bank.serving.personalise(evidence.embedding).recipe)
+    def stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
+        found = self.trained(self.fused(evidence, self.config.strength), evidence, seed)
+        return found if found.trained else self.fused(evidence)
 
-    def _merged(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        return self._fused(evidence)
-
-    def _stacked(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        found = self._trained(self._fused(evidence, self.config.strength), evidence, seed)
-        return found if found.trained else self._fused(evidence)
-
-    def _own(self, evidence: Evidence, seed: int) -> EvalAdapter:
-        return self._trained(self._common(evidence, seed), evidence, seed)
+    def trained(self, beneath: EvalAdapter, evidence: Evidence, seed: int) -> EvalAdapter:
+        """With few-shot training on top, where there is something to learn from and it was not rejected."""
+        if evidence.learnt is None:
+            share = self.bank.manifest.history_share
+            learnt = lessons(evidence.user, self.bank.serving.task, share, seed=0)
+            evidence.learnt = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in learnt]
+        key = (beneath.recipe.name, seed)
+        if evidence.learnt and key not in evidence.trained:
+            config = replace(self.config, seed=seed)
+            judgement = train_user(self.scorer.bare(), beneath.lora(), evidence.learnt, config).finish()
+            evidence.trained[key] = judgement.weights
+        return replace(beneath, trained=evidence.trained.get(key))
 
     def read(
         self, method: Method, evidence: Evidence, adapter: EvalAdapter | None, new_tokens: int = 0
@@ -165,45 +181,20 @@ class Evaluator:
             for query, example in zip(user.queries, examples, strict=True)
         ]
 
-    def _fused(self, evidence: Evidence, share: float = 1.0, serving: ServingBank | None = None) -> EvalAdapter:
-        """What serving fuses for the user, by signature where the bank has them; `share` as in `personalise`."""
-        serving = serving or self.bank.serving
-        if serving.manifest.signs and evidence.signature is None:
-            model = self.scorer.bare()
-            self._signer = self._signer or Signer(model, self.bank.matrix)
-            evidence.signature = self._signer.signature(self.bank.manifest.short, evidence.signed)
-        return EvalAdapter(self.bank, serving.personalise(evidence.embedding, evidence.signature, share).recipe)
-
-    def _equal(self, anchors: Sequence[int]) -> EvalAdapter:
-        weight = self.bank.manifest.weights.strength / len(anchors)
-        recipe = recipe_of_shares(self.bank.manifest, [AnchorWeight(anchor, weight, 0.0) for anchor in anchors])
-        return EvalAdapter(self.bank, recipe)
-
-    def _trained(self, beneath: EvalAdapter, evidence: Evidence, seed: int) -> EvalAdapter:
-        """With few-shot training on top, where there is something to learn from and it was not rejected."""
-        if evidence.learnt is None:
-            share = self.bank.manifest.history_share
-            learnt = lessons(evidence.user, self.bank.serving.task, share, seed=0)
-            evidence.learnt = [lesson.example(self.scorer.tokenizer, self.max_tokens) for lesson in learnt]
-        key = (beneath.recipe.name, seed)
-        if evidence.learnt and key not in evidence.trained:
-            config = replace(self.config, seed=seed)
-            judgement = train_user(self.scorer.bare(), beneath.lora(), evidence.learnt, config).finish()
-            evidence.trained[key] = judgement.weights
-        return replace(beneath, trained=evidence.trained.get(key))
-
 
 ADAPTERS: dict[str, Callable[[Evaluator, Evidence, int], EvalAdapter | None]] = {
-    "prior": Evaluator._bare,  # no model reads anything: see `Evaluator.read`
-    "base": Evaluator._bare,
-    "common": Evaluator._common,  # what all users share
-    "task": Evaluator._task,  # the common row trained further, for as long as all anchors took together
-    "mean": Evaluator._mean,  # all anchors with equal weights
-    "random": Evaluator._random,  # as many random anchors as topics would pick, with equal weights
-    "merged:topic": Evaluator._by_topic,  # the paper's rule
-    "merged": Evaluator._merged,  # the bank's own rule, as served
-    "stacked": Evaluator._stacked,  # merged at part of its strength, and a few-shot adapter; merged if that is rejected
-    "own": Evaluator._own,  # the common row and a few-shot adapter, no anchors
+    "prior": lambda of, user, seed: None,  # no model reads anything: see `Evaluator.read`
+    "base": lambda of, user, seed: None,
+    "common": lambda of, user, seed: of.common(),  # what all users share
+    "task": lambda of, user, seed: of.task(),  # the common row trained further, for as long as all anchors together
+    "mean": lambda of, user, seed: of.equal(),
+    # As many anchors as topics would pick.
+    "random": lambda of, user, seed: of.equal(of.bank.manifest.weights.anchors, f"{seed}:{user.user.user_id}"),
+    # The paper's rule, then the bank's own as it is served.
+    "merged:topic": lambda of, user, seed: EvalAdapter(of.bank, of.bank.serving.personalise(user.embedding).recipe),
+    "merged": lambda of, user, seed: of.fused(user),
+    "stacked": Evaluator.stacked,  # merged at part of its strength, and a few-shot adapter; merged if that is rejected
+    "own": lambda of, user, seed: of.trained(of.common(), user, seed),  # a few-shot adapter without anchors
 }
 
 
@@ -272,12 +263,3 @@ def curves(anchors: int, items: int) -> list[Method]:
     ks = sorted({k for k in (1, 2, 4, 8, 16) if k < anchors} | {min(anchors, MAX_TERMS)})
     ns = [n for n in (1, 2, 5, 10, MOST_ITEMS) if n < items]
     return [Method("merged", k=k) for k in ks] + [Method("merged", items=n) for n in ns]
-
-
-def _with_k(serving: ServingBank, k: int) -> ServingBank:
-    rule = serving.manifest.weights
-    changes: dict[str, object] = {"anchors": k}
-    if rule.posterior:
-        changes["posterior"] = rule.posterior.model_copy(update={"anchors": k})
-    manifest = serving.manifest.model_copy(update={"weights": rule.model_copy(update=changes)})
-    return ServingBank(manifest, serving.index, serving.atlas, serving.curvature)

