@@ -1,21 +1,4 @@
-"""What clients are told when something goes wrong: OpenAI's error shape and its HTTP status.
-
-ApiError                 {"error": {"message", "type", "param", "code"}}
-├── InvalidRequest 400   a field is wrong; `param` names it
-├── Unauthorized 401     no API key, or one that does not count
-├── Forbidden 403        the key does not allow this
-├── NotFound 404         no such user, route, recipe
-├── WrongMethod 405      the route exists, but not for this method
-├── TooSlow 408          it did not arrive in time
-├── Conflict 409         what the request acts on has already ended
-│   └── UserErased       the user was erased while the request was in progress
-├── TooLarge 413         a body that is too large
-├── WrongMediaType 415   the body is not JSON
-├── TooMany 429          a limit is reached, or too many wait; carries Retry-After
-├── HeadersTooLarge 431  a request line and headers that are too large
-├── EngineFailed 502     the engine's answer makes no sense, or broke off
-└── Unavailable 503      a part is down; carries Retry-After
-"""
+"""The errors that clients see: an HTTP status and OpenAI's `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -38,10 +21,7 @@ class ApiError(MtaError):
         self.message = message
         self.param = param
         self.code = code or self.default_code
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {}
+        self.headers: dict[str, str] = {}
 
     @property
     def explained(self) -> str:
@@ -49,23 +29,23 @@ class ApiError(MtaError):
         return f"{self.message} ({self.__cause__})" if self.__cause__ else self.message
 
 
-class InvalidRequest(ApiError):
+class InvalidRequest(ApiError):  # a field is wrong; `param` names it
     status, kind, default_code = 400, "invalid_request_error", "invalid_value"
 
 
-class Unauthorized(ApiError):
+class Unauthorized(ApiError):  # no API key, or one that does not count
     status, kind, default_code = 401, "authentication_error", "invalid_api_key"
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.headers["WWW-Authenticate"] = "Bearer"
 
 
-class Forbidden(ApiError):
+class Forbidden(ApiError):  # the key does not allow this
     status, kind, default_code = 403, "permission_error", "missing_scope"
 
 
-class NotFound(ApiError):
+class NotFound(ApiError):  # no such user, route, recipe
     status, kind, default_code = 404, "not_found_error", "not_found"
 
 
@@ -73,11 +53,11 @@ class WrongMethod(ApiError):
     status, kind, default_code = 405, "invalid_request_error", "method_not_allowed"
 
 
-class TooSlow(ApiError):
+class TooSlow(ApiError):  # the request did not arrive in time
     status, kind, default_code = 408, "invalid_request_error", "request_timeout"
 
 
-class Conflict(ApiError):
+class Conflict(ApiError):  # what the request acts on has already ended
     status, kind, default_code = 409, "invalid_request_error", "conflict"
 
 
@@ -96,42 +76,37 @@ class TooLarge(ApiError):
     status, kind, default_code = 413, "invalid_request_error", "body_too_large"
 
 
-class WrongMediaType(ApiError):
+class WrongMediaType(ApiError):  # the body is not JSON
     status, kind, default_code = 415, "invalid_request_error", "unsupported_media_type"
 
 
-class TooMany(ApiError):
-    """One request too many; `limits` are headers that say how much of each limit is left."""
-
-    status, kind, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
-
-    def __init__(
-        self, message: str, *, retry_after_s: float, code: str | None = None, limits: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(message, code=code)
-        self.retry_after_s = retry_after_s
-        self._limits = limits or {}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(max(1, ceil(self.retry_after_s))), **self._limits}
-
-
-class HeadersTooLarge(ApiError):
+class HeadersTooLarge(ApiError):  # request line and headers
     status, kind, default_code = 431, "invalid_request_error", "headers_too_large"
 
 
-class EngineFailed(ApiError):
+class EngineFailed(ApiError):  # the engine's answer makes no sense, or broke off
     status, kind, default_code = 502, "engine_error", "engine_failed"
 
 
-class Unavailable(ApiError):
-    status, kind, default_code = 503, "service_unavailable", "unavailable"
+class _TryAgain(ApiError):
+    """Carries Retry-After; `limits` are headers that say how much of each limit is left."""
 
-    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 5) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        retry_after_s: float = 5,
+        limits: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+        self.headers |= {"Retry-After": str(max(1, ceil(retry_after_s))), **(limits or {})}
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.retry_after_s)}
+
+class TooMany(_TryAgain):  # a limit is reached, or too many wait
+    status, kind, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class Unavailable(_TryAgain):  # a part is down
+    status, kind, default_code = 503, "service_unavailable", "unavailable"

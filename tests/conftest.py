@@ -46,6 +46,7 @@ DEAR_FIRST = (
     "integration/test_up.py",
 )
 """What takes longest, so that no core waits for it at the end."""
+_numbers = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -114,21 +115,23 @@ def fake_engine(fake_engine_server: FakeEngine) -> FakeEngine:
 @pytest.fixture(scope="session")
 def gateway_settings(
     tiny_bank_folder: Path, embedder_folder: Path, valkey: ValkeyProcess, fake_engine_server: FakeEngine
-) -> Settings:
-    """Settings of a gateway over these parts."""
-    return Settings(
-        bank=tiny_bank_folder,
-        embedder=embedder_folder,
-        redis_url=valkey.url,
-        secret=SECRET,
-        engine_url=fake_engine_server.url,
-        engine_key=KEY,
-    )
+) -> Iterator[Settings]:
+    """Settings of a gateway over these parts, which it looks at more often than otherwise: so nobody waits for it."""
+    with pytest.MonkeyPatch.context() as patched:
+        for constant in ("operating.health.PROBE_INTERVAL_S", "parts.PROBE_INTERVAL_S", "parts.LOOK_AGAIN_S"):
+            patched.setattr(f"server.gateway.{constant}", 0.2)
+        yield Settings(
+            bank=tiny_bank_folder,
+            embedder=embedder_folder,
+            redis_url=valkey.url,
+            secret=SECRET,
+            engine_url=fake_engine_server.url,
+            engine_key=KEY,
+        )
 
 
 @pytest.fixture(scope="session")
 def gateway(gateway_settings: Settings) -> Iterator[GatewayThread]:
-    """A running gateway."""
     with GatewayThread(gateway_settings) as running:
         yield running
 
@@ -138,9 +141,6 @@ def client(gateway: GatewayThread, fake_engine: FakeEngine) -> Iterator[httpx.Cl
     """A client of the gateway, the fake engine at rest."""
     with gateway.client() as client:
         yield client
-
-
-_numbers = itertools.count()
 
 
 @pytest.fixture

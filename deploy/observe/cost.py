@@ -9,8 +9,7 @@ from collections.abc import Callable
 from io import StringIO
 from typing import Any
 
-from server.gateway.http.middleware import RequestLog
-from server.gateway.operating.metrics import GENERATING, Metrics
+from server.gateway.operating.metrics import Metrics, RequestLog
 from server.watching.logs import JsonFormatter, TextFormatter
 from server.watching.tracing import Tracing
 
@@ -45,7 +44,7 @@ def request_us(log_format: logging.Formatter, tracing: Tracing) -> float:
     async def send(message: Any) -> None:
         pass
 
-    watched = RequestLog(answer, counts=Metrics({"default"}), generating=GENERATING, tracing=tracing)
+    watched = RequestLog(answer, Metrics({"default"}), tracing)
 
     def run(app: Any) -> float:
         scope = {"type": "http", "method": "POST", "path": "/generate"}

@@ -12,8 +12,7 @@ from fastapi import FastAPI
 from server.gateway.access.keys import KnownKeys
 from server.gateway.access.routes import guard
 from server.gateway.http.errors import add_error_handlers
-from server.gateway.http.middleware import RequestLog
-from server.gateway.operating.metrics import GENERATING, Metrics
+from server.gateway.operating.metrics import Metrics, RequestLog
 from server.gateway.parts import open_gateway
 from server.gateway.routes import generate, jobs, operations, users
 from server.gateway.routes.console import routes as console
@@ -47,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.add_middleware(RequestLog, counts=metrics, generating=GENERATING, tracing=tracing)
+    app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)
     for part in (generate, openai, users, jobs, operations, console):
         app.include_router(part.router)
     guard(app, keys, settings.max_requests, metrics.count_refusal)

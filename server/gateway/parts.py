@@ -1,4 +1,4 @@
-"""What a running gateway is made of: the one place where its parts are opened, put together and closed."""
+"""The one place where the parts of a running gateway are opened, put together and closed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
 from server.gateway.generation.prompts import HistoryIndexer, IndexCache, PromptBuilder
-from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader
-from server.gateway.http.json_body import JsonRoute, SamplesRoute
+from server.gateway.http.bodies import LARGE_AT_ONCE, BodyReader, JsonRoute, SamplesRoute
 from server.gateway.operating.health import PROBE_INTERVAL_S, Health
-from server.gateway.operating.metrics import Metrics, PartsCollector
+from server.gateway.operating.metrics import Metrics
 from server.gateway.users.adapting import Adapting
 from server.gateway.users.privacy import Erasing, Exporting
 from server.gateway.users.profiles import HistoryLimit, Profiles
@@ -54,7 +53,7 @@ log = logging.getLogger("mta.gateway")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of one gateway over one bank; all but the bank's own it has in common with the others."""
+    """The parts of one gateway over one bank; those that are not the bank's own are shared with other banks."""
 
     settings: Settings
     tenants: Tenants
@@ -72,27 +71,17 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A gateway over all banks that it serves.
+    """A gateway over all banks that it serves."""
 
-    Attributes:
-        parts: by the bank's 8 hex digits; the first are for tenants that name no bank.
-        keys: know which tenant names which.
-        bodies: reads requests.
-    """
-
-    parts: Mapping[str, Parts]
+    parts: Mapping[str, Parts]  # by the bank's 8 hex digits; the first are for tenants that name no bank
     keys: KnownKeys
-    tenants: Tenants
-    limiter: Limiter
     bodies: BodyReader
 
     @property
     def usual(self) -> Parts:
-        """The parts for tenants that name no bank."""
         return next(iter(self.parts.values()))
 
     def of(self, tenant: str) -> Parts:
-        """The parts for a tenant."""
         named = self.keys.bank_of(tenant)
         if named is None:
             return self.usual
@@ -109,7 +98,7 @@ class Gateway:
 async def open_gateway(
     settings: Settings, metrics: Metrics, keys: KnownKeys, tracing: Tracing
 ) -> AsyncIterator[Gateway]:
-    """Open every part, refuse to start if one cannot serve, and close them in turn."""
+    """Open every part, refuse to start if one cannot serve, and close them in reverse order."""
     tenants = Tenants(settings.secret.get_secret_value() if settings.secret else None, settings.tenant)
     embedder = await asyncio.to_thread(lambda: Embedder.load(ensure_embedder(settings.embedder, settings.cache_dir)))
     banks = await asyncio.to_thread(_open_banks, settings.banks, embedder.id)
@@ -124,7 +113,7 @@ async def open_gateway(
         if not stores.server.durability.lasts:
             log.warning("Redis does not guarantee to keep acknowledged writes: profiles and keys can be lost")
         session = await stack.enter_async_context(open_session(settings.engine_timeout_s, **tracing.session_options()))
-        # They stand back: on one machine, writes would slow answers down.
+        # Embedding yields the processor: on one machine, writes would slow answers down.
         embedding = stack.enter_context(ThreadPoolExecutor(1, "embed", stand_back))
         body_thread = stack.enter_context(ThreadPoolExecutor(1, "bodies"))
 
@@ -133,7 +122,7 @@ async def open_gateway(
         tokenizer = TokenizerClient(engines)
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
-        metrics.watch(PartsCollector(lambda: engines.figures, lambda: health.readiness, lambda: stores.server.memory))
+        metrics.watch(engines, health, stores.server)
 
         limiter = Limiter(
             stores.rates,
@@ -158,13 +147,14 @@ async def open_gateway(
         bodies = BodyReader(body_thread, lambda request: large.held(name_of(request)))
 
         def parts_over(folder: Path, bank: ServingBank) -> Parts:
+            short = bank.manifest.short
             profiles = Profiles(
                 stores.profiles,
                 embedder=embedder,
                 task=bank.task,
                 executor=embedding,
                 limit=HistoryLimit(settings.profile_items, settings.profile_bytes),
-                signing=stores.signing(bank.manifest.short) if bank.manifest.signs else None,
+                signing=stores.signing(short) if bank.manifest.signs else None,
             )
             cache = IndexCache((settings.history_cache_mib << 20) // len(banks))
             histories = HistoryIndexer(profiles.items, bank.task, cache)
@@ -187,7 +177,7 @@ async def open_gateway(
                     adapters=stores.adapters,
                     jobs=stores.jobs,
                     signing=stores.signing,
-                    bank=bank.manifest.short,
+                    bank=short,
                     log_file=stores.file,
                     drop=engines.drop,
                 ),
@@ -223,7 +213,7 @@ async def open_gateway(
             asyncio.to_thread(_load_search, usual.task),
         ):
             stack.push_async_callback(_stopped, asyncio.create_task(beside))
-        yield Gateway(parts, keys, tenants, limiter, bodies)
+        yield Gateway(parts, keys, bodies)
 
 
 def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, ServingBank]:
@@ -239,7 +229,7 @@ def _open_banks(folders: Sequence[Path], embedder_id: str) -> dict[Path, Serving
 
 
 async def _count_jobs(jobs: JobStore, banks: Iterable[str], metrics: Metrics) -> None:
-    """Count the banks' open jobs; while the store is away the last count stays, and `/ready` says why."""
+    """Count the banks' open jobs; while the store is away the last count stays."""
     with contextlib.suppress(Unavailable):
         found = [await jobs.backlog(bank) for bank in banks]
         metrics.jobs.labels("queued").set(sum(each.waiting for each in found))
@@ -253,7 +243,7 @@ async def _look_at_file(file: ForgetsOnDisk, metrics: Metrics) -> None:
 
 
 def _load_search(task: Task) -> None:
-    """Load the search library, which takes as long as all the rest: nothing but histories in prompts needs it."""
+    """Load the search library, which takes as long as all the rest and only histories in prompts need."""
     ItemIndex(task, ())
     gc.freeze()  # as when the gateway began to listen
 
@@ -265,24 +255,17 @@ async def _stopped(task: asyncio.Task[None]) -> None:
 
 
 def gateway_of(request: Request) -> Gateway:
-    """The gateway that received a request."""
     gateway: Gateway = request.app.state.gateway
     return gateway
 
 
 def parts_of(request: Request) -> Parts:
-    """The parts of the gateway that received a request, over the bank of the tenant that sent it."""
+    """The parts over the bank of the tenant that sent a request."""
     return gateway_of(request).of(caller_of(request).tenant)
 
 
-def usual_parts(request: Request) -> Parts:
-    """The parts of the gateway that received a request, whoever sent it."""
-    return gateway_of(request).usual
-
-
 def users_of(request: Request) -> UserKeys:
-    """How the users of the tenant that sent a request are named."""
-    return gateway_of(request).tenants.users(caller_of(request).tenant)
+    return gateway_of(request).usual.tenants.users(caller_of(request).tenant)
 
 
 def user_of(request: Request, user_id: str) -> User:
@@ -291,7 +274,7 @@ def user_of(request: Request, user_id: str) -> User:
 
 
 class UserRoute(JsonRoute):
-    """A route that writes what its body says of a user: who is erased while the body arrives stays erased."""
+    """A route that writes what its body says of a user: one who is erased while it arrives stays erased."""
 
     async def accepted(self, request: Request) -> None:
         user = user_of(request, request.path_params["user_id"])
@@ -299,7 +282,7 @@ class UserRoute(JsonRoute):
 
 
 class UserSamplesRoute(UserRoute, SamplesRoute):
-    """The same, for bodies with samples."""
+    pass
 
 
 def epoch_of(request: Request) -> str:

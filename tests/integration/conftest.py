@@ -44,12 +44,6 @@ def free_event_loop(gateway: GatewayThread) -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway that starts in this test looks at its parts more often, so that nobody waits for it."""
-    monkeypatch.setattr("server.gateway.operating.health.PROBE_INTERVAL_S", 0.2)
-
-
-@pytest.fixture
 def known_context(client: httpx.Client) -> None:
     """A gateway that has looked at its engine, and knows how much fits into a prompt."""
     wait_until_ready(client)
@@ -101,7 +95,6 @@ def trainer(tiny_bank_folder: Path, tiny_model_folder: Path) -> AdapterTrainer:
 
 @pytest.fixture
 def work(trainer: AdapterTrainer, tiny_bank_folder: Path, valkey: ValkeyProcess) -> Work:
-    """A worker in the test's own process, on the stores that the gateway uses."""
     return working(valkey.url, trainer, tiny_bank_folder)
 
 
@@ -143,9 +136,7 @@ class Interrupted:
         meanwhile: Callable[[], object],
         at_step: Callable[[int], object] = lambda step: None,
     ) -> None:
-        self._trainer = trainer
-        self._meanwhile = meanwhile
-        self._at_step = at_step
+        self._trainer, self._meanwhile, self._at_step = trainer, meanwhile, at_step
         self.encoded = trainer.encoded
 
     def train(

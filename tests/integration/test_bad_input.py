@@ -24,18 +24,12 @@ GOOD = {"input": "q", "output": "a"}
 
 @dataclass(frozen=True)
 class Case:
-    """A request and what must be said about it.
-
-    Attributes:
-        shown: what the message must contain: the value at fault, or its start.
-        param: the field that the error names; None where there is none.
-        sent: the body, as it is or as a JSON value.
-    """
+    """A request and what must be said about it."""
 
     name: str
-    shown: str
-    param: str | None
-    sent: Any = None
+    shown: str  # what the message must contain: the value at fault, or its start
+    param: str | None  # the field that the error names
+    sent: Any = None  # the body, as it is or as a JSON value
     call: str = "POST /generate"
     status: int = 400
     media: str | None = JSON
@@ -76,21 +70,17 @@ CASES = [
     # Who
     gen("no user id", "user_id is required", "user_id", user_id=...),
     gen("empty user id", "''", "user_id", user_id=""),
-    gen("number as user id", "7", "user_id", user_id=7),
-    gen("user id of two dots", "'..'", "user_id", user_id=".."),
     gen("user id with a newline", r"a\nb", "user_id", user_id="a\nb"),
     gen("user id of 10,000 characters", "xxxx", "user_id", user_id="x" * 10_000),
     Case("user id with a lone surrogate", r"\ud800", "user_id", b'{"user_id": "a\\ud800", "prompt": "x"}'),
     Case("user id with NUL", r"a\x00", "user_id", b'{"user_id": "a\\u0000", "prompt": "x"}'),
     # What
     gen("no prompt, no messages", "prompt or messages", "prompt", prompt=...),
-    gen("prompt and messages", "not both", "prompt", messages=[{"role": "user", "content": "x"}]),
     gen("empty prompt", "''", "prompt", prompt=""),
     gen("prompt of 1 MiB", str(MIB), "prompt", prompt="x" * MIB),
     gen("list as prompt", "['x']", "prompt", prompt=["x"]),
     said("no message", "[]", "messages"),
     said("message of nobody", "is required", "messages.0.role", {"content": "x"}),
-    said("unknown role", "'robot'", "messages.0.role", {"role": "robot", "content": "x"}),
     said("empty message", "''", "messages.0.content", {"role": "user", "content": ""}),
     said("messages of 1 MiB", str(MIB), "messages", *[{"role": "user", "content": "x" * (MIB // 2)}] * 2),
     # How
@@ -98,27 +88,17 @@ CASES = [
     gen("max_tokens of the whole context", "512", "max_tokens", max_tokens=512),
     gen("max_tokens beyond 64 bits", "100000", "max_tokens", max_tokens=10**30),
     gen("max_tokens of zero", "0", "max_tokens", max_tokens=0),
-    gen("boolean max_tokens", "True", "max_tokens", max_tokens=True),
-    gen("negative temperature", "-0.5", "temperature", temperature=-0.5),
     Case("temperature of NaN", "nan", "temperature", b'{"user_id": "u", "prompt": "x", "temperature": NaN}'),
     Case("infinite temperature", "inf", "temperature", b'{"user_id": "u", "prompt": "x", "temperature": 1e999}'),
-    gen("top_p of zero", "0", "top_p", top_p=0),
-    gen("top_p above one", "1.1", "top_p", top_p=1.1),
-    gen("seed beyond 64 bits", str(1 << 64), "seed", seed=1 << 64),
     gen("empty stop", "''", "stop.0", stop=""),
-    gen("number as stop", "3", "stop", stop=3),
-    gen("text as stream", "'yes'", "stream", stream="yes"),
-    gen("unknown level", "'stacked'", "personalize", personalize="stacked"),
     gen("unknown field", "'model'", "model", model="gpt"),
     # Profiles
     put("no items", "[]", "items", []),
     put("items that are no list", "'x'", "items", "x"),
     put("item that is no object", "'x'", "items.0", ["x"]),
     put("item without text", "'date'", "items.1.text", [{"text": "x"}, {"date": "today"}]),
-    put("item with blank text", "' '", "items.0.text", [{"text": " "}]),
     put("item with an object as text", "{'a': 1}", "items.0.text", [{"text": {"a": 1}}]),
     put("item with input alone", "'q'", "items.0.output", [{"input": "q"}]),
-    put("item with an empty id", "''", "items.0.id", [{"id": "", "text": "x"}]),
     put("item with an id too long", "xxxx", "items.0.id", [{"id": "x" * 300, "text": "x"}]),
     put("item of 100 kB", "xxxx", "items.0", [{"text": "x" * 100_000}]),
     put("10,001 items", "10001", "items", [{"text": "x"}] * 10_001),
@@ -132,11 +112,8 @@ CASES = [
     adapt("samples missing", "samples is required", "samples", {}),
     adapt("1,001 samples", "1001", "samples", {"samples": [GOOD] * 1001}),
     samples("empty output", "''", "samples.1.output", GOOD, {"input": "q", "output": ""}),
-    samples("blank output", "' '", "samples.0.output", {"input": "q", "output": " "}),
     samples("blank input", "'\\n'", "samples.0.input", {"input": "\n", "output": "a"}),
-    samples("output missing", "is required", "samples.0.output", {"input": "q"}),
     samples("empty input", "''", "samples.0.input", {"input": "", "output": "a"}),
-    samples("number as input", "7", "samples.0.input", {"input": 7, "output": "a"}),
     samples("no turn", "[]", "samples.0.input", {"input": [], "output": "a"}),
     samples(
         "no user's turn", "'assistant'", "samples.0.input", GOOD | {"input": [{"role": "assistant", "content": "x"}]}
@@ -145,19 +122,15 @@ CASES = [
     samples("sample beyond the context", "601 tokens", "samples.0", {"input": "x" * 600, "output": "y"}),
     samples("sample of 100 KB", "100", "samples.0", {"input": "q", "output": "x" * 100_000}),
     samples("unknown field beside samples", "'epochs'", "epochs", GOOD, epochs=3),
-    samples("text as append", "'yes'", "append", GOOD, append="yes"),
     samples("empty idempotency key", "''", "idempotency_key", GOOD, idempotency_key=""),
     samples("long idempotency key", "xxx", "idempotency_key", GOOD, idempotency_key="x" * 129),
     adapt("binary", "not UTF-8", "body", bytes(range(256))),
     adapt("sample with NUL", r"a\x00", "samples.0.output", b'{"samples": [{"input": "q", "output": "a\\u0000"}]}'),
     adapt("samples as text", "text/plain", "content-type", b"x", status=415, media="text/plain"),
     adapt("line that is no JSON", "samples.1", "samples.1", b'{"input":"q","output":"a"}\n{', media=LINES),
-    adapt("line without output", "is required", "samples.0.output", b'{"input":"q"}\n', media=LINES),
     adapt("no line", "[]", "samples", b"\n\n", media=LINES),
-    config("rank of zero", "0", "rank", rank=0),
     config("rank of nine", "9", "rank", rank=9),
     config("rank beyond the bank's room", "leaves", "rank", rank=8),
-    config("no steps", "0", "steps", steps=0),
     config("a million steps", "1000000", "steps", steps=1_000_000),
     config("negative learning rate", "-1", "learning_rate", learning_rate=-1),
     config("holdout of everything", "1", "holdout", holdout=1),
@@ -166,7 +139,6 @@ CASES = [
     # Ids in paths
     on_user("encoded slash in the path", "a%2Fb", "/users/a/b", 404, None),
     on_user("two dots in the path", "..", "'..'"),
-    on_user("encoded dots in the path", "%2e%2e", "'..'"),
     on_user("newline in the path", "a%0Ab", r"a\nb"),
     on_user("NUL in the path", "a%00b", r"a\x00b"),
     on_user("bytes that are no UTF-8 in the path", "a%FFb", "a�b"),
@@ -200,12 +172,27 @@ def known_user(gateway: GatewayThread) -> Iterator[None]:
     yield
 
 
+@pytest.fixture(scope="module")
+def untouched(gateway_settings: Settings, known_user: None) -> Callable[[Case], bool]:
+    """Says whether the store holds what it held at the last look; that somebody was to be erased stays noted."""
+    last = held_by(gateway_settings.redis_url)
+
+    def unchanged(case: Case) -> bool:
+        nonlocal last
+        before, last = last, held_by(gateway_settings.redis_url)
+        changed = {key for key, _ in before.items() ^ last.items()}
+        if case.call.startswith("DELETE"):
+            changed = {key for key in changed if not key.startswith("mta:{rewrite}") and not key.endswith(":epoch")}
+        return not changed
+
+    return unchanged
+
+
 @pytest.mark.usefixtures("free_event_loop")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input_is_refused_by_name_and_touches_nothing(
-    case: Case, gateway: GatewayThread, fake_engine: FakeEngine, gateway_settings: Settings
+    case: Case, gateway: GatewayThread, fake_engine: FakeEngine, untouched: Callable[[Case], bool]
 ) -> None:
-    before = held(gateway_settings, case)
     status, answer = send(gateway, case)
     assert (status, set(answer)) == (case.status, {"error"}), answer
     error = answer["error"]
@@ -213,11 +200,7 @@ def test_bad_input_is_refused_by_name_and_touches_nothing(
     assert case.shown in error["message"]
     assert len(error["message"]) < 600
     assert len(fake_engine.seen) == case.reaches_engine
-    assert held(gateway_settings, case) == before
-
-
-def test_no_case_is_there_twice() -> None:
-    assert len({case.name for case in CASES}) == len(CASES)
+    assert untouched(case)
 
 
 @pytest.mark.usefixtures("free_event_loop")
@@ -266,13 +249,3 @@ def send(gateway: GatewayThread, case: Case) -> tuple[int, Any]:
         return response.status, json.loads(response.read())
     finally:
         connection.close()
-
-
-def held(settings: Settings, case: Case) -> dict[str, str]:
-    """What the store holds; that somebody was to be erased stays, whoever that was."""
-    found = held_by(settings.redis_url)
-    if case.call.startswith("DELETE"):
-        return {
-            key: it for key, it in found.items() if not key.startswith("mta:{rewrite}") and not key.endswith(":epoch")
-        }
-    return found

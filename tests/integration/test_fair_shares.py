@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -19,14 +17,13 @@ from bench.rig.valkey import ValkeyProcess
 from server.gateway.http import bodies, serving
 from server.gateway.http.bodies import LARGE_AT_ONCE, SMALL_BYTES
 from server.settings import Settings
-from server.store.redis.servers.connection import RedisConnection
-from server.store.tenants.access_keys import AccessKeys, Scope, access_key, new_secret
+from server.store.tenants.access_keys import Scope
 from server.store.tenants.rates import AS_USUAL, Allowance
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread, chunks_of, generate
+from tests.support.gateway import GatewayThread, Keyed, chunks_of, generate, make_keys
 
-MOST = 16
-"""Requests in progress."""
+MOST, PLACES = 16, 8
+"""Requests in progress, and of them in the engine."""
 ALLOWED: Mapping[str, Allowance] = {
     "greedy": AS_USUAL,
     "modest": AS_USUAL,
@@ -36,63 +33,19 @@ ALLOWED: Mapping[str, Allowance] = {
 }
 
 
-class Keyed:
-    """A gateway whose keys are those of `ALLOWED`, each of a tenant of its own."""
-
-    def __init__(self, gateway: GatewayThread, secrets: Mapping[str, str]) -> None:
-        self.gateway = gateway
-        self._secrets = secrets
-
-    def client(self, key: str) -> httpx.Client:
-        """A client that sends a key."""
-        headers = {"Authorization": f"Bearer {self._secrets[key]}"}
-        return httpx.Client(base_url=self.gateway.url, timeout=30, headers=headers)
-
-    def send(self, key: str, line: str, body: bytes, length: int | None = None, buffer: int = 0) -> socket.socket:
-        """A connection over which a request has been sent, the body perhaps in part."""
-        sending = socket.socket()
-        sending.settimeout(30)
-        if buffer:
-            sending.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        sending.connect(("127.0.0.1", self.gateway.port))
-        head = f"{line} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self._secrets[key]}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
-        sending.sendall(head.encode() + body)
-        return sending
+@pytest.fixture(scope="module")
+def keys(store: ValkeyProcess) -> Mapping[str, str]:
+    """Keys of `ALLOWED`, each of a tenant of its own."""
+    return make_keys(store.url, {name: (name.replace(" ", "-"), Scope, ALLOWED[name]) for name in ALLOWED})
 
 
 @pytest.fixture(scope="module")
-def started(gateway_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Starts a gateway with these keys, and settings of the test's own."""
-    store = ValkeyProcess(tmp_path_factory.mktemp("keys")).start()
-    secrets = {name: new_secret() for name in ALLOWED}
-    asyncio.run(_make(store.url, secrets))
-
-    @contextmanager
-    def start(**settings: object) -> Iterator[Keyed]:
-        update = {"redis_url": store.url, "max_requests": MOST, **settings}
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(bodies, "BODY_TIMEOUT_S", 5.0)
-            with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
-                yield Keyed(gateway, secrets)
-
-    yield start
-    store.kill()
-
-
-@pytest.fixture(scope="module")
-def keyed(started: Callable[..., Any]) -> Iterator[Keyed]:
-    with started() as keyed:
-        yield keyed
-
-
-async def _make(url: str, secrets: Mapping[str, str]) -> None:
-    connection = RedisConnection(url)
-    await connection.check()
-    keys = AccessKeys(connection)
-    for name, secret in secrets.items():
-        await keys.add(access_key(secret, name, name.replace(" ", "-"), frozenset(Scope), ALLOWED[name]))
-    await connection.close()
+def keyed(gateway_settings: Settings, store: ValkeyProcess, keys: Mapping[str, str]) -> Iterator[Keyed]:
+    update = {"redis_url": store.url, "max_requests": MOST, "engine_places": PLACES}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bodies, "BODY_TIMEOUT_S", 5.0)
+        with GatewayThread(gateway_settings.model_copy(update=update)) as gateway:
+            yield Keyed(gateway, keys)
 
 
 def job_of(client: httpx.Client) -> str:
@@ -129,10 +82,13 @@ class TestRequests:
             asked = [many.submit(generate, greedy, "ada", max_tokens=20) for _ in range(MOST)]
             wait_until(lambda: sum(answer.done() for answer in asked) >= MOST // 2, "the others to be refused")
             assert modest.get("/users/kai").status_code == 404
+            for path in ("/health", "/ready", "/metrics"):
+                assert greedy.get(path).status_code == 200
             answers = [answer.result() for answer in asked]
         assert [answer.status_code for answer in answers].count(200) == MOST // 2
         refused = next(answer for answer in answers if answer.status_code != 200)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        assert int(refused.headers["Retry-After"]) > 0
 
     def test_an_event_stream_is_one_of_a_key_s_requests_at_once(self, keyed: Keyed) -> None:
         with keyed.client("one at once") as client:
@@ -180,12 +136,14 @@ class TestEngine:
     """Places in the engine."""
 
     def test_of_clients_that_do_not_read_it_never_has_more_than_there_are_places(
-        self, started: Callable[..., Any], fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+        self, keyed: Keyed, fake_engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        few = keyed.gateway.parts.settings.model_copy(update={"engine_places": 2, "queue_places": 20})
         monkeypatch.setattr(serving, "STALLED_S", 0.5)
         fake_engine.knobs.context = 200_000
         body = json.dumps({"user_id": "ada", "prompt": "x", "max_tokens": 100_000, "stream": True}).encode()
-        with started(engine_places=2, queue_places=20) as keyed, ExitStack() as held:
+        with GatewayThread(few) as gateway, ExitStack() as held:
+            keyed = Keyed(gateway, keyed.secrets)
             for _ in range(MOST // 2):
                 held.enter_context(keyed.send("greedy", "POST /generate", body, buffer=4096))
             over = 0
@@ -204,11 +162,11 @@ class TestEngine:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_wide_request_goes_in_parts_and_comes_back_as_one_answer(
-        self, started: Callable[..., Any], fake_engine: FakeEngine, stream: bool
+        self, keyed: Keyed, fake_engine: FakeEngine, stream: bool
     ) -> None:
         asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "n": 5, "seed": 7}
         options = {"stream_options": {"include_usage": True}} if stream else {}
-        with started(engine_places=8) as keyed, keyed.client("modest") as client:
+        with keyed.client("modest") as client:
             answer = client.post("/v1/chat/completions", json=asked | {"stream": stream} | options)
             assert answer.status_code == 200, answer.text
             parts = [(seen.body["n"], seen.body["seed"], seen.body["stream"]) for seen in fake_engine.seen]
@@ -222,12 +180,12 @@ class TestEngine:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_if_one_part_fails_the_others_are_aborted_and_there_is_one_error(
-        self, started: Callable[..., Any], fake_engine: FakeEngine, stream: bool
+        self, keyed: Keyed, fake_engine: FakeEngine, stream: bool
     ) -> None:
         fake_engine.knobs.token_delay_s = 0.02
         fake_engine.knobs.fail_after = 10
         asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200, "n": 6, "stream": stream}
-        with started(engine_places=8) as keyed, keyed.client("modest") as client:
+        with keyed.client("modest") as client:
             answer = client.post("/v1/chat/completions", json=asked)
             if stream:
                 assert [chunk["error"]["code"] for chunk in chunks_of(answer) if "error" in chunk] == ["engine_failed"]

@@ -18,12 +18,7 @@ GENERATE, PROFILE, ADAPT = "/generate", "/users/somebody/profile", "/users/nobod
 
 @dataclass(frozen=True)
 class Case:
-    """A body, and where it goes.
-
-    Attributes:
-        make: the body.
-        code: of the error.
-    """
+    """A body, where it goes, and the code of the error."""
 
     name: str
     path: str
@@ -68,55 +63,32 @@ CASES = [
     Case("nested 190 deep, with NUL", GENERATE, lambda: nested(190, *ONES, rb'"\u0000"')),
     Case("NaN before much that is nested", GENERATE, lambda: b"[NaN," + nested(850, *ONES) + b"]"),
     Case("lists", GENERATE, lambda: listed(b"[]"), "too_many_values"),
-    Case("objects", GENERATE, lambda: listed(b'{"a":1}'), "too_many_values"),
-    Case("ones", GENERATE, lambda: listed(b"1"), "too_many_values"),
     Case("long numbers", GENERATE, lambda: listed(b"1" * 4290), "too_many_values"),
-    Case("empty texts", GENERATE, lambda: listed(b'""'), "too_many_values"),
     Case("brackets", GENERATE, lambda: b"[" * SIZE, "too_many_values"),
     Case("blanks", GENERATE, lambda: b" " * SIZE, "invalid_json"),
-    Case("no UTF-8", GENERATE, lambda: text(b'"', b"\xff", b'"'), "invalid_json"),
     Case("a text alone", GENERATE, lambda: text(b'"', b"x", b'"')),
     Case("a prompt", GENERATE, lambda: text(PROMPT, b"x", b'"}'), "prompt_too_long"),
     Case("a prompt of quotes", GENERATE, lambda: text(PROMPT, rb"\"", b'"}'), "prompt_too_long"),
-    Case("a prompt of backslashes", GENERATE, lambda: text(PROMPT, rb"\\", b'"}'), "prompt_too_long"),
     Case("backslashes before NUL", GENERATE, lambda: text(PROMPT, rb"\\", rb'\u0000"}')),
     Case("text before a lone surrogate", GENERATE, lambda: text(PROMPT, b"x", rb'\ud800"}')),
     Case("a user id", GENERATE, lambda: text(b'{"prompt":"x","user_id":"', "語".encode(), b'"}')),
     Case("a key with NUL within", GENERATE, lambda: text(b'{"', b"x", rb'":{"a":"\u0000"}}')),
     Case("an unknown field", GENERATE, lambda: text(PROMPT + b'x","', b"x", b'":1}'), "unknown_field"),
     Case("1,000 unknown fields", GENERATE, lambda: fields(1_000), "missing"),
-    Case("7,000 unknown fields", GENERATE, lambda: fields(7_000), "too_many_fields"),
     Case("100,000 unknown fields", GENERATE, lambda: fields(100_000), "too_many_fields"),
     Case("35,000 messages", GENERATE, lambda: b'{"user_id":"u","messages":' + nested(1, *[MESSAGE] * 35_000) + b"}"),
     Case("wrong messages", GENERATE, lambda: b'{"user_id":"u","messages":' + nested(1, *ONES) + b"}"),
-    Case("wrong items", PROFILE, lambda: b'{"items":' + nested(1, *ONES) + b"}"),
     Case("items without a text", PROFILE, lambda: b'{"items":' + nested(1, *[b'{"id":"x"}'] * 10_000) + b"}"),
     Case("an item", PROFILE, lambda: text(b'{"items":[{"text":"', b"x", b'"}]}'), "item_too_large"),
-    Case(
-        "items, the last one bad", PROFILE, lambda: text(b'{"items":[', b'{"text":"' + b"x" * 60_000 + b'"},', b"{}]}")
-    ),
+    Case("items, one bad", PROFILE, lambda: text(b'{"items":[', b'{"text":"' + b"x" * 60_000 + b'"},', b"{}]}")),
     Case("a sample", ADAPT, lambda: text(b'{"samples":[{"input":"q","output":"', b"x", b'"}]}'), "sample_too_large"),
-    Case(
-        "samples, the last one bad",
-        ADAPT,
-        lambda: text(
-            b'{"samples":[', b'{"input":"q","output":"' + b"x" * 60_000 + b'"},', b'{"input":"q","output":" "}]}'
-        ),
-    ),
     Case("wrong conversations", ADAPT, lambda: samples(conversation(*[fields(900)] * 100)), "missing"),
-    Case(
-        "30,000 messages",
-        ADAPT,
-        lambda: samples(*[conversation(*[MESSAGE] * 100)] * 300, conversation(b"{}")),
-        "missing",
-    ),
     Case(
         "30,000 messages, the last sample blank",
         ADAPT,
         lambda: samples(*[conversation(*[MESSAGE] * 100)] * 300, b'{"input":"q","output":" "}'),
     ),
     Case("lines", ADAPT, lambda: b"1\n" * (SIZE // 2), "too_many_lines", LINES),
-    Case("blank lines", ADAPT, lambda: b"\n" * SIZE, "too_many_lines", LINES),
     Case(
         "lines of lists", ADAPT, lambda: text(b"", nested(1, *[b"[]"] * 4_000) + b"\n", b""), "too_many_values", LINES
     ),

@@ -18,7 +18,7 @@ from server.store.redis import keys
 from tests.support.fake_engine import FakeEngine
 from tests.support.gateway import GatewayThread, generate, wait_until_ready
 
-pytestmark = pytest.mark.usefixtures("quick_looks", "fake_engine")
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 def put(client: httpx.Client, user: str) -> httpx.Response:

@@ -1,12 +1,13 @@
-"""A gateway on a real port, in a thread of the test's own process, so that its parts can be looked at."""
+"""A gateway on a real port, in a thread of the test's own process, so that its parts can be looked at; API keys."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
-from dataclasses import replace
-from types import TracebackType
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -19,65 +20,50 @@ from server.gateway.http.serving import uvicorn_config
 from server.gateway.parts import Gateway, Parts
 from server.settings import Settings
 from server.store.profile_record import AdapterNote
-from server.store.profiles import Change, ProfileStore
-from server.store.redis.servers.connection import RedisConnection
+from server.store.profiles import Change
+from server.store.tenants.access_keys import Scope, access_key, digest_of, new_secret
+from server.store.tenants.rates import Allowance
+from tests.support.store_parts import StoreParts
 
 SECRET = "a secret that only tests know"
 
 
 class GatewayThread:
-    """Serves `create_app(settings)`; a context manager that returns once it answers.
-
-    Args:
-        settings: of the gateway; its port is ignored.
-    """
+    """Serves `create_app(settings)` on a free port; a context manager that returns once it answers."""
 
     def __init__(self, settings: Settings) -> None:
         self.app = create_app(settings)
         self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self._failure: BaseException | None = None
         config = uvicorn_config(self.app, settings)
         config.port, config.timeout_graceful_shutdown = self.port, 2
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._up = threading.Event()
 
     @property
-    def url(self) -> str:
-        """Base URL."""
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
     def parts(self) -> Parts:
-        """What it is made of."""
         gateway: Gateway = self.app.state.gateway
         return gateway.usual
 
-    @property
-    def thread(self) -> threading.Thread:
-        """Whose event loop answers."""
-        return self._thread
-
     def key(self, user_id: str) -> str:
-        """What stands for a user of the tenant that there is while no key exists."""
+        """The key of a user of the tenant that there is while no API key exists."""
         return self.parts.tenants.users(self.parts.settings.tenant).key(user_id)
 
     def client(self, timeout_s: float = 30) -> httpx.Client:
-        """A client for it."""
         return httpx.Client(base_url=self.url, timeout=timeout_s)
 
     def __enter__(self) -> GatewayThread:
-        self._thread.start()
+        self.thread.start()
         assert self._up.wait(60), "the gateway did not start"
         if self._failure:
             raise self._failure
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join(30)
+        self.thread.join(30)
 
     async def _serve(self) -> None:
         try:
@@ -93,9 +79,58 @@ class GatewayThread:
             self._up.set()
 
 
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A gateway over a store with API keys, whose `secrets` are by the keys' names."""
+
+    gateway: GatewayThread
+    secrets: Mapping[str, str]
+
+    def header(self, key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.secrets[key]}"}
+
+    def client(self, key: str) -> httpx.Client:
+        return httpx.Client(base_url=self.gateway.url, timeout=30, headers=self.header(key))
+
+    def send(self, key: str, line: str, body: bytes, length: int | None = None, buffer: int = 0) -> socket.socket:
+        """A connection over which a request has been sent, the body perhaps in part."""
+        sending = socket.socket()
+        sending.settimeout(30)
+        if buffer:
+            sending.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        sending.connect(("127.0.0.1", self.gateway.port))
+        head = f"{line} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.secrets[key]}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+        sending.sendall(head.encode() + body)
+        return sending
+
+
+def make_keys(
+    url: str, keys: Mapping[str, tuple[str, Iterable[Scope], Allowance]], revoked: str = ""
+) -> dict[str, str]:
+    """Keep API keys of these tenants, scopes and limits in a store; returns their secrets by name."""
+    secrets = {name: new_secret() for name in keys}
+
+    async def make() -> None:
+        async with StoreParts.opened(url) as parts:
+            for name, (tenant, scopes, allowance) in keys.items():
+                await parts.keys.add(access_key(secrets[name], name, tenant, frozenset(scopes), allowance))
+            if revoked:
+                await parts.keys.revoke(digest_of(secrets[revoked].encode()), 1)
+
+    asyncio.run(make())
+    return secrets
+
+
 def wait_until_ready(client: httpx.Client) -> None:
     """Return once the gateway has seen all that it needs; it knows the engine's context from then on."""
     wait_until(lambda: client.get("/ready").status_code == httpx.codes.OK, "the gateway to be ready")
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    """The value of a time series, 0 where there is none."""
+    lines = client.get("/metrics").raise_for_status().text.splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 def generate(client: httpx.Client, user_id: str, **fields: Any) -> httpx.Response:
@@ -114,14 +149,14 @@ def text_of(chunks: list[Any]) -> str:
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if isinstance(chunk, dict))
 
 
-async def give_adapter(gateway: GatewayThread, user_id: str) -> None:
+async def give_adapter(gateway: GatewayThread, user_id: str, tenant: str = "", bank: str = "") -> None:
     """Note in a profile that there is a user adapter, as promotion does."""
-    connection = RedisConnection(gateway.parts.settings.redis_url)
-    await connection.check()
-    store, key = ProfileStore(connection), gateway.key(user_id)
-    snapshot = await store.read(key)
-    assert snapshot.profile
-    note = AdapterNote("a" * 26, f"mta3:{gateway.parts.bank.manifest.short}:shared:c+a01*500", 1, 1)
-    change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
-    await store.commit(key, snapshot.version, change, snapshot.epoch)
-    await connection.close()
+    tenant, bank = tenant or gateway.parts.settings.tenant, bank or gateway.parts.bank.manifest.short
+    key = gateway.parts.tenants.users(tenant).key(user_id)
+    async with StoreParts.opened(gateway.parts.settings.redis_url) as parts:
+        snapshot = await parts.profiles.read(key)
+        assert snapshot.profile
+        note = AdapterNote("a" * 26, f"mta3:{bank}:shared:c+a01*500", 1, 1)
+        change = Change(replace(snapshot.profile, adapter=note), {}, {}, ())
+        assert await parts.profiles.commit(key, snapshot.version, change, snapshot.epoch)
+        await parts.adapters.list_adapted(key, bank)

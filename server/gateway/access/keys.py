@@ -1,4 +1,4 @@
-"""Who sends a request, by the API keys: read at the start and again every few seconds, never while a request waits."""
+"""Who sends a request, by API keys that are read at the start and every few seconds, never while a request waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from adapters.errors import MtaError, excerpt
 from server.errors import ApiError, Forbidden, Unauthorized
-from server.store.tenants.access_keys import CREATE, AccessKey, AccessKeys, Scope, digest_of
+from server.store.tenants.access_keys import CREATE, AccessKeys, Scope, digest_of
 from server.store.tenants.rates import AS_USUAL, Allowance
 
 log = logging.getLogger("mta.gateway")
@@ -26,24 +26,23 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request; `key_id` is the key's public name, empty while no key exists."""
+    """Whoever sent a request."""
 
     tenant: str
-    key_id: str
+    key_id: str  # the key's public name; empty while no key exists
     scopes: frozenset[Scope]
     allowance: Allowance = AS_USUAL
 
     @property
     def name(self) -> str:
-        """Stands for whoever takes turns and has limits: a key, or all of a tenant that need none."""
+        """Names whoever takes turns and has limits: a key, or a tenant while no key exists."""
         return f"key-{self.key_id}" if self.key_id else f"tenant-{self.tenant}"
 
 
 def caller_of(request: Mapping[str, Any]) -> Caller:
-    """Who sent a request, given as Starlette's `Request` or as an ASGI scope.
+    """Who sent a request, given as Starlette's `Request` or as an ASGI scope; raises what `KnownKeys.caller` found.
 
-    Raises:
-        Unauthorized: when it carries no key, or one that does not count. Only open routes get so far.
+    Only open routes get so far without a key that counts.
     """
     found: Caller | ApiError = request["state"]["caller"]
     if isinstance(found, ApiError):
@@ -52,7 +51,7 @@ def caller_of(request: Mapping[str, Any]) -> Caller:
 
 
 def name_of(request: Mapping[str, Any]) -> str:
-    """Stands for who sent a request where turns are taken; all who sent no key that counts are one."""
+    """The sender's name where turns are taken; all who sent no key that counts share one."""
     found = request["state"]["caller"]
     return found.name if isinstance(found, Caller) else ""
 
@@ -66,8 +65,8 @@ def is_admin(request: Mapping[str, Any]) -> bool:
 class KnownKeys:
     """Says who sent a request.
 
-    While no key has ever been made, everybody on this machine may do everything, as the tenant of the settings. Once a
-    key is known there is no way back: neither an error nor a store that has lost its keys opens anything.
+    Until the first key is made, everybody on this machine may do everything, as the `tenant` of the settings. From then
+    on neither an error nor a store that has lost its keys opens anything.
     """
 
     def __init__(self, tenant: str) -> None:
@@ -80,7 +79,6 @@ class KnownKeys:
 
     @property
     def any_exists(self) -> bool:
-        """Whether a key was ever made."""
         return self._revision > 0
 
     async def look(self, store: AccessKeys) -> None:
@@ -99,18 +97,22 @@ class KnownKeys:
         if revision == self._revision:
             return
         ring = await store.all()
-        self._callers = {key.digest: _caller(key) for key in ring.keys if key.revoked_ms is None}
+        self._callers = {
+            key.digest: Caller(key.tenant, key.id, key.scopes, key.allowance)
+            for key in ring.keys
+            if key.revoked_ms is None
+        }
         self._revoked = frozenset(key.digest for key in ring.keys if key.revoked_ms is not None)
         self._banks = ring.banks
         self._ring, self._revision = ring.id, ring.revision
         log.info("%d API keys count", len(self._callers))
 
     def bank_of(self, tenant: str) -> str | None:
-        """The 8 hex digits of the bank that a tenant names; None where it names none."""
+        """The 8 hex digits of the bank that a tenant names."""
         return self._banks.get(tenant)
 
     def check_host(self, host: str) -> None:
-        """Raise `MtaError` where others than this machine's people can come from, while there is no key."""
+        """Raise `MtaError` where other machines reach the gateway while there is no key."""
         if not self.any_exists and not _is_loopback(host):
             raise MtaError(
                 f"MTA_HOST is {host}, but no API key exists, so everybody who reaches it could do everything. Make one "
@@ -120,9 +122,8 @@ class KnownKeys:
     def caller(self, headers: Headers) -> Caller | ApiError:
         """Who sent a request with these headers, or why nobody did.
 
-        Raises:
-            Forbidden: when there is no key and the request is not to this machine by name: a page in a browser here
-                can be made to send such requests.
+        Raises `Forbidden` when there is no key and the request names another host: a page in a browser on this machine
+        can be made to send such requests.
         """
         if not self.any_exists:
             _check_is_local(headers)
@@ -144,24 +145,16 @@ class KnownKeys:
         )
 
 
-def _caller(key: AccessKey) -> Caller:
-    return Caller(key.tenant, key.id, key.scopes, key.allowance)
-
-
 def _check_is_local(headers: Headers) -> None:
     hosts = [value for name, value in headers if name == b"host"]
     host = hosts[0].decode("latin-1") if len(hosts) == 1 else ""
-    if not _is_loopback(_without_port(host)):
+    name, colon, port = host.rpartition(":")
+    if not _is_loopback((name if colon and port.isdecimal() else host).strip("[]")):
         raise Forbidden(
             f"no API key exists, so only requests to this machine's own address are answered, not to {excerpt(host)}: "
             f"make a key with `{CREATE} NAME`, or ask http://127.0.0.1",
             code="no_api_key_exists",
         )
-
-
-def _without_port(host: str) -> str:
-    name, colon, port = host.rpartition(":")
-    return name.strip("[]") if colon and port.isdecimal() else host.strip("[]")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,13 +1,13 @@
-"""What each route wants of a key, and of which kind it is, in one table that has every route; and the first two gates.
+"""Every route with the scope that it wants, and the first two of a request's three gates, both before its body is read.
 
-A request passes three gates. The first is how many there may be at all, and of each caller (`shares.py`); the second
-what its key may do, and may use (`limiter.py`). Both come before its body is read. The third is the queue before the
-engines (`queue.py`).
+First the number of requests, of all and of each caller (`shares.py`); then what its key may do, and may use
+(`limiter.py`). The third gate is the queue before the engines (`queue.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +31,11 @@ OPEN = None
 class RouteKind(StrEnum):
     """What a request takes of its caller's share."""
 
-    OPERATION = "operation"
-    """Nothing: those who run the server are always served."""
-    UNLIMITED = "unlimited"
-    """A place: erasing is never refused for what was asked for before, and who has no key has no limits."""
-    REQUEST = "request"
-    """A place, and one of the key's requests."""
-    EVENTS = "events"
-    """The same, and a place among the event streams: it may last for hours."""
-    GENERATION = "generation"
-    """The same as a request, and tokens: how many, its body says."""
+    OPERATION = "operation"  # nothing: those who run the server are always served
+    UNLIMITED = "unlimited"  # a place: erasing is never refused for earlier requests, and callers without keys
+    REQUEST = "request"  # a place, and one of the key's requests
+    EVENTS = "events"  # the same, and a place among the event streams: it may last for hours
+    GENERATION = "generation"  # a request, and as many tokens as its body says
 
 
 ROUTES: Mapping[str, Scope | None] = {
@@ -84,8 +79,7 @@ KINDS: Mapping[str, RouteKind] = {
 }
 """Any other open route is unlimited, and any other is a request."""
 
-STREAMS = 4
-"""The part of all requests in progress that may be event streams of jobs: a quarter."""
+STREAMS = 4  # a quarter of all requests in progress may be event streams of jobs
 
 _SCHEME = "API key"
 
@@ -93,13 +87,8 @@ _SCHEME = "API key"
 def guard(app: FastAPI, keys: KnownKeys, most: int, refused: Callable[[str], None]) -> None:
     """Put the gates before every route that an application has by now, and have its document say so.
 
-    Args:
-        app: its state has the gateway as `parts.py` makes it.
-        most: requests in progress at once.
-        refused: called with the reason whenever a request finds no room.
-
-    Raises:
-        KeyError: when a route is not in the table: nobody has said who may use it.
+    At most so many requests are in progress; `refused` is called with the reason whenever one finds no room. Raises
+    `KeyError` for a route that is not in the table: nobody has said who may use it.
     """
     places = Shares(lambda: most)
     of_kind = {RouteKind.EVENTS: [places, Shares(lambda: max(1, most // STREAMS))], RouteKind.OPERATION: []}
@@ -109,14 +98,11 @@ def guard(app: FastAPI, keys: KnownKeys, most: int, refused: Callable[[str], Non
         name = f"{method} {route.path}"
         wanted = ROUTES[name]
         kind = KINDS.get(name, RouteKind.UNLIMITED if wanted is OPEN else RouteKind.REQUEST)
-        route.app = _Gates(
-            route.app, keys, wanted=wanted, kind=kind, places=of_kind.get(kind, [places]), refused=refused
-        )
+        route.app = _Gates(route.app, keys, wanted, kind, of_kind.get(kind, [places]), refused)
         if wanted is not OPEN and isinstance(route, APIRoute):
             route.openapi_extra = {"security": [{_SCHEME: []}, {}]}  # or none, while no key exists
-    app.router.default = _Gates(  # a page from elsewhere does not even learn which routes there are
-        app.router.default, keys, wanted=OPEN, kind=RouteKind.OPERATION, places=(), refused=refused
-    )
+    # A page from elsewhere does not even learn which routes there are.
+    app.router.default = _Gates(app.router.default, keys, OPEN, RouteKind.OPERATION, (), refused)
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -128,40 +114,31 @@ def guard(app: FastAPI, keys: KnownKeys, most: int, refused: Callable[[str], Non
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way of adding to it
 
 
+@dataclass(frozen=True, eq=False, slots=True)
 class _Gates:
     """A route behind its key, places and limits; notes the caller in a request's state, for `caller_of`."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: KnownKeys,
-        *,
-        wanted: Scope | None,
-        kind: RouteKind,
-        places: Sequence[Shares],
-        refused: Callable[[str], None],
-    ) -> None:
-        self._app = app
-        self._keys = keys
-        self._wanted = wanted
-        self._kind = kind
-        self._places = places
-        self._refused = refused
+    app: ASGIApp
+    keys: KnownKeys
+    wanted: Scope | None
+    kind: RouteKind
+    places: Sequence[Shares]
+    refused: Callable[[str], None]
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        scope["state"]["caller"] = self._keys.caller(scope["headers"])
-        if self._wanted is not OPEN and self._wanted not in caller_of(scope).scopes:
+        scope["state"]["caller"] = self.keys.caller(scope["headers"])
+        if self.wanted is not OPEN and self.wanted not in caller_of(scope).scopes:
             raise Forbidden(
-                f"this API key lacks the scope `{self._wanted}`, which this route wants: "
-                f"`{CREATE} NAME --scope {self._wanted}` makes one that has it"
+                f"this API key lacks the scope `{self.wanted}`, which this route wants: "
+                f"`{CREATE} NAME --scope {self.wanted}` makes one that has it"
             )
         name, taken = name_of(scope), list[Shares]()
         try:
-            for places in self._places:
+            for places in self.places:
                 self._acquire(places, name)
                 taken.append(places)
-            if self._kind in (RouteKind.OPERATION, RouteKind.UNLIMITED):
-                await self._app(scope, receive, send)
+            if self.kind in (RouteKind.OPERATION, RouteKind.UNLIMITED):
+                await self.app(scope, receive, send)
             else:
                 await self._counted(scope, receive, send)
         finally:
@@ -169,26 +146,20 @@ class _Gates:
                 places.release(name)
 
     async def _counted(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        caller, gateway = caller_of(scope), scope["app"].state.gateway
+        caller, parts = caller_of(scope), scope["app"].state.gateway.usual
         user_id = scope["path_params"].get("user_id")
-        user_key = None if user_id is None else gateway.tenants.users(caller.tenant).key(user_id)
-        generates = self._kind is RouteKind.GENERATION
-        async with gateway.limiter.counted(caller, user_key, generates=generates) as scope["state"]["usage"]:
-            await self._app(scope, receive, send)
+        user_key = None if user_id is None else parts.tenants.users(caller.tenant).key(user_id)
+        generates = self.kind is RouteKind.GENERATION
+        async with parts.limiter.counted(caller, user_key, generates=generates) as scope["state"]["usage"]:
+            await self.app(scope, receive, send)
 
     def _acquire(self, places: Shares, caller: str) -> None:
         if places.may_acquire(caller):
             places.acquire(caller)
             return
-        self._refused("places")
+        self.refused("places")
         if places.free < 1:
-            raise Unavailable(
-                f"{places.taken} requests are in progress, the most at once: try again in a moment",
-                code="overloaded",
-                retry_after_s=1,
-            )
-        raise TooMany(
-            "this API key has its share of all that can be in progress at once: try again in a moment",
-            code="overloaded",
-            retry_after_s=1,
-        )
+            full = f"{places.taken} requests are in progress, the most at once: try again in a moment"
+            raise Unavailable(full, code="overloaded", retry_after_s=1)
+        share = "this API key has its share of all that can be in progress at once: try again in a moment"
+        raise TooMany(share, code="overloaded", retry_after_s=1)

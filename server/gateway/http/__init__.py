@@ -1,1 +1,0 @@
-"""The plumbing of HTTP: bodies, middleware, server-sent events, clients that leave."""

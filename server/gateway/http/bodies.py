@@ -1,25 +1,33 @@
-"""Request bodies: read within limits of size and time, and parsed off the event loop if they are large."""
+"""Routes whose JSON bodies are read within limits of size and time, parsed, and validated by our own rules."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
-from server.errors import TooLarge, TooSlow, Unavailable
+from adapters.errors import excerpt
+from server.errors import TooLarge, TooSlow, Unavailable, WrongMediaType
+from server.gateway.http.errors import fault_of
+from server.gateway.http.json_text import parse_json, parse_lines
+from server.gateway.http.streaming import CLIENT_GONE
+from server.store.samples import MAX_SAMPLES
 
 MAX_BODY_BYTES = 8 << 20
 BODY_TIMEOUT_S = 60.0
-"""For a body to arrive. For how long it is remembered that somebody unknown was erased must be longer."""
+"""For a body to arrive. The store must remember for longer than this that an unknown user was erased."""
 SMALL_BYTES = 64 << 10
 """Bodies up to this size are parsed on the event loop: it takes a millisecond or two."""
 LARGE_AT_ONCE = 16
-"""Most larger bodies held in memory, of one caller a share; uvicorn stops reading the others once they are no longer
-small."""
+"""Most larger bodies in memory; uvicorn stops reading the others once they are no longer small."""
+
+_LINES = frozenset(("application/x-ndjson", "application/jsonl", "application/jsonlines"))
 
 T = TypeVar("T")
 
@@ -27,29 +35,21 @@ T = TypeVar("T")
 class BodyReader:
     """Reads bodies.
 
-    Args:
-        thread: parses large ones. Only one thread: it shares the interpreter with the event loop.
-        large: waits for one of the `LARGE_AT_ONCE` places for a request's large body, and holds it.
+    One `thread` parses the large ones: more would only share the interpreter with the event loop. `large` waits for
+    one of the `LARGE_AT_ONCE` places for a request's large body, and holds it.
     """
 
     def __init__(self, thread: Executor, large: Callable[[Request], AbstractAsyncContextManager[None]]) -> None:
         self._thread = thread
         self._large = large
 
-    async def read(self, request: Request, work: Callable[[bytes], T]) -> T:
-        """Read the body and return what `work` makes of it.
-
-        Raises:
-            TooLarge: as soon as this is known.
-            TooSlow: when the client takes too long.
-            Unavailable: when too many large bodies are being received.
-            ClientDisconnect: when the client breaks off.
-        """
+    async def read(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        """Read and parse the body; raises `ClientDisconnect` when the client breaks off."""
         async with AsyncExitStack() as held:
             body = await self._read(request, held)
             if len(body) <= SMALL_BYTES:
-                return work(body)
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, body)
+                return parse(body)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, parse, body)
 
     async def _read(self, request: Request, held: AsyncExitStack) -> bytes:
         length = request.headers.get("content-length", "0")
@@ -62,8 +62,7 @@ class BodyReader:
                     small, size = size <= SMALL_BYTES, size + len(chunk)
                     if size > MAX_BODY_BYTES:
                         raise TooLarge(
-                            f"the body has more than {MAX_BODY_BYTES} bytes, the most that are allowed",
-                            param="body",
+                            f"the body has more than {MAX_BODY_BYTES} bytes, the most that are allowed", param="body"
                         )
                     if small and size > SMALL_BYTES:
                         waiting = True
@@ -72,10 +71,87 @@ class BodyReader:
                     chunks.append(chunk)
         except TimeoutError:
             if waiting:
-                raise Unavailable(
-                    "too many large bodies are being received: try again in a moment", code="overloaded"
-                ) from None
+                busy = "too many large bodies are being received: try again in a moment"
+                raise Unavailable(busy, code="overloaded") from None
             raise TooSlow(
                 f"the body did not arrive within {BODY_TIMEOUT_S:g} s: only {size} bytes of it did", param="body"
             ) from None
         return b"".join(chunks)
+
+
+class JsonRoute(APIRoute):
+    """A FastAPI route whose JSON body is read by the gateway's `BodyReader`.
+
+    `lines` is the field that newline-delimited JSON fills, one value per line; None if a body must be one value.
+    """
+
+    lines: str | None = None
+    most_lines = 0
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        field = self.body_field
+        if field is None:
+            return handle
+
+        def valid(value: Any) -> Any:
+            checked, errors = field.validate(value, loc=("body",))
+            if errors:
+                raise fault_of(errors)
+            return checked
+
+        def of_json(body: bytes) -> Any:
+            return valid(parse_json(body))
+
+        def of_lines(body: bytes) -> Any:
+            assert self.lines
+            return valid({self.lines: parse_lines(body, self.lines, self.most_lines)})
+
+        async def strict(request: Request) -> Response:
+            parse = of_lines if self._is_in_lines(request) else of_json
+            await self.accepted(request)
+            bodies: BodyReader = request.app.state.gateway.bodies
+            try:
+                body = await bodies.read(request, parse)
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_GONE)
+            return await handle(_ReadRequest(request, body))
+
+        return strict
+
+    async def accepted(self, request: Request) -> None:
+        """Called when all of a request but its body is there: for what must be known of that moment."""
+
+    def _is_in_lines(self, request: Request) -> bool:
+        """Whether the body is newline-delimited JSON; raises `WrongMediaType` where it is not JSON at all."""
+        given = request.headers.get("content-type")
+        media_type = (given or "").partition(";")[0].strip().lower()
+        if self.lines and media_type in _LINES:
+            return True
+        if media_type != "application/json" and not (
+            media_type.startswith("application/") and media_type.endswith("+json")
+        ):
+            wanted = "application/json or application/x-ndjson" if self.lines else "application/json"
+            raise WrongMediaType(f"Content-Type must be {wanted}, got {excerpt(given)}", param="content-type")
+        return False
+
+
+class SamplesRoute(JsonRoute):
+    lines = "samples"
+    most_lines = MAX_SAMPLES
+
+
+class _ReadRequest(Request):
+    """A request that hands FastAPI the body as validated here; FastAPI passes a model on unchanged."""
+
+    def __init__(self, request: Request, body: Any) -> None:
+        headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+        headers.append((b"content-type", b"application/json"))  # FastAPI accepts a parsed body only of this type
+        super().__init__({**request.scope, "headers": headers}, request.receive)
+        self._read = body
+
+    async def body(self) -> bytes:
+        return b"{}"  # already read, but not empty
+
+    async def json(self) -> Any:
+        return self._read

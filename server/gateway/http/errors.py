@@ -17,17 +17,13 @@ from server.errors import ApiError, InvalidRequest, NotFound, WrongMethod
 
 log = logging.getLogger("mta.gateway")
 
-AS_TEXT, AS_MESSAGES = "as text", "as messages"
-"""Tags of the two forms of a field; pydantic writes them into the locations of errors."""
-
+AS_TEXT, AS_MESSAGES = "as text", "as messages"  # tags of a field's forms, which pydantic puts into errors' locations
 MAX_SHOWN_CHARS = 120
 _PLACES = ("body", "path", "query", "header")
 _SUBJECT = re.compile(r"^(Value error, |(Input|String|List|Dictionary) should )")
 
 
 class ErrorDetail(BaseModel, frozen=True):
-    """What went wrong."""
-
     message: str = Field(description="What was wrong, the offending value, what to do.")
     type: str
     param: str | None = Field(description="The field at fault, in dots, e.g. `items.3.text`.")
@@ -41,22 +37,13 @@ class ErrorAnswer(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, error: ApiError) -> ErrorAnswer:
-        """What a client is told about an error."""
         return cls(error=ErrorDetail(message=error.message, type=error.kind, param=error.param, code=error.code))
-
-
-def error_response(error: ApiError) -> Response:
-    """The answer to a request that failed."""
-    content = ErrorAnswer.of(error).model_dump_json()
-    return Response(content, error.status, error.headers, media_type="application/json")
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Have an application answer in our shape, whatever is raised."""
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_bug)
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
 
 
 def fault_of(errors: Sequence[Any]) -> InvalidRequest:
@@ -78,30 +65,22 @@ def fault_of(errors: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest(f"{param} {rule if rule.startswith('must') else f'must {rule}'}, got {value}", param=param)
 
 
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    if error.status >= 500:
-        log.warning("%s", error.explained)
-    return error_response(error)
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return error_response(fault_of(error.errors()))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: unknown routes and wrong methods."""
-    assert isinstance(error, HTTPException)
-    place = f"{request.method} {excerpt(request.url.path)}"
-    if error.status_code == 405:
-        response = error_response(WrongMethod(f"{place}: method not allowed on this route; /docs lists all routes"))
-    else:
-        response = error_response(NotFound(f"{place}: no such route; /docs lists all routes"))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_bug(request: Request, error: Exception) -> Response:
-    """A bug of ours; Starlette raises it again for the log once this has been sent."""
-    return await _on_api_error(request, ApiError("the gateway failed: its log says why"))
+async def _on_error(request: Request, error: Exception) -> Response:
+    match error:
+        case ApiError():
+            found = error
+        case RequestValidationError():
+            found = fault_of(error.errors())
+        case HTTPException():  # Starlette's own
+            place = f"{request.method} {excerpt(request.url.path)}"
+            if error.status_code == 405:
+                found = WrongMethod(f"{place}: method not allowed on this route; /docs lists all routes")
+            else:
+                found = NotFound(f"{place}: no such route; /docs lists all routes")
+            found.headers |= error.headers or {}
+        case _:  # a bug of ours; Starlette raises it again for the log once this has been sent
+            found = ApiError("the gateway failed: its log says why")
+    if found.status >= 500:
+        log.warning("%s", found.explained)
+    content = ErrorAnswer.of(found).model_dump_json()
+    return Response(content, found.status, found.headers, media_type="application/json")

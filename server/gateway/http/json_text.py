@@ -1,8 +1,6 @@
-"""JSON parsing: strict, so that what is refused can be named, and bounded, so that no text is costly.
+"""Strict JSON: no NaN, Infinity, NUL or lone surrogates, which Python's parser lets through.
 
-JSON has no NaN and no Infinity, and text has no NUL and no lone surrogates; Python's parser lets all four through. The
-cost of parsing grows with the number of values more than with that of bytes, so values are bounded before they are
-created: each step here takes tens of milliseconds at most, whatever the text is.
+Parsing costs more by values than by bytes, so values are counted first: no step takes more than tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from server.errors import InvalidRequest
 
 MAX_STRUCTURE_BYTES = 512 << 10
 """Most bytes that are quotes or outside quotes, except white space: every value has at least one of them."""
-MAX_FIELDS = 1000
-"""Most fields of one object: each unknown one is an error of its own."""
+MAX_FIELDS = 1000  # of one object: each unknown one is an error of its own
 
 _ESCAPED_BACKSLASH = rb"\\"
 _NUL = rb"\u0000"
@@ -43,12 +40,9 @@ def parse_json(body: bytes) -> Any:
 
 
 def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
-    """The values of newline-delimited JSON, which fill `field`; empty lines are skipped.
-
-    At most `most` lines are accepted; they are counted before the first is parsed.
-    """
+    """The values of newline-delimited JSON, which fill `field`: at most `most` lines, without the empty ones."""
     count = body.count(b"\n") + 1
-    if count <= 2 * most:
+    if count <= 2 * most:  # fewer lines are left without the empty ones
         lines = [line for line in body.split(b"\n") if line.strip()]
         count = len(lines)
     if count > most:
@@ -62,9 +56,8 @@ def parse_lines(body: bytes, field: str, most: int) -> list[Any]:
             values.append(parse_json(line))
         except InvalidRequest as error:
             param = f"{field}.{place}" if error.param in (None, "body") else f"{field}.{place}.{error.param}"
-            raise InvalidRequest(
-                f"{field}.{place}: {error.message}", param=shortened(param), code=error.code
-            ) from error
+            message = f"{field}.{place}: {error.message}"
+            raise InvalidRequest(message, param=shortened(param), code=error.code) from error
     return values
 
 
@@ -118,7 +111,6 @@ def _fault(body: bytes, reason: str) -> InvalidRequest:
 
 
 def _refuse_impossible(value: Any) -> None:
-    """Find what the first parse refused, and name its place."""
     if found := _find_fault(value):
         fault, path = found
         param = shortened(".".join(reversed(path))) or "body"
@@ -131,8 +123,7 @@ def _find_fault(value: Any) -> tuple[str, list[str]] | None:
     A key at fault is found at its object's place.
     """
     if not isinstance(value, (dict, list)):
-        fault = _fault_of_leaf(value)
-        return (fault, []) if fault else None
+        return (fault, []) if (fault := _fault_of_leaf(value)) else None
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(name, str) and (fault := _fault_of_leaf(name)):
             return fault, []

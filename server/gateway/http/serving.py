@@ -1,7 +1,4 @@
-"""How uvicorn serves the gateway, in its own process and in tests, and what bounds each client's connection.
-
-On its own, uvicorn accepts headers of any size and waits for them for ever.
-"""
+"""How uvicorn serves the gateway, with bounds on each connection: its own headers have none of size or time."""
 
 from __future__ import annotations
 
@@ -31,20 +28,18 @@ MAX_PIPELINED = 8
 LINGER_S = 2.0
 """How long we read and drop what a refused client still sends: closing at once would lose the answer."""
 UNREAD_BYTES = 128 << 10
-"""About how much of an answer the kernel keeps for a client that does not read: by itself it would take megabytes, and
-an engine would go on for a minute before anybody noticed."""
+"""Of an answer, kept by the kernel for a client that does not read: megabytes by default, a minute of an engine."""
 STALLED_S = 2.0
-"""After how long a client that takes nothing of what an engine is generating for it is hung up on: whatever an answer
-has of ordinary length fits into the buffers between, so that nobody ordinary gets here."""
+"""A client that takes nothing for this long of what an engine generates is hung up on; ordinary answers fit into the
+buffers between."""
 
 
 class Connection(HttpToolsProtocol):
     """Bounds the size and time of all that a client sends except bodies, which are bounded where they are read.
 
     A timer runs while no answer is in progress and no body is awaited: until the first byte, through the headers, and
-    when a body goes on after its answer. Two others run while a client takes nothing of what fills its buffers.
-
-    `send_timeout_s` is how long the longer one runs, until the client is hung up on.
+    when a body goes on after its answer. Two others run while a client takes nothing of what fills its buffers, the
+    longer one for `send_timeout_s`.
     """
 
     def __init__(self, *, send_timeout_s: float, **of_uvicorn: Any) -> None:
@@ -83,9 +78,8 @@ class Connection(HttpToolsProtocol):
         while start < len(data) and not self._refused and not self.transport.is_closing():
             room = MAX_HEADER_BYTES - self._header_bytes
             if room <= 0:
-                self._refuse(
-                    HeadersTooLarge(f"the request's headers have more than {MAX_HEADER_BYTES} bytes: send fewer")
-                )
+                long = f"the request's headers have more than {MAX_HEADER_BYTES} bytes: send fewer"
+                self._refuse(HeadersTooLarge(long))
                 return
             piece = data[start : start + room]
             start += len(piece)
@@ -125,7 +119,6 @@ class Connection(HttpToolsProtocol):
             self._start_timer(HEADER_TIMEOUT_S)
 
     def send_400_response(self, msg: str) -> None:
-        """Uvicorn's answer to what it cannot parse."""
         self._refuse(InvalidRequest("the request is not HTTP/1.1 that this server understands", code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:
@@ -178,7 +171,6 @@ class Connection(HttpToolsProtocol):
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Uvicorn's configuration; sockets are passed to it when it serves."""
     protocol: Any = partial(Connection, send_timeout_s=settings.send_timeout_s)
     return uvicorn.Config(
         app,

@@ -1,4 +1,4 @@
-"""Answers on their way: server-sent events, as clients get them, and clients that leave."""
+"""Answers on their way: server-sent events, and clients that leave."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from starlette.responses import Response
 if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Headers of event streams: no proxy may cache them, or hold them back until they are complete."""
-
+CLIENT_GONE = 499
+"""The status that is counted when the client left before the answer; it is never sent."""
 KEEP_ALIVE_S = 15.0
 """Longest silence of a stream: proxies take a much longer one for its end."""
 
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no proxy may keep events, or hold them back
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -42,13 +42,8 @@ def _dumped(value: object) -> Any:
 class EventSender:
     """Sends a stream of events, and after `KEEP_ALIVE_S` without one a comment, which clients ignore.
 
-    The head of the response goes out with whichever comes first. A context manager around all that is sent.
-
-    Args:
-        headers: called when the head is sent; added to those of every stream.
-
-    Attributes:
-        begun: whether the head has been sent: from then on the status is 200, and an error can only be an event.
+    The head of the response, with `headers()`, goes out with whichever comes first; once it has `begun`, the status is
+    200, and an error can only be an event.
     """
 
     def __init__(self, send: Send, headers: Callable[[], Mapping[str, str]]) -> None:
@@ -66,9 +61,7 @@ class EventSender:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._keeping_alive
-        self._keeping_alive.cancel()
-        await asyncio.gather(self._keeping_alive, return_exceptions=True)
+        await self._stop_keeping_alive()
 
     async def write(self, data: bytes) -> None:
         """Send whole events."""
@@ -84,9 +77,15 @@ class EventSender:
     async def end(self) -> None:
         """End the response; nothing can be sent after it."""
         async with self._turn:
-            assert self._keeping_alive
-            self._keeping_alive.cancel()
+            await self._stop_keeping_alive()
+            # Whoever waits from now on learns of a disconnect, even from a client that has all of the answer.
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _stop_keeping_alive(self) -> None:
+        if keeping_alive := self._keeping_alive:
+            self._keeping_alive = None
+            keeping_alive.cancel()
+            await asyncio.gather(keeping_alive, return_exceptions=True)
 
     async def _keep_alive(self) -> None:
         while True:
@@ -98,21 +97,18 @@ class EventSender:
 
 
 class ClientGone(Exception):
-    """The client closed the connection before it had its answer."""
+    pass
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` to its end, or cancel it as soon as the client is gone; for requests whose body has been read.
-
-    Raises:
-        ClientGone: once `work` has been cancelled and has cleaned up.
-    """
+    """Run `work` to its end; if the client leaves, cancel it, then raise `ClientGone`. The body must have been read."""
     working, is_gone = asyncio.current_task(), False
     assert working
 
     async def watch() -> None:
         nonlocal is_gone
-        await _disconnect(receive)
+        while (await receive())["type"] != "http.disconnect":
+            pass
         is_gone = True
         working.cancel()
 
@@ -125,8 +121,3 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         raise
     finally:
         watching.cancel()
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -12,7 +12,7 @@ from typing import Literal
 
 from server.errors import ApiError
 from server.gateway.engines.admin import AddressState, Engines, EngineState
-from server.store.durability import CheckedStore, Durability, Memory
+from server.store.durability import CheckedStore, Durability
 from server.watching.background import forever
 
 log = logging.getLogger("mta.gateway")
@@ -28,8 +28,7 @@ STALE_AFTER_S = 15.0
 _FULL = "full"
 _PARTIAL = "partial"
 _USABLE = ("ok", _PARTIAL, _FULL)
-"""A full store takes nothing new and still serves, so balancers must keep sending requests, erasures among them; so
-must they while most users are served."""
+"""A full store still serves and erases, and a partial one serves most users: balancers must keep sending requests."""
 
 
 class Readiness(StrEnum):
@@ -59,7 +58,7 @@ class Unseen:
 
 @dataclass(frozen=True, slots=True)
 class BankPart:
-    """The bank that is served, which was checked at startup; recipes begin with 8 hex digits of its fingerprint."""
+    """The bank, checked at startup; recipes begin with 8 hex digits of its fingerprint."""
 
     fingerprint: str
     task: str
@@ -89,23 +88,16 @@ class PartStates:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The state of every part that can fail while the gateway runs.
-
-    Attributes:
-        generating: the address that generations are sent to.
-        lacking: fingerprints of the banks that this gateway serves and no engine has.
-        probed_s: when the probes ended, by the monotonic clock.
-    """
+    """The state of every part that can fail while the gateway runs."""
 
     store: StoreState
-    generating: AddressState
+    generating: AddressState  # of where generations are sent
     engines: tuple[EngineState, ...]
-    lacking: tuple[str, ...]
-    probed_s: float
+    lacking: tuple[str, ...]  # fingerprints of the banks that this gateway serves and no engine has
+    probed_s: float  # when the probes ended, by the monotonic clock
 
     @property
     def age_s(self) -> float:
-        """How long ago the probes ended."""
         return time.monotonic() - self.probed_s
 
     @property
@@ -122,24 +114,19 @@ class ProbeResult:
             return None
         partly = sum(engine.status == "lacks_bank" for engine in self.engines)
         down = sum(engine.status != "ok" for engine in self.engines) - partly
-        said = [f"store_full: {self.store.detail}"] if self.store.status == _FULL else []
-        said += [f"{down} of {len(self.engines)} engines cannot be used, and the others serve"] if down else []
-        if partly:
-            said.append(f"{partly} of {len(self.engines)} engines lack a bank that another one has")
-        if self.generating.status != "ok":
-            said.append("MTA_ENGINE_URL cannot be used, and engines are asked directly")
-        if self.store.status == _PARTIAL and self.store.detail:
-            said.append(self.store.detail)
-        return "; ".join(said) or None
+        said = {
+            f"store_full: {self.store.detail}": self.store.status == _FULL,
+            f"{down} of {len(self.engines)} engines cannot be used, and the others serve": down,
+            f"{partly} of {len(self.engines)} engines lack a bank that another one has": partly,
+            "MTA_ENGINE_URL cannot be used, and engines are asked directly": self.generating.status != "ok",
+            self.store.detail or "": self.store.status == _PARTIAL,
+        }
+        return "; ".join(text for text, is_so in said.items() if is_so) or None
 
 
 class Health:
-    """Watches the parts.
-
-    Args:
-        fingerprints: of the banks that the engines must serve.
-        generating: the address that generates: an engine's or a router's.
-    """
+    """Watches the parts: the engines must serve the banks of `fingerprints`; `generating` is an engine's or a router's
+    address."""
 
     def __init__(self, store: CheckedStore, engines: Engines, fingerprints: Sequence[str], *, generating: str) -> None:
         self._store = store
@@ -156,7 +143,6 @@ class Health:
         return self.last.readiness if self.last else Readiness.NOT_YET_SEEN
 
     async def probe(self) -> ProbeResult:
-        """Probe every part now."""
         store, engines, router = await asyncio.gather(self._probe_store(), self._probe_engines(), self._probe_router())
         lacking = tuple(bank for bank in self._fingerprints if not any(bank in engine.banks for engine in engines))
         self._log_lacking(lacking if any(engine.banks for engine in engines) else ())
@@ -165,11 +151,9 @@ class Health:
         return self.last
 
     async def watch(self) -> None:
-        """Probe for ever."""
         await forever(lambda: PROBE_INTERVAL_S if self._was_ready else FIRST_INTERVAL_S, self.probe, log)
 
     def _log_lacking(self, lacking: tuple[str, ...]) -> None:
-        """Log once which banks no engine that answers has."""
         if lacking and lacking != self._logged:
             log.error(
                 "not ready: engines answer, but none of them has the bank %s: name its folder in MTA_BANK or "
@@ -183,13 +167,16 @@ class Health:
             durability = await self._store.check()
         except ApiError as error:
             return StoreState("unavailable", self._store.durability, error.explained)
+        unserved = self._store.unserved
         if (memory := self._store.memory) and memory.full:
-            return StoreState(_FULL, durability, "; ".join(filter(None, (_no_room(memory), self._store.unserved))))
+            no_room = (
+                f"{memory.used_bytes >> 20} of {memory.most_bytes >> 20} MiB are taken, and nothing new is stored; "
+                "erasing users and revoking keys work: make room, or raise maxmemory (of `mta up`: MTA_STORE_MIB)"
+            )
+            return StoreState(_FULL, durability, "; ".join(filter(None, (no_room, unserved))))
         if not durability.lasts:
             return StoreState("ok", durability, "acknowledged writes can be lost: MTA_REQUIRE_DURABLE_STORE is false")
-        if self._store.unserved:
-            return StoreState(_PARTIAL, durability, self._store.unserved)
-        return StoreState("ok", durability)
+        return StoreState(_PARTIAL, durability, unserved) if unserved else StoreState("ok", durability)
 
     async def _probe_engines(self) -> tuple[EngineState, ...]:
         """What engines say, but for those that are `ok` and lack a bank."""
@@ -206,7 +193,7 @@ class Health:
         return replace(state, status=status, detail=detail)
 
     async def _probe_router(self) -> AddressState | None:
-        """The router's state; None if generations go straight to an engine."""
+        """None if generations go straight to an engine."""
         if self._generating in self._engines.urls:
             return None
         return await self._engines.router_state(self._generating, PROBE_TIMEOUT_S)
@@ -215,10 +202,3 @@ class Health:
         """The state of the engine that generates, which has been probed already."""
         state = engines[self._engines.urls.index(self._generating)]
         return AddressState(state.url, state.status, state.detail)
-
-
-def _no_room(memory: Memory) -> str:
-    return (
-        f"{memory.used_bytes >> 20} of {memory.most_bytes >> 20} MiB are taken, and nothing new is stored; erasing "
-        "users and revoking keys work: make room, or raise maxmemory (of `mta up`: MTA_STORE_MIB)"
-    )

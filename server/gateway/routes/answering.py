@@ -14,8 +14,8 @@ from server.gateway.access.limiter import usage_of
 from server.gateway.generation.generator import Answer, Timings
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.http.middleware import notes_of
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
+from server.gateway.operating.metrics import notes_of
 from server.gateway.parts import Parts
 
 if TYPE_CHECKING:

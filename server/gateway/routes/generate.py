@@ -14,8 +14,8 @@ from server.gateway.access.keys import Caller, caller_of
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.personalizer import Level
 from server.gateway.generation.request import GenerationRequest
+from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
 from server.gateway.routes.answering import AnswerResponse

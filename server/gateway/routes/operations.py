@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from server.gateway.access.keys import is_admin
 from server.gateway.operating.health import BankPart, EmbedderPart, PartStates, ProbeResult, Readiness, Unseen
 from server.gateway.operating.metrics import CONTENT_TYPE
-from server.gateway.parts import Parts, usual_parts
+from server.gateway.parts import Parts, gateway_of
 
 router = APIRouter(tags=["operations"])
 
@@ -38,7 +38,7 @@ async def health(request: Request) -> HealthAnswer:
     """Whether this process is alive: 200 if it answers. The parts are as they were last seen; nothing is probed."""
     if not is_admin(request):
         return HealthAnswer()
-    parts = usual_parts(request)
+    parts = gateway_of(request).usual
     return HealthAnswer(parts=_states(parts, parts.health.last))
 
 
@@ -53,7 +53,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
     seconds ago; nothing is probed. Before the first look `status` is `not_yet_seen`; when the last one is too old to
     rely on, it is `stale`.
     """
-    parts = usual_parts(request)
+    parts = gateway_of(request).usual
     last, readiness = parts.health.last, parts.health.readiness
     response.status_code = 200 if readiness is Readiness.READY else 503
     if not is_admin(request):
@@ -70,7 +70,7 @@ async def ready(request: Request, response: Response) -> ReadyAnswer:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
-    return Response(usual_parts(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    return Response(gateway_of(request).usual.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 def _states(parts: Parts, last: ProbeResult | None) -> PartStates:

@@ -1,1 +1,0 @@
-"""What `docs/security.md` lists, case by case; other cases are where the parts are tested."""

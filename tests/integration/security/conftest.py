@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -12,42 +10,18 @@ import pytest
 
 from bench.rig.valkey import ValkeyProcess
 from server.settings import Settings
-from server.store.tenants.access_keys import Scope, access_key, new_secret
+from server.store.tenants.access_keys import Scope
+from server.store.tenants.rates import AS_USUAL, Allowance
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import GatewayThread
-from tests.support.store_parts import StoreParts
+from tests.support.gateway import GatewayThread, Keyed, make_keys
 
 APP = frozenset((Scope.GENERATE, Scope.WRITE, Scope.ADAPT))
-KEYS: Mapping[str, tuple[str, frozenset[Scope]]] = {
-    "acme": ("acme", APP),
-    "globex": ("globex", APP),
-    "default": ("default", APP),
-    "revoked": ("acme", frozenset(Scope)),
-    **{f"only {scope}": ("acme", frozenset((scope,))) for scope in Scope},
-    **{f"no {scope}": ("acme", frozenset(Scope) - {scope}) for scope in Scope},
+KEYS: Mapping[str, tuple[str, frozenset[Scope], Allowance]] = {
+    **{tenant: (tenant, APP, AS_USUAL) for tenant in ("acme", "globex", "default")},
+    "revoked": ("acme", frozenset(Scope), AS_USUAL),
+    **{f"only {scope}": ("acme", frozenset((scope,)), AS_USUAL) for scope in Scope},
+    **{f"no {scope}": ("acme", frozenset(Scope) - {scope}, AS_USUAL) for scope in Scope},
 }
-"""Name → tenant and scopes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keyed:
-    """A gateway with keys.
-
-    Attributes:
-        gateway: the gateway.
-        secrets: the keys, by their names in `KEYS`.
-    """
-
-    gateway: GatewayThread
-    secrets: Mapping[str, str]
-
-    def header(self, key: str) -> dict[str, str]:
-        """The header that carries a key."""
-        return {"Authorization": f"Bearer {self.secrets[key]}"}
-
-    def client(self, key: str) -> httpx.Client:
-        """A client that sends a key."""
-        return httpx.Client(base_url=self.gateway.url, timeout=30, headers=self.header(key))
 
 
 def ask(client: httpx.Client, route: str, headers: Mapping[str, str], user: str = "ada") -> httpx.Response:
@@ -69,14 +43,13 @@ def ask(client: httpx.Client, route: str, headers: Mapping[str, str], user: str 
 @pytest.fixture(scope="module")
 def keyed(gateway_settings: Settings, store: ValkeyProcess, fake_engine_server: FakeEngine) -> Iterator[Keyed]:
     """A gateway over a store of its own, with all of `KEYS`."""
-    secrets = {name: new_secret() for name in KEYS}
-    asyncio.run(_make(store.url, secrets))
+    secrets = make_keys(store.url, KEYS, revoked="revoked")
     fake_engine_server.reset()
     with GatewayThread(gateway_settings.model_copy(update={"redis_url": store.url})) as gateway:
         yield Keyed(gateway, secrets)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stranger(keyed: Keyed) -> Iterator[httpx.Client]:
     """A client without a key."""
     with keyed.gateway.client() as client:
@@ -85,14 +58,12 @@ def stranger(keyed: Keyed) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def acme(keyed: Keyed) -> Iterator[httpx.Client]:
-    """A client of the tenant acme."""
     with keyed.client("acme") as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def globex(keyed: Keyed) -> Iterator[httpx.Client]:
-    """A client of another tenant."""
     with keyed.client("globex") as client:
         yield client
 
@@ -105,13 +76,3 @@ def shared_name(acme: httpx.Client, new_user: Callable[[], str]) -> str:
     acme.put(f"/users/{user_id}/profile", json=items).raise_for_status()
     ask(acme, "POST /users/{user_id}/adapt", {}, user_id).raise_for_status()
     return user_id
-
-
-async def _make(url: str, secrets: Mapping[str, str]) -> None:
-    async with StoreParts.opened(url) as parts:
-        for name, secret in secrets.items():
-            tenant, scopes = KEYS[name]
-            key = access_key(secret, name, tenant, scopes)
-            await parts.keys.add(key)
-            if name == "revoked":
-                await parts.keys.revoke(key.digest, 1)

@@ -29,27 +29,25 @@ def gateways(gateway_settings: Settings, store: ValkeyProcess) -> Iterator[list[
         yield [one, other]
 
 
-@pytest.fixture
-def keys(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Keys]]:
+@pytest.fixture(autouse=True)
+def environment(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `mta keys`, whose lines are long."""
     monkeypatch.setenv("MTA_REDIS_URL", store.url)
-    yield Keys
+    monkeypatch.setenv("COLUMNS", "200")
 
 
-class Keys:
+def keys(*arguments: str) -> Result:
     """`mta keys`."""
+    return CliRunner().invoke(app, ["keys", *arguments])
 
-    @staticmethod
-    def run(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["keys", *arguments])
 
-    @classmethod
-    def create(cls, *arguments: str) -> tuple[str, str]:
-        """A new key and its id."""
-        made = cls.run("create", *arguments)
-        assert made.exit_code == 0, made.output
-        found = ID.search(made.stderr)
-        assert found
-        return made.stdout.strip(), found[1]
+def create(*arguments: str) -> tuple[str, str]:
+    """A new key and its id."""
+    made = keys("create", *arguments)
+    assert made.exit_code == 0, made.output
+    found = ID.search(made.stderr)
+    assert found
+    return made.stdout.strip(), found[1]
 
 
 def status(gateway: GatewayThread, secret: str = "", host: str = "127.0.0.1", path: str = "/v1/models") -> int:
@@ -72,20 +70,20 @@ def test_without_keys_this_machine_alone_is_answered(gateways: list[GatewayThrea
     assert status(gateways[0], "whatever") == httpx.codes.OK
 
 
-def test_keys_count_in_every_gateway_and_no_more_once_revoked(gateways: list[GatewayThread], keys: type[Keys]) -> None:
-    first, first_id = keys.create("first", "--first")
-    again = keys.run("create", "second", "--first")
+def test_keys_count_in_every_gateway_and_no_more_once_revoked(gateways: list[GatewayThread]) -> None:
+    first, first_id = create("first", "--first")
+    again = keys("create", "second", "--first")
     assert (again.exit_code, again.stdout) == (0, "")
     wait_for(gateways, 401)
     for gateway in gateways:
         assert status(gateway, first) == httpx.codes.OK
         assert status(gateway, first, path="/metrics") == httpx.codes.OK
         assert status(gateway, first, host="mta.example.org") == httpx.codes.OK
-    assert keys.run("revoke", first_id).exit_code == 0
-    assert "was revoked before" in keys.run("revoke", first_id).output
+    assert keys("revoke", first_id).exit_code == 0
+    assert "was revoked before" in keys("revoke", first_id).output
     wait_for(gateways, 401, first)
     assert {status(gateway) for gateway in gateways} == {401}, "nothing opens when the last key is gone"
-    assert keys.run("create", "third", "--first").stdout == ""
+    assert keys("create", "third", "--first").stdout == ""
 
 
 @pytest.fixture(scope="module")
@@ -100,80 +98,71 @@ class TestGiven:
 
     GIVEN = "mta_" + "0123456789abcdef" * 4
 
-    @pytest.fixture
-    def keys(self, empty: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> type[Keys]:
-        """Of a store of its own."""
+    @pytest.fixture(autouse=True)
+    def over_an_empty_store(self, environment: None, empty: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
         with redis.Redis.from_url(empty.url) as raw:
             raw.flushall()
-        monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setenv("MTA_REDIS_URL", empty.url)
-        return Keys
 
-    def given(self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch, secret: str) -> Result:
+    def given(self, monkeypatch: pytest.MonkeyPatch, secret: str) -> Result:
         monkeypatch.setenv("MTA_FIRST_KEY", secret)
-        return keys.run("create", "first", "--first", "--given")
+        return keys("create", "first", "--first", "--given")
 
-    def test_it_counts_and_is_printed_nowhere_however_often_it_is_given(
-        self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_counts_and_is_printed_nowhere_however_often_it_is_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
         key_id, listed = digest_of(self.GIVEN.encode())[:12], []
         for _ in range(3):
-            kept = self.given(keys, monkeypatch, self.GIVEN)
+            kept = self.given(monkeypatch, self.GIVEN)
             assert (kept.exit_code, kept.stdout) == (0, "")
             assert self.GIVEN[4:12] not in kept.output
             assert key_id in kept.stderr
-            listed.append(keys.run("list").stdout)
+            listed.append(keys("list").stdout)
         assert listed[0].count(key_id) == 1
         assert "admin" in listed[0]
         assert listed[1:] == listed[:1] * 2
-        another = self.given(keys, monkeypatch, "mta_" + "fedcba9876543210" * 4)
+        another = self.given(monkeypatch, "mta_" + "fedcba9876543210" * 4)
         assert (another.exit_code, another.stdout) == (0, "")
         assert "none is made now" in another.stderr
-        assert keys.run("list").stdout == listed[0]
+        assert keys("list").stdout == listed[0]
 
     @pytest.mark.parametrize(
         "secret",
         ["short", "mta_" + "0123456789" * 3, "0123456789abcdef" * 4, "mta_" + "ab" * 40, f"{GIVEN}\n", f"{GIVEN} x"],
     )
     def test_one_that_others_could_guess_is_refused_and_not_repeated(
-        self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch, secret: str
+        self, monkeypatch: pytest.MonkeyPatch, secret: str
     ) -> None:
-        refused = self.given(keys, monkeypatch, secret)
+        refused = self.given(monkeypatch, secret)
         assert isinstance(refused.exception, MtaError)
         assert "MTA_FIRST_KEY must be `mta_`" in str(refused.exception)
         assert secret.strip() not in str(refused.exception) + refused.output
-        assert "mta_" not in keys.run("list").stdout
+        assert "mta_" not in keys("list").stdout
 
     @pytest.mark.parametrize("secret", ["", None])
     def test_without_one_none_is_made_and_it_is_said_how_to(
-        self, keys: type[Keys], monkeypatch: pytest.MonkeyPatch, secret: str | None
+        self, monkeypatch: pytest.MonkeyPatch, secret: str | None
     ) -> None:
-        monkeypatch.delenv("MTA_FIRST_KEY", raising=False)
-        none = self.given(keys, monkeypatch, secret) if secret is not None else keys.run("create", "first", "--given")
+        none = self.given(monkeypatch, secret) if secret is not None else keys("create", "first", "--given")
         assert (none.exit_code, none.stdout) == (0, "")
         assert "`mta keys create first --first`" in none.stderr
-        made, _ = keys.create("first", "--first")
+        made, _ = create("first", "--first")
         assert made.startswith("mta_")
 
 
-def test_a_key_can_have_limits_of_its_own(
-    gateways: list[GatewayThread], keys: type[Keys], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    few, few_id = keys.create("few", "--requests", "2", "--tokens", "0")
-    many, _ = keys.create("many")
+def test_a_key_can_have_limits_of_its_own(gateways: list[GatewayThread]) -> None:
+    few, few_id = create("few", "--requests", "2", "--tokens", "0")
+    many, _ = create("many")
     wait_for(gateways, 200, many)
     asked = [status(gateway, few, path="/users/nobody") for gateway in [*gateways, *gateways]]
     assert asked == [404, 404, 429, 429]
     assert [status(gateway, many, path="/users/nobody") for gateway in gateways] == [404, 404]
-    (line,) = [line for line in keys.run("list").stdout.splitlines() if few_id in line]
+    (line,) = [line for line in keys("list").stdout.splitlines() if few_id in line]
     assert "requests 2, tokens any" in line
 
 
 def test_while_the_store_is_away_known_keys_count_and_nothing_opens(
-    gateways: list[GatewayThread], keys: type[Keys], store: ValkeyProcess
+    gateways: list[GatewayThread], store: ValkeyProcess
 ) -> None:
-    secret, _ = keys.create("app")
+    secret, _ = create("app")
     wait_for(gateways, 200, secret)
     store.kill()
     try:
@@ -181,7 +170,7 @@ def test_while_the_store_is_away_known_keys_count_and_nothing_opens(
             assert status(gateway, secret) == httpx.codes.OK
             assert status(gateway) == httpx.codes.UNAUTHORIZED
             assert status(gateway, secret, path="/users/ada") == httpx.codes.SERVICE_UNAVAILABLE
-        assert "MTA_REDIS_URL" in str(keys.run("list").exception)
+        assert "MTA_REDIS_URL" in str(keys("list").exception)
     finally:
         store.start()
     assert status(gateways[0], secret) == httpx.codes.OK
@@ -196,7 +185,7 @@ def test_while_the_store_is_away_known_keys_count_and_nothing_opens(
         (("revoke", "000000000000"), "mta keys list"),
     ],
 )
-def test_what_makes_no_sense_is_said(keys: type[Keys], arguments: tuple[str, ...], said: str) -> None:
-    result = keys.run(*arguments)
+def test_what_makes_no_sense_is_said(arguments: tuple[str, ...], said: str) -> None:
+    result = keys(*arguments)
     assert result.exit_code != 0
     assert said in str(result.exception) + result.output

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -13,8 +11,8 @@ from server.cli.run import up
 from server.gateway.access.keys import KnownKeys
 from server.gateway.access.routes import KINDS, OPEN, ROUTES, guard
 from server.store.tenants.access_keys import new_secret
-from tests.integration.security.conftest import KEYS, Keyed, ask
-from tests.support.gateway import GatewayThread
+from tests.integration.security.conftest import KEYS, ask
+from tests.support.gateway import GatewayThread, Keyed
 
 CLOSED = [route for route, scope in ROUTES.items() if scope is not OPEN]
 OPENED = [route for route, scope in ROUTES.items() if scope is OPEN]
@@ -27,13 +25,8 @@ def code_of(response: httpx.Response) -> tuple[int, str]:
 def test_the_table_has_every_route_and_no_other(keyed: Keyed) -> None:
     routes = [route for route in keyed.gateway.app.routes if isinstance(route, Route)]
     assert len(routes) == len(keyed.gateway.app.routes)
-    assert {f"{method} {route.path}" for route in routes for method in route.methods or () if method != "HEAD"} == set(
-        ROUTES
-    )
-
-
-def test_whatever_takes_something_else_is_in_the_table_too() -> None:
-    assert KINDS.keys() <= ROUTES.keys()
+    names = {f"{method} {route.path}" for route in routes for method in route.methods or () if method != "HEAD"}
+    assert names == set(ROUTES) >= KINDS.keys()
 
 
 def test_a_route_that_nobody_put_into_the_table_is_not_served() -> None:
@@ -119,22 +112,18 @@ def test_admin_is_told_of_the_parts(keyed: Keyed, stranger: httpx.Client, route:
     assert parts["bank"]["fingerprint"] == keyed.gateway.parts.bank.manifest.fingerprint
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"X-API-Key": "{}"},
-        {"Cookie": "Authorization=Bearer {}"},
-        {"Proxy-Authorization": "Bearer {}"},
-        {"Authorization": "Basic {}"},
-        {"Authorization": "Bearer {}, Bearer {}"},
-        {"Authorization": "{}"},
-    ],
-)
-def test_a_key_counts_in_its_one_place_alone(keyed: Keyed, stranger: httpx.Client, headers: dict[str, str]) -> None:
-    sent = {name: value.replace("{}", keyed.secrets["acme"]) for name, value in headers.items()}
-    assert stranger.get("/v1/models", headers=sent).status_code == httpx.codes.UNAUTHORIZED
-    url = f"/v1/models?api_key={keyed.secrets['acme']}&access_token={keyed.secrets['acme']}"
-    assert stranger.get(url).status_code == httpx.codes.UNAUTHORIZED
+def test_a_key_counts_in_its_one_place_alone(keyed: Keyed, stranger: httpx.Client) -> None:
+    key = keyed.secrets["acme"]
+    for name, value in (
+        ("X-API-Key", key),
+        ("Cookie", f"Authorization=Bearer {key}"),
+        ("Proxy-Authorization", f"Bearer {key}"),
+        ("Authorization", f"Basic {key}"),
+        ("Authorization", f"Bearer {key}, Bearer {key}"),
+        ("Authorization", key),
+    ):
+        assert stranger.get("/v1/models", headers={name: value}).status_code == httpx.codes.UNAUTHORIZED, name
+    assert stranger.get(f"/v1/models?api_key={key}&access_token={key}").status_code == httpx.codes.UNAUTHORIZED
 
 
 def test_two_keys_are_none(keyed: Keyed, stranger: httpx.Client) -> None:
@@ -144,10 +133,7 @@ def test_two_keys_are_none(keyed: Keyed, stranger: httpx.Client) -> None:
 
 @pytest.mark.parametrize("key", [name for name in KEYS if name.startswith("only")])
 def test_a_body_is_not_awaited_for_a_key_that_may_not_send_it(keyed: Keyed, key: str) -> None:
-    head = f"PUT /users/ada/profile HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {keyed.secrets[key]}\r\n"
-    head += "Content-Type: application/json\r\nContent-Length: 8000000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", keyed.gateway.port), timeout=30) as connection:
-        connection.sendall(head.encode())
+    with keyed.send(key, "PUT /users/ada/profile", b"", length=8_000_000) as connection:
         if key == "only write":
             connection.settimeout(0.2)
             with pytest.raises(TimeoutError):

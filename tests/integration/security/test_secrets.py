@@ -16,16 +16,10 @@ from bench.rig.processes import command_line, mta, running
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.cli import app
 from server.store.tenants.access_keys import new_secret
-from tests.integration.security.conftest import Keyed
 from tests.support.fake_engine import KEY
-from tests.support.gateway import SECRET
+from tests.support.gateway import SECRET, Keyed
 
 ID = re.compile(r"key ([0-9a-f]{12}) ")
-
-
-@pytest.fixture
-def environment(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTA_REDIS_URL", keyed.gateway.parts.settings.redis_url)
 
 
 def test_a_refusal_repeats_no_key(keyed: Keyed, stranger: httpx.Client) -> None:
@@ -76,7 +70,8 @@ def test_the_store_and_its_files_hold_no_key(keyed: Keyed, store: ValkeyProcess)
             assert not path.is_file() or secret[4:-4].encode() not in path.read_bytes()
 
 
-def test_a_key_is_shown_once_and_never_listed(environment: None) -> None:
+def test_a_key_is_shown_once_and_never_listed(store: ValkeyProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTA_REDIS_URL", store.url)
     made = CliRunner().invoke(app, ["keys", "create", "an app", "--tenant", "acme", "--scope", "generate"])
     assert made.exit_code == 0, made.output
     secret = made.stdout.strip()

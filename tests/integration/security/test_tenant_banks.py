@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,14 +16,11 @@ from bench.rig.processes import wait_until
 from bench.rig.valkey import ValkeyProcess
 from server.cli import app
 from server.settings import Settings
-from server.store.profile_record import AdapterNote
-from server.store.profiles import Change
-from server.store.tenants.access_keys import Scope, access_key, new_secret
-from server.store.tenants.user_key import UserKeys
-from tests.integration.security.conftest import Keyed, ask
+from server.store.tenants.access_keys import Scope
+from server.store.tenants.rates import AS_USUAL
+from tests.integration.security.conftest import ask
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, GatewayThread, generate
-from tests.support.store_parts import StoreParts
+from tests.support.gateway import SECRET, GatewayThread, Keyed, generate, give_adapter, make_keys
 
 ITEMS = {"items": [{"text": "The swell was perfect at dawn, so we surfed until noon."}]}
 
@@ -41,14 +37,7 @@ def two_banks(
     gateway_settings: Settings, store: ValkeyProcess, second: Path, fake_engine_server: FakeEngine
 ) -> Iterator[Keyed]:
     """A gateway that has loaded both."""
-    secrets = {tenant: new_secret() for tenant in ("acme", "globex")}
-
-    async def make() -> None:
-        async with StoreParts.opened(store.url) as parts:
-            for tenant, secret in secrets.items():
-                await parts.keys.add(access_key(secret, "app", tenant, Scope))
-
-    asyncio.run(make())
+    secrets = make_keys(store.url, {tenant: (tenant, Scope, AS_USUAL) for tenant in ("acme", "globex")})
     settings = gateway_settings.model_copy(update={"redis_url": store.url, "next_bank": second})
     before = fake_engine_server.knobs.banks
     fake_engine_server.knobs.banks = (*before, read_manifest(second).fingerprint)
@@ -117,7 +106,7 @@ def test_a_tenant_is_served_by_the_bank_that_it_names(
 
 
 def test_readapting_leaves_alone_whom_another_bank_serves(
-    two_banks: Keyed, named: BankManifest, store: ValkeyProcess, second: Path, monkeypatch: pytest.MonkeyPatch
+    two_banks: Keyed, named: BankManifest, second: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = two_banks.gateway.parts.settings.bank_folder()
     monkeypatch.setenv("MTA_SECRET", SECRET)
@@ -126,7 +115,7 @@ def test_readapting_leaves_alone_whom_another_bank_serves(
             with two_banks.client(tenant) as client:
                 client.put(f"/users/{user}/profile", json=ITEMS).raise_for_status()
                 ask(client, "POST /users/{user_id}/adapt", {}, user).raise_for_status()
-            asyncio.run(_adapted(store.url, UserKeys(SECRET, tenant).key(user), bank))
+            asyncio.run(give_adapter(two_banks.gateway, user, tenant, bank))
     for usual, options, counted in (
         (first, (), "1 users have a job, 1 need none"),  # of the two rosas, globex's
         (first, ("--bank", str(second)), "1 users have a job, 1 need none"),  # of the two kais, acme's
@@ -135,16 +124,6 @@ def test_readapting_leaves_alone_whom_another_bank_serves(
         monkeypatch.setenv("MTA_BANK", str(usual))
         ran = CliRunner().invoke(app, ["readapt", "--at-a-time", "100", *options])
         assert counted in ran.output
-
-
-async def _adapted(url: str, user_key: str, bank: str) -> None:
-    """Have a user's adapter be of a bank."""
-    async with StoreParts.opened(url) as parts:
-        snapshot = await parts.profiles.read(user_key)
-        assert snapshot.profile is not None
-        noted = replace(snapshot.profile, adapter=AdapterNote("a", f"mta3:{bank}:shared:c", 1, 1))
-        assert await parts.profiles.commit(user_key, snapshot.version, Change(noted, {}, {}, ()))
-        await parts.adapters.list_adapted(user_key, bank)
 
 
 def test_a_bank_that_is_not_loaded_is_said_and_taken_back(two_banks: Keyed, named: BankManifest) -> None:

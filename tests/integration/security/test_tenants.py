@@ -9,17 +9,16 @@ import httpx
 import pytest
 
 from server.store.tenants.user_key import UserKeys
-from tests.integration.security.conftest import Keyed, ask
+from tests.integration.security.conftest import ask
 from tests.support.fake_engine import FakeEngine
-from tests.support.gateway import SECRET, generate
+from tests.support.gateway import SECRET, Keyed, generate
 
 ITEMS = {"items": [{"text": "Dear friend,\nThe first roses are open along the south wall."}]}
 
 
 def job_of(client: httpx.Client, user_id: str) -> str:
     """The id of a new job."""
-    job_id: str = ask(client, "POST /users/{user_id}/adapt", {}, user_id).raise_for_status().json()["id"]
-    return job_id
+    return str(ask(client, "POST /users/{user_id}/adapt", {}, user_id).raise_for_status().json()["id"])
 
 
 @pytest.mark.parametrize("path", ["", "/export"])
@@ -76,11 +75,6 @@ def test_another_tenants_job_is_no_job(acme: httpx.Client, globex: httpx.Client,
     unknown = globex.request(method, path.replace(job_id, f"{'a' * 26}.1"))
     assert refused.status_code == unknown.status_code == httpx.codes.NOT_FOUND
     assert refused.text.replace(job_id, "") == unknown.text.replace(f"{'a' * 26}.1", "")
-    assert acme.get(f"/jobs/{job_id}").json()["state"] == "queued"
-
-
-def test_a_job_of_ones_own_is_read_and_cancelled(acme: httpx.Client, shared_name: str) -> None:
-    job_id = job_of(acme, shared_name)
     assert acme.get(f"/jobs/{job_id}").json()["state"] == "queued"
     assert acme.delete(f"/jobs/{job_id}").json()["state"] == "cancelled"
 

@@ -1,16 +1,18 @@
-"""The line before the engines: who is admitted, who waits, who is refused, and in which order."""
+"""The line before the engines: who is admitted, waits or is refused, in which order; and how gateways share places."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from server.errors import TooMany
-from server.gateway.access.queue import EngineLease, EngineQueue
+from server.errors import TooMany, Unavailable
+from server.gateway.access.queue import EngineQueue, GatewayShare
 
 
 class Line:
@@ -76,28 +78,17 @@ async def line() -> AsyncIterator[Line]:
 
 SCENARIOS = {
     "who finds a place does not wait": (2, 2, "a1 a2 a3 -a2", "a1 a2 a3", ""),
-    "callers take turns": (
-        (2, 10, "a1 a2 a3 a4 a5 b1 c1 b2 -a1 -a2 -b1 -c1 -a3 -b2 -a4", "a1 a2 b1 a3 c1 b2 a4 a5", "")
-    ),
+    "callers take turns": (2, 10, "a1 a2 a3 a4 a5 b1 c1 b2 -a1 -a2 -b1 -c1 -a3 -b2 -a4", "a1 a2 b1 a3 c1 b2 a4 a5", ""),
     "beyond a full line nobody waits": (2, 2, "a1 a2 a3 a4 a5", "a1 a2", "a5"),
     "by default half as many wait as there are places": (4, None, "a1 a2 a3 a4 a5 a6 a7", "a1 a2 a3 a4", "a7"),
-    "a full line makes room for callers who wait less, once": (
-        (2, 2, "a1 a2 a3 a4 b1 c1 -a1 -a2", "a1 a2 b1 a3", "a4 c1")
-    ),
-    "who leaves frees the place in the line and in the engines": (
-        (2, 2, "a1 a2 a3 a4 ~a3 a5 ~a1 -a2", "a1 a2 a4 a5", "")
-    ),
+    "a full line makes room for who waits less, once": (2, 2, "a1 a2 a3 a4 b1 c1 -a1 -a2", "a1 a2 b1 a3", "a4 c1"),
+    "who leaves frees the place in line and engines": (2, 2, "a1 a2 a3 a4 ~a3 a5 ~a1 -a2", "a1 a2 a4 a5", ""),
     "a request takes as many places as it has answers": (2, 2, "a1 b1*2 -a1 c1 -b1 -c1 a2*100", "a1 b1 c1 a2", ""),
     "whoever waits behind a wide one with the same key passes": (2, 2, "a1 a2*2 a3", "a1 a3", ""),
     "a caller alone has all of it": (8, 2, "a1 a2 a3 a4 a5 a6 a7 a8", "a1 a2 a3 a4 a5 a6 a7 a8", ""),
     "who asks for more than a share comes after those who do not, and alone may have all": (
-        (
-            8,
-            50,
-            "b1 c1 a1 a2 a3 a4 a5 a6 a7 a8 b2 c2 -a1 -a2 -b1 -b2 -c1 -c2",
-            "b1 c1 a1 a2 a3 a4 a5 a6 b2 c2 a7 a8",
-            "",
-        )
+        *(8, 50, "b1 c1 a1 a2 a3 a4 a5 a6 a7 a8 b2 c2 -a1 -a2 -b1 -b2 -c1 -c2"),
+        *("b1 c1 a1 a2 a3 a4 a5 a6 b2 c2 a7 a8", ""),
     ),
 }
 """Places, longest line, what happens (`a1` comes, `a1*2` for two sequences, `-a1` ends, `~a1` leaves), who is served in
@@ -272,10 +263,50 @@ async def test_while_nobody_knows_how_many_there_are_nobody_waits(line: Line) ->
 async def test_a_place_is_given_back_once() -> None:
     queue = EngineQueue(lambda: 1, most_waiting=0, patience_s=1)
     async with AsyncExitStack() as stack:
-        lease: EngineLease = await stack.enter_async_context(queue.acquire("a"))
+        lease = await stack.enter_async_context(queue.acquire("a"))
         lease.release()
         assert queue.taken == 0
         await stack.enter_async_context(queue.acquire("b"))
         lease.release()
         assert queue.taken == 1
     assert queue.taken == 0
+
+
+class Leases:
+    """Who holds what, as the store knows it."""
+
+    def __init__(self) -> None:
+        self.held: defaultdict[str, set[str]] = defaultdict(set)
+        self.is_away = False
+
+    async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int:
+        self.held[name].update(members)
+        return len(self.held[name])
+
+    async def release(self, name: str, member: str) -> None:
+        if self.is_away:
+            raise Unavailable("away")
+        self.held[name].discard(member)
+
+
+def share(store: Any, sequences: int | None, *urls: str, given: int | None = None) -> GatewayShare:
+    return GatewayShare(store, urls, lambda: sequences, given)
+
+
+async def test_gateways_before_the_same_engines_share_their_places() -> None:
+    store = Leases()
+    one, two, other = share(store, 9, "a", "b"), share(store, 9, "b", "a"), share(store, 9, "c")
+    assert one() == 9
+    for places in (one, two, other, one):
+        await places.count_gateways()
+    assert (one(), two(), other()) == (5, 5, 9)
+    await two.leave()
+    await one.count_gateways()
+    assert one() == 9
+    store.is_away = True
+    await one.leave()  # nothing keeps a gateway from leaving
+
+
+def test_what_is_not_known_is_not_shared() -> None:
+    assert share(Leases(), None, "a")() is None
+    assert share(Leases(), 9, "a", given=4)() == 4

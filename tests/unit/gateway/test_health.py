@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from server.gateway.engines.admin import EngineState
-from server.gateway.operating.health import Health, ProbeResult, Readiness
+from server.gateway.operating.health import Health, Readiness
 from server.store.durability import Durability, Memory
 
 ONE, OTHER = "a1" * 32, "b2" * 32
@@ -38,64 +40,58 @@ class Well:
         return self.durability
 
 
-async def report(*banks: tuple[str, ...] | None) -> ProbeResult:
-    engines = Said(*banks)
-    return await Health(Well(), engines, [ONE, OTHER], generating=engines.urls[0]).probe()  # type: ignore[arg-type]
+def watching(store: Any, *banks: tuple[str, ...] | None) -> Health:
+    engines: Any = Said(*banks)
+    return Health(store, engines, [ONE, OTHER], generating=engines.urls[0])
+
+
+DOWN = "1 of 2 engines cannot be used, and the others serve"
+LACKING = "{} of 2 engines lack a bank that another one has"
 
 
 @pytest.mark.parametrize(
-    ("banks", "statuses", "ready"),
+    ("banks", "statuses", "ready", "missing"),
     [
-        ([(ONE, OTHER)], ["ok"], True),
-        ([(ONE, OTHER, "c3" * 32), None], ["ok", "unavailable"], True),
-        ([(ONE,), (OTHER,)], ["lacks_bank", "lacks_bank"], True),
-        ([(ONE,), (ONE,)], ["lacks_bank", "lacks_bank"], False),
-        ([(ONE,), None], ["lacks_bank", "unavailable"], False),
-        ([("c3" * 32,), ()], ["other_bank", "other_bank"], False),
-        ([None], ["unavailable"], False),
+        ([(ONE, OTHER)], ["ok"], True, None),
+        ([(ONE, OTHER, "c3" * 32), None], ["ok", "unavailable"], True, DOWN),
+        ([(ONE, OTHER), (ONE,)], ["ok", "lacks_bank"], True, LACKING.format(1)),
+        (
+            [(ONE,), (OTHER,)],
+            ["lacks_bank", "lacks_bank"],
+            True,
+            f"{LACKING.format(2)}; MTA_ENGINE_URL cannot be used, and engines are asked directly",
+        ),
+        ([(ONE,), (ONE,)], ["lacks_bank", "lacks_bank"], False, None),
+        ([(ONE,), None], ["lacks_bank", "unavailable"], False, None),
+        ([("c3" * 32,), ()], ["other_bank", "other_bank"], False, None),
+        ([None], ["unavailable"], False, None),
     ],
 )
-async def test_ready_is_whose_banks_are_each_in_an_engine(
-    banks: list[tuple[str, ...] | None], statuses: list[str], ready: bool
+async def test_ready_is_whose_banks_are_each_in_an_engine_and_what_is_missing_all_the_same_is_said(
+    banks: list[tuple[str, ...] | None], statuses: list[str], ready: bool, missing: str | None
 ) -> None:
-    found = await report(*banks)
+    found = await watching(Well(), *banks).probe()
     assert [engine.status for engine in found.engines] == statuses
     for engine in found.engines:
         assert engine.status != "other_bank" or str([bank[:8] for bank in engine.banks]) in str(engine.detail)
     assert found.readiness is (Readiness.READY if ready else Readiness.NOT_READY)
-
-
-@pytest.mark.parametrize(
-    ("banks", "said"),
-    [
-        ([(ONE, OTHER)], None),
-        ([(ONE, OTHER), None], "1 of 2 engines cannot be used, and the others serve"),
-        ([(ONE, OTHER), (ONE,)], "1 of 2 engines lack a bank that another one has"),
-        ([(ONE,)], None),
-    ],
-)
-async def test_what_is_missing_while_requests_are_served_is_said(
-    banks: list[tuple[str, ...] | None], said: str | None
-) -> None:
-    assert (await report(*banks)).missing == said
+    assert found.missing == missing
 
 
 @pytest.mark.parametrize(
     ("used", "most", "full"), [(98, 100, False), (99, 100, True), (120, 100, True), (99, 0, False)]
 )
 async def test_a_full_store_is_said_and_leaves_a_gateway_ready(used: int, most: int, full: bool) -> None:
-    engines = Said((ONE,))
-    store = Well(Memory(used << 20, most << 20))
-    found = await Health(store, engines, [ONE], generating=engines.urls[0]).probe()  # type: ignore[arg-type]
+    found = await watching(Well(Memory(used << 20, most << 20)), (ONE, OTHER)).probe()
     assert found.readiness is Readiness.READY
     assert (found.missing or "").startswith(f"store_full: {used} of {most} MiB") is full
     assert found.store.status == ("full" if full else "ok")
 
 
 async def test_a_store_that_serves_most_users_is_ready_and_says_whom_it_does_not_serve() -> None:
-    store, engines = Well(), Said((ONE, OTHER))
+    store = Well()
     store.unserved = "33% of all users cannot be served"
-    found = await Health(store, engines, [ONE], generating=engines.urls[0]).probe()  # type: ignore[arg-type]
+    found = await watching(store, (ONE, OTHER)).probe()
     assert (found.readiness, found.store.status) == (Readiness.READY, "partial")
     assert found.missing == "33% of all users cannot be served"
 
@@ -103,8 +99,8 @@ async def test_a_store_that_serves_most_users_is_ready_and_says_whom_it_does_not
 async def test_a_bank_that_no_engine_has_is_logged_once_and_nothing_while_none_answers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    engines = Said(None)
-    health = Health(Well(), engines, [ONE, OTHER], generating=engines.urls[0])  # type: ignore[arg-type]
+    health = watching(Well(), None)
+    engines: Any = health._engines
     for banks, lines in ((None, 0), ((ONE,), 1), ((ONE,), 1), ((ONE, OTHER), 1), ((ONE,), 2), ((OTHER,), 3)):
         engines._banks = (banks,)
         await health.probe()

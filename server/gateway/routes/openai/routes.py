@@ -20,8 +20,8 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
 from server.gateway.generation.generator import Answer
 from server.gateway.generation.request import GenerationRequest, Personalize
+from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import ErrorAnswer
-from server.gateway.http.json_body import JsonRoute
 from server.gateway.http.streaming import event
 from server.gateway.parts import Parts, parts_of, users_of
 from server.gateway.routes.answering import AnswerResponse
