@@ -63,8 +63,9 @@ def test_an_engine_gets_the_openmp_that_torch_has_beside_what_it_was_given() -> 
 
 
 PLACES = """
-import os
+import os, sys, types
 import torch
+sys.modules["vllm.v1.executor.uniproc_executor"] = types.SimpleNamespace(UniProcExecutor=object)  # vLLM's takes long
 from server.engine.cpu.executor import TASKS, bind_team, first_of_team
 cores = os.sched_getaffinity(0)
 for threads in (len(cores) - 1, len(cores)):
