@@ -102,7 +102,7 @@ PATCHES = {
         Patch(CPU_OPERATORS, "", "CpuLoRA: vLLM's gives rows without an adapter that of the last slot"),
         Patch(f"{_LORA}.update_metadata", _METADATA_TAKES, "CpuLoRA's, which sorts a step's rows by adapter"),
         Patch(f"{_LORA}.add_lora_linear", f"{_LORA_TAKES} output_slices buffer kwargs", "CpuLoRA's, a kernel"),
-        Patch(f"{_LORA}.add_lora_embedding", "self y x lora_b_stacked add_inputs kwargs", "CpuLoRA's"),
+        Patch(f"{_LORA}.add_lora_embedding", "self y x lora_b_stacked add_inputs kwargs", "CpuLoRA's, a refusal"),
         Patch(f"{_LORA}.add_lora_logits", f"{_LORA_TAKES} buffer kwargs", "CpuLoRA's"),
         Patch(f"{_LORA}.add_shrink", "self y x lora_a_stacked scale kwargs", "CpuLoRA's, a refusal"),
         Patch(f"{_LORA}.add_expand", _EXPAND_TAKES, "CpuLoRA's, a refusal"),

@@ -128,13 +128,6 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
         for part, a, b in zip(slices, lora_a_stacked, lora_b_stacked, strict=True):
             _add_products(part, x, a, b, scale=scale, rows=rows)
 
-    def add_lora_embedding(
-        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **_: Any
-    ) -> None:
-        """y += x Bᵀ."""
-        for slot, rank, places in self._tokens.groups if self._tokens else ():
-            _spread(_flat(y), places, _flat(x)[places, :rank], lora_b_stacked[slot, 0, :, :rank], add_inputs)
-
     def add_lora_logits(
         self,
         y: torch.Tensor,
@@ -149,29 +142,24 @@ class CpuLoRA(PunicaWrapperCPU):  # type: ignore[misc]
             _add_products(_flat(y), x, lora_a_stacked, lora_b_stacked, scale=scale, rows=self._samples)
 
     def add_shrink(self, *_: Any, **__: Any) -> None:
-        """vLLM calls it only for LoRA that is itself cut in shares of the ranks."""
-        raise NotImplementedError("fully sharded LoRA on CPU: start the engine without --fully-sharded-loras")
+        """vLLM calls it only for LoRA that is itself cut in shares of the ranks; no bank adapts embeddings."""
+        raise NotImplementedError(
+            "LoRA of embeddings, or fully sharded: start the engine without --fully-sharded-loras"
+        )
 
-    add_expand = add_shrink
+    add_expand = add_lora_embedding = add_shrink
 
 
 def _add_products(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scale: float, rows: Rows
 ) -> None:
+    """vLLM may pad y."""
     x = _flat(x)
     for slot, rank, places in rows.groups:
         low = scale * (x[places] @ a[slot, 0, :rank].t())
-        _spread(y, places, low, b[slot, 0, :, :rank], add=True)
-
-
-def _spread(y: torch.Tensor, places: torch.Tensor, low: torch.Tensor, b: torch.Tensor, add: bool) -> None:
-    """y[places] = low Bᵀ, or added to what is there; vLLM may pad y."""
-    outputs = (low.to(b.dtype) @ b.t()).to(y.dtype)
-    width = min(outputs.shape[1], y.shape[1])
-    if add:
+        outputs = (low.to(b.dtype) @ b[slot, 0, :, :rank].t()).to(y.dtype)
+        width = min(outputs.shape[1], y.shape[1])
         y[places, :width] += outputs[:, :width]
-    else:
-        y[places, :width] = outputs[:, :width]
 
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
