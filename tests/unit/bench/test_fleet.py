@@ -48,19 +48,12 @@ def test_of_a_hundred_requests_while_an_engine_is_down_one_may_fail_and_none_wit
     assert all(claim.startswith(wrong) for claim in found)
 
 
-def test_a_part_is_back_within_a_minute_not_counting_its_pause() -> None:
-    assert failing(about_outages([Outage(Fault("worker", 20.0), 0.0, 79.0)])) == []
+def test_a_part_is_back_within_a_minute_takes_no_more_and_nothing_is_left_of_the_erased_but_tombstones() -> None:
+    assert failing(about_outages([Outage(Fault("worker", 20.0), 0.0, 79.0)])) == []  # its pause does not count
     assert failing(about_outages([Outage(Fault("worker"), 0.0, 61.0)])) == ["worker"]
-
-
-def test_nothing_is_left_of_the_erased_but_tombstones() -> None:
+    assert [Taken(200, 50).grew_to(Taken(*later)) for later in ((310, 90), (320, 60), (200, 99))] == [False, True, True]
     assert failing(about_keys(Counter({"epoch": 5, "mta:": 4}), users=5)) == []
     assert failing(about_keys(Counter({"epoch": 5, "profile": 20}), users=5)) != []
-
-
-@pytest.mark.parametrize(("later", "grew"), [(Taken(310, 90), False), (Taken(320, 60), True), (Taken(200, 99), True)])
-def test_what_a_part_takes_may_not_grow_beyond_a_bound(later: Taken, grew: bool) -> None:
-    assert Taken(200, 50).grew_to(later) is grew
 
 
 def test_each_part_is_killed_as_often_as_asked_and_paused_once() -> None:

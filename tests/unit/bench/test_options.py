@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
@@ -33,17 +34,16 @@ def test_cost_refuses_what_it_would_ignore(given: dict[str, Any], hint: str, mon
 
 
 def test_a_quick_run_measures_no_less_than_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: dict[str, int] = {}
+    measured = {}
+    for what, module in (("users", users), ("lookups", anchors), ("recipes", recipes), ("people", importing)):
+        measured[what] = MagicMock(return_value=Figures(what, ("figure",), []))
+        monkeypatch.setattr(module, "measure", measured[what])
 
-    def note(name: str, number: int) -> Figures:
-        measured[name] = number
-        return Figures(name, ("figure",), [])
+    def numbers() -> list[int]:
+        given = {what: measure.call_args.args for what, measure in measured.items()}
+        return [given["users"][0].users, given["lookups"][1], given["recipes"][0], given["people"][0]]
 
-    monkeypatch.setattr(users, "measure", lambda wanted, *_: note("users", wanted.users))
-    monkeypatch.setattr(anchors, "measure", lambda _, lookups, *__: note("lookups", lookups))
-    monkeypatch.setattr(recipes, "measure", lambda count, *_: note("recipes", count))
-    monkeypatch.setattr(importing, "measure", lambda count, *_: note("people", count))
     scale.main(users=1000, lookups=100, recipes=100, people=100, quick=True, out=None)
-    assert measured == {"users": 1000, "lookups": 100, "recipes": 100, "people": 100}
+    assert numbers() == [1000, 100, 100, 100]
     scale.main(quick=True, out=None)
-    assert measured == {"users": 20_000, "lookups": 400, "recipes": 2000, "people": 200}
+    assert numbers() == [20_000, 400, 2000, 200]

@@ -22,15 +22,11 @@ def subject(tiny_bank_folder: Path, tiny_model_folder: Path) -> Subject:
     return Subject(tiny_bank_folder, tiny_model_folder, read_manifest(tiny_bank_folder))
 
 
-def test_ours_is_the_product_s_own_command(subject: Subject) -> None:
+def test_ours_is_the_product_s_own_command_and_stock_has_vllm_s_own_way_to_load(subject: Subject) -> None:
     settings = Settings(bank=subject.bank, engine_port=PORT, engine_key=KEY, max_num_seqs=16, max_loras=3)  # type: ignore[arg-type]
-    expected = engine_command(settings, [subject.manifest], subject.model)
-    assert vllm_command(subject, "ours", PORT, max_loras=3) == expected
-
-
-def test_stock_has_the_same_options_and_vllm_s_own_way_to_load(subject: Subject) -> None:
-    ours, _ = vllm_command(subject, "ours", PORT)
-    stock, environment = vllm_command(subject, "stock", PORT)
+    ours, _ = made = vllm_command(subject, "ours", PORT, max_loras=3)
+    assert made == engine_command(settings, [subject.manifest], subject.model)
+    stock, environment = vllm_command(subject, "stock", PORT, max_loras=3)
     assert set(ours) - set(stock) == {
         *("--worker-extension-cls", "server.engine.fusing.manager.WorkerExtension"),
         *("--scheduler-cls", "server.engine.admission.turns.FairScheduler"),

@@ -35,12 +35,17 @@ def test_recipes_are_fused_by_the_bank_never_the_same_and_last_as_long_as_a_run_
         assert len(recipe.terms) == (rule.posterior or rule).anchors
 
 
-def test_a_bank_with_too_few_anchors_says_so(tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path) -> None:
+def test_a_bank_with_too_few_anchors_says_so_and_no_bank_names_the_setting(
+    tmp_path: Path, tiny_model_folder: Path, embedder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lonely = tiny_bank(tmp_path, tiny_model_folder, embedder_folder, anchors=1, k=1)
     recipes = Subject(lonely, tiny_model_folder, read_manifest(lonely)).recipes()
     next(recipes)
     with pytest.raises(MtaError, match="makes only 1 recipes"):
         next(recipes)
+    monkeypatch.delenv("MTA_BANK", raising=False)
+    with pytest.raises(MtaError, match="MTA_BANK"):
+        given(None, None)
 
 
 def test_a_random_bank_has_the_rank_that_was_asked_for(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -56,9 +61,3 @@ def test_a_model_without_weights_can_have_a_bank(tmp_path: Path, embedder_folder
     sizes = {module.name.rpartition(".")[2]: (module.h_in, module.h_out) for module in manifest.modules}
     assert len(manifest.modules) == 3 * 7
     assert (sizes["k_proj"], sizes["down_proj"]) == ((32, 16), (48, 32))
-
-
-def test_no_bank_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MTA_BANK", raising=False)
-    with pytest.raises(MtaError, match="MTA_BANK"):
-        given(None, None)
