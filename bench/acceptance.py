@@ -40,19 +40,12 @@ ANCHORS = 12
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What some rows of a benchmark's report must be.
+    """What some rows of a benchmark's report must be."""
 
-    Attributes:
-        row: the beginning of their labels; there must be at least one.
-        wanted: what they must be, in words.
-        met: judges a row's value.
-        binding: whether missing it fails the run; otherwise it is only an aim.
-    """
-
-    row: str
-    wanted: str
-    met: Callable[[Any], bool]
-    binding: bool = True
+    row: str  # the beginning of their labels; there must be at least one
+    wanted: str  # what they must be, in words
+    met: Callable[[Any], bool]  # judges a row's value
+    binding: bool = True  # whether missing it fails the run; otherwise it is only an aim
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,17 +24,11 @@ ENGINES = ("engine-1", "engine-2")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What runs.
+    """What runs."""
 
-    Attributes:
-        up: `mta up` and its parts.
-        store: the Valkey beneath it, not one of its parts.
-        lossy: between the two.
-    """
-
-    up: Up
-    store: ValkeyProcess
-    lossy: LossyProxy
+    up: Up  # `mta up` and its parts
+    store: ValkeyProcess  # the Valkey beneath it, not one of its parts
+    lossy: LossyProxy  # between the two
 
     def ready(self) -> dict[str, Any] | None:
         """What the gateway says of all parts; None while it is not there."""

@@ -25,19 +25,12 @@ AT_A_TIME = 4
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What two engines did.
+    """What two engines did."""
 
-    Attributes:
-        answers: all of them.
-        differing: queries that one engine alone answers otherwise.
-        resident: the recipes that each engine held, before one was asked about the other's.
-        recipes: of all people.
-    """
-
-    answers: int
-    differing: list[str]
-    resident: Mapping[str, set[str]]
-    recipes: set[str]
+    answers: int  # all of them
+    differing: list[str]  # queries that one engine alone answers otherwise
+    resident: Mapping[str, set[str]]  # the recipes that each engine held, before one was asked about the other's
+    recipes: set[str]  # of all people
 
     @property
     def twice(self) -> set[str]:

@@ -35,17 +35,11 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """What became of all requests.
+    """What became of all requests."""
 
-    Attributes:
-        warm: share that found its recipe held.
-        busiest: requests of the busiest engine over the mean.
-        idlest: of the idlest.
-    """
-
-    warm: float
-    busiest: float
-    idlest: float
+    warm: float  # share that found its recipe held
+    busiest: float  # requests of the busiest engine over the mean
+    idlest: float  # of the idlest
 
 
 def zipf(users: int, requests: int, exponent: float, generator: np.random.Generator) -> Numbers:
@@ -138,17 +132,11 @@ def _line(replicas: int, people: Asking, held: int) -> list[object]:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The model against two real engines.
+    """The model against two real engines."""
 
-    Attributes:
-        misplaced: recipes that live elsewhere than on the simulated engine.
-        warm: share of requests whose recipe an engine held.
-        simulated: the same, simulated.
-    """
-
-    misplaced: int
-    warm: float
-    simulated: float
+    misplaced: int  # recipes that live elsewhere than on the simulated engine
+    warm: float  # share of requests whose recipe an engine held
+    simulated: float  # the same, simulated
 
 
 def checked(seed: int) -> Checked:

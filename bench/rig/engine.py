@@ -18,17 +18,11 @@ START_TIMEOUT_S = 180
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A running engine.
+    """A running engine."""
 
-    Attributes:
-        url: where it listens.
-        pid: of the API process.
-        client: an HTTP client that carries its key.
-    """
-
-    url: str
-    pid: int
-    client: httpx.Client
+    url: str  # where it listens
+    pid: int  # of the API process
+    client: httpx.Client  # an HTTP client that carries its key
 
     def chat(self, model: str, text: str = "hello there", **options: object) -> httpx.Response:
         """One greedy chat completion of 8 tokens, unless options say otherwise."""

@@ -15,19 +15,12 @@ from server.supervisor.services import LIVENESS, free_port, router_command
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A running router.
+    """A running router."""
 
-    Attributes:
-        process: with its log.
-        url: where it listens.
-        port: the same.
-        metrics_url: where it counts.
-    """
-
-    process: Background
-    url: str
-    port: int
-    metrics_url: str
+    process: Background  # with its log
+    url: str  # where it listens
+    port: int  # the same
+    metrics_url: str  # where it counts
 
 
 @contextmanager

@@ -30,17 +30,11 @@ _MARKS = {
 
 @dataclass(frozen=True, slots=True)
 class Up:
-    """A running `mta up`.
+    """A running `mta up`."""
 
-    Attributes:
-        process: the process itself, with its output.
-        url: of its gateway.
-        data: its data folder.
-    """
-
-    process: Background
-    url: str
-    data: Path
+    process: Background  # the process itself, with its output
+    url: str  # of its gateway
+    data: Path  # its data folder
 
     @property
     def pid(self) -> int:

@@ -33,23 +33,14 @@ PROMPTS = [f"Write a sentence about the number {number}." for number in range(16
 
 @dataclass(slots=True)
 class Side:
-    """Where requests go, what they look like there, and the readings.
+    """Where requests go, what they look like there, and the readings."""
 
-    Attributes:
-        url: the complete URL.
-        headers: on top of aiohttp's.
-        body: everything but the conversation.
-        as_messages: whether the prompt is sent as a conversation.
-        blocks: latencies, ms, one list for each block.
-        own_ms: the gateway's own time, as its answers give it.
-    """
-
-    url: str
-    headers: dict[str, str]
-    body: dict[str, Any]
-    as_messages: bool
-    blocks: list[list[float]] = field(default_factory=list)
-    own_ms: list[float] = field(default_factory=list)
+    url: str  # the complete URL
+    headers: dict[str, str]  # on top of aiohttp's
+    body: dict[str, Any]  # everything but the conversation
+    as_messages: bool  # whether the prompt is sent as a conversation
+    blocks: list[list[float]] = field(default_factory=list)  # latencies, ms, one list for each block
+    own_ms: list[float] = field(default_factory=list)  # the gateway's own time, as its answers give it
 
     def request(self, prompt: str, stream: bool) -> dict[str, Any]:
         """A request's body."""

@@ -27,17 +27,11 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A job, followed to its end.
+    """A job, followed to its end."""
 
-    Attributes:
-        job: as it ended.
-        losses: the training loss, step by step.
-        seconds: from the request to the end of the job.
-    """
-
-    job: Job
-    losses: list[float]
-    seconds: float
+    job: Job  # as it ended
+    losses: list[float]  # the training loss, step by step
+    seconds: float  # from the request to the end of the job
 
 
 def samples() -> list[dict[str, str]]:

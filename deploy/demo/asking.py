@@ -12,21 +12,13 @@ MAX_TOKENS = 80
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one user was told.
+    """What one user was told."""
 
-    Attributes:
-        text: the answer.
-        cut: whether it ran into the token limit.
-        level: `base`, `merged` or `stacked`.
-        anchors: (id, weight) of those merged for it, nearest first.
-        ttft_ms: from sending the request to its first token.
-    """
-
-    text: str
-    cut: bool
-    level: str
-    anchors: tuple[tuple[str, float], ...]
-    ttft_ms: float
+    text: str  # the answer
+    cut: bool  # whether it ran into the token limit
+    level: str  # `base`, `merged` or `stacked`
+    anchors: tuple[tuple[str, float], ...]  # (id, weight) of those merged for it, nearest first
+    ttft_ms: float  # from sending the request to its first token
 
 
 def ask(client: Client, user_id: str, question: str, max_tokens: int = MAX_TOKENS) -> Answer:

@@ -27,17 +27,11 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Somebody who uses the server. The bank knows nothing about them.
+    """Somebody who uses the server. The bank knows nothing about them."""
 
-    Attributes:
-        user_id: their id in the API.
-        manner: what their answers should look like.
-        lines: what they have written so far; all that the server is told about them.
-    """
-
-    user_id: str
-    manner: Manner
-    lines: tuple[str, ...]
+    user_id: str  # their id in the API
+    manner: Manner  # what their answers should look like
+    lines: tuple[str, ...]  # what they have written so far; all that the server is told about them
 
 
 PEOPLE = (

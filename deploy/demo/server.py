@@ -23,15 +23,10 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The demo's server.
+    """The demo's server."""
 
-    Attributes:
-        api: its HTTP API.
-        process: `mta up`, behind its guard.
-    """
-
-    api: Client
-    process: subprocess.Popen[str]
+    api: Client  # its HTTP API
+    process: subprocess.Popen[str]  # `mta up`, behind its guard
 
 
 @contextmanager

@@ -32,14 +32,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Lines over time.
-
-    Attributes:
-        unit: as Grafana names it.
-    """
+    """Lines over time."""
 
     title: str
-    unit: str
+    unit: str  # as Grafana names it
     queries: tuple[Query, ...]
 
 

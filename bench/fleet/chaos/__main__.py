@@ -53,21 +53,13 @@ def main(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What happens in a run.
+    """What happens in a run."""
 
-    Attributes:
-        folder: for the files of people that are imported.
-        faults: in order.
-        seed: of everything random.
-        loses: share of the store's answers that are lost meanwhile.
-        lasts_s: how long the load goes on at least.
-    """
-
-    folder: Path
-    faults: Sequence[Fault]
-    seed: int
-    loses: float
-    lasts_s: float = 0
+    folder: Path  # for the files of people that are imported
+    faults: Sequence[Fault]  # in order
+    seed: int  # of everything random
+    loses: float  # share of the store's answers that are lost meanwhile
+    lasts_s: float = 0  # how long the load goes on at least
 
 
 def under_load(plan: Plan, machine: Machine) -> list[Claim]:

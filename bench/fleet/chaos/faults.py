@@ -21,30 +21,19 @@ MEND_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that happens.
+    """One thing that happens."""
 
-    Attributes:
-        part: to which; `engine` is one of the two.
-        pause_s: how long it is paused; 0 kills it.
-    """
-
-    part: str
-    pause_s: float = 0.0
+    part: str  # to which; `engine` is one of the two
+    pause_s: float = 0.0  # how long it is paused; 0 kills it
 
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """A fault that is over. Times are of the monotonic clock.
+    """A fault that is over. Times are of the monotonic clock."""
 
-    Attributes:
-        fault: what it was.
-        begun_s: when it began.
-        over_s: when nothing was missing any more.
-    """
-
-    fault: Fault
-    begun_s: float
-    over_s: float
+    fault: Fault  # what it was
+    begun_s: float  # when it began
+    over_s: float  # when nothing was missing any more
 
     @property
     def mended_s(self) -> float:

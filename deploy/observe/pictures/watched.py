@@ -32,16 +32,12 @@ SAMPLES = [{"input": f"question {n}", "output": f"{n} yes yes yes"} for n in ran
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What runs, and what watches it.
-
-    Attributes:
-        began_s: when people began to use it, Unix time.
-    """
+    """What runs, and what watches it."""
 
     server: Up
     receiver: Receiver
     prometheus: Prometheus
-    began_s: float
+    began_s: float  # when people began to use it, Unix time
 
     @property
     def client(self) -> httpx.Client:
