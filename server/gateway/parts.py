@@ -26,7 +26,7 @@ from server.gateway.access.keys import LOOK_AGAIN_S, KnownKeys, caller_of, name_
 from server.gateway.access.limiter import RENEW_S, Limiter
 from server.gateway.access.queue import COUNT_GATEWAYS_S, EngineQueue, GatewayShare
 from server.gateway.access.shares import FairQueue, Shares
-from server.gateway.engines.admin import Engines, TokenizerClient
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.gateway.generation.generator import Generator
 from server.gateway.generation.personalizer import Personalizer
@@ -119,7 +119,6 @@ async def open_gateway(
 
         engines = Engines(session, settings.engines, engine_key)
         engine = EngineClient(session, settings.engine_url, engines, engine_key, metrics.retries.inc)
-        tokenizer = TokenizerClient(engines)
         fingerprints = [bank.manifest.fingerprint for bank in banks.values()]
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
         metrics.watch(engines, health, stores.server)
@@ -166,7 +165,7 @@ async def open_gateway(
                 adapting=Adapting(
                     stores.jobs,
                     profiles,
-                    checks=SampleChecks(tokenizer, lambda: engines.context),
+                    checks=SampleChecks(engines),
                     manifest=bank.manifest,
                     task=bank.task,
                     budget=JobBudget(settings.job_tokens, settings.job_seconds),
@@ -186,7 +185,7 @@ async def open_gateway(
                 ),
                 generator=Generator(
                     Personalizer(bank, profiles),
-                    PromptBuilder(bank.task, tokenizer, histories, settings.queue_timeout_s),
+                    PromptBuilder(bank.task, engines, histories, settings.queue_timeout_s),
                     engine,
                     engines,
                     limiter=limiter,

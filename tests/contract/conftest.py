@@ -15,7 +15,7 @@ from bank.manifest import read_manifest
 from bench.rig.cluster import ValkeyCluster
 from bench.rig.engine import KEY, Engine
 from bench.rig.valkey import DURABLE, ValkeyProcess, server_binaries
-from server.gateway.engines.admin import Engines, TokenizerClient
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import EngineClient, open_session
 from server.store.jobs import JobStore
 from server.store.redis.servers import append_only_file
@@ -126,5 +126,5 @@ def client(subject: Subject, session: aiohttp.ClientSession) -> EngineClient:
 
 
 @pytest.fixture
-def tokenizer(subject: Subject, session: aiohttp.ClientSession) -> TokenizerClient:
-    return TokenizerClient(Engines(session, [subject.url], KEY))
+def engines(subject: Subject, session: aiohttp.ClientSession) -> Engines:
+    return Engines(session, [subject.url], KEY)

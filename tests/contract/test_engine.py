@@ -15,7 +15,7 @@ from bench.rig.engine import KEY
 from bench.rig.processes import PATIENCE_S, wait_until
 from bench.rig.valkey import ValkeyProcess, free_port
 from server.errors import EngineFailed, InvalidRequest, Unavailable
-from server.gateway.engines.admin import Engines, TokenizerClient
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import AdapterMissing, EngineClient
 from server.gateway.operating.health import Health
 from server.store.redis.servers.connection import RedisConnection
@@ -104,11 +104,11 @@ async def test_a_conversation_that_the_chat_template_refuses_is_the_conversation
 
 @pytest.mark.parametrize(("roles", "reason"), REFUSED)
 async def test_it_says_why_its_chat_template_refuses_a_conversation(
-    tokenizer: TokenizerClient, roles: tuple[str, ...], reason: str
+    engines: Engines, roles: tuple[str, ...], reason: str
 ) -> None:
     messages = [{"role": role, "content": "hello"} for role in roles]
-    assert reason in str(await tokenizer.refusal([*messages, {"role": "assistant", "content": "hi"}]))
-    assert await tokenizer.refusal([*messages[:1], {"role": "assistant", "content": "hi"}]) is None
+    assert reason in str(await engines.template_refusal([*messages, {"role": "assistant", "content": "hi"}]))
+    assert await engines.template_refusal([*messages[:1], {"role": "assistant", "content": "hi"}]) is None
 
 
 async def test_sampling_with_a_seed_is_taken(client: EngineClient, subject: Subject) -> None:
@@ -153,8 +153,8 @@ async def test_the_prompts_length_is_known_at_the_first_token_even_if_the_answer
         assert CONTEXT - 40 <= stream.prompt_tokens < CONTEXT
 
 
-async def test_it_counts_the_tokens_of_a_conversation(tokenizer: TokenizerClient) -> None:
-    counts = [await tokenizer.count([{"role": "user", "content": "x" * length}]) for length in (10, 110)]
+async def test_it_counts_the_tokens_of_a_conversation(engines: Engines) -> None:
+    counts = [await engines.count_tokens([{"role": "user", "content": "x" * length}]) for length in (10, 110)]
     assert (counts[1] or 0) - (counts[0] or 0) == 100
 
 
@@ -203,10 +203,10 @@ async def test_nobody_there_is_unavailable(session: aiohttp.ClientSession) -> No
     nowhere = f"http://127.0.0.1:{free_port()}"
     nobody = client_of(session, nowhere)
     await refusal(nobody, ask("base"), Unavailable)
-    silent = TokenizerClient(Engines(session, [nowhere], KEY))
+    silent = Engines(session, [nowhere], KEY)
     with pytest.raises(Unavailable):
-        await silent.refusal([{"role": "user", "content": "hello"}])
-    assert await silent.count([{"role": "user", "content": "hello"}]) is None
+        await silent.template_refusal([{"role": "user", "content": "hello"}])
+    assert await silent.count_tokens([{"role": "user", "content": "hello"}]) is None
 
 
 async def test_its_status_is_understood(

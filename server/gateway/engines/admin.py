@@ -96,7 +96,7 @@ class Engines:
         """The state of a router."""
         for path in ROUTER_PATHS:
             try:
-                status, _ = await self.request("GET", url + path, timeout_s)
+                status, _ = await self._request("GET", url + path, timeout_s)
             except EngineFault as fault:
                 return AddressState(url, fault.status, str(fault))
             if status != 404:
@@ -124,7 +124,27 @@ class Engines:
 
         await asyncio.gather(*map(tell, self.urls))
 
-    async def request(self, method: str, url: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
+    async def count_tokens(self, messages: list[dict[str, str]]) -> int | None:
+        """Length of a conversation in tokens; None if the engine cannot say, or not in time."""
+        try:
+            status, answer = await self._tokenize(messages)
+            return int(answer["count"]) if status == 200 else None
+        except (Unavailable, KeyError, TypeError, ValueError):
+            return None
+
+    async def template_refusal(self, messages: list[dict[str, str]]) -> str | None:
+        """Why the model's chat template refuses a conversation that ends with the answer; None if it accepts it."""
+        status, answer = await self._tokenize(messages)
+        if status == 200:
+            return None
+        if status != 400:
+            raise Unavailable(f"the engine answered {status} to /tokenize", code="engine_unavailable")
+        try:
+            return str(answer["error"]["message"])
+        except (KeyError, TypeError) as error:
+            raise Unavailable("the engine refused without a reason", code="engine_unavailable") from error
+
+    async def _request(self, method: str, url: str, timeout_s: float, body: object = None) -> tuple[int, bytes]:
         """Status and body of an answer; raises `EngineFault` when none comes."""
         try:
             async with (
@@ -154,7 +174,7 @@ class Engines:
 
     async def _ask(self, method: str, url: str, route: str, timeout_s: float, body: object = None) -> bytes:
         """The body of a private route's answer; raises `EngineFault` when the status is not 200."""
-        status, raw = await self.request(method, url + route, timeout_s, body)
+        status, raw = await self._request(method, url + route, timeout_s, body)
         if status in (401, 403):
             raise EngineFault("wrong_key", "it refused the gateway's key: MTA_ENGINE_KEY differs")
         if status == 404:
@@ -163,43 +183,13 @@ class Engines:
             raise EngineFault("unavailable", f"it answered {status}")
         return raw
 
-
-class TokenizerClient:
-    """Asks an engine, and a second one if need be, about conversations with vLLM's `/tokenize`.
-
-    A router would ask the first of its engines, whether it can be reached or not.
-    """
-
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
-
-    async def count(self, messages: list[dict[str, str]]) -> int | None:
-        """Length of a conversation in tokens; None if the engine cannot say, or not in time."""
-        try:
-            status, answer = await self._ask(messages)
-            return int(answer["count"]) if status == 200 else None
-        except (Unavailable, KeyError, TypeError, ValueError):
-            return None
-
-    async def refusal(self, messages: list[dict[str, str]]) -> str | None:
-        """Why the model's chat template refuses a conversation that ends with the answer; None if it accepts it."""
-        status, answer = await self._ask(messages)
-        if status == 200:
-            return None
-        if status != 400:
-            raise Unavailable(f"the engine answered {status} to /tokenize", code="engine_unavailable")
-        try:
-            return str(answer["error"]["message"])
-        except (KeyError, TypeError) as error:
-            raise Unavailable("the engine refused without a reason", code="engine_unavailable") from error
-
-    async def _ask(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
-        """Status and body of the answer."""
+    async def _tokenize(self, messages: list[dict[str, str]]) -> tuple[int, Any]:
+        """Status and body of what one engine, or a second one if need be, answers to vLLM's `/tokenize`."""
         body = {"model": BASE_MODEL, "messages": messages, "add_generation_prompt": False}
         fault: Exception | None = None
-        for url in self._engines.by_preference(secrets.token_hex(4))[:2]:
+        for url in self.by_preference(secrets.token_hex(4))[:2]:
             try:
-                status, raw = await self._engines.request("POST", f"{url}/tokenize", TOKENIZE_TIMEOUT_S, body)
+                status, raw = await self._request("POST", f"{url}/tokenize", TOKENIZE_TIMEOUT_S, body)
                 return status, orjson.loads(raw)
             except (EngineFault, ValueError) as error:
                 fault = error

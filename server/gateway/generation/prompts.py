@@ -13,7 +13,7 @@ from bank.items.prompt import chat_messages
 from bank.items.retrieval import JOIN, ItemIndex, remembering
 from bank.items.tasks import Task
 from server.gateway.access.shares import FairQueue, Shares
-from server.gateway.engines.admin import TokenizerClient
+from server.gateway.engines.admin import Engines
 from server.gateway.engines.chat import Conversation
 from server.gateway.generation.request import GenerationRequest, LengthLimits, chars_of, most_tokens, size_bytes
 from server.store.profile_record import Profile, StoredItem
@@ -47,7 +47,7 @@ class PromptBuilder:
     """Puts users' histories into prompts; a request waits at most half its patience for one."""
 
     task: Task
-    tokenizer: TokenizerClient
+    engines: Engines
     histories: HistoryIndexer
     patience_s: float  # of requests that do not have less
 
@@ -84,7 +84,7 @@ class PromptBuilder:
             built = self._with(messages, chosen)
             if most_tokens(built) <= room:
                 return built, len(chosen)
-            tokens = await self.tokenizer.count(built)
+            tokens = await self.engines.count_tokens(built)
             if tokens is None:
                 tokens_a_byte = 1.0
             elif tokens + _ANSWER_MARK_TOKENS <= room:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from adapters.errors import excerpt
 from adapters.training.adapt_config import AdaptConfig
 from server.errors import InvalidRequest, Unavailable
-from server.gateway.engines.admin import TokenizerClient
+from server.gateway.engines.admin import Engines
 from server.store.samples import Sample, decode_sample
 
 AT_A_TIME = 8
@@ -29,8 +29,7 @@ A = TypeVar("A")
 class SampleChecks:
     """Asks the engine about samples. If it cannot say, they are accepted: the worker checks again."""
 
-    tokenizer: TokenizerClient
-    context: Callable[[], int | None]  # the model's, in tokens; None while it is unknown
+    engines: Engines
     _accepted: set[str] = field(default_factory=set)  # sequences of roles
 
     async def check_template(self, samples: Sequence[Sample]) -> None:
@@ -40,7 +39,9 @@ class SampleChecks:
             first.setdefault(_roles(sample), place)
         places = [place for roles, place in first.items() if roles not in self._accepted]
         try:
-            async for place, reason in _asked(lambda place: self.tokenizer.refusal(_answered(samples[place])), places):
+            async for place, reason in _asked(
+                lambda place: self.engines.template_refusal(_answered(samples[place])), places
+            ):
                 if reason is not None:
                     param, told = f"samples.{place}.input", excerpt(reason, 300)
                     message = f"{param}: the model's chat template refuses these messages: {told}"
@@ -53,7 +54,7 @@ class SampleChecks:
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
         """Refuse samples longer than the context; a token is at least a byte, so most need no counting."""
-        context = self.context()
+        context = self.engines.context
         if context is None:
             return
         doubtful = [place for place, raw in enumerate(raw_samples) if len(raw) > context]
@@ -71,7 +72,7 @@ class SampleChecks:
         def fits(steps: int) -> bool:
             return replace(config, steps=steps).tokens_read(lengths) <= config.max_tokens
 
-        context = self.context()
+        context = self.engines.context
         lengths = [min(len(raw), context or len(raw)) for raw in raw_samples]  # in bytes: no fewer than tokens
         if fits(config.steps):
             return
@@ -96,7 +97,7 @@ class SampleChecks:
         )
 
     async def _count(self, raw: bytes) -> int | None:
-        return await self.tokenizer.count(_answered(decode_sample(raw)))
+        return await self.engines.count_tokens(_answered(decode_sample(raw)))
 
 
 async def _asked(ask: Callable[[int], Awaitable[A]], places: Sequence[int]) -> AsyncIterator[tuple[int, A]]:

@@ -41,12 +41,16 @@ def in_last_places(items: list[Item]) -> list[tuple[str, Any]]:
 
 
 @given(histories(), ITEMS.filter(bool), st.sampled_from((replaced, added)))
-def test_repeating_a_change_changes_nothing(history: dict[str, StoredItem], items: list[Item], change: object) -> None:
+def test_repeating_a_change_changes_nothing_and_places_are_unique_and_in_order(
+    history: dict[str, StoredItem], items: list[Item], change: object
+) -> None:
     once = change(history, items, LIMIT)
     twice = change(once, items, LIMIT)
     step = difference(once, twice)
     assert (step.put, step.drop, step.changed) == ({}, (), 0)
     assert list(once) == list(twice)
+    orders = [item.order for item in once.values()]
+    assert orders == sorted(set(orders))
 
 
 def newest(contents: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,12 +82,6 @@ def test_an_older_item_does_not_stay_where_a_newer_one_has_no_room() -> None:
     history = added({}, [Item("small", {"text": "x"})], LIMIT)
     after = added(history, [Item("large", {"text": "x" * 60}), Item("larger", {"text": "x" * 70})], LIMIT)
     assert list(after) == ["larger"]
-
-
-@given(histories())
-def test_places_are_unique_and_in_order(history: dict[str, StoredItem]) -> None:
-    orders = [item.order for item in history.values()]
-    assert orders == sorted(set(orders))
 
 
 @given(histories(), histories())
