@@ -1,11 +1,8 @@
 """Adapt jobs: their records, and the samples they train on (keys: `server/store/redis/keys.py`).
 
-The record is the truth about a job. A queue for each bank (`queue.py`) says when to look at whose: a look too many does
-no harm. Each call that changes a job is one atomic step on its user's keys, and may be repeated if its answer was lost.
-
-A job's hash holds its record (`_FIELDS`); the submission's `token` and `epoch`; `lease`, `lease_until` and
-`lease_ms` while a worker has it; and the token that it was `ended_by`. Only a user's newest job is ever open, so a look
-at a user is one at that job.
+The record is the truth about a job; a queue for each bank (`queue.py`) says when to look at it. Its hash also holds the
+submission's `token` and `epoch`; `lease`, `lease_until` and `lease_ms` while a worker has it; and the token that it was
+`ended_by`. Only a user's newest job is ever open. Each change is one atomic step, which may be repeated.
 """
 
 from __future__ import annotations
@@ -165,8 +162,8 @@ class JobStore:
     async def submit(self, user_key: str, submission: Submission, max_samples: int) -> Job | None:
         """Store samples and create the job that trains on them; older jobs of the user end as superseded.
 
-        Returns the job, on disk and in the queue; the existing one for a repeated submission; None if there would be
-        more than `max_samples`. Raises `UserErased` when the user has been erased since the request began.
+        Returns the existing job for a repeated submission, None if there would be more than `max_samples`. Raises
+        `UserErased` when the user has been erased since the request began.
         """
         queue = self._queue(submission.bank)
         # Before there is a job: a look in vain does no harm, a job that nobody looks at would wait for ever.
@@ -224,10 +221,7 @@ class JobStore:
         return list(await self._connection.run(lambda redis: redis.lrange(name, 0, -1), WRITE_TIMEOUT_S))
 
     async def next_job(self, bank: str, wait_s: float) -> JobId | None:
-        """Wait for a job of a bank that needs a worker: a new one, or one whose worker has died.
-
-        Others find it again a few seconds later, unless it is claimed by then.
-        """
+        """Wait for a job that needs a worker; unless it is claimed, others find it a few seconds later."""
         queue, until_s = self._queue(bank), time.monotonic() + wait_s
         while (user_key := await queue.take(until_s - time.monotonic())) is not None:
             try:
@@ -273,10 +267,7 @@ class JobStore:
         return True
 
     async def release(self, lease: Lease, *, counts: bool) -> bool:
-        """Have another worker take a job at once; False if the lease no longer holds.
-
-        `counts` says whether this was one of the job's tries.
-        """
+        """Have another worker take a job; False if the lease no longer holds. `counts`: it was one of its tries."""
         queue, arguments = self._queue(lease.job.bank), (lease.token, 0 if counts else -1)
         released = bool(await self._connection.write(scripts.RELEASE, (keys.job(lease.job.id),), *arguments))
         if released:
@@ -297,9 +288,8 @@ class JobStore:
     ) -> bool:
         """End a job with an adapter, which replaces the user's previous one, all in one step.
 
-        `profile` is the user's record with the adapter noted in it, made from the record `version`. False if the lease
-        no longer holds, the user's record has changed meanwhile, the user has been erased since the job was requested,
-        or the job is for another bank.
+        `profile` is the record `version` with the adapter noted in it. False if the lease no longer holds, the record
+        has changed, the user has been erased since the job was requested, or the job is for another bank.
         """
         user_key, bank = lease.job.id.user_key, parse_recipe(raw.recipe).bank
         # Before the promotion: an extra user on the list does no harm, a missing one would never be adapted again.

@@ -38,10 +38,8 @@ async def open_stores(
 ) -> AsyncIterator[Stores]:
     """The stores that the settings name, for the duration of a `with` block.
 
-    Unless `checked`, a process starts while the store is down or not durable, and must write nothing that has to last.
-
-    Raises `MtaError` when the URL cannot be read, `Unavailable` when a checked server cannot be reached or is not
-    durable.
+    Raises `MtaError` when the URL cannot be read, `Unavailable` when the server cannot be reached or is not durable,
+    unless it is not `checked`: then the process must write nothing that has to last.
     """
     must_last = checked and settings.require_durable_store
     connection = RedisConnection(settings.redis_url, require_durable=must_last, timed=timed, span=span)

@@ -1,11 +1,8 @@
 """Profiles: record, items, vectors and epoch of a user (keys: `server/store/redis/keys.py`).
 
-The record alone serves a request; items and vectors serve the next change. Vectors can be dropped at any time: they are
-remade from the items.
-
-A commit is one script that writes only if the record is the one that the change was made from, so concurrent writers
-never overwrite each other. Erasing a user starts a new *epoch*. A write names the epoch that it saw when it began, and
-is refused when another has begun since, even on an empty record: what was in progress stores nothing of an erased user.
+The record alone serves a request; items and vectors serve the next change. A commit writes only if the record is the
+one that the change was made from. Erasing a user starts a new *epoch*: a write names the epoch that it saw when it
+began, and is refused when another has begun since, so what was in progress stores nothing of an erased user.
 """
 
 from __future__ import annotations
@@ -36,11 +33,9 @@ from server.store.redis.servers.base import WRITE_TIMEOUT_S
 from server.store.redis.servers.connection import RedisConnection
 
 TOMBSTONE_S = 7 * 24 * 3600
-NOBODY_S = 600
-"""How long it is remembered that nobody was erased: longer than any request takes whose body is still arriving."""
-
+NOBODY_S = 600  # of a user who was not there: longer than any request takes whose body is still arriving
+# From Valkey 8.1 on the first is one of three such logs.
 _FORGET = ("SLOWLOG RESET", "COMMANDLOG RESET large-request", "COMMANDLOG RESET large-reply")
-"""The latter from Valkey 8.1 on, where the former is one of three such logs."""
 
 # KEYS: record, items, vectors, epoch. ARGV as named, then id, item and vector of each put, empty where unchanged; then
 # the ids to drop. Returns 1 if it is written, 0 if the record is a different one, -1 if the user was erased.
@@ -210,15 +205,12 @@ class ProfileStore:
         return bool(written)
 
     async def settle(self, key: str) -> None:
-        """Return once what `read` has shown of a user lasts as what is committed does.
-
-        It may have shown a change that its writer was told to send again, since no disk or no replica had it in time.
-        """
+        """Return once what `read` has shown lasts: it may show a change that no disk or replica has yet."""
         if not self._connection.shows_only_what_lasts:
             await self._connection.write(_AGAIN, (keys.profile(key),))
 
     async def erase_nobody(self, key: str) -> tuple[bool, Erasure | None]:
-        """Erase a user of whom nothing is stored, so that what is under way stores nothing either; nobody else.
+        """If nothing is stored of a user, have writes in progress store nothing either.
 
         Returns whether nothing is stored, and if so, the last erasure that is remembered.
         """

@@ -1,11 +1,9 @@
 """Queues (keys: `server/store/redis/keys.py`): they say when a worker is to look at whose record.
 
-Taking the first user that is due moves that user's entry on by `GRACE_MS`. So if nothing comes of it the next worker
-looks again: waking and finding what was lost are the same act. After a look the entry is moved on for as long as
-a worker is busy, or removed when nothing is left to do, unless the user was requested meanwhile.
-
-A request that is about to create work first adds an entry of its own, `<user key>+<random>`. If the request dies, that
-entry falls due and is taken like any other; nothing that happens to the user's own entry touches it.
+Taking the first user that is due moves that entry on by `GRACE_MS`: if nothing comes of it the next worker looks again.
+After a look it is moved on while a worker is busy, or removed when nothing is left to do, unless the user was requested
+meanwhile. A request that is about to create work first adds an entry of its own, `<user key>+<random>`, which falls due
+and is taken like any other if the request dies; nothing that happens to the user's own entry touches it.
 """
 
 from __future__ import annotations
@@ -113,10 +111,9 @@ class Backlog:
 
 
 class UserQueue:
-    """Users who wait for work of one kind, for one bank (8 hex digits); what is in the background comes after all else.
+    """Users who wait for work of one kind, for one bank (8 hex digits), each once; the background comes after all else.
 
-    A user is queued once. One whose worker died is taken again. Methods raise `Unavailable` when the store cannot be
-    used.
+    Methods raise `Unavailable` when the store cannot be used.
     """
 
     def __init__(self, connection: RedisConnection, work: keys.Work, bank: str) -> None:

@@ -29,7 +29,7 @@ from server.store.jobs import Job, JobId, parse_job_id
 from server.supervisor.services import free_port
 from tests.support.store_parts import StoreParts
 
-USERS = 200
+USERS = 120
 KILLS = 9
 SETTLE_S = 240.0
 SECRET = "s" * 32
@@ -114,7 +114,7 @@ def test_every_accepted_job_ends_once(machine: Machine, tiny_bank_folder: Path) 
         machine.lossy.share = LOST_SHARE
         posting = [pool.submit(accepted, machine, user) for user in range(USERS)]
         for _ in range(KILLS):
-            time.sleep(chance.uniform(0.5, 5))
+            time.sleep(chance.uniform(0.3, 3))
             name = chance.choice(["gateway", "worker-1", "worker-2", "valkey"])
             machine.kill(name)
             time.sleep(chance.uniform(0, 1))

@@ -1,9 +1,7 @@
 """How Lua scripts are made, and those of jobs: each changes one user's keys in one step.
 
-The server's clock is the only one used. A job script makes the job's name from its number; it is in the same slot as
-the declared keys. Each script may run twice, since its answer can be lost on the way: the second run changes nothing
-and returns the same. What the caller is then told, it writes again as it is, for else nobody waits until that lasts
-(`RedisConnection.write`).
+The server's clock is the only one used. Each script may run twice, since its answer can be lost: the second run changes
+nothing and returns the same, but writes it again as it is, for else nobody waits until it lasts.
 """
 
 _PRELUDE = """

@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 
 PREFIX = "mta_"
 SECRET_BYTES = 32
-FEWEST_KINDS = 10
-"""Random characters are of more kinds: of 64 hexadecimal ones, all but one in a billion."""
+FEWEST_KINDS = 10  # 64 random hexadecimal characters are of more kinds, all but one in a billion
 MAX_NAME_CHARS = 64
-CREATE = "mta keys create"
-"""The command that makes a key; errors name it."""
+CREATE = "mta keys create"  # errors name it
 
 
 class Scope(StrEnum):
@@ -79,10 +77,7 @@ def new_secret() -> str:
 
 
 def given_secret(text: str) -> str:
-    """A secret of somebody else's making, of at least as many characters as ours.
-
-    Raises `MtaError`, which does not repeat it, when it has another form or cannot be random.
-    """
+    """The operator's own secret; raises `MtaError`, without repeating it, when it is short or cannot be random."""
     if re.fullmatch(PREFIX + r"[A-Za-z0-9_-]{43,100}", text) and len(set(text.removeprefix(PREFIX))) >= FEWEST_KINDS:
         return text
     raise MtaError(
@@ -180,8 +175,7 @@ class AccessKeys:
         return KeyRing(revision, sorted(known, key=lambda key: (key.created_ms, key.digest)), banks, ring)
 
     async def add(self, key: AccessKey, *, only_first: bool = False) -> bool:
-        """Keep a key, on disk when it returns: with `only_first` only if there is none yet, not even a revoked one.
-        Returns whether it is kept."""
+        """Returns whether the key is kept, on disk: with `only_first` only if there is none, not even a revoked one."""
         record = {
             "name": key.name,
             "tenant": key.tenant,
@@ -193,8 +187,7 @@ class AccessKeys:
         return bool(await self._change(_ADD, key.digest, orjson.dumps(record), int(only_first)))
 
     async def name_bank(self, tenant: str, bank: str) -> None:
-        """Have a tenant that has keys be served by a bank (8 hex digits; empty for the gateways' own); on disk when it
-        returns."""
+        """Have a tenant be served by a bank (8 hex digits; empty for the gateways' own); on disk when it returns."""
         await self._change(_NAME_BANK, f"{_BANK}{tenant}", bank)
 
     async def revoke(self, digest: str, now_ms: int) -> bool:

@@ -1,7 +1,7 @@
 """Limits: token buckets, and leases as sorted sets, which count for all gateways together.
 
-None of it is waited for until it is on disk: at worst a crash forgives what was used in the last seconds. A full store
-counts too: what is counted is small and expires, and whoever filled the store is to be held to their limits.
+Nothing waits for the disk: a crash forgives what was used in the last seconds. A full store counts too, since it is
+small and expires, and whoever filled the store is to be held to their limits.
 """
 
 from __future__ import annotations
@@ -148,20 +148,14 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[1])
 
 
 class Rates:
-    """Every method raises `Unavailable` when the store cannot be reached.
-
-    A rate is a bucket: what is used leaks out evenly, and whoever has used nothing for a window can use the whole
-    limit at once, never more.
-    """
+    """A rate is a bucket: what is used leaks out evenly, and after a window without use the whole limit is there at
+    once, never more. Every method raises `Unavailable` when the store cannot be reached."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
 
     async def consume(self, uses: Sequence[Use]) -> BucketLevels:
-        """Use some of what an owner's rates allow: all of it, or nothing if there is too little left of one.
-
-        All uses are of one owner, no rate twice. An amount of 0 only asks.
-        """
+        """Use all, or nothing if too little is left of one rate: all of one owner, no rate twice. 0 only asks."""
         return await self._count(uses, anyway=False)
 
     async def correct(self, uses: Sequence[Use]) -> None:
@@ -171,8 +165,7 @@ class Rates:
     async def acquire(self, name: str, members: Sequence[str], lease_s: float, most: int | None = None) -> int | None:
         """Be among those who hold something, for `lease_s` or until `release`; calling it again renews that.
 
-        Returns how many hold it now; None if there is no room for all of the members, whose names nobody else uses,
-        among the `most` that may hold it.
+        Returns how many hold it now; None if there is no room for all of the members among `most`.
         """
         allowed, lease_ms = -1 if most is None else most, int(lease_s * 1000)
         count = await self._connection.evaluate(_ACQUIRE, (keys.held(name),), allowed, lease_ms, *members)

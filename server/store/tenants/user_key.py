@@ -33,13 +33,10 @@ def check_user_id(user_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user of one tenant: the id as the app gives it, already checked, and the key that stands for it.
+    """A user of one tenant."""
 
-    A key has 26 characters of base32 (128 bits), the alphabet of recipe names.
-    """
-
-    id: str
-    key: str
+    id: str  # as the app gives it, already checked
+    key: str  # stands for it: 26 characters of base32 (128 bits), the alphabet of recipe names
 
 
 class UserKeys:

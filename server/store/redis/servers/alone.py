@@ -27,8 +27,7 @@ T = TypeVar("T")
 class Alone:
     """`Servers` that are one, at a URL as in redis-py; raises `ValueError` when it cannot be read.
 
-    Behind the address may be another server tomorrow. Whoever meets one that takes no writes drops all connections:
-    they are made anew, to the server that has the address then.
+    The address may pass to another server: a call that meets a replica drops all connections, to reach the new one.
     """
 
     unserved: str | None = None  # it serves all or none

@@ -1,13 +1,11 @@
 """The append-only file holds erased data until it is rewritten: requested at every erasure, done at most hourly.
 
-Each server has a file of its own. The hash `keys.rewrite(server)` holds its state, with times in ms: `asked`, when a
-rewrite was last requested; `due`, when the next is due, if any is; `last`, when the last successful one began; for the
-one in progress, when it `began`, the server's `run`, and its `count` of rewrites before; how many `failures` there were
-in a row, and when to `retry`.
+A server has a file. The hash `keys.rewrite(server)` holds its state, in ms: when a rewrite was last `asked` for; when
+the next is `due`; when the `last` successful one began; when the one in progress `began`, the server's `run` and its
+`count` of rewrites before; how many `failures` there were in a row, and when to `retry`.
 
-A rewrite is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The
-erasure follows within `ASKED_MS` or not at all. So only a successful rewrite that began later than that settles what is
-due. In a cluster that concerns the user's primary and its replicas, by the clock of whichever server holds the states.
+It is requested *before* a user is erased, so that a crash in between cannot leave the file as it was. The erasure
+follows within `ASKED_MS` or not at all: only a successful rewrite that began later than that settles what is due.
 """
 
 from __future__ import annotations

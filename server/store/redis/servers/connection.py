@@ -101,9 +101,8 @@ class RedisConnection:
     async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
         """Run a script on some keys of one slot; return its answer once its writes are on disk.
 
-        It may run twice, when its answer is lost: the second time it must change nothing and return the same. But what
-        it then says is so it must write again: servers wait for what the same connection wrote, and for nothing if it
-        wrote nothing, although disk or replica may not have it yet.
+        It may run twice, when its answer is lost. The second time it must return the same, and write again what it
+        says is so: a server waits for nothing if the connection wrote nothing, although disk or replica may lack it.
         """
         self._refuse_if_not_durable()
         with _measured(self._timed, "write"), self._span("store write"):
