@@ -80,10 +80,9 @@ PATCHES = {
     EVERYWHERE: (
         Patch(MANAGER, _MANAGER_TAKES, "FusingLoRAManager: recipes are fused from the bank, not read from a folder"),
         Patch(f"{_WORKER}.create_lora_manager", "self model vllm_config", "FusingLoRAManager's, which opens the banks"),
-        Patch(f"{_WORKER}._load_adapter", "self lora_request", "FusingLoRAManager's, which fuses"),
         # vLLM's brings adapters in one by one, each of which may evict one that the same step uses.
         Patch(f"{_WORKER}._apply_adapters", "self lora_requests", "FusingLoRAManager's: a step's adapters all stay"),
-        Patch(f"{_WORKER}.add_adapter", "self lora_request", "FusingLoRAManager's, which takes no slot of the batch"),
+        Patch(f"{_WORKER}.add_adapter", "self lora_request", "FusingLoRAManager's, which fuses, and takes no slot"),
         Patch(f"{_SLOTS}._add_adapter", "self lora", "FusedSlots': a fused adapter needs no packing"),
         Patch(f"{_SLOTS}.activate_adapter", "self lora_id", "FusedSlots', which writes all modules in one call"),
         Patch(f"{_SLOTS}.deactivate_adapter", "self adapter_id", "FusedSlots', which notes what the CPU tier let go"),

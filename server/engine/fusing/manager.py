@@ -118,36 +118,25 @@ class FusingLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._ahead.hurry([request.lora_name for request in wanted.values() if self._lacks(request)])
         for lora_id, request in wanted.items():
             start = time.perf_counter()
-            self._ensure_registered(request)
+            self.add_adapter(request)
             if slots.activate_adapter(lora_id):
                 self.figures.bring_in.observe(time.perf_counter() - start)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Fuse ahead of use, between steps: only into the CPU tier, so that no slot of the batch is taken."""
-        return self._ensure_registered(lora_request)
-
-    def _ensure_registered(self, request: LoRARequest) -> bool:
-        """Make sure that the adapter is in the CPU tier under its own name; returns whether it had to be made."""
-        slots, name = self._adapter_manager, request.lora_name
-        present = slots.get_adapter(request.lora_int_id)  # also makes it the most recent
+        """Bring an adapter into the CPU tier under its own name, and into no slot; returns whether it was made now."""
+        slots, lora_id, name = self._adapter_manager, lora_request.lora_int_id, lora_request.lora_name
+        present = slots.get_adapter(lora_id)  # also makes it the most recent
         if present is not None:
-            if not is_recipe_name(name) or slots.held_recipe(request.lora_int_id) == name:
+            if not is_recipe_name(name) or slots.held_recipe(lora_id) == name:
                 return False
-            slots.remove_adapter(request.lora_int_id)  # a stale tenant of this id must never be served as the new one
+            slots.remove_adapter(lora_id)  # a stale tenant of this id must never be served as the new one
         if is_recipe_name(name):
-            self._register(self._load_adapter(request))
+            self._register(self._model_of(lora_id, name, self._ahead.take(name)))
             self._ahead.done(name)
         else:
             with timed(self.figures.load):
-                self._register(self._load_adapter(request))
+                self._register(self._load_adapter(lora_request))
         return True
-
-    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        """Make the adapter that a request names; runs inside `execute_model` on every rank."""
-        name: str = lora_request.lora_name
-        if not is_recipe_name(name):
-            return super()._load_adapter(lora_request)
-        return self._model_of(lora_request.lora_int_id, name, self._ahead.take(name))
 
     def _register(self, model: LoRAModel) -> None:
         if len(self._adapter_manager) >= self._adapter_manager.capacity:

@@ -363,6 +363,6 @@ def test_an_adapter_from_a_folder_counts_as_loaded_not_as_fused(
 ) -> None:
     monkeypatch.setattr(LRUCacheWorkerLoRAManager, "_load_adapter", lambda self, request: LoRAModel(7, 8, {}))
     monkeypatch.setattr(LRUCacheLoRAModelManager, "_add_adapter", lambda self, lora: None)
-    manager._ensure_registered(LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder"))
+    manager.add_adapter(LoRARequest(lora_name="foreign", lora_int_id=7, lora_path="/folder"))
     assert counted(manager) == {"load": 1}
     assert manager.fused == []

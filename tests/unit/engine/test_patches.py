@@ -53,8 +53,8 @@ def test_every_method_of_vllm_that_is_overridden_stands_in_the_table(ours: type)
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda owner, patch: patch.delattr(owner, "_load_adapter"), "is not there"),
-        (lambda owner, patch: patch.setattr(owner, "_load_adapter", lambda self, request, path: None), "takes (self"),
+        (lambda owner, patch: patch.delattr(owner, "add_adapter"), "is not there"),
+        (lambda owner, patch: patch.setattr(owner, "add_adapter", lambda self, request, path: None), "takes (self"),
     ],
     ids=["gone", "changed"],
 )
@@ -62,11 +62,11 @@ def test_a_vllm_that_differs_is_refused_with_what_why_and_remedy(
     monkeypatch: pytest.MonkeyPatch, change: Any, problem: str
 ) -> None:
     for base in (worker_manager.LRUCacheWorkerLoRAManager, worker_manager.WorkerLoRAManager):
-        if "_load_adapter" in vars(base):
+        if "add_adapter" in vars(base):
             change(base, monkeypatch)
     with pytest.raises(BankError) as caught:
         patches.check(patches.EVERYWHERE)
-    for part in (problem, "LRUCacheWorkerLoRAManager._load_adapter", "which fuses", f"vllm=={patches.VERSION}"):
+    for part in (problem, "LRUCacheWorkerLoRAManager.add_adapter", "which fuses", f"vllm=={patches.VERSION}"):
         assert part in str(caught.value)
 
 
