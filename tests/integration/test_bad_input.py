@@ -230,12 +230,14 @@ def test_a_job_that_is_none_is_a_404_or_refused(client: httpx.Client, method: st
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_appending_beyond_a_thousand_is_refused_and_keeps_what_there_is(
-    client: httpx.Client, new_user: Callable[[], str]
+def test_appending_beyond_the_most_is_refused(
+    client: httpx.Client, new_user: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, given = f"/users/{new_user()}/adapt", [{"input": "which?", "output": f"the {n}th"} for n in range(1001)]
-    client.post(url, json={"samples": given[:999]}).raise_for_status()
-    response = client.post(url, json={"samples": given[999:], "append": True})
+    monkeypatch.setattr("server.gateway.users.adapting.MAX_SAMPLES", 10)
+    url, given = f"/users/{new_user()}/adapt", [{"input": "which?", "output": f"the {n}th"} for n in range(11)]
+    client.post(url, json={"samples": given[:8]}).raise_for_status()
+    client.post(url, json={"samples": given[8:10], "append": True}).raise_for_status()
+    response = client.post(url, json={"samples": given[10:], "append": True})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "too_many_samples")
 
 

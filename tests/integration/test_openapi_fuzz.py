@@ -59,7 +59,7 @@ def jobs(client: httpx.Client, new_user: Callable[[], str]) -> tuple[str, str]:
 
 @pytest.mark.usefixtures("free_event_loop")
 @schema.parametrize()
-@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def test_no_request_makes_the_gateway_fail(
     case: schemathesis.Case, gateway: GatewayThread, jobs: tuple[str, str]
 ) -> None:

@@ -157,7 +157,6 @@ class Limiter:
         return usage.uses
 
     async def refund(self, uses: Sequence[Use]) -> None:
-        """Count some uses no more."""
         await self._correct([replace(use, amount=-use.amount) for use in uses])
 
     def _of_user(self, user_key: str | None, amounts: Mapping[str, int]) -> list[Use]:
@@ -196,7 +195,7 @@ class Limiter:
         return [use for use, fits, level in known if not fits or level.left < (not use.amount)]
 
     async def _settle(self, usage: RequestUsage) -> None:
-        """Count the tokens that were really used, and the request as in progress no more."""
+        """Count the tokens that were really used, and give the place back."""
         if usage.body:
             await asyncio.gather(usage.body, return_exceptions=True)
         if usage.tokens is not None:
@@ -206,7 +205,6 @@ class Limiter:
             await self.in_progress.leave(usage.caller.name, usage.member)
 
     async def _correct(self, uses: Sequence[Use]) -> None:
-        """Count so much more or less of each rate."""
         changed = [use for use in uses if use.amount]
         try:
             await asyncio.gather(*map(self._store.correct, _by_owner(changed)))
@@ -227,7 +225,7 @@ class Limiter:
         return TooMany(message, retry_after_s=wait_s, limits=usage.headers())
 
     def _later(self, caller: Caller, work: Coroutine[Any, Any, None]) -> None:
-        """Do work that only the caller's next request waits for."""
+        """Do work that nobody waits for but the caller's next request."""
         task = asyncio.create_task(work)
         working = self._working[caller.name]
         working.add(task)

@@ -127,14 +127,9 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
             return
         content = ErrorAnswer.of(error).model_dump_json().encode()
-        lines = (
-            STATUS_LINE[error.status].rstrip(),
-            b"content-type: application/json",
-            b"content-length: %d" % len(content),
-            b"connection: close",
-        )
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
         self._refused = True
-        self.transport.write(b"\r\n".join((*lines, b"", content)))
+        self.transport.write(STATUS_LINE[error.status] + head + content)
         self.transport.write_eof()
         self._start_timer(LINGER_S)
 

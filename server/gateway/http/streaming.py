@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def event(value: object, name: str = "") -> bytes:
-    """One event that carries `value` as JSON; it may contain models at any depth, and have a name."""
+    """One event that carries `value` as JSON, models at any depth included."""
     named = f"event: {name}\n".encode() if name else b""
     return named + b"data: " + orjson.dumps(value, default=_dumped) + b"\n\n"
 

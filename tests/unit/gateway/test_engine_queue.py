@@ -85,6 +85,7 @@ SCENARIOS = {
     "who leaves frees the place in line and engines": (2, 2, "a1 a2 a3 a4 ~a3 a5 ~a1 -a2", "a1 a2 a4 a5", ""),
     "a request takes as many places as it has answers": (2, 2, "a1 b1*2 -a1 c1 -b1 -c1 a2*100", "a1 b1 c1 a2", ""),
     "whoever waits behind a wide one with the same key passes": (2, 2, "a1 a2*2 a3", "a1 a3", ""),
+    "while nobody knows how many there are nobody waits": (None, 2, "a1 a2 a3 a4 a5 -a1", "a1 a2 a3 a4 a5", ""),
     "a caller alone has all of it": (8, 2, "a1 a2 a3 a4 a5 a6 a7 a8", "a1 a2 a3 a4 a5 a6 a7 a8", ""),
     "who asks for more than a share comes after those who do not, and alone may have all": (
         *(8, 50, "b1 c1 a1 a2 a3 a4 a5 a6 a7 a8 b2 c2 -a1 -a2 -b1 -b2 -c1 -c2"),
@@ -96,7 +97,7 @@ which order, and who is refused."""
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-async def test_scenarios(scenario: tuple[int, int | None, str, str, str]) -> None:
+async def test_scenarios(scenario: tuple[int | None, int | None, str, str, str]) -> None:
     places, most_waiting, steps, served, refused = scenario
     line = Line(places, most_waiting)
     for step in steps.split():
@@ -251,13 +252,6 @@ async def test_places_come_and_go_with_the_engines(line: Line) -> None:
     line.places = 4
     await line.end("a2")
     assert line.served == ["a1", "a2", "a3", "a4"]
-
-
-async def test_while_nobody_knows_how_many_there_are_nobody_waits(line: Line) -> None:
-    line.places = None
-    await line.come("a1", "a2", "a3", "a4", "a5", "a6")
-    assert len(line.served) == 6
-    await line.end("a1", "a2")
 
 
 async def test_a_place_is_given_back_once() -> None:
