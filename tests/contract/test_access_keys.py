@@ -116,16 +116,26 @@ async def test_keys_count_once_they_were_seen_and_no_more_once_revoked(store: Ac
     assert refused(keys, LOCAL) == "missing_api_key", "without a key that counts, nothing opens"
 
 
-@pytest.mark.parametrize(
-    "header",
-    ["", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer {} {}", "Bearer {}x", "bearer\t{}", "Bearer " + "x" * 10_000],
+HEADERS = (
+    "",
+    "Bearer",
+    "Bearer ",
+    "Basic {}",
+    "{}",
+    "Bearer {} {}",
+    "Bearer {}x",
+    "bearer\t{}",
+    "Bearer " + "x" * 10_000,
 )
-async def test_only_a_bearer_with_the_whole_secret_counts(store: AccessKeys, secret: str, header: str) -> None:
+
+
+async def test_only_a_bearer_with_the_whole_secret_counts(store: AccessKeys, secret: str) -> None:
     keys = KnownKeys("default")
     await store.add(key_of(secret))
     await keys.look(store)
-    value = header.replace("{}", secret).encode()
-    assert refused(keys, [*LOCAL, (b"authorization", value)]) == "invalid_api_key"
+    for header in HEADERS:
+        value = header.replace("{}", secret).encode()
+        assert refused(keys, [*LOCAL, (b"authorization", value)]) == "invalid_api_key", header
     assert refused(keys, [*sent(secret), (b"authorization", b"Bearer x")]) == "invalid_api_key"
 
 

@@ -67,30 +67,21 @@ def test_a_record_survives_the_round_trip_with_parts_that_it_does_not_know(writt
     assert replace(read, embedding=written.embedding) == written
 
 
-@pytest.mark.parametrize("numbers", [0, 1, 12])
-def test_a_signature_survives_the_round_trip(numbers: int) -> None:
-    products = np.random.default_rng(0).standard_normal(numbers).astype("f4") * 1e-4
+@pytest.mark.parametrize(("numbers", "scale"), [(0, 1e-4), (1, 1e-4), (12, 1e-4), (12, 1e30)])
+def test_a_signature_survives_the_round_trip(numbers: int, scale: float) -> None:
+    products = np.random.default_rng(0).standard_normal(numbers).astype("f4") * np.float32(scale)
     written = StoredSignature(Signature("9f2c41d0", 184, products), made_of_ms=1_700_000_000_000)
     read = decode_profile(encode_profile(profile(signature=written))).signature
     assert (read.signature.bank, read.signature.tokens, read.made_of_ms) == ("9f2c41d0", 184, 1_700_000_000_000)
-    assert read.signature.products == pytest.approx(products, rel=1e-2, abs=1e-7)
+    assert read.signature.products == pytest.approx(products, rel=1e-2, abs=1e-3 * scale)
 
 
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_a_signature_of_what_is_no_number_is_kept_as_one_that_says_nothing(wrong: float) -> None:
-    written = StoredSignature(Signature("9f2c41d0", 184, np.array([1, wrong], np.float32)), made_of_ms=7)
+@pytest.mark.parametrize("wrong", [(1, np.nan), (1, np.inf), (1, -np.inf), (3e38, 3e38)])
+def test_a_signature_without_a_finite_length_is_kept_as_one_that_says_nothing(wrong: tuple[float, float]) -> None:
+    written = StoredSignature(Signature("9f2c41d0", 184, np.array(wrong, np.float32)), made_of_ms=7)
     read = decode_profile(encode_profile(profile(signature=written))).signature
     assert (read.signature.bank, read.signature.tokens, read.made_of_ms) == ("9f2c41d0", 0, 7)
     assert read.signature.products.tolist() == [0, 0]
-
-
-def test_a_signature_of_large_numbers_survives_and_one_that_is_too_long_says_nothing() -> None:
-    for number, tokens in ((1e30, 184), (3e38, 0)):
-        products = np.array([number, number], np.float32)
-        written = StoredSignature(Signature("9f2c41d0", 184, products), made_of_ms=7)
-        read = decode_profile(encode_profile(profile(signature=written))).signature
-        assert read.signature.tokens == tokens
-        assert read.signature.products == pytest.approx(products if tokens else 0 * products, rel=1e-2)
 
 
 def test_a_signature_of_what_is_no_number_that_was_kept_says_nothing() -> None:
@@ -99,18 +90,11 @@ def test_a_signature_of_what_is_no_number_that_was_kept_says_nothing() -> None:
     assert (read.signature.tokens, read.signature.products.tolist()) == (0, [0, 0])
 
 
-@pytest.mark.parametrize("damaged", [b"", b"short", bytes(21)])
-def test_a_damaged_signature_is_refused_as_part_of_the_record(damaged: bytes) -> None:
-    whole = encode_profile(profile(extra={8: damaged}))
-    with pytest.raises(ValueError, match="profile record"):
-        decode_profile(whole)
-
-
-@pytest.mark.parametrize("damaged", [b"", b"short", bytes(17)])
-def test_a_damaged_second_embedding_is_refused_as_part_of_the_record(damaged: bytes) -> None:
-    whole = encode_profile(profile(extra={9: damaged}))
-    with pytest.raises(ValueError, match="profile record"):
-        decode_profile(whole)
+@pytest.mark.parametrize(("tag", "cut"), [(8, bytes(21)), (9, bytes(17))], ids=["signature", "second embedding"])
+def test_a_damaged_part_is_refused_as_part_of_the_record(tag: int, cut: bytes) -> None:
+    for damaged in (b"", b"short", cut):
+        with pytest.raises(ValueError, match="profile record"):
+            decode_profile(encode_profile(profile(extra={tag: damaged})))
 
 
 def test_a_profile_is_seen_by_both_embedders_while_the_items_are_the_same() -> None:
