@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -123,13 +124,22 @@ async def test_a_record_that_cannot_be_read_fails_its_job_and_the_next_is_traine
         ("train_user", RuntimeError("CUDA error: an illegal memory access")),
     ],
 )
-async def test_what_the_process_cannot_survive_ends_it_and_is_a_try(
+async def test_what_the_process_cannot_survive_ends_it_and_is_a_try_given_back_once_memory_is_freed(
     desk: Desk, worker: JobLoop, monkeypatch: pytest.MonkeyPatch, where: str, trouble: Exception
 ) -> None:
+    made, release = list[weakref.ref[torch.Tensor]](), desk.jobs.release
+
     def broken(*_: object, **__: object) -> None:
+        tensor = torch.zeros(1)
+        made.append(weakref.ref(tensor))
         raise trouble
 
+    async def released(*args: Any, **options: Any) -> bool:
+        assert made[0]() is None
+        return await release(*args, **options)
+
     monkeypatch.setattr(f"server.worker.training.{where}", broken)
+    monkeypatch.setattr(desk.jobs, "release", released)
     job_id = await desk.submit()
     with pytest.raises(type(trouble)):
         await worker.work_once(0.1)
