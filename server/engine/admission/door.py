@@ -13,6 +13,7 @@ import secrets
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -85,23 +86,23 @@ class Drain:
         self._stop()
 
 
+@dataclass(frozen=True)
 class Door:
     """ASGI middleware, the outermost; without any keys it opens for nobody."""
 
-    def __init__(self, app: ASGIApp, keys: Callable[[], Sequence[bytes]], drain: Drain) -> None:
-        self._app = app
-        self._keys = keys
-        self._drain = drain
+    app: ASGIApp
+    keys: Callable[[], Sequence[bytes]]
+    drain: Drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self._drain.take_over()
-            await self._app(scope, receive, send)
+            self.drain.take_over()
+            await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         elif (refusal := self._refusal(scope)) is None:
-            with self._drain.request():
-                await self._app(scope, receive, send)
+            with self.drain.request():
+                await self.app(scope, receive, send)
         else:
             await refusal(scope, receive, send)
 
@@ -110,7 +111,7 @@ class Door:
         if scope.get("raw_path", scope["path"].encode()) != scope["path"].encode():
             return _error(404, "no such route: send the engine's paths without percent-escapes")
         if wanted in OPEN or (wanted in WITH_KEY and self._has_key(scope)):
-            return _error(503, "this engine is stopping: ask another") if self._drain.begun else None
+            return _error(503, "this engine is stopping: ask another") if self.drain.begun else None
         if wanted in WITH_KEY:
             return _error(
                 401, "missing or wrong engine key", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
@@ -121,7 +122,7 @@ class Door:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
         # Every key is compared, so that timing reveals nothing.
-        good = [secrets.compare_digest(key, known) for known in self._keys()]
+        good = [secrets.compare_digest(key, known) for known in self.keys()]
         return scheme.lower() == b"bearer" and any(good)
 
 

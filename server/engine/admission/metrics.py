@@ -9,6 +9,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
@@ -101,17 +102,17 @@ class AdapterFigures(Collector):
         yield prepares
 
 
+@dataclass(frozen=True)
 class Refreshing:
     """ASGI middleware: has the workers asked before `/metrics` is answered."""
 
-    def __init__(self, app: ASGIApp, figures: Callable[[], AdapterFigures | None]) -> None:
-        self._app = app
-        self._figures = figures
+    app: ASGIApp
+    figures: Callable[[], AdapterFigures | None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/metrics" and (figures := self._figures()) is not None:
+        if scope["type"] == "http" and scope["path"] == "/metrics" and (figures := self.figures()) is not None:
             await figures.refresh()
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 def publish(engine_client: Any, names: AdapterNames, slots: int) -> AdapterFigures:

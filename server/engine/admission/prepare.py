@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Set
 from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -35,6 +35,7 @@ Manifests = Mapping[str, BankManifest]
 _held: ContextVar[ExitStack] = ContextVar("mta_held_names")  # releases the names that the current HTTP request holds
 
 
+@dataclass(eq=False)
 class AdapterNames:
     """The engine ids of recipes, least recently used first: bounded, and unchanged while anything may ask for them.
 
@@ -43,24 +44,16 @@ class AdapterNames:
     `capacity` counts the others. vLLM looks names up in `entries`, which nothing else writes.
     """
 
-    def __init__(
-        self,
-        entries: dict[str, LoRARequest],
-        *,
-        capacity: int,
-        in_flight: Callable[[], Set[str]],
-        first_id: int = 1,
-    ) -> None:
-        self._entries = entries
-        self._capacity = capacity
-        self.in_flight = in_flight
-        self._leases: Counter[str] = Counter()
-        self._ids: set[int] = set()
-        self._next_id = first_id
-        self.shared = 0  # leases of a name that another open request held already
+    entries: dict[str, LoRARequest]
+    capacity: int
+    in_flight: Callable[[], Set[str]]
+    next_id: int = 1
+    shared: int = 0  # leases of a name that another open request held already
+    _leases: Counter[str] = field(default_factory=Counter)
+    _ids: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     @property
     def leased(self) -> int:
@@ -72,11 +65,11 @@ class AdapterNames:
 
     def lease(self, name: str) -> LoRARequest:
         """Return the entry of a name and keep it until `release`; release each lease once."""
-        entry = self._entries.pop(name, None) or self._make(name)
-        self._entries[name] = entry  # now the most recently used
+        entry = self.entries.pop(name, None) or self._make(name)
+        self.entries[name] = entry  # now the most recently used
         self.shared += name in self._leases
         self._leases[name] += 1
-        if len(self._entries) > self._capacity:
+        if len(self.entries) > self.capacity:
             self._evict()
         return entry
 
@@ -91,17 +84,17 @@ class AdapterNames:
         Finding what is in flight costs a pass over the engine's requests; evicting in batches makes that rare.
         """
         held = self.in_use
-        surplus = len(self._entries) - self._capacity + self._capacity // 8
-        for name in [name for name in self._entries if name not in held][:surplus]:
-            self._ids.discard(self._entries.pop(name).lora_int_id)
+        surplus = len(self.entries) - self.capacity + self.capacity // 8
+        for name in [name for name in self.entries if name not in held][:surplus]:
+            self._ids.discard(self.entries.pop(name).lora_int_id)
 
     def _make(self, name: str) -> LoRARequest:
         """Under the next free id; after MAX_ID they start over at 1."""
-        while self._next_id in self._ids:
-            self._next_id = self._next_id % MAX_ID + 1
-        new = self._next_id
+        while self.next_id in self._ids:
+            self.next_id = self.next_id % MAX_ID + 1
+        new = self.next_id
         self._ids.add(new)
-        self._next_id = new % MAX_ID + 1
+        self.next_id = new % MAX_ID + 1
         # vLLM's prefix cache is keyed by name and path: with the name as path the cache is always right.
         return LoRARequest(lora_name=name, lora_int_id=new, lora_path=name)
 
@@ -161,16 +154,16 @@ class Preparer:
         patches.replace(patches.MODEL_CHECK, preparing)
 
 
+@dataclass(frozen=True)
 class HoldNames:
     """ASGI middleware: names prepared during an HTTP request are released when it has ended, streams included."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as held:
             token = _held.set(held)
             try:
-                await self._app(scope, receive, send)
+                await self.app(scope, receive, send)
             finally:
                 _held.reset(token)

@@ -10,11 +10,11 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adapters.errors import UserAdapterError
+from adapters.raw import read_user_adapter
 from adapters.recipe import FusionRecipe, UserAdapterId
-from adapters.user_adapter import decode_user_adapter
 from bank.manifest import BankManifest
 from server.errors import ApiError
 from server.store.adapters import AdapterStore, StoredAdapter
@@ -31,26 +31,17 @@ class _Held:
     size_bytes: int
 
 
+@dataclass(eq=False)
 class UserAdapters:
-    def __init__(
-        self,
-        store: AdapterStore,
-        rpc: Callable[..., Awaitable[object]],  # `collective_rpc` to all workers: calls are carried out as they come
-        manifests: Mapping[str, BankManifest],
-        *,
-        max_rank: int,  # that a slot can hold
-        capacity_bytes: int,  # that workers hold, unless what is in use is more
-        in_use: Callable[[], Set[str]],  # recipe names that must stay
-    ) -> None:
-        self._store = store
-        self._rpc = rpc
-        self._manifests = manifests
-        self._max_rank = max_rank
-        self._capacity_bytes = capacity_bytes
-        self._in_use = in_use
-        self._held: OrderedDict[str, _Held] = OrderedDict()  # by recipe name, least recently used first
-        self._sending: dict[str, asyncio.Task[bool]] = {}
-        self._releasing: set[asyncio.Future[object]] = set()  # the event loop holds tasks only weakly
+    store: AdapterStore
+    rpc: Callable[..., Awaitable[object]]  # `collective_rpc` to all workers: calls are carried out as they come
+    manifests: Mapping[str, BankManifest]
+    max_rank: int  # that a slot can hold
+    capacity_bytes: int  # that workers hold, unless what is in use is more
+    in_use: Callable[[], Set[str]]  # recipe names that must stay
+    _held: OrderedDict[str, _Held] = field(default_factory=OrderedDict)  # by recipe name, least recently used first
+    _sending: dict[str, asyncio.Task[bool]] = field(default_factory=dict)
+    _releasing: set[asyncio.Future[object]] = field(default_factory=set)  # the event loop holds tasks only weakly
 
     def __len__(self) -> int:
         return len(self._held)
@@ -82,23 +73,23 @@ class UserAdapters:
     async def sweep(self) -> None:
         """Let go of every adapter that its user no longer has and that no request uses."""
         gone = [name for name, held in list(self._held.items()) if not await self._is_current(held.adapter)]
-        in_use = self._in_use()
+        in_use = self.in_use()
         await self._let_go([name for name in gone if name not in in_use])
 
     async def drop(self, user_key: str) -> int:
         """Let go of all adapters of a user that no request uses; returns how many are still held."""
         mine = [name for name, held in self._held.items() if held.adapter.user_key == user_key]
-        in_use = self._in_use()
+        in_use = self.in_use()
         await self._let_go([name for name in mine if name not in in_use])
         return sum(name in in_use for name in mine)
 
     async def _is_current(self, adapter: UserAdapterId) -> bool:
-        return await self._store.adapter_id(adapter.user_key) == adapter.id
+        return await self.store.adapter_id(adapter.user_key) == adapter.id
 
     async def _send(self, recipe: FusionRecipe, adapter: UserAdapterId) -> bool:
         """Fetch and verify an adapter and send it to all workers; False when the store has none."""
         try:
-            stored = await self._store.adapter(adapter)
+            stored = await self.store.adapter(adapter)
             if stored is None:
                 return False
             self._held[recipe.name] = _Held(adapter, len(stored.raw))
@@ -110,7 +101,7 @@ class UserAdapters:
             if recipe.name not in self._held:  # it was let go of meanwhile
                 return False
             try:
-                await self._rpc("mta", args=("hold", recipe.name, stored.raw))
+                await self.rpc("mta", args=("hold", recipe.name, stored.raw))
             except Exception:
                 await self._let_go([recipe.name])  # some workers may have it
                 raise
@@ -122,23 +113,23 @@ class UserAdapters:
         """Find here whatever could go wrong in a worker; for 40 MiB it takes a quarter of a second."""
         if hashlib.sha256(stored.raw).hexdigest() != stored.sha256:
             raise UserAdapterError(f"user adapter {recipe.user_adapter} is damaged: its SHA-256 differs")
-        manifest = self._manifests[recipe.bank]
-        user = decode_user_adapter(manifest.layout, stored.raw)
-        if user.recipe != recipe.plain.name:
+        manifest = self.manifests[recipe.bank]
+        trained_on, added, _ = read_user_adapter(manifest.layout, stored.raw)
+        if trained_on != recipe.plain.name:
             raise UserAdapterError(
-                f"user adapter {recipe.user_adapter} was trained on {user.recipe}, not on {recipe.plain.name}"
+                f"user adapter {recipe.user_adapter} was trained on {trained_on}, not on {recipe.plain.name}"
             )
-        fused, added = manifest.rank_of(recipe), user.weights.rank
-        if fused + added > self._max_rank:
+        fused = manifest.rank_of(recipe)
+        if fused + added > self.max_rank:
             raise UserAdapterError(
-                f"user adapter {recipe.user_adapter} adds rank {added} to {fused}, but slots hold rank {self._max_rank}"
+                f"user adapter {recipe.user_adapter} adds rank {added} to {fused}, but slots hold rank {self.max_rank}"
             )
 
     async def _make_room(self) -> None:
-        surplus = sum(held.size_bytes for held in self._held.values()) - self._capacity_bytes
+        surplus = sum(held.size_bytes for held in self._held.values()) - self.capacity_bytes
         if surplus <= 0:
             return
-        in_use, chosen = self._in_use(), []
+        in_use, chosen = self.in_use(), []
         for name, held in self._held.items():
             if surplus > 0 and name not in in_use:
                 chosen.append(name)
@@ -150,7 +141,7 @@ class UserAdapters:
         for name in names:
             self._held.pop(name, None)
         if names:
-            releasing = asyncio.ensure_future(self._rpc("mta", args=("release", names)))
+            releasing = asyncio.ensure_future(self.rpc("mta", args=("release", names)))
             self._releasing.add(releasing)
             releasing.add_done_callback(self._releasing.discard)
             await asyncio.shield(releasing)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from server.engine.admission.prepare import MAX_ID, AdapterNames
 
 
-def make_names(capacity: int, in_flight: set[str] | None = None, first_id: int = 1) -> AdapterNames:
-    return AdapterNames({}, capacity=capacity, in_flight=lambda: in_flight or set(), first_id=first_id)
+def make_names(capacity: int, in_flight: set[str] | None = None, next_id: int = 1) -> AdapterNames:
+    return AdapterNames({}, capacity=capacity, in_flight=lambda: in_flight or set(), next_id=next_id)
 
 
 def pass_by(names: AdapterNames, count: int, prefix: str = "n") -> None:
@@ -50,7 +50,7 @@ def test_the_least_recently_used_name_goes_first() -> None:
 
 
 def test_ids_start_over_below_int32_and_skip_those_in_use() -> None:
-    late = make_names(8, first_id=MAX_ID)
+    late = make_names(8, next_id=MAX_ID)
     assert late.lease("last").lora_int_id == MAX_ID
     assert late.lease("first again").lora_int_id == 1
 

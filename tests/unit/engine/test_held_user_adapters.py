@@ -15,8 +15,9 @@ import torch
 
 from adapters.errors import UserAdapterError
 from adapters.lora import LoraWeights, ModuleShape, RowLayout
+from adapters.raw import read_user_adapter
 from adapters.recipe import FusionMethod, FusionRecipe, UserAdapterId
-from adapters.user_adapter import UserAdapter, decode_user_adapter, encode_user_adapter
+from adapters.user_adapter import UserAdapter, encode_user_adapter
 from bench.rig.processes import PATIENCE_S
 from server.engine.admission import user_adapters
 from server.engine.admission.user_adapters import UserAdapters
@@ -205,12 +206,12 @@ async def test_while_an_adapter_is_checked_others_go_on_and_who_is_dropped_then_
 ) -> None:
     begun, gate = threading.Event(), threading.Event()
 
-    def decode(layout: RowLayout, raw: bytes) -> UserAdapter:
+    def read(layout: RowLayout, raw: bytes) -> Any:
         begun.set()
-        assert gate.wait(PATIENCE_S), "the event loop waits for the decoding"
-        return decode_user_adapter(layout, raw)
+        assert gate.wait(PATIENCE_S), "the event loop waits for the reading"
+        return read_user_adapter(layout, raw)
 
-    monkeypatch.setattr(user_adapters, "decode_user_adapter", decode)
+    monkeypatch.setattr(user_adapters, "read_user_adapter", read)
     asking = asyncio.create_task(world.hold("b"))
     await until(begun.is_set)
     if dropped:
