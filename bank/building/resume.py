@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,9 +25,6 @@ from bank.items.profile import Vectors
 from bank.items.tasks import Task
 from bank.manifest import MANIFEST_FILE, BankManifest, read_manifest, verify_files
 
-if TYPE_CHECKING:
-    import torch
-
 WORK_FOLDER = ".build"
 _BUILD_FORMAT = 6  # part of the key: raise it when the same inputs would give another bank
 
@@ -39,35 +35,23 @@ class Workbench:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def has(self, name: str) -> bool:
+        return self._path(name).is_file()
+
     def vectors(self, name: str, make: Callable[[], Vectors]) -> Vectors:
-        """The array of this name, made now if no earlier run made it."""
-        path = self._folder / f"{name}.npy"
-        if not path.is_file():
-            draft = path.with_suffix(".tmp")
+        """The array of this name, made now if no earlier run made it; on disk when this returns."""
+        if not self.has(name):
+            made, draft = make(), self._folder / "draft"
             with draft.open("wb") as file:
-                np.save(file, make())
-            draft.replace(path)
-        vectors: Vectors = np.load(path)
+                np.save(file, made)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self._path(name))
+        vectors: Vectors = np.load(self._path(name))
         return vectors
 
-    def has_row(self, name: str) -> bool:
-        return self._row(name).is_file()
-
-    def row(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The tensors of the row of this name, made now if no earlier run made it; on disk when this returns."""
-        from safetensors.torch import load_file, save_file
-
-        if not self.has_row(name):
-            draft = self._row(name).with_suffix(".tmp")
-            save_file(make(), draft)
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
-            draft.replace(self._row(name))
-        tensors: dict[str, torch.Tensor] = load_file(self._row(name))
-        return tensors
-
-    def _row(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.npy"
 
 
 @contextmanager

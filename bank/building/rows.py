@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -92,36 +92,37 @@ def train_rows(
         raise BankError(f"--target-modules: {error}") from error
     layout = RowLayout(modules, options.rank, shared_a=True)
     jobs = _jobs(tokenizer, people, anchors, task, options)
-    waiting = [job for job in jobs if not work.has_row(job.name)]
+    waiting = [job for job in jobs if not work.has(job.name)]
     if len(waiting) < len(jobs):
         progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} rows are there from an earlier run")
     progress.begin({job.name: job.work_tokens for job in waiting})
 
-    def train(job: RowJob, start: LoraWeights, *, train_a: bool) -> LoraWeights:
+    def trained(job: RowJob, start: LoraWeights, *, train_a: bool) -> LoraWeights:
         def on_step(report: StepReport) -> None:
             progress.step(job.name, job.plan.steps, report)
 
         return train_lora(model, job.examples, job.plan, start=start, train_a=train_a, on_step=on_step)
 
-    def common_row(job: RowJob) -> dict[str, torch.Tensor]:
+    def row(job: RowJob, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        found = torch.from_numpy(work.vectors(job.name, lambda: make().numpy()))
+        if not found.isfinite().all():
+            raise BankError(f"training {job.name} went wrong: its numbers are not finite; try a lower --learning-rate")
+        return found
+
+    def common_row() -> torch.Tensor:
         start = initial_lora(layout.modules, layout.rank, row_seed(options.seed, "A"))
-        lora = train(job, lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start)), train_a=True)
-        return {"a": flat_a(layout, lora), "b": flat_b(layout, lora)}
+        start = lora_of(layout, _stored(flat_a(layout, start)), flat_b(layout, start))
+        lora = trained(jobs[0], start, train_a=True)
+        return torch.cat([flat_a(layout, lora), flat_b(layout, lora)])
 
-    first = _checked(COMMON, work.row(COMMON, partial(common_row, jobs[0])))
-    common = lora_of(layout, _stored(first["a"]), _stored(first["b"]))
+    a, b = row(jobs[0], common_row).split([layout.a_numbers, layout.b_numbers])
+    common = lora_of(layout, _stored(a), _stored(b))
 
-    def anchor_row(job: RowJob) -> dict[str, torch.Tensor]:
-        return {"b": flat_b(layout, train(job, common, train_a=False)) - flat_b(layout, common)}
+    def anchor_row(job: RowJob) -> torch.Tensor:
+        return flat_b(layout, trained(job, common, train_a=False)) - flat_b(layout, common)
 
-    rows = [_checked(job.name, work.row(job.name, partial(anchor_row, job)))["b"] for job in jobs[1:]]
-    return TrainedRows(layout, [*rows, first["b"]], flat_a(layout, common))
-
-
-def _checked(name: str, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if not all(numbers.isfinite().all() for numbers in row.values()):
-        raise BankError(f"training {name} went wrong: its numbers are not finite; try a lower --learning-rate")
-    return row
+    rows = [row(job, partial(anchor_row, job)) for job in jobs[1:]]
+    return TrainedRows(layout, [*rows, b], flat_a(layout, common))
 
 
 def _jobs(

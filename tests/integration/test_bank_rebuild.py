@@ -80,8 +80,8 @@ def test_a_killed_build_goes_on_with_the_next_anchor_and_ends_with_the_same_fing
     with pytest.raises(KeyboardInterrupt):
         bench.build("killed", Killer())
     assert not (bench.folder / "killed" / MANIFEST_FILE).exists()
-    finished = {path.name for path in (bench.folder / "killed").glob(f"{WORK_FOLDER}/*/*.safetensors")}
-    assert finished == {"common.safetensors", "a00.safetensors"}
+    finished = {path.name for path in (bench.folder / "killed").glob(f"{WORK_FOLDER}/*/*.npy")}
+    assert finished == {"embeddings.npy", "anchors.npy", "common.npy", "a00.npy"}
     progress = Recorder()
     assert bench.build("killed", progress).fingerprint == built.fingerprint
     assert "2 of 4 rows are there from an earlier run" in progress.said
@@ -91,7 +91,7 @@ def test_a_killed_build_goes_on_with_the_next_anchor_and_ends_with_the_same_fing
 def test_pieces_of_another_build_are_never_taken_over(bench: Bench) -> None:
     left = bench.folder / "left" / WORK_FOLDER / ("0" * 64)
     left.mkdir(parents=True)
-    (left / "common.safetensors").write_bytes(b"of another seed")
+    (left / "common.npy").write_bytes(b"of another seed")
     progress = Recorder()
     bench.build("left", progress, anchors=1)
     assert progress.begun == ["common", "a00"]
