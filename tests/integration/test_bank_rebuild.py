@@ -7,12 +7,14 @@ import sys
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from adapters.training.trainer import StepReport
 from bank.building.resume import WORK_FOLDER, workbench
 from bank.errors import BankError
 from bank.lookup.summary import summarise
 from bank.manifest import MANIFEST_FILE, MATRIX_FILE, BankManifest
+from server.cli import app
 from tests.support.bank_bench import Bench, Recorder
 
 
@@ -97,18 +99,19 @@ def test_pieces_of_another_build_are_never_taken_over(bench: Bench) -> None:
     assert progress.begun == ["common", "a00"]
 
 
-def mta_bank_build(bench: Bench, name: str, *more: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def command(bench: Bench, name: str, *more: str) -> list[str]:
     options = {"users": bench.users, "task": "chat", "out": bench.folder / name, "model": bench.model}
     options |= {"embedder": bench.embedder, "anchors": 3, "rank": 4, "steps": 8, "common-steps": 5, "dtype": "float32"}
-    given = [text for option, value in options.items() for text in (f"--{option}", str(value))]
-    command = [sys.executable, "-m", "server.cli", "bank", "build", *given, *more]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
+    return [
+        "bank",
+        "build",
+        *(text for option, value in options.items() for text in (f"--{option}", str(value))),
+        *more,
+    ]
 
 
 def test_without_a_terminal_the_command_says_what_is_trained_and_what_is_left(bench: Bench) -> None:
-    done = mta_bank_build(bench, "lines")
+    done = CliRunner().invoke(app, command(bench, "lines"))
     last = [line for line in done.stderr.splitlines() if line.startswith("training ")][-1]
     assert last.startswith("training a02 (4 of 4)  step 8/8  loss ")
     assert last.endswith("min left")
@@ -116,5 +119,7 @@ def test_without_a_terminal_the_command_says_what_is_trained_and_what_is_left(be
 
 
 def test_a_refused_build_is_one_line_and_status_1(bench: Bench) -> None:
-    done = mta_bank_build(bench, "no", "--exclude", "/nowhere.json", status=1)
+    refused = [sys.executable, "-m", "server.cli", *command(bench, "no", "--exclude", "/nowhere.json")]
+    done = subprocess.run(refused, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
     assert done.stderr.strip() == "error: cannot read /nowhere.json: No such file or directory"

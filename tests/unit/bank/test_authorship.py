@@ -33,11 +33,10 @@ PEOPLE = [person(name, voice) for name, voice in VOICES.items()]
 
 def records(method: str, voice_of: dict[str, str]) -> list[Record]:
     """Two texts of each person, in the voice of somebody."""
-    made = []
-    for someone in PEOPLE:
-        texts = [VOICES[voice_of[someone.user_id]].format(topic) for topic in ("trains", "soup")]
-        made.append(Record("key", someone.user_id, "q", method, 0, 1.0, None, "", written=texts))
-    return made
+    return [
+        Record("key", name, "q", method, 0, 1.0, None, "", written=[VOICES[voice].format(of) for of in ("oil", "soup")])
+        for name, voice in voice_of.items()
+    ]
 
 
 def rows(*found: list[Record]) -> dict[str, AuthorshipRow]:

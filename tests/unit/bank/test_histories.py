@@ -73,13 +73,14 @@ def test_lamps_own_questions_and_outputs_add_the_answered_questions_to_their_per
 def test_a_malformed_file_is_refused_by_person_and_item(tmp_path: Path, document: object, message: str) -> None:
     with pytest.raises(BankError, match=message):
         read_histories(write(tmp_path / "users.json", document), HEADLINE)
+    with pytest.raises(BankError, match=r"cannot read .*nobody\.json"):
+        read_histories(tmp_path / "nobody.json", HEADLINE)
 
 
 @pytest.mark.parametrize(
     ("query", "message"),
     [
         ([], "person 'ann' has no queries to evaluate on"),
-        (None, "person 'ann' has no queries to evaluate on"),
         ([{"id": "q", "input": "Later?"}], "person 'ann': its `query` must hold .*; 0.gold: Field required"),
         ([{"id": "q", "input": "Later?", "gold": ["No"]}], r"0.gold: .*got \['No'\]"),
         ("Later?", "got 'Later"),
@@ -103,11 +104,6 @@ def test_an_outputs_file_that_does_not_answer_is_refused(tmp_path: Path, golds: 
     questions = [{"id": "11", "input": "What now?", "profile": [{"text": "a"}]}]
     with pytest.raises(BankError, match=message):
         read_histories(write(tmp_path / "q.json", questions), HEADLINE, write(tmp_path / "o.json", golds))
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BankError, match=r"cannot read .*nobody\.json"):
-        read_histories(tmp_path / "nobody.json", HEADLINE)
 
 
 @pytest.mark.parametrize("document", [["ann", 7], [{"user_id": "ann"}, {"id": 7}], [person("ann", "One"), "7"]])

@@ -35,7 +35,7 @@ def test_an_interval_is_the_same_every_time_and_changes_sides_with_the_differenc
     assert found.mean - found.low < found.high - found.mean  # the long tail is on the right
 
 
-@pytest.mark.parametrize("differences", [[0.25], [0.1] * 7, [0.0] * 5, [0.3 - 0.1, 0.2, 0.7 - 0.5]])
+@pytest.mark.parametrize("differences", [[0.25], [0.0] * 5, [0.3 - 0.1, 0.2, 0.7 - 0.5]])
 def test_where_nothing_can_be_resampled_the_interval_is_the_mean(differences: list[float]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

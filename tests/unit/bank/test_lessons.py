@@ -57,14 +57,10 @@ def test_no_item_sees_itself_or_what_came_later(seed: int) -> None:
         assert bool(seen) == (place > 0)
 
 
-def test_of_an_item_that_is_there_twice_the_first_one_counts() -> None:
+def test_of_an_item_that_is_there_twice_the_first_one_counts_and_of_a_turn_that_is_none_all_are_the_past() -> None:
     twice = History("ann", (*person("bread", "roses").items, *person("bread").items))
-    assert [bool(lesson.past.memories(lesson.turn, lesson.output)) for lesson in lessons(twice, CHAT, 1, 0)] == [
-        *(False, True, False),
-    ]
-
-
-def test_a_turn_that_is_no_item_has_all_of_them_as_its_past() -> None:
+    seen = [bool(lesson.past.memories(lesson.turn, lesson.output)) for lesson in lessons(twice, CHAT, 1, 0)]
+    assert seen == [False, True, False]
     past = Past(CHAT, person(*SUBJECTS).items, share=1, seed=0)
     assert past.memories("And more roses?", "something else")[0] == quoted(5, "more roses")
 

@@ -21,6 +21,8 @@ def test_a_lamp_item_gives_the_pair_to_train_on_and_the_text_to_embed_and_nothin
     assert (item.id, set(item.fields)) == ("7", {"title", "text"})
     assert item_pair(item, HEADLINE) == ("Generate a headline for the following article: It happened.", "Big News")
     assert item_text(item, HEADLINE) == "Big News\nIt happened."
+    abstract = parse_item({"title": "On Tides", "abstract": "They rise."}, get_task("scholarly_title"), 0)
+    assert set(item_text(abstract, CHAT).split("\n")) == {"On Tides", "They rise."}  # of another task: all it has
 
 
 def test_numbers_are_texts_with_all_their_digits() -> None:
@@ -29,11 +31,6 @@ def test_numbers_are_texts_with_all_their_digits() -> None:
     assert item_pair(number, RATING) == item_pair(text, RATING)
     ids = [parse_item({"id": number, "text": "a"}, CHAT, 0).id for number in (1700000000.123, 1700000999.9, 5.0, 5)]
     assert ids == ["1700000000.123", "1700000999.9", "5", "5"]
-
-
-def test_an_item_of_another_task_is_embedded_by_all_it_has() -> None:
-    item = parse_item({"title": "On Tides", "abstract": "They rise."}, get_task("scholarly_title"), 0)
-    assert set(item_text(item, CHAT).split("\n")) == {"On Tides", "They rise."}
 
 
 def test_an_input_output_pair_serves_every_task_and_is_embedded_without_the_instruction() -> None:
@@ -68,13 +65,10 @@ def test_without_an_id_equal_content_has_an_equal_id() -> None:
     [
         ("text", "items.3"),
         (None, "items.3"),
-        ([], "items.3"),
         ({}, "items.3.text"),
         ({"score": "5"}, "items.3.text"),
-        ({"text": ""}, "items.3.text"),
         ({"text": " \n\t"}, "items.3.text"),
         ({"text": 1.5 + 1j}, "items.3.text"),
-        ({"text": ["a"]}, "items.3.text"),
         ({"text": True}, "items.3.text"),
         ({"text": float("nan")}, "items.3.text"),
         ({"text": "a\0b"}, "items.3.text"),
@@ -84,7 +78,6 @@ def test_without_an_id_equal_content_has_an_equal_id() -> None:
         ({"output": "a"}, "items.3.input"),
         ({"text": "a", "id": ""}, "items.3.id"),
         ({"text": "a", "id": "x" * 257}, "items.3.id"),
-        ({"text": "a", "id": ["x"]}, "items.3.id"),
     ],
 )
 def test_an_item_that_cannot_stand_is_refused_by_field(raw: object, param: str) -> None:

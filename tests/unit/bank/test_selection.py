@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,23 +22,18 @@ from bank.items.tasks import get_task
 from server.settings import Settings
 
 
-def groups(*sizes: int, seed: int = 0) -> Vectors:
+def groups(*sizes: int) -> Vectors:
     """Tight groups of people far apart from each other."""
-    noise = np.random.default_rng(seed)
-    rows = [
-        np.eye(len(sizes))[g] + noise.normal(scale=0.01, size=len(sizes)) for g, n in enumerate(sizes) for _ in range(n)
-    ]
-    return np.array(rows, dtype=np.float32)
+    rows = np.repeat(np.eye(len(sizes), dtype=np.float32), sizes, axis=0)
+    return rows + np.random.default_rng(0).normal(scale=0.01, size=rows.shape).astype(np.float32)
 
 
 def test_each_cluster_gives_its_longest_history_and_the_first_of_equal_ones() -> None:
     lengths = [11, 30, 12, 50, 13, 14, 99, 15]
     assert select_anchors(groups(3, 2, 3), lengths, 3, seed=0) == [1, 3, 6]
     assert select_anchors(groups(3, 3), [20] * 6, 2, seed=0) == [0, 3]
-
-
-def test_people_who_are_all_alike_still_make_as_many_anchors_as_asked_for() -> None:
-    """K-means finds one cluster in five equal points: the empty ones go to the longest histories left."""
+    assert select_anchors(None, [11, 30, 12, 50, 12, 14], 3, seed=0) == [1, 3, 5]  # whatever they are about
+    # K-means finds one cluster in five equal points: the empty ones go to the longest histories left.
     assert select_anchors(np.ones((5, 4), dtype=np.float32), [11, 15, 12, 14, 13], 3, seed=0) == [1, 3, 4]
 
 
@@ -98,11 +94,6 @@ def test_candidates_are_told_apart_by_a_sample_and_whoever_is_within_it_by_all()
     )
 
 
-def test_the_longest_histories_are_chosen_whatever_they_are_about() -> None:
-    assert select_anchors(None, [11, 30, 12, 50, 12, 14], 3, seed=0) == [1, 3, 5]
-    assert select_anchors(None, [12, 12, 12], 2, seed=0) == [0, 1]
-
-
 def crowd(*lengths: int) -> list[History]:
     return [
         History(f"p{place}", tuple(Item(f"{n}", {"input": "i", "output": f"{n}"}) for n in range(length)))
@@ -110,21 +101,22 @@ def crowd(*lengths: int) -> list[History]:
     ]
 
 
-def left(*lengths: int, needed: int) -> list[int]:
-    return [len(person.items) for person in left_out(crowd(*lengths), get_task("chat"), needed)]
-
-
-def test_left_out_are_those_whose_histories_are_shortest_but_long_enough() -> None:
-    assert left(*range(1, 31), needed=5) == [9, 10, 11, 12, 13, 14, 15]
-    assert left(*[20] * 120, needed=5) == [20] * 16
-
-
-def test_nobody_is_left_out_where_the_anchors_or_the_figure_would_suffer() -> None:
-    assert left(*[20] * 23, needed=2) == []
-    assert left(*[20] * 24, needed=18) == [20] * 6
-    assert left(*[20] * 24, needed=19) == []
-    assert left(*[9] * 6, *[20] * 18, needed=18) == [9] * 6
-    assert left(*[8] * 60, needed=0) == []
+@pytest.mark.parametrize(
+    ("lengths", "needed", "found"),
+    [
+        ([*range(1, 31)], 5, [9, 10, 11, 12, 13, 14, 15]),
+        ([20] * 120, 5, [20] * 16),
+        ([20] * 23, 2, []),
+        ([20] * 24, 18, [20] * 6),
+        ([20] * 24, 19, []),
+        ([9] * 6 + [20] * 18, 18, [9] * 6),
+        ([8] * 60, 0, []),
+    ],
+)
+def test_those_with_the_shortest_long_enough_histories_are_left_out_unless_anchors_or_figure_would_suffer(
+    lengths: list[int], needed: int, found: list[int]
+) -> None:
+    assert [len(person.items) for person in left_out(crowd(*lengths), get_task("chat"), needed)] == found
 
 
 def test_who_has_items_of_plain_text_stays() -> None:
@@ -138,10 +130,9 @@ def test_who_answers_what_the_task_lacks_stays() -> None:
     """Nobody's histogram has a share for it."""
 
     def raters(*lasts: str) -> list[History]:
-        scores = [("1",) * 8 + (last,) for last in lasts]
         return [
-            History(f"p{n}", tuple(Item(f"{i}", {"text": "t", "score": score}) for i, score in enumerate(each)))
-            for n, each in enumerate(scores)
+            History(f"p{n}", tuple(Item(f"{i}", {"text": "t", "score": s}) for i, s in enumerate(["1"] * 8 + [last])))
+            for n, last in enumerate(lasts)
         ]
 
     assert [len(left_out(raters(*["5"] * 23, last), get_task("movie_rating"), 0)) for last in ("5", "4.5")] == [6, 6]
@@ -162,8 +153,5 @@ def test_an_anchor_is_told_by_words_that_it_used_more_than_once_and_others_did_n
     sailor = writer("s", "the swell came today", "a swell at dawn", "waxed boards for the swell", "boards at dawn")
     assert typical_words([gardener, sailor], CHAT, count=2) == [("roses", "plums"), ("swell", "boards")]
     assert all("miller" not in words for words in typical_words([gardener, sailor], CHAT))
-
-
-def test_numbers_and_stop_words_tell_nothing() -> None:
     people = [writer("a", "it is 555123", "it is 555123"), writer("b", "and so", "and so")]
     assert typical_words(people, CHAT) == [(), ()]

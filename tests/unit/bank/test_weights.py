@@ -85,19 +85,13 @@ def test_a_negative_similarity_counts_as_nothing_and_where_all_are_the_weights_a
     assert recipe_of_shares(manifest(), found).name == f"mta3:9f2c41d0:cat:{terms}"
 
 
-def test_strength_leaves_the_rest_to_the_common_row() -> None:
-    index, query = index_at(0.6, 0.2)
-    weights = topic_weights(index, WeightRule(anchors=2, strength=0.4), query)
-    assert sum(w.weight for w in weights) == pytest.approx(0.4)
-    assert recipe_of_shares(manifest(common=True, strength=0.4), weights).name == "mta3:9f2c41d0:cat:c+a00*300+a01*100"
-
-
 @pytest.mark.parametrize(
     ("common", "share", "terms"),
     [(True, 1, "c+a00*300+a01*100"), (True, 0.5, "c+a00*150+a01*50"), (True, 0, "c"), (False, 0.5, "a00*750+a01*250")],
 )
-def test_of_a_share_the_common_row_has_the_rest(common: bool, share: float, terms: str) -> None:
-    weights = [AnchorWeight(0, 0.3, 0.9), AnchorWeight(1, 0.1, 0.3)]
+def test_of_strength_and_share_the_common_row_has_the_rest(common: bool, share: float, terms: str) -> None:
+    index, query = index_at(0.6, 0.2)
+    weights = topic_weights(index, WeightRule(anchors=2, strength=0.4), query)
     assert recipe_of_shares(manifest(common=common), weights, share).name == f"mta3:9f2c41d0:cat:{terms}"
 
 
