@@ -47,13 +47,7 @@ SECRET = "the secret of a fleet that is rolled"
 
 
 class Replaceable:
-    """A process that can be exchanged for another on the same port.
-
-    Args:
-        command: of `mta`, with its port.
-        url: asked whether it is ready.
-        headers: of that question.
-    """
+    """A process that can be exchanged for another on the same port."""
 
     def __init__(self, command: list[str], url: str, headers: dict[str, str] | None = None) -> None:
         self._command, self._url, self._headers = command, url, headers or {}
@@ -87,12 +81,7 @@ class Replaceable:
 
 
 class Load(threading.Thread):
-    """Somebody who asks without a pause, at whichever gateway takes the connection.
-
-    Args:
-        urls: the gateways'.
-        seed: of what is asked.
-    """
+    """Somebody who asks without a pause, at whichever gateway takes the connection."""
 
     def __init__(self, urls: list[str], seed: int) -> None:
         super().__init__(daemon=True)

@@ -50,15 +50,7 @@ def zipf(users: int, requests: int, exponent: float, generator: np.random.Genera
 
 
 def served(asking: Numbers, engines: Numbers, replicas: int, held: int, begin: int = 0) -> Spread:
-    """Serve requests in order.
-
-    Args:
-        asking: each request's recipe.
-        engines: each request's engine.
-        replicas: how many engines there are.
-        held: recipes that an engine keeps.
-        begin: the first request that counts: those before it find engines cold.
-    """
+    """Serve requests in order; those before `begin` do not count. An engine keeps `held` recipes."""
     kept: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(replicas)]
     warm = 0
     for number, (recipe, engine) in enumerate(zip(asking.tolist(), engines.tolist(), strict=True)):

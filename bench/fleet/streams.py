@@ -82,13 +82,7 @@ class Load:
 
 
 class Loader:
-    """Asks gateways; made by `loading`.
-
-    Args:
-        session: the HTTP session.
-        urls: the gateways'.
-        bodies: what is asked, one after the other.
-    """
+    """Asks gateways; made by `loading`."""
 
     def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], bodies: Iterable[dict[str, Any]]) -> None:
         self._session = session

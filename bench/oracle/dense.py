@@ -47,13 +47,7 @@ def dense_delta(matrix: MetaMatrix, recipe: FusionRecipe, module: ModuleShape) -
 
 @contextmanager
 def dense_adapter(model: Any, matrix: MetaMatrix, recipe: FusionRecipe) -> Iterator[None]:
-    """A Hugging Face model with a recipe's ΔW added to its weights, until the block ends.
-
-    Args:
-        model: in float32.
-        matrix: the bank's rows.
-        recipe: what to add.
-    """
+    """A Hugging Face model, in float32, with a recipe's ΔW added to its weights, until the block ends."""
     with added(model, {module.name: dense_delta(matrix, recipe, module) for module in matrix.layout.modules}):
         yield
 

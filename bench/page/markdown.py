@@ -25,13 +25,7 @@ class Filled:
 
 
 def fill(page: str, results: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str] | None = None) -> Filled:
-    """Replace what stands in the blocks of results that are there.
-
-    Args:
-        page: Markdown.
-        results: the JSON files' contents by name.
-        pictures: by the same names, where the page finds them.
-    """
+    """Replace what stands in a page's blocks of results that are there; `pictures` are those of the same names."""
     names, missing = dict[str, None](), dict[str, None]()
 
     def replace(block: re.Match[str]) -> str:

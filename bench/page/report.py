@@ -136,14 +136,7 @@ def console() -> Console:
 
 
 def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **details: object) -> None:
-    """Print a two-column table and, if `out` is given, write the same with all details as JSON.
-
-    Args:
-        title: what was measured, with model, dtype and sizes.
-        rows: label and value; a `Spread` is shown as median (min to max).
-        out: JSON file, or None.
-        details: raw readings and settings, for the JSON alone.
-    """
+    """Print a two-column table and, if `out` is given, write it as JSON, with raw readings and settings."""
     table = Table(title=title, title_justify="left", show_header=False)
     for label, value in rows:
         table.add_row(label, str(value))
@@ -153,13 +146,7 @@ def report(title: str, rows: Sequence[tuple[str, object]], out: Path | None, **d
 
 
 def tabulate(tables: Sequence[Figures], out: Path | None, **details: object) -> None:
-    """Print tables and, if `out` is given, write them with all details as JSON.
-
-    Args:
-        tables: what was measured.
-        out: JSON file, or None.
-        details: raw readings and settings, for the JSON alone.
-    """
+    """Print tables and, if `out` is given, write them as JSON, with `details`: raw readings and settings."""
     for figures in tables:
         table = Table(title=figures.title, title_justify="left")
         for number, column in enumerate(figures.columns):

@@ -19,14 +19,7 @@ NODE_TIMEOUT_MS = 1000
 
 
 class ValkeyCluster:
-    """Some primaries, the first of them with replicas, on free ports; offers the tests what a `ValkeyProcess` does.
-
-    Args:
-        folder: where the nodes' folders are.
-        options: of every node, on top of those that make it part of a cluster.
-        primaries: how many nodes share the slots, in equal parts and in order.
-        replicas: how many follow the first.
-    """
+    """Some primaries, the first of them with replicas, on free ports; offers the tests what a `ValkeyProcess` does."""
 
     def __init__(
         self, folder: Path, options: Sequence[str] = DURABLE, *, primaries: int = 3, replicas: int = 0

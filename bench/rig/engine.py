@@ -68,13 +68,7 @@ class Engine:
 
 @contextmanager
 def running_engine(bank: Path, model: Path, **settings: object) -> Iterator[Engine]:
-    """Start an engine, wait until it serves, and end all its processes afterwards.
-
-    Args:
-        bank: its bank.
-        model: its base model.
-        settings: further settings by name, e.g. `max_loras=2`.
-    """
+    """Start an engine, wait until it serves, and end all its processes afterwards."""
     port = free_port()
     given = {"bank": bank, "model": model, "engine_port": port, "engine_key": KEY, "max_num_seqs": 16, **settings}
     with served(mta("engine"), {f"MTA_{name.upper()}": str(value) for name, value in given.items()}, port) as engine:

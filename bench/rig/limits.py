@@ -23,12 +23,7 @@ class Limits:
 
     @classmethod
     def measured(cls, model: Model, tokens: int = 400) -> Limits:
-        """Measure this machine; takes a few seconds.
-
-        Args:
-            model: whose feed-forward product is timed.
-            tokens: rows of that product.
-        """
+        """Measure this machine; takes a few seconds."""
         import torch
 
         numbers = torch.ones(256 << 20, dtype=torch.uint8).view(torch.int64)  # far beyond any cache
@@ -72,13 +67,7 @@ class Model:
         return cls(weights, hidden, inner, heads * size, 2 * layers * keys, layers)
 
     def step_bytes(self, contexts: int, adapters: int = 0, manifest: BankManifest | None = None) -> int:
-        """Bytes that one decode step reads.
-
-        Args:
-            contexts: tokens in the batch's contexts, together.
-            adapters: how many different adapters the batch has.
-            manifest: their bank's; each is as large as its fused rank, an A that all share is read once.
-        """
+        """Bytes that one decode step reads over so many tokens of context and adapters; an A that all share is read once."""
         numbers = self.weights + contexts * self.cached
         if adapters and manifest is not None:
             rank = manifest.fused_rank
@@ -88,12 +77,7 @@ class Model:
         return numbers * BF16_BYTES
 
     def prompt_flops(self, tokens: int, manifest: BankManifest | None = None) -> int:
-        """Operations for a prompt; the head answers for its last token alone.
-
-        Args:
-            tokens: its length.
-            manifest: of the bank of its adapter, if it has one.
-        """
+        """Operations for a prompt; the head answers for its last token alone."""
         head = self.weights - self._body
         attention = 2 * self.layers * self.heads_size * tokens * tokens  # the causal half of Q Kᵀ and of P V
         adapter = 0

@@ -82,13 +82,7 @@ def command_line(pid: int) -> str:
 
 
 class Background:
-    """A command that runs in the background, its output kept.
-
-    Args:
-        command: program and arguments.
-        environment: on top of this process's own; None removes a variable.
-        cwd: where it runs.
-    """
+    """A command that runs in the background, its output kept; None in its environment removes a variable."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str | None] | None = None, cwd: Path | None = None

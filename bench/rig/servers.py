@@ -23,14 +23,7 @@ _LORA = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
 def vllm_server(
     subject: Subject, flavour: Flavour = "ours", *, arguments: Sequence[str] = (), **settings: object
 ) -> Iterator[Engine]:
-    """A running vLLM of a flavour, all other options being the same.
-
-    Args:
-        subject: what it serves.
-        flavour: which one.
-        arguments: more of vLLM's own.
-        settings: the engine's, by name, e.g. `max_loras=2`.
-    """
+    """A running vLLM of a flavour, all other options being the same."""
     port = free_port()
     argv, environment = vllm_command(subject, flavour, port, **settings)
     with served([*argv, *arguments], environment, port) as engine:

@@ -34,13 +34,7 @@ WORLDS = ("surfing and the sea", "office planning", "growing roses", "chess open
 
 
 def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
-    """Write a random Llama (two layers, hidden 64) with a byte-level tokenizer and a chat template.
-
-    Args:
-        folder: where; made if needed.
-        context: its longest sequence, tokens.
-        seed: of its weights.
-    """
+    """Write a random Llama (two layers, hidden 64) with a byte-level tokenizer and a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _byte_tokenizer()
     torch.manual_seed(seed)
@@ -64,12 +58,7 @@ def tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
 
 
 def hollow_model(folder: Path, **shape: int) -> Path:
-    """Write a Llama of any shape without weights, for vLLM's `--load-format dummy`.
-
-    Args:
-        folder: where; made if needed.
-        shape: of its `LlamaConfig`.
-    """
+    """Write a Llama of any shape without weights, for vLLM's `--load-format dummy`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _byte_tokenizer(shape["vocab_size"])
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|pad|>"))

@@ -93,15 +93,7 @@ def up(data: Path, *options: str, environment: Mapping[str, str] | None = None) 
 def running_gateway(
     bank: Path, redis_url: str, engine_url: str, engine_key: str, secret: str, **settings: object
 ) -> Iterator[Background]:
-    """A gateway process alone, once it listens; its URL is in `gateway_url`.
-
-    Args:
-        bank: its bank.
-        redis_url: its store.
-        engine_url, engine_key: its engine, which may be absent: then nothing can be generated.
-        secret: keys its users.
-        settings: further settings by name, e.g. `queue_places=2`.
-    """
+    """A gateway process alone, once it listens; its URL is in `gateway_url`. Its engine may be absent."""
     given = {f"MTA_{name.upper()}": str(value) for name, value in settings.items()}
     environment = unset() | given | {"MTA_SECRET": secret, "MTA_ENGINE_KEY": engine_key}
     options = ("--bank", str(bank), "--redis-url", redis_url, "--engine-url", engine_url, "--port", str(free_port()))

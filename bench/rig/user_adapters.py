@@ -31,15 +31,7 @@ def random_user_adapter(
 def keep_user_adapter(
     redis_url: str, recipe: FusionRecipe, user: UserAdapter, manifest: BankManifest, **changes: str | bytes
 ) -> None:
-    """Store an adapter as promotion does.
-
-    Args:
-        redis_url: the engine's store.
-        recipe: names the user adapter, and so its user.
-        user: the adapter.
-        manifest: the bank's.
-        changes: fields to store with other, wrong values.
-    """
+    """Store an adapter as promotion does, for the user whom the recipe names; `changes` are wrong values."""
     adapter = recipe.user_adapter
     assert adapter is not None
     raw = encode_user_adapter(manifest.layout, user)

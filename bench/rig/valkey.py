@@ -40,11 +40,7 @@ def server_binaries() -> dict[str, Path]:
 class ValkeyProcess:
     """One server process over one data folder; can be killed and started again on the same port.
 
-    Args:
-        folder: where its files are.
-        options: command-line options on top of address and folder.
-        binary: which server; the packaged Valkey by default.
-        clock: whether `set_clock` can be used.
+    `clock` says whether `set_clock` can be used.
     """
 
     def __init__(

@@ -24,11 +24,7 @@ _AT_ONCE = ("--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb",
 class WatchedValkey:
     """Two servers that take turns at being the primary; for the product, one store.
 
-    Args:
-        folder: where all files are.
-        options: of both servers.
-        sentinels: how many watch; most of them must agree.
-        clock: whether the servers' `set_clock` can be used.
+    Most of the Sentinels must agree. `clock` says whether the servers' `set_clock` can be used.
     """
 
     def __init__(
@@ -110,11 +106,7 @@ class WatchedValkey:
 
 
 class _Sentinel:
-    """One Sentinel process.
-
-    Args:
-        folder: where its configuration is, which it rewrites.
-    """
+    """One Sentinel process."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

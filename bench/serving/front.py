@@ -24,15 +24,7 @@ SECRET = "a benchmark's own secret, kept nowhere"
 def through_gateway(
     subject: Subject, engine: Engine, folder: Path, tokens: int, pairs: int
 ) -> tuple[list[float], list[float]]:
-    """First tokens through a gateway over a running engine, ms: of nobody, and of a person, in pairs.
-
-    Args:
-        subject: bank and model of the engine.
-        engine: what generates.
-        folder: for the store's files.
-        tokens: about how long the prompts are.
-        pairs: turns of each side, after one for warm-up.
-    """
+    """First tokens through a gateway over a running engine, ms: of nobody, and of a person, in pairs."""
     store = ValkeyProcess(folder).start()
     try:
         with running_gateway(subject.bank, store.url, engine.url, KEY, SECRET) as process:

@@ -28,12 +28,7 @@ class Total:
 
 
 def totals(text: str, names: Mapping[str, str]) -> dict[str, Total]:
-    """The totals of some histograms.
-
-    Args:
-        text: an answer of `/metrics`.
-        names: histograms by what they are called in the result; one that is not there has counted nothing.
-    """
+    """The totals of some histograms of `/metrics`; one that is not there has counted nothing."""
     found = {}
     for called, name in names.items():
         sums = dict.fromkeys((f"{name}_count", f"{name}_sum"), 0.0)

@@ -42,12 +42,7 @@ class Answer:
 
 
 class Prompts:
-    """Random prompts for a model, never the same twice.
-
-    Args:
-        model: its folder.
-        seed: of the prompts.
-    """
+    """Random prompts for a model, never the same twice."""
 
     def __init__(self, model: Path, seed: int = 0) -> None:
         vocabulary = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]

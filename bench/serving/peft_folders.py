@@ -22,13 +22,7 @@ DIFFERENT = 16
 
 
 def peft_folders(subject: Subject, folder: Path, count: int) -> list[Path]:
-    """Write `count` folders, each a recipe's merged adapter.
-
-    Args:
-        subject: whose recipes.
-        folder: where; made if needed.
-        count: how many.
-    """
+    """Write `count` folders, each a recipe's merged adapter."""
     matrix = open_matrix(subject.bank, subject.manifest)
     made: list[Path] = []
     for number, recipe in enumerate(itertools.islice(subject.recipes(), count)):

@@ -53,12 +53,7 @@ def shuffled(chance: random.Random, kills: int, pause_s: float) -> list[Fault]:
 
 
 class Faults:
-    """Does it.
-
-    Args:
-        machine: to what.
-        chance: picks the engine.
-    """
+    """Makes faults happen."""
 
     def __init__(self, machine: Machine, chance: random.Random) -> None:
         self._machine = machine

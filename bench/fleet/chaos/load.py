@@ -147,14 +147,7 @@ class Crowd(threading.Thread):
 
 
 class Imports(threading.Thread):
-    """Files of people, imported one after the other by `mta users import`.
-
-    Args:
-        url: of the gateway.
-        folder: for the files.
-        size: people in a file.
-        pause_s: between two files.
-    """
+    """Files of people, imported one after the other by `mta users import`."""
 
     def __init__(self, url: str, folder: Path, size: int = 12, pause_s: float = 20.0) -> None:
         super().__init__(name="imports", daemon=True)
