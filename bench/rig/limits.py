@@ -67,7 +67,7 @@ class Model:
         return cls(weights, hidden, inner, heads * size, 2 * layers * keys, layers)
 
     def step_bytes(self, contexts: int, adapters: int = 0, manifest: BankManifest | None = None) -> int:
-        """Bytes that one decode step reads over so many tokens of context and adapters; an A that all share is read once."""
+        """Bytes that one decode step reads over so many tokens of context and adapters; a shared A is read once."""
         numbers = self.weights + contexts * self.cached
         if adapters and manifest is not None:
             rank = manifest.fused_rank
