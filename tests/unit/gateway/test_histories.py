@@ -17,27 +17,15 @@ from bank.items.tasks import get_task
 from server.errors import Unavailable
 from server.gateway.access.keys import Caller
 from server.gateway.generation.prompts import MOST_WAITING, HistoryIndexer, IndexCache, PromptBuilder, Version
-from server.gateway.generation.request import GenerationRequest, LengthLimits, Personalize
+from server.gateway.generation.request import LengthLimits
+from server.gateway.routes.generate import request_of
+from server.gateway.routes.requests import GenerateRequest
 from server.store.profile_record import Profile, StoredItem
 from server.store.tenants.user_key import User, UserKeys
 
 KEYS = UserKeys("a secret that only tests know", "default")
-REQUEST = GenerationRequest(
-    id_prefix="gen",
-    user=KEYS.user("ada"),
-    personalize=Personalize.AUTO,
-    strength=1,
-    messages=[{"role": "user", "content": "hello"}],
-    history=1,
-    max_tokens=4,
-    sampling={},
-    stream=False,
-    splittable=True,
-    cache_salt="",
-    caller=Caller("app", "default", frozenset()),
-    patience_s=None,
-    user_param="user_id",
-    prompt_param="prompt",
+REQUEST = request_of(
+    GenerateRequest(user_id="ada", prompt="hello", history=1, max_tokens=4), KEYS, Caller("app", "default", frozenset())
 )
 
 
