@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +18,8 @@ from tests.support.stored import LATER_MS, change, opened, profile, vector
 
 
 @pytest.fixture
-async def store(server: ValkeyProcess) -> AsyncIterator[ProfileStore]:
-    async with opened(server.url) as store:
-        yield store
+def store(parts: StoreParts) -> ProfileStore:
+    return parts.profiles
 
 
 async def test_an_unknown_user_has_nothing(store: ProfileStore, user: str) -> None:
@@ -85,21 +84,18 @@ async def test_a_snapshot_is_of_one_moment(server: ValkeyProcess, user: str) -> 
         await writing
 
 
-async def test_an_erasure_leaves_a_tombstone_with_its_answer(
-    store: ProfileStore, server: ValkeyProcess, user: str
-) -> None:
+async def test_an_erasure_leaves_a_tombstone_with_its_answer(store: ProfileStore, raw: redis.Redis, user: str) -> None:
     await store.commit(user, b"", change("abc"))
     erasure = await store.erase(user, LATER_MS, 1234)
     assert (erasure.erased.items, erasure.erased.keys, erasure.rewritten_by_ms) == (3, 3, 1234)
     epoch = await store.epoch(user)
-    async with server.client() as raw:
-        assert [name async for name in raw.scan_iter(f"*{user}*")] == [f"mta:{{{user}}}:epoch".encode()]
-        assert 0 < await raw.ttl(f"mta:{{{user}}}:epoch") <= TOMBSTONE_S
-        assert await store.load(user) is None
-        assert await store.erase(user, LATER_MS, 5678) == erasure
-        epoch = await store.epoch(user)
-        assert await store.commit(user, b"", change("a"), epoch)
-        assert await store.epoch(user) == epoch
+    assert [name async for name in raw.scan_iter(f"*{user}*")] == [f"mta:{{{user}}}:epoch".encode()]
+    assert 0 < await raw.ttl(f"mta:{{{user}}}:epoch") <= TOMBSTONE_S
+    assert await store.load(user) is None
+    assert await store.erase(user, LATER_MS, 5678) == erasure
+    epoch = await store.epoch(user)
+    assert await store.commit(user, b"", change("a"), epoch)
+    assert await store.epoch(user) == epoch
     again = await store.erase(user, LATER_MS, 5678)
     assert (again.erased.items, again.rewritten_by_ms) == (1, 5678)
 
@@ -130,11 +126,10 @@ async def test_an_erasure_that_comes_too_late_does_nothing(store: ProfileStore, 
     assert await store.epoch(user) == ""
 
 
-async def test_the_user_id_stands_in_the_record_alone(store: ProfileStore, server: ValkeyProcess, user: str) -> None:
+async def test_the_user_id_stands_in_the_record_alone(store: ProfileStore, raw: redis.Redis, user: str) -> None:
     await store.commit(user, b"", change("abc", user_id="someone-unmistakable"))
-    async with server.client() as raw:
-        holding = [name async for name in raw.scan_iter(f"mta:*{user}*") if b"unmistakable" in await raw.dump(name)]
-        assert holding == [f"mta:{{{user}}}:profile".encode()]
+    holding = [name async for name in raw.scan_iter(f"mta:*{user}*") if b"unmistakable" in await raw.dump(name)]
+    assert holding == [f"mta:{{{user}}}:profile".encode()]
 
 
 async def test_a_user_without_items_takes_less_than_a_kibibyte(store: ProfileStore, user: str) -> None:
@@ -142,9 +137,8 @@ async def test_a_user_without_items_takes_less_than_a_kibibyte(store: ProfileSto
     assert 0 < await store.stored_bytes(user) < 1024
 
 
-async def test_a_record_that_cannot_be_read_is_reported(store: ProfileStore, server: ValkeyProcess, user: str) -> None:
-    async with server.client() as raw:
-        await raw.set(f"mta:{{{user}}}:profile", b"\x07garbage")
+async def test_a_record_that_cannot_be_read_is_reported(store: ProfileStore, raw: redis.Redis, user: str) -> None:
+    await raw.set(f"mta:{{{user}}}:profile", b"\x07garbage")
     with pytest.raises(Unavailable, match="cannot read"):
         await store.load(user)
 

@@ -1,16 +1,18 @@
-"""A gateway and a worker over a real cluster of Valkey servers, one of which has a replica."""
+"""A gateway and a worker over a real cluster; what gateways say while their store's servers are replicas or gone."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from bench.rig.cluster import ValkeyCluster
+from bench.rig.cluster import ValkeyCluster, ask
 from bench.rig.processes import standing_still, wait_until
+from bench.rig.valkey import DURABLE, ValkeyProcess, free_port
 from deploy.observe.pictures.receiver import Receiver, receiving
 from server.settings import Settings
 from server.store.redis import keys
@@ -26,8 +28,9 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
-    """Three primaries, the first of which has a replica."""
-    running = ValkeyCluster(tmp_path_factory.mktemp("cluster"), replicas=1).start()
+    """Three primaries that go on when one is gone; the first has a replica."""
+    options = (*DURABLE, "--cluster-require-full-coverage", "no")
+    running = ValkeyCluster(tmp_path_factory.mktemp("cluster"), options, replicas=1).start()
     yield running
     running.kill()
 
@@ -61,7 +64,7 @@ def somebody(gateway: GatewayThread, cluster: ValkeyCluster, primary: int) -> st
     raise AssertionError
 
 
-def put(client: httpx.Client, user: str, text: str) -> httpx.Response:
+def put(client: httpx.Client, user: str, text: str = "surfing and the sea") -> httpx.Response:
     return client.put(f"/users/{user}/profile", json={"items": [{"id": "it", "text": text}]})
 
 
@@ -78,7 +81,7 @@ def test_users_are_stored_served_trained_for_and_erased(
     jobs = {}
     for user in people:
         assert level(client, user) == "base"
-        put(client, user, "surfing and the sea").raise_for_status()
+        put(client, user).raise_for_status()
         assert level(client, user) == "merged"
         asked = client.post(f"/users/{user}/adapt", json={"samples": SAMPLES, "config": CONFIG}).raise_for_status()
         jobs[user] = asked.json()["id"]
@@ -117,3 +120,54 @@ def test_a_write_without_a_replica_is_refused_each_time(
     assert [answer.status_code for answer in said] == [503, 503]
     assert {answer.json()["error"]["code"] for answer in said} == {"store_not_durable"}
     wait_until(lambda: put(client, user, "growing roses").is_success, "the replica to have it")
+
+
+def ready(client: httpx.Client) -> tuple[int, Any]:
+    answer = client.get("/ready")
+    return answer.status_code, answer.json()
+
+
+def test_a_gateway_serves_others_while_a_primary_is_gone(
+    client: httpx.Client, gateway: GatewayThread, cluster: ValkeyCluster, fake_engine: FakeEngine
+) -> None:
+    gone = cluster.primaries[1]
+    homes = {somebody(gateway, cluster, primary): primary for primary in (0, 1, 2, 1)}
+    gone.kill()
+    wait_until(lambda: ready(client)[1]["detail"] is not None, "the gateway to see it")
+    for user, primary in homes.items():
+        statuses = {put(client, user).status_code, generate(client, user).status_code}
+        assert statuses == ({503} if primary == 1 else {200})
+        if primary == 1:
+            assert put(client, user).json()["error"]["code"] == "store_unavailable"
+    status, said = ready(client)
+    assert (status, said["parts"]["redis"]["status"]) == (200, "partial")
+    assert "33% of all users cannot be served" in said["detail"]
+    assert f"127.0.0.1:{gone.port}" in said["detail"]
+    gone.start()
+    wait_until(lambda: ready(client)[1]["parts"]["redis"]["status"] == "ok", "it to be back")
+    for user in homes:
+        put(client, user).raise_for_status()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ValkeyProcess]:
+    running = ValkeyProcess(tmp_path).start()
+    yield running
+    running.kill()
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_a_gateway_is_not_ready_while_its_store_is_a_replica(gateway_settings: Settings, server: ValkeyProcess) -> None:
+    settings = gateway_settings.model_copy(update={"redis_url": server.url})
+    with GatewayThread(settings) as gateway, gateway.client() as client:
+        wait_until_ready(client)
+        put(client, "ada").raise_for_status()
+        ask(server, "REPLICAOF", "127.0.0.1", free_port())
+        wait_until(lambda: ready(client)[0] == 503, "the gateway to see it")
+        assert "it is a replica of 127.0.0.1" in ready(client)[1]["parts"]["redis"]["detail"]
+        refused = put(client, "bob")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+        assert generate(client, "ada").json()["personalization"]["level"] == "merged"  # it can be read
+        ask(server, "REPLICAOF", "NO", "ONE")
+        wait_until_ready(client)
+        put(client, "bob").raise_for_status()
