@@ -16,8 +16,7 @@ from server.store.adapters import StoredAdapter
 from server.store.jobs import KEPT_JOBS, MAX_TRIES, Job, JobId, JobState, JobStore, Submission, Trained, parse_job_id
 from server.store.profile_record import Profile
 from server.store.samples import Curve
-from tests.support.faults import Fault
-from tests.support.store_parts import BANK, KEYS, LEASE_S, RECIPE, StoreParts, claimed, put_of, state, submitted
+from tests.support.store_parts import BANK, KEYS, LEASE_S, RECIPE, Fault, StoreParts, claimed, put_of, state, submitted
 from tests.support.stored import LATER_MS
 
 REJECTED = Trained(JobState.REJECTED, 1.0, 1.0)

@@ -16,8 +16,7 @@ from server.store.jobs import KEPT_JOBS, Backlog, JobState, JobStore, Trained
 from server.store.queue import POLL_S, UserQueue
 from server.store.redis import keys
 from server.store.redis.servers.connection import RedisConnection
-from tests.support.faults import Fault, FaultyConnection
-from tests.support.store_parts import BANK, KEYS, StoreParts, claimed, submitted
+from tests.support.store_parts import BANK, KEYS, Fault, FaultyConnection, StoreParts, claimed, submitted
 
 OTHER_BANK = "00000000"
 DUE, BACKGROUND, _ = keys.queue("jobs", BANK)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import redis.asyncio as redis
 
-from bench.rig.valkey import ValkeyProcess
+from bench.rig.cluster import ValkeyCluster, ask
+from bench.rig.valkey import DURABLE, ValkeyProcess
 from server.errors import Unavailable, UserErased
 from server.store.profiles import NOBODY_S, TOMBSTONE_S, Change, ProfileStore
-from tests.support.store_parts import KEYS, StoreParts
+from tests.support.store_parts import KEYS, StoreParts, submitted
 from tests.support.stored import LATER_MS, change, opened, profile, vector
 
 
@@ -175,3 +178,49 @@ async def test_asking_again_makes_no_tombstone_shorter_or_younger(parts: StorePa
     assert await raw.ttl(f"mta:{{{key}}}:epoch") > 1  # longer than what was under way takes
     with pytest.raises(UserErased):
         await parts.profiles.commit(key, before.version, change("a"), before.epoch)
+
+
+USER, WORDS = "somebody-who-was-here", "words that nobody shall find again"
+
+
+async def store_somebody(parts: StoreParts) -> None:
+    await parts.put(USER, WORDS)
+    await submitted(parts.jobs, KEYS.key(USER), WORDS)
+
+
+async def test_servers_logs_of_commands_forget_who_is_erased(
+    parts: StoreParts, server: ValkeyProcess | ValkeyCluster
+) -> None:
+    nodes = [server] if isinstance(server, ValkeyProcess) else server.nodes
+    before = [ask(node, "CONFIG GET", "slowlog-log-slower-than", "commandlog-*-than") for node in nodes]
+
+    def logged() -> str:
+        """Only Valkey has logs of three kinds."""
+        found = [ask(node, "SLOWLOG GET", -1) for node in nodes]
+        for node, settings in zip(nodes, before, strict=True):
+            kinds = ("slow", "large-request", "large-reply") if len(settings) > 1 else ()
+            found += [ask(node, "COMMANDLOG GET", -1, kind) for kind in kinds]
+        return repr(found)
+
+    try:
+        for node, settings in zip(nodes, before, strict=True):
+            ask(node, "CONFIG SET", *itertools.chain(*((name, 0) for name in settings)))
+        await store_somebody(parts)
+        assert [text in logged() for text in (USER, WORDS)] == [True, True]
+        assert await parts.erase(USER)
+        assert [text in logged() for text in (USER, WORDS)] == [False, False]
+    finally:
+        for node, settings in zip(nodes, before, strict=True):
+            ask(node, "CONFIG SET", *itertools.chain(*settings.items()))
+
+
+async def test_where_logs_may_not_be_reset_users_are_erased_all_the_same(tmp_path: Path) -> None:
+    hidden = [word for name in ("SLOWLOG", "COMMANDLOG") for word in ("--rename-command", name, "")]
+    server = ValkeyProcess(tmp_path, (*DURABLE, *hidden)).start()
+    try:
+        async with StoreParts.opened(server.url) as parts:
+            await store_somebody(parts)
+            assert await parts.erase(USER)
+            assert await parts.profiles.load(KEYS.key(USER)) is None
+    finally:
+        server.kill()

@@ -26,8 +26,7 @@ from server.store.profiles import NOBODY_S
 from server.store.redis import keys
 from server.store.redis.servers import base
 from server.store.tenants.access_keys import Scope, access_key, new_secret
-from tests.support.faults import Fault
-from tests.support.store_parts import BANK, KEYS, WorkerSteps, put_of
+from tests.support.store_parts import BANK, KEYS, Fault, WorkerSteps, put_of
 from tests.support.store_world import Expected, StoreWorld, UnderWay
 
 USERS = st.sampled_from(["ada", "bob"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
 from bank.lookup.signature import Signature
+from server.errors import Unavailable
 from server.gateway.users.privacy import Erasing
 from server.store.adapters import AdapterStore, StoredAdapter
 from server.store.jobs import Job, JobId, JobState, JobStore, Lease, Submission, Trained
@@ -18,9 +21,9 @@ from server.store.profile_record import AdapterNote, Profile, StoredItem, Stored
 from server.store.profiles import Change, Erasure, ProfileStore, Snapshot
 from server.store.queue import UserQueue
 from server.store.redis.servers.append_only_file import AppendOnlyFile
+from server.store.redis.servers.connection import RedisConnection
 from server.store.tenants.access_keys import AccessKeys
 from server.store.tenants.user_key import UserKeys
-from tests.support.faults import FaultyConnection
 
 BANK = "9f2c41d0"
 RECIPE = f"mta3:{BANK}:shared:c"
@@ -29,6 +32,37 @@ SECRET, TENANT = "a secret for tests only", "tests"
 KEYS = UserKeys(SECRET, TENANT)
 EMBEDDER = "3887c9b9af8fe702"
 _numbers = itertools.count()
+
+
+class Fault(StrEnum):
+    """What befalls one write."""
+
+    LOST_REQUEST = "the request never arrives"
+    LOST_ANSWER = "it is done, but nobody hears of it"
+    TWICE = "the answer is lost, and the client sends it again"
+
+
+class FaultyConnection(RedisConnection):
+    """Fails at the n-th write after `fail`; for the caller that is also what its own death there looks like."""
+
+    _fault: Fault | None = None
+    _left = 0
+
+    def fail(self, fault: Fault | None, after_writes: int = 0) -> None:
+        self._fault, self._left = fault, after_writes
+
+    async def write(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
+        fault = self._fault if self._left == 0 else None
+        self._left -= 1
+        if fault is None:
+            return await super().write(script, names, *arguments)
+        self._fault = None
+        if fault is Fault.LOST_REQUEST:
+            raise Unavailable("lost on its way to the store")
+        await super().write(script, names, *arguments)
+        if fault is Fault.LOST_ANSWER:
+            raise Unavailable("lost on its way from the store")
+        return await super().write(script, names, *arguments)
 
 
 class StoreParts:

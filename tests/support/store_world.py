@@ -16,8 +16,7 @@ from server.errors import ApiError
 from server.store.jobs import JobId, JobState
 from server.store.profiles import Snapshot
 from server.store.redis import keys
-from tests.support.faults import Fault
-from tests.support.store_parts import BANK, KEYS, StoreParts, WorkerSteps
+from tests.support.store_parts import BANK, KEYS, Fault, StoreParts, WorkerSteps
 
 T = TypeVar("T")
 QUEUES = [name for work in ("jobs", "sign") for name in keys.queue(work, BANK)[:2]]
