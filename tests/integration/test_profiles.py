@@ -130,6 +130,11 @@ async def test_an_embedding_of_another_embedder_is_remade_on_first_use(
     assert sorted(new.texts) == ["a text about roses", "a text about waves"]
     await reading.current(user)
     assert len(new.texts) == 2  # it was kept
+    other = KEYS.user(f"user-{next(_numbers)}")
+    await profiles(store, old).replace(other, items("waves", "roses"), "")
+    assert (await reading.add(other, items("chess"), "")).changed == 1
+    assert len(new.texts) == 2 + 3
+    assert {vector.embedder for vector in (await store.read(other.key)).vectors.values()} == {inner.id}
 
 
 async def test_requests_that_come_while_an_embedding_is_remade_share_the_work(
@@ -166,15 +171,6 @@ async def test_what_is_kept_beside_the_items_survives_their_changes(
     assert {name: getattr(profile, name) for name in kept} == kept
 
 
-async def test_adding_after_a_change_of_embedder_remakes_all(store: ProfileStore, inner: Embedder, user: User) -> None:
-    await profiles(store, CountingEmbedder(inner, OLD)).replace(user, items("waves", "roses"), "")
-    new = CountingEmbedder(inner)
-    changed = await profiles(store, new).add(user, items("chess"), "")
-    assert changed.changed == 1
-    assert len(new.texts) == 3
-    assert {vector.embedder for vector in (await store.read(user.key)).vectors.values()} == {inner.id}
-
-
 async def test_lost_item_embeddings_are_remade_when_they_are_needed(
     writing: Profiles, embedder: CountingEmbedder, valkey: ValkeyProcess, user: User
 ) -> None:
@@ -209,18 +205,6 @@ async def test_a_long_history_is_embedded_in_short_turns(
     await profiles(store, embedder).replace(user, items(*names), "")
     assert embedder.largest_batch <= EMBED_BATCH
     assert len(embedder.texts) == len(names)
-
-
-async def test_embedding_never_holds_up_the_event_loop(
-    store: ProfileStore, embedder: CountingEmbedder, user: User
-) -> None:
-    embedder.gate.clear()
-    writing = asyncio.create_task(profiles(store, embedder).replace(user, items("waves"), ""))
-    for _ in range(20):  # the loop turns while the embedder is stuck
-        await asyncio.sleep(0.005)
-    assert not writing.done()
-    embedder.gate.set()
-    await writing
 
 
 async def test_gateways_of_two_embedders_leave_each_others_embeddings_alone(
