@@ -24,16 +24,12 @@ log = logging.getLogger("mta.worker")
 
 LEASE_S = 15.0
 RENEW_S = 1.0
-ANSWER_S = 4.0
-"""How long to wait for an answer before calling the store again: a lost answer must not use up the lease."""
-
+ANSWER_S = 4.0  # how long to wait for an answer before calling the store again: a lost answer must not use up the lease
 STALL_S = 600.0
 """A computation that shows no sign of life for this long hangs: a slow processor takes a minute for a step of a full
 context."""
 
-MOST_POINTS = 200
-"""Of each curve."""
-
+MOST_POINTS = 200  # of each curve
 P = ParamSpec("P")
 T = TypeVar("T")
 

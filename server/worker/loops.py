@@ -48,14 +48,9 @@ from server.worker.training import CONFIG_REMEDY, SAMPLE_REMEDY, AdapterTrainer,
 
 log = logging.getLogger("mta.worker")
 
-ATTEMPTS = 20
-"""How often a write is repeated after the user's record has changed meanwhile."""
-
-MAX_SIGN_TRIES = 3
-"""How many workers may die over one user's items; after that they get an empty signature."""
-
-RESERVE_BYTES = 16 << 20
-"""Address space that is given up for handing a job back when there is no more memory; untouched, it costs none."""
+ATTEMPTS = 20  # how often a write is repeated after the user's record has changed meanwhile
+MAX_SIGN_TRIES = 3  # how many workers may die over one user's items; after that they get an empty signature
+RESERVE_BYTES = 16 << 20  # address space, given up to hand a job back without memory; untouched, it costs none
 
 
 @dataclass

@@ -30,9 +30,7 @@ from bank.matrix import open_matrix
 from bank.models.load import load_base
 from server.store.samples import Sample
 
-MAX_SIGNED_TOKENS = 512
-"""Longest item in a signature; a longer one loses the end of its input."""
-
+MAX_SIGNED_TOKENS = 512  # longest item in a signature; a longer one loses the end of its input
 CONFIG_REMEDY = "submit the job again"
 SAMPLE_REMEDY = "send it as the model's chat template requires, or leave it out"
 _MOST_CHARS = 300

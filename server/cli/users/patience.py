@@ -17,9 +17,7 @@ from server.settings import load_settings
 
 T = TypeVar("T")
 
-PATIENCE_S = 300.0
-"""How long a gateway may be away or busy before a command gives up."""
-
+PATIENCE_S = 300.0  # how long a gateway may be away or busy before a command gives up
 _BUSY = frozenset((408, 429, 502, 503, 504))
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 

@@ -28,15 +28,11 @@ from server.store.tenants.user_key import User
 
 log = logging.getLogger("mta.gateway")
 
-EMBED_BATCH = 16
-"""Texts per turn on an embedding thread: a long history does not keep a short one waiting."""
-
+EMBED_BATCH = 16  # texts per turn on an embedding thread: a long history does not keep a short one waiting
 MAX_ATTEMPTS = 64
 _MAX_PAUSE_S = 0.05
 
-
-StoredItems = Mapping[str, StoredItem]
-"""By id, oldest first."""
+StoredItems = Mapping[str, StoredItem]  # by id, oldest first
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,9 @@ from server.errors import InvalidRequest, Unavailable
 from server.gateway.engines.admin import Engines
 from server.store.samples import Sample, decode_sample
 
-AT_A_TIME = 8
-"""Concurrent requests to the engine for one adapt request."""
-
-PATIENCE_S = 10.0
-"""After that no further batch of them is begun."""
-
-MOST_SHAPES = 4096
-"""Most sequences of roles that are remembered."""
-
+AT_A_TIME = 8  # concurrent requests to the engine for one adapt request
+PATIENCE_S = 10.0  # after that no further batch of them is begun
+MOST_SHAPES = 4096  # most sequences of roles that are remembered
 A = TypeVar("A")
 
 
