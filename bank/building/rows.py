@@ -115,7 +115,7 @@ def train_rows(
         lora = trained(jobs[0], start, train_a=True)
         return torch.cat([flat_a(layout, lora), flat_b(layout, lora)])
 
-    a, b = row(jobs[0], common_row).split([layout.a_numbers, layout.b_numbers])
+    a, b = torch.split(row(jobs[0], common_row), [layout.a_numbers, layout.b_numbers])
     common = lora_of(layout, _stored(a), _stored(b))
 
     def anchor_row(job: RowJob) -> torch.Tensor:

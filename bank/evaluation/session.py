@@ -43,22 +43,17 @@ class EvalInputs:
     curves: bool = False  # whether `merged` is evaluated with other k and with fewer items too
 
 
-@dataclass(frozen=True, slots=True)
-class Results:
-    """Rows of methods by the title of their table, and whose voice the methods' texts have, where some were written."""
-
-    tables: dict[str, list[MethodRow]]
-    voices: list[AuthorshipRow]
-
-
 def evaluate(
     inputs: EvalInputs,
     options: EvalOptions,
     config: AdaptConfig,
     progress: Callable[[int, int], None],
     engine: Scores | None = None,
-) -> Results:
-    """Run what is not recorded yet, write the results; `progress` is told how many runs are done, of how many."""
+) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
+    """Run what is not recorded yet, write the results; `progress` is told how many runs are done, of how many.
+
+    Returns the rows of methods by the title of their table, and whose voice the texts have, where some were written.
+    """
     bank = OpenBank.open(inputs.bank, inputs.embedder.id)
     task = bank.serving.task
     check_base_model(inputs.model_folder, {inputs.bank: bank.manifest})
@@ -121,7 +116,7 @@ def _people(inputs: EvalInputs, task: Task) -> list[History]:
 
 def _write(
     out: Path, records: Sequence[Record], bank: OpenBank, people: Sequence[History], options: EvalOptions
-) -> Results:
+) -> tuple[dict[str, list[MethodRow]], list[AuthorshipRow]]:
     task = bank.serving.task
     rows = summarise(records, task)
     found = tables(rows, records, task)
@@ -140,7 +135,7 @@ def _write(
         "authorship": [asdict(row) for row in voices],
     }
     (out / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return Results(found, voices)
+    return found, voices
 
 
 def split_histories(histories: list[History], task: Task, *, queries: int, profile: int) -> list[History]:

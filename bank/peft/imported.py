@@ -20,7 +20,7 @@ from bank.building.assemble import bank_rank, write_bank
 from bank.building.options import ImportOptions
 from bank.building.selection import person_embedding
 from bank.errors import BankError
-from bank.items.histories import History, read_histories
+from bank.items.histories import read_histories
 from bank.items.tasks import get_task
 from bank.lookup.embedder import Embedder
 from bank.manifest import BankManifest, BaseModelId, EmbedderId, WeightRule
@@ -77,7 +77,13 @@ def import_bank(
     """
     task = get_task(options.task)
     read = [read_peft(folder) for folder in adapters]
-    people = _profiles_of(read, {person.user_id: person for person in read_histories(profiles, task)}, profiles)
+    names = [adapter.name for adapter in read]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise BankError(f"adapter folders must have distinct names; these repeat: {excerpt(repeated)}")
+    known = {person.user_id: person for person in read_histories(profiles, task)}
+    if missing := [name for name in names if name not in known]:
+        raise BankError(f"{profiles} has no profile for {excerpt(missing)}: user_id must be the adapter folder's name")
+    people = [known[name] for name in names]
     modules = _common_modules(read, model_folder)
     layout = RowLayout(modules, max(adapter.rank for adapter in read), shared_a=False)
     rule = WeightRule(anchors=min(options.k, len(read)))
@@ -99,15 +105,6 @@ def import_bank(
         items=[len(person.items) for person in people],
         training={"imported": True},
     )
-
-
-def _profiles_of(read: Sequence[PeftAdapter], profiles: dict[str, History], path: Path) -> list[History]:
-    names = [adapter.name for adapter in read]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise BankError(f"adapter folders must have distinct names; these repeat: {excerpt(repeated)}")
-    if missing := [name for name in names if name not in profiles]:
-        raise BankError(f"{path} has no profile for {excerpt(missing)}: user_id must be the adapter folder's name")
-    return [profiles[name] for name in names]
 
 
 def _common_modules(read: Sequence[PeftAdapter], model_folder: Path) -> tuple[ModuleShape, ...]:
@@ -160,7 +157,16 @@ def read_peft(folder: Path) -> PeftAdapter:
     for key, plain in _PLAIN.items():
         if config.get(key) not in (plain, None, False):
             raise BankError(f"{folder}: {key} = {excerpt(config[key])} is more than a LoRA: a bank cannot hold it")
-    a, b = _matrices(folder, tensors)
+    found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
+    for key, value in tensors.items():
+        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(PREFIX) or part not in found or value.ndim != 2:
+            raise BankError(f"{folder}: {excerpt(key)} is not a LoRA of a linear layer: a bank cannot hold it")
+        found[part][name] = value.float()
+    a, b = found.values()
+    if not a or a.keys() != b.keys():
+        unpaired = sorted(a.keys() ^ b.keys())
+        raise BankError(f"{folder}: every module needs one A and one B; these do not have both: {excerpt(unpaired)}")
     for name in a:
         if a[name].shape[0] != b[name].shape[1]:
             raise BankError(f"{folder}: {name} has A of rank {a[name].shape[0]} and B of rank {b[name].shape[1]}")
@@ -168,21 +174,6 @@ def read_peft(folder: Path) -> PeftAdapter:
         if not (a[name].isfinite().all() and b[name].isfinite().all()):
             raise BankError(f"{folder}: {name} holds numbers that are not finite: its training went wrong")
     return PeftAdapter(folder.resolve().name, a, b)
-
-
-def _matrices(
-    folder: Path, tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    found: dict[str, dict[str, torch.Tensor]] = {"lora_A": {}, "lora_B": {}}
-    for key, value in tensors.items():
-        name, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if not key.startswith(PREFIX) or part not in found or value.ndim != 2:
-            raise BankError(f"{folder}: {excerpt(key)} is not a LoRA of a linear layer: a bank cannot hold it")
-        found[part][name] = value.float()
-    if not found["lora_A"] or found["lora_A"].keys() != found["lora_B"].keys():
-        unpaired = sorted(found["lora_A"].keys() ^ found["lora_B"].keys())
-        raise BankError(f"{folder}: every module needs one A and one B; these do not have both: {excerpt(unpaired)}")
-    return found["lora_A"], found["lora_B"]
 
 
 def _scaling(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:

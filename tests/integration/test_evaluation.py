@@ -61,8 +61,8 @@ def run(inputs: EvalInputs, methods: str = NAMES, seeds: int = 2) -> tuple[list[
     """Names of the methods in the order of their loss, and how many runs were told as done."""
     told: list[tuple[int, int]] = []
     options = EvalOptions(tuple(parse_methods(methods)), seeds)
-    results = evaluate(inputs, options, CONFIG, lambda *progress: told.append(progress))
-    (rows,) = results.tables.values()
+    tables, _ = evaluate(inputs, options, CONFIG, lambda *progress: told.append(progress))
+    (rows,) = tables.values()
     done, total = told[-1]
     assert done == total and told == sorted(told)
     return [row.method for row in rows], done
@@ -128,8 +128,8 @@ def test_of_plain_text_nothing_is_learnt(inputs: EvalInputs, bench: Bench) -> No
     where = dataclasses.replace(inputs, users=users, out=bench.folder / "plain")
     chosen = tuple(parse_methods("common,merged,own,stacked"))
     options = EvalOptions(chosen, predict=False, writing=chosen[:1])
-    results = evaluate(where, options, CONFIG, lambda done, total: None)
-    assert [row.named.n for row in results.voices] == [2] * 2
+    _, voices = evaluate(where, options, CONFIG, lambda done, total: None)
+    assert [row.named.n for row in voices] == [2] * 2
     lines = [json.loads(line) for line in (where.out / RECORDS_FILE).read_text("utf-8").splitlines()]
     first = {line["method"]: line["loss"] for line in lines if line["query_id"] == people[0]["query"][0]["id"]}
     assert first["common"] == first["own"]

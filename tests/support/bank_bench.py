@@ -31,8 +31,6 @@ OPTIONS = BuildOptions(
 
 
 class Recorder:
-    """Keeps what it is told."""
-
     def __init__(self) -> None:
         self.said: list[str] = []
         self.begun: list[str] = []

@@ -105,7 +105,7 @@ def evaluate(
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        found = run(inputs, options, AdaptConfig(), show, engine)
-    print_tables(found.tables, console)
-    print_voices(found.voices, console)
+        tables, voices = run(inputs, options, AdaptConfig(), show, engine)
+    print_tables(tables, console)
+    print_voices(voices, console)
     console.print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
