@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import signal
 import socket
 from typing import Annotated
@@ -46,36 +45,18 @@ def gateway(
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Open the parts, then serve, until a signal, which may come at any time. Errors of opening are raised as is."""
+    """Open the parts, then serve until a signal; one that comes before all is open ends the process at once."""
     from server.gateway.app import create_app
     from server.gateway.http.serving import GatewayServer, uvicorn_config
 
     app = create_app(settings)
     server = GatewayServer(uvicorn_config(app, settings))
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task
-    opening = True
-
-    def stop(number: signal.Signals) -> None:
-        server.handle_exit(number, None)
-        if opening:
-            task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    try:
-        async with app.router.lifespan_context(app):
-            opening = False
-            gc.collect()
-            gc.enable()
-            gc.freeze()  # what is here now stays: each collection that scanned it would block the event loop
-            host, port = listener.getsockname()[:2]
-            log.info("listening on http://%s:%d (console: http://%s:%d/console)", host, port, host, port)
-            await server.serve(sockets=[listener])
-    except asyncio.CancelledError:
-        if not server.should_exit:
-            raise
-        log.info("stopped while starting")
-        # Everything is closed, except perhaps a thread that is reading a model: a thread cannot be stopped.
-        logging.shutdown()
-        os._exit(0)
+    async with app.router.lifespan_context(app):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
+        gc.collect()
+        gc.enable()
+        gc.freeze()  # what is here now stays: each collection that scanned it would block the event loop
+        host, port = listener.getsockname()[:2]
+        log.info("listening on http://%s:%d (console: http://%s:%d/console)", host, port, host, port)
+        await server.serve(sockets=[listener])
