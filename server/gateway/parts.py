@@ -43,7 +43,6 @@ from server.store.durability import LOOK_S, ForgetsOnDisk
 from server.store.jobs import JobStore
 from server.store.opening import open_stores
 from server.store.samples import JobBudget
-from server.store.tenants.rates import Allowance
 from server.store.tenants.user_key import Tenants, User, UserKeys
 from server.watching.background import forever, stand_back
 from server.watching.tracing import Tracing
@@ -123,14 +122,7 @@ async def open_gateway(
         health = Health(stores.server, engines, fingerprints, generating=settings.engine_url)
         metrics.watch(engines, health, stores.server)
 
-        limiter = Limiter(
-            stores.rates,
-            per_key=Allowance(
-                settings.key_requests, settings.key_tokens, settings.key_jobs, concurrent=settings.key_concurrent
-            ),
-            per_user=Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs),
-            refused=metrics.count_refusal,
-        )
+        limiter = Limiter(stores.rates, settings, metrics.count_refusal)
         share = GatewayShare(stores.rates, engines.urls, lambda: engines.sequences, settings.engine_places)
         stack.push_async_callback(share.leave)
         queue = EngineQueue(

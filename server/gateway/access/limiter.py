@@ -18,6 +18,7 @@ from typing import Any
 
 from server.errors import TooMany, Unavailable
 from server.gateway.access.keys import Caller
+from server.settings import Settings
 from server.store.tenants.rates import DAY_S, MINUTE_S, Allowance, BucketLevel, Rate, Rates, Use
 from server.store.tenants.user_key import User
 
@@ -100,17 +101,17 @@ class InProgress:
 class Limiter:
     """Counts requests of keys and users, for all gateways together.
 
-    `per_key` is for keys without limits of their own; a tenant without keys counts as one. `refused` is called with the
-    reason of each refusal.
+    The limits of keys in `settings` are for those without limits of their own; a tenant without keys counts as one key.
+    `refused` is called with the reason of each refusal.
     """
 
-    def __init__(
-        self, store: Rates, *, per_key: Allowance, per_user: Allowance, refused: Callable[[str], None]
-    ) -> None:
+    def __init__(self, store: Rates, settings: Settings, refused: Callable[[str], None]) -> None:
         self.in_progress = InProgress(store)
         self._store = store
-        self._per_key = per_key
-        self._per_user = per_user
+        self._per_key = Allowance(
+            settings.key_requests, settings.key_tokens, settings.key_jobs, settings.key_concurrent
+        )
+        self._per_user = Allowance(settings.user_requests, settings.user_tokens, settings.user_jobs)
         self._refused = refused
         self._working: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)  # by caller
 

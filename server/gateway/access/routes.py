@@ -32,7 +32,7 @@ class RouteKind(StrEnum):
     """What a request takes of its caller's share."""
 
     OPERATION = "operation"  # nothing: those who run the server are always served
-    UNLIMITED = "unlimited"  # a place: erasing is never refused for earlier requests, and callers without keys
+    UNLIMITED = "unlimited"  # a place: erasing must always work, and callers without a key have no limits
     REQUEST = "request"  # a place, and one of the key's requests
     EVENTS = "events"  # the same, and a place among the event streams: it may last for hours
     GENERATION = "generation"  # a request, and as many tokens as its body says
