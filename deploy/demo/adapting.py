@@ -78,13 +78,7 @@ def outcome(training: Training) -> str:
 
 
 def loss_curve(losses: Sequence[float], width: int = 60, height: int = 5) -> list[str]:
-    """A small plot of the training loss, line by line, its range at the side.
-
-    Args:
-        losses: in order.
-        width: the most columns of the plot.
-        height: its lines.
-    """
+    """A small plot of the training loss, line by line, its range at the side."""
     if not losses:
         return []
     step = max(1, -(-len(losses) // width))

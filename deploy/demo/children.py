@@ -24,11 +24,6 @@ def mta(*arguments: str, grace_s: float, stdout: int | None = None) -> Iterator[
 
     It runs under the same guard as the parts of `mta up`: when the guard's standard input closes, because the block
     ended or because this process was killed, the command is asked to stop.
-
-    Args:
-        arguments: after `mta`.
-        grace_s: how long it may take to stop before it is killed.
-        stdout: as for `subprocess.Popen`.
     """
     # The settings of a real server must not reach the demo's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MTA_") or name in _OWN}

@@ -18,13 +18,7 @@ _OWN_LINES = ("The hedge is trimmed and the apples are in.", "Sowed beans and sw
 def answers_table(
     questions: Sequence[str], answers: Mapping[tuple[str, str], Answer], people: Mapping[str, str]
 ) -> Table:
-    """The answers, a section for each question.
-
-    Args:
-        questions: in the order shown.
-        answers: (question, user id) → answer.
-        people: user id → what to look for in their answers.
-    """
+    """The answers, a section for each question."""
     table = Table(
         box=box.ROUNDED,
         title="The same questions, asked by different people",

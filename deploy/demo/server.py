@@ -33,11 +33,6 @@ class Server:
 def running_server(bank: Path, data: Path, say: Callable[[str], None]) -> Iterator[Server]:
     """A server of `bank`, once it is ready; all its parts are gone when the block ends.
 
-    Args:
-        bank: folder of the bank.
-        data: folder of the server's data.
-        say: gets each line that `mta up` prints until it is ready.
-
     Raises:
         DemoError: when it does not become ready.
     """

@@ -2,14 +2,10 @@
 
     python -I guard.py GRACE_S NICENESS COMMAND [ARGUMENT…]
 
-A byte on standard input asks the part to stop (SIGTERM). End of file, as `mta up` closed it or died, means that
-everything must go: SIGTERM, and after GRACE_S seconds SIGKILL. When the part ends on its own, the guard kills what it
-left behind, such as vLLM's engine and worker processes, and exits with its status (128 + n after signal n).
-
-Two properties of Linux make this hold. As a *subreaper* the guard inherits every orphan among its descendants, in
-whatever session or group, so "no children" means that nothing is left. And by its *parent-death signal* the part dies
-with the guard, should the guard itself be killed.
-
+A byte on standard input asks the part to stop. End of file, as `mta up` closed it or died, means that all must be gone
+within GRACE_S seconds. When the part ends, the guard kills what it left behind and exits with its status (128 + n after
+signal n). As a *subreaper* it inherits every orphan among its descendants, in whatever session or group, so "no
+children" means that nothing is left; by its *parent-death signal* the part dies with the guard, should that be killed.
 Only the standard library: this file runs by path, in one small interpreter per part.
 """
 

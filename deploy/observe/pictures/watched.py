@@ -51,13 +51,7 @@ class Watched:
 
 @contextmanager
 def watched(folder: Path, *options: str, **environment: str) -> Iterator[Watched]:
-    """A server whose every part is watched, from its start.
-
-    Args:
-        folder: for everything.
-        options: of `mta up`.
-        environment: its settings besides.
-    """
+    """A server whose every part is watched, from its start."""
     key, port = secrets.token_urlsafe(16), free_port()
     with receiving() as receiver:
         settings = environment | {

@@ -1,7 +1,6 @@
 """What `mta up` starts on this machine: which parts, on which ports, with which secrets, and who has which GPU.
 
-vLLM takes a share of the whole card at its start and measures what else is there, so nothing else may come or go then.
-So the plan is made and printed before; the worker starts after the engines, within what the plan leaves, or on the CPU.
+vLLM measures at its start what else is on the card, so the plan comes first, and the worker after the engines.
 """
 
 from __future__ import annotations
