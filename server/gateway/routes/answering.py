@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Self
 
 from fastapi import Response
+from pydantic import BaseModel, Field
 
+from adapters.recipe import PER_MILLE, FusionRecipe, anchor_id
+from bank.lookup.serving import AnchorWeight
 from server.errors import ApiError
 from server.gateway.access.limiter import usage_of
 from server.gateway.generation.generator import Answer, Timings
+from server.gateway.generation.personalizer import Level
 from server.gateway.generation.request import GenerationRequest
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
@@ -22,6 +26,84 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 log = logging.getLogger("mta.gateway")
+
+
+class AnchorAnswer(BaseModel, frozen=True):
+    """One anchor that speaks for the user."""
+
+    id: str = Field(examples=["a03"])
+    weight: float = Field(description="Its weight in the recipe; negative where the recipe steps away from it.")
+    similarity: float | None = Field(
+        description="How near it is to the user's profile, -1 to 1; null if others are nearer by now."
+    )
+    gain: float | None = Field(
+        description="Predicted reduction of the loss on the user's own items, nats per token; null where the weights "
+        "come from topics."
+    )
+
+
+class PersonalizationAnswer(BaseModel, frozen=True):
+    """How personal an answer is, which anchors speak in it, and where the milliseconds went."""
+
+    level: Level
+    recipe: str | None = Field(
+        description="The fused adapter's name, without the user adapter that `stacked` adds; null for the base model."
+    )
+    source: str | None = Field(description="The evidence behind the weights; null for the base model.")
+    anchors: list[AnchorAnswer] = Field(description="Largest weight first.")
+    history: int = Field(description="How many of the user's past items are in the prompt.")
+    reason: str | None = Field(description="Why the level is not higher, if there is a reason to give.")
+    timings_ms: dict[str, float] = Field(
+        description="`profile`: store. `recipe`: index and weights. `history`: past items. `engine_ttft`: engine, "
+        "until the first token that it streams. `engine`: engine in total. `total`: from the request's arrival."
+    )
+    history_reason: str | None = Field(
+        description="Why no past items are in the prompt although some were wanted, if they could not be read in time."
+    )
+
+    @classmethod
+    def of(cls, answer: Answer) -> Self:
+        """What is known of an answer so far."""
+        who = answer.personalization
+        return cls(
+            level=who.level,
+            recipe=who.shown,
+            source=who.source,
+            anchors=anchors(who.recipe, who.weights) if who.recipe else [],
+            history=answer.prompt.items,
+            history_reason=answer.prompt.reason,
+            reason=who.reason,
+            timings_ms=answer.timings.ms,
+        )
+
+
+class Usage(BaseModel, frozen=True):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, answer: Answer) -> Self | None:
+        """Of a complete answer."""
+        return cls(**answer.stream.usage) if answer.stream.usage else None
+
+
+def anchors(recipe: FusionRecipe, weights: Iterable[AnchorWeight]) -> list[AnchorAnswer]:
+    """The anchors of a recipe, largest weight first, with what the user's profile says of them today."""
+    today, answers = {weight.anchor: weight for weight in weights}, []
+    for term in recipe.terms:
+        now = today.get(term.anchor)
+        answers.append(
+            AnchorAnswer(
+                id=anchor_id(term.anchor),
+                weight=term.weight / PER_MILLE,
+                similarity=round(now.similarity, 4) if now else None,
+                gain=round(now.gain, 4) if now and now.gain is not None else None,
+            )
+        )
+    return sorted(answers, key=lambda answer: (-abs(answer.weight), answer.id))
 
 
 class AnswerResponse(Response):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
 
 from bank.items.prompt import chat_messages
 from server.engine_protocol import BASE_MODEL
@@ -18,12 +19,21 @@ from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import DONE, event
 from server.gateway.parts import parts_of, users_of
-from server.gateway.routes.answering import AnswerResponse
-from server.gateway.routes.answers import AnchorAnswer, GenerateAnswer, PersonalizationAnswer, Usage
+from server.gateway.routes.answering import AnchorAnswer, AnswerResponse, PersonalizationAnswer, Usage
 from server.gateway.routes.requests import GenerateRequest, QueueTimeout, items_wanted
 from server.store.tenants.user_key import UserKeys
 
 _SAMPLING = {"max_tokens", "temperature", "top_p", "stop", "seed"}
+
+
+class GenerateAnswer(BaseModel, frozen=True):
+    """The text and who speaks in it."""
+
+    id: str
+    text: str
+    finish_reason: str
+    usage: Usage | None = Field(description="Null if the engine does not report it.")
+    personalization: PersonalizationAnswer
 
 
 def _named(answer_id: str, created_s: int, recipe: str) -> dict[str, Any]:

@@ -4,26 +4,171 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Annotated
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
+import orjson
 from fastapi import APIRouter, Path, Request, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from adapters.errors import excerpt
 from bank.items.prompt import chat_messages
 from server.errors import ApiError, NotFound, TooMany
 from server.gateway.access.keys import caller_of
-from server.gateway.http.errors import ErrorAnswer
+from server.gateway.http.errors import AS_MESSAGES, AS_TEXT, ErrorAnswer
 from server.gateway.http.streaming import DONE, ClientGone, EventSender, event, unless_gone
 from server.gateway.parts import UserSamplesRoute, epoch_of, parts_of, user_of, users_of
-from server.gateway.routes.answers import HeldOut, JobAnswer, JobProgress
-from server.gateway.routes.requests import AdaptRequest, Message, UserIdInPath
+from server.gateway.routes.requests import MAX_MESSAGES, Message, Strict, UserIdInPath
 from server.gateway.users.adapting import Adapting, TrainingRequest
 from server.store.jobs import Job, JobId, JobState, parse_job_id
-from server.store.samples import Sample
+from server.store.samples import MAX_SAMPLES, Sample
 from server.store.tenants.user_key import UserKeys
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
+
+MAX_USER_RANK = 8
+MAX_STEPS = 500
+_POLL_S = 0.5
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "must hold more than white space")
+    return text
+
+
+def _users_turn(conversation: str | list[Message]) -> str | list[Message]:
+    last = Message(role="user", content=conversation) if isinstance(conversation, str) else conversation[-1]
+    _not_blank(last.content)
+    if last.role != "user":
+        raise PydanticCustomError("turn", f"must end with the user's turn, it ends with {last.role!r}")
+    return conversation
+
+
+class SampleRequest(Strict):
+    """One example of how the user wants to be answered."""
+
+    input: Annotated[
+        Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
+        | Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
+        Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
+        AfterValidator(_users_turn),
+    ] = Field(description="One user turn, or a conversation that ends with one.")
+    output: Annotated[str, Field(min_length=1), AfterValidator(_not_blank)] = Field(
+        description="What the answer should have been."
+    )
+
+
+class AdaptOptions(Strict):
+    """How to train; the server chooses what is not given."""
+
+    rank: int | None = Field(
+        None, ge=1, le=MAX_USER_RANK, description="Rank of the user's LoRA, within what the bank leaves for users."
+    )
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Most optimiser steps of one run.")
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    holdout: float | None = Field(
+        None, ge=0.05, le=0.5, description="Share of the samples held out, if there are many."
+    )
+    strength: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of the anchors beneath, relative to the merged adapter: 1 trains on top of that, 0 on what "
+        "all users share. By default 0.5; 1 if the bank has no common row.",
+    )
+
+
+class AdaptRequest(Strict):
+    """Samples to adapt to."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "samples": [
+                        {"input": "Any plans?", "output": "The sea. Always the sea."},
+                        {"input": "How was your day?", "output": "Salty. Glorious."},
+                    ]
+                }
+            ]
+        }
+    )
+
+    samples: list[SampleRequest] = Field(fail_fast=True, min_length=1, max_length=MAX_SAMPLES)
+    config: AdaptOptions = AdaptOptions()
+    append: bool = Field(False, description="Add to the kept samples instead of replacing them.")
+    idempotency_key: str | None = Field(
+        None, min_length=1, max_length=128, description="The same key again gives the same job."
+    )
+
+
+class JobProgress(BaseModel, frozen=True):
+    """A job's progress, over all its training runs. Losses are in nats per output token."""
+
+    step: int
+    steps: int = Field(description="As far as known: a run ends early once nothing more is learnt.")
+    phase: str = Field(description="What is being done, in a few words.", examples=["fold 1 of 2"])
+    loss: list[tuple[int, float]] = Field(
+        description="Step and loss of its samples. Of many steps a part, and always the last; at most 200."
+    )
+    held_out: list[tuple[int, float]] = Field(
+        description="Step and loss of samples that are not trained on, where it was taken. Each run starts afresh."
+    )
+
+
+class HeldOut(BaseModel, frozen=True):
+    """Loss on samples that were not trained on, nats per output token; null until it is known."""
+
+    before: float | None = Field(description="Of the fused adapter alone.")
+    after: float | None = Field(description="With the user adapter.")
+
+
+class JobAnswer(BaseModel, frozen=True):
+    """A job's current state."""
+
+    id: str
+    state: JobState = Field(description="All but the first two are final. `rejected`: trained, but no better.")
+    config: dict[str, Any]
+    progress: JobProgress
+    held_out: HeldOut
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    tries: int = Field(description="How often a worker has taken it.")
+    adapter: str | None = Field(description="Id of the user adapter that it made.")
+    error: str | None = Field(description="Why it failed, and what to do.")
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """A job as clients see it."""
+        return cls(
+            id=str(job.id),
+            state=job.state,
+            config=orjson.loads(job.config),
+            progress=JobProgress(
+                step=job.step,
+                steps=job.of,
+                phase=job.curve.phase or ("preparing" if job.state is JobState.RUNNING else job.state.value),
+                loss=list(job.curve.loss),
+                held_out=list(job.curve.held_out),
+            ),
+            held_out=HeldOut(before=job.before, after=job.after),
+            created_at=iso(job.created_ms),
+            started_at=iso(job.started_ms) if job.started_ms else None,
+            ended_at=iso(job.ended_ms) if job.ended_ms else None,
+            tries=job.tries,
+            adapter=job.adapter or None,
+            error=job.error or None,
+        )
+
+
+def iso(unix_ms: int) -> str:
+    """UTC, ISO 8601, to the millisecond."""
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
+
 
 router = APIRouter(
     route_class=UserSamplesRoute,
@@ -31,8 +176,6 @@ router = APIRouter(
     responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
 )
 JobIdInPath = Annotated[str, Path(description="As `POST /users/{user_id}/adapt` returned it.", max_length=64)]
-
-_POLL_S = 0.5
 
 _EXAMPLE = JobAnswer(
     id="q5kxv7d2m4zr3yh6wncb2tpaei.1871290335",

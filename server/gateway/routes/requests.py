@@ -10,18 +10,14 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PlainValidator,
-    Tag,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from server.gateway.generation.request import Personalize
-from server.gateway.http.errors import AS_MESSAGES, AS_TEXT
-from server.store.samples import MAX_SAMPLES
 from server.store.tenants.user_key import check_user_id
 
 MAX_STOPS = 4
@@ -30,9 +26,6 @@ MAX_HISTORY = 16
 AUTO = "auto"
 SEED_MAX = (1 << 63) - 1
 MAX_MESSAGES = 1024
-MAX_ITEMS = 10_000
-MAX_USER_RANK = 8
-MAX_STEPS = 500
 
 _USER_ID = (
     "1 to 256 bytes of printable UTF-8 without spaces, `/`, `\\`, `{` or `}`; not `.` or `..`. Compared in Unicode "
@@ -161,96 +154,3 @@ class GenerateRequest(Strict):
     def conversation_param(self) -> str:
         """The field that holds the conversation."""
         return "prompt" if self.messages is None else "messages"
-
-
-class ItemsRequest(Strict):
-    """Items of a user's history, oldest first."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"items": [{"text": "Up at five for the waves again."}, {"text": "Wax on, wetsuit on, gone."}]},
-                {"items": [{"id": "n1", "input": "Any plans?", "output": "The sea. Always the sea."}]},
-            ]
-        }
-    )
-
-    items: list[dict[str, Any]] = Field(
-        fail_fast=True,  # four million wrong items would be four million errors
-        min_length=1,
-        max_length=MAX_ITEMS,
-        description="Items of the bank's task, `{input, output}` pairs, or plain `{text}`. Without an `id` the hash of "
-        "the content is used. Fields that the task does not use are ignored.",
-    )
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("blank", "must hold more than white space")
-    return text
-
-
-def _users_turn(conversation: str | list[Message]) -> str | list[Message]:
-    last = Message(role="user", content=conversation) if isinstance(conversation, str) else conversation[-1]
-    _not_blank(last.content)
-    if last.role != "user":
-        raise PydanticCustomError("turn", f"must end with the user's turn, it ends with {last.role!r}")
-    return conversation
-
-
-class SampleRequest(Strict):
-    """One example of how the user wants to be answered."""
-
-    input: Annotated[
-        Annotated[str, Field(min_length=1), Tag(AS_TEXT)]
-        | Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_MESSAGES)],
-        Discriminator(lambda value: AS_MESSAGES if isinstance(value, list) else AS_TEXT),
-        AfterValidator(_users_turn),
-    ] = Field(description="One user turn, or a conversation that ends with one.")
-    output: Annotated[str, Field(min_length=1), AfterValidator(_not_blank)] = Field(
-        description="What the answer should have been."
-    )
-
-
-class AdaptOptions(Strict):
-    """How to train; the server chooses what is not given."""
-
-    rank: int | None = Field(
-        None, ge=1, le=MAX_USER_RANK, description="Rank of the user's LoRA, within what the bank leaves for users."
-    )
-    steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="Most optimiser steps of one run.")
-    learning_rate: float | None = Field(None, gt=0, le=1)
-    holdout: float | None = Field(
-        None, ge=0.05, le=0.5, description="Share of the samples held out, if there are many."
-    )
-    strength: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Weight of the anchors beneath, relative to the merged adapter: 1 trains on top of that, 0 on what "
-        "all users share. By default 0.5; 1 if the bank has no common row.",
-    )
-
-
-class AdaptRequest(Strict):
-    """Samples to adapt to."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "samples": [
-                        {"input": "Any plans?", "output": "The sea. Always the sea."},
-                        {"input": "How was your day?", "output": "Salty. Glorious."},
-                    ]
-                }
-            ]
-        }
-    )
-
-    samples: list[SampleRequest] = Field(fail_fast=True, min_length=1, max_length=MAX_SAMPLES)
-    config: AdaptOptions = AdaptOptions()
-    append: bool = Field(False, description="Add to the kept samples instead of replacing them.")
-    idempotency_key: str | None = Field(
-        None, min_length=1, max_length=128, description="The same key again gives the same job."
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
 from adapters.errors import excerpt
@@ -18,20 +19,82 @@ from server.errors import InvalidRequest, NotFound
 from server.gateway.access.keys import caller_of
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.parts import Parts, UserRoute, epoch_of, parts_of, user_of
-from server.gateway.routes.answers import (
-    AdapterAnswer,
-    ErasedAnswer,
-    JobAnswer,
-    ProfileAnswer,
-    UserAnswer,
-    anchors,
-    iso,
-)
-from server.gateway.routes.requests import ItemsRequest, UserIdInPath
+from server.gateway.routes.answering import AnchorAnswer, anchors
+from server.gateway.routes.jobs import JobAnswer, iso
+from server.gateway.routes.requests import Strict, UserIdInPath
 from server.gateway.users.profiles import ProfileUpdate
 from server.settings import MAX_ITEM_BYTES
 from server.store.jobs import Job
+from server.store.profiles import Erased
 from server.store.tenants.user_key import User
+
+MAX_ITEMS = 10_000
+
+
+class ItemsRequest(Strict):
+    """Items of a user's history, oldest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"items": [{"text": "Up at five for the waves again."}, {"text": "Wax on, wetsuit on, gone."}]},
+                {"items": [{"id": "n1", "input": "Any plans?", "output": "The sea. Always the sea."}]},
+            ]
+        }
+    )
+
+    items: list[dict[str, Any]] = Field(
+        fail_fast=True,  # four million wrong items would be four million errors
+        min_length=1,
+        max_length=MAX_ITEMS,
+        description="Items of the bank's task, `{input, output}` pairs, or plain `{text}`. Without an `id` the hash of "
+        "the content is used. Fields that the task does not use are ignored.",
+    )
+
+
+class ProfileAnswer(BaseModel, frozen=True):
+    """The result of a profile change."""
+
+    user_id: str
+    received: int = Field(description="Items in the request.")
+    kept: int = Field(description="Items in the profile now.")
+    changed: int = Field(description="Items added, removed, or with new content; 0 for a repeated request.")
+    recipe: str
+    anchors: list[AnchorAnswer]
+
+
+class AdapterAnswer(BaseModel, frozen=True):
+    """A user adapter."""
+
+    id: str
+    recipe: str = Field(description="The recipe that it was trained on, and is always served with.")
+    bytes: int = Field(description="Stored size.")
+    created_at: str = Field(description="UTC, ISO 8601.")
+    stale: bool = Field(description="Whether it belongs to another bank, and so is not served.")
+
+
+class UserAnswer(BaseModel, frozen=True):
+    """What is stored about a user, and which anchors speak for them."""
+
+    user_id: str
+    items: int
+    bytes: int = Field(description="Memory that the profile and its items take in the store.")
+    embedder: str
+    updated_at: str = Field(description="UTC, ISO 8601.")
+    recipe: str
+    source: str
+    anchors: list[AnchorAnswer]
+    at: tuple[float, float] = Field(description="Where they lie on the bank's map (`GET /bank`).")
+    adapter: AdapterAnswer | None = Field(description="The user adapter; null without one.")
+
+
+class ErasedAnswer(BaseModel, frozen=True):
+    """What was erased."""
+
+    user_id: str
+    erased: Erased
+    log_rewritten_by: str = Field(description="By when it is gone from the store's file on disk too. UTC, ISO 8601.")
+
 
 router = APIRouter(
     route_class=UserRoute,

@@ -11,9 +11,12 @@ from openai.types.chat import ChatCompletionChunk
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from server.gateway.app import create_app
-from server.gateway.routes.answers import GenerateAnswer, JobAnswer, PersonalizationAnswer, Usage
+from server.gateway.routes.answering import PersonalizationAnswer, Usage
+from server.gateway.routes.generate import GenerateAnswer
+from server.gateway.routes.jobs import AdaptRequest, JobAnswer
 from server.gateway.routes.openai.requests import IGNORED, OURS, STEERING, ChatRequest, CompletionRequest
-from server.gateway.routes.requests import AdaptRequest, GenerateRequest, ItemsRequest
+from server.gateway.routes.requests import GenerateRequest
+from server.gateway.routes.users import ItemsRequest
 from server.settings import Settings
 from tests.support.documented import ROOT
 

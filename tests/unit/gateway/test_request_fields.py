@@ -11,7 +11,8 @@ from server.errors import InvalidRequest
 from server.gateway.generation.request import Personalize
 from server.gateway.http.errors import MAX_SHOWN_CHARS, fault_of
 from server.gateway.routes.openai.requests import IGNORED, OURS, STEERING, ChatRequest, CompletionRequest
-from server.gateway.routes.requests import GenerateRequest, ItemsRequest
+from server.gateway.routes.requests import GenerateRequest
+from server.gateway.routes.users import ItemsRequest
 
 LEAST = {"user_id": "ada", "prompt": "hi"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

@@ -24,8 +24,7 @@ from server.gateway.http.bodies import JsonRoute
 from server.gateway.http.errors import ErrorAnswer
 from server.gateway.http.streaming import event
 from server.gateway.parts import Parts, parts_of, users_of
-from server.gateway.routes.answering import AnswerResponse
-from server.gateway.routes.answers import PersonalizationAnswer
+from server.gateway.routes.answering import AnswerResponse, PersonalizationAnswer
 from server.gateway.routes.openai.requests import (
     PERSONAL_MODEL,
     ChatRequest,
