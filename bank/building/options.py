@@ -14,9 +14,7 @@ from bank.errors import BankError
 from bank.lookup.signature import MAX_ANCHORS
 from bank.manifest import PosteriorRule, WeightRule
 
-TOPIC_STRENGTH = 0.5
-"""What the weights of a topic recipe sum to: topics may mislead, so half is left to the common row."""
-
+TOPIC_STRENGTH = 0.5  # the sum of a topic recipe's weights: topics may mislead, so half is left to the common row
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 T = TypeVar("T")

@@ -14,20 +14,11 @@ from bank.items.tasks import Task
 from bank.lookup.embedder import Embedder
 from bank.lookup.prior import answers_of
 
-MIN_ITEMS = 11
-"""Fewest trainable items of a candidate: the paper's have more than ten."""
-
-QUERIES, KNOWN = 3, 6
-"""Of whoever is left out: how many last items are asked for, and the fewest before them that are known."""
-
-FEWEST_ASIDE, MOST_ASIDE, ASIDE_OF = 6, 16, 4
-"""One of so many people is left out, within these bounds: fewer can show nothing, and more would be missed."""
-
-SAMPLED_ITEMS = 64
-"""Items of one candidate that are embedded to tell candidates apart; there may be thousands, with hundreds each."""
-
-SERVED_ITEMS = 512
-"""Items that count in a user's profile: the newest, as many as a gateway keeps by default (`MTA_PROFILE_ITEMS`)."""
+MIN_ITEMS = 11  # fewest trainable items of a candidate: the paper's have more than ten
+QUERIES, KNOWN = 3, 6  # of a person left out: the last items are asked for, at least so many before them are known
+FEWEST_ASIDE, MOST_ASIDE, ASIDE_OF = 6, 16, 4  # one person of 4 is left out; fewer show nothing, more would be missed
+SAMPLED_ITEMS = 64  # of one candidate, to tell candidates apart; there may be thousands, with hundreds each
+SERVED_ITEMS = 512  # the newest count in a profile, as many as a gateway keeps by default (`MTA_PROFILE_ITEMS`)
 
 
 def spread(items: Sequence[Item], limit: int = SAMPLED_ITEMS) -> list[Item]:

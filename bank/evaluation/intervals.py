@@ -46,7 +46,7 @@ class Interval:
         return f"**{text}**" if self.sure else text
 
 
-def over_users(differences: Sequence[float], seed: int = 0) -> Interval:
+def over_users(differences: Sequence[float]) -> Interval:
     """The mean of one difference per user, and its bias-corrected and accelerated (BCa) bootstrap interval.
 
     One user, or users who all differ by the same, have nothing to resample: the interval is the mean itself.
@@ -55,7 +55,7 @@ def over_users(differences: Sequence[float], seed: int = 0) -> Interval:
     mean, n = float(values.mean()), len(values)
     if n < 2 or np.allclose(values, mean, rtol=1e-9, atol=1e-12):
         return Interval(mean, mean, mean, n)
-    chance = np.random.default_rng(seed)
+    chance = np.random.default_rng(0)
     drawn = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, batch=_BATCH, method="BCa", rng=chance)
     low, high = drawn.confidence_interval
     return Interval(mean, float(low), float(high), n)

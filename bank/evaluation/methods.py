@@ -52,7 +52,7 @@ class Evaluator:
     bank: OpenBank
     scorer: Scorer  # the base model
     embedder: Embedder
-    max_tokens: int  # longest example; each past item in the prompt may add as many
+    max_tokens: int = 512  # longest example; each past item in the prompt may add as many
     task_bank: OpenBank | None = None  # the one that `--baselines` made, for `task`
     engine: Scores | None = None  # reads queries instead of the scorer, which then only signs and trains
     config: AdaptConfig = field(default_factory=AdaptConfig)  # of few-shot training; its seed is not used

@@ -63,7 +63,6 @@ class EvalOptions:
     sample: int | None = None
     writing: tuple[Method, ...] = ()
     texts: int = 3
-    max_tokens: int = 512  # as in `Evaluator`
 
     def runs(self, place: int, kind: AnswerKind) -> Iterator[MethodRun]:
         """What is done for the user at this place, in a task with such answers."""

@@ -70,7 +70,6 @@ def evaluate(
         task_bank=bank.of_task(inputs.embedder.id) if with_task else None,
         scorer=Scorer(*load_base(inputs.model_folder, dtype)),
         embedder=inputs.embedder,
-        max_tokens=options.max_tokens,
         engine=engine,
         config=config,
     )

@@ -16,9 +16,7 @@ from bank.evaluation.methods import METHODS
 from bank.evaluation.run import Record
 from bank.items.tasks import Task
 
-COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")
-"""The methods whose losses a table compares all others with."""
-
+COMPARED = ("prior", "common", "task", "mean", "random", "merged:topic", "merged", "own")  # a column each
 LOWEST, HIGHEST = 1.0, 5.0
 LAMP_FOLDER, GOLDS = "lamp", "golds"
 CAPTION = (

@@ -20,7 +20,7 @@ from bank.errors import BankError
 AnswerKind = Literal["labels", "score", "text"]
 
 PAST_COUNTS: Mapping[AnswerKind, tuple[int, ...]] = {"text": (1, 1, 1, 2, 3), "labels": (1, 3, 9), "score": (1, 3, 9)}
-"""How many past items prompts get, each of these as often: mostly one text, and more where each says little."""
+"""How many past items prompts get, each equally often: mostly one text, and more where each says little."""
 
 
 def few_and_many(kind: AnswerKind) -> tuple[int, int]:
