@@ -90,8 +90,8 @@ def test_what_cannot_do_without_a_bank_asks_for_one(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("login", ["user:", ":", "user:unmistakable@", "user:unmistakable:"])
 def test_the_command_lists_all_settings_and_shows_no_secret(login: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MTA_SECRET", "unmistakable-secret")
-    monkeypatch.setenv("MTA_ENGINE_KEY", "unmistakable-key")
+    for name in ("MTA_API_KEY", "MTA_FIRST_KEY", "MTA_SECRET", "MTA_ENGINE_KEY"):
+        monkeypatch.setenv(name, "unmistakable-secret")
     monkeypatch.setenv("MTA_REDIS_URL", f"redis://{login}unmistakable-password@store:6379/0")
     result = CliRunner().invoke(app, ["settings"])
     assert result.exit_code == 0
