@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bank.lookup.signature import Signature
+from bank.peft.imported import read_peft
 from bench.rig.tiny import world
+from server.cli import app
+from server.store.profile_record import OtherEmbedding, StoredSignature
+from server.store.profiles import Change
 from tests.integration.conftest import Work
 from tests.support.adapting import SAMPLES, adapt, job_of
 from tests.support.gateway import GatewayThread, give_adapter
+from tests.support.stored import opened
 
 NewUser = Callable[[], str]
 
@@ -39,7 +49,9 @@ def test_the_items_of_an_export_make_the_same_profile_again(client: httpx.Client
     assert (again["kept"], again["changed"]) == (3, 0)
 
 
-def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter(client: httpx.Client, ada: str, work: Work) -> None:
+def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter_which_the_command_writes_as_peft_does(
+    client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
+) -> None:
     job = adapt(client, ada, config={"learning_rate": 0.02}, idempotency_key="once").raise_for_status().json()
     work()
     export = client.get(f"/users/{ada}/export").raise_for_status().json()
@@ -49,12 +61,33 @@ def test_an_adapted_person_has_samples_jobs_and_the_whole_adapter(client: httpx.
     noted = client.get(f"/users/{ada}").json()["adapter"]
     assert (adapter["id"], adapter["recipe"], adapter["bytes"]) == (noted["id"], noted["recipe"], noted["bytes"])
     assert len(base64.b64decode(adapter["stored"])) == noted["bytes"]
-    config, raw = adapter["peft"]["config"], base64.b64decode(adapter["peft"]["weights"], validate=True)
-    start = 8 + int.from_bytes(raw[:8], "little")
-    assert config["r"] == 4 + 2
-    modules = len(config["target_modules"])
-    assert raw[:start].count(b"lora_A") == raw[:start].count(b"lora_B") == modules > 0
-    assert "whole adapter" in adapter["says"]
+    out = tmp_path / "ada"
+    done = CliRunner().invoke(app, ["users", "export", ada, "--url", gateway.url, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "whole adapter" in done.output
+    assert read_peft(out / "adapter").rank == 4 + 2
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "user.json"]
+    del export["adapter"]["peft"]
+    export["adapter"]["folder"] = "adapter"
+    assert json.loads((out / "user.json").read_text()) == export
+
+
+async def test_what_was_made_of_the_items_is_exported_with_them(
+    client: httpx.Client, ada: str, gateway: GatewayThread
+) -> None:
+    async with opened(gateway.parts.settings.redis_url) as store:
+        snapshot = await store.read(gateway.key(ada))
+        assert snapshot.profile is not None
+        made_of = snapshot.profile.updated_ms
+        signed = StoredSignature(Signature("9f2c41d0", 7, np.array([0.5, -0.25], "f4")), made_of)
+        other = OtherEmbedding("00" * 8, np.full(4, 0.5, "f4"), made_of)
+        profile = replace(snapshot.profile, signature=signed, other=other, extra={200: b"later"})
+        assert await store.commit(gateway.key(ada), snapshot.version, Change(profile, {}, {}, ()))
+    export = client.get(f"/users/{ada}/export").raise_for_status().json()
+    assert export["signature"].pop("products") == pytest.approx([0.5, -0.25], abs=1e-3)
+    assert export["signature"] == {"bank": "9f2c41d0", "tokens": 7, "made_of_ms": made_of}
+    assert export["other_embedding"] == {"embedder": "00" * 8, "embedding": [0.5] * 4, "made_of_ms": made_of}
+    assert export["of_later_versions"] == {"200": "bGF0ZXI="}
 
 
 async def test_an_adapter_that_cannot_be_made_whole_is_explained(

@@ -18,14 +18,11 @@ from typer.testing import CliRunner, Result
 
 import mta_client
 from adapters.errors import MtaError
-from bank.peft.imported import read_peft
 from bench.rig.processes import wait_until
 from bench.rig.valkey import free_port
 from server.cli import app
 from server.cli.users.importing import Import, ImportCounts, Journal
 from server.cli.users.patience import PatientGateway, Refused
-from tests.integration.conftest import Work
-from tests.support.adapting import adapt
 from tests.support.gateway import GatewayThread
 
 NewUser = Callable[[], str]
@@ -264,18 +261,3 @@ def test_a_user_with_a_strange_id_is_shown_exported_and_erased(
     gone = mta("show", STRANGE, "--url", gateway.url).exception
     assert isinstance(gone, Refused)
     assert "unknown" in str(gone)
-
-
-def test_an_adapted_users_export_is_a_peft_folder(
-    client: httpx.Client, gateway: GatewayThread, ada: str, work: Work, tmp_path: Path
-) -> None:
-    adapt(client, ada, config={"learning_rate": 0.02}).raise_for_status()
-    work()
-    done = mta("export", ada, "--url", gateway.url, "--out", str(tmp_path / "ada"))
-    assert done.exit_code == 0, done.output
-    assert "whole adapter" in done.output
-    adapter = read_peft(tmp_path / "ada" / "adapter")
-    assert adapter.rank == 4 + 2
-    told = json.loads((tmp_path / "ada" / "user.json").read_text())
-    assert (told["adapter"]["folder"], len(told["samples"]), "peft" in told["adapter"]) == ("adapter", 8, False)
-    assert sorted(path.name for path in (tmp_path / "ada").iterdir()) == ["adapter", "user.json"]
