@@ -81,6 +81,7 @@ def test_a_malformed_file_is_refused_by_person_and_item(tmp_path: Path, document
     ("query", "message"),
     [
         ([], "person 'ann' has no queries to evaluate on"),
+        (None, "person 'ann' has no queries to evaluate on"),
         ([{"id": "q", "input": "Later?"}], "person 'ann': its `query` must hold .*; 0.gold: Field required"),
         ([{"id": "q", "input": "Later?", "gold": ["No"]}], r"0.gold: .*got \['No'\]"),
         ("Later?", "got 'Later"),
