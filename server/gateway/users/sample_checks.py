@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ class SampleChecks:
         for place, sample in enumerate(samples):
             first.setdefault(_roles(sample), place)
         places = [place for roles, place in first.items() if roles not in self._accepted]
-        try:
+        with suppress(Unavailable):
             async for place, reason in _asked(
                 lambda place: self.engines.template_refusal(_answered(samples[place])), places
             ):
@@ -43,8 +44,6 @@ class SampleChecks:
                 if len(self._accepted) >= MOST_SHAPES:
                     self._accepted.clear()
                 self._accepted.add(_roles(samples[place]))
-        except Unavailable:
-            return
 
     async def check_lengths(self, raw_samples: Sequence[bytes]) -> None:
         """Refuse samples longer than the context; a token is at least a byte, so most need no counting."""
