@@ -66,9 +66,12 @@ def test_what_is_learnt_shows_when_it_is_served_and_the_model_is_left_as_it_was(
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_what_lowers_no_held_out_loss_is_rejected(model: Any, fluent: LoraWeights, samples: list[Example]) -> None:
+@pytest.mark.parametrize("times", [1, 3])  # judged in folds, and by what is held out
+def test_what_lowers_no_held_out_loss_is_rejected(
+    model: Any, fluent: LoraWeights, samples: list[Example], times: int
+) -> None:
     """The rate is one that can only spoil what is fluent."""
-    judgement = train_user(model, fluent, samples, replace(CONFIG, learning_rate=0.1)).finish()
+    judgement = train_user(model, fluent, samples * times, replace(CONFIG, learning_rate=0.1)).finish()
     assert judgement.weights is None
     assert judgement.after >= judgement.before
 
@@ -109,9 +112,16 @@ def test_training_ends_when_the_held_out_loss_has_stopped_falling(
     chance = random.Random(0)
     samples = [encode(f"question {n}", "".join(chance.choices("abcdefgh", k=12))) for n in range(count)]
     long = replace(CONFIG, steps=200, learning_rate=0.05)
-    told = list(steps(train_user(model, fused, samples, long)))
+    training = train_user(model, fused, samples, long)
+    told = list(steps(training))
     assert 0 < len(told) < 200
     assert told[-1].step <= told[-1].of
+    judgement = training.judgement
+    if count > FEW and judgement:  # the weights are those of the best look, which was not the last
+        order = random.Random(long.seed).sample(range(count), count)
+        aside = [samples[place] for place in order[: round(long.holdout * count)]]
+        assert judgement.steps < len(told)
+        assert served_loss(model, fused, judgement, aside) == pytest.approx(judgement.after, rel=1e-3)
 
 
 @pytest.mark.parametrize("step", [0, 1])
