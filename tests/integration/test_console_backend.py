@@ -1,7 +1,9 @@
-"""What the console gets from the gateway: its files, the bank on a map, and a user on it."""
+"""What the console gets from the gateway: its files, small and nobody else's, the bank on a map, and a user on it."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,12 @@ from bench.rig.tiny import world
 from server.gateway.routes.console import routes as pages
 from server.gateway.routes.console.routes import rule_answer
 from tests.support.gateway import GatewayThread
+
+ROOT = Path(pages.__file__).parent
+MOST_BYTES = 150_000
+OWN = [path for path in sorted(pages.STATIC.rglob("*")) if path.is_file() and "vendor" not in path.parts]
+MODULES = sorted(pages.STATIC.rglob("*.js"))
+_IMPORT = re.compile(r"""(?:\bfrom\s?|\bimport\()['"]([^'"\s]+)['"]""")
 
 
 @pytest.fixture
@@ -105,3 +113,34 @@ def test_a_user_who_writes_as_an_anchor_does_is_where_the_anchor_is(
     client.put(f"/users/{user_id}/profile", json={"items": [{"text": world(3)}]}).raise_for_status()
     anchors = client.get("/bank").json()["anchors"]
     assert client.get(f"/users/{user_id}").json()["at"] == pytest.approx(anchors[3]["at"], abs=1e-3)
+
+
+def test_all_of_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in pages.STATIC.rglob("*") if path.is_file()) < MOST_BYTES
+
+
+def test_what_is_vendored_is_what_the_hashes_say() -> None:
+    lines = (ROOT / "vendored.sha256").read_text("utf-8").splitlines()
+    said = {name: digest for digest, name in (line.split() for line in lines)}
+    files = {path for folder in ("static/vendor", "licences") for path in (ROOT / folder).iterdir()}
+    assert said == {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_page_has_nothing_inline() -> None:
+    page = (pages.STATIC / "index.html").read_text("utf-8")
+    assert not re.search(r"<style|\bstyle=|\bon\w+=|javascript:", page)
+    assert re.findall(r"<script[^>]*>(.*?)</script>", page, re.S) == [""]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_modules_import_files_that_are_there(path: Path) -> None:
+    for name in _IMPORT.findall(path.read_text("utf-8")):
+        assert name.startswith("."), name
+        assert (path.parent / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.name)
+def test_no_file_names_anybody_else_or_writes_markup(path: Path) -> None:
+    text = path.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
+    assert "://" not in text
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text)

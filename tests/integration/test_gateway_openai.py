@@ -40,14 +40,6 @@ class TestNames:
         assert (response.headers["X-MTA-Level"], response.headers["X-MTA-Recipe"]) == ("merged", who["recipe"])
         assert response.headers["Server-Timing"].startswith("profile;dur=")
 
-    def test_a_completion_is_openais_too(self, client: httpx.Client, ada: str, fake_engine: FakeEngine) -> None:
-        answer = either(client, "/v1/completions", user=ada).raise_for_status().json()
-        assert (answer["object"], answer["model"]) == ("text_completion", "mta")
-        assert answer["id"].startswith("cmpl-")
-        assert answer["choices"][0].keys() == {"index", "text", "logprobs", "finish_reason"}
-        assert answer["personalization"]["level"] == "merged"
-        assert fake_engine.seen[-1].body["model"] == answer["personalization"]["recipe"]
-
     @BOTH
     @pytest.mark.parametrize("stream", [False, True])
     def test_nothing_names_the_engines_model_or_the_users_key(
