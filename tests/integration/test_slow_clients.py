@@ -146,6 +146,7 @@ class TestBodies:
             small, large = (client.post("/generate", json={"x": "x" * size}) for size in (1, SMALL_BYTES))
         assert small.status_code == 400
         assert (large.status_code, large.json()["error"]["code"]) in ((503, "overloaded"), (400, "missing"))
+        assert large.elapsed.total_seconds() > 0.2  # the others' time is over after 0.5 s
 
 
 class TestAnswers:
