@@ -50,6 +50,11 @@ async def test_a_write_without_a_replica_is_not_acknowledged(
                 await store.commit(next(users), b"", change("a"))
             elsewhere = next(users_at(followed, followed.primaries[1]))
             assert await store.commit(elsewhere, b"", change("a"))
+            monkeypatch.setattr("server.store.redis.servers.cluster.REFRESH_S", 3600.0)
+            wait_until(lambda: not followed.lists_replicas(followed.primaries[1]), "the replica to count as failed")
+            with pytest.raises(Unavailable, match="on a replica"):
+                await store.commit(next(users), b"", change("a"))
+            assert await store.commit(next(users), b"", change("a"))  # nobody waits for it any more
 
 
 class Repeatable(RedisConnection):
