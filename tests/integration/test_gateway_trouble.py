@@ -161,6 +161,14 @@ class TestBrokenEngine:
             fake_engine.start()
         assert generate(client, ada, stream=stream).status_code == 200
 
+    def test_a_generation_that_it_refuses_uses_no_tokens(
+        self, gateway_settings: Settings, fake_engine: FakeEngine
+    ) -> None:
+        fake_engine.knobs.status = 500
+        limited = gateway_settings.model_copy(update={"key_tokens": 100})
+        with GatewayThread(limited) as gateway, gateway.client() as client:
+            assert [generate(client, "nobody", max_tokens=60).status_code for _ in range(3)] == [503] * 3
+
     def test_its_silence_ends(self, gateway_settings: Settings, fake_engine: FakeEngine, new_user: NewUser) -> None:
         fake_engine.knobs.token_delay_s = 30
         with (
