@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from adapters.errors import MtaError
-from bank.models.imports import run_to_the_end
+from bank.models.process_startup import run_and_exit
 from server.cli import bench, keys, models, settings
 from server.cli.bank import commands as bank
 from server.cli.eval import commands as eval
@@ -61,7 +61,7 @@ app.command("settings")(settings.settings)
 def main() -> None:
     """Entry point of the console script."""
     sys.unraisablehook = _signalled_again
-    run_to_the_end(run)
+    run_and_exit(run)
 
 
 def run() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from bank.models.imports import heavy_imports, run_to_the_end
+from bank.models.process_startup import heavy_imports, run_and_exit
 
 COMPILER = "torch._inductor.lowering"
 """vLLM corrects it once it is imported itself; it brings the rest of the compiler, a fifth of all modules."""
@@ -15,4 +15,4 @@ if __name__ == "__main__":
         from vllm.entrypoints.launchers.api_server.entry import main
         from vllm.v1.engine import async_llm, core  # noqa: F401  `main` would import them, more slowly
 
-    run_to_the_end(main)
+    run_and_exit(main)

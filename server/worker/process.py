@@ -12,8 +12,8 @@ from contextlib import suppress
 from bank.lookup.embedder import Embedder
 from bank.lookup.serving import ServingBank
 from bank.models.folders import check_base_model, ensure_base_model, ensure_embedder
-from bank.models.imports import heavy_imports
 from bank.models.load import limit_gpu, resolve_dtype
+from bank.models.process_startup import heavy_imports
 from server.errors import ApiError
 from server.settings import Settings
 from server.store.opening import open_stores

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bank.models.imports import heavy_imports
+from bank.models.process_startup import heavy_imports
 from server.cli.shared import Bank, Model, RedisUrl, end_on_signals, prepare_to_train
 from server.settings import load_settings
 from server.watching.logs import log_to_stderr

@@ -36,7 +36,7 @@ cli.main()
 FROZEN = """
 import sys
 from adapters.errors import MtaError
-from bank.models.imports import heavy_imports, run_to_the_end
+from bank.models.process_startup import heavy_imports, run_and_exit
 
 with heavy_imports():
     import triton.runtime
@@ -45,7 +45,7 @@ def main():
     print("all is done")
     END
 
-run_to_the_end(main)
+run_and_exit(main)
 """
 
 

@@ -1,4 +1,4 @@
-"""Imports that take seconds, in fewer of them, and the end of a process that has made them."""
+"""Faster imports of large packages when a process starts, and a fast exit when it ends."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-UNUSED = ("sklearn", "scipy")  # transformers loads them if it can, for speculative decoding and object detectors
+UNUSED = ("sklearn", "scipy")  # optional imports of transformers, for speculative decoding and object detectors
 
 
 @contextmanager
 def heavy_imports(*for_later: str) -> Iterator[None]:
-    """Import what the block imports without collecting garbage, a fifth of the time, and without what nobody uses.
+    """Speed up the imports in the block: pause garbage collection, a fifth of the time, and skip unused modules.
 
-    The block goes without the modules `for_later`, which can be imported after it. `UNUSED`, where it was not loaded
-    before, looks as if it were not installed for as long as the process runs.
+    The block cannot import the modules `for_later`; they can be imported after it. Modules in `UNUSED` that were not
+    loaded before the block cannot be imported for the rest of the process.
     """
     for name in (*UNUSED, *for_later):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
@@ -31,14 +31,14 @@ def heavy_imports(*for_later: str) -> Iterator[None]:
             if sys.modules[name] is None:
                 del sys.modules[name]
         gc.enable()
-        gc.freeze()  # what was imported stays: it need not be looked at again
+        gc.freeze()  # imported objects live until exit, so the collector need not scan them
 
 
-def run_to_the_end(main: Callable[[], object]) -> None:
-    """Run a process's main function; where it made heavy imports, the process ends with it, at once.
+def run_and_exit(main: Callable[[], object]) -> None:
+    """Run a process's main function; after `heavy_imports`, skip the interpreter's teardown at exit.
 
-    Else the interpreter would be torn down: seconds of work, and nanobind takes what `heavy_imports` keeps for leaks,
-    which it lists where people look for the reason of the end.
+    The teardown takes seconds, and nanobind reports the frozen objects as leaks, where people look for the reason of
+    the exit.
     """
     status: object = 0
     try:

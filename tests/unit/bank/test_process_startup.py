@@ -7,7 +7,7 @@ import sys
 
 CHILD = """
 import gc, sys
-from bank.models.imports import heavy_imports
+from bank.models.process_startup import heavy_imports
 try:
     with heavy_imports("wave"):
         print(gc.isenabled())
