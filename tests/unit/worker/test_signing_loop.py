@@ -9,7 +9,7 @@ from typing import Any
 from server.worker.loops import SigningLoop
 
 
-async def test_a_try_is_counted_once_the_model_is_free() -> None:
+async def test_a_try_is_counted_once_the_model_is_free_and_who_changed_meanwhile_is_requested_again() -> None:
     """Whoever waits for the model is taken again by other workers, which must not count."""
     lock, steps = asyncio.Lock(), list[str]()
 
@@ -20,8 +20,11 @@ async def test_a_try_is_counted_once_the_model_is_free() -> None:
 
         return called
 
-    queue: Any = SimpleNamespace(take=step("take", "key"), begin=step("begin", 1), done=step("done"))
-    profiles: Any = SimpleNamespace(read=step("read", SimpleNamespace(profile=None)), load=step("load"))
+    changed = SimpleNamespace(is_signed=lambda bank: False)
+    queue: Any = SimpleNamespace(
+        take=step("take", "key"), begin=step("begin", 1), done=step("done"), request=step("request")
+    )
+    profiles: Any = SimpleNamespace(read=step("read", SimpleNamespace(profile=None)), load=step("load", changed))
     bank: Any = SimpleNamespace(manifest=SimpleNamespace(short="9f2c41d0"))
     assert await SigningLoop(queue, profiles, bank, None, lock).work_once(0)
-    assert steps == ["take, free", "begin, busy", "read, busy", "done, free", "load, free"]
+    assert steps == ["take, free", "begin, busy", "read, busy", "done, free", "load, free", "request, free"]
